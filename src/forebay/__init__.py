@@ -1,0 +1,1 @@
+"""Backpressure for fleets of AI agents."""

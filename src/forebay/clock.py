@@ -1,0 +1,57 @@
+"""Loop time, wall time, chance and identity: the one door by which they enter.
+
+Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for what travels or is stored. Under a
+virtual-time loop both are virtual, so nothing else may ask the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import time
+
+
+def wall_time() -> float:
+    """Epoch seconds: of the running event loop if it keeps its own (a virtual one), else of the machine."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return time.time()
+    virtual = getattr(loop, "wall_time", None)
+    return time.time() if virtual is None else float(virtual())
+
+
+def is_virtual(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether `loop` keeps virtual time, so that no thread may watch it by real time."""
+    return bool(getattr(loop, "virtual", False))
+
+
+def monotonic() -> float:
+    """Monotonic seconds of the machine, for threads that watch a loop from outside."""
+    return time.monotonic()
+
+
+def chance(seed: int | None = None) -> random.Random:
+    """A source of draws: seeded if asked, else from the operating system."""
+    return random.Random(seed)  # noqa: S311 - jitter, not secrets
+
+
+class _Ids:
+    """Process-unique identifiers: a random prefix and a counter, a tenth of the price of a uuid4."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self._prefix = os.urandom(8).hex()
+        self._next = itertools.count().__next__
+
+    def new(self) -> str:
+        return f"{self._prefix}-{self._next():x}"
+
+
+_ids = _Ids()
+new_id = _ids.new
+os.register_at_fork(after_in_child=_ids.renew)  # a forked worker must not repeat its parent's ids

@@ -1,0 +1,222 @@
+"""One tree of errors; each class's docstring is its message, with the facts filled in.
+
+A message says what happened, to what, and what to do next. It never echoes a payload.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Self
+
+
+class ForebayError(Exception):
+    """Something went wrong in Forebay."""
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+        template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
+        super().__init__(template.format(**facts))
+        self._facts = facts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self._facts)
+
+    @classmethod
+    def _from(cls, facts: dict[str, Any]) -> Self:
+        return cls(**facts)
+
+
+def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:
+    return kind._from(facts)  # noqa: SLF001 - pickle's way back in
+
+
+# --- mistakes: raised at the call that made them -------------------------------------------------------------------
+
+
+class InvalidTask(ForebayError, ValueError):
+    """Task {field} is {value!r}; it must be {expected}."""
+
+
+class DeadlinePassed(ForebayError, ValueError):
+    """The deadline of task {task_id!r} passed {late:.3f} s ago, so its result is already worthless: give it a later
+    one, for example Deadline.within(60), or do not submit it.
+    """
+
+    task_id: str
+    late: float
+
+
+class InvalidDeadline(ForebayError, ValueError):
+    """A deadline of {value!r} is not in the future: Deadline.within(seconds) takes a positive, finite number of seconds,
+    and Deadline(at) takes epoch seconds.
+    """
+
+
+class InvalidEstimate(ForebayError, ValueError):
+    """Estimate {field} is {value!r}; it must be a whole number of at least 0."""
+
+
+class InvalidTimeout(ForebayError, ValueError):
+    """A timeout of {value!r} cannot be met: it is how long one attempt may run, a positive number of seconds."""
+
+
+class InvalidThreshold(ForebayError, ValueError):
+    """A backpressure_threshold of {value!r} is outside (0, 1]: 0.8 refuses NORMAL tasks when the fullest resource
+    holds four fifths of what it may hold; 1 refuses only when it is full.
+    """
+
+
+class InvalidSetting(ForebayError, ValueError):
+    """{owner} was given {name}={value!r}; it must be {expected}."""
+
+
+class InvalidHandler(ForebayError, TypeError):
+    """{worker!r} has a handler of type {type}, which Forebay cannot run: pass an async or plain callable that takes the
+    Task, a supervisor, or an agent of a supported framework ({frameworks}).
+    """
+
+
+class DuplicateWorker(ForebayError, ValueError):
+    """A worker named {name!r} is already registered: give this one another name, or a higher max_concurrent to the
+    first.
+    """
+
+    name: str
+
+
+class DuplicateTask(ForebayError, ValueError):
+    """A task with id {task_id!r} is already under way here: leave task_id out to have one made, or use key= if the same
+    work may be submitted twice.
+    """
+
+    task_id: str
+
+
+class UnknownTaskType(ForebayError, LookupError):
+    """No worker is registered for task type {task_type!r} (there are workers for: {known}): register one with
+    register_worker(..., task_types=[{task_type!r}]), or correct the type.
+    """
+
+    task_type: str
+
+
+class UnknownTask(ForebayError, LookupError):
+    """No task {task_id!r} is known here: it was never submitted, or it ended so long ago that its result is no longer
+    kept.
+    """
+
+    task_id: str
+
+
+class NotPortable(ForebayError, TypeError):
+    """The payload of task {task_id!r} cannot be stored: at {path} it holds a {type}. With an overflow, payloads are
+    encoded at submit; use None, booleans, numbers, strings, bytes, lists and dicts with string keys, or submit with
+    spill=False and durable=False.
+    """
+
+    task_id: str
+    path: str
+
+
+class PayloadTooLarge(ForebayError, ValueError):
+    """The payload of task {task_id!r} takes {size} bytes encoded and the bound is {bound}: store it elsewhere and submit a
+    reference, or raise max_payload_bytes.
+    """
+
+    size: int
+    bound: int
+
+
+class OverflowRequired(ForebayError, ValueError):
+    """Task {task_id!r} is durable, but {why}: {advice}."""
+
+
+class InvalidOverflowUrl(ForebayError, ValueError):
+    """The overflow {url!r} cannot be opened: {why}. Known forms: sqlite:///relative.db, sqlite:////absolute.db,
+    memory://, each with ?bound=ROWS if 100,000 rows are not what you want.
+    """
+
+
+class LedgerUnusable(ForebayError):
+    """The overflow at {where} cannot be used: {why}. {advice}"""
+
+
+class NotStarted(ForebayError, RuntimeError):
+    """The supervisor has not been started: use `async with BackpressureSupervisor(...) as supervisor:`, or await
+    supervisor.start() first.
+    """
+
+
+class AlreadyStarted(ForebayError, RuntimeError):
+    """The supervisor was started before, and starts once: make a new BackpressureSupervisor."""
+
+
+class SupervisorClosed(ForebayError, RuntimeError):
+    """The supervisor is {state} and takes no more work: submit before drain() or close(), or to another one."""
+
+
+class WrongLoop(ForebayError, RuntimeError):
+    """{what} was used from another event loop or thread than the one its supervisor runs on: use supervisor.portal()
+    there.
+    """
+
+
+class WouldDeadlock(ForebayError, RuntimeError):
+    """portal.{call}() blocks its thread and was called on the supervisor's own event loop, which would wait for itself:
+    await supervisor.{call}(...) here.
+    """
+
+
+class StillSpilled(ForebayError):
+    """Task {task_id!r} is kept in the overflow and this supervisor has closed before its turn came: it is not lost. It
+    runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its result.
+    """
+
+    task_id: str
+
+
+# --- outcomes: what `run` and `slot` raise -------------------------------------------------------------------------
+
+
+class Overloaded(ForebayError):
+    """Not now: {reason}{hint}. Nothing was begun."""
+
+    # Worded so that no framework takes it for a provider's refusal and retries it (design 4).
+    reason: str
+    binding: str | None
+    load: float | None
+    retry_after: float | None
+
+    def __init__(
+        self, reason: str, *, binding: str | None = None, load: float | None = None, retry_after: float | None = None
+    ) -> None:
+        hint = "" if retry_after is None else f"; come back in {retry_after:.3g} s"
+        super().__init__(reason=reason, binding=binding, load=load, retry_after=retry_after, hint=hint)
+
+    @classmethod
+    def _from(cls, facts: dict[str, Any]) -> Self:
+        return cls(facts["reason"], binding=facts["binding"], load=facts["load"], retry_after=facts["retry_after"])
+
+
+class TaskFailed(ForebayError):
+    """Task {task_id!r} failed on worker {worker_id!r}: {error}."""
+
+    task_id: str
+    worker_id: str | None
+    error: str | None
+
+
+class TaskCancelled(TaskFailed):
+    """Task {task_id!r} was cancelled ({error})."""
+
+
+class TaskTimedOut(ForebayError, TimeoutError):
+    """Task {task_id!r} ran out of time on worker {worker_id!r}: {error}."""
+
+    task_id: str
+    worker_id: str | None
+    error: str | None
+
+
+class TaskExpired(TaskTimedOut):
+    """Task {task_id!r} expired: {error}."""

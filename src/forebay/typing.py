@@ -1,0 +1,188 @@
+"""The seams: Protocols, and the frozen data that crosses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+import msgspec
+
+from forebay.task import Priority, Task
+
+
+class WorkerState(Enum):
+    """What a worker is up to: FAILED is its breaker open, OVERLOADED is every slot taken."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    OVERLOADED = "overloaded"
+    FAILED = "failed"
+
+
+class Outcome(Enum):
+    """What an ending says about the one that served it."""
+
+    SUCCESS = "success"
+    OVERLOAD = "overload"  # evidence of congestion
+    FAULT = "fault"  # evidence of breakage
+    IGNORED = "ignored"  # says nothing
+
+
+class WorkerHandler(Protocol):
+    """What runs a task: anything callable with the Task that returns the value, or an awaitable of it.
+
+    A plain callable runs in a thread and holds its slot until the thread ends.
+    """
+
+    def __call__(self, task: Task, /) -> Any: ...  # noqa: D102 - the class says it
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """What one resource holds against what it may hold.
+
+    Attributes:
+        resource: its name, such as ``"pool:research"``.
+        load: the ratio; 1.0 is full, and more than full is possible.
+    """
+
+    resource: str
+    load: float
+
+
+# --- the ledger of tasks -------------------------------------------------------------------------------------------
+
+
+class RowState(Enum):
+    """Where a stored task is: a spilled one WAITING, a durable one written already LEASED, a result DONE."""
+
+    WAITING = "waiting"
+    LEASED = "leased"
+    DONE = "done"
+    DEAD = "dead"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """A task as it is stored.
+
+    Attributes:
+        task_id: unique in the ledger.
+        task_type: which queue it stands in.
+        priority: its rung in that queue.
+        deadline: epoch seconds, or None.
+        key: idempotency key, or None; unique in the ledger while its result is kept.
+        envelope: the encoded task.
+        enqueued_at: epoch seconds when it was first stored.
+        attempts: starts of the handler so far.
+    """
+
+    task_id: str
+    task_type: str
+    priority: Priority
+    envelope: bytes
+    enqueued_at: float
+    deadline: float | None = None
+    key: str | None = None
+    attempts: int = 0
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """A timed right to a stored task.
+
+    Attributes:
+        row: the task.
+        fence: this lease's own id, compared for equality: a holder whose lease was given to another is refused.
+        until: epoch seconds at which it lapses unless renewed.
+    """
+
+    row: Row
+    fence: str
+    until: float
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """How a stored task ended.
+
+    Attributes:
+        status: the name of its final TaskStatus.
+        worker_id: who ran it last, or None.
+        result: the encoded value, or None if there is none or it could not be encoded.
+        error: what went wrong, or None.
+        duration_ms: milliseconds of the last attempt.
+        attempts: starts of the handler.
+        finished_at: epoch seconds.
+    """
+
+    status: str
+    worker_id: str | None = None
+    result: bytes | None = None
+    error: str | None = None
+    duration_ms: float = 0.0
+    attempts: int = 0
+    finished_at: float = 0.0
+
+
+class Put(Enum):
+    """What became of a row that was offered."""
+
+    STORED = "stored"
+    FULL = "full"  # the bound is reached; nothing was written
+    DUPLICATE = "duplicate"  # its task_id or its key is there already; nothing was written
+
+
+class Ledger(Protocol):
+    """The overflow: one ledger of rows, WAITING, LEASED, DONE or DEAD. Times are epoch seconds, given by the caller.
+
+    A write has happened, at the ledger's durability, when its call returns.
+    """
+
+    durable: bool  # whether what it holds survives its process
+
+    async def open(self) -> None:
+        """Connect and prepare.
+
+        Raises:
+            LedgerUnusable: it cannot be; the message says why and what to do.
+        """
+
+    async def close(self) -> None:
+        """Finish what is under way and let go. Idempotent."""
+
+    async def put(self, row: Row, *, fence: str | None = None, until: float = 0.0) -> Put:
+        """Store `row`, WAITING at the tail of its queue; or LEASED under `fence` until `until`, if a fence is given."""
+
+    async def lease(self, task_type: str, limit: int, *, until: float) -> Sequence[Lease]:
+        """Lease up to `limit` waiting rows of `task_type`: by priority, then deadline (none last), then age."""
+
+    async def start(self, lease: Lease) -> bool:
+        """Count a start of the handler. False: the lease has been lost, so it must not be started."""
+
+    async def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+        """Extend `leases` to `until`, and return those that have been lost."""
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Give rows back, WAITING at the place where they stood. Lost leases are passed over."""
+
+    async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
+        """Mark a row DONE. With a fence: only if LEASED under it; with None: only if WAITING (it was given up).
+
+        Returns:
+            False if it was not so, and nothing was written.
+        """
+
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
+        """Return LEASED rows that lapsed before `now` to WAITING at their place, or, once `max_attempts` starts were
+        made, to DEAD with a completion of status FAILED. Return those that became DEAD.
+        """
+
+    async def prune(self, *, before: float) -> int:
+        """Drop DONE rows that finished before `before`; return how many."""
+
+    async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
+        """The row of that id, with its completion if it is DONE or DEAD."""
+
+    async def find_key(self, key: str) -> str | None:
+        """The task id stored under an idempotency key, or None."""
+
+    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+        """How many rows are WAITING, by task type and priority."""
