@@ -1,7 +1,7 @@
 """Loop time, wall time, chance and identity: the one door by which they enter.
 
-Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for what travels or is stored. Under a
-virtual-time loop both are virtual, so nothing else may ask the machine.
+Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for what travels or is stored.
+Under a virtual-time loop both are virtual, so nothing else may ask the machine.
 """
 
 from __future__ import annotations

@@ -71,9 +71,17 @@ class InvalidSetting(ForebayError, ValueError):
 
 
 class InvalidHandler(ForebayError, TypeError):
-    """{worker!r} has a handler of type {type}, which Forebay cannot run: pass an async or plain callable that takes the
-    Task, a supervisor, or an agent of a supported framework ({frameworks}).
-    """
+    """{worker!r} has a handler of type {type}, which Forebay cannot run: {hint}."""
+
+    worker: str
+    type: str
+
+    def __init__(self, *, worker: str, type: str, frameworks: str = "", hint: str = "") -> None:  # noqa: A002
+        hint = hint or (
+            "pass an async or plain callable that takes the Task, a supervisor, or an agent of a supported framework"
+            f" ({frameworks})"
+        )
+        super().__init__(worker=worker, type=type, frameworks=frameworks, hint=hint)
 
 
 class DuplicateWorker(ForebayError, ValueError):

@@ -171,8 +171,10 @@ class Ledger(Protocol):
         """
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
-        """Return LEASED rows that lapsed before `now` to WAITING at their place, or, once `max_attempts` starts were
-        made, to DEAD with a completion of status FAILED. Return those that became DEAD.
+        """Give LEASED rows that lapsed before `now` back, WAITING at their place.
+
+        Once `max_attempts` starts were made they become DEAD instead, with a completion of status FAILED: these are
+        returned.
         """
 
     async def prune(self, *, before: float) -> int:

@@ -1,0 +1,50 @@
+# The front door. Every target sets up what it needs, on a bare clone too.
+# PYTHON=python3.12 chooses the Python of .venv, ARGS="..." goes to the tool that the target runs.
+
+VENV := .venv
+RUN  := $(VENV)/bin/python -m
+CODE := $(wildcard src tests bench examples)
+JOBS ?= 2
+export JOBS
+
+.DEFAULT_GOAL := help
+.PHONY: help install packages demo test test-quick check format bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## make or update .venv, with the versions pinned in requirements/dev.txt
+	@scripts/bootstrap.sh $(VENV)
+
+packages: ## install the Debian packages that tests use, where that is allowed
+	@scripts/apt.sh $$(sed 's/#.*//' requirements/apt.txt) || echo 'tests that need them say so'
+
+demo: install ## the surge: SEED=7, PROVIDER_URL=... and the like reach it by the environment
+	@$(VENV)/bin/forebay demo $(ARGS)
+
+test: install packages ## every test, on each of Python 3.11 and 3.13 that is found
+	@scripts/test.sh $(ARGS)
+
+test-quick: install ## the inner loop: one Python, few examples, nothing slow
+	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
+
+check: install ## lint, format, types, and which room may import which
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy $(CODE)
+	$(VENV)/bin/lint-imports --no-logo
+
+format: install ## let ruff fix what it can
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: install ## measure against what is run beside it: NAME=surge JSON=file
+	@$(RUN) bench $(NAME) $(if $(JSON),--json $(JSON)) $(ARGS)
+
+lock: install ## pin requirements/dev.in anew: ARGS=--upgrade for the newest versions
+	$(RUN) uv pip compile requirements/dev.in --output-file requirements/dev.txt --quiet \
+		--no-header --no-emit-index-url --universal --python-version 3.11 $(ARGS)
+
+clean: ## drop caches and what was built; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,120 @@
+"""A compiled LangGraph graph as a handler: its input is the payload, its result what ``ainvoke`` returns.
+
+What LangGraph does with a run, as far as a worker must know it (1.2):
+
+- Cancelling the run cancels its async nodes and waits for them to end. A *plain* node runs in the event loop's default
+  executor; cancelling leaves its thread running, and the run ends without it.
+- That executor is asyncio's own, of few threads (``min(32, cpus + 4)``), for all graphs together, and no config
+  chooses another: a graph of plain nodes runs no wider than that, whatever ``max_concurrent`` says, unless the loop was
+  given a larger one by ``loop.set_default_executor``.
+- Context variables reach the nodes, plain ones too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.graph import StateGraph
+from langgraph.pregel import Pregel
+
+from forebay.adapters.handler import Handler
+from forebay.context import progress
+from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask
+
+if TYPE_CHECKING:
+    from forebay.adapters.recognise import Config
+    from forebay.task import Task
+
+_INTERRUPT = "__interrupt__"  # the key of interrupts, in updates and in results
+
+
+def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
+    """The handler that runs tasks on `graph`.
+
+    `config` is a RunnableConfig, or a callable that makes one of the task; its key ``"context"``, if any, is the
+    graph's static context. ``configurable.thread_id`` is the task's thread, over a fixed config's own, under a
+    callable's. Metadata tells the task by ``forebay_task_id``, ``forebay_task_type``, ``forebay_tenant``,
+    ``forebay_priority``.
+
+    Raises:
+        InvalidHandler: `graph` is no compiled graph.
+    """
+    if isinstance(graph, StateGraph):
+        raise InvalidHandler(worker=worker, type=type(graph).__name__, hint="compile it first: graph.compile()")
+    if not isinstance(graph, Pregel):
+        hint = "of LangGraph, pass a compiled graph; call anything else in an async function that takes the Task"
+        raise InvalidHandler(worker=worker, type=type(graph).__name__, hint=hint)
+    return Handler(call=partial(_run, graph, worker, config))
+
+
+async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task) -> Any:
+    run_config, context = _configure(graph, worker, config, task)
+    # Submitted from inside a node of another graph, this run would else be taken for a subgraph of that one.
+    outer = var_child_runnable_config.set(var_child_runnable_config.get())
+    try:
+        return await _stream(graph, task.payload, run_config, context)
+    finally:
+        var_child_runnable_config.reset(outer)
+
+
+async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, config: Any, context: Any) -> Any:
+    """Do what ``ainvoke`` does with the stream, and pass its other chunks on as progress."""
+    latest: Any = None
+    interrupts: list[Any] = []
+    stream = graph.astream(
+        payload,
+        config,
+        context=context,
+        stream_mode=["updates", "custom", "values"],
+        output_keys=graph.output_channels,  # else a private part of the state would come back with the result
+    )
+    async with aclosing(cast("AsyncGenerator[tuple[str, Any]]", stream)) as chunks:
+        async for mode, chunk in chunks:
+            if mode == "values":
+                latest = chunk
+                continue
+            if mode == "updates" and isinstance(chunk, dict):
+                interrupts.extend(chunk.get(_INTERRUPT, ()))
+            progress(chunk)
+    if not interrupts:
+        return latest
+    return {**(latest if isinstance(latest, dict) else {}), _INTERRUPT: interrupts}
+
+
+def _configure(
+    graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task
+) -> tuple[dict[str, Any], Any]:
+    """The config and the static context of one run; what is made for the task outranks what is fixed."""
+    made = callable(config)
+    given = config(task) if callable(config) else config or {}
+    if not isinstance(given, Mapping):
+        expected = "a plain callable that returns a RunnableConfig, a mapping"
+        raise InvalidSetting(owner=worker, name="config", value=type(given).__name__, expected=expected)
+
+    thread = {} if task.thread is None else {"thread_id": task.thread}
+    own = given.get("configurable") or {}
+    configurable = {**thread, **own} if made else {**own, **thread}
+    if "thread_id" not in configurable and _remembers(graph):
+        expected = f"set: the graph of worker {worker!r} keeps its memory by thread, in a checkpointer"
+        raise InvalidTask(field="thread", value=None, expected=expected)
+
+    metadata = {
+        "forebay_task_id": task.task_id,
+        "forebay_task_type": task.task_type,
+        "forebay_tenant": task.tenant,
+        "forebay_priority": task.priority.name,
+        **(given.get("metadata") or {}),
+    }
+    run_config = {**given, "configurable": configurable, "metadata": metadata}
+    return run_config, run_config.pop("context", None)
+
+
+def _remembers(graph: Pregel[Any, Any, Any, Any]) -> bool:
+    """Whether LangGraph would refuse a run of `graph` that names no thread."""
+    bound = (graph.config or {}).get("configurable") or {}
+    return isinstance(graph.checkpointer, BaseCheckpointSaver) and "thread_id" not in bound

@@ -1,0 +1,37 @@
+"""The threshold ladder: from which load each priority is refused."""
+
+from __future__ import annotations
+
+from forebay.errors import InvalidThreshold
+from forebay.task import Priority
+
+
+class Ladder:
+    """Thresholds by priority, so that the last of the room belongs to the most important work.
+
+    For a threshold ``t``: LOW ``0.75 t``, NORMAL ``t``, HIGH ``(1 + t) / 2``, CRITICAL 1.
+
+    Raises:
+        InvalidThreshold: `threshold` is outside (0, 1].
+    """
+
+    __slots__ = ("_rungs", "threshold")
+
+    def __init__(self, threshold: float) -> None:
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
+            raise InvalidThreshold(value=threshold)
+        self.threshold = float(threshold)
+        self._rungs = {
+            Priority.CRITICAL: 1.0,
+            Priority.HIGH: (1 + self.threshold) / 2,
+            Priority.NORMAL: self.threshold,
+            Priority.LOW: 0.75 * self.threshold,
+        }
+
+    def of(self, priority: Priority) -> float:
+        """The load from which `priority` is refused."""
+        return self._rungs[priority]
+
+    def refuses(self, priority: Priority, load: float) -> bool:
+        """Whether a resource at `load` takes no more of `priority`."""
+        return load >= self._rungs[priority]

@@ -1,0 +1,281 @@
+"""A task or a result as bytes: what goes in comes back equal, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from forebay.errors import ForebayError, NotPortable, PayloadTooLarge
+from forebay.task import Deadline, Estimate, Priority, Task
+
+VERSION = 1  # raised when a reader of the one before would misread it; a field added at the end is not that
+
+_DEEPEST = 100  # containers within containers; also what ends a payload that holds itself
+_LEAST, _MOST = -(2**63), 2**64 - 1  # the whole numbers that MessagePack can hold
+_PLAIN = frozenset({type(None), bool, float})
+_NAMES = ("task_type", "task_id", "key", "tenant", "thread")
+_NAME_SHOWN = 40  # characters of a key that a path shows: a longer one is no name but content
+
+
+class EnvelopeTooNew(ForebayError, ValueError):
+    """A stored task or result has version {version}, and this Forebay reads up to {known}: a newer one wrote it. Upgrade
+    Forebay in every process that shares the overflow.
+    """
+
+    version: int
+    known: int
+
+
+class EnvelopeDamaged(ForebayError, ValueError):
+    """A stored task or result cannot be read ({why}): it was damaged, or something other than Forebay wrote it."""
+
+
+class _Versioned(msgspec.Struct, frozen=True, array_like=True):
+    """What every version begins with."""
+
+    version: int
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """A task. An array, so that names cost nothing; readers pass over fields added at the end."""
+
+    version: int
+    task_type: str
+    payload: Any
+    task_id: str
+    priority: Priority
+    timeout: float | None
+    deadline: float | None
+    spill: bool
+    durable: bool
+    key: str | None
+    tenant: str
+    thread: str | None
+    estimate: tuple[int, int, int] | None
+
+
+class _Result(msgspec.Struct, frozen=True, array_like=True):
+    """What a handler returned."""
+
+    version: int
+    value: Any
+
+
+_Stored = TypeVar("_Stored", _Envelope, _Result)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_version = msgspec.msgpack.Decoder(_Versioned).decode
+_decode_envelope = msgspec.msgpack.Decoder(_Envelope).decode
+_decode_result = msgspec.msgpack.Decoder(_Result).decode
+
+
+def encode_task(task: Task, *, bound: int) -> bytes:
+    """The task as bytes.
+
+    What can travel: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with str keys of them, of
+    these very types and at most 100 deep. A tuple comes back as a list; everything else comes back as it was.
+
+    Args:
+        task: what is to be stored.
+        bound: bytes that its payload may take.
+
+    Raises:
+        NotPortable: the payload holds something else, at ``path``.
+        PayloadTooLarge: it takes more than `bound` bytes; ``size`` is at least what it takes.
+    """
+    payload = _portable(task.payload, task.task_id, bound)
+    estimate = task.estimate
+    envelope = _Envelope(
+        version=VERSION,
+        task_type=_text(task.task_type),
+        payload=msgspec.Raw(payload),
+        task_id=_text(task.task_id),
+        priority=task.priority,
+        timeout=None if task.timeout is None else float(task.timeout),
+        deadline=None if task.deadline is None else float(task.deadline.at),
+        spill=bool(task.spill),
+        durable=bool(task.durable),
+        key=None if task.key is None else _text(task.key),
+        tenant=_text(task.tenant),
+        thread=None if task.thread is None else _text(task.thread),
+        estimate=None if estimate is None else (estimate.calls, estimate.input_tokens, estimate.output_tokens),
+    )
+    try:
+        return _encode(envelope)
+    except (UnicodeEncodeError, OverflowError):
+        raise _blame(task) from None
+
+
+def decode_task(envelope: bytes) -> Task:
+    """The task in an envelope, also if its deadline has passed meanwhile.
+
+    Raises:
+        EnvelopeTooNew: a newer Forebay wrote it.
+        EnvelopeDamaged: it is no envelope.
+    """
+    stored = _open(_decode_envelope, envelope)
+    try:
+        task = Task(
+            stored.task_type,
+            stored.payload,
+            task_id=stored.task_id,
+            priority=stored.priority,
+            timeout=stored.timeout,
+            spill=stored.spill,
+            durable=stored.durable,
+            key=stored.key,
+            tenant=stored.tenant,
+            thread=stored.thread,
+            estimate=stored.estimate and _estimate(stored.estimate),
+        )
+        if stored.deadline is not None:  # a Task refuses to be made too late, but a stored one has to end as EXPIRED
+            msgspec.structs.force_setattr(task, "deadline", Deadline(stored.deadline))
+    except ValueError as error:
+        raise EnvelopeDamaged(why=type(error).__name__) from None
+    return task
+
+
+def encode_result(value: Any, bound: int) -> bytes | None:
+    """A handler's value as bytes; None if it cannot travel (see `encode_task`) or takes more than `bound` bytes."""
+    try:
+        encoded = _portable(value, "", bound)
+    except (NotPortable, PayloadTooLarge):
+        return None
+    return _encode(_Result(version=VERSION, value=msgspec.Raw(encoded)))
+
+
+def decode_result(encoded: bytes) -> Any:
+    """The value in an encoded result.
+
+    Raises:
+        EnvelopeTooNew: a newer Forebay wrote it.
+        EnvelopeDamaged: it is no result.
+    """
+    return _open(_decode_result, encoded).value
+
+
+def _open(decode: Callable[[bytes], _Stored], data: bytes) -> _Stored:
+    try:
+        stored = decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        why = type(error).__name__  # its text might quote the content
+        try:
+            version = _decode_version(data).version
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            raise EnvelopeDamaged(why=why) from None
+    else:
+        version, why = stored.version, f"version {stored.version}"
+        if version == VERSION:
+            return stored
+    if version > VERSION:
+        raise EnvelopeTooNew(version=version, known=VERSION)
+    raise EnvelopeDamaged(why=why)
+
+
+def _estimate(figures: tuple[int, int, int]) -> Estimate:
+    calls, input_tokens, output_tokens = figures
+    return Estimate(calls=calls, input_tokens=input_tokens, output_tokens=output_tokens)
+
+
+def _portable(value: Any, task_id: str, bound: int) -> bytes:
+    """The encoded value, or why it cannot travel."""
+    walk = _Walk(bound)
+    try:
+        culprit = walk.culprit(value, 0)
+    except _TooMuch:
+        raise PayloadTooLarge(task_id=task_id, size=bound - walk.left, bound=bound) from None
+    if culprit is not None:
+        path, kind = culprit
+        raise NotPortable(task_id=task_id, path="payload" + path, type=kind)
+    encoded = _encode(value)
+    if len(encoded) > bound:
+        raise PayloadTooLarge(task_id=task_id, size=len(encoded), bound=bound)
+    return encoded
+
+
+class _TooMuch(Exception):  # noqa: N818 - no error: it ends the walk
+    """The walk has met more than the bound allows."""
+
+
+class _Walk:
+    """A walk over a value, looking for what would not come back equal.
+
+    Every item and every character takes at least a byte, so once more of them were met than the bound has bytes the value is
+    too large, and a value that fans out without end, by holding one list many times over, ends there too.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self, bound: int) -> None:
+        self.left = bound
+
+    def culprit(self, value: Any, depth: int) -> tuple[str, str] | None:
+        """Where in the value the first culprit is and what it is, or None."""
+        kind = type(value)
+        if kind is dict:
+            items = value.items()
+        elif kind is list or kind is tuple:
+            items = enumerate(value)
+        else:
+            return self._bare(value, kind)
+        if depth == _DEEPEST:
+            return "", f"{kind.__name__} more than {_DEEPEST} deep, or within itself"
+        self._spend(len(value))
+        for name, item in items:
+            if kind is dict:
+                if type(name) is not str:
+                    return "", f"dict with a key of type {type(name).__qualname__}"
+                if self._bare(name, str) is not None:
+                    return "", "dict with a key that is not valid Unicode"
+            if type(item) in _PLAIN:
+                continue
+            found = self.culprit(item, depth + 1)
+            if found is not None:
+                return _step(name) + found[0], found[1]
+        return None
+
+    def _bare(self, value: Any, kind: type) -> tuple[str, str] | None:
+        if kind is str:
+            self._spend(len(value))
+            return None if value.isascii() or _is_unicode(value) else ("", "str that is not valid Unicode")
+        if kind is int:
+            return None if _LEAST <= value <= _MOST else ("", "int beyond 64 bits")
+        if kind is bytes:
+            self._spend(len(value))
+            return None
+        return None if kind in _PLAIN else ("", kind.__qualname__)
+
+    def _spend(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise _TooMuch
+
+
+def _step(name: str | int) -> str:
+    """A step of a path. A key is shown if it looks like a name: a payload's content is never echoed."""
+    if isinstance(name, int):
+        return f"[{name}]"
+    return f".{name}" if name.isidentifier() and len(name) <= _NAME_SHOWN else "[...]"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(name: str) -> str:
+    return str.__str__(name)  # of a subclass, such as an enum of strings, the text alone
+
+
+def _blame(task: Task) -> NotPortable:
+    """Which of the task's own fields cannot travel."""
+    for field in _NAMES:
+        name = getattr(task, field)
+        if name is not None and not _is_unicode(name):
+            return NotPortable(task_id=task.task_id, path=field, type="str that is not valid Unicode")
+    return NotPortable(task_id=task.task_id, path="estimate", type="int beyond 64 bits")

@@ -1,0 +1,265 @@
+"""The ledger in a SQLite file: tasks survive their process, and processes on one machine share them."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from math import inf, isinf
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from forebay.clock import new_id
+from forebay.errors import LedgerUnusable
+from forebay.overflow.lapse import lapsed
+from forebay.overflow.schema import SCHEMA, STATES
+from forebay.storage.rows import Rows
+from forebay.storage.sqlite import SqliteWriter
+from forebay.storage.url import DEFAULT_BOUND, Synchronous
+from forebay.task import Priority
+from forebay.typing import Completion, Lease, Put, Row, RowState
+
+_BATCH = 500  # rows that reap and prune take at once, so that nobody waits long behind them
+
+_ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts"
+
+# Not INSERT OR IGNORE: that would also govern what the triggers do.
+_PUT = Rows(f"INSERT INTO task ({_ROW}, state, fence, until) VALUES {{rows}} ON CONFLICT DO NOTHING", 11)
+_TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
+_HELD = "SELECT tasks FROM size WHERE ended = 0"
+_LEASE = f"""
+UPDATE task SET state = 1, until = ?, fence = ? || '-' || turn
+WHERE turn IN (SELECT turn FROM task WHERE state = 0 AND task_type = ? ORDER BY priority, due, turn LIMIT ?)
+RETURNING {_ROW}, fence, turn
+"""
+_BY_HOLDER = "FROM (VALUES {rows}) AS held WHERE task_id = column1 AND fence = column2 AND state = 1"
+_START = Rows(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
+_RENEW = Rows(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
+_RELEASE = Rows(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
+# A row that waits has no fence, so that IS finds it for who gave none.
+_FINISH = Rows(
+    """
+    UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x''
+    FROM (VALUES {rows}) AS held WHERE task_id = column1 AND fence IS column2 AND state < 2
+    """,
+    4,
+)
+_BURY = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE turn = ?"
+_LAPSED = f"SELECT {_ROW}, turn FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
+_REQUEUE = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE turn = ?"
+_OLDEST = "SELECT turn FROM task WHERE state >= 2 ORDER BY finished_at, turn"
+_TRIM = f"DELETE FROM task WHERE turn IN ({_OLDEST} LIMIT max(0, (SELECT tasks FROM size WHERE ended = 1) - ?))"
+_PRUNE = """
+DELETE FROM task WHERE turn IN (SELECT turn FROM task WHERE state >= 2 AND finished_at < ? ORDER BY finished_at LIMIT ?)
+"""
+_FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
+_FIND_KEY = "SELECT task_id FROM task WHERE key = ?"
+_DEPTHS = "SELECT task_type, priority, waiting FROM depth WHERE waiting > 0"
+_FORGET_TYPES = "DELETE FROM depth WHERE waiting = 0"
+
+_Offer: TypeAlias = tuple[Row, str | None, float]  # a row; its fence and how long that holds, if it is put leased
+_Ending: TypeAlias = tuple[str, str | None, float, bytes]  # task id, fence, when, encoded completion
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_completion = msgspec.msgpack.Decoder(Completion).decode
+
+
+class SqliteLedger:
+    """A ledger of rows in a SQLite file, safe to share between processes on one machine.
+
+    Args:
+        path: the file; made if it is not there.
+        bound: rows that may wait or be leased; as many ended ones are kept, the oldest dropped first.
+        synchronous: what an acknowledged write survives, see `Synchronous`.
+    """
+
+    durable = True
+
+    def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
+        self._bound = bound
+        self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
+        self._put = partial(_put, bound)
+        self._finish = partial(_finish, bound)
+
+    async def open(self) -> None:
+        """Open the file."""
+        await self._writer.open()
+
+    async def close(self) -> None:
+        """Finish what was asked for and close the file."""
+        await self._writer.close()
+
+    async def put(self, row: Row, *, fence: str | None = None, until: float = 0.0) -> Put:
+        """Store `row`."""
+        return await self._writer.run_batched(self._put, (row, fence, until))
+
+    async def lease(self, task_type: str, limit: int, *, until: float) -> Sequence[Lease]:
+        """Lease the best waiting rows of a type. Cancelled, it gives back what it leased after all."""
+        if limit <= 0:
+            return ()
+        leasing = self._writer.run(partial(_lease, task_type, limit, until))
+        try:
+            return await asyncio.shield(leasing)
+        except asyncio.CancelledError:
+            leasing.add_done_callback(self._give_back)
+            raise
+
+    def _give_back(self, leasing: asyncio.Future[Sequence[Lease]]) -> None:
+        if leasing.cancelled() or leasing.exception() is not None or not leasing.result():
+            return
+        with suppress(LedgerUnusable):  # closed meanwhile: they lapse
+            self._writer.run(partial(_release, leasing.result()))
+
+    async def start(self, lease: Lease) -> bool:
+        """Count a start."""
+        return await self._writer.run_batched(_start, lease)
+
+    async def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+        """Extend leases, and return the lost ones."""
+        return await self._writer.run(partial(_renew, leases, until))
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Put rows back where they stood."""
+        await self._writer.run(partial(_release, leases))
+
+    async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
+        """Mark a row DONE."""
+        ending = (task_id, fence, completion.finished_at, _encode(completion))
+        return await self._writer.run_batched(self._finish, ending)
+
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
+        """Take back lapsed rows, and return those that became DEAD."""
+        dead: list[Row] = []
+        while True:
+            count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
+            dead += more
+            if count < _BATCH:
+                return dead
+
+    async def prune(self, *, before: float) -> int:
+        """Drop ended rows that are old enough."""
+        total = 0
+        while True:
+            count = await self._writer.run(partial(_prune, before))
+            total += count
+            if count < _BATCH:
+                return total
+
+    async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
+        """A row by its id."""
+        return await self._writer.run(partial(_find, task_id), writes=False)
+
+    async def find_key(self, key: str) -> str | None:
+        """The id stored under a key."""
+        return await self._writer.run(partial(_find_key, key), writes=False)
+
+    async def depths(self) -> Mapping[tuple[str, Priority], int]:
+        """How many rows wait."""
+        return await self._writer.run(_depths, writes=False)
+
+
+def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[Put]:
+    rows = [_values(*offer) for offer in offers]
+    (held,) = connection.execute(_HELD).fetchone()
+    room = bound - held
+    if len(rows) <= room:
+        return [Put.STORED if stored else Put.DUPLICATE for stored in _PUT.run(connection, rows)]
+    outcomes = []
+    for (row, _, _), values in zip(offers, rows, strict=True):
+        if room > 0:
+            (stored,) = _PUT.run(connection, [values])
+            room -= stored
+            outcomes.append(Put.STORED if stored else Put.DUPLICATE)
+        else:
+            (taken,) = connection.execute(_TAKEN, (row.task_id, row.key)).fetchone()
+            outcomes.append(Put.DUPLICATE if taken else Put.FULL)
+    return outcomes
+
+
+def _values(row: Row, fence: str | None, until: float) -> tuple[Any, ...]:
+    due = inf if row.deadline is None else row.deadline
+    common = (row.task_id, row.task_type, row.priority, row.envelope, row.enqueued_at, due, row.key, row.attempts)
+    return (*common, 0, None, None) if fence is None else (*common, 1, fence, until)
+
+
+def _lease(task_type: str, limit: int, until: float, connection: sqlite3.Connection) -> Sequence[Lease]:
+    found = connection.execute(_LEASE, (until, new_id(), task_type, limit)).fetchall()
+    found.sort(key=lambda record: (record[2], record[5], record[-1]))  # RETURNING promises no order
+    return [Lease(row=_row(record), fence=record[-2], until=until) for record in found]
+
+
+def _start(connection: sqlite3.Connection, leases: Sequence[Lease]) -> Sequence[bool]:
+    return _START.run(connection, [(lease.row.task_id, lease.fence) for lease in leases])
+
+
+def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection) -> Sequence[Lease]:
+    renewed = _RENEW.run(connection, [(lease.row.task_id, lease.fence, until) for lease in leases])
+    return [lease for lease, done in zip(leases, renewed, strict=True) if not done]
+
+
+def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
+    _RELEASE.run(connection, [(lease.row.task_id, lease.fence) for lease in leases])
+
+
+def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Ending]) -> Sequence[bool]:
+    finished = _FINISH.run(connection, endings)
+    connection.execute(_TRIM, (bound,))
+    return finished
+
+
+def _reap(now: float, max_attempts: int, bound: int, connection: sqlite3.Connection) -> tuple[int, Sequence[Row]]:
+    """How many had lapsed, at most a batch, and those of them that became DEAD."""
+    found = connection.execute(_LAPSED, (now, _BATCH)).fetchall()
+    dead = []
+    for record in found:
+        row, turn = _row(record), record[-1]
+        completion = lapsed(row, now=now, max_attempts=max_attempts)
+        if completion is None:
+            connection.execute(_REQUEUE, (turn,))
+        else:
+            connection.execute(_BURY, (completion.finished_at, _encode(completion), turn))
+            dead.append(row)
+    if dead:
+        connection.execute(_TRIM, (bound,))
+    return len(found), dead
+
+
+def _prune(before: float, connection: sqlite3.Connection) -> int:
+    connection.execute(_FORGET_TYPES)
+    return connection.execute(_PRUNE, (before, _BATCH)).rowcount
+
+
+def _find(task_id: str, connection: sqlite3.Connection) -> tuple[RowState, Row, Completion | None] | None:
+    record = connection.execute(_FIND, (task_id,)).fetchone()
+    if record is None:
+        return None
+    *_, state, completion = record
+    return STATES[state], _row(record), None if completion is None else _decode_completion(completion)
+
+
+def _find_key(key: str, connection: sqlite3.Connection) -> str | None:
+    record = connection.execute(_FIND_KEY, (key,)).fetchone()
+    return None if record is None else str(record[0])
+
+
+def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority], int]:
+    records = connection.execute(_DEPTHS).fetchall()
+    return {(task_type, Priority(priority)): waiting for task_type, priority, waiting in records}
+
+
+def _row(record: Sequence[Any]) -> Row:
+    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts = record[:8]
+    return Row(
+        task_id=task_id,
+        task_type=task_type,
+        priority=Priority(priority),
+        envelope=envelope,
+        enqueued_at=enqueued_at,
+        deadline=None if isinf(due) else due,
+        key=key,
+        attempts=attempts,
+    )

@@ -1,0 +1,91 @@
+"""A call to a simulated provider, and what can become of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forebay.sim.config import Dialect
+from forebay.sim.faults import Reason
+from forebay.sim.ledger import Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call as it reaches the provider.
+
+    `input_tokens` is what the provider counts, `output_tokens` what the model will have said when it stops by itself;
+    ``max_tokens`` cuts that short. A call that does not `stream` is told only its first token and its end.
+    """
+
+    model: str
+    input_tokens: int
+    output_tokens: int
+    max_tokens: int | None = None
+    stream: bool = False
+    key: str = ""  # the API key
+    run: str | None = None  # whose account of tokens it goes to, see `Provider.bills`
+    dialect: Dialect | None = None  # in which to answer, if not the provider's own
+
+    @property
+    def length(self) -> int:
+        """Output tokens that will be made: at least 1."""
+        return max(1, self.output_tokens if self.max_tokens is None else min(self.output_tokens, self.max_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The call is in flight; its answer will begin with these headers."""
+
+    call_id: int
+    request_id: str
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The call was answered with an error."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    reason: Reason
+    retry_after: float | None  # seconds, as exactly as the provider knows; None: it does not say
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first token of a call is there."""
+
+    call_id: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many further tokens of a streaming call are there."""
+
+    call_id: int
+    at: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A call has been answered whole."""
+
+    call_id: int
+    at: float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A call was ended by the provider: `reported` as an error, or the connection just dropped."""
+
+    call_id: int
+    at: float
+    usage: Usage
+    reported: bool
+
+
+Event = FirstToken | Progress | Finished | Cut

@@ -1,0 +1,99 @@
+"""The plant as a child process, for demos, benches and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import selectors
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+from forebay.errors import ForebayError
+from forebay.sim.config import ProviderConfig
+
+_READY: Final = 30.0  # seconds until a child must have said its URL
+_END: Final = 5.0  # seconds that it is given to end
+_ANSWER: Final = 10.0  # seconds for an answer about itself
+
+
+class PlantFailed(ForebayError, RuntimeError):
+    """The simulated provider did not start: {why}. Run `{command}` by hand to see it."""
+
+    why: str
+    command: str
+
+
+class RunningPlant:
+    """A simulated provider that serves in another process.
+
+    Its methods block, for about a millisecond each: from a coroutine, call them in an executor.
+    """
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.url = url
+        self.pid = pid
+
+    @property
+    def openai_url(self) -> str:
+        """For ``OpenAI(base_url=...)``. Anthropic's client takes `url` itself."""
+        return f"{self.url}/v1"
+
+    def statistics(self) -> dict[str, Any]:
+        """The fields of `Statistics`, as read from JSON: keys of `by_status` are strings."""
+        return self._ask("GET", "/plant/statistics")
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """The `Bill` of each run that calls named with ``x-plant-run``."""
+        return self._ask("GET", "/plant/runs")
+
+    def reset(self, config: ProviderConfig | None = None) -> None:
+        """Begin anew at second 0, with the same configuration or another."""
+        self._ask("POST", "/plant/reset", b"" if config is None else config.to_json())
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        request = urllib.request.Request(self.url + path, data=body, method=method)  # noqa: S310 - our own child
+        with urllib.request.urlopen(request, timeout=_ANSWER) as response:  # noqa: S310
+            return cast("dict[str, Any]", json.load(response))
+
+
+@contextlib.contextmanager
+def start_plant(
+    config: ProviderConfig | None = None, *, seed: int = 0, traffic: str = "conversation"
+) -> Iterator[RunningPlant]:
+    """Start a plant in a process of its own, and end it with the block; it ends with this process in any case.
+
+    Args:
+        config: what it is like.
+        seed: all its chance comes from it.
+        traffic: whose answers it gives where a call does not fix the length: "conversation" or "code".
+
+    Raises:
+        PlantFailed: it said no URL within 30 s.
+    """
+    config = config or ProviderConfig()
+    options = ["--attached", "--seed", str(seed), "--traffic", traffic, "--config", config.to_json().decode()]
+    command = [sys.executable, "-m", "forebay.sim", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:  # noqa: S603
+        try:
+            yield _ready(child, command)
+        finally:
+            child.terminate()
+            try:
+                child.wait(_END)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def _ready(child: subprocess.Popen[bytes], command: list[str]) -> RunningPlant:
+    assert child.stdout is not None  # noqa: S101 - it was asked for
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        line = child.stdout.readline() if selector.select(_READY) else b""
+    if not line:
+        why = "it said nothing in time" if child.poll() is None else f"it ended with status {child.returncode}"
+        raise PlantFailed(why=why, command=" ".join(command))
+    told = json.loads(line)
+    return RunningPlant(told["url"], told["pid"])

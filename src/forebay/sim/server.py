@@ -1,0 +1,185 @@
+"""The simulated provider over HTTP: what OpenAI's and Anthropic's clients expect to find, and a window for the tests.
+
+- ``POST /v1/chat/completions`` and ``POST /v1/messages``, streaming and not; ``GET /v1/models``.
+- ``GET /plant/statistics``, ``GET /plant/runs``, ``POST /plant/reset`` (an empty body begins anew as configured, a JSON
+  body is another `ProviderConfig`).
+
+A call may fix what is otherwise estimated or drawn: the headers ``x-plant-input-tokens`` and ``x-plant-output-tokens``;
+``x-plant-run`` (else ``x-forebay-task``) names the run that its tokens are counted for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Final
+
+import msgspec
+from aiohttp import web
+
+from forebay.sim import dialect, wire
+from forebay.sim.calls import Call, Cut, Finished, FirstToken, Progress, Refused
+from forebay.sim.config import Dialect, InvalidProvider, ProviderConfig
+from forebay.sim.traffic import Traffic
+from forebay.sim.virtual import Answer, SimulatedProvider
+
+_JSON: Final = "application/json"
+_MOST_BYTES: Final = 8 << 20  # of a request
+_SSE: Final = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+
+
+class Plant:
+    """One simulated provider behind HTTP routes; made in the loop that serves it."""
+
+    def __init__(self, config: ProviderConfig, *, seed: int = 0, traffic: Traffic | None = None) -> None:
+        self._seed = seed
+        self._traffic = traffic or Traffic.conversation()
+        self._begin(config)
+
+    def application(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=_MOST_BYTES)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/messages", self._messages)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/plant/statistics", self._statistics)
+        app.router.add_get("/plant/runs", self._runs)
+        app.router.add_post("/plant/reset", self._reset)
+        return app
+
+    def _begin(self, config: ProviderConfig) -> None:
+        self._provider = SimulatedProvider(config, self._seed, epoch=time.time())
+        self._lengths = random.Random(f"{self._seed}/lengths")
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, Dialect.OPENAI)
+
+    async def _messages(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, Dialect.ANTHROPIC)
+
+    async def _serve(self, request: web.Request, spoken: Dialect) -> web.StreamResponse:
+        try:
+            asked = wire.read(await request.read())
+            call = self._call(request, asked, spoken)
+        except (msgspec.MsgspecError, ValueError) as error:
+            return _plain(dialect.bad_request(spoken, str(error), "req_unread"))
+        answer = self._provider.knock(call)
+        if isinstance(answer, Refused):
+            await asyncio.sleep(self._provider.config.refuse_after)
+            return _plain(answer)
+        with answer:
+            if spoken is Dialect.OPENAI:
+                created = int(time.time())
+                voice: Voice = wire.OpenAI(answer.call_id, asked.model, created, include_usage=asked.include_usage)
+            else:
+                voice = wire.Anthropic(answer.call_id, asked.model)
+            if call.stream:
+                return await _stream(request, call, answer, voice)
+            return await _whole(request, call, answer, voice)
+
+    def _call(self, request: web.Request, asked: wire.Request, spoken: Dialect) -> Call:
+        headers = request.headers
+        fixed = headers.get("x-plant-input-tokens")
+        input_tokens = int(fixed) if fixed else asked.input_tokens()
+        fixed = headers.get("x-plant-output-tokens")
+        output_tokens = int(fixed) if fixed else self._traffic.output_tokens(self._lengths, input_tokens)
+        return Call(
+            model=asked.model,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            max_tokens=asked.most,
+            stream=bool(asked.stream),
+            key=headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer "),
+            run=headers.get("x-plant-run") or headers.get("x-forebay-task"),
+            dialect=spoken,
+        )
+
+    # --- the window -------------------------------------------------------------------------------------------------
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "plant"} for name in self.config.prices]
+        return web.Response(body=msgspec.json.encode({"object": "list", "data": models}), content_type=_JSON)
+
+    async def _statistics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self._provider.statistics()), content_type=_JSON)
+
+    async def _runs(self, _request: web.Request) -> web.Response:
+        return web.Response(body=msgspec.json.encode(self._provider.bills()), content_type=_JSON)
+
+    async def _reset(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        try:
+            self._begin(ProviderConfig.from_json(body) if body else self.config)
+        except InvalidProvider as error:
+            return web.Response(status=400, body=msgspec.json.encode({"error": str(error)}), content_type=_JSON)
+        return web.Response(body=b"{}", content_type=_JSON)
+
+    @property
+    def config(self) -> ProviderConfig:
+        """What the provider is like at present."""
+        return self._provider.config
+
+
+Voice = wire.OpenAI | wire.Anthropic
+
+
+def _plain(answer: dialect.Answer | Refused) -> web.Response:
+    return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+
+
+async def _whole(request: web.Request, call: Call, answer: Answer, voice: Voice) -> web.StreamResponse:
+    async for event in answer:
+        if isinstance(event, Finished):
+            usage = event.usage.input_tokens, event.usage.output_tokens
+            body = voice.whole(usage, voice.reason(stopped=usage[1] == call.output_tokens))
+            return web.Response(body=body, headers=answer.headers, content_type=_JSON)
+        if isinstance(event, Cut):
+            if event.reported:
+                spoken = call.dialect or Dialect.OPENAI
+                error = msgspec.json.encode(dialect.error_body(spoken, answer.request_id))
+                return web.Response(status=500, body=error, headers=answer.headers, content_type=_JSON)
+            break
+    return _drop(request)
+
+
+async def _stream(request: web.Request, call: Call, answer: Answer, voice: Voice) -> web.StreamResponse:
+    response = web.StreamResponse(headers=answer.headers | _SSE)
+    await response.prepare(request)
+    await response.write(voice.begin(call.input_tokens))
+    told = 0
+    async for event in answer:
+        match event:
+            case FirstToken() | Progress():
+                tokens = event.tokens if isinstance(event, Progress) else 1
+                await response.write(voice.piece(told, tokens))
+                told += tokens
+            case Finished(usage=usage):
+                reason = voice.reason(stopped=usage.output_tokens == call.output_tokens)
+                await response.write(voice.end((usage.input_tokens, usage.output_tokens), reason))
+                await response.write_eof()
+            case Cut(reported=True):
+                spoken = call.dialect or Dialect.OPENAI
+                await response.write(voice.error(dialect.error_body(spoken, answer.request_id)))
+                await response.write_eof()
+            case Cut():
+                _drop(request)
+    return response
+
+
+def _drop(request: web.Request) -> web.Response:
+    """The connection goes away without a word."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=500)
+
+
+async def start(plant: Plant, *, host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, str]:
+    """Serve; returns what to clean up at the end, and the URL."""
+    runner = web.AppRunner(plant.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    await web.TCPSite(runner, host, port, backlog=1024).start()
+    address = runner.addresses[0]
+    return runner, f"http://{address[0]}:{address[1]}"

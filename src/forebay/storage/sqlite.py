@@ -1,0 +1,228 @@
+"""One writer for a SQLite file: what is asked for while a commit is under way goes into the next one, together."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from forebay.errors import LedgerUnusable
+from forebay.storage.sqlite_file import Schema, diagnose, open_file
+from forebay.storage.url import Synchronous
+
+_GROUP = 1_000  # operations in one transaction: more would keep the last of them, and other processes, waiting
+
+_I = TypeVar("_I")
+_T = TypeVar("_T")
+
+
+class _Wish(NamedTuple):
+    """What is to be done, and whoever waits for it."""
+
+    op: Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
+    item: Any
+    future: asyncio.Future[Any]
+    writes: bool
+
+
+class _Failed(NamedTuple):
+    """What an operation raised."""
+
+    error: Exception
+
+
+class SqliteWriter:
+    """The one writer of a SQLite file within this process, with a thread of its own and group commit.
+
+    An operation is a plain function of the connection. It runs in a transaction that it shares with its neighbours, and may run
+    twice: when one of them raises, all is undone and run again, each fenced off by a savepoint. It must begin, commit and
+    remember nothing itself. Its caller gets its value after the commit.
+
+    All that blocks goes through ``loop.run_in_executor``. Other processes may have the same file open.
+
+    Args:
+        path: the file; it is made if it is not there, its directory is not.
+        schema: what stands in it.
+        synchronous: what a commit survives.
+        patience: seconds to wait for another process that is writing.
+    """
+
+    def __init__(
+        self, path: Path, schema: Schema, *, synchronous: Synchronous = Synchronous.FULL, patience: float = 5.0
+    ) -> None:
+        self._path = path
+        self._schema = schema
+        self._synchronous = synchronous
+        self._patience = patience
+        self._connection: sqlite3.Connection | None = None
+        self._pending: deque[_Wish] = deque()
+        self._flushing = False
+        self._closed: asyncio.Future[None] | None = None  # there once close() was called, done once it is so
+
+    async def open(self) -> None:
+        """Open the file and bring its schema up to date. Idempotent.
+
+        Raises:
+            LedgerUnusable: it cannot be; the message says why and what to do.
+        """
+        if self._connection is not None:
+            return
+        self._loop = asyncio.get_running_loop()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
+        opening = self._loop.run_in_executor(
+            self._executor, open_file, self._path, self._schema, self._synchronous, self._patience
+        )
+        try:
+            self._connection = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._abandon)  # a file that opens after all must not stay open
+            raise
+        except BaseException:
+            self._executor.shutdown(wait=False)
+            raise
+        self._closed = None
+
+    def _abandon(self, opening: asyncio.Future[sqlite3.Connection]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._loop.run_in_executor(self._executor, opening.result().close)
+        self._executor.shutdown(wait=False)  # what it was given it still does
+
+    async def close(self) -> None:
+        """Finish what was asked for, and close the file. Idempotent."""
+        if self._connection is None:
+            return
+        if self._closed is None:
+            self._closed = self._loop.create_future()
+            self._wake()
+        await asyncio.shield(self._closed)
+
+    def run(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> asyncio.Future[_T]:
+        """Run `op` in the next transaction; the future has its value once that is committed.
+
+        A future cancelled before its transaction has begun takes its operation with it; after that the operation happens.
+
+        Raises:
+            LedgerUnusable: the file is not open; or, by the future, it failed and nothing was kept.
+        """
+        return self._submit(_each, op, writes=writes)
+
+    def run_batched(
+        self, op: Callable[[sqlite3.Connection, Sequence[_I]], Sequence[_T]], item: _I
+    ) -> asyncio.Future[_T]:
+        """Like `run`, for an operation that is cheaper for many items at once: it gets all those asked for together."""
+        return self._submit(op, item, writes=True)
+
+    def _submit(self, op: Callable[..., Any], item: Any, *, writes: bool) -> asyncio.Future[Any]:
+        if self._connection is None or self._closed is not None:
+            raise LedgerUnusable(where=self._path, why="it is not open", advice="Use it between open() and close().")
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._pending.append(_Wish(op, item, future, writes))
+        self._wake()
+        return future
+
+    def _wake(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)  # not at once: whoever else is awake in this turn of the loop comes along
+
+    def _flush(self) -> None:
+        group: list[_Wish] = []
+        while self._pending and len(group) < _GROUP:
+            wish = self._pending.popleft()
+            if not wish.future.cancelled():
+                group.append(wish)
+        if group:
+            job = self._loop.run_in_executor(self._executor, _commit, self._connection, group)
+            job.add_done_callback(partial(self._landed, group))
+        elif self._closed is not None and self._connection is not None:
+            closing = self._loop.run_in_executor(self._executor, self._connection.close)
+            closing.add_done_callback(self._let_go)
+        else:
+            self._flushing = False
+
+    def _landed(self, group: Sequence[_Wish], job: asyncio.Future[Sequence[Any]]) -> None:
+        outcomes = _outcomes(job, len(group))
+        for wish, outcome in zip(group, outcomes, strict=True):
+            if wish.future.done():  # its caller has gone
+                continue
+            if isinstance(outcome, _Failed):
+                wish.future.set_exception(diagnose(outcome.error, self._path))
+            else:
+                wish.future.set_result(outcome)
+        self._loop.call_soon(self._flush)  # behind those just woken, so that what they ask for next is in it
+
+    def _let_go(self, closing: asyncio.Future[None]) -> None:
+        self._connection = None
+        self._flushing = False
+        self._executor.shutdown(wait=False)
+        if self._closed is None or self._closed.done():
+            return
+        if not closing.cancelled() and (error := closing.exception()) is not None:
+            self._closed.set_exception(error)
+        else:
+            self._closed.set_result(None)
+
+
+def _outcomes(job: asyncio.Future[Sequence[Any]], count: int) -> Sequence[Any]:
+    """What each of a group gets: its value, or what it or all of them failed by."""
+    if job.cancelled():
+        return [_Failed(RuntimeError("the event loop gave up the write before it was done"))] * count
+    error = job.exception()
+    if isinstance(error, Exception):
+        return [_Failed(error)] * count
+    return job.result()
+
+
+def _each(connection: sqlite3.Connection, ops: Sequence[Callable[[sqlite3.Connection], _T]]) -> Sequence[_T]:
+    return [op(connection) for op in ops]
+
+
+def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
+    """Run a group as one transaction; raise if all of it failed and nothing was kept."""
+    begin = "BEGIN IMMEDIATE" if any(wish.writes for wish in group) else "BEGIN"
+    connection.execute(begin)
+    try:
+        try:
+            outcomes = _together(connection, group)
+        except Exception:  # noqa: BLE001 - whatever it was, it comes again below and goes to whom it concerns
+            if connection.in_transaction:  # a full disk, say, has rolled it back by itself
+                connection.execute("ROLLBACK")
+            connection.execute(begin)
+            outcomes = [_fenced(connection, wish) for wish in group]
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return outcomes
+
+
+def _together(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
+    """Run them by operation: nobody in a group has seen another's outcome, so their order between operations is free."""
+    batches: dict[Any, list[int]] = {}
+    for index, wish in enumerate(group):
+        batches.setdefault(wish.op, []).append(index)
+    outcomes: list[Any] = [None] * len(group)
+    for op, indexes in batches.items():
+        values = op(connection, [group[index].item for index in indexes])
+        for index, value in zip(indexes, values, strict=True):
+            outcomes[index] = value
+    return outcomes
+
+
+def _fenced(connection: sqlite3.Connection, wish: _Wish) -> Any:
+    connection.execute("SAVEPOINT fenced")
+    try:
+        (value,) = wish.op(connection, [wish.item])
+    except Exception as error:
+        if not connection.in_transaction:
+            raise  # SQLite rolled back all of it: the neighbours' work is gone too
+        connection.execute("ROLLBACK TO fenced")
+        value = _Failed(error)
+    connection.execute("RELEASE fenced")
+    return value

@@ -1,0 +1,423 @@
+"""The dispatcher: decides at the door, lines up, starts, ends; everything inside one loop, without an await."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from forebay.admission import Ladder
+from forebay.context import RunningTask
+from forebay.events import Bus, Event, Finished, Started, log
+from forebay.supervisor.endings import Endings
+from forebay.supervisor.lend import Loan, held_slots
+from forebay.supervisor.pool import Pool
+from forebay.supervisor.run import Ending, Run
+from forebay.supervisor.statistics import Counts
+from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.timers import Timers
+from forebay.supervisor.worker import WorkerAgent
+from forebay.task import Priority, TaskResult, TaskStatus
+from forebay.typing import Reading
+
+if TYPE_CHECKING:
+    from forebay.engine import Threads
+    from forebay.supervisor.refill import Overflow
+
+_WATERFALL = Priority.HIGH  # it and better go to an idle worker first
+_POOL_FLOOR = 20  # dequeues of a shared worker after which a pool that was passed over is served
+_NO_DEADLINE = (True, math.inf)
+
+
+class Refusal(NamedTuple):
+    """Why a task was not let in."""
+
+    reason: str
+    binding: str | None
+    load: float
+    may_spill: bool
+
+
+class Dispatcher:
+    """The task plane's state and its every decision. It belongs to one event loop."""
+
+    def __init__(  # noqa: PLR0913 - the supervisor's settings, checked there
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        ladder: Ladder,
+        max_queue_size: int | None,
+        threads: Threads,
+        bus: Bus,
+        draw: Callable[[], float],
+        zombie_grace: float,
+        keep: int,
+    ) -> None:
+        self.loop = loop
+        self.ladder = ladder
+        self.max_queue_size = max_queue_size
+        self.threads = threads
+        self.bus = bus
+        self.draw = draw
+        self.timers = Timers(loop)
+        self.endings = Endings(self, zombie_grace=zombie_grace)
+        self.counts = Counts()
+        self.pools: dict[str, Pool] = {}
+        self.workers: dict[str, WorkerAgent] = {}
+        self.tickets: dict[str, Ticket] = {}  # all that have not ended
+        self.kept: OrderedDict[str, Ticket] = OrderedDict()  # the latest that have
+        self.keep = keep
+        self.overflow: Overflow | None = None
+        self.host_load: Callable[[], float] = lambda: 0.0
+        self.on_ended: Callable[[], None] = lambda: None
+        self._talks: dict[
+            str, deque[Ticket]
+        ] = {}  # threads (conversations) with a task inside, and who waits behind it
+        self._surroundings: Context = copy_context()
+        self._chores: set[asyncio.Future[Any]] = set()
+        self._turn = 0
+
+    # --- the workers ---
+
+    def add(self, worker: WorkerAgent) -> None:
+        """Bring a worker in; it takes work at once."""
+        self.workers[worker.name] = worker
+        for task_type in worker.task_types:
+            pool = self.pools.get(task_type)
+            if pool is None:
+                pool = self.pools[task_type] = Pool(task_type, self.max_queue_size)
+                if self.overflow is not None:
+                    self.overflow.know(pool)
+            pool.workers.append(worker)
+            worker.pools.append(pool)
+            if worker.handler.load is not None:
+                pool.nested.append(worker)
+        self.refit(worker)
+
+    def refit(self, worker: WorkerAgent) -> None:
+        """Tell the pools how many slots `worker` has now, and serve it."""
+        gained = worker.slots - worker.counted_slots
+        failing = not worker.slots
+        for pool in worker.pools:
+            pool.slots += gained
+            if failing and worker.counted_slots:
+                pool.running -= worker.current_tasks
+            elif not failing and not worker.counted_slots:
+                pool.running += worker.current_tasks
+        worker.counted_slots = worker.slots
+        self.serve(worker)
+
+    def take(self, run: Run) -> None:
+        """Take a slot of the run's worker."""
+        worker = run.worker
+        worker.current_tasks += 1
+        run.holds = True
+        for pool in worker.pools:
+            if worker.counted_slots:
+                pool.running += 1
+            pool.router.taken(worker)
+
+    def give(self, run: Run) -> None:
+        """Give the run's slot back, and to whoever comes next."""
+        worker = run.worker
+        worker.current_tasks -= 1
+        run.holds = False
+        if worker.counted_slots:
+            for pool in worker.pools:
+                pool.running -= 1
+        self.serve(worker)
+
+    def lend(self, running: RunningTask | None) -> Loan | None:
+        """Lend the slots of the runs that are about to wait, if `running` is one of this house's."""
+        if running is None:
+            return None
+        runs = tuple(held_slots(running, self))
+        return Loan(self, runs) if runs else None
+
+    # --- the door ---
+
+    def path(self, pool: Pool) -> tuple[float, str]:
+        """The load on a task's path and the resource that binds it: the lowest over the workers of the highest reading.
+
+        All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
+        """
+        load, binding = pool.load(), pool.resource
+        host = self.host_load()
+        if host > load:
+            load, binding = host, "host"
+        if pool.nested and len(pool.nested) == len(pool.workers):
+            below, name = min((load_below(worker, pool.task_type), worker.name) for worker in pool.nested)
+            if below > load:
+                load, binding = below, f"worker:{name}"
+        return load, binding
+
+    def readings(self) -> tuple[Reading, ...]:
+        """Every reading: one a pool, and the host's."""
+        pools = tuple(Reading(pool.resource, pool.load()) for pool in self.pools.values())
+        return (*pools, Reading("host", self.host_load()))
+
+    def offer(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
+        """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
+        priority = ticket.task.priority
+        now = self.loop.time()
+        remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
+        load, binding = self.path(pool)
+        ticket.load = load
+        if may_spill and pool.held_outside(priority):
+            return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=True)
+        worker = self._free_worker(ticket, pool)
+        if worker is None and self.ladder.refuses(priority, load):
+            reason = f"{binding} is at {load:.0%}, and {priority.name} is refused from {self.ladder.of(priority):.0%}"
+            return Refusal(
+                reason, binding, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
+            )
+        if remaining < math.inf:
+            wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
+            if remaining <= 0 or pool.hopeless(now, wait, remaining):
+                return Refusal(f"its deadline in {remaining:.3g} s cannot be met", binding, load, may_spill=False)
+        self.enter(ticket, pool, worker)
+        return None
+
+    def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
+        """The worker that would run it at once."""
+        if ticket.task.thread is not None and ticket.task.thread in self._talks:
+            return None
+        if pool.line and ticket.task.priority > _WATERFALL:
+            return None
+        return pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
+
+    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
+        if remaining == math.inf:
+            return True
+        wait = pool.expected_wait(priority, outside=True)
+        return wait is None or remaining > wait
+
+    def enter(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
+        """Put an admitted task behind its thread, onto `worker`, or into the line."""
+        self.tickets[ticket.task.task_id] = ticket
+        thread = ticket.task.thread
+        if thread is not None:
+            behind = self._talks.get(thread)
+            if behind is not None:
+                ticket.status = TaskStatus.WAITING
+                behind.append(ticket)
+                pool.parked += 1
+                self._watch_deadline(ticket)
+                return
+            self._talks[thread] = deque()
+        if worker is not None:
+            self.start(ticket, worker)
+        else:
+            self._join(ticket, pool)
+
+    def _join(self, ticket: Ticket, pool: Pool) -> None:
+        ticket.status = TaskStatus.WAITING
+        rank = _NO_DEADLINE
+        if ticket.deadline is not None or ticket.parent is not None:
+            rank = (ticket.parent is None, math.inf if ticket.deadline is None else ticket.deadline.at)
+        self._turn += 1
+        ticket.place = pool.line.join(ticket, ticket.task.priority, rank, self._turn)
+        self._watch_deadline(ticket)
+
+    def _watch_deadline(self, ticket: Ticket) -> None:
+        if ticket.deadline is not None and ticket.expiry is None:
+            due = self.loop.time() + ticket.deadline.remaining()
+            ticket.expiry = self.timers.at(
+                due, lambda: self.endings.expire(ticket, "its deadline passed while it waited")
+            )
+
+    # --- from the line to a worker ---
+
+    def serve(self, worker: WorkerAgent) -> None:
+        """Give `worker` what it has room for: first the slots that it owes, then the heads of its lines."""
+        while worker.returning and worker.has_room():
+            run, turn = worker.returning.popleft()
+            if not turn.done():
+                self.take(run)
+                turn.set_result(None)
+        while worker.can_accept():
+            pool = _next_pool(worker)
+            if pool is None:
+                break
+            ticket = pool.line.pop()
+            ticket.place = None
+            if self.overflow is not None and not self.overflow.may_start(ticket):
+                self.overflow.let_go(ticket)
+            elif not self._too_late(ticket, pool):
+                self.start(ticket, worker)
+        for pool in worker.pools:
+            if worker.can_accept():
+                pool.router.lowered(worker)
+            if self.overflow is not None:
+                self.overflow.pull(pool)
+
+    def _too_late(self, ticket: Ticket, pool: Pool) -> bool:
+        if ticket.deadline is None:
+            return False
+        remaining = ticket.deadline.remaining()
+        if remaining > 0 and not pool.hopeless(self.loop.time(), 0.0, remaining):
+            return False
+        self.endings.expire(ticket, f"its turn came {remaining:.3g} s before its deadline, which is too late to finish")
+        return True
+
+    def start(self, ticket: Ticket, worker: WorkerAgent) -> None:
+        """Start a task on a worker that can accept."""
+        now = self.loop.time()
+        era = worker.breaker.allow(now)
+        if worker.probing:
+            worker.probes_out += 1
+        if ticket.expiry is not None:
+            self.timers.cancel(ticket.expiry)
+            ticket.expiry = None
+        run = Run(self, ticket, worker, era, now)
+        ticket.run = run
+        ticket.status = TaskStatus.RUNNING
+        ticket.attempts += 1
+        worker.runs.add(run)
+        self.take(run)
+        self.counts.started += 1
+        if ticket.lease is not None and self.overflow is not None:
+            self.overflow.started(ticket.lease)
+        if self.bus.active or ticket.listened:
+            worker_id, attempt = worker.name, ticket.attempts
+            self.tell(ticket, Started(at=now, task_id=ticket.task_id, worker_id=worker_id, attempt=attempt))
+        if ticket.occupant is not None:
+            ticket.occupant.granted(run)
+        else:
+            timeout = ticket.task.timeout or worker.timeout
+            run.timer = self.timers.at(now + timeout, lambda: self.endings.time_out(run, timeout))
+            run.begin(self._surroundings)
+
+    # --- endings ---
+
+    def ended(self, run: Run, ending: Ending) -> None:
+        """A handler has really ended."""
+        self.endings.ended(run, ending)
+
+    def cancel(self, ticket: Ticket, reason: str) -> None:
+        """End a ticket that has not ended."""
+        if ticket.run is not None:
+            self.endings.abandon(ticket.run, TaskStatus.CANCELLED, reason)
+        elif ticket.status is TaskStatus.SPILLED and self.overflow is not None:
+            self.overflow.give_up(ticket, reason)
+        else:
+            self.endings.withdraw(ticket, TaskStatus.CANCELLED, reason)
+
+    def finish(self, ticket: Ticket, result: TaskResult) -> None:
+        """Give a ticket its result; if it is stored, once the store has it."""
+        if ticket.stored and self.overflow is not None:
+            self.overflow.complete(ticket, result)
+        else:
+            self.settle(ticket, result)
+
+    def settle(self, ticket: Ticket, result: TaskResult) -> None:
+        """Resolve a ticket and keep it for a while among those that ended."""
+        self.counts_add(result.status)
+        self.tickets.pop(ticket.task_id, None)
+        self.kept[ticket.task_id] = ticket
+        if len(self.kept) > self.keep:
+            self.kept.popitem(last=False)
+        ticket.resolve(result)
+        if self.bus.active:
+            self.bus.emit(Finished(at=self.loop.time(), task_id=ticket.task_id, result=result))
+        self.on_ended()
+
+    def counts_add(self, status: TaskStatus) -> None:
+        """Count an ending."""
+        setattr(self.counts, status.value, getattr(self.counts, status.value) + 1)
+
+    def leave_line(self, ticket: Ticket) -> None:
+        """Take a waiting ticket out of the line, or from behind its thread."""
+        pool = self.pools[ticket.task.task_type]
+        if ticket.expiry is not None:
+            self.timers.cancel(ticket.expiry)
+            ticket.expiry = None
+        behind = self._talks.get(ticket.task.thread) if ticket.task.thread is not None else None
+        if behind is not None and ticket in behind:
+            behind.remove(ticket)
+            pool.parked -= 1
+            return
+        if ticket.place is not None:
+            pool.line.leave(ticket.place)
+            ticket.place = None
+        self.next_of_thread(ticket)
+
+    def next_of_thread(self, ticket: Ticket) -> None:
+        """Let the next task of the thread have its turn: `ticket` is really over."""
+        thread = ticket.task.thread
+        if thread is None or thread not in self._talks:
+            return
+        behind = self._talks.pop(thread)
+        if not behind:
+            return
+        following = behind.popleft()
+        self._talks[thread] = behind
+        pool = self.pools[following.task.task_type]
+        pool.parked -= 1
+        worker = None if pool.line else pool.router.pick()
+        if worker is not None:
+            self.start(following, worker)
+        else:
+            self._join(following, pool)
+
+    # --- odds and ends ---
+
+    def retry_after(self, pool: Pool) -> float | None:
+        """Book a seat for someone who is refused: seconds after which to come back, or None if unknown."""
+        if not pool.slots:
+            now = self.loop.time()
+            sleeps = [sleep for worker in pool.workers if (sleep := worker.breaker.remaining(now)) is not None]
+            return min(sleeps, default=None)
+        return pool.book_seat(self.loop.time(), self.draw())
+
+    def tell(self, ticket: Ticket, event: Event) -> None:
+        """Tell an event to everyone who listens to the house or to the ticket."""
+        ticket.hear(event)
+        if self.bus.active:
+            self.bus.emit(event)
+
+    def background(self, work: Awaitable[Any]) -> None:
+        """Run a chore, and log it if it fails."""
+        chore = asyncio.ensure_future(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chore_done)
+
+    def _chore_done(self, chore: asyncio.Future[Any]) -> None:
+        self._chores.discard(chore)
+        if not chore.cancelled() and chore.exception() is not None:
+            log.error("a background chore of the supervisor failed", exc_info=chore.exception())
+
+    @property
+    def chores(self) -> frozenset[asyncio.Future[Any]]:
+        """What runs in the background."""
+        return frozenset(self._chores)
+
+
+def load_below(worker: WorkerAgent, task_type: str) -> float:
+    """The load that a worker's own gate reads, if it has one."""
+    load = worker.handler.load
+    return 0.0 if load is None else load(task_type)
+
+
+def _next_pool(worker: WorkerAgent) -> Pool | None:
+    """The pool whose head goes first: by priority, rank and turn; one that was passed over too often goes before."""
+    if len(worker.pools) == 1:
+        pool = worker.pools[0]
+        return pool if pool.line else None
+    waiting = [pool for pool in worker.pools if pool.line]
+    if not waiting:
+        return None
+    chosen = min(waiting, key=_urgency)
+    for pool in waiting:
+        pool.passed = 0 if pool is chosen else pool.passed + 1
+    return chosen
+
+
+def _urgency(pool: Pool) -> tuple[int, Any, int]:
+    place = pool.line.head()
+    assert place is not None  # noqa: S101 - only asked of lines in which someone waits
+    rank, turn, _, rung = place
+    return (-1 if pool.passed >= _POOL_FLOOR else rung), rank, turn

@@ -1,0 +1,116 @@
+"""Drain: stop admitting, finish, and report what did not finish."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from forebay.task import TaskStatus
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.run import Run
+    from forebay.supervisor.ticket import Ticket
+
+
+class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the tasks that were inside when draining began.
+
+    Attributes:
+        finished: how many ended by themselves: succeeded, failed, timed out or expired.
+        spilled: how many went out to the overflow, to be run later.
+        cancelled: how many were cancelled at the limit, and stopped.
+        orphans: ids of those whose handler did not stop and may still be running.
+    """
+
+    finished: int
+    spilled: int
+    cancelled: int
+    orphans: tuple[str, ...]
+
+
+class Drain:
+    """One draining of a house that admits nothing any more."""
+
+    def __init__(self, house: Dispatcher, *, grace: float) -> None:
+        self._house = house
+        self._grace = grace  # seconds that a cancelled handler has to stop
+        self._quiet = asyncio.Event()
+        house.on_ended = self._look
+
+    async def run(self, timeout: float | None) -> DrainReport:
+        """Finish what is inside, for at most `timeout` seconds, then cancel."""
+        house = self._house
+        spilled = 0
+        if house.overflow is not None and house.overflow.durable:
+            house.overflow.stop_pulling()
+            spilled = await house.overflow.take_out(self._waiting())
+        inside = self._inside()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._until_empty()
+        except TimeoutError:
+            pass
+        left = self._inside()
+        spilled += self._cut(left)
+        await self._settle()
+        orphans = tuple(run.task.task_id for run in self._runs())
+        cancelled = sum(1 for ticket in left if ticket.status is TaskStatus.CANCELLED and ticket.task_id not in orphans)
+        return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
+
+    def cut(self) -> None:
+        """Cancel everything inside, at once."""
+        self._cut(self._inside())
+
+    def _cut(self, tickets: list[Ticket]) -> int:
+        """Cancel these; what is stored for good goes back to the overflow instead. Return how many did."""
+        back = 0
+        for ticket in tickets:
+            if ticket.done():
+                continue
+            if ticket.lease is not None and self._house.overflow is not None and self._house.overflow.durable:
+                self._house.overflow.put_back(ticket)
+                back += 1
+            else:
+                ticket.cancel("the supervisor stopped before it was done")
+        return back
+
+    async def _settle(self) -> None:
+        """Wait for handlers to stop and for the store to hear of it, as long as the grace."""
+        due = self._house.loop.time() + self._grace
+        while True:
+            waiting = {run.aio for run in self._runs() if run.aio is not None} | self._house.chores
+            left = due - self._house.loop.time()
+            if not waiting or left <= 0:
+                return
+            await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _until_empty(self) -> None:
+        while self._inside():
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    def _look(self) -> None:
+        self._quiet.set()
+
+    def _inside(self) -> list[Ticket]:
+        """Tickets that have not ended and are this house's to end."""
+        overflow = self._house.overflow
+        tickets = self._house.tickets.values()
+        if overflow is None or not overflow.durable:
+            return list(tickets)
+        return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]
+
+    def _waiting(self) -> list[Ticket]:
+        return [ticket for ticket in self._house.tickets.values() if ticket.status is TaskStatus.WAITING]
+
+    def _runs(self) -> list[Run]:
+        return [run for worker in self._house.workers.values() for run in worker.runs]
+
+
+def check_limit(timeout: float | None) -> bool:
+    """Whether `timeout` is a limit that can be meant."""
+    return timeout is None or (isinstance(timeout, int | float) and 0 <= timeout < math.inf)

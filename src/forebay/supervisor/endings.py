@@ -1,0 +1,231 @@
+"""How tasks end: in the line, by their handler, or before their handler has (a zombie)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from forebay.errors import Overloaded
+from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
+from forebay.supervisor.run import Ending, Run
+from forebay.task import TaskResult, TaskStatus
+from forebay.typing import Outcome
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.worker import WorkerAgent
+
+_FORGIVING = 10.0  # seconds after which a failure no longer counts against a worker's score
+
+
+class Endings:
+    """The ways out. Each gives the ticket its result exactly once, and each slot back when its handler has ended."""
+
+    def __init__(self, house: Dispatcher, *, zombie_grace: float) -> None:
+        self._house = house
+        self._grace = zombie_grace
+
+    # --- before a handler began ---
+
+    def expire(self, ticket: Ticket, error: str) -> None:
+        """End a waiting ticket whose deadline cannot be met."""
+        self.withdraw(ticket, TaskStatus.EXPIRED, error)
+
+    def withdraw(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
+        """End a ticket that waits inside, and free its place."""
+        self._house.leave_line(ticket)
+        self._house.finish(ticket, unsuccessful(ticket, status, error))
+
+    # --- before a handler ended ---
+
+    def time_out(self, run: Run, timeout: float) -> None:
+        """End a run at its timeout."""
+        error = f"it ran longer than its timeout of {timeout:g} s"
+        self.abandon(run, TaskStatus.TIMED_OUT, error)
+
+    def abandon(self, run: Run, status: TaskStatus, error: str) -> None:
+        """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot."""
+        if run.abandoned_at is not None or run.ended:
+            return
+        duration_ms = 1000 * (self._house.loop.time() - run.began_at)
+        self._detach(run, Outcome.FAULT if status is TaskStatus.TIMED_OUT else Outcome.IGNORED)
+        result = unsuccessful(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
+        self._house.finish(run.ticket, result)
+        self._stop(run)
+
+    def set_aside(self, run: Run) -> None:
+        """Ask the handler to stop without ending the ticket: the task is to be run again, elsewhere."""
+        if run.abandoned_at is None and not run.ended:
+            self._detach(run, Outcome.IGNORED)
+            self._stop(run)
+
+    def _detach(self, run: Run, outcome: Outcome) -> None:
+        """What the handler still does no longer matters to the ticket."""
+        house = self._house
+        now = run.abandoned_at = house.loop.time()
+        run.worker.zombies += 1
+        self._disarm(run)
+        run.timer = house.timers.at(now + self._grace, lambda: self._still_there(run))
+        self._judge(run, outcome)
+
+    def _stop(self, run: Run) -> None:
+        if run.ticket.occupant is not None:
+            run.ticket.occupant.stop()
+        else:
+            run.stop()
+
+    def _still_there(self, run: Run) -> None:
+        house, worker = self._house, run.worker
+        run.zombie = True
+        house.counts.zombies += 1
+        task_id, name = run.task.task_id, worker.name
+        log.warning(
+            "task %r ended, but its handler on worker %r did not stop: it keeps its slot until it does", task_id, name
+        )
+        house.tell(run.ticket, ZombieFound(at=house.loop.time(), task_id=task_id, worker_id=name))
+        if sum(other.zombie for other in worker.runs) >= worker.max_concurrent:
+            self.trip(worker, "every slot is held by a handler that does not stop")
+
+    # --- when a handler has ended ---
+
+    def ended(self, run: Run, ending: Ending) -> None:
+        """Take the end of a handler: result, pace, breaker; then its slot goes to whoever comes next."""
+        house, worker, ticket = self._house, run.worker, run.ticket
+        now = house.loop.time()
+        seconds = now - run.began_at
+        run.ended = True
+        worker.runs.discard(run)
+        self._disarm(run)
+        if worker.handler.on_end is not None:
+            worker.handler.on_end(run.task)
+        success = ending.cause is None and run.abandoned_at is None
+        house.pools[run.task.task_type].times.ended(seconds, success=success)
+        ticket.run = None
+        if run.abandoned_at is not None:
+            worker.zombies -= 1
+            if run.zombie:
+                after = now - run.abandoned_at
+                zombie_ended = ZombieEnded(at=now, task_id=run.task.task_id, worker_id=worker.name, after=after)
+                house.tell(ticket, zombie_ended)
+        elif success:
+            worker.succeeded(run.task.task_type, seconds)
+            self._judge(run, Outcome.SUCCESS)
+            house.finish(
+                ticket,
+                TaskResult(
+                    task_id=ticket.task_id,
+                    worker_id=worker.name,
+                    success=True,
+                    status=TaskStatus.SUCCEEDED,
+                    result=ending.value,
+                    duration_ms=1000 * seconds,
+                    attempts=ticket.attempts,
+                ),
+            )
+        else:
+            self._failed(run, ending.cause, 1000 * seconds)
+        house.next_of_thread(ticket)
+        if run.holds:
+            house.give(run)
+
+    def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
+        ticket, worker = run.ticket, run.worker
+        status, outcome = TaskStatus.FAILED, Outcome.FAULT
+        if isinstance(cause, asyncio.CancelledError):
+            status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
+            error = "its handler was cancelled, and not by its supervisor"
+        elif isinstance(cause, Overloaded):
+            outcome = Outcome.IGNORED  # refused further on: that says nothing about this worker
+            error = describe(cause)
+        else:
+            error = describe(cause)
+        self._judge(run, outcome)
+        result = unsuccessful(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
+        self._house.finish(ticket, result)
+
+    # --- the worker's breaker ---
+
+    def _judge(self, run: Run, outcome: Outcome) -> None:
+        """Tell the worker's breaker and its score how a run went."""
+        worker = run.worker
+        now = self._house.loop.time()
+        if worker.probing and run.era:
+            worker.probes_out = max(0, worker.probes_out - 1)
+        if outcome is Outcome.FAULT:
+            worker.punish()
+            self._house.timers.at(now + _FORGIVING, lambda: self._forgive(worker))
+        if worker.breaker.record(now, outcome, run.era) is not None:
+            self.breaker_changed(worker, "too many of its tasks failed")
+
+    def _forgive(self, worker: WorkerAgent) -> None:
+        worker.forgive()
+        for pool in worker.pools:
+            if worker.can_accept():
+                pool.router.lowered(worker)
+
+    def trip(self, worker: WorkerAgent, reason: str) -> None:
+        """Open a worker's breaker for a reason of our own."""
+        if worker.breaker.trip(self._house.loop.time()) is not None:
+            self.breaker_changed(worker, reason)
+
+    def revive(self, worker: WorkerAgent) -> None:
+        """Close a worker's breaker."""
+        worker.breaker.reset()
+        self.breaker_changed(worker, "")
+
+    def breaker_changed(self, worker: WorkerAgent, reason: str) -> None:
+        """Bring the house up to date with a worker's breaker, and come back when it has slept."""
+        house = self._house
+        now = house.loop.time()
+        failed = worker.failed
+        worker.read_breaker(now)
+        worker.probes_out = 0
+        if worker.failed:
+            sleep = worker.breaker.remaining(now)
+            if sleep is not None:
+                house.timers.at(now + sleep, lambda: self.breaker_changed(worker, reason))
+            if not failed:
+                again = "until it is revived" if sleep is None else f"for {sleep:.1f} s"
+                log.warning("worker %r is FAILED %s: %s", worker.name, again, reason)
+                house.bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=sleep))
+        elif failed or not reason:
+            log.info("worker %r takes work again", worker.name)
+            house.bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
+        house.refit(worker)
+
+    def _disarm(self, run: Run) -> None:
+        if run.timer is not None:
+            self._house.timers.cancel(run.timer)
+            run.timer = None
+
+
+def unsuccessful(  # noqa: PLR0913 - the fields of a result
+    ticket: Ticket,
+    status: TaskStatus,
+    error: str,
+    *,
+    worker_id: str | None = None,
+    duration_ms: float = 0.0,
+    cause: BaseException | None = None,
+) -> TaskResult:
+    """The result of a task that did not succeed."""
+    return TaskResult(
+        task_id=ticket.task_id,
+        worker_id=worker_id,
+        success=False,
+        status=status,
+        error=error,
+        duration_ms=duration_ms,
+        attempts=ticket.attempts,
+        cause=cause,
+    )
+
+
+def describe(cause: BaseException | None) -> str:
+    """An exception as ``"ValueError: ..."``; its own ``str`` may fail."""
+    try:
+        text = str(cause)
+    except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
+        text = "(its message cannot be shown)"
+    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

@@ -1,0 +1,81 @@
+"""A pool: everything of one task type, that is its workers, its line, its pace."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from forebay.admission import BookedSeats, LetThrough, Line, ServiceTimes
+from forebay.supervisor.router import Router
+from forebay.supervisor.worker import WorkerAgent
+from forebay.task import Priority
+
+if TYPE_CHECKING:
+    from forebay.supervisor.ticket import Ticket
+
+DEFAULT_LINE = 100
+
+
+class Pool:
+    """The workers and the line of one task type, and what is known of its pace. Pure: it is told, and answers."""
+
+    __slots__ = (
+        "arriving", "door", "holding", "line", "max_queue_size", "nested", "parked", "passed", "reserved", "resource", "router", "running",
+        "seats", "slots", "task_type", "times", "workers",
+    )  # fmt: skip
+
+    def __init__(self, task_type: str, max_queue_size: int | None) -> None:
+        self.task_type = task_type
+        self.resource = f"pool:{task_type}"
+        self.max_queue_size = max_queue_size
+        self.workers: list[WorkerAgent] = []
+        self.nested: list[WorkerAgent] = []  # those whose handler is a supervisor with a load of its own
+        self.line: Line[Ticket] = Line()
+        self.parked = 0  # waiting behind another task of their thread: they take room in the line, but not a turn yet
+        self.passed = 0  # times that a shared worker served another pool while someone waited here
+        self.reserved = 0  # seats kept for rows that are being leased from the overflow
+        self.running = 0  # slots taken on workers that are not FAILED
+        self.slots = 0  # slots of workers that are not FAILED
+        self.arriving = dict.fromkeys(Priority, 0)  # rows on their way out to the overflow, by rung
+        self.holding = dict.fromkeys(Priority, 0)  # rows of this type that wait in the overflow, by rung
+        self.times = ServiceTimes()
+        self.seats = BookedSeats()
+        self.door = LetThrough()
+        self.router = Router(lambda worker: worker.score(task_type, self.times.median() or 1.0))
+
+    @property
+    def bound(self) -> int:
+        """How many may wait: `max_queue_size`; if that was not given 100, or the slots if they are more."""
+        return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_LINE, self.slots)
+
+    @property
+    def waiting(self) -> int:
+        """Tasks in the line, parked behind their thread, or on their way in from the overflow."""
+        return len(self.line) + self.parked + self.reserved
+
+    def load(self) -> float:
+        """What the pool holds against what it may hold, waiting room included; 1.0 without a slot."""
+        if not self.slots:
+            return 1.0
+        return (self.running + self.waiting) / (self.slots + self.bound)
+
+    def held_outside(self, rung: Priority) -> int:
+        """Rows of `rung` or better that wait in the overflow: nothing of that rung may overtake them."""
+        return sum(self.holding[better] + self.arriving[better] for better in Priority if better <= rung)
+
+    def expected_wait(self, rung: Priority, *, outside: bool = False) -> float | None:
+        """Seconds until a newcomer of `rung` would start; None if the pace is unknown. `outside`: behind the overflow."""
+        ahead = self.line.ahead(rung) + self.parked + (self.held_outside(rung) if outside else 0)
+        if not ahead and self.running < self.slots:
+            return 0.0
+        rate = self.times.drain_rate(self.slots)
+        return None if rate is None else ahead / rate if rate else math.inf
+
+    def hopeless(self, now: float, wait: float, remaining: float) -> bool:
+        """Whether a task that waits `wait` seconds cannot end within `remaining`, as far as one may say so."""
+        service = self.times.optimistic()
+        return bool(service) and self.door.hopeless(now, needed=wait + service, remaining=remaining)
+
+    def book_seat(self, now: float, chance: float) -> float | None:
+        """Seconds after which someone who is refused now would find a seat, or None if unknown."""
+        return self.seats.book(now, self.times.drain_rate(self.slots), chance)

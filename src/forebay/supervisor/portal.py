@@ -1,0 +1,149 @@
+"""Portal: the supervisor for programs and threads without an event loop of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from forebay.errors import NotStarted, WouldDeadlock
+from forebay.task import Task, TaskResult, TaskStatus, Verdict
+
+if TYPE_CHECKING:
+    from forebay.supervisor.supervisor import BackpressureSupervisor
+    from forebay.supervisor.ticket import Ticket
+
+T = TypeVar("T")
+
+
+class PortalTicket:
+    """A ticket for threads: the same facts, and a `result` that blocks."""
+
+    def __init__(self, portal: Portal, ticket: Ticket) -> None:
+        self._portal = portal
+        self._ticket = ticket
+        self.task_id: str = ticket.task_id
+        self.verdict: Verdict = ticket.verdict
+        self.reason: str | None = ticket.reason
+        self.binding: str | None = ticket.binding
+        self.load: float | None = ticket.load
+        self.retry_after: float | None = ticket.retry_after
+
+    def __bool__(self) -> bool:
+        return bool(self._ticket)
+
+    def __repr__(self) -> str:
+        return f"PortalTicket({self._ticket!r})"
+
+    @property
+    def status(self) -> TaskStatus:
+        """Where the task is now."""
+        return self._ticket.status
+
+    def result(self, timeout: float | None = None) -> TaskResult:
+        """Wait for the task to end, at most `timeout` seconds; the task goes on if that is not enough.
+
+        Raises:
+            Overloaded: it was rejected.
+            TimeoutError: it has not ended in time.
+        """
+
+        async def ended() -> TaskResult:
+            async with asyncio.timeout(timeout):
+                return await self._ticket
+
+        return self._portal._call(ended(), "result")  # noqa: SLF001 - two halves of one thing
+
+    def cancel(self) -> bool:
+        """Cancel the task; False if it had ended already."""
+
+        async def cancel() -> bool:
+            return self._ticket.cancel()
+
+        return self._portal._call(cancel(), "cancel")  # noqa: SLF001 - two halves of one thing
+
+
+class Portal:
+    """Blocking access to a supervisor, from any thread but its loop's.
+
+    Of a supervisor that runs, it is ready at once. Of one that has not been started, it is a context manager that runs
+    an event loop in a thread of its own, starts the supervisor there, and on leaving drains it.
+    """
+
+    def __init__(self, supervisor: BackpressureSupervisor) -> None:
+        self._supervisor = supervisor
+        self._loop = supervisor.loop
+        self._thread: threading.Thread | None = None
+        self._leave: asyncio.Event | None = None
+        self._failure: BaseException | None = None
+        self._abort = False
+
+    def run(self, task: Task) -> Any:
+        """As ``supervisor.run``: the value, or Overloaded, TaskFailed, TaskTimedOut.
+
+        Raises:
+            WouldDeadlock: it was called on the supervisor's own loop.
+        """
+        return self._call(self._supervisor.run(task), "run")
+
+    def submit(self, task: Task) -> PortalTicket:
+        """As ``supervisor.submit``.
+
+        Raises:
+            WouldDeadlock: it was called on the supervisor's own loop.
+        """
+        return PortalTicket(self, self._call(self._supervisor.submit(task), "submit"))
+
+    def _call(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        if self._loop is None:
+            work.close()
+            raise NotStarted
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - documented for such use; None in a thread
+            work.close()
+            raise WouldDeadlock(call=name)
+        # The caller's context goes along, so that a nested task knows its parent.
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # the caller has gone (Ctrl-C): end what it waited for; no effect if it has ended
+            raise
+
+    def __enter__(self) -> Self:
+        if self._loop is None:
+            ready = threading.Event()
+            self._thread = threading.Thread(target=self._serve, args=(ready,), name="forebay-portal", daemon=True)
+            self._thread.start()
+            ready.wait()
+            if self._failure is not None:
+                self._thread.join()
+                raise self._failure
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is not None and self._loop is not None and self._leave is not None:
+            self._abort = kind is not None
+            self._loop.call_soon_threadsafe(self._leave.set)
+            self._thread.join()
+            self._loop = None
+            if self._failure is not None and kind is None:
+                raise self._failure
+
+    def _serve(self, ready: threading.Event) -> None:
+        async def main() -> None:
+            self._leave = asyncio.Event()
+            await self._supervisor.start()
+            self._loop = asyncio.get_running_loop()
+            ready.set()
+            await self._leave.wait()
+            if not self._abort:
+                await self._supervisor.drain()
+            await self._supervisor.close()
+
+        try:
+            asyncio.run(main())
+        except BaseException as exc:  # noqa: BLE001 - raised again in the thread that asked
+            self._failure = exc
+        finally:
+            ready.set()

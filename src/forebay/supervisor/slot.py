@@ -1,0 +1,137 @@
+"""Slot: the caller's own code, in its own coroutine, admitted as a task would be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from forebay import context
+from forebay.errors import ForebayError, TaskCancelled, TaskTimedOut
+from forebay.supervisor.run import Ending, Run
+from forebay.supervisor.ticket import as_error
+from forebay.task import TaskResult
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.lend import Loan
+    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.worker import WorkerAgent
+
+
+class Slot:
+    """An async context manager that holds a worker's slot while its body runs.
+
+    Entering waits in the line. The body may run as long as a handler's attempt may; then it is cancelled, and
+    ``TaskTimedOut`` leaves the block.
+
+    Raises:
+        Overloaded: on entering, if the gate refuses. A slot never waits in the overflow.
+        TaskExpired: on entering, if the deadline passed first.
+        TaskTimedOut, TaskCancelled: on leaving, if it took too long or the supervisor stopped.
+    """
+
+    def __init__(self, house: Dispatcher, ticket: Ticket, offer: Callable[[Ticket], None]) -> None:
+        self._house = house
+        self._ticket = ticket
+        self._offer = offer
+        self._granted: asyncio.Future[Run] = house.loop.create_future()
+        self._run: Run | None = None
+        self._owner: asyncio.Task[object] | None = None
+        self._cancelling = 0  # cancellations of the owner that were under way on entering
+        self._timeout: asyncio.Timeout | None = None
+        self._before: context.RunningTask | None = None
+        self._loan: Loan | None = None
+        self._stopped = False
+
+    @property
+    def task_id(self) -> str:
+        """The id under which it appears in events."""
+        return self._ticket.task_id
+
+    @property
+    def worker(self) -> WorkerAgent:
+        """The worker whose slot it is, inside the block."""
+        return self._entered().worker
+
+    async def __aenter__(self) -> Self:
+        house, ticket = self._house, self._ticket
+        self._before = context.current()
+        self._owner = asyncio.current_task()
+        self._cancelling = self._owner.cancelling() if self._owner is not None else 0
+        ticket.occupant = self
+        self._offer(ticket)
+        if not ticket:
+            raise ticket.refusal()
+        self._loan = house.lend(ticket.parent)  # for as long as the body runs: it may need that very slot
+        try:
+            run = await self._granted
+        except asyncio.CancelledError:
+            if self._run is not None:  # granted in the same turn of the loop
+                house.ended(self._run, Ending(None, asyncio.CancelledError()))
+            else:
+                ticket.cancel("its caller has gone")
+            await self._return_loan()
+            raise
+        except ForebayError:
+            await self._return_loan()
+            raise
+        # asyncio's own machinery cancels the body in time, and tells that cancellation from others
+        self._timeout = asyncio.timeout_at(run.began_at + self._limit(run))
+        await self._timeout.__aenter__()
+        context.enter(run)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        run = self._entered()
+        assert self._timeout is not None  # noqa: S101 - entered
+        context.enter(self._before)  # no token: an async generator may be closed from another context
+        facts = {"task_id": self.task_id, "worker_id": run.worker.name}
+        try:
+            await self._timeout.__aexit__(kind, cause, trace)
+        except TimeoutError:
+            self._house.endings.time_out(run, self._limit(run))
+            raise TaskTimedOut(error="its slot was held longer than its timeout", **facts) from None
+        finally:
+            self._house.ended(run, Ending(None, cause))
+            await self._return_loan()
+        if self._stopped and isinstance(cause, asyncio.CancelledError) and self._owner is not None:
+            if self._owner.uncancel() > self._cancelling:
+                return  # someone else has cancelled it too
+            raise TaskCancelled(error="its slot was ended from outside", **facts) from None
+
+    def _entered(self) -> Run:
+        assert self._run is not None, "a slot holds a worker only inside `async with`"  # noqa: S101
+        return self._run
+
+    def _limit(self, run: Run) -> float:
+        return self._ticket.task.timeout or run.worker.timeout
+
+    async def _return_loan(self) -> None:
+        if self._loan is not None:
+            loan, self._loan = self._loan, None
+            await loan.take_back()
+
+    # --- what the dispatcher tells it ---
+
+    def granted(self, run: Run) -> None:
+        """The slot is there. If its caller was cancelled in this very turn of the loop, it gives it back itself."""
+        self._run = run
+        if not self._granted.done():
+            self._granted.set_result(run)
+
+    def resolved(self, outcome: TaskResult | ForebayError) -> None:
+        """Its ticket has ended; if that came before the slot, there will be none."""
+        if not self._granted.done():
+            self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else outcome)
+
+    def stop(self) -> None:
+        """Cancel the body."""
+        if self._timeout is not None and self._timeout.expired():
+            return
+        if self._owner is not None:
+            self._stopped = True
+            self._owner.cancel()

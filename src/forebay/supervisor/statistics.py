@@ -1,0 +1,79 @@
+"""What the task plane counts, and the frozen snapshot of it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from forebay.typing import WorkerState
+
+
+class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker, at one moment. Durations in milliseconds."""
+
+    name: str
+    state: WorkerState
+    current_tasks: int
+    max_concurrent: int
+    load_factor: float
+    zombies: int
+    avg_duration_ms: float
+
+
+class Counts(msgspec.Struct, kw_only=True):
+    """Running totals since the start."""
+
+    submitted: int = 0
+    admitted: int = 0
+    spilled: int = 0
+    rejected: int = 0
+    refilled: int = 0
+    started: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    zombies: int = 0
+    stalls: int = 0
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of a supervisor.
+
+    Attributes:
+        submitted, admitted, spilled, rejected: verdicts since the start; a task found spilled at the start counts in
+            none of them.
+        refilled: spilled tasks that came back inside.
+        started: starts of handlers.
+        succeeded, failed, timed_out, cancelled, expired: endings.
+        zombies: handlers that outlived their timeout or cancellation and the grace after it, since the start.
+        stalls: times that code held up the event loop beyond its bound.
+        running: slots taken now.
+        waiting: tasks in the lines now.
+        outside: tasks in the overflow now, as far as this process knows.
+        load: `system_load()`.
+        binding: the resource that reads highest, or None.
+        utilization: slots taken over slots.
+        workers: each worker.
+    """
+
+    submitted: int
+    admitted: int
+    spilled: int
+    rejected: int
+    refilled: int
+    started: int
+    succeeded: int
+    failed: int
+    timed_out: int
+    cancelled: int
+    expired: int
+    zombies: int
+    stalls: int
+    running: int
+    waiting: int
+    outside: int
+    load: float
+    binding: str | None
+    utilization: float
+    workers: tuple[WorkerStatistics, ...]

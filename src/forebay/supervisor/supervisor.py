@@ -1,0 +1,501 @@
+"""BackpressureSupervisor: the task plane's public face."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, TypeVar
+
+from forebay import clock
+from forebay.adapters import Handler, as_handler
+from forebay.adapters.factory import from_factory
+from forebay.adapters.recognise import Config
+from forebay.admission import Ladder
+from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
+from forebay.engine import Threads
+from forebay.errors import AlreadyStarted, DuplicateWorker, InvalidSetting, NotStarted, UnknownTask, WrongLoop
+from forebay.events import Bus, LoopStalled, Sink, Subscription, log
+from forebay.overflow import open_ledger
+from forebay.supervisor.admit import Door
+from forebay.supervisor.dispatch import Dispatcher
+from forebay.supervisor.drain import Drain, DrainReport, check_limit
+from forebay.supervisor.portal import Portal
+from forebay.supervisor.refill import Overflow
+from forebay.supervisor.run import Run
+from forebay.supervisor.slot import Slot
+from forebay.supervisor.statistics import Statistics, WorkerStatistics
+from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.watch import Stall, Watch
+from forebay.supervisor.worker import WorkerAgent, check_worker
+from forebay.task import Deadline, Priority, Task
+from forebay.typing import Ledger, Reading
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BackpressureSupervisor:
+    """Stands between tasks and workers: admits, spills or rejects; gives each task to the least loaded worker.
+
+    An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
+    every ticket ends.
+
+    Args:
+        backpressure_threshold: the load from which NORMAL tasks are refused, in (0, 1]. LOW is refused from 0.75 of it,
+            HIGH from half way between it and 1, CRITICAL at 1.
+        max_queue_size: tasks of each type that may wait inside; by default 100, or as many as the type has slots.
+        overflow: where refused tasks wait: ``sqlite:///spill.db``, ``memory://``, a Ledger, or None for nowhere.
+        lease: seconds that a right to stored work lasts unless renewed.
+        max_payload_bytes: bound of an encoded payload or result.
+        max_attempts: starts of a stored task's handler, over lost leases, after which it is dead.
+        keep_results: ended tickets that `ticket` still finds.
+        zombie_grace: seconds that a handler has to stop before it is called a zombie.
+        lag_bound: event-loop lag in seconds that reads 1.0; longer is reported as a stall. None: do not watch.
+        on_event: sinks that are called with each event, in the loop.
+
+    Raises:
+        InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting cannot be meant.
+    """
+
+    def __init__(  # noqa: PLR0913 - every bound is set where a user can see it
+        self,
+        *,
+        backpressure_threshold: float = 0.8,
+        max_queue_size: int | None = None,
+        overflow: str | Ledger | None = None,
+        lease: float = 30.0,
+        max_payload_bytes: int = 1_000_000,
+        max_attempts: int = 3,
+        keep_results: int = 1000,
+        zombie_grace: float = 5.0,
+        lag_bound: float | None = 1.0,
+        on_event: Sink | Sequence[Sink] = (),
+    ) -> None:
+        self._ladder = Ladder(backpressure_threshold)
+        if max_queue_size is not None:
+            _whole("max_queue_size", max_queue_size, least=0)
+        self._max_queue_size = max_queue_size
+        self._ledger = None if overflow is None else open_ledger(overflow)
+        self._lease = _seconds("lease", lease)
+        self._max_payload = _whole("max_payload_bytes", max_payload_bytes)
+        self._max_attempts = _whole("max_attempts", max_attempts)
+        self._keep = _whole("keep_results", keep_results, least=0)
+        self._zombie_grace = _seconds("zombie_grace", zombie_grace)
+        self._lag_bound = None if lag_bound is None else _seconds("lag_bound", lag_bound)
+        self._bus = Bus((on_event,) if callable(on_event) else tuple(on_event))
+        self._chance = clock.chance()
+        self._workers: dict[str, WorkerAgent] = {}
+        self._house: Dispatcher | None = None
+        self._door: Door | None = None
+        self._threads = Threads()
+        self._watch: Watch | None = None
+        self._closed: asyncio.Future[None] | None = None
+
+    # --- workers ---
+
+    def register_worker(  # noqa: PLR0913 - one word each for what a worker is
+        self,
+        name: str,
+        *,
+        handler: Any = None,
+        factory: Callable[[], Any] | None = None,
+        task_types: Sequence[str],
+        max_concurrent: int = 1,
+        timeout: float = 300.0,
+        config: Config | None = None,
+        on_cancel: Callable[[Task], object] | None = None,
+        cool_off: float | None = 10.0,
+    ) -> WorkerAgent:
+        """Register a worker, before the start or after it.
+
+        Args:
+            name: unique among the workers.
+            handler: an async callable, a plain callable (it runs in a thread), an agent of a supported framework, or
+                another supervisor.
+            factory: instead of a handler: makes a fresh agent for each task.
+            task_types: the types that it takes.
+            max_concurrent: tasks at a time.
+            timeout: seconds that an attempt may run, where the task does not say.
+            config: a framework's own configuration for its agent, or a callable of the Task that makes one.
+            on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
+            cool_off: seconds for which it first stays FAILED after five failures in a row (or 5 % of a thousand tasks)
+                before it is tried again; the next times it is longer. None: until ``revive()``.
+
+        Raises:
+            DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
+        """
+        kinds = check_worker(name, task_types, max_concurrent, timeout)
+        if name in self._workers:
+            raise DuplicateWorker(name=name)
+        if handler is not None and factory is not None:
+            raise InvalidSetting(
+                owner=f"worker {name!r}", name="factory", value=factory, expected="left out: it has a handler"
+            )
+        if factory is not None:
+            bound = from_factory(factory, worker=name, config=config)
+        else:
+            bound = as_handler(handler, worker=name, config=config)
+        if on_cancel is not None:
+            bound = bound.with_on_cancel(on_cancel)
+        rules = _worker_rules(cool_off, timeout)
+        worker = WorkerAgent(
+            name,
+            bound,
+            task_types=kinds,
+            max_concurrent=max_concurrent,
+            timeout=float(timeout),
+            breaker=Breaker(rules, draw=self._chance.random),
+            probes=rules.probes,
+            on_revive=self._revive,
+        )
+        self._workers[name] = worker
+        if self._house is not None:
+            if bound.start is not None:
+                self._house.background(bound.start())
+            self._house.add(worker)
+        return worker
+
+    def worker(self, *task_types: str, name: str | None = None, **settings: Any) -> Callable[[F], F]:
+        """Register the decorated callable as a worker, named after it unless `name` is given.
+
+        Takes the settings of `register_worker`, and gives the callable back as it was.
+        """
+
+        def register(handler: F) -> F:
+            title = name or str(getattr(handler, "__name__", "worker"))
+            self.register_worker(title, handler=handler, task_types=task_types, **settings)
+            return handler
+
+        return register
+
+    @property
+    def workers(self) -> Mapping[str, WorkerAgent]:
+        """The workers by name."""
+        return MappingProxyType(self._workers)
+
+    def _revive(self, worker: WorkerAgent) -> None:
+        if self._house is not None:
+            self._house.endings.revive(worker)
+
+    # --- work ---
+
+    async def submit(self, task: Task) -> Ticket:
+        """Offer a task to the gate.
+
+        Returns:
+            A ticket: ADMITTED, SPILLED or REJECTED. Overload is never an exception here.
+
+        Raises:
+            UnknownTaskType, DuplicateTask, DeadlinePassed, NotPortable, PayloadTooLarge, OverflowRequired: the mistake
+                that each describes.
+            NotStarted, SupervisorClosed, WrongLoop: it is not the time or the place.
+        """
+        return await self._at_door().submit(task)
+
+    def submit_nowait(self, task: Task) -> Ticket:
+        """Offer a task to the gate without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
+
+        Raises:
+            OverflowRequired: the task is durable, and a record takes time: use `submit`.
+            Others: as `submit`.
+        """
+        return self._at_door().submit_nowait(task)
+
+    async def run(self, task: Task) -> Any:
+        """Submit a task and return its value; a spilled one is waited for, to its deadline. Cancelling this cancels it.
+
+        Raises:
+            Overloaded: it was rejected; ``retry_after`` says when to come back.
+            TaskFailed, TaskTimedOut: it ended so (TaskCancelled and TaskExpired are their subclasses).
+            Others: as `submit`.
+        """
+        ticket = await self.submit(task)
+        try:
+            return await ticket.value()
+        except asyncio.CancelledError:
+            ticket.cancel("its caller has gone")
+            raise
+
+    def slot(  # noqa: PLR0913 - a task's fields
+        self,
+        task_type: str,
+        *,
+        priority: Priority = Priority.NORMAL,
+        timeout: float | None = None,
+        deadline: Deadline | None = None,
+        tenant: str = "default",
+        thread: str | None = None,
+    ) -> Slot:
+        """A slot of a worker of `task_type` for the caller's own code: ``async with supervisor.slot("write"): ...``.
+
+        Raises:
+            UnknownTaskType, InvalidTask, DeadlinePassed, NotStarted, SupervisorClosed: at once.
+            Overloaded: on entering, if the gate refuses.
+        """
+        task = Task(
+            task_type,
+            priority=priority,
+            timeout=timeout,
+            deadline=deadline,
+            tenant=tenant,
+            thread=thread,
+            spill=False,
+        )
+        return self._at_door().slot(task)
+
+    def ticket(self, task_id: str) -> Ticket:
+        """The ticket of a task that is under way, ended lately, or is stored in the overflow.
+
+        Whether the overflow knows it is found out when the ticket is awaited: it raises UnknownTask if not.
+
+        Raises:
+            UnknownTask: there is no such task, and no overflow to ask.
+        """
+        house = self._running()
+        ticket = house.tickets.get(task_id) or house.kept.get(task_id)
+        if ticket is not None:
+            return ticket
+        if house.overflow is None:
+            raise UnknownTask(task_id=task_id)
+        return house.overflow.look_up(task_id)
+
+    def portal(self) -> Portal:
+        """Blocking access for threads and programs without an event loop: ``with supervisor.portal() as portal:``."""
+        return Portal(self)
+
+    # --- what can be read ---
+
+    def system_load(self) -> float:
+        """The highest reading: what the fullest resource holds against what it may hold, waiting room included."""
+        return max(reading.load for reading in self.readings())
+
+    def readings(self) -> tuple[Reading, ...]:
+        """What each resource holds against what it may hold."""
+        return (Reading("host", 0.0),) if self._house is None else self._house.readings()
+
+    def utilization(self) -> float:
+        """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
+        slots = sum(worker.slots for worker in self._workers.values())
+        taken = sum(worker.current_tasks for worker in self._workers.values() if not worker.failed)
+        return taken / slots if slots else 0.0
+
+    def statistics(self) -> Statistics:
+        """A snapshot of what was counted and of what is."""
+        house = self._running()
+        binding = max(self.readings(), key=lambda reading: reading.load)
+        counts = {field: getattr(house.counts, field) for field in house.counts.__struct_fields__}
+        return Statistics(
+            **counts,
+            running=sum(worker.current_tasks for worker in self._workers.values()),
+            waiting=sum(pool.waiting for pool in house.pools.values()),
+            outside=0 if house.overflow is None else house.overflow.outside,
+            load=binding.load,
+            binding=binding.resource if binding.load else None,
+            utilization=self.utilization(),
+            workers=tuple(_worker_statistics(worker) for worker in self._workers.values()),
+        )
+
+    def events(self, *, bound: int = 1000) -> Subscription:
+        """Everything that happens from now on, as an async iterator; the newest `bound` are kept until read."""
+        return self._bus.subscribe(bound=bound)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it runs on, while it runs."""
+        return self._house.loop if self._house is not None and self._closed is None else None
+
+    # --- its life ---
+
+    async def start(self) -> None:
+        """Start here, on the running event loop.
+
+        Raises:
+            AlreadyStarted: it has been started before.
+            LedgerUnusable: the overflow cannot be opened.
+        """
+        if self._house is not None:
+            raise AlreadyStarted
+        loop = asyncio.get_running_loop()
+        house = self._house = Dispatcher(
+            loop,
+            ladder=self._ladder,
+            max_queue_size=self._max_queue_size,
+            threads=self._threads,
+            bus=self._bus,
+            draw=self._chance.random,
+            zombie_grace=self._zombie_grace,
+            keep=self._keep,
+        )
+        self._door = Door(house)
+        try:
+            if self._ledger is not None:
+                house.overflow = Overflow(
+                    house,
+                    self._ledger,
+                    lease=self._lease,
+                    max_payload=self._max_payload,
+                    max_attempts=self._max_attempts,
+                )
+                await house.overflow.open()
+            for worker in self._workers.values():
+                if worker.handler.start is not None:
+                    await worker.handler.start()
+        except BaseException:
+            self._house = self._door = None
+            raise
+        for worker in self._workers.values():
+            house.add(worker)
+        if self._lag_bound is not None and not clock.is_virtual(loop):
+            bound = self._lag_bound
+            watch = self._watch = Watch(loop, bound=bound, on_stall=self._stalled)
+            house.host_load = lambda: watch.lag / bound
+            watch.start()
+
+    async def drain(self, timeout: float | None = None) -> DrainReport:
+        """Stop admitting and let what is inside finish, for at most `timeout` seconds; the rest is cancelled.
+
+        With an overflow that survives its process, waiting tasks go out to it, and so do stored ones that are cut off.
+        What runs inside may still submit tasks of its own. Draining twice is the same as once.
+
+        Raises:
+            InvalidSetting: `timeout` is neither None nor a number of seconds.
+        """
+        if not check_limit(timeout):
+            raise InvalidSetting(owner="drain", name="timeout", value=timeout, expected="None or seconds, at least 0")
+        house = self._running()
+        assert self._door is not None  # noqa: S101 - it runs
+        self._door.shut()
+        return await Drain(house, grace=self._zombie_grace).run(timeout)
+
+    async def close(self) -> None:
+        """Stop now: cancel what runs, end every ticket, let the overflow go. Idempotent."""
+        if self._house is None:
+            return
+        if self._closed is not None:
+            await asyncio.shield(self._closed)
+            return
+        house = self._house
+        self._closed = house.loop.create_future()
+        try:
+            assert self._door is not None  # noqa: S101 - it runs
+            self._door.close()
+            await Drain(house, grace=self._zombie_grace).run(0.0)
+            for worker in self._workers.values():
+                if worker.handler.stop is not None:
+                    await worker.handler.stop()
+            if house.overflow is not None:
+                await house.overflow.close()
+        finally:
+            if self._watch is not None:
+                self._watch.stop()
+            house.timers.close()
+            self._threads.shutdown()
+            self._bus.close()
+            self._closed.set_result(None)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._closed is None:
+                await self.drain()
+        finally:
+            await self.close()
+
+    def __forebay_handler__(self) -> Handler:
+        """This supervisor as a worker of another, which starts and stops it and feels its load."""
+
+        async def start() -> None:
+            if self._house is None:
+                await self.start()
+
+        def load(task_type: str) -> float:
+            pool = None if self._house is None else self._house.pools.get(task_type)
+            return 1.0 if self._house is None or pool is None else self._house.path(pool)[0]
+
+        return Handler(call=self.run, load=load, start=start, stop=self.close)
+
+    # --- inside ---
+
+    def _running(self) -> Dispatcher:
+        if self._house is None:
+            raise NotStarted
+        return self._house
+
+    def _at_door(self) -> Door:
+        if self._door is None:
+            raise NotStarted
+        running = None
+        with contextlib.suppress(RuntimeError):
+            running = asyncio.get_running_loop()
+        if running is not self._running().loop:
+            raise WrongLoop(what="The supervisor")
+        return self._door
+
+    def _stalled(self, stall: Stall) -> None:
+        house = self._running()
+        house.counts.stalls += 1
+        culprit: Run | None = None
+        for worker in self._workers.values():
+            for run in worker.runs:
+                if run.aio is not None and run.aio is stall.aio:
+                    culprit = run
+        name = (
+            "code outside of any task"
+            if culprit is None
+            else f"task {culprit.task.task_id!r} on {culprit.worker.name!r}"
+        )
+        log.warning(
+            "the event loop stood still for %.2f s in %s (%s): run blocking code as a plain callable, which gets a thread",
+            stall.seconds,
+            name,
+            stall.where,
+        )
+        house.bus.emit(
+            LoopStalled(
+                at=house.loop.time(),
+                seconds=stall.seconds,
+                task_id=None if culprit is None else culprit.task.task_id,
+                worker_id=None if culprit is None else culprit.worker.name,
+                where=stall.where,
+            )
+        )
+
+
+def _worker_rules(cool_off: float | None, timeout: float) -> BreakerRules:
+    longest = WORKER_RULES.ceiling if cool_off is None else max(WORKER_RULES.ceiling, cool_off)
+    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
+    return BreakerRules(arms=WORKER_RULES.arms, cool_off=cool_off, ceiling=longest, probe_time=2 * timeout)
+
+
+def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
+    return WorkerStatistics(
+        name=worker.name,
+        state=worker.state,
+        current_tasks=worker.current_tasks,
+        max_concurrent=worker.max_concurrent,
+        load_factor=worker.load_factor,
+        zombies=worker.zombies,
+        avg_duration_ms=worker.avg_duration_ms,
+    )
+
+
+def _seconds(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InvalidSetting(
+            owner="BackpressureSupervisor", name=name, value=value, expected="a positive number of seconds"
+        )
+    return float(value)
+
+
+def _whole(name: str, value: int, *, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = f"a whole number of at least {least}"
+        raise InvalidSetting(owner="BackpressureSupervisor", name=name, value=value, expected=expected)
+    return value

@@ -1,0 +1,262 @@
+"""Ticket: what `submit` returns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Generator
+from typing import TYPE_CHECKING, Any
+
+from forebay import context
+from forebay.errors import (
+    ForebayError,
+    Overloaded,
+    TaskCancelled,
+    TaskExpired,
+    TaskFailed,
+    TaskTimedOut,
+    WrongLoop,
+)
+from forebay.events import Bus, Event, Finished, Started
+from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
+
+if TYPE_CHECKING:
+    from forebay.admission import Place
+    from forebay.context import RunningTask
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.lend import Loan
+    from forebay.supervisor.run import Run
+    from forebay.supervisor.slot import Slot
+    from forebay.supervisor.timers import Timer
+    from forebay.typing import Lease
+
+EVENT_BOUND = 1000
+
+
+class Ticket:
+    """The gate's answer to one task and, unless it was REJECTED, an awaitable ``TaskResult``.
+
+    False if rejected. Awaiting a rejected ticket raises ``Overloaded``; awaiting any other never raises for how the task
+    ended. Cancelling an await leaves the task running: `cancel` ends it.
+
+    Attributes:
+        task: what was submitted.
+        verdict: ADMITTED, SPILLED or REJECTED.
+        reason: why it was not admitted, else None.
+        binding: the resource that refused it, else None.
+        load: the load that the gate saw, of the resource that bound on the task's path.
+        retry_after: if rejected, seconds after which a seat is expected, if that is known.
+        status: where the task is now.
+        deadline: its own deadline or its parent's, whichever is earlier.
+    """
+
+    __slots__ = (
+        "_bus",
+        "_house",
+        "_outcome",
+        "_waiters",
+        "attempts",
+        "binding",
+        "deadline",
+        "expiry",
+        "lease",
+        "load",
+        "occupant",
+        "parent",
+        "place",
+        "reason",
+        "retry_after",
+        "run",
+        "status",
+        "stored",
+        "task",
+        "unwanted",
+        "verdict",
+    )
+
+    def __init__(self, house: Dispatcher, task: Task, deadline: Deadline | None, parent: RunningTask | None) -> None:
+        self._house = house
+        self._outcome: TaskResult | ForebayError | None = None
+        self._waiters: list[asyncio.Future[None]] | None = None
+        self._bus: Bus | None = None
+        self.task = task
+        self.deadline = deadline
+        self.verdict = Verdict.ADMITTED
+        self.status = TaskStatus.WAITING
+        self.reason: str | None = None
+        self.binding: str | None = None
+        self.load: float | None = None
+        self.retry_after: float | None = None
+        # the dispatcher's own notes
+        self.parent = parent  # the run that submitted it: such work goes before newer work of its rung
+        self.occupant: Slot | None = None  # who runs in it, if that is no handler
+        self.place: Place | None = None  # where it waits in the line
+        self.expiry: Timer | None = None  # ends it at its deadline while it waits
+        self.run: Run | None = None  # while its handler runs
+        self.lease: Lease | None = None  # this process's right to its stored row
+        self.stored = False  # the ledger has a row of it, so its end must be written there first
+        self.attempts = 0
+        self.unwanted = False  # cancelled while it was outside
+
+    def __repr__(self) -> str:
+        return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
+
+    def __bool__(self) -> bool:
+        return self.verdict is not Verdict.REJECTED
+
+    @property
+    def task_id(self) -> str:
+        """The task's id."""
+        return self.task.task_id
+
+    @property
+    def priority(self) -> Priority:
+        """The task's priority."""
+        return self.task.priority
+
+    @property
+    def result(self) -> TaskResult | None:
+        """How it ended, once it has."""
+        return self._outcome if isinstance(self._outcome, TaskResult) else None
+
+    def done(self) -> bool:
+        """Whether awaiting it returns at once."""
+        return self._outcome is not None or self.verdict is Verdict.REJECTED
+
+    def cancel(self, reason: str = "cancelled by its submitter") -> bool:
+        """End the task: out of the line, out of the overflow, or by cancelling its handler.
+
+        The ticket ends CANCELLED at once; a handler that does not stop holds its slot until it really ends. A task in
+        the overflow ends once its row is marked; if another process has begun it, it goes on there.
+
+        Returns:
+            False if the task had ended already.
+        """
+        if self.done():
+            return False
+        self._house.cancel(self, reason)
+        return True
+
+    def __await__(self) -> Generator[Any, None, TaskResult]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> TaskResult:
+        if self._outcome is None and self.verdict is not Verdict.REJECTED:
+            if asyncio.get_running_loop() is not self._house.loop:
+                raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
+            loan: Loan | None = self._house.lend(context.current())
+            try:
+                await self._resolved()
+            finally:
+                if loan is not None:
+                    await loan.take_back()
+        return self._answer()
+
+    async def _resolved(self) -> None:
+        waiter = self._house.loop.create_future()
+        if self._waiters is None:
+            self._waiters = []
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if self._outcome is None:
+                self._waiters.remove(waiter)
+
+    def _answer(self) -> TaskResult:
+        if self.verdict is Verdict.REJECTED:
+            raise self.refusal()
+        if isinstance(self._outcome, ForebayError):
+            raise self._outcome
+        assert self._outcome is not None  # noqa: S101 - only reached once resolved
+        return self._outcome
+
+    def refusal(self) -> Overloaded:
+        """The rejection as an exception."""
+        return Overloaded(self.reason or "rejected", binding=self.binding, load=self.load, retry_after=self.retry_after)
+
+    async def value(self) -> Any:
+        """The handler's value.
+
+        Raises:
+            Overloaded: it was rejected, or its handler met an overload further on.
+            TaskFailed: its handler raised; the handler's exception is its cause. TaskCancelled if it was cancelled.
+            TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
+        """
+        result = await self
+        if result.status is TaskStatus.SUCCEEDED:
+            return result.result
+        raise as_error(result) from result.cause
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what happens to the task from now on: Started, Progress, and last Finished.
+
+        A Started or Finished that has already been is told again. Of progress that nobody reads the newest 1,000 are
+        kept.
+        """
+        if self.verdict is Verdict.REJECTED:
+            raise self.refusal()
+        if self._outcome is None:
+            async with self._listen().subscribe(bound=EVENT_BOUND) as subscription:
+                if self.run is not None:
+                    yield self._started(self.run)
+                async for event in subscription:
+                    yield event
+        elif isinstance(self._outcome, ForebayError):
+            raise self._outcome
+        else:
+            yield Finished(at=self._house.loop.time(), task_id=self.task_id, result=self._outcome)
+
+    def _listen(self) -> Bus:
+        if self._bus is None:
+            self._bus = Bus()
+        return self._bus
+
+    def _started(self, run: Run) -> Started:
+        worker_id = run.worker.name
+        return Started(at=run.began_at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
+
+    # --- what the dispatcher tells it ---
+
+    @property
+    def listened(self) -> bool:
+        """Whether anyone listens to its events."""
+        return self._bus is not None
+
+    def hear(self, event: Event) -> None:
+        """Pass `event` to those who listen to this ticket."""
+        if self._bus is not None:
+            self._bus.emit(event)
+
+    def resolve(self, outcome: TaskResult | ForebayError) -> None:
+        """End it, once: later calls are a bug of the caller's."""
+        assert self._outcome is None  # noqa: S101 - every ticket ends exactly once
+        self._outcome = outcome
+        if isinstance(outcome, TaskResult):
+            self.status = outcome.status
+        if self.occupant is not None:
+            self.occupant.resolved(outcome)
+        if self._waiters is not None:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._waiters = None
+        if self._bus is not None:
+            if isinstance(outcome, TaskResult):
+                self._bus.emit(Finished(at=self._house.loop.time(), task_id=self.task_id, result=outcome))
+            self._bus.close()
+            self._bus = None
+
+
+def as_error(result: TaskResult) -> ForebayError:
+    """The exception that stands for a result without success."""
+    facts = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
+    match result.status:
+        case TaskStatus.TIMED_OUT:
+            return TaskTimedOut(**facts)
+        case TaskStatus.EXPIRED:
+            return TaskExpired(**facts)
+        case TaskStatus.CANCELLED:
+            return TaskCancelled(**facts)
+    if isinstance(result.cause, Overloaded):
+        return result.cause
+    return TaskFailed(**facts)

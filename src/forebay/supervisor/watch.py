@@ -1,0 +1,85 @@
+"""Watching the event loop from outside: how late it is, and whose code holds it up."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from forebay import clock
+
+_INTERVAL = 0.25  # seconds between two beats
+_SAMPLES = 4
+
+
+class Stall(NamedTuple):
+    """Code held the loop: for how long in seconds, which asyncio task, and where."""
+
+    seconds: float
+    aio: asyncio.Task[object] | None
+    where: str
+
+
+class Watch:
+    """A thread that asks the loop for a beat now and then, and times the answer.
+
+    `lag` is the least of the last four answers, in seconds: a single blip says nothing, a standing delay is overload.
+    A beat that takes longer than `bound` is a stall: the loop's stack is read while it lasts, and `on_stall` is called
+    in the loop once it is over.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, bound: float, on_stall: Callable[[Stall], None]) -> None:
+        self._loop = loop
+        self._bound = bound
+        self._on_stall = on_stall
+        self._stopped = threading.Event()
+        self._beat = threading.Event()
+        self._lags: deque[float] = deque([0.0] * _SAMPLES, maxlen=_SAMPLES)
+        self._ident = threading.get_ident()
+
+    def start(self) -> None:
+        """Begin; to be called in the loop's own thread."""
+        self._ident = threading.get_ident()
+        threading.Thread(target=self._watch, name="forebay-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """End. Does not wait for the thread, which touches nothing any more."""
+        self._stopped.set()
+        self._beat.set()
+
+    @property
+    def lag(self) -> float:
+        """Seconds by which the loop has been late throughout the last second."""
+        return min(self._lags)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_INTERVAL):
+            self._beat.clear()
+            asked = clock.monotonic()
+            try:
+                self._loop.call_soon_threadsafe(self._beat.set)
+            except RuntimeError:  # the loop is closed
+                return
+            culprit: tuple[asyncio.Task[object] | None, str] | None = None
+            while not self._beat.wait(self._bound):
+                if self._stopped.is_set() or self._loop.is_closed():
+                    return
+                culprit = culprit or self._look()
+            lag = clock.monotonic() - asked
+            self._lags.append(lag)
+            if culprit is not None and not self._stopped.is_set():
+                stall = Stall(lag, *culprit)
+                try:
+                    self._loop.call_soon_threadsafe(self._on_stall, stall)
+                except RuntimeError:
+                    return
+
+    def _look(self) -> tuple[asyncio.Task[object] | None, str]:
+        frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way to see another thread's stack
+        stack = traceback.extract_stack(frame) if frame is not None else []
+        where = " < ".join(f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in reversed(stack[-3:]))
+        return asyncio.current_task(self._loop), where

@@ -1,0 +1,164 @@
+"""WorkerAgent: a registered handler, its slots, its pace and its breaker."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from forebay.adapters import Handler
+from forebay.breaker import Breaker, BreakerState
+from forebay.errors import InvalidSetting, InvalidTimeout
+from forebay.typing import WorkerState
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from forebay.supervisor.pool import Pool
+    from forebay.supervisor.run import Run
+
+_PACE_GAIN = 0.2  # weight of the newest success in the average duration
+_PENALTY = 1.5  # a failure raises the score by half
+_WORST_PENALTY = _PENALTY**5
+
+
+class WorkerAgent:
+    """One registered handler with its own concurrency.
+
+    Its state: FAILED while its breaker is open, else OVERLOADED with every slot taken, BUSY with some, IDLE with none.
+    Made by ``supervisor.register_worker``; read it, and `revive` it.
+    """
+
+    def __init__(  # noqa: PLR0913 - what register_worker takes, already checked there
+        self,
+        name: str,
+        handler: Handler,
+        *,
+        task_types: Sequence[str],
+        max_concurrent: int,
+        timeout: float,
+        breaker: Breaker,
+        probes: int,
+        on_revive: Callable[[WorkerAgent], None],
+    ) -> None:
+        self.name = name
+        self.handler = handler
+        self.task_types = tuple(task_types)
+        self.max_concurrent = max_concurrent
+        self.timeout = timeout
+        self.breaker = breaker
+        self.current_tasks = 0  # slots taken, zombies included
+        self.zombies = 0
+        self.failed = False  # the breaker is open; kept here because every decision asks
+        self.probing = False  # half-open: only as many slots as the breaker has probes
+        self.probes = min(probes, max_concurrent)
+        self.probes_out = 0
+        self.counted_slots = 0  # slots that its pools were told of
+        self.pools: list[Pool] = []
+        self.runs: set[Run] = set()
+        self.returning: deque[tuple[Run, asyncio.Future[None]]] = deque()  # runs that lent their slot and want it back
+        self.penalty = 1.0
+        self._pace: dict[str, float] = {}  # seconds a success takes, by task type
+        self._on_revive = on_revive
+
+    def __repr__(self) -> str:
+        return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self.max_concurrent})"
+
+    @property
+    def state(self) -> WorkerState:
+        """IDLE, BUSY, OVERLOADED or FAILED."""
+        if self.failed:
+            return WorkerState.FAILED
+        if self.current_tasks >= self.max_concurrent:
+            return WorkerState.OVERLOADED
+        return WorkerState.BUSY if self.current_tasks else WorkerState.IDLE
+
+    @property
+    def load_factor(self) -> float:
+        """``current_tasks / max_concurrent``."""
+        return self.current_tasks / self.max_concurrent
+
+    @property
+    def slots(self) -> int:
+        """How many tasks it may run now: none while FAILED, its probes while it is being tried again."""
+        if self.failed:
+            return 0
+        return self.probes if self.probing else self.max_concurrent
+
+    @property
+    def avg_duration_ms(self) -> float:
+        """Milliseconds that a successful task takes lately, over its task types; 0.0 before the first."""
+        paces = self._pace.values()
+        return 1000 * sum(paces) / len(paces) if paces else 0.0
+
+    def can_accept(self) -> bool:
+        """Whether a task could start on it now."""
+        if self.failed or self.returning or self.current_tasks >= self.max_concurrent:
+            return False
+        return not self.probing or self.probes_out < self.probes
+
+    def revive(self) -> None:
+        """Close its breaker now, whatever made it FAILED."""
+        self._on_revive(self)
+
+    # --- what the dispatcher tells it and asks it ---
+
+    def has_room(self) -> bool:
+        """Whether a slot is free for a run that has already begun, which a breaker does not stop."""
+        return self.current_tasks < self.max_concurrent
+
+    def score(self, task_type: str, typical: float) -> float:
+        """Expected finish of one more task, in seconds; `typical` stands in for a pace not yet known.
+
+        ``(current_tasks + 1) * avg_duration / max_concurrent``, raised by half for each recent failure: otherwise a
+        worker that fails in ten milliseconds draws all the work.
+        """
+        pace = self._pace.get(task_type, typical)
+        return (self.current_tasks + 1) * pace / self.max_concurrent * self.penalty
+
+    def succeeded(self, task_type: str, seconds: float) -> None:
+        """Note how long a success took."""
+        pace = self._pace.get(task_type)
+        self._pace[task_type] = seconds if pace is None else pace + _PACE_GAIN * (seconds - pace)
+
+    def punish(self) -> None:
+        """Raise its score by half, up to a bound."""
+        self.penalty = min(self.penalty * _PENALTY, _WORST_PENALTY)
+
+    def forgive(self) -> bool:
+        """Take one failure off its score. True if there are more."""
+        self.penalty = max(1.0, self.penalty / _PENALTY)
+        if math.isclose(self.penalty, 1.0):
+            self.penalty = 1.0
+        return self.penalty > 1.0
+
+    def read_breaker(self, now: float) -> bool:
+        """Bring `failed` and `probing` up to date with the breaker. True if either changed."""
+        state = self.breaker.state(now)
+        before = (self.failed, self.probing)
+        self.failed = state is BreakerState.OPEN
+        self.probing = state is BreakerState.HALF_OPEN
+        return (self.failed, self.probing) != before
+
+
+def check_worker(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
+    """The task types of a worker that can be meant.
+
+    Raises:
+        InvalidSetting, InvalidTimeout: one of the four cannot.
+    """
+    owner = f"worker {name!r}"
+    if not isinstance(name, str) or not name:
+        raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
+    if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
+        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
+    kinds = tuple(dict.fromkeys(task_types))
+    if not kinds or not all(isinstance(kind, str) and kind for kind in kinds):
+        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
+    if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
+        expected = "a whole number of at least 1"
+        raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
+        raise InvalidTimeout(value=timeout)
+    return kinds

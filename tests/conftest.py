@@ -1,0 +1,38 @@
+"""What every test gets: a watch for calls that block the event loop, and examples that can be drawn again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
+
+# Explore where a person looks on, repeat where a machine decides, hurry in the inner loop. A failure prints its blob.
+settings.register_profile("explore", print_blob=True, deadline=None)
+settings.register_profile(
+    "ci", derandomize=True, print_blob=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("quick", settings.get_profile("explore"), max_examples=15)
+settings.load_profile("ci" if "CI" in os.environ else "explore")
+
+
+def pytest_report_header() -> str:
+    return f"hypothesis profile: {settings.get_current_profile_name()}"
+
+
+@pytest.fixture(autouse=True)
+def blockbuster(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
+    """Fails what blocks a running loop with Forebay on the stack; threads of its executors may block as they like.
+
+    A test that blocks on purpose is marked ``blocks``.
+    """
+    if request.node.get_closest_marker("blocks"):
+        yield None
+        return
+    with blockbuster_ctx("forebay") as watch:
+        for function in watch.functions.values():
+            # An import runs the module's body, which reads files: once, when an optional library is first met.
+            function.can_block_in("<frozen importlib._bootstrap>", "_find_and_load")
+        yield watch

@@ -1,0 +1,236 @@
+"""What may be registered as a handler, and what is said to the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import pickle
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any
+
+import pytest
+
+from forebay.adapters import FRAMEWORKS, Handler, as_handler, recognise
+from forebay.errors import InvalidHandler, InvalidSetting
+from forebay.task import Task
+
+TASK = Task("echo", {"n": 1})
+
+
+async def in_the_loop(task: Task) -> object:
+    return task.payload
+
+
+def in_a_thread(task: Task) -> object:
+    return task.payload
+
+
+class Service:
+    async def answer(self, task: Task) -> object:
+        return task.payload
+
+    def look_up(self, task: Task) -> object:
+        return task.payload
+
+    @staticmethod
+    async def ask(task: Task) -> object:
+        return task.payload
+
+
+class AsyncAgent:
+    async def __call__(self, task: Task) -> object:
+        return task.payload
+
+
+class PlainAgent:
+    def __call__(self, task: Task) -> object:
+        return task.payload
+
+
+async def with_model(model: str, task: Task) -> object:
+    return model, task.payload
+
+
+def returns_an_awaitable(task: Task) -> Awaitable[object]:
+    return in_the_loop(task)
+
+
+# --- what can be run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        in_the_loop,
+        Service().answer,
+        Service.ask,
+        AsyncAgent(),
+        functools.partial(with_model, "small"),
+        functools.partial(functools.partial(with_model), "small"),
+        functools.partial(AsyncAgent()),
+    ],
+)
+async def test_an_async_callable_runs_in_the_loop(obj: Any) -> None:
+    handler = as_handler(obj)
+    assert not handler.blocking
+    assert await handler.call(TASK) in ({"n": 1}, ("small", {"n": 1}))
+
+
+@pytest.mark.parametrize("obj", [in_a_thread, Service().look_up, PlainAgent(), functools.partial(in_a_thread), len])
+def test_any_other_callable_runs_in_a_thread(obj: Any) -> None:
+    handler = as_handler(obj)
+    assert handler.blocking
+    assert handler.call is obj
+
+
+async def test_a_callable_that_turns_out_to_return_an_awaitable_is_left_to_the_engine() -> None:
+    handler = as_handler(returns_an_awaitable)
+    assert handler.blocking
+    assert await handler.call(TASK) == {"n": 1}
+
+
+def test_a_handler_stays_what_it_is() -> None:
+    handler = Handler(call=in_a_thread, on_cancel=print)
+    assert as_handler(handler) is handler
+
+
+def test_an_object_that_says_how_to_be_handled_is_asked() -> None:
+    handler = Handler(call=in_the_loop)
+
+    class Fleet:
+        def __call__(self) -> None: ...
+
+        def __forebay_handler__(self) -> Handler:
+            return handler
+
+    assert as_handler(Fleet()) is handler
+
+
+def test_saying_how_to_be_handled_outranks_the_framework_it_is_made_with() -> None:
+    handler = Handler(call=in_the_loop)
+
+    class Graph:
+        __module__ = "langgraph.graph"
+
+    class Wrapped(Graph):
+        def __forebay_handler__(self) -> Handler:
+            return handler
+
+    assert as_handler(Wrapped()) is handler
+
+
+# --- what cannot ---------------------------------------------------------------------------------------------------
+
+
+async def many(task: Task) -> AsyncIterator[object]:
+    yield task
+
+
+def some(task: Task) -> Iterator[object]:
+    yield task
+
+
+class Streams:
+    async def __call__(self, task: Task) -> AsyncIterator[object]:
+        yield task
+
+
+@pytest.mark.parametrize(
+    ("obj", "type_name", "advice"),
+    [
+        (None, "NoneType", "pass handler="),
+        (AsyncAgent, "AsyncAgent", "pass an instance"),
+        (many, "function", "progress()"),
+        (some, "function", "progress()"),
+        (Streams(), "Streams", "progress()"),
+        (functools.partial(many), "partial", "progress()"),
+        ("researcher", "str", "a supported framework (langgraph)"),
+        (object(), "object", "takes the Task"),
+    ],
+)
+def test_what_cannot_be_run_is_told_what_to_pass_instead(obj: Any, type_name: str, advice: str) -> None:
+    with pytest.raises(InvalidHandler) as caught:
+        as_handler(obj, worker="writer")
+    message = str(caught.value)
+    assert message.startswith(f"'writer' has a handler of type {type_name}, which Forebay cannot run: ")
+    assert advice in message
+
+
+def test_a_coroutine_is_told_from_its_function_and_leaves_no_warning() -> None:
+    with pytest.raises(InvalidHandler, match="without parentheses"):
+        as_handler(in_the_loop(TASK))
+
+
+async def test_a_task_under_way_is_no_handler() -> None:
+    with pytest.raises(InvalidHandler, match="the function that was called"):
+        as_handler(asyncio.ensure_future(in_the_loop(TASK)))
+
+
+def test_an_object_that_says_something_else_is_told_so() -> None:
+    class Fleet:
+        def __forebay_handler__(self) -> object:
+            return in_the_loop
+
+    with pytest.raises(InvalidHandler, match="returned a function"):
+        as_handler(Fleet())
+
+
+def test_the_refusal_survives_the_way_between_processes() -> None:
+    with pytest.raises(InvalidHandler) as caught:
+        as_handler(7, worker="writer")
+    copy = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert str(copy) == str(caught.value)
+    assert copy.worker == "writer"
+
+
+@pytest.mark.parametrize("obj", [in_the_loop, in_a_thread, Handler(call=in_the_loop)])
+def test_a_config_for_what_takes_none_is_refused_and_not_shown(obj: Any) -> None:
+    with pytest.raises(InvalidSetting, match="config='dict'") as caught:
+        as_handler(obj, config={"configurable": {"api_key": "hush"}})
+    assert "hush" not in str(caught.value)
+
+
+# --- frameworks ----------------------------------------------------------------------------------------------------
+
+
+def test_an_agent_is_known_by_where_its_class_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Adapter:
+        @staticmethod
+        def handler(obj: Any, *, worker: str, config: Any) -> Handler:
+            made.append((obj, worker, config))
+            return Handler(call=in_the_loop)
+
+    class Agent:
+        __module__ = "crew.agents.base"
+
+        def __call__(self) -> None: ...
+
+    class MyAgent(Agent): ...
+
+    monkeypatch.setitem(FRAMEWORKS, "crew", "forebay.adapters.crew")
+    monkeypatch.setattr(recognise, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
+    agent = MyAgent()
+    as_handler(agent, worker="writer", config={"verbose": False})
+    assert made == [(agent, "writer", {"verbose": False})]
+
+
+@pytest.mark.parametrize("config", [7, "fast", in_the_loop])
+def test_a_config_that_is_neither_a_mapping_nor_a_plain_callable_is_refused(config: Any) -> None:
+    class Agent:
+        __module__ = "langgraph.somewhere"
+
+    with pytest.raises(InvalidSetting, match="config"):
+        as_handler(Agent(), config=config)
+
+
+def test_no_framework_is_imported_before_one_of_its_agents_is_met() -> None:
+    program = (
+        "import sys; from forebay.adapters import as_handler; as_handler(lambda task: 1);"
+        f"print([name for name in {list(FRAMEWORKS)!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,436 @@
+"""What a breaker promises, one promise a test."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from forebay import clock
+from forebay.breaker import (
+    UPSTREAM_RULES,
+    WORKER_RULES,
+    Breaker,
+    BreakerRules,
+    BreakerState,
+    FaultsAmong,
+    FewCalls,
+    consecutive,
+)
+from forebay.errors import InvalidSetting
+from forebay.typing import Outcome
+
+CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
+SUCCESS, OVERLOAD, FAULT, IGNORED = Outcome.SUCCESS, Outcome.OVERLOAD, Outcome.FAULT, Outcome.IGNORED
+
+#: Sleeps last exactly what the rules say at most; the first is 10 s.
+RULES = BreakerRules(arms=(consecutive(5),), cool_off=10.0, ceiling=60.0, probes=1, successes=2, probe_time=30.0)
+
+
+def always_longest() -> float:
+    return 1.0 - 2**-53
+
+
+def make(rules: BreakerRules = RULES) -> Breaker:
+    return Breaker(rules, draw=always_longest)
+
+
+def call(breaker: Breaker, now: float, outcome: Outcome) -> BreakerState | None:
+    """One call that is let through and ends at once."""
+    era = breaker.allow(now)
+    assert era
+    return breaker.record(now, outcome, era)
+
+
+def opened(rules: BreakerRules = RULES, *, now: float = 0.0) -> Breaker:
+    breaker = make(rules)
+    assert breaker.trip(now) is OPEN
+    return breaker
+
+
+def left(breaker: Breaker, now: float) -> float:
+    remaining = breaker.remaining(now)
+    assert remaining is not None
+    return remaining
+
+
+# --- when it opens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [UPSTREAM_RULES, WORKER_RULES])
+def test_five_faults_of_five_open_it_and_not_one_sooner(rules: BreakerRules) -> None:
+    breaker = make(rules)
+    assert [call(breaker, 0.1 * n, FAULT) for n in range(5)] == [None] * 4 + [OPEN]
+
+
+@pytest.mark.parametrize("rules", [UPSTREAM_RULES, WORKER_RULES])
+@pytest.mark.parametrize("at", range(20))
+def test_one_fault_of_twenty_does_not_open_it(rules: BreakerRules, at: int) -> None:
+    breaker = make(rules)
+    for n in range(20):
+        call(breaker, 0.1 * n, FAULT if n == at else SUCCESS)
+    assert breaker.state(2.0) is CLOSED
+
+
+@pytest.mark.parametrize(("calls", "verdict"), [(31, OPEN), (32, None)])
+def test_four_faults_open_it_as_long_as_chance_does_not_explain_them(calls: int, verdict: BreakerState | None) -> None:
+    breaker = make(UPSTREAM_RULES)
+    for n in range(calls - 1):
+        call(breaker, 0.1 * n, FAULT if n < 3 else SUCCESS)
+    assert call(breaker, 5.0, FAULT) is verdict
+
+
+def test_faults_older_than_the_window_are_no_longer_few_calls_evidence() -> None:
+    breaker = make(BreakerRules(arms=(FewCalls(seconds=10),)))
+    for _ in range(4):
+        call(breaker, 0.9, FAULT)
+    assert call(breaker, 10.0, FAULT) is None, "the bucket of second 0 has left"
+    for _ in range(3):
+        call(breaker, 19.9, FAULT)
+    assert call(breaker, 19.9, FAULT) is OPEN, "the bucket of second 10 has not"
+
+
+def test_slow_calls_four_a_minute_are_enough_to_find_an_outage() -> None:
+    breaker = make(UPSTREAM_RULES)
+    verdicts = [call(breaker, 14.0 * n, FAULT) for n in range(5)]
+    assert verdicts[-1] is OPEN
+
+
+def test_fifty_faults_among_the_last_thousand_open_it_however_thinly_spread() -> None:
+    breaker = make(UPSTREAM_RULES)
+    for n in range(49):
+        call(breaker, 3600.0 * n, FAULT)
+        for _ in range(19):
+            call(breaker, 3600.0 * n + 1, SUCCESS)
+    assert call(breaker, 3600.0 * 49, FAULT) is OPEN
+
+
+def test_one_fault_in_twenty_one_calls_never_opens_it() -> None:
+    breaker = make(UPSTREAM_RULES)
+    for n in range(21_000):
+        call(breaker, 0.01 * n, FAULT if n % 21 == 0 else SUCCESS)
+    assert breaker.state(210.0) is CLOSED
+
+
+def test_six_percent_is_found_within_about_800_calls_in_the_median() -> None:
+    assert _median_calls_until_open(share=0.06, per_second=50.0) <= 850
+
+
+def test_one_percent_on_a_busy_upstream_is_left_alone() -> None:
+    draws = clock.chance(1)
+    breaker = make(UPSTREAM_RULES)
+    for n in range(50_000):
+        call(breaker, n / 50.0, FAULT if draws.random() < 0.01 else SUCCESS)
+    assert breaker.state(1000.0) is CLOSED
+
+
+def _median_calls_until_open(*, share: float, per_second: float) -> int:
+    needed = []
+    for seed in range(41):
+        draws = clock.chance(seed)
+        breaker = make(UPSTREAM_RULES)
+        calls = 0
+        while breaker.ready(calls / per_second):
+            call(breaker, calls / per_second, FAULT if draws.random() < share else SUCCESS)
+            calls += 1
+        needed.append(calls)
+    return sorted(needed)[20]
+
+
+@pytest.mark.parametrize("rules", [UPSTREAM_RULES, WORKER_RULES])
+@pytest.mark.parametrize("outcome", [OVERLOAD, IGNORED])
+def test_neither_a_refusal_nor_a_cancellation_is_counted(rules: BreakerRules, outcome: Outcome) -> None:
+    breaker = make(rules)
+    for n in range(2000):
+        assert call(breaker, 0.001 * n, outcome) is None
+    assert [call(breaker, 2.0, FAULT) for _ in range(5)][-1] is OPEN
+
+
+def test_a_success_ends_a_run_of_faults() -> None:
+    breaker = make()
+    for _ in range(3):
+        for _ in range(4):
+            call(breaker, 0.0, FAULT)
+        call(breaker, 0.0, SUCCESS)
+    assert breaker.state(0.0) is CLOSED
+
+
+def test_closing_forgets_the_faults_from_before() -> None:
+    breaker = opened(UPSTREAM_RULES)
+    call(breaker, 10.0, SUCCESS)
+    assert call(breaker, 10.0, SUCCESS) is CLOSED
+    for _ in range(4):
+        call(breaker, 10.0, FAULT)
+    assert breaker.state(10.0) is CLOSED
+
+
+def test_tripping_opens_it_at_once_and_once() -> None:
+    breaker = make()
+    assert breaker.trip(1.0) is OPEN
+    assert breaker.trip(5.0) is None
+    assert left(breaker, 5.0) == pytest.approx(6.0), "the second trip neither doubled nor restarted the sleep"
+
+
+def test_tripping_in_half_open_doubles_the_sleep() -> None:
+    breaker = opened()
+    assert breaker.state(10.0) is HALF_OPEN
+    assert breaker.trip(10.0) is OPEN
+    assert left(breaker, 10.0) == pytest.approx(20.0)
+
+
+# --- how long it sleeps --------------------------------------------------------------------------------------------
+
+
+def test_an_open_breaker_refuses_and_says_how_long() -> None:
+    breaker = opened(now=100.0)
+    assert breaker.allow(104.0) == 0
+    assert not breaker.ready(104.0)
+    assert left(breaker, 104.0) == pytest.approx(6.0)
+
+
+def test_the_sleep_doubles_up_to_the_ceiling_and_closing_resets_it() -> None:
+    breaker = opened()
+    now = 0.0
+    sleeps = []
+    for _ in range(5):
+        sleeps.append(left(breaker, now))
+        now += sleeps[-1]
+        call(breaker, now, FAULT)
+    assert sleeps == pytest.approx([10.0, 20.0, 40.0, 60.0, 60.0])
+
+    now += left(breaker, now)
+    call(breaker, now, SUCCESS)
+    assert call(breaker, now, SUCCESS) is CLOSED
+    breaker.trip(now)
+    assert left(breaker, now) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("opening", [1, 2, 5, 5000])
+def test_jitter_takes_from_the_upper_half_of_the_sleep(opening: int) -> None:
+    longest = min(60.0, 10.0 * 2.0 ** min(opening - 1, 10))
+    assert RULES.sleep(opening, chance=0.0) == longest / 2
+    assert longest / 2 < RULES.sleep(opening, chance=0.999) < longest
+
+
+def test_it_draws_once_for_each_opening_and_never_otherwise() -> None:
+    drawn = []
+    breaker = Breaker(RULES, draw=lambda: drawn.append(1) or 0.5)  # type: ignore[func-returns-value]
+    for _ in range(100):
+        call(breaker, 0.0, SUCCESS)
+    assert len(drawn) == 0
+    breaker.trip(0.0)
+    assert len(drawn) == 1
+
+
+def test_without_a_cool_off_it_stays_open_until_reset() -> None:
+    breaker = opened(BreakerRules(cool_off=None))
+    assert breaker.state(1e12) is OPEN
+    assert breaker.allow(1e12) == 0
+    assert breaker.remaining(1e12) is None
+    breaker.reset()
+    assert breaker.allow(0.0)
+    assert breaker.remaining(0.0) == 0.0
+
+
+# --- half-open -----------------------------------------------------------------------------------------------------
+
+
+def test_after_its_sleep_one_probe_is_let_through_at_a_time() -> None:
+    breaker = opened()
+    assert breaker.state(10.0) is HALF_OPEN
+    assert breaker.allow(10.0)
+    assert not breaker.ready(10.0)
+    assert breaker.allow(10.0) == 0
+
+
+def test_two_probes_must_succeed_for_it_to_close() -> None:
+    breaker = opened()
+    assert call(breaker, 10.0, SUCCESS) is None
+    assert call(breaker, 11.0, SUCCESS) is CLOSED
+    assert breaker.allow(11.0)
+    assert breaker.allow(11.0), "no bound any more"
+
+
+def test_one_faulty_probe_opens_it_again_even_after_a_success() -> None:
+    breaker = opened()
+    call(breaker, 10.0, SUCCESS)
+    assert call(breaker, 11.0, FAULT) is OPEN
+    assert left(breaker, 11.0) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("outcome", [OVERLOAD, IGNORED])
+def test_a_cancelled_probe_is_given_back_and_says_nothing(outcome: Outcome) -> None:
+    breaker = opened()
+    for _ in range(10):
+        assert call(breaker, 10.0, outcome) is None
+    assert breaker.state(10.0) is HALF_OPEN
+    call(breaker, 10.0, SUCCESS)
+    assert call(breaker, 10.0, SUCCESS) is CLOSED
+
+
+def test_a_refusal_while_a_probe_is_out_says_when_it_is_given_up() -> None:
+    breaker = opened()
+    breaker.allow(12.0)
+    assert left(breaker, 20.0) == pytest.approx(22.0)
+
+
+def test_a_probe_that_hangs_opens_it_again_with_a_doubled_sleep() -> None:
+    breaker = opened()
+    breaker.allow(12.0)
+    assert breaker.state(41.9) is HALF_OPEN
+    assert breaker.state(42.0) is OPEN
+    assert left(breaker, 42.0) == pytest.approx(20.0)
+
+
+def test_a_hanging_probe_is_given_up_when_it_fell_due_not_when_somebody_looked() -> None:
+    breaker = opened()
+    breaker.allow(12.0)
+    assert breaker.state(62.0) is HALF_OPEN, "due at 42, slept 20"
+
+
+def test_half_open_without_a_probe_out_waits_for_traffic_as_long_as_it_takes() -> None:
+    breaker = opened()
+    call(breaker, 10.0, SUCCESS)
+    assert breaker.state(1e6) is HALF_OPEN
+    assert call(breaker, 1e6, SUCCESS) is CLOSED
+
+
+def test_one_hanging_probe_is_noticed_though_others_are_cancelled_all_the_time() -> None:
+    breaker = opened(BreakerRules(probes=2, probe_time=30.0))
+    breaker.allow(10.0)
+    for second in range(10, 40):
+        call(breaker, second, IGNORED)
+    assert breaker.state(40.0) is OPEN
+
+
+def test_an_overdue_probe_that_succeeds_after_all_ends_the_sleep() -> None:
+    breaker = opened()
+    slow = breaker.allow(10.0)
+    assert breaker.state(40.0) is OPEN
+    assert breaker.record(45.0, SUCCESS, slow) is HALF_OPEN
+    assert call(breaker, 45.0, SUCCESS) is CLOSED, "and it counted as the first of two"
+
+
+def test_a_dependency_slower_than_the_probe_time_is_not_refused_for_ever() -> None:
+    breaker = opened()
+    now = 10.0
+    for _ in range(4):
+        era = breaker.allow(now)
+        now += 50.0  # probe_time is 30
+        breaker.record(now, SUCCESS, era)
+        now += left(breaker, now)
+    assert breaker.state(now) is CLOSED
+
+
+def test_an_overdue_probe_that_fails_changes_nothing_any_more() -> None:
+    breaker = opened()
+    slow = breaker.allow(10.0)
+    sleep = left(breaker, 40.0)
+    assert breaker.record(41.0, FAULT, slow) is None
+    assert left(breaker, 40.0) == sleep
+
+
+def test_an_overdue_success_means_nothing_once_a_fault_has_spoken() -> None:
+    breaker = opened()
+    slow = breaker.allow(10.0)
+    assert breaker.state(40.0) is OPEN
+    assert call(breaker, 60.0, FAULT) is OPEN
+    assert breaker.record(61.0, SUCCESS, slow) is None
+    assert breaker.state(61.0) is OPEN
+
+
+# --- calls from before ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_calls_begun_before_it_opened_say_nothing_about_the_probes(outcome: Outcome) -> None:
+    breaker = make()
+    late = [breaker.allow(0.0) for _ in range(10)]
+    breaker.trip(0.0)
+    probe = breaker.allow(10.0)
+    for era in late:
+        assert breaker.record(10.0, outcome, era) is None
+    assert breaker.state(10.0) is HALF_OPEN
+    assert breaker.allow(10.0) == 0, "the probe is still out"
+    breaker.record(10.0, SUCCESS, probe)
+    assert call(breaker, 10.0, SUCCESS) is CLOSED
+
+
+def test_calls_begun_before_it_opened_do_not_count_after_it_closed() -> None:
+    breaker = make()
+    late = [breaker.allow(0.0) for _ in range(10)]
+    breaker.trip(0.0)
+    call(breaker, 10.0, SUCCESS)
+    call(breaker, 10.0, SUCCESS)
+    for era in late:
+        breaker.record(10.0, FAULT, era)
+    assert breaker.state(10.0) is CLOSED
+
+
+def test_calls_that_fail_while_it_sleeps_do_not_prolong_the_sleep() -> None:
+    breaker = make()
+    late = [breaker.allow(0.0) for _ in range(10)]
+    breaker.trip(0.0)
+    for era in late:
+        breaker.record(5.0, FAULT, era)
+    assert left(breaker, 5.0) == pytest.approx(5.0)
+
+
+def test_a_refused_call_that_is_recorded_by_mistake_counts_for_nothing() -> None:
+    breaker = opened()
+    for _ in range(10):
+        breaker.record(5.0, FAULT, breaker.allow(5.0))
+    assert left(breaker, 5.0) == pytest.approx(5.0)
+
+
+def test_eras_are_true_and_never_come_back() -> None:
+    breaker = make()
+    eras = []
+    for n in range(5):
+        eras.append(breaker.allow(100.0 * n))
+        breaker.trip(100.0 * n)
+        eras.append(breaker.allow(100.0 * n + 60.0))
+        breaker.reset()
+    assert all(eras)
+    assert all(earlier < later for earlier, later in pairwise(eras))
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arms": ()},
+        {"cool_off": 0.0},
+        {"cool_off": -1.0},
+        {"cool_off": math.inf},
+        {"cool_off": math.nan},
+        {"cool_off": 120.0},
+        {"ceiling": math.inf},
+        {"ceiling": math.nan},
+        {"probes": 0},
+        {"probes": 1.5},
+        {"probes": True},
+        {"successes": 0},
+        {"probe_time": 0.0},
+        {"probe_time": math.nan},
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_by_name(settings: dict[str, object]) -> None:
+    with pytest.raises(InvalidSetting, match=next(reversed(settings))) as caught:
+        BreakerRules(**settings)  # type: ignore[arg-type]
+    assert "BreakerRules" in str(caught.value) or caught.value.__dict__["name"] in settings
+
+
+@pytest.mark.parametrize("settings", [{"least_calls": 0}, {"least_faults": 0}, {"seconds": 0}, {"share": 1.0}])
+def test_an_arm_that_makes_no_sense_is_refused_by_name(settings: dict[str, float]) -> None:
+    with pytest.raises(InvalidSetting, match=next(iter(settings))):
+        FewCalls(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("faults", "calls"), [(0, 5), (6, 5), (1, 0), (2.5, 5)])
+def test_more_faults_than_calls_cannot_be_asked_for(faults: int, calls: int) -> None:
+    with pytest.raises(InvalidSetting, match="FaultsAmong"):
+        FaultsAmong(faults=faults, calls=calls)
