@@ -9,6 +9,7 @@
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+trap 'exit 130' INT # else an interrupted step only counts as one that failed
 
 venv=$1
 minor=${2:-}

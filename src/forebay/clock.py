@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import time
+from collections.abc import Callable
 
 
 def wall_time() -> float:
@@ -36,6 +37,13 @@ def monotonic() -> float:
 def chance(seed: int | None = None) -> random.Random:
     """A source of draws: seeded if asked, else from the operating system."""
     return random.Random(seed)  # noqa: S311 - jitter, not secrets
+
+
+def draws_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
+    """Draws from [0, 1) for what runs on `loop`: a virtual one has chance of its own, drawn from its seed."""
+    source = loop.random if is_virtual(loop) else chance()  # type: ignore[attr-defined]
+    draw: Callable[[], float] = source.random
+    return draw
 
 
 class _Ids:

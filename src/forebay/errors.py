@@ -47,8 +47,8 @@ class DeadlinePassed(ForebayError, ValueError):
 
 
 class InvalidDeadline(ForebayError, ValueError):
-    """A deadline of {value!r} is not in the future: Deadline.within(seconds) takes a positive, finite number of seconds,
-    and Deadline(at) takes epoch seconds.
+    """A deadline of {value!r} is not in the future: Deadline.within(seconds) takes a positive, finite number of
+    seconds, and Deadline(at) takes epoch seconds.
     """
 
 
@@ -127,8 +127,8 @@ class NotPortable(ForebayError, TypeError):
 
 
 class PayloadTooLarge(ForebayError, ValueError):
-    """The payload of task {task_id!r} takes {size} bytes encoded and the bound is {bound}: store it elsewhere and submit a
-    reference, or raise max_payload_bytes.
+    """The payload of task {task_id!r} takes {size} bytes encoded and the bound is {bound}: store it elsewhere and
+    submit a reference, or raise max_payload_bytes.
     """
 
     size: int
@@ -161,6 +161,14 @@ class AlreadyStarted(ForebayError, RuntimeError):
 
 class SupervisorClosed(ForebayError, RuntimeError):
     """The supervisor is {state} and takes no more work: submit before drain() or close(), or to another one."""
+
+
+class DrainInside(ForebayError, RuntimeError):
+    """The supervisor was told to drain from inside task {task_id!r}, for which it would wait: drain it from outside of
+    its tasks, or have the task set an event that whoever started the supervisor waits for.
+    """
+
+    task_id: str
 
 
 class WrongLoop(ForebayError, RuntimeError):

@@ -55,7 +55,7 @@ def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
 async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task) -> Any:
     run_config, context = _configure(graph, worker, config, task)
     # Submitted from inside a node of another graph, this run would else be taken for a subgraph of that one.
-    outer = var_child_runnable_config.set(var_child_runnable_config.get())
+    outer = var_child_runnable_config.set(None)
     try:
         return await _stream(graph, task.payload, run_config, context)
     finally:

@@ -15,7 +15,7 @@ _Z = 1.96  # standard deviations: 95 %, two-sided
 class Window:
     """Counts calls and faults, by the second and by the call.
 
-    A success costs two additions' worth of work: calls are only numbered, a bucket is a note of where the numbering
+    A success costs one comparison and one addition: calls are only numbered, a bucket is a note of where the numbering
     stood when its second began, and a fault is the number of its call. So nothing has to be kept for each call.
 
     Args:
@@ -99,8 +99,8 @@ class FewCalls:
     of faults must lie above `share`. So 5 of 5 opens, 4 of 31 too; 1 of 20 does not, nor does 4 of 32.
 
     A minute rather than ten seconds, since a run of agents makes few calls and each is slow: at four calls a minute a
-    window of ten seconds would never hold five. A busy upstream loses nothing by it, for there the last 1,000 calls
-    speak sooner.
+    window of ten seconds would never hold five. It also opens less often for nothing: at 3 % faults and two calls a
+    second 0.5 times an hour instead of 4. A busy upstream loses nothing, for there the last 1,000 calls speak sooner.
 
     Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
     """

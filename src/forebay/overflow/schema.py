@@ -59,10 +59,8 @@ _ENDS = "UPDATE size SET tasks = tasks + CASE WHEN ended = (new.state >= 2) THEN
 _TRIGGERS = tuple(
     f"CREATE TRIGGER {name} AFTER {when} BEGIN {what} END"
     for name, when, what in (
-        ("task_stored", "INSERT ON task", "UPDATE size SET tasks = tasks + 1 WHERE ended = (new.state >= 2);"),
         ("task_dropped", "DELETE ON task", "UPDATE size SET tasks = tasks - 1 WHERE ended = (old.state >= 2);"),
         ("task_ends", "UPDATE OF state ON task WHEN (old.state >= 2) <> (new.state >= 2)", _ENDS),
-        ("task_stored_waiting", "INSERT ON task WHEN new.state = 0", _ENTERS_QUEUE),
         ("task_dropped_waiting", "DELETE ON task WHEN old.state = 0", _LEAVES_QUEUE),
         ("task_waits", "UPDATE OF state ON task WHEN old.state <> 0 AND new.state = 0", _ENTERS_QUEUE),
         ("task_waited", "UPDATE OF state ON task WHEN old.state = 0 AND new.state <> 0", _LEAVES_QUEUE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,6 +32,8 @@ _ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts"
 _PUT = Rows(f"INSERT INTO task ({_ROW}, state, fence, until) VALUES {{rows}} ON CONFLICT DO NOTHING", 11)
 _TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
 _HELD = "SELECT tasks FROM size WHERE ended = 0"
+_STORED = "UPDATE size SET tasks = tasks + ? WHERE ended = 0"
+_ENTERED = "INSERT INTO depth VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
 _LEASE = f"""
 UPDATE task SET state = 1, until = ?, fence = ? || '-' || turn
 WHERE turn IN (SELECT turn FROM task WHERE state = 0 AND task_type = ? ORDER BY priority, due, turn LIMIT ?)
@@ -163,19 +166,31 @@ class SqliteLedger:
 
 
 def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[Put]:
-    rows = [_values(*offer) for offer in offers]
     (held,) = connection.execute(_HELD).fetchone()
     room = bound - held
+    rows = [_values(*offer) for offer in offers]
     if len(rows) <= room:
-        return [Put.STORED if stored else Put.DUPLICATE for stored in _PUT.run(connection, rows)]
+        outcomes = [Put.STORED if stored else Put.DUPLICATE for stored in _PUT.run(connection, rows)]
+    else:
+        outcomes = _put_one_by_one(room, connection, rows)
+    stored = [offer for offer, outcome in zip(offers, outcomes, strict=True) if outcome is Put.STORED]
+    waiting = Counter((row.task_type, row.priority) for row, fence, _ in stored if fence is None)
+    connection.executemany(_ENTERED, [(*place, count) for place, count in waiting.items()])
+    connection.execute(_STORED, (len(stored),))
+    return outcomes
+
+
+def _put_one_by_one(room: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[Put]:
+    """Where room for all is not certain, each has to see what became of the one before."""
     outcomes = []
-    for (row, _, _), values in zip(offers, rows, strict=True):
+    for row in rows:
         if room > 0:
-            (stored,) = _PUT.run(connection, [values])
+            (stored,) = _PUT.run(connection, [row])
             room -= stored
             outcomes.append(Put.STORED if stored else Put.DUPLICATE)
         else:
-            (taken,) = connection.execute(_TAKEN, (row.task_id, row.key)).fetchone()
+            task_id, key = row[0], row[6]
+            (taken,) = connection.execute(_TAKEN, (task_id, key)).fetchone()
             outcomes.append(Put.DUPLICATE if taken else Put.FULL)
     return outcomes
 

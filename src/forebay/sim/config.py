@@ -300,6 +300,6 @@ def _unknown(raw: Any, known: Any) -> list[str]:
     if isinstance(raw, dict) and isinstance(known, dict):
         inside = (name for key in raw if key in known for name in _unknown(raw[key], known[key]))
         return [*(key for key in raw if key not in known), *inside]
-    if isinstance(raw, list) and isinstance(known, list):
+    if isinstance(raw, list) and isinstance(known, list | tuple):
         return [name for a, b in zip(raw, known, strict=True) for name in _unknown(a, b)]
     return []

@@ -161,7 +161,7 @@ class Provider:
             else:
                 flight = self._sharing.pop()
                 self._now = due
-                if self._flights.get(flight.call_id) is flight:
+                if self._in_flight(flight):
                     self._reach(flight, due)
         self._sharing.run_to(now)
         self._now = now
@@ -276,6 +276,7 @@ class Provider:
     def _end(self, flight: _Flight, *, wasted: bool) -> Usage:
         del self._flights[flight.call_id]
         self._sharing.population = len(self._flights)
+        self._sharing.sweep(self._in_flight)
         if not self._flights:
             self._sharing.rest()
         usage = flight.usage(flight.made)
@@ -284,6 +285,9 @@ class Provider:
         return usage
 
     # --- small things -----------------------------------------------------------------------------------------------
+
+    def _in_flight(self, flight: _Flight) -> bool:
+        return flight.call_id in self._flights
 
     def _model(self, model: str) -> tuple[str, Price | None]:
         return next(((name, price) for name, price in self._prices if model.startswith(name)), ("", None))

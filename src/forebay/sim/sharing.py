@@ -12,12 +12,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from forebay.sim.config import Slow, Step
 
 T = TypeVar("T")
+
+_FEW: Final = 64  # marks that are not worth a sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Sharing(Generic[T]):
     """A set of marks, each reached when every call in flight has been given enough work.
 
     `population` is how many calls share; the owner keeps it. A mark whose owner has lost interest stays where it is
-    and is reported like any other.
+    and is reported like any other, unless it is swept away.
     """
 
     def __init__(self, slots: int, speed: float = 1.0) -> None:
@@ -93,6 +96,12 @@ class Sharing(Generic[T]):
         work, _, item = heapq.heappop(self._marks)
         self.work = max(self.work, work)  # exactly: rounding must not leave a mark just out of reach
         return item
+
+    def sweep(self, wanted: Callable[[T], bool]) -> None:
+        """Once most marks must be unwanted (each call in flight has one), drop those that are."""
+        if len(self._marks) > 2 * self.population + _FEW:
+            self._marks = [mark for mark in self._marks if wanted(mark[2])]
+            heapq.heapify(self._marks)
 
     def rest(self) -> None:
         """Nothing is in flight: forget every mark and start counting anew, where numbers are most precise."""

@@ -12,7 +12,7 @@ import bisect
 import itertools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Self
 
@@ -25,6 +25,12 @@ class Quantiles:
 
     chances: tuple[float, ...]
     values: tuple[float, ...]
+    mean: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        steps = zip(itertools.pairwise(self.chances), itertools.pairwise(self.values), strict=True)
+        mean = sum((c1 - c0) * (v0 + v1) / 2 for (c0, c1), (v0, v1) in steps)
+        object.__setattr__(self, "mean", mean)
 
     def value(self, chance: float) -> float:
         """The quantile at `chance`, linear between the known ones."""
@@ -42,12 +48,6 @@ class Quantiles:
             return 0.0 if low == 0 else 1.0
         v0, v1 = self.values[low - 1], self.values[low]
         return self.chances[low - 1] + (self.chances[low] - self.chances[low - 1]) * (value - v0) / (v1 - v0)
-
-    @property
-    def mean(self) -> float:
-        """The mean of the interpolated distribution."""
-        steps = zip(itertools.pairwise(self.chances), itertools.pairwise(self.values), strict=True)
-        return sum((c1 - c0) * (v0 + v1) / 2 for (c0, c1), (v0, v1) in steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from forebay import context
 from forebay.context import RunningTask
@@ -11,21 +12,35 @@ from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
     InvalidTask,
+    LedgerUnusable,
     OverflowRequired,
     SupervisorClosed,
     UnknownTaskType,
 )
-from forebay.events import Submitted
-from forebay.supervisor.dispatch import Dispatcher, Refusal
+from forebay.events import Submitted, log
+from forebay.supervisor.dispatch import Dispatcher
 from forebay.supervisor.lend import held_slots
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Ticket
-from forebay.task import Task, TaskStatus, Verdict
+from forebay.task import Priority, Task, TaskStatus, Verdict
 from forebay.typing import Put
 
 if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.refill import Overflow
+    from forebay.supervisor.worker import WorkerAgent
+
+
+_WATERFALL = Priority.HIGH  # it and better go to an idle worker first
+
+
+class Refusal(NamedTuple):
+    """Why a task was not let in."""
+
+    reason: str
+    binding: str | None
+    load: float
+    may_spill: bool
 
 
 class _State(Enum):
@@ -61,15 +76,17 @@ class Door:
         if task.durable and overflow is not None and not overflow.durable:
             advice = 'use one that does, for example overflow="sqlite:///spill.db"'
             raise OverflowRequired(task_id=task.task_id, why="the overflow does not survive its process", advice=advice)
-        if task.key is not None and (known := await self._known(task.key)) is not None:
-            return known
+        if task.key is not None:
+            if (known := await self._known(task.key)) is not None:
+                return known
+            self._check(task)  # again: much may have happened during the await
         if overflow is None or not (task.spill or task.durable):
             return self._decide(self._ticket(task, parent), pool)
         envelope = overflow.encode(task)
         ticket = self._ticket(task, parent)
         if task.durable:
             return await self._durable(ticket, envelope, pool, overflow)
-        refusal = self._house.offer(ticket, pool, may_spill=True)
+        refusal = self._offer(ticket, pool, may_spill=True)
         if refusal is not None and refusal.may_spill:
             return await self._spill(ticket, refusal, envelope, pool, overflow)
         return self._answer(ticket, pool, refusal)
@@ -82,6 +99,8 @@ class Door:
             raise OverflowRequired(task_id=task.task_id, why="submit_nowait cannot wait for its record", advice=advice)
         if task.key is not None and (known := self._keys.get(task.key)) is not None:
             return known
+        if self._house.overflow is not None and task.spill:
+            self._house.overflow.encode(task)  # draining may put it there: what cannot travel is refused now
         return self._decide(self._ticket(task, parent), pool)
 
     def slot(self, task: Task) -> Slot:
@@ -137,8 +156,12 @@ class Door:
             self._keys = {key: known for key, known in self._keys.items() if known.task_id in live}
         self._keys[key] = ticket
 
+    def _forget_key(self, ticket: Ticket) -> None:
+        if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
+            del self._keys[ticket.task.key]
+
     def _decide(self, ticket: Ticket, pool: Pool) -> Ticket:
-        return self._answer(ticket, pool, self._house.offer(ticket, pool, may_spill=False))
+        return self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
 
     def _answer(self, ticket: Ticket, pool: Pool, refusal: Refusal | None) -> Ticket:
         """Let in, or rejected."""
@@ -154,13 +177,57 @@ class Door:
         ticket.status = TaskStatus.REJECTED
         _explain(ticket, refusal)
         ticket.retry_after = self._house.retry_after(pool)
-        if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
-            del self._keys[ticket.task.key]
+        self._forget_key(ticket)
         self._house.counts.rejected += 1
+
+    def _offer(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
+        """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
+        priority = ticket.task.priority
+        now = self._house.loop.time()
+        remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
+        load, binding = self._house.path(pool)
+        ticket.load = load
+        if may_spill and pool.held_outside(priority):
+            return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=True)
+        worker = self._free_worker(ticket, pool)
+        if worker is None and self._house.ladder.refuses(priority, load):
+            reason = self._why(pool, binding, load, priority)
+            return Refusal(
+                reason, binding, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
+            )
+        if remaining < math.inf:
+            wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
+            if remaining <= 0 or pool.hopeless(now, wait, remaining):
+                return Refusal(f"its deadline in {remaining:.3g} s cannot be met", binding, load, may_spill=False)
+        self._house.enter(ticket, pool, worker)
+        return None
+
+    def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
+        """The worker that would run it at once."""
+        if ticket.task.thread is not None and ticket.task.thread in self._house.talks:
+            return None
+        if pool.line and ticket.task.priority > _WATERFALL:
+            return None
+        return pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
+
+    def _why(self, pool: Pool, binding: str, load: float, priority: Priority) -> str:
+        if not pool.slots:
+            return f"every worker for {pool.task_type!r} is FAILED"
+        return f"{binding} is at {load:.0%}, and {priority.name} is refused from {self._house.ladder.of(priority):.0%}"
+
+    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
+        if remaining == math.inf:
+            return True
+        wait = pool.expected_wait(priority, outside=True)
+        return wait is None or remaining > wait
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, overflow: Overflow) -> Ticket:
         _explain(ticket, refusal)
-        put = await overflow.spill(ticket, envelope, pool)
+        try:
+            put = await overflow.spill(ticket, envelope, pool)
+        except LedgerUnusable as exc:
+            log.error("task %r could not be spilled: %s", ticket.task_id, exc)
+            return self._answer(ticket, pool, Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False))
         if put is Put.STORED:
             self._house.counts.spilled += 1
             self._tell(ticket)
@@ -171,7 +238,7 @@ class Door:
         put = await overflow.record(ticket, envelope)
         if put is not Put.STORED:
             return await self._not_stored(ticket, put, pool, overflow)
-        refusal = self._house.offer(ticket, pool, may_spill=ticket.task.spill)
+        refusal = self._offer(ticket, pool, may_spill=ticket.task.spill)
         if refusal is None:
             return self._answer(ticket, pool, None)
         if not refusal.may_spill:
@@ -187,6 +254,7 @@ class Door:
         if put is Put.FULL:
             refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
             return self._answer(ticket, pool, refusal)
+        self._forget_key(ticket)
         if ticket.task.key is not None and (known := await overflow.find_key(ticket.task.key)) is not None:
             self._remember(ticket.task.key, known)
             return known

@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from forebay.admission import Ladder
 from forebay.context import RunningTask
@@ -20,62 +20,48 @@ from forebay.supervisor.statistics import Counts
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.timers import Timers
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Priority, TaskResult, TaskStatus
+from forebay.task import TaskResult, TaskStatus
 from forebay.typing import Reading
 
 if TYPE_CHECKING:
     from forebay.engine import Threads
     from forebay.supervisor.refill import Overflow
+    from forebay.supervisor.settings import Settings
 
-_WATERFALL = Priority.HIGH  # it and better go to an idle worker first
 _POOL_FLOOR = 20  # dequeues of a shared worker after which a pool that was passed over is served
 _NO_DEADLINE = (True, math.inf)
-
-
-class Refusal(NamedTuple):
-    """Why a task was not let in."""
-
-    reason: str
-    binding: str | None
-    load: float
-    may_spill: bool
 
 
 class Dispatcher:
     """The task plane's state and its every decision. It belongs to one event loop."""
 
-    def __init__(  # noqa: PLR0913 - the supervisor's settings, checked there
+    def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        settings: Settings,
         *,
-        ladder: Ladder,
-        max_queue_size: int | None,
         threads: Threads,
         bus: Bus,
         draw: Callable[[], float],
-        zombie_grace: float,
-        keep: int,
     ) -> None:
         self.loop = loop
-        self.ladder = ladder
-        self.max_queue_size = max_queue_size
+        self.ladder = Ladder(settings.backpressure_threshold)
+        self.max_queue_size = settings.max_queue_size
         self.threads = threads
         self.bus = bus
         self.draw = draw
         self.timers = Timers(loop)
-        self.endings = Endings(self, zombie_grace=zombie_grace)
+        self.endings = Endings(self, zombie_grace=settings.zombie_grace)
         self.counts = Counts()
         self.pools: dict[str, Pool] = {}
         self.workers: dict[str, WorkerAgent] = {}
         self.tickets: dict[str, Ticket] = {}  # all that have not ended
         self.kept: OrderedDict[str, Ticket] = OrderedDict()  # the latest that have
-        self.keep = keep
+        self.keep = settings.keep_results
         self.overflow: Overflow | None = None
         self.host_load: Callable[[], float] = lambda: 0.0
         self.on_ended: Callable[[], None] = lambda: None
-        self._talks: dict[
-            str, deque[Ticket]
-        ] = {}  # threads (conversations) with a task inside, and who waits behind it
+        self.talks: dict[str, deque[Ticket]] = {}  # threads (conversations) with a task inside, and who waits behind it
         self._surroundings: Context = copy_context()
         self._chores: set[asyncio.Future[Any]] = set()
         self._turn = 0
@@ -159,55 +145,19 @@ class Dispatcher:
         pools = tuple(Reading(pool.resource, pool.load()) for pool in self.pools.values())
         return (*pools, Reading("host", self.host_load()))
 
-    def offer(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
-        """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
-        priority = ticket.task.priority
-        now = self.loop.time()
-        remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        load, binding = self.path(pool)
-        ticket.load = load
-        if may_spill and pool.held_outside(priority):
-            return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=True)
-        worker = self._free_worker(ticket, pool)
-        if worker is None and self.ladder.refuses(priority, load):
-            reason = f"{binding} is at {load:.0%}, and {priority.name} is refused from {self.ladder.of(priority):.0%}"
-            return Refusal(
-                reason, binding, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
-            )
-        if remaining < math.inf:
-            wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
-            if remaining <= 0 or pool.hopeless(now, wait, remaining):
-                return Refusal(f"its deadline in {remaining:.3g} s cannot be met", binding, load, may_spill=False)
-        self.enter(ticket, pool, worker)
-        return None
-
-    def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
-        """The worker that would run it at once."""
-        if ticket.task.thread is not None and ticket.task.thread in self._talks:
-            return None
-        if pool.line and ticket.task.priority > _WATERFALL:
-            return None
-        return pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
-
-    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
-        if remaining == math.inf:
-            return True
-        wait = pool.expected_wait(priority, outside=True)
-        return wait is None or remaining > wait
-
     def enter(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Put an admitted task behind its thread, onto `worker`, or into the line."""
         self.tickets[ticket.task.task_id] = ticket
         thread = ticket.task.thread
         if thread is not None:
-            behind = self._talks.get(thread)
+            behind = self.talks.get(thread)
             if behind is not None:
                 ticket.status = TaskStatus.WAITING
                 behind.append(ticket)
                 pool.parked += 1
                 self._watch_deadline(ticket)
                 return
-            self._talks[thread] = deque()
+            self.talks[thread] = deque((ticket,))
         if worker is not None:
             self.start(ticket, worker)
         else:
@@ -269,6 +219,7 @@ class Dispatcher:
         era = worker.breaker.allow(now)
         if worker.probing:
             worker.probes_out += 1
+            worker.probe_era = era
         if ticket.expiry is not None:
             self.timers.cancel(ticket.expiry)
             ticket.expiry = None
@@ -276,7 +227,7 @@ class Dispatcher:
         ticket.run = run
         ticket.status = TaskStatus.RUNNING
         ticket.attempts += 1
-        worker.runs.add(run)
+        worker.runs[run] = None
         self.take(run)
         self.counts.started += 1
         if ticket.lease is not None and self.overflow is not None:
@@ -287,9 +238,13 @@ class Dispatcher:
         if ticket.occupant is not None:
             ticket.occupant.granted(run)
         else:
-            timeout = ticket.task.timeout or worker.timeout
-            run.timer = self.timers.at(now + timeout, lambda: self.endings.time_out(run, timeout))
+            run.timer = self.timers.at(self.ends_at(run), lambda: self.endings.out_of_time(run))
             run.begin(self._surroundings)
+
+    def ends_at(self, run: Run) -> float:
+        """Loop time at which a run is ended: its timeout, or its deadline if that comes first."""
+        timeout = run.began_at + (run.task.timeout or run.worker.timeout)
+        return timeout if run.deadline is None else min(timeout, run.began_at + run.deadline.remaining())
 
     # --- endings ---
 
@@ -335,9 +290,9 @@ class Dispatcher:
         if ticket.expiry is not None:
             self.timers.cancel(ticket.expiry)
             ticket.expiry = None
-        behind = self._talks.get(ticket.task.thread) if ticket.task.thread is not None else None
-        if behind is not None and ticket in behind:
-            behind.remove(ticket)
+        talk = self.talks.get(ticket.task.thread) if ticket.task.thread is not None else None
+        if talk is not None and talk[0] is not ticket and ticket in talk:
+            talk.remove(ticket)
             pool.parked -= 1
             return
         if ticket.place is not None:
@@ -348,13 +303,14 @@ class Dispatcher:
     def next_of_thread(self, ticket: Ticket) -> None:
         """Let the next task of the thread have its turn: `ticket` is really over."""
         thread = ticket.task.thread
-        if thread is None or thread not in self._talks:
+        talk = None if thread is None else self.talks.get(thread)
+        if thread is None or talk is None or talk[0] is not ticket:
             return
-        behind = self._talks.pop(thread)
-        if not behind:
+        talk.popleft()
+        if not talk:
+            del self.talks[thread]
             return
-        following = behind.popleft()
-        self._talks[thread] = behind
+        following = talk[0]
         pool = self.pools[following.task.task_type]
         pool.parked -= 1
         worker = None if pool.line else pool.router.pick()

@@ -41,7 +41,7 @@ class Drain:
         self._quiet = asyncio.Event()
         house.on_ended = self._look
 
-    async def run(self, timeout: float | None) -> DrainReport:
+    async def run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Finish what is inside, for at most `timeout` seconds, then cancel."""
         house = self._house
         spilled = 0
@@ -89,9 +89,15 @@ class Drain:
             await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
 
     async def _until_empty(self) -> None:
-        while self._inside():
+        while (inside := self._inside()) and (self._runs() or any(self._may_run(ticket) for ticket in inside)):
             self._quiet.clear()
             await self._quiet.wait()
+
+    def _may_run(self, ticket: Ticket) -> bool:
+        """Whether a worker could still take it: one that stays FAILED until revived would hold up the end for ever."""
+        pool = self._house.pools.get(ticket.task.task_type)
+        now = self._house.loop.time()
+        return pool is not None and any(worker.breaker.remaining(now) is not None for worker in pool.workers)
 
     def _look(self) -> None:
         self._quiet.set()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
 
+_NO_TIME = 1e-3  # seconds; the loop's clock and the wall's may differ by so much when a timer fires
 _FORGIVING = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
@@ -39,10 +40,13 @@ class Endings:
 
     # --- before a handler ended ---
 
-    def time_out(self, run: Run, timeout: float) -> None:
-        """End a run at its timeout."""
-        error = f"it ran longer than its timeout of {timeout:g} s"
-        self.abandon(run, TaskStatus.TIMED_OUT, error)
+    def out_of_time(self, run: Run) -> None:
+        """End a run at its timeout, or at its deadline if that came first."""
+        if run.deadline is not None and run.deadline.remaining() <= _NO_TIME:
+            self.abandon(run, TaskStatus.EXPIRED, "its deadline passed while it ran")
+        else:
+            timeout = run.task.timeout or run.worker.timeout
+            self.abandon(run, TaskStatus.TIMED_OUT, f"it ran longer than its timeout of {timeout:g} s")
 
     def abandon(self, run: Run, status: TaskStatus, error: str) -> None:
         """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot."""
@@ -95,7 +99,7 @@ class Endings:
         now = house.loop.time()
         seconds = now - run.began_at
         run.ended = True
-        worker.runs.discard(run)
+        worker.runs.pop(run, None)
         self._disarm(run)
         if worker.handler.on_end is not None:
             worker.handler.on_end(run.task)
@@ -150,8 +154,8 @@ class Endings:
         """Tell the worker's breaker and its score how a run went."""
         worker = run.worker
         now = self._house.loop.time()
-        if worker.probing and run.era:
-            worker.probes_out = max(0, worker.probes_out - 1)
+        if worker.probing and run.era == worker.probe_era:
+            worker.probes_out -= 1
         if outcome is Outcome.FAULT:
             worker.punish()
             self._house.timers.at(now + _FORGIVING, lambda: self._forgive(worker))
@@ -180,7 +184,7 @@ class Endings:
         now = house.loop.time()
         failed = worker.failed
         worker.read_breaker(now)
-        worker.probes_out = 0
+        worker.probes_out = worker.probe_era = 0
         if worker.failed:
             sleep = worker.breaker.remaining(now)
             if sleep is not None:

@@ -20,8 +20,8 @@ class Pool:
     """The workers and the line of one task type, and what is known of its pace. Pure: it is told, and answers."""
 
     __slots__ = (
-        "arriving", "door", "holding", "line", "max_queue_size", "nested", "parked", "passed", "reserved", "resource", "router", "running",
-        "seats", "slots", "task_type", "times", "workers",
+        "arriving", "door", "holding", "line", "max_queue_size", "nested", "parked", "passed", "reserved", "resource",
+        "router", "running", "seats", "slots", "task_type", "times", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
@@ -64,7 +64,7 @@ class Pool:
         return sum(self.holding[better] + self.arriving[better] for better in Priority if better <= rung)
 
     def expected_wait(self, rung: Priority, *, outside: bool = False) -> float | None:
-        """Seconds until a newcomer of `rung` would start; None if the pace is unknown. `outside`: behind the overflow."""
+        """Seconds until a newcomer of `rung` would start; None if unknown. `outside`: behind the overflow."""
         ahead = self.line.ahead(rung) + self.parked + (self.held_outside(rung) if outside else 0)
         if not ahead and self.running < self.slots:
             return 0.0

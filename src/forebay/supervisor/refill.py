@@ -7,11 +7,13 @@ import math
 from typing import TYPE_CHECKING
 
 from forebay import clock
-from forebay.errors import StillSpilled, UnknownTask
+from forebay.errors import LedgerUnusable, StillSpilled, UnknownTask
 from forebay.events import Refilled, log
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_task, encode_task
 from forebay.supervisor import records
 from forebay.supervisor.endings import unsuccessful
+from forebay.supervisor.leases import Leases
+from forebay.supervisor.tend import Tending
 from forebay.supervisor.ticket import Ticket
 from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.typing import Completion, Lease, Ledger, Put, RowState
@@ -19,32 +21,32 @@ from forebay.typing import Completion, Lease, Ledger, Put, RowState
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.settings import Settings
 
-_KEEP = 86_400.0  # seconds for which results are kept
 _RTT_GAIN = 0.2
 
 
 class Overflow:
     """The house's side of the ledger.
 
-    Pull, not push: seats are reserved first, and then exactly that many rows leased. A refilled task is not gated again.
-    While rows of a rung or better wait outside, fresh work of that type and rung joins their tail: nothing overtakes.
+    Pull, not push: seats are reserved first, and then exactly that many rows leased. A refilled task is not gated
+    again. While rows of a rung or better wait outside, fresh work of that type and rung joins their tail: nothing overtakes.
     """
 
-    def __init__(self, house: Dispatcher, ledger: Ledger, *, lease: float, max_payload: int, max_attempts: int) -> None:
+    def __init__(self, house: Dispatcher, ledger: Ledger, settings: Settings) -> None:
         self._house = house
-        self._ledger = ledger
-        self._lease = lease  # seconds that a right to a row lasts unless renewed
-        self._max_payload = max_payload  # bytes
-        self._max_attempts = max_attempts
-        self._pulling: set[Pool] = set()
-        self._held: dict[str, Lease] = {}  # by task id
-        self._elsewhere: dict[str, Ticket] = {}  # tickets whose rows another process holds
+        self.ledger = ledger
+        self._lease = settings.lease  # seconds that a right to a row lasts unless renewed
+        self._max_payload = settings.max_payload_bytes
+        self.pulling: set[Pool] = set()
+        self.leases = Leases()
+        self.elsewhere: dict[str, Ticket] = {}  # tickets whose rows another process holds
         self._puzzling: list[Lease] = []  # rows that this version cannot read: kept from others like it until close
         self._round_trip = 0.0  # seconds that a lease takes
-        self._closing = False
+        self.closing = False
         self.durable = ledger.durable
-        self._depths: dict[tuple[str, Priority], int] = {}
+        self.depths: dict[tuple[str, Priority], int] = {}  # rows of types that nobody here serves
+        self._tending = Tending(house, self, lease=settings.lease, max_attempts=settings.max_attempts)
 
     async def open(self) -> None:
         """Connect, and see what is there.
@@ -52,21 +54,21 @@ class Overflow:
         Raises:
             LedgerUnusable: the ledger cannot be opened.
         """
-        await self._ledger.open()
-        await self._reap()
-        self._depths = dict(await self._ledger.depths())
+        await self.ledger.open()
+        await self._tending.reap()
+        self.depths = dict(await self.ledger.depths())
         if self.durable:
-            self._arm()
+            self._tending.arm()
 
     def know(self, pool: Pool) -> None:
         """A new task type is served: pull what waits for it."""
         for rung in Priority:
-            pool.holding[rung] = self._depths.pop((pool.task_type, rung), 0)
+            pool.holding[rung] = self.depths.pop((pool.task_type, rung), 0)
 
     @property
     def outside(self) -> int:
         """How many rows wait, as far as is known."""
-        return sum(self._depths.values()) + sum(sum(pool.holding.values()) for pool in self._house.pools.values())
+        return sum(self.depths.values()) + sum(sum(pool.holding.values()) for pool in self._house.pools.values())
 
     @property
     def holding(self) -> bool:
@@ -84,22 +86,19 @@ class Overflow:
         return encode_task(task, bound=self._max_payload)
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> Put:
-        """Store a task that was refused; on STORED the ticket is SPILLED."""
+        """Store a refused task; on STORED the ticket is SPILLED. If the caller is cancelled, so is the task."""
         # Counted before the await, or fresh work would overtake what is on its way out.
         pool.arriving[ticket.task.priority] += 1
         self._house.tickets[ticket.task_id] = ticket
-        storing = asyncio.ensure_future(self._ledger.put(records.row(ticket, envelope)))
+        storing = asyncio.ensure_future(self.ledger.put(records.row(ticket, envelope)))
+        storing.add_done_callback(lambda put: self._put(put, ticket, pool))
         try:
-            await asyncio.shield(storing)
+            return await asyncio.shield(storing)
         except asyncio.CancelledError:
-            self._house.background(self._unspill(storing, ticket, pool))
+            storing.add_done_callback(lambda _: ticket.stored and ticket.cancel("its submitter has gone"))
             raise
-        finally:
-            if storing.done():
-                self._stored(storing, ticket, pool)
-        return storing.result()
 
-    def _stored(self, storing: asyncio.Future[Put], ticket: Ticket, pool: Pool) -> None:
+    def _put(self, storing: asyncio.Future[Put], ticket: Ticket, pool: Pool) -> None:
         rung = ticket.task.priority
         pool.arriving[rung] -= 1
         if storing.cancelled() or storing.exception() is not None or storing.result() is not Put.STORED:
@@ -114,28 +113,29 @@ class Overflow:
             self._watch_deadline(ticket)
         self.pull(pool)
 
-    async def _unspill(self, storing: asyncio.Future[Put], ticket: Ticket, pool: Pool) -> None:
-        """Whoever submitted it has gone while it was being stored."""
-        await asyncio.wait((storing,))
-        self._stored(storing, ticket, pool)
-        if ticket.stored:
-            ticket.cancel("its submitter has gone")
-
     async def record(self, ticket: Ticket, envelope: bytes) -> Put:
         """Store a durable task, already leased, before it is offered to the gate."""
         row = records.row(ticket, envelope)
         lease = Lease(row=row, fence=clock.new_id(), until=clock.wall_time() + self._lease)
-        put = await self._ledger.put(row, fence=lease.fence, until=lease.until)
+        self._house.tickets[ticket.task_id] = ticket  # before the await, so that no other takes its id
+        put = Put.FULL
+        try:
+            put = await self.ledger.put(row, fence=lease.fence, until=lease.until)
+        finally:
+            if put is not Put.STORED:
+                del self._house.tickets[ticket.task_id]
         if put is Put.STORED:
             ticket.stored = True
-            self._hold(ticket, lease)
+            ticket.lease = lease
+            self.leases.hold(lease)
         return put
 
     async def unrecord(self, ticket: Ticket) -> None:
         """Take back the row of a durable task that was rejected."""
         completion = Completion(status=TaskStatus.REJECTED.value, finished_at=clock.wall_time())
-        await self._ledger.finish(ticket.task_id, completion, fence=self._release(ticket))
+        await self.ledger.finish(ticket.task_id, completion, fence=self._let_lease_go(ticket))
         ticket.stored = False
+        self._house.tickets.pop(ticket.task_id, None)
 
     async def keep_outside(self, ticket: Ticket, pool: Pool) -> None:
         """Give the lease of a recorded task back, so that it waits outside."""
@@ -143,9 +143,10 @@ class Overflow:
         ticket.verdict = Verdict.SPILLED
         ticket.status = TaskStatus.SPILLED
         self._house.tickets[ticket.task_id] = ticket
-        lease = self._held.pop(ticket.task_id)
-        ticket.lease = None
-        await self._ledger.release([lease])
+        lease = ticket.lease
+        assert lease is not None  # noqa: S101 - recorded under it
+        self._let_lease_go(ticket)
+        await self.ledger.release([lease])
         self._watch_deadline(ticket)
         self.pull(pool)
 
@@ -159,61 +160,51 @@ class Overflow:
 
     def pull(self, pool: Pool) -> None:
         """See whether rows should come in, and fetch them if so."""
-        if not self._closing and pool not in self._pulling and any(pool.holding.values()) and self._seats(pool) > 0:
-            self._pulling.add(pool)
+        if not self.closing and pool not in self.pulling and any(pool.holding.values()) and self._seats(pool) > 0:
+            self.pulling.add(pool)
             self._house.background(self._pull(pool))
 
     def _seats(self, pool: Pool) -> int:
         """How many rows to fetch: one for each free slot, and what drains in two round trips."""
         rate = pool.times.drain_rate(pool.slots) or 0.0
         ahead = min(math.ceil(2 * self._round_trip * rate), pool.bound)
-        return min(max(0, pool.slots - pool.running) + ahead - pool.waiting, sum(pool.holding.values()))
+        wanted = max(0, pool.slots - pool.running) + ahead - len(pool.line) - pool.reserved
+        return min(wanted, pool.bound + pool.slots - pool.running - pool.waiting, sum(pool.holding.values()))
 
     async def _pull(self, pool: Pool) -> None:
         loop = self._house.loop
         try:
-            while not self._closing and (seats := self._seats(pool)) > 0:
+            while not self.closing and (seats := self._seats(pool)) > 0:
                 pool.reserved += seats
                 asked = loop.time()
                 try:
                     until = clock.wall_time() + self._lease
-                    leases = await self._ledger.lease(pool.task_type, seats, until=until)
+                    leases = await self.ledger.lease(pool.task_type, seats, until=until)
                 finally:
                     pool.reserved -= seats
                 self._round_trip += _RTT_GAIN * (loop.time() - asked - self._round_trip)
                 for lease in leases:
                     await self._admit(lease, pool)
                 if len(leases) < seats:
-                    await self._recount([pool])
+                    await self._tending.recount([pool], pulling=pool)
         finally:
-            self._pulling.discard(pool)
+            self.pulling.discard(pool)
 
     async def _admit(self, lease: Lease, pool: Pool) -> None:
         row = lease.row
-        pool.holding[row.priority] = max(0, pool.holding[row.priority] - 1)
         ticket = self._house.tickets.get(row.task_id)
-        if ticket is None or ticket.task.task_type != row.task_type or ticket.task.payload is None:
-            try:
-                task = decode_task(row.envelope)
-            except EnvelopeTooNew:
-                self._puzzling.append(lease)
-                log.warning("task %r was stored by a newer version and is left for it", row.task_id)
-                return
-            except EnvelopeDamaged as exc:
-                log.error("the stored task %r cannot be read and is given up: %s", row.task_id, exc)
-                completion = Completion(status="failed", error=str(exc), finished_at=clock.wall_time())
-                await self._ledger.finish(row.task_id, completion, fence=lease.fence)
-                return
+        if ticket is None or ticket.stored:  # else it is still counted as arriving
+            pool.holding[row.priority] = max(0, pool.holding[row.priority] - 1)
+        if ticket is None or ticket.task.task_type != row.task_type:
+            ticket = await self._read(lease, ticket)
             if ticket is None:
-                ticket = Ticket(self._house, task, None if row.deadline is None else Deadline(row.deadline), None)
-                ticket.verdict = Verdict.SPILLED
-                ticket.stored = True
-            ticket.task = task
+                return
         ticket.attempts = row.attempts
         if ticket.expiry is not None:
             self._house.timers.cancel(ticket.expiry)
             ticket.expiry = None
-        self._hold(ticket, lease)
+        ticket.lease = lease
+        self.leases.hold(lease)
         if ticket.done():  # ended meanwhile: its completion is on its way to the store
             return
         self._house.counts.refilled += 1
@@ -227,29 +218,46 @@ class Overflow:
         else:
             self._house.enter(ticket, pool, None if pool.line else pool.router.pick())
 
-    def _hold(self, ticket: Ticket, lease: Lease) -> None:
-        ticket.lease = lease
-        self._held[ticket.task_id] = lease
-
-    def _release(self, ticket: Ticket) -> str | None:
-        lease = self._held.pop(ticket.task_id, None)
-        ticket.lease = None
-        return None if lease is None else lease.fence
+    async def _read(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
+        """The ticket of a row that another process stored, or None if this one cannot read it."""
+        row = lease.row
+        try:
+            task = decode_task(row.envelope)
+        except EnvelopeTooNew:
+            self._puzzling.append(lease)
+            log.warning("task %r was stored by a newer version and is left for it", row.task_id)
+            return None
+        except EnvelopeDamaged as exc:
+            log.error("the stored task %r cannot be read and is given up: %s", row.task_id, exc)
+            completion = Completion(status=TaskStatus.FAILED.value, error=str(exc), finished_at=clock.wall_time())
+            await self.ledger.finish(row.task_id, completion, fence=lease.fence)
+            return None
+        if ticket is None:
+            ticket = Ticket(self._house, task, None, None)
+            ticket.verdict = Verdict.SPILLED
+            ticket.stored = True
+        ticket.task = task
+        ticket.deadline = None if row.deadline is None else Deadline(row.deadline)
+        return ticket
 
     def may_start(self, ticket: Ticket) -> bool:
         """Whether this process still has the right to start a stored task, as far as its clock tells."""
-        return ticket.lease is None or clock.wall_time() < self._held[ticket.task_id].until
+        return ticket.lease is None or self.leases.valid(ticket.task_id, clock.wall_time())
 
     def started(self, lease: Lease) -> None:
         """Count a start of a stored task's handler."""
-        self._house.background(self._ledger.start(lease))
+        self._house.background(self.ledger.start(lease))
+
+    def _let_lease_go(self, ticket: Ticket) -> str | None:
+        ticket.lease = None
+        return self.leases.drop(ticket.task_id)
 
     def let_go(self, ticket: Ticket) -> None:
         """The right to a task lapsed before its turn came: another process will have it."""
-        self._release(ticket)
+        self._let_lease_go(ticket)
         self._house.next_of_thread(ticket)
         ticket.status = TaskStatus.SPILLED
-        self._elsewhere[ticket.task_id] = ticket
+        self.elsewhere[ticket.task_id] = ticket
 
     # --- endings ---
 
@@ -262,14 +270,19 @@ class Overflow:
 
     async def _complete(self, ticket: Ticket, result: TaskResult) -> None:
         completion = records.completion(result, bound=self._max_payload)
-        fence = self._release(ticket)
-        if await self._ledger.finish(ticket.task_id, completion, fence=fence):
+        fence = self._let_lease_go(ticket)
+        try:
+            stored = await self.ledger.finish(ticket.task_id, completion, fence=fence)
+        except Exception:  # noqa: BLE001 - whatever ails the store, the ticket must end
+            log.exception("how task %r ended could not be stored: it may be run again", ticket.task_id)
+            stored = True
+        if stored:
             if fence is None:
                 self._forget_row(ticket)
             self._house.settle(ticket, result)
         elif not ticket.done():
             ticket.status = TaskStatus.SPILLED
-            self._elsewhere[ticket.task_id] = ticket
+            self.elsewhere[ticket.task_id] = ticket
 
     def give_up(self, ticket: Ticket, reason: str) -> None:
         """Cancel a task that waits outside."""
@@ -298,76 +311,25 @@ class Overflow:
 
     async def _find(self, ticket: Ticket) -> None:
         task_id = ticket.task_id
-        found = await self._ledger.find(task_id)
+        found = await self.ledger.find(task_id)
         if ticket.done():
             return
         if found is None:
             del self._house.tickets[task_id]
             ticket.resolve(UnknownTask(task_id=task_id))
             return
-        state, row, completion = found
-        if ticket.lease is None:  # else a pull was quicker, and has read it
-            ticket.task = Task(row.task_type, task_id=task_id, priority=row.priority, key=row.key)
+        state, _, completion = found
         if completion is not None:
             self._house.settle(ticket, records.result(task_id, completion))
         elif state is RowState.LEASED and ticket.lease is None:
-            self._elsewhere[task_id] = ticket
+            self.elsewhere[task_id] = ticket
 
     async def find_key(self, key: str) -> Ticket | None:
         """A ticket for the stored task of an idempotency key."""
-        task_id = await self._ledger.find_key(key)
+        task_id = await self.ledger.find_key(key)
         if task_id is None:
             return None
         return self._house.tickets.get(task_id) or self._house.kept.get(task_id) or self.look_up(task_id)
-
-    # --- keeping house ---
-
-    def _arm(self) -> None:
-        due = self._house.loop.time() + self._lease / 3
-        self._house.timers.at(due, lambda: self._house.background(self._tend()))
-
-    async def _tend(self) -> None:
-        """Renew what is held, take in what lapsed elsewhere, and hear of what others finished."""
-        if self._closing:
-            return
-        try:
-            until = clock.wall_time() + self._lease
-            lost = await self._ledger.renew(list(self._held.values()), until=until)
-            for lease in lost:
-                log.warning("the lease on task %r was lost: its completion will be refused", lease.row.task_id)
-            for task_id in self._held.keys() - {lease.row.task_id for lease in lost}:
-                self._held[task_id] = Lease(row=self._held[task_id].row, fence=self._held[task_id].fence, until=until)
-            await self._reap()
-            await self._recount([pool for pool in self._house.pools.values() if pool not in self._pulling])
-            await self._hear()
-            await self._ledger.prune(before=clock.wall_time() - _KEEP)
-        finally:
-            if not self._closing:
-                self._arm()
-        for pool in self._house.pools.values():
-            self.pull(pool)
-
-    async def _reap(self) -> None:
-        for row in await self._ledger.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
-            log.error("task %r was begun %d times and never ended: it is dead", row.task_id, row.attempts)
-
-    async def _recount(self, pools: list[Pool]) -> None:
-        """Believe the ledger on how much waits: other processes put and lease too."""
-        depths = dict(await self._ledger.depths())
-        for pool in pools:
-            if pool not in self._pulling or len(pools) == 1:
-                for rung in Priority:
-                    pool.holding[rung] = depths.get((pool.task_type, rung), 0)
-        self._depths = {key: depth for key, depth in depths.items() if key[0] not in self._house.pools}
-
-    async def _hear(self) -> None:
-        for task_id, ticket in list(self._elsewhere.items()):
-            found = await self._ledger.find(task_id)
-            if found is None or found[0] is RowState.WAITING:
-                del self._elsewhere[task_id]
-            elif found[2] is not None and not ticket.done():
-                del self._elsewhere[task_id]
-                self._house.settle(ticket, records.result(task_id, found[2]))
 
     # --- the end ---
 
@@ -387,7 +349,12 @@ class Overflow:
         return out
 
     async def _put_at_end(self, ticket: Ticket) -> bool:
-        ticket.stored = await self._ledger.put(records.row(ticket, self.encode(ticket.task))) is Put.STORED
+        try:
+            put = await self.ledger.put(records.row(ticket, self.encode(ticket.task)))
+        except LedgerUnusable as exc:
+            log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
+            return False
+        ticket.stored = put is Put.STORED
         return ticket.stored
 
     def put_back(self, ticket: Ticket) -> None:
@@ -400,17 +367,16 @@ class Overflow:
 
     def stop_pulling(self) -> None:
         """Fetch no more."""
-        self._closing = True
+        self.closing = True
 
     async def close(self) -> None:
         """Return every lease, end the tickets of what stays outside, and let the ledger go."""
-        self._closing = True
-        leases = [*self._held.values(), *self._puzzling]
-        self._held.clear()
+        self.closing = True
+        leases = [*self.leases.take_all(), *self._puzzling]
         if leases:
-            await self._ledger.release(leases)
+            await self.ledger.release(leases)
         for ticket in list(self._house.tickets.values()):
             if not ticket.done():
                 self._house.tickets.pop(ticket.task_id)
                 ticket.resolve(StillSpilled(task_id=ticket.task_id))
-        await self._ledger.close()
+        await self.ledger.close()

@@ -11,8 +11,8 @@ from forebay.supervisor.worker import WorkerAgent
 class Router:
     """A heap of workers by score, mended lazily.
 
-    A score that has *risen* since its entry was pushed (the worker took a task) is found when the entry reaches the top;
-    one that has *fallen* must be announced by `lowered`, or a better worker would lie buried.
+    A score that has *risen* since its entry was pushed (the worker took a task) is found when the entry reaches the
+    top; one that has *fallen* must be announced by `lowered`, or a better worker would lie buried.
     """
 
     __slots__ = ("_current", "_heap", "_idle", "_stamp", "score")

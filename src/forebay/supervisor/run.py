@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,7 +56,8 @@ class Run:
         if asyncio._get_running_loop() is self.house.loop:  # noqa: SLF001 - documented for such use; None in a thread
             self._tell(value)
         else:
-            self.house.loop.call_soon_threadsafe(self._tell, value)
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+                self.house.loop.call_soon_threadsafe(self._tell, value)
 
     def _tell(self, value: Any) -> None:
         if not self.ended:
@@ -115,7 +117,7 @@ class Run:
                 asked = on_cancel(self.task)
                 if inspect.isawaitable(asked):
                     self.house.background(asked)
-            except Exception:
+            except Exception:  # noqa: BLE001 - it is the user's, and the run must be stopped all the same
                 log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
         if self.aio is not None and not self._in_thread:
             self.aio.cancel()

@@ -78,7 +78,7 @@ class Slot:
             await self._return_loan()
             raise
         # asyncio's own machinery cancels the body in time, and tells that cancellation from others
-        self._timeout = asyncio.timeout_at(run.began_at + self._limit(run))
+        self._timeout = asyncio.timeout_at(house.ends_at(run))
         await self._timeout.__aenter__()
         context.enter(run)
         return self
@@ -93,8 +93,9 @@ class Slot:
         try:
             await self._timeout.__aexit__(kind, cause, trace)
         except TimeoutError:
-            self._house.endings.time_out(run, self._limit(run))
-            raise TaskTimedOut(error="its slot was held longer than its timeout", **facts) from None
+            self._house.endings.out_of_time(run)
+            result = self._ticket.result
+            raise (TaskTimedOut(error="its time was up", **facts) if result is None else as_error(result)) from None
         finally:
             self._house.ended(run, Ending(None, cause))
             await self._return_loan()
@@ -106,9 +107,6 @@ class Slot:
     def _entered(self) -> Run:
         assert self._run is not None, "a slot holds a worker only inside `async with`"  # noqa: S101
         return self._run
-
-    def _limit(self, run: Run) -> float:
-        return self._ticket.task.timeout or run.worker.timeout
 
     async def _return_loan(self) -> None:
         if self._loan is not None:

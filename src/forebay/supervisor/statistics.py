@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 import msgspec
 
-from forebay.typing import WorkerState
+from forebay.typing import Reading, WorkerState
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.worker import WorkerAgent
 
 
 class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,3 +84,32 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     binding: str | None
     utilization: float
     workers: tuple[WorkerStatistics, ...]
+
+
+def snapshot(
+    house: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading], utilization: float
+) -> Statistics:
+    """What a supervisor is and has counted; without a house, it has not started."""
+    highest = max(readings, key=lambda reading: reading.load)
+    return Statistics(
+        **msgspec.structs.asdict(Counts() if house is None else house.counts),
+        running=sum(worker.current_tasks for worker in workers.values()),
+        waiting=0 if house is None else sum(pool.waiting for pool in house.pools.values()),
+        outside=0 if house is None or house.overflow is None else house.overflow.outside,
+        load=highest.load,
+        binding=highest.resource if highest.load else None,
+        utilization=utilization,
+        workers=tuple(_of_worker(worker) for worker in workers.values()),
+    )
+
+
+def _of_worker(worker: WorkerAgent) -> WorkerStatistics:
+    return WorkerStatistics(
+        name=worker.name,
+        state=worker.state,
+        current_tasks=worker.current_tasks,
+        max_concurrent=worker.max_concurrent,
+        load_factor=worker.load_factor,
+        zombies=worker.zombies,
+        avg_duration_ms=worker.avg_duration_ms,
+    )

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
-from forebay import clock
-from forebay.adapters import Handler, as_handler
-from forebay.adapters.factory import from_factory
+from forebay import clock, context
+from forebay.adapters import Handler
 from forebay.adapters.recognise import Config
-from forebay.admission import Ladder
-from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Threads
-from forebay.errors import AlreadyStarted, DuplicateWorker, InvalidSetting, NotStarted, UnknownTask, WrongLoop
-from forebay.events import Bus, LoopStalled, Sink, Subscription, log
+from forebay.errors import (
+    AlreadyStarted,
+    DrainInside,
+    DuplicateWorker,
+    InvalidSetting,
+    NotStarted,
+    UnknownTask,
+    WrongLoop,
+)
+from forebay.events import Bus, Sink, Subscription
 from forebay.overflow import open_ledger
 from forebay.supervisor.admit import Door
 from forebay.supervisor.dispatch import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_limit
+from forebay.supervisor.lend import held_slots
+from forebay.supervisor.nested import as_worker
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.refill import Overflow
-from forebay.supervisor.run import Run
+from forebay.supervisor.registry import make_worker
+from forebay.supervisor.settings import Settings
 from forebay.supervisor.slot import Slot
-from forebay.supervisor.statistics import Statistics, WorkerStatistics
+from forebay.supervisor.statistics import Statistics, snapshot
 from forebay.supervisor.ticket import Ticket
-from forebay.supervisor.watch import Stall, Watch
-from forebay.supervisor.worker import WorkerAgent, check_worker
+from forebay.supervisor.watch import Watch, report_stall
+from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
 from forebay.typing import Ledger, Reading
 
@@ -73,19 +80,19 @@ class BackpressureSupervisor:
         lag_bound: float | None = 1.0,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
-        self._ladder = Ladder(backpressure_threshold)
-        if max_queue_size is not None:
-            _whole("max_queue_size", max_queue_size, least=0)
-        self._max_queue_size = max_queue_size
+        self._settings = Settings(
+            backpressure_threshold=backpressure_threshold,
+            max_queue_size=max_queue_size,
+            lease=lease,
+            max_payload_bytes=max_payload_bytes,
+            max_attempts=max_attempts,
+            keep_results=keep_results,
+            zombie_grace=zombie_grace,
+            lag_bound=lag_bound,
+        )
         self._ledger = None if overflow is None else open_ledger(overflow)
-        self._lease = _seconds("lease", lease)
-        self._max_payload = _whole("max_payload_bytes", max_payload_bytes)
-        self._max_attempts = _whole("max_attempts", max_attempts)
-        self._keep = _whole("keep_results", keep_results, least=0)
-        self._zombie_grace = _seconds("zombie_grace", zombie_grace)
-        self._lag_bound = None if lag_bound is None else _seconds("lag_bound", lag_bound)
         self._bus = Bus((on_event,) if callable(on_event) else tuple(on_event))
-        self._chance = clock.chance()
+        self._draw: Callable[[], float] = clock.chance().random
         self._workers: dict[str, WorkerAgent] = {}
         self._house: Dispatcher | None = None
         self._door: Door | None = None
@@ -126,34 +133,25 @@ class BackpressureSupervisor:
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
         """
-        kinds = check_worker(name, task_types, max_concurrent, timeout)
         if name in self._workers:
             raise DuplicateWorker(name=name)
-        if handler is not None and factory is not None:
-            raise InvalidSetting(
-                owner=f"worker {name!r}", name="factory", value=factory, expected="left out: it has a handler"
-            )
-        if factory is not None:
-            bound = from_factory(factory, worker=name, config=config)
-        else:
-            bound = as_handler(handler, worker=name, config=config)
-        if on_cancel is not None:
-            bound = bound.with_on_cancel(on_cancel)
-        rules = _worker_rules(cool_off, timeout)
-        worker = WorkerAgent(
+        worker = make_worker(
             name,
-            bound,
-            task_types=kinds,
+            handler=handler,
+            factory=factory,
+            task_types=task_types,
             max_concurrent=max_concurrent,
-            timeout=float(timeout),
-            breaker=Breaker(rules, draw=self._chance.random),
-            probes=rules.probes,
+            timeout=timeout,
+            config=config,
+            on_cancel=on_cancel,
+            cool_off=cool_off,
+            draw=self._chance,
             on_revive=self._revive,
         )
         self._workers[name] = worker
         if self._house is not None:
-            if bound.start is not None:
-                self._house.background(bound.start())
+            if worker.handler.start is not None:
+                self._house.background(worker.handler.start())
             self._house.add(worker)
         return worker
 
@@ -174,6 +172,9 @@ class BackpressureSupervisor:
     def workers(self) -> Mapping[str, WorkerAgent]:
         """The workers by name."""
         return MappingProxyType(self._workers)
+
+    def _chance(self) -> float:
+        return self._draw()
 
     def _revive(self, worker: WorkerAgent) -> None:
         if self._house is not None:
@@ -283,19 +284,7 @@ class BackpressureSupervisor:
 
     def statistics(self) -> Statistics:
         """A snapshot of what was counted and of what is."""
-        house = self._running()
-        binding = max(self.readings(), key=lambda reading: reading.load)
-        counts = {field: getattr(house.counts, field) for field in house.counts.__struct_fields__}
-        return Statistics(
-            **counts,
-            running=sum(worker.current_tasks for worker in self._workers.values()),
-            waiting=sum(pool.waiting for pool in house.pools.values()),
-            outside=0 if house.overflow is None else house.overflow.outside,
-            load=binding.load,
-            binding=binding.resource if binding.load else None,
-            utilization=self.utilization(),
-            workers=tuple(_worker_statistics(worker) for worker in self._workers.values()),
-        )
+        return snapshot(self._house, self._workers, self.readings(), self.utilization())
 
     def events(self, *, bound: int = 1000) -> Subscription:
         """Everything that happens from now on, as an async iterator; the newest `bound` are kept until read."""
@@ -318,42 +307,32 @@ class BackpressureSupervisor:
         if self._house is not None:
             raise AlreadyStarted
         loop = asyncio.get_running_loop()
-        house = self._house = Dispatcher(
-            loop,
-            ladder=self._ladder,
-            max_queue_size=self._max_queue_size,
-            threads=self._threads,
-            bus=self._bus,
-            draw=self._chance.random,
-            zombie_grace=self._zombie_grace,
-            keep=self._keep,
-        )
+        self._draw = clock.draws_of(loop)
+        house = Dispatcher(loop, self._settings, threads=self._threads, bus=self._bus, draw=self._draw)
+        self._house = house
         self._door = Door(house)
         try:
             if self._ledger is not None:
-                house.overflow = Overflow(
-                    house,
-                    self._ledger,
-                    lease=self._lease,
-                    max_payload=self._max_payload,
-                    max_attempts=self._max_attempts,
-                )
+                house.overflow = Overflow(house, self._ledger, self._settings)
                 await house.overflow.open()
             for worker in self._workers.values():
                 if worker.handler.start is not None:
                     await worker.handler.start()
         except BaseException:
             self._house = self._door = None
+            house.timers.close()
+            if self._ledger is not None:
+                await self._ledger.close()
             raise
         for worker in self._workers.values():
             house.add(worker)
-        if self._lag_bound is not None and not clock.is_virtual(loop):
-            bound = self._lag_bound
-            watch = self._watch = Watch(loop, bound=bound, on_stall=self._stalled)
+        bound = self._settings.lag_bound
+        if bound is not None and not clock.is_virtual(loop):
+            watch = self._watch = Watch(loop, bound=bound, on_stall=lambda stall: report_stall(house, stall))
             house.host_load = lambda: watch.lag / bound
             watch.start()
 
-    async def drain(self, timeout: float | None = None) -> DrainReport:
+    async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting and let what is inside finish, for at most `timeout` seconds; the rest is cancelled.
 
         With an overflow that survives its process, waiting tasks go out to it, and so do stored ones that are cut off.
@@ -365,9 +344,11 @@ class BackpressureSupervisor:
         if not check_limit(timeout):
             raise InvalidSetting(owner="drain", name="timeout", value=timeout, expected="None or seconds, at least 0")
         house = self._running()
+        for run in held_slots(context.current(), house):
+            raise DrainInside(task_id=run.task.task_id)
         assert self._door is not None  # noqa: S101 - it runs
         self._door.shut()
-        return await Drain(house, grace=self._zombie_grace).run(timeout)
+        return await Drain(house, grace=self._settings.zombie_grace).run(timeout)
 
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, let the overflow go. Idempotent."""
@@ -381,7 +362,7 @@ class BackpressureSupervisor:
         try:
             assert self._door is not None  # noqa: S101 - it runs
             self._door.close()
-            await Drain(house, grace=self._zombie_grace).run(0.0)
+            await Drain(house, grace=self._settings.zombie_grace).run(0.0)
             for worker in self._workers.values():
                 if worker.handler.stop is not None:
                     await worker.handler.stop()
@@ -409,17 +390,18 @@ class BackpressureSupervisor:
             await self.close()
 
     def __forebay_handler__(self) -> Handler:
-        """This supervisor as a worker of another, which starts and stops it and feels its load."""
+        """This supervisor as a worker of another, which starts it, feels its load and closes it."""
+        return as_worker(self)
 
-        async def start() -> None:
-            if self._house is None:
-                await self.start()
+    @property
+    def started(self) -> bool:
+        """Whether it has been started; it may have closed since."""
+        return self._house is not None
 
-        def load(task_type: str) -> float:
-            pool = None if self._house is None else self._house.pools.get(task_type)
-            return 1.0 if self._house is None or pool is None else self._house.path(pool)[0]
-
-        return Handler(call=self.run, load=load, start=start, stop=self.close)
+    def load_of(self, task_type: str) -> float:
+        """The load on the path of a task of `task_type`, as its gate reads it; 1.0 if nobody here serves it."""
+        pool = None if self._house is None else self._house.pools.get(task_type)
+        return 1.0 if self._house is None or pool is None else self._house.path(pool)[0]
 
     # --- inside ---
 
@@ -437,65 +419,3 @@ class BackpressureSupervisor:
         if running is not self._running().loop:
             raise WrongLoop(what="The supervisor")
         return self._door
-
-    def _stalled(self, stall: Stall) -> None:
-        house = self._running()
-        house.counts.stalls += 1
-        culprit: Run | None = None
-        for worker in self._workers.values():
-            for run in worker.runs:
-                if run.aio is not None and run.aio is stall.aio:
-                    culprit = run
-        name = (
-            "code outside of any task"
-            if culprit is None
-            else f"task {culprit.task.task_id!r} on {culprit.worker.name!r}"
-        )
-        log.warning(
-            "the event loop stood still for %.2f s in %s (%s): run blocking code as a plain callable, which gets a thread",
-            stall.seconds,
-            name,
-            stall.where,
-        )
-        house.bus.emit(
-            LoopStalled(
-                at=house.loop.time(),
-                seconds=stall.seconds,
-                task_id=None if culprit is None else culprit.task.task_id,
-                worker_id=None if culprit is None else culprit.worker.name,
-                where=stall.where,
-            )
-        )
-
-
-def _worker_rules(cool_off: float | None, timeout: float) -> BreakerRules:
-    longest = WORKER_RULES.ceiling if cool_off is None else max(WORKER_RULES.ceiling, cool_off)
-    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
-    return BreakerRules(arms=WORKER_RULES.arms, cool_off=cool_off, ceiling=longest, probe_time=2 * timeout)
-
-
-def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
-    return WorkerStatistics(
-        name=worker.name,
-        state=worker.state,
-        current_tasks=worker.current_tasks,
-        max_concurrent=worker.max_concurrent,
-        load_factor=worker.load_factor,
-        zombies=worker.zombies,
-        avg_duration_ms=worker.avg_duration_ms,
-    )
-
-
-def _seconds(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InvalidSetting(
-            owner="BackpressureSupervisor", name=name, value=value, expected="a positive number of seconds"
-        )
-    return float(value)
-
-
-def _whole(name: str, value: int, *, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        expected = f"a whole number of at least {least}"
-        raise InvalidSetting(owner="BackpressureSupervisor", name=name, value=value, expected=expected)
-    return value

@@ -35,8 +35,8 @@ EVENT_BOUND = 1000
 class Ticket:
     """The gate's answer to one task and, unless it was REJECTED, an awaitable ``TaskResult``.
 
-    False if rejected. Awaiting a rejected ticket raises ``Overloaded``; awaiting any other never raises for how the task
-    ended. Cancelling an await leaves the task running: `cancel` ends it.
+    False if rejected. Awaiting a rejected ticket raises ``Overloaded``; awaiting any other never raises for how the
+    task ended. Cancelling an await leaves the task running: `cancel` ends it.
 
     Attributes:
         task: what was submitted.
@@ -216,6 +216,11 @@ class Ticket:
         return Started(at=run.began_at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
 
     # --- what the dispatcher tells it ---
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anyone waits for its end."""
+        return bool(self._waiters)
 
     @property
     def listened(self) -> bool:

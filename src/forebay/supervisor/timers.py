@@ -75,13 +75,16 @@ class Timers:
         self._armed = None
         heap = self._heap
         now = self._loop.time()
-        while heap and (heap[0][_CALLBACK] is None or heap[0][0] <= now):
-            timer = heapq.heappop(heap)
-            callback = timer[_CALLBACK]
-            if callback is None:
-                self._dead -= 1
-            else:
-                timer[_CALLBACK] = None
-                callback()
-        if self._heap and self._armed is None:
-            self._arm(self._heap[0][0])
+        try:
+            while heap and (heap[0][_CALLBACK] is None or heap[0][0] <= now):
+                timer = heapq.heappop(heap)
+                callback = timer[_CALLBACK]
+                if callback is None:
+                    self._dead -= 1
+                else:
+                    timer[_CALLBACK] = None
+                    callback()
+                heap = self._heap  # a callback that cancels may have swept it into a new one
+        finally:
+            if self._heap and self._armed is None:
+                self._arm(self._heap[0][0])

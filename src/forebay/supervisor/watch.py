@@ -8,9 +8,13 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from forebay import clock
+from forebay.events import LoopStalled, log
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
 
 _INTERVAL = 0.25  # seconds between two beats
 _SAMPLES = 4
@@ -79,7 +83,25 @@ class Watch:
                     return
 
     def _look(self) -> tuple[asyncio.Task[object] | None, str]:
-        frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way to see another thread's stack
+        frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way
         stack = traceback.extract_stack(frame) if frame is not None else []
         where = " < ".join(f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in reversed(stack[-3:]))
         return asyncio.current_task(self._loop), where
+
+
+def report_stall(house: Dispatcher, stall: Stall) -> None:
+    """Count a stall, name whose code it was, and tell."""
+    house.counts.stalls += 1
+    runs = (run for worker in house.workers.values() for run in worker.runs)
+    culprit = next((run for run in runs if run.aio is not None and run.aio is stall.aio), None)
+    task_id = None if culprit is None else culprit.task.task_id
+    worker_id = None if culprit is None else culprit.worker.name
+    log.warning(
+        "the event loop stood still for %.2f s in %s (%s): blocking code belongs in a plain callable, for a thread",
+        stall.seconds,
+        "code outside of any task" if culprit is None else f"task {task_id!r} on worker {worker_id!r}",
+        stall.where,
+    )
+    if house.bus.active:
+        at, seconds, where = house.loop.time(), stall.seconds, stall.where
+        house.bus.emit(LoopStalled(at=at, seconds=seconds, task_id=task_id, worker_id=worker_id, where=where))

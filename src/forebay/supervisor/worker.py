@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
-from forebay.errors import InvalidSetting, InvalidTimeout
 from forebay.typing import WorkerState
 
 if TYPE_CHECKING:
@@ -54,9 +53,10 @@ class WorkerAgent:
         self.probing = False  # half-open: only as many slots as the breaker has probes
         self.probes = min(probes, max_concurrent)
         self.probes_out = 0
+        self.probe_era = 0  # the breaker's era in which these were let out
         self.counted_slots = 0  # slots that its pools were told of
         self.pools: list[Pool] = []
-        self.runs: set[Run] = set()
+        self.runs: dict[Run, None] = {}  # in the order in which they began
         self.returning: deque[tuple[Run, asyncio.Future[None]]] = deque()  # runs that lent their slot and want it back
         self.penalty = 1.0
         self._pace: dict[str, float] = {}  # seconds a success takes, by task type
@@ -140,25 +140,3 @@ class WorkerAgent:
         self.failed = state is BreakerState.OPEN
         self.probing = state is BreakerState.HALF_OPEN
         return (self.failed, self.probing) != before
-
-
-def check_worker(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
-    """The task types of a worker that can be meant.
-
-    Raises:
-        InvalidSetting, InvalidTimeout: one of the four cannot.
-    """
-    owner = f"worker {name!r}"
-    if not isinstance(name, str) or not name:
-        raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
-    if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
-        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
-    kinds = tuple(dict.fromkeys(task_types))
-    if not kinds or not all(isinstance(kind, str) and kind for kind in kinds):
-        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
-    if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
-        expected = "a whole number of at least 1"
-        raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
-        raise InvalidTimeout(value=timeout)
-    return kinds

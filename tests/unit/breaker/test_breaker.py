@@ -157,7 +157,9 @@ def test_a_success_ends_a_run_of_faults() -> None:
 
 
 def test_closing_forgets_the_faults_from_before() -> None:
-    breaker = opened(UPSTREAM_RULES)
+    breaker = make(UPSTREAM_RULES)
+    for _ in range(5):
+        call(breaker, 0.0, FAULT)
     call(breaker, 10.0, SUCCESS)
     assert call(breaker, 10.0, SUCCESS) is CLOSED
     for _ in range(4):

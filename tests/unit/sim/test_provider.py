@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay.clock import chance
 from forebay.sim.calls import Accepted, Call, Cut, Event, Finished, FirstToken, Progress, Refused
 from forebay.sim.config import (
     Acceleration,
@@ -33,12 +33,14 @@ from forebay.sim.provider import Provider
 
 def config(**rest: Any) -> ProviderConfig:
     """Round numbers: a call of n tokens takes 1 + n / 10 seconds, and a token costs a dollar."""
-    settings = {"slots": 2, "ttft": 1.0, "tpot": 0.1, "noise": 0.0, "prices": {"gpt": Price(1e6, 1e6)}} | rest
+    settings: dict[str, Any] = {"slots": 2, "ttft": 1.0, "tpot": 0.1, "noise": 0.0, "prices": {"gpt": Price(1e6, 1e6)}}
+    settings |= rest
     return ProviderConfig(**settings)
 
 
 def call(output_tokens: int = 10, **rest: Any) -> Call:
-    return Call(**({"model": "gpt-4o", "input_tokens": 5, "output_tokens": output_tokens} | rest))
+    settings: dict[str, Any] = {"model": "gpt-4o", "input_tokens": 5} | rest
+    return Call(output_tokens=output_tokens, **settings)
 
 
 def accept(provider: Provider, now: float, made: Call) -> int:
@@ -203,7 +205,9 @@ def test_anthropic_charges_output_as_it_is_made() -> None:
     provider = Provider(ProviderConfig.anthropic(otpm=60, slots=10, ttft=1.0, tpot=0.1, noise=0.0))
     for _ in range(2):
         accept(provider, 0.0, call(100, model="claude-sonnet-5", max_tokens=4000))
-    answer = provider.arrive(1.0, call(1, model="claude-sonnet-5"))  # a token each: 58 left, and max_tokens count nothing
+    answer = provider.arrive(
+        1.0, call(1, model="claude-sonnet-5")
+    )  # a token each: 58 left, and max_tokens count nothing
     assert isinstance(answer, Accepted)
     assert answer.headers["anthropic-ratelimit-output-tokens-remaining"] == "58"
     provider.advance(11.0)  # 201 made, 10 refilled
@@ -306,7 +310,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
         told: list[object] = []
         for n in range(300):
             told += [provider.arrive(n / 4, call(n % 40)), *provider.advance(n / 4)]
-        return told + [*to_the_end(provider), provider.statistics()]
+        return [*told, *to_the_end(provider), provider.statistics()]
 
     assert history(7) == history(7)
     assert history(7) != history(8)
@@ -317,9 +321,9 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 5), run_on=st.booleans(), stream=st.booleans())
 def test_every_call_has_one_end_and_every_token_one_reader_or_none(
-    seed: int, slots: int, run_on: bool, stream: bool
+    *, seed: int, slots: int, run_on: bool, stream: bool
 ) -> None:
-    rng = random.Random(seed)
+    rng = chance(seed)
     faults = Faults(stray=0.05, cut=0.1, late_error=0.1, straggler=0.05)
     settings = config(
         slots=slots,
@@ -331,7 +335,10 @@ def test_every_call_has_one_end_and_every_token_one_reader_or_none(
         steps=(Step(at=8.0, slots=0), Step(at=12.0, slots=slots, cut=True)),
     )
     provider = Provider(settings, seed=seed)
-    now, open_calls, delivered, streamed, events = 0.0, {}, 0, {}, []
+    now, delivered = 0.0, 0
+    open_calls: dict[int, Call] = {}
+    streamed: dict[int, int] = {}
+    events: list[Event] = []
     for _ in range(80):
         now += rng.expovariate(4.0)
         made = call(rng.randrange(0, 60), stream=stream, run=rng.choice(["a", "b", None]))
@@ -339,7 +346,7 @@ def test_every_call_has_one_end_and_every_token_one_reader_or_none(
         if isinstance(answer, Accepted):
             open_calls[answer.call_id] = made
         if open_calls and rng.random() < 0.1:
-            leaver = rng.choice(list(open_calls))
+            leaver = rng.choice([*open_calls])
             if provider.hang_up(now, leaver) is not None:
                 del open_calls[leaver]
         assert provider.in_flight <= 3 * slots
@@ -364,7 +371,7 @@ def test_every_call_has_one_end_and_every_token_one_reader_or_none(
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 4))
 def test_no_more_than_all_slots_work_and_no_work_is_lost(seed: int, slots: int) -> None:
-    rng = random.Random(seed)
+    rng = chance(seed)
     provider = Provider(config(slots=slots))
     now, work = 0.0, 0.0
     for _ in range(40):

@@ -37,7 +37,8 @@ def finish_times(slots: int, work: list[tuple[int, int]]) -> list[float]:
 
 def by_hand(slots: int, work: list[tuple[int, int]]) -> list[float]:
     """The same, event by event, each job with its own remainder."""
-    now, left, ends = 0.0, {}, [math.inf] * len(work)
+    now, ends = 0.0, [math.inf] * len(work)
+    left: dict[int, float] = {}
     waiting = sorted(range(len(work)), key=lambda job: work[job][0])
     while waiting or left:
         rate = min(1.0, slots / len(left)) if left else 1.0

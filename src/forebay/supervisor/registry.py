@@ -1,0 +1,81 @@
+"""From what `register_worker` is given to a worker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from forebay.adapters import as_handler
+from forebay.adapters.factory import from_factory
+from forebay.adapters.recognise import Config
+from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
+from forebay.errors import InvalidSetting, InvalidTimeout
+from forebay.supervisor.worker import WorkerAgent
+from forebay.task import Task
+
+
+def make_worker(  # noqa: PLR0913 - what register_worker takes
+    name: str,
+    *,
+    handler: Any,
+    factory: Callable[[], Any] | None,
+    task_types: Sequence[str],
+    max_concurrent: int,
+    timeout: float,
+    config: Config | None,
+    on_cancel: Callable[[Task], object] | None,
+    cool_off: float | None,
+    draw: Callable[[], float],
+    on_revive: Callable[[WorkerAgent], None],
+) -> WorkerAgent:
+    """A worker, checked.
+
+    Raises:
+        InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
+    """
+    kinds = _check(name, task_types, max_concurrent, timeout)
+    if handler is not None and factory is not None:
+        expected = "left out, since it has a handler"
+        raise InvalidSetting(owner=f"worker {name!r}", name="factory", value=factory, expected=expected)
+    if factory is not None:
+        bound = from_factory(factory, worker=name, config=config)
+    else:
+        bound = as_handler(handler, worker=name, config=config)
+    if on_cancel is not None:
+        bound = bound.with_on_cancel(on_cancel)
+    longest = WORKER_RULES.ceiling if cool_off is None else max(WORKER_RULES.ceiling, cool_off)
+    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
+    rules = BreakerRules(arms=WORKER_RULES.arms, cool_off=cool_off, ceiling=longest, probe_time=2 * timeout)
+    return WorkerAgent(
+        name,
+        bound,
+        task_types=kinds,
+        max_concurrent=max_concurrent,
+        timeout=float(timeout),
+        breaker=Breaker(rules, draw=draw),
+        probes=rules.probes,
+        on_revive=on_revive,
+    )
+
+
+def _check(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
+    """The task types of a worker that can be meant.
+
+    Raises:
+        InvalidSetting, InvalidTimeout: one of the four cannot.
+    """
+    owner = f"worker {name!r}"
+    if not isinstance(name, str) or not name:
+        raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
+    if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
+        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
+    kinds = tuple(dict.fromkeys(task_types))
+    if not kinds or not all(isinstance(kind, str) and kind for kind in kinds):
+        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
+    if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
+        expected = "a whole number of at least 1"
+        raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
+        raise InvalidTimeout(value=timeout)
+    return kinds

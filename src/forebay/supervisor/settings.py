@@ -1,0 +1,45 @@
+"""The numbers that a supervisor is made with, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from forebay.admission import Ladder
+from forebay.errors import InvalidSetting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """As ``BackpressureSupervisor`` describes them.
+
+    Raises:
+        InvalidThreshold, InvalidSetting: one cannot be meant.
+    """
+
+    backpressure_threshold: float
+    max_queue_size: int | None
+    lease: float
+    max_payload_bytes: int
+    max_attempts: int
+    keep_results: int
+    zombie_grace: float
+    lag_bound: float | None
+
+    def __post_init__(self) -> None:
+        Ladder(self.backpressure_threshold)
+        for name in ("lease", "zombie_grace", "lag_bound"):
+            value = getattr(self, name)
+            if value is None and name == "lag_bound":
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                self._refuse(name, "a positive number of seconds")
+        for name, least in (("max_queue_size", 0), ("max_payload_bytes", 1), ("max_attempts", 1), ("keep_results", 0)):
+            value = getattr(self, name)
+            if value is None and name == "max_queue_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                self._refuse(name, f"a whole number of at least {least}")
+
+    def _refuse(self, name: str, expected: str) -> None:
+        raise InvalidSetting(owner="BackpressureSupervisor", name=name, value=getattr(self, name), expected=expected)

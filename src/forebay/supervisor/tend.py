@@ -1,0 +1,87 @@
+"""Tending the overflow: renewing leases, taking in what lapsed, hearing of what other processes finished."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from forebay import clock
+from forebay.events import log
+from forebay.supervisor import records
+from forebay.task import Priority, TaskStatus
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.pool import Pool
+    from forebay.supervisor.refill import Overflow
+
+_KEEP = 86_400.0  # seconds for which results are kept
+_ASK_AFTER = 1000  # tickets at a time
+
+
+class Tending:
+    """What has to be done for a ledger that is shared with other processes, three times in each lease."""
+
+    def __init__(self, house: Dispatcher, overflow: Overflow, *, lease: float, max_attempts: int) -> None:
+        self._house = house
+        self._overflow = overflow
+        self._lease = lease  # seconds
+        self._max_attempts = max_attempts
+
+    def arm(self) -> None:
+        """Come back in a third of a lease."""
+        due = self._house.loop.time() + self._lease / 3
+        self._house.timers.at(due, lambda: self._house.background(self._tend()))
+
+    async def _tend(self) -> None:
+        overflow = self._overflow
+        if overflow.closing:
+            return
+        try:
+            await self._renew()
+            await self.reap()
+            await self.recount(list(self._house.pools.values()))
+            await self._hear()
+            await overflow.ledger.prune(before=clock.wall_time() - _KEEP)
+        finally:
+            if not overflow.closing:
+                self.arm()
+        for pool in self._house.pools.values():
+            overflow.pull(pool)
+
+    async def _renew(self) -> None:
+        held = self._overflow.leases.all()
+        until = clock.wall_time() + self._lease
+        lost = await self._overflow.ledger.renew(held, until=until)
+        self._overflow.leases.renewed(held, lost=lost, until=until)
+        for lease in lost:
+            log.warning("the lease on task %r was lost: what its handler returns will be refused", lease.row.task_id)
+
+    async def reap(self) -> None:
+        """Take in rows whose holder has let its lease lapse."""
+        for row in await self._overflow.ledger.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
+            log.error("task %r was begun %d times and never ended: it is dead", row.task_id, row.attempts)
+
+    async def recount(self, pools: Iterable[Pool], *, pulling: Pool | None = None) -> None:
+        """Believe the ledger on how much waits for `pools`: other processes put and lease too."""
+        depths = dict(await self._overflow.ledger.depths())
+        for pool in pools:
+            if pool in self._overflow.pulling and pool is not pulling:
+                continue  # what it has leased meanwhile may be counted in `depths`, or not
+            for rung in Priority:
+                pool.holding[rung] = depths.get((pool.task_type, rung), 0)
+        self._overflow.depths = {key: depth for key, depth in depths.items() if key[0] not in self._house.pools}
+
+    async def _hear(self) -> None:
+        """Ask after tasks that others may have run: those that lost their lease here, and those that are awaited."""
+        elsewhere = self._overflow.elsewhere
+        awaited = (
+            ticket for ticket in self._house.tickets.values() if ticket.status is TaskStatus.SPILLED and ticket.awaited
+        )
+        for ticket in [*elsewhere.values(), *itertools.islice(awaited, _ASK_AFTER)]:
+            found = await self._overflow.ledger.find(ticket.task_id)
+            if found is None or found[2] is not None:
+                elsewhere.pop(ticket.task_id, None)
+            if found is not None and found[2] is not None and not ticket.done():
+                self._house.settle(ticket, records.result(ticket.task_id, found[2]))
