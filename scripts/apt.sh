@@ -18,7 +18,7 @@ if ! command -v apt-get >/dev/null || ! "${root[@]}" true 2>/dev/null; then
     exit 1
 fi
 
-apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes -o DPkg::Lock::Timeout=120)
+apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq --yes -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120)
 echo "installing Debian packages: ${missing[*]}" >&2
 {
     "${apt[@]}" update

@@ -107,7 +107,8 @@ if [ "$(foundation || true)" != "$(head -n 2 "$stamp" 2>/dev/null || true)" ]; t
     fi
 fi
 rm -f "$stamp"
-[ -z "${HOME:-}" ] || [ -w "$HOME" ] || export UV_NO_CACHE=1
+[ -w "${HOME:-/}" ] || export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
+[ ! -e /etc/ssl/certs/ca-certificates.crt ] || export UV_SYSTEM_CERTS=1 # a company's own certificate is there
 install
 fingerprint >"$stamp"
 say "complete"

@@ -70,8 +70,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         task_type: which queue it stands in.
         priority: its rung in that queue.
         deadline: epoch seconds, or None.
-        key: idempotency key, or None; unique in the ledger while its result is kept.
-        envelope: the encoded task.
+        key: idempotency key, or None; unique in the ledger while its row is kept, ended or not.
+        envelope: the encoded task; empty once DONE.
         enqueued_at: epoch seconds when it was first stored.
         attempts: starts of the handler so far.
     """
@@ -104,7 +104,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """How a stored task ended.
 
     Attributes:
-        status: the name of its final TaskStatus.
+        status: the value of its final TaskStatus, such as ``"succeeded"``.
         worker_id: who ran it last, or None.
         result: the encoded value, or None if there is none or it could not be encoded.
         error: what went wrong, or None.
@@ -133,7 +133,12 @@ class Put(Enum):
 class Ledger(Protocol):
     """The overflow: one ledger of rows, WAITING, LEASED, DONE or DEAD. Times are epoch seconds, given by the caller.
 
-    A write has happened, at the ledger's durability, when its call returns.
+    A write has happened, at the ledger's durability, when its call returns; where that was cancelled, it may have. What
+    waits and what is leased counts against the ledger's bound. Of what has ended, DONE or DEAD, as many rows are kept,
+    and the oldest dropped.
+
+    Raises:
+        LedgerUnusable: from any method, if the ledger is not open or has failed.
     """
 
     durable: bool  # whether what it holds survives its process
@@ -149,10 +154,16 @@ class Ledger(Protocol):
         """Finish what is under way and let go. Idempotent."""
 
     async def put(self, row: Row, *, fence: str | None = None, until: float = 0.0) -> Put:
-        """Store `row`, WAITING at the tail of its queue; or LEASED under `fence` until `until`, if a fence is given."""
+        """Store `row`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
+
+        What is a DUPLICATE is that also when the ledger is full.
+        """
 
     async def lease(self, task_type: str, limit: int, *, until: float) -> Sequence[Lease]:
-        """Lease up to `limit` waiting rows of `task_type`: by priority, then deadline (none last), then age."""
+        """Lease up to `limit` waiting rows of `task_type`: by priority, then deadline (none last), then who came first.
+
+        Cancelled, it keeps none: what it leased after all goes back to its place.
+        """
 
     async def start(self, lease: Lease) -> bool:
         """Count a start of the handler. False: the lease has been lost, so it must not be started."""
@@ -178,7 +189,7 @@ class Ledger(Protocol):
         """
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE rows that finished before `before`; return how many."""
+        """Drop DONE and DEAD rows that ended before `before`; return how many."""
 
     async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
         """The row of that id, with its completion if it is DONE or DEAD."""

@@ -1,7 +1,8 @@
 """Threads of our own for plain callables.
 
 asyncio's pool has a few threads for everybody, queues behind them without a bound, and is joined at exit. Here the
-slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot hold up the interpreter.
+slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot hold up the
+interpreter.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ _NAME_SHOWN = 40  # characters of a key that a path shows: a longer one is no na
 
 
 class EnvelopeTooNew(ForebayError, ValueError):
-    """A stored task or result has version {version}, and this Forebay reads up to {known}: a newer one wrote it. Upgrade
-    Forebay in every process that shares the overflow.
+    """A stored task or result has version {version} and this Forebay reads up to {known}: a newer one wrote it.
+
+    Upgrade Forebay in every process that shares the overflow.
     """
 
     version: int
@@ -74,8 +75,8 @@ _decode_result = msgspec.msgpack.Decoder(_Result).decode
 def encode_task(task: Task, *, bound: int) -> bytes:
     """The task as bytes.
 
-    What can travel: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with str keys of them, of
-    these very types and at most 100 deep. A tuple comes back as a list; everything else comes back as it was.
+    What can travel: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with str keys of
+    them, of these very types and at most 100 deep. A tuple comes back as a list; everything else comes back as it was.
 
     Args:
         task: what is to be stored.
@@ -195,15 +196,15 @@ def _portable(value: Any, task_id: str, bound: int) -> bytes:
     return encoded
 
 
-class _TooMuch(Exception):  # noqa: N818 - no error: it ends the walk
+class _TooMuch(Exception):
     """The walk has met more than the bound allows."""
 
 
 class _Walk:
     """A walk over a value, looking for what would not come back equal.
 
-    Every item and every character takes at least a byte, so once more of them were met than the bound has bytes the value is
-    too large, and a value that fans out without end, by holding one list many times over, ends there too.
+    Every item and every character takes at least a byte, so once more of them were met than the bound has bytes the
+    value is too large, and one that fans out without end, by holding one list many times over, ends there too.
     """
 
     __slots__ = ("left",)

@@ -11,7 +11,7 @@ def lapsed(row: Row, *, now: float, max_attempts: int) -> Completion | None:
     if row.attempts < max_attempts:
         return None
     return Completion(
-        status=TaskStatus.FAILED.name,
+        status=TaskStatus.FAILED.value,
         error=f"LeaseLost: it was started {row.attempts} times and each time its process went silent",
         attempts=row.attempts,
         finished_at=now,

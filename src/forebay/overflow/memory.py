@@ -36,7 +36,7 @@ class _Entry:
 
 
 class _Heap:
-    """Entries in the order of their keys. What died in it is dropped when it comes up, or when it is the larger part."""
+    """Entries in the order of their keys. What died in it goes when it comes up, or when it is the larger part."""
 
     __slots__ = ("_dead", "_items")
 

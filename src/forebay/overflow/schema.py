@@ -1,7 +1,8 @@
 """How the ledger lies in a SQLite file.
 
-Everything asked of it often is answered at the end of an index: the best waiting row of a type, the lease that lapses first,
-the ended row that is oldest. Counts are kept by triggers, so that nothing, not even a repair by hand, lets them drift.
+Whatever is asked of it often is found at the end of an index: the best waiting row of a type, the lease that lapses
+first, the ended row that is oldest. Rows are counted as they go in, where they all go in (`put`); after that triggers
+keep the counts true, whatever moves or drops a row.
 """
 
 from __future__ import annotations

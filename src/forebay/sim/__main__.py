@@ -16,8 +16,6 @@ import sys
 from collections.abc import Sequence
 
 from forebay.sim.config import Dialect, InvalidProvider, ProviderConfig
-from forebay.sim.server import Plant, start
-from forebay.sim.traffic import Traffic
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,6 +56,9 @@ def configured(options: argparse.Namespace) -> ProviderConfig:
 
 async def serve(options: argparse.Namespace, config: ProviderConfig) -> None:
     """Serve until told to stop."""
+    from forebay.sim.server import Plant, start  # noqa: PLC0415 - a wrong option is told before a web server is loaded
+    from forebay.sim.traffic import Traffic  # noqa: PLC0415
+
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http
+import http.client
 import json
 import selectors
+import shlex
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from typing import Any, Final, cast
 
@@ -20,10 +22,9 @@ _ANSWER: Final = 10.0  # seconds for an answer about itself
 
 
 class PlantFailed(ForebayError, RuntimeError):
-    """The simulated provider did not start: {why}. Run `{command}` by hand to see it."""
+    """The simulated provider in a process of its own failed: {why}."""
 
     why: str
-    command: str
 
 
 class RunningPlant:
@@ -54,9 +55,14 @@ class RunningPlant:
         self._ask("POST", "/plant/reset", b"" if config is None else config.to_json())
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path, data=body, method=method)  # noqa: S310 - our own child
-        with urllib.request.urlopen(request, timeout=_ANSWER) as response:  # noqa: S310
-            return cast("dict[str, Any]", json.load(response))
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=_ANSWER)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            told = answer.read()
+        if answer.status != http.HTTPStatus.OK:
+            raise PlantFailed(why=f"it answered {method} {path} with {answer.status}: {told.decode()}")
+        return cast("dict[str, Any]", json.loads(told))
 
 
 @contextlib.contextmanager
@@ -89,11 +95,13 @@ def start_plant(
 
 def _ready(child: subprocess.Popen[bytes], command: list[str]) -> RunningPlant:
     assert child.stdout is not None  # noqa: S101 - it was asked for
+    by_hand = f"run `{shlex.join(command)}` by hand to see it"
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        line = child.stdout.readline() if selector.select(_READY) else b""
+        if not selector.select(_READY):
+            raise PlantFailed(why=f"it was not ready within {_READY:.0f} s; {by_hand}")
+    line = child.stdout.readline()
     if not line:
-        why = "it said nothing in time" if child.poll() is None else f"it ended with status {child.returncode}"
-        raise PlantFailed(why=why, command=" ".join(command))
+        raise PlantFailed(why=f"it ended with status {child.wait(_END)} before it was ready; {by_hand}")
     told = json.loads(line)
     return RunningPlant(told["url"], told["pid"])

@@ -76,9 +76,10 @@ class Plant:
                 voice: Voice = wire.OpenAI(answer.call_id, asked.model, created, include_usage=asked.include_usage)
             else:
                 voice = wire.Anthropic(answer.call_id, asked.model)
-            if call.stream:
-                return await _stream(request, call, answer, voice)
-            return await _whole(request, call, answer, voice)
+            try:
+                return await (_stream if call.stream else _whole)(request, call, answer, voice)
+            except ConnectionResetError:  # the client has left; so does the call, with this block
+                return _drop(request)
 
     def _call(self, request: web.Request, asked: wire.Request, spoken: Dialect) -> Call:
         headers = request.headers

@@ -1,4 +1,7 @@
-"""Many rows in one statement: SQLite's price per statement, and the interpreter's lock given up and regained, once for all."""
+"""Many rows in one statement, so that its price is paid once.
+
+Nor is the interpreter's lock given up and regained for every row, which beside a busy event loop can take milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ class Rows:
     """A statement that does for many rows what it does for one.
 
     Args:
-        template: the statement, with ``{rows}`` where the rows go in as ``(?, ?), (?, ?)``. For each row it must change one
-            row of a table, or nothing.
+        template: the statement, with ``{rows}`` where the rows go in as ``(?, ?), (?, ?)``. For each of them it must
+            change one row of a table, or nothing.
         width: values in a row.
     """
 

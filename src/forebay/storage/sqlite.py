@@ -33,15 +33,15 @@ class _Wish(NamedTuple):
 class _Failed(NamedTuple):
     """What an operation raised."""
 
-    error: Exception
+    error: BaseException
 
 
 class SqliteWriter:
     """The one writer of a SQLite file within this process, with a thread of its own and group commit.
 
-    An operation is a plain function of the connection. It runs in a transaction that it shares with its neighbours, and may run
-    twice: when one of them raises, all is undone and run again, each fenced off by a savepoint. It must begin, commit and
-    remember nothing itself. Its caller gets its value after the commit.
+    An operation is a plain function of the connection. It runs in a transaction that it shares with its neighbours, and
+    may run twice: when one of them raises, all is undone and run again, each fenced off by a savepoint. It must begin,
+    commit and remember nothing itself. Its caller gets its value after the commit.
 
     All that blocks goes through ``loop.run_in_executor``. Other processes may have the same file open.
 
@@ -70,13 +70,13 @@ class SqliteWriter:
         Raises:
             LedgerUnusable: it cannot be; the message says why and what to do.
         """
+        if self._closed is not None and not self._closed.done():
+            await asyncio.shield(self._closed)
         if self._connection is not None:
             return
         self._loop = asyncio.get_running_loop()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
-        opening = self._loop.run_in_executor(
-            self._executor, open_file, self._path, self._schema, self._synchronous, self._patience
-        )
+        opening = self._job(open_file, self._path, self._schema, self._synchronous, self._patience)
         try:
             self._connection = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -89,7 +89,7 @@ class SqliteWriter:
 
     def _abandon(self, opening: asyncio.Future[sqlite3.Connection]) -> None:
         if not opening.cancelled() and opening.exception() is None:
-            self._loop.run_in_executor(self._executor, opening.result().close)
+            self._job(opening.result().close)
         self._executor.shutdown(wait=False)  # what it was given it still does
 
     async def close(self) -> None:
@@ -104,7 +104,7 @@ class SqliteWriter:
     def run(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> asyncio.Future[_T]:
         """Run `op` in the next transaction; the future has its value once that is committed.
 
-        A future cancelled before its transaction has begun takes its operation with it; after that the operation happens.
+        Cancelled before its transaction has begun, the future takes its operation with it; after that it happens.
 
         Raises:
             LedgerUnusable: the file is not open; or, by the future, it failed and nothing was kept.
@@ -114,7 +114,7 @@ class SqliteWriter:
     def run_batched(
         self, op: Callable[[sqlite3.Connection, Sequence[_I]], Sequence[_T]], item: _I
     ) -> asyncio.Future[_T]:
-        """Like `run`, for an operation that is cheaper for many items at once: it gets all those asked for together."""
+        """Like `run`, for an operation that is cheaper for many items at once: it gets those asked for together."""
         return self._submit(op, item, writes=True)
 
     def _submit(self, op: Callable[..., Any], item: Any, *, writes: bool) -> asyncio.Future[Any]:
@@ -128,7 +128,7 @@ class SqliteWriter:
     def _wake(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)  # not at once: whoever else is awake in this turn of the loop comes along
+            self._loop.call_soon(self._flush)  # not at once: who else is awake in this turn comes along
 
     def _flush(self) -> None:
         group: list[_Wish] = []
@@ -136,14 +136,20 @@ class SqliteWriter:
             wish = self._pending.popleft()
             if not wish.future.cancelled():
                 group.append(wish)
-        if group:
-            job = self._loop.run_in_executor(self._executor, _commit, self._connection, group)
-            job.add_done_callback(partial(self._landed, group))
-        elif self._closed is not None and self._connection is not None:
-            closing = self._loop.run_in_executor(self._executor, self._connection.close)
-            closing.add_done_callback(self._let_go)
-        else:
+        if self._connection is None or not (group or self._closed):
             self._flushing = False
+        elif group:
+            self._job(_commit, self._connection, group).add_done_callback(partial(self._landed, group))
+        else:
+            self._job(self._connection.close).add_done_callback(self._let_go)
+
+    def _job(self, work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
+        try:
+            return self._loop.run_in_executor(self._executor, work, *args)
+        except RuntimeError as error:  # the interpreter is shutting down and starts no more threads
+            job = self._loop.create_future()
+            job.set_exception(error)
+            return job
 
     def _landed(self, group: Sequence[_Wish], job: asyncio.Future[Sequence[Any]]) -> None:
         outcomes = _outcomes(job, len(group))
@@ -173,9 +179,7 @@ def _outcomes(job: asyncio.Future[Sequence[Any]], count: int) -> Sequence[Any]:
     if job.cancelled():
         return [_Failed(RuntimeError("the event loop gave up the write before it was done"))] * count
     error = job.exception()
-    if isinstance(error, Exception):
-        return [_Failed(error)] * count
-    return job.result()
+    return job.result() if error is None else [_Failed(error)] * count
 
 
 def _each(connection: sqlite3.Connection, ops: Sequence[Callable[[sqlite3.Connection], _T]]) -> Sequence[_T]:
@@ -203,7 +207,7 @@ def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[
 
 
 def _together(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
-    """Run them by operation: nobody in a group has seen another's outcome, so their order between operations is free."""
+    """Run them by operation: nobody in a group has seen another's outcome, so between operations no order is due."""
     batches: dict[Any, list[int]] = {}
     for index, wish in enumerate(group):
         batches.setdefault(wish.op, []).append(index)
@@ -223,6 +227,7 @@ def _fenced(connection: sqlite3.Connection, wish: _Wish) -> Any:
         if not connection.in_transaction:
             raise  # SQLite rolled back all of it: the neighbours' work is gone too
         connection.execute("ROLLBACK TO fenced")
-        value = _Failed(error)
+        # A future cannot carry a StopIteration.
+        value = _Failed(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
     connection.execute("RELEASE fenced")
     return value

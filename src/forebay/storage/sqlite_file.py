@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sqlite3
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ _ADVICE = {
         "Find who holds it (fuser FILE), or give each process a file of its own.",
     ),
     sqlite3.SQLITE_CANTOPEN: (
-        "the file cannot be opened",
+        "it cannot be opened",
         "Check that it is a file and that this user may read and write it and its directory.",
     ),
     sqlite3.SQLITE_CORRUPT: (
@@ -144,11 +143,10 @@ def _migrate(connection: sqlite3.Connection, path: Path, schema: Schema) -> None
     connection.execute(f"PRAGMA user_version = {schema.version}")
 
 
-def diagnose(error: Exception, path: Path) -> Exception:
-    """What to raise for `error`: LedgerUnusable with advice if the file failed, the error itself if the operation did."""
-    if not isinstance(error, sqlite3.DatabaseError) or isinstance(
-        error, sqlite3.IntegrityError | sqlite3.ProgrammingError
-    ):
+def diagnose(error: BaseException, path: Path) -> BaseException:
+    """What to raise: LedgerUnusable with advice if the file failed, the error itself if the operation did."""
+    own = sqlite3.IntegrityError | sqlite3.ProgrammingError
+    if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, own):
         return error
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # extended codes keep the primary one there
     why, advice = _ADVICE.get(code, (str(error), "Look at the file with the sqlite3 command."))
@@ -172,5 +170,5 @@ def filesystem(directory: Path, mounts: str) -> str:
 
 def _mounts() -> str:
     with contextlib.suppress(OSError):  # not Linux: nothing is known, and nothing refused
-        return _MOUNTS.read_text(errors=os.fsdecode(b"surrogateescape"))
+        return _MOUNTS.read_text(errors="surrogateescape")
     return ""

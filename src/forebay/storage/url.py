@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,9 +12,14 @@ from forebay.errors import InvalidOverflowUrl
 
 DEFAULT_BOUND = 100_000  # rows
 
+_COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
+_PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put one into a log
+
 
 class Synchronous(Enum):
-    """How hard SQLite presses a commit onto the disk before it is acknowledged. What then survives:
+    """How hard SQLite presses a commit onto the disk before it is acknowledged.
+
+    What then survives:
 
     ========  =====================  ==================================  ==========================================
     value     the process is killed  the machine loses power             costs
@@ -54,66 +60,56 @@ def parse_url(url: str) -> StoreUrl:
         InvalidOverflowUrl: it is none of the known forms, or an option is unknown or out of range.
     """
     try:
-        parts = urlsplit(url)
+        return _parse(urlsplit(url))
     except ValueError as error:
-        raise InvalidOverflowUrl(url=url, why=str(error)) from None
-    options = _options(url, parts)
-    bound = _bound(url, options.pop("bound", None))
-    match parts.scheme:
-        case "memory":
-            store = StoreUrl(scheme="memory", bound=bound)
-            if parts.netloc or parts.path:
-                raise InvalidOverflowUrl(url=url, why="a ledger in memory has no name or path")
-        case "sqlite":
-            synchronous = _synchronous(url, options.pop("synchronous", None))
-            store = StoreUrl(scheme="sqlite", path=_path(url, parts), bound=bound, synchronous=synchronous)
-        case scheme:
-            why = f"there is no store {scheme!r}" if scheme else "it does not begin with a store's name and ://"
-            raise InvalidOverflowUrl(url=_without_password(url, parts), why=why)
-    if options:
-        raise InvalidOverflowUrl(url=url, why=f"it has no option {min(options)!r}")
-    return store
+        raise InvalidOverflowUrl(url=_PASSWORD.sub("://***@", url), why=str(error)) from None
 
 
-def _options(url: str, parts: SplitResult) -> dict[str, str]:
+def _parse(parts: SplitResult) -> StoreUrl:
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise InvalidOverflowUrl(url=_without_password(url, parts), why="an option is given twice")
-    return options
+        raise ValueError("an option is given twice")
+    match parts.scheme:
+        case "memory":
+            if parts.netloc or parts.path:
+                raise ValueError("a ledger in memory has no name or path")
+            store = StoreUrl(scheme="memory", bound=_bound(options))
+        case "sqlite":
+            path, synchronous = _path(parts), _synchronous(options)
+            store = StoreUrl(scheme="sqlite", path=path, bound=_bound(options), synchronous=synchronous)
+        case "":
+            raise ValueError("it does not begin with the name of a store and ://")
+        case scheme:
+            raise ValueError(f"there is no store {scheme!r}")
+    if options:
+        raise ValueError(f"it has no option {min(options)!r}")
+    return store
 
 
-def _path(url: str, parts: SplitResult) -> Path:
+def _path(parts: SplitResult) -> Path:
     if parts.netloc:
-        raise InvalidOverflowUrl(url=url, why="a path follows three slashes, an absolute one four")
+        raise ValueError("a relative path follows three slashes, an absolute one four")
     if parts.fragment:
-        raise InvalidOverflowUrl(url=url, why="a '#' in a path is written %23")
+        raise ValueError("a '#' in a path is written %23")
     path = unquote(parts.path.removeprefix("/"))
     if path == ":memory:":
-        raise InvalidOverflowUrl(url=url, why="a ledger in memory is memory://")
+        raise ValueError("a ledger in memory is memory://")
     if not path or path.endswith("/") or "\0" in path:
-        raise InvalidOverflowUrl(url=url, why="it names no file")
+        raise ValueError("it names no file")
     return Path(path).absolute()
 
 
-def _bound(url: str, text: str | None) -> int:
-    if text is None:
-        return DEFAULT_BOUND
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**63:
-        raise InvalidOverflowUrl(url=url, why=f"bound={text} is not a number of rows, at least 1")
+def _bound(options: dict[str, str]) -> int:
+    text = options.pop("bound", str(DEFAULT_BOUND))
+    if not _COUNT.fullmatch(text):
+        raise ValueError(f"bound={text} is not a number of rows, at least 1")
     return int(text)
 
 
-def _synchronous(url: str, text: str | None) -> Synchronous:
-    if text is None:
-        return Synchronous.FULL
+def _synchronous(options: dict[str, str]) -> Synchronous:
+    text = options.pop("synchronous", Synchronous.FULL.value)
     try:
         return Synchronous(text.lower())
     except ValueError:
-        raise InvalidOverflowUrl(url=url, why=f"synchronous={text} is none of full, normal, off") from None
-
-
-def _without_password(url: str, parts: SplitResult) -> str:
-    """The URL fit to be shown: a mistyped scheme must not put a password into a log."""
-    userinfo, at, _ = parts.netloc.rpartition("@")
-    return url.replace(userinfo + at, "***@", 1) if at else url
+        raise ValueError(f"synchronous={text} is none of full, normal, off") from None

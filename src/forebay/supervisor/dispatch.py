@@ -220,6 +220,7 @@ class Dispatcher:
         if worker.probing:
             worker.probes_out += 1
             worker.probe_era = era
+            self.endings.watch_breaker(worker)
         if ticket.expiry is not None:
             self.timers.cancel(ticket.expiry)
             ticket.expiry = None

@@ -183,20 +183,28 @@ class Endings:
         house = self._house
         now = house.loop.time()
         failed = worker.failed
-        worker.read_breaker(now)
-        worker.probes_out = worker.probe_era = 0
-        if worker.failed:
+        if worker.read_breaker(now):
+            worker.probes_out = worker.probe_era = 0
+        self.watch_breaker(worker)
+        if worker.failed and not failed:
             sleep = worker.breaker.remaining(now)
-            if sleep is not None:
-                house.timers.at(now + sleep, lambda: self.breaker_changed(worker, reason))
-            if not failed:
-                again = "until it is revived" if sleep is None else f"for {sleep:.1f} s"
-                log.warning("worker %r is FAILED %s: %s", worker.name, again, reason)
-                house.bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=sleep))
-        elif failed or not reason:
+            again = "until it is revived" if sleep is None else f"for {sleep:.1f} s"
+            log.warning("worker %r is FAILED %s: %s", worker.name, again, reason)
+            house.bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=sleep))
+        elif failed and not worker.failed:
             log.info("worker %r takes work again", worker.name)
             house.bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
         house.refit(worker)
+
+    def watch_breaker(self, worker: WorkerAgent) -> None:
+        """Come back when time alone will have changed a worker's breaker: it has slept, or a probe is overdue."""
+        timers, now = self._house.timers, self._house.loop.time()
+        if worker.alarm is not None:
+            timers.cancel(worker.alarm)
+            worker.alarm = None
+        remaining = worker.breaker.remaining(now)
+        if remaining:  # neither None nor nothing; a sum of floats may fall short of it by a hair
+            worker.alarm = timers.at(now + remaining + 1e-6, lambda: self.breaker_changed(worker, "a probe is overdue"))
 
     def _disarm(self, run: Run) -> None:
         if run.timer is not None:

@@ -30,13 +30,15 @@ class Overflow:
     """The house's side of the ledger.
 
     Pull, not push: seats are reserved first, and then exactly that many rows leased. A refilled task is not gated
-    again. While rows of a rung or better wait outside, fresh work of that type and rung joins their tail: nothing overtakes.
+    again. While rows of a rung or better wait outside, fresh work of that type and rung joins their tail: nothing
+    overtakes.
     """
 
     def __init__(self, house: Dispatcher, ledger: Ledger, settings: Settings) -> None:
         self._house = house
         self.ledger = ledger
-        self._lease = settings.lease  # seconds that a right to a row lasts unless renewed
+        # Seconds that a right to a row lasts unless renewed. What nobody else can see, nobody else can take over.
+        self._lease = settings.lease if ledger.durable else math.inf
         self._max_payload = settings.max_payload_bytes
         self.pulling: set[Pool] = set()
         self.leases = Leases()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.run import Run
+    from forebay.supervisor.timers import Timer
 
 _PACE_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
@@ -54,6 +55,7 @@ class WorkerAgent:
         self.probes = min(probes, max_concurrent)
         self.probes_out = 0
         self.probe_era = 0  # the breaker's era in which these were let out
+        self.alarm: Timer | None = None  # when time alone changes its breaker
         self.counted_slots = 0  # slots that its pools were told of
         self.pools: list[Pool] = []
         self.runs: dict[Run, None] = {}  # in the order in which they began

@@ -162,11 +162,11 @@ async def surge() -> list[str]:  # noqa: C901 - a bit of everything
             group.create_task(fail())
     except* OSError:
         note("failed")
-    waiters = {loop.create_future() for _ in range(20)}
+    waiters = {loop.create_future(): n for n in range(20)}
     sleepers = {loop.create_task(asyncio.sleep(1, n)) for n in range(20)}
-    for waiter in waiters:
-        loop.call_later(1, waiter.set_result, None)
-        waiter.add_done_callback(lambda _: note("woken"))
+    for waiter in set(waiters):
+        waiter.add_done_callback(lambda done: note(f"woken {waiters[done]}"))
+        loop.call_soon(waiter.set_result, None)
     for sleeper in (await asyncio.wait(sleepers))[0]:
         note(sleeper.result())
     return trace
@@ -434,6 +434,22 @@ def test_a_wait_that_only_a_heartbeat_outlives_passes_the_time_bound() -> None:
     assert raised.value.now <= 600
 
 
+def test_what_passed_a_bound_has_as_much_again_to_clean_up() -> None:
+    ended: list[float] = []
+
+    async def main() -> None:
+        try:
+            while True:  # noqa: ASYNC110 - what has no end
+                await asyncio.sleep(1)
+        finally:
+            await asyncio.sleep(50)
+            ended.append(virtual_loop().time())
+
+    with pytest.raises(Endless):
+        simulate(main, max_time=60)
+    assert ended == [pytest.approx(109, abs=1.1)]
+
+
 def test_polling_that_waits_for_nothing_passes_the_step_bound() -> None:
     async def main() -> None:
         while virtual_loop().time() < 1:  # noqa: ASYNC110 - the mistake
@@ -594,22 +610,22 @@ def test_left_over_tasks_are_cancelled_in_order_and_generators_are_closed() -> N
             ended.append(n)
             await asyncio.sleep(1)
 
-    async def stream() -> AsyncIterator[int]:
+    async def stream(n: int) -> AsyncIterator[int]:
         try:
-            yield 1
+            yield n
         finally:
             await asyncio.sleep(0)
-            ended.append("stream")
+            ended.append(f"stream {n}")
 
-    open_stream = stream()
+    streams = [stream(n) for n in range(20)]
 
     async def main() -> None:
         for n in range(20):
             asyncio.create_task(work(n))  # noqa: RUF006 - left over on purpose
-        await anext(open_stream)
+            await anext(streams[n])
 
     simulate(main)
-    assert ended == [*range(20), "stream"]
+    assert ended == [*range(20), *(f"stream {n}" for n in range(20))]
 
 
 def test_a_simulation_off_the_main_thread_leaves_signals_alone() -> None:
