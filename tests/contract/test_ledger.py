@@ -12,7 +12,7 @@ from forebay.task import Priority
 from forebay.typing import Completion, Lease, Ledger, Put, Row, RowState
 
 if TYPE_CHECKING:
-    from conftest import Backend, OpenLedger, Rows, Take
+    from tests.contract.conftest import Backend, OpenLedger, Rows, Take
 
 DONE = Completion(status="succeeded", worker_id="w", result=b"result", duration_ms=1.5, attempts=1, finished_at=50.0)
 
@@ -213,7 +213,7 @@ async def test_a_start_counts(ledger: Ledger, row: Rows, take: Take) -> None:
 async def test_one_lease_started_twice_at_once_counts_twice(ledger: Ledger, row: Rows, take: Take) -> None:
     await ledger.put(row("a"))
     (lease,) = await take()
-    assert await asyncio.gather(ledger.start(lease), ledger.start(lease)) == [True, True]
+    assert all(await asyncio.gather(ledger.start(lease), ledger.start(lease)))
     await ledger.release([lease])
     assert [lease.row.attempts for lease in await take()] == [2]
 
@@ -420,8 +420,8 @@ async def test_a_row_put_leased_lapses_like_any_other(ledger: Ledger, row: Rows,
 
 async def test_thousands_lapse_and_are_pruned_as_a_few_do(ledger: Ledger, row: Rows, take: Take) -> None:
     await put_all(ledger, [row() for _ in range(1_200)])
-    for lease in (await take(until=10.0))[::2]:
-        await ledger.start(lease)
+    leases = await take(until=10.0)
+    await asyncio.gather(*(ledger.start(lease) for lease in leases[::2]))
     assert len(await ledger.reap(now=11.0, max_attempts=1)) == 600
     assert await ledger.depths() == {("research", Priority.NORMAL): 600}
     assert await ledger.prune(before=12.0) == 600
@@ -497,9 +497,7 @@ async def test_opened_again_it_has_all_as_it_was(
     assert await again.finish("held", DONE, fence=held.fence)
 
 
-async def test_two_may_have_it_open_and_agree(
-    ledger: Ledger, backend: Backend, another: OpenLedger, row: Rows, take: Take
-) -> None:
+async def test_two_may_have_it_open_and_agree(ledger: Ledger, backend: Backend, another: OpenLedger, row: Rows) -> None:
     backend.needs("shared")
     other = await another()
     await put_all(ledger, [row() for _ in range(50)])

@@ -166,8 +166,9 @@ async def test_both_async_at_once_and_streamed(
     assert told["peak_in_flight"] > 10
 
 
-def test_the_models_are_those_with_a_price(gpt: openai.OpenAI) -> None:
+def test_the_models_are_those_with_a_price(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
     assert GPT in [model.id for model in gpt.models.list()]
+    assert "claude-sonnet" in [model.id for model in claude.models.list()]
     with pytest.raises(openai.NotFoundError):
         gpt.chat.completions.create(model="llama", messages=SAY)
 
@@ -264,6 +265,8 @@ def test_nonsense_is_a_bad_request(plant: RunningPlant, gpt: openai.OpenAI) -> N
         gpt.post("/chat/completions", body={"model": GPT, "messages": 3}, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="invalid literal"):
         gpt.chat.completions.create(model=GPT, messages=SAY, extra_headers={"x-plant-output-tokens": "many"})
+    with pytest.raises(openai.BadRequestError, match="counted from 0"):
+        gpt.chat.completions.create(model=GPT, messages=SAY, extra_headers={"x-plant-input-tokens": "-1"})
     assert plant.statistics()["calls"] == 0
 
 

@@ -282,7 +282,7 @@ class Surge:
 def run(seed: int) -> Surge:
     """Run the surge of one seed; raises if a promise is broken, nothing is left to do, or an error reached nobody."""
     surge = Surge(seed)
-    simulate(surge.main, seed=seed, max_time=3600.0)
+    simulate(surge.main, seed=seed, max_time=36_000.0)
     return surge
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from forebay.errors import ForebayError
 from forebay.sim.config import Dialect
 from forebay.sim.faults import Reason
 from forebay.sim.ledger import Usage
+
+
+class InvalidCall(ForebayError, ValueError):
+    """Tokens are counted from 0, bounded from 1: not {input_tokens} in, {output_tokens} out, {max_tokens} at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +20,9 @@ class Call:
 
     `input_tokens` is what the provider counts, `output_tokens` what the model will have said when it stops by itself;
     ``max_tokens`` cuts that short. A call that does not `stream` is told only its first token and its end.
+
+    Raises:
+        InvalidCall: fewer than no tokens.
     """
 
     model: str
@@ -25,6 +33,11 @@ class Call:
     key: str = ""  # the API key
     run: str | None = None  # whose account of tokens it goes to, see `Provider.bills`
     dialect: Dialect | None = None  # in which to answer, if not the provider's own
+
+    def __post_init__(self) -> None:
+        if min(self.input_tokens, self.output_tokens) < 0 or (self.max_tokens is not None and self.max_tokens < 1):
+            facts = {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens}
+            raise InvalidCall(**facts, max_tokens=self.max_tokens)
 
     @property
     def length(self) -> int:

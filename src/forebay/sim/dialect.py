@@ -41,7 +41,7 @@ class Why:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """A refusal as it goes over the wire."""
 
     status: int
@@ -111,13 +111,13 @@ def identity(dialect: Dialect, request_id: str) -> dict[str, str]:
     return {"x-request-id" if dialect is Dialect.OPENAI else "request-id": request_id}
 
 
-def refusal(dialect: Dialect, why: Why, limits: dict[str, str], request_id: str) -> Answer:
+def refusal(dialect: Dialect, why: Why, limits: dict[str, str], request_id: str) -> Reply:
     """A refusal in full; `limits` are the account's limit headers, for those refusals that carry them."""
     name = identity(dialect, request_id)
     if why.reason is Reason.BAD_GATEWAY:
-        return Answer(502, {"content-type": "text/html"}, _HTML)
+        return Reply(502, {"content-type": "text/html"}, _HTML)
     if why.reason is Reason.UNAVAILABLE:
-        return Answer(503, {}, b"")
+        return Reply(503, {}, b"")
     if dialect is Dialect.OPENAI:
         status, body = _openai(why)
     else:
@@ -127,7 +127,7 @@ def refusal(dialect: Dialect, why: Why, limits: dict[str, str], request_id: str)
         headers |= limits
     if why.shortage is not None:
         headers |= retry_headers(dialect, why.shortage.wait)
-    return Answer(status, headers, msgspec.json.encode(body))
+    return Reply(status, headers, msgspec.json.encode(body))
 
 
 def error_body(dialect: Dialect, request_id: str) -> dict[str, object]:
@@ -136,14 +136,14 @@ def error_body(dialect: Dialect, request_id: str) -> dict[str, object]:
     return _openai(why)[1] if dialect is Dialect.OPENAI else _anthropic(why, request_id)[1]
 
 
-def bad_request(dialect: Dialect, message: str, request_id: str) -> Answer:
+def bad_request(dialect: Dialect, message: str, request_id: str) -> Reply:
     """A 400: the request makes no sense."""
     if dialect is Dialect.OPENAI:
         body = _openai_error(message, "invalid_request_error", None)
     else:
         body = _anthropic_error(message, "invalid_request_error", request_id)
     headers = {"content-type": "application/json"} | identity(dialect, request_id)
-    return Answer(400, headers, msgspec.json.encode(body))
+    return Reply(400, headers, msgspec.json.encode(body))
 
 
 # --- OpenAI ---------------------------------------------------------------------------------------------------------

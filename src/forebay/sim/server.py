@@ -83,10 +83,10 @@ class Plant:
 
     def _call(self, request: web.Request, asked: wire.Request, spoken: Dialect) -> Call:
         headers = request.headers
-        fixed = headers.get("x-plant-input-tokens")
-        input_tokens = int(fixed) if fixed else asked.input_tokens()
-        fixed = headers.get("x-plant-output-tokens")
-        output_tokens = int(fixed) if fixed else self._traffic.output_tokens(self._lengths, input_tokens)
+        told = headers.get("x-plant-input-tokens")
+        input_tokens = int(told) if told else asked.input_tokens()
+        told = headers.get("x-plant-output-tokens")
+        output_tokens = int(told) if told else self._traffic.output_tokens(self._lengths, input_tokens)
         return Call(
             model=asked.model,
             input_tokens=input_tokens,
@@ -101,8 +101,7 @@ class Plant:
     # --- the window -------------------------------------------------------------------------------------------------
 
     async def _models(self, _request: web.Request) -> web.Response:
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "plant"} for name in self.config.prices]
-        return web.Response(body=msgspec.json.encode({"object": "list", "data": models}), content_type=_JSON)
+        return web.Response(body=wire.models([*self.config.prices]), content_type=_JSON)
 
     async def _statistics(self, _request: web.Request) -> web.Response:
         return web.Response(body=msgspec.json.encode(self._provider.statistics()), content_type=_JSON)
@@ -127,7 +126,7 @@ class Plant:
 Voice = wire.OpenAI | wire.Anthropic
 
 
-def _plain(answer: dialect.Answer | Refused) -> web.Response:
+def _plain(answer: dialect.Reply | Refused) -> web.Response:
     return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
 
 

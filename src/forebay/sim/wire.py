@@ -110,6 +110,14 @@ def _length(content: Any) -> int:
     return 0
 
 
+def models(names: list[str]) -> bytes:
+    """The list of models, in a shape that both SDKs read."""
+    both = {"object": "model", "created": 0, "owned_by": "plant", "type": "model", "created_at": "2026-01-01T00:00:00Z"}
+    data = [both | {"id": name, "display_name": name} for name in names]
+    ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+    return msgspec.json.encode({"object": "list", "data": data} | ends)
+
+
 # --- answers of OpenAI ----------------------------------------------------------------------------------------------
 
 
