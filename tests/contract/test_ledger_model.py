@@ -19,7 +19,7 @@ from forebay.overflow import open_ledger
 from forebay.task import Priority
 from forebay.typing import Completion, Lease, Put, Row, RowState
 
-BOUND = 12
+BOUND = 10
 MAX_ATTEMPTS = 2
 TYPES = st.sampled_from(["research", "write"])
 NAMES = st.sampled_from("abcdefghijklmnopqr")

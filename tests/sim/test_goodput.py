@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -96,7 +97,7 @@ def goodput(supervisor: object, times: float, *, config: ProviderConfig | None =
 @pytest.mark.parametrize("seed", range(3))
 def test_goodput_never_falls_as_more_is_offered(seed: int) -> None:
     reached = [goodput(forebay, times, seed=seed).per_second(60) for times in (0.5, 1, 2, 4, 7, 10)]
-    for less, more in zip(reached, reached[1:], strict=False):
+    for less, more in itertools.pairwise(reached):
         assert more >= 0.95 * less, reached
     assert reached[-1] >= 0.95 * CAPACITY, reached
 

@@ -1,0 +1,20 @@
+"""The examples run as they stand, in a folder of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_a_langgraph_agent_is_backpressured_in_twenty_lines(tmp_path: Path) -> None:
+    example = EXAMPLES / "langgraph_20_lines.py"
+    assert len(example.read_text().splitlines()) <= 20
+    ran = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.stderr == ""
+    assert ran.stdout == "what is known of river 199\n"
+    assert (tmp_path / "spill.db").exists()
