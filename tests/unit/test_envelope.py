@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
+import datetime as dt
 import enum
 import math
 from collections import OrderedDict, UserDict, namedtuple
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from forebay import clock
 from forebay.errors import NotPortable, PayloadTooLarge
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result, decode_task, encode_result, encode_task
-from forebay.overflow.envelope import VERSION
+from forebay.overflow.envelope import VERSION, _Envelope
 from forebay.task import Deadline, Estimate, Priority, Task
 
 ROOM = 1 << 20  # bytes
@@ -93,21 +94,7 @@ def test_every_field_of_a_task_comes_back_equal(task: Task) -> None:
 
 
 def test_no_field_of_a_task_is_forgotten() -> None:
-    """A field added to Task has to be added to the envelope, and to this list."""
-    assert Task.__struct_fields__ == (
-        "task_id",
-        "priority",
-        "timeout",
-        "deadline",
-        "spill",
-        "durable",
-        "key",
-        "tenant",
-        "thread",
-        "estimate",
-        "task_type",
-        "payload",
-    )
+    assert set(Task.__struct_fields__) == set(_Envelope.__struct_fields__) - {"version"}
 
 
 def test_a_tuple_comes_back_as_a_list() -> None:
@@ -131,7 +118,7 @@ def test_a_task_whose_deadline_has_passed_meanwhile_comes_back() -> None:
 
 
 def test_names_that_are_enums_travel_as_their_text() -> None:
-    class Kind(str, enum.Enum):
+    class Kind(enum.StrEnum):
         RESEARCH = "research"
 
     task = decode_task(encode_task(Task(Kind.RESEARCH), bound=ROOM))
@@ -170,7 +157,7 @@ Pair = namedtuple("Pair", "x y")  # noqa: PYI024 - the plain kind is what people
         (UserDict(), "UserDict"),
         ({1}, "set"),
         (bytearray(b"x"), "bytearray"),
-        (datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC), "datetime"),
+        (dt.datetime(2025, 1, 1, tzinfo=dt.UTC), "datetime"),
         (Decimal(1), "Decimal"),
         (1j, "complex"),
         (len, "builtin_function_or_method"),
@@ -300,10 +287,8 @@ def test_fields_added_at_the_end_are_passed_over() -> None:
 @example(b"\x92\x01" + b"\x91" * 100_000)
 def test_garbage_is_called_damaged(data: bytes) -> None:
     for decode in (decode_task, decode_result):
-        try:
+        with contextlib.suppress(EnvelopeDamaged, EnvelopeTooNew):
             decode(data)
-        except (EnvelopeDamaged, EnvelopeTooNew):
-            pass
 
 
 def test_a_damaged_envelope_says_nothing_of_its_content() -> None:

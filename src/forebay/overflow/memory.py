@@ -126,6 +126,8 @@ class MemoryLedger:
             self._leave_queue(entry)
             self._lease(entry, new_id(), until)
             leases.append(Lease(row=entry.row, fence=str(entry.fence), until=until))
+        if queue is not None and queue.first() is None:
+            del self._queues[task_type]  # task types come and go
         return leases
 
     async def start(self, lease: Lease) -> bool:
@@ -237,7 +239,7 @@ class MemoryLedger:
         place = (entry.row.task_type, entry.row.priority)
         self._depths[place] -= 1
         if not self._depths[place]:
-            del self._depths[place]  # task types come and go
+            del self._depths[place]
 
     def _lease(self, entry: _Entry, fence: str, until: float) -> None:
         entry.state, entry.fence, entry.until, entry.stamp = RowState.LEASED, fence, until, self._next()

@@ -146,14 +146,21 @@ def bad_request(dialect: Dialect, message: str, request_id: str) -> Reply:
     return Reply(400, headers, msgspec.json.encode(body))
 
 
+_PERIODS: Final = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86400.0: "day"}
+
+
+def _period(shortage: Shortage) -> str:
+    """The name of the period of a limit; one without a name is told by the minute, as clients expect."""
+    return _PERIODS.get(shortage.per, "minute")
+
+
+def _words(shortage: Shortage) -> str:
+    return shortage.unit.value.replace("_", " ")
+
+
 # --- OpenAI ---------------------------------------------------------------------------------------------------------
 
-_SHORT: Final = {
-    Unit.REQUESTS: "requests per min (RPM)",
-    Unit.TOKENS: "tokens per min (TPM)",
-    Unit.INPUT_TOKENS: "input tokens per min (ITPM)",
-    Unit.OUTPUT_TOKENS: "output tokens per min (OTPM)",
-}
+_SHORT: Final = {Unit.REQUESTS: "RP", Unit.TOKENS: "TP", Unit.INPUT_TOKENS: "ITP", Unit.OUTPUT_TOKENS: "OTP"}
 
 
 def _openai(why: Why) -> tuple[int, dict[str, object]]:
@@ -182,7 +189,8 @@ def _openai(why: Why) -> tuple[int, dict[str, object]]:
 
 
 def _openai_limit(why: Why, shortage: Shortage) -> str:
-    what, unit = f"{why.model} in organization {_ORGANIZATION}", _SHORT[shortage.unit]
+    what, period = f"{why.model} in organization {_ORGANIZATION}", _period(shortage)
+    unit = f"{_words(shortage)} per {period[:3]} ({_SHORT[shortage.unit]}{period[0].upper()})"
     if why.reason is Reason.TOO_LARGE:
         return (
             f"Request too large for {what} on {unit}: Limit {shortage.limit:.0f}, Requested {shortage.requested:.0f}. "
@@ -217,7 +225,7 @@ def _anthropic_limit(why: Why) -> str:
         return "Number of concurrent connections has exceeded your rate limit. Please try again later."
     if why.shortage is None:
         return "This request would exceed your account's rate limit. Please try again later."
-    unit = why.shortage.unit.value.replace("_", " ")
+    unit = _words(why.shortage)
     if why.reason is Reason.ACCELERATION:
         return (
             f"This request would exceed your organization's maximum usage increase rate for {unit} per minute "
@@ -227,7 +235,7 @@ def _anthropic_limit(why: Why) -> str:
         )
     return (
         f"This request would exceed the rate limit for your organization ({_ORGANIZATION}) of "
-        f"{why.shortage.limit:,.0f} {unit} per minute. You can see the response headers for current usage."
+        f"{why.shortage.limit:,.0f} {unit} per {_period(why.shortage)}. You can see the response headers for current usage."
     )
 
 

@@ -93,6 +93,7 @@ class Shortage:
     remaining: float
     requested: float
     wait: float  # seconds; infinity: the call is larger than the bucket
+    per: float = _MINUTE  # seconds in which the limit is granted
 
 
 class Meters:
@@ -110,7 +111,8 @@ class Meters:
             requested = amounts.get(unit, 0.0)
             wait = meter.wait(now, requested)
             if wait > 0 and (worst is None or wait > worst.wait):
-                worst = Shortage(unit, meter.allowance.amount, meter.level(now), requested, wait)
+                allowance = meter.allowance
+                worst = Shortage(unit, allowance.amount, meter.level(now), requested, wait, allowance.per)
         return worst
 
     def take(self, now: float, unit: Unit, amount: float) -> None:

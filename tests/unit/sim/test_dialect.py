@@ -97,6 +97,14 @@ def test_openai_tells_requests_from_tokens_in_the_words_and_the_type() -> None:
     assert (answer.status, answer.headers["retry-after"], answer.headers["retry-after-ms"]) == (429, "1", "644")
 
 
+def test_a_limit_is_told_with_its_period() -> None:
+    daily = Shortage(Unit.REQUESTS, limit=200, remaining=0, requested=1, wait=432.0, per=86400.0)
+    body = json.loads(refusal(Dialect.OPENAI, Why(Reason.REQUESTS, "gpt-4o", daily), {}, "req_1").body)
+    assert "on requests per day (RPD): Limit 200, Used 200, Requested 1. Please try again in 7m12s" in str(body)
+    body = json.loads(refusal(Dialect.ANTHROPIC, Why(Reason.REQUESTS, "claude", daily), {}, "req_1").body)
+    assert "of 200 requests per day" in str(body)
+
+
 def test_anthropic_names_the_request_in_its_errors() -> None:
     answer = refusal(Dialect.ANTHROPIC, Why(Reason.TOKENS, "claude", SHORTAGE), {"a": "b"}, "req_1")
     body = json.loads(answer.body)

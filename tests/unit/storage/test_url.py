@@ -1,0 +1,74 @@
+"""A store's URL says one thing or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forebay.errors import InvalidOverflowUrl
+from forebay.storage import StoreUrl, Synchronous, parse_url
+
+
+@pytest.mark.parametrize(
+    ("url", "store"),
+    [
+        ("memory://", StoreUrl(scheme="memory")),
+        ("memory://?bound=7", StoreUrl(scheme="memory", bound=7)),
+        ("sqlite:///spill.db", StoreUrl(scheme="sqlite", path=Path.cwd() / "spill.db")),
+        ("sqlite:///var/spill.db", StoreUrl(scheme="sqlite", path=Path.cwd() / "var" / "spill.db")),
+        ("sqlite:////var/spill.db", StoreUrl(scheme="sqlite", path=Path("/var/spill.db"))),
+        ("sqlite:////a%20b%23c%3Fd.db", StoreUrl(scheme="sqlite", path=Path("/a b#c?d.db"))),
+        (
+            "sqlite:////s.db?bound=1000000&synchronous=normal",
+            StoreUrl(scheme="sqlite", path=Path("/s.db"), bound=1_000_000, synchronous=Synchronous.NORMAL),
+        ),
+        (
+            "sqlite:////s.db?synchronous=OFF",
+            StoreUrl(scheme="sqlite", path=Path("/s.db"), synchronous=Synchronous.OFF),
+        ),
+    ],
+)
+def test_a_known_form_is_read(url: str, store: StoreUrl) -> None:
+    assert parse_url(url) == store
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("", "does not begin with"),
+        ("spill.db", "does not begin with"),
+        ("/var/spill.db", "does not begin with"),
+        ("postgres://host/db", "no store 'postgres'"),
+        ("sqlite://spill.db", "three slashes"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///", "names no file"),
+        ("sqlite:////var/", "names no file"),
+        ("sqlite:///a%00b", "names no file"),
+        ("sqlite:///:memory:", "memory://"),
+        ("sqlite:///a#b.db", "%23"),
+        ("memory://name", "no name"),
+        ("memory:///path", "no name or path"),
+        ("memory://?synchronous=off", "no option 'synchronous'"),
+        ("sqlite:///a.db?bund=1", "no option 'bund'"),
+        ("sqlite:///a.db?bound=1&bound=2", "twice"),
+        ("sqlite:///a.db?bound=0", "bound=0"),
+        ("sqlite:///a.db?bound=-1", "bound=-1"),
+        ("sqlite:///a.db?bound=1e5", "bound=1e5"),
+        ("sqlite:///a.db?bound=", "bound= is"),
+        ("sqlite:///a.db?bound=99999999999999999999", "is not a number of rows"),
+        ("sqlite:///a.db?synchronous=on", "none of full, normal, off"),
+        ("sqlite://[/a.db", "Invalid IPv6"),
+    ],
+)
+def test_anything_else_is_refused_with_the_reason(url: str, why: str) -> None:
+    with pytest.raises(InvalidOverflowUrl) as caught:
+        parse_url(url)
+    assert why in str(caught.value)
+
+
+def test_a_refusal_shows_no_password() -> None:
+    with pytest.raises(InvalidOverflowUrl) as caught:
+        parse_url("rediss://user:secret@host:6379/0")
+    assert "secret" not in str(caught.value)
+    assert "rediss://***@host:6379/0" in str(caught.value)
