@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from typing import Any, Self
 
+_LONGEST = 300  # characters of one fact in a message
+
 
 class ForebayError(Exception):
     """Something went wrong in Forebay."""
@@ -15,7 +17,7 @@ class ForebayError(Exception):
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
         template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
-        super().__init__(template.format(**facts))
+        super().__init__(template.format(**{name: _brief(fact) for name, fact in facts.items()}))
         self._facts = facts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -24,6 +26,24 @@ class ForebayError(Exception):
     @classmethod
     def _from(cls, facts: dict[str, Any]) -> Self:
         return cls(**facts)
+
+
+class _Kind(str):
+    """A type's name that shows as it is, without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _brief(fact: object) -> object:
+    """A fact as a message may show it: what is not plain, or too long to be meant, could be somebody's payload."""
+    if fact is None or isinstance(fact, bool | int | float):
+        return fact
+    if isinstance(fact, str):
+        return fact if len(fact) <= _LONGEST else fact[:_LONGEST] + "..."
+    return _Kind(f"a {type(fact).__name__}")
 
 
 def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:

@@ -40,6 +40,11 @@ class Call:
             raise InvalidCall(**facts, max_tokens=self.max_tokens)
 
     @property
+    def stops(self) -> bool:
+        """The answer ends by itself, not at its bound."""
+        return self.max_tokens is None or self.output_tokens <= self.max_tokens
+
+    @property
     def length(self) -> int:
         """Output tokens that will be made: at least 1."""
         return max(1, self.output_tokens if self.max_tokens is None else min(self.output_tokens, self.max_tokens))

@@ -225,7 +225,7 @@ def _anthropic_limit(why: Why) -> str:
         return "Number of concurrent connections has exceeded your rate limit. Please try again later."
     if why.shortage is None:
         return "This request would exceed your account's rate limit. Please try again later."
-    unit = _words(why.shortage)
+    unit, period = _words(why.shortage), _period(why.shortage)
     if why.reason is Reason.ACCELERATION:
         return (
             f"This request would exceed your organization's maximum usage increase rate for {unit} per minute "
@@ -235,7 +235,7 @@ def _anthropic_limit(why: Why) -> str:
         )
     return (
         f"This request would exceed the rate limit for your organization ({_ORGANIZATION}) of "
-        f"{why.shortage.limit:,.0f} {unit} per {_period(why.shortage)}. You can see the response headers for current usage."
+        f"{why.shortage.limit:,.0f} {unit} per {period}. You can see the response headers for current usage."
     )
 
 

@@ -134,7 +134,7 @@ async def _whole(request: web.Request, call: Call, answer: Answer, voice: Voice)
     async for event in answer:
         if isinstance(event, Finished):
             usage = event.usage.input_tokens, event.usage.output_tokens
-            body = voice.whole(usage, voice.reason(stopped=usage[1] == call.output_tokens))
+            body = voice.whole(usage, voice.reason(stopped=call.stops))
             return web.Response(body=body, headers=answer.headers, content_type=_JSON)
         if isinstance(event, Cut):
             if event.reported:
@@ -153,12 +153,12 @@ async def _stream(request: web.Request, call: Call, answer: Answer, voice: Voice
     async for event in answer:
         match event:
             case FirstToken() | Progress():
-                tokens = event.tokens if isinstance(event, Progress) else 1
-                await response.write(voice.piece(told, tokens))
-                told += tokens
+                fresh = event.tokens if isinstance(event, Progress) else 1
+                await response.write(voice.piece(told, fresh))
+                told += fresh
             case Finished(usage=usage):
-                reason = voice.reason(stopped=usage.output_tokens == call.output_tokens)
-                await response.write(voice.end((usage.input_tokens, usage.output_tokens), reason))
+                tokens = usage.input_tokens, usage.output_tokens
+                await response.write(voice.end(tokens, voice.reason(stopped=call.stops)))
                 await response.write_eof()
             case Cut(reported=True):
                 spoken = call.dialect or Dialect.OPENAI

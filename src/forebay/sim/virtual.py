@@ -84,6 +84,7 @@ class Answer:
 
     def close(self) -> None:
         """Hang up, unless it is over; a second time does nothing."""
+        self._events.clear()
         if not self._over:
             self._over = True
             self._provider.hang_up(self.call_id)
@@ -213,7 +214,7 @@ class SimulatedProvider:
         """Have the timer fire when something is due. One that fires too early looks again, so it is not moved later."""
         due = self._provider.next_event()
         if self._timer is not None:
-            if due >= self._due:
+            if self._due <= due < math.inf:
                 return
             self._timer.cancel()
             self._timer = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, patience: fl
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous) -> None:
-    _check_ours(connection, path, schema)  # before anything is changed in a file that may be somebody else's
+    with _transaction(connection, "BEGIN"):  # before anything is changed in a file that may be somebody else's
+        _check_ours(connection, path, schema)
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
@@ -106,9 +108,15 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, synchro
     connection.execute(f"PRAGMA synchronous = {synchronous.value}")
     connection.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE}")
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with _transaction(connection, "BEGIN IMMEDIATE"):
         _migrate(connection, path, schema)
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
+    connection.execute(begin)
+    try:
+        yield
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

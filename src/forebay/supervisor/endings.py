@@ -36,6 +36,7 @@ class Endings:
     def withdraw(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
         """End a ticket that waits inside, and free its place."""
         self._house.leave_line(ticket)
+        ticket.parent = None
         self._house.finish(ticket, unsuccessful(ticket, status, error))
 
     # --- before a handler ended ---
@@ -106,6 +107,7 @@ class Endings:
         success = ending.cause is None and run.abandoned_at is None
         house.pools[run.task.task_type].times.ended(seconds, success=success)
         ticket.run = None
+        ticket.parent = None  # what it knew of its ancestors must not keep them alive
         if run.abandoned_at is not None:
             worker.zombies -= 1
             if run.zombie:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
@@ -413,9 +412,6 @@ class BackpressureSupervisor:
     def _at_door(self) -> Door:
         if self._door is None:
             raise NotStarted
-        running = None
-        with contextlib.suppress(RuntimeError):
-            running = asyncio.get_running_loop()
-        if running is not self._running().loop:
+        if asyncio._get_running_loop() is not self._running().loop:  # noqa: SLF001 - documented; None in a thread
             raise WrongLoop(what="The supervisor")
         return self._door

@@ -1,0 +1,625 @@
+"""What `submit`, `submit_nowait` and `run` answer, and what the load is that they go by."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from tests.acceptance.house import (
+    Agent,
+    about,
+    admitted,
+    error_of,
+    fill,
+    flood,
+    now,
+    rejected,
+    results,
+    statuses,
+    turns,
+    virtual,
+)
+
+from forebay import (
+    BackpressureSupervisor,
+    Deadline,
+    Estimate,
+    Overloaded,
+    Priority,
+    Task,
+    TaskExpired,
+    TaskFailed,
+    TaskStatus,
+    TaskTimedOut,
+    Verdict,
+)
+
+# --- the answer ------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_an_admitted_task_gives_a_true_ticket_and_a_whole_result() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("researcher", handler=Agent(2.0), task_types=["research"])
+        ticket = await supervisor.submit(Task("research", "rivers", task_id="r1"))
+        assert ticket
+        assert ticket.verdict is Verdict.ADMITTED
+        result = await ticket
+    assert (result.task_id, result.worker_id, result.success) == ("r1", "researcher", True)
+    assert (result.status, result.result, result.error) == (TaskStatus.SUCCEEDED, "rivers", None)
+    assert result.duration_ms == about(2000.0)
+    assert result.attempts == 1
+
+
+@virtual
+async def test_a_ticket_can_be_awaited_by_many_and_again_and_again() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        ticket = await supervisor.submit(Task("work", 7))
+
+        async def wait() -> object:
+            return (await ticket).result
+
+        assert await asyncio.gather(wait(), wait(), wait()) == [7, 7, 7]
+        assert (await ticket).result == 7
+
+
+@virtual
+async def test_cancelling_an_await_leaves_the_task_running() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        ticket = await supervisor.submit(Task("work", 7))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await ticket
+        assert ticket.status is TaskStatus.RUNNING
+        assert (await ticket).result == 7
+
+
+@virtual
+async def test_a_ticket_says_where_its_task_is() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        first, second = flood(supervisor, "work", 2)
+        assert (first.status, second.status) == (TaskStatus.RUNNING, TaskStatus.WAITING)
+        await first
+        assert (first.status, second.status) == (TaskStatus.SUCCEEDED, TaskStatus.RUNNING)
+
+
+@virtual
+async def test_a_rejected_ticket_is_false_and_says_why_and_when_to_come_back() -> None:
+    async with BackpressureSupervisor(max_queue_size=3) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(4.0), task_types=["work"])
+        await supervisor.run(Task("work"))  # so that the pace is known
+        ticket = rejected(flood(supervisor, "work", 10))[0]
+        assert not ticket
+        assert ticket.verdict is Verdict.REJECTED
+        assert ticket.status is TaskStatus.REJECTED
+        assert ticket.binding == "pool:work"
+        assert ticket.load == 1.0
+        assert ticket.reason == "pool:work is at 100%, and NORMAL is refused from 80%"
+        assert ticket.retry_after is not None
+        assert ticket.retry_after > 0
+
+
+@virtual
+async def test_awaiting_a_rejected_ticket_raises_overloaded_with_its_facts() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(4.0), task_types=["work"])
+        await supervisor.run(Task("work"))
+        ticket = flood(supervisor, "work", 2)[1]
+        error = await error_of(ticket)
+        assert isinstance(error, Overloaded)
+        assert (error.reason, error.binding, error.load, error.retry_after) == (
+            ticket.reason,
+            ticket.binding,
+            ticket.load,
+            ticket.retry_after,
+        )
+
+
+@virtual
+async def test_retry_after_is_none_while_the_pace_is_unknown() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        assert flood(supervisor, "work", 2)[1].retry_after is None
+
+
+@virtual
+async def test_submit_nowait_admits_before_it_returns() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        ticket = supervisor.submit_nowait(Task("work"))
+        assert supervisor.workers["worker"].current_tasks == 1
+        assert ticket.status is TaskStatus.RUNNING
+
+
+@virtual
+async def test_a_ticket_is_found_by_its_id_while_it_runs_and_after() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        ticket = await supervisor.submit(Task("work", task_id="mine"))
+        assert supervisor.ticket("mine") is ticket
+        await ticket
+        assert supervisor.ticket("mine") is ticket
+
+
+@virtual
+async def test_task_ids_are_unique() -> None:
+    assert len({Task("work").task_id for _ in range(1000)}) == 1000
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_run_returns_the_value() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        assert await supervisor.run(Task("work", "lakes")) == "lakes"
+
+
+@virtual
+async def test_run_raises_overloaded_if_rejected() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        supervisor.submit_nowait(Task("work"))
+        assert isinstance(await error_of(supervisor.run(Task("work"))), Overloaded)
+
+
+@virtual
+async def test_run_raises_task_failed_from_the_handlers_exception() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        broken = ValueError("no such river")
+        supervisor.register_worker("worker", handler=Agent(error=broken), task_types=["work"])
+        error = await error_of(supervisor.run(Task("work", task_id="w1")))
+    assert isinstance(error, TaskFailed)
+    assert error.__cause__ is broken
+    assert (error.task_id, error.worker_id, error.error) == ("w1", "worker", "ValueError: no such river")
+
+
+@virtual
+async def test_run_raises_task_timed_out() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        error = await error_of(supervisor.run(Task("work", timeout=1.0)))
+    assert isinstance(error, TaskTimedOut)
+    assert isinstance(error, TimeoutError)
+    assert not isinstance(error, TaskExpired)
+    assert "timeout of 1 s" in str(error)
+
+
+@virtual
+async def test_run_raises_task_expired_if_the_deadline_comes_first() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        error = await error_of(supervisor.run(Task("work", timeout=5.0, deadline=Deadline.within(2.0))))
+        assert now() == about(2.0)
+    assert isinstance(error, TaskExpired)
+
+
+@virtual
+async def test_cancelling_run_cancels_the_task() -> None:
+    agent = Agent(10.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        caller = asyncio.ensure_future(supervisor.run(Task("work", task_id="mine")))
+        await asyncio.sleep(1.0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert supervisor.ticket("mine").status is TaskStatus.CANCELLED
+        await turns()
+        assert agent.running == 0
+        assert now() == about(1.0)
+
+
+# --- load ------------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_busy_house_that_keeps_up_reads_far_below_the_threshold() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        for number in range(10):
+            supervisor.register_worker(f"worker{number}", handler=Agent(), task_types=["work"])
+        flood(supervisor, "work", 10)
+        assert supervisor.utilization() == 1.0
+        assert supervisor.system_load() == pytest.approx(10 / 110)
+
+
+@virtual
+async def test_the_load_counts_who_runs_and_who_waits_against_slots_and_room() -> None:
+    async with BackpressureSupervisor(max_queue_size=6) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
+        flood(supervisor, "work", 5)
+        assert {reading.resource: reading.load for reading in supervisor.readings()} == {"pool:work": 5 / 8, "host": 0}
+        assert supervisor.system_load() == 5 / 8
+
+
+@virtual
+async def test_the_system_load_is_the_fullest_resources() -> None:
+    async with BackpressureSupervisor(max_queue_size=1) as supervisor:
+        supervisor.register_worker("idle", handler=Agent(), task_types=["rest"])
+        supervisor.register_worker("busy", handler=Agent(), task_types=["work"])
+        flood(supervisor, "work", 2)
+        assert supervisor.system_load() == 1.0
+        assert supervisor.statistics().binding == "pool:work"
+
+
+@virtual
+async def test_the_room_is_a_hundred_unless_there_are_more_slots() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("few", handler=Agent(), task_types=["a"], max_concurrent=50)
+        supervisor.register_worker("many", handler=Agent(), task_types=["b"], max_concurrent=400)
+        assert await fill(supervisor, "a") == 50 + 100
+        assert await fill(supervisor, "b") == 400 + 400
+
+
+@virtual
+async def test_one_type_cannot_crowd_out_another() -> None:
+    async with BackpressureSupervisor(max_queue_size=5) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["loud", "quiet"])
+        await fill(supervisor, "loud")
+        assert supervisor.submit_nowait(Task("quiet"))
+
+
+@virtual
+async def test_utilization_is_slots_taken_over_slots() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        assert supervisor.utilization() == 0.0
+        supervisor.register_worker("a", handler=Agent(), task_types=["work"], max_concurrent=3)
+        supervisor.register_worker("b", handler=Agent(), task_types=["work"], max_concurrent=5)
+        flood(supervisor, "work", 2)
+        assert supervisor.utilization() == 2 / 8
+
+
+# --- the ladder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("priority", "share"),
+    [(Priority.LOW, 0.6), (Priority.NORMAL, 0.8), (Priority.HIGH, 0.9), (Priority.CRITICAL, 1.0)],
+)
+@virtual
+async def test_each_priority_is_refused_from_its_own_load(priority: Priority, share: float) -> None:
+    async with BackpressureSupervisor(backpressure_threshold=0.8, max_queue_size=90) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=10)
+        assert await fill(supervisor, "work", priority) == round(share * 100)
+
+
+@pytest.mark.parametrize(
+    ("priority", "count"),
+    [(Priority.LOW, 38), (Priority.NORMAL, 50), (Priority.HIGH, 75), (Priority.CRITICAL, 100)],
+)
+@virtual
+async def test_the_ladder_stands_on_the_threshold(priority: Priority, count: int) -> None:
+    async with BackpressureSupervisor(backpressure_threshold=0.5, max_queue_size=90) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=10)
+        assert await fill(supervisor, "work", priority) == count
+
+
+@virtual
+async def test_at_a_threshold_of_one_all_but_low_may_fill_the_house() -> None:
+    for priority, count in ((Priority.LOW, 15), (Priority.NORMAL, 20), (Priority.HIGH, 20), (Priority.CRITICAL, 20)):
+        async with BackpressureSupervisor(backpressure_threshold=1, max_queue_size=19) as supervisor:
+            supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+            assert await fill(supervisor, "work", priority) == count
+
+
+@virtual
+async def test_nobody_is_refused_while_a_slot_is_free() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=10)
+        assert await fill(supervisor, "work", Priority.LOW) == 10
+
+
+@virtual
+async def test_the_last_of_the_room_belongs_to_the_most_important_work() -> None:
+    async with BackpressureSupervisor(max_queue_size=99) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        counts = [await fill(supervisor, "work", priority) for priority in reversed(Priority)]
+    assert counts == [60, 20, 10, 10]
+
+
+# --- booked seats ----------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_no_two_refusals_get_the_same_retry_after_and_they_come_one_drain_interval_apart() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(2.0), task_types=["work"], max_concurrent=4)
+        await results(flood(supervisor, "work", 4))
+        flood(supervisor, "work", 4)
+        waits = [ticket.retry_after or 0.0 for ticket in flood(supervisor, "work", 200)]
+    assert len(set(waits)) == 200
+    interval = 2.0 / 4 / 0.97
+    for place, wait in enumerate(waits, start=1):
+        assert place * interval <= wait + 0.01
+        assert wait <= place * interval * 1.1 + 0.01
+
+
+@virtual
+async def test_those_who_come_back_when_told_are_nearly_all_let_in() -> None:
+    async with BackpressureSupervisor(max_queue_size=5) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"], max_concurrent=5)
+        await results(flood(supervisor, "work", 5))
+        refused = rejected(flood(supervisor, "work", 400))
+
+        async def come_back(wait: float) -> bool:
+            await asyncio.sleep(wait)
+            return bool(await supervisor.submit(Task("work")))
+
+        returns = await asyncio.gather(*(come_back(ticket.retry_after or 0.0) for ticket in refused))
+    assert sum(returns) / len(returns) > 0.95
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_task_whose_deadline_passes_in_line_ends_expired_then() -> None:
+    agent = Agent(10.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        supervisor.submit_nowait(Task("work", "first"))
+        ticket = supervisor.submit_nowait(Task("work", "late", deadline=Deadline.within(3.0)))
+        result = await ticket
+        assert now() == about(3.0)
+        assert supervisor.statistics().waiting == 0
+    assert result.status is TaskStatus.EXPIRED
+    assert result.worker_id is None
+    assert agent.began == ["first"]
+
+
+@virtual
+async def test_a_task_whose_deadline_passes_while_it_runs_ends_expired_and_is_stopped() -> None:
+    agent = Agent(10.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        result = await supervisor.submit_nowait(Task("work", deadline=Deadline.within(3.0)))
+        assert now() == about(3.0)
+        await turns()
+        assert agent.running == 0
+    assert result.status is TaskStatus.EXPIRED
+    assert result.worker_id == "worker"
+    assert result.duration_ms == about(3000.0)
+
+
+@virtual
+async def test_a_deadline_that_the_line_cannot_meet_is_refused_at_the_gate() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
+        await results(flood(supervisor, "work", 8))
+        flood(supervisor, "work", 20)
+        supervisor.submit_nowait(Task("work", deadline=Deadline.within(5.0)))  # one in ten seconds is let through
+        ticket = supervisor.submit_nowait(Task("work", deadline=Deadline.within(5.0)))
+        assert ticket.verdict is Verdict.REJECTED
+        assert "deadline" in (ticket.reason or "")
+        assert supervisor.submit_nowait(Task("work", deadline=Deadline.within(60.0)))
+
+
+@virtual
+async def test_a_deadline_is_not_judged_on_fewer_than_eight_samples() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(5.0), task_types=["work"], max_concurrent=20)
+        await results(flood(supervisor, "work", 7))
+        assert all(flood(supervisor, "work", 5, deadline=Deadline.within(1.0)))
+
+
+@virtual
+async def test_a_slow_spell_does_not_lock_the_door() -> None:
+    agent = Agent(60.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=30)
+        await results(flood(supervisor, "work", 20))
+        agent.seconds = 1.0
+        done = []
+        for _ in range(300):  # a caller a second, each with ten seconds
+            ticket = supervisor.submit_nowait(Task("work", deadline=Deadline.within(10.0)))
+            done.append(bool(ticket))
+            await asyncio.sleep(1.0)
+    assert not all(done[:50])
+    assert all(done[-50:])
+
+
+@virtual
+async def test_a_deadline_is_absolute_and_counts_from_its_making() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        deadline = Deadline.within(5.0)
+        await asyncio.sleep(4.0)
+        assert deadline.remaining() == about(1.0)
+        ticket = supervisor.submit_nowait(Task("work", deadline=deadline))
+        assert (await ticket).status is TaskStatus.EXPIRED
+        assert now() == about(5.0)
+
+
+def test_outside_of_a_loop_a_deadline_is_by_the_clock_on_the_wall() -> None:
+    assert Deadline.within(60).at == pytest.approx(time.time() + 60, abs=5)  # noqa: TID251 - the wall's, to compare
+
+
+# --- one run at a time -----------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_tasks_of_a_thread_run_one_at_a_time_in_order() -> None:
+    agent = Agent()
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
+        tickets = flood(supervisor, "chat", 6, thread="alice")
+        await results(tickets)
+        assert now() == about(6.0)
+    assert agent.began == [0, 1, 2, 3, 4, 5]
+    assert agent.peak == 1
+
+
+@virtual
+async def test_threads_do_not_hold_up_one_another_nor_tasks_without_one() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=10)
+        tickets = [supervisor.submit_nowait(Task("chat", thread=thread)) for thread in ("alice", "bob", None, None)]
+        await results(tickets)
+        assert now() == about(1.0)
+
+
+@virtual
+async def test_a_thread_goes_on_when_a_task_of_it_fails_or_is_cancelled() -> None:
+    agent = Agent(error=ValueError())
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
+        first, second, third, fourth = flood(supervisor, "chat", 4, thread="alice")
+        second.cancel()
+        await first
+        third.cancel()
+        agent.error = None
+        assert (await fourth).status is TaskStatus.SUCCEEDED
+    assert agent.began == [0, 2, 3]
+    assert agent.peak == 1
+
+
+@virtual
+async def test_a_priority_does_not_overtake_within_its_thread() -> None:
+    agent = Agent()
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
+        tickets = [
+            supervisor.submit_nowait(Task("chat", priority, thread="alice", priority=priority))
+            for priority in (Priority.LOW, Priority.NORMAL, Priority.CRITICAL)
+        ]
+        await results(tickets)
+    assert agent.began == [Priority.LOW, Priority.NORMAL, Priority.CRITICAL]
+
+
+@virtual
+async def test_a_thread_spans_task_types() -> None:
+    agent = Agent()
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("a", handler=agent, task_types=["ask"], max_concurrent=10)
+        supervisor.register_worker("b", handler=agent, task_types=["tell"], max_concurrent=10)
+        await results([supervisor.submit_nowait(Task(kind, thread="alice")) for kind in ("ask", "tell", "ask")])
+    assert agent.peak == 1
+
+
+@virtual
+async def test_who_waits_behind_a_thread_takes_room_in_the_line() -> None:
+    async with BackpressureSupervisor(max_queue_size=4) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=4)
+        tickets = flood(supervisor, "chat", 20, thread="alice")
+        assert len(admitted(tickets)) == 7  # of 8 places, NORMAL is refused from 80 %
+
+
+@virtual
+async def test_a_deadline_passes_behind_a_thread_too() -> None:
+    agent = Agent(10.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
+        supervisor.submit_nowait(Task("chat", 0, thread="alice"))
+        ticket = supervisor.submit_nowait(Task("chat", 1, thread="alice", deadline=Deadline.within(2.0)))
+        assert (await ticket).status is TaskStatus.EXPIRED
+        assert now() == about(2.0)
+        assert supervisor.statistics().waiting == 0
+    assert agent.began == [0]
+
+
+# --- the same work once ----------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_same_key_is_the_same_work() -> None:
+    agent = Agent()
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["pay"], max_concurrent=10)
+        first = await supervisor.submit(Task("pay", 1, key="invoice-7"))
+        second = await supervisor.submit(Task("pay", 2, key="invoice-7"))
+        other = await supervisor.submit(Task("pay", 3, key="invoice-8"))
+        assert second is first
+        assert other is not first
+        assert await supervisor.run(Task("pay", 4, key="invoice-7")) == 1
+        await other
+        assert supervisor.submit_nowait(Task("pay", 5, key="invoice-7")) is first
+    assert agent.began == [1, 3]
+
+
+@virtual
+async def test_a_rejected_key_may_be_tried_again() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["pay"])
+        busy = await supervisor.submit(Task("pay"))
+        assert not await supervisor.submit(Task("pay", key="invoice-7"))
+        await busy
+        assert await supervisor.submit(Task("pay", key="invoice-7"))
+
+
+@virtual
+async def test_a_task_that_is_submitted_twice_under_its_key_is_one_task() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["pay"])
+        task = Task("pay", key="invoice-7")
+        assert await supervisor.submit(task) is await supervisor.submit(task)
+        assert supervisor.submit_nowait(task) is supervisor.ticket(task.task_id)
+
+
+@virtual
+async def test_a_caller_who_leaves_does_not_take_the_work_from_another_with_the_same_key() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["pay"])
+        first = asyncio.ensure_future(supervisor.run(Task("pay", 1, key="invoice-7")))
+        await turns()
+        second = asyncio.ensure_future(supervisor.run(Task("pay", 2, key="invoice-7")))
+        await turns()
+        second.cancel()
+        await turns()
+        assert await first == 1
+
+
+@virtual
+async def test_the_one_who_began_the_work_may_leave_it_to_another_with_the_same_key() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["pay"])
+        first = asyncio.ensure_future(supervisor.run(Task("pay", 1, key="invoice-7")))
+        await turns()
+        second = asyncio.ensure_future(supervisor.run(Task("pay", 2, key="invoice-7")))
+        await turns()
+        first.cancel()
+        await turns()
+        assert await second == 1
+
+
+# --- what comes from a task -------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_handler_gets_the_task_as_it_was_submitted() -> None:
+    seen: list[Task] = []
+
+    async def handler(task: Task) -> None:
+        seen.append(task)
+
+    task = Task(
+        "work",
+        {"topic": "rivers"},
+        priority=Priority.HIGH,
+        timeout=5.0,
+        deadline=Deadline(2e9),
+        tenant="acme",
+        thread="t1",
+        key="k",
+        estimate=Estimate(calls=3),
+    )
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        await supervisor.run(task)
+    assert seen == [task]
+    assert seen[0] is task
+
+
+@virtual
+async def test_every_ending_that_fails_says_so_in_its_result() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(error=KeyError("x")), task_types=["work"])
+        result = await supervisor.submit_nowait(Task("work"))
+    assert not result.success
+    assert result.status is TaskStatus.FAILED
+    assert result.error == "KeyError: 'x'"
+    assert result.result is None
+    assert await statuses([]) == []

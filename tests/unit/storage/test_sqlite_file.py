@@ -1,0 +1,205 @@
+"""A file that cannot serve is refused with the reason, and left as it was."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from forebay.errors import LedgerUnusable
+from forebay.storage import Schema, Synchronous
+from forebay.storage import sqlite_file as room
+from forebay.storage.sqlite_file import diagnose, filesystem, open_file
+
+ONE = ("CREATE TABLE one (n INTEGER)",)
+TWO = ("CREATE TABLE two (n INTEGER)", "INSERT INTO two VALUES (2)")
+SCHEMA = Schema(application=7, migrations=(ONE,))
+
+
+def opened(path: Path, schema: Schema = SCHEMA, synchronous: Synchronous = Synchronous.FULL) -> sqlite3.Connection:
+    return open_file(path, schema, synchronous, 0.05)
+
+
+def refusal(path: Path, schema: Schema = SCHEMA) -> LedgerUnusable:
+    with pytest.raises(LedgerUnusable) as caught:
+        opened(path, schema).close()
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+def make(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def test_a_new_file_gets_the_schema_and_a_log(tmp_path: Path) -> None:
+    with closing(opened(tmp_path / "a.db", synchronous=Synchronous.NORMAL)) as connection:
+        answers = [
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("application_id", "user_version", "journal_mode", "synchronous", "busy_timeout")
+        ]
+        assert answers == [7, 1, "wal", 1, 50]
+        assert connection.execute("SELECT * FROM one").fetchall() == []
+
+
+def test_an_older_schema_is_brought_up_to_date_and_kept(tmp_path: Path) -> None:
+    with closing(opened(tmp_path / "a.db")) as connection:
+        connection.execute("INSERT INTO one VALUES (1)")
+    with closing(opened(tmp_path / "a.db", Schema(7, (ONE, TWO)))) as connection:
+        assert connection.execute("SELECT one.n, two.n FROM one, two").fetchall() == [(1, 2)]
+
+
+def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    opened(tmp_path / "a.db").close()
+    refusal(tmp_path / "a.db", Schema(7, (ONE, ("CREATE TABLE two (n INTEGER)", "CREATE TABLE one (n INTEGER)"))))
+    opened(tmp_path / "a.db", Schema(7, (ONE, TWO))).close()
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path / "a.db", Schema(7, (ONE, TWO))).close()
+    assert "newer Forebay" in str(refusal(tmp_path / "a.db"))
+
+
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE theirs (n INTEGER)", "PRAGMA user_version = 1", "PRAGMA application_id = 8"]
+)
+def test_a_database_of_something_else_is_refused_and_untouched(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "a.db"
+    make(path, statement)
+    before = path.read_bytes()
+    assert "something else" in str(refusal(path))
+    assert path.read_bytes() == before
+
+
+def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    path.write_text("dear diary, " * 100)
+    assert "not a SQLite database" in str(refusal(path))
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    assert "cannot be opened" in str(refusal(tmp_path))
+
+
+def test_a_missing_directory_is_refused_with_how_to_make_it(tmp_path: Path) -> None:
+    assert f"mkdir -p {tmp_path}/no/such" in str(refusal(tmp_path / "no" / "such" / "a.db"))
+
+
+def test_an_empty_file_is_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "a.db").touch()
+    opened(tmp_path / "a.db").close()
+
+
+def test_a_file_that_is_locked_is_refused_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    opened(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert "another process" in str(refusal(path))
+
+
+def test_an_old_sqlite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    assert "3.35" in str(refusal(tmp_path / "a.db"))
+
+
+# --- network filesystems ---------------------------------------------------------------------------------------------
+
+MOUNTS = r"""/dev/vda / ext4 rw 0 0
+proc /proc proc rw 0 0
+srv:/home /home nfs4 rw 0 0
+/dev/vdb /home/local ext4 rw 0 0
+//srv/share /mnt/my\040share cifs rw 0 0
+host:/x /over fuse.sshfs rw 0 0
+tmpfs /over tmpfs rw 0 0
+short
+"""
+
+
+@pytest.mark.parametrize(
+    ("directory", "kind"),
+    [
+        ("/", "ext4"),
+        ("/var/lib", "ext4"),
+        ("/home", "nfs4"),
+        ("/home/me/data", "nfs4"),
+        ("/home/local/data", "ext4"),
+        ("/homestead", "ext4"),
+        ("/mnt/my share/deep", "cifs"),
+        ("/over", "tmpfs"),
+    ],
+)
+def test_the_nearest_mount_says_what_a_directory_lies_on(directory: str, kind: str) -> None:
+    assert filesystem(Path(directory), MOUNTS) == kind
+
+
+def test_nothing_is_known_without_mounts() -> None:
+    assert filesystem(Path("/home"), "") == ""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "fuse.sshfs",
+        "ceph",
+        "fuse.glusterfs",
+        "lustre",
+        "fuse.s3fs",
+        "afs",
+    ],
+)
+def test_a_network_filesystem_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(room, "_mounts", lambda: f"x / {kind} rw 0 0\n")
+    assert f"network filesystem ({kind})" in str(refusal(tmp_path / "a.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "apfs", "fuse.gocryptfs", ""])
+def test_a_local_filesystem_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(room, "_mounts", lambda: f"x / {kind} rw 0 0\n")
+    opened(tmp_path / "a.db").close()
+
+
+# --- diagnoses -------------------------------------------------------------------------------------------------------
+
+
+def failed(code: int, kind: type[sqlite3.Error] = sqlite3.OperationalError) -> sqlite3.Error:
+    error = kind("as SQLite words it")
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (sqlite3.SQLITE_BUSY, "another process"),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, "another process"),
+        (sqlite3.SQLITE_FULL, "disk is full"),
+        (sqlite3.SQLITE_IOERR_FSYNC, "failed to read or write"),
+        (sqlite3.SQLITE_READONLY_DBMOVED, "may not be written"),
+        (sqlite3.SQLITE_CORRUPT, "damaged"),
+        (sqlite3.SQLITE_PERM, "refused"),
+        (sqlite3.SQLITE_ERROR, "as SQLite words it"),
+    ],
+)
+def test_a_failure_of_the_file_is_explained(code: int, why: str) -> None:
+    error = failed(code)
+    found = diagnose(error, Path("/a.db"))
+    assert isinstance(found, LedgerUnusable)
+    assert re.search(f"/a.db cannot be used: .*{why}", str(found))
+    assert found.__cause__ is error
+
+
+def test_a_failure_of_the_operation_stays_its_own() -> None:
+    for error in (ValueError(), failed(sqlite3.SQLITE_CONSTRAINT, sqlite3.IntegrityError)):
+        assert diagnose(error, Path("/a.db")) is error

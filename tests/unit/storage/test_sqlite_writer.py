@@ -1,0 +1,293 @@
+"""One writer: groups commit together, and nobody in a group hurts another."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from forebay.errors import LedgerUnusable
+from forebay.storage import Schema, SqliteWriter, Synchronous
+from forebay.storage import sqlite as room
+
+SCHEMA = Schema(application=1, migrations=(("CREATE TABLE number (n INTEGER PRIMARY KEY)",),))
+INSERT = "INSERT INTO number VALUES (?)"
+
+
+def add(number: int, connection: sqlite3.Connection) -> int:
+    connection.execute(INSERT, (number,))
+    return number
+
+
+def numbers(connection: sqlite3.Connection) -> list[int]:
+    return [number for (number,) in connection.execute("SELECT n FROM number ORDER BY n")]
+
+
+class Boom(Exception):
+    """What an operation of these tests raises."""
+
+
+def boom(connection: sqlite3.Connection) -> None:
+    connection.execute(INSERT, (666,))
+    raise Boom
+
+
+@pytest.fixture
+async def writer(tmp_path: Path) -> AsyncIterator[SqliteWriter]:
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF, patience=0.05)
+    await writer.open()
+    yield writer
+    await writer.close()
+
+
+@pytest.fixture
+async def statements(writer: SqliteWriter) -> list[str]:
+    """What SQLite is told to do from now on."""
+    said: list[str] = []
+    await writer.run(lambda connection: connection.set_trace_callback(said.append))
+    said.clear()
+    return said
+
+
+class Gate:
+    """Holds the writer's thread inside an operation until it is opened."""
+
+    def __init__(self, writer: SqliteWriter) -> None:
+        self._entered = asyncio.Event()
+        self._may_go = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self.done = writer.run(self._pass)
+
+    def _pass(self, _: sqlite3.Connection) -> None:
+        self._loop.call_soon_threadsafe(self._entered.set)
+        self._may_go.wait(10)
+
+    async def reached(self) -> None:
+        await self._entered.wait()
+
+    def open(self) -> None:
+        self._may_go.set()
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_asked_for_together_is_committed_once(writer: SqliteWriter, statements: list[str]) -> None:
+    values = await asyncio.gather(*(writer.run(partial(add, number)) for number in range(100)))
+    assert values == list(range(100))
+    assert statements.count("COMMIT") == 1
+
+
+async def test_what_is_asked_for_during_a_commit_goes_into_the_next(
+    writer: SqliteWriter, statements: list[str]
+) -> None:
+    gate = Gate(writer)
+    await gate.reached()
+    later = []
+    for number in range(100):
+        later.append(asyncio.ensure_future(writer.run(partial(add, number))))
+        await asyncio.sleep(0)
+    gate.open()
+    await asyncio.gather(gate.done, *later)
+    assert statements.count("COMMIT") == 2
+
+
+async def test_those_just_served_share_the_next_commit(writer: SqliteWriter, statements: list[str]) -> None:
+    async def three(first: int) -> None:
+        for number in range(first, first + 3):
+            await writer.run(partial(add, number))
+
+    await asyncio.gather(*(three(first) for first in range(0, 300, 3)))
+    assert statements.count("COMMIT") == 3
+
+
+async def test_a_group_is_bounded(writer: SqliteWriter, statements: list[str]) -> None:
+    await asyncio.gather(*(writer.run(partial(add, number)) for number in range(room._GROUP + 1)))
+    assert statements.count("COMMIT") == 2
+
+
+async def test_reading_takes_no_write_lock(writer: SqliteWriter, statements: list[str]) -> None:
+    await writer.run(numbers, writes=False)
+    assert statements[0] == "BEGIN "
+    await asyncio.gather(writer.run(numbers, writes=False), writer.run(partial(add, 1)))
+    assert "BEGIN IMMEDIATE" in statements
+
+
+async def test_a_batched_operation_gets_what_was_asked_for_together(writer: SqliteWriter) -> None:
+    batches = []
+
+    def double(_: sqlite3.Connection, items: Sequence[int]) -> list[int]:
+        batches.append(list(items))
+        return [2 * item for item in items]
+
+    asked: list[asyncio.Future[int]] = []
+    for number in range(5):
+        asked += [writer.run_batched(double, number), writer.run(partial(add, number))]
+    assert await asyncio.gather(*asked) == [0, 0, 2, 1, 4, 2, 6, 3, 8, 4]
+    assert batches == [[0, 1, 2, 3, 4]]
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_operation_that_fails_leaves_its_neighbours(writer: SqliteWriter) -> None:
+    one, failed, two = await asyncio.gather(
+        writer.run(partial(add, 1)), writer.run(boom), writer.run(partial(add, 2)), return_exceptions=True
+    )
+    assert (one, two) == (1, 2)
+    assert isinstance(failed, Boom)
+    assert await writer.run(numbers) == [1, 2]
+
+
+async def test_a_broken_constraint_is_told_to_who_broke_it(writer: SqliteWriter) -> None:
+    outcomes = await asyncio.gather(*(writer.run(partial(add, n)) for n in (1, 2, 1, 3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [int, int, sqlite3.IntegrityError, int]
+    assert await writer.run(numbers) == [1, 2, 3]
+
+
+async def test_an_item_that_fails_leaves_the_rest_of_its_batch(writer: SqliteWriter) -> None:
+    def insert(connection: sqlite3.Connection, items: Sequence[int]) -> Sequence[int]:
+        return [add(item, connection) for item in items]
+
+    outcomes = await asyncio.gather(*(writer.run_batched(insert, n) for n in (1, 1, 2)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [int, sqlite3.IntegrityError, int]
+
+
+async def test_an_error_that_no_future_can_carry_is_still_told(writer: SqliteWriter) -> None:
+    def stop(_: sqlite3.Connection) -> None:
+        raise StopIteration
+
+    stopped, one = await asyncio.gather(writer.run(stop), writer.run(partial(add, 1)), return_exceptions=True)
+    assert isinstance(stopped, RuntimeError)
+    assert one == 1
+
+
+async def test_a_full_disk_keeps_nothing_and_says_so(writer: SqliteWriter) -> None:
+    def fill(connection: sqlite3.Connection) -> None:
+        for number in range(10_000):
+            connection.execute(INSERT, (number,))
+
+    (pages,) = await writer.run(lambda connection: connection.execute("PRAGMA page_count").fetchone())
+    await writer.run(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone())
+    outcomes = await asyncio.gather(writer.run(partial(add, -1)), writer.run(fill), return_exceptions=True)
+    for outcome in outcomes:
+        assert isinstance(outcome, LedgerUnusable)
+        assert "disk is full" in str(outcome)
+    assert await writer.run(numbers) == []
+    assert await writer.run(partial(add, 1)) == 1
+
+
+async def test_another_process_that_writes_too_long_is_named(writer: SqliteWriter, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "numbers.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(LedgerUnusable, match="another process"):
+        await writer.run(partial(add, 1))
+    assert await writer.run(numbers, writes=False) == []  # reading goes on
+    other.execute("ROLLBACK")
+    other.close()
+    assert await writer.run(partial(add, 1)) == 1
+
+
+# --- cancelling ------------------------------------------------------------------------------------------------------
+
+
+async def test_cancelled_before_its_turn_it_does_not_happen(writer: SqliteWriter) -> None:
+    one, two = writer.run(partial(add, 1)), writer.run(partial(add, 2))
+    one.cancel()
+    assert await two == 2
+    assert await writer.run(numbers) == [2]
+
+
+async def test_cancelled_under_way_it_happens_and_its_neighbours_live(writer: SqliteWriter) -> None:
+    gate = Gate(writer)
+    waiter = asyncio.ensure_future(
+        asyncio.wait([writer.run(partial(add, 1)), neighbour := writer.run(partial(add, 2))])
+    )
+    await gate.reached()
+    gate.done.cancel()
+    gate.open()
+    await waiter
+    assert neighbour.result() == 2
+    assert await writer.run(numbers) == [1, 2]
+
+
+async def test_when_all_are_cancelled_it_goes_on(writer: SqliteWriter) -> None:
+    for future in [writer.run(partial(add, number)) for number in range(5)]:
+        future.cancel()
+    assert await writer.run(numbers) == []
+
+
+# --- opening and closing ---------------------------------------------------------------------------------------------
+
+
+async def test_closing_finishes_what_was_asked_for(writer: SqliteWriter, tmp_path: Path) -> None:
+    asked = [writer.run(partial(add, number)) for number in range(room._GROUP * 2)]
+    await writer.close()
+    assert all(future.done() for future in asked)
+    other = sqlite3.connect(tmp_path / "numbers.db")
+    assert len(numbers(other)) == room._GROUP * 2
+    other.close()
+
+
+async def test_a_cancelled_close_closes_all_the_same(writer: SqliteWriter, tmp_path: Path) -> None:
+    gate = Gate(writer)
+    await gate.reached()
+    closing = asyncio.ensure_future(writer.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    gate.open()
+    await writer.close()
+    assert not (tmp_path / "numbers.db-wal").exists()  # who is last to close folds the log back
+
+
+async def test_opened_while_it_closes_it_is_open_afterwards(writer: SqliteWriter) -> None:
+    gate = Gate(writer)
+    await gate.reached()
+    closing = asyncio.ensure_future(writer.close())
+    opening = asyncio.ensure_future(writer.open())
+    await asyncio.sleep(0)
+    gate.open()
+    await asyncio.gather(closing, opening)
+    assert await writer.run(partial(add, 1)) == 1
+
+
+async def test_a_cancelled_open_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[sqlite3.Connection] = []
+    entered, may_go = threading.Event(), threading.Event()
+    real: Callable[..., sqlite3.Connection] = room.open_file
+
+    def slow(*args: object) -> sqlite3.Connection:
+        entered.set()
+        may_go.wait(10)
+        opened.append(real(*args))
+        return opened[0]
+
+    monkeypatch.setattr(room, "open_file", slow)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA)
+    opening = asyncio.ensure_future(writer.open())
+    await asyncio.get_running_loop().run_in_executor(None, entered.wait)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    may_go.set()
+    await asyncio.get_running_loop().run_in_executor(None, writer._executor.shutdown)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opened[0].execute("SELECT 1")
+    with pytest.raises(LedgerUnusable):
+        writer.run(numbers)
+
+
+async def test_it_opens_in_the_place_of_one_that_failed_to(tmp_path: Path) -> None:
+    writer = SqliteWriter(tmp_path / "missing" / "numbers.db", SCHEMA)
+    with pytest.raises(LedgerUnusable, match="mkdir"):
+        await writer.open()
+    await writer.close()
+    (tmp_path / "missing").mkdir()
+    await writer.open()
+    assert await writer.run(partial(add, 1)) == 1
+    await writer.close()
