@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Fit token lengths and gaps between arrivals to the Azure LLM inference traces; prints `forebay/sim/traces.py`.
 
     .venv/bin/python bench/fit_traffic.py --data ../shared/data > src/forebay/sim/traces.py

@@ -1,0 +1,37 @@
+"""Run one bench by name, print its figures, and write them as JSON if asked."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import platform
+from pathlib import Path
+
+import bench
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    names = sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "fit_traffic"))
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Every figure is a ratio, from one run.")
+    parser.add_argument("name", choices=names, nargs="?", help="which bench; without one, all are listed")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    arguments = parser.parse_args()
+    if arguments.name is None:
+        for name in names:
+            summary = (importlib.import_module(f"bench.{name}").__doc__ or "").splitlines()[0]
+            print(f"{name:10} {summary}")
+        return
+    figures = importlib.import_module(f"bench.{arguments.name}").run()
+    report = {"bench": arguments.name, "python": platform.python_version(), **figures}
+    for name, figure in report.items():
+        print(f"{name:28} {figure:.4g}" if isinstance(figure, float) else f"{name:28} {figure}")
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
