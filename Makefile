@@ -6,6 +6,7 @@ RUN  := $(VENV)/bin/python -m
 CODE := $(wildcard src tests bench examples)
 JOBS ?= 2
 export JOBS
+unexport PYTHONDONTWRITEBYTECODE    # else every process that pytest starts compiles every library anew
 
 .DEFAULT_GOAL := help
 .PHONY: help install packages demo test test-quick check format bench lock clean

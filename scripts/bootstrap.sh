@@ -74,7 +74,7 @@ make_venv() {
 
 install() {
     "$python" -m pip install --quiet --constraint requirements/dev.txt uv
-    say "installing $(grep -c '==' requirements/dev.txt) pinned packages"
+    say "installing requirements/dev.txt"
     # uv takes seconds, but knows nothing of pip's configuration: behind a mirror, pip gets there in a minute.
     "$python" -m uv pip sync --quiet --python "$python" requirements/dev.txt ||
         "$python" -m pip install --quiet --no-deps --requirement requirements/dev.txt
@@ -91,13 +91,14 @@ if command -v flock >/dev/null; then
     flock 9
 fi
 
+# An environment stays on its Python until another is asked for.
 if [ -n "${PYTHON:-}" ] && [ -z "$minor" ] && [ -f "$stamp" ]; then
-    chosen=$(find_python)
-    [ -n "$chosen" ] || exit 1
-    [ "$("$chosen" --version)" = "$("$python" --version 2>/dev/null)" ] || rm -f "$stamp"
+    asked=$(find_python)
+    [ -n "$asked" ] || exit 1
+    [ "$("$asked" --version)" = "$("$python" --version 2>/dev/null || true)" ] || rm -f "$stamp"
 fi
 
-[ "$(fingerprint || true)" = "$(cat "$stamp" 2>/dev/null || true)" ] && [ -f "$stamp" ] && exit 0
+[ "$(fingerprint || true)" != "$(cat "$stamp" 2>/dev/null || true)" ] || exit 0
 if [ "$(foundation || true)" != "$(head -n 2 "$stamp" 2>/dev/null || true)" ]; then
     base=$(find_python)
     if [ -z "$base" ] || ! make_venv "$base"; then

@@ -207,8 +207,8 @@ def test_nesting_is_bounded() -> None:
 
 def test_a_payload_is_bounded_in_bytes() -> None:
     with pytest.raises(PayloadTooLarge) as caught:
-        encode_task(Task("research", b"x" * 999, task_id="t"), bound=1000)
-    assert (caught.value.size, caught.value.bound) == (1002, 1000)
+        encode_task(Task("research", b"x" * 998, task_id="t"), bound=1000)
+    assert (caught.value.size, caught.value.bound) == (1001, 1000)
     assert len(encode_task(Task("research", b"x" * 997), bound=1000)) > 1000  # the bound is the payload's alone
     assert encode_result(b"x" * 999, 1000) is None
 

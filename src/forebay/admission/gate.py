@@ -6,6 +6,11 @@ from forebay.errors import InvalidThreshold
 from forebay.task import Priority
 
 
+def _exact(load: float) -> float:
+    """0.75 * 0.8 is a little more than 0.6, the load of a house with 60 of 100 taken."""
+    return round(load, 12)
+
+
 class Ladder:
     """Thresholds by priority, so that the last of the room belongs to the most important work.
 
@@ -23,9 +28,9 @@ class Ladder:
         self.threshold = float(threshold)
         self._rungs = {
             Priority.CRITICAL: 1.0,
-            Priority.HIGH: (1 + self.threshold) / 2,
+            Priority.HIGH: _exact((1 + self.threshold) / 2),
             Priority.NORMAL: self.threshold,
-            Priority.LOW: 0.75 * self.threshold,
+            Priority.LOW: _exact(0.75 * self.threshold),
         }
 
     def of(self, priority: Priority) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 _SIZES = (128, 32, 8, 1)  # rows in a statement: few, so that all stay prepared
@@ -38,7 +39,7 @@ class Rows:
         if len(rows) == 1:
             return [connection.execute(statement, rows[0]).rowcount > 0]
         connection.execute("SAVEPOINT together")
-        done = connection.execute(statement, [value for row in rows for value in row]).rowcount == len(rows)
+        done = connection.execute(statement, list(chain.from_iterable(rows))).rowcount == len(rows)
         if not done:  # which of them did nothing it does not say
             connection.execute("ROLLBACK TO together")
         connection.execute("RELEASE together")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from forebay.errors import LedgerUnusable
 from forebay.storage.sqlite_file import Schema, diagnose, open_file
@@ -20,14 +20,8 @@ _GROUP = 1_000  # operations in one transaction: more would keep the last of the
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 
-
-class _Wish(NamedTuple):
-    """What is to be done, and whoever waits for it."""
-
-    op: Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
-    item: Any
-    future: asyncio.Future[Any]
-    writes: bool
+_Op: TypeAlias = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
+_Wish: TypeAlias = tuple[asyncio.Future[Any], _Op, Any, bool]  # who waits, what is to be done, with what; if it writes
 
 
 class _Failed(NamedTuple):
@@ -117,12 +111,15 @@ class SqliteWriter:
         """Like `run`, for an operation that is cheaper for many items at once: it gets those asked for together."""
         return self._submit(op, item, writes=True)
 
-    def _submit(self, op: Callable[..., Any], item: Any, *, writes: bool) -> asyncio.Future[Any]:
+    def _submit(self, op: _Op, item: Any, *, writes: bool) -> asyncio.Future[Any]:
         if self._connection is None or self._closed is not None:
-            raise LedgerUnusable(where=self._path, why="it is not open", advice="Use it between open() and close().")
+            raise LedgerUnusable(
+                where=str(self._path), why="it is not open", advice="Use it between open() and close()."
+            )
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._pending.append(_Wish(op, item, future, writes))
-        self._wake()
+        self._pending.append((future, op, item, writes))
+        if not self._flushing:
+            self._wake()
         return future
 
     def _wake(self) -> None:
@@ -131,10 +128,10 @@ class SqliteWriter:
             self._loop.call_soon(self._flush)  # not at once: who else is awake in this turn comes along
 
     def _flush(self) -> None:
-        group: list[_Wish] = []
-        while self._pending and len(group) < _GROUP:
-            wish = self._pending.popleft()
-            if not wish.future.cancelled():
+        pending, group = self._pending, list[_Wish]()
+        while pending and len(group) < _GROUP:
+            wish = pending.popleft()
+            if not wish[0].cancelled():
                 group.append(wish)
         if self._connection is None or not (group or self._closed):
             self._flushing = False
@@ -153,13 +150,13 @@ class SqliteWriter:
 
     def _landed(self, group: Sequence[_Wish], job: asyncio.Future[Sequence[Any]]) -> None:
         outcomes = _outcomes(job, len(group))
-        for wish, outcome in zip(group, outcomes, strict=True):
-            if wish.future.done():  # its caller has gone
+        for (future, *_), outcome in zip(group, outcomes, strict=True):
+            if future.done():  # its caller has gone
                 continue
             if isinstance(outcome, _Failed):
-                wish.future.set_exception(diagnose(outcome.error, self._path))
+                future.set_exception(diagnose(outcome.error, self._path))
             else:
-                wish.future.set_result(outcome)
+                future.set_result(outcome)
         self._loop.call_soon(self._flush)  # behind those just woken, so that what they ask for next is in it
 
     def _let_go(self, closing: asyncio.Future[None]) -> None:
@@ -188,7 +185,7 @@ def _each(connection: sqlite3.Connection, ops: Sequence[Callable[[sqlite3.Connec
 
 def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
     """Run a group as one transaction; raise if all of it failed and nothing was kept."""
-    begin = "BEGIN IMMEDIATE" if any(wish.writes for wish in group) else "BEGIN"
+    begin = "BEGIN IMMEDIATE" if any(writes for *_, writes in group) else "BEGIN"
     connection.execute(begin)
     try:
         try:
@@ -197,7 +194,7 @@ def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[
             if connection.in_transaction:  # a full disk, say, has rolled it back by itself
                 connection.execute("ROLLBACK")
             connection.execute(begin)
-            outcomes = [_fenced(connection, wish) for wish in group]
+            outcomes = [_fenced(connection, op, item) for _, op, item, _ in group]
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -208,21 +205,17 @@ def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[
 
 def _together(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
     """Run them by operation: nobody in a group has seen another's outcome, so between operations no order is due."""
-    batches: dict[Any, list[int]] = {}
-    for index, wish in enumerate(group):
-        batches.setdefault(wish.op, []).append(index)
-    outcomes: list[Any] = [None] * len(group)
-    for op, indexes in batches.items():
-        values = op(connection, [group[index].item for index in indexes])
-        for index, value in zip(indexes, values, strict=True):
-            outcomes[index] = value
-    return outcomes
+    batches: dict[_Op, list[Any]] = {}
+    for _, op, item, _ in group:
+        batches.setdefault(op, []).append(item)
+    values = {op: iter(op(connection, items)) for op, items in batches.items()}
+    return [next(values[op]) for _, op, _, _ in group]
 
 
-def _fenced(connection: sqlite3.Connection, wish: _Wish) -> Any:
+def _fenced(connection: sqlite3.Connection, op: _Op, item: Any) -> Any:
     connection.execute("SAVEPOINT fenced")
     try:
-        (value,) = wish.op(connection, [wish.item])
+        (value,) = op(connection, [item])
     except Exception as error:
         if not connection.in_transaction:
             raise  # SQLite rolled back all of it: the neighbours' work is gone too

@@ -76,13 +76,17 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, patience: fl
     """
     if sqlite3.sqlite_version_info < _OLDEST:
         why = f"this Python's SQLite is {sqlite3.sqlite_version}, and 3.35 is needed"
-        raise LedgerUnusable(where=path, why=why, advice="Use a newer Python, or another overflow.")
+        raise LedgerUnusable(where=str(path), why=why, advice="Use a newer Python, or another overflow.")
     if not path.parent.is_dir():
-        raise LedgerUnusable(where=path, why="its directory is not there", advice=f"Make it: mkdir -p {path.parent}")
+        raise LedgerUnusable(
+            where=str(path), why="its directory is not there", advice=f"Make it: mkdir -p {path.parent}"
+        )
     kind = filesystem(path.parent.resolve(), _mounts())
     if _NETWORK.fullmatch(kind):
         why = f"it lies on a network filesystem ({kind}), where a write-ahead log gets damaged"
-        raise LedgerUnusable(where=path, why=why, advice="Put it on a local disk, or share an overflow over Redis.")
+        raise LedgerUnusable(
+            where=str(path), why=why, advice="Put it on a local disk, or share an overflow over Redis."
+        )
     try:
         # Statements are kept prepared. Transactions are the writer's to begin, hence no isolation level.
         connection = sqlite3.connect(
@@ -104,7 +108,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, synchro
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
-        raise LedgerUnusable(where=path, why=why, advice="Put it on a local disk.")
+        raise LedgerUnusable(where=str(path), why=why, advice="Put it on a local disk.")
     connection.execute(f"PRAGMA synchronous = {synchronous.value}")
     connection.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE}")
@@ -131,12 +135,12 @@ def _check_ours(connection: sqlite3.Connection, path: Path, schema: Schema) -> i
     if application == schema.application:
         if version > schema.version:
             why = f"a newer Forebay wrote it (schema {version}; this one knows {schema.version})"
-            raise LedgerUnusable(where=path, why=why, advice="Upgrade Forebay here, or name another file.")
+            raise LedgerUnusable(where=str(path), why=why, advice="Upgrade Forebay here, or name another file.")
         return int(version)
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application or version or tables:
         why = "it is a database of something else"
-        raise LedgerUnusable(where=path, why=why, advice="Name another file; Forebay makes it.")
+        raise LedgerUnusable(where=str(path), why=why, advice="Name another file; Forebay makes it.")
     return 0
 
 
@@ -158,7 +162,7 @@ def diagnose(error: BaseException, path: Path) -> BaseException:
         return error
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # extended codes keep the primary one there
     why, advice = _ADVICE.get(code, (str(error), "Look at the file with the sqlite3 command."))
-    unusable = LedgerUnusable(where=path, why=why, advice=advice)
+    unusable = LedgerUnusable(where=str(path), why=why, advice=advice)
     unusable.__cause__ = error
     return unusable
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Coroutine
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from forebay import context
 from forebay.context import RunningTask
@@ -85,11 +87,32 @@ class Door:
         envelope = overflow.encode(task)
         ticket = self._ticket(task, parent)
         if task.durable:
-            return await self._durable(ticket, envelope, pool, overflow)
+            return await self._decided(ticket, self._durable(ticket, envelope, pool, overflow))
         refusal = self._offer(ticket, pool, may_spill=True)
         if refusal is not None and refusal.may_spill:
-            return await self._spill(ticket, refusal, envelope, pool, overflow)
+            return await self._decided(ticket, self._spill(ticket, refusal, envelope, pool, overflow))
         return self._answer(ticket, pool, refusal)
+
+    async def _decided(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
+        """Let the store answer, though whoever waits for it may leave; then the task is cancelled once that may be."""
+        ticket.undecided = True
+        self._house.tickets[ticket.task_id] = ticket  # before any await, so that no other takes its id
+
+        def decided(answer: asyncio.Future[Ticket]) -> None:
+            ticket.undecided = False
+            if answer.cancelled() or answer.exception() is not None or answer.result() is not ticket or not ticket:
+                if self._house.tickets.get(ticket.task_id) is ticket:
+                    del self._house.tickets[ticket.task_id]
+            elif ticket.unwanted is not None:
+                ticket.cancel(ticket.unwanted)
+
+        answer = self._house.finish_anyway(deciding)
+        answer.add_done_callback(decided)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            ticket.cancel("its submitter has gone")
+            raise
 
     def submit_nowait(self, task: Task) -> Ticket:
         """As ``BackpressureSupervisor.submit_nowait``."""
@@ -127,7 +150,8 @@ class Door:
         if pool is None:
             known = ", ".join(sorted(self._house.pools)) or "none yet"
             raise UnknownTaskType(task_type=task.task_type, known=known)
-        if task.task_id in self._house.tickets:
+        twin = self._house.tickets.get(task.task_id)
+        if twin is not None and (task.key is None or self._keys.get(task.key) is not twin):
             raise DuplicateTask(task_id=task.task_id)
         if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
             raise DeadlinePassed(task_id=task.task_id, late=-remaining)
@@ -190,7 +214,9 @@ class Door:
         if may_spill and pool.held_outside(priority):
             return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=True)
         worker = self._free_worker(ticket, pool)
-        if worker is None and self._house.ladder.refuses(priority, load):
+        if worker is not None:
+            load, binding = self._house.beyond(pool)
+        if self._house.ladder.refuses(priority, load):
             reason = self._why(pool, binding, load, priority)
             return Refusal(
                 reason, binding, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
@@ -238,7 +264,10 @@ class Door:
         put = await overflow.record(ticket, envelope)
         if put is not Put.STORED:
             return await self._not_stored(ticket, put, pool, overflow)
-        refusal = self._offer(ticket, pool, may_spill=ticket.task.spill)
+        if self._state is _State.CLOSED:
+            refusal: Refusal | None = Refusal("the supervisor has closed", None, 1.0, may_spill=True)
+        else:
+            refusal = self._offer(ticket, pool, may_spill=ticket.task.spill)
         if refusal is None:
             return self._answer(ticket, pool, None)
         if not refusal.may_spill:

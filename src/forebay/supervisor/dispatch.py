@@ -7,14 +7,14 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forebay.admission import Ladder
 from forebay.context import RunningTask
 from forebay.events import Bus, Event, Finished, Started, log
 from forebay.supervisor.endings import Endings
 from forebay.supervisor.lend import Loan, held_slots
-from forebay.supervisor.pool import Pool
+from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.run import Ending, Run
 from forebay.supervisor.statistics import Counts
 from forebay.supervisor.ticket import Ticket
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.refill import Overflow
     from forebay.supervisor.settings import Settings
 
-_POOL_FLOOR = 20  # dequeues of a shared worker after which a pool that was passed over is served
+T = TypeVar("T")
+
 _NO_DEADLINE = (True, math.inf)
 
 
@@ -60,7 +61,7 @@ class Dispatcher:
         self.keep = settings.keep_results
         self.overflow: Overflow | None = None
         self.host_load: Callable[[], float] = lambda: 0.0
-        self.on_ended: Callable[[], None] = lambda: None
+        self.watchers: list[Callable[[], None]] = []  # called whenever something has ended
         self.talks: dict[str, deque[Ticket]] = {}  # threads (conversations) with a task inside, and who waits behind it
         self._surroundings: Context = copy_context()
         self._chores: set[asyncio.Future[Any]] = set()
@@ -130,10 +131,13 @@ class Dispatcher:
 
         All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
         """
-        load, binding = pool.load(), pool.resource
-        host = self.host_load()
-        if host > load:
-            load, binding = host, "host"
+        load, binding = self.beyond(pool)
+        own = pool.load()
+        return (own, pool.resource) if own >= load else (load, binding)
+
+    def beyond(self, pool: Pool) -> tuple[float, str]:
+        """As `path`, but past the pool itself, which refuses nobody while a slot is free."""
+        load, binding = self.host_load(), "host"
         if pool.nested and len(pool.nested) == len(pool.workers):
             below, name = min((load_below(worker, pool.task_type), worker.name) for worker in pool.nested)
             if below > load:
@@ -141,9 +145,14 @@ class Dispatcher:
         return load, binding
 
     def readings(self) -> tuple[Reading, ...]:
-        """Every reading: one a pool, and the host's."""
-        pools = tuple(Reading(pool.resource, pool.load()) for pool in self.pools.values())
-        return (*pools, Reading("host", self.host_load()))
+        """Every reading: one a pool, one a worker with a gate of its own, and the host's."""
+        pools = [Reading(pool.resource, pool.load()) for pool in self.pools.values()]
+        below = [
+            Reading(f"worker:{worker.name}", max(load_below(worker, task_type) for task_type in worker.task_types))
+            for worker in self.workers.values()
+            if worker.handler.load is not None
+        ]
+        return (*pools, *below, Reading("host", self.host_load()))
 
     def enter(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Put an admitted task behind its thread, onto `worker`, or into the line."""
@@ -183,13 +192,9 @@ class Dispatcher:
 
     def serve(self, worker: WorkerAgent) -> None:
         """Give `worker` what it has room for: first the slots that it owes, then the heads of its lines."""
-        while worker.returning and worker.has_room():
-            run, turn = worker.returning.popleft()
-            if not turn.done():
-                self.take(run)
-                turn.set_result(None)
+        self._repay(worker)
         while worker.can_accept():
-            pool = _next_pool(worker)
+            pool = next_pool(worker)
             if pool is None:
                 break
             ticket = pool.line.pop()
@@ -203,6 +208,14 @@ class Dispatcher:
                 pool.router.lowered(worker)
             if self.overflow is not None:
                 self.overflow.pull(pool)
+
+    def _repay(self, worker: WorkerAgent) -> None:
+        while worker.returning and worker.has_room():
+            run, turn = worker.returning.popleft()
+            if not turn.done():
+                if run.lacks_slot:
+                    self.take(run)
+                turn.set_result(None)
 
     def _too_late(self, ticket: Ticket, pool: Pool) -> bool:
         if ticket.deadline is None:
@@ -236,7 +249,9 @@ class Dispatcher:
         if self.bus.active or ticket.listened:
             worker_id, attempt = worker.name, ticket.attempts
             self.tell(ticket, Started(at=now, task_id=ticket.task_id, worker_id=worker_id, attempt=attempt))
-        if ticket.occupant is not None:
+        if run.abandoned_at is not None:  # cancelled by a sink, at the news of its start
+            self.ended(run, Ending(None, asyncio.CancelledError()))
+        elif ticket.occupant is not None:
             ticket.occupant.granted(run)
         else:
             run.timer = self.timers.at(self.ends_at(run), lambda: self.endings.out_of_time(run))
@@ -255,7 +270,9 @@ class Dispatcher:
 
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
-        if ticket.run is not None:
+        if ticket.undecided:
+            ticket.unwanted = reason
+        elif ticket.run is not None:
             self.endings.abandon(ticket.run, TaskStatus.CANCELLED, reason)
         elif ticket.status is TaskStatus.SPILLED and self.overflow is not None:
             self.overflow.give_up(ticket, reason)
@@ -279,7 +296,12 @@ class Dispatcher:
         ticket.resolve(result)
         if self.bus.active:
             self.bus.emit(Finished(at=self.loop.time(), task_id=ticket.task_id, result=result))
-        self.on_ended()
+        self.stirred()
+
+    def stirred(self) -> None:
+        """Tell those who wait for the house to fall quiet that something has ended."""
+        for watcher in self.watchers:
+            watcher()
 
     def counts_add(self, status: TaskStatus) -> None:
         """Count an ending."""
@@ -338,14 +360,18 @@ class Dispatcher:
 
     def background(self, work: Awaitable[Any]) -> None:
         """Run a chore, and log it if it fails."""
+        self.finish_anyway(work).add_done_callback(_log_failure)
+
+    def finish_anyway(self, work: Awaitable[T]) -> asyncio.Future[T]:
+        """Run a chore to its end, whether or not whoever waits for it stays; the end of the house waits for it."""
         chore = asyncio.ensure_future(work)
         self._chores.add(chore)
         chore.add_done_callback(self._chore_done)
+        return chore
 
     def _chore_done(self, chore: asyncio.Future[Any]) -> None:
         self._chores.discard(chore)
-        if not chore.cancelled() and chore.exception() is not None:
-            log.error("a background chore of the supervisor failed", exc_info=chore.exception())
+        self.stirred()
 
     @property
     def chores(self) -> frozenset[asyncio.Future[Any]]:
@@ -353,28 +379,12 @@ class Dispatcher:
         return frozenset(self._chores)
 
 
+def _log_failure(chore: asyncio.Future[Any]) -> None:
+    if not chore.cancelled() and chore.exception() is not None:
+        log.error("a background chore of the supervisor failed", exc_info=chore.exception())
+
+
 def load_below(worker: WorkerAgent, task_type: str) -> float:
     """The load that a worker's own gate reads, if it has one."""
     load = worker.handler.load
     return 0.0 if load is None else load(task_type)
-
-
-def _next_pool(worker: WorkerAgent) -> Pool | None:
-    """The pool whose head goes first: by priority, rank and turn; one that was passed over too often goes before."""
-    if len(worker.pools) == 1:
-        pool = worker.pools[0]
-        return pool if pool.line else None
-    waiting = [pool for pool in worker.pools if pool.line]
-    if not waiting:
-        return None
-    chosen = min(waiting, key=_urgency)
-    for pool in waiting:
-        pool.passed = 0 if pool is chosen else pool.passed + 1
-    return chosen
-
-
-def _urgency(pool: Pool) -> tuple[int, Any, int]:
-    place = pool.line.head()
-    assert place is not None  # noqa: S101 - only asked of lines in which someone waits
-    rank, turn, _, rung = place
-    return (-1 if pool.passed >= _POOL_FLOOR else rung), rank, turn

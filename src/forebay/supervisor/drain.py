@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from forebay.errors import InvalidSetting
+from forebay.supervisor.nested import stop_held
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
     from forebay.supervisor.run import Run
     from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.worker import WorkerAgent
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,31 +37,56 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
     orphans: tuple[str, ...]
 
 
+async def shut_down(house: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
+    """End everything, in the order in which nothing is lost. Cut short itself, it still ends every ticket."""
+    drain = Drain(house, grace=grace)
+    try:
+        if house.overflow is not None:
+            house.overflow.stop_pulling()
+        await drain.run(0.0)
+        await stop_held(workers.values())
+        if house.overflow is not None:
+            await house.overflow.close()
+    finally:
+        drain.cut()
+        if house.overflow is not None:
+            house.overflow.let_tickets_go()
+        house.timers.close()
+        house.stirred()
+
+
 class Drain:
-    """One draining of a house that admits nothing any more."""
+    """One draining of a house that admits nothing any more. There may be several at a time."""
 
     def __init__(self, house: Dispatcher, *, grace: float) -> None:
         self._house = house
         self._grace = grace  # seconds that a cancelled handler has to stop
-        self._quiet = asyncio.Event()
-        house.on_ended = self._look
+        self._stirred = asyncio.Event()
 
     async def run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Finish what is inside, for at most `timeout` seconds, then cancel."""
+        self._house.watchers.append(self._stirred.set)
+        try:
+            return await self._run(timeout)
+        finally:
+            self._house.watchers.remove(self._stirred.set)
+
+    async def _run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - as above
         house = self._house
         spilled = 0
         if house.overflow is not None and house.overflow.durable:
             house.overflow.stop_pulling()
             spilled = await house.overflow.take_out(self._waiting())
         inside = self._inside()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._until_empty()
-        except TimeoutError:
-            pass
         left = self._inside()
         spilled += self._cut(left)
         await self._settle()
+        if late := self._inside():  # on their way in or out when the rest was cut
+            spilled += self._cut(late)
+            await self._settle()
         orphans = tuple(run.task.task_id for run in self._runs())
         cancelled = sum(1 for ticket in left if ticket.status is TaskStatus.CANCELLED and ticket.task_id not in orphans)
         return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
@@ -80,27 +110,24 @@ class Drain:
 
     async def _settle(self) -> None:
         """Wait for handlers to stop and for the store to hear of it, as long as the grace."""
-        due = self._house.loop.time() + self._grace
-        while True:
-            waiting = {run.aio for run in self._runs() if run.aio is not None} | self._house.chores
-            left = due - self._house.loop.time()
-            if not waiting or left <= 0:
-                return
-            await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._grace):
+                while self._runs() or self._house.chores:
+                    await self._next_stir()
 
     async def _until_empty(self) -> None:
         while (inside := self._inside()) and (self._runs() or any(self._may_run(ticket) for ticket in inside)):
-            self._quiet.clear()
-            await self._quiet.wait()
+            await self._next_stir()
+
+    async def _next_stir(self) -> None:
+        self._stirred.clear()
+        await self._stirred.wait()
 
     def _may_run(self, ticket: Ticket) -> bool:
         """Whether a worker could still take it: one that stays FAILED until revived would hold up the end for ever."""
         pool = self._house.pools.get(ticket.task.task_type)
         now = self._house.loop.time()
         return pool is not None and any(worker.breaker.remaining(now) is not None for worker in pool.workers)
-
-    def _look(self) -> None:
-        self._quiet.set()
 
     def _inside(self) -> list[Ticket]:
         """Tickets that have not ended and are this house's to end."""
@@ -117,6 +144,11 @@ class Drain:
         return [run for worker in self._house.workers.values() for run in worker.runs]
 
 
-def check_limit(timeout: float | None) -> bool:
-    """Whether `timeout` is a limit that can be meant."""
-    return timeout is None or (isinstance(timeout, int | float) and 0 <= timeout < math.inf)
+def check_limit(timeout: float | None) -> None:
+    """Pass `timeout` if it can be meant.
+
+    Raises:
+        InvalidSetting: it cannot.
+    """
+    if timeout is not None and not (isinstance(timeout, int | float) and 0 <= timeout < math.inf):
+        raise InvalidSetting(owner="drain", name="timeout", value=timeout, expected="None or seconds, at least 0")

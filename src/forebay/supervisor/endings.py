@@ -134,6 +134,7 @@ class Endings:
         house.next_of_thread(ticket)
         if run.holds:
             house.give(run)
+        house.stirred()
 
     def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
         ticket, worker = run.ticket, run.worker
@@ -197,6 +198,7 @@ class Endings:
             log.info("worker %r takes work again", worker.name)
             house.bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
         house.refit(worker)
+        house.stirred()
 
     def watch_breaker(self, worker: WorkerAgent) -> None:
         """Come back when time alone will have changed a worker's breaker: it has slept, or a probe is overdue."""

@@ -37,7 +37,7 @@ class Loan:
         self._runs = runs
         for run in runs:
             run.waits += 1
-            if run.waits == 1:
+            if run.waits == 1 and run.holds:
                 house.give(run)
 
     async def take_back(self) -> None:
@@ -48,7 +48,7 @@ class Loan:
         for run in self._runs:
             run.waits -= 1
         for run in self._runs:
-            if run.waits == 0 and not run.holds and not run.ended:
+            if run.lacks_slot:
                 await self._regain(run)
 
     async def _regain(self, run: Run) -> None:

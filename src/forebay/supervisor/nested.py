@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from forebay.adapters import Handler
+from forebay.events import log
 from forebay.task import Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.supervisor import BackpressureSupervisor
+    from forebay.supervisor.worker import WorkerAgent
 
 
 def as_worker(inner: BackpressureSupervisor) -> Handler:
     """The handler by which a parent starts `inner`, feels its load, runs tasks on it, and closes it."""
-
-    def call(task: Task) -> Awaitable[Any]:
-        # What is recorded, is recorded where it was submitted.
-        return inner.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
+    starting: asyncio.Task[None] | None = None
 
     async def start() -> None:
+        nonlocal starting
         if not inner.started:
-            await inner.start()
+            starting = asyncio.ensure_future(inner.start())
+            await starting
+
+    async def call(task: Task) -> Any:
+        if starting is not None and not starting.done():  # registered with a parent that runs already
+            await asyncio.shield(starting)
+        # What is recorded, is recorded where it was submitted.
+        return await inner.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
 
     return Handler(call=call, load=inner.load_of, start=start, stop=inner.close)
+
+
+async def start_held(workers: Iterable[WorkerAgent]) -> None:
+    """Start what the workers hold, in order. If one cannot start, those before it are stopped again."""
+    started: list[WorkerAgent] = []
+    try:
+        for worker in workers:
+            if worker.handler.start is not None:
+                await worker.handler.start()
+                started.append(worker)
+    except BaseException:
+        await stop_held(started)
+        raise
+
+
+async def stop_held(workers: Iterable[WorkerAgent]) -> None:
+    """Stop what the workers hold, in reverse; one that fails to keeps no other from it."""
+    for worker in reversed(list(workers)):
+        if worker.handler.stop is not None:
+            try:
+                await worker.handler.stop()
+            except Exception:  # noqa: BLE001 - logged; the others are to be stopped all the same
+                log.exception("what worker %r holds could not be stopped", worker.name)

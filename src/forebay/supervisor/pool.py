@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forebay.admission import BookedSeats, LetThrough, Line, ServiceTimes
 from forebay.supervisor.router import Router
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
 
 DEFAULT_LINE = 100
+_POOL_FLOOR = 20  # dequeues of a shared worker after which a pool that was passed over is served
 
 
 class Pool:
@@ -41,7 +42,7 @@ class Pool:
         self.times = ServiceTimes()
         self.seats = BookedSeats()
         self.door = LetThrough()
-        self.router = Router(lambda worker: worker.score(task_type, self.times.median() or 1.0))
+        self.router = Router(task_type, lambda: self.times.median() or 1.0)
 
     @property
     def bound(self) -> int:
@@ -79,3 +80,24 @@ class Pool:
     def book_seat(self, now: float, chance: float) -> float | None:
         """Seconds after which someone who is refused now would find a seat, or None if unknown."""
         return self.seats.book(now, self.times.drain_rate(self.slots), chance)
+
+
+def next_pool(worker: WorkerAgent) -> Pool | None:
+    """The pool whose head goes first: by priority, rank and turn; one that was passed over too often goes before."""
+    if len(worker.pools) == 1:
+        pool = worker.pools[0]
+        return pool if pool.line else None
+    waiting = [pool for pool in worker.pools if pool.line]
+    if not waiting:
+        return None
+    chosen = min(waiting, key=_urgency)
+    for pool in waiting:
+        pool.passed = 0 if pool is chosen else pool.passed + 1
+    return chosen
+
+
+def _urgency(pool: Pool) -> tuple[int, Any, int]:
+    place = pool.line.head()
+    assert place is not None  # noqa: S101 - only asked of lines in which someone waits
+    rank, turn, _, rung = place
+    return (-1 if pool.passed >= _POOL_FLOOR else rung), rank, turn

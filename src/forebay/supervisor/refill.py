@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from forebay import clock
-from forebay.errors import LedgerUnusable, StillSpilled, UnknownTask
+from forebay.errors import ForebayError, LedgerUnusable, StillSpilled, UnknownTask
 from forebay.events import Refilled, log
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_task, encode_task
 from forebay.supervisor import records
@@ -46,6 +46,7 @@ class Overflow:
         self._puzzling: list[Lease] = []  # rows that this version cannot read: kept from others like it until close
         self._round_trip = 0.0  # seconds that a lease takes
         self.closing = False
+        self._fetching = True
         self.durable = ledger.durable
         self.depths: dict[tuple[str, Priority], int] = {}  # rows of types that nobody here serves
         self._tending = Tending(house, self, lease=settings.lease, max_attempts=settings.max_attempts)
@@ -88,44 +89,30 @@ class Overflow:
         return encode_task(task, bound=self._max_payload)
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> Put:
-        """Store a refused task; on STORED the ticket is SPILLED. If the caller is cancelled, so is the task."""
-        # Counted before the await, or fresh work would overtake what is on its way out.
-        pool.arriving[ticket.task.priority] += 1
-        self._house.tickets[ticket.task_id] = ticket
-        storing = asyncio.ensure_future(self.ledger.put(records.row(ticket, envelope)))
-        storing.add_done_callback(lambda put: self._put(put, ticket, pool))
-        try:
-            return await asyncio.shield(storing)
-        except asyncio.CancelledError:
-            storing.add_done_callback(lambda _: ticket.stored and ticket.cancel("its submitter has gone"))
-            raise
-
-    def _put(self, storing: asyncio.Future[Put], ticket: Ticket, pool: Pool) -> None:
+        """Store a refused task; on STORED the ticket is SPILLED."""
         rung = ticket.task.priority
-        pool.arriving[rung] -= 1
-        if storing.cancelled() or storing.exception() is not None or storing.result() is not Put.STORED:
-            if self._house.tickets.get(ticket.task_id) is ticket:
-                del self._house.tickets[ticket.task_id]
-            return
-        ticket.verdict = Verdict.SPILLED
-        ticket.stored = True
-        if ticket.lease is None:  # else a pull was quicker than this
-            pool.holding[rung] += 1
-            ticket.status = TaskStatus.SPILLED
-            self._watch_deadline(ticket)
-        self.pull(pool)
+        # Counted before the await, or fresh work would overtake what is on its way out.
+        pool.arriving[rung] += 1
+        put = Put.FULL
+        try:
+            put = await self.ledger.put(records.row(ticket, envelope))
+        finally:
+            pool.arriving[rung] -= 1
+            if put is Put.STORED:
+                ticket.verdict = Verdict.SPILLED
+                ticket.stored = True
+                if ticket.lease is None:  # else a pull was quicker than this
+                    pool.holding[rung] += 1
+                    ticket.status = TaskStatus.SPILLED
+                    self._watch_deadline(ticket)
+                self.pull(pool)
+        return put
 
     async def record(self, ticket: Ticket, envelope: bytes) -> Put:
         """Store a durable task, already leased, before it is offered to the gate."""
         row = records.row(ticket, envelope)
         lease = Lease(row=row, fence=clock.new_id(), until=clock.wall_time() + self._lease)
-        self._house.tickets[ticket.task_id] = ticket  # before the await, so that no other takes its id
-        put = Put.FULL
-        try:
-            put = await self.ledger.put(row, fence=lease.fence, until=lease.until)
-        finally:
-            if put is not Put.STORED:
-                del self._house.tickets[ticket.task_id]
+        put = await self.ledger.put(row, fence=lease.fence, until=lease.until)
         if put is Put.STORED:
             ticket.stored = True
             ticket.lease = lease
@@ -133,18 +120,17 @@ class Overflow:
         return put
 
     async def unrecord(self, ticket: Ticket) -> None:
-        """Take back the row of a durable task that was rejected."""
-        completion = Completion(status=TaskStatus.REJECTED.value, finished_at=clock.wall_time())
-        await self.ledger.finish(ticket.task_id, completion, fence=self._let_lease_go(ticket))
+        """Take back the row of a durable task that was rejected, so that it may be submitted again."""
+        long_ago = Completion(status=TaskStatus.REJECTED.value, finished_at=0.0)  # so that pruning drops it
         ticket.stored = False
-        self._house.tickets.pop(ticket.task_id, None)
+        await self.ledger.finish(ticket.task_id, long_ago, fence=self._let_lease_go(ticket))
+        await self.ledger.prune(before=1.0)
 
     async def keep_outside(self, ticket: Ticket, pool: Pool) -> None:
         """Give the lease of a recorded task back, so that it waits outside."""
         pool.holding[ticket.task.priority] += 1
         ticket.verdict = Verdict.SPILLED
         ticket.status = TaskStatus.SPILLED
-        self._house.tickets[ticket.task_id] = ticket
         lease = ticket.lease
         assert lease is not None  # noqa: S101 - recorded under it
         self._let_lease_go(ticket)
@@ -162,7 +148,7 @@ class Overflow:
 
     def pull(self, pool: Pool) -> None:
         """See whether rows should come in, and fetch them if so."""
-        if not self.closing and pool not in self.pulling and any(pool.holding.values()) and self._seats(pool) > 0:
+        if self._fetching and pool not in self.pulling and any(pool.holding.values()) and self._seats(pool) > 0:
             self.pulling.add(pool)
             self._house.background(self._pull(pool))
 
@@ -176,7 +162,7 @@ class Overflow:
     async def _pull(self, pool: Pool) -> None:
         loop = self._house.loop
         try:
-            while not self.closing and (seats := self._seats(pool)) > 0:
+            while self._fetching and (seats := self._seats(pool)) > 0:
                 pool.reserved += seats
                 asked = loop.time()
                 try:
@@ -184,6 +170,9 @@ class Overflow:
                     leases = await self.ledger.lease(pool.task_type, seats, until=until)
                 finally:
                     pool.reserved -= seats
+                if not self._fetching:
+                    await self.ledger.release(leases)
+                    break
                 self._round_trip += _RTT_GAIN * (loop.time() - asked - self._round_trip)
                 for lease in leases:
                     await self._admit(lease, pool)
@@ -213,8 +202,8 @@ class Overflow:
         if self._house.bus.active or ticket.listened:
             at = self._house.loop.time()
             self._house.tell(ticket, Refilled(at=at, task_id=row.task_id, task_type=row.task_type))
-        if ticket.unwanted:
-            self.complete(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, "cancelled by its submitter"))
+        if ticket.unwanted is not None:
+            self.complete(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, ticket.unwanted))
         elif ticket.deadline is not None and ticket.deadline.remaining() <= 0:
             self.complete(ticket, unsuccessful(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited"))
         else:
@@ -278,17 +267,19 @@ class Overflow:
         except Exception:  # noqa: BLE001 - whatever ails the store, the ticket must end
             log.exception("how task %r ended could not be stored: it may be run again", ticket.task_id)
             stored = True
+        if ticket.done():
+            return
         if stored:
             if fence is None:
                 self._forget_row(ticket)
             self._house.settle(ticket, result)
-        elif not ticket.done():
+        elif ticket.lease is None:  # else it came in meanwhile, and ends there
             ticket.status = TaskStatus.SPILLED
             self.elsewhere[ticket.task_id] = ticket
 
     def give_up(self, ticket: Ticket, reason: str) -> None:
         """Cancel a task that waits outside."""
-        ticket.unwanted = True
+        ticket.unwanted = reason
         self._end_outside(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, reason))
 
     def _end_outside(self, ticket: Ticket, result: TaskResult) -> None:
@@ -313,12 +304,16 @@ class Overflow:
 
     async def _find(self, ticket: Ticket) -> None:
         task_id = ticket.task_id
-        found = await self.ledger.find(task_id)
+        missing: ForebayError = UnknownTask(task_id=task_id)
+        try:
+            found = await self.ledger.find(task_id)
+        except LedgerUnusable as exc:
+            found, missing = None, exc
         if ticket.done():
             return
         if found is None:
             del self._house.tickets[task_id]
-            ticket.resolve(UnknownTask(task_id=task_id))
+            ticket.resolve(missing)
             return
         state, _, completion = found
         if completion is not None:
@@ -351,13 +346,15 @@ class Overflow:
         return out
 
     async def _put_at_end(self, ticket: Ticket) -> bool:
+        await asyncio.shield(self._house.finish_anyway(self._put_out(ticket)))
+        return ticket.stored
+
+    async def _put_out(self, ticket: Ticket) -> None:
         try:
             put = await self.ledger.put(records.row(ticket, self.encode(ticket.task)))
+            ticket.stored = put is Put.STORED
         except LedgerUnusable as exc:
             log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
-            return False
-        ticket.stored = put is Put.STORED
-        return ticket.stored
 
     def put_back(self, ticket: Ticket) -> None:
         """Stop a stored task, so that it is run again by the next process; `close` returns its lease."""
@@ -366,19 +363,27 @@ class Overflow:
         else:
             self._house.leave_line(ticket)
         ticket.status = TaskStatus.SPILLED
+        self._house.stirred()
 
     def stop_pulling(self) -> None:
-        """Fetch no more."""
-        self.closing = True
+        """Fetch no more. What has been fetched is still tended."""
+        self._fetching = False
 
     async def close(self) -> None:
-        """Return every lease, end the tickets of what stays outside, and let the ledger go."""
+        """Return every lease, and let the ledger go."""
         self.closing = True
         leases = [*self.leases.take_all(), *self._puzzling]
-        if leases:
-            await self.ledger.release(leases)
+        try:
+            if leases:
+                await self.ledger.release(leases)
+        finally:
+            await self.ledger.close()
+
+    def let_tickets_go(self) -> None:
+        """End the tickets of what stays outside."""
         for ticket in list(self._house.tickets.values()):
-            if not ticket.done():
+            if ticket.stored and self.durable:
                 self._house.tickets.pop(ticket.task_id)
                 ticket.resolve(StillSpilled(task_id=ticket.task_id))
-        await self.ledger.close()
+            else:
+                self._house.settle(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, "the supervisor stopped"))

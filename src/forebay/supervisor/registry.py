@@ -35,9 +35,15 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
+    owner = f"worker {name!r}"
+    if on_cancel is not None and not callable(on_cancel):
+        raise InvalidSetting(owner=owner, name="on_cancel", value=on_cancel, expected="a callable that takes the Task")
+    if cool_off is not None and not _positive(cool_off):
+        expected = "a positive number of seconds, or None to stay FAILED until revive()"
+        raise InvalidSetting(owner=owner, name="cool_off", value=cool_off, expected=expected)
     if handler is not None and factory is not None:
         expected = "left out, since it has a handler"
-        raise InvalidSetting(owner=f"worker {name!r}", name="factory", value=factory, expected=expected)
+        raise InvalidSetting(owner=owner, name="factory", value=factory, expected=expected)
     if factory is not None:
         bound = from_factory(factory, worker=name, config=config)
     else:
@@ -70,12 +76,15 @@ def _check(name: object, task_types: object, max_concurrent: object, timeout: ob
         raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
         raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
-    kinds = tuple(dict.fromkeys(task_types))
-    if not kinds or not all(isinstance(kind, str) and kind for kind in kinds):
+    if not task_types or not all(isinstance(kind, str) and kind for kind in task_types):
         raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
     if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
         expected = "a whole number of at least 1"
         raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
+    if not _positive(timeout):
         raise InvalidTimeout(value=timeout)
-    return kinds
+    return tuple(dict.fromkeys(task_types))
+
+
+def _positive(seconds: object) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf

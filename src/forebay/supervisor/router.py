@@ -7,22 +7,31 @@ from collections.abc import Callable
 
 from forebay.supervisor.worker import WorkerAgent
 
+_Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
+
 
 class Router:
-    """A heap of workers by score, mended lazily.
+    """Workers by score, in heaps that are mended lazily.
 
     A score that has *risen* since its entry was pushed (the worker took a task) is found when the entry reaches the
     top; one that has *fallen* must be announced by `lowered`, or a better worker would lie buried.
+
+    Those whose pace is not known yet go by the pool's typical one. When that falls they all get better at once, so they
+    have a heap of their own, in which it is left out.
+
+    Args:
+        task_type: whose pace counts.
+        typical: the pool's typical seconds for a task.
     """
 
-    __slots__ = ("_current", "_heap", "_idle", "_stamp", "score")
+    __slots__ = ("_current", "_heaps", "_idle", "_stamp", "_task_type", "_typical")
 
-    def __init__(self, score: Callable[[WorkerAgent], float]) -> None:
-        self.score = score
-        self._heap: list[tuple[float, int, WorkerAgent]] = []
-        self._current: dict[
-            WorkerAgent, int
-        ] = {}  # the stamp of the entry that counts; no entry, no worker in the heap
+    def __init__(self, task_type: str, typical: Callable[[], float]) -> None:
+        self._task_type = task_type
+        self._typical = typical
+        self._heaps: tuple[_Heap, _Heap] = ([], [])  # of those with a pace of their own; of those without
+        # the stamp of the entry that counts; without one, the worker is in neither heap
+        self._current: dict[WorkerAgent, int] = {}
         self._idle: dict[WorkerAgent, None] = {}  # in the order in which they fell idle
         self._stamp = 0
 
@@ -30,8 +39,8 @@ class Router:
         """`worker` may have become a better choice: it finished something, came, or came back."""
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
-        self._push(worker, self.score(worker))
-        if len(self._heap) > 2 * len(self._current) + 16:
+        self._push(worker)
+        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
             self._sweep()
 
     def taken(self, worker: WorkerAgent) -> None:
@@ -48,7 +57,14 @@ class Router:
         return best
 
     def _best(self) -> WorkerAgent | None:
-        heap = self._heap
+        paced, fresh = self._top(0), self._top(1)
+        if paced is None or fresh is None:
+            return paced or fresh
+        typical = self._typical()
+        return min(paced, fresh, key=lambda worker: worker.score(self._task_type, typical))
+
+    def _top(self, which: int) -> WorkerAgent | None:
+        heap = self._heaps[which]
         while heap:
             score, stamp, worker = heap[0]
             if self._current.get(worker) != stamp:
@@ -56,19 +72,25 @@ class Router:
             elif not worker.can_accept():
                 heapq.heappop(heap)
                 del self._current[worker]  # `lowered` brings it back
-            elif (now_scores := self.score(worker)) > score:
-                self._stamp += 1
-                self._current[worker] = self._stamp
-                heapq.heapreplace(heap, (now_scores, self._stamp, worker))
+            elif which != self._place(worker) or self._score(worker) > score:
+                heapq.heappop(heap)
+                self._push(worker)
             else:
                 return worker
         return None
 
-    def _push(self, worker: WorkerAgent, score: float) -> None:
+    def _place(self, worker: WorkerAgent) -> int:
+        return 0 if worker.has_pace(self._task_type) else 1
+
+    def _score(self, worker: WorkerAgent) -> float:
+        return worker.score(self._task_type, 1.0)
+
+    def _push(self, worker: WorkerAgent) -> None:
         self._stamp += 1
         self._current[worker] = self._stamp
-        heapq.heappush(self._heap, (score, self._stamp, worker))
+        heapq.heappush(self._heaps[self._place(worker)], (self._score(worker), self._stamp, worker))
 
     def _sweep(self) -> None:
-        self._heap = [entry for entry in self._heap if self._current.get(entry[2]) == entry[1]]
-        heapq.heapify(self._heap)
+        for heap in self._heaps:
+            heap[:] = [entry for entry in heap if self._current.get(entry[2]) == entry[1]]
+            heapq.heapify(heap)

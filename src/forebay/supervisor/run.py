@@ -51,6 +51,11 @@ class Run:
         self.ended = False
         self._in_thread = False
 
+    @property
+    def lacks_slot(self) -> bool:
+        """Whether it goes on, and has no slot: it lent its own, and waits for nothing any more."""
+        return not (self.holds or self.waits or self.ended)
+
     def report(self, value: Any) -> None:
         """Hand `value` to whoever listens; from any thread."""
         if asyncio._get_running_loop() is self.house.loop:  # noqa: SLF001 - documented for such use; None in a thread
@@ -74,7 +79,9 @@ class Run:
         handler = self.worker.handler
         try:
             if handler.blocking:
-                value = await self._in_a_thread(own)
+                value, cause = await self._in_a_thread(own)
+                if cause is not None:
+                    return Ending(None, cause)
             else:
                 value = handler.call(self.task)
             if inspect.isawaitable(value):
@@ -85,17 +92,15 @@ class Run:
             return Ending(None, exc)
         return Ending(value, None)
 
-    async def _in_a_thread(self, own: Context) -> Any:
-        # The thread reports by value: a future cannot carry StopIteration.
+    async def _in_a_thread(self, own: Context) -> Ending:
+        # The thread reports by value: neither a future nor a coroutine can carry StopIteration.
         self._in_thread = True
         loop = self.house.loop
         ending = await loop.run_in_executor(
             self.house.threads, own.copy().run, _call, self.worker.handler.call, self.task
         )
         self._in_thread = False
-        if ending.cause is not None:
-            raise ending.cause
-        return ending.value
+        return ending
 
     def _done(self, aio: asyncio.Task[Ending]) -> None:
         if aio.cancelled():

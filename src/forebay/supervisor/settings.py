@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forebay.admission import Ladder
 from forebay.errors import InvalidSetting
+from forebay.events import Sink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +45,16 @@ class Settings:
 
     def _refuse(self, name: str, expected: str) -> None:
         raise InvalidSetting(owner="BackpressureSupervisor", name=name, value=getattr(self, name), expected=expected)
+
+
+def sinks_of(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
+    """The sinks that were given, one or several.
+
+    Raises:
+        InvalidSetting: it is neither.
+    """
+    sinks = (on_event,) if callable(on_event) else tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)
+    if not all(map(callable, sinks)):
+        expected = "a callable that takes an Event, or a list of such"
+        raise InvalidSetting(owner="BackpressureSupervisor", name="on_event", value=on_event, expected=expected)
+    return sinks

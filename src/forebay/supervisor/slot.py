@@ -97,7 +97,9 @@ class Slot:
             result = self._ticket.result
             raise (TaskTimedOut(error="its time was up", **facts) if result is None else as_error(result)) from None
         finally:
-            self._house.ended(run, Ending(None, cause))
+            # a generator closed by its reader is a caller who has gone, and no fault of the worker's
+            gone = isinstance(cause, GeneratorExit)
+            self._house.ended(run, Ending(None, asyncio.CancelledError() if gone else cause))
             await self._return_loan()
         if self._stopped and isinstance(cause, asyncio.CancelledError) and self._owner is not None:
             if self._owner.uncancel() > self._cancelling:

@@ -86,9 +86,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerStatistics, ...]
 
 
-def snapshot(
-    house: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading], utilization: float
-) -> Statistics:
+def snapshot(house: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading]) -> Statistics:
     """What a supervisor is and has counted; without a house, it has not started."""
     highest = max(readings, key=lambda reading: reading.load)
     return Statistics(
@@ -98,9 +96,16 @@ def snapshot(
         outside=0 if house is None or house.overflow is None else house.overflow.outside,
         load=highest.load,
         binding=highest.resource if highest.load else None,
-        utilization=utilization,
+        utilization=utilization(workers),
         workers=tuple(_of_worker(worker) for worker in workers.values()),
     )
+
+
+def utilization(workers: Mapping[str, WorkerAgent]) -> float:
+    """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
+    slots = sum(worker.slots for worker in workers.values())
+    taken = sum(worker.current_tasks for worker in workers.values() if not worker.failed)
+    return taken / slots if slots else 0.0
 
 
 def _of_worker(worker: WorkerAgent) -> WorkerStatistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from forebay import clock, context
@@ -15,7 +15,7 @@ from forebay.errors import (
     AlreadyStarted,
     DrainInside,
     DuplicateWorker,
-    InvalidSetting,
+    InvalidHandler,
     NotStarted,
     UnknownTask,
     WrongLoop,
@@ -24,17 +24,17 @@ from forebay.events import Bus, Sink, Subscription
 from forebay.overflow import open_ledger
 from forebay.supervisor.admit import Door
 from forebay.supervisor.dispatch import Dispatcher
-from forebay.supervisor.drain import Drain, DrainReport, check_limit
+from forebay.supervisor.drain import Drain, DrainReport, check_limit, shut_down
 from forebay.supervisor.lend import held_slots
-from forebay.supervisor.nested import as_worker
+from forebay.supervisor.nested import as_worker, start_held
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.refill import Overflow
 from forebay.supervisor.registry import make_worker
-from forebay.supervisor.settings import Settings
+from forebay.supervisor.settings import Settings, sinks_of
 from forebay.supervisor.slot import Slot
-from forebay.supervisor.statistics import Statistics, snapshot
+from forebay.supervisor.statistics import Statistics, snapshot, utilization
 from forebay.supervisor.ticket import Ticket
-from forebay.supervisor.watch import Watch, report_stall
+from forebay.supervisor.watch import Watch, watch_over
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
 from forebay.typing import Ledger, Reading
@@ -90,14 +90,14 @@ class BackpressureSupervisor:
             lag_bound=lag_bound,
         )
         self._ledger = None if overflow is None else open_ledger(overflow)
-        self._bus = Bus((on_event,) if callable(on_event) else tuple(on_event))
+        self._bus = Bus(sinks_of(on_event))
         self._draw: Callable[[], float] = clock.chance().random
         self._workers: dict[str, WorkerAgent] = {}
         self._house: Dispatcher | None = None
         self._door: Door | None = None
         self._threads = Threads()
         self._watch: Watch | None = None
-        self._closed: asyncio.Future[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     # --- workers ---
 
@@ -132,8 +132,8 @@ class BackpressureSupervisor:
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
         """
-        if name in self._workers:
-            raise DuplicateWorker(name=name)
+        if handler is self:
+            raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would hold itself")
         worker = make_worker(
             name,
             handler=handler,
@@ -144,9 +144,11 @@ class BackpressureSupervisor:
             config=config,
             on_cancel=on_cancel,
             cool_off=cool_off,
-            draw=self._chance,
+            draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
         )
+        if name in self._workers:
+            raise DuplicateWorker(name=name)
         self._workers[name] = worker
         if self._house is not None:
             if worker.handler.start is not None:
@@ -171,9 +173,6 @@ class BackpressureSupervisor:
     def workers(self) -> Mapping[str, WorkerAgent]:
         """The workers by name."""
         return MappingProxyType(self._workers)
-
-    def _chance(self) -> float:
-        return self._draw()
 
     def _revive(self, worker: WorkerAgent) -> None:
         if self._house is not None:
@@ -204,7 +203,9 @@ class BackpressureSupervisor:
         return self._at_door().submit_nowait(task)
 
     async def run(self, task: Task) -> Any:
-        """Submit a task and return its value; a spilled one is waited for, to its deadline. Cancelling this cancels it.
+        """Submit a task and return its value; a spilled one is waited for, to its deadline.
+
+        Cancelling this cancels the task, unless others wait for the same work by its key.
 
         Raises:
             Overloaded: it was rejected; ``retry_after`` says when to come back.
@@ -212,11 +213,7 @@ class BackpressureSupervisor:
             Others: as `submit`.
         """
         ticket = await self.submit(task)
-        try:
-            return await ticket.value()
-        except asyncio.CancelledError:
-            ticket.cancel("its caller has gone")
-            raise
+        return await ticket.value(abandon=ticket.task is task)  # not what another submitted under the same key
 
     def slot(  # noqa: PLR0913 - a task's fields
         self,
@@ -277,13 +274,11 @@ class BackpressureSupervisor:
 
     def utilization(self) -> float:
         """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
-        slots = sum(worker.slots for worker in self._workers.values())
-        taken = sum(worker.current_tasks for worker in self._workers.values() if not worker.failed)
-        return taken / slots if slots else 0.0
+        return utilization(self._workers)
 
     def statistics(self) -> Statistics:
         """A snapshot of what was counted and of what is."""
-        return snapshot(self._house, self._workers, self.readings(), self.utilization())
+        return snapshot(self._house, self._workers, self.readings())
 
     def events(self, *, bound: int = 1000) -> Subscription:
         """Everything that happens from now on, as an async iterator; the newest `bound` are kept until read."""
@@ -292,7 +287,7 @@ class BackpressureSupervisor:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that it runs on, while it runs."""
-        return self._house.loop if self._house is not None and self._closed is None else None
+        return self._house.loop if self._house is not None and self._closing is None else None
 
     # --- its life ---
 
@@ -308,15 +303,12 @@ class BackpressureSupervisor:
         loop = asyncio.get_running_loop()
         self._draw = clock.draws_of(loop)
         house = Dispatcher(loop, self._settings, threads=self._threads, bus=self._bus, draw=self._draw)
-        self._house = house
-        self._door = Door(house)
+        self._house, self._door = house, Door(house)
         try:
             if self._ledger is not None:
                 house.overflow = Overflow(house, self._ledger, self._settings)
                 await house.overflow.open()
-            for worker in self._workers.values():
-                if worker.handler.start is not None:
-                    await worker.handler.start()
+            await start_held(self._workers.values())
         except BaseException:
             self._house = self._door = None
             house.timers.close()
@@ -325,11 +317,7 @@ class BackpressureSupervisor:
             raise
         for worker in self._workers.values():
             house.add(worker)
-        bound = self._settings.lag_bound
-        if bound is not None and not clock.is_virtual(loop):
-            watch = self._watch = Watch(loop, bound=bound, on_stall=lambda stall: report_stall(house, stall))
-            house.host_load = lambda: watch.lag / bound
-            watch.start()
+        self._watch = watch_over(house, bound=self._settings.lag_bound)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting and let what is inside finish, for at most `timeout` seconds; the rest is cancelled.
@@ -340,8 +328,7 @@ class BackpressureSupervisor:
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
         """
-        if not check_limit(timeout):
-            raise InvalidSetting(owner="drain", name="timeout", value=timeout, expected="None or seconds, at least 0")
+        check_limit(timeout)
         house = self._running()
         for run in held_slots(context.current(), house):
             raise DrainInside(task_id=run.task.task_id)
@@ -350,40 +337,34 @@ class BackpressureSupervisor:
         return await Drain(house, grace=self._settings.zombie_grace).run(timeout)
 
     async def close(self) -> None:
-        """Stop now: cancel what runs, end every ticket, let the overflow go. Idempotent."""
+        """Stop now: cancel what runs, end every ticket, let the overflow go. Idempotent.
+
+        Cancelling this leaves nothing half closed: it goes on in the background.
+        """
         if self._house is None:
             return
-        if self._closed is not None:
-            await asyncio.shield(self._closed)
-            return
-        house = self._house
-        self._closed = house.loop.create_future()
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close(self._house))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, house: Dispatcher) -> None:
         try:
             assert self._door is not None  # noqa: S101 - it runs
             self._door.close()
-            await Drain(house, grace=self._settings.zombie_grace).run(0.0)
-            for worker in self._workers.values():
-                if worker.handler.stop is not None:
-                    await worker.handler.stop()
-            if house.overflow is not None:
-                await house.overflow.close()
+            await shut_down(house, self._workers, grace=self._settings.zombie_grace)
         finally:
             if self._watch is not None:
                 self._watch.stop()
-            house.timers.close()
             self._threads.shutdown()
             self._bus.close()
-            self._closed.set_result(None)
 
     async def __aenter__(self) -> Self:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self._closed is None:
+            if kind is None and self._closing is None:
                 await self.drain()
         finally:
             await self.close()
@@ -399,8 +380,10 @@ class BackpressureSupervisor:
 
     def load_of(self, task_type: str) -> float:
         """The load on the path of a task of `task_type`, as its gate reads it; 1.0 if nobody here serves it."""
+        if not any(task_type in worker.task_types for worker in self._workers.values()):
+            return 1.0
         pool = None if self._house is None else self._house.pools.get(task_type)
-        return 1.0 if self._house is None or pool is None else self._house.path(pool)[0]
+        return 0.0 if self._house is None or pool is None else self._house.path(pool)[0]  # about to start
 
     # --- inside ---
 

@@ -69,6 +69,7 @@ class Ticket:
         "status",
         "stored",
         "task",
+        "undecided",
         "unwanted",
         "verdict",
     )
@@ -95,7 +96,8 @@ class Ticket:
         self.lease: Lease | None = None  # this process's right to its stored row
         self.stored = False  # the ledger has a row of it, so its end must be written there first
         self.attempts = 0
-        self.unwanted = False  # cancelled while it was outside
+        self.unwanted: str | None = None  # why it was cancelled, while that cannot be done yet
+        self.undecided = False  # the store has yet to answer, before the gate can
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -139,13 +141,17 @@ class Ticket:
     def __await__(self) -> Generator[Any, None, TaskResult]:
         return self._wait().__await__()
 
-    async def _wait(self) -> TaskResult:
+    async def _wait(self, *, abandon: bool = False) -> TaskResult:
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._house.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
             loan: Loan | None = self._house.lend(context.current())
             try:
                 await self._resolved()
+            except asyncio.CancelledError:
+                if abandon and not self.awaited:  # before the slot comes back: the task may be what holds it
+                    self.cancel("its caller has gone")
+                raise
             finally:
                 if loan is not None:
                     await loan.take_back()
@@ -174,15 +180,18 @@ class Ticket:
         """The rejection as an exception."""
         return Overloaded(self.reason or "rejected", binding=self.binding, load=self.load, retry_after=self.retry_after)
 
-    async def value(self) -> Any:
+    async def value(self, *, abandon: bool = False) -> Any:
         """The handler's value.
+
+        Args:
+            abandon: cancelling this await cancels the task too, unless others wait for it.
 
         Raises:
             Overloaded: it was rejected, or its handler met an overload further on.
             TaskFailed: its handler raised; the handler's exception is its cause. TaskCancelled if it was cancelled.
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
         """
-        result = await self
+        result = await self._wait(abandon=abandon)
         if result.status is TaskStatus.SUCCEEDED:
             return result.result
         raise as_error(result) from result.cause

@@ -86,5 +86,6 @@ class Timers:
                     callback()
                 heap = self._heap  # a callback that cancels may have swept it into a new one
         finally:
-            if self._heap and self._armed is None:
+            # a callback that set a timer has armed for that one, though others may come sooner
+            if self._heap and (self._armed is None or self._heap[0][0] < self._armed_for):
                 self._arm(self._heap[0][0])

@@ -89,6 +89,16 @@ class Watch:
         return asyncio.current_task(self._loop), where
 
 
+def watch_over(house: Dispatcher, *, bound: float | None) -> Watch | None:
+    """Watch the loop of `house` and let it read how late it is; None if it is not to be, or its time is not real."""
+    if bound is None or clock.is_virtual(house.loop):
+        return None
+    watch = Watch(house.loop, bound=bound, on_stall=lambda stall: report_stall(house, stall))
+    house.host_load = lambda: watch.lag / bound
+    watch.start()
+    return watch
+
+
 def report_stall(house: Dispatcher, stall: Stall) -> None:
     """Count a stall, name whose code it was, and tell."""
     house.counts.stalls += 1

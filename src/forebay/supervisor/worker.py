@@ -119,6 +119,10 @@ class WorkerAgent:
         pace = self._pace.get(task_type, typical)
         return (self.current_tasks + 1) * pace / self.max_concurrent * self.penalty
 
+    def has_pace(self, task_type: str) -> bool:
+        """Whether it has finished a task of that type."""
+        return task_type in self._pace
+
     def succeeded(self, task_type: str, seconds: float) -> None:
         """Note how long a success took."""
         pace = self._pace.get(task_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +113,7 @@ async def test_a_group_is_bounded(writer: SqliteWriter, statements: list[str]) -
 
 async def test_reading_takes_no_write_lock(writer: SqliteWriter, statements: list[str]) -> None:
     await writer.run(numbers, writes=False)
-    assert statements[0] == "BEGIN "
+    assert statements[0] == "BEGIN"
     await asyncio.gather(writer.run(numbers, writes=False), writer.run(partial(add, 1)))
     assert "BEGIN IMMEDIATE" in statements
 
@@ -257,27 +257,28 @@ async def test_opened_while_it_closes_it_is_open_afterwards(writer: SqliteWriter
 
 
 async def test_a_cancelled_open_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[sqlite3.Connection] = []
-    entered, may_go = threading.Event(), threading.Event()
-    real: Callable[..., sqlite3.Connection] = room.open_file
+    loop = asyncio.get_running_loop()
+    entered, closed, may_go = asyncio.Event(), asyncio.Event(), threading.Event()
 
-    def slow(*args: object) -> sqlite3.Connection:
-        entered.set()
+    class Opened:
+        def close(self) -> None:
+            loop.call_soon_threadsafe(closed.set)
+
+    def slow(*_: object) -> Opened:
+        loop.call_soon_threadsafe(entered.set)
         may_go.wait(10)
-        opened.append(real(*args))
-        return opened[0]
+        return Opened()
 
     monkeypatch.setattr(room, "open_file", slow)
     writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA)
     opening = asyncio.ensure_future(writer.open())
-    await asyncio.get_running_loop().run_in_executor(None, entered.wait)
+    await entered.wait()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
     may_go.set()
-    await asyncio.get_running_loop().run_in_executor(None, writer._executor.shutdown)
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        opened[0].execute("SELECT 1")
+    async with asyncio.timeout(10):
+        await closed.wait()
     with pytest.raises(LedgerUnusable):
         writer.run(numbers)
 

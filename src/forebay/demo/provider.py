@@ -1,0 +1,114 @@
+"""Whom the agents call: the plant, a simulated provider in its own process; or a real one, from the environment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from forebay.demo.settings import Settings
+from forebay.errors import ForebayError
+from forebay.sim.config import PRICES, Allowance, Dialect, Faults, Price, ProviderConfig, Unit
+from forebay.sim.process import RunningPlant, start_plant
+
+KEY: Final = "PROVIDER_API_KEY"  # a side's process finds it in its environment, never on its command line
+
+RPM: Final = 720
+"""Calls a minute that the key grants: 12 a second, 240 runs of three calls a minute.
+
+Far below what one process can make (about 85 a second), so the key is what binds. An answer takes 0.5 s to its first
+token and then 17 ms a token (60 tokens a second), 4.1 s at the mean length of the Azure conversation trace, 211 tokens:
+by Little's law fifty agents make 12 calls a second, just what the key grants.
+"""
+_BURST: Final = 120  # calls: ten seconds' worth
+
+
+class MissingKey(ForebayError, LookupError):
+    """PROVIDER_URL is {url!r}, but the environment has no key for it: set PROVIDER_API_KEY or OPENAI_API_KEY."""
+
+    url: str
+
+
+class Provider(msgspec.Struct, frozen=True, kw_only=True):
+    """An OpenAI-compatible server.
+
+    Attributes:
+        url: for ``OpenAI(base_url=...)``.
+        model: what is asked for.
+        simulated: it is the plant, which is told how long each answer is to be.
+    """
+
+    url: str
+    model: str = "gpt-4o"
+    simulated: bool = True
+
+    @property
+    def price(self) -> Price | None:
+        """What its tokens cost, by list price; None if that is not known here."""
+        names = sorted((name for name in PRICES if self.model.startswith(name)), key=len)
+        return PRICES[names[-1]] if names else None
+
+
+def provider_from(environment: Mapping[str, str]) -> tuple[Provider, str] | None:
+    """The real provider that the environment names, and its key; None if it names none.
+
+    Raises:
+        MissingKey: it names one, but no key.
+    """
+    url = environment.get("PROVIDER_URL")
+    if not url:
+        return None
+    key = environment.get(KEY) or environment.get("OPENAI_API_KEY")
+    if not key:
+        raise MissingKey(url=url)
+    return Provider(url=url, model=environment.get("PROVIDER_MODEL") or "gpt-4o-mini", simulated=False), key
+
+
+def plant_config(settings: Settings) -> ProviderConfig:
+    """The plant of one demo: a rate that binds, machines that do not, and the faults of an ordinary day."""
+    speed = settings.speed
+    return ProviderConfig(
+        dialect=Dialect.OPENAI,
+        slots=1000,
+        ttft=0.5 / speed,
+        tpot=0.017 / speed,
+        noise=0.15,
+        allowances=(Allowance(unit=Unit.REQUESTS, amount=round(RPM * speed), burst=_BURST),),
+        faults=Faults(
+            stray=0.003,
+            error=0.003,
+            bad_gateway=0.001,
+            unavailable=0.002,
+            cut=0.001,
+            straggler=0.01,
+            straggler_factor=3.0,
+        ),
+        runs=0,
+    )
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, real: Provider | None) -> Iterator[tuple[Provider, RunningPlant | None]]:
+    """The real provider as it is; or else a fresh plant, the same for each side."""
+    if real is not None:
+        yield real, None
+        return
+    with start_plant(plant_config(settings), seed=settings.seed) as plant:
+        yield Provider(url=plant.openai_url), plant
+
+
+def billed(plant: RunningPlant | None) -> dict[str, Any] | None:
+    """What the plant counted and billed; None without one."""
+    return None if plant is None else plant.statistics()
+
+
+def warning(provider: Provider, settings: Settings) -> str:
+    """What a demo on a real provider may cost, at most, as far as that is known."""
+    calls = 3 * settings.tasks
+    return (
+        f"This calls {provider.url} (model {provider.model}) and may spend real money: {settings.tasks:,} tasks of three"
+        f" calls, on each of two sides, of up to 1,000 output tokens each. The classic side repeats what fails, so at"
+        f" worst it pays for {6 * calls:,} calls. Choose the size with --tasks."
+    )

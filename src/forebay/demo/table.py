@@ -1,0 +1,63 @@
+"""The report as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from forebay.demo.report import Report, SideReport
+from forebay.demo.screen import CLASSIC, FOREBAY
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}"
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} s"
+
+
+def _money(value: float | None) -> str:
+    return "–" if value is None else f"${value:.4f}"
+
+
+_ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
+    ("tasks done", lambda s: _count(s.done)),
+    ("  of them critical, high", lambda s: f"{s.done_by['critical']:,}, {s.done_by['high']:,}"),
+    ("done a minute", lambda s: f"{s.done_per_minute:g}"),
+    ("failed", lambda s: _count(s.failed)),
+    ("lost with the process", lambda s: _count(s.lost)),
+    ("kept on disk", lambda s: _count(s.spilled)),
+    ("from submission to done, median", lambda s: _seconds(s.p50_s)),
+    ("  and 99 of 100 within", lambda s: _seconds(s.p99_s)),
+    ("calls, HTTP attempts", lambda s: _count(s.calls)),
+    ("  of them refused with 429", lambda s: _count(s.calls_429)),
+    ("tokens billed", lambda s: _count(s.tokens)),
+    ("  of them for nothing", lambda s: _count(s.tokens_wasted)),
+    ("dollars", lambda s: f"${s.usd:.2f}"),
+    ("dollars per task done", lambda s: _money(s.usd_per_done)),
+    ("memory at its peak", lambda s: f"{s.peak_rss_mb:.0f} MB"),
+    ("process", lambda s: f"{s.ending}, {s.ended_at_s:.0f} s"),
+)
+
+
+def summary(found: Report) -> RenderableType:
+    """Both sides, row by row, and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    table.add_column(f"{found.tasks:,} tasks, {found.seconds:g} s each, seed {found.seed}", style="bright_black")
+    table.add_column(Text("classic", style=f"bold {CLASSIC}"), justify="right")
+    table.add_column(Text("Forebay", style=f"bold {FOREBAY}"), justify="right")
+    for name, cell in _ROWS:
+        table.add_row(name, cell(found.classic), cell(found.forebay))
+    least = ""
+    if found.usd_least and found.usd_ratio:
+        least = (
+            f" The least that a task needs is {_money(found.usd_least)}: Forebay's cost {found.usd_ratio:g} times that."
+        )
+    return Group(table, Padding(Text(found.verdict + least), (1, 1, 0, 1)))

@@ -1,0 +1,554 @@
+"""Every mistake is named by the call that makes it, in an error of `forebay.errors` that says what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, error_of, flood, turns, virtual
+
+from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, TaskStatus
+from forebay.errors import (
+    DeadlinePassed,
+    DuplicateTask,
+    DuplicateWorker,
+    InvalidDeadline,
+    InvalidEstimate,
+    InvalidHandler,
+    InvalidOverflowUrl,
+    InvalidSetting,
+    InvalidTask,
+    InvalidThreshold,
+    InvalidTimeout,
+    LedgerUnusable,
+    NotPortable,
+    NotStarted,
+    OverflowRequired,
+    PayloadTooLarge,
+    SupervisorClosed,
+    UnknownTask,
+    UnknownTaskType,
+    WrongLoop,
+)
+
+BOTH = pytest.mark.parametrize("nowait", [False, True], ids=["submit", "submit_nowait"])
+
+
+async def offer(supervisor: BackpressureSupervisor, task: Any, *, nowait: bool) -> Any:
+    return supervisor.submit_nowait(task) if nowait else await supervisor.submit(task)
+
+
+def house(**options: Any) -> BackpressureSupervisor:
+    supervisor = BackpressureSupervisor(**options)
+    supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+    return supervisor
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@virtual
+async def test_an_unknown_task_type_names_those_that_are_known(*, nowait: bool) -> None:
+    async with house() as supervisor:
+        with pytest.raises(UnknownTaskType, match=r"'wrok' \(there are workers for: work\).*register_worker") as caught:
+            await offer(supervisor, Task("wrok"), nowait=nowait)
+        assert isinstance(caught.value, LookupError)
+
+
+@BOTH
+@virtual
+async def test_no_worker_at_all_says_so(*, nowait: bool) -> None:
+    async with BackpressureSupervisor() as supervisor:
+        with pytest.raises(UnknownTaskType, match="none yet"):
+            await offer(supervisor, Task("work"), nowait=nowait)
+
+
+@virtual
+async def test_a_slot_of_an_unknown_type_is_refused_when_it_is_asked_for() -> None:
+    async with house() as supervisor:
+        with pytest.raises(UnknownTaskType):
+            supervisor.slot("wrok")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, -0.5, math.inf, math.nan, "3", True, [1]])
+def test_a_timeout_that_is_not_a_positive_number_of_seconds(timeout: Any) -> None:
+    with pytest.raises(InvalidTimeout, match="positive number of seconds"):
+        Task("work", timeout=timeout)
+    with pytest.raises(InvalidTimeout, match="positive number of seconds"):
+        BackpressureSupervisor().register_worker("w", handler=Agent(), task_types=["work"], timeout=timeout)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan, "60", None])
+def test_a_deadline_that_is_not_in_the_future(seconds: Any) -> None:
+    with pytest.raises(InvalidDeadline, match=r"Deadline\.within\(seconds\)"):
+        Deadline.within(seconds)
+
+
+@pytest.mark.parametrize("at", [math.inf, math.nan, "tomorrow", None])
+def test_a_deadline_that_is_no_point_in_time(at: Any) -> None:
+    with pytest.raises(InvalidDeadline, match="epoch seconds"):
+        Deadline(at)
+
+
+def test_a_task_cannot_be_made_with_a_deadline_in_the_past() -> None:
+    with pytest.raises(DeadlinePassed, match=r"passed .* s ago.*Deadline\.within"):
+        Task("work", deadline=Deadline(1.0))
+
+
+@BOTH
+@virtual
+async def test_a_deadline_that_has_passed_by_the_time_of_submitting(*, nowait: bool) -> None:
+    async with house() as supervisor:
+        task = Task("work", deadline=Deadline.within(1.0))
+        await asyncio.sleep(2.0)
+        with pytest.raises(DeadlinePassed, match=r"passed 1\.000 s ago"):
+            await offer(supervisor, task, nowait=nowait)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("priority", 7, "CRITICAL, HIGH, NORMAL or LOW"),
+        ("priority", "HIGH", "CRITICAL, HIGH, NORMAL or LOW"),
+        ("priority", None, "CRITICAL, HIGH, NORMAL or LOW"),
+        ("deadline", 60.0, r"Deadline\.within"),
+        ("task_id", "", "non-empty string"),
+        ("task_id", 7, "non-empty string"),
+        ("tenant", "", "non-empty string"),
+        ("tenant", None, "non-empty string"),
+        ("key", "", "non-empty string"),
+        ("thread", 7, "non-empty string"),
+        ("estimate", 3, "an Estimate"),
+    ],
+)
+def test_a_field_that_cannot_be_meant_says_what_it_must_be(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(InvalidTask, match=f"{field} .*{expected}"):
+        Task("work", **{field: value})
+
+
+@pytest.mark.parametrize("task_type", ["", None, 7, b"work"])
+def test_a_task_type_is_a_word(task_type: Any) -> None:
+    with pytest.raises(InvalidTask, match="task_type"):
+        Task(task_type)
+
+
+def test_a_payload_in_the_place_of_the_type_is_not_echoed() -> None:
+    with pytest.raises(InvalidTask) as caught:
+        Task({"key": "sk-very-secret"})  # type: ignore[arg-type]
+    assert "sk-very-secret" not in str(caught.value)
+
+
+def test_a_priority_may_be_given_as_its_number() -> None:
+    assert Task("work", priority=1).priority is Priority.HIGH  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("figures", [{"calls": -1}, {"input_tokens": 1.5}, {"output_tokens": True}])
+def test_an_estimate_is_made_of_whole_numbers(figures: Any) -> None:
+    with pytest.raises(InvalidEstimate, match="whole number"):
+        Estimate(**figures)
+
+
+@BOTH
+@pytest.mark.parametrize("thing", ["work", {"topic": "rivers"}, None, Task])
+@virtual
+async def test_what_is_no_task(thing: Any, *, nowait: bool) -> None:
+    async with house() as supervisor:
+        with pytest.raises(InvalidTask, match=r'a Task, such as Task\("research"'):
+            await offer(supervisor, thing, nowait=nowait)
+
+
+@BOTH
+@virtual
+async def test_two_tasks_of_one_id_under_way(*, nowait: bool) -> None:
+    async with house() as supervisor:
+        await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
+        with pytest.raises(DuplicateTask, match=r"'mine' is already under way.*key="):
+            await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
+
+
+@virtual
+async def test_an_id_may_be_used_again_once_its_task_has_ended() -> None:
+    async with house() as supervisor:
+        await supervisor.run(Task("work", 1, task_id="mine"))
+        assert await supervisor.run(Task("work", 2, task_id="mine")) == 2
+        assert (await supervisor.ticket("mine")).result == 2
+
+
+@virtual
+async def test_a_rejected_task_may_be_submitted_again_as_it_is() -> None:
+    async with house(max_queue_size=0) as supervisor:
+        (busy,) = flood(supervisor, "work", 1)
+        task = Task("work", 7, task_id="mine", key="k")
+        assert not await supervisor.submit(task)
+        await busy
+        assert await supervisor.run(task) == 7
+
+
+@virtual
+async def test_a_ticket_that_is_not_known() -> None:
+    async with house() as supervisor:
+        with pytest.raises(UnknownTask, match="'nobody' is known here: it was never submitted, or"):
+            supervisor.ticket("nobody")
+
+
+@virtual
+async def test_a_ticket_that_the_overflow_does_not_know_either() -> None:
+    async with house(overflow="memory://") as supervisor:
+        assert isinstance(await error_of(supervisor.ticket("nobody")), UnknownTask)
+    assert isinstance(await error_of(supervisor.ticket("nobody")), LedgerUnusable)  # it has closed
+
+
+# --- payloads --------------------------------------------------------------------------------------------------------
+
+LOOP: list[Any] = []
+LOOP.append(LOOP)
+
+UNPORTABLE = pytest.mark.parametrize(
+    ("payload", "path"),
+    [
+        (object(), "payload"),
+        ({"topic": {1, 2}}, r"payload\.topic"),
+        ([1, [2, lambda: 3]], r"payload\[1\]\[1\]"),
+        ({"a": {2: "b"}}, r"payload\.a"),
+        (LOOP, "payload"),
+        ("\ud800", "payload"),
+        (2**70, "payload"),
+    ],
+    ids=["object", "set", "function", "key", "loop", "surrogate", "int"],
+)
+
+
+@BOTH
+@UNPORTABLE
+@virtual
+async def test_with_an_overflow_what_cannot_travel_is_refused_at_submit(
+    payload: Any, path: str, *, nowait: bool
+) -> None:
+    async with house(overflow="memory://") as supervisor:
+        with pytest.raises(NotPortable, match=f"at {path}.*spill=False"):
+            await offer(supervisor, Task("work", payload), nowait=nowait)
+        assert supervisor.statistics().submitted == 0
+
+
+@UNPORTABLE
+@virtual
+async def test_what_never_leaves_may_be_anything(payload: Any, path: str) -> None:
+    async with house() as supervisor:
+        assert await supervisor.submit(Task("work", payload)), path
+    async with house(overflow="memory://") as supervisor:
+        assert await supervisor.submit(Task("work", payload, spill=False))
+
+
+@BOTH
+@virtual
+async def test_a_payload_over_the_bound(*, nowait: bool) -> None:
+    async with house(overflow="memory://", max_payload_bytes=1000) as supervisor:
+        await offer(supervisor, Task("work", b"x" * 900), nowait=nowait)
+        with pytest.raises(PayloadTooLarge, match=r"the bound is 1000.*a reference, or raise max_payload_bytes"):
+            await offer(supervisor, Task("work", b"x" * 1100), nowait=nowait)
+
+
+@virtual
+async def test_durable_without_an_overflow() -> None:
+    async with house() as supervisor:
+        with pytest.raises(OverflowRequired, match=r'there is no overflow.*overflow="sqlite:///spill\.db"'):
+            await supervisor.submit(Task("work", durable=True))
+
+
+@virtual
+async def test_durable_with_an_overflow_that_does_not_survive() -> None:
+    async with house(overflow="memory://") as supervisor:
+        with pytest.raises(OverflowRequired, match=r"does not survive its process.*sqlite"):
+            await supervisor.submit(Task("work", durable=True))
+
+
+@virtual
+async def test_durable_without_waiting() -> None:
+    async with house(overflow="memory://") as supervisor:
+        with pytest.raises(OverflowRequired, match=r"await submit"):
+            supervisor.submit_nowait(Task("work", durable=True))
+
+
+# --- the supervisor --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, 80, math.nan, "0.8", None, True])
+def test_a_threshold_outside_of_zero_to_one(threshold: Any) -> None:
+    with pytest.raises(InvalidThreshold, match=r"outside \(0, 1\]: 0\.8 refuses NORMAL"):
+        BackpressureSupervisor(backpressure_threshold=threshold)
+
+
+@pytest.mark.parametrize("threshold", [1e-9, 0.5, 1, 1.0])
+def test_a_threshold_inside(threshold: float) -> None:
+    BackpressureSupervisor(backpressure_threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_queue_size", -1),
+        ("max_queue_size", 1.5),
+        ("max_queue_size", True),
+        ("lease", 0),
+        ("lease", math.inf),
+        ("max_payload_bytes", 0),
+        ("max_attempts", 0),
+        ("keep_results", -1),
+        ("zombie_grace", -1),
+        ("zombie_grace", None),
+        ("lag_bound", 0),
+        ("lag_bound", "1"),
+        ("on_event", 5),
+        ("on_event", [5]),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidSetting, match=f"{name}=.* must be "):
+        BackpressureSupervisor(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "spill.db",
+        "mongodb://x",
+        "sqlite://spill.db",
+        "memory://?bound=0",
+        "memory://?bound=x",
+        "memory://?size=3",
+        7,
+    ],
+)
+def test_an_overflow_that_cannot_be_opened_says_which_forms_are_known(url: Any) -> None:
+    with pytest.raises(InvalidOverflowUrl, match=r"Known forms: sqlite:///relative\.db"):
+        BackpressureSupervisor(overflow=url)
+
+
+@pytest.mark.blocks
+@virtual
+async def test_an_overflow_whose_directory_is_not_there_says_what_to_do(tmp_path: Path) -> None:
+    supervisor = house(overflow=f"sqlite:///{tmp_path}/no/spill.db")
+    with pytest.raises(LedgerUnusable, match=f"mkdir -p {tmp_path}/no"):
+        await supervisor.start()
+
+
+CALLS: list[Callable[[BackpressureSupervisor], Any]] = [
+    lambda s: s.submit(Task("work")),
+    lambda s: s.run(Task("work")),
+    lambda s: s.submit_nowait(Task("work")),
+    lambda s: s.slot("work"),
+]
+CALLED = pytest.mark.parametrize("call", CALLS, ids=["submit", "run", "submit_nowait", "slot"])
+
+
+async def made(call: Callable[[], Any]) -> BaseException:
+    """What a call raises, at once or when it is awaited."""
+
+    async def do() -> None:
+        answer = call()
+        if asyncio.iscoroutine(answer):
+            await answer
+
+    return await error_of(do())
+
+
+@CALLED
+@virtual
+async def test_before_the_start(call: Callable[[BackpressureSupervisor], Any]) -> None:
+    supervisor = house()
+    error = await made(lambda: call(supervisor))
+    assert isinstance(error, NotStarted)
+    assert "async with BackpressureSupervisor" in str(error)
+
+
+@CALLED
+@virtual
+async def test_after_the_end(call: Callable[[BackpressureSupervisor], Any]) -> None:
+    async with house() as supervisor:
+        pass
+    error = await made(lambda: call(supervisor))
+    assert isinstance(error, SupervisorClosed)
+    assert "closed and takes no more work" in str(error)
+
+
+@virtual
+async def test_a_slot_that_is_entered_after_the_end() -> None:
+    async with house() as supervisor:
+        slot = supervisor.slot("work")
+    assert isinstance(await error_of(slot.__aenter__()), SupervisorClosed)
+
+
+@virtual
+async def test_draining_and_tickets_before_the_start() -> None:
+    supervisor = house()
+    assert isinstance(await error_of(supervisor.drain()), NotStarted)
+    with pytest.raises(NotStarted):
+        supervisor.ticket("x")
+
+
+@pytest.mark.parametrize("limit", [-1, math.nan, math.inf, "3"])
+@virtual
+async def test_a_drain_without_a_limit_that_can_be_meant(limit: Any) -> None:
+    async with house() as supervisor:
+        with pytest.raises(InvalidSetting, match="drain was given timeout="):
+            await supervisor.drain(timeout=limit)
+        assert await supervisor.submit(Task("work"))  # nothing has happened
+
+
+async def test_from_another_loop() -> None:
+    async with house() as supervisor:
+        ticket = await supervisor.submit(Task("work", spill=False))
+
+        async def elsewhere() -> list[BaseException]:
+            return [
+                await error_of(supervisor.submit(Task("work"))),
+                await error_of(supervisor.run(Task("work"))),
+                await made(lambda: supervisor.submit_nowait(Task("work"))),
+                await made(lambda: supervisor.slot("work")),
+                await error_of(ticket),
+            ]
+
+        errors = await asyncio.get_running_loop().run_in_executor(None, asyncio.run, elsewhere())
+        ticket.cancel()
+    assert [type(error) for error in errors] == [WrongLoop] * 5
+    assert "portal()" in str(errors[0])
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_two_workers_of_one_name() -> None:
+    supervisor = house()
+    with pytest.raises(DuplicateWorker, match=r"'worker' is already registered.*another name"):
+        supervisor.register_worker("worker", handler=Agent(), task_types=["other"])
+    async with supervisor:
+        with pytest.raises(DuplicateWorker):
+            supervisor.register_worker("worker", handler=Agent(), task_types=["other"])
+        with pytest.raises(UnknownTaskType):  # the second changed nothing
+            supervisor.submit_nowait(Task("other"))
+
+
+async def a_coroutine() -> None: ...
+
+
+async def yields(_: Task) -> Any:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("handler", "advice"),
+    [
+        (None, "pass handler=, or factory="),
+        (7, "an async or plain callable that takes the Task"),
+        ("research", "an async or plain callable that takes the Task"),
+        (Agent, "it is a class: pass an instance"),
+        (yields, "it is a generator"),
+    ],
+    ids=["none", "number", "name", "class", "generator"],
+)
+def test_a_handler_that_cannot_be_called(handler: Any, advice: str) -> None:
+    with pytest.raises(InvalidHandler, match=f"'w' has a handler of type .*{advice}") as caught:
+        BackpressureSupervisor().register_worker("w", handler=handler, task_types=["work"])
+    assert isinstance(caught.value, TypeError)
+
+
+def test_a_handler_that_was_called_by_mistake() -> None:
+    with pytest.raises(InvalidHandler, match="without parentheses"):
+        BackpressureSupervisor().register_worker("w", handler=a_coroutine(), task_types=["work"])
+
+
+def test_a_handler_and_a_factory() -> None:
+    with pytest.raises(InvalidSetting, match="factory"):
+        BackpressureSupervisor().register_worker("w", handler=Agent(), factory=Agent, task_types=["work"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", ""),
+        ("name", 7),
+        ("name", ["w"]),
+        ("task_types", "work"),
+        ("task_types", []),
+        ("task_types", [""]),
+        ("task_types", [7]),
+        ("task_types", [["work"]]),
+        ("task_types", None),
+        ("max_concurrent", 0),
+        ("max_concurrent", 1.5),
+        ("max_concurrent", True),
+        ("cool_off", 0),
+        ("cool_off", -1),
+        ("cool_off", "ten"),
+        ("on_cancel", 5),
+        ("config", {"a": 1}),
+    ],
+)
+def test_a_workers_setting_that_cannot_be_meant_is_named(name: str, value: Any) -> None:
+    settings: dict[str, Any] = {"name": "w", "handler": Agent(), "task_types": ["work"], name: value}
+    supervisor = BackpressureSupervisor()
+    with pytest.raises(InvalidSetting, match=f"{name}=.* must be "):
+        supervisor.register_worker(**settings)
+    assert not supervisor.workers
+
+
+def test_a_supervisor_cannot_be_its_own_handler() -> None:
+    supervisor = BackpressureSupervisor()
+    with pytest.raises(InvalidHandler, match="itself"):
+        supervisor.register_worker("w", handler=supervisor, task_types=["work"])
+
+
+# --- handlers that misbehave -----------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_handler_that_takes_no_task_ends_its_task_failed() -> None:
+    async def forgot() -> None: ...
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("w", handler=forgot, task_types=["work"])
+        result = await supervisor.submit_nowait(Task("work"))
+    assert result.status is TaskStatus.FAILED
+    assert (result.error or "").startswith("TypeError: ")
+
+
+@virtual
+async def test_a_handler_that_returns_late_swallows_its_cancellation_or_raises_harms_no_other_task() -> None:
+    async def misbehaves(task: Task) -> Any:
+        if task.payload == "raises":
+            raise SystemExit
+        while True:
+            try:
+                await asyncio.sleep(3.0 if task.payload == "late" else 30.0)
+            except asyncio.CancelledError:
+                if task.payload == "swallows":
+                    continue
+                raise
+            return task.payload
+
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        supervisor.register_worker("bad", handler=misbehaves, task_types=["bad"], max_concurrent=3)
+        supervisor.register_worker("good", handler=Agent(), task_types=["good"])
+        bad = [
+            supervisor.submit_nowait(Task("bad", payload, timeout=2.0)) for payload in ("raises", "late", "swallows")
+        ]
+        good = flood(supervisor, "good", 50)
+        assert all([(await ticket).success for ticket in good])
+        assert [(await ticket).status for ticket in bad] == [
+            TaskStatus.FAILED,
+            TaskStatus.TIMED_OUT,
+            TaskStatus.TIMED_OUT,
+        ]
+    await turns()
+
+
+def test_every_mistake_is_a_forebay_error() -> None:
+    for kind in (InvalidTask, DeadlinePassed, InvalidTimeout, InvalidThreshold, DuplicateWorker, UnknownTaskType):
+        assert issubclass(kind, ForebayError)

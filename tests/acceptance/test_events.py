@@ -1,0 +1,293 @@
+"""What can be heard and read: events, progress, statistics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, about, error_of, flood, now, results, turns, virtual
+
+from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Ticket, Verdict, WorkerState, progress
+from forebay.events import Event, Finished, Progress, Refilled, Started, Submitted
+
+
+async def reports(task: Task) -> str:
+    for percent in (30, 60):
+        await asyncio.sleep(1.0)
+        progress({"percent": percent})
+    return f"{task.payload} done"
+
+
+async def heard(ticket: Any) -> list[Event]:
+    return [event async for event in ticket.events()]
+
+
+# --- of a ticket -----------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_tickets_events_are_started_progress_and_last_finished() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=reports, task_types=["work"])
+        _, ticket = flood(supervisor, "work", 2)
+        events = await heard(ticket)
+    assert [event.kind for event in events] == ["started", "progress", "progress", "finished"]
+    started, first, second, finished = events
+    assert isinstance(started, Started)
+    assert (started.worker_id, started.attempt, started.at) == ("worker", 1, about(2.0))
+    assert isinstance(first, Progress)
+    assert isinstance(second, Progress)
+    assert [first.value, second.value] == [{"percent": 30}, {"percent": 60}]
+    assert isinstance(finished, Finished)
+    assert finished.result is ticket.result
+
+
+@virtual
+async def test_who_listens_late_is_told_of_the_start_and_of_the_end_again() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=reports, task_types=["work"])
+        (ticket,) = flood(supervisor, "work", 1)
+        await asyncio.sleep(1.5)
+        late = await heard(ticket)
+        assert [(event.kind, event.at) for event in late] == [
+            ("started", about(0.0)),
+            ("progress", about(2.0)),
+            ("finished", about(2.0)),
+        ]
+        assert [event.kind for event in await heard(ticket)] == ["finished"]
+
+
+@virtual
+async def test_several_may_listen_and_one_may_leave() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=reports, task_types=["work"])
+        (ticket,) = flood(supervisor, "work", 1)
+
+        async def leaves() -> str:
+            async for event in ticket.events():
+                return event.kind
+            return "nothing"
+
+        kinds, first = await asyncio.gather(heard(ticket), leaves())
+    assert len(kinds) == 4
+    assert first == "started"
+
+
+@virtual
+async def test_listening_to_a_rejected_ticket_raises_overloaded() -> None:
+    async with BackpressureSupervisor(max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=reports, task_types=["work"])
+        assert isinstance(await error_of(heard(flood(supervisor, "work", 2)[1])), Overloaded)
+
+
+@virtual
+async def test_a_cancelled_tasks_events_end_with_finished_too() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        running, waiting = flood(supervisor, "work", 2)
+        listening = asyncio.gather(heard(running), heard(waiting))
+        await asyncio.sleep(1.0)
+        waiting.cancel()
+        running.cancel()
+        of_running, of_waiting = await listening
+    assert [event.kind for event in of_running] == ["started", "finished"]
+    assert [event.kind for event in of_waiting] == ["finished"]
+
+
+@virtual
+async def test_of_progress_that_nobody_reads_the_newest_thousand_are_kept() -> None:
+    async def talks(_: Task) -> None:
+        await asyncio.sleep(1.0)
+        for number in range(5000):
+            progress(number)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=talks, task_types=["work"])
+        (ticket,) = flood(supervisor, "work", 1)
+        values = [event.value for event in await heard(ticket) if isinstance(event, Progress)]
+    assert values == list(range(4000, 5000))
+
+
+@virtual
+async def test_progress_of_a_nested_task_is_its_own() -> None:
+    async def parent(_: Task) -> Any:
+        progress("parent")
+        return await supervisor.run(Task("child"))
+
+    async def child(_: Task) -> None:
+        progress("child")
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=child, task_types=["child"])
+        (ticket,) = flood(supervisor, "parent", 1)
+        values = [event.value for event in await heard(ticket) if isinstance(event, Progress)]
+    assert values == ["parent"]
+
+
+@virtual
+async def test_progress_in_a_slot_is_heard_by_the_house() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        with_progress = []
+        async with supervisor.events() as events:
+            async with supervisor.slot("work") as slot:
+                progress("half way")
+            events.close()
+            with_progress = [event async for event in events if isinstance(event, Progress)]
+    assert [(event.task_id, event.value) for event in with_progress] == [(slot.task_id, "half way")]
+
+
+# --- of a house ------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_house_tells_of_every_verdict_start_and_end() -> None:
+    seen: list[Event] = []
+    async with BackpressureSupervisor(max_queue_size=4, on_event=seen.append) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        tickets = flood(supervisor, "work", 6)
+    submitted = [event for event in seen if isinstance(event, Submitted)]
+    assert [event.verdict for event in submitted] == [ticket.verdict for ticket in tickets]
+    assert [(event.reason, event.binding) for event in submitted] == [
+        (ticket.reason, ticket.binding) for ticket in tickets
+    ]
+    ids = [ticket.task_id for ticket in tickets if ticket]
+    assert [event.task_id for event in seen if isinstance(event, Started)] == ids
+    assert [event.task_id for event in seen if isinstance(event, Finished)] == ids
+
+
+@virtual
+async def test_the_house_tells_of_what_comes_back_from_the_overflow() -> None:
+    async with BackpressureSupervisor(max_queue_size=1, overflow="memory://") as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        async with supervisor.events() as events:
+            tickets = [await supervisor.submit(Task("work", n)) for n in range(4)]
+            await results(tickets)
+            events.close()
+            back = [event.task_id async for event in events if isinstance(event, Refilled)]
+    assert back == [ticket.task_id for ticket in tickets if ticket.verdict is Verdict.SPILLED]
+
+
+@virtual
+async def test_the_houses_events_end_when_it_closes() -> None:
+    supervisor = BackpressureSupervisor()
+    await supervisor.start()
+    supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+    events = supervisor.events()
+    flood(supervisor, "work", 1)
+    await supervisor.drain()
+    await supervisor.close()
+    assert [event.kind async for event in events] == ["started", "submitted", "finished"]
+
+
+@virtual
+async def test_a_slow_reader_loses_the_oldest_events_and_is_told_how_many() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        async with supervisor.events(bound=5) as events:
+            await results(flood(supervisor, "work", 10))
+            events.close()
+            kept = [event async for event in events]
+    assert len(kept) == 5
+    assert events.dropped == 25
+    assert kept[-1].kind == "finished"
+
+
+@virtual
+async def test_a_sink_that_fails_is_logged_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Event] = []
+
+    def fails(_: Event) -> None:
+        raise ValueError
+
+    async with BackpressureSupervisor(on_event=[fails, seen.append]) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        assert await supervisor.run(Task("work", 7)) == 7
+    assert [event.kind for event in seen] == ["started", "submitted", "finished"]
+    assert "event sink" in caplog.text
+
+
+@virtual
+async def test_a_sink_may_submit_and_cancel() -> None:
+    tickets: list[Ticket] = []
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Finished) and len(tickets) < 5:
+            tickets.append(supervisor.submit_nowait(Task("work")))
+        if isinstance(event, Submitted) and len(tickets) == 3:
+            tickets[-1].cancel()
+
+    supervisor = BackpressureSupervisor(on_event=sink)
+    async with supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+        flood(supervisor, "work", 1)
+        await asyncio.sleep(60.0)
+        assert worker.current_tasks == 0
+    assert len(tickets) == 5
+    assert all(ticket.done() for ticket in tickets)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_statistics_count_verdicts_and_endings() -> None:
+    async with BackpressureSupervisor(max_queue_size=10) as supervisor:
+        supervisor.register_worker("good", handler=Agent(), task_types=["good"])
+        supervisor.register_worker("bad", handler=Agent(error=ValueError()), task_types=["bad"])
+        tickets = [*flood(supervisor, "good", 20), *flood(supervisor, "bad", 2)]
+        tickets += flood(supervisor, "bad", 1, timeout=0.5)
+        tickets[3].cancel()
+        await results(ticket for ticket in tickets if ticket)
+        counted = supervisor.statistics()
+    assert counted.submitted == 23
+    assert counted.admitted + counted.rejected == 23
+    assert counted.rejected == sum(not ticket for ticket in tickets)
+    assert (counted.succeeded, counted.failed, counted.timed_out, counted.cancelled) == (8, 2, 1, 1)
+    assert counted.started == 8 + 3
+
+
+@virtual
+async def test_statistics_say_what_is_now_and_do_not_change() -> None:
+    async with BackpressureSupervisor(max_queue_size=6) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
+        flood(supervisor, "work", 5)
+        before = supervisor.statistics()
+        await turns()
+        assert (before.running, before.waiting, before.outside) == (2, 3, 0)
+        assert (before.load, before.binding, before.utilization) == (5 / 8, "pool:work", 1.0)
+        (worker,) = before.workers
+        assert (worker.name, worker.state, worker.load_factor) == ("worker", WorkerState.OVERLOADED, 1.0)
+        await asyncio.sleep(10.0)
+        after = supervisor.statistics()
+    assert (before.running, after.running, after.waiting, after.binding) == (2, 0, 0, None)
+    with pytest.raises(AttributeError):
+        before.running = 7  # type: ignore[misc]
+
+
+@virtual
+async def test_the_memory_of_ended_tasks_is_bounded() -> None:
+    async with BackpressureSupervisor(keep_results=3) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(0.1), task_types=["work"])
+        tickets = flood(supervisor, "work", 10)
+        await results(tickets)
+        found = []
+        for ticket in tickets:
+            try:
+                found.append(supervisor.ticket(ticket.task_id))
+            except LookupError:
+                continue
+    assert found == tickets[-3:]
+
+
+@virtual
+async def test_a_result_says_how_long_the_last_attempt_ran_and_not_how_long_it_waited() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(2.0), task_types=["work"])
+        _, waited = flood(supervisor, "work", 2)
+        result = await waited
+        assert now() == about(4.0)
+    assert result.duration_ms == about(2000.0)
+    assert result.status is TaskStatus.SUCCEEDED

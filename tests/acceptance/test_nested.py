@@ -1,0 +1,530 @@
+"""Handlers that submit work themselves, and supervisors that are handlers of others."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, about, error_of, fill, flood, now, results, turns, virtual
+
+from forebay import (
+    BackpressureSupervisor,
+    Deadline,
+    Overloaded,
+    Priority,
+    Task,
+    TaskCancelled,
+    TaskStatus,
+    Verdict,
+    WorkerState,
+)
+from forebay.errors import NotStarted
+
+
+class Tree:
+    """A handler that runs a tree of itself: a payload of n has n children of n - 1; its value counts them all."""
+
+    def __init__(self, supervisor: BackpressureSupervisor, *, at_once: bool) -> None:
+        self.supervisor = supervisor
+        self.at_once = at_once
+
+    async def __call__(self, task: Task) -> int:
+        await asyncio.sleep(1.0)
+        children = [Task("tree", task.payload - 1) for _ in range(task.payload)]
+        if self.at_once:
+            counts: list[int] = await asyncio.gather(*map(self.supervisor.run, children))
+        else:
+            counts = [await self.supervisor.run(child) for child in children]
+        return 1 + sum(counts)
+
+
+# --- a full house ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("at_once", [False, True])
+@virtual
+async def test_recursion_goes_through_any_number_of_slots(slots: int, *, at_once: bool) -> None:
+    async with BackpressureSupervisor(max_queue_size=500) as supervisor:
+        worker = supervisor.register_worker(
+            "worker", handler=Tree(supervisor, at_once=at_once), task_types=["tree"], max_concurrent=slots
+        )
+        assert await supervisor.run(Task("tree", 4)) == 1 + 4 + 4 * 3 + 4 * 3 * 2 + 4 * 3 * 2
+        await turns()
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_a_full_house_of_parents_cannot_deadlock() -> None:
+    async def parent(_: Task) -> Any:
+        await asyncio.sleep(1.0)
+        return await supervisor.run(Task("child"))
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("w1", handler=parent, task_types=["parent"], max_concurrent=4)
+        supervisor.register_worker("w2", handler=Agent(), task_types=["child"])
+        assert all(result.success for result in await results(flood(supervisor, "parent", 20)))
+
+
+@virtual
+async def test_parents_and_children_that_share_one_slot_come_through() -> None:
+    async def handler(task: Task) -> Any:
+        return await supervisor.run(Task("work", "child")) if task.payload != "child" else "done"
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert [result.result for result in await results(flood(supervisor, "work", 30))] == ["done"] * 30
+
+
+@virtual
+async def test_a_lent_slot_comes_back_before_its_run_goes_on() -> None:
+    running = peak = 0
+
+    async def parent(_: Task) -> None:
+        nonlocal running, peak
+        for _round in range(3):
+            running += 1
+            peak = max(peak, running)
+            await asyncio.sleep(1.0)
+            running -= 1
+            await supervisor.run(Task("child"))
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("parents", handler=parent, task_types=["parent"], max_concurrent=2)
+        supervisor.register_worker("children", handler=Agent(0.5), task_types=["child"], max_concurrent=9)
+        await results(flood(supervisor, "parent", 10))
+        assert worker.current_tasks == 0
+    assert peak == 2
+
+
+@virtual
+async def test_a_run_gets_its_slot_back_before_those_in_the_line() -> None:
+    order: list[str] = []
+
+    async def handler(task: Task) -> None:
+        order.append(f"{task.payload} begins")
+        if task.payload == 0:
+            await supervisor.run(Task("child"))
+            order.append("0 goes on")
+        await asyncio.sleep(1.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=handler, task_types=["parent"])
+        supervisor.register_worker("children", handler=Agent(0.5), task_types=["child"])
+        await results(flood(supervisor, "parent", 3))
+    assert order == ["0 begins", "1 begins", "0 goes on", "2 begins"]
+
+
+@virtual
+async def test_waiting_for_several_at_once_lends_one_slot_and_takes_back_one() -> None:
+    async def parent(_: Task) -> list[Any]:
+        tickets = [await supervisor.submit(Task("work", n)) for n in range(5)]
+        ended = await asyncio.gather(*(tickets[n]._wait() for n in range(5)))
+        return [result.result for result in ended]
+
+    async def handler(task: Task) -> Any:
+        if task.payload == "parent":
+            return await parent(task)
+        await asyncio.sleep(1.0 + task.payload)
+        return task.payload
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert await supervisor.run(Task("work", "parent")) == [0, 1, 2, 3, 4]
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_waits_that_begin_while_the_slot_is_on_its_way_back_do_not_count_it_twice() -> None:
+    async def handler(task: Task) -> Any:
+        if task.payload != "parent":
+            await asyncio.sleep(task.payload)
+            return None
+
+        async def later() -> None:
+            await asyncio.sleep(1.5)
+            await supervisor.run(Task("short", 0.1))
+            await supervisor.run(Task("short", 1.0))
+
+        return await asyncio.gather(supervisor.run(Task("short", 1.0)), later())
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        supervisor.register_worker("helper", handler=handler, task_types=["short"], max_concurrent=9)
+        parent = supervisor.submit_nowait(Task("work", "parent"))
+        supervisor.submit_nowait(Task("work", 3.0))  # takes the lent slot, so that it comes back late
+        await parent
+        assert worker.current_tasks <= 1
+        await asyncio.sleep(10.0)
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_a_nested_task_goes_before_newer_work_of_its_priority() -> None:
+    agent = Agent()
+
+    async def parent(_: Task) -> Any:
+        await asyncio.sleep(0.5)
+        return await supervisor.run(Task("child", "nested"))
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=agent, task_types=["child"])
+        supervisor.submit_nowait(Task("parent"))
+        flood(supervisor, "child", 4)
+        supervisor.submit_nowait(Task("child", "important", priority=Priority.HIGH))
+    assert agent.began == [0, "important", "nested", 1, 2, 3]
+
+
+@virtual
+async def test_nested_work_that_a_full_line_refuses_deadlocks_nothing() -> None:
+    async def parent(_: Task) -> str:
+        try:
+            await supervisor.run(Task("work", "child"))
+        except Overloaded:
+            return "refused"
+        return "let in"
+
+    async def handler(task: Task) -> Any:
+        await asyncio.sleep(1.0)
+        return await parent(task) if task.payload == "parent" else "other"
+
+    async with BackpressureSupervisor(max_queue_size=4) as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        ticket = supervisor.submit_nowait(Task("work", "parent"))
+        await fill(supervisor, "work")
+        assert (await ticket).result == "refused"
+        assert supervisor.statistics().failed == 0
+
+
+@virtual
+async def test_slot_inside_of_a_handler_lends_the_handlers_slot() -> None:
+    async def handler(_: Task) -> str:
+        async with supervisor.slot("work"):
+            await asyncio.sleep(1.0)
+        return "done"
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert [result.result for result in await results(flood(supervisor, "work", 4))] == ["done"] * 4
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_nesting_goes_through_a_slot_too() -> None:
+    async def handler(task: Task) -> str:
+        if task.payload == "child":
+            return "child"
+        async with supervisor.slot("work"):
+            return str(await supervisor.run(Task("work", "child")))
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert await supervisor.run(Task("work")) == "child"
+        await turns()
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_a_parent_that_gives_up_waiting_does_so_in_time_though_its_child_has_its_slot() -> None:
+    children = Agent(200.0)
+
+    async def handler(task: Task) -> Any:
+        if task.payload == "child":
+            return await children(task)
+        began = now()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await supervisor.run(Task("work", "child"))
+        return now() - began
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert await supervisor.run(Task("work")) == about(1.0)
+    assert children.running == 0
+
+
+@virtual
+async def test_cancelling_a_parent_cancels_the_child_that_it_runs() -> None:
+    child = Agent(10.0)
+
+    async def parent(_: Task) -> Any:
+        return await supervisor.run(Task("child"))
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=child, task_types=["child"])
+        (ticket,) = flood(supervisor, "parent", 1)
+        await asyncio.sleep(1.0)
+        assert child.running == 1
+        ticket.cancel()
+        await turns()
+        assert child.running == 0
+        assert supervisor.statistics().running == 0
+
+
+@virtual
+async def test_a_parent_that_swallows_its_cancellation_and_waits_again_takes_no_slot_from_others() -> None:
+    async def parent(task: Task) -> None:
+        if task.payload == 1:
+            await asyncio.sleep(2.0)
+            return
+        try:
+            await supervisor.run(Task("child"))
+        except asyncio.CancelledError:
+            await supervisor.run(Task("child"))
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=Agent(5.0), task_types=["child"], max_concurrent=4)
+        flood(supervisor, "parent", 2, timeout=3.0)
+        while supervisor.statistics().running:
+            assert 0 <= worker.current_tasks <= 1
+            await asyncio.sleep(0.25)
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_what_a_handler_leaves_running_in_the_background_lends_no_slot_that_it_does_not_have() -> None:
+    background: list[asyncio.Task[Any]] = []
+
+    async def handler(task: Task) -> None:
+        async def afterwards() -> None:
+            await asyncio.sleep(1.0)
+            await supervisor.run(Task("work", "child"))
+
+        if task.payload == "parent":
+            background.append(asyncio.get_running_loop().create_task(afterwards()))
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        await supervisor.run(Task("work", "parent"))
+        await background[0]
+        assert worker.current_tasks == 0
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parents", "own", "effective"), [(5.0, 50.0, 5.0), (50.0, 5.0, 5.0), (5.0, None, 5.0), (None, 5.0, 5.0)]
+)
+@virtual
+async def test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own(
+    parents: float | None, own: float | None, effective: float
+) -> None:
+    seen: list[float] = []
+
+    async def parent(_: Task) -> None:
+        ticket = await supervisor.submit(Task("child", deadline=None if own is None else Deadline.within(own)))
+        assert ticket.deadline is not None
+        seen.append(ticket.deadline.remaining())
+        result = await ticket
+        seen.append(now())
+        assert result.status is TaskStatus.EXPIRED
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=Agent(100.0), task_types=["child"])
+        await supervisor.submit_nowait(
+            Task("parent", deadline=None if parents is None else Deadline.within(parents), timeout=60.0)
+        )
+        await turns()
+    assert seen[0] == about(effective)
+
+
+@virtual
+async def test_a_grandchild_inherits_too() -> None:
+    deadlines: list[float] = []
+
+    async def handler(task: Task) -> None:
+        if task.payload:
+            ticket = await supervisor.submit(Task("work", task.payload - 1))
+            assert ticket.deadline is not None
+            deadlines.append(ticket.deadline.remaining())
+            await ticket
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        await supervisor.submit_nowait(Task("work", 3, deadline=Deadline.within(7.0)))
+    assert deadlines == [about(7.0)] * 3
+
+
+# --- supervisors of supervisors --------------------------------------------------------------------------------------
+
+
+def nest(inner: BackpressureSupervisor, outer: BackpressureSupervisor, **options: Any) -> None:
+    outer.register_worker("inner", handler=inner, task_types=["work"], **options)
+
+
+@virtual
+async def test_a_supervisor_is_a_handler_like_any_other() -> None:
+    agent = Agent()
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer, max_concurrent=4)
+        assert [result.result for result in await results(flood(outer, "work", 8))] == list(range(8))
+    assert agent.peak == 2
+
+
+@virtual
+async def test_a_parent_starts_and_stops_the_supervisor_that_it_holds() -> None:
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=Agent(), task_types=["work"])
+    outer = BackpressureSupervisor()
+    nest(inner, outer)
+    with pytest.raises(NotStarted):
+        inner.submit_nowait(Task("work"))
+    async with outer:
+        assert await inner.run(Task("work", 1)) == 1
+    assert isinstance(await error_of(inner.submit(Task("work"))), RuntimeError)
+
+
+@virtual
+async def test_a_supervisor_registered_after_the_start_is_started_too() -> None:
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=Agent(), task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        assert await outer.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_a_parent_may_hold_a_supervisor_that_is_running_already() -> None:
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=Agent(), task_types=["work"])
+    async with inner, BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        assert await outer.run(Task("work", 1)) == 1
+
+
+@virtual
+async def test_pressure_climbs_the_tree() -> None:
+    inner = BackpressureSupervisor(max_queue_size=4)
+    inner.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer, max_concurrent=50)
+        for count in range(1, 5):
+            assert outer.submit_nowait(Task("work"))
+            await turns()
+            assert outer.system_load() == pytest.approx(count / 5)
+        ticket = outer.submit_nowait(Task("work"))
+        assert ticket.verdict is Verdict.REJECTED
+        assert ticket.binding == "worker:inner"
+        assert ticket.load == pytest.approx(4 / 5)
+
+
+@virtual
+async def test_pressure_climbs_more_than_one_floor() -> None:
+    cellar = BackpressureSupervisor(max_queue_size=4)
+    cellar.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+    ground = BackpressureSupervisor()
+    ground.register_worker("cellar", handler=cellar, task_types=["work"], max_concurrent=50)
+    async with BackpressureSupervisor() as roof:
+        roof.register_worker("ground", handler=ground, task_types=["work"], max_concurrent=50)
+        for _ in range(4):
+            assert roof.submit_nowait(Task("work"))
+            await turns()
+        assert roof.system_load() == pytest.approx(4 / 5)
+        assert not roof.submit_nowait(Task("work"))
+
+
+@virtual
+async def test_work_that_a_free_worker_can_do_is_not_refused_because_a_nested_supervisor_is_full() -> None:
+    inner = BackpressureSupervisor(max_queue_size=0)
+    inner.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        outer.register_worker("own", handler=Agent(10.0), task_types=["work"], max_concurrent=5)
+        await turns()
+        inner.submit_nowait(Task("work"))
+        assert outer.submit_nowait(Task("work"))
+
+
+@virtual
+async def test_a_refusal_by_the_inner_supervisor_reaches_the_caller_and_does_not_count_against_the_worker() -> None:
+    inner = BackpressureSupervisor(max_queue_size=0)
+    inner.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer, max_concurrent=20)
+        _first, *others = flood(outer, "work", 9)  # in one turn, before any has reached the inner gate
+        for ticket in others:
+            assert isinstance(await error_of(ticket.value()), Overloaded)
+        assert outer.workers["inner"].state is not WorkerState.FAILED
+
+
+@virtual
+async def test_cancelling_at_the_top_stops_the_handler_at_the_bottom() -> None:
+    agent = Agent(10.0)
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        ticket = outer.submit_nowait(Task("work"))
+        await asyncio.sleep(1.0)
+        ticket.cancel()
+        await turns()
+        assert agent.running == 0
+        assert inner.statistics().running == 0
+
+
+@virtual
+async def test_a_deadline_goes_down_the_tree() -> None:
+    agent = Agent(10.0)
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        result = await outer.submit_nowait(Task("work", deadline=Deadline.within(2.0)))
+        assert result.status is TaskStatus.EXPIRED
+        await turns()
+        assert agent.running == 0
+
+
+@virtual
+async def test_work_that_goes_down_and_comes_up_again_cannot_deadlock() -> None:
+    async def bounce(task: Task) -> Any:
+        return await outer.run(Task("work", task.payload - 1)) if task.payload else "bottom"
+
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=bounce, task_types=["work"])
+    async with BackpressureSupervisor() as outer:
+        nest(inner, outer)
+        assert await outer.run(Task("work", 5)) == "bottom"
+        await turns()
+        assert outer.statistics().running == inner.statistics().running == 0
+
+
+@virtual
+async def test_leaving_the_outer_house_by_an_error_ends_what_runs_in_the_inner_one() -> None:
+    agent = Agent(10.0)
+    inner = BackpressureSupervisor()
+    inner.register_worker("worker", handler=agent, task_types=["work"])
+    outer = BackpressureSupervisor()
+    nest(inner, outer)
+    tickets = []
+
+    async def use() -> None:
+        async with outer:
+            tickets.extend(flood(outer, "work", 1))
+            await asyncio.sleep(1.0)
+            raise ZeroDivisionError
+
+    assert isinstance(await error_of(use()), ZeroDivisionError)
+    assert isinstance(await error_of(tickets[0].value()), TaskCancelled)
+    assert agent.running == 0
+
+
+@virtual
+async def test_a_house_that_cannot_start_leaves_nothing_running() -> None:
+    first = BackpressureSupervisor()
+    first.register_worker("worker", handler=Agent(), task_types=["work"])
+    second = BackpressureSupervisor(overflow="sqlite:////nowhere/at/all.db")
+    second.register_worker("worker", handler=Agent(), task_types=["work"])
+    outer = BackpressureSupervisor()
+    outer.register_worker("first", handler=first, task_types=["work"])
+    outer.register_worker("second", handler=second, task_types=["work"])
+    await error_of(outer.start())
+    assert isinstance(await error_of(first.submit(Task("work"))), RuntimeError)  # it is closed again

@@ -1,0 +1,426 @@
+"""Registering workers, their four states, and the breaker behind FAILED."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, Stubborn, about, flood, now, rejected, results, turns, virtual
+
+from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, WorkerAgent, WorkerState
+from forebay.events import WorkerFailed, WorkerRecovered
+
+
+async def fail(supervisor: BackpressureSupervisor, agent: Agent, times: int) -> None:
+    """Let `agent` fail so many times, one after the other."""
+    agent.error = ValueError("broken")
+    for _ in range(times):
+        await supervisor.submit_nowait(Task("work"))
+    agent.error = None
+
+
+# --- registering -----------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_worker_may_be_registered_before_the_start_and_after_it() -> None:
+    supervisor = BackpressureSupervisor()
+    before = supervisor.register_worker("before", handler=Agent(), task_types=["early"])
+    async with supervisor:
+        after = supervisor.register_worker("after", handler=Agent(), task_types=["late"])
+        assert await supervisor.run(Task("early", 1)) == 1
+        assert await supervisor.run(Task("late", 2)) == 2
+        assert dict(supervisor.workers) == {"before": before, "after": after}
+
+
+@virtual
+async def test_a_worker_registered_later_takes_from_the_line_at_once() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("first", handler=Agent(10.0), task_types=["work"])
+        _, waiting = flood(supervisor, "work", 2)
+        supervisor.register_worker("second", handler=Agent(1.0), task_types=["work"])
+        assert (await waiting).worker_id == "second"
+        assert now() == about(1.0)
+
+
+@virtual
+async def test_the_decorator_registers_and_gives_the_callable_back() -> None:
+    supervisor = BackpressureSupervisor()
+
+    @supervisor.worker("research", "summarize", max_concurrent=2, timeout=5.0)
+    async def researcher(task: Task) -> str:
+        return f"about {task.payload}"
+
+    @supervisor.worker("write", name="scribe")
+    def write(task: Task) -> str:
+        return f"on {task.payload}"
+
+    async with supervisor:
+        assert await supervisor.run(Task("summarize", "rivers")) == "about rivers"
+        assert await supervisor.run(Task("write", "lakes")) == "on lakes"
+    assert await researcher(Task("research", "x")) == "about x"
+    assert write(Task("write", "y")) == "on y"
+    assert list(supervisor.workers) == ["researcher", "scribe"]
+    assert supervisor.workers["researcher"].max_concurrent == 2
+    assert supervisor.workers["researcher"].task_types == ("research", "summarize")
+
+
+class Robot:
+    async def __call__(self, task: Task) -> Any:
+        return task.payload
+
+    async def act(self, task: Task) -> Any:
+        return task.payload
+
+    def act_slowly(self, task: Task) -> Any:
+        return task.payload
+
+
+async def with_extra(extra: int, task: Task) -> Any:
+    return task.payload + extra - extra
+
+
+def returns_an_awaitable(task: Task) -> Any:
+    async def later() -> Any:
+        return task.payload
+
+    return later()
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        Robot(),
+        Robot().act,
+        Robot().act_slowly,
+        functools.partial(with_extra, 3),
+        lambda task: task.payload,
+        returns_an_awaitable,
+    ],
+    ids=["object", "async method", "method", "partial", "lambda", "returns an awaitable"],
+)
+@virtual
+async def test_whatever_can_be_called_with_the_task_is_a_handler(handler: Any) -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert await supervisor.run(Task("work", 7)) == 7
+
+
+@virtual
+async def test_a_factory_makes_a_fresh_agent_for_each_task() -> None:
+    class Stateful:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        async def __call__(self, task: Task) -> list[Any]:
+            self.seen.append(task.payload)
+            return self.seen
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", factory=Stateful, task_types=["work"])
+        assert [await supervisor.run(Task("work", n)) for n in range(3)] == [[0], [1], [2]]
+
+
+@virtual
+async def test_a_factory_that_fails_for_one_task_ends_that_task_and_gives_its_slot_back() -> None:
+    made = 0
+
+    def make() -> Agent:
+        nonlocal made
+        made += 1
+        if made == 3:  # the first is made to look at
+            raise ValueError
+        return Agent()
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", factory=make, task_types=["work"])
+        endings = [result.status for result in await results(flood(supervisor, "work", 3))]
+        assert worker.current_tasks == 0
+    assert endings == [TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.SUCCEEDED]
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_worker_is_idle_busy_or_overloaded_by_its_slots() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
+        seen = []
+        for _ in range(3):
+            seen.append((worker.state, worker.load_factor, worker.current_tasks, worker.can_accept()))
+            flood(supervisor, "work", 1)
+        assert seen == [
+            (WorkerState.IDLE, 0.0, 0, True),
+            (WorkerState.BUSY, 0.5, 1, True),
+            (WorkerState.OVERLOADED, 1.0, 2, False),
+        ]
+        await asyncio.sleep(5.0)
+        assert worker.state is WorkerState.IDLE
+
+
+@virtual
+async def test_the_average_duration_is_in_milliseconds() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(1.5), task_types=["work"])
+        assert worker.avg_duration_ms == 0.0
+        await supervisor.run(Task("work"))
+        assert worker.avg_duration_ms == about(1500.0)
+
+
+# --- FAILED ----------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_five_failures_in_a_row_make_a_worker_failed_and_four_do_not() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        for _ in range(2):
+            await fail(supervisor, agent, 4)
+            assert worker.can_accept()
+            await supervisor.run(Task("work"))
+        await fail(supervisor, agent, 5)
+        assert worker.state is WorkerState.FAILED
+        assert not worker.can_accept()
+
+
+@virtual
+async def test_timeouts_count_as_failures_and_cancellations_do_not() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        slow = supervisor.register_worker("slow", handler=Agent(9.0), task_types=["slow"])
+        wanted = supervisor.register_worker("unwanted", handler=Agent(9.0), task_types=["unwanted"])
+        for _ in range(6):
+            ticket = supervisor.submit_nowait(Task("unwanted"))
+            await asyncio.sleep(0.1)
+            ticket.cancel()
+            await turns()
+        for _ in range(5):
+            await supervisor.submit_nowait(Task("slow", timeout=0.1))
+            await turns()
+        assert wanted.state is WorkerState.IDLE
+        assert slow.state is WorkerState.FAILED
+
+
+@virtual
+async def test_an_overload_that_a_handler_meets_does_not_count_against_its_worker() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        agent = Agent(0.1, error=Overloaded("the well is dry"))
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        await results(flood(supervisor, "work", 20))
+        assert worker.state is WorkerState.IDLE
+
+
+@virtual
+async def test_a_failed_worker_gets_no_work_and_the_others_do() -> None:
+    bad, good = Agent(0.1), Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        failed = supervisor.register_worker("bad", handler=bad, task_types=["work"], cool_off=None)
+        await fail(supervisor, bad, 5)
+        supervisor.register_worker("good", handler=good, task_types=["work"])
+        await results(flood(supervisor, "work", 20))
+        assert failed.state is WorkerState.FAILED
+    assert len(bad.began) == 5
+    assert len(good.began) == 20
+
+
+@virtual
+async def test_a_failed_worker_takes_its_slots_away_from_the_pool() -> None:
+    bad = Agent(0.1)
+    async with BackpressureSupervisor(max_queue_size=10) as supervisor:
+        supervisor.register_worker("bad", handler=bad, task_types=["work"], max_concurrent=10, cool_off=None)
+        await fail(supervisor, bad, 5)
+        supervisor.register_worker("good", handler=Agent(10.0), task_types=["work"], max_concurrent=2)
+        flood(supervisor, "work", 3)
+        assert supervisor.system_load() == 3 / 12
+        assert supervisor.utilization() == 1.0
+
+
+@virtual
+async def test_a_pool_without_slots_reads_full_and_says_why_it_refuses() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+        await fail(supervisor, agent, 5)
+        assert supervisor.system_load() == 1.0
+        assert supervisor.utilization() == 0.0
+        ticket = supervisor.submit_nowait(Task("work"))
+        assert ticket.verdict is Verdict.REJECTED
+        assert ticket.reason == "every worker for 'work' is FAILED"
+        assert ticket.retry_after is None  # only a person can help
+
+
+@virtual
+async def test_refused_for_a_failed_pool_one_is_told_when_it_is_tried_again() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0)
+        await fail(supervisor, agent, 5)
+        ticket = supervisor.submit_nowait(Task("work"))
+        assert ticket.retry_after is not None
+        await asyncio.sleep(ticket.retry_after + 0.01)
+        assert supervisor.submit_nowait(Task("work"))
+
+
+@virtual
+async def test_after_its_cool_off_a_worker_is_tried_with_one_task_at_a_time_and_recovers() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker(
+            "worker", handler=agent, task_types=["work"], max_concurrent=5, cool_off=10.0
+        )
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(10.01)
+        agent.seconds, agent.peak = 1.0, 0
+        tickets = flood(supervisor, "work", 7)
+        await turns()
+        assert agent.running == 1
+        await asyncio.sleep(2.01)
+        assert agent.running == 5
+        assert all(result.success for result in await results(tickets))
+        assert worker.state is WorkerState.IDLE
+
+
+@virtual
+async def test_a_probe_that_fails_keeps_the_worker_failed_for_longer() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0)
+        await fail(supervisor, agent, 5)
+        sleeps = []
+        for _ in range(3):
+            sleep = supervisor.submit_nowait(Task("work")).retry_after
+            assert sleep is not None
+            sleeps.append(sleep)
+            await asyncio.sleep(sleep + 0.01)
+            await fail(supervisor, agent, 1)
+            assert worker.state is WorkerState.FAILED
+    assert sleeps[0] <= 10.0
+    assert sleeps[2] > sleeps[0]
+
+
+@virtual
+async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0, max_concurrent=3)
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(10.01)
+        for _ in range(5):
+            probe, follower = flood(supervisor, "work", 2)
+            probe.cancel()
+            assert (await follower).success
+
+
+@virtual
+async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(86_000.0)
+        assert worker.state is WorkerState.FAILED
+        worker.revive()
+        assert worker.state.value == "idle"
+        assert await supervisor.run(Task("work", 7)) == 7
+
+
+@virtual
+async def test_a_revived_worker_takes_what_waits() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor(backpressure_threshold=1) as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+        agent.error = ValueError()
+        tickets = flood(supervisor, "work", 8)
+        await results(tickets[:5])
+        assert worker.state is WorkerState.FAILED
+        assert [ticket.status for ticket in tickets[5:]] == [TaskStatus.WAITING] * 3
+        agent.error = None
+        worker.revive()
+        assert all(result.success for result in await results(tickets[5:]))
+
+
+@virtual
+async def test_reviving_a_worker_that_is_well_changes_nothing() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
+        tickets = flood(supervisor, "work", 5)
+        worker.revive()
+        assert worker.current_tasks == 2
+        assert all(result.success for result in await results(tickets))
+    BackpressureSupervisor().register_worker("w", handler=Agent(), task_types=["work"]).revive()
+
+
+@virtual
+async def test_what_still_runs_on_a_failed_worker_finishes_and_counts() -> None:
+    agent, long = Agent(0.1), Agent(60.0)
+    async with BackpressureSupervisor() as supervisor:
+
+        async def handler(task: Task) -> Any:
+            return await (long if task.payload == "long" else agent)(task)
+
+        worker = supervisor.register_worker(
+            "worker", handler=handler, task_types=["work"], max_concurrent=2, cool_off=None
+        )
+        ticket = supervisor.submit_nowait(Task("work", "long"))
+        await fail(supervisor, agent, 5)
+        assert worker.state is WorkerState.FAILED
+        assert (await ticket).success
+        assert worker.current_tasks == 0
+        worker.revive()
+        assert supervisor.utilization() == 0.0
+        assert supervisor.system_load() == 0.0
+
+
+@virtual
+async def test_a_worker_that_fails_and_recovers_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "forebay")
+    events: list[Any] = []
+    agent = Agent(0.1)
+    async with BackpressureSupervisor(on_event=events.append) as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0)
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(10.01)
+        await supervisor.run(Task("work"))
+        await supervisor.run(Task("work"))
+    (failed,) = (event for event in events if isinstance(event, WorkerFailed))
+    assert failed.worker_id == "worker"
+    assert failed.retry_in is not None
+    assert failed.retry_in <= 10.0
+    assert [event.worker_id for event in events if isinstance(event, WorkerRecovered)][:1] == ["worker"]
+    assert "worker 'worker' is FAILED for" in caplog.text
+    assert "worker 'worker' takes work again" in caplog.text
+
+
+@virtual
+async def test_one_failing_worker_does_not_refuse_work_that_another_can_do() -> None:
+    agent = Agent(0.01)
+    async with BackpressureSupervisor(max_queue_size=5) as supervisor:
+        supervisor.register_worker("bad", handler=agent, task_types=["work"], cool_off=None)
+        supervisor.register_worker("good", handler=Agent(0.01), task_types=["work"])
+        agent.error = ValueError()
+        refused = 0
+        for _ in range(200):
+            refused += len(rejected(flood(supervisor, "work", 1)))
+            await asyncio.sleep(0.05)
+    assert refused == 0
+
+
+@virtual
+async def test_a_zombie_of_a_failed_worker_that_ends_after_its_revival_is_counted_once() -> None:
+    async with BackpressureSupervisor(zombie_grace=0.5) as supervisor:
+        worker: WorkerAgent = supervisor.register_worker(
+            "worker", handler=Stubborn(20.0), task_types=["work"], cool_off=None
+        )
+        await supervisor.submit_nowait(Task("work", timeout=1.0))
+        await asyncio.sleep(1.0)
+        assert worker.state is WorkerState.FAILED
+        worker.revive()
+        assert worker.state.value == "overloaded"
+        assert supervisor.system_load() == 1 / 101
+        await asyncio.sleep(20.0)
+        assert worker.state.value == "idle"
+        assert supervisor.system_load() == 0.0

@@ -1,0 +1,214 @@
+"""What the pages say is so: their programs run and print what is quoted, their tables are those of the code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import re
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from forebay import BackpressureSupervisor, Task, errors, events, supervisor
+
+HOUSE = Path(__file__).parents[2]
+README = HOUSE / "README.md"
+GUIDE = HOUSE / "docs" / "guide.md"
+DESIGN = HOUSE / "docs" / "design.md"
+PAGES = (README, GUIDE, DESIGN)
+
+BLOCK = re.compile(r"^```python( fragment)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+
+# What the README's program imports.
+MY_AGENTS = """
+from typing import TypedDict
+from langgraph.graph import StateGraph
+
+class State(TypedDict, total=False):
+    topic: str
+    notes: str
+
+async def research(state: State) -> State:
+    return {"notes": f"what is known of {state['topic']}"}
+
+graph = StateGraph(State).add_node("research", research).set_entry_point("research").compile()
+"""
+
+
+class Block(NamedTuple):
+    """A block of Python on a page, and what the page says that it prints."""
+
+    page: str
+    line: int
+    code: str
+    printed: str | None
+    fragment: bool
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(
+            page=page.name,
+            line=text.count("\n", 0, match.start(2)) + 1,
+            code=match[2],
+            printed=match[3],
+            fragment=match[1] is not None,
+        )
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, or below a line that begins so; without its own two first rows."""
+    lines = page.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(heading))
+    table: list[str] = []
+    for line in lines[start:]:
+        if line.startswith("|"):
+            table.append(line)
+        elif table:
+            break
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[2:]]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def check_settings(table: list[list[str]], expected: dict[str, Any]) -> None:
+    """Each setting stands in the table once, in its place and with its default."""
+    assert [names(row[0])[0] for row in table] == list(expected)
+    for row, default in zip(table, expected.values(), strict=True):
+        told = names(row[1])
+        if default is inspect.Parameter.empty:
+            assert told == [], row
+        else:
+            assert told, row
+            assert ast.literal_eval(told[0]) == default, row
+
+
+PROGRAMS = [block for page in (README, GUIDE) for block in blocks(page) if not block.fragment]
+FRAGMENTS = [block for page in PAGES for block in blocks(page) if block.fragment]
+
+
+@pytest.mark.blocks  # a program may do what it likes in its own loop, such as ask for the working directory
+@pytest.mark.parametrize("block", PROGRAMS, ids=str)
+def test_a_program_runs_as_it_stands_and_prints_what_is_quoted(
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "my_agents.py").write_text(MY_AGENTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = compile("\n" * (block.line - 1) + block.code, block.page, "exec", dont_inherit=True)
+    exec(code, {"__name__": "__main__"})  # noqa: S102 - the page is ours
+    assert capsys.readouterr().out == (block.printed or "")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("block", FRAGMENTS, ids=str)
+def test_a_fragment_is_python(block: Block) -> None:
+    code = "async def page():\n" + textwrap.indent(block.code, "    ")
+    compile(code, block.page, "exec", dont_inherit=True)
+
+
+def test_every_program_of_the_guide_says_what_it_prints() -> None:
+    assert [str(block) for block in PROGRAMS if block.page == GUIDE.name and not block.printed] == []
+
+
+def test_the_settings_are_those_of_the_supervisor() -> None:
+    check_settings(rows(GUIDE, "### BackpressureSupervisor"), defaults(BackpressureSupervisor.__init__))
+
+
+def test_the_settings_are_those_of_register_worker() -> None:
+    check_settings(rows(GUIDE, "### register_worker"), defaults(BackpressureSupervisor.register_worker))
+
+
+def test_the_fields_are_those_of_a_task() -> None:
+    expected = {field.name: field.default for field in msgspec.structs.fields(Task)}
+    table = {names(row[0])[0]: row[1] for row in rows(GUIDE, "## What a task may say")}
+    assert set(table) == set(expected)
+    for name, told in table.items():
+        default = expected[name]
+        if name == "task_id":
+            assert told == "made"
+        elif default is msgspec.NODEFAULT:
+            assert told == ""
+        else:
+            shown = f"Priority.{default.name}" if name == "priority" else repr(default).replace("'", '"')
+            assert told == f"`{shown}`"
+
+
+def test_the_events_are_those_that_there_are() -> None:
+    told = {
+        names(row[0])[0]: (names(row[1])[0], names(row[2])) for row in rows(GUIDE, "Every event has `kind` and `at`")
+    }
+    expected = {
+        event.__name__: (event.kind, [name for name in event.__struct_fields__ if name != "at"])
+        for event in events.Event.__subclasses__()
+    }
+    assert told == expected
+
+
+def test_the_errors_are_those_that_there_are() -> None:
+    mistakes, outcomes, store = (
+        {names(row[0])[0] for row in rows(GUIDE, heading)}
+        for heading in ("**Mistakes**", "**Outcomes**", "**The store**")
+    )
+    expected = {
+        name
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, errors.ForebayError) and kind is not errors.ForebayError
+    }
+    assert mistakes | outcomes | store == expected
+
+
+def test_the_counts_of_statistics_are_all_told() -> None:
+    (row,) = (row for row in rows(GUIDE, "| call | says |") if row[0] == "`statistics()`")
+    assert set(names(row[1])) == set(supervisor.Statistics.__struct_fields__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(ANY_BLOCK.sub("", page.read_text())):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the usual hosts make them."""
+    headings = re.findall(r"^#+ (.*)$", ANY_BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_design_names_tests_that_there_are() -> None:
+    cited = TEST.findall(DESIGN.read_text())
+    assert cited
+    for path, test in cited:
+        source = HOUSE / path
+        assert source.exists(), path
+        assert not test or f"def {test}(" in source.read_text(), f"{path}::{test}"
