@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Self
 
-_LONGEST = 300  # characters of one fact in a message
+_LONGEST = 100  # characters of a value in a message
 
 
 class ForebayError(Exception):
@@ -17,7 +17,7 @@ class ForebayError(Exception):
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
         template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
-        super().__init__(template.format(**{name: _brief(fact) for name, fact in facts.items()}))
+        super().__init__(template.format(**{name: _brief(name, fact) for name, fact in facts.items()}))
         self._facts = facts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -37,12 +37,12 @@ class _Kind(str):
         return str(self)
 
 
-def _brief(fact: object) -> object:
-    """A fact as a message may show it: what is not plain, or too long to be meant, could be somebody's payload."""
+def _brief(name: str, fact: object) -> object:
+    """A fact as a message may show it: a value that is not plain, or too long to be meant, could be a payload."""
     if fact is None or isinstance(fact, bool | int | float):
         return fact
     if isinstance(fact, str):
-        return fact if len(fact) <= _LONGEST else fact[:_LONGEST] + "..."
+        return fact if name != "value" or len(fact) <= _LONGEST else fact[:_LONGEST] + "..."
     return _Kind(f"a {type(fact).__name__}")
 
 

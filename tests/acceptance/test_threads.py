@@ -1,4 +1,4 @@
-"""Plain callables in threads, the portal, and handlers that block the loop: in real time, since threads keep no other."""
+"""Plain callables in threads, the portal, handlers that block the loop: in real time, since threads keep no other."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host() -> None:
         supervisor.register_worker("worker", handler=echo, task_types=["work"])
         async with asyncio.timeout(PATIENCE):
             while supervisor.system_load() < 1.0:
-                block(0.05)
+                block(0.06)
                 await asyncio.sleep(0)
         assert supervisor.statistics().binding == "host"
         error = await error_of(supervisor.run(Task("work")))

@@ -280,4 +280,4 @@ class SqliteMachine(LedgerMachine):
 
 TestMemory = MemoryMachine.TestCase
 TestSqlite = SqliteMachine.TestCase
-TestSqlite.settings = settings(max_examples=20, stateful_step_count=30)
+TestSqlite.settings = settings(max_examples=settings().max_examples // 5, stateful_step_count=30)  # it waits for a file

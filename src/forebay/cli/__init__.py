@@ -10,13 +10,13 @@ def main() -> None:
     try:
         from forebay.cli.app import app  # noqa: PLC0415 - typer and rich are extras
     except ModuleNotFoundError as error:
-        sys.exit(missing(error, "cli"))
+        sys.exit(not_installed([error.name or str(error)], "cli"))
     app()
 
 
-def missing(error: ModuleNotFoundError, extra: str) -> str:
-    """What to type when a library of an extra is not installed."""
-    return f'forebay: this needs {error.name}, which is not installed: pip install "forebay[{extra}]"'
+def not_installed(libraries: list[str], extra: str) -> str:
+    """What to type when libraries of an extra are not installed."""
+    return f'forebay: this needs {", ".join(libraries)}, not installed here: pip install "forebay[{extra}]"'
 
 
-__all__ = ["main", "missing"]
+__all__ = ["main", "not_installed"]

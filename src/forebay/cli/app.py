@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from forebay.cli import missing
+from forebay import demo as room
+from forebay.cli import not_installed
 from forebay.errors import ForebayError
 
 app = typer.Typer(
@@ -55,7 +56,7 @@ def demo(  # noqa: PLR0913 - one word each for what the demo is
         int | None, typer.Option(min=1, help="Give the classic's workers a semaphore; most have none.")
     ] = None,
     speed: Annotated[
-        float, typer.Option(min=0.01, help="Of the plant: 10 is ten times the rate, a tenth the latency.")
+        float, typer.Option(min=0.01, help="Of the plant: 10 is ten times the rate and a tenth of the latency.")
     ] = 1.0,
     out: Annotated[Path, typer.Option(help="Where the report, the picture and the spilled tasks go.")] = Path(
         "build/demo"
@@ -67,11 +68,9 @@ def demo(  # noqa: PLR0913 - one word each for what the demo is
     PROVIDER_URL, a key in PROVIDER_API_KEY or OPENAI_API_KEY, and PROVIDER_MODEL point it at a real OpenAI-compatible
     server instead of the simulated one.
     """
-    try:
-        from forebay import demo as room  # noqa: PLC0415 - langgraph, openai and aiohttp are extras
-    except ModuleNotFoundError as error:
-        typer.echo(missing(error, "demo"), err=True)
-        raise typer.Exit(1) from None
+    if absent := room.absent():
+        typer.echo(not_installed(absent, "demo"), err=True)
+        raise typer.Exit(1)
     console = Console()
     try:
         real = room.provider_from(os.environ)

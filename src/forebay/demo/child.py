@@ -112,6 +112,11 @@ class Child:
             return self.ended_at
         return 0.0 if self._began is None else time.monotonic() - self._began
 
+    @property
+    def status(self) -> int | None:
+        """The exit status of its process; minus the signal that ended it; None while it runs."""
+        return self._process.returncode
+
     def stop(self, why: Ending | None = None) -> None:
         """Tell it to end."""
         self._why = why or self._why

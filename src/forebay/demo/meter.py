@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -123,7 +124,8 @@ class Meter:
         """Write a sample, now."""
         with self._lock:
             self.look()
-            self._write(msgspec.json.encode(self.sample()) + b"\n")
+            with suppress(BrokenPipeError):  # nobody listens any more; what is on disk still counts
+                self._write(msgspec.json.encode(self.sample()) + b"\n")
 
     def sample(self) -> Sample:
         """How things stand; latencies are told once."""

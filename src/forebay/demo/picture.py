@@ -24,7 +24,7 @@ FOREBAY: Final = "#0072B2"
 DISK: Final = "#56B4E9"
 _INK: Final = "#222222"
 _SOFT: Final = "#6b6b6b"
-_STYLE: Final = {
+_STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
     "axes.edgecolor": _SOFT,
     "axes.labelcolor": _SOFT,
@@ -44,6 +44,7 @@ _STYLE: Final = {
 }
 
 _SMALL: Final[dict[str, Any]] = {"textcoords": "offset points", "color": _SOFT, "fontsize": 9.5}
+_NAME: Final[dict[str, Any]] = {"fontweight": "bold", "fontsize": 10.5}
 
 Style = str | tuple[int, tuple[int, ...]]
 Points = tuple[list[float], list[float]]
@@ -59,7 +60,8 @@ def draw(classic: Played, forebay: Played, found: Report, settings: Settings, pa
         figure.text(0.025, 0.022, _footer(found), fontsize=9.5, color=_SOFT)
         (queue, goodput), (memory, spend) = figure.subplots(2, 2, sharex=True)
         _queue(queue, classic, forebay)
-        _goodput(goodput, classic, forebay, None if classic.plant is None else RPM * settings.speed / len(STEPS), found)
+        granted = None if classic.plant is None else RPM * settings.speed / len(STEPS)
+        _goodput(goodput, classic, forebay, granted, found)
         _memory(memory, classic, forebay, settings.memory_mb)
         _spend(spend, classic, forebay, found.usd_least)
         for axes in (memory, spend):
@@ -78,8 +80,8 @@ def _below(found: Report) -> str:
     a, b = found.classic, found.forebay
     died = f", and its process ran out of memory after {a.ended_at_s:.0f} s" if a.out_of_memory else ""
     return (
-        f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk. The classic supervisor did"
-        f" {a.done:,} and lost {a.lost:,}{died}."
+        f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk. The classic supervisor"
+        f" did {a.done:,} and lost {a.lost:,}{died}."
     )
 
 
@@ -156,10 +158,15 @@ def _spend(axes: Axes, classic: Played, forebay: Played, least: float | None) ->
     _line(axes, theirs, CLASSIC, ending=classic.ending)
     _line(axes, ours, FOREBAY)
     for points, name, colour in ((theirs, "classic", CLASSIC), (ours, "Forebay", FOREBAY)):
-        if points[0]:  # written above the highest that it came to from there on
-            x = points[0][len(points[0]) // 3]
-            top = max(y for at, y in zip(*points, strict=True) if at >= x)
-            _label(axes, ([x], [top]), f"{name}: ${points[1][-1]:.4f} at the end", colour, at=0.0, above=True)
+        if points[0]:  # written above the highest that it comes to below the words
+            top = max(points[1][len(points[1]) // 3 :])
+            axes.annotate(
+                f"{name}: ${points[1][-1]:.4f} at the end",
+                (points[0][-1], top),
+                (0, 7),
+                ha="right",
+                **(_SMALL | _NAME | {"color": colour}),
+            )
     axes.set_ylim(min(values) / 2.5, 4 * max(values))
 
 
@@ -189,7 +196,7 @@ def _label(  # noqa: PLR0913 - what it says and where
         ha="left" if at == 0 else "center",
         va="bottom" if above else "top",
         color=colour,
-        fontweight="bold",
+        **_NAME,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -13,9 +15,9 @@ import msgspec
 from rich.console import Console
 
 from forebay.demo.child import Child, Ending
-from forebay.demo.kept import Kept, kept
-from forebay.demo.provider import RPM, Provider, billed, opened
-from forebay.demo.report import Played, Report, report
+from forebay.demo.kept import kept
+from forebay.demo.provider import RPM, Provider, opened
+from forebay.demo.report import Played, report
 from forebay.demo.sample import Kind, Orders
 from forebay.demo.screen import LiveScreen, PlainScreen, Screen
 from forebay.demo.settings import Settings
@@ -27,9 +29,10 @@ _HANG_UP: Final = 0.3  # seconds in which the plant notices that its clients hav
 
 
 class DemoFailed(ForebayError, RuntimeError):
-    """The {side} side of the demo ended by itself, which it must not. Its last words in {log}: {tail}."""
+    """The {side} side of the demo ended by itself (status {status}), which it must not. It wrote, in {log}: {tail}."""
 
     side: str
+    status: int | None
     log: str
     tail: str
 
@@ -49,28 +52,25 @@ class NothingKept(ForebayError, LookupError):
 def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | None = None) -> int:
     """Play both sides, write ``report.json`` and ``surge.png``, and say what came of it. Returns the exit status.
 
+    Args:
+        settings: the same for both.
+        console: where it is shown.
+        real: a provider to call instead of the plant, and its key.
+
     Raises:
         DemoFailed, DemoBusy: as each says.
     """
-    provider, key = real or (None, "plant")
-    with _folder(settings):
-        dropped = _clear(settings)
-        if dropped:
-            console.print(f"(The {dropped:,} tasks that the last demo left on disk are dropped.)")
-        sides: list[Child] = []
-        played: list[Played] = []
-        with _screen(settings, console, provider) as screen:
-            for kind in (Kind.CLASSIC, Kind.FOREBAY):
-                played.append(_play(kind, settings, provider, key, screen, sides))
-                if played[-1].ending is Ending.STOPPED:
-                    break
-        if played[-1].ending is Ending.STOPPED:
+    with _folder(settings), _terminable():
+        _clear(settings, console)
+        with _screen(settings, console, real) as screen:
+            stage = _Stage(settings, screen, real)
+            classic = stage.play(Kind.CLASSIC)
+            forebay = None if classic.ending is Ending.STOPPED else stage.play(Kind.FOREBAY)
+        if forebay is None or forebay.ending is Ending.STOPPED:
             _say_kept(settings, console)
             return INTERRUPTED
-        found = report(*played, settings, provider.url if provider else "plant")
-        _write(found, played, settings)
-        console.print(summary(found))
-        _say_files(settings, console)
+        _conclude(classic, forebay, settings, console, _name(settings, real))
+        console.print("Most of the surge is not done, by design: nobody does more than the key grants.", soft_wrap=True)
         _say_kept(settings, console)
     return 0
 
@@ -78,56 +78,80 @@ def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | No
 def resume(settings: Settings, console: Console, *, real: tuple[Provider, str] | None = None) -> int:
     """Go on with what is on disk, until all is done, time is up, or Ctrl-C. Returns the exit status.
 
+    Args:
+        settings: of them, what concerns Forebay.
+        console: where it is shown.
+        real: a provider to call instead of the plant, and its key.
+
     Raises:
         NothingKept: no demo has been run there.
         DemoFailed, DemoBusy: as each says.
     """
-    provider, key = real or (None, "plant")
     if not settings.ledger.exists():
         raise NothingKept(folder=settings.folder)
-    with _folder(settings):
-        if not kept(settings.ledger).to_do:
-            _say_kept(settings, console)
-            return 0
-        with _screen(settings, console, provider, resumed=True) as screen:
-            _play(Kind.RESUME, settings, provider, key, screen, [])
+    status = 0
+    with _folder(settings), _terminable():
+        if kept(settings.ledger).to_do:
+            with _screen(settings, console, real, resumed=True) as screen:
+                played = _Stage(settings, screen, real).play(Kind.RESUME)
+            status = INTERRUPTED if played.ending is Ending.STOPPED else 0
         _say_kept(settings, console)
-    return 0
+    return status
 
 
-def _play(
-    kind: Kind, settings: Settings, real: Provider | None, key: str, screen: Screen, sides: list[Child]
-) -> Played:
-    """One side from its beginning to its end."""
-    with opened(settings, real) as (provider, plant):
-        orders = Orders(kind=kind, settings=settings, provider=provider)
-        with Child(orders, key=key, log=settings.file(f"{kind}.log")) as child:
-            sides.append(child)
-            try:
-                child.follow(lambda: screen.show(sides))
-            except KeyboardInterrupt:
-                child.stop(Ending.STOPPED)
-                child.follow(lambda: screen.show(sides))
-        if child.ending is Ending.CRASHED or child.ending is None:
-            raise DemoFailed(side=kind.value, log=settings.file(f"{kind}.log"), tail=child.log_tail() or "(empty)")
-        time.sleep(_HANG_UP)
-        return Played(
-            samples=tuple(child.samples),
-            latencies=tuple(child.latencies),
-            memory=tuple(child.memory),
-            peak_rss_mb=child.peak_rss_mb,
-            ending=child.ending,
-            ended_at=child.seconds,
-            kept=None if kind is Kind.CLASSIC else kept(settings.ledger),
-            plant=billed(plant),
-        )
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Where the sides are played, one after the other."""
+
+    settings: Settings
+    screen: Screen
+    real: tuple[Provider, str] | None
+    sides: list[Child] = field(default_factory=list)
+
+    def play(self, kind: Kind) -> Played:
+        """One side from its beginning to its end, on a fresh plant."""
+        log = self.settings.file(f"{kind}.log")
+        real, key = self.real or (None, "plant")
+        with opened(self.settings, real) as (provider, plant):
+            orders = Orders(kind=kind, settings=self.settings, provider=provider)
+            with Child(orders, key=key, log=log) as child:
+                self.sides.append(child)
+                try:
+                    child.follow(self._show)
+                except KeyboardInterrupt:
+                    child.stop(Ending.STOPPED)
+                    child.follow(self._show)
+            if child.ending is None or child.ending is Ending.CRASHED:
+                raise DemoFailed(side=kind.value, status=child.status, log=str(log), tail=child.log_tail() or "(none)")
+            time.sleep(_HANG_UP)
+            return Played(
+                samples=tuple(child.samples),
+                latencies=tuple(child.latencies),
+                memory=tuple(child.memory),
+                peak_rss_mb=child.peak_rss_mb,
+                ending=child.ending,
+                ended_at=child.seconds,
+                kept=None if kind is Kind.CLASSIC else kept(self.settings.ledger),
+                # Ctrl-C in a terminal has ended the plant too
+                plant=None if plant is None or child.ending is Ending.STOPPED else plant.statistics(),
+            )
+
+    def _show(self) -> None:
+        self.screen.show(self.sides)
 
 
-def _screen(settings: Settings, console: Console, real: Provider | None, *, resumed: bool = False) -> Screen:
+def _screen(
+    settings: Settings, console: Console, real: tuple[Provider, str] | None, *, resumed: bool = False
+) -> Screen:
     if not console.is_terminal:
         return PlainScreen(console)
-    name = real.url if real else f"{round(RPM * settings.speed):,} calls a minute"
-    return LiveScreen(console, settings, name, resumed=resumed)
+    return LiveScreen(console, settings, _name(settings, real), resumed=resumed)
+
+
+def _name(settings: Settings, real: tuple[Provider, str] | None) -> str:
+    if real is not None:
+        return f"{real[0].model} at {real[0].url}"
+    return f"one simulated key, {round(RPM * settings.speed):,} calls a minute"
 
 
 @contextmanager
@@ -142,33 +166,45 @@ def _folder(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _clear(settings: Settings) -> int:
-    """Drop what the last demo left; returns how many tasks that were."""
-    left = 0
-    with suppress(Exception):  # whatever it is, it goes
-        left = kept(settings.ledger).to_do
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill ends it as Ctrl-C does: nothing is lost."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _clear(settings: Settings, console: Console) -> None:
+    """Drop what the last demo left, and say so."""
+    with suppress(Exception):  # what cannot be read goes all the same
+        if left := kept(settings.ledger).to_do:
+            console.print(f"The {left:,} tasks that the last demo left on disk are dropped.")
     for name in ("spill.db", "spill.db-wal", "spill.db-shm", "report.json", "surge.png"):
         settings.file(name).unlink(missing_ok=True)
-    return left
 
 
-def _write(found: Report, played: list[Played], settings: Settings) -> None:
-    settings.file("report.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
-    from forebay.demo.picture import draw  # noqa: PLC0415 - matplotlib takes a second and 50 MB, now is early enough
+def _conclude(classic: Played, forebay: Played, settings: Settings, console: Console, provider: str) -> None:
+    """Write the report and the picture, and print the table."""
+    found = report(classic, forebay, settings, provider)
+    figures, picture = settings.file("report.json"), settings.file("surge.png")
+    figures.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+    from forebay.demo.picture import draw  # noqa: PLC0415 - it takes a second and 50 MB, and is only needed here
 
-    draw(played[0], played[1], found, settings, settings.file("surge.png"))
-
-
-def _say_files(settings: Settings, console: Console) -> None:
-    console.print(f"\n{settings.file('report.json')} has the figures, {settings.file('surge.png')} the curves.")
+    draw(classic, forebay, found, settings, picture)
+    console.print(summary(found))
+    console.print(f"The figures are in {figures}, the curves in {picture}.", soft_wrap=True)
 
 
 def _say_kept(settings: Settings, console: Console) -> None:
-    left = kept(settings.ledger) if settings.ledger.exists() else Kept()
+    """What is left on disk, and how to go on with it."""
+    left = kept(settings.ledger)
     if left.to_do:
+        out = "" if settings.folder == Settings().folder else f" --out {settings.folder}"
         console.print(
-            f"{left.to_do:,} tasks are kept in {settings.ledger}, by design: no key could have served them all in this"
-            " time. `forebay demo --resume` goes on with them."
+            f"{left.to_do:,} tasks are kept in {settings.ledger}. Go on with them: forebay demo --resume{out}",
+            soft_wrap=True,
         )
     elif left.total:
         failed = f", {left.failed:,} failed" if left.failed else ""

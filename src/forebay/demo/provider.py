@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -95,20 +96,23 @@ def opened(settings: Settings, real: Provider | None) -> Iterator[tuple[Provider
     if real is not None:
         yield real, None
         return
+    _past_proxies()
     with start_plant(plant_config(settings), seed=settings.seed) as plant:
         yield Provider(url=plant.openai_url), plant
 
 
-def billed(plant: RunningPlant | None) -> dict[str, Any] | None:
-    """What the plant counted and billed; None without one."""
-    return None if plant is None else plant.statistics()
+def _past_proxies() -> None:
+    """The plant is on this machine: a proxy that the environment names must not stand between."""
+    for name in ("no_proxy", "NO_PROXY"):
+        others = os.environ.get(name)
+        os.environ[name] = f"{others},127.0.0.1" if others else "127.0.0.1"
 
 
 def warning(provider: Provider, settings: Settings) -> str:
     """What a demo on a real provider may cost, at most, as far as that is known."""
     calls = 3 * settings.tasks
     return (
-        f"This calls {provider.url} (model {provider.model}) and may spend real money: {settings.tasks:,} tasks of three"
-        f" calls, on each of two sides, of up to 1,000 output tokens each. The classic side repeats what fails, so at"
-        f" worst it pays for {6 * calls:,} calls. Choose the size with --tasks."
+        f"This calls {provider.url} (model {provider.model}) and may spend real money: {settings.tasks:,} tasks, twice,"
+        f" of three calls each, a call of up to 1,000 output tokens. The classic side repeats what fails, so at worst"
+        f" it pays for {6 * calls:,} calls. Choose the size with --tasks."
     )

@@ -16,6 +16,7 @@ from forebay.demo.settings import Settings
 from forebay.task import Priority
 
 FORMAT: Final = 1
+_ALIKE: Final = 0.8  # and its inverse: within these two numbers of calls are about the same
 
 
 class Played(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,8 +44,8 @@ class Played(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def last(self) -> Sample:
-        """The newest sample."""
-        return self.samples[-1]
+        """The newest sample; one of nothing if it was ended before it was ready."""
+        return self.samples[-1] if self.samples else Sample(t=0.0, stage="starting")
 
 
 class SideReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +59,8 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
         peak_rss_mb: resident memory of its process.
         out_of_memory: it passed the limit and was ended for it.
         ending, ended_at_s: how its process ended, and when.
-        calls, calls_429: HTTP attempts, and those of them answered 429.
+        calls: HTTP attempts, the SDK's retries included; of them `calls_answered` brought an answer, `calls_429` and
+            `calls_5xx` a refusal; the others found no connection or lost it, or were under way at the end.
         tokens, usd: as billed by the plant; with a real provider as told in its answers.
         tokens_wasted: tokens billed that are in no done task: cut off, repeated, or of a run that failed.
         usd_per_done: dollars per task done; None if none was, or the price is not known.
@@ -78,6 +80,7 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
     ending: str
     ended_at_s: float
     calls: int
+    calls_answered: int
     calls_429: int
     calls_5xx: int
     tokens: int
@@ -147,6 +150,7 @@ def side(played: Played, settings: Settings) -> SideReport:
         ending=played.ending.value,
         ended_at_s=round(played.ended_at, 1),
         calls=last.calls,
+        calls_answered=last.answered,
         calls_429=last.calls_429,
         calls_5xx=last.calls_5xx,
         tokens=tokens,
@@ -186,17 +190,20 @@ def report(classic: Played, forebay: Played, settings: Settings, provider: str) 
 
 def verdict(a: SideReport, b: SideReport, ratio: float | None, settings: Settings) -> str:
     """The findings in words, the uncomfortable ones too."""
-    times = f"{ratio:g} times the classic supervisor's" if ratio else "the classic supervisor did none"
-    memory = (
-        f"The classic supervisor ran out of its {settings.memory_mb} MB after {a.ended_at_s:.0f} s."
-        if a.out_of_memory
-        else f"The classic supervisor did not run out of memory: it reached {a.peak_rss_mb:.0f} of "
-        f"{settings.memory_mb} MB."
-    )
-    own = " Forebay ran out of memory." if b.out_of_memory else ""
-    fate = f"It lost {a.lost + a.failed:,} tasks; Forebay lost {b.lost:,}"
-    failed = f", {b.failed:,} failed," if b.failed else ""
-    return (
-        f"Forebay did {b.done:,} tasks, {b.done_per_minute:g} a minute: {times}. {memory}{own} {fate}{failed} and keeps"
-        f" {b.spilled:,} on disk."
-    )
+    times = f"{ratio:g} times the classic supervisor's {a.done:,}" if ratio else "the classic supervisor did none"
+    says = [f"Forebay did {b.done:,} tasks, {b.done_per_minute:g} a minute: {times}."]
+    if b.calls_answered and _ALIKE < a.calls_answered / b.calls_answered < 1 / _ALIKE:
+        says.append(
+            f"The key gave both about as many answers, {a.calls_answered:,} and {b.calls_answered:,}:"
+            " what differs is how many of them ended in a task done."
+        )
+    if a.out_of_memory:
+        says.append(f"The classic one ran out of its {settings.memory_mb} MB after {a.ended_at_s:.0f} s.")
+    else:
+        says.append(
+            f"The classic one did not run out of memory: it took {a.peak_rss_mb:.0f} of {settings.memory_mb} MB."
+        )
+    if b.out_of_memory:
+        says.append(f"Forebay ran out of memory after {b.ended_at_s:.0f} s.")
+    says.append(f"The classic one lost {a.lost:,} tasks and failed {a.failed:,}; Forebay {b.lost:,} and {b.failed:,}.")
+    return " ".join(says)

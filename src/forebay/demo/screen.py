@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable, Sequence
 from math import inf
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -95,8 +96,8 @@ def line(side: Child) -> str:
     money = f" ${now.usd:.2f}" if now.usd else ""
     load = "" if now.load is None else f", load {now.load:.2f} ({now.binding or 'nothing binds'})"
     return (
-        f"{side.kind:7} {clock(side.seconds)}  {now.done:,} done ({pace(side.samples):.0f}/min), {now.running:,} running,"
-        f" {now.waiting:,} waiting, {now.spilled:,} on disk, {now.failed:,} failed, {now.calls:,} calls"
+        f"{side.kind:7} {clock(side.seconds)}  {now.done:,} done ({pace(side.samples):.0f}/min), {now.running:,}"
+        f" running, {now.waiting:,} waiting, {now.spilled:,} on disk, {now.failed:,} failed, {now.calls:,} calls"
         f" ({now.calls_429:,} x 429),{money} {resident(side):.0f} MB{load}: {side.ending or now.stage}"
     )
 
@@ -104,12 +105,8 @@ def line(side: Child) -> str:
 def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed: bool) -> RenderableType:
     """Everything on one page of 80 columns and 24 lines."""
     head = Text.assemble(("Forebay", "bold"), ("  the surge, resumed" if resumed else "  the surge", "bold"))
-    what = Text(
-        f"{settings.agents} agents ({settings.workers} workers × {settings.slots}) on one key of {provider}",
-        style=_SOFT,
-    )
-    if not resumed:
-        what = Text(f"{settings.tasks:,} tasks at once · ", style=_SOFT) + what
+    tasks = "" if resumed else f"{settings.tasks:,} tasks at once · "
+    what = Text(f"{tasks}{settings.agents} agents on {settings.workers} workers · {provider}", style=_SOFT)
     table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
     table.add_column("", style=_SOFT, no_wrap=True, width=10)
     kinds = [Kind.RESUME] if resumed else [Kind.CLASSIC, Kind.FOREBAY]
@@ -121,7 +118,7 @@ def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed:
     columns = [column(by_kind.get(kind), settings, kind) for kind in kinds]
     for name, *cells in zip(ROWS, *columns, strict=True):
         table.add_row(name, *cells)
-    note = Text(_note(sides, settings), style="italic")
+    note = Text(_note(sides), style="italic")
     return Group(Padding(Group(head, what), (0, 1)), Text(), table, Text(), Padding(note, (0, 1)))
 
 
@@ -153,7 +150,7 @@ def column(side: Child | None, settings: Settings, kind: Kind) -> list[Renderabl
         f"{now.calls:,}  {refused}",
         f"${now.usd:.2f}{each}" if now.usd else "",
         _bar(resident(side), settings.memory_mb, lambda mb: f"{mb:.0f} MB", colour),
-        "it cannot tell" if now.load is None else _load(now, colour),
+        "it cannot tell" if now.load is None else _load(now.load, now.binding, colour),
         "" if not now.workers else "  ".join(f"{count} {state}" for state, count in now.workers.items()),
     ]
 
@@ -169,14 +166,11 @@ def _urgent(now: Sample) -> str:
     return f"  ({now.done_by[0]:,} critical, {now.done_by[1]:,} high)" if sum(now.done_by) else ""
 
 
-def _load(now: Sample, colour: str) -> Text:
-    assert now.load is not None  # noqa: S101 - asked before
-    binds = f"  {now.binding} binds" if now.binding else ""
-    return Text.assemble((_blocks(now.load, 10), colour), f" {now.load:.2f}{binds}")
+def _load(load: float, binding: str | None, colour: str) -> Text:
+    return Text.assemble((_blocks(load, 10), colour), f" {load:.2f}" + (f"  {binding} binds" if binding else ""))
 
 
-def _bar(value: float, limit: float, show: object, colour: str) -> Text:
-    assert callable(show)  # noqa: S101
+def _bar(value: float, limit: float, show: Callable[[float], str], colour: str) -> Text:
     return Text.assemble((_blocks(value / limit, 10), colour), f" {show(value)} of {show(limit)}")
 
 
@@ -190,7 +184,7 @@ def spark(samples: Sequence[Sample], points: int = 12) -> str:
     if len(samples) < points:
         return ""
     cuts = [samples[round(i * (len(samples) - 1) / points)] for i in range(points + 1)]
-    done = [b.done - a.done for a, b in zip(cuts, cuts[1:], strict=False)]
+    done = [b.done - a.done for a, b in itertools.pairwise(cuts)]
     most = max(done)
     return "".join(_BARS[round((len(_BARS) - 1) * n / most)] for n in done) if most else ""
 
@@ -207,15 +201,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _note(sides: Sequence[Child], settings: Settings) -> str:
+def _note(sides: Sequence[Child]) -> str:
     side = sides[-1] if sides else None
     now = side.last if side else None
     if side is None or now is None:
         return "Starting."
     if side.kind is Kind.CLASSIC:
         return (
-            "It begins every task as it comes. All of them ask the one key for an answer, and whoever gets one is one of"
-            " thousands that ask for a second. What it holds is in memory, and ends with its process."
+            "It begins each task as it comes. All of them ask one key for an answer, and whoever gets one is one of"
+            " thousands that ask for the next. What it holds is in memory, and ends with its process."
         )
     if side.kind is Kind.RESUME:
         rate = pace(side.samples, 60.0)
@@ -225,6 +219,6 @@ def _note(sides: Sequence[Child], settings: Settings) -> str:
     if now.stage == "draining":
         return "Time is nearly up: it starts nothing new, lets the agents finish, and puts the rest back on disk."
     return (
-        "Fifty agents are just what the key bears; the rest waits on disk, the most urgent first. Most of it will still be"
-        " there when time is up, by design: `forebay demo --resume` goes on with it."
+        "It begins what the agents can hold; the rest waits on disk, the most urgent first. Most of it will still be"
+        " there when time is up, by design: forebay demo --resume goes on with it."
     )

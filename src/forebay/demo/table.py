@@ -20,11 +20,11 @@ def _count(value: Any) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} s"
+    return "-" if value is None else f"{value:.1f} s"
 
 
 def _money(value: float | None) -> str:
-    return "–" if value is None else f"${value:.4f}"
+    return "-" if value is None else f"${value:.4f}"
 
 
 _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
@@ -37,6 +37,7 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
     ("from submission to done, median", lambda s: _seconds(s.p50_s)),
     ("  and 99 of 100 within", lambda s: _seconds(s.p99_s)),
     ("calls, HTTP attempts", lambda s: _count(s.calls)),
+    ("  of them answered", lambda s: _count(s.calls_answered)),
     ("  of them refused with 429", lambda s: _count(s.calls_429)),
     ("tokens billed", lambda s: _count(s.tokens)),
     ("  of them for nothing", lambda s: _count(s.tokens_wasted)),

@@ -38,7 +38,7 @@ class Threads(Executor):
         """Run ``fn(*args, **kwargs)`` in a thread at once.
 
         Raises:
-            RuntimeError: it has been shut down.
+            RuntimeError: it has been shut down, or no thread can be started; then `fn` never runs.
         """
         future: Future[T] = Future()
 
@@ -59,7 +59,14 @@ class Threads(Executor):
             if missing:
                 self._free += 1  # the one that starts now
         if missing:
-            threading.Thread(target=self._work, name=f"forebay-{next(self._names)}", daemon=True).start()
+            thread = threading.Thread(target=self._work, name=f"forebay-{next(self._names)}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more
+                with self._lock:
+                    self._free -= 1
+                if future.cancel():  # else a thread that fell idle has taken it
+                    raise
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002

@@ -31,7 +31,13 @@ _BATCH = 500  # rows that reap and prune take at once, so that nobody waits long
 _ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts"
 
 # Not INSERT OR IGNORE: that would also govern what the triggers do.
-_PUT = Rows(f"INSERT INTO task ({_ROW}, state, fence, until) VALUES {{rows}} ON CONFLICT DO NOTHING", 11)
+_PUT = Rows(
+    f"""
+    INSERT INTO task ({_ROW}, state, fence, until)
+    SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
+    """,
+    11,
+)
 _TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
 _HELD = "SELECT tasks FROM size WHERE ended = 0"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE ended = 0"
@@ -41,7 +47,7 @@ UPDATE task SET state = 1, until = ?, fence = ? || '-' || turn
 WHERE turn IN (SELECT turn FROM task WHERE state = 0 AND task_type = ? ORDER BY priority, due, turn LIMIT ?)
 RETURNING {_ROW}, fence, turn
 """
-_BY_HOLDER = "FROM (VALUES {rows}) AS held WHERE task_id = column1 AND fence = column2 AND state = 1"
+_BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _START = Rows(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
 _RENEW = Rows(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
 _RELEASE = Rows(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
@@ -49,7 +55,7 @@ _RELEASE = Rows(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOL
 _FINISH = Rows(
     """
     UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x''
-    FROM (VALUES {rows}) AS held WHERE task_id = column1 AND fence IS column2 AND state < 2
+    FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence IS column2 AND state < 2
     """,
     4,
 )
@@ -176,7 +182,7 @@ def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -
     else:
         outcomes = _put_one_by_one(room, connection, rows)
     stored = [offer for offer, outcome in zip(offers, outcomes, strict=True) if outcome is Put.STORED]
-    waiting = Counter((row.task_type, row.priority) for row, fence, _ in stored if fence is None)
+    waiting = Counter([(row.task_type, row.priority) for row, fence, _ in stored if fence is None])
     connection.executemany(_ENTERED, [(*place, count) for place, count in waiting.items()])
     connection.execute(_STORED, (len(stored),))
     return outcomes
@@ -198,9 +204,19 @@ def _put_one_by_one(room: int, connection: sqlite3.Connection, rows: Sequence[tu
 
 
 def _values(row: Row, fence: str | None, until: float) -> tuple[Any, ...]:
-    due = inf if row.deadline is None else row.deadline
-    common = (row.task_id, row.task_type, row.priority, row.envelope, row.enqueued_at, due, row.key, row.attempts)
-    return (*common, 0, None, None) if fence is None else (*common, 1, fence, until)
+    return (
+        row.task_id,
+        row.task_type,
+        row.priority,
+        row.envelope,
+        row.enqueued_at,
+        inf if row.deadline is None else row.deadline,
+        row.key,
+        row.attempts,
+        0 if fence is None else 1,
+        fence,
+        None if fence is None else until,
+    )
 
 
 def _lease(task_type: str, limit: int, until: float, connection: sqlite3.Connection) -> Sequence[Lease]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-_SIZES = (128, 32, 8, 1)  # rows in a statement: few, so that all stay prepared
+_SIZES = [2**power for power in range(11)]  # rows in a statement: few, so that all stay prepared
 
 
 class Rows:
@@ -18,31 +18,35 @@ class Rows:
 
     Args:
         template: the statement, with ``{rows}`` where the rows go in as ``(?, ?), (?, ?)``. For each of them it must
-            change one row of a table, or nothing.
+            change one row of a table, or nothing; nothing for a row of NULLs, which fills a statement up.
         width: values in a row.
     """
 
     def __init__(self, template: str, width: int) -> None:
         row = f"({', '.join('?' * width)})"
         self._statements = {size: template.format(rows=", ".join([row] * size)) for size in _SIZES}
+        self._width = width
 
     def run(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[bool]:
         """Do it for `rows`, as if one after the other; whether each changed something."""
         changed: list[bool] = []
-        for size in _SIZES:
-            while len(rows) - len(changed) >= size:
-                changed += self._together(connection, rows[len(changed) : len(changed) + size])
+        while len(changed) < len(rows):
+            some = rows[len(changed) : len(changed) + _SIZES[-1]]
+            changed += [True] * len(some) if self._all(connection, some) else self._each(connection, some)
         return changed
 
-    def _together(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[bool]:
-        statement = self._statements[len(rows)]
+    def _all(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> bool:
+        """Do it for all of them, or, if it changed nothing for one, for none: which one that was it does not say."""
         if len(rows) == 1:
-            return [connection.execute(statement, rows[0]).rowcount > 0]
-        connection.execute("SAVEPOINT together")
-        done = connection.execute(statement, list(chain.from_iterable(rows))).rowcount == len(rows)
-        if not done:  # which of them did nothing it does not say
-            connection.execute("ROLLBACK TO together")
-        connection.execute("RELEASE together")
-        return (
-            [True] * len(rows) if done else [changed for row in rows for changed in self._together(connection, [row])]
-        )
+            return False
+        size = next(size for size in _SIZES if size >= len(rows))
+        values = [*chain.from_iterable(rows), *[None] * (self._width * (size - len(rows)))]
+        connection.execute("SAVEPOINT rows")
+        done = connection.execute(self._statements[size], values).rowcount == len(rows)
+        if not done:
+            connection.execute("ROLLBACK TO rows")
+        connection.execute("RELEASE rows")
+        return done
+
+    def _each(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[bool]:
+        return [connection.execute(self._statements[1], row).rowcount > 0 for row in rows]

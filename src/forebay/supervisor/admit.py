@@ -212,7 +212,8 @@ class Door:
         load, binding = self._house.path(pool)
         ticket.load = load
         if may_spill and pool.held_outside(priority):
-            return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=True)
+            worth = self._worth_storing(pool, priority, remaining)
+            return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=worth)
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, binding = self._house.beyond(pool)

@@ -43,6 +43,8 @@ class Endings:
 
     def out_of_time(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
+        if run.aio is not None and run.aio.done():
+            return  # it has ended, in a turn of the loop that came late; the news is on its way
         if run.deadline is not None and run.deadline.remaining() <= _NO_TIME:
             self.abandon(run, TaskStatus.EXPIRED, "its deadline passed while it ran")
         else:

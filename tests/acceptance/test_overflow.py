@@ -1,0 +1,559 @@
+"""Out to the overflow, and back from it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, about, error_of, flood, now, results, statuses, submit_all, turns, virtual
+
+from forebay import (
+    BackpressureSupervisor,
+    Deadline,
+    Priority,
+    Task,
+    TaskCancelled,
+    TaskExpired,
+    TaskStatus,
+    Verdict,
+)
+from forebay.errors import DuplicateTask, StillSpilled
+
+pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+
+LOW, NORMAL, HIGH, CRITICAL = Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an overflow of each kind."""
+    return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/spill.db"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """The URL of an overflow that survives."""
+    return f"sqlite:///{tmp_path}/spill.db"
+
+
+def house(agent: Any, overflow: str, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
+    """One worker, and room for two more tasks, of which NORMAL gets one."""
+    options = {"max_queue_size": 2, **options}
+    supervisor = BackpressureSupervisor(overflow=overflow, **options)
+    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=slots)
+    return supervisor
+
+
+def work(*payloads: Any, **options: Any) -> list[Task]:
+    return [Task("work", payload, **options) for payload in payloads]
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_what_a_full_house_refuses_is_spilled_and_runs_later(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(8)))
+        assert [ticket.verdict for ticket in tickets] == [Verdict.ADMITTED] * 3 + [Verdict.SPILLED] * 5
+        spilled = tickets[-1]
+        assert spilled
+        assert spilled.status is TaskStatus.SPILLED
+        assert spilled.binding == "pool:work"
+        assert spilled.retry_after is None
+        assert supervisor.statistics().outside == 5
+        assert [result.result for result in await results(tickets)] == list(range(8))
+        assert supervisor.statistics().outside == 0
+        assert supervisor.statistics().refilled == 5
+
+
+@virtual
+async def test_a_result_of_a_spilled_task_is_as_whole_as_any(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        tickets = await submit_all(supervisor, work({"n": [1, 2.5, None, b"x"]}, 1, 2, {"n": [1, 2.5, None, b"x"]}))
+        inside, outside = await tickets[0], await tickets[3]
+    assert outside.result == inside.result
+    assert (outside.worker_id, outside.status, outside.success) == ("worker", TaskStatus.SUCCEEDED, True)
+    assert (outside.attempts, outside.duration_ms) == (1, about(1000.0))
+
+
+@virtual
+async def test_run_waits_for_a_spilled_task(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        await submit_all(supervisor, work(*range(4)))
+        assert await supervisor.run(Task("work", "mine")) == "mine"
+        assert now() == pytest.approx(5.0, abs=0.1)
+
+
+@virtual
+async def test_a_task_that_may_not_spill_is_rejected(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(4), spill=False))
+        assert tickets[-1].verdict is Verdict.REJECTED
+        assert tickets[-1].binding == "pool:work"
+
+
+@virtual
+async def test_submit_nowait_rejects_rather_than_spills(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        assert [ticket.verdict for ticket in flood(supervisor, "work", 4)] == [Verdict.ADMITTED] * 3 + [
+            Verdict.REJECTED
+        ]
+
+
+@virtual
+async def test_a_task_whose_deadline_the_wait_outlasts_is_rejected_and_not_stored(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        await supervisor.run(Task("work"))  # the pace is known: a second
+        await submit_all(supervisor, work(*range(10)))
+        hurried = await supervisor.submit(Task("work", deadline=Deadline.within(3.0)))
+        patient = await supervisor.submit(Task("work", deadline=Deadline.within(60.0)))
+        assert (hurried.verdict, patient.verdict) == (Verdict.REJECTED, Verdict.SPILLED)
+        assert (await patient).success
+
+
+@virtual
+async def test_a_deadline_that_passes_outside_ends_the_task_then(overflow: str) -> None:
+    agent = Agent(30.0)
+    async with house(agent, overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        ticket = await supervisor.submit(Task("work", 3, deadline=Deadline.within(10.0)))
+        assert ticket.verdict is Verdict.SPILLED
+        assert isinstance(await error_of(ticket.value()), TaskExpired)
+        assert now() == pytest.approx(10.0, abs=0.1)
+        assert supervisor.statistics().outside == 0
+    assert 3 not in agent.began
+
+
+@virtual
+async def test_a_task_cancelled_outside_never_runs(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(6)))
+        assert tickets[4].cancel("no longer wanted")
+        result = await tickets[4]
+        assert now() < 0.1
+        assert supervisor.statistics().outside == 2
+        await results(tickets)
+    assert (result.status, result.error) == (TaskStatus.CANCELLED, "no longer wanted")
+    assert agent.began == [0, 1, 2, 3, 5]
+
+
+@virtual
+async def test_a_full_overflow_rejects_and_is_named(overflow: str) -> None:
+    async with house(Agent(), f"{overflow}?bound=3") as supervisor:
+        await supervisor.run(Task("work"))
+        tickets = await submit_all(supervisor, work(*range(8)))
+        assert [ticket.verdict for ticket in tickets[3:]] == [Verdict.SPILLED] * 3 + [Verdict.REJECTED] * 2
+        refused = tickets[-1]
+        assert (refused.binding, refused.reason, refused.load) == ("overflow", "the overflow is full", 1.0)
+        assert refused.retry_after is not None
+        assert all(result.success for result in await results(tickets[:6]))
+        assert await supervisor.submit(Task("work"))
+
+
+@virtual
+async def test_a_failed_pool_spills_and_goes_on_when_it_is_revived(overflow: str) -> None:
+    agent = Agent(0.1, error=ValueError())
+    supervisor = BackpressureSupervisor(overflow=overflow)
+    worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+    async with supervisor:
+        await results(flood(supervisor, "work", 5))
+        ticket = await supervisor.submit(Task("work", 7))
+        assert ticket.verdict is Verdict.SPILLED
+        await asyncio.sleep(100.0)
+        assert ticket.status is TaskStatus.SPILLED
+        agent.error = None
+        worker.revive()
+        assert (await ticket).result == 7
+
+
+# --- the order -------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_what_is_outside_comes_back_by_priority_then_deadline_then_age(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow, max_queue_size=0) as supervisor:
+        await supervisor.submit(Task("work", "running"))
+        for name, priority, within in (
+            ("low", LOW, None),
+            ("normal", NORMAL, None),
+            ("normal, later", NORMAL, None),
+            ("normal, in 90 s", NORMAL, 90.0),
+            ("normal, in 60 s", NORMAL, 60.0),
+            ("high", HIGH, None),
+            ("critical", CRITICAL, None),
+        ):
+            deadline = None if within is None else Deadline.within(within)
+            ticket = await supervisor.submit(Task("work", name, priority=priority, deadline=deadline))
+            assert ticket.verdict is Verdict.SPILLED
+        await supervisor.drain() if overflow == "memory://" else await asyncio.sleep(10.0)
+    assert agent.began == [
+        "running",
+        "critical",
+        "high",
+        "normal, in 60 s",
+        "normal, in 90 s",
+        "normal",
+        "normal, later",
+        "low",
+    ]
+
+
+@virtual
+async def test_nothing_overtakes_what_waits_outside(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow) as supervisor:
+        for number in range(60):  # five come while three are done
+            await supervisor.submit(Task("work", number))
+            await asyncio.sleep(0.6)
+        await asyncio.sleep(60.0)
+    assert agent.began == list(range(60))
+
+
+@virtual
+async def test_better_work_than_what_waits_outside_need_not_wait_for_it(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow, max_queue_size=5) as supervisor:
+        await submit_all(supervisor, work(*range(10)))
+        ticket = await supervisor.submit(Task("work", "critical", priority=CRITICAL))
+        assert ticket.verdict is Verdict.ADMITTED
+        await asyncio.sleep(15.0)
+    assert agent.began[:3] == [0, "critical", 1]
+
+
+@virtual
+async def test_one_type_outside_does_not_hold_up_another(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        supervisor.register_worker("other", handler=Agent(), task_types=["other"])
+        await submit_all(supervisor, work(*range(9)))
+        assert (await supervisor.submit(Task("other"))).verdict is Verdict.ADMITTED
+
+
+@virtual
+async def test_what_comes_back_is_started_by_no_more_than_there_are_slots(overflow: str) -> None:
+    agent = Agent(0.7)
+    async with house(agent, overflow, slots=3) as supervisor:
+        await results(await submit_all(supervisor, work(*range(40))))
+    assert agent.peak == 3
+    assert sorted(agent.began) == list(range(40))
+
+
+@virtual
+async def test_tasks_of_a_thread_run_one_at_a_time_also_by_way_of_the_overflow(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow, slots=3) as supervisor:
+        await results(await submit_all(supervisor, work(*range(12), thread="alice")))
+    assert agent.peak == 1
+    assert agent.began == list(range(12))
+
+
+# --- keys and ids ----------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_same_key_is_the_same_work_outside_too(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        first = await supervisor.submit(Task("work", "first", key="k"))
+        second = await supervisor.submit(Task("work", "second", key="k"))
+        assert first.verdict is Verdict.SPILLED
+        assert second is first
+        await first
+    assert agent.began == [0, 1, 2, "first"]
+
+
+@virtual
+async def test_of_many_who_submit_one_key_at_once_one_begins_the_work(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        tickets = await asyncio.gather(*(supervisor.submit(Task("work", "once", key="k")) for _ in range(10)))
+        await results(tickets)
+        assert len({ticket.task_id for ticket in tickets}) == 1
+    assert agent.began.count("once") == 1
+
+
+@virtual
+async def test_two_of_one_id_outside_are_a_mistake(overflow: str) -> None:
+    async with house(Agent(), overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        first, second = await asyncio.gather(
+            supervisor.submit(Task("work", task_id="mine")),
+            error_of(supervisor.submit(Task("work", task_id="mine"))),
+        )
+        assert first.verdict is Verdict.SPILLED
+        assert isinstance(second, DuplicateTask)
+        assert isinstance(await error_of(supervisor.submit(Task("work", task_id="mine"))), DuplicateTask)
+
+
+# --- who leaves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("durable", [False, True])
+@virtual
+async def test_who_leaves_while_submitting_leaves_nothing_half_done(after: int, file: str, *, durable: bool) -> None:
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        submitting = asyncio.ensure_future(supervisor.submit(Task("work", "left", task_id="left", durable=durable)))
+        await asyncio.sleep(after * 0.0015)
+        submitting.cancel()
+        await asyncio.wait([submitting])
+        await asyncio.sleep(10.0)
+        counted = supervisor.statistics()
+        assert counted.submitted == counted.admitted + counted.spilled + counted.rejected
+        ended = counted.succeeded + counted.failed + counted.cancelled + counted.expired + counted.timed_out
+        assert ended == counted.admitted + counted.spilled
+        assert (counted.running, counted.waiting, counted.outside) == (0, 0, 0)
+        if submitting.cancelled():
+            assert "left" not in agent.began
+        else:
+            assert (await submitting.result()).success
+
+
+@virtual
+async def test_a_task_cancelled_on_its_way_out_never_runs(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        submitting = asyncio.ensure_future(supervisor.submit(Task("work", "left", task_id="left")))
+        await turns(1)
+        assert supervisor.ticket("left").cancel("no longer wanted")
+        ticket = await submitting
+        result = await ticket
+        assert (result.status, result.error) == (TaskStatus.CANCELLED, "no longer wanted")
+        await asyncio.sleep(10.0)
+    assert agent.began == [0, 1, 2]
+
+
+@virtual
+async def test_cancelling_run_of_a_spilled_task_cancels_it(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        caller = asyncio.ensure_future(supervisor.run(Task("work", "left")))
+        await asyncio.sleep(0.5)
+        assert supervisor.statistics().outside == 1
+        caller.cancel()
+        await asyncio.wait([caller])
+        await asyncio.sleep(10.0)
+        assert supervisor.statistics().cancelled == 1
+    assert agent.began == [0, 1, 2]
+
+
+@pytest.mark.parametrize("parents", [1, 3])
+@virtual
+async def test_nested_work_that_is_spilled_comes_through_a_full_house(parents: int, overflow: str) -> None:
+    async def handler(task: Task) -> Any:
+        await asyncio.sleep(1.0)
+        return await supervisor.run(Task("work", task.payload - 1)) if task.payload else "bottom"
+
+    supervisor = house(handler, overflow, slots=parents)
+    async with supervisor:
+        tickets = await submit_all(supervisor, work(*[4] * 12))
+        assert [result.result for result in await results(tickets)] == ["bottom"] * 12
+
+
+# --- over a restart --------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_restart_continues_with_what_was_spilled(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(10)))
+        report = await supervisor.drain()
+    assert (report.finished, report.spilled) == (1, 2)  # one ran, two waited inside, seven were outside
+    for ticket in tickets[1:]:
+        error = await error_of(ticket)
+        assert isinstance(error, StillSpilled)
+        assert ticket.task_id in str(error)
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        assert supervisor.statistics().outside > 0
+        await asyncio.sleep(15.0)
+        assert supervisor.statistics().outside == 0
+    assert sorted(agent.began) == list(range(1, 10))
+
+
+@virtual
+async def test_after_a_restart_a_ticket_of_old_work_gives_its_result(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(6)))
+    async with house(Agent(), file) as supervisor:
+        waited_for = [await supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]
+    assert [result.result for result in waited_for] == [1, 2, 3, 4, 5]
+    async with house(Agent(), file) as supervisor:
+        assert [(await supervisor.ticket(ticket.task_id)).result for ticket in tickets[3:]] == [3, 4, 5]
+
+
+@virtual
+async def test_after_a_restart_old_work_may_be_cancelled_by_its_id(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(6)))
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        await supervisor.submit(Task("work", "fresh", priority=CRITICAL))
+        ticket = supervisor.ticket(tickets[5].task_id)
+        await asyncio.sleep(0.5)
+        ticket.cancel()
+        assert (await ticket).status is TaskStatus.CANCELLED
+        await asyncio.sleep(15.0)
+    assert sorted(agent.began, key=str) == [1, 2, 3, 4, "fresh"]
+
+
+@virtual
+async def test_after_a_restart_a_key_is_still_known(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        await supervisor.run(Task("work", "first", key="done"))
+        await submit_all(supervisor, work(3, 4, 5))
+        await supervisor.submit(Task("work", "second", key="open"))
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        assert await supervisor.run(Task("work", "again", key="done")) == "first"
+        assert await supervisor.run(Task("work", "again", key="open")) == "second"
+    assert "again" not in agent.began
+
+
+@virtual
+async def test_what_was_spilled_for_a_type_waits_until_somebody_serves_it(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        await submit_all(supervisor, work(*range(6)))
+    agent = Agent()
+    async with BackpressureSupervisor(overflow=file) as supervisor:
+        await asyncio.sleep(60.0)
+        assert supervisor.statistics().outside == 5
+        supervisor.register_worker("late", handler=agent, task_types=["work"])
+        await asyncio.sleep(10.0)
+    assert sorted(agent.began) == [1, 2, 3, 4, 5]
+
+
+@virtual
+async def test_a_deadline_that_passed_while_nobody_ran_ends_the_task_and_starts_nothing(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(6), deadline=Deadline.within(30.0)))
+    await asyncio.sleep(60.0)
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        assert await statuses([supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]) == [TaskStatus.EXPIRED] * 5
+    assert agent.began == []
+
+
+@virtual
+async def test_two_supervisors_share_an_overflow_and_run_each_task_once(file: str) -> None:
+    agent = Agent()
+    async with house(agent, file) as first, house(agent, file) as second:
+        tickets = await submit_all(first, work(*range(30)))
+        await asyncio.sleep(40.0)
+        assert all(result.success for result in await results(tickets))
+        assert second.statistics().succeeded > 5
+    assert sorted(agent.began) == list(range(30))
+
+
+# --- durable ---------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_durable_task_is_admitted_and_its_result_is_there_after_a_restart(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        ticket = await supervisor.submit(Task("work", 7, durable=True))
+        assert ticket.verdict is Verdict.ADMITTED
+        assert (await ticket).result == 7
+    async with house(Agent(), file) as supervisor:
+        assert (await supervisor.ticket(ticket.task_id)).result == 7
+
+
+@virtual
+async def test_a_durable_task_that_is_cut_off_runs_again_after_a_restart(file: str) -> None:
+    agent = Agent(10.0)
+    supervisor = house(agent, file)
+    await supervisor.start()
+    ticket = await supervisor.submit(Task("work", 7, durable=True))
+    await asyncio.sleep(1.0)
+    assert (await supervisor.drain(timeout=1.0)).spilled == 1
+    await supervisor.close()
+    assert isinstance(await error_of(ticket), StillSpilled)
+    async with house(agent, file) as supervisor:
+        result = await supervisor.ticket(ticket.task_id)
+    assert (result.result, result.attempts) == (7, 2)
+
+
+@virtual
+async def test_a_durable_task_that_a_full_house_refuses_is_spilled(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(8), durable=True))
+        assert [ticket.verdict for ticket in tickets] == [Verdict.ADMITTED] * 3 + [Verdict.SPILLED] * 5
+        assert [result.result for result in await results(tickets)] == list(range(8))
+
+
+@virtual
+async def test_a_durable_task_that_was_rejected_may_be_submitted_again_as_it_is(file: str) -> None:
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        task = Task("work", "again", durable=True, spill=False, key="k")
+        assert (await supervisor.submit(task)).verdict is Verdict.REJECTED
+        await asyncio.sleep(5.0)
+        assert agent.began == [0, 1, 2]
+        assert await supervisor.run(task) == "again"
+
+
+@virtual
+async def test_a_long_task_keeps_its_lease_also_while_the_house_drains(file: str) -> None:
+    agent = Agent(60.0)
+    async with house(agent, file, lease=3.0) as first:
+        ticket = await first.submit(Task("work", "long", durable=True))
+        async with house(agent, file, lease=3.0):
+            assert (await first.drain()).finished == 1
+        assert (await ticket).success
+    assert agent.began == ["long"]
+
+
+@virtual
+async def test_a_failure_of_a_stored_task_is_final_and_not_tried_again(overflow: str) -> None:
+    agent = Agent(0.1)
+    async with house(agent, overflow) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(5)))
+        agent.error = ValueError("x")
+        result = await tickets[-1]
+        assert (result.status, result.error, result.attempts) == (TaskStatus.FAILED, "ValueError: x", 1)
+        await asyncio.sleep(10.0)
+    assert agent.began == [0, 1, 2, 3, 4]
+
+
+@virtual
+async def test_a_result_that_cannot_be_stored_reaches_who_waits_for_it(overflow: str) -> None:
+    value = object()
+
+    async def handler(_: Task) -> object:
+        await asyncio.sleep(1.0)
+        return value
+
+    async with house(handler, overflow) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(5)))
+        assert (await tickets[-1]).result is value
+
+
+@virtual
+async def test_leaving_by_an_error_keeps_what_is_spilled_and_ends_every_ticket(file: str) -> None:
+    tickets = []
+
+    async def use() -> None:
+        async with house(Agent(), file) as supervisor:
+            tickets.extend(await submit_all(supervisor, work(*range(8))))
+            raise ZeroDivisionError
+
+    assert isinstance(await error_of(use()), ZeroDivisionError)
+    errors = [await error_of(ticket.value()) for ticket in tickets]
+    assert isinstance(errors[0], TaskCancelled)
+    assert all(isinstance(error, StillSpilled) for error in errors[1:])
+    agent = Agent()
+    async with house(agent, file):
+        await asyncio.sleep(10.0)
+    assert sorted(agent.began) == [1, 2, 3, 4, 5, 6, 7]

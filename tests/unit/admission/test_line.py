@@ -1,0 +1,127 @@
+"""The line against a list that is searched from end to end, whatever joins, leaves and is served, in whatever order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from forebay.admission import Line, Place
+from forebay.task import Priority
+
+
+@dataclass(frozen=True)
+class Guest:
+    rung: Priority
+    rank: int
+    turn: int
+
+
+class LineMachine(RuleBasedStateMachine):
+    """A line beside its naive model: a list, and how often each rung was passed over."""
+
+    @initialize(floor=st.integers(1, 5))
+    def build(self, floor: int) -> None:
+        self.floor = floor
+        self.line: Line[Guest] = Line(floor=floor)
+        self.waiting: dict[Guest, Place] = {}
+        self.gone: list[Place] = []
+        self.passed = dict.fromkeys(Priority, 0)
+        self.turn = 0
+
+    def next_guest(self) -> Guest:
+        rungs = {guest.rung for guest in self.waiting}
+        starving = [rung for rung in sorted(rungs) if self.passed[rung] >= self.floor]
+        rung = starving[0] if starving else min(rungs)
+        return min((guest for guest in self.waiting if guest.rung is rung), key=lambda guest: (guest.rank, guest.turn))
+
+    @rule(rung=st.sampled_from(Priority), rank=st.integers(0, 3))
+    def join(self, rung: Priority, rank: int) -> None:
+        self.turn += 1
+        guest = Guest(rung, rank, self.turn)
+        self.waiting[guest] = self.line.join(guest, rung, rank, self.turn)
+
+    @rule(count=st.integers(1, 80), rung=st.sampled_from(Priority))
+    def crowd(self, count: int, rung: Priority) -> None:
+        for _ in range(count):
+            self.join(rung, 0)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        guest = data.draw(st.sampled_from(list(self.waiting)))
+        place = self.waiting.pop(guest)
+        self.line.leave(place)
+        self.gone.append(place)
+
+    @precondition(lambda self: self.waiting)
+    @rule(share=st.integers(1, 4))
+    def disperse(self, share: int) -> None:
+        for guest in list(self.waiting)[::share]:
+            self.line.leave(self.waiting.pop(guest))
+        assert len(self.line) == len(self.waiting)
+
+    @precondition(lambda self: self.gone)
+    @rule(data=st.data())
+    def leave_again(self, data: st.DataObject) -> None:
+        self.line.leave(data.draw(st.sampled_from(self.gone)))
+
+    @precondition(lambda self: self.waiting)
+    @rule(times=st.integers(1, 30))
+    def serve(self, times: int) -> None:
+        for _ in range(min(times, len(self.waiting))):
+            for rung in Priority:
+                if all(guest.rung is not rung for guest in self.waiting):
+                    self.passed[rung] = 0
+            expected = self.next_guest()
+            head = self.line.head()
+            assert head is not None
+            assert head[2] is expected
+            assert self.line.pop() is expected
+            self.gone.append(self.waiting.pop(expected))
+            self.passed[expected.rung] = 0
+            for rung in Priority:
+                if rung > expected.rung and any(guest.rung is rung for guest in self.waiting):
+                    self.passed[rung] += 1
+
+    @precondition(lambda self: not self.waiting)
+    @rule()
+    def nobody(self) -> None:
+        assert self.line.head() is None
+        with pytest.raises(IndexError):
+            self.line.pop()
+        self.passed = dict.fromkeys(Priority, 0)
+
+    @invariant()
+    def counts(self) -> None:
+        assert len(self.line) == len(self.waiting)
+        assert bool(self.line) == bool(self.waiting)
+        assert set(self.line) == set(self.waiting)
+        for rung in Priority:
+            assert self.line.ahead(rung) == sum(guest.rung <= rung for guest in self.waiting)
+
+
+TestLine = LineMachine.TestCase
+TestLine.settings = settings(max_examples=40, stateful_step_count=40)
+
+
+@given(rungs=st.lists(st.sampled_from(Priority), min_size=1, max_size=200), floor=st.integers(1, 20))
+def test_under_a_flood_of_better_work_each_rung_is_served_within_its_floor(rungs: list[Priority], floor: int) -> None:
+    line: Line[str] = Line(floor=floor)
+    line.join("low", Priority.LOW, 0, 0)
+    for turn, rung in enumerate(rungs, start=1):
+        line.join("other", min(rung, Priority.NORMAL), 0, turn)
+        if line.pop() == "low":
+            return
+        assert turn <= 3 * floor + 3  # one better rung may take its own floor first
+    assert "low" in set(line)
+
+
+def test_those_who_left_are_not_kept() -> None:
+    line: Line[int] = Line()
+    for turn in range(10_000):
+        line.leave(line.join(turn, Priority.NORMAL, 0, turn))
+    assert sum(len(heap) for heap in line._heaps) < 200
