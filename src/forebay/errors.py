@@ -113,8 +113,8 @@ class DuplicateWorker(ForebayError, ValueError):
 
 
 class DuplicateTask(ForebayError, ValueError):
-    """A task with id {task_id!r} is already under way here: leave task_id out to have one made, or use key= if the same
-    work may be submitted twice.
+    """A task with id {task_id!r} is already known, under way here or kept in the overflow: leave task_id out to have
+    one made, or use key= if the same work may be submitted twice.
     """
 
     task_id: str
@@ -161,7 +161,8 @@ class OverflowRequired(ForebayError, ValueError):
 
 class InvalidOverflowUrl(ForebayError, ValueError):
     """The overflow {url!r} cannot be opened: {why}. Known forms: sqlite:///relative.db, sqlite:////absolute.db,
-    memory://, each with ?bound=ROWS if 100,000 rows are not what you want.
+    memory://, each with ?bound=ROWS if 100,000 rows are not what you want, and SQLite with synchronous=full, normal or
+    off. Of a path p: "sqlite:///" + str(p).
     """
 
 
@@ -197,6 +198,10 @@ class WrongLoop(ForebayError, RuntimeError):
     """
 
 
+class SlotMisused(ForebayError, RuntimeError):
+    """A slot {why}: it is entered once, by `async with supervisor.slot(...) as slot:`, and known inside that block."""
+
+
 class WouldDeadlock(ForebayError, RuntimeError):
     """portal.{call}() blocks its thread and was called on the supervisor's own event loop, which would wait for itself:
     await supervisor.{call}(...) here.
@@ -226,7 +231,8 @@ class Overloaded(ForebayError):
     def __init__(
         self, reason: str, *, binding: str | None = None, load: float | None = None, retry_after: float | None = None
     ) -> None:
-        hint = "" if retry_after is None else f"; come back in {retry_after:.3g} s"
+        back = "back off before you come back, for when there is room is not known yet"
+        hint = f"; {back if retry_after is None else f'come back in {retry_after:.3g} s'}"
         super().__init__(reason=reason, binding=binding, load=load, retry_after=retry_after, hint=hint)
 
     @classmethod

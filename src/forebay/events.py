@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
+from forebay.errors import InvalidSetting
 from forebay.task import Priority, TaskResult, Verdict
 
 log = logging.getLogger("forebay")
@@ -127,6 +128,11 @@ class Subscription:
         self._closed = False
         self.dropped = 0
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to be read at once."""
+        return not self._buffer and not self._closed
+
     def put(self, event: Event) -> None:
         """Add an event, at the price of the oldest if there is no room."""
         if len(self._buffer) == self._buffer.maxlen:
@@ -172,6 +178,7 @@ class Bus:
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
         self._sinks = sinks
         self._subscriptions: list[Subscription] = []
+        self._closed = False
         self.active = bool(sinks)  # whether anyone listens: who emits asks first, and makes no event for nobody
 
     def emit(self, event: Event) -> None:
@@ -186,9 +193,13 @@ class Bus:
 
     def subscribe(self, *, bound: int) -> Subscription:
         """Everything from now on, the newest `bound` events kept until read."""
+        if not isinstance(bound, int) or bound < 1:
+            raise InvalidSetting(owner="events", name="bound", value=bound, expected="a whole number of at least 1")
         subscription = Subscription(bound=bound, on_close=self._forget)
         self._subscriptions.append(subscription)
         self.active = True
+        if self._closed:  # nothing will happen any more
+            subscription.close()
         return subscription
 
     def _forget(self, subscription: Subscription) -> None:
@@ -196,6 +207,7 @@ class Bus:
         self.active = bool(self._sinks or self._subscriptions)
 
     def close(self) -> None:
-        """End every subscription."""
+        """End every subscription, those to come too."""
+        self._closed = True
         for subscription in list(self._subscriptions):
             subscription.close()

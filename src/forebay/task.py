@@ -125,7 +125,8 @@ class Task(_Options, frozen=True):
         deadline: when its result becomes worthless; covers waiting.
         spill: whether it may wait outside, in the overflow. False means now or never.
         durable: recorded before it is admitted, so that it survives its process.
-        key: idempotency key: the same key is the same work.
+        key: idempotency key: the same key is the same work, in this process; and wherever the overflow is shared, for
+            work that is spilled or durable.
         tenant: on whose behalf.
         thread: one run at a time per thread (a conversation); also LangGraph's ``thread_id``.
         estimate: what it will ask of its upstreams.

@@ -29,6 +29,7 @@ from forebay.errors import (
     NotStarted,
     OverflowRequired,
     PayloadTooLarge,
+    SlotMisused,
     SupervisorClosed,
     UnknownTask,
     UnknownTaskType,
@@ -167,7 +168,7 @@ async def test_what_is_no_task(thing: Any, *, nowait: bool) -> None:
 async def test_two_tasks_of_one_id_under_way(*, nowait: bool) -> None:
     async with house() as supervisor:
         await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
-        with pytest.raises(DuplicateTask, match=r"'mine' is already under way.*key="):
+        with pytest.raises(DuplicateTask, match=r"'mine' is already known.*key="):
             await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
 
 
@@ -508,15 +509,48 @@ def test_a_supervisor_cannot_be_its_own_handler() -> None:
 # --- handlers that misbehave -----------------------------------------------------------------------------------------
 
 
-@virtual
-async def test_a_handler_that_takes_no_task_ends_its_task_failed() -> None:
+def test_a_handler_that_takes_no_task_is_refused_when_it_is_registered() -> None:
     async def forgot() -> None: ...
 
-    async with BackpressureSupervisor() as supervisor:
+    supervisor = BackpressureSupervisor()
+    with pytest.raises(InvalidHandler, match="called with one argument, the Task"):
         supervisor.register_worker("w", handler=forgot, task_types=["work"])
-        result = await supervisor.submit_nowait(Task("work"))
-    assert result.status is TaskStatus.FAILED
-    assert (result.error or "").startswith("TypeError: ")
+
+
+def test_supervisors_that_would_hold_each_other() -> None:
+    one, other = BackpressureSupervisor(), BackpressureSupervisor()
+    other.register_worker("one", handler=one, task_types=["work"])
+    with pytest.raises(InvalidHandler, match="hold itself"):
+        one.register_worker("other", handler=other, task_types=["work"])
+
+
+def test_a_worker_decorator_without_its_task_types() -> None:
+    supervisor = BackpressureSupervisor()
+
+    async def work(_: Task) -> None: ...
+
+    with pytest.raises(InvalidSetting, match=r"@supervisor\.worker"):
+        supervisor.worker(work)  # type: ignore[arg-type]
+
+
+@virtual
+async def test_a_slot_that_is_entered_twice_or_asked_outside_of_its_block() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("w", handler=Agent(), task_types=["work"], max_concurrent=2)
+        slot = supervisor.slot("work")
+        with pytest.raises(SlotMisused, match="outside of its block"):
+            _ = slot.worker
+        async with slot:
+            with pytest.raises(SlotMisused, match="twice"):
+                await slot.__aenter__()
+
+
+@virtual
+async def test_a_worker_that_comes_after_the_end() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        pass
+    with pytest.raises(SupervisorClosed):
+        supervisor.register_worker("w", handler=Agent(), task_types=["work"])
 
 
 @virtual

@@ -179,7 +179,7 @@ async def test_the_houses_events_end_when_it_closes() -> None:
     flood(supervisor, "work", 1)
     await supervisor.drain()
     await supervisor.close()
-    assert [event.kind async for event in events] == ["started", "submitted", "finished"]
+    assert [event.kind async for event in events] == ["submitted", "started", "finished"]
 
 
 @virtual
@@ -205,7 +205,7 @@ async def test_a_sink_that_fails_is_logged_and_harms_nobody(caplog: pytest.LogCa
     async with BackpressureSupervisor(on_event=[fails, seen.append]) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         assert await supervisor.run(Task("work", 7)) == 7
-    assert [event.kind for event in seen] == ["started", "submitted", "finished"]
+    assert [event.kind for event in seen] == ["submitted", "started", "finished"]
     assert "event sink" in caplog.text
 
 

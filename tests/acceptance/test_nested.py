@@ -304,6 +304,60 @@ async def test_what_a_handler_leaves_running_in_the_background_lends_no_slot_tha
         assert worker.current_tasks == 0
 
 
+@virtual
+async def test_a_parent_that_does_not_wait_for_its_child_keeps_its_slot_whatever_the_child_waits_for() -> None:
+    parents = Agent(10.0)
+
+    async def parent(task: Task) -> None:
+        if task.payload == "outer":
+            await supervisor.submit(Task("child"))
+        await parents(task)
+
+    async def child(_: Task) -> Any:
+        return await supervisor.run(Task("parent", "inner"))
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=child, task_types=["child"])
+        supervisor.submit_nowait(Task("parent", "outer"))
+    assert parents.began == ["outer", "inner"]
+    assert parents.peak == 1
+
+
+@virtual
+async def test_a_parent_that_comes_to_wait_late_lends_its_slot_then() -> None:
+    async def parent(task: Task) -> Any:
+        if task.payload == "inner":
+            return "bottom"
+        ticket = await supervisor.submit(Task("child"))
+        await asyncio.sleep(5.0)
+        return (await ticket).result
+
+    async def child(_: Task) -> Any:
+        return await supervisor.run(Task("parent", "inner"))
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+        supervisor.register_worker("children", handler=child, task_types=["child"])
+        assert await supervisor.run(Task("parent")) == "bottom"
+        assert now() == about(5.0)
+
+
+@virtual
+async def test_following_a_childs_events_lends_the_slot_as_awaiting_it_does() -> None:
+    async def handler(task: Task) -> Any:
+        if task.payload == "child":
+            return "done"
+        ticket = await supervisor.submit(Task("work", "child"))
+        return [event.kind async for event in ticket.events()]
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert await supervisor.run(Task("work")) == ["started", "finished"]
+        await turns()
+        assert worker.current_tasks == 0
+
+
 # --- deadlines -------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +547,26 @@ async def test_work_that_goes_down_and_comes_up_again_cannot_deadlock() -> None:
     async with BackpressureSupervisor() as outer:
         nest(inner, outer)
         assert await outer.run(Task("work", 5)) == "bottom"
+        await turns()
+        assert outer.statistics().running == inner.statistics().running == 0
+
+
+@virtual
+async def test_work_that_comes_up_again_late_cannot_deadlock_either() -> None:
+    async def bottom(task: Task) -> Any:
+        return await outer.run(Task("work", "up again")) if task.payload == "down" else "up again"
+
+    async def down(task: Task) -> Any:
+        if task.payload == "up again":
+            return "through"
+        ticket = await inner.submit(Task("below", "down"))
+        await asyncio.sleep(5.0)
+        return (await ticket).result
+
+    async with BackpressureSupervisor() as inner, BackpressureSupervisor() as outer:
+        inner.register_worker("bottom", handler=bottom, task_types=["below"])
+        outer.register_worker("top", handler=down, task_types=["work"])
+        assert await outer.run(Task("work", "start")) == "through"
         await turns()
         assert outer.statistics().running == inner.statistics().running == 0
 

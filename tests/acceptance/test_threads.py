@@ -15,7 +15,7 @@ import pytest
 from tests.acceptance.house import error_of
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, Verdict, progress
-from forebay.errors import AlreadyStarted, NotStarted, UnknownTaskType, WouldDeadlock
+from forebay.errors import AlreadyStarted, SupervisorClosed, UnknownTaskType, WouldDeadlock
 from forebay.events import LoopStalled, Progress
 
 PATIENCE = 20.0  # seconds that nothing here takes
@@ -183,7 +183,7 @@ def test_a_program_without_a_loop_uses_the_portal() -> None:
         assert (ticket.verdict, ticket.task_id) == (Verdict.ADMITTED, "t8")
         assert ticket.result().result == 8
         assert ticket.status is TaskStatus.SUCCEEDED
-    with pytest.raises(NotStarted):
+    with pytest.raises(SupervisorClosed):
         portal.run(Task("work"))
 
 

@@ -279,5 +279,6 @@ class SqliteMachine(LedgerMachine):
 
 
 TestMemory = MemoryMachine.TestCase
+TestMemory.settings = settings(max_examples=settings().max_examples // 2)
 TestSqlite = SqliteMachine.TestCase
 TestSqlite.settings = settings(max_examples=settings().max_examples // 5, stateful_step_count=30)  # it waits for a file

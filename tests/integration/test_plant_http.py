@@ -363,7 +363,7 @@ def test_a_plant_ends_at_a_signal_or_with_its_block() -> None:
 def test_a_plant_ends_with_the_program_that_started_it() -> None:
     program = "from forebay.sim.process import start_plant as s\nwith s() as p: print(p.pid, flush=True); input()"
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:  # noqa: S603 - our own
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         watch = os.pidfd_open(int(child.stdout.readline()))
         child.kill()

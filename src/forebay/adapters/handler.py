@@ -16,9 +16,10 @@ class Handler:
     Attributes:
         call: given the task, returns the value or an awaitable of it; the engine awaits what is awaitable.
         blocking: whether `call` is to run in a thread of the engine's, since it does not yield to the loop.
-        on_cancel: how to stop a run that cancellation alone does not stop; called once, in the loop, after the run was
-            cancelled and has not ended. None: there is nothing more to be done, and a thread runs on to its end.
+        on_cancel: how to stop a run that cancellation alone does not stop; called once, in the loop, just before the
+            run is cancelled. None: there is nothing more to be done, and a thread runs on to its end.
         on_end: called in the loop once a run has really ended.
+        inner: the nested supervisor that it stands for, if it does.
         load: for a handler with a gate of its own, such as a nested supervisor: its load for a task type, 1.0 is full.
         start: awaited when the supervisor that it is registered with starts, or on registration after that.
         stop: awaited when that supervisor closes.
@@ -28,6 +29,7 @@ class Handler:
     blocking: bool = False
     on_cancel: Callable[[Task], object] | None = None
     on_end: Callable[[Task], None] | None = None
+    inner: object | None = None
     load: Callable[[str], float] | None = None
     start: Callable[[], Awaitable[object]] | None = None
     stop: Callable[[], Awaitable[object]] | None = None

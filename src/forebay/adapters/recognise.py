@@ -52,6 +52,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
     if hooked:
         return _handler_of_itself(obj, worker)
     if callable(obj):
+        _check_takes_the_task(obj, worker)
         return Handler(call=obj, blocking=not _is_async(obj))
     raise InvalidHandler(worker=worker, type=_name(obj), frameworks=", ".join(FRAMEWORKS))
 
@@ -99,6 +100,19 @@ def _mistake(obj: Any) -> str | None:
     if _unwrapped_is(obj, inspect.isasyncgenfunction) or _unwrapped_is(obj, inspect.isgeneratorfunction):
         return "it is a generator, and which value would be its result? Pass each on with progress(), return the result"
     return None
+
+
+def _check_takes_the_task(obj: Any, worker: str) -> None:
+    """Better to hear it now than from each of the first five tasks."""
+    try:
+        signature = inspect.signature(obj)
+    except (TypeError, ValueError):  # some builtins do not tell
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        hint = f"it is called with one argument, the Task, and takes {signature} ({error})"
+        raise InvalidHandler(worker=worker, type=_name(obj), hint=hint) from None
 
 
 def _is_async(obj: Any) -> bool:

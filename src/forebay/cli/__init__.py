@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from forebay.cli.app import app  # noqa: PLC0415 - typer and rich are extras
     except ModuleNotFoundError as error:
-        sys.exit(not_installed([error.name or str(error)], "cli"))
+        sys.exit(not_installed([(error.name or str(error)).partition(".")[0]], "cli"))
     app()
 
 

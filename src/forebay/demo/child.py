@@ -191,9 +191,9 @@ class Child:
             self._process.kill()
 
     def _end(self) -> None:
-        self.ended_at = self.seconds
-        self._process.wait()
         last = self.last
+        self.ended_at = last.t if last is not None and last.stage == "ended" else self.seconds
+        self._process.wait()
         if self._why is Ending.OUT_OF_MEMORY:
             self.ending = self._why
         elif last is None or last.stage != "ended":

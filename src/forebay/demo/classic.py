@@ -1,26 +1,30 @@
 """The classic supervisor: what a fleet of agents is usually run with.
 
 What it stands for. Most code that runs many agents is a loop around ``asyncio.create_task``, or ``asyncio.gather``, or
-``graph.abatch`` (whose ``max_concurrency`` is None unless somebody sets it). A supervisor accepts whatever comes, hands
-it to its workers in turn, and a worker starts what it is handed. It is good code: nothing blocks, failures are caught,
-the SDK retries, and a task that fails is tried again with exponential backoff and jitter. What it has not is any notion
-of *full*. So each of the ten thousand is begun; they all ask the one key for their first answer; whoever gets it is one
-of thousands that ask for a second; and a run that gives up at its third call begins again at the first, and pays again.
+``graph.abatch`` (whose ``max_concurrency`` is None unless somebody sets it). A supervisor accepts whatever comes and
+hands it to its workers in turn; a worker starts what it is handed. It is good code: nothing blocks, failures are
+caught, the SDK retries, and a task that failed is run again after exponential backoff with jitter. What it has not is a
+notion of *full*. So runs are begun as fast as the loop turns, they all ask the one key for their first answer, whoever
+gets it is one of thousands that ask for a second, and a run that gives up at its third call begins again at its first
+and pays again. The key is as busy as under Forebay, and hardly anything gets done.
 
 What is kind about it, so that it shows the idea and not a straw man:
 
-- The client is shared, with the SDK's own limits (1,000 connections) and retries, which honour ``retry-after-ms``.
+- One client is shared, with the SDK's own bounds (1,000 connections, 600 s) and retries, which honour `retry-after-ms`.
 - The retry is OpenAI's published recipe, ``wait_random_exponential(min=1, max=60), stop_after_attempt(6)`` of tenacity
-  ("How to handle rate limits", OpenAI Cookbook), here in five lines.
-- Each worker begins one run in a turn of the event loop. With a bare ``gather`` over ten thousand agents the loop is
-  busy with beginnings for its first minute, no connection is made within the SDK's five seconds, and on our machines
-  nothing at all was done in a hundred seconds.
+  ("How to handle rate limits", OpenAI Cookbook), written out in five lines.
+- Each of the ten workers begins one run in a turn of the event loop, as one does that fetches its tasks one by one.
+  A bare ``gather`` fares worse: while ten thousand runs are being set up, no connection is made within the SDK's five
+  seconds, and on a busy machine of two cores no answer arrived in a hundred seconds.
 - The plant forgives hammering: a refused call costs the key nothing, which OpenAI's documentation does not promise.
-- It is given no timeout of its own and no caller that leaves.
+- It has no timeouts and no callers that leave, so nothing is cut off.
 
-What some have, and what it changes: a semaphore in each worker. That is half of Forebay. Then no more than fifty runs
-are begun, and as many are done in a minute; but the other tasks wait in memory, in the order in which they came, and
-are gone with their process. ``forebay demo --classic-limit 5`` shows it.
+How many tasks it does depends on how fast the loop turns, that is on the machine: a fast one begins more runs, and has
+more of them give up. With a processor that costs nothing (computed), it would do about 35 a minute.
+
+What some have instead: a semaphore in each worker. That is half of Forebay, and ``--classic-limit 5`` shows it: fifty
+runs at a time, and as many tasks done as with Forebay. But the others wait in memory, in the order in which they came,
+whatever their priority; nobody who submits one more is told no; and they are gone with their process.
 """
 
 from __future__ import annotations

@@ -107,10 +107,10 @@ class Meter:
         """Since it began."""
         return time.monotonic() - self._began
 
-    def begin(self) -> None:
+    def begin(self, stage: str = "surge") -> None:
         """Everything is ready: the clock starts, and so do the reports."""
         self._began = time.monotonic()
-        self.stage = "surge"
+        self.stage = stage
         self.report()
         threading.Thread(target=self._keep_reporting, name="reports", daemon=True).start()
 

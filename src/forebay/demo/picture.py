@@ -150,7 +150,7 @@ def _spend(axes: Axes, classic: Played, forebay: Played, least: float | None) ->
     ours, theirs = _each(forebay), _each(classic)
     values = [*ours[1], *theirs[1], *([least] if least else [])]
     if not values:
-        axes.text(0.5, 0.5, "no price is known, or nothing was done", transform=axes.transAxes, ha="center", **_SMALL)
+        axes.set_title("Spend: no price is known, or nothing was done")
         return
     if least:
         axes.axhline(least, color=_SOFT, linewidth=1.2, linestyle=":")

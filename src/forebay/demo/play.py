@@ -151,7 +151,7 @@ def _screen(
 def _name(settings: Settings, real: tuple[Provider, str] | None) -> str:
     if real is not None:
         return f"{real[0].model} at {real[0].url}"
-    return f"one simulated key, {round(RPM * settings.speed):,} calls a minute"
+    return f"one simulated key, {round(RPM * settings.speed):,} calls/min"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from forebay.task import Priority
 
 FORMAT: Final = 1
 _ALIKE: Final = 0.8  # and its inverse: within these two numbers of calls are about the same
+_FAR: Final = 1.5  # from this ratio of tasks done on, one asks why
 
 
 class Played(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,12 +191,14 @@ def report(classic: Played, forebay: Played, settings: Settings, provider: str) 
 
 def verdict(a: SideReport, b: SideReport, ratio: float | None, settings: Settings) -> str:
     """The findings in words, the uncomfortable ones too."""
-    times = f"{ratio:g} times the classic supervisor's {a.done:,}" if ratio else "the classic supervisor did none"
-    says = [f"Forebay did {b.done:,} tasks, {b.done_per_minute:g} a minute: {times}."]
-    if b.calls_answered and _ALIKE < a.calls_answered / b.calls_answered < 1 / _ALIKE:
+    times = f": Forebay {ratio:g} times as many" if ratio else ""
+    ours = f"Forebay did {b.done:,} tasks, {b.done_per_minute:g} a minute"
+    says = [f"{ours}; the classic supervisor {a.done:,}, {a.done_per_minute:g} a minute{times}."]
+    alike = b.calls_answered and _ALIKE < a.calls_answered / b.calls_answered < 1 / _ALIKE
+    if alike and (ratio is None or ratio > _FAR):
         says.append(
             f"The key gave both about as many answers, {a.calls_answered:,} and {b.calls_answered:,}:"
-            " what differs is how many of them ended in a task done."
+            " what differs is how many of them were of use."
         )
     if a.out_of_memory:
         says.append(f"The classic one ran out of its {settings.memory_mb} MB after {a.ended_at_s:.0f} s.")

@@ -105,7 +105,7 @@ def line(side: Child) -> str:
 def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed: bool) -> RenderableType:
     """Everything on one page of 80 columns and 24 lines."""
     head = Text.assemble(("Forebay", "bold"), ("  the surge, resumed" if resumed else "  the surge", "bold"))
-    tasks = "" if resumed else f"{settings.tasks:,} tasks at once · "
+    tasks = "" if resumed else f"{settings.tasks:,} tasks · "
     what = Text(f"{tasks}{settings.agents} agents on {settings.workers} workers · {provider}", style=_SOFT)
     table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
     table.add_column("", style=_SOFT, no_wrap=True, width=10)
@@ -124,7 +124,7 @@ def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed:
 
 ROWS: Final = (
     *("state", "time", "done", "pace", "running", "waiting", "on disk", "failed"),
-    *("calls", "dollars", "memory", "load", "workers"),
+    *("calls", "dollars", "memory", "load", "binding", "workers"),
 )
 
 
@@ -150,7 +150,8 @@ def column(side: Child | None, settings: Settings, kind: Kind) -> list[Renderabl
         f"{now.calls:,}  {refused}",
         f"${now.usd:.2f}{each}" if now.usd else "",
         _bar(resident(side), settings.memory_mb, lambda mb: f"{mb:.0f} MB", colour),
-        "it cannot tell" if now.load is None else _load(now.load, now.binding, colour),
+        "it cannot tell" if now.load is None else _load(now.load, colour),
+        (now.binding or "nothing") if now.load else "",
         "" if not now.workers else "  ".join(f"{count} {state}" for state, count in now.workers.items()),
     ]
 
@@ -163,11 +164,11 @@ def _state(side: Child, now: Sample) -> Text:
 
 
 def _urgent(now: Sample) -> str:
-    return f"  ({now.done_by[0]:,} critical, {now.done_by[1]:,} high)" if sum(now.done_by) else ""
+    return f"  {now.done_by[0]:,} critical {now.done_by[1]:,} high" if sum(now.done_by) else ""
 
 
-def _load(load: float, binding: str | None, colour: str) -> Text:
-    return Text.assemble((_blocks(load, 10), colour), f" {load:.2f}" + (f"  {binding} binds" if binding else ""))
+def _load(load: float, colour: str) -> Text:
+    return Text.assemble((_blocks(load, 10), colour), f" {load:.2f}")
 
 
 def _bar(value: float, limit: float, show: Callable[[float], str], colour: str) -> Text:

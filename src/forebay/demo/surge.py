@@ -50,7 +50,7 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
             f"worker-{number}", handler=graph, task_types=[TASK_TYPE], max_concurrent=settings.slots
         )
     async with supervisor:
-        meter.begin()
+        meter.begin("surge" if jobs else "going on")
         glance = asyncio.create_task(_glance(supervisor, meter))
         for first in range(0, len(jobs), _AT_ONCE):
             if stop.is_set():

@@ -193,7 +193,7 @@ class Door:
             self._house.counts.admitted += 1
         else:
             self._reject(ticket, pool, refusal)
-        self._tell(ticket)
+            self._tell(ticket)
         return ticket
 
     def _reject(self, ticket: Ticket, pool: Pool, refusal: Refusal) -> None:
@@ -226,6 +226,7 @@ class Door:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
             if remaining <= 0 or pool.hopeless(now, wait, remaining):
                 return Refusal(f"its deadline in {remaining:.3g} s cannot be met", binding, load, may_spill=False)
+        self._tell(ticket)  # first that it came in, then that it started
         self._house.enter(ticket, pool, worker)
         return None
 

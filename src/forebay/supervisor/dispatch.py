@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from forebay.admission import Ladder
 from forebay.context import RunningTask
+from forebay.errors import UnknownTask
 from forebay.events import Bus, Event, Finished, Started, log
 from forebay.supervisor.endings import Endings
-from forebay.supervisor.lend import Loan, held_slots
+from forebay.supervisor.lend import Loan
 from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.run import Ending, Run
 from forebay.supervisor.statistics import Counts
@@ -118,11 +119,8 @@ class Dispatcher:
         self.serve(worker)
 
     def lend(self, running: RunningTask | None) -> Loan | None:
-        """Lend the slots of the runs that are about to wait, if `running` is one of this house's."""
-        if running is None:
-            return None
-        runs = tuple(held_slots(running, self))
-        return Loan(self, runs) if runs else None
+        """Lend the slot of `running`, which is about to await a task here, and of those above it, where need be."""
+        return Loan(self, running) if isinstance(running, Run) else None
 
     # --- the door ---
 
@@ -211,11 +209,13 @@ class Dispatcher:
 
     def _repay(self, worker: WorkerAgent) -> None:
         while worker.returning and worker.has_room():
-            run, turn = worker.returning.popleft()
-            if not turn.done():
-                if run.lacks_slot:
-                    self.take(run)
-                turn.set_result(None)
+            run, _ = worker.returning[0]
+            if run.lacks_slot:
+                self.take(run)
+            for claim in [claim for claim in worker.returning if claim[0] is run]:  # one slot answers them all
+                worker.returning.remove(claim)
+                if not claim[1].done():
+                    claim[1].set_result(None)
 
     def _too_late(self, ticket: Ticket, pool: Pool) -> bool:
         if ticket.deadline is None:
@@ -343,6 +343,18 @@ class Dispatcher:
             self._join(following, pool)
 
     # --- odds and ends ---
+
+    def ticket(self, task_id: str) -> Ticket:
+        """The ticket of a task that is under way, ended lately, or may be stored.
+
+        Raises:
+            UnknownTask: there is none, and no overflow to ask.
+        """
+        if ticket := self.tickets.get(task_id) or self.kept.get(task_id):
+            return ticket
+        if self.overflow is None:
+            raise UnknownTask(task_id=task_id)
+        return self.overflow.look_up(task_id)
 
     def retry_after(self, pool: Pool) -> float | None:
         """Book a seat for someone who is refused: seconds after which to come back, or None if unknown."""

@@ -138,7 +138,8 @@ class Drain:
         return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]
 
     def _waiting(self) -> list[Ticket]:
-        return [ticket for ticket in self._house.tickets.values() if ticket.status is TaskStatus.WAITING]
+        tickets = self._house.tickets.values()
+        return [ticket for ticket in tickets if ticket.status is TaskStatus.WAITING and not ticket.undecided]
 
     def _runs(self) -> list[Run]:
         return [run for worker in self._house.workers.values() for run in worker.runs]

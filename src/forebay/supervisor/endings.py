@@ -92,6 +92,7 @@ class Endings:
         )
         house.tell(run.ticket, ZombieFound(at=house.loop.time(), task_id=task_id, worker_id=name))
         if sum(other.zombie for other in worker.runs) >= worker.max_concurrent:
+            worker.stuck = True
             self.trip(worker, "every slot is held by a handler that does not stop")
 
     # --- when a handler has ended ---
@@ -113,6 +114,7 @@ class Endings:
         if run.abandoned_at is not None:
             worker.zombies -= 1
             if run.zombie:
+                self._unstick(worker)
                 after = now - run.abandoned_at
                 zombie_ended = ZombieEnded(at=now, task_id=run.task.task_id, worker_id=worker.name, after=after)
                 house.tell(ticket, zombie_ended)
@@ -177,6 +179,12 @@ class Endings:
         """Open a worker's breaker for a reason of our own."""
         if worker.breaker.trip(self._house.loop.time()) is not None:
             self.breaker_changed(worker, reason)
+
+    def _unstick(self, worker: WorkerAgent) -> None:
+        """A zombie has ended: if zombies alone had made the worker FAILED, it can serve again, unless told to wait."""
+        if worker.stuck and worker.breaker.remaining(self._house.loop.time()) is not None:
+            worker.stuck = False
+            self.revive(worker)
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""

@@ -1,4 +1,4 @@
-"""Nested work lends its slot: a run that awaits a task of the same house does not hold the slot that the task needs."""
+"""Nested work lends its slot: a run that awaits a task does not hold the slot that the task may need."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def held_slots(running: RunningTask | None, house: Dispatcher) -> Iterator[Run]:
-    """The runs of `house` on the way up from `running` to the outermost submitter."""
+    """The runs of `house` under way, on the way up from `running` to the outermost submitter."""
     while running is not None:
         if isinstance(running, Run):
-            if running.house is house:
+            if running.house is house and not running.ended:
                 yield running
             running = running.ticket.parent
         else:
@@ -25,44 +25,61 @@ def held_slots(running: RunningTask | None, house: Dispatcher) -> Iterator[Run]:
 
 
 class Loan:
-    """The slots that one await has lent, until it takes them back.
+    """The slots that one await of a task of `house` has lent, until it takes them back.
 
-    A run may wait for several tasks at once (a gather): its slot is lent while any of these waits is under way.
+    A slot is lent while its run awaits a task, of whatever house, and it or a run below it awaits one of its own house:
+    that one may need the slot. So work that goes down a tree of houses and comes up again cannot deadlock; and who
+    submits a task and works on keeps its slot, whatever the task waits for. A run may wait for several tasks at once (a
+    gather): any of them will do.
     """
 
-    __slots__ = ("_house", "_runs")
+    __slots__ = ("_awaiting", "_runs")
 
-    def __init__(self, house: Dispatcher, runs: tuple[Run, ...]) -> None:
-        self._house = house
-        self._runs = runs
-        for run in runs:
-            run.waits += 1
-            if run.waits == 1 and run.holds:
-                house.give(run)
+    def __init__(self, house: Dispatcher, awaiting: Run) -> None:
+        self._awaiting = awaiting
+        self._runs = tuple(held_slots(awaiting, house))
+        awaiting.awaits += 1
+        for run in self._runs:
+            run.waits_below += 1
+        for run in {awaiting: None, **dict.fromkeys(self._runs)}:
+            if run.lends and run.holds:
+                run.house.give(run)
 
     async def take_back(self) -> None:
-        """Wait, at the head of the worker's line, until each run has a slot again.
+        """Wait, at the head of its worker's line, until the run that awaited has a slot again.
 
+        Those above it get theirs back in the same way, but are not waited for: who holds the slot may need this run's.
         A run that is being cancelled does not wait: it ends without a slot.
         """
+        self._awaiting.awaits -= 1
         for run in self._runs:
-            run.waits -= 1
+            run.waits_below -= 1
         for run in self._runs:
-            if run.lacks_slot:
-                await self._regain(run)
+            if run is not self._awaiting and run.lacks_slot:
+                _claim(run)
+        if self._awaiting.lacks_slot:
+            await _regain(self._awaiting)
 
-    async def _regain(self, run: Run) -> None:
-        worker = run.worker
-        if worker.has_room() and not worker.returning:
-            self._house.take(run)
-            return
-        if run.abandoned_at is not None:
-            return
-        turn: asyncio.Future[None] = self._house.loop.create_future()
-        entry = (run, turn)
-        worker.returning.append(entry)
-        try:
-            await turn
-        finally:
-            if not turn.done() or turn.cancelled():
-                worker.returning.remove(entry)
+
+async def _regain(run: Run) -> None:
+    turn = _claim(run)
+    if turn is None:
+        return
+    try:
+        await turn
+    finally:
+        if (run, turn) in run.worker.returning:
+            run.worker.returning.remove((run, turn))
+
+
+def _claim(run: Run) -> asyncio.Future[None] | None:
+    """Take a slot for `run` if there is one; else what is done when it has one, or None if it need not wait."""
+    worker = run.worker
+    if worker.has_room() and not worker.returning:
+        run.house.take(run)
+        return None
+    if run.abandoned_at is not None:
+        return None
+    turn: asyncio.Future[None] = run.house.loop.create_future()
+    worker.returning.append((run, turn))
+    return turn

@@ -33,7 +33,15 @@ def as_worker(inner: BackpressureSupervisor) -> Handler:
         # What is recorded, is recorded where it was submitted.
         return await inner.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
 
-    return Handler(call=call, load=inner.load_of, start=start, stop=inner.close)
+    return Handler(call=call, inner=inner, load=inner.load_of, start=start, stop=inner.close)
+
+
+def holds(house: object, other: object) -> bool:
+    """Whether `house` is `other`, or holds it anywhere below."""
+    workers: Iterable[WorkerAgent] = getattr(house, "workers", {}).values()
+    return house is other or any(
+        holds(worker.handler.inner, other) for worker in workers if worker.handler.inner is not None
+    )
 
 
 async def start_held(workers: Iterable[WorkerAgent]) -> None:

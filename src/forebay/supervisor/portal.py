@@ -7,7 +7,7 @@ import threading
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from forebay.errors import NotStarted, WouldDeadlock
+from forebay.errors import NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ class PortalTicket:
             async with asyncio.timeout(timeout):
                 return await self._ticket
 
-        return self._portal._call(ended(), "result")  # noqa: SLF001 - two halves of one thing
+        try:
+            return self._portal._call(ended(), "result")  # noqa: SLF001 - two halves of one thing
+        except TimeoutError:
+            message = f"task {self.task_id!r} is {self.status.name} and has not ended within {timeout:g} s; it goes on"
+            raise TimeoutError(message) from None
 
     def cancel(self) -> bool:
         """Cancel the task; False if it had ended already."""
@@ -73,7 +77,7 @@ class Portal:
 
     def __init__(self, supervisor: BackpressureSupervisor) -> None:
         self._supervisor = supervisor
-        self._loop = supervisor.loop
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one in the thread of our own
         self._thread: threading.Thread | None = None
         self._leave: asyncio.Event | None = None
         self._failure: BaseException | None = None
@@ -96,14 +100,15 @@ class Portal:
         return PortalTicket(self, self._call(self._supervisor.submit(task), "submit"))
 
     def _call(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        if self._loop is None:
+        loop = self._supervisor.loop
+        if loop is None or loop.is_closed():
             work.close()
-            raise NotStarted
-        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001 - documented for such use; None in a thread
+            raise SupervisorClosed(state="closed") if self._supervisor.started else NotStarted
+        if asyncio._get_running_loop() is loop:  # noqa: SLF001 - documented for such use; None in a thread
             work.close()
             raise WouldDeadlock(call=name)
         # The caller's context goes along, so that a nested task knows its parent.
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
         except BaseException:
@@ -111,7 +116,7 @@ class Portal:
             raise
 
     def __enter__(self) -> Self:
-        if self._loop is None:
+        if self._supervisor.loop is None:
             ready = threading.Event()
             self._thread = threading.Thread(target=self._serve, args=(ready,), name="forebay-portal", daemon=True)
             self._thread.start()

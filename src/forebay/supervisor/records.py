@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay import clock
+from forebay.events import log
 from forebay.overflow import decode_result, encode_result
 from forebay.task import TaskResult, TaskStatus
 from forebay.typing import Completion, Row
@@ -29,11 +30,16 @@ def row(ticket: Ticket, envelope: bytes) -> Row:
 
 def completion(outcome: TaskResult, *, bound: int) -> Completion:
     """A result as it is stored; a value that cannot be encoded within `bound` bytes is left out."""
+    encoded = encode_result(outcome.result, bound) if outcome.success else None
+    error = outcome.error
+    if outcome.success and encoded is None:
+        error = "it succeeded, but its value cannot be stored: only the process that ran it has it"
+        log.warning("task %r: %s", outcome.task_id, error)
     return Completion(
         status=outcome.status.value,
         worker_id=outcome.worker_id,
-        result=encode_result(outcome.result, bound) if outcome.success else None,
-        error=outcome.error,
+        result=encoded,
+        error=error,
         duration_ms=outcome.duration_ms,
         attempts=outcome.attempts,
         finished_at=clock.wall_time(),

@@ -65,6 +65,17 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     )
 
 
+def check_decorator(task_types: Sequence[object]) -> None:
+    """Pass what ``@supervisor.worker(...)`` was given, unless it was given the function itself.
+
+    Raises:
+        InvalidSetting: it was.
+    """
+    if any(callable(task_type) for task_type in task_types):
+        expected = 'written as @supervisor.worker("research"), with the task types that it takes'
+        raise InvalidSetting(owner="supervisor.worker", name="task_types", value=task_types, expected=expected)
+
+
 def _check(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
     """The task types of a worker that can be meant.
 

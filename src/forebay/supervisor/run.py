@@ -30,8 +30,8 @@ class Run:
     """A task under way on a worker. It is what the task's own calls see as the running task."""
 
     __slots__ = (
-        "_in_thread", "abandoned_at", "aio", "began_at", "deadline", "ended", "era", "holds", "house", "task", "ticket",
-        "timer", "waits", "worker", "zombie",
+        "_in_thread", "abandoned_at", "aio", "awaits", "began_at", "deadline", "ended", "era", "holds", "house", "task",
+        "ticket", "timer", "waits_below", "worker", "zombie",
     )  # fmt: skip
 
     def __init__(self, house: Dispatcher, ticket: Ticket, worker: WorkerAgent, era: int, now: float) -> None:
@@ -45,7 +45,8 @@ class Run:
         self.aio: asyncio.Task[Any] | None = None
         self.timer: Timer | None = None
         self.holds = False  # the slot is taken, not lent
-        self.waits = 0  # awaits of nested tasks under way; the slot is lent while there are any
+        self.awaits = 0  # tasks of whatever house that it awaits
+        self.waits_below = 0  # tasks of this house that it, or a run below it, awaits
         self.abandoned_at: float | None = None  # when its ticket ended before its handler did
         self.zombie = False  # abandoned, and still there after the grace
         self.ended = False
@@ -54,7 +55,12 @@ class Run:
     @property
     def lacks_slot(self) -> bool:
         """Whether it goes on, and has no slot: it lent its own, and waits for nothing any more."""
-        return not (self.holds or self.waits or self.ended)
+        return not (self.holds or self.lends or self.ended)
+
+    @property
+    def lends(self) -> bool:
+        """Whether its slot is for others now: see `Loan`."""
+        return self.awaits > 0 and self.waits_below > 0
 
     def report(self, value: Any) -> None:
         """Hand `value` to whoever listens; from any thread."""

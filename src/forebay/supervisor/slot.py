@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from forebay import context
-from forebay.errors import ForebayError, TaskCancelled, TaskTimedOut
+from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
 from forebay.supervisor.run import Ending, Run
 from forebay.supervisor.ticket import as_error
 from forebay.task import TaskResult
@@ -57,6 +57,8 @@ class Slot:
 
     async def __aenter__(self) -> Self:
         house, ticket = self._house, self._ticket
+        if ticket.occupant is not None:
+            raise SlotMisused(why="was entered twice")
         self._before = context.current()
         self._owner = asyncio.current_task()
         self._cancelling = self._owner.cancelling() if self._owner is not None else 0
@@ -107,7 +109,8 @@ class Slot:
             raise TaskCancelled(error="its slot was ended from outside", **facts) from None
 
     def _entered(self) -> Run:
-        assert self._run is not None, "a slot holds a worker only inside `async with`"  # noqa: S101
+        if self._run is None:
+            raise SlotMisused(why="was asked for its worker outside of its block")
         return self._run
 
     async def _return_loan(self) -> None:

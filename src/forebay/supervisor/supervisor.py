@@ -17,7 +17,7 @@ from forebay.errors import (
     DuplicateWorker,
     InvalidHandler,
     NotStarted,
-    UnknownTask,
+    SupervisorClosed,
     WrongLoop,
 )
 from forebay.events import Bus, Sink, Subscription
@@ -26,10 +26,10 @@ from forebay.supervisor.admit import Door
 from forebay.supervisor.dispatch import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_limit, shut_down
 from forebay.supervisor.lend import held_slots
-from forebay.supervisor.nested import as_worker, start_held
+from forebay.supervisor.nested import as_worker, holds, start_held
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.refill import Overflow
-from forebay.supervisor.registry import make_worker
+from forebay.supervisor.registry import check_decorator, make_worker
 from forebay.supervisor.settings import Settings, sinks_of
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.statistics import Statistics, snapshot, utilization
@@ -98,6 +98,7 @@ class BackpressureSupervisor:
         self._threads = Threads()
         self._watch: Watch | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._drained = False
 
     # --- workers ---
 
@@ -132,7 +133,9 @@ class BackpressureSupervisor:
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
         """
-        if handler is self:
+        if self._closing is not None:
+            raise SupervisorClosed(state="closed")
+        if isinstance(handler, BackpressureSupervisor) and holds(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would hold itself")
         worker = make_worker(
             name,
@@ -161,6 +164,7 @@ class BackpressureSupervisor:
 
         Takes the settings of `register_worker`, and gives the callable back as it was.
         """
+        check_decorator(task_types)
 
         def register(handler: F) -> F:
             title = name or str(getattr(handler, "__name__", "worker"))
@@ -250,13 +254,7 @@ class BackpressureSupervisor:
         Raises:
             UnknownTask: there is no such task, and no overflow to ask.
         """
-        house = self._running()
-        ticket = house.tickets.get(task_id) or house.kept.get(task_id)
-        if ticket is not None:
-            return ticket
-        if house.overflow is None:
-            raise UnknownTask(task_id=task_id)
-        return house.overflow.look_up(task_id)
+        return self._running().ticket(task_id)
 
     def portal(self) -> Portal:
         """Blocking access for threads and programs without an event loop: ``with supervisor.portal() as portal:``."""
@@ -332,9 +330,11 @@ class BackpressureSupervisor:
         house = self._running()
         for run in held_slots(context.current(), house):
             raise DrainInside(task_id=run.task.task_id)
-        assert self._door is not None  # noqa: S101 - it runs
-        self._door.shut()
-        return await Drain(house, grace=self._settings.zombie_grace).run(timeout)
+        self._at_door().shut()
+        try:
+            return await Drain(house, grace=self._settings.zombie_grace).run(timeout)
+        finally:
+            self._drained = True
 
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, let the overflow go. Idempotent.
@@ -349,9 +349,9 @@ class BackpressureSupervisor:
 
     async def _close(self, house: Dispatcher) -> None:
         try:
-            assert self._door is not None  # noqa: S101 - it runs
-            self._door.close()
-            await shut_down(house, self._workers, grace=self._settings.zombie_grace)
+            self._at_door().close()
+            grace = 0.0 if self._drained else self._settings.zombie_grace  # what had it once does not get it twice
+            await shut_down(house, self._workers, grace=grace)
         finally:
             if self._watch is not None:
                 self._watch.stop()

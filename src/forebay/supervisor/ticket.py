@@ -16,7 +16,7 @@ from forebay.errors import (
     TaskTimedOut,
     WrongLoop,
 )
-from forebay.events import Bus, Event, Finished, Started
+from forebay.events import Bus, Event, Finished, Started, Subscription
 from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
@@ -208,12 +208,21 @@ class Ticket:
             async with self._listen().subscribe(bound=EVENT_BOUND) as subscription:
                 if self.run is not None:
                     yield self._started(self.run)
-                async for event in subscription:
+                while (event := await self._next(subscription)) is not None:
                     yield event
         elif isinstance(self._outcome, ForebayError):
             raise self._outcome
         else:
             yield Finished(at=self._house.loop.time(), task_id=self.task_id, result=self._outcome)
+
+    async def _next(self, events: Subscription) -> Event | None:
+        """The next event. Whoever waits for it in a run lends its slot: it may be what the task needs to start."""
+        loan = self._house.lend(context.current()) if events.empty else None
+        try:
+            return await anext(events, None)
+        finally:
+            if loan is not None:
+                await loan.take_back()
 
     def _listen(self) -> Bus:
         if self._bus is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import traceback
@@ -15,16 +16,17 @@ from forebay.events import LoopStalled, log
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.run import Run
 
 _INTERVAL = 0.25  # seconds between two beats
 _SAMPLES = 4
 
 
 class Stall(NamedTuple):
-    """Code held the loop: for how long in seconds, which asyncio task, and where."""
+    """Code held the loop: for how long in seconds, in which run, if in any, and where."""
 
     seconds: float
-    aio: asyncio.Task[object] | None
+    run: Run | None
     where: str
 
 
@@ -36,8 +38,16 @@ class Watch:
     in the loop once it is over.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, bound: float, on_stall: Callable[[Stall], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        bound: float,
+        whose: Callable[[asyncio.Task[object] | None], Run | None],
+        on_stall: Callable[[Stall], None],
+    ) -> None:
         self._loop = loop
+        self._whose = whose
         self._bound = bound
         self._on_stall = on_stall
         self._stopped = threading.Event()
@@ -68,7 +78,7 @@ class Watch:
                 self._loop.call_soon_threadsafe(self._beat.set)
             except RuntimeError:  # the loop is closed
                 return
-            culprit: tuple[asyncio.Task[object] | None, str] | None = None
+            culprit: tuple[Run | None, str] | None = None
             while not self._beat.wait(self._bound):
                 if self._stopped.is_set() or self._loop.is_closed():
                     return
@@ -82,18 +92,26 @@ class Watch:
                 except RuntimeError:
                     return
 
-    def _look(self) -> tuple[asyncio.Task[object] | None, str]:
+    def _look(self) -> tuple[Run | None, str]:
         frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way
         stack = traceback.extract_stack(frame) if frame is not None else []
         where = " < ".join(f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in reversed(stack[-3:]))
-        return asyncio.current_task(self._loop), where
+        return self._whose(asyncio.current_task(self._loop)), where
 
 
 def watch_over(house: Dispatcher, *, bound: float | None) -> Watch | None:
     """Watch the loop of `house` and let it read how late it is; None if it is not to be, or its time is not real."""
     if bound is None or clock.is_virtual(house.loop):
         return None
-    watch = Watch(house.loop, bound=bound, on_stall=lambda stall: report_stall(house, stall))
+
+    def whose(aio: asyncio.Task[object] | None) -> Run | None:
+        # Asked by the watching thread while the loop stands still: nothing is likely to change under it.
+        with contextlib.suppress(RuntimeError):
+            runs = [run for worker in house.workers.values() for run in worker.runs]
+            return next((run for run in runs if run.aio is not None and run.aio is aio), None)
+        return None
+
+    watch = Watch(house.loop, bound=bound, whose=whose, on_stall=lambda stall: report_stall(house, stall))
     house.host_load = lambda: watch.lag / bound
     watch.start()
     return watch
@@ -102,8 +120,7 @@ def watch_over(house: Dispatcher, *, bound: float | None) -> Watch | None:
 def report_stall(house: Dispatcher, stall: Stall) -> None:
     """Count a stall, name whose code it was, and tell."""
     house.counts.stalls += 1
-    runs = (run for worker in house.workers.values() for run in worker.runs)
-    culprit = next((run for run in runs if run.aio is not None and run.aio is stall.aio), None)
+    culprit = stall.run
     task_id = None if culprit is None else culprit.task.task_id
     worker_id = None if culprit is None else culprit.worker.name
     log.warning(

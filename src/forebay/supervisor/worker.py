@@ -50,6 +50,7 @@ class WorkerAgent:
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
         self.zombies = 0
+        self.stuck = False  # FAILED because zombies hold every slot
         self.failed = False  # the breaker is open; kept here because every decision asks
         self.probing = False  # half-open: only as many slots as the breaker has probes
         self.probes = min(probes, max_concurrent)

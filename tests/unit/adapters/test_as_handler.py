@@ -232,5 +232,5 @@ def test_no_framework_is_imported_before_one_of_its_agents_is_met() -> None:
         "import sys; from forebay.adapters import as_handler; as_handler(lambda task: 1);"
         f"print([name for name in {list(FRAMEWORKS)!r} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -181,7 +181,7 @@ def test_a_seed_gives_the_same_run_again(seed: int) -> None:
 
 def test_a_seed_gives_the_same_run_in_another_process_with_other_hashes() -> None:
     runs = {
-        subprocess.run(  # noqa: S603 - this very file
+        subprocess.run(
             [sys.executable, HERE, "3"],
             env={**os.environ, "PYTHONHASHSEED": hashes},
             check=True,

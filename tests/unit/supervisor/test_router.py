@@ -126,8 +126,6 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def picks_the_least(self) -> None:
-        if not hasattr(self, "house"):
-            return
         picked = self.house.router.pick()
         accepting = self.house.accepting
         assert (picked is None) == (not accepting)
@@ -137,8 +135,6 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def picks_an_idle_one_first_if_asked(self) -> None:
-        if not hasattr(self, "house"):
-            return
         picked = self.house.router.pick(idle_first=True)
         accepting = self.house.accepting
         assert (picked is None) == (not accepting)
@@ -149,9 +145,8 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def keeps_no_more_than_it_needs(self) -> None:
-        if hasattr(self, "house"):
-            held = sum(map(len, self.house.router._heaps))
-            assert held <= 2 * len(self.house.workers) + 16 + 1
+        held = sum(map(len, self.house.router._heaps))
+        assert held <= 2 * len(self.house.workers) + 16 + 1
 
 
 TestRouter = RouterMachine.TestCase

@@ -1,0 +1,338 @@
+"""Whatever happens, in whatever order: every task ends exactly once, every slot comes back, and the counts add up.
+
+Scripts are drawn at random, for the callers and for the handlers, and run in virtual time. A failure prints the script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+from tests.acceptance.house import results
+
+from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, TaskStatus, Ticket, progress
+from forebay.events import Event, Finished, Started
+from forebay.sim import simulate, virtual_loop
+
+pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+
+KINDS = ("a", "b")
+FINAL = {TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED}
+
+# --- what handlers do ------------------------------------------------------------------------------------------------
+
+MOMENTS = st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0])
+LEAVES = st.one_of(
+    st.tuples(st.just("sleep"), MOMENTS),
+    st.tuples(st.just("raise"), MOMENTS),
+    st.tuples(st.just("stubborn"), MOMENTS),
+    st.tuples(st.just("give up"), MOMENTS),
+    st.just(("progress",)),
+)
+
+
+def nested(plans: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.tuples(st.just("run"), st.sampled_from(KINDS), plans),
+        st.tuples(st.just("leave"), st.sampled_from(KINDS), plans),
+        st.tuples(st.just("follow"), st.sampled_from(KINDS), plans),
+        st.tuples(st.just("slot"), st.sampled_from(KINDS), plans),
+        st.tuples(st.just("together"), plans, plans),
+        st.tuples(st.just("in turn"), plans, plans),
+    )
+
+
+def unruly(plans: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        nested(plans),
+        st.tuples(st.just("within"), MOMENTS, plans),
+        st.tuples(st.just("insist"), plans, plans),
+    )
+
+
+PLANS = st.recursive(LEAVES, unruly, max_leaves=6)
+PEACEFUL_PLANS = st.recursive(st.tuples(st.just("sleep"), MOMENTS), nested, max_leaves=8)
+
+
+class Broken(Exception):
+    """What a handler raises on purpose."""
+
+
+async def carry_out(supervisor: BackpressureSupervisor, plan: Any) -> None:  # noqa: C901, PLR0912 - a small language
+    """Do what the plan says; an overload further on is no failure of the plan's."""
+    again = functools.partial(carry_out, supervisor)
+    match plan:
+        case ("sleep", seconds):
+            await asyncio.sleep(seconds)
+        case ("raise", seconds):
+            await asyncio.sleep(seconds)
+            raise Broken
+        case ("stubborn", seconds):
+            due = asyncio.get_running_loop().time() + seconds
+            while (left := due - asyncio.get_running_loop().time()) > 0:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(left)
+        case ("give up", seconds):
+            await asyncio.sleep(seconds)
+            raise asyncio.CancelledError
+        case ("progress",):
+            progress("going on")
+        case ("run", kind, inner):
+            await supervisor.run(Task(kind, inner))
+        case ("leave", kind, inner):
+            await supervisor.submit(Task(kind, inner))
+        case ("follow", kind, inner):
+            ticket = await supervisor.submit(Task(kind, inner))
+            async for _ in ticket.events():
+                await asyncio.sleep(0.01)
+        case ("slot", kind, inner):
+            async with supervisor.slot(kind):
+                await again(inner)
+        case ("together", first, second):
+            await asyncio.gather(again(first), again(second))
+        case ("in turn", first, second):
+            await again(first)
+            await again(second)
+        case ("within", seconds, inner):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await again(inner)
+        case ("insist", first, second):
+            try:
+                await again(first)
+            except asyncio.CancelledError:
+                await again(second)
+
+
+# --- what callers do -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A task, how it is offered, and when its caller loses patience."""
+
+    at: float
+    kind: str
+    plan: Any
+    by: str  # submit, nowait, run or slot
+    priority: Priority
+    timeout: float | None
+    deadline: float | None
+    thread: str | None
+    key: str | None
+    leaves_after: float | None  # cancels itself
+    cancels_after: float | None  # cancels the ticket
+
+
+OFFERS = st.builds(
+    Offer,
+    at=st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0, 2.0, 5.0]),
+    kind=st.sampled_from(KINDS),
+    plan=PLANS,
+    by=st.sampled_from(["submit", "submit", "nowait", "run", "slot"]),
+    priority=st.sampled_from(Priority),
+    timeout=st.sampled_from([None, 0.2, 1.0, 5.0]),
+    deadline=st.sampled_from([None, None, 0.3, 2.0, 20.0]),
+    thread=st.sampled_from([None, None, "t"]),
+    key=st.sampled_from([None, None, None, "k"]),
+    leaves_after=st.sampled_from([None, None, 0.0, 0.001, 0.5, 1.0]),
+    cancels_after=st.sampled_from([None, None, 0.0, 0.002, 0.7, 2.0]),
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A house, who comes to it, and how it ends."""
+
+    slots: tuple[int, int]
+    shared: bool
+    nested: bool  # the second worker is a supervisor
+    room: int | None
+    overflow: str | None
+    cool_off: float | None
+    offers: list[Offer]
+    ends_at: float
+    end: str  # drain, close, fail, drain twice, close in drain
+    seed: int
+
+
+SCRIPTS = st.builds(
+    Script,
+    slots=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    shared=st.booleans(),
+    nested=st.booleans(),
+    room=st.sampled_from([None, 0, 1, 3]),
+    overflow=st.sampled_from([None, None, "memory://", "memory://?bound=2", "sqlite"]),
+    cool_off=st.sampled_from([None, 0.5, 10.0]),
+    offers=st.lists(OFFERS, min_size=1, max_size=8),
+    ends_at=st.sampled_from([0.0, 0.002, 0.5, 1.0, 4.0, 60.0]),
+    end=st.sampled_from(["drain", "close", "fail", "drain twice", "close in drain", "impatient drain"]),
+    seed=st.integers(0, 1000),
+)
+
+
+@dataclass
+class Witness:
+    """Hears every event, and looks at every counter each time."""
+
+    supervisor: BackpressureSupervisor | None = None
+    started: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.started.append(event.task_id)
+        if isinstance(event, Finished):
+            self.finished.append(event.task_id)
+        assert self.supervisor is not None
+        for worker in self.supervisor.workers.values():
+            if not 0 <= worker.current_tasks <= worker.max_concurrent:
+                self.wrong.append(repr(worker))  # what a sink raises is only logged
+
+
+async def come(supervisor: BackpressureSupervisor, offer: Offer, tickets: list[Ticket]) -> None:
+    await asyncio.sleep(offer.at)
+    options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread": offer.thread}
+    if offer.deadline is not None:
+        options["deadline"] = Deadline.within(offer.deadline)
+    task = Task(offer.kind, offer.plan, key=offer.key, **options)
+    with contextlib.suppress(ForebayError):
+        match offer.by:
+            case "submit" | "nowait":
+                ticket = supervisor.submit_nowait(task) if offer.by == "nowait" else await supervisor.submit(task)
+                tickets.append(ticket)
+                if offer.cancels_after is not None:
+                    await asyncio.sleep(offer.cancels_after)
+                    ticket.cancel()
+                await ticket
+            case "run":
+                await supervisor.run(task)
+            case _:
+                async with supervisor.slot(offer.kind, **options):
+                    await carry_out(supervisor, offer.plan)
+
+
+async def patiently(offer: Offer, coming: Awaitable[None]) -> None:
+    with contextlib.suppress(TimeoutError, Broken, asyncio.CancelledError):
+        async with asyncio.timeout(None if offer.leaves_after is None else offer.at + offer.leaves_after):
+            await coming
+
+
+async def leave(supervisor: BackpressureSupervisor, how: str) -> None:
+    match how:
+        case "drain":
+            await supervisor.drain()
+        case "fail":
+            await supervisor.__aexit__(ValueError, ValueError(), None)
+        case "drain twice":
+            await asyncio.gather(supervisor.drain(), supervisor.drain(timeout=1.0))
+        case "close in drain":
+            draining = asyncio.ensure_future(supervisor.drain())
+            await asyncio.sleep(0.3)
+            await supervisor.close()
+            await draining
+        case "impatient drain":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.7):
+                    await supervisor.drain()
+    await supervisor.close()
+
+
+def furnish(
+    supervisor: BackpressureSupervisor, slots: tuple[int, int], *, shared: bool, nest: bool, **options: Any
+) -> None:
+    """Two workers, for one kind of task each or both for both; the second may be a supervisor in its turn."""
+
+    async def handler(task: Task) -> None:
+        await carry_out(supervisor, task.payload)
+
+    first, second = (KINDS, KINDS) if shared else (KINDS[:1], KINDS[1:])
+    supervisor.register_worker("w1", handler=handler, task_types=first, max_concurrent=slots[0], **options)
+    if nest:
+        inner = BackpressureSupervisor(max_queue_size=1000)
+        inner.register_worker("below", handler=handler, task_types=second, **options)
+        supervisor.register_worker("w2", handler=inner, task_types=second, max_concurrent=slots[1], **options)
+    else:
+        supervisor.register_worker("w2", handler=handler, task_types=second, max_concurrent=slots[1], **options)
+
+
+async def play(script: Script, directory: Path) -> None:
+    witness = Witness()
+    overflow = f"sqlite:///{directory}/{script.seed}.db" if script.overflow == "sqlite" else script.overflow
+    supervisor = witness.supervisor = BackpressureSupervisor(
+        max_queue_size=script.room, overflow=overflow, zombie_grace=0.5, on_event=witness
+    )
+
+    furnish(supervisor, script.slots, shared=script.shared, nest=script.nested, cool_off=script.cool_off, timeout=8.0)
+    await supervisor.start()
+    tickets: list[Ticket] = []
+    callers = [asyncio.ensure_future(patiently(offer, come(supervisor, offer, tickets))) for offer in script.offers]
+    await asyncio.sleep(script.ends_at)
+    await leave(supervisor, script.end)
+    await asyncio.wait(callers)
+    await asyncio.sleep(30.0)  # whatever is stubborn ends
+
+    check_counts(supervisor, witness, tickets)
+    assert virtual_loop().pending() == [asyncio.current_task()]
+
+
+def check_counts(supervisor: BackpressureSupervisor, witness: Witness, tickets: list[Ticket]) -> None:
+    assert witness.wrong == []
+    counted = supervisor.statistics()
+    assert counted.submitted == counted.admitted + counted.spilled + counted.rejected
+    ended = counted.succeeded + counted.failed + counted.timed_out + counted.cancelled + counted.expired
+    assert ended == len(witness.finished) == len(set(witness.finished))
+    assert counted.started == len(witness.started)
+    assert (counted.running, counted.waiting) == (0, 0)
+    for worker in supervisor.workers.values():
+        assert (worker.current_tasks, worker.zombies) == (0, 0)
+    assert all(ticket.done() for ticket in tickets)
+    assert all(ticket.status in FINAL for ticket in tickets if ticket and ticket.result)
+    outside = counted.admitted + counted.spilled - ended
+    if witness.supervisor is not None and outside:
+        assert supervisor._ledger is not None
+        assert supervisor._ledger.durable
+    for pool in supervisor._house.pools.values() if supervisor._house else ():
+        assert (pool.running, pool.waiting, len(pool.line)) == (0, 0, 0)
+        assert not any(pool.arriving.values())
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(script=SCRIPTS)
+def test_every_task_ends_once_every_slot_comes_back_and_the_counts_add_up(
+    script: Script, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("spill") if script.overflow == "sqlite" else Path()
+    simulate(lambda: play(script, directory), seed=script.seed)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    plans=st.lists(st.tuples(st.sampled_from(KINDS), PEACEFUL_PLANS), min_size=1, max_size=6),
+    slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    shared=st.booleans(),
+    nest=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_nested_work_of_any_shape_comes_through_a_house_of_any_size(
+    plans: list[tuple[str, Any]], slots: tuple[int, int], seed: int, *, shared: bool, nest: bool
+) -> None:
+    async def main() -> None:
+        async with BackpressureSupervisor(max_queue_size=1000) as supervisor:
+            furnish(supervisor, slots, shared=shared, nest=nest, timeout=1e5)
+            tickets = [supervisor.submit_nowait(Task(kind, plan)) for kind, plan in plans]
+            assert all(result.success for result in await results(tickets))
+            await supervisor.drain()
+            assert supervisor.statistics().timed_out == 0
+            assert supervisor.statistics().running == 0
+
+    simulate(main, seed=seed)

@@ -1,0 +1,42 @@
+"""What a side tells of itself."""
+
+from __future__ import annotations
+
+import msgspec
+
+from forebay.demo.provider import Provider
+from forebay.demo.sample import Kind, Orders, Sample, pace
+from forebay.demo.settings import ENDLESS, Settings
+
+
+def sample(t: float, done: int) -> Sample:
+    return Sample(t=t, stage="surge", done=done)
+
+
+def test_the_pace_of_nothing_is_nought() -> None:
+    assert pace([]) == 0.0
+    assert pace([sample(0, 0)]) == 0.0
+
+
+def test_the_pace_is_what_was_done_in_the_last_window_a_minute() -> None:
+    steady = [sample(t, 2 * t) for t in range(60)]
+    assert pace(steady) == 120.0
+    stopped = [*steady, *(sample(t, 118) for t in range(60, 90))]
+    assert pace(stopped) == 0.0
+
+
+def test_early_on_the_pace_is_over_as_long_as_there_is() -> None:
+    assert pace([sample(0, 0), sample(5, 10)]) == 120.0
+
+
+def test_orders_and_samples_survive_the_wire() -> None:
+    orders = Orders(kind=Kind.RESUME, settings=Settings(seconds=ENDLESS), provider=Provider(url="http://127.0.0.1:1"))
+    assert msgspec.json.decode(msgspec.json.encode(orders), type=Orders) == orders
+    told = Sample(t=1.5, stage="draining", done_by=(1, 2, 3, 4), latencies=(0.5,), workers={"busy": 3})
+    assert msgspec.json.decode(msgspec.json.encode(told), type=Sample) == told
+
+
+def test_the_draining_is_a_part_of_the_time_and_shorter_on_a_faster_plant() -> None:
+    assert Settings().drain == 12.0
+    assert Settings(speed=4.0).drain == 3.0
+    assert Settings(seconds=8.0).drain == 2.0

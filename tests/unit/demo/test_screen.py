@@ -1,0 +1,110 @@
+"""What is seen: the live table fits a small terminal, and a log gets a line now and then."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+from tests.unit.demo.test_report import classic, forebay
+
+from forebay.demo.child import Child, Ending
+from forebay.demo.report import report
+from forebay.demo.sample import Kind, Sample
+from forebay.demo.screen import PlainScreen, board, clock, spark
+from forebay.demo.settings import Settings
+from forebay.demo.table import summary
+
+BUSY = Sample(
+    t=59.0,
+    stage="surge",
+    submitted=10_000,
+    running=50,
+    waiting=100,
+    spilled=9_850,
+    done=1_234,
+    done_by=(200, 1000, 30, 4),
+    calls=123_456,
+    calls_429=78_901,
+    usd=1234.5,
+    load=1.0,
+    binding="pool:brief",
+    workers={"busy": 3, "overloaded": 6, "failed": 1},
+)
+
+
+def side(kind: Kind, sample: Sample | None = BUSY, ending: Ending | None = None) -> Child:
+    samples = [] if sample is None else [Sample(t=float(t), stage="surge", done=2 * t) for t in range(59)] + [sample]
+    seen: dict[str, Any] = {"kind": kind, "samples": samples, "last": sample, "ending": ending, "seconds": 61.0}
+    return cast("Child", SimpleNamespace(**seen, memory=[(1.0, 140.0)]))
+
+
+def drawn(renderable: Any, *, width: int, height: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_table_fits_the_terminal(*, width: int, height: int, resumed: bool) -> None:
+    sides = [side(Kind.RESUME)] if resumed else [side(Kind.CLASSIC, ending=Ending.OUT_OF_MEMORY), side(Kind.FOREBAY)]
+    lines = drawn(board(sides, Settings(), "one simulated key", resumed=resumed), width=width, height=height)
+    assert len(lines) < height
+    assert max(len(line) for line in lines) <= width
+    assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("sides", [[], [side(Kind.CLASSIC, None)], [side(Kind.CLASSIC)]])
+def test_there_is_something_to_see_from_the_beginning(sides: list[Child]) -> None:
+    text = "\n".join(drawn(board(sides, Settings(), "a key", resumed=False), width=80, height=24))
+    assert "waits for its turn" in text
+
+
+def test_it_shows_what_binds_and_what_waits_where() -> None:
+    text = "\n".join(drawn(board([side(Kind.FOREBAY)], Settings(), "a key", resumed=False), width=100, height=30))
+    for words in ("pool:brief", "100 in memory", "9,850 spilled", "6 overloaded", "78,901 refused (429)"):
+        assert words in text
+
+
+def test_a_log_gets_the_first_line_and_the_last_and_no_more_in_between() -> None:
+    out = io.StringIO()
+    with PlainScreen(Console(file=out, width=80)) as screen:
+        for _ in range(5):
+            screen.show([side(Kind.CLASSIC)])
+        for _ in range(2):
+            screen.show([side(Kind.CLASSIC, ending=Ending.TIME_UP)])
+        screen.show([side(Kind.CLASSIC, ending=Ending.TIME_UP), side(Kind.FOREBAY)])
+    lines = out.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == ["classic", "classic", "forebay"]
+    assert lines[1].endswith("time is up")
+
+
+def test_nothing_is_said_before_there_is_something_to_say() -> None:
+    out = io.StringIO()
+    PlainScreen(Console(file=out)).show([side(Kind.CLASSIC, None)])
+    assert out.getvalue() == ""
+
+
+def test_the_summary_tells_both_sides_and_the_verdict() -> None:
+    found = report(classic(), forebay(), Settings(tasks=1000, seconds=60.0), "plant")
+    text = " ".join(" ".join(drawn(summary(found), width=80, height=60)).split())
+    assert "Forebay 10 times as many" in text
+    assert "kept on disk 0 800" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.0, "0:00"), (59.9, "0:59"), (100.0, "1:40"), (3723.0, "1:02:03")])
+def test_a_clock_reads_as_people_write_it(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_a_spark_shows_the_shape_of_what_was_done() -> None:
+    rising = [Sample(t=float(t), stage="surge", done=t * t) for t in range(50)]
+    bars = spark(rising)
+    assert list(bars) == sorted(bars)
+    assert bars[-1] == "█"
+    assert spark(rising[:5]) == ""
+    assert spark([Sample(t=float(t), stage="surge") for t in range(50)]) == ""
