@@ -288,7 +288,8 @@ class Dispatcher:
 
     def settle(self, ticket: Ticket, result: TaskResult) -> None:
         """Resolve a ticket and keep it for a while among those that ended."""
-        self.counts_add(result.status)
+        ending = result.status.value
+        setattr(self.counts, ending, getattr(self.counts, ending) + 1)
         self.tickets.pop(ticket.task_id, None)
         self.kept[ticket.task_id] = ticket
         if len(self.kept) > self.keep:
@@ -302,10 +303,6 @@ class Dispatcher:
         """Tell those who wait for the house to fall quiet that something has ended."""
         for watcher in self.watchers:
             watcher()
-
-    def counts_add(self, status: TaskStatus) -> None:
-        """Count an ending."""
-        setattr(self.counts, status.value, getattr(self.counts, status.value) + 1)
 
     def leave_line(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the line, or from behind its thread."""
