@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable
+import gc
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,21 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.acceptance.house import results
+from tests.acceptance.house import results, turns, virtual
 
-from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, TaskStatus, Ticket, progress
-from forebay.events import Event, Finished, Started
+from forebay import (
+    BackpressureSupervisor,
+    Deadline,
+    ForebayError,
+    Priority,
+    Task,
+    TaskStatus,
+    Ticket,
+    Verdict,
+    progress,
+)
+from forebay.errors import SupervisorClosed
+from forebay.events import Event, Finished, Started, Submitted
 from forebay.sim import simulate, virtual_loop
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -184,11 +197,14 @@ class Witness:
     """Hears every event, and looks at every counter each time."""
 
     supervisor: BackpressureSupervisor | None = None
+    taken: list[str] = field(default_factory=list)  # admitted or spilled
     started: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Submitted) and event.verdict is not Verdict.REJECTED:
+            self.taken.append(event.task_id)
         if isinstance(event, Started):
             self.started.append(event.task_id)
         if isinstance(event, Finished):
@@ -267,7 +283,7 @@ def furnish(
 
 async def play(script: Script, directory: Path) -> None:
     witness = Witness()
-    overflow = f"sqlite:///{directory}/{script.seed}.db" if script.overflow == "sqlite" else script.overflow
+    overflow = f"sqlite:///{directory}/s.db?synchronous=off" if script.overflow == "sqlite" else script.overflow
     supervisor = witness.supervisor = BackpressureSupervisor(
         max_queue_size=script.room, overflow=overflow, zombie_grace=0.5, on_event=witness
     )
@@ -282,7 +298,23 @@ async def play(script: Script, directory: Path) -> None:
     await asyncio.sleep(30.0)  # whatever is stubborn ends
 
     check_counts(supervisor, witness, tickets)
+    if script.overflow == "sqlite":
+        await check_the_rest_runs_next_time(str(overflow), witness)
     assert virtual_loop().pending() == [asyncio.current_task()]
+
+
+async def check_the_rest_runs_next_time(overflow: str, before: Witness) -> None:
+    """What the last house took and did not end, the next one does: all of it, and nothing else."""
+
+    async def handler(_: Task) -> None: ...
+
+    witness = Witness()
+    async with BackpressureSupervisor(overflow=overflow, lease=3.0, on_event=witness) as supervisor:
+        witness.supervisor = supervisor
+        supervisor.register_worker("next", handler=handler, task_types=KINDS, max_concurrent=3)
+        await asyncio.sleep(100.0)  # leases that nobody returned lapse
+        assert supervisor.statistics().outside == 0
+    assert sorted([*before.finished, *witness.finished]) == sorted(before.taken)
 
 
 def check_counts(supervisor: BackpressureSupervisor, witness: Witness, tickets: list[Ticket]) -> None:
@@ -336,3 +368,239 @@ def test_nested_work_of_any_shape_comes_through_a_house_of_any_size(
             assert supervisor.statistics().running == 0
 
     simulate(main, seed=seed)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """What a weak reference can watch."""
+
+
+async def succeeds(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.submit_nowait(Task("work", payload))
+
+
+async def is_awaited_by_run(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.run(Task("work", payload))
+
+
+async def fails(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.submit_nowait(Task("fail", payload))
+
+
+async def times_out(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.submit_nowait(Task("work", payload, timeout=0.1))
+
+
+async def is_a_zombie(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.submit_nowait(Task("deaf", payload, timeout=0.1))
+    await asyncio.sleep(20.0)
+
+
+async def is_cancelled_in_line(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    tickets = [supervisor.submit_nowait(Task("work", payload, deadline=Deadline.within(60.0))) for _ in range(3)]
+    tickets[-1].cancel()
+    await results(tickets)
+
+
+async def expires_in_line(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    tickets = [supervisor.submit_nowait(Task("work", payload, deadline=Deadline.within(1.5))) for _ in range(3)]
+    await results(tickets)
+
+
+async def is_rejected(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    while supervisor.submit_nowait(Task("work", payload)):
+        pass
+    await asyncio.sleep(20.0)
+
+
+async def has_a_key(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.submit_nowait(Task("work", payload, key="k"))
+    for number in range(40):  # keys are remembered for a little longer
+        await supervisor.run(Task("quick", key=f"k{number}"))
+
+
+async def has_a_thread(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await results([supervisor.submit_nowait(Task("work", payload, thread="t")) for _ in range(3)])
+
+
+async def is_listened_to(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    async for _ in supervisor.submit_nowait(Task("work", payload)).events():
+        pass
+
+
+async def is_above_others(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    await supervisor.submit_nowait(Task("parent", payload))
+
+
+async def is_held_by_a_slots_caller(supervisor: BackpressureSupervisor, payload: Payload) -> None:
+    async def caller(_: Payload) -> None:
+        async with supervisor.slot("work"):
+            await asyncio.sleep(0.1)
+
+    await asyncio.get_running_loop().create_task(caller(payload))
+
+
+WAYS: list[Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]]] = [
+    succeeds,
+    is_awaited_by_run,
+    fails,
+    times_out,
+    is_a_zombie,
+    is_cancelled_in_line,
+    expires_in_line,
+    is_rejected,
+    has_a_key,
+    has_a_thread,
+    is_listened_to,
+    is_above_others,
+    is_held_by_a_slots_caller,
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@virtual
+async def test_nothing_keeps_a_task_alive_once_its_result_is_no_longer_kept(
+    way: Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]],
+) -> None:
+    async with BackpressureSupervisor(keep_results=1, max_queue_size=6) as supervisor:
+
+        async def parent(_: Task) -> None:
+            await supervisor.run(Task("quick"))
+            await supervisor.submit(Task("quick"))
+
+        async def works(_: Task) -> None:
+            await asyncio.sleep(1.0)
+
+        async def breaks(_: Task) -> None:
+            raise Broken
+
+        async def is_deaf(task: Task) -> None:
+            await carry_out(supervisor, ("stubborn", 10.0))
+            del task
+
+        supervisor.register_worker("worker", handler=works, task_types=["work"])
+        supervisor.register_worker("quick", handler=works, task_types=["quick"], max_concurrent=100)
+        supervisor.register_worker("fails", handler=breaks, task_types=["fail"])
+        supervisor.register_worker("deaf", handler=is_deaf, task_types=["deaf"], cool_off=1.0)
+        supervisor.register_worker("parent", handler=parent, task_types=["parent"])
+        payload = Payload()
+        alive = weakref.ref(payload)
+        await way(supervisor, payload)
+        del payload
+        await asyncio.sleep(15.0)
+        await supervisor.run(Task("quick"))
+        gc.collect()
+        assert alive() is None
+
+
+@virtual
+async def test_a_task_that_submits_its_successor_does_not_keep_its_ancestors_alive() -> None:
+    alive: list[weakref.ref[Payload]] = []
+
+    async def tick(task: Task) -> None:
+        number, _ = task.payload
+        payload = Payload()
+        alive.append(weakref.ref(payload))
+        if number:
+            await supervisor.submit(Task("tick", (number - 1, payload)))
+
+    async with BackpressureSupervisor(keep_results=1) as supervisor:
+        supervisor.register_worker("worker", handler=tick, task_types=["tick"])
+        await supervisor.submit(Task("tick", (200, Payload())))
+        await asyncio.sleep(1.0)
+        gc.collect()
+        assert len(alive) == 201
+        assert sum(reference() is not None for reference in alive) <= 3
+
+
+# --- cancelled at any moment -----------------------------------------------------------------------------------------
+
+
+async def do_submit(supervisor: BackpressureSupervisor) -> None:
+    await supervisor.submit(Task("work", 0.01, task_id="mine"))
+
+
+async def do_submit_keyed(supervisor: BackpressureSupervisor) -> None:
+    await supervisor.submit(Task("work", 0.01, task_id="mine", key="k"))
+
+
+async def do_run(supervisor: BackpressureSupervisor) -> None:
+    await supervisor.run(Task("work", 0.01, task_id="mine"))
+
+
+async def do_hold_a_slot(supervisor: BackpressureSupervisor) -> None:
+    with contextlib.suppress(ForebayError):
+        async with supervisor.slot("work"):
+            await asyncio.sleep(0.003)
+
+
+async def do_wait(supervisor: BackpressureSupervisor) -> None:
+    with contextlib.suppress(ForebayError):
+        await (await supervisor.submit(Task("work", 0.01, task_id="mine")))
+
+
+async def do_listen(supervisor: BackpressureSupervisor) -> None:
+    with contextlib.suppress(ForebayError):
+        async for _ in (await supervisor.submit(Task("work", 0.01, task_id="mine"))).events():
+            pass
+
+
+async def do_run_nested(supervisor: BackpressureSupervisor) -> None:
+    await supervisor.run(Task("parent", task_id="mine"))
+
+
+async def do_drain(supervisor: BackpressureSupervisor) -> None:
+    await supervisor.drain(timeout=0.02)
+
+
+async def do_close(supervisor: BackpressureSupervisor) -> None:
+    await supervisor.close()
+
+
+DEEDS = [do_submit, do_submit_keyed, do_run, do_hold_a_slot, do_wait, do_listen, do_run_nested, do_drain, do_close]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["free", "full"])
+@pytest.mark.parametrize("overflow", [None, "memory://", "sqlite"])
+@pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: deed.__name__)
+def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
+    deed: Callable[[BackpressureSupervisor], Coroutine[Any, Any, None]],
+    overflow: str | None,
+    tmp_path: Path,
+    *,
+    full: bool,
+) -> None:
+    async def main(moment: int) -> None:
+        url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off" if overflow == "sqlite" else overflow
+        witness = Witness()
+        supervisor = witness.supervisor = BackpressureSupervisor(max_queue_size=1, overflow=url, on_event=witness)
+
+        async def works(task: Task) -> None:
+            await asyncio.sleep(task.payload)
+
+        async def parent(_: Task) -> None:
+            await supervisor.run(Task("work", 0.01))
+
+        supervisor.register_worker("worker", handler=works, task_types=["work"])
+        supervisor.register_worker("parent", handler=parent, task_types=["parent"])
+        await supervisor.start()
+        tickets = [await supervisor.submit(Task("work", 0.005)) for _ in range(4 if full else 0)]
+        doing = asyncio.ensure_future(deed(supervisor))
+        if moment < 12:
+            await turns(moment)
+        else:
+            await asyncio.sleep(0.0007 * (moment - 12))
+        doing.cancel()
+        await asyncio.wait([doing])
+        await asyncio.sleep(1.0)
+        assert supervisor.statistics().running == 0
+        with contextlib.suppress(SupervisorClosed):  # it was drained or closed
+            assert (await supervisor.submit_nowait(Task("work", 0.01))).success
+        await supervisor.close()
+        check_counts(supervisor, witness, tickets)
+        assert virtual_loop().pending() == [asyncio.current_task()]
+
+    for moment in range(0, 40, 2):
+        simulate(lambda moment=moment: main(moment), seed=moment)  # type: ignore[misc]

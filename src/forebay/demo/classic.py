@@ -11,8 +11,9 @@ and pays again. The key is as busy as under Forebay, and hardly anything gets do
 What is kind about it, so that it shows the idea and not a straw man:
 
 - One client is shared, with the SDK's own bounds (1,000 connections, 600 s) and retries, which honour `retry-after-ms`.
-- The retry is OpenAI's published recipe, ``wait_random_exponential(min=1, max=60), stop_after_attempt(6)`` of tenacity
-  ("How to handle rate limits", OpenAI Cookbook), written out in five lines.
+- The retry waits and gives up as in OpenAI's published recipe, tenacity's ``wait_random_exponential(min=1, max=60)``
+  and ``stop_after_attempt(6)`` ("How to handle rate limits", OpenAI Cookbook), written out in five lines. It is around
+  the run, which is what a supervisor has in its hands; around each call it would change little (computed).
 - Each of the ten workers begins one run in a turn of the event loop, as one does that fetches its tasks one by one.
   A bare ``gather`` fares worse: while ten thousand runs are being set up, no connection is made within the SDK's five
   seconds, and on a busy machine of two cores no answer arrived in a hundred seconds.

@@ -46,6 +46,8 @@ _STYLE: Final[dict[Any, Any]] = {
 _SMALL: Final[dict[str, Any]] = {"textcoords": "offset points", "color": _SOFT, "fontsize": 9.5}
 _NAME: Final[dict[str, Any]] = {"fontweight": "bold", "fontsize": 10.5}
 
+_WORDS: Final = 0.45  # of the width: words at the right end reach so far back
+
 Style = str | tuple[int, tuple[int, ...]]
 Points = tuple[list[float], list[float]]
 
@@ -159,7 +161,7 @@ def _spend(axes: Axes, classic: Played, forebay: Played, least: float | None) ->
     _line(axes, ours, FOREBAY)
     for points, name, colour in ((theirs, "classic", CLASSIC), (ours, "Forebay", FOREBAY)):
         if points[0]:  # written above the highest that it comes to below the words
-            top = max(points[1][len(points[1]) // 3 :])
+            top = max(y for x, y in zip(*points, strict=True) if x >= _WORDS * points[0][-1])
             axes.annotate(
                 f"{name}: ${points[1][-1]:.4f} at the end",
                 (points[0][-1], top),

@@ -14,7 +14,7 @@ from forebay.context import RunningTask
 from forebay.errors import UnknownTask
 from forebay.events import Bus, Event, Finished, Started, log
 from forebay.supervisor.endings import Endings
-from forebay.supervisor.lend import Loan
+from forebay.supervisor.lend import Loan, repay
 from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.run import Ending, Run
 from forebay.supervisor.statistics import Counts
@@ -190,7 +190,7 @@ class Dispatcher:
 
     def serve(self, worker: WorkerAgent) -> None:
         """Give `worker` what it has room for: first the slots that it owes, then the heads of its lines."""
-        self._repay(worker)
+        repay(worker)
         while worker.can_accept():
             pool = next_pool(worker)
             if pool is None:
@@ -206,16 +206,6 @@ class Dispatcher:
                 pool.router.lowered(worker)
             if self.overflow is not None:
                 self.overflow.pull(pool)
-
-    def _repay(self, worker: WorkerAgent) -> None:
-        while worker.returning and worker.has_room():
-            run, _ = worker.returning[0]
-            if run.lacks_slot:
-                self.take(run)
-            for claim in [claim for claim in worker.returning if claim[0] is run]:  # one slot answers them all
-                worker.returning.remove(claim)
-                if not claim[1].done():
-                    claim[1].set_result(None)
 
     def _too_late(self, ticket: Ticket, pool: Pool) -> bool:
         if ticket.deadline is None:

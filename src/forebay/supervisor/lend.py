@@ -11,33 +11,37 @@ from forebay.supervisor.run import Run
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.worker import WorkerAgent
+
+
+def ancestry(running: RunningTask | None) -> Iterator[Run]:
+    """`running` and the runs above it, of whatever house, up to the outermost submitter."""
+    while isinstance(running, Run):
+        yield running
+        running = running.ticket.parent
 
 
 def held_slots(running: RunningTask | None, house: Dispatcher) -> Iterator[Run]:
-    """The runs of `house` under way, on the way up from `running` to the outermost submitter."""
-    while running is not None:
-        if isinstance(running, Run):
-            if running.house is house and not running.ended:
-                yield running
-            running = running.ticket.parent
-        else:
-            running = None
+    """The runs of `house` that are under way, from `running` upwards."""
+    return (run for run in ancestry(running) if run.house is house and not run.ended)
 
 
 class Loan:
     """The slots that one await of a task of `house` has lent, until it takes them back.
 
-    A slot is lent while its run awaits a task, of whatever house, and it or a run below it awaits one of its own house:
-    that one may need the slot. So work that goes down a tree of houses and comes up again cannot deadlock; and who
-    submits a task and works on keeps its slot, whatever the task waits for. A run may wait for several tasks at once (a
-    gather): any of them will do.
+    The task may need the slot of every run from the one that awaits it up to the last of `house`, for it may come down
+    the same way. So each of them lends its own while it awaits a task itself: work that goes down a tree of houses and
+    up again cannot deadlock, while who submits a task and works on keeps its slot, whatever that task waits for. A run
+    may wait for several tasks at once (a gather): any of them will do.
     """
 
     __slots__ = ("_awaiting", "_runs")
 
     def __init__(self, house: Dispatcher, awaiting: Run) -> None:
         self._awaiting = awaiting
-        self._runs = tuple(held_slots(awaiting, house))
+        chain = tuple(ancestry(awaiting))
+        needed = max((place for place, run in enumerate(chain, start=1) if run.house is house), default=0)
+        self._runs = chain[:needed]
         awaiting.awaits += 1
         for run in self._runs:
             run.waits_below += 1
@@ -83,3 +87,15 @@ def _claim(run: Run) -> asyncio.Future[None] | None:
     turn: asyncio.Future[None] = run.house.loop.create_future()
     worker.returning.append((run, turn))
     return turn
+
+
+def repay(worker: WorkerAgent) -> None:
+    """Give the slots that have fallen free on `worker` to the runs that lent theirs, in the order of their claims."""
+    while worker.returning and worker.has_room():
+        run, _ = worker.returning[0]
+        if run.lacks_slot:
+            run.house.take(run)
+        for claim in [claim for claim in worker.returning if claim[0] is run]:  # one slot answers them all
+            worker.returning.remove(claim)
+            if not claim[1].done():
+                claim[1].set_result(None)

@@ -46,7 +46,7 @@ class Run:
         self.timer: Timer | None = None
         self.holds = False  # the slot is taken, not lent
         self.awaits = 0  # tasks of whatever house that it awaits
-        self.waits_below = 0  # tasks of this house that it, or a run below it, awaits
+        self.waits_below = 0  # tasks that it, or a run below it, awaits and that may need its slot
         self.abandoned_at: float | None = None  # when its ticket ended before its handler did
         self.zombie = False  # abandoned, and still there after the grace
         self.ended = False
