@@ -344,6 +344,25 @@ async def test_a_parent_that_comes_to_wait_late_lends_its_slot_then() -> None:
 
 
 @virtual
+async def test_waiting_for_a_house_that_is_none_of_its_own_lends_no_slot() -> None:
+    running = peak = 0
+
+    async def handler(_: Task) -> None:
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        await other.run(Task("other"))
+        running -= 1
+
+    async with BackpressureSupervisor() as other, BackpressureSupervisor() as supervisor:
+        other.register_worker("other", handler=Agent(), task_types=["other"], max_concurrent=9)
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=2)
+        await results(flood(supervisor, "work", 6))
+        assert now() == about(3.0)
+    assert peak == 2
+
+
+@virtual
 async def test_following_a_childs_events_lends_the_slot_as_awaiting_it_does() -> None:
     async def handler(task: Task) -> Any:
         if task.payload == "child":

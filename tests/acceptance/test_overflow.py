@@ -215,6 +215,22 @@ async def test_nothing_overtakes_what_waits_outside(overflow: str) -> None:
 
 
 @virtual
+async def test_work_does_not_overtake_what_is_better_and_waits_outside_for_the_slot_that_fell_free(
+    overflow: str,
+) -> None:
+    agent = Agent()
+    async with house(agent, overflow, max_queue_size=0) as supervisor:
+        (running,) = flood(supervisor, "work", 1)
+        high = await supervisor.submit(Task("work", "high", priority=HIGH))
+        assert high.verdict is Verdict.SPILLED
+        await running
+        normal = await supervisor.submit(Task("work", "normal"))
+        assert normal.verdict is Verdict.SPILLED
+        await results([high, normal])
+    assert agent.began == [0, "high", "normal"]
+
+
+@virtual
 async def test_better_work_than_what_waits_outside_need_not_wait_for_it(overflow: str) -> None:
     agent = Agent()
     async with house(agent, overflow, max_queue_size=5) as supervisor:
@@ -379,6 +395,24 @@ async def test_a_restart_continues_with_what_was_spilled(file: str) -> None:
         await asyncio.sleep(15.0)
         assert supervisor.statistics().outside == 0
     assert sorted(agent.began) == list(range(1, 10))
+
+
+@pytest.mark.parametrize("moment", range(0, 50, 3))
+@virtual
+async def test_closing_while_a_task_is_on_its_way_in_starts_nothing_and_loses_nothing(moment: int, file: str) -> None:
+    agent = Agent()
+    supervisor = house(agent, file)
+    await supervisor.start()
+    await submit_all(supervisor, work(*range(6)))
+    await asyncio.sleep(3.0 + moment * 0.0002)  # what waited inside has run, and the next ones are fetched
+    before = list(agent.began)
+    await supervisor.close()
+    assert agent.began == before
+    ended = [supervisor.statistics().succeeded, supervisor.statistics().cancelled]
+    rest = Agent()
+    async with house(rest, file, slots=9):
+        await asyncio.sleep(5.0)
+    assert len(rest.began) + sum(ended) == 6
 
 
 @virtual

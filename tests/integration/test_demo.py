@@ -23,10 +23,8 @@ from forebay.demo.workload import surge
 from forebay.sim.config import ProviderConfig
 from forebay.sim.process import start_plant
 
-pytestmark = pytest.mark.slow
-
 TASKS, SEED = 60, 5
-SMALL = ("--tasks", f"{TASKS}", "--seconds", "4", "--workers", "2", "--slots", "2", "--speed", "10")
+SMALL = ("--tasks", f"{TASKS}", "--seconds", "6", "--workers", "2", "--slots", "2", "--speed", "10")
 ALL_OF_IT = ("--seconds", "60", "--speed", "10")
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -63,6 +61,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(folder, done, msgspec.json.decode((folder / "report.json").read_bytes()), kept(folder / "spill.db"))
 
 
+@pytest.mark.slow
 def test_the_report_has_the_figures_of_both_sides(ran: Ran) -> None:
     assert (ran.report["tasks"], ran.report["workers"], ran.report["seed"]) == (TASKS, 2, SEED)
     for side in (ran.report["classic"], ran.report["forebay"]):
@@ -71,6 +70,7 @@ def test_the_report_has_the_figures_of_both_sides(ran: Ran) -> None:
         assert not side["out_of_memory"]
 
 
+@pytest.mark.slow
 def test_forebay_does_some_keeps_the_rest_and_loses_none(ran: Ran) -> None:
     ours = ran.report["forebay"]
     assert ours["done"] > 0
@@ -80,41 +80,48 @@ def test_forebay_does_some_keeps_the_rest_and_loses_none(ran: Ran) -> None:
     assert ours["usd_per_done"] >= ran.report["usd_least"]
 
 
+@pytest.mark.slow
 def test_what_it_says_is_kept_is_in_the_ledger(ran: Ran) -> None:
     assert ran.left.total == TASKS
     assert ran.left.to_do == ran.report["forebay"]["spilled"]
     assert ran.left.done == ran.report["forebay"]["done"]
 
 
+@pytest.mark.slow
 def test_what_the_classic_one_has_not_done_is_lost(ran: Ran) -> None:
     theirs = ran.report["classic"]
     assert theirs["spilled"] == 0
     assert theirs["lost"] == TASKS - theirs["done"] - theirs["failed"]
 
 
+@pytest.mark.slow
 def test_the_client_and_the_plant_count_the_same_calls(ran: Ran) -> None:
     ours = ran.report["forebay"]
     assert 0 <= ours["plant"]["finished"] - ours["calls_answered"] <= 4  # answers on their way to agents cut off
     assert 0 <= ours["calls"] - ours["plant"]["calls"] <= 4
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png(ran: Ran) -> None:
     assert (ran.folder / "surge.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_what_is_printed_tells_both_sides_and_how_to_go_on(ran: Ran) -> None:
-    assert "classic 0:04" in ran.done.stdout
-    assert "forebay 0:0" in ran.done.stdout
+    for side in ("classic 0:00  0 done", "forebay 0:00  0 done"):
+        assert side in ran.done.stdout
     assert "did not run out of memory" in " ".join(ran.done.stdout.split())
     assert "forebay demo --resume" in ran.done.stdout
 
 
+@pytest.mark.slow
 def test_the_seed_repeats_the_tasks(ran: Ran) -> None:
     with closing(sqlite3.connect(ran.folder / "spill.db")) as ledger:
         stored = dict(ledger.execute("SELECT task_id, priority FROM task"))
     assert stored == {job.task_id: int(job.priority) for job in surge(TASKS, SEED)}
 
 
+@pytest.mark.slow
 def test_resume_does_the_rest_and_then_nothing(ran: Ran) -> None:
     done = demo(ran.folder, "--resume", *ALL_OF_IT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -155,6 +162,7 @@ def ended(process: subprocess.Popen[str]) -> bool:
     return process.returncode is not None
 
 
+@pytest.mark.slow
 def test_a_polite_kill_puts_everything_back(ran: Ran, tmp_path: Path) -> None:
     with resuming(tmp_path, ran.folder) as process:
         process.send_signal(signal.SIGTERM)
@@ -163,6 +171,7 @@ def test_a_polite_kill_puts_everything_back(ran: Ran, tmp_path: Path) -> None:
     assert (left.total, left.leased, left.failed) == (TASKS, 0, 0)
 
 
+@pytest.mark.slow
 def test_after_a_kill_of_the_parent_its_side_puts_everything_back_by_itself(ran: Ran, tmp_path: Path) -> None:
     with resuming(tmp_path, ran.folder) as process:
         process.kill()
@@ -172,6 +181,7 @@ def test_after_a_kill_of_the_parent_its_side_puts_everything_back_by_itself(ran:
     assert (left.total, left.leased, left.failed) == (TASKS, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_side_over_its_memory_is_ended_and_that_is_said(tmp_path: Path) -> None:
     done = demo(tmp_path, *SMALL, "--memory", "64")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -199,6 +209,7 @@ def test_real_money_is_not_spent_unasked(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_of_ones_own_is_counted_by_what_it_answers(tmp_path: Path) -> None:
     with start_plant(ProviderConfig(ttft=0.05, tpot=0.001)) as plant:
         more = {"PROVIDER_URL": plant.openai_url, "PROVIDER_API_KEY": "mine", "PROVIDER_MODEL": "gpt-4o-mini"}

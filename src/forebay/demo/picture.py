@@ -80,11 +80,10 @@ def _headline(found: Report) -> str:
 
 def _below(found: Report) -> str:
     a, b = found.classic, found.forebay
-    died = f", and its process ran out of memory after {a.ended_at_s:.0f} s" if a.out_of_memory else ""
-    return (
-        f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk. The classic supervisor"
-        f" did {a.done:,} and lost {a.lost:,}{died}."
-    )
+    ours = f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk."
+    if a.out_of_memory:
+        return f"{ours} The classic supervisor did {a.done:,} and was out of memory after {a.ended_at_s:.0f} s."
+    return f"{ours} The classic supervisor did {a.done:,} and lost {a.lost:,}."
 
 
 def _footer(found: Report) -> str:
@@ -128,7 +127,8 @@ def _goodput(axes: Axes, classic: Played, forebay: Played, granted: float | None
 def _memory(axes: Axes, classic: Played, forebay: Played, limit: int) -> None:
     axes.set_title("Memory of the process, MB")
     axes.axhline(limit, color=_INK, linewidth=1.4, linestyle="--")
-    axes.annotate(f"limit: {limit}, then it is killed", (0, limit), (5, 5), **(_SMALL | {"color": _INK}))
+    words = f"limit: {limit}, then it is killed"
+    axes.annotate(words, (1, limit), (-5, 5), xycoords=("axes fraction", "data"), ha="right", **_SMALL)
     for played, colour, name in ((classic, CLASSIC, "classic"), (forebay, FOREBAY, "Forebay")):
         points = [t for t, _ in played.memory], [mb for _, mb in played.memory]
         _line(axes, points, colour, ending=played.ending)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 from rich.console import Console
@@ -150,7 +151,7 @@ def _screen(
 
 def _name(settings: Settings, real: tuple[Provider, str] | None) -> str:
     if real is not None:
-        return f"{real[0].model} at {real[0].url}"
+        return f"{real[0].model} at {urlsplit(real[0].url).hostname}"  # a URL may hold a password
     return f"one simulated key, {round(RPM * settings.speed):,} calls/min"
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -27,10 +27,11 @@ def threads() -> Iterator[Threads]:
 
 def idle(threads: Threads, count: int) -> None:
     """Wait until so many threads are idle."""
-    for _ in range(100_000):
+    for _ in range(20_000):
         with threads._lock:
             if threads._free == count:
                 return
+        threading.Event().wait(0.001)
     pytest.fail(f"{threads._free} are idle, not {count}")
 
 
@@ -67,11 +68,17 @@ def test_a_thread_is_used_again(threads: Threads) -> None:
 
 
 def test_there_are_never_more_threads_than_jobs_at_a_time(threads: Threads) -> None:
-    before = threading.active_count()
-    for _ in range(30):
-        wait([threads.submit(threading.get_ident) for _ in range(5)])
-        idle(threads, min(5, threading.active_count() - before))
-    assert threading.active_count() - before <= 5
+    seen = set()
+    for _ in range(20):
+        together = threading.Barrier(5)
+
+        def job(together: threading.Barrier = together) -> int:
+            together.wait(PATIENCE)
+            return threading.get_ident()
+
+        seen |= {one.result(PATIENCE) for one in [threads.submit(job) for _ in range(5)]}
+        idle(threads, 5)
+    assert len(seen) == 5
 
 
 def test_its_threads_are_daemons(threads: Threads) -> None:
