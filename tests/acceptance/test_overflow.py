@@ -142,6 +142,22 @@ async def test_a_task_cancelled_outside_never_runs(overflow: str) -> None:
 
 
 @virtual
+async def test_a_task_that_is_cancelled_twice_outside_and_expires_as_well_ends_once(overflow: str) -> None:
+    async with house(Agent(5.0), overflow) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        ticket = await supervisor.submit(Task("work", 3, deadline=Deadline.within(2.0)))
+        assert ticket.deadline is not None
+        await asyncio.sleep(ticket.deadline.remaining() - 1e-4)
+        ticket.cancel("first")
+        ticket.cancel("second")
+        assert (await ticket).status in (TaskStatus.CANCELLED, TaskStatus.EXPIRED)
+        await asyncio.sleep(1.0)
+        counted = supervisor.statistics()
+        assert counted.cancelled + counted.expired == 1
+        assert counted.outside == 0
+
+
+@virtual
 async def test_a_full_overflow_rejects_and_is_named(overflow: str) -> None:
     async with house(Agent(), f"{overflow}?bound=3") as supervisor:
         await supervisor.run(Task("work"))

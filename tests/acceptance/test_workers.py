@@ -368,6 +368,9 @@ async def test_what_still_runs_on_a_failed_worker_finishes_and_counts() -> None:
         ticket = supervisor.submit_nowait(Task("work", "long"))
         await fail(supervisor, agent, 5)
         assert worker.state is WorkerState.FAILED
+        supervisor.register_worker("other", handler=agent, task_types=["other"], max_concurrent=2)
+        flood(supervisor, "other", 1)
+        assert supervisor.utilization() == 1 / 2
         assert (await ticket).success
         assert worker.current_tasks == 0
         worker.revive()

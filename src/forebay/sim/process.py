@@ -82,7 +82,10 @@ def start_plant(
     config = config or ProviderConfig()
     options = ["--attached", "--seed", str(seed), "--traffic", traffic, "--config", config.to_json().decode()]
     command = [sys.executable, "-m", "forebay.sim", *options]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:  # noqa: S603
+    # A process group of its own: a Ctrl-C in the terminal is for its owner, who may still need it to finish.
+    with subprocess.Popen(  # noqa: S603
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+    ) as child:
         try:
             yield _ready(child, command)
         finally:
