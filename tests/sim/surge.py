@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from forebay import (
     BackpressureSupervisor,
     Deadline,
@@ -277,6 +279,10 @@ class Surge:
         zombies = sum(worker.zombies for worker in self.house.workers.values())
         if (statistics.running, statistics.waiting, statistics.outside) != (zombies, 0, 0):
             raise Broke(f"something is left in a closed house: {statistics}")
+
+
+# all in `make test`, the first fifty in `make test-quick`
+SEEDS = [seed if seed < 50 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(300)]
 
 
 def run(seed: int) -> Surge:

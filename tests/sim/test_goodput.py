@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from tests.sim import surge
 
 from forebay import BackpressureSupervisor, Task, Ticket
 from forebay.sim import simulate
@@ -126,7 +127,7 @@ def small(times: float, seed: int, **trouble: object) -> Plant:
     return plant
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", surge.SEEDS)
 def test_every_seed_has_its_plateau_and_its_recovery(seed: int) -> None:
     rng = random.Random(seed)
     times, began = rng.uniform(2, 6), rng.uniform(10, 20)

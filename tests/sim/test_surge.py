@@ -8,7 +8,7 @@ import pytest
 from tests.sim import surge
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", surge.SEEDS)
 def test_every_task_of_a_surge_ends_once_and_no_limit_is_passed(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     try:
