@@ -272,6 +272,28 @@ async def test_what_runs_inside_may_still_submit_while_draining() -> None:
 
 
 @virtual
+async def test_what_a_handler_submits_when_it_is_stopped_is_stopped_in_its_turn() -> None:
+    children = Agent(600.0)
+
+    async def insists(_: Task) -> None:
+        try:
+            await asyncio.sleep(600.0)
+        except asyncio.CancelledError:
+            await supervisor.run(Task("child"))
+
+    supervisor = house(insists, zombie_grace=2.0)
+    supervisor.register_worker("children", handler=children, task_types=["child"])
+    async with supervisor:
+        (ticket,) = flood(supervisor, "work", 1)
+        await turns()
+        report = await supervisor.drain(timeout=1.0)
+        assert now() == about(3.0)
+        assert (children.running, supervisor.statistics().running) == (0, 0)
+    assert (report.finished, report.orphans) == (0, ())
+    assert (await ticket).status is TaskStatus.CANCELLED
+
+
+@virtual
 async def test_draining_from_inside_of_a_task_is_a_mistake() -> None:
     async def drains(_: Task) -> None:
         await supervisor.drain()
@@ -404,6 +426,23 @@ async def test_closing_ends_what_is_in_an_overflow_that_would_not_survive() -> N
     tickets = [await supervisor.submit(Task("work", n)) for n in range(10)]
     await supervisor.close()
     assert await statuses(tickets) == [TaskStatus.CANCELLED] * 10
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@virtual
+async def test_what_is_on_its_way_out_when_draining_begins_goes_out_once(tmp_path: Path, *, durable: bool) -> None:
+    for moment in range(0, 60, 4):
+        url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off"
+        first, second = Agent(), Agent()
+        async with house(first, overflow=url, max_queue_size=0) as supervisor:
+            flood(supervisor, "work", 1)
+            submitting = asyncio.ensure_future(supervisor.submit(Task("work", "mine", durable=durable)))
+            await asyncio.sleep(moment * 0.0001)
+            await supervisor.drain()
+        assert isinstance(await error_of((await submitting).value()), StillSpilled)
+        async with house(second, overflow=url):
+            await asyncio.sleep(3.0)
+        assert [*first.began, *second.began] == [0, "mine"]
 
 
 @virtual

@@ -161,6 +161,30 @@ async def test_waits_that_begin_while_the_slot_is_on_its_way_back_do_not_count_i
 
 
 @virtual
+async def test_a_slot_that_comes_back_while_its_run_waits_again_goes_on_to_who_needs_it() -> None:
+    async def handler(task: Task) -> Any:
+        if task.payload != "parent":
+            await asyncio.sleep(task.payload)
+            return None
+
+        async def later() -> None:
+            await asyncio.sleep(1.5)
+            await supervisor.run(Task("work", 1.0))
+
+        return await asyncio.gather(supervisor.run(Task("short", 1.0)), later())
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        supervisor.register_worker("helper", handler=handler, task_types=["short"])
+        parent = supervisor.submit_nowait(Task("work", "parent"))
+        supervisor.submit_nowait(Task("work", 3.0))  # has the lent slot when the first wait is over
+        await parent
+        assert now() == about(4.0)
+        await turns()
+        assert worker.current_tasks == 0
+
+
+@virtual
 async def test_a_nested_task_goes_before_newer_work_of_its_priority() -> None:
     agent = Agent()
 

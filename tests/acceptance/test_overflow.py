@@ -154,6 +154,7 @@ async def test_a_task_that_is_cancelled_twice_outside_and_expires_as_well_ends_o
         await asyncio.sleep(1.0)
         counted = supervisor.statistics()
         assert counted.cancelled + counted.expired == 1
+        assert ticket.status.final
         assert counted.outside == 0
 
 
@@ -359,6 +360,7 @@ async def test_a_task_cancelled_on_its_way_out_never_runs(overflow: str) -> None
         assert supervisor.ticket("left").cancel("no longer wanted")
         ticket = await submitting
         result = await ticket
+        assert now() < 0.5
         assert (result.status, result.error) == (TaskStatus.CANCELLED, "no longer wanted")
         await asyncio.sleep(10.0)
     assert agent.began == [0, 1, 2]
