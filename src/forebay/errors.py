@@ -209,8 +209,9 @@ class WouldDeadlock(ForebayError, RuntimeError):
 
 
 class StillSpilled(ForebayError):
-    """Task {task_id!r} is kept in the overflow and this supervisor has closed before its turn came: it is not lost. It
-    runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its result.
+    """Task {task_id!r} is kept in the overflow and this supervisor drains, or has closed, before its turn came: it is
+    not lost. It runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its
+    result.
     """
 
     task_id: str

@@ -370,6 +370,44 @@ def test_nested_work_of_any_shape_comes_through_a_house_of_any_size(
     simulate(main, seed=seed)
 
 
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    plans=st.lists(st.tuples(st.sampled_from(KINDS), PEACEFUL_PLANS), min_size=1, max_size=6),
+    slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    room=st.integers(0, 3),
+    durable=st.booleans(),
+    nest=st.booleans(),
+    drain_at=st.sampled_from([0.0, 0.001, 0.003, 0.1, 0.5, 1.0, 2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_draining_ends_whatever_nested_work_is_under_way_and_wherever_it_waits(  # noqa: PLR0913 - all that may vary
+    tmp_path_factory: pytest.TempPathFactory,
+    *,
+    plans: list[tuple[str, Any]],
+    slots: tuple[int, int],
+    room: int,
+    drain_at: float,
+    seed: int,
+    durable: bool,
+    nest: bool,
+) -> None:
+    overflow = f"sqlite:///{tmp_path_factory.mktemp('spill')}/s.db?synchronous=off"
+
+    async def main() -> None:
+        async with BackpressureSupervisor(max_queue_size=room, overflow=overflow) as supervisor:
+            furnish(supervisor, slots, shared=True, nest=nest, timeout=1e5)
+            offers = [supervisor.submit(Task(kind, plan, durable=durable)) for kind, plan in plans]
+            offering = asyncio.gather(*offers)
+            await asyncio.sleep(drain_at)
+            began = asyncio.get_running_loop().time()
+            await supervisor.drain()
+            assert asyncio.get_running_loop().time() - began < 100.0
+            await asyncio.wait([offering])
+
+    with contextlib.suppress(SupervisorClosed):  # it drained before some were offered
+        simulate(main, seed=seed)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,9 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, Stubborn, about, error_of, flood, now, results, statuses, turns, virtual
+from tests.acceptance.house import (
+    Agent,
+    Stubborn,
+    about,
+    error_of,
+    flood,
+    now,
+    results,
+    statuses,
+    submit_all,
+    turns,
+    virtual,
+)
 
-from forebay import BackpressureSupervisor, Task, TaskStatus
+from forebay import BackpressureSupervisor, Priority, Task, TaskCancelled, TaskStatus
 from forebay.errors import AlreadyStarted, DrainInside, StillSpilled, SupervisorClosed
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -405,6 +417,72 @@ async def test_draining_sends_what_waits_to_an_overflow_that_survives(tmp_path: 
 
 
 @virtual
+async def test_who_waits_for_what_stays_outside_is_told_when_draining_begins(tmp_path: Path) -> None:
+    async with house(Agent(10.0), overflow=f"sqlite:///{tmp_path}/spill.db", max_queue_size=0) as supervisor:
+        _, outside = await submit_all(supervisor, [Task("work", n) for n in range(2)])
+        waiting = asyncio.ensure_future(error_of(outside))
+        await asyncio.sleep(1.0)
+        draining = asyncio.ensure_future(supervisor.drain())
+        assert isinstance(await waiting, StillSpilled)
+        assert now() == pytest.approx(1.0, abs=0.1)
+        assert not outside.cancel()
+        assert (await draining).finished == 1
+
+
+class Nesting:
+    """A handler whose parents run a child of the same type; `began` as of an Agent."""
+
+    def __init__(self) -> None:
+        self.began: list[Any] = []
+        self.supervisor: BackpressureSupervisor | None = None
+
+    async def __call__(self, task: Task) -> Any:
+        self.began.append(task.payload)
+        await asyncio.sleep(1.0)
+        assert self.supervisor is not None
+        return await self.supervisor.run(Task("work", "child")) if task.payload == "parent" else task.payload
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@virtual
+async def test_draining_does_not_wait_for_who_waits_for_what_stays_outside(tmp_path: Path, *, durable: bool) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+    handler = Nesting()
+    async with house(handler, overflow=url, max_queue_size=0) as supervisor:
+        handler.supervisor = supervisor
+        parent = await supervisor.submit(Task("work", "parent", durable=durable))
+        other = await supervisor.submit(Task("work", "other"))
+        await asyncio.sleep(1.5)  # the child is outside, and the other has the parent's slot
+        await supervisor.drain()
+        assert now() == pytest.approx(2.0, abs=0.1)
+    if durable:  # it runs again where its child has run
+        assert isinstance(await error_of(parent), StillSpilled)
+    else:
+        result = await parent
+        assert result.status is TaskStatus.FAILED
+        assert isinstance(result.cause, StillSpilled)
+    assert (await other).result == "other"
+    handler.began.clear()
+    async with house(handler, overflow=url, slots=3) as supervisor:
+        handler.supervisor = supervisor
+        await asyncio.sleep(5.0)
+        assert sorted(handler.began) == (["child", "child", "parent"] if durable else ["child"])
+
+
+@virtual
+async def test_draining_keeps_inside_what_runs_inside_may_wait_for(tmp_path: Path) -> None:
+    handler = Nesting()
+    async with house(handler, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        handler.supervisor = supervisor
+        parent = supervisor.submit_nowait(Task("work", "parent"))
+        other = supervisor.submit_nowait(Task("work", "other", priority=Priority.HIGH))
+        await asyncio.sleep(1.5)  # the child waits in the line behind the other
+        assert (await supervisor.drain()).finished == 3
+    assert (await parent).result == "child"
+    assert (await other).success
+
+
+@virtual
 async def test_draining_keeps_inside_what_may_not_spill(tmp_path: Path) -> None:
     async with house(Agent(), overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
         tickets = flood(supervisor, "work", 4, spill=False)
@@ -443,6 +521,35 @@ async def test_what_is_on_its_way_out_when_draining_begins_goes_out_once(tmp_pat
         async with house(second, overflow=url):
             await asyncio.sleep(3.0)
         assert [*first.began, *second.began] == [0, "mine"]
+
+
+@pytest.mark.parametrize("drained_at", [0.0005, 0.9995, 1.0015, 1.003, 1.006])
+@virtual
+async def test_who_is_cancelled_while_the_house_drains_is_told_what_becomes_of_it(
+    drained_at: float, tmp_path: Path
+) -> None:
+    for moment in range(24):
+        url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off"
+        first, second = Agent(), Agent()
+        async with house(first, overflow=url, max_queue_size=2) as supervisor:
+            tickets = await submit_all(supervisor, [Task("work", n, durable=n % 2 == 1) for n in range(6)])
+            origin = now()
+            await asyncio.sleep(drained_at)
+            draining = asyncio.ensure_future(supervisor.drain())
+            await asyncio.sleep(moment * 0.0005)
+            for ticket in tickets[1:]:
+                ticket.cancel()
+            await draining
+            assert now() - origin < 4.0
+        async with house(second, overflow=url, slots=9):
+            await asyncio.sleep(2.0)
+        for number, ticket in enumerate(tickets):
+            runs = (number in first.ended, number in second.began)
+            if isinstance(error := await error_of(ticket.value()) if number else None, StillSpilled):
+                assert runs == (False, True)
+            elif error is not None:
+                assert isinstance(error, TaskCancelled)
+                assert not runs[1]
 
 
 @virtual

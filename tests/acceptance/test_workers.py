@@ -316,6 +316,27 @@ async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
 
 
 @virtual
+async def test_a_probe_that_waits_for_work_of_its_own_worker_does_not_wait_for_ever() -> None:
+    agent = Agent(0.1)
+    async with BackpressureSupervisor() as supervisor:
+
+        async def handler(task: Task) -> Any:
+            await agent(task)
+            return await supervisor.run(Task("work", "child")) if task.payload == "parent" else task.payload
+
+        worker = supervisor.register_worker(
+            "worker", handler=handler, task_types=["work"], cool_off=10.0, max_concurrent=3
+        )
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(10.01)
+        began, agent.peak = now(), 0
+        assert await supervisor.run(Task("work", "parent")) == "child"
+        assert now() - began == about(0.2)
+        assert agent.peak == 1
+        assert worker.current_tasks == 0
+
+
+@virtual
 async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:

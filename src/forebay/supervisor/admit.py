@@ -22,6 +22,7 @@ from forebay.errors import (
 from forebay.events import Submitted, log
 from forebay.supervisor.dispatch import Dispatcher
 from forebay.supervisor.lend import held_slots
+from forebay.supervisor.run import Run
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Ticket
 from forebay.task import Priority, Task, TaskStatus, Verdict
@@ -88,18 +89,18 @@ class Door:
         ticket = self._ticket(task, parent)
         if task.durable:
             return await self._decided(ticket, self._durable(ticket, envelope, pool, overflow))
-        refusal = self._offer(ticket, pool, may_spill=True)
+        refusal = self._offer(ticket, pool, may_spill=_may_leave(ticket, overflow))
         if refusal is not None and refusal.may_spill:
             return await self._decided(ticket, self._spill(ticket, refusal, envelope, pool, overflow))
         return self._answer(ticket, pool, refusal)
 
     async def _decided(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
         """Let the store answer, though whoever waits for it may leave; then the task is cancelled once that may be."""
-        ticket.undecided = True
+        ticket.undecided += 1
         self._house.tickets[ticket.task_id] = ticket  # before any await, so that no other takes its id
 
         def decided(answer: asyncio.Future[Ticket]) -> None:
-            ticket.undecided = False
+            ticket.undecided -= 1
             if answer.cancelled() or answer.exception() is not None or answer.result() is not ticket or not ticket:
                 if self._house.tickets.get(ticket.task_id) is ticket:
                     del self._house.tickets[ticket.task_id]
@@ -160,7 +161,7 @@ class Door:
     async def _known(self, key: str) -> Ticket | None:
         """The ticket of the same work, if it was submitted before."""
         if key not in self._keys and self._house.overflow is not None:
-            found = await self._house.overflow.find_key(key)
+            found = await self._house.overflow.inquiry.by_key(key)
             if found is not None and key not in self._keys:
                 self._keys[key] = found
         return self._keys.get(key)
@@ -269,7 +270,7 @@ class Door:
         if self._state is _State.CLOSED:
             refusal: Refusal | None = Refusal("the supervisor has closed", None, 1.0, may_spill=True)
         else:
-            refusal = self._offer(ticket, pool, may_spill=ticket.task.spill)
+            refusal = self._offer(ticket, pool, may_spill=ticket.task.spill and _may_leave(ticket, overflow))
         if refusal is None:
             return self._answer(ticket, pool, None)
         if not refusal.may_spill:
@@ -286,7 +287,7 @@ class Door:
             refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
             return self._answer(ticket, pool, refusal)
         self._forget_key(ticket)
-        if ticket.task.key is not None and (known := await overflow.find_key(ticket.task.key)) is not None:
+        if ticket.task.key is not None and (known := await overflow.inquiry.by_key(ticket.task.key)) is not None:
             self._remember(ticket.task.key, known)
             return known
         raise DuplicateTask(task_id=ticket.task_id)
@@ -308,6 +309,11 @@ class Door:
                 load=ticket.load,
             )
         )
+
+
+def _may_leave(ticket: Ticket, overflow: Overflow) -> bool:
+    """Whether it may wait outside: once nothing comes back in, what a task inside may wait for stays inside."""
+    return not overflow.left_behind or not isinstance(ticket.parent, Run) or ticket.parent.ended
 
 
 def _explain(ticket: Ticket, refusal: Refusal) -> None:

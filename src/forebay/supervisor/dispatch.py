@@ -221,8 +221,6 @@ class Dispatcher:
         now = self.loop.time()
         era = worker.breaker.allow(now)
         if worker.probing:
-            worker.probes_out += 1
-            worker.probe_era = era
             self.endings.watch_breaker(worker)
         if ticket.expiry is not None:
             self.timers.cancel(ticket.expiry)
@@ -341,7 +339,7 @@ class Dispatcher:
             return ticket
         if self.overflow is None:
             raise UnknownTask(task_id=task_id)
-        return self.overflow.look_up(task_id)
+        return self.overflow.inquiry.by_id(task_id)
 
     def retry_after(self, pool: Pool) -> float | None:
         """Book a seat for someone who is refused: seconds after which to come back, or None if unknown."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from forebay.errors import Overloaded
+from forebay.errors import Overloaded, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.supervisor.run import Ending, Run
 from forebay.task import TaskResult, TaskStatus
@@ -143,11 +143,16 @@ class Endings:
     def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
+        overflow = self._house.overflow
+        if isinstance(cause, StillSpilled) and ticket.lease is not None and overflow is not None and overflow.durable:
+            self._judge(run, Outcome.IGNORED)
+            overflow.put_back(ticket)  # what it waited for is left to the next process, and so is it
+            return
         if isinstance(cause, asyncio.CancelledError):
             status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
             error = "its handler was cancelled, and not by its supervisor"
-        elif isinstance(cause, Overloaded):
-            outcome = Outcome.IGNORED  # refused further on: that says nothing about this worker
+        elif isinstance(cause, Overloaded | StillSpilled):
+            outcome = Outcome.IGNORED  # refused or put off further on: that says nothing about this worker
             error = describe(cause)
         else:
             error = describe(cause)
@@ -161,8 +166,6 @@ class Endings:
         """Tell the worker's breaker and its score how a run went."""
         worker = run.worker
         now = self._house.loop.time()
-        if worker.probing and run.era == worker.probe_era:
-            worker.probes_out -= 1
         if outcome is Outcome.FAULT:
             worker.punish()
             self._house.timers.at(now + _FORGIVING, lambda: self._forgive(worker))
@@ -197,7 +200,7 @@ class Endings:
         now = house.loop.time()
         failed = worker.failed
         if worker.read_breaker(now):
-            worker.probes_out = worker.probe_era = 0
+            worker.phase += 1
         self.watch_breaker(worker)
         if worker.failed and not failed:
             sleep = worker.breaker.remaining(now)

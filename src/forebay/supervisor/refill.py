@@ -7,16 +7,18 @@ import math
 from typing import TYPE_CHECKING
 
 from forebay import clock
-from forebay.errors import ForebayError, LedgerUnusable, StillSpilled, UnknownTask
+from forebay.errors import LedgerUnusable, StillSpilled
 from forebay.events import Refilled, log
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_task, encode_task
 from forebay.supervisor import records
 from forebay.supervisor.endings import unsuccessful
+from forebay.supervisor.inquiry import Inquiry
 from forebay.supervisor.leases import Leases
+from forebay.supervisor.run import Run
 from forebay.supervisor.tend import Tending
 from forebay.supervisor.ticket import Ticket
 from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
-from forebay.typing import Completion, Lease, Ledger, Put, RowState
+from forebay.typing import Completion, Lease, Ledger, Put
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
@@ -49,6 +51,7 @@ class Overflow:
         self._fetching = True
         self.durable = ledger.durable
         self.depths: dict[tuple[str, Priority], int] = {}  # rows of types that nobody here serves
+        self.inquiry = Inquiry(house, self)
         self._tending = Tending(house, self, lease=settings.lease, max_attempts=settings.max_attempts)
 
     async def open(self) -> None:
@@ -101,7 +104,9 @@ class Overflow:
             if put is Put.STORED:
                 ticket.verdict = Verdict.SPILLED
                 ticket.stored = True
-                if ticket.lease is None:  # else a pull was quicker than this
+                if self.left_behind:
+                    self.leave(ticket)
+                elif ticket.lease is None:  # else a pull was quicker than this
                     pool.holding[rung] += 1
                     ticket.status = TaskStatus.SPILLED
                     self._watch_deadline(ticket)
@@ -135,8 +140,11 @@ class Overflow:
         assert lease is not None  # noqa: S101 - recorded under it
         self._let_lease_go(ticket)
         await self.ledger.release([lease])
-        self._watch_deadline(ticket)
-        self.pull(pool)
+        if self.left_behind:
+            self.leave(ticket)
+        else:
+            self._watch_deadline(ticket)
+            self.pull(pool)
 
     def _watch_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry is None:
@@ -257,30 +265,39 @@ class Overflow:
         if ticket.expiry is not None:
             self._house.timers.cancel(ticket.expiry)
             ticket.expiry = None
-        self._house.background(self._complete(ticket, result))
+        ticket.undecided += 1
+        self._house.background(self._complete(ticket, result, self._let_lease_go(ticket)))
 
-    async def _complete(self, ticket: Ticket, result: TaskResult) -> None:
+    async def _complete(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
         completion = records.completion(result, bound=self._max_payload)
-        fence = self._let_lease_go(ticket)
         try:
             stored = await self.ledger.finish(ticket.task_id, completion, fence=fence)
         except Exception:  # noqa: BLE001 - whatever ails the store, the ticket must end
             log.exception("how task %r ended could not be stored: it may be run again", ticket.task_id)
             stored = True
+        ticket.undecided -= 1
         if ticket.done():
             return
         if stored:
             if fence is None:
                 self._forget_row(ticket)
             self._house.settle(ticket, result)
-        elif ticket.lease is None:  # else it came in meanwhile, and ends there
+        elif ticket.undecided or ticket.lease is not None:
+            pass  # it came in meanwhile, and ends there
+        elif self.left_behind:
+            self.leave(ticket)
+        else:
             ticket.status = TaskStatus.SPILLED
             self.elsewhere[ticket.task_id] = ticket
 
     def give_up(self, ticket: Ticket, reason: str) -> None:
-        """Cancel a task that waits outside."""
+        """Cancel a task that waits outside, or was to."""
         ticket.unwanted = reason
-        self._end_outside(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, reason))
+        result = unsuccessful(ticket, TaskStatus.CANCELLED, reason)
+        if ticket.stored:
+            self._end_outside(ticket, result)
+        else:
+            self._house.settle(ticket, result)
 
     def _end_outside(self, ticket: Ticket, result: TaskResult) -> None:
         if ticket.status is TaskStatus.SPILLED and not ticket.done():
@@ -292,62 +309,27 @@ class Overflow:
             rung = ticket.task.priority
             pool.holding[rung] = max(0, pool.holding[rung] - 1)
 
-    def look_up(self, task_id: str) -> Ticket:
-        """A ticket for a task that only the ledger may know. Awaiting it raises UnknownTask if it does not."""
-        ticket = Ticket(self._house, Task("(stored)", task_id=task_id), None, None)
-        ticket.verdict = Verdict.SPILLED
-        ticket.status = TaskStatus.SPILLED
-        ticket.stored = True
-        self._house.tickets[task_id] = ticket
-        self._house.background(self._find(ticket))
-        return ticket
-
-    async def _find(self, ticket: Ticket) -> None:
-        task_id = ticket.task_id
-        missing: ForebayError = UnknownTask(task_id=task_id)
-        try:
-            found = await self.ledger.find(task_id)
-        except LedgerUnusable as exc:
-            found, missing = None, exc
-        if ticket.done():
-            return
-        if found is None:
-            del self._house.tickets[task_id]
-            ticket.resolve(missing)
-            return
-        state, _, completion = found
-        if completion is not None:
-            self._house.settle(ticket, records.result(task_id, completion))
-        elif state is RowState.LEASED and ticket.lease is None:
-            self.elsewhere[task_id] = ticket
-
-    async def find_key(self, key: str) -> Ticket | None:
-        """A ticket for the stored task of an idempotency key."""
-        task_id = await self.ledger.find_key(key)
-        if task_id is None:
-            return None
-        return self._house.tickets.get(task_id) or self._house.kept.get(task_id) or self.look_up(task_id)
-
     # --- the end ---
 
     async def take_out(self, tickets: list[Ticket]) -> int:
         """Spill tasks that wait inside, at the end of the house; return how many went out."""
         out = 0
         for ticket in tickets:
-            if ticket.status is not TaskStatus.WAITING or not (ticket.task.spill or ticket.stored) or ticket.occupant:
+            if ticket.status is not TaskStatus.WAITING or ticket.undecided:
+                continue  # it has ended, or is about to, while others were put out
+            if ticket.occupant or not (ticket.task.spill or ticket.stored):
                 continue
+            if isinstance(ticket.parent, Run) and not ticket.parent.ended:
+                continue  # what runs inside may wait for it
             self._house.leave_line(ticket)  # first, or a worker might start it meanwhile
             ticket.status = TaskStatus.SPILLED
-            if not ticket.stored and not await self._put_at_end(ticket):
-                pool = self._house.pools[ticket.task.task_type]
-                self._house.enter(ticket, pool, pool.router.pick())
+            if ticket.stored:
+                self.leave(ticket)
             else:
-                out += 1
+                ticket.undecided += 1
+                await asyncio.shield(self._house.finish_anyway(self._put_out(ticket)))
+            out += ticket.stored
         return out
-
-    async def _put_at_end(self, ticket: Ticket) -> bool:
-        await asyncio.shield(self._house.finish_anyway(self._put_out(ticket)))
-        return ticket.stored
 
     async def _put_out(self, ticket: Ticket) -> None:
         try:
@@ -355,6 +337,16 @@ class Overflow:
             ticket.stored = put is Put.STORED
         except LedgerUnusable as exc:
             log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
+        ticket.undecided -= 1
+        if ticket.done():
+            return
+        if ticket.unwanted is not None:
+            self.give_up(ticket, ticket.unwanted)
+        elif ticket.stored:
+            self.leave(ticket)
+        else:
+            pool = self._house.pools[ticket.task.task_type]
+            self._house.enter(ticket, pool, pool.router.pick())
 
     def put_back(self, ticket: Ticket) -> None:
         """Stop a stored task, so that it is run again by the next process; `close` returns its lease."""
@@ -362,12 +354,29 @@ class Overflow:
             self._house.endings.set_aside(ticket.run)
         else:
             self._house.leave_line(ticket)
+        self.leave(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """End the ticket of a task that is left to the next process: nobody must wait for it here."""
+        if ticket.expiry is not None:
+            self._house.timers.cancel(ticket.expiry)
+            ticket.expiry = None
         ticket.status = TaskStatus.SPILLED
+        self._house.tickets.pop(ticket.task_id, None)
+        ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._house.stirred()
 
+    @property
+    def left_behind(self) -> bool:
+        """Whether what is outside will not come in any more, and survives."""
+        return self.durable and not self._fetching
+
     def stop_pulling(self) -> None:
-        """Fetch no more. What has been fetched is still tended."""
+        """Fetch no more, and leave what is outside. What has been fetched is still tended."""
         self._fetching = False
+        for ticket in list(self._house.tickets.values()):
+            if self.durable and ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.undecided:
+                self.leave(ticket)
 
     async def close(self) -> None:
         """Return every lease, and let the ledger go."""
@@ -383,7 +392,6 @@ class Overflow:
         """End the tickets of what stays outside."""
         for ticket in list(self._house.tickets.values()):
             if ticket.stored and self.durable:
-                self._house.tickets.pop(ticket.task_id)
-                ticket.resolve(StillSpilled(task_id=ticket.task_id))
+                self.leave(ticket)
             else:
                 self._house.settle(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, "the supervisor stopped"))

@@ -30,8 +30,8 @@ class Run:
     """A task under way on a worker. It is what the task's own calls see as the running task."""
 
     __slots__ = (
-        "_in_thread", "abandoned_at", "aio", "awaits", "began_at", "deadline", "ended", "era", "holds", "house", "task",
-        "ticket", "timer", "waits_below", "worker", "zombie",
+        "_in_thread", "abandoned_at", "aio", "awaits", "began_at", "deadline", "ended", "era", "holds", "house",
+        "phase", "task", "ticket", "timer", "waits_below", "worker", "zombie",
     )  # fmt: skip
 
     def __init__(self, house: Dispatcher, ticket: Ticket, worker: WorkerAgent, era: int, now: float) -> None:
@@ -41,6 +41,7 @@ class Run:
         self.deadline: Deadline | None = ticket.deadline
         self.worker = worker
         self.era = era  # of the worker's breaker
+        self.phase = worker.phase
         self.began_at = now
         self.aio: asyncio.Task[Any] | None = None
         self.timer: Timer | None = None

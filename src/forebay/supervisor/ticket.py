@@ -97,7 +97,7 @@ class Ticket:
         self.stored = False  # the ledger has a row of it, so its end must be written there first
         self.attempts = 0
         self.unwanted: str | None = None  # why it was cancelled, while that cannot be done yet
-        self.undecided = False  # the store has yet to answer, before the gate can
+        self.undecided = 0  # answers of the store that what becomes of it hangs on
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"

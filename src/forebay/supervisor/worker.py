@@ -54,8 +54,7 @@ class WorkerAgent:
         self.failed = False  # the breaker is open; kept here because every decision asks
         self.probing = False  # half-open: only as many slots as the breaker has probes
         self.probes = min(probes, max_concurrent)
-        self.probes_out = 0
-        self.probe_era = 0  # the breaker's era in which these were let out
+        self.phase = 0  # grows with each change of the two: which runs are probes
         self.alarm: Timer | None = None  # when time alone changes its breaker
         self.counted_slots = 0  # slots that its pools were told of
         self.pools: list[Pool] = []
@@ -99,13 +98,17 @@ class WorkerAgent:
         """Whether a task could start on it now."""
         if self.failed or self.returning or self.current_tasks >= self.max_concurrent:
             return False
-        return not self.probing or self.probes_out < self.probes
+        return not self.probing or self._probes_out() < self.probes
 
     def revive(self) -> None:
         """Close its breaker now, whatever made it FAILED."""
         self._on_revive(self)
 
     # --- what the dispatcher tells it and asks it ---
+
+    def _probes_out(self) -> int:
+        """Probes that hold their slot: what one of them waits for is part of it, and must not wait for its end."""
+        return sum(run.phase == self.phase and run.holds and run.abandoned_at is None for run in self.runs)
 
     def has_room(self) -> bool:
         """Whether a slot is free for a run that has already begun, which a breaker does not stop."""
