@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sqlite3
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from forebay.storage.url import Synchronous
 _OLDEST = (3, 35, 0)  # UPDATE ... RETURNING
 _LOG_KEPT = 64 << 20  # bytes of write-ahead log that stay on disk after a checkpoint
 _CACHE = 32 << 10  # KiB of pages kept in memory
+_PAUSE = 0.01  # seconds between two tries at what SQLite itself does not wait for
 
 # Where a write-ahead log breaks: its index is shared memory, which two machines do not share.
 _NETWORK = re.compile(
@@ -93,7 +95,7 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, patience: fl
             path, timeout=patience, isolation_level=None, check_same_thread=False, cached_statements=256
         )
         try:
-            _prepare(connection, path, schema, synchronous)
+            _prepare(connection, path, schema, synchronous, patience)
         except BaseException:
             connection.close()
             raise
@@ -102,10 +104,12 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, patience: fl
     return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous) -> None:
+def _prepare(
+    connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous, patience: float
+) -> None:
     with _transaction(connection, "BEGIN"):  # before anything is changed in a file that may be somebody else's
         _check_ours(connection, path, schema)
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    mode = _write_ahead(connection, patience)
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
         raise LedgerUnusable(where=str(path), why=why, advice="Put it on a local disk.")
@@ -114,6 +118,22 @@ def _prepare(connection: sqlite3.Connection, path: Path, schema: Schema, synchro
     connection.execute(f"PRAGMA cache_size = -{_CACHE}")
     with _transaction(connection, "BEGIN IMMEDIATE"):
         _migrate(connection, path, schema)
+
+
+def _write_ahead(connection: sqlite3.Connection, patience: float) -> str:
+    """Ask for a write-ahead log; the kind of journal that there is then.
+
+    The switch wants the file to itself, and two that want it at once would wait for each other: so SQLite fails one of
+    them without a wait.
+    """
+    for _ in range(int(patience / _PAUSE)):
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if _code(error) != sqlite3.SQLITE_BUSY:
+                raise
+        threading.Event().wait(_PAUSE)
+    return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
 
 
 @contextlib.contextmanager
@@ -160,11 +180,15 @@ def diagnose(error: BaseException, path: Path) -> BaseException:
     own = sqlite3.IntegrityError | sqlite3.ProgrammingError
     if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, own):
         return error
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # extended codes keep the primary one there
-    why, advice = _ADVICE.get(code, (str(error), "Look at the file with the sqlite3 command."))
+    why, advice = _ADVICE.get(_code(error), (str(error), "Look at the file with the sqlite3 command."))
     unusable = LedgerUnusable(where=str(path), why=why, advice=advice)
     unusable.__cause__ = error
     return unusable
+
+
+def _code(error: sqlite3.DatabaseError) -> int:
+    """The primary result code, which extended ones keep in their lowest byte."""
+    return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
 
 
 def filesystem(directory: Path, mounts: str) -> str:
