@@ -72,7 +72,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         deadline: epoch seconds, or None.
         key: idempotency key, or None; unique in the ledger while its row is kept, ended or not.
         envelope: the encoded task; empty once DONE.
-        enqueued_at: epoch seconds when it was first stored.
+        enqueued_at: epoch seconds when it was first submitted: its place among those of its priority and deadline.
         attempts: starts of the handler so far.
     """
 
@@ -122,6 +122,18 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: float = 0.0
 
 
+class DeadRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A row that is DEAD, as a listing shows it.
+
+    Attributes:
+        row: the task; its envelope is left out, and `Ledger.find` has it.
+        completion: why it died, and when.
+    """
+
+    row: Row
+    completion: Completion
+
+
 class Put(Enum):
     """What became of a row that was offered."""
 
@@ -134,8 +146,8 @@ class Ledger(Protocol):
     """The overflow: one ledger of rows, WAITING, LEASED, DONE or DEAD. Times are epoch seconds, given by the caller.
 
     A write has happened, at the ledger's durability, when its call returns; where that was cancelled, it may have. What
-    waits and what is leased counts against the ledger's bound. Of what has ended, DONE or DEAD, as many rows are kept,
-    and the oldest dropped.
+    waits and what is leased counts against the ledger's bound. As many rows that are DONE are kept besides, and as many
+    that are DEAD; of each the oldest are dropped.
 
     Raises:
         LedgerUnusable: from any method, if the ledger is not open or has failed.
@@ -159,17 +171,21 @@ class Ledger(Protocol):
         What is a DUPLICATE is that also when the ledger is full.
         """
 
-    async def lease(self, task_type: str, limit: int, *, until: float) -> Sequence[Lease]:
-        """Lease up to `limit` waiting rows of `task_type`: by priority, then deadline (none last), then who came first.
+    async def lease(self, task_type: str, limit: int, *, until: float, rung: Priority | None = None) -> Sequence[Lease]:
+        """Lease up to `limit` waiting rows of `task_type`, and of `rung` if it is given.
 
-        Cancelled, it keeps none: what it leased after all goes back to its place.
+        By priority, then deadline (none last), then `enqueued_at`, then who was put first. Cancelled, it keeps none:
+        what it leased after all goes back to its place.
         """
 
     async def start(self, lease: Lease) -> bool:
         """Count a start of the handler. False: the lease has been lost, so it must not be started."""
 
-    async def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
-        """Extend `leases` to `until`, and return those that have been lost."""
+    def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+        """Extend `leases` to `until`, and return those that have been lost. None becomes shorter.
+
+        It blocks, and may be called from any thread: whoever holds up the event loop must not lose leases by that.
+        """
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Give rows back, WAITING at the place where they stood. Lost leases are passed over."""
@@ -189,7 +205,23 @@ class Ledger(Protocol):
         """
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE and DEAD rows that ended before `before`; return how many."""
+        """Drop DONE rows that ended before `before`; return how many."""
+
+    async def bury(self, lease: Lease, completion: Completion) -> bool:
+        """Mark a row DEAD that nobody can run. False: the lease has been lost, and nothing was written."""
+
+    async def dead(self, limit: int, *, after: DeadRow | None = None) -> Sequence[DeadRow]:
+        """Up to `limit` DEAD rows, by when they died, then by id; those behind `after` if it is given."""
+
+    async def requeue(self, task_id: str) -> Put | None:
+        """Make a DEAD row WAITING at the place where it stood, with no attempts made.
+
+        Returns:
+            STORED; FULL if the bound is reached; None if it is not DEAD.
+        """
+
+    async def drop(self, task_id: str) -> bool:
+        """Drop a DEAD row. False: there is none of that id."""
 
     async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
         """The row of that id, with its completion if it is DONE or DEAD."""

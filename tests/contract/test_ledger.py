@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from forebay.errors import LedgerUnusable
@@ -24,6 +27,10 @@ def ids(leases: list[Lease]) -> list[str]:
 async def state(ledger: Ledger, task_id: str) -> RowState | None:
     found = await ledger.find(task_id)
     return None if found is None else found[0]
+
+
+async def renew(ledger: Ledger, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+    return await asyncio.get_running_loop().run_in_executor(None, lambda: ledger.renew(leases, until=until))
 
 
 async def put_all(ledger: Ledger, rows: list[Row]) -> None:
@@ -135,6 +142,24 @@ async def test_a_lease_takes_priority_then_deadline_then_who_came_first(ledger: 
     ]
 
 
+async def test_who_was_submitted_first_goes_first_however_late_it_was_put(
+    ledger: Ledger, row: Rows, take: Take
+) -> None:
+    early, late = row("early"), row("late")
+    await ledger.put(late)
+    await ledger.put(early)
+    assert ids(await take()) == ["early", "late"]
+
+
+async def test_a_lease_may_be_of_one_rung(ledger: Ledger, row: Rows, take: Take) -> None:
+    low, high = row("low", priority=Priority.LOW), row("high", priority=Priority.HIGH)
+    await put_all(ledger, [high, low, row("low of another type", of="write", priority=Priority.LOW)])
+    leases = await ledger.lease("research", 9, until=100.0, rung=Priority.LOW)
+    assert ids(list(leases)) == ["low"]
+    assert list(await ledger.lease("research", 9, until=100.0, rung=Priority.LOW)) == []
+    assert ids(await take()) == ["high"]
+
+
 async def test_many_put_at_once_stand_in_the_order_of_the_calls(ledger: Ledger, row: Rows, take: Take) -> None:
     rows = [row() for _ in range(1_100)]  # more than goes into one statement, or one transaction
     await put_all(ledger, rows)
@@ -225,7 +250,7 @@ async def test_a_lost_lease_may_do_nothing(ledger: Ledger, row: Rows, take: Take
     (held,) = await take()
     assert lost.fence != held.fence
     assert not await ledger.start(lost)
-    assert list(await ledger.renew([lost, held], until=200.0)) == [lost]
+    assert list(await renew(ledger, [lost, held], until=200.0)) == [lost]
     await ledger.release([lost])
     assert not await ledger.finish("a", DONE, fence=lost.fence)
     assert await state(ledger, "a") is RowState.LEASED
@@ -237,7 +262,7 @@ async def test_a_fence_of_another_row_opens_nothing(ledger: Ledger, row: Rows, t
     a, b = await take()
     crossed = Lease(row=a.row, fence=b.fence, until=100.0)
     assert not await ledger.start(crossed)
-    assert list(await ledger.renew([crossed], until=200.0)) == [crossed]
+    assert list(await renew(ledger, [crossed], until=200.0)) == [crossed]
     assert not await ledger.finish("a", DONE, fence=b.fence)
 
 
@@ -246,7 +271,7 @@ async def test_among_many_leases_the_lost_ones_are_told(ledger: Ledger, row: Row
     leases = await take()
     lost = leases[7::100]
     await ledger.release(lost)
-    assert list(await ledger.renew(leases, until=200.0)) == lost
+    assert list(await renew(ledger, leases, until=200.0)) == lost
     started = await asyncio.gather(*(ledger.start(lease) for lease in leases))
     assert [lease for lease, done in zip(leases, started, strict=True) if not done] == lost
 
@@ -260,7 +285,7 @@ async def test_released_rows_stand_where_they_stood(ledger: Ledger, row: Rows, t
 
 
 async def test_nothing_to_renew_or_release_is_no_mistake(ledger: Ledger) -> None:
-    assert list(await ledger.renew([], until=200.0)) == []
+    assert list(await renew(ledger, [], until=200.0)) == []
     await ledger.release([])
 
 
@@ -288,7 +313,7 @@ async def test_it_ends_once(ledger: Ledger, row: Rows, take: Take) -> None:
     assert not await ledger.finish("a", DONE, fence=lease.fence)
     assert not await ledger.finish("a", DONE, fence=None)
     assert not await ledger.start(lease)
-    assert list(await ledger.renew([lease], until=200.0)) == [lease]
+    assert list(await renew(ledger, [lease], until=200.0)) == [lease]
     await ledger.release([lease])
     assert await state(ledger, "a") is RowState.DONE
     assert await take() == []
@@ -376,13 +401,14 @@ async def test_a_row_started_too_often_dies(ledger: Ledger, row: Rows, take: Tak
     assert completion.error is not None
 
 
-async def test_a_dead_row_keeps_its_key_until_it_is_pruned(ledger: Ledger, row: Rows, take: Take) -> None:
+async def test_a_dead_row_keeps_its_key_until_it_is_dropped(ledger: Ledger, row: Rows, take: Take) -> None:
     await ledger.put(row("a", key="k"))
     (lease,) = await take(until=10.0)
     await ledger.start(lease)
     await ledger.reap(now=11.0, max_attempts=1)
     assert await ledger.put(row("b", key="k")) is Put.DUPLICATE
-    assert await ledger.prune(before=12.0) == 1
+    assert await ledger.prune(before=12.0) == 0
+    assert await ledger.drop("a")
     assert await ledger.put(row("b", key="k")) is Put.STORED
 
 
@@ -397,19 +423,29 @@ async def test_a_lease_that_lapses_unstarted_costs_no_attempt(ledger: Ledger, ro
 async def test_a_renewed_lease_does_not_lapse(ledger: Ledger, row: Rows, take: Take) -> None:
     await ledger.put(row("a"))
     (lease,) = await take(until=10.0)
-    await ledger.renew([lease], until=20.0)
+    await renew(ledger, [lease], until=20.0)
     await ledger.reap(now=15.0, max_attempts=3)
     assert await state(ledger, "a") is RowState.LEASED
     await ledger.reap(now=21.0, max_attempts=3)
     assert await state(ledger, "a") is RowState.WAITING
 
 
-async def test_a_lease_may_be_cut_short(ledger: Ledger, row: Rows, take: Take) -> None:
+async def test_renewing_makes_no_lease_shorter(ledger: Ledger, row: Rows, take: Take) -> None:
     await ledger.put(row("a"))
     (lease,) = await take(until=20.0)
-    await ledger.renew([lease], until=5.0)
+    await renew(ledger, [lease], until=5.0)
     await ledger.reap(now=10.0, max_attempts=3)
-    assert await state(ledger, "a") is RowState.WAITING
+    assert await state(ledger, "a") is RowState.LEASED
+
+
+@pytest.mark.blocks  # as a handler may
+async def test_leases_are_renewed_also_while_the_loop_stands_still(ledger: Ledger, row: Rows, take: Take) -> None:
+    await put_all(ledger, [row(), row()])
+    leases = await take(until=10.0)
+    with ThreadPoolExecutor(1) as thread:
+        assert list(thread.submit(ledger.renew, leases, until=20.0).result(timeout=10.0)) == []
+    await ledger.reap(now=15.0, max_attempts=3)
+    assert await ledger.depths() == {}
 
 
 async def test_a_row_put_leased_lapses_like_any_other(ledger: Ledger, row: Rows, take: Take) -> None:
@@ -424,7 +460,120 @@ async def test_thousands_lapse_and_are_pruned_as_a_few_do(ledger: Ledger, row: R
     await asyncio.gather(*(ledger.start(lease) for lease in leases[::2]))
     assert len(await ledger.reap(now=11.0, max_attempts=1)) == 600
     assert await ledger.depths() == {("research", Priority.NORMAL): 600}
-    assert await ledger.prune(before=12.0) == 600
+    leases = await take()
+    await asyncio.gather(*(ledger.finish(lease.row.task_id, DONE, fence=lease.fence) for lease in leases))
+    assert await ledger.prune(before=DONE.finished_at + 1.0) == 600
+
+
+# --- the dead ---------------------------------------------------------------------------------------------------------
+
+UNREADABLE = Completion(status="failed", error="it cannot be read", finished_at=60.0)
+
+
+async def bury(ledger: Ledger, take: Take, *finished_at: float) -> None:
+    """Let the rows that wait die one after the other."""
+    for at in finished_at:
+        (lease,) = await take(1)
+        assert await ledger.bury(lease, msgspec.structs.replace(UNREADABLE, finished_at=at))
+
+
+async def test_what_nobody_can_run_is_buried_whole(ledger: Ledger, row: Rows, take: Take) -> None:
+    await ledger.put(row("a", envelope=b"damaged"))
+    (lease,) = await take()
+    assert await ledger.bury(lease, UNREADABLE)
+    assert await take() == []
+    assert await ledger.find("a") == (RowState.DEAD, lease.row, UNREADABLE)
+
+
+async def test_only_its_holder_may_bury_a_row(ledger: Ledger, row: Rows, take: Take) -> None:
+    await ledger.put(row("a"))
+    (lost,) = await take()
+    await ledger.release([lost])
+    assert not await ledger.bury(lost, UNREADABLE)
+    assert await state(ledger, "a") is RowState.WAITING
+
+
+async def test_the_dead_are_listed_by_pages_without_their_envelopes(ledger: Ledger, row: Rows, take: Take) -> None:
+    await put_all(ledger, [row(f"dead {number}") for number in range(5)])
+    await bury(ledger, take, 5.0, 4.0, 4.0, 2.0, 1.0)
+    await ledger.put(row("alive"))
+    first = await ledger.dead(3)
+    assert [(dead.row.task_id, dead.completion.finished_at) for dead in first] == [
+        ("dead 4", 1.0),
+        ("dead 3", 2.0),
+        ("dead 1", 4.0),
+    ]
+    assert {dead.row.envelope for dead in first} == {b""}
+    assert first[0].completion.error == "it cannot be read"
+    await ledger.drop("dead 1")  # where the page ended
+    second = await ledger.dead(3, after=first[-1])
+    assert [dead.row.task_id for dead in second] == ["dead 2", "dead 0"]
+    assert list(await ledger.dead(3, after=second[-1])) == []
+    assert list(await ledger.dead(0)) == []
+
+
+async def test_a_requeued_row_stands_where_it_stood_and_may_be_tried_as_often_as_a_new_one(
+    ledger: Ledger, row: Rows, take: Take
+) -> None:
+    await put_all(ledger, [row("a", envelope=b"whole"), row("b")])
+    (lease,) = await take(1, until=10.0)
+    await ledger.start(lease)
+    await ledger.reap(now=11.0, max_attempts=1)
+    assert await ledger.requeue("a") is Put.STORED
+    assert list(await ledger.dead(9)) == []
+    assert await ledger.depths() == {("research", Priority.NORMAL): 2}
+    again, _ = await take()
+    assert (again.row.task_id, again.row.attempts, again.row.envelope) == ("a", 0, b"whole")
+
+
+async def test_a_full_ledger_takes_no_dead_row_back(another: OpenLedger, row: Rows) -> None:
+    ledger = await another(bound=1)
+    await ledger.put(row("a"))
+    (lease,) = await ledger.lease("research", 1, until=10.0)
+    await ledger.bury(lease, UNREADABLE)
+    await ledger.put(row("b"))
+    assert await ledger.requeue("a") is Put.FULL
+    assert await state(ledger, "a") is RowState.DEAD
+    await ledger.finish("b", DONE, fence=None)
+    assert await ledger.requeue("a") is Put.STORED
+    assert await ledger.put(row("c")) is Put.FULL
+
+
+@pytest.mark.parametrize("task_id", ["waiting", "held", "done", "unknown"])
+async def test_only_the_dead_are_requeued_or_dropped(ledger: Ledger, row: Rows, take: Take, task_id: str) -> None:
+    await put_all(ledger, [row("held"), row("waiting"), row("done")])
+    await take(1)
+    await ledger.finish("done", DONE, fence=None)
+    before = await ledger.find(task_id)
+    assert await ledger.requeue(task_id) is None
+    assert not await ledger.drop(task_id)
+    assert await ledger.find(task_id) == before
+
+
+async def test_a_dropped_row_is_gone_and_its_id_free(ledger: Ledger, row: Rows, take: Take) -> None:
+    await ledger.put(row("a"))
+    await bury(ledger, take, 5.0)
+    assert await ledger.drop("a")
+    assert not await ledger.drop("a")
+    assert await ledger.find("a") is None
+    assert await ledger.put(row("a")) is Put.STORED
+
+
+async def test_results_do_not_crowd_out_the_dead_but_younger_dead_do(another: OpenLedger, row: Rows) -> None:
+    ledger = await another(bound=2)
+
+    async def take(limit: int) -> list[Lease]:
+        return list(await ledger.lease("research", limit, until=100.0))
+
+    for number in range(5):
+        await ledger.put(row(f"dead {number}"))
+        await bury(ledger, take, float(number))
+        for _ in range(3):
+            await ledger.put(row(done := f"done {number}"))
+            await ledger.finish(done, DONE, fence=None)
+    assert [dead.row.task_id for dead in await ledger.dead(9)] == ["dead 3", "dead 4"]
+    assert await state(ledger, "dead 0") is None
+    assert await state(ledger, "done 4") is RowState.DONE
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
@@ -469,6 +618,8 @@ async def test_closed_it_says_so(ledger: Ledger, row: Rows) -> None:
         await ledger.lease("research", 1, until=1.0)
     with pytest.raises(LedgerUnusable, match="not open"):
         await ledger.find("a")
+    with pytest.raises(LedgerUnusable, match="not open"):
+        ledger.renew([], until=1.0)
 
 
 async def test_closing_finishes_what_was_asked_for(ledger: Ledger, row: Rows) -> None:
@@ -505,7 +656,7 @@ async def test_two_may_have_it_open_and_agree(ledger: Ledger, backend: Backend, 
     lots = await asyncio.gather(*(side.lease("research", 7, until=100.0) for side in [ledger, other] * 10))
     leased = [lease for lot in lots for lease in lot]
     assert len({lease.row.task_id for lease in leased}) == len(leased) == 100
-    assert list(await other.renew(leased, until=200.0)) == []
+    assert list(await renew(other, leased, until=200.0)) == []
     await ledger.release(leased[:1])
     assert not await other.start(leased[0])
     assert await ledger.depths() == await other.depths() == {("research", Priority.NORMAL): 1}

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from forebay.overflow import open_ledger
 from forebay.task import Priority
-from forebay.typing import Completion, Lease, Put, Row, RowState
+from forebay.typing import Completion, DeadRow, Lease, Put, Row, RowState
 
 BOUND = 10
 MAX_ATTEMPTS = 2
@@ -40,8 +40,9 @@ class Stored:
     finished_at: float = 0.0
 
     @property
-    def place(self) -> tuple[int, float, int]:
-        return self.row.priority, inf if self.row.deadline is None else self.row.deadline, self.turn
+    def place(self) -> tuple[int, float, float, int]:
+        row = self.row
+        return row.priority, inf if row.deadline is None else row.deadline, row.enqueued_at, self.turn
 
 
 class Naive:
@@ -57,16 +58,21 @@ class Naive:
     def put(self, row: Row, fence: str | None, until: float) -> Put:
         if row.task_id in self.rows or (row.key is not None and self.find_key(row.key) is not None):
             return Put.DUPLICATE
-        if len(self.within(RowState.WAITING, RowState.LEASED)) >= BOUND:
+        if self.full:
             return Put.FULL
         self.turns += 1
         state = RowState.WAITING if fence is None else RowState.LEASED
         self.rows[row.task_id] = Stored(row, self.turns, state, fence, until)
         return Put.STORED
 
-    def best(self, task_type: str, limit: int) -> list[Stored]:
+    @property
+    def full(self) -> bool:
+        return len(self.within(RowState.WAITING, RowState.LEASED)) >= BOUND
+
+    def best(self, task_type: str, limit: int, rung: Priority | None) -> list[Stored]:
         waiting = [stored for stored in self.within(RowState.WAITING) if stored.row.task_type == task_type]
-        return sorted(waiting, key=lambda stored: stored.place)[:limit]
+        of_rung = [stored for stored in waiting if rung is None or stored.row.priority is rung]
+        return sorted(of_rung, key=lambda stored: stored.place)[:limit]
 
     def held(self, lease: Lease) -> Stored | None:
         stored = self.rows.get(lease.row.task_id)
@@ -79,9 +85,13 @@ class Naive:
         self.trim()
 
     def trim(self) -> None:
-        ended = sorted(self.within(RowState.DONE, RowState.DEAD), key=lambda stored: stored.finished_at)
-        for oldest in ended[: max(0, len(ended) - BOUND)]:
-            del self.rows[oldest.row.task_id]
+        for state in (RowState.DONE, RowState.DEAD):
+            ended = sorted(self.within(state), key=lambda stored: stored.finished_at)
+            for oldest in ended[: max(0, len(ended) - BOUND)]:
+                del self.rows[oldest.row.task_id]
+
+    def dead(self) -> list[Stored]:
+        return sorted(self.within(RowState.DEAD), key=lambda stored: (stored.finished_at, stored.row.task_id))
 
     def find_key(self, key: str) -> str | None:
         return next((task_id for task_id, stored in self.rows.items() if stored.row.key == key), None)
@@ -121,16 +131,25 @@ class LedgerMachine(RuleBasedStateMachine):
         deadline=st.sampled_from([None, None, 1.0, 2.0]),
         key=st.sampled_from([None, None, "k", "l"]),
         fenced=st.sampled_from([False, False, False, True]),
+        late=st.sampled_from([0.0, 0.0, 2.5]),
     )
     def put(  # noqa: PLR0913 - the fields of a row
-        self, task_id: str, task_type: str, priority: Priority, deadline: float | None, key: str | None, *, fenced: bool
+        self,
+        task_id: str,
+        task_type: str,
+        priority: Priority,
+        deadline: float | None,
+        key: str | None,
+        *,
+        late: float,
+        fenced: bool,
     ) -> None:
         row = Row(
             task_id=task_id,
             task_type=task_type,
             priority=priority,
             envelope=task_id.encode(),
-            enqueued_at=self.now,
+            enqueued_at=self.now - late,
             deadline=deadline,
             key=key,
         )
@@ -153,11 +172,11 @@ class LedgerMachine(RuleBasedStateMachine):
     async def put_all(self, rows: list[Row]) -> list[Put]:
         return await asyncio.gather(*(self.ledger.put(row) for row in rows))
 
-    @rule(task_type=TYPES, limit=st.integers(0, 9))
-    def lease(self, task_type: str, limit: int) -> None:
+    @rule(task_type=TYPES, limit=st.integers(0, 9), rung=st.sampled_from([None, None, *Priority]))
+    def lease(self, task_type: str, limit: int, rung: Priority | None) -> None:
         until = self.tick() + 3.0
-        expected = self.model.best(task_type, limit)
-        leases = self.run(self.ledger.lease(task_type, limit, until=until))
+        expected = self.model.best(task_type, limit, rung)
+        leases = self.run(self.ledger.lease(task_type, limit, until=until, rung=rung))
         assert [lease.row for lease in leases] == [stored.row for stored in expected]
         for lease, stored in zip(leases, expected, strict=True):
             assert lease.until == until
@@ -179,10 +198,10 @@ class LedgerMachine(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(self.leases), unique_by=lambda lease: lease.fence))
         until = self.now + length
         lost = [lease for lease in chosen if self.model.held(lease) is None]
-        assert list(self.run(self.ledger.renew(chosen, until=until))) == lost
+        assert list(self.ledger.renew(chosen, until=until)) == lost
         for lease in chosen:
             if (stored := self.model.held(lease)) is not None:
-                stored.until = until
+                stored.until = max(stored.until, until)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -233,10 +252,51 @@ class LedgerMachine(RuleBasedStateMachine):
                 stored.state, stored.fence, stored.status, stored.finished_at = RowState.DEAD, None, "failed", now
         self.model.trim()
 
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def bury(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.leases))
+        completion = Completion(status="failed", error="unreadable", finished_at=self.tick())
+        stored = self.model.held(lease)
+        assert self.run(self.ledger.bury(lease, completion)) is (stored is not None)
+        if stored is not None:
+            self.model.end(stored, RowState.DEAD, "failed", self.now)
+
+    @rule(task_id=NAMES)
+    def requeue(self, task_id: str) -> None:
+        stored = self.model.rows.get(task_id)
+        outcome = self.run(self.ledger.requeue(task_id))
+        if stored is None or stored.state is not RowState.DEAD:
+            assert outcome is None
+        elif self.model.full:
+            assert outcome is Put.FULL
+        else:
+            assert outcome is Put.STORED
+            stored.state, stored.status = RowState.WAITING, None
+            stored.row = msgspec.structs.replace(stored.row, attempts=0)
+
+    @rule(task_id=NAMES)
+    def drop(self, task_id: str) -> None:
+        stored = self.model.rows.get(task_id)
+        is_dead = stored is not None and stored.state is RowState.DEAD
+        assert self.run(self.ledger.drop(task_id)) is is_dead
+        if is_dead:
+            del self.model.rows[task_id]
+
+    @rule(size=st.integers(1, 4))
+    def read_the_dead(self, size: int) -> None:
+        pages, last = list[DeadRow](), None
+        while page := self.run(self.ledger.dead(size, after=last)):
+            assert len(page) <= size
+            pages += page
+            last = page[-1]
+        expected = [msgspec.structs.replace(stored.row, envelope=b"") for stored in self.model.dead()]
+        assert [dead.row for dead in pages] == expected
+
     @rule(age=st.sampled_from([0.0, 5.0, 20.0]))
     def prune(self, age: float) -> None:
         before = self.now - age
-        old = [s for s in self.model.within(RowState.DONE, RowState.DEAD) if s.finished_at < before]
+        old = [s for s in self.model.within(RowState.DONE) if s.finished_at < before]
         assert self.run(self.ledger.prune(before=before)) == len(old)
         for stored in old:
             del self.model.rows[stored.row.task_id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -17,7 +17,7 @@ from forebay.errors import LedgerUnusable
 from forebay.overflow.lapse import lapsed
 from forebay.storage.url import DEFAULT_BOUND
 from forebay.task import Priority
-from forebay.typing import Completion, Lease, Put, Row, RowState
+from forebay.typing import Completion, DeadRow, Lease, Put, Row, RowState
 
 _SLACK = 64  # dead items that a heap may hold, however few live ones it has
 
@@ -27,7 +27,7 @@ class _Entry:
     """A row, and where it is."""
 
     row: Row
-    turn: int  # its place among those of its priority and deadline; kept for life
+    turn: int  # grows with each row stored; kept for life
     stamp: int = 0  # changes with its state: items of a heap that bear an older one are dead
     state: RowState = RowState.WAITING
     fence: str | None = None
@@ -65,6 +65,10 @@ class _Heap:
             self._dead -= 1
         return None
 
+    def live(self) -> Iterator[tuple[Any, _Entry]]:
+        """The live entries with their keys, in no particular order."""
+        return ((key, entry) for key, stamp, entry in self._items if stamp == entry.stamp)
+
     def pop(self) -> None:
         """Drop what `first` returned."""
         heapq.heappop(self._items)
@@ -74,7 +78,7 @@ class MemoryLedger:
     """A ledger of rows in memory. It keeps them through close() and open(), as long as it lives itself.
 
     Args:
-        bound: rows that may wait or be leased; as many ended ones are kept, the oldest dropped first.
+        bound: rows that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
     """
 
     durable = False
@@ -84,10 +88,10 @@ class MemoryLedger:
         self._is_open = False
         self._entries: dict[str, _Entry] = {}
         self._keys: dict[str, str] = {}
-        self._queues: defaultdict[str, _Heap] = defaultdict(_Heap)
+        self._queues: defaultdict[tuple[str, Priority], _Heap] = defaultdict(_Heap)
         self._leased = _Heap()
-        self._ended = _Heap()
-        self._ended_count = 0
+        self._ended = {RowState.DONE: _Heap(), RowState.DEAD: _Heap()}
+        self._sizes = Counter[RowState]()  # of those
         self._depths: Counter[tuple[str, Priority]] = Counter()
         self._next = itertools.count().__next__
 
@@ -104,7 +108,7 @@ class MemoryLedger:
         self._check_open()
         if row.task_id in self._entries or (row.key is not None and row.key in self._keys):
             return Put.DUPLICATE
-        if len(self._entries) - self._ended_count >= self._bound:
+        if self._full:
             return Put.FULL
         entry = self._entries[row.task_id] = _Entry(row, self._next())
         if row.key is not None:
@@ -115,19 +119,20 @@ class MemoryLedger:
             self._lease(entry, fence, until)
         return Put.STORED
 
-    async def lease(self, task_type: str, limit: int, *, until: float) -> Sequence[Lease]:
+    async def lease(self, task_type: str, limit: int, *, until: float, rung: Priority | None = None) -> Sequence[Lease]:
         """Lease the best waiting rows of a type."""
         self._check_open()
         leases: list[Lease] = []
-        queue = self._queues.get(task_type)
-        while queue is not None and len(leases) < limit and (best := queue.first()) is not None:
-            entry = best[1]
-            queue.pop()
-            self._leave_queue(entry)
-            self._lease(entry, new_id(), until)
-            leases.append(Lease(row=entry.row, fence=str(entry.fence), until=until))
-        if queue is not None and queue.first() is None:
-            del self._queues[task_type]  # task types come and go
+        for place in [(task_type, each) for each in (Priority if rung is None else (rung,))]:
+            queue = self._queues.get(place)
+            while queue is not None and len(leases) < limit and (best := queue.first()) is not None:
+                entry = best[1]
+                queue.pop()
+                self._leave_queue(entry)
+                self._lease(entry, new_id(), until)
+                leases.append(Lease(row=entry.row, fence=str(entry.fence), until=until))
+            if queue is not None and queue.first() is None:
+                del self._queues[place]  # task types come and go
         return leases
 
     async def start(self, lease: Lease) -> bool:
@@ -139,7 +144,7 @@ class MemoryLedger:
         entry.row = msgspec.structs.replace(entry.row, attempts=entry.row.attempts + 1)
         return True
 
-    async def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+    def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
         """Extend leases, and return the lost ones."""
         self._check_open()
         lost = []
@@ -147,11 +152,8 @@ class MemoryLedger:
             entry = self._held(lease)
             if entry is None:
                 lost.append(lease)
-            elif until >= entry.until:
-                entry.until = until  # its item in the heap comes up too early, and is put back then
             else:
-                self._leased.died()
-                self._lease(entry, lease.fence, until)
+                entry.until = max(entry.until, until)  # its item in the heap comes up too early, and is put back then
         return lost
 
     async def release(self, leases: Sequence[Lease]) -> None:
@@ -170,7 +172,7 @@ class MemoryLedger:
         if entry is None or entry.fence != fence or entry.state not in (RowState.WAITING, RowState.LEASED):
             return False
         if entry.state is RowState.WAITING:
-            queue = self._queues[entry.row.task_type]
+            queue = self._queues[entry.row.task_type, entry.row.priority]
             self._leave_queue(entry)
             self._end(entry, RowState.DONE, completion)
             queue.died()
@@ -196,13 +198,61 @@ class MemoryLedger:
         return dead
 
     async def prune(self, *, before: float) -> int:
-        """Drop ended rows that are old enough."""
+        """Drop DONE rows that are old enough."""
         self._check_open()
-        count = 0
-        while (oldest := self._ended.first()) is not None and oldest[0] < before:
-            self._drop_oldest()
+        done, count = self._ended[RowState.DONE], 0
+        while (oldest := done.first()) is not None and oldest[0][0] < before:
+            self._drop_oldest(RowState.DONE)
             count += 1
         return count
+
+    async def bury(self, lease: Lease, completion: Completion) -> bool:
+        """Mark a row DEAD."""
+        self._check_open()
+        entry = self._held(lease)
+        if entry is None:
+            return False
+        self._end(entry, RowState.DEAD, completion)
+        self._leased.died()
+        return True
+
+    async def dead(self, limit: int, *, after: DeadRow | None = None) -> Sequence[DeadRow]:
+        """A page of the rows that are DEAD."""
+        self._check_open()
+        begin = None if after is None else (after.completion.finished_at, after.row.task_id)
+        behind = (item for item in self._ended[RowState.DEAD].live() if begin is None or item[0] > begin)
+        page = heapq.nsmallest(limit, behind, key=lambda item: item[0])
+        return [
+            DeadRow(row=msgspec.structs.replace(entry.row, envelope=b""), completion=entry.completion)
+            for _, entry in page
+            if entry.completion is not None
+        ]
+
+    async def requeue(self, task_id: str) -> Put | None:
+        """Let a DEAD row wait again."""
+        self._check_open()
+        entry = self._entries.get(task_id)
+        if entry is None or entry.state is not RowState.DEAD:
+            return None
+        if self._full:
+            return Put.FULL
+        self._sizes[RowState.DEAD] -= 1
+        entry.row = msgspec.structs.replace(entry.row, attempts=0)
+        entry.completion = None
+        self._wait(entry)
+        self._ended[RowState.DEAD].died()
+        return Put.STORED
+
+    async def drop(self, task_id: str) -> bool:
+        """Drop a DEAD row."""
+        self._check_open()
+        entry = self._entries.get(task_id)
+        if entry is None or entry.state is not RowState.DEAD:
+            return False
+        entry.stamp = self._next()
+        self._ended[RowState.DEAD].died()
+        self._forget(entry)
+        return True
 
     async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
         """A row by its id."""
@@ -224,6 +274,10 @@ class MemoryLedger:
         if not self._is_open:
             raise LedgerUnusable(where="memory://", why="it is not open", advice="Use it between open() and close().")
 
+    @property
+    def _full(self) -> bool:
+        return len(self._entries) - self._sizes.total() >= self._bound
+
     def _held(self, lease: Lease) -> _Entry | None:
         entry = self._entries.get(lease.row.task_id)
         return entry if entry is not None and entry.fence == lease.fence else None
@@ -233,7 +287,7 @@ class MemoryLedger:
         entry.state, entry.fence, entry.stamp = RowState.WAITING, None, self._next()
         self._depths[row.task_type, row.priority] += 1
         due = inf if row.deadline is None else row.deadline
-        self._queues[row.task_type].push((row.priority, due, entry.turn), entry)
+        self._queues[row.task_type, row.priority].push((due, row.enqueued_at, entry.turn), entry)
 
     def _leave_queue(self, entry: _Entry) -> None:
         place = (entry.row.task_type, entry.row.priority)
@@ -249,18 +303,21 @@ class MemoryLedger:
         entry.state, entry.fence, entry.stamp, entry.completion = state, None, self._next(), completion
         if state is RowState.DONE:
             entry.row = msgspec.structs.replace(entry.row, envelope=b"")
-        self._ended.push(completion.finished_at, entry)
-        self._ended_count += 1
-        if self._ended_count > self._bound:
-            self._drop_oldest()
+        order = entry.turn if state is RowState.DONE else entry.row.task_id
+        self._ended[state].push((completion.finished_at, order), entry)
+        self._sizes[state] += 1
+        if self._sizes[state] > self._bound:
+            self._drop_oldest(state)
 
-    def _drop_oldest(self) -> None:
-        oldest = self._ended.first()
-        if oldest is None:
-            return
-        self._ended.pop()
-        self._ended_count -= 1
-        row = oldest[1].row
-        del self._entries[row.task_id]
-        if row.key is not None:
-            del self._keys[row.key]
+    def _drop_oldest(self, state: RowState) -> None:
+        oldest = self._ended[state].first()
+        if oldest is not None:
+            self._ended[state].pop()
+            self._forget(oldest[1])
+
+    def _forget(self, entry: _Entry) -> None:
+        """Drop an entry that has ended."""
+        self._sizes[entry.state] -= 1
+        del self._entries[entry.row.task_id]
+        if entry.row.key is not None:
+            del self._keys[entry.row.key]

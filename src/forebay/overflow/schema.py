@@ -15,7 +15,7 @@ STATES = (RowState.WAITING, RowState.LEASED, RowState.DONE, RowState.DEAD)
 
 _TASK = """
 CREATE TABLE task (
-    turn        INTEGER PRIMARY KEY,  -- grows with each row stored: its age, and its place for life
+    turn        INTEGER PRIMARY KEY,  -- grows with each row stored
     task_id     TEXT NOT NULL UNIQUE,
     task_type   TEXT NOT NULL,
     state       INTEGER NOT NULL,     -- 0 waiting, 1 leased, 2 done, 3 dead
@@ -23,7 +23,7 @@ CREATE TABLE task (
     due         REAL NOT NULL,        -- the deadline; infinity if there is none, which sorts last
     key         TEXT,
     attempts    INTEGER NOT NULL,
-    enqueued_at REAL NOT NULL,
+    enqueued_at REAL NOT NULL,        -- its place among those of its priority and deadline
     fence       TEXT,                 -- while leased
     until       REAL,                 -- while leased
     finished_at REAL,                 -- once ended
@@ -34,14 +34,15 @@ CREATE TABLE task (
 
 _INDEXES = (
     "CREATE UNIQUE INDEX task_key ON task (key) WHERE key IS NOT NULL",
-    "CREATE INDEX task_waiting ON task (task_type, priority, due, turn) WHERE state = 0",
+    "CREATE INDEX task_waiting ON task (task_type, priority, due, enqueued_at, turn) WHERE state = 0",
     "CREATE INDEX task_leased ON task (until) WHERE state = 1",
-    "CREATE INDEX task_ended ON task (finished_at, turn) WHERE state >= 2",
+    "CREATE INDEX task_done ON task (finished_at, turn) WHERE state = 2",
+    "CREATE INDEX task_dead ON task (finished_at, task_id) WHERE state = 3",
 )
 
 _COUNTS = (
-    "CREATE TABLE size (ended INTEGER PRIMARY KEY, tasks INTEGER NOT NULL)",  # 0: held, 1: ended
-    "INSERT INTO size VALUES (0, 0), (1, 0)",
+    "CREATE TABLE size (kind INTEGER PRIMARY KEY, tasks INTEGER NOT NULL)",  # 0: held, 1: done, 2: dead
+    "INSERT INTO size VALUES (0, 0), (1, 0), (2, 0)",
     """
     CREATE TABLE depth (
         task_type TEXT NOT NULL, priority INTEGER NOT NULL, waiting INTEGER NOT NULL, PRIMARY KEY (task_type, priority)
@@ -55,13 +56,14 @@ _ENTERS_QUEUE = """
 """
 _LEAVES_QUEUE = "UPDATE depth SET waiting = waiting - 1 WHERE task_type = old.task_type AND priority = old.priority;"
 
-_ENDS = "UPDATE size SET tasks = tasks + CASE WHEN ended = (new.state >= 2) THEN 1 ELSE -1 END;"
+_OLD, _NEW = "max(old.state - 1, 0)", "max(new.state - 1, 0)"  # the kind that a row was of, and is of
+_CHANGES = f"UPDATE size SET tasks = tasks + iif(kind = {_NEW}, 1, -1) WHERE kind IN ({_OLD}, {_NEW});"  # noqa: S608
 
 _TRIGGERS = tuple(
     f"CREATE TRIGGER {name} AFTER {when} BEGIN {what} END"
     for name, when, what in (
-        ("task_dropped", "DELETE ON task", "UPDATE size SET tasks = tasks - 1 WHERE ended = (old.state >= 2);"),
-        ("task_ends", "UPDATE OF state ON task WHEN (old.state >= 2) <> (new.state >= 2)", _ENDS),
+        ("task_dropped", "DELETE ON task", f"UPDATE size SET tasks = tasks - 1 WHERE kind = {_OLD};"),  # noqa: S608
+        ("task_changes", f"UPDATE OF state ON task WHEN {_OLD} <> {_NEW}", _CHANGES),
         ("task_dropped_waiting", "DELETE ON task WHEN old.state = 0", _LEAVES_QUEUE),
         ("task_waits", "UPDATE OF state ON task WHEN old.state <> 0 AND new.state = 0", _ENTERS_QUEUE),
         ("task_waited", "UPDATE OF state ON task WHEN old.state = 0 AND new.state <> 0", _LEAVES_QUEUE),

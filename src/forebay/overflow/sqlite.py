@@ -24,7 +24,7 @@ from forebay.storage.rows import Rows
 from forebay.storage.sqlite import SqliteWriter
 from forebay.storage.url import DEFAULT_BOUND, Synchronous
 from forebay.task import Priority
-from forebay.typing import Completion, Lease, Put, Row, RowState
+from forebay.typing import Completion, DeadRow, Lease, Put, Row, RowState
 
 _BATCH = 500  # rows that reap and prune take at once, so that nobody waits long behind them
 
@@ -39,17 +39,20 @@ _PUT = Rows(
     11,
 )
 _TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
-_HELD = "SELECT tasks FROM size WHERE ended = 0"
-_STORED = "UPDATE size SET tasks = tasks + ? WHERE ended = 0"
+_HELD = "SELECT tasks FROM size WHERE kind = 0"
+_STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
 _ENTERED = "INSERT INTO depth VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
 _LEASE = f"""
 UPDATE task SET state = 1, until = ?, fence = ? || '-' || turn
-WHERE turn IN (SELECT turn FROM task WHERE state = 0 AND task_type = ? ORDER BY priority, due, turn LIMIT ?)
+WHERE turn IN (
+    SELECT turn FROM task WHERE state = 0 AND task_type = ? AND priority BETWEEN ? AND ?
+    ORDER BY priority, due, enqueued_at, turn LIMIT ?
+)
 RETURNING {_ROW}, fence, turn
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _START = Rows(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
-_RENEW = Rows(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
+_RENEW = Rows(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
 _RELEASE = Rows(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
 # A row that waits has no fence, so that IS finds it for who gave none.
 _FINISH = Rows(
@@ -61,12 +64,31 @@ _FINISH = Rows(
 )
 _BURY = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE turn = ?"
 _LAPSED = f"SELECT {_ROW}, turn FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
-_REQUEUE = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE turn = ?"
-_OLDEST = "SELECT turn FROM task WHERE state >= 2 ORDER BY finished_at, turn"
-_TRIM = f"DELETE FROM task WHERE turn IN ({_OLDEST} LIMIT max(0, (SELECT tasks FROM size WHERE ended = 1) - ?))"
+_TAKE_BACK = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE turn = ?"
+_OLDEST_DONE = "SELECT turn FROM task WHERE state = 2 ORDER BY finished_at, turn"
+_OLDEST_DEAD = "SELECT turn FROM task WHERE state = 3 ORDER BY finished_at, task_id"
+_TRIM_DONE = (
+    f"DELETE FROM task WHERE turn IN ({_OLDEST_DONE} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 1) - ?))"
+)
+_TRIM_DEAD = (
+    f"DELETE FROM task WHERE turn IN ({_OLDEST_DEAD} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 2) - ?))"
+)
 _PRUNE = """
-DELETE FROM task WHERE turn IN (SELECT turn FROM task WHERE state >= 2 AND finished_at < ? ORDER BY finished_at LIMIT ?)
+DELETE FROM task WHERE turn IN (SELECT turn FROM task WHERE state = 2 AND finished_at < ? ORDER BY finished_at LIMIT ?)
 """
+_BURY_HELD = """
+UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ?
+WHERE task_id = ? AND fence = ? AND state = 1
+"""
+_DEAD = f"""
+SELECT {_ROW.replace("envelope", "x''")}, completion FROM task
+WHERE state = 3 AND (finished_at, task_id) > (?, ?) ORDER BY finished_at, task_id LIMIT ?
+"""
+_IS_DEAD = "SELECT 1 FROM task WHERE task_id = ? AND state = 3"
+_REQUEUE = """
+UPDATE task SET state = 0, attempts = 0, finished_at = NULL, completion = NULL WHERE task_id = ? AND state = 3
+"""
+_DROP = "DELETE FROM task WHERE task_id = ? AND state = 3"
 _FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
 _FIND_KEY = "SELECT task_id FROM task WHERE key = ?"
 _DEPTHS = "SELECT task_type, priority, waiting FROM depth WHERE waiting > 0"
@@ -108,11 +130,12 @@ class SqliteLedger:
         """Store `row`."""
         return await self._writer.run_batched(self._put, (row, fence, until))
 
-    async def lease(self, task_type: str, limit: int, *, until: float) -> Sequence[Lease]:
+    async def lease(self, task_type: str, limit: int, *, until: float, rung: Priority | None = None) -> Sequence[Lease]:
         """Lease the best waiting rows of a type. Cancelled, it gives back what it leased after all."""
         if limit <= 0:
             return ()
-        leasing = self._writer.run(partial(_lease, task_type, limit, until))
+        rungs = (min(Priority), max(Priority)) if rung is None else (rung, rung)
+        leasing = self._writer.run(partial(_lease, task_type, rungs, limit, until))
         try:
             return await asyncio.shield(leasing)
         except asyncio.CancelledError:
@@ -129,9 +152,9 @@ class SqliteLedger:
         """Count a start."""
         return await self._writer.run_batched(_start, lease)
 
-    async def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
-        """Extend leases, and return the lost ones."""
-        return await self._writer.run(partial(_renew, leases, until))
+    def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+        """Extend leases, and return the lost ones. Blocks; from any thread."""
+        return self._writer.run_now(partial(_renew, leases, until))
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """Put rows back where they stood."""
@@ -152,13 +175,29 @@ class SqliteLedger:
                 return dead
 
     async def prune(self, *, before: float) -> int:
-        """Drop ended rows that are old enough."""
+        """Drop DONE rows that are old enough."""
         total = 0
         while True:
             count = await self._writer.run(partial(_prune, before))
             total += count
             if count < _BATCH:
                 return total
+
+    async def bury(self, lease: Lease, completion: Completion) -> bool:
+        """Mark a row DEAD."""
+        return await self._writer.run(partial(_bury, self._bound, lease, completion))
+
+    async def dead(self, limit: int, *, after: DeadRow | None = None) -> Sequence[DeadRow]:
+        """A page of the rows that are DEAD."""
+        return await self._writer.run(partial(_dead, limit, after), writes=False)
+
+    async def requeue(self, task_id: str) -> Put | None:
+        """Let a DEAD row wait again."""
+        return await self._writer.run(partial(_requeue, self._bound, task_id))
+
+    async def drop(self, task_id: str) -> bool:
+        """Drop a DEAD row."""
+        return await self._writer.run(partial(_drop, task_id))
 
     async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
         """A row by its id."""
@@ -219,9 +258,11 @@ def _values(row: Row, fence: str | None, until: float) -> tuple[Any, ...]:
     )
 
 
-def _lease(task_type: str, limit: int, until: float, connection: sqlite3.Connection) -> Sequence[Lease]:
-    found = connection.execute(_LEASE, (until, new_id(), task_type, limit)).fetchall()
-    found.sort(key=lambda record: (record[2], record[5], record[-1]))  # RETURNING promises no order
+def _lease(
+    task_type: str, rungs: tuple[Priority, Priority], limit: int, until: float, connection: sqlite3.Connection
+) -> Sequence[Lease]:
+    found = connection.execute(_LEASE, (until, new_id(), task_type, *rungs, limit)).fetchall()
+    found.sort(key=lambda record: (record[2], record[5], record[4], record[-1]))  # RETURNING promises no order
     return [Lease(row=_row(record), fence=record[-2], until=until) for record in found]
 
 
@@ -240,7 +281,7 @@ def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
 
 def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Ending]) -> Sequence[bool]:
     finished = _FINISH.run(connection, endings)
-    connection.execute(_TRIM, (bound,))
+    connection.execute(_TRIM_DONE, (bound,))
     return finished
 
 
@@ -252,18 +293,45 @@ def _reap(now: float, max_attempts: int, bound: int, connection: sqlite3.Connect
         row, turn = _row(record), record[-1]
         completion = lapsed(row, now=now, max_attempts=max_attempts)
         if completion is None:
-            connection.execute(_REQUEUE, (turn,))
+            connection.execute(_TAKE_BACK, (turn,))
         else:
             connection.execute(_BURY, (completion.finished_at, _encode(completion), turn))
             dead.append(row)
     if dead:
-        connection.execute(_TRIM, (bound,))
+        connection.execute(_TRIM_DEAD, (bound,))
     return len(found), dead
 
 
 def _prune(before: float, connection: sqlite3.Connection) -> int:
     connection.execute(_FORGET_TYPES)
     return connection.execute(_PRUNE, (before, _BATCH)).rowcount
+
+
+def _bury(bound: int, lease: Lease, completion: Completion, connection: sqlite3.Connection) -> bool:
+    values = (completion.finished_at, _encode(completion), lease.row.task_id, lease.fence)
+    buried = connection.execute(_BURY_HELD, values).rowcount > 0
+    connection.execute(_TRIM_DEAD, (bound,))
+    return buried
+
+
+def _dead(limit: int, after: DeadRow | None, connection: sqlite3.Connection) -> Sequence[DeadRow]:
+    place = (-inf, "") if after is None else (after.completion.finished_at, after.row.task_id)
+    records = connection.execute(_DEAD, (*place, max(0, limit))).fetchall()
+    return [DeadRow(row=_row(record), completion=_decode_completion(record[-1])) for record in records]
+
+
+def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> Put | None:
+    if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
+        return None
+    (held,) = connection.execute(_HELD).fetchone()
+    if held >= bound:
+        return Put.FULL
+    connection.execute(_REQUEUE, (task_id,))
+    return Put.STORED
+
+
+def _drop(task_id: str, connection: sqlite3.Connection) -> bool:
+    return connection.execute(_DROP, (task_id,)).rowcount > 0
 
 
 def _find(task_id: str, connection: sqlite3.Connection) -> tuple[RowState, Row, Completion | None] | None:

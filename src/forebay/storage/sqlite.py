@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ _I = TypeVar("_I")
 _T = TypeVar("_T")
 
 _Op: TypeAlias = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
-_Wish: TypeAlias = tuple[asyncio.Future[Any], _Op, Any, bool]  # who waits, what is to be done, with what; if it writes
+_Work: TypeAlias = tuple[_Op, Any, bool]  # what is to be done, with what; whether it writes
+_Wish: TypeAlias = tuple[asyncio.Future[Any], _Work]  # who waits for it
 
 
 class _Failed(NamedTuple):
@@ -37,7 +39,8 @@ class SqliteWriter:
     may run twice: when one of them raises, all is undone and run again, each fenced off by a savepoint. It must begin,
     commit and remember nothing itself. Its caller gets its value after the commit.
 
-    All that blocks goes through ``loop.run_in_executor``. Other processes may have the same file open.
+    All that blocks goes through ``loop.run_in_executor``, but for `run_now`, which blocks its caller's thread. Other
+    processes may have the same file open.
 
     Args:
         path: the file; it is made if it is not there, its directory is not.
@@ -54,6 +57,7 @@ class SqliteWriter:
         self._synchronous = synchronous
         self._patience = patience
         self._connection: sqlite3.Connection | None = None
+        self._turn = threading.Lock()  # whoever has it uses the connection
         self._pending: deque[_Wish] = deque()
         self._flushing = False
         self._closed: asyncio.Future[None] | None = None  # there once close() was called, done once it is so
@@ -111,13 +115,34 @@ class SqliteWriter:
         """Like `run`, for an operation that is cheaper for many items at once: it gets those asked for together."""
         return self._submit(op, item, writes=True)
 
-    def _submit(self, op: _Op, item: Any, *, writes: bool) -> asyncio.Future[Any]:
+    def run_now(self, op: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Run `op` in a transaction of its own, and return its value once that is committed. Blocks; from any thread.
+
+        Raises:
+            LedgerUnusable: the file is not open, or it failed and nothing was kept.
+        """
+        with self._turn:
+            connection = self._open_connection()
+            try:
+                (value,) = _commit(connection, [(_each, op, True)])
+            except BaseException as error:
+                raise diagnose(error, self._path) from error
+        if isinstance(value, _Failed):
+            raise diagnose(value.error, self._path)
+        done: _T = value
+        return done
+
+    def _open_connection(self) -> sqlite3.Connection:
         if self._connection is None or self._closed is not None:
             raise LedgerUnusable(
                 where=str(self._path), why="it is not open", advice="Use it between open() and close()."
             )
+        return self._connection
+
+    def _submit(self, op: _Op, item: Any, *, writes: bool) -> asyncio.Future[Any]:
+        self._open_connection()
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._pending.append((future, op, item, writes))
+        self._pending.append((future, (op, item, writes)))
         if not self._flushing:
             self._wake()
         return future
@@ -136,9 +161,18 @@ class SqliteWriter:
         if self._connection is None or not (group or self._closed):
             self._flushing = False
         elif group:
-            self._job(_commit, self._connection, group).add_done_callback(partial(self._landed, group))
+            works = [work for _, work in group]
+            self._job(self._commit, self._connection, works).add_done_callback(partial(self._landed, group))
         else:
-            self._job(self._connection.close).add_done_callback(self._let_go)
+            self._job(self._shut, self._connection).add_done_callback(self._let_go)
+
+    def _commit(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
+        with self._turn:
+            return _commit(connection, works)
+
+    def _shut(self, connection: sqlite3.Connection) -> None:
+        with self._turn:
+            connection.close()
 
     def _job(self, work: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
         try:
@@ -150,7 +184,7 @@ class SqliteWriter:
 
     def _landed(self, group: Sequence[_Wish], job: asyncio.Future[Sequence[Any]]) -> None:
         outcomes = _outcomes(job, len(group))
-        for (future, *_), outcome in zip(group, outcomes, strict=True):
+        for (future, _), outcome in zip(group, outcomes, strict=True):
             if future.done():  # its caller has gone
                 continue
             if isinstance(outcome, _Failed):
@@ -183,18 +217,18 @@ def _each(connection: sqlite3.Connection, ops: Sequence[Callable[[sqlite3.Connec
     return [op(connection) for op in ops]
 
 
-def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
-    """Run a group as one transaction; raise if all of it failed and nothing was kept."""
-    begin = "BEGIN IMMEDIATE" if any(writes for *_, writes in group) else "BEGIN"
+def _commit(connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
+    """Run them as one transaction; raise if all of it failed and nothing was kept."""
+    begin = "BEGIN IMMEDIATE" if any(writes for *_, writes in works) else "BEGIN"
     connection.execute(begin)
     try:
         try:
-            outcomes = _together(connection, group)
+            outcomes = _together(connection, works)
         except Exception:  # noqa: BLE001 - whatever it was, it comes again below and goes to whom it concerns
             if connection.in_transaction:  # a full disk, say, has rolled it back by itself
                 connection.execute("ROLLBACK")
             connection.execute(begin)
-            outcomes = [_fenced(connection, op, item) for _, op, item, _ in group]
+            outcomes = [_fenced(connection, op, item) for op, item, _ in works]
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -203,13 +237,13 @@ def _commit(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[
     return outcomes
 
 
-def _together(connection: sqlite3.Connection, group: Sequence[_Wish]) -> Sequence[Any]:
+def _together(connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
     """Run them by operation: nobody in a group has seen another's outcome, so between operations no order is due."""
     batches: dict[_Op, list[Any]] = {}
-    for _, op, item, _ in group:
+    for op, item, _ in works:
         batches.setdefault(op, []).append(item)
     values = {op: iter(op(connection, items)) for op, items in batches.items()}
-    return [next(values[op]) for _, op, _, _ in group]
+    return [next(values[op]) for op, _, _ in works]
 
 
 def _fenced(connection: sqlite3.Connection, op: _Op, item: Any) -> Any:

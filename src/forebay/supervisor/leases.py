@@ -1,48 +1,117 @@
-"""The leases that this house holds: timed rights to stored tasks."""
+"""The leases that this house holds: timed rights to stored tasks, and the heartbeat that keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Sequence
 
-import msgspec
+from forebay import clock
+from forebay.events import log
+from forebay.typing import Lease, Ledger
 
-from forebay.typing import Lease
+
+class _Held:
+    """A lease, and until when it lasts: in one object, since the heartbeat's thread writes what the loop reads."""
+
+    __slots__ = ("lease", "until")
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.until = lease.until
 
 
 class Leases:
-    """Leases by task id."""
+    """Leases by task id. All but `renew` belongs to the loop's thread."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Lease] = {}
+        self._held: dict[str, _Held] = {}
 
     def hold(self, lease: Lease) -> None:
         """Take note of a lease."""
-        self._held[lease.row.task_id] = lease
+        self._held[lease.row.task_id] = _Held(lease)
 
     def drop(self, task_id: str) -> str | None:
         """Forget a lease; return its fence, if there was one."""
-        lease = self._held.pop(task_id, None)
-        return None if lease is None else lease.fence
+        held = self._held.pop(task_id, None)
+        return None if held is None else held.lease.fence
 
     def valid(self, task_id: str, now: float) -> bool:
-        """Whether the lease on a task has not lapsed at `now`, in epoch seconds."""
-        lease = self._held.get(task_id)
-        return lease is not None and now < lease.until
-
-    def all(self) -> Sequence[Lease]:
-        """Every lease."""
-        return list(self._held.values())
+        """Whether the lease on a task has neither lapsed at `now`, in epoch seconds, nor been lost."""
+        held = self._held.get(task_id)
+        return held is not None and now < held.until
 
     def take_all(self) -> Sequence[Lease]:
         """Every lease, forgotten here."""
-        leases = self.all()
+        leases = [held.lease for held in self._held.values()]
         self._held.clear()
         return leases
 
-    def renewed(self, leases: Sequence[Lease], *, lost: Sequence[Lease], until: float) -> None:
-        """Note that those of `leases` which were not `lost` last until `until`, in epoch seconds."""
-        gone = {lease.fence for lease in lost}
-        for lease in leases:
-            held = self._held.get(lease.row.task_id)
-            if held is not None and held.fence == lease.fence and lease.fence not in gone:
-                self.hold(msgspec.structs.replace(lease, until=until))
+    def renew(self, ledger: Ledger, *, until: float) -> None:
+        """Make all of them last until `until`, in epoch seconds. Blocks; from any thread."""
+        held = list(self._held.values())
+        lost = {lease.fence for lease in ledger.renew([each.lease for each in held], until=until)}
+        for each in held:
+            if each.lease.fence not in lost:
+                each.until = until
+            elif self._held.get(each.lease.row.task_id) is each:  # else it was given back meanwhile
+                each.until = -math.inf
+                task_id = each.lease.row.task_id
+                log.warning("the lease on task %r was lost: what its handler returns will be refused", task_id)
+
+
+class Heartbeat:
+    """Calls `beat` every `interval` seconds from a thread of its own, and then `beaten` in the loop.
+
+    A handler that blocks the loop holds up `beaten`, but no beat. In virtual time, beats are jobs of the loop.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, interval: float, beat: Callable[[], None], beaten: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._interval = interval
+        self._beat = beat
+        self._beaten = beaten
+        self._stopped = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        if clock.is_virtual(self._loop):
+            self._arm()
+        else:
+            threading.Thread(target=self._run, name="forebay-heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        """End. Does not wait for a beat that is under way."""
+        self._stopped.set()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._try()
+            try:
+                self._loop.call_soon_threadsafe(self._done)
+            except RuntimeError:  # the loop is closed
+                return
+
+    def _arm(self) -> None:
+        self._timer = self._loop.call_later(self._interval, self._inline)
+
+    def _inline(self) -> None:
+        self._loop.run_in_executor(None, self._try).add_done_callback(lambda _: self._done())
+        self._arm()
+
+    def _try(self) -> None:
+        try:
+            self._beat()
+        except Exception:  # noqa: BLE001 - the next beat may succeed, and until then leases are lost at worst
+            if not self._stopped.is_set():
+                log.exception("leases on stored tasks could not be renewed")
+
+    def _done(self) -> None:
+        if not self._stopped.is_set():
+            self._beaten()

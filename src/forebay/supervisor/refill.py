@@ -47,7 +47,6 @@ class Overflow:
         self.elsewhere: dict[str, Ticket] = {}  # tickets whose rows another process holds
         self._puzzling: list[Lease] = []  # rows that this version cannot read: kept from others like it until close
         self._round_trip = 0.0  # seconds that a lease takes
-        self.closing = False
         self._fetching = True
         self.durable = ledger.durable
         self.depths: dict[tuple[str, Priority], int] = {}  # rows of types that nobody here serves
@@ -64,7 +63,7 @@ class Overflow:
         await self._tending.reap()
         self.depths = dict(await self.ledger.depths())
         if self.durable:
-            self._tending.arm()
+            self._tending.start()
 
     def know(self, pool: Pool) -> None:
         """A new task type is served: pull what waits for it."""
@@ -380,7 +379,7 @@ class Overflow:
 
     async def close(self) -> None:
         """Return every lease, and let the ledger go."""
-        self.closing = True
+        self._tending.stop()
         leases = [*self.leases.take_all(), *self._puzzling]
         try:
             if leases:
@@ -390,6 +389,7 @@ class Overflow:
 
     def let_tickets_go(self) -> None:
         """End the tickets of what stays outside."""
+        self._tending.stop()
         for ticket in list(self._house.tickets.values()):
             if ticket.stored and self.durable:
                 self.leave(ticket)

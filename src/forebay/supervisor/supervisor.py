@@ -310,8 +310,8 @@ class BackpressureSupervisor:
         except BaseException:
             self._house = self._door = None
             house.timers.close()
-            if self._ledger is not None:
-                await self._ledger.close()
+            if house.overflow is not None:
+                await house.overflow.close()
             raise
         for worker in self._workers.values():
             house.add(worker)

@@ -1,4 +1,4 @@
-"""Tending the overflow: renewing leases, taking in what lapsed, hearing of what other processes finished."""
+"""Tending the overflow: keeping leases, taking in what lapsed, hearing of what other processes finished."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from forebay import clock
 from forebay.events import log
 from forebay.supervisor import records
+from forebay.supervisor.leases import Heartbeat
 from forebay.task import Priority, TaskStatus
 
 if TYPE_CHECKING:
@@ -28,35 +29,36 @@ class Tending:
         self._overflow = overflow
         self._lease = lease  # seconds
         self._max_attempts = max_attempts
+        self._tending = False
+        self._heartbeat = Heartbeat(house.loop, interval=lease / 3, beat=self._renew, beaten=self._beaten)
 
-    def arm(self) -> None:
-        """Come back in a third of a lease."""
-        due = self._house.loop.time() + self._lease / 3
-        self._house.timers.at(due, lambda: self._house.background(self._tend()))
+    def start(self) -> None:
+        """Tend from now on."""
+        self._heartbeat.start()
+
+    def stop(self) -> None:
+        """Tend no more."""
+        self._heartbeat.stop()
+
+    def _renew(self) -> None:
+        self._overflow.leases.renew(self._overflow.ledger, until=clock.wall_time() + self._lease)
+
+    def _beaten(self) -> None:
+        if not self._tending:  # else it takes longer than a third of a lease, and the next beat will do
+            self._tending = True
+            self._house.background(self._tend())
 
     async def _tend(self) -> None:
         overflow = self._overflow
-        if overflow.closing:
-            return
         try:
-            await self._renew()
             await self.reap()
             await self.recount(list(self._house.pools.values()))
             await self._hear()
             await overflow.ledger.prune(before=clock.wall_time() - _KEEP)
         finally:
-            if not overflow.closing:
-                self.arm()
+            self._tending = False
         for pool in self._house.pools.values():
             overflow.pull(pool)
-
-    async def _renew(self) -> None:
-        held = self._overflow.leases.all()
-        until = clock.wall_time() + self._lease
-        lost = await self._overflow.ledger.renew(held, until=until)
-        self._overflow.leases.renewed(held, lost=lost, until=until)
-        for lease in lost:
-            log.warning("the lease on task %r was lost: what its handler returns will be refused", lease.row.task_id)
 
     async def reap(self) -> None:
         """Take in rows whose holder has let its lease lapse."""

@@ -43,8 +43,10 @@ def sql() -> dict[str, str]:
 SHORT = {
     "_DEPTHS": "as many rows as types and priorities",
     "_FORGET_TYPES": "as many rows as types and priorities",
-    "_OLDEST": "a part of _TRIM, and not run by itself",
-    "_TRIM": "in order, and only as far as it drops",
+    "_OLDEST_DONE": "a part of _TRIM_DONE, and not run by itself",
+    "_OLDEST_DEAD": "a part of _TRIM_DEAD, and not run by itself",
+    "_TRIM_DONE": "in order, and only as far as it drops",
+    "_TRIM_DEAD": "in order, and only as far as it drops",
 }
 
 
