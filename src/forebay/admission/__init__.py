@@ -2,7 +2,7 @@
 
 from forebay.admission.feasibility import LetThrough, ServiceTimes
 from forebay.admission.gate import Ladder
-from forebay.admission.line import Line, Place
+from forebay.admission.line import LAST, Line, Place
 from forebay.admission.seats import BookedSeats
 
-__all__ = ["BookedSeats", "Ladder", "LetThrough", "Line", "Place", "ServiceTimes"]
+__all__ = ["LAST", "BookedSeats", "Ladder", "LetThrough", "Line", "Place", "ServiceTimes"]

@@ -26,12 +26,8 @@ class Ladder:
         if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
             raise InvalidThreshold(value=threshold)
         self.threshold = float(threshold)
-        self._rungs = {
-            Priority.CRITICAL: 1.0,
-            Priority.HIGH: _exact((1 + self.threshold) / 2),
-            Priority.NORMAL: self.threshold,
-            Priority.LOW: _exact(0.75 * self.threshold),
-        }
+        # by rung: a priority is its own index, and an enum is slow to hash
+        self._rungs = (1.0, _exact((1 + self.threshold) / 2), self.threshold, _exact(0.75 * self.threshold))
 
     def of(self, priority: Priority) -> float:
         """The load from which `priority` is refused."""

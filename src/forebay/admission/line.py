@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from forebay.task import Priority
@@ -12,8 +15,10 @@ T = TypeVar("T")
 
 # [rank, turn, item or None, rung]: a list, so that leaving is one assignment and the heap finds out later
 Place = list[Any]
-_ITEM, _RUNG = 2, 3
+_TURN, _ITEM, _RUNG = 1, 2, 3
 _LEAST_DEAD = 64  # below that many, the dead are not worth a sweep
+
+LAST = (True, math.inf)  # the rank of those who go by their turn alone, behind all others
 
 
 class Line(Generic[T]):
@@ -23,37 +28,44 @@ class Line(Generic[T]):
     work LOW still moves. The line counts; whoever fills it keeps its bound.
     """
 
-    __slots__ = ("_dead", "_floor", "_heaps", "_lengths", "_passed")
+    __slots__ = ("_dead", "_floor", "_heaps", "_length", "_lengths", "_passed", "_queues", "_rung")
 
     def __init__(self, *, floor: int = 20) -> None:
         self._floor = floor
         self._heaps: tuple[list[Place], ...] = tuple([] for _ in Priority)
+        self._queues: tuple[deque[Place], ...] = tuple(deque() for _ in Priority)  # those of rank LAST, if in turn
+        self._length = 0
         self._lengths = [0] * len(Priority)
         self._passed = [0] * len(Priority)  # dequeues that went to a better rung while this one waited
+        self._rung = 0  # which was served last
         self._dead = 0
 
     def __len__(self) -> int:
-        return sum(self._lengths)
+        return self._length
 
     def __bool__(self) -> bool:
-        return any(self._lengths)
+        return self._length > 0
 
     def __iter__(self) -> Iterator[T]:
         """Every item, in no particular order."""
-        for heap in self._heaps:
-            for place in heap:
-                if place[_ITEM] is not None:
-                    yield place[_ITEM]
+        for place in chain(*self._heaps, *self._queues):
+            if place[_ITEM] is not None:
+                yield place[_ITEM]
 
     def ahead(self, rung: Priority) -> int:
         """How many would be served before a newcomer of `rung`."""
         return sum(self._lengths[: rung + 1])
 
     def join(self, item: T, rung: Priority, rank: Any, turn: int) -> Place:
-        """Take a place. Ranks must compare with one another; turns must be unique."""
+        """Take a place. Ranks must compare with one another and with LAST; turns must be unique."""
         place: Place = [rank, turn, item, rung]
-        heapq.heappush(self._heaps[rung], place)
+        queue = self._queues[rung]
+        if rank == LAST and (not queue or queue[-1][_TURN] < turn):
+            queue.append(place)  # nearly all of them, and a queue is much cheaper than a heap
+        else:
+            heapq.heappush(self._heaps[rung], place)
         self._lengths[rung] += 1
+        self._length += 1
         return place
 
     def leave(self, place: Place) -> None:
@@ -61,21 +73,14 @@ class Line(Generic[T]):
         if place[_ITEM] is None:
             return
         place[_ITEM] = None
-        self._lengths[place[_RUNG]] -= 1
+        self._shorten(place[_RUNG])
         self._dead += 1
-        if self._dead > _LEAST_DEAD and self._dead > len(self):
+        if self._dead > _LEAST_DEAD and self._dead > self._length:
             self._sweep()
 
     def head(self) -> Place | None:
         """The place that `pop` would serve, or None."""
-        rung = self._next_rung()
-        if rung is None:
-            return None
-        heap = self._heaps[rung]
-        while heap[0][_ITEM] is None:
-            heapq.heappop(heap)
-            self._dead -= 1
-        return heap[0]
+        return self._head(self._next_rung()) if self._length else None
 
     def pop(self) -> T:
         """Serve the head.
@@ -83,33 +88,57 @@ class Line(Generic[T]):
         Raises:
             IndexError: nobody waits.
         """
-        place = self.head()
-        if place is None:
+        if not self._length:
             raise IndexError
-        rung = place[_RUNG]
-        heapq.heappop(self._heaps[rung])
-        self._lengths[rung] -= 1
+        rung = self._rung = self._next_rung()
+        place = self._head(rung)
+        heap = self._heaps[rung]
+        if heap and heap[0] is place:
+            heapq.heappop(heap)
+        else:
+            self._queues[rung].popleft()
         item: T = place[_ITEM]
         place[_ITEM] = None
+        self._shorten(rung)
         self._passed[rung] = 0
-        for lower in range(rung + 1, len(Priority)):
-            if self._lengths[lower]:
-                self._passed[lower] += 1
+        if self._length > self._lengths[rung]:
+            for lower in range(rung + 1, len(Priority)):
+                if self._lengths[lower]:
+                    self._passed[lower] += 1
         return item
 
-    def _next_rung(self) -> int | None:
-        best = None
-        for rung, length in enumerate(self._lengths):
-            if not length:
-                self._passed[rung] = 0
-            elif self._passed[rung] >= self._floor:
-                return rung
-            elif best is None:
-                best = rung
-        return best
+    def _shorten(self, rung: int) -> None:
+        self._length -= 1
+        self._lengths[rung] -= 1
+        if not self._lengths[rung]:
+            self._passed[rung] = 0  # who joins later has not waited
+
+    def _next_rung(self) -> int:
+        lengths = self._lengths
+        if lengths[self._rung] == self._length:
+            return self._rung  # nobody waits elsewhere
+        starving = (rung for rung, passed in enumerate(self._passed) if passed >= self._floor)
+        return next(starving, next(rung for rung, length in enumerate(lengths) if length))
+
+    def _head(self, rung: int) -> Place:
+        """The first who waits on a rung, where somebody does. The dead before it are let go."""
+        heap, queue = self._heaps[rung], self._queues[rung]
+        while heap and heap[0][_ITEM] is None:
+            heapq.heappop(heap)
+            self._dead -= 1
+        while queue and queue[0][_ITEM] is None:
+            queue.popleft()
+            self._dead -= 1
+        if heap and queue:
+            return min(heap[0], queue[0])
+        return heap[0] if heap else queue[0]
 
     def _sweep(self) -> None:
         for heap in self._heaps:
             heap[:] = [place for place in heap if place[_ITEM] is not None]
             heapq.heapify(heap)
+        for queue in self._queues:
+            live = [place for place in queue if place[_ITEM] is not None]
+            queue.clear()
+            queue.extend(live)
         self._dead = 0

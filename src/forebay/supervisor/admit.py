@@ -52,12 +52,16 @@ class _State(Enum):
     CLOSED = "closed"
 
 
+_OPEN = _State.OPEN  # an enum's attribute is dear on the hot path
+
+
 class Door:
     """Checks what is submitted, asks the dispatcher, and sends the refused outside or away."""
 
     def __init__(self, house: Dispatcher) -> None:
         self._house = house
-        self._state = _State.OPEN
+        self.loop = house.loop
+        self._state = _OPEN
         self._keys: dict[str, Ticket] = {}
 
     def shut(self) -> None:
@@ -143,7 +147,7 @@ class Door:
                 field="itself", value=type(task).__name__, expected='a Task, such as Task("research", {...})'
             )
         parent = context.current()
-        if self._state is not _State.OPEN:
+        if self._state is not _OPEN:
             inside = next(held_slots(parent, self._house), None) is not None
             if self._state is _State.CLOSED or not inside:
                 raise SupervisorClosed(state=self._state.value)

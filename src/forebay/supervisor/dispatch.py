@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
-from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from forebay.admission import Ladder
+from forebay.admission import LAST, Ladder
 from forebay.context import RunningTask
 from forebay.errors import UnknownTask
 from forebay.events import Bus, Event, Finished, Started, log
 from forebay.supervisor.endings import Endings
 from forebay.supervisor.lend import Loan, repay
 from forebay.supervisor.pool import Pool, next_pool
-from forebay.supervisor.run import Ending, Run
+from forebay.supervisor.run import Run
+from forebay.supervisor.runner import Crew
 from forebay.supervisor.statistics import Counts
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.timers import Timers
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import TaskResult, TaskStatus
+from forebay.task import Deadline, TaskResult, TaskStatus
 from forebay.typing import Reading
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NO_DEADLINE = (True, math.inf)
+_SUCCEEDED, _RUNNING = TaskStatus.SUCCEEDED, TaskStatus.RUNNING  # an enum's attribute is dear on the hot path
 
 
 class Dispatcher:
@@ -61,10 +60,10 @@ class Dispatcher:
         self.kept: OrderedDict[str, Ticket] = OrderedDict()  # the latest that have
         self.keep = settings.keep_results
         self.overflow: Overflow | None = None
-        self.host_load: Callable[[], float] = lambda: 0.0
+        self.host_load = 0.0  # how late the loop is, against how late it may be; kept up by the watch
         self.watchers: list[Callable[[], None]] = []  # called whenever something has ended
         self.talks: dict[str, deque[Ticket]] = {}  # threads (conversations) with a task inside, and who waits behind it
-        self._surroundings: Context = copy_context()
+        self.crew = Crew(self)
         self._chores: set[asyncio.Future[Any]] = set()
         self._turn = 0
 
@@ -135,7 +134,7 @@ class Dispatcher:
 
     def beyond(self, pool: Pool) -> tuple[float, str]:
         """As `path`, but past the pool itself, which refuses nobody while a slot is free."""
-        load, binding = self.host_load(), "host"
+        load, binding = self.host_load, "host"
         if pool.nested and len(pool.nested) == len(pool.workers):
             below, name = min((load_below(worker, pool.task_type), worker.name) for worker in pool.nested)
             if below > load:
@@ -150,7 +149,7 @@ class Dispatcher:
             for worker in self.workers.values()
             if worker.handler.load is not None
         ]
-        return (*pools, *below, Reading("host", self.host_load()))
+        return (*pools, *below, Reading("host", self.host_load))
 
     def enter(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Put an admitted task behind its thread, onto `worker`, or into the line."""
@@ -172,12 +171,13 @@ class Dispatcher:
 
     def _join(self, ticket: Ticket, pool: Pool) -> None:
         ticket.status = TaskStatus.WAITING
-        rank = _NO_DEADLINE
+        rank = LAST
         if ticket.deadline is not None or ticket.parent is not None:
-            rank = (ticket.parent is None, math.inf if ticket.deadline is None else ticket.deadline.at)
+            rank = (ticket.parent is None, LAST[1] if ticket.deadline is None else ticket.deadline.at)
         self._turn += 1
         ticket.place = pool.line.join(ticket, ticket.task.priority, rank, self._turn)
-        self._watch_deadline(ticket)
+        if ticket.deadline is not None:
+            self._watch_deadline(ticket)
 
     def _watch_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry is None:
@@ -190,27 +190,24 @@ class Dispatcher:
 
     def serve(self, worker: WorkerAgent) -> None:
         """Give `worker` what it has room for: first the slots that it owes, then the heads of its lines."""
-        repay(worker)
-        while worker.can_accept():
-            pool = next_pool(worker)
-            if pool is None:
-                break
+        if worker.returning:
+            repay(worker)
+        while worker.can_accept() and (pool := next_pool(worker)) is not None:
             ticket = pool.line.pop()
             ticket.place = None
             if self.overflow is not None and not self.overflow.may_start(ticket):
                 self.overflow.let_go(ticket)
-            elif not self._too_late(ticket, pool):
+            elif ticket.deadline is None or not self._too_late(ticket, ticket.deadline, pool):
                 self.start(ticket, worker)
-        for pool in worker.pools:
-            if worker.can_accept():
+        if worker.can_accept():
+            for pool in worker.pools:
                 pool.router.lowered(worker)
-            if self.overflow is not None:
+        if self.overflow is not None:
+            for pool in worker.pools:
                 self.overflow.pull(pool)
 
-    def _too_late(self, ticket: Ticket, pool: Pool) -> bool:
-        if ticket.deadline is None:
-            return False
-        remaining = ticket.deadline.remaining()
+    def _too_late(self, ticket: Ticket, deadline: Deadline, pool: Pool) -> bool:
+        remaining = deadline.remaining()
         if remaining > 0 and not pool.hopeless(self.loop.time(), 0.0, remaining):
             return False
         self.endings.expire(ticket, f"its turn came {remaining:.3g} s before its deadline, which is too late to finish")
@@ -225,9 +222,9 @@ class Dispatcher:
         if ticket.expiry is not None:
             self.timers.cancel(ticket.expiry)
             ticket.expiry = None
-        run = Run(self, ticket, worker, era, now)
+        run = Run(self, ticket, ticket.task, ticket.deadline, worker, era, worker.phase, now)
         ticket.run = run
-        ticket.status = TaskStatus.RUNNING
+        ticket.status = _RUNNING
         ticket.attempts += 1
         worker.runs[run] = None
         self.take(run)
@@ -238,12 +235,12 @@ class Dispatcher:
             worker_id, attempt = worker.name, ticket.attempts
             self.tell(ticket, Started(at=now, task_id=ticket.task_id, worker_id=worker_id, attempt=attempt))
         if run.abandoned_at is not None:  # cancelled by a sink, at the news of its start
-            self.ended(run, Ending(None, asyncio.CancelledError()))
+            self.ended(run, None, asyncio.CancelledError())
         elif ticket.occupant is not None:
             ticket.occupant.granted(run)
         else:
-            run.timer = self.timers.at(self.ends_at(run), lambda: self.endings.out_of_time(run))
-            run.begin(self._surroundings)
+            self.endings.watch_time(run)
+            self.crew.begin(run)
 
     def ends_at(self, run: Run) -> float:
         """Loop time at which a run is ended: its timeout, or its deadline if that comes first."""
@@ -252,9 +249,9 @@ class Dispatcher:
 
     # --- endings ---
 
-    def ended(self, run: Run, ending: Ending) -> None:
-        """A handler has really ended."""
-        self.endings.ended(run, ending)
+    def ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
+        """A handler has really ended: with a value, or with an exception of any kind."""
+        self.endings.ended(run, value, cause)
 
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
@@ -276,8 +273,11 @@ class Dispatcher:
 
     def settle(self, ticket: Ticket, result: TaskResult) -> None:
         """Resolve a ticket and keep it for a while among those that ended."""
-        ending = result.status.value
-        setattr(self.counts, ending, getattr(self.counts, ending) + 1)
+        if result.status is _SUCCEEDED:
+            self.counts.succeeded += 1
+        else:
+            ending = result.status.value
+            setattr(self.counts, ending, getattr(self.counts, ending) + 1)
         self.tickets.pop(ticket.task_id, None)
         self.kept[ticket.task_id] = ticket
         if len(self.kept) > self.keep:

@@ -51,6 +51,7 @@ async def shut_down(house: Dispatcher, workers: Mapping[str, WorkerAgent], *, gr
         drain.cut()
         if house.overflow is not None:
             house.overflow.let_tickets_go()
+        house.crew.close()
         house.timers.close()
         house.stirred()
 

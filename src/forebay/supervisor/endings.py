@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forebay.errors import Overloaded, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
-from forebay.supervisor.run import Ending, Run
+from forebay.supervisor.run import Run
 from forebay.task import TaskResult, TaskStatus
 from forebay.typing import Outcome
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
 
+_SUCCESS, _SUCCEEDED = Outcome.SUCCESS, TaskStatus.SUCCEEDED  # an enum's attribute is dear on the hot path
 _NO_TIME = 1e-3  # seconds; the loop's clock and the wall's may differ by so much when a timer fires
 _FORGIVING = 10.0  # seconds after which a failure no longer counts against a worker's score
 
@@ -43,13 +44,35 @@ class Endings:
 
     def out_of_time(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
-        if run.aio is not None and run.aio.done():
-            return  # it has ended, in a turn of the loop that came late; the news is on its way
         if run.deadline is not None and run.deadline.remaining() <= _NO_TIME:
             self.abandon(run, TaskStatus.EXPIRED, "its deadline passed while it ran")
         else:
             timeout = run.task.timeout or run.worker.timeout
             self.abandon(run, TaskStatus.TIMED_OUT, f"it ran longer than its timeout of {timeout:g} s")
+
+    def watch_time(self, run: Run) -> None:
+        """End `run` in time.
+
+        Those that may run as long as their worker says end in the order in which they began: one timer a worker will
+        do for them, and none has to be cancelled.
+        """
+        worker, timers = run.worker, self._house.timers
+        if run.task.timeout is not None or run.deadline is not None:
+            run.timer = timers.at(self._house.ends_at(run), lambda: self.out_of_time(run))
+        elif worker.clock is None:
+            worker.clock = timers.at(run.began_at + worker.timeout, lambda: self._look_at_clock(worker))
+
+    def _look_at_clock(self, worker: WorkerAgent) -> None:
+        worker.clock = None
+        now = self._house.loop.time()
+        for run in list(worker.runs):
+            if run.timer is not None or run.abandoned_at is not None or run.ticket.occupant is not None:
+                continue  # it has a timer of its own, or needs none any more
+            if (due := run.began_at + worker.timeout) > now:
+                if worker.clock is None:  # else another has begun, since one of these ended
+                    worker.clock = self._house.timers.at(due, lambda: self._look_at_clock(worker))
+                break
+            self.out_of_time(run)
 
     def abandon(self, run: Run, status: TaskStatus, error: str) -> None:
         """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot."""
@@ -97,17 +120,18 @@ class Endings:
 
     # --- when a handler has ended ---
 
-    def ended(self, run: Run, ending: Ending) -> None:
+    def ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Take the end of a handler: result, pace, breaker; then its slot goes to whoever comes next."""
         house, worker, ticket = self._house, run.worker, run.ticket
         now = house.loop.time()
         seconds = now - run.began_at
         run.ended = True
         worker.runs.pop(run, None)
-        self._disarm(run)
+        if run.timer is not None:
+            self._disarm(run)
         if worker.handler.on_end is not None:
             worker.handler.on_end(run.task)
-        success = ending.cause is None and run.abandoned_at is None
+        success = cause is None and run.abandoned_at is None
         house.pools[run.task.task_type].times.ended(seconds, success=success)
         ticket.run = None
         ticket.parent = None  # what it knew of its ancestors must not keep them alive
@@ -120,22 +144,24 @@ class Endings:
                 house.tell(ticket, zombie_ended)
         elif success:
             worker.succeeded(run.task.task_type, seconds)
-            self._judge(run, Outcome.SUCCESS)
+            if worker.breaker.record(now, _SUCCESS, run.era) is not None:
+                self.breaker_changed(worker, "")
             house.finish(
                 ticket,
                 TaskResult(
                     task_id=ticket.task_id,
                     worker_id=worker.name,
                     success=True,
-                    status=TaskStatus.SUCCEEDED,
-                    result=ending.value,
+                    status=_SUCCEEDED,
+                    result=value,
                     duration_ms=1000 * seconds,
                     attempts=ticket.attempts,
                 ),
             )
         else:
-            self._failed(run, ending.cause, 1000 * seconds)
-        house.next_of_thread(ticket)
+            self._failed(run, cause, 1000 * seconds)
+        if run.task.thread is not None:
+            house.next_of_thread(ticket)
         if run.holds:
             house.give(run)
         house.stirred()

@@ -58,7 +58,9 @@ class Pool:
         """What the pool holds against what it may hold, waiting room included; 1.0 without a slot."""
         if not self.slots:
             return 1.0
-        return (self.running + self.waiting) / (self.slots + self.bound)
+        waiting = len(self.line) + self.parked + self.reserved
+        bound = self.max_queue_size
+        return (self.running + waiting) / (self.slots + (max(DEFAULT_LINE, self.slots) if bound is None else bound))
 
     def held_outside(self, rung: Priority) -> int:
         """Rows of `rung` or better that wait in the overflow: nothing of that rung may overtake them."""

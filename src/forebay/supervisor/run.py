@@ -5,53 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from contextvars import Context
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
 
-from forebay import context
+import msgspec
+
 from forebay.events import Progress, log
 from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.runner import Runner
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
 
 
-class Ending(NamedTuple):
-    """How a handler ended: with a value, or with an exception of any kind."""
+class Carrier(BaseException):
+    """Brings a handler's StopIteration out of a coroutine, which takes one for its own end."""
 
-    value: Any
-    cause: BaseException | None
+    def __init__(self, cause: StopIteration) -> None:
+        self.cause = cause
 
 
-class Run:
+class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
     """A task under way on a worker. It is what the task's own calls see as the running task."""
 
-    __slots__ = (
-        "_in_thread", "abandoned_at", "aio", "awaits", "began_at", "deadline", "ended", "era", "holds", "house",
-        "phase", "task", "ticket", "timer", "waits_below", "worker", "zombie",
-    )  # fmt: skip
-
-    def __init__(self, house: Dispatcher, ticket: Ticket, worker: WorkerAgent, era: int, now: float) -> None:
-        self.house = house
-        self.ticket = ticket
-        self.task: Task = ticket.task
-        self.deadline: Deadline | None = ticket.deadline
-        self.worker = worker
-        self.era = era  # of the worker's breaker
-        self.phase = worker.phase
-        self.began_at = now
-        self.aio: asyncio.Task[Any] | None = None
-        self.timer: Timer | None = None
-        self.holds = False  # the slot is taken, not lent
-        self.awaits = 0  # tasks of whatever house that it awaits
-        self.waits_below = 0  # tasks that it, or a run below it, awaits and that may need its slot
-        self.abandoned_at: float | None = None  # when its ticket ended before its handler did
-        self.zombie = False  # abandoned, and still there after the grace
-        self.ended = False
-        self._in_thread = False
+    house: Dispatcher
+    ticket: Ticket
+    task: Task
+    deadline: Deadline | None
+    worker: WorkerAgent
+    era: int  # of the worker's breaker
+    phase: int
+    began_at: float
+    holds: bool = False  # the slot is taken, not lent
+    runner: Runner | None = None  # what steps its handler
+    timer: Timer | None = None
+    awaits: int = 0  # tasks of whatever house that it awaits
+    waits_below: int = 0  # tasks that it, or a run below it, awaits and that may need its slot
+    abandoned_at: float | None = None  # when its ticket ended before its handler did
+    zombie: bool = False  # abandoned, and still there after the grace
+    ended: bool = False
+    in_thread: bool = False  # what steps its handler only waits for a thread
 
     @property
     def lacks_slot(self) -> bool:
@@ -75,48 +71,26 @@ class Run:
         if not self.ended:
             self.house.tell(self.ticket, Progress(at=self.house.loop.time(), task_id=self.task.task_id, value=value))
 
-    def begin(self, surroundings: Context) -> None:
-        """Start the handler in a context of its own, a copy of `surroundings`."""
-        own = surroundings.copy()
-        own.run(context.enter, self)
-        self.aio = self.house.loop.create_task(self._execute(own), context=own)
-        self.aio.add_done_callback(self._done)
-
-    async def _execute(self, own: Context) -> Ending:
+    def call(self) -> Any:
+        """Call the handler, in the context that is its own; what comes back may have to be awaited."""
         handler = self.worker.handler
+        return self._in_a_thread() if handler.blocking else handler.call(self.task)
+
+    async def _in_a_thread(self) -> Any:
+        # The thread reports by value: no future can carry StopIteration.
+        self.in_thread = True
+        loop, work = self.house.loop, copy_context().run
         try:
-            if handler.blocking:
-                value, cause = await self._in_a_thread(own)
-                if cause is not None:
-                    return Ending(None, cause)
-            else:
-                value = handler.call(self.task)
-            if inspect.isawaitable(value):
-                value = await value
-        except asyncio.CancelledError:
-            raise
-        except BaseException as exc:  # noqa: BLE001 - a handler's SystemExit must not end the loop and all other tasks
-            return Ending(None, exc)
-        return Ending(value, None)
-
-    async def _in_a_thread(self, own: Context) -> Ending:
-        # The thread reports by value: neither a future nor a coroutine can carry StopIteration.
-        self._in_thread = True
-        loop = self.house.loop
-        ending = await loop.run_in_executor(
-            self.house.threads, own.copy().run, _call, self.worker.handler.call, self.task
-        )
-        self._in_thread = False
-        return ending
-
-    def _done(self, aio: asyncio.Task[Ending]) -> None:
-        if aio.cancelled():
-            ending = Ending(None, asyncio.CancelledError())
-        else:
-            exc = aio.exception()
-            ending = aio.result() if exc is None else Ending(None, exc)
-        self.aio = None
-        self.house.ended(self, ending)
+            value, cause = await loop.run_in_executor(
+                self.house.threads, work, _call, self.worker.handler.call, self.task
+            )
+        finally:
+            self.in_thread = False
+        if isinstance(cause, StopIteration):
+            raise Carrier(cause)
+        if cause is not None:
+            raise cause
+        return await value if inspect.isawaitable(value) else value
 
     def stop(self) -> None:
         """Ask the handler to stop. It may not: then it is a zombie until it does.
@@ -131,12 +105,12 @@ class Run:
                     self.house.background(asked)
             except Exception:  # noqa: BLE001 - it is the user's, and the run must be stopped all the same
                 log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
-        if self.aio is not None and not self._in_thread:
-            self.aio.cancel()
+        if self.runner is not None and not self.in_thread:
+            self.runner.stop(self)
 
 
-def _call(call: Any, task: Task) -> Ending:
+def _call(call: Any, task: Task) -> tuple[Any, BaseException | None]:
     try:
-        return Ending(call(task), None)
+        return call(task), None
     except BaseException as exc:  # noqa: BLE001 - told to the loop as a value
-        return Ending(None, exc)
+        return None, exc

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from forebay import context
 from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
-from forebay.supervisor.run import Ending, Run
+from forebay.supervisor.run import Run
 from forebay.supervisor.ticket import as_error
 from forebay.task import TaskResult
 
@@ -71,7 +71,7 @@ class Slot:
             run = await self._granted
         except asyncio.CancelledError:
             if self._run is not None:  # granted in the same turn of the loop
-                house.ended(self._run, Ending(None, asyncio.CancelledError()))
+                house.ended(self._run, None, asyncio.CancelledError())
             else:
                 ticket.cancel("its caller has gone")
             await self._return_loan()
@@ -101,7 +101,7 @@ class Slot:
         finally:
             # a generator closed by its reader is a caller who has gone, and no fault of the worker's
             gone = isinstance(cause, GeneratorExit)
-            self._house.ended(run, Ending(None, asyncio.CancelledError() if gone else cause))
+            self._house.ended(run, None, asyncio.CancelledError() if gone else cause)
             await self._return_loan()
         if self._stopped and isinstance(cause, asyncio.CancelledError) and self._owner is not None:
             if self._owner.uncancel() > self._cancelling:

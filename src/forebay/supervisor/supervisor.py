@@ -393,8 +393,8 @@ class BackpressureSupervisor:
         return self._house
 
     def _at_door(self) -> Door:
-        if self._door is None:
+        if (door := self._door) is None:
             raise NotStarted
-        if asyncio._get_running_loop() is not self._running().loop:  # noqa: SLF001 - documented; None in a thread
+        if asyncio._get_running_loop() is not door.loop:  # noqa: SLF001 - documented; None in a thread
             raise WrongLoop(what="The supervisor")
-        return self._door
+        return door

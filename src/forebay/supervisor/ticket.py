@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Generator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from forebay import context
 from forebay.errors import (
     ForebayError,
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
     from forebay.supervisor.timers import Timer
     from forebay.typing import Lease
 
-EVENT_BOUND = 1000
+EVENT_BOUND = 1000  # and the end
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is made in C
     """The gate's answer to one task and, unless it was REJECTED, an awaitable ``TaskResult``.
 
     False if rejected. Awaiting a rejected ticket raises ``Overloaded``; awaiting any other never raises for how the
@@ -49,55 +51,29 @@ class Ticket:
         deadline: its own deadline or its parent's, whichever is earlier.
     """
 
-    __slots__ = (
-        "_bus",
-        "_house",
-        "_outcome",
-        "_waiters",
-        "attempts",
-        "binding",
-        "deadline",
-        "expiry",
-        "lease",
-        "load",
-        "occupant",
-        "parent",
-        "place",
-        "reason",
-        "retry_after",
-        "run",
-        "status",
-        "stored",
-        "task",
-        "undecided",
-        "unwanted",
-        "verdict",
-    )
-
-    def __init__(self, house: Dispatcher, task: Task, deadline: Deadline | None, parent: RunningTask | None) -> None:
-        self._house = house
-        self._outcome: TaskResult | ForebayError | None = None
-        self._waiters: list[asyncio.Future[None]] | None = None
-        self._bus: Bus | None = None
-        self.task = task
-        self.deadline = deadline
-        self.verdict = Verdict.ADMITTED
-        self.status = TaskStatus.WAITING
-        self.reason: str | None = None
-        self.binding: str | None = None
-        self.load: float | None = None
-        self.retry_after: float | None = None
-        # the dispatcher's own notes
-        self.parent = parent  # the run that submitted it: such work goes before newer work of its rung
-        self.occupant: Slot | None = None  # who runs in it, if that is no handler
-        self.place: Place | None = None  # where it waits in the line
-        self.expiry: Timer | None = None  # ends it at its deadline while it waits
-        self.run: Run | None = None  # while its handler runs
-        self.lease: Lease | None = None  # this process's right to its stored row
-        self.stored = False  # the ledger has a row of it, so its end must be written there first
-        self.attempts = 0
-        self.unwanted: str | None = None  # why it was cancelled, while that cannot be done yet
-        self.undecided = 0  # answers of the store that what becomes of it hangs on
+    _house: Dispatcher
+    task: Task
+    deadline: Deadline | None
+    parent: RunningTask | None  # the run that submitted it: such work goes before newer work of its rung
+    verdict: Verdict = Verdict.ADMITTED
+    status: TaskStatus = TaskStatus.WAITING
+    reason: str | None = None
+    binding: str | None = None
+    load: float | None = None
+    retry_after: float | None = None
+    # the dispatcher's own notes
+    occupant: Slot | None = None  # who runs in it, if that is no handler
+    place: Place | None = None  # where it waits in the line
+    expiry: Timer | None = None  # ends it at its deadline while it waits
+    run: Run | None = None  # while its handler runs
+    lease: Lease | None = None  # this process's right to its stored row
+    stored: bool = False  # the ledger has a row of it, so its end must be written there first
+    attempts: int = 0
+    unwanted: str | None = None  # why it was cancelled, while that cannot be done yet
+    undecided: int = 0  # answers of the store that what becomes of it hangs on
+    _outcome: TaskResult | ForebayError | None = None
+    _waiters: list[asyncio.Future[None]] | None = None
+    _bus: Bus | None = None
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -139,7 +115,9 @@ class Ticket:
         return True
 
     def __await__(self) -> Generator[Any, None, TaskResult]:
-        return self._wait().__await__()
+        if type(self._outcome) is TaskResult:
+            return self._outcome
+        return (yield from self._wait().__await__())
 
     async def _wait(self, *, abandon: bool = False) -> TaskResult:
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
@@ -205,7 +183,7 @@ class Ticket:
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
         if self._outcome is None:
-            async with self._listen().subscribe(bound=EVENT_BOUND) as subscription:
+            async with self._listen().subscribe(bound=EVENT_BOUND + 1) as subscription:
                 if self.run is not None:
                     yield self._started(self.run)
                 while (event := await self._next(subscription)) is not None:

@@ -33,7 +33,8 @@ class Stall(NamedTuple):
 class Watch:
     """A thread that asks the loop for a beat now and then, and times the answer.
 
-    `lag` is the least of the last four answers, in seconds: a single blip says nothing, a standing delay is overload.
+    `on_lag` gets the least of the last four answers, in seconds: a single blip says nothing, a standing delay is
+    overload. It is called in the thread.
     A beat that takes longer than `bound` is a stall: the loop's stack is read while it lasts, and `on_stall` is called
     in the loop once it is over.
     """
@@ -44,11 +45,13 @@ class Watch:
         *,
         bound: float,
         whose: Callable[[asyncio.Task[object] | None], Run | None],
+        on_lag: Callable[[float], None],
         on_stall: Callable[[Stall], None],
     ) -> None:
         self._loop = loop
         self._whose = whose
         self._bound = bound
+        self._on_lag = on_lag
         self._on_stall = on_stall
         self._stopped = threading.Event()
         self._beat = threading.Event()
@@ -65,11 +68,6 @@ class Watch:
         self._stopped.set()
         self._beat.set()
 
-    @property
-    def lag(self) -> float:
-        """Seconds by which the loop has been late throughout the last second."""
-        return min(self._lags)
-
     def _watch(self) -> None:
         while not self._stopped.wait(_INTERVAL):
             self._beat.clear()
@@ -85,6 +83,7 @@ class Watch:
                 culprit = culprit or self._look()
             lag = clock.monotonic() - asked
             self._lags.append(lag)
+            self._on_lag(min(self._lags))
             if culprit is not None and not self._stopped.is_set():
                 stall = Stall(lag, *culprit)
                 try:
@@ -108,11 +107,15 @@ def watch_over(house: Dispatcher, *, bound: float | None) -> Watch | None:
         # Asked by the watching thread while the loop stands still: nothing is likely to change under it.
         with contextlib.suppress(RuntimeError):
             runs = [run for worker in house.workers.values() for run in worker.runs]
-            return next((run for run in runs if run.aio is not None and run.aio is aio), None)
+            return next((run for run in runs if run.runner is not None and run.runner.handles(run, aio)), None)
         return None
 
-    watch = Watch(house.loop, bound=bound, whose=whose, on_stall=lambda stall: report_stall(house, stall))
-    house.host_load = lambda: watch.lag / bound
+    def on_lag(lag: float) -> None:
+        house.host_load = lag / bound
+
+    watch = Watch(
+        house.loop, bound=bound, whose=whose, on_lag=on_lag, on_stall=lambda stall: report_stall(house, stall)
+    )
     watch.start()
     return watch
 

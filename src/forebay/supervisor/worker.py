@@ -55,6 +55,7 @@ class WorkerAgent:
         self.probing = False  # half-open: only as many slots as the breaker has probes
         self.probes = min(probes, max_concurrent)
         self.phase = 0  # grows with each change of the two: which runs are probes
+        self.clock: Timer | None = None  # when the first of its runs is out of time; late if that one has ended
         self.alarm: Timer | None = None  # when time alone changes its breaker
         self.counted_slots = 0  # slots that its pools were told of
         self.pools: list[Pool] = []

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forebay.admission import Line, Place
+from forebay.admission import LAST, Line, Place
 from forebay.task import Priority
+
+RANKS = [(False, 1.0), (True, 1.0), (True, 2.0), LAST, LAST, LAST]
 
 
 @dataclass(frozen=True)
 class Guest:
     rung: Priority
-    rank: int
+    rank: tuple[bool, float]
     turn: int
 
 
@@ -32,22 +34,35 @@ class LineMachine(RuleBasedStateMachine):
         self.passed = dict.fromkeys(Priority, 0)
         self.turn = 0
 
+    def forget(self) -> None:
+        """Who joins a rung where nobody waits has not waited."""
+        for rung in Priority:
+            if all(guest.rung is not rung for guest in self.waiting):
+                self.passed[rung] = 0
+
     def next_guest(self) -> Guest:
         rungs = {guest.rung for guest in self.waiting}
         starving = [rung for rung in sorted(rungs) if self.passed[rung] >= self.floor]
         rung = starving[0] if starving else min(rungs)
         return min((guest for guest in self.waiting if guest.rung is rung), key=lambda guest: (guest.rank, guest.turn))
 
-    @rule(rung=st.sampled_from(Priority), rank=st.integers(0, 3))
-    def join(self, rung: Priority, rank: int) -> None:
+    @rule(rung=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
+    def join(self, rung: Priority, rank: tuple[bool, float]) -> None:
         self.turn += 1
         guest = Guest(rung, rank, self.turn)
         self.waiting[guest] = self.line.join(guest, rung, rank, self.turn)
 
-    @rule(count=st.integers(1, 80), rung=st.sampled_from(Priority))
-    def crowd(self, count: int, rung: Priority) -> None:
+    @rule(count=st.integers(1, 80), rung=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
+    def crowd(self, count: int, rung: Priority, rank: tuple[bool, float]) -> None:
         for _ in range(count):
-            self.join(rung, 0)
+            self.join(rung, rank)
+
+    @rule(rung=st.sampled_from(Priority))
+    def come_back(self, rung: Priority) -> None:
+        """Join with a turn from before: whoever gives turns may do so."""
+        self.turn += 1
+        guest = Guest(rung, LAST, -self.turn)
+        self.waiting[guest] = self.line.join(guest, rung, LAST, -self.turn)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -73,9 +88,7 @@ class LineMachine(RuleBasedStateMachine):
     @rule(times=st.integers(1, 30))
     def serve(self, times: int) -> None:
         for _ in range(min(times, len(self.waiting))):
-            for rung in Priority:
-                if all(guest.rung is not rung for guest in self.waiting):
-                    self.passed[rung] = 0
+            self.forget()
             expected = self.next_guest()
             head = self.line.head()
             assert head is not None
@@ -93,10 +106,10 @@ class LineMachine(RuleBasedStateMachine):
         assert self.line.head() is None
         with pytest.raises(IndexError):
             self.line.pop()
-        self.passed = dict.fromkeys(Priority, 0)
 
     @invariant()
     def counts(self) -> None:
+        self.forget()
         assert len(self.line) == len(self.waiting)
         assert bool(self.line) == bool(self.waiting)
         assert set(self.line) == set(self.waiting)
@@ -111,17 +124,18 @@ TestLine.settings = settings(max_examples=40, stateful_step_count=40)
 @given(rungs=st.lists(st.sampled_from(Priority), min_size=1, max_size=200), floor=st.integers(1, 20))
 def test_under_a_flood_of_better_work_each_rung_is_served_within_its_floor(rungs: list[Priority], floor: int) -> None:
     line: Line[str] = Line(floor=floor)
-    line.join("low", Priority.LOW, 0, 0)
+    line.join("low", Priority.LOW, LAST, 0)
     for turn, rung in enumerate(rungs, start=1):
-        line.join("other", min(rung, Priority.NORMAL), 0, turn)
+        line.join("other", min(rung, Priority.NORMAL), LAST, turn)
         if line.pop() == "low":
             return
         assert turn <= 3 * floor + 3  # one better rung may take its own floor first
     assert "low" in set(line)
 
 
-def test_those_who_left_are_not_kept() -> None:
+@pytest.mark.parametrize("rank", [(True, 1.0), LAST])
+def test_those_who_left_are_not_kept(rank: tuple[bool, float]) -> None:
     line: Line[int] = Line()
     for turn in range(10_000):
-        line.leave(line.join(turn, Priority.NORMAL, 0, turn))
-    assert sum(len(heap) for heap in line._heaps) < 200
+        line.leave(line.join(turn, Priority.NORMAL, rank, turn))
+    assert sum(map(len, [*line._heaps, *line._queues])) < 200
