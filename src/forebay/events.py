@@ -44,6 +44,16 @@ class Refilled(Event, frozen=True, kw_only=True):
     task_type: str
 
 
+class Died(Event, frozen=True, kw_only=True):
+    """A stored task will not be tried again: it is among the dead letters."""
+
+    kind = "died"
+    task_id: str
+    task_type: str
+    attempts: int
+    error: str
+
+
 class Started(Event, frozen=True, kw_only=True):
     """A handler began."""
 

@@ -123,10 +123,10 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that is DEAD, as a listing shows it.
+    """A row that is DEAD.
 
     Attributes:
-        row: the task; its envelope is left out, and `Ledger.find` has it.
+        row: the task; a listing leaves its envelope out, which `Ledger.find` has.
         completion: why it died, and when.
     """
 
@@ -197,7 +197,7 @@ class Ledger(Protocol):
             False if it was not so, and nothing was written.
         """
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
         """Give LEASED rows that lapsed before `now` back, WAITING at their place.
 
         Once `max_attempts` starts were made they become DEAD instead, with a completion of status FAILED: these are
@@ -210,8 +210,8 @@ class Ledger(Protocol):
     async def bury(self, lease: Lease, completion: Completion) -> bool:
         """Mark a row DEAD that nobody can run. False: the lease has been lost, and nothing was written."""
 
-    async def dead(self, limit: int, *, after: DeadRow | None = None) -> Sequence[DeadRow]:
-        """Up to `limit` DEAD rows, by when they died, then by id; those behind `after` if it is given."""
+    async def dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRow]:
+        """Up to `limit` DEAD rows by when they died, then by id; those behind `after`, such a pair, if it is given."""
 
     async def requeue(self, task_id: str) -> Put | None:
         """Make a DEAD row WAITING at the place where it stood, with no attempts made.

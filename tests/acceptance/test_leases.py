@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.acceptance.house import Agent, about, error_of, virtual
 
-from forebay import BackpressureSupervisor, Task
+from forebay import BackpressureSupervisor, Task, TaskStatus, WorkerState
+from forebay.errors import StillSpilled
 from forebay.overflow import SqliteLedger
-from forebay.typing import Row
+from forebay.typing import Completion, DeadRow, Lease
 
 pytestmark = pytest.mark.blocks
 
@@ -26,7 +28,7 @@ class Watched(SqliteLedger):
         self.times = times
         self.looked = asyncio.Event()
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
         dead = await super().reap(now=now, max_attempts=max_attempts)
         self.times -= 1
         if not self.times:
@@ -68,3 +70,86 @@ async def test_a_handler_that_blocks_the_loop_past_its_lease_keeps_it(tmp_path: 
     thread.join()
     assert (result.result, result.attempts) == ("whole", 1)
     assert runs == ["blocks"]
+
+
+class Slow(SqliteLedger):
+    """Takes a virtual second to record a start, and loses the lease before if told to."""
+
+    loses = False
+
+    async def start(self, lease: Lease) -> bool:
+        await asyncio.sleep(1.0)
+        if self.loses:
+            await self.release([lease])
+            (theirs,) = await self.lease(lease.row.task_type, 1, until=lease.until + 1000.0)
+            assert await super().start(theirs)
+            await self.finish(lease.row.task_id, THEIRS, fence=theirs.fence)
+        return await super().start(lease)
+
+
+THEIRS = Completion(status="succeeded", worker_id="theirs", attempts=1, finished_at=0.0)
+
+
+def slow_house(path: Path, agent: Agent, *, loses: bool = False) -> tuple[BackpressureSupervisor, Slow]:
+    ledger = Slow(path / "spill.db")
+    ledger.loses = loses
+    supervisor = BackpressureSupervisor(overflow=ledger)
+    supervisor.register_worker("ours", handler=agent, task_types=["work"], timeout=10.0)
+    return supervisor, ledger
+
+
+@virtual
+async def test_a_start_is_on_record_before_its_handler_runs(tmp_path: Path) -> None:
+    agent = Agent()
+    supervisor, ledger = slow_house(tmp_path, agent)
+    async with supervisor:
+        ticket = await supervisor.submit(Task("work", 1, durable=True))
+        await asyncio.sleep(0.9)
+        assert agent.began == []
+        assert ticket.status is TaskStatus.RUNNING
+        await asyncio.sleep(0.3)
+        assert agent.began == [1]
+        found = await ledger.find(ticket.task_id)
+        assert found is not None
+        assert found[1].attempts == 1
+        assert (await ticket).duration_ms == about(1000.0)  # of the handler, not of the record
+
+
+@virtual
+async def test_a_task_whose_lease_was_lost_before_its_start_does_not_run_here(tmp_path: Path) -> None:
+    agent = Agent()
+    supervisor, _ = slow_house(tmp_path, agent, loses=True)
+    async with supervisor:
+        result = await (await supervisor.submit(Task("work", 1, durable=True)))
+        assert (result.worker_id, result.attempts) == ("theirs", 1)
+        assert agent.began == []
+        assert supervisor.workers["ours"].state is WorkerState.IDLE
+
+
+@pytest.mark.parametrize("after", [0.5, 1.5])
+@virtual
+async def test_a_task_cancelled_while_its_start_is_recorded_gives_its_slot_back(tmp_path: Path, after: float) -> None:
+    agent = Agent()
+    supervisor, _ = slow_house(tmp_path, agent)
+    async with supervisor:
+        ticket = await supervisor.submit(Task("work", 1, durable=True))
+        await asyncio.sleep(after)
+        assert ticket.cancel()
+        assert (await ticket).status is TaskStatus.CANCELLED
+        assert await supervisor.run(Task("work", 2, spill=False)) == 2
+    assert agent.began == ([2] if after < 1.0 else [1, 2])
+
+
+@virtual
+async def test_a_house_that_closes_while_a_start_is_recorded_runs_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    agent = Agent()
+    supervisor, _ = slow_house(tmp_path, agent)
+    async with supervisor:
+        ticket = await supervisor.submit(Task("work", 1, durable=True))
+        await asyncio.sleep(0.5)
+        await supervisor.close()
+        assert isinstance(await error_of(ticket), StillSpilled)
+    assert agent.began == []
+    supervisor, _ = slow_house(tmp_path, agent)
+    async with supervisor:
+        assert (await supervisor.ticket(ticket.task_id)).success

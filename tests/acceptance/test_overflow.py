@@ -259,6 +259,28 @@ async def test_better_work_than_what_waits_outside_need_not_wait_for_it(overflow
 
 
 @virtual
+async def test_a_critical_task_outside_does_not_wait_until_a_full_line_is_empty(overflow: str) -> None:
+    agent = Agent()
+    async with house(agent, overflow, max_queue_size=20, backpressure_threshold=1.0) as supervisor:
+        await submit_all(supervisor, work(*range(21), priority=HIGH))
+        ticket = await supervisor.submit(Task("work", "critical", priority=CRITICAL))
+        assert ticket.verdict is Verdict.SPILLED
+        await ticket
+    assert agent.began.index("critical") <= 2  # one slot fell free before it was back
+
+
+@virtual
+async def test_low_work_outside_moves_under_a_flood_of_better_work(overflow: str) -> None:
+    agent = Agent(0.1)
+    async with house(agent, overflow, max_queue_size=0) as supervisor:
+        await submit_all(supervisor, work("running", *["low"] * 5, priority=LOW))
+        await submit_all(supervisor, work(*["high"] * 200, priority=HIGH))
+        await asyncio.sleep(15.0)
+    assert 3 <= agent.began[:80].count("low") <= 4  # one in twenty-one, and who was first
+    assert agent.began.count("high") > 100
+
+
+@virtual
 async def test_one_type_outside_does_not_hold_up_another(overflow: str) -> None:
     async with house(Agent(), overflow) as supervisor:
         supervisor.register_worker("other", handler=Agent(), task_types=["other"])
@@ -413,6 +435,18 @@ async def test_a_restart_continues_with_what_was_spilled(file: str) -> None:
         await asyncio.sleep(15.0)
         assert supervisor.statistics().outside == 0
     assert sorted(agent.began) == list(range(1, 10))
+
+
+@virtual
+async def test_what_drains_out_keeps_its_place_before_what_was_spilled_later(file: str) -> None:
+    async with house(Agent(), file, max_queue_size=6) as supervisor:
+        tickets = await submit_all(supervisor, work(*range(12)))
+        assert [ticket.verdict for ticket in tickets].count(Verdict.SPILLED) > 4
+        await supervisor.drain()
+    agent = Agent()
+    async with house(agent, file) as supervisor:
+        await asyncio.sleep(15.0)
+    assert agent.began == list(range(1, 12))
 
 
 @pytest.mark.parametrize("moment", range(0, 50, 3))

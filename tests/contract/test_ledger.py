@@ -389,12 +389,13 @@ async def test_a_row_started_too_often_dies(ledger: Ledger, row: Rows, take: Tak
         (lease,) = await take(until=10.0)
         await ledger.start(lease)
         dead = await ledger.reap(now=11.0, max_attempts=2)
-    assert [(task.task_id, task.attempts, task.envelope) for task in dead] == [("a", 2, b"for the post-mortem")]
+    rows = [each.row for each in dead]
+    assert [(task.task_id, task.attempts, task.envelope) for task in rows] == [("a", 2, b"for the post-mortem")]
     assert await take() == []
     found = await ledger.find("a")
     assert found is not None
     assert found[0] is RowState.DEAD
-    assert found[1] == dead[0]
+    assert found[1:] == (dead[0].row, dead[0].completion)
     completion = found[2]
     assert completion is not None
     assert (completion.status, completion.attempts, completion.finished_at) == ("failed", 2, 11.0)
@@ -506,9 +507,9 @@ async def test_the_dead_are_listed_by_pages_without_their_envelopes(ledger: Ledg
     assert {dead.row.envelope for dead in first} == {b""}
     assert first[0].completion.error == "it cannot be read"
     await ledger.drop("dead 1")  # where the page ended
-    second = await ledger.dead(3, after=first[-1])
+    second = await ledger.dead(3, after=(4.0, "dead 1"))
     assert [dead.row.task_id for dead in second] == ["dead 2", "dead 0"]
-    assert list(await ledger.dead(3, after=second[-1])) == []
+    assert list(await ledger.dead(3, after=(5.0, "dead 0"))) == []
     assert list(await ledger.dead(0)) == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, ClassVar, TypeVar
@@ -241,7 +241,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 stored.state, stored.fence = RowState.WAITING, None
             elif stored.until < now:
                 dead.append(replace(stored))
-        found: Sequence[Row] = self.run(self.ledger.reap(now=now, max_attempts=MAX_ATTEMPTS))
+        found = [each.row for each in self.run(self.ledger.reap(now=now, max_attempts=MAX_ATTEMPTS))]
         assert {row.task_id: row for row in found} == {stored.row.task_id: stored.row for stored in dead}
         # Those that die at once are all equally old: the ledger may choose which to keep.
         for row in found:
@@ -285,11 +285,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(size=st.integers(1, 4))
     def read_the_dead(self, size: int) -> None:
-        pages, last = list[DeadRow](), None
+        pages, last = list[DeadRow](), (-inf, "")
         while page := self.run(self.ledger.dead(size, after=last)):
             assert len(page) <= size
             pages += page
-            last = page[-1]
+            last = (page[-1].completion.finished_at, page[-1].row.task_id)
         expected = [msgspec.structs.replace(stored.row, envelope=b"") for stored in self.model.dead()]
         assert [dead.row for dead in pages] == expected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +51,11 @@ class Line(Generic[T]):
         for place in chain(*self._heaps, *self._queues):
             if place[_ITEM] is not None:
                 yield place[_ITEM]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many wait, by rung."""
+        return self._lengths
 
     def ahead(self, rung: Priority) -> int:
         """How many would be served before a newcomer of `rung`."""

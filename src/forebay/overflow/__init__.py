@@ -12,6 +12,7 @@ from forebay.overflow.envelope import (
     encode_task,
 )
 from forebay.overflow.memory import MemoryLedger
+from forebay.overflow.pacing import Pacing
 from forebay.overflow.sqlite import SqliteLedger
 from forebay.storage.url import parse_url
 from forebay.typing import Ledger
@@ -20,6 +21,7 @@ __all__ = [
     "EnvelopeDamaged",
     "EnvelopeTooNew",
     "MemoryLedger",
+    "Pacing",
     "SqliteLedger",
     "decode_result",
     "decode_task",

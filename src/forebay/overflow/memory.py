@@ -181,7 +181,7 @@ class MemoryLedger:
             self._leased.died()
         return True
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
         """Take back lapsed rows, and return those that became DEAD."""
         self._check_open()
         dead = []
@@ -194,7 +194,7 @@ class MemoryLedger:
                 self._wait(entry)
             else:
                 self._end(entry, RowState.DEAD, completion)
-                dead.append(entry.row)
+                dead.append(DeadRow(row=entry.row, completion=completion))
         return dead
 
     async def prune(self, *, before: float) -> int:
@@ -216,11 +216,10 @@ class MemoryLedger:
         self._leased.died()
         return True
 
-    async def dead(self, limit: int, *, after: DeadRow | None = None) -> Sequence[DeadRow]:
+    async def dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRow]:
         """A page of the rows that are DEAD."""
         self._check_open()
-        begin = None if after is None else (after.completion.finished_at, after.row.task_id)
-        behind = (item for item in self._ended[RowState.DEAD].live() if begin is None or item[0] > begin)
+        behind = (item for item in self._ended[RowState.DEAD].live() if after is None or item[0] > after)
         page = heapq.nsmallest(limit, behind, key=lambda item: item[0])
         return [
             DeadRow(row=msgspec.structs.replace(entry.row, envelope=b""), completion=entry.completion)

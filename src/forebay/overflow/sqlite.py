@@ -165,9 +165,9 @@ class SqliteLedger:
         ending = (task_id, fence, completion.finished_at, _encode(completion))
         return await self._writer.run_batched(self._finish, ending)
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[Row]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
         """Take back lapsed rows, and return those that became DEAD."""
-        dead: list[Row] = []
+        dead: list[DeadRow] = []
         while True:
             count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
             dead += more
@@ -187,7 +187,7 @@ class SqliteLedger:
         """Mark a row DEAD."""
         return await self._writer.run(partial(_bury, self._bound, lease, completion))
 
-    async def dead(self, limit: int, *, after: DeadRow | None = None) -> Sequence[DeadRow]:
+    async def dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRow]:
         """A page of the rows that are DEAD."""
         return await self._writer.run(partial(_dead, limit, after), writes=False)
 
@@ -285,7 +285,7 @@ def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Endin
     return finished
 
 
-def _reap(now: float, max_attempts: int, bound: int, connection: sqlite3.Connection) -> tuple[int, Sequence[Row]]:
+def _reap(now: float, max_attempts: int, bound: int, connection: sqlite3.Connection) -> tuple[int, Sequence[DeadRow]]:
     """How many had lapsed, at most a batch, and those of them that became DEAD."""
     found = connection.execute(_LAPSED, (now, _BATCH)).fetchall()
     dead = []
@@ -296,7 +296,7 @@ def _reap(now: float, max_attempts: int, bound: int, connection: sqlite3.Connect
             connection.execute(_TAKE_BACK, (turn,))
         else:
             connection.execute(_BURY, (completion.finished_at, _encode(completion), turn))
-            dead.append(row)
+            dead.append(DeadRow(row=row, completion=completion))
     if dead:
         connection.execute(_TRIM_DEAD, (bound,))
     return len(found), dead
@@ -314,9 +314,8 @@ def _bury(bound: int, lease: Lease, completion: Completion, connection: sqlite3.
     return buried
 
 
-def _dead(limit: int, after: DeadRow | None, connection: sqlite3.Connection) -> Sequence[DeadRow]:
-    place = (-inf, "") if after is None else (after.completion.finished_at, after.row.task_id)
-    records = connection.execute(_DEAD, (*place, max(0, limit))).fetchall()
+def _dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.Connection) -> Sequence[DeadRow]:
+    records = connection.execute(_DEAD, (*(after or (-inf, "")), max(0, limit))).fetchall()
     return [DeadRow(row=_row(record), completion=_decode_completion(record[-1])) for record in records]
 
 

@@ -1,5 +1,6 @@
 """The task plane: admits, lines up, routes, runs, times out, spills and refills agent runs."""
 
+from forebay.supervisor.dead_letters import DeadLetter, DeadLetters
 from forebay.supervisor.drain import DrainReport
 from forebay.supervisor.portal import Portal, PortalTicket
 from forebay.supervisor.slot import Slot
@@ -10,6 +11,8 @@ from forebay.supervisor.worker import WorkerAgent
 
 __all__ = [
     "BackpressureSupervisor",
+    "DeadLetter",
+    "DeadLetters",
     "DrainReport",
     "Portal",
     "PortalTicket",

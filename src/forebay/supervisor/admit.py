@@ -64,6 +64,11 @@ class Door:
         self._state = _OPEN
         self._keys: dict[str, Ticket] = {}
 
+    @property
+    def house(self) -> Dispatcher:
+        """What it is the door of."""
+        return self._house
+
     def shut(self) -> None:
         """Take work only from what is inside already."""
         if self._state is _State.OPEN:
@@ -175,6 +180,8 @@ class Door:
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
         ticket = Ticket(self._house, task, deadline, parent)
+        if self._house.overflow is not None:
+            ticket.came_at = self._house.overflow.stamp()
         if task.key is not None:
             self._remember(task.key, ticket)
         return ticket

@@ -229,8 +229,6 @@ class Dispatcher:
         worker.runs[run] = None
         self.take(run)
         self.counts.started += 1
-        if ticket.lease is not None and self.overflow is not None:
-            self.overflow.started(ticket.lease)
         if self.bus.active or ticket.listened:
             worker_id, attempt = worker.name, ticket.attempts
             self.tell(ticket, Started(at=now, task_id=ticket.task_id, worker_id=worker_id, attempt=attempt))
@@ -238,9 +236,15 @@ class Dispatcher:
             self.ended(run, None, asyncio.CancelledError())
         elif ticket.occupant is not None:
             ticket.occupant.granted(run)
+        elif ticket.lease is not None and self.overflow is not None:
+            self.overflow.begin(run)
         else:
-            self.endings.watch_time(run)
-            self.crew.begin(run)
+            self.begin(run)
+
+    def begin(self, run: Run) -> None:
+        """Let the handler of a run begin."""
+        self.endings.watch_time(run)
+        self.crew.begin(run)
 
     def ends_at(self, run: Run) -> float:
         """Loop time at which a run is ended: its timeout, or its deadline if that comes first."""

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from forebay.errors import InvalidSetting
-from forebay.supervisor.nested import stop_held
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
     from forebay.supervisor.run import Run
     from forebay.supervisor.ticket import Ticket
-    from forebay.supervisor.worker import WorkerAgent
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,25 +32,6 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
     spilled: int
     cancelled: int
     orphans: tuple[str, ...]
-
-
-async def shut_down(house: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
-    """End everything, in the order in which nothing is lost. Cut short itself, it still ends every ticket."""
-    drain = Drain(house, grace=grace)
-    try:
-        if house.overflow is not None:
-            house.overflow.stop_pulling()
-        await drain.run(0.0)
-        await stop_held(workers.values())
-        if house.overflow is not None:
-            await house.overflow.close()
-    finally:
-        drain.cut()
-        if house.overflow is not None:
-            house.overflow.let_tickets_go()
-        house.crew.close()
-        house.timers.close()
-        house.stirred()
 
 
 class Drain:

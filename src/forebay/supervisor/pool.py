@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from forebay.admission import BookedSeats, LetThrough, Line, ServiceTimes
+from forebay.overflow import Pacing
 from forebay.supervisor.router import Router
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority
@@ -21,8 +22,8 @@ class Pool:
     """The workers and the line of one task type, and what is known of its pace. Pure: it is told, and answers."""
 
     __slots__ = (
-        "arriving", "door", "holding", "line", "max_queue_size", "nested", "parked", "passed", "reserved", "resource",
-        "router", "running", "seats", "slots", "task_type", "times", "workers",
+        "arriving", "door", "holding", "line", "max_queue_size", "nested", "pacing", "parked", "passed", "reserved",
+        "resource", "router", "running", "seats", "slots", "task_type", "times", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
@@ -39,6 +40,7 @@ class Pool:
         self.slots = 0  # slots of workers that are not FAILED
         self.arriving = dict.fromkeys(Priority, 0)  # rows on their way out to the overflow, by rung
         self.holding = dict.fromkeys(Priority, 0)  # rows of this type that wait in the overflow, by rung
+        self.pacing = Pacing()
         self.times = ServiceTimes()
         self.seats = BookedSeats()
         self.door = LetThrough()

@@ -22,7 +22,7 @@ def row(ticket: Ticket, envelope: bytes) -> Row:
         task_type=task.task_type,
         priority=task.priority,
         envelope=envelope,
-        enqueued_at=clock.wall_time(),
+        enqueued_at=clock.wall_time() if ticket.came_at is None else ticket.came_at,
         deadline=None if ticket.deadline is None else ticket.deadline.at,
         key=task.key,
     )

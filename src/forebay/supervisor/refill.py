@@ -8,32 +8,29 @@ from typing import TYPE_CHECKING
 
 from forebay import clock
 from forebay.errors import LedgerUnusable, StillSpilled
-from forebay.events import Refilled, log
-from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_task, encode_task
+from forebay.events import Died, log
+from forebay.overflow import encode_task
 from forebay.supervisor import records
 from forebay.supervisor.endings import unsuccessful
 from forebay.supervisor.inquiry import Inquiry
+from forebay.supervisor.intake import Intake
 from forebay.supervisor.leases import Leases
 from forebay.supervisor.run import Run
 from forebay.supervisor.tend import Tending
-from forebay.supervisor.ticket import Ticket
-from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
-from forebay.typing import Completion, Lease, Ledger, Put
+from forebay.task import Priority, Task, TaskResult, TaskStatus, Verdict
+from forebay.typing import Completion, Lease, Ledger, Put, Row
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.settings import Settings
-
-_RTT_GAIN = 0.2
+    from forebay.supervisor.ticket import Ticket
 
 
 class Overflow:
     """The house's side of the ledger.
 
-    Pull, not push: seats are reserved first, and then exactly that many rows leased. A refilled task is not gated
-    again. While rows of a rung or better wait outside, fresh work of that type and rung joins their tail: nothing
-    overtakes.
+    While rows of a rung or better wait outside, fresh work of that type and rung joins their tail: nothing overtakes.
     """
 
     def __init__(self, house: Dispatcher, ledger: Ledger, settings: Settings) -> None:
@@ -42,15 +39,13 @@ class Overflow:
         # Seconds that a right to a row lasts unless renewed. What nobody else can see, nobody else can take over.
         self._lease = settings.lease if ledger.durable else math.inf
         self._max_payload = settings.max_payload_bytes
-        self.pulling: set[Pool] = set()
         self.leases = Leases()
+        self._stamped = 0.0  # the last
         self.elsewhere: dict[str, Ticket] = {}  # tickets whose rows another process holds
-        self._puzzling: list[Lease] = []  # rows that this version cannot read: kept from others like it until close
-        self._round_trip = 0.0  # seconds that a lease takes
-        self._fetching = True
         self.durable = ledger.durable
         self.depths: dict[tuple[str, Priority], int] = {}  # rows of types that nobody here serves
         self.inquiry = Inquiry(house, self)
+        self.intake = Intake(house, self, lease=self._lease)
         self._tending = Tending(house, self, lease=settings.lease, max_attempts=settings.max_attempts)
 
     async def open(self) -> None:
@@ -81,6 +76,11 @@ class Overflow:
         return any(any(pool.holding.values()) for pool in self._house.pools.values())
 
     # --- out ---
+
+    def stamp(self) -> float:
+        """Epoch seconds at which a task comes: its place outside, should it get there. No two are the same."""
+        self._stamped = max(clock.wall_time(), math.nextafter(self._stamped, math.inf))
+        return self._stamped
 
     def encode(self, task: Task) -> bytes:
         """The task as it will be stored.
@@ -155,96 +155,60 @@ class Overflow:
 
     def pull(self, pool: Pool) -> None:
         """See whether rows should come in, and fetch them if so."""
-        if self._fetching and pool not in self.pulling and any(pool.holding.values()) and self._seats(pool) > 0:
-            self.pulling.add(pool)
-            self._house.background(self._pull(pool))
+        self.intake.pull(pool)
 
-    def _seats(self, pool: Pool) -> int:
-        """How many rows to fetch: one for each free slot, and what drains in two round trips."""
-        rate = pool.times.drain_rate(pool.slots) or 0.0
-        ahead = min(math.ceil(2 * self._round_trip * rate), pool.bound)
-        wanted = max(0, pool.slots - pool.running) + ahead - len(pool.line) - pool.reserved
-        return min(wanted, pool.bound + pool.slots - pool.running - pool.waiting, sum(pool.holding.values()))
+    async def recount(self, pool: Pool) -> None:
+        """Believe the ledger on how much waits for a pool that is being pulled for."""
+        await self._tending.recount([pool], pulling=pool)
 
-    async def _pull(self, pool: Pool) -> None:
-        loop = self._house.loop
-        try:
-            while self._fetching and (seats := self._seats(pool)) > 0:
-                pool.reserved += seats
-                asked = loop.time()
-                try:
-                    until = clock.wall_time() + self._lease
-                    leases = await self.ledger.lease(pool.task_type, seats, until=until)
-                finally:
-                    pool.reserved -= seats
-                if not self._fetching:
-                    await self.ledger.release(leases)
-                    break
-                self._round_trip += _RTT_GAIN * (loop.time() - asked - self._round_trip)
-                for lease in leases:
-                    await self._admit(lease, pool)
-                if len(leases) < seats:
-                    await self._tending.recount([pool], pulling=pool)
-        finally:
-            self.pulling.discard(pool)
+    async def look(self) -> None:
+        """See what is outside now, and whether it should come in."""
+        pools = list(self._house.pools.values())
+        await self._tending.recount(pools)
+        for pool in pools:
+            self.pull(pool)
 
-    async def _admit(self, lease: Lease, pool: Pool) -> None:
-        row = lease.row
-        ticket = self._house.tickets.get(row.task_id)
-        if ticket is None or ticket.stored:  # else it is still counted as arriving
-            pool.holding[row.priority] = max(0, pool.holding[row.priority] - 1)
-        if ticket is None or ticket.task.task_type != row.task_type:
-            ticket = await self._read(lease, ticket)
-            if ticket is None:
-                return
-        ticket.attempts = row.attempts
-        if ticket.expiry is not None:
-            self._house.timers.cancel(ticket.expiry)
-            ticket.expiry = None
-        ticket.lease = lease
-        self.leases.hold(lease)
-        if ticket.done():  # ended meanwhile: its completion is on its way to the store
-            return
-        self._house.counts.refilled += 1
-        if self._house.bus.active or ticket.listened:
-            at = self._house.loop.time()
-            self._house.tell(ticket, Refilled(at=at, task_id=row.task_id, task_type=row.task_type))
-        if ticket.unwanted is not None:
-            self.complete(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, ticket.unwanted))
-        elif ticket.deadline is not None and ticket.deadline.remaining() <= 0:
-            self.complete(ticket, unsuccessful(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited"))
-        else:
-            self._house.enter(ticket, pool, None if pool.line else pool.router.pick())
+    def died(self, row: Row, completion: Completion) -> None:
+        """Tell of a stored task that nobody will try again."""
+        log.error("task %r is dead, and kept among the dead letters: %s", row.task_id, completion.error)
+        if self._house.bus.active:
+            at, error = self._house.loop.time(), completion.error or ""
+            died = Died(at=at, task_id=row.task_id, task_type=row.task_type, attempts=row.attempts, error=error)
+            self._house.bus.emit(died)
 
-    async def _read(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
-        """The ticket of a row that another process stored, or None if this one cannot read it."""
-        row = lease.row
-        try:
-            task = decode_task(row.envelope)
-        except EnvelopeTooNew:
-            self._puzzling.append(lease)
-            log.warning("task %r was stored by a newer version and is left for it", row.task_id)
-            return None
-        except EnvelopeDamaged as exc:
-            log.error("the stored task %r cannot be read and is given up: %s", row.task_id, exc)
-            completion = Completion(status=TaskStatus.FAILED.value, error=str(exc), finished_at=clock.wall_time())
-            await self.ledger.finish(row.task_id, completion, fence=lease.fence)
-            return None
-        if ticket is None:
-            ticket = Ticket(self._house, task, None, None)
-            ticket.verdict = Verdict.SPILLED
-            ticket.stored = True
-        ticket.task = task
-        ticket.deadline = None if row.deadline is None else Deadline(row.deadline)
-        return ticket
+    # --- starts ---
 
     def may_start(self, ticket: Ticket) -> bool:
         """Whether this process still has the right to start a stored task, as far as its clock tells."""
         return ticket.lease is None or self.leases.valid(ticket.task_id, clock.wall_time())
 
-    def started(self, lease: Lease) -> None:
-        """Count a start of a stored task's handler."""
-        self._house.background(self.ledger.start(lease))
+    def begin(self, run: Run) -> None:
+        """Let the handler of a stored task begin once its start is on record.
+
+        Not before: a task that kills its process would be tried for ever.
+        """
+        lease = run.ticket.lease
+        assert lease is not None  # noqa: S101 - it is stored, and its lease still good
+        self._house.background(self._begin(run, lease))
+
+    async def _begin(self, run: Run, lease: Lease) -> None:
+        house, ticket = self._house, run.ticket
+        try:
+            held = await self.ledger.start(lease)
+        except LedgerUnusable as exc:
+            log.error("the start of task %r could not be recorded, and it runs all the same: %s", ticket.task_id, exc)
+            held = True
+        if run.abandoned_at is None and held:
+            run.began_at = house.loop.time()
+            house.begin(run)
+            return
+        if run.abandoned_at is None:  # another process has it
+            ticket.attempts -= 1
+            house.endings.set_aside(run)
+            self._let_lease_go(ticket)
+            ticket.status = TaskStatus.SPILLED
+            self.elsewhere[ticket.task_id] = ticket
+        house.ended(run, None, asyncio.CancelledError())
 
     def _let_lease_go(self, ticket: Ticket) -> str | None:
         ticket.lease = None
@@ -368,11 +332,11 @@ class Overflow:
     @property
     def left_behind(self) -> bool:
         """Whether what is outside will not come in any more, and survives."""
-        return self.durable and not self._fetching
+        return self.durable and not self.intake.open
 
     def stop_pulling(self) -> None:
         """Fetch no more, and leave what is outside. What has been fetched is still tended."""
-        self._fetching = False
+        self.intake.open = False
         for ticket in list(self._house.tickets.values()):
             if self.durable and ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.undecided:
                 self.leave(ticket)
@@ -380,7 +344,7 @@ class Overflow:
     async def close(self) -> None:
         """Return every lease, and let the ledger go."""
         self._tending.stop()
-        leases = [*self.leases.take_all(), *self._puzzling]
+        leases = [*self.leases.take_all(), *self.intake.puzzling.values()]
         try:
             if leases:
                 await self.ledger.release(leases)

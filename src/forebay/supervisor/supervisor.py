@@ -23,12 +23,13 @@ from forebay.errors import (
 from forebay.events import Bus, Sink, Subscription
 from forebay.overflow import open_ledger
 from forebay.supervisor.admit import Door
+from forebay.supervisor.dead_letters import DeadLetters
 from forebay.supervisor.dispatch import Dispatcher
-from forebay.supervisor.drain import Drain, DrainReport, check_limit, shut_down
+from forebay.supervisor.drain import Drain, DrainReport, check_limit
 from forebay.supervisor.lend import held_slots
-from forebay.supervisor.nested import as_worker, holds, start_held
+from forebay.supervisor.life import shut_down, start_up
+from forebay.supervisor.nested import as_worker, holds
 from forebay.supervisor.portal import Portal
-from forebay.supervisor.refill import Overflow
 from forebay.supervisor.registry import check_decorator, make_worker
 from forebay.supervisor.settings import Settings, sinks_of
 from forebay.supervisor.slot import Slot
@@ -256,6 +257,11 @@ class BackpressureSupervisor:
         """
         return self._running().ticket(task_id)
 
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """Stored tasks that nobody will try again by itself, for a person to look at."""
+        return DeadLetters(lambda: self._at_door().house)
+
     def portal(self) -> Portal:
         """Blocking access for threads and programs without an event loop: ``with supervisor.portal() as portal:``."""
         return Portal(self)
@@ -303,18 +309,10 @@ class BackpressureSupervisor:
         house = Dispatcher(loop, self._settings, threads=self._threads, bus=self._bus, draw=self._draw)
         self._house, self._door = house, Door(house)
         try:
-            if self._ledger is not None:
-                house.overflow = Overflow(house, self._ledger, self._settings)
-                await house.overflow.open()
-            await start_held(self._workers.values())
+            await start_up(house, self._workers, self._ledger, self._settings)
         except BaseException:
             self._house = self._door = None
-            house.timers.close()
-            if house.overflow is not None:
-                await house.overflow.close()
             raise
-        for worker in self._workers.values():
-            house.add(worker)
         self._watch = watch_over(house, bound=self._settings.lag_bound)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from forebay import clock
-from forebay.events import log
 from forebay.supervisor import records
 from forebay.supervisor.leases import Heartbeat
 from forebay.task import Priority, TaskStatus
@@ -62,14 +61,14 @@ class Tending:
 
     async def reap(self) -> None:
         """Take in rows whose holder has let its lease lapse."""
-        for row in await self._overflow.ledger.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
-            log.error("task %r was begun %d times and never ended: it is dead", row.task_id, row.attempts)
+        for dead in await self._overflow.ledger.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
+            self._overflow.died(dead.row, dead.completion)
 
     async def recount(self, pools: Iterable[Pool], *, pulling: Pool | None = None) -> None:
         """Believe the ledger on how much waits for `pools`: other processes put and lease too."""
         depths = dict(await self._overflow.ledger.depths())
         for pool in pools:
-            if pool in self._overflow.pulling and pool is not pulling:
+            if pool in self._overflow.intake.pulling and pool is not pulling:
                 continue  # what it has leased meanwhile may be counted in `depths`, or not
             for rung in Priority:
                 pool.holding[rung] = depths.get((pool.task_type, rung), 0)

@@ -1,0 +1,157 @@
+"""Tasks that nobody will try again by itself are seen, and acted upon, by a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, error_of, virtual
+
+from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus
+from forebay.clock import wall_time
+from forebay.errors import InvalidSetting, UnknownTask
+from forebay.events import Died, Event
+from forebay.overflow import EnvelopeDamaged, SqliteLedger, encode_task
+from forebay.typing import Put, Row
+
+pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "spill.db"
+
+
+def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> Row:
+    return Row(
+        task_id=task.task_id,
+        task_type=task.task_type,
+        priority=task.priority,
+        envelope=encode_task(task, bound=1000) if envelope is None else envelope,
+        enqueued_at=wall_time(),
+        key=task.key,
+        attempts=attempts,
+    )
+
+
+async def leave(path: Path, *rows: Row, bound: int = 100_000) -> None:
+    """As a process does that dies: rows under leases that lapse."""
+    ledger = SqliteLedger(path, bound=bound)
+    await ledger.open()
+    for each in rows:
+        assert await ledger.put(each, fence="of the dead", until=wall_time() - 1.0) is Put.STORED
+    await ledger.close()
+
+
+def house(path: Path, agent: Any, **options: Any) -> BackpressureSupervisor:
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}", max_attempts=3, **options)
+    supervisor.register_worker("worker", handler=agent, task_types=["work"])
+    return supervisor
+
+
+def poison(name: str, **options: Any) -> Task:
+    return Task("work", {"secret": name}, task_id=name, **options)
+
+
+@virtual
+async def test_a_task_that_was_started_too_often_is_a_dead_letter(path: Path) -> None:
+    agent = Agent()
+    await leave(path, row(poison("a", priority=Priority.HIGH, key="k"), attempts=3), row(poison("b"), attempts=2))
+    async with house(path, agent) as supervisor:
+        (letter,) = [letter async for letter in supervisor.dead_letters]
+        assert (letter.task_id, letter.task_type, letter.priority, letter.key) == ("a", "work", Priority.HIGH, "k")
+        assert letter.attempts == 3
+        assert "LeaseLost" in letter.error
+        assert letter.submitted_at <= letter.died_at <= wall_time()
+        assert "secret" not in repr(letter)
+        assert (await supervisor.dead_letters.task("a")).payload == {"secret": "a"}
+        assert (await supervisor.ticket("a")).status is TaskStatus.FAILED
+        assert (await supervisor.ticket("b")).attempts == 3  # its last
+    assert agent.began == [{"secret": "b"}]
+
+
+@virtual
+async def test_an_envelope_that_cannot_be_read_is_a_dead_letter_and_kept_as_it_is(path: Path) -> None:
+    heard: list[Event] = []
+    await leave(path, row(poison("a"), attempts=0, envelope=b"\xc1 garbage"), row(poison("b"), attempts=0))
+    async with house(path, Agent(), on_event=heard.append) as supervisor:
+        assert (await supervisor.ticket("b")).success
+        (letter,) = await supervisor.dead_letters.page()
+        assert (letter.task_id, letter.attempts) == ("a", 0)
+        assert "EnvelopeDamaged" in letter.error
+        assert isinstance(await error_of(supervisor.dead_letters.task("a")), EnvelopeDamaged)
+    (died,) = [event for event in heard if isinstance(event, Died)]
+    assert (died.task_id, died.task_type, died.attempts, died.error) == ("a", "work", 0, letter.error)
+
+
+@virtual
+async def test_a_requeued_letter_is_tried_again_as_often_as_a_new_task(path: Path) -> None:
+    agent = Agent()
+    await leave(path, row(poison("a"), attempts=3))
+    async with house(path, agent) as supervisor:
+        assert not (await supervisor.ticket("a")).success
+        await supervisor.dead_letters.requeue("a")
+        result = await supervisor.ticket("a")
+        assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 1)
+        assert await supervisor.dead_letters.page() == ()
+    assert agent.began == [{"secret": "a"}]
+
+
+@virtual
+async def test_a_dropped_letter_is_gone_and_its_key_free(path: Path) -> None:
+    agent = Agent()
+    await leave(path, row(poison("a", key="k"), attempts=3))
+    async with house(path, agent) as supervisor:
+        await supervisor.dead_letters.drop("a")
+        assert await supervisor.dead_letters.page() == ()
+        assert isinstance(await error_of(supervisor.ticket("a").value()), UnknownTask)
+        assert await supervisor.run(Task("work", "anew", key="k")) == "anew"
+
+
+@virtual
+async def test_letters_are_read_by_pages(path: Path) -> None:
+    await leave(path, *(row(poison(f"{number:03}"), attempts=3) for number in range(250)))
+    async with house(path, Agent()) as supervisor:
+        first = await supervisor.dead_letters.page(limit=2)
+        second = await supervisor.dead_letters.page(limit=2, after=first[-1])
+        assert [letter.task_id for letter in (*first, *second)] == ["000", "001", "002", "003"]
+        assert len({letter.task_id async for letter in supervisor.dead_letters}) == 250
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001, 1.0, True])
+@virtual
+async def test_a_page_has_a_bound(path: Path, limit: Any) -> None:
+    async with house(path, Agent()) as supervisor:
+        assert isinstance(await error_of(supervisor.dead_letters.page(limit=limit)), InvalidSetting)
+
+
+@virtual
+async def test_a_letter_finds_no_way_back_into_a_full_overflow(path: Path) -> None:
+    await leave(path, row(poison("a"), attempts=3))
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?bound=1", max_queue_size=0)
+    supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
+    async with supervisor:
+        await supervisor.submit(Task("work", 1))
+        await supervisor.submit(Task("work", 2))
+        error = await error_of(supervisor.dead_letters.requeue("a"))
+        assert isinstance(error, Overloaded)
+        assert error.binding == "overflow"
+        assert len(await supervisor.dead_letters.page()) == 1
+
+
+@pytest.mark.parametrize("task_id", ["waits", "never was"])
+@virtual
+async def test_who_is_not_dead_is_no_letter(path: Path, task_id: str) -> None:
+    async with house(path, Agent(), max_queue_size=0) as supervisor:
+        await supervisor.submit(Task("work", 1))
+        await supervisor.submit(Task("work", 2, task_id="waits"))
+        for act in (supervisor.dead_letters.task, supervisor.dead_letters.requeue, supervisor.dead_letters.drop):
+            assert isinstance(await error_of(act(task_id)), UnknownTask)
+
+
+@virtual
+async def test_without_an_overflow_nobody_is_dead() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        assert [letter async for letter in supervisor.dead_letters] == []
+        assert isinstance(await error_of(supervisor.dead_letters.requeue("a")), UnknownTask)

@@ -1,0 +1,66 @@
+"""A task that kills its process is not tried for ever, and takes nobody with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ATTEMPTS = 3
+
+WORKER = """
+import asyncio, os, signal, sys
+from forebay import BackpressureSupervisor, Priority, Task
+from forebay.events import Died
+
+url, way, first = sys.argv[1:]
+
+async def work(task):
+    if task.payload == "poison":
+        os._exit(7) if way == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    died = asyncio.Event()
+
+    def hear(event):
+        if isinstance(event, Died):
+            died.set()
+
+    async with BackpressureSupervisor(overflow=url, lease=0.5, max_attempts=3, on_event=hear) as supervisor:
+        supervisor.register_worker("w", handler=work, task_types=["work"])
+        if first == "first":  # both are recorded under a lease, and only one can start
+            await asyncio.gather(
+                supervisor.submit(Task("work", "poison", task_id="poison", durable=True, priority=Priority.CRITICAL)),
+                supervisor.submit(Task("work", "innocent", task_id="innocent", durable=True)),
+            )
+        await died.wait()
+        innocent = await supervisor.ticket("innocent")
+        print("innocent", innocent.status.value, innocent.attempts)
+        poison = await supervisor.ticket("poison")
+        print("poison", poison.status.value, poison.attempts)
+        async for letter in supervisor.dead_letters:
+            print("letter", letter.task_id, letter.attempts, letter.error.split(":")[0])
+
+asyncio.run(main())
+"""
+
+
+def run(url: str, way: str, which: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WORKER, url, way, which]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("way", "code"), [("exit", 7), ("kill", -9)])
+def test_a_task_that_kills_its_process_ends_among_the_dead_letters(tmp_path: Path, way: str, code: int) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+    for attempt in range(ATTEMPTS):
+        assert run(url, way, "first" if attempt == 0 else "again").returncode == code
+    survivor = run(url, way, "again")
+    assert survivor.returncode == 0
+    assert survivor.stdout.splitlines() == [
+        "innocent succeeded 1",
+        f"poison failed {ATTEMPTS}",
+        f"letter poison {ATTEMPTS} LeaseLost",
+    ]
