@@ -9,7 +9,7 @@ export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # else every process that pytest starts compiles every library anew
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-quick check format bench lock clean
+.PHONY: help install packages demo test test-quick sim check format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: install packages ## every test, on each of Python 3.11 and 3.13 that is fo
 
 test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
+
+sim: install ## two thousand surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
+	@$(RUN) tests.sim.explore $(ARGS)
 
 check: install ## lint, format, types, and which room may import which
 	$(RUN) ruff check .

@@ -123,6 +123,11 @@ class VirtualLoop(UnpluggedLoop):
         """Virtual epoch seconds."""
         return self._epoch + self._now
 
+    def stall(self, seconds: float) -> None:
+        """Let time pass in which nothing runs, as code does that blocks the loop: timers that fall due come late."""
+        _check("stall", seconds, 0 <= seconds < math.inf, "a number of seconds, at least 0")
+        self._now += seconds
+
     def call_at(
         self,
         when: float,

@@ -13,6 +13,7 @@ from forebay.context import RunningTask
 from forebay.errors import (
     DeadlinePassed,
     DuplicateTask,
+    ForebayError,
     InvalidTask,
     LedgerUnusable,
     OverflowRequired,
@@ -63,6 +64,7 @@ class Door:
         self.loop = house.loop
         self._state = _OPEN
         self._keys: dict[str, Ticket] = {}
+        self._deciding: dict[str, asyncio.Future[Ticket]] = {}  # by key, while the store has not answered
 
     @property
     def house(self) -> Dispatcher:
@@ -110,6 +112,8 @@ class Door:
 
         def decided(answer: asyncio.Future[Ticket]) -> None:
             ticket.undecided -= 1
+            self._deciding.pop(ticket.task.key or "", None)
+            self._tell_waiters(ticket, answer)
             if answer.cancelled() or answer.exception() is not None or answer.result() is not ticket or not ticket:
                 if self._house.tickets.get(ticket.task_id) is ticket:
                     del self._house.tickets[ticket.task_id]
@@ -117,12 +121,28 @@ class Door:
                 ticket.cancel(ticket.unwanted)
 
         answer = self._house.finish_anyway(deciding)
+        if ticket.task.key:
+            self._deciding[ticket.task.key] = answer
         answer.add_done_callback(decided)
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             ticket.cancel("its submitter has gone")
             raise
+
+    def _tell_waiters(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
+        """Answer those who got the ticket by its key before it was decided, if it is not to be."""
+        if answer.cancelled():
+            return
+        error = answer.exception()
+        if error is not None:
+            self._forget_key(ticket)
+            if isinstance(error, ForebayError) and not ticket.done():
+                ticket.resolve(error)
+        elif not ticket:
+            ticket.refused()
+        elif (other := answer.result()) is not ticket and not ticket.done():
+            self._house.background(ticket.follow(other))
 
     def submit_nowait(self, task: Task) -> Ticket:
         """As ``BackpressureSupervisor.submit_nowait``."""
@@ -169,9 +189,13 @@ class Door:
 
     async def _known(self, key: str) -> Ticket | None:
         """The ticket of the same work, if it was submitted before."""
+        while (deciding := self._deciding.get(key)) is not None:
+            await asyncio.wait([deciding])  # it may be refused
         if key not in self._keys and self._house.overflow is not None:
             found = await self._house.overflow.inquiry.by_key(key)
-            if found is not None and key not in self._keys:
+            if key in self._keys:
+                return await self._known(key)  # submitted meanwhile
+            if found is not None:
                 self._keys[key] = found
         return self._keys.get(key)
 

@@ -195,9 +195,7 @@ class Dispatcher:
         while worker.can_accept() and (pool := next_pool(worker)) is not None:
             ticket = pool.line.pop()
             ticket.place = None
-            if self.overflow is not None and not self.overflow.may_start(ticket):
-                self.overflow.let_go(ticket)
-            elif ticket.deadline is None or not self._too_late(ticket, ticket.deadline, pool):
+            if self._is_due(ticket, pool):
                 self.start(ticket, worker)
         if worker.can_accept():
             for pool in worker.pools:
@@ -205,6 +203,13 @@ class Dispatcher:
         if self.overflow is not None:
             for pool in worker.pools:
                 self.overflow.pull(pool)
+
+    def _is_due(self, ticket: Ticket, pool: Pool) -> bool:
+        """Whether a task whose turn has come may still start; if not, it has ended or was let go."""
+        if self.overflow is not None and not self.overflow.may_start(ticket):
+            self.overflow.let_go(ticket)
+            return False
+        return ticket.deadline is None or not self._too_late(ticket, ticket.deadline, pool)
 
     def _too_late(self, ticket: Ticket, deadline: Deadline, pool: Pool) -> bool:
         remaining = deadline.remaining()
@@ -326,10 +331,10 @@ class Dispatcher:
         pool = self.pools[following.task.task_type]
         pool.parked -= 1
         worker = None if pool.line else pool.router.pick()
-        if worker is not None:
-            self.start(following, worker)
-        else:
+        if worker is None:
             self._join(following, pool)
+        elif self._is_due(following, pool):
+            self.start(following, worker)
 
     # --- odds and ends ---
 

@@ -133,8 +133,9 @@ class Endings:
             worker.handler.on_end(run.task)
         success = cause is None and run.abandoned_at is None
         house.pools[run.task.task_type].times.ended(seconds, success=success)
-        ticket.run = None
-        ticket.parent = None  # what it knew of its ancestors must not keep them alive
+        if ticket.run is run:  # else it has been begun again beside a handler that did not stop
+            ticket.run = None
+            ticket.parent = None  # what it knew of its ancestors must not keep them alive
         if run.abandoned_at is not None:
             worker.zombies -= 1
             if run.zombie:
@@ -160,7 +161,7 @@ class Endings:
             )
         else:
             self._failed(run, cause, 1000 * seconds)
-        if run.task.thread is not None:
+        if run.task.thread is not None and ticket.run is None:
             house.next_of_thread(ticket)
         if run.holds:
             house.give(run)

@@ -84,10 +84,25 @@ class Intake:
         ticket = self._house.tickets.get(row.task_id)
         if ticket is None or ticket.stored:  # else it is still counted as arriving
             pool.holding[row.priority] = max(0, pool.holding[row.priority] - 1)
-        if ticket is None or ticket.task.task_type != row.task_type:
-            ticket = await self._read(lease, ticket)
-            if ticket is None:
-                return
+        if ticket is None and (ended := self._house.kept.get(row.task_id)) is not None and ended.result is not None:
+            overflow.complete_again(ended, ended.result, lease)
+        elif ticket is not None and self._is_inside(ticket):
+            overflow.adopt(ticket, lease)
+        else:
+            if ticket is None or ticket.task.task_type != row.task_type:
+                ticket = await self._read(lease, ticket)
+            if ticket is not None:
+                self._bring_in(ticket, lease, pool)
+
+    def _is_inside(self, ticket: Ticket) -> bool:
+        """Whether a task waits here or runs here; one that was told to stop no longer counts."""
+        if ticket.run is not None:
+            return ticket.run.abandoned_at is None
+        return ticket.place is not None or ticket in self._house.talks.get(ticket.task.thread or "", ())
+
+    def _bring_in(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
+        row, overflow = lease.row, self._overflow
+        ticket.stored = True
         ticket.attempts = row.attempts
         if ticket.expiry is not None:
             self._house.timers.cancel(ticket.expiry)

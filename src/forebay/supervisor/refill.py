@@ -95,21 +95,27 @@ class Overflow:
         rung = ticket.task.priority
         # Counted before the await, or fresh work would overtake what is on its way out.
         pool.arriving[rung] += 1
-        put = Put.FULL
+        put = Put.STORED
         try:
             put = await self.ledger.put(records.row(ticket, envelope))
+        except LedgerUnusable:
+            if not ticket.stored:
+                raise
         finally:
             pool.arriving[rung] -= 1
-            if put is Put.STORED:
-                ticket.verdict = Verdict.SPILLED
-                ticket.stored = True
-                if self.left_behind:
-                    self.leave(ticket)
-                elif ticket.lease is None:  # else a pull was quicker than this
-                    pool.holding[rung] += 1
-                    ticket.status = TaskStatus.SPILLED
-                    self._watch_deadline(ticket)
-                self.pull(pool)
+        if ticket.stored:  # a pull was quicker than this: whatever the answer, the row is there
+            ticket.verdict = Verdict.SPILLED
+            put = Put.STORED
+        elif put is Put.STORED:
+            ticket.verdict = Verdict.SPILLED
+            ticket.stored = True
+            if self.left_behind:
+                self.leave(ticket)
+            else:
+                pool.holding[rung] += 1
+                ticket.status = TaskStatus.SPILLED
+                self._watch_deadline(ticket)
+            self.pull(pool)
         return put
 
     async def record(self, ticket: Ticket, envelope: bytes) -> Put:
@@ -252,6 +258,19 @@ class Overflow:
         else:
             ticket.status = TaskStatus.SPILLED
             self.elsewhere[ticket.task_id] = ticket
+
+    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
+        """Store under a new lease how a task ended, of which the store did not hear the first time."""
+        ended.undecided += 1
+        self._house.background(self._complete(ended, result, lease.fence))
+
+    def adopt(self, ticket: Ticket, lease: Lease) -> None:
+        """Take a row back whose task still waits or runs here, though the right to it was lost meanwhile."""
+        self.elsewhere.pop(ticket.task_id, None)
+        ticket.stored = True
+        ticket.lease = lease
+        self.leases.hold(lease)
+        ticket.status = TaskStatus.WAITING if ticket.run is None else TaskStatus.RUNNING
 
     def give_up(self, ticket: Ticket, reason: str) -> None:
         """Cancel a task that waits outside, or was to."""

@@ -77,9 +77,8 @@ class Tending:
     async def _hear(self) -> None:
         """Ask after tasks that others may have run: those that lost their lease here, and those that are awaited."""
         elsewhere = self._overflow.elsewhere
-        awaited = (
-            ticket for ticket in self._house.tickets.values() if ticket.status is TaskStatus.SPILLED and ticket.awaited
-        )
+        outside = (ticket for ticket in self._house.tickets.values() if ticket.status is TaskStatus.SPILLED)
+        awaited = (ticket for ticket in outside if ticket.awaited or ticket.listened)
         for ticket in [*elsewhere.values(), *itertools.islice(awaited, _ASK_AFTER)]:
             found = await self._overflow.ledger.find(ticket.task_id)
             if found is None or found[2] is not None:

@@ -144,7 +144,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         try:
             await waiter
         finally:
-            if self._outcome is None:
+            if self._waiters is not None:
                 self._waiters.remove(waiter)
 
     def _answer(self) -> TaskResult:
@@ -229,6 +229,17 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         if self._bus is not None:
             self._bus.emit(event)
 
+    def refused(self) -> None:
+        """It was rejected; whoever got it by its key before that need not wait."""
+        self._wake()
+
+    async def follow(self, other: Ticket) -> None:
+        """End as `other` does: the same work, stored under the same key."""
+        try:
+            self.resolve(await other)
+        except ForebayError as error:
+            self.resolve(error)
+
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
         """End it, once: later calls are a bug of the caller's."""
         assert self._outcome is None  # noqa: S101 - every ticket ends exactly once
@@ -237,14 +248,17 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
             self.status = outcome.status
         if self.occupant is not None:
             self.occupant.resolved(outcome)
+        if self._bus is not None and isinstance(outcome, TaskResult):
+            self._bus.emit(Finished(at=self._house.loop.time(), task_id=self.task_id, result=outcome))
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiters is not None:
             for waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_result(None)
             self._waiters = None
         if self._bus is not None:
-            if isinstance(outcome, TaskResult):
-                self._bus.emit(Finished(at=self._house.loop.time(), task_id=self.task_id, result=outcome))
             self._bus.close()
             self._bus = None
 
