@@ -24,27 +24,29 @@ LAST = (True, math.inf)  # the rank of those who go by their turn alone, behind 
 class Line(Generic[T]):
     """Items by rung, then by `rank` (lowest first; a deadline for instance), then by `turn`: the order they came.
 
+    `length` is how many wait, as `len` says, without a call.
+
     Each rung is served at least once in `floor` dequeues for every better rung's pleasure: under a flood of CRITICAL
     work LOW still moves. The line counts; whoever fills it keeps its bound.
     """
 
-    __slots__ = ("_dead", "_floor", "_heaps", "_length", "_lengths", "_passed", "_queues", "_rung")
+    __slots__ = ("_dead", "_floor", "_heaps", "_lengths", "_passed", "_queues", "_rung", "length")
 
     def __init__(self, *, floor: int = 20) -> None:
         self._floor = floor
         self._heaps: tuple[list[Place], ...] = tuple([] for _ in Priority)
         self._queues: tuple[deque[Place], ...] = tuple(deque() for _ in Priority)  # those of rank LAST, if in turn
-        self._length = 0
+        self.length = 0  # items in all
         self._lengths = [0] * len(Priority)
         self._passed = [0] * len(Priority)  # dequeues that went to a better rung while this one waited
         self._rung = 0  # which was served last
         self._dead = 0
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __bool__(self) -> bool:
-        return self._length > 0
+        return self.length > 0
 
     def __iter__(self) -> Iterator[T]:
         """Every item, in no particular order."""
@@ -70,7 +72,7 @@ class Line(Generic[T]):
         else:
             heapq.heappush(self._heaps[rung], place)
         self._lengths[rung] += 1
-        self._length += 1
+        self.length += 1
         return place
 
     def leave(self, place: Place) -> None:
@@ -80,12 +82,12 @@ class Line(Generic[T]):
         place[_ITEM] = None
         self._shorten(place[_RUNG])
         self._dead += 1
-        if self._dead > _LEAST_DEAD and self._dead > self._length:
+        if self._dead > _LEAST_DEAD and self._dead > self.length:
             self._sweep()
 
     def head(self) -> Place | None:
         """The place that `pop` would serve, or None."""
-        return self._head(self._next_rung()) if self._length else None
+        return self._head(self._next_rung()) if self.length else None
 
     def pop(self) -> T:
         """Serve the head.
@@ -93,7 +95,7 @@ class Line(Generic[T]):
         Raises:
             IndexError: nobody waits.
         """
-        if not self._length:
+        if not self.length:
             raise IndexError
         rung = self._rung = self._next_rung()
         place = self._head(rung)
@@ -106,21 +108,21 @@ class Line(Generic[T]):
         place[_ITEM] = None
         self._shorten(rung)
         self._passed[rung] = 0
-        if self._length > self._lengths[rung]:
+        if self.length > self._lengths[rung]:
             for lower in range(rung + 1, len(Priority)):
                 if self._lengths[lower]:
                     self._passed[lower] += 1
         return item
 
     def _shorten(self, rung: int) -> None:
-        self._length -= 1
+        self.length -= 1
         self._lengths[rung] -= 1
         if not self._lengths[rung]:
             self._passed[rung] = 0  # who joins later has not waited
 
     def _next_rung(self) -> int:
         lengths = self._lengths
-        if lengths[self._rung] == self._length:
+        if lengths[self._rung] == self.length:
             return self._rung  # nobody waits elsewhere
         starving = (rung for rung, passed in enumerate(self._passed) if passed >= self._floor)
         return next(starving, next(rung for rung, length in enumerate(lengths) if length))

@@ -95,7 +95,8 @@ class Door:
                 return known
             self._check(task)  # again: much may have happened during the await
         if overflow is None or not (task.spill or task.durable):
-            return self._decide(self._ticket(task, parent), pool)
+            ticket = self._ticket(task, parent)
+            return self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
         envelope = overflow.encode(task)
         ticket = self._ticket(task, parent)
         if task.durable:
@@ -154,7 +155,8 @@ class Door:
             return known
         if self._house.overflow is not None and task.spill:
             self._house.overflow.encode(task)  # draining may put it there: what cannot travel is refused now
-        return self._decide(self._ticket(task, parent), pool)
+        ticket = self._ticket(task, parent)
+        return self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
 
     def slot(self, task: Task) -> Slot:
         """As ``BackpressureSupervisor.slot``."""
@@ -162,7 +164,7 @@ class Door:
 
         def offer(ticket: Ticket) -> None:
             self._check(task)
-            self._decide(ticket, pool)
+            self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
 
         return Slot(self._house, self._ticket(task, parent), offer)
 
@@ -220,9 +222,6 @@ class Door:
         if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
             del self._keys[ticket.task.key]
 
-    def _decide(self, ticket: Ticket, pool: Pool) -> Ticket:
-        return self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
-
     def _answer(self, ticket: Ticket, pool: Pool, refusal: Refusal | None) -> Ticket:
         """Let in, or rejected."""
         if refusal is None:
@@ -243,7 +242,6 @@ class Door:
     def _offer(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
         """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
         priority = ticket.task.priority
-        now = self._house.loop.time()
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
         load, binding = self._house.path(pool)
         ticket.load = load
@@ -260,7 +258,7 @@ class Door:
             )
         if remaining < math.inf:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
-            if remaining <= 0 or pool.hopeless(now, wait, remaining):
+            if remaining <= 0 or pool.hopeless(self.loop.time(), wait, remaining):
                 return Refusal(f"its deadline in {remaining:.3g} s cannot be met", binding, load, may_spill=False)
         self._tell(ticket)  # first that it came in, then that it started
         self._house.enter(ticket, pool, worker)
@@ -270,7 +268,7 @@ class Door:
         """The worker that would run it at once."""
         if ticket.task.thread is not None and ticket.task.thread in self._house.talks:
             return None
-        if pool.line and ticket.task.priority > _WATERFALL:
+        if pool.line.length and ticket.task.priority > _WATERFALL:
             return None
         return pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
 

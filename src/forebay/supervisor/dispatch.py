@@ -105,9 +105,10 @@ class Dispatcher:
         for pool in worker.pools:
             if worker.counted_slots:
                 pool.running += 1
-            pool.router.taken(worker)
+            if worker.current_tasks == 1:  # else it was not idle
+                pool.router.taken(worker)
 
-    def give(self, run: Run) -> None:
+    def give(self, run: Run, now: float | None = None) -> None:
         """Give the run's slot back, and to whoever comes next."""
         worker = run.worker
         worker.current_tasks -= 1
@@ -115,7 +116,7 @@ class Dispatcher:
         if worker.counted_slots:
             for pool in worker.pools:
                 pool.running -= 1
-        self.serve(worker)
+        self.serve(worker, now)
 
     def lend(self, running: RunningTask | None) -> Loan | None:
         """Lend the slot of `running`, which is about to await a task here, and of those above it, where need be."""
@@ -128,7 +129,7 @@ class Dispatcher:
 
         All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
         """
-        load, binding = self.beyond(pool)
+        load, binding = self.beyond(pool) if pool.nested else (self.host_load, "host")
         own = pool.load()
         return (own, pool.resource) if own >= load else (load, binding)
 
@@ -188,18 +189,20 @@ class Dispatcher:
 
     # --- from the line to a worker ---
 
-    def serve(self, worker: WorkerAgent) -> None:
+    def serve(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Give `worker` what it has room for: first the slots that it owes, then the heads of its lines."""
         if worker.returning:
             repay(worker)
-        while worker.can_accept() and (pool := next_pool(worker)) is not None:
+        while worker.can_accept():
+            pool = next_pool(worker)
+            if pool is None:
+                for pool in worker.pools:
+                    pool.router.lowered(worker)
+                break
             ticket = pool.line.pop()
             ticket.place = None
             if self._is_due(ticket, pool):
-                self.start(ticket, worker)
-        if worker.can_accept():
-            for pool in worker.pools:
-                pool.router.lowered(worker)
+                self.start(ticket, worker, now)
         if self.overflow is not None:
             for pool in worker.pools:
                 self.overflow.pull(pool)
@@ -218,9 +221,10 @@ class Dispatcher:
         self.endings.expire(ticket, f"its turn came {remaining:.3g} s before its deadline, which is too late to finish")
         return True
 
-    def start(self, ticket: Ticket, worker: WorkerAgent) -> None:
-        """Start a task on a worker that can accept."""
-        now = self.loop.time()
+    def start(self, ticket: Ticket, worker: WorkerAgent, now: float | None = None) -> None:
+        """Start a task on a worker that can accept. `now` spares asking the clock again."""
+        if now is None:
+            now = self.loop.time()
         era = worker.breaker.allow(now)
         if worker.probing:
             self.endings.watch_breaker(worker)
@@ -248,7 +252,8 @@ class Dispatcher:
 
     def begin(self, run: Run) -> None:
         """Let the handler of a run begin."""
-        self.endings.watch_time(run)
+        if run.worker.clock is None or run.deadline is not None or run.task.timeout is not None:
+            self.endings.watch_time(run)
         self.crew.begin(run)
 
     def ends_at(self, run: Run) -> float:
@@ -294,7 +299,8 @@ class Dispatcher:
         ticket.resolve(result)
         if self.bus.active:
             self.bus.emit(Finished(at=self.loop.time(), task_id=ticket.task_id, result=result))
-        self.stirred()
+        if self.watchers:
+            self.stirred()
 
     def stirred(self) -> None:
         """Tell those who wait for the house to fall quiet that something has ended."""

@@ -122,7 +122,7 @@ class Endings:
 
     def ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Take the end of a handler: result, pace, breaker; then its slot goes to whoever comes next."""
-        house, worker, ticket = self._house, run.worker, run.ticket
+        house, worker, ticket, task = self._house, run.worker, run.ticket, run.task
         now = house.loop.time()
         seconds = now - run.began_at
         run.ended = True
@@ -130,42 +130,52 @@ class Endings:
         if run.timer is not None:
             self._disarm(run)
         if worker.handler.on_end is not None:
-            worker.handler.on_end(run.task)
+            worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
-        house.pools[run.task.task_type].times.ended(seconds, success=success)
+        house.pools[task.task_type].times.ended(seconds, success=success)
         if ticket.run is run:  # else it has been begun again beside a handler that did not stop
             ticket.run = None
             ticket.parent = None  # what it knew of its ancestors must not keep them alive
-        if run.abandoned_at is not None:
-            worker.zombies -= 1
-            if run.zombie:
-                self._unstick(worker)
-                after = now - run.abandoned_at
-                zombie_ended = ZombieEnded(at=now, task_id=run.task.task_id, worker_id=worker.name, after=after)
-                house.tell(ticket, zombie_ended)
-        elif success:
-            worker.succeeded(run.task.task_type, seconds)
-            if worker.breaker.record(now, _SUCCESS, run.era) is not None:
-                self.breaker_changed(worker, "")
-            house.finish(
-                ticket,
-                TaskResult(
-                    task_id=ticket.task_id,
-                    worker_id=worker.name,
-                    success=True,
-                    status=_SUCCEEDED,
-                    result=value,
-                    duration_ms=1000 * seconds,
-                    attempts=ticket.attempts,
-                ),
-            )
-        else:
+        if success:
+            self._succeeded(run, value, now, seconds)
+        elif run.abandoned_at is None:
             self._failed(run, cause, 1000 * seconds)
-        if run.task.thread is not None and ticket.run is None:
+        else:
+            self._stopped(run, now - run.abandoned_at)
+        if task.thread is not None and ticket.run is None:
             house.next_of_thread(ticket)
         if run.holds:
-            house.give(run)
-        house.stirred()
+            house.give(run, now)
+        if house.watchers:
+            house.stirred()
+
+    def _succeeded(self, run: Run, value: Any, now: float, seconds: float) -> None:
+        worker, ticket = run.worker, run.ticket
+        worker.succeeded(run.task.task_type, seconds)
+        if worker.breaker.record(now, _SUCCESS, run.era) is not None:
+            self.breaker_changed(worker, "")
+        result = TaskResult(
+            task_id=run.task.task_id,
+            worker_id=worker.name,
+            success=True,
+            status=_SUCCEEDED,
+            result=value,
+            duration_ms=1000 * seconds,
+            attempts=ticket.attempts,
+        )
+        if ticket.stored:
+            self._house.finish(ticket, result)
+        else:
+            self._house.settle(ticket, result)
+
+    def _stopped(self, run: Run, after: float) -> None:
+        """The handler of a run that was abandoned `after` seconds ago is there no more."""
+        house, worker = self._house, run.worker
+        worker.zombies -= 1
+        if run.zombie:
+            self._unstick(worker)
+            task_id, now = run.task.task_id, house.loop.time()
+            house.tell(run.ticket, ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after))
 
     def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
         ticket, worker = run.ticket, run.worker

@@ -60,7 +60,7 @@ class Pool:
         """What the pool holds against what it may hold, waiting room included; 1.0 without a slot."""
         if not self.slots:
             return 1.0
-        waiting = len(self.line) + self.parked + self.reserved
+        waiting = self.line.length + self.parked + self.reserved
         bound = self.max_queue_size
         return (self.running + waiting) / (self.slots + (max(DEFAULT_LINE, self.slots) if bound is None else bound))
 
@@ -90,7 +90,7 @@ def next_pool(worker: WorkerAgent) -> Pool | None:
     """The pool whose head goes first: by priority, rank and turn; one that was passed over too often goes before."""
     if len(worker.pools) == 1:
         pool = worker.pools[0]
-        return pool if pool.line else None
+        return pool if pool.line.length else None
     waiting = [pool for pool in worker.pools if pool.line]
     if not waiting:
         return None

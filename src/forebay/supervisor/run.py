@@ -71,12 +71,8 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
         if not self.ended:
             self.house.tell(self.ticket, Progress(at=self.house.loop.time(), task_id=self.task.task_id, value=value))
 
-    def call(self) -> Any:
-        """Call the handler, in the context that is its own; what comes back may have to be awaited."""
-        handler = self.worker.handler
-        return self._in_a_thread() if handler.blocking else handler.call(self.task)
-
-    async def _in_a_thread(self) -> Any:
+    async def in_a_thread(self) -> Any:
+        """Call the handler in a thread; its value."""
         # The thread reports by value: no future can carry StopIteration.
         self.in_thread = True
         loop, work = self.house.loop, copy_context().run

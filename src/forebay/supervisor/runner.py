@@ -93,16 +93,17 @@ class Runner:
             if self in self._crew.idle:
                 self._crew.idle.remove(self)
             if (run := self.following) is not None:  # the loop is being shut down
-                self._crew.house.ended(run, None, asyncio.CancelledError())
+                self._crew.house.endings.ended(run, None, asyncio.CancelledError())
 
     @types.coroutine
     def _work(self) -> Generator[Any, None, None]:
         """Run one handler after another, until there is a reason to leave it to a new task."""
-        crew, house, in_a_row = self._crew, self._crew.house, 0
+        crew, in_a_row = self._crew, 0
+        loop, ended = crew.house.loop, crew.house.endings.ended
         if self.aio is None:
             yield  # an eager task factory begins before the task is known
         aio: Any = self.aio
-        known = _known_by(aio)
+        known = _known_by(aio) if type(aio) is asyncio.Task else -1  # of another kind nothing can be said
         while (run := self.following) is not None:
             self.following = None
             self.run = run
@@ -111,10 +112,15 @@ class Runner:
             else:
                 value, cause, waited = None, asyncio.CancelledError(), False
             self.run = None
-            again = _known_by(aio) == known and _unmarked(aio) and not crew.closed
-            crew.freed = self if again else None
+            again = (
+                _known_by(aio) == known
+                and not (aio.cancelling() or aio._must_cancel or aio._callbacks)  # noqa: SLF001 - no public way to ask
+                and not crew.closed
+            )
+            if again:
+                crew.freed = self
             try:
-                house.ended(run, value, cause)
+                ended(run, value, cause)
             except Exception:  # noqa: BLE001 - the runner has others to run
                 log.exception("the end of task %r could not be dealt with", run.task.task_id)
             crew.freed = run = value = cause = None
@@ -125,7 +131,7 @@ class Runner:
                 if len(crew.idle) >= _IDLE:
                     return
                 crew.idle.append(self)
-                self._alarm = house.loop.create_future()
+                self._alarm = loop.create_future()
                 yield from self._alarm
                 in_a_row = 0
             elif in_a_row >= _BURST:
@@ -167,11 +173,6 @@ def _known_by(aio: asyncio.Task[None]) -> int:
     return sys.getrefcount(aio) + weakref.getweakrefcount(aio)
 
 
-def _unmarked(aio: Any) -> bool:
-    """Whether no cancellation clings to it, and nobody is to hear of its end."""
-    return not (aio.cancelling() or getattr(aio, "_must_cancel", False) or getattr(aio, "_callbacks", None))
-
-
 def _begin(run: Run) -> tuple[Coroutine[Any, Any, Any], Any]:
     """Call the handler in the context that is its own, and take its first step.
 
@@ -179,8 +180,9 @@ def _begin(run: Run) -> tuple[Coroutine[Any, Any, Any], Any]:
         StopIteration: it has ended, with this value.
     """
     context.enter(run)
+    handler = run.worker.handler
     try:
-        value = run.call()
+        value = run.in_a_thread() if handler.blocking else handler.call(run.task)
     except StopIteration as exc:
         raise Carrier(exc) from None
     if type(value) is not types.CoroutineType:
