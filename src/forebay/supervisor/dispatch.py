@@ -183,9 +183,10 @@ class Dispatcher:
     def _watch_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry is None:
             due = self.loop.time() + ticket.deadline.remaining()
-            ticket.expiry = self.timers.at(
-                due, lambda: self.endings.expire(ticket, "its deadline passed while it waited")
-            )
+            ticket.expiry = self.timers.at(due, self._too_long, ticket)
+
+    def _too_long(self, ticket: Ticket) -> None:
+        self.endings.expire(ticket, "its deadline passed while it waited")
 
     # --- from the line to a worker ---
 

@@ -58,9 +58,9 @@ class Endings:
         """
         worker, timers = run.worker, self._house.timers
         if run.task.timeout is not None or run.deadline is not None:
-            run.timer = timers.at(self._house.ends_at(run), lambda: self.out_of_time(run))
+            run.timer = timers.at(self._house.ends_at(run), self.out_of_time, run)
         elif worker.clock is None:
-            worker.clock = timers.at(run.began_at + worker.timeout, lambda: self._look_at_clock(worker))
+            worker.clock = timers.at(run.began_at + worker.timeout, self._look_at_clock, worker)
 
     def _look_at_clock(self, worker: WorkerAgent) -> None:
         worker.clock = None
@@ -70,7 +70,7 @@ class Endings:
                 continue  # it has a timer of its own, or needs none any more
             if (due := run.began_at + worker.timeout) > now:
                 if worker.clock is None:  # else another has begun, since one of these ended
-                    worker.clock = self._house.timers.at(due, lambda: self._look_at_clock(worker))
+                    worker.clock = self._house.timers.at(due, self._look_at_clock, worker)
                 break
             self.out_of_time(run)
 
@@ -96,7 +96,7 @@ class Endings:
         now = run.abandoned_at = house.loop.time()
         run.worker.zombies += 1
         self._disarm(run)
-        run.timer = house.timers.at(now + self._grace, lambda: self._still_there(run))
+        run.timer = house.timers.at(now + self._grace, self._still_there, run)
         self._judge(run, outcome)
 
     def _stop(self, run: Run) -> None:
@@ -205,7 +205,7 @@ class Endings:
         now = self._house.loop.time()
         if outcome is Outcome.FAULT:
             worker.punish()
-            self._house.timers.at(now + _FORGIVING, lambda: self._forgive(worker))
+            self._house.timers.at(now + _FORGIVING, self._forgive, worker)
         if worker.breaker.record(now, outcome, run.era) is not None:
             self.breaker_changed(worker, "too many of its tasks failed")
 
@@ -258,7 +258,10 @@ class Endings:
             worker.alarm = None
         remaining = worker.breaker.remaining(now)
         if remaining:  # neither None nor nothing; a sum of floats may fall short of it by a hair
-            worker.alarm = timers.at(now + remaining + 1e-6, lambda: self.breaker_changed(worker, "a probe is overdue"))
+            worker.alarm = timers.at(now + remaining + 1e-6, self._alarmed, worker)
+
+    def _alarmed(self, worker: WorkerAgent) -> None:
+        self.breaker_changed(worker, "a probe is overdue")
 
     def _disarm(self, run: Run) -> None:
         if run.timer is not None:

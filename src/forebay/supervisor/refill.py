@@ -155,7 +155,7 @@ class Overflow:
         if ticket.deadline is not None and ticket.expiry is None:
             due = self._house.loop.time() + ticket.deadline.remaining()
             expired = unsuccessful(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited in the overflow")
-            ticket.expiry = self._house.timers.at(due, lambda: self._end_outside(ticket, expired))
+            ticket.expiry = self._house.timers.at(due, self._end_outside, ticket, expired)
 
     # --- back ---
 

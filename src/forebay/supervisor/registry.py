@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,9 +51,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         bound = as_handler(handler, worker=name, config=config)
     if on_cancel is not None:
         bound = bound.with_on_cancel(on_cancel)
-    longest = WORKER_RULES.ceiling if cool_off is None else max(WORKER_RULES.ceiling, cool_off)
-    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
-    rules = BreakerRules(arms=WORKER_RULES.arms, cool_off=cool_off, ceiling=longest, probe_time=2 * timeout)
+    rules = _rules(cool_off, float(timeout))
     return WorkerAgent(
         name,
         bound,
@@ -63,6 +62,14 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         probes=rules.probes,
         on_revive=on_revive,
     )
+
+
+@functools.lru_cache(maxsize=100)
+def _rules(cool_off: float | None, timeout: float) -> BreakerRules:
+    """A worker's rules; workers alike share them, for there may be ten thousand."""
+    longest = WORKER_RULES.ceiling if cool_off is None else max(WORKER_RULES.ceiling, cool_off)
+    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
+    return BreakerRules(arms=WORKER_RULES.arms, cool_off=cool_off, ceiling=longest, probe_time=2 * timeout)
 
 
 def check_decorator(task_types: Sequence[object]) -> None:

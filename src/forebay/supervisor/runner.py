@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from forebay.supervisor.run import Run
 
 _BURST = 16  # handlers that end without ever waiting, before the loop gets a turn
-_IDLE = 1_000  # runners that are kept while they have nothing to do
 
 
 class Crew:
@@ -35,7 +34,7 @@ class Crew:
     def __init__(self, house: Dispatcher) -> None:
         self.house = house
         self.surroundings: Context = copy_context()
-        self.idle: list[Runner] = []
+        self.idle: list[Runner] = []  # at most as many as have run at a time
         self.freed: Runner | None = None  # whose handler has just ended: it can go on with the next at once
         self.closed = False
 
@@ -103,7 +102,7 @@ class Runner:
         if self.aio is None:
             yield  # an eager task factory begins before the task is known
         aio: Any = self.aio
-        known = _known_by(aio) if type(aio) is asyncio.Task else -1  # of another kind nothing can be said
+        known = _known_by(aio) if isinstance(aio, asyncio.Task) else -1  # of another kind nothing can be said
         while (run := self.following) is not None:
             self.following = None
             self.run = run
@@ -128,8 +127,6 @@ class Runner:
                 return
             in_a_row = 0 if waited else in_a_row + 1
             if self.following is None:
-                if len(crew.idle) >= _IDLE:
-                    return
                 crew.idle.append(self)
                 self._alarm = loop.create_future()
                 yield from self._alarm

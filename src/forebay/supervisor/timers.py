@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable
+from typing import TypeVarTuple
 
-# [due, order, callback]: a list, so that cancelling is one assignment and the heap finds out later
-_CALLBACK = 2
+Ts = TypeVarTuple("Ts")
+
+# [due, order, callback, arguments]: a list, so that cancelling is one assignment and the heap finds out later
+_CALLBACK, _ARGUMENTS = 2, 3
 _LATE = 0.1  # seconds after which the loop must have been held up
 _LEAST_DEAD = 64
 
@@ -33,10 +36,10 @@ class Timers:
         self._armed: asyncio.TimerHandle | None = None
         self._armed_for = 0.0
 
-    def at(self, when: float, callback: Callable[[], None]) -> Timer:
-        """Call `callback` at loop time `when`."""
+    def at(self, when: float, callback: Callable[[*Ts], object], *arguments: *Ts) -> Timer:
+        """Call ``callback(*arguments)`` at loop time `when`."""
         self._order += 1
-        timer = Timer((when, self._order, callback))
+        timer = Timer((when, self._order, callback, arguments))
         heapq.heappush(self._heap, timer)
         if self._armed is None or when < self._armed_for:
             self._arm(when)
@@ -45,7 +48,7 @@ class Timers:
     def cancel(self, timer: Timer) -> None:
         """Forget `timer`; if it has fired or was cancelled, nothing happens."""
         if timer[_CALLBACK] is not None:
-            timer[_CALLBACK] = None
+            timer[_CALLBACK] = timer[_ARGUMENTS] = None
             self._dead += 1
             if self._dead > _LEAST_DEAD and 2 * self._dead > len(self._heap):
                 self._heap = [live for live in self._heap if live[_CALLBACK] is not None]
@@ -83,7 +86,7 @@ class Timers:
                     self._dead -= 1
                 else:
                     timer[_CALLBACK] = None
-                    callback()
+                    callback(*timer[_ARGUMENTS])
                 heap = self._heap  # a callback that cancels may have swept it into a new one
         finally:
             # a callback that set a timer has armed for that one, though others may come sooner
