@@ -243,14 +243,14 @@ class Door:
         """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        load, binding = self._house.path(pool)
+        load, binding = self._house.pressure.on_path(pool)
         ticket.load = load
         if may_spill and pool.held_outside(priority):
             worth = self._worth_storing(pool, priority, remaining)
             return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=worth)
         worker = self._free_worker(ticket, pool)
         if worker is not None:
-            load, binding = self._house.beyond(pool)
+            load, binding = self._house.pressure.beyond(pool)
         if self._house.ladder.refuses(priority, load):
             reason = self._why(pool, binding, load, priority)
             return Refusal(

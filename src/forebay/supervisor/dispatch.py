@@ -14,6 +14,7 @@ from forebay.events import Bus, Event, Finished, Started, log
 from forebay.supervisor.endings import Endings
 from forebay.supervisor.lend import Loan, repay
 from forebay.supervisor.pool import Pool, next_pool
+from forebay.supervisor.pressure import Pressure
 from forebay.supervisor.run import Run
 from forebay.supervisor.runner import Crew
 from forebay.supervisor.statistics import Counts
@@ -21,7 +22,6 @@ from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.timers import Timers
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, TaskResult, TaskStatus
-from forebay.typing import Reading
 
 if TYPE_CHECKING:
     from forebay.engine import Threads
@@ -60,9 +60,9 @@ class Dispatcher:
         self.kept: OrderedDict[str, Ticket] = OrderedDict()  # the latest that have
         self.keep = settings.keep_results
         self.overflow: Overflow | None = None
-        self.host_load = 0.0  # how late the loop is, against how late it may be; kept up by the watch
         self.watchers: list[Callable[[], None]] = []  # called whenever something has ended
         self.talks: dict[str, deque[Ticket]] = {}  # threads (conversations) with a task inside, and who waits behind it
+        self.pressure = Pressure(self.pools, self.workers)
         self.crew = Crew(self)
         self._chores: set[asyncio.Future[Any]] = set()
         self._turn = 0
@@ -123,34 +123,6 @@ class Dispatcher:
         return Loan(self, running) if isinstance(running, Run) else None
 
     # --- the door ---
-
-    def path(self, pool: Pool) -> tuple[float, str]:
-        """The load on a task's path and the resource that binds it: the lowest over the workers of the highest reading.
-
-        All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
-        """
-        load, binding = self.beyond(pool) if pool.nested else (self.host_load, "host")
-        own = pool.load()
-        return (own, pool.resource) if own >= load else (load, binding)
-
-    def beyond(self, pool: Pool) -> tuple[float, str]:
-        """As `path`, but past the pool itself, which refuses nobody while a slot is free."""
-        load, binding = self.host_load, "host"
-        if pool.nested and len(pool.nested) == len(pool.workers):
-            below, name = min((load_below(worker, pool.task_type), worker.name) for worker in pool.nested)
-            if below > load:
-                load, binding = below, f"worker:{name}"
-        return load, binding
-
-    def readings(self) -> tuple[Reading, ...]:
-        """Every reading: one a pool, one a worker with a gate of its own, and the host's."""
-        pools = [Reading(pool.resource, pool.load()) for pool in self.pools.values()]
-        below = [
-            Reading(f"worker:{worker.name}", max(load_below(worker, task_type) for task_type in worker.task_types))
-            for worker in self.workers.values()
-            if worker.handler.load is not None
-        ]
-        return (*pools, *below, Reading("host", self.host_load))
 
     def enter(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Put an admitted task behind its thread, onto `worker`, or into the line."""
@@ -395,9 +367,3 @@ class Dispatcher:
 def _log_failure(chore: asyncio.Future[Any]) -> None:
     if not chore.cancelled() and chore.exception() is not None:
         log.error("a background chore of the supervisor failed", exc_info=chore.exception())
-
-
-def load_below(worker: WorkerAgent, task_type: str) -> float:
-    """The load that a worker's own gate reads, if it has one."""
-    load = worker.handler.load
-    return 0.0 if load is None else load(task_type)

@@ -274,7 +274,7 @@ class BackpressureSupervisor:
 
     def readings(self) -> tuple[Reading, ...]:
         """What each resource holds against what it may hold."""
-        return (Reading("host", 0.0),) if self._house is None else self._house.readings()
+        return (Reading("host", 0.0),) if self._house is None else self._house.pressure.readings()
 
     def utilization(self) -> float:
         """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
@@ -381,7 +381,7 @@ class BackpressureSupervisor:
         if not any(task_type in worker.task_types for worker in self._workers.values()):
             return 1.0
         pool = None if self._house is None else self._house.pools.get(task_type)
-        return 0.0 if self._house is None or pool is None else self._house.path(pool)[0]  # about to start
+        return 0.0 if self._house is None or pool is None else self._house.pressure.on_path(pool)[0]  # about to start
 
     # --- inside ---
 

@@ -111,7 +111,7 @@ def watch_over(house: Dispatcher, *, bound: float | None) -> Watch | None:
         return None
 
     def on_lag(lag: float) -> None:
-        house.host_load = lag / bound
+        house.pressure.host = lag / bound
 
     watch = Watch(
         house.loop, bound=bound, whose=whose, on_lag=on_lag, on_stall=lambda stall: report_stall(house, stall)

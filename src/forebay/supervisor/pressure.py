@@ -1,0 +1,61 @@
+"""Pressure: what each resource holds against what it may hold, and which of them binds on a task's path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from forebay.typing import Reading
+
+if TYPE_CHECKING:
+    from forebay.supervisor.pool import Pool
+    from forebay.supervisor.worker import WorkerAgent
+
+
+class Pressure:
+    """The readings of one house. Pure: it looks at its pools and workers, and is told of the host.
+
+    Attributes:
+        host: how late the event loop is, against how late it may be; kept up by the watch.
+    """
+
+    __slots__ = ("_pools", "_workers", "host")
+
+    def __init__(self, pools: Mapping[str, Pool], workers: Mapping[str, WorkerAgent]) -> None:
+        self._pools = pools
+        self._workers = workers
+        self.host = 0.0
+
+    def on_path(self, pool: Pool) -> tuple[float, str]:
+        """The load on a task's path and the resource that binds it: the lowest over the workers of the highest reading.
+
+        All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
+        """
+        load, binding = self.beyond(pool) if pool.nested else (self.host, "host")
+        own = pool.load()
+        return (own, pool.resource) if own >= load else (load, binding)
+
+    def beyond(self, pool: Pool) -> tuple[float, str]:
+        """As `on_path`, but past the pool itself, which refuses nobody while a slot is free."""
+        load, binding = self.host, "host"
+        if pool.nested and len(pool.nested) == len(pool.workers):
+            below, name = min((_load_below(worker, pool.task_type), worker.name) for worker in pool.nested)
+            if below > load:
+                load, binding = below, f"worker:{name}"
+        return load, binding
+
+    def readings(self) -> tuple[Reading, ...]:
+        """Every reading: one a pool, one a worker with a gate of its own, and the host's."""
+        pools = [Reading(pool.resource, pool.load()) for pool in self._pools.values()]
+        below = [
+            Reading(f"worker:{worker.name}", max(_load_below(worker, task_type) for task_type in worker.task_types))
+            for worker in self._workers.values()
+            if worker.handler.load is not None
+        ]
+        return (*pools, *below, Reading("host", self.host))
+
+
+def _load_below(worker: WorkerAgent, task_type: str) -> float:
+    """The load that a worker's own gate reads, if it has one."""
+    load = worker.handler.load
+    return 0.0 if load is None else load(task_type)
