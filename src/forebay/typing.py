@@ -50,6 +50,79 @@ class Reading(msgspec.Struct, frozen=True):
     load: float
 
 
+# --- calls ---------------------------------------------------------------------------------------------------------
+
+
+class Charge(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call takes of an upstream's quotas. A token is an LLM token and nothing else.
+
+    Attributes:
+        requests: 1, or 0 for what was already counted.
+        input_tokens: tokens sent.
+        output_tokens: tokens received.
+        tokens: of the quotas that count both together; some providers charge ``max_tokens`` there.
+    """
+
+    requests: int = 1
+    input_tokens: int = 0
+    output_tokens: int = 0
+    tokens: int = 0
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a provider's headers said of one of its quotas, just now.
+
+    Attributes:
+        unit: a field of `Charge`: ``"requests"``, ``"input_tokens"``, ``"output_tokens"`` or ``"tokens"``.
+        limit: how much it grants in a period, or None if that was not said.
+        remaining: how much is left, or None.
+        reset: seconds until it is full again, or None; never negative.
+    """
+
+    unit: str
+    limit: int | None = None
+    remaining: int | None = None
+    reset: float | None = None
+
+
+class Grant(msgspec.Struct):
+    """One held slot of a limit, as the limit marked it when it was given.
+
+    Attributes:
+        at: seconds, of the clock that the holder brings.
+        in_flight: slots held at that moment, this one included.
+        epoch: which of the limit's epochs it belongs to.
+        full: whether the limit was as good as used up.
+    """
+
+    at: float
+    in_flight: int
+    epoch: int = 0
+    full: bool = False
+
+
+class Limit(Protocol):
+    """How many calls may be in flight. Implementations are pure: they see grants, outcomes and times, nothing else.
+
+    Times are seconds of one clock that does not go back. Each grant is given to `observe` exactly once.
+    """
+
+    def limit(self, now: float) -> int:
+        """How many may be in flight now; 0 while none may."""
+
+    def next_change(self, now: float) -> float | None:
+        """When time alone will raise `limit` from 0, in the clock's seconds; None if it will not."""
+
+    def grant(self, now: float, in_flight: int) -> Grant:
+        """Mark a slot that is taken now; `in_flight` counts it."""
+
+    def accepted(self, now: float, grant: Grant) -> None:
+        """Its call was not refused: the answer has begun, or none has come for a second. At most once for a grant."""
+
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:
+        """Its call has ended. `stretch`: its time over the time expected for its output tokens, if that is known."""
+
+
 # --- the ledger of tasks -------------------------------------------------------------------------------------------
 
 
