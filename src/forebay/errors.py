@@ -138,12 +138,24 @@ class UnknownTask(ForebayError, LookupError):
 
 class NotPortable(ForebayError, TypeError):
     """The payload of task {task_id!r} cannot be stored: at {path} it holds a {type}. With an overflow, payloads are
-    encoded at submit; use None, booleans, numbers, strings, bytes, lists and dicts with string keys, or submit with
-    spill=False and durable=False.
+    encoded at submit; use None, booleans, numbers, strings, bytes, lists, tuples and dicts with string keys, declare
+    its type by register_worker(..., payload=TYPE), or submit with spill=False and durable=False.
     """
 
     task_id: str
     path: str
+    type: str
+
+
+class InvalidPayload(ForebayError, ValueError):
+    """The payload of task {task_id!r} is no {type}, the type that is declared for task type {task_type!r}: at {path}:
+    {why}. Correct it; or, if an earlier release stored it, give what was added to the type since a default.
+    """
+
+    task_id: str
+    task_type: str
+    path: str
+    why: str
 
 
 class PayloadTooLarge(ForebayError, ValueError):
@@ -247,6 +259,24 @@ class TaskFailed(ForebayError):
     task_id: str
     worker_id: str | None
     error: str | None
+
+
+class InvalidResult(ForebayError, ValueError):
+    """Worker {worker_id!r} returned what is no {type}, the type that is declared for the results of task type
+    {task_type!r}: at {path}: {why}.
+    """
+
+    worker_id: str
+    task_type: str
+    path: str
+    why: str
+
+
+class ResultNotKept(ForebayError):
+    """Task {task_id!r} succeeded, but its value cannot be had: {error}."""
+
+    task_id: str
+    error: str
 
 
 class TaskCancelled(TaskFailed):

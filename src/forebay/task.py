@@ -194,10 +194,11 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
         success: whether it succeeded.
         status: how it ended.
         result: the handler's value if it succeeded.
-        error: if it did not succeed, what happened, as ``"ValueError: ..."``.
+        error: if it did not succeed, what happened, as ``"ValueError: ..."``; or why its value cannot be stored.
         duration_ms: milliseconds that the last attempt ran.
         attempts: starts of the handler.
-        cause: the handler's exception, where the task ran in this process.
+        cause: the handler's exception, where the task ran in this process; ResultNotKept if it succeeded and its value
+            cannot be had, `result` being None then.
     """
 
     task_id: str

@@ -38,6 +38,58 @@ class WorkerHandler(Protocol):
     def __call__(self, task: Task, /) -> Any: ...  # noqa: D102 - the class says it
 
 
+# --- what travels ---------------------------------------------------------------------------------------------------
+
+
+class Codec(Protocol):
+    """Between the payloads (or the results) of a task type and plain data, which the overflow can store.
+
+    Plain data: None, bool, int, float, str, bytes, and lists, tuples and dicts with str keys of these.
+    """
+
+    def fit(self, value: Any) -> Any:
+        """The value as whoever asked for this type gets it, whether or not it goes through the overflow.
+
+        Raises:
+            Misfit: it is not of the type.
+        """
+
+    def dump(self, value: Any) -> Any:
+        """What `fit` returned, as plain data. What it has no plain form of it leaves as it is: storing refuses that."""
+
+    def load(self, plain: Any) -> Any:
+        """What `dump` was given, from what it returned; perhaps by an earlier release of the program.
+
+        Raises:
+            Misfit: it is not of the type.
+        """
+
+
+class Misfit(Exception):
+    """A value is not of the type that was declared for it.
+
+    Attributes:
+        path: where in it, as ``".topic[0]"``; empty for the whole.
+        why: what is wrong there. Never the value.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+        self.path = path
+        self.why = why
+
+
+_NAME_SHOWN = 40  # characters of a key that a path shows: a longer one is no name but content
+
+
+def step(name: object) -> str:
+    """A step of a path. A key is shown if it looks like a name: a payload's content is never echoed."""
+    if isinstance(name, int):
+        return f"[{name}]"
+    named = isinstance(name, str) and name.isidentifier() and len(name) <= _NAME_SHOWN
+    return f".{name}" if named else "[...]"
+
+
 class Reading(msgspec.Struct, frozen=True):
     """What one resource holds against what it may hold.
 

@@ -28,7 +28,7 @@ def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> Row:
         task_id=task.task_id,
         task_type=task.task_type,
         priority=task.priority,
-        envelope=encode_task(task, bound=1000) if envelope is None else envelope,
+        envelope=encode_task(task, task.payload, bound=1000) if envelope is None else envelope,
         enqueued_at=wall_time(),
         key=task.key,
         attempts=attempts,

@@ -7,21 +7,27 @@ import contextvars
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
+from langchain_core import messages
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.config import get_stream_writer
 from langgraph.errors import GraphRecursionError
 from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
+from langgraph.graph.message import add_messages
 from langgraph.runtime import Runtime
-from langgraph.types import Command, Send, interrupt
+from langgraph.types import Command, Interrupt, Send, interrupt
 
-from forebay import context
+from forebay import BackpressureSupervisor, Verdict, context
 from forebay.adapters import as_handler
-from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask
+from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask, NotPortable
+from forebay.overflow import decode_task, encode_task
 from forebay.task import Deadline, Priority, Task
 
 
@@ -389,6 +395,173 @@ async def test_cancelling_leaves_a_plain_nodes_thread_running() -> None:
     assert not ended.is_set()
     go_on.set()
     await ended.wait()
+
+
+# --- the overflow ---------------------------------------------------------------------------------------------------
+
+
+class Conversation(TypedDict, total=False):
+    messages: Annotated[list[AnyMessage], add_messages]
+    found: list[Document]
+
+
+async def answer(state: Conversation) -> dict[str, Any]:
+    asked = state["messages"][-1]
+    call = {"name": "look", "args": {"at": [1, {"deep": None}]}, "id": "call-1", "type": "tool_call"}
+    return {
+        "messages": [
+            AIMessage("", tool_calls=[call], usage_metadata={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}),
+            ToolMessage("a river", tool_call_id="call-1", artifact={"raw": b"\xff"}),
+            AIMessage([{"type": "text", "text": f"on {asked.content}"}], response_metadata={"model": "small"}),
+        ],
+        "found": [Document("the Elbe", metadata={"page": 7}, id="d1")],
+    }
+
+
+def in_bytes(value: Any) -> Any:
+    """The value as another process gets it."""
+    codec = as_handler(graph_of(research).compile()).codec
+    assert codec is not None
+    envelope = encode_task(Task("write"), codec.dump(value), bound=1 << 20)
+    return codec.load(decode_task(envelope).payload)
+
+
+def lines(state: Any) -> list[Any]:
+    """The messages of a state, but for the ids that LangGraph makes."""
+    return [message.model_copy(update={"id": None}) for message in state["messages"]]
+
+
+def test_messages_travel_through_the_overflow_and_come_back_as_messages(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+    asked = {"messages": [SystemMessage("be brief"), HumanMessage("rivers", name="Ada", additional_kwargs={"n": 1})]}
+
+    async def spill() -> list[str]:
+        async with BackpressureSupervisor(overflow=url, max_queue_size=0) as supervisor:
+            supervisor.register_worker(
+                "writer", handler=graph_of(answer, schema=Conversation).compile(), task_types=["t"]
+            )
+            tickets = [await supervisor.submit(Task("t", asked)) for _ in range(3)]
+            assert tickets[-1].verdict is Verdict.SPILLED
+            return [ticket.task_id for ticket in tickets[1:]]
+
+    async def resume(ids: list[str]) -> list[Any]:
+        async with BackpressureSupervisor(overflow=url) as supervisor:
+            graph = graph_of(answer, schema=Conversation).compile()
+            supervisor.register_worker("writer", factory=lambda: graph, task_types=["t"])
+            return [await supervisor.ticket(task_id).value() for task_id in ids]
+
+    async def directly() -> Any:
+        return await graph_of(answer, schema=Conversation).compile().ainvoke(asked)
+
+    ids = asyncio.run(spill())
+    expected = asyncio.run(directly())
+    for _ in range(2):  # once run here, and once asked for on another day
+        for result in asyncio.run(resume(ids)):
+            assert lines(result) == lines(expected)
+            assert [type(message) for message in result["messages"]] == [
+                SystemMessage,
+                HumanMessage,
+                AIMessage,
+                ToolMessage,
+                AIMessage,
+            ]
+            assert result["found"] == expected["found"]
+
+
+BAD_CALL: Any = "invalid_tool_call"
+CHUNK = messages.AIMessageChunk(
+    content="a", tool_call_chunks=[{"name": "f", "args": '{"x": 1', "id": "1", "index": 0, "type": "tool_call_chunk"}]
+)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        HumanMessage("hi", id="1", more="of theirs"),
+        HumanMessage([{"type": "text", "text": "hi"}, "there"]),
+        AIMessage("", invalid_tool_calls=[{"name": "f", "args": "{", "id": "1", "error": "x", "type": BAD_CALL}]),
+        CHUNK,
+        messages.ToolMessage("x", tool_call_id="1", status="error", artifact=[HumanMessage("inside")]),
+        messages.ChatMessage(content="x", role="critic"),
+        messages.FunctionMessage(content="x", name="f"),
+        messages.RemoveMessage("1"),
+        messages.HumanMessageChunk(content="x"),
+        messages.SystemMessageChunk(content="x"),
+        messages.ToolMessageChunk(content="x", tool_call_id="1"),
+        messages.ChatMessageChunk(content="x", role="critic"),
+        messages.FunctionMessageChunk(content="x", name="f"),
+        Document("x", metadata={"a": [1, (2,)]}),
+        Command(
+            update={"messages": [HumanMessage("hi")]},
+            goto=[Send("write", HumanMessage("x"))],
+        ),
+        Command(resume={"id": "yes"}, graph=Command.PARENT),
+        Interrupt({"ask": [HumanMessage("sure?")]}, id="i1"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_graphs_take_and_give_comes_back_equal(value: Any) -> None:
+    for whole in (value, {"messages": [value, ("user", "hi")], "__forebay__": value}):
+        back = in_bytes(whole)
+        assert back == whole
+        assert type(back) is type(whole)
+
+
+class Mine(HumanMessage):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "kind"),
+    [
+        (Mine(content="hi"), "payload.messages[0]", "Mine"),
+        (ToolMessage("x", tool_call_id="1", artifact=object()), "payload.messages[0].parts.artifact", "object"),
+    ],
+)
+async def test_what_cannot_travel_is_told_at_submit(value: Any, path: str, kind: str) -> None:
+    async with BackpressureSupervisor(overflow="memory://") as supervisor:
+        supervisor.register_worker("writer", handler=graph_of(answer, schema=Conversation).compile(), task_types=["t"])
+        with pytest.raises(NotPortable) as caught:
+            await supervisor.submit(Task("t", {"messages": [value]}))
+        assert (caught.value.path, caught.value.type) == (path, kind)
+
+
+def test_an_interrupt_is_asked_and_answered_by_way_of_the_overflow(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+
+    def approve(_state: State) -> dict[str, Any]:
+        return {"text": interrupt("publish?")}
+
+    graph = graph_of(approve).compile(checkpointer=InMemorySaver())
+
+    async def ask(payload: Any) -> str:
+        async with BackpressureSupervisor(overflow=url) as supervisor:
+            supervisor.register_worker("writer", handler=graph, task_types=["t"])
+            ticket = await supervisor.submit(Task("t", payload, thread="t1", durable=True))
+            await ticket
+            return ticket.task_id
+
+    async def later(task_id: str) -> Any:
+        async with BackpressureSupervisor(overflow=url) as supervisor:
+            supervisor.register_worker("writer", handler=graph, task_types=["t"])
+            return await supervisor.ticket(task_id).value()
+
+    (question,) = asyncio.run(later(asyncio.run(ask({"topic": "rivers"}))))["__interrupt__"]
+    assert question.value == "publish?"
+    assert asyncio.run(later(asyncio.run(ask(Command(resume="yes")))))["text"] == "yes"
+
+
+async def test_a_graph_and_a_function_may_serve_one_type() -> None:
+    seen: list[Any] = []
+
+    async def fallback(task: Task) -> None:
+        seen.append(task.payload)
+
+    async with BackpressureSupervisor(overflow="memory://") as supervisor:
+        supervisor.register_worker("function", handler=fallback, task_types=["t"])
+        supervisor.register_worker("graph", handler=graph_of(research).compile(), task_types=["t"])
+        await supervisor.run(Task("t", {"messages": [HumanMessage("hi")]}))
+    assert seen == [{"messages": [HumanMessage("hi")]}]
 
 
 # --- what is no compiled graph -------------------------------------------------------------------------------------

@@ -41,4 +41,5 @@ def from_factory(factory: Callable[[], Any], *, worker: str = "handler", config:
         blocking=sample.blocking,
         on_cancel=None if sample.on_cancel is None else on_cancel,
         on_end=on_end,
+        codec=sample.codec,
     )

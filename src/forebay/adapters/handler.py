@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from forebay.task import Task
+from forebay.typing import Codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class Handler:
         load: for a handler with a gate of its own, such as a nested supervisor: its load for a task type, 1.0 is full.
         start: awaited when the supervisor that it is registered with starts, or on registration after that.
         stop: awaited when that supervisor closes.
+        codec: how its payloads and results travel where no type is declared for them; None: as plain data.
     """
 
     call: Callable[[Task], Any]
@@ -33,6 +35,7 @@ class Handler:
     load: Callable[[str], float] | None = None
     start: Callable[[], Awaitable[object]] | None = None
     stop: Callable[[], Awaitable[object]] | None = None
+    codec: Codec | None = None
 
     def with_on_cancel(self, on_cancel: Callable[[Task], object]) -> Handler:
         """The same, stopped by `on_cancel`."""

@@ -23,6 +23,7 @@ from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
 from forebay.adapters.handler import Handler
+from forebay.adapters.langchain import CODEC
 from forebay.context import progress
 from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask
 
@@ -49,7 +50,7 @@ def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
     if not isinstance(graph, Pregel):
         hint = "of LangGraph, pass a compiled graph; call anything else in an async function that takes the Task"
         raise InvalidHandler(worker=worker, type=type(graph).__name__, hint=hint)
-    return Handler(call=partial(_run, graph, worker, config))
+    return Handler(call=partial(_run, graph, worker, config), codec=CODEC)
 
 
 async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task) -> Any:

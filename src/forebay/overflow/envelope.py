@@ -1,4 +1,4 @@
-"""A task or a result as bytes: what goes in comes back equal, or is refused."""
+"""A task or a result as bytes: what goes in comes back equal and of the same types, or is refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import msgspec
 
 from forebay.errors import ForebayError, NotPortable, PayloadTooLarge
 from forebay.task import Deadline, Estimate, Priority, Task
+from forebay.typing import step
 
 VERSION = 1  # raised when a reader of the one before would misread it; a field added at the end is not that
 
 _DEEPEST = 100  # containers within containers; also what ends a payload that holds itself
+_UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, TypeError)  # the last for a key that is a map
 _LEAST, _MOST = -(2**63), 2**64 - 1  # the whole numbers that MessagePack can hold
 _PLAIN = frozenset({type(None), bool, float})
 _NAMES = ("task_type", "task_id", "key", "tenant", "thread")
-_NAME_SHOWN = 40  # characters of a key that a path shows: a longer one is no name but content
+_TUPLE = 1  # MessagePack's extension type that holds a tuple, as an array; lists are arrays as they are
 
 
 class EnvelopeTooNew(ForebayError, ValueError):
@@ -66,32 +68,41 @@ class _Result(msgspec.Struct, frozen=True, array_like=True):
 
 _Stored = TypeVar("_Stored", _Envelope, _Result)
 
+
+def _extension(code: int, data: memoryview) -> Any:
+    if code != _TUPLE:
+        raise msgspec.DecodeError
+    return tuple(_decode_items(data))
+
+
 _encode = msgspec.msgpack.Encoder().encode
+_decode_items = msgspec.msgpack.Decoder(list[Any], ext_hook=_extension).decode
 _decode_version = msgspec.msgpack.Decoder(_Versioned).decode
-_decode_envelope = msgspec.msgpack.Decoder(_Envelope).decode
-_decode_result = msgspec.msgpack.Decoder(_Result).decode
+_decode_envelope = msgspec.msgpack.Decoder(_Envelope, ext_hook=_extension).decode
+_decode_result = msgspec.msgpack.Decoder(_Result, ext_hook=_extension).decode
 
 
-def encode_task(task: Task, *, bound: int) -> bytes:
+def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
     """The task as bytes.
 
-    What can travel: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with str keys of
-    them, of these very types and at most 100 deep. A tuple comes back as a list; everything else comes back as it was.
+    What can travel is plain data: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with
+    str keys of them, of these very types and at most 100 deep.
 
     Args:
         task: what is to be stored.
-        bound: bytes that its payload may take.
+        payload: its payload as plain data: what a codec made of it, or, without one, the payload itself.
+        bound: bytes that the payload may take.
 
     Raises:
         NotPortable: the payload holds something else, at ``path``.
         PayloadTooLarge: it takes more than `bound` bytes; ``size`` is at least what it takes.
     """
-    payload = _portable(task.payload, task.task_id, bound)
+    encoded = _portable(payload, "payload", task.task_id, bound)
     estimate = task.estimate
     envelope = _Envelope(
         version=VERSION,
         task_type=_text(task.task_type),
-        payload=msgspec.Raw(payload),
+        payload=msgspec.Raw(encoded),
         task_id=_text(task.task_id),
         priority=task.priority,
         timeout=None if task.timeout is None else float(task.timeout),
@@ -138,12 +149,13 @@ def decode_task(envelope: bytes) -> Task:
     return task
 
 
-def encode_result(value: Any, bound: int) -> bytes | None:
-    """A handler's value as bytes; None if it cannot travel (see `encode_task`) or takes more than `bound` bytes."""
-    try:
-        encoded = _portable(value, "", bound)
-    except (NotPortable, PayloadTooLarge):
-        return None
+def encode_result(value: Any, *, task_id: str, bound: int) -> bytes:
+    """A handler's value, as plain data, as bytes.
+
+    Raises:
+        NotPortable, PayloadTooLarge: it cannot be, as with `encode_task`.
+    """
+    encoded = _portable(value, "result", task_id, bound)
     return _encode(_Result(version=VERSION, value=msgspec.Raw(encoded)))
 
 
@@ -160,11 +172,11 @@ def decode_result(encoded: bytes) -> Any:
 def _open(decode: Callable[[bytes], _Stored], data: bytes) -> _Stored:
     try:
         stored = decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         why = type(error).__name__  # its text might quote the content
         try:
             version = _decode_version(data).version
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        except _UNREADABLE:
             raise EnvelopeDamaged(why=why) from None
     else:
         version, why = stored.version, f"version {stored.version}"
@@ -180,7 +192,7 @@ def _estimate(figures: tuple[int, int, int]) -> Estimate:
     return Estimate(calls=calls, input_tokens=input_tokens, output_tokens=output_tokens)
 
 
-def _portable(value: Any, task_id: str, bound: int) -> bytes:
+def _portable(value: Any, name: str, task_id: str, bound: int) -> bytes:
     """The encoded value, or why it cannot travel."""
     walk = _Walk(bound)
     try:
@@ -189,11 +201,23 @@ def _portable(value: Any, task_id: str, bound: int) -> bytes:
         raise PayloadTooLarge(task_id=task_id, size=bound - walk.left, bound=bound) from None
     if culprit is not None:
         path, kind = culprit
-        raise NotPortable(task_id=task_id, path="payload" + path, type=kind)
-    encoded = _encode(value)
+        raise NotPortable(task_id=task_id, path=name + path, type=kind)
+    encoded = _encode(_marked(value) if walk.tuples else value)
     if len(encoded) > bound:
         raise PayloadTooLarge(task_id=task_id, size=len(encoded), bound=bound)
     return encoded
+
+
+def _marked(value: Any) -> Any:
+    """The value with its tuples told from lists. It has been walked, so it ends."""
+    kind = type(value)
+    if kind is dict:
+        return {name: _marked(item) for name, item in value.items()}
+    if kind is list:
+        return [_marked(item) for item in value]
+    if kind is tuple:
+        return msgspec.msgpack.Ext(_TUPLE, _encode([_marked(item) for item in value]))
+    return value
 
 
 class _TooMuch(Exception):
@@ -207,10 +231,11 @@ class _Walk:
     value is too large, and one that fans out without end, by holding one list many times over, ends there too.
     """
 
-    __slots__ = ("left",)
+    __slots__ = ("left", "tuples")
 
     def __init__(self, bound: int) -> None:
         self.left = bound
+        self.tuples = False  # whether it met any
 
     def culprit(self, value: Any, depth: int) -> tuple[str, str] | None:
         """Where in the value the first culprit is and what it is, or None."""
@@ -218,6 +243,7 @@ class _Walk:
         if kind is dict:
             items = value.items()
         elif kind is list or kind is tuple:
+            self.tuples |= kind is tuple
             items = enumerate(value)
         else:
             return self._bare(value, kind)
@@ -234,7 +260,7 @@ class _Walk:
                 continue
             found = self.culprit(item, depth + 1)
             if found is not None:
-                return _step(name) + found[0], found[1]
+                return step(name) + found[0], found[1]
         return None
 
     def _bare(self, value: Any, kind: type) -> tuple[str, str] | None:
@@ -252,13 +278,6 @@ class _Walk:
         self.left -= size
         if self.left < 0:
             raise _TooMuch
-
-
-def _step(name: str | int) -> str:
-    """A step of a path. A key is shown if it looks like a name: a payload's content is never echoed."""
-    if isinstance(name, int):
-        return f"[{name}]"
-    return f".{name}" if name.isidentifier() and len(name) <= _NAME_SHOWN else "[...]"
 
 
 def _is_unicode(text: str) -> bool:

@@ -82,6 +82,19 @@ class Door:
 
     async def submit(self, task: Task) -> Ticket:
         """As ``BackpressureSupervisor.submit``."""
+        return await self._submit(self._fitted(task))
+
+    async def run(self, task: Task) -> Any:
+        """As ``BackpressureSupervisor.run``."""
+        task = self._fitted(task)
+        ticket = await self._submit(task)
+        return await ticket.value(abandon=ticket.task is task)  # not what another submitted under the same key
+
+    def _fitted(self, task: Task) -> Task:
+        """The task with a payload of the declared type, if one is declared."""
+        return self._house.codecs.fitted(task) if isinstance(task, Task) else task
+
+    async def _submit(self, task: Task) -> Ticket:
         pool, parent = self._check(task)
         overflow = self._house.overflow
         if task.durable and overflow is None:
@@ -147,6 +160,7 @@ class Door:
 
     def submit_nowait(self, task: Task) -> Ticket:
         """As ``BackpressureSupervisor.submit_nowait``."""
+        task = self._fitted(task)
         pool, parent = self._check(task)
         if task.durable:
             advice = "use `await submit(...)`"

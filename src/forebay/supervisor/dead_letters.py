@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.errors import InvalidSetting, Overloaded, UnknownTask
+from forebay.errors import InvalidPayload, InvalidSetting, Overloaded, UnknownTask
 from forebay.overflow import decode_task
+from forebay.supervisor import records
 from forebay.task import Priority, Task
 from forebay.typing import Put, RowState
 
@@ -49,7 +50,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 class DeadLetters:
     """The dead letters of a supervisor's overflow, oldest first: ``async for letter in supervisor.dead_letters``.
 
-    A task dies if its process went silent in each of its `max_attempts` starts, or if its envelope cannot be read. A
+    A task dies if its process went silent in each of its `max_attempts` starts, or if what is stored cannot be read. A
     letter stays until it is requeued or dropped; as many are kept as the overflow has bound, the youngest.
 
     Every method raises LedgerUnusable if the overflow fails, and NotStarted or WrongLoop where that is so.
@@ -82,7 +83,7 @@ class DeadLetters:
             page = await self.page(after=page[-1])
 
     async def task(self, task_id: str) -> Task:
-        """The task of a letter, with its payload.
+        """The task of a letter, with its payload; as plain data, if it is not of the type that is declared now.
 
         Raises:
             UnknownTask: there is no letter of that id.
@@ -91,7 +92,10 @@ class DeadLetters:
         found = await self._overflow(task_id).ledger.find(task_id)
         if found is None or found[0] is not RowState.DEAD:
             raise UnknownTask(task_id=task_id)
-        return decode_task(found[1].envelope)
+        try:
+            return records.task(found[1], self._house().codecs)
+        except InvalidPayload:
+            return decode_task(found[1].envelope)
 
     async def requeue(self, task_id: str) -> None:
         """Let the task of a letter wait in the overflow again: where it stood, and with all its attempts.

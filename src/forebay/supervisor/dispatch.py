@@ -11,6 +11,7 @@ from forebay.admission import LAST, Ladder
 from forebay.context import RunningTask
 from forebay.errors import UnknownTask
 from forebay.events import Bus, Event, Finished, Started, log
+from forebay.supervisor.codecs import Codecs
 from forebay.supervisor.endings import Endings
 from forebay.supervisor.lend import Loan, repay
 from forebay.supervisor.pool import Pool, next_pool
@@ -60,6 +61,7 @@ class Dispatcher:
         self.kept: OrderedDict[str, Ticket] = OrderedDict()  # the latest that have
         self.keep = settings.keep_results
         self.overflow: Overflow | None = None
+        self.codecs = Codecs()
         self.watchers: list[Callable[[], None]] = []  # called whenever something has ended
         self.talks: dict[str, deque[Ticket]] = {}  # threads (conversations) with a task inside, and who waits behind it
         self.pressure = Pressure(self.pools, self.workers)

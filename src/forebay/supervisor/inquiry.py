@@ -54,9 +54,9 @@ class Inquiry:
             del self._house.tickets[task_id]
             ticket.resolve(missing)
             return
-        state, _, completion = found
+        state, row, completion = found
         if completion is not None:
-            self._house.settle(ticket, records.result(task_id, completion))
+            self._house.settle(ticket, records.result(row, completion, self._house.codecs))
         elif self._overflow.left_behind:
             self._overflow.leave(ticket)
         elif state is RowState.LEASED and ticket.lease is None:

@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from forebay import clock
+from forebay.errors import InvalidPayload
 from forebay.events import Refilled, log
-from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_task
-from forebay.supervisor.endings import unsuccessful
+from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
+from forebay.supervisor import records
+from forebay.supervisor.endings import describe, unsuccessful
 from forebay.supervisor.ticket import Ticket
 from forebay.task import Deadline, Priority, TaskStatus, Verdict
 from forebay.typing import Completion, Lease
@@ -126,15 +128,15 @@ class Intake:
         """The ticket of a row that another process stored, or None if this one cannot read it."""
         row = lease.row
         try:
-            task = decode_task(row.envelope)
+            task = records.task(row, self._house.codecs)
         except EnvelopeTooNew:
             self.puzzling[row.task_id] = lease
             log.warning("task %r was stored by a newer version and is left for it", row.task_id)
             return None
-        except EnvelopeDamaged as exc:
+        except (EnvelopeDamaged, InvalidPayload) as exc:
             completion = Completion(
                 status=TaskStatus.FAILED.value,
-                error=f"EnvelopeDamaged: {exc}",
+                error=describe(exc),
                 attempts=row.attempts,
                 finished_at=clock.wall_time(),
             )

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from forebay import clock
-from forebay.errors import LedgerUnusable, StillSpilled
+from forebay.errors import LedgerUnusable, NotPortable, PayloadTooLarge, StillSpilled
 from forebay.events import Died, log
 from forebay.overflow import encode_task
 from forebay.supervisor import records
@@ -83,12 +83,8 @@ class Overflow:
         return self._stamped
 
     def encode(self, task: Task) -> bytes:
-        """The task as it will be stored.
-
-        Raises:
-            NotPortable, PayloadTooLarge: it cannot be.
-        """
-        return encode_task(task, bound=self._max_payload)
+        """The task as it will be stored; NotPortable or PayloadTooLarge if it cannot be."""
+        return encode_task(task, self._house.codecs.plain(task), bound=self._max_payload)
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> Put:
         """Store a refused task; on STORED the ticket is SPILLED."""
@@ -238,7 +234,8 @@ class Overflow:
         self._house.background(self._complete(ticket, result, self._let_lease_go(ticket)))
 
     async def _complete(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
-        completion = records.completion(result, bound=self._max_payload)
+        codec = self._house.codecs.result(ticket.task.task_type)
+        result, completion = records.completion(result, codec, bound=self._max_payload)
         try:
             stored = await self.ledger.finish(ticket.task_id, completion, fence=fence)
         except Exception:  # noqa: BLE001 - whatever ails the store, the ticket must end
@@ -317,7 +314,11 @@ class Overflow:
         try:
             put = await self.ledger.put(records.row(ticket, self.encode(ticket.task)))
             ticket.stored = put is Put.STORED
-        except LedgerUnusable as exc:
+        except (
+            LedgerUnusable,
+            NotPortable,
+            PayloadTooLarge,
+        ) as exc:  # its payload may have changed since it was checked
             log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
         ticket.undecided -= 1
         if ticket.done():

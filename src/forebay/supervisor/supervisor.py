@@ -23,6 +23,7 @@ from forebay.errors import (
 from forebay.events import Bus, Sink, Subscription
 from forebay.overflow import open_ledger
 from forebay.supervisor.admit import Door
+from forebay.supervisor.codecs import Codecs
 from forebay.supervisor.dead_letters import DeadLetters
 from forebay.supervisor.dispatch import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_limit
@@ -94,6 +95,7 @@ class BackpressureSupervisor:
         self._bus = Bus(sinks_of(on_event))
         self._draw: Callable[[], float] = clock.chance().random
         self._workers: dict[str, WorkerAgent] = {}
+        self._codecs = Codecs()
         self._house: Dispatcher | None = None
         self._door: Door | None = None
         self._threads = Threads()
@@ -112,6 +114,8 @@ class BackpressureSupervisor:
         task_types: Sequence[str],
         max_concurrent: int = 1,
         timeout: float = 300.0,
+        payload: Any = None,
+        result: Any = None,
         config: Config | None = None,
         on_cancel: Callable[[Task], object] | None = None,
         cool_off: float | None = 10.0,
@@ -126,6 +130,8 @@ class BackpressureSupervisor:
             task_types: the types that it takes.
             max_concurrent: tasks at a time.
             timeout: seconds that an attempt may run, where the task does not say.
+            payload: the type of its payloads, checked at `submit`. The workers of a task type agree on it.
+            result: the type of what it returns. What is not of it ends the task FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
             cool_off: seconds for which it first stays FAILED after five failures in a row (or 5 % of a thousand tasks)
@@ -153,6 +159,7 @@ class BackpressureSupervisor:
         )
         if name in self._workers:
             raise DuplicateWorker(name=name)
+        self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
         if self._house is not None:
             if worker.handler.start is not None:
@@ -192,8 +199,8 @@ class BackpressureSupervisor:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload is never an exception here.
 
         Raises:
-            UnknownTaskType, DuplicateTask, DeadlinePassed, NotPortable, PayloadTooLarge, OverflowRequired: the mistake
-                that each describes.
+            UnknownTaskType, DuplicateTask, DeadlinePassed, InvalidPayload, NotPortable, PayloadTooLarge,
+                OverflowRequired: the mistake that each describes.
             NotStarted, SupervisorClosed, WrongLoop: it is not the time or the place.
         """
         return await self._at_door().submit(task)
@@ -217,8 +224,7 @@ class BackpressureSupervisor:
             TaskFailed, TaskTimedOut: it ended so (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        ticket = await self.submit(task)
-        return await ticket.value(abandon=ticket.task is task)  # not what another submitted under the same key
+        return await self._at_door().run(task)
 
     def slot(  # noqa: PLR0913 - a task's fields
         self,
@@ -237,13 +243,7 @@ class BackpressureSupervisor:
             Overloaded: on entering, if the gate refuses.
         """
         task = Task(
-            task_type,
-            priority=priority,
-            timeout=timeout,
-            deadline=deadline,
-            tenant=tenant,
-            thread=thread,
-            spill=False,
+            task_type, priority=priority, timeout=timeout, deadline=deadline, tenant=tenant, thread=thread, spill=False
         )
         return self._at_door().slot(task)
 
@@ -307,7 +307,7 @@ class BackpressureSupervisor:
         loop = asyncio.get_running_loop()
         self._draw = clock.draws_of(loop)
         house = Dispatcher(loop, self._settings, threads=self._threads, bus=self._bus, draw=self._draw)
-        self._house, self._door = house, Door(house)
+        house.codecs, self._house, self._door = self._codecs, house, Door(house)
         try:
             await start_up(house, self._workers, self._ledger, self._settings)
         except BaseException:

@@ -84,4 +84,4 @@ class Tending:
             if found is None or found[2] is not None:
                 elsewhere.pop(ticket.task_id, None)
             if found is not None and found[2] is not None and not ticket.done():
-                self._house.settle(ticket, records.result(ticket.task_id, found[2]))
+                self._house.settle(ticket, records.result(found[1], found[2], self._house.codecs))

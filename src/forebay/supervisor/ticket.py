@@ -12,6 +12,7 @@ from forebay import context
 from forebay.errors import (
     ForebayError,
     Overloaded,
+    ResultNotKept,
     TaskCancelled,
     TaskExpired,
     TaskFailed,
@@ -169,9 +170,12 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
             Overloaded: it was rejected, or its handler met an overload further on.
             TaskFailed: its handler raised; the handler's exception is its cause. TaskCancelled if it was cancelled.
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
+            ResultNotKept: it succeeded, and only the process that ran it has its value.
         """
         result = await self._wait(abandon=abandon)
         if result.status is TaskStatus.SUCCEEDED:
+            if isinstance(result.cause, ResultNotKept):
+                raise result.cause
             return result.result
         raise as_error(result) from result.cause
 

@@ -1,0 +1,54 @@
+"""LangChain's messages and documents, and LangGraph's commands and interrupts, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from langchain_core import messages
+from langchain_core.documents import Document
+from langgraph.types import Command, Interrupt, Send
+
+from forebay.adapters.objects import Kind, ObjectCodec
+
+_MODELS = (
+    messages.HumanMessage,
+    messages.AIMessage,
+    messages.SystemMessage,
+    messages.ToolMessage,
+    messages.ChatMessage,
+    messages.FunctionMessage,
+    messages.RemoveMessage,
+    messages.HumanMessageChunk,
+    messages.AIMessageChunk,
+    messages.SystemMessageChunk,
+    messages.ToolMessageChunk,
+    messages.ChatMessageChunk,
+    messages.FunctionMessageChunk,
+    Document,
+)
+
+
+def _fields_of_model(model: Any) -> dict[str, Any]:
+    # One level only: `model_dump` would turn objects in fields of type Any into dicts, and nobody would know.
+    return {**model.__dict__, **(model.__pydantic_extra__ or {})}
+
+
+def _fields(thing: Any) -> dict[str, Any]:
+    return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+
+
+def _parts_of_send(send: Any) -> dict[str, Any]:
+    timeout = getattr(send, "timeout", None)  # since LangGraph 1.2; it has no plain form
+    return {"node": send.node, "arg": send.arg, **({} if timeout is None else {"timeout": timeout})}
+
+
+#: Nothing else is ever made of what is stored: which class a name stands for is said here.
+CODEC = ObjectCodec(
+    [
+        *(Kind(model, _fields_of_model, model.model_validate) for model in _MODELS),
+        Kind(Command, _fields, lambda parts: Command(**parts)),
+        Kind(Interrupt, _fields, lambda parts: Interrupt(**parts)),
+        Kind(Send, _parts_of_send, lambda parts: Send(**parts)),
+    ]
+)

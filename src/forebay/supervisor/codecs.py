@@ -1,0 +1,182 @@
+"""How the payloads and results of each task type travel: what its workers declared, and agree on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from forebay.adapters import Handler, codec_for, type_name
+from forebay.errors import InvalidPayload, InvalidResult, InvalidSetting
+from forebay.task import Task
+from forebay.typing import Codec, Misfit
+
+if TYPE_CHECKING:
+    from forebay.supervisor.worker import WorkerAgent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """The payloads, or the results, of one task type."""
+
+    declared: Any = None  # the type, or None
+    codec: Codec | None = None  # of that type; without one, of the framework whose agents serve it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    worker: str  # who came first
+    payload: _Side
+    result: _Side
+
+
+class Codecs:
+    """The codecs of a house, by task type."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+
+    def declare(self, worker: WorkerAgent, *, payload: Any, result: Any) -> None:
+        """Take in what a worker declares, and have what its handler returns checked.
+
+        The first worker of a task type decides; those after it declare the same, or nothing.
+
+        Raises:
+            InvalidSetting: a type that is none, or another one than before.
+        """
+        own = _Entry(
+            worker=worker.name,
+            payload=_side(worker, "payload", payload),
+            result=_side(worker, "result", result),
+        )
+        entries = {task_type: self._agreed(task_type, own) for task_type in worker.task_types}
+        self._entries.update(entries)
+        if any(entry.result.declared is not None for entry in entries.values()):
+            worker.handler = replace(worker.handler, call=self._checked(worker.name, worker.handler))
+
+    def _agreed(self, task_type: str, own: _Entry) -> _Entry:
+        """What holds for a task type once another of its workers has spoken."""
+        first = self._entries.get(task_type)
+        if first is None:
+            return own
+        where = f"worker {first.worker!r}, which serves task type {task_type!r} too"
+        return _Entry(
+            worker=first.worker,
+            payload=_both("payload", first.payload, own.payload, own.worker, where),
+            result=_both("result", first.result, own.result, own.worker, where),
+        )
+
+    def fitted(self, task: Task) -> Task:
+        """The task as its handler gets it: with a payload of the declared type.
+
+        Raises:
+            InvalidPayload: it is not of that type.
+        """
+        entry = self._entries.get(task.task_type)
+        if entry is None or entry.payload.codec is None:
+            return task
+        return _with_payload(task, _through(entry.payload.codec.fit, task, entry.payload))
+
+    def plain(self, task: Task) -> Any:
+        """The payload of a fitted task as plain data."""
+        entry = self._entries.get(task.task_type)
+        if entry is None or entry.payload.codec is None:
+            return task.payload
+        return _through(entry.payload.codec.dump, task, entry.payload)
+
+    def loaded(self, task: Task) -> Task:
+        """The task as its handler gets it, its payload made of plain data that were stored.
+
+        Raises:
+            InvalidPayload: they do not make the declared type.
+        """
+        entry = self._entries.get(task.task_type)
+        if entry is None or entry.payload.codec is None:
+            return task
+        return _with_payload(task, _through(entry.payload.codec.load, task, entry.payload))
+
+    def result(self, task_type: str) -> Codec | None:
+        """The codec of its results; None: they are plain data."""
+        entry = self._entries.get(task_type)
+        return None if entry is None else entry.result.codec
+
+    def _checked(self, worker: str, handler: Handler) -> Any:
+        """What the handler is called by, so that what it returns is of the declared type, or fails its task."""
+
+        def call(task: Task) -> Any:
+            value = handler.call(task)
+            return later(task, value) if inspect.isawaitable(value) else fit(task, value)
+
+        async def later(task: Task, value: Any) -> Any:
+            return fit(task, await value)
+
+        def fit(task: Task, value: Any) -> Any:
+            side = self._entries[task.task_type].result
+            if side.declared is None or side.codec is None:
+                return value
+            try:
+                return side.codec.fit(value)
+            except Misfit as misfit:
+                raise InvalidResult(
+                    worker_id=worker,
+                    task_type=task.task_type,
+                    type=type_name(side.declared),
+                    path="result" + misfit.path,
+                    why=misfit.why,
+                ) from None
+
+        return call
+
+
+def _side(worker: WorkerAgent, name: str, declared: Any) -> _Side:
+    if declared is None:
+        return _Side(codec=worker.handler.codec)
+    return _Side(declared=declared, codec=codec_for(declared, owner=f"worker {worker.name!r}", name=name))
+
+
+def _both(name: str, first: _Side, own: _Side, worker: str, where: str) -> _Side:
+    """What two workers of a task type declare: the same, or the second nothing.
+
+    Raises:
+        InvalidSetting: something else.
+    """
+    owner = f"worker {worker!r}"
+    if own.declared is not None and own.declared != first.declared:
+        before = "none was" if first.declared is None else f"{type_name(first.declared)} was"
+        expected = f"the type that was declared for {where}; {before}"
+        raise InvalidSetting(owner=owner, name=name, value=type_name(own.declared), expected=expected)
+    if first.declared is not None or own.codec is None or own.codec is first.codec:
+        return first
+    if first.codec is not None:
+        expected = f"an agent of the same framework as that of {where}"
+        raise InvalidSetting(owner=owner, name="handler", value="an agent of another framework", expected=expected)
+    return own  # to a framework's codec plain data are plain data too
+
+
+def _through(function: Callable[[Any], Any], task: Task, side: _Side) -> Any:
+    """What `function`, of a codec, makes of the payload.
+
+    Raises:
+        InvalidPayload: it cannot.
+    """
+    try:
+        return function(task.payload)
+    except Misfit as misfit:
+        path, why = misfit.path, misfit.why
+    except Exception as error:  # noqa: BLE001 - a codec may be the user's own
+        path, why = "", f"its codec raised {type(error).__name__}"
+    kind = "payload of its framework" if side.declared is None else type_name(side.declared)
+    raise InvalidPayload(task_id=task.task_id, task_type=task.task_type, type=kind, path="payload" + path, why=why)
+
+
+def _with_payload(task: Task, payload: Any) -> Task:
+    """The same task with another payload; unlike a new one, it may be past its deadline."""
+    if payload is task.payload:
+        return task
+    same = copy(task)
+    msgspec.structs.force_setattr(same, "payload", payload)
+    return same
