@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, error_of, results, turns, virtual
+from tests.acceptance.house import Agent, about, error_of, now, results, turns, virtual
 from tests.sim.ledgers import Score, Trouble, Unreliable
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, clock
 from forebay.overflow import open_ledger
+from forebay.typing import Lease
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -175,3 +176,21 @@ async def test_who_listens_to_a_task_that_another_process_runs_hears_its_end(fil
         assert spilled.verdict is Verdict.SPILLED
         kinds = [event.kind async for event in spilled.events()]
         assert kinds[-1] == "finished"
+
+
+@virtual
+async def test_a_stored_task_whose_start_was_slow_to_record_does_not_hold_up_the_timeouts_of_others(file: str) -> None:
+    ledger = troubled(file)
+
+    async def start_late(lease: Lease) -> bool:
+        await asyncio.sleep(8.0)
+        return await start(lease)
+
+    start, ledger.start = ledger.start, start_late  # type: ignore[method-assign]
+    supervisor = BackpressureSupervisor(overflow=ledger)
+    supervisor.register_worker("worker", handler=Agent(100.0), task_types=["work"], max_concurrent=2, timeout=10.0)
+    async with supervisor:
+        await supervisor.submit(Task("work", durable=True))
+        other, began = await supervisor.submit(Task("work")), now()
+        assert (await other).status is TaskStatus.TIMED_OUT
+        assert now() - began == about(10.0)

@@ -316,6 +316,25 @@ async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
 
 
 @virtual
+async def test_a_cancelled_probe_gives_its_place_to_the_next_though_its_handler_does_not_stop() -> None:
+    async with BackpressureSupervisor(zombie_grace=100.0) as supervisor:
+        agent, stubborn = Agent(), Stubborn(50.0)
+
+        async def handler(task: Task) -> Any:
+            return await (stubborn if task.payload == "stubborn" else agent)(task)
+
+        worker = supervisor.register_worker("w", handler=handler, task_types=["work"], max_concurrent=2, cool_off=1.0)
+        await fail(supervisor, agent, 5)
+        await asyncio.sleep(1.1)
+        probe = supervisor.submit_nowait(Task("work", "stubborn"))
+        following = supervisor.submit_nowait(Task("work", "following"))
+        await turns()
+        probe.cancel()
+        assert (await following).success
+        assert worker.zombies == 1
+
+
+@virtual
 async def test_a_probe_that_waits_for_work_of_its_own_worker_does_not_wait_for_ever() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
@@ -347,6 +366,45 @@ async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() ->
         worker.revive()
         assert worker.state.value == "idle"
         assert await supervisor.run(Task("work", 7)) == 7
+
+
+@virtual
+async def test_a_worker_that_failed_by_its_timeouts_stays_so_when_the_last_handler_stops_at_last() -> None:
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        agent, stubborn = Agent(), Stubborn(10.0)
+
+        async def handler(task: Task) -> Any:
+            return await (stubborn if task.payload == "stubborn" else agent)(task)
+
+        worker = supervisor.register_worker("w", handler=handler, task_types=["work"], cool_off=60.0, timeout=5.0)
+        await fail(supervisor, agent, 4)
+        assert (await supervisor.submit_nowait(Task("work", "stubborn"))).status is TaskStatus.TIMED_OUT
+        await asyncio.sleep(6.0)
+        assert worker.zombies == 0
+        assert worker.state is WorkerState.FAILED
+
+
+@virtual
+async def test_failures_after_a_revival_are_not_forgotten_when_a_zombie_of_before_ends() -> None:
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        agent = Agent(0.1)
+        stubborn = {10.0: Stubborn(10.0), 20.0: Stubborn(20.0)}
+
+        async def handler(task: Task) -> Any:
+            return await stubborn.get(task.payload, agent)(task)
+
+        worker = supervisor.register_worker(
+            "w", handler=handler, task_types=["work"], max_concurrent=2, cool_off=None, timeout=5.0
+        )
+        await results([supervisor.submit_nowait(Task("work", seconds)) for seconds in stubborn])
+        await asyncio.sleep(6.0)
+        assert worker.state is WorkerState.FAILED
+        worker.revive()
+        await fail(supervisor, agent, 4)
+        await asyncio.sleep(10.0)
+        assert worker.zombies == 0
+        await fail(supervisor, agent, 1)
+        assert worker.state is WorkerState.FAILED
 
 
 @virtual

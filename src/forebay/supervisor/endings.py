@@ -83,6 +83,8 @@ class Endings:
         result = unsuccessful(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
         self._house.finish(run.ticket, result)
         self._stop(run)
+        if run.worker.probing:
+            self._house.serve(run.worker)  # the probe is returned, whether or not its handler stops
 
     def set_aside(self, run: Run) -> None:
         """Ask the handler to stop without ending the ticket: the task is to be run again, elsewhere."""
@@ -115,8 +117,7 @@ class Endings:
         )
         house.tell(run.ticket, ZombieFound(at=house.loop.time(), task_id=task_id, worker_id=name))
         if sum(other.zombie for other in worker.runs) >= worker.max_concurrent:
-            worker.stuck = True
-            self.trip(worker, "every slot is held by a handler that does not stop")
+            worker.stuck = self.trip(worker, "every slot is held by a handler that does not stop") or worker.stuck
 
     # --- when a handler has ended ---
 
@@ -215,19 +216,21 @@ class Endings:
             if worker.can_accept():
                 pool.router.lowered(worker)
 
-    def trip(self, worker: WorkerAgent, reason: str) -> None:
-        """Open a worker's breaker for a reason of our own."""
-        if worker.breaker.trip(self._house.loop.time()) is not None:
+    def trip(self, worker: WorkerAgent, reason: str) -> bool:
+        """Open a worker's breaker for a reason of our own. False: it was open already."""
+        opened = worker.breaker.trip(self._house.loop.time()) is not None
+        if opened:
             self.breaker_changed(worker, reason)
+        return opened
 
     def _unstick(self, worker: WorkerAgent) -> None:
         """A zombie has ended: if zombies alone had made the worker FAILED, it can serve again, unless told to wait."""
         if worker.stuck and worker.breaker.remaining(self._house.loop.time()) is not None:
-            worker.stuck = False
             self.revive(worker)
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
+        worker.stuck = False
         worker.breaker.reset()
         self.breaker_changed(worker, "")
 

@@ -202,6 +202,7 @@ class Overflow:
             held = True
         if run.abandoned_at is None and held:
             run.began_at = house.loop.time()
+            run.worker.runs[run] = run.worker.runs.pop(run)  # in the order in which they began
             house.begin(run)
             return
         if run.abandoned_at is None:  # another process has it
