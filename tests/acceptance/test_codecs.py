@@ -13,7 +13,7 @@ from unittest import mock
 import msgspec
 import pydantic
 import pytest
-from tests.acceptance.house import Agent, error_of, submit_all, virtual
+from tests.acceptance.house import Agent, error_of, now, submit_all, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskFailed, TaskStatus, Verdict
 from forebay.adapters import Handler
@@ -25,8 +25,10 @@ from forebay.errors import (
     PayloadTooLarge,
     ResultNotKept,
 )
-from forebay.overflow import envelope
-from forebay.typing import Misfit
+from forebay.overflow import EnvelopeTooNew, envelope
+from forebay.supervisor import records
+from forebay.supervisor.codecs import Codecs
+from forebay.typing import Misfit, Row
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -483,6 +485,33 @@ async def test_an_envelope_of_a_newer_version_is_left_for_a_newer_process(file: 
         async with house(new, file) as supervisor:
             assert [(await supervisor.ticket(task_id)).result for task_id in ids] == ["first", "second"]
     assert new.began == ["first", "second"]
+
+
+@virtual
+async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = records.task
+    old_agent, new_agent = Agent(), Agent()
+    old, new = house(old_agent, file, lease=3.0), house(new_agent, file, lease=3.0)
+
+    def task(row: Row, codecs: Codecs) -> Task:
+        """What is read, but that the older of the two houses cannot."""
+        if codecs is old._codecs and row.task_id in ids:
+            raise EnvelopeTooNew(version=2, known=1)
+        return read(row, codecs)
+
+    ids = await leave_outside(file, *range(30))
+    monkeypatch.setattr(records, "task", task)
+    async with old:
+        await asyncio.sleep(2.0)
+        async with new:
+            began = now()
+            assert all([(await new.ticket(task_id)).success for task_id in ids])
+            assert now() - began < 300.0  # each time that a lease of the old one lapses, the quicker one gets the row
+            assert await old.run(Task("work", "ours", durable=True)) == "ours"
+    assert sorted(new_agent.began) == list(range(30))
+    assert old_agent.began == ["ours"]
 
 
 @virtual

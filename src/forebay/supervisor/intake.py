@@ -130,8 +130,9 @@ class Intake:
         try:
             task = records.task(row, self._house.codecs)
         except EnvelopeTooNew:
+            if row.task_id not in self.puzzling:  # else its lease had lapsed, and nobody newer was quicker
+                log.warning("task %r was stored by a newer version and is left for it", row.task_id)
             self.puzzling[row.task_id] = lease
-            log.warning("task %r was stored by a newer version and is left for it", row.task_id)
             return None
         except (EnvelopeDamaged, InvalidPayload) as exc:
             completion = Completion(

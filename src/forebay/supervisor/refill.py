@@ -315,11 +315,7 @@ class Overflow:
         try:
             put = await self.ledger.put(records.row(ticket, self.encode(ticket.task)))
             ticket.stored = put is Put.STORED
-        except (
-            LedgerUnusable,
-            NotPortable,
-            PayloadTooLarge,
-        ) as exc:  # its payload may have changed since it was checked
+        except (LedgerUnusable, NotPortable, PayloadTooLarge) as exc:  # its payload may not be what was checked
             log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
         ticket.undecided -= 1
         if ticket.done():
