@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ async def test_a_requeued_letter_is_tried_again_as_often_as_a_new_task(path: Pat
         assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 1)
         assert await supervisor.dead_letters.page() == ()
     assert agent.began == [{"secret": "a"}]
+
+
+@virtual
+async def test_a_requeued_letter_is_run_by_whoever_has_a_slot_also_if_it_knew_the_task_as_dead(path: Path) -> None:
+    await leave(path, row(poison("a"), attempts=3))
+    other = BackpressureSupervisor(overflow=f"sqlite:///{path}")
+    async with other, house(path, Agent()) as supervisor:
+        assert not (await supervisor.ticket("a")).success
+        await other.dead_letters.requeue("a")
+        await asyncio.sleep(60.0)
+        assert (await supervisor.ticket("a")).success
 
 
 @virtual

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +416,71 @@ async def test_nested_work_that_is_spilled_comes_through_a_full_house(parents: i
     async with supervisor:
         tickets = await submit_all(supervisor, work(*[4] * 12))
         assert [result.result for result in await results(tickets)] == ["bottom"] * 12
+
+
+# --- who holds a ticket -----------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_ticket_that_nobody_holds_takes_no_room_while_its_task_is_outside(file: str) -> None:
+    agent = Agent(0.01)
+    async with house(agent, file, slots=4) as supervisor:
+        tickets = [weakref.ref(await supervisor.submit(Task("work", n, task_id=f"{n}"))) for n in range(2_000)]
+        assert sum(ticket() is not None for ticket in tickets) < 20  # those inside
+        results = [await supervisor.ticket(f"{n}") for n in range(1_000, 1_020)]
+        assert [result.result for result in results] == list(range(1_000, 1_020))
+        await asyncio.sleep(20.0)
+        assert supervisor.statistics().succeeded == 2_000
+    assert agent.began == list(range(2_000))
+
+
+@virtual
+async def test_a_ticket_that_is_only_held_ends_all_the_same(file: str) -> None:
+    payload = (1, 2)  # another process would read a list
+    async with house(Agent(), file) as supervisor:
+        tickets = await submit_all(supervisor, work(0, 1, 2, payload))
+        gc.collect()
+        assert supervisor.ticket(tickets[3].task_id) is tickets[3]
+        await asyncio.sleep(10.0)
+        assert tickets[3].result is not None
+        assert tickets[3].result.result is payload
+
+
+@virtual
+async def test_who_waits_is_not_forgotten_though_nobody_else_knows_of_him(file: str) -> None:
+    ended: list[Any] = []
+
+    async def caller(supervisor: BackpressureSupervisor) -> None:
+        ended.append(await supervisor.run(Task("work", "mine")))
+
+    async with house(Agent(), file) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        asyncio.get_running_loop().create_task(caller(supervisor))
+        await asyncio.sleep(0.5)
+        gc.collect()
+        await asyncio.sleep(10.0)
+    assert ended == ["mine"]
+
+
+@virtual
+async def test_a_deadline_holds_also_where_nobody_holds_the_ticket(file: str) -> None:
+    agent = Agent(30.0)
+    async with house(agent, file) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        await supervisor.submit(Task("work", "late", task_id="late", deadline=Deadline.within(10.0)))
+        await asyncio.sleep(100.0)
+        assert (await supervisor.ticket("late")).status is TaskStatus.EXPIRED
+    assert "late" not in agent.began
+
+
+@virtual
+async def test_an_id_outside_is_taken_whether_or_not_its_ticket_is_held(file: str) -> None:
+    async with house(Agent(), file) as supervisor:
+        await submit_all(supervisor, work(0, 1, 2))
+        held = await supervisor.submit(Task("work", task_id="held"))
+        await supervisor.submit(Task("work", task_id="dropped"))
+        for task_id in (held.task_id, "dropped"):
+            assert isinstance(await error_of(supervisor.submit(Task("work", task_id=task_id))), DuplicateTask)
 
 
 # --- over a restart --------------------------------------------------------------------------------------------------

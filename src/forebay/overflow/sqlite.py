@@ -212,16 +212,19 @@ class SqliteLedger:
         return await self._writer.run(_depths, writes=False)
 
 
+_STORED_OR_NOT = (Put.DUPLICATE, Put.STORED)
+
+
 def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[Put]:
     (held,) = connection.execute(_HELD).fetchone()
     room = bound - held
     rows = [_values(*offer) for offer in offers]
     if len(rows) <= room:
-        outcomes = [Put.STORED if stored else Put.DUPLICATE for stored in _PUT.run(connection, rows)]
+        outcomes = [_STORED_OR_NOT[stored] for stored in _PUT.run(connection, rows)]
     else:
         outcomes = _put_one_by_one(room, connection, rows)
-    stored = [offer for offer, outcome in zip(offers, outcomes, strict=True) if outcome is Put.STORED]
-    waiting = Counter([(row.task_type, row.priority) for row, fence, _ in stored if fence is None])
+    stored = [values for values, outcome in zip(rows, outcomes, strict=True) if outcome is Put.STORED]
+    waiting = Counter([values[1:3] for values in stored if not values[8]])  # by task type and priority
     connection.executemany(_ENTERED, [(*place, count) for place, count in waiting.items()])
     connection.execute(_STORED, (len(stored),))
     return outcomes
@@ -246,7 +249,7 @@ def _values(row: Row, fence: str | None, until: float) -> tuple[Any, ...]:
     return (
         row.task_id,
         row.task_type,
-        row.priority,
+        int(row.priority),  # sqlite3 is slow to find that it is one
         row.envelope,
         row.enqueued_at,
         inf if row.deadline is None else row.deadline,

@@ -16,7 +16,7 @@ from forebay.errors import LedgerUnusable
 from forebay.storage.sqlite_file import Schema, diagnose, open_file
 from forebay.storage.url import Synchronous
 
-_GROUP = 1_000  # operations in one transaction: more would keep the last of them, and other processes, waiting
+_GROUP = 500  # operations in one transaction: more would keep the last of them, and other processes, waiting
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
@@ -122,7 +122,8 @@ class SqliteWriter:
             LedgerUnusable: the file is not open, or it failed and nothing was kept.
         """
         with self._turn:
-            connection = self._open_connection()
+            if (connection := self._connection) is None or self._closed is not None:
+                raise self._not_open()
             try:
                 (value,) = _commit(connection, [(_each, op, True)])
             except BaseException as error:
@@ -132,15 +133,13 @@ class SqliteWriter:
         done: _T = value
         return done
 
-    def _open_connection(self) -> sqlite3.Connection:
-        if self._connection is None or self._closed is not None:
-            raise LedgerUnusable(
-                where=str(self._path), why="it is not open", advice="Use it between open() and close()."
-            )
-        return self._connection
+    def _not_open(self) -> LedgerUnusable:
+        advice = "Use it between open() and close()."
+        return LedgerUnusable(where=str(self._path), why="it is not open", advice=advice)
 
     def _submit(self, op: _Op, item: Any, *, writes: bool) -> asyncio.Future[Any]:
-        self._open_connection()
+        if self._connection is None or self._closed is not None:
+            raise self._not_open()
         future: asyncio.Future[Any] = self._loop.create_future()
         self._pending.append((future, (op, item, writes)))
         if not self._flushing:
@@ -242,6 +241,9 @@ def _together(connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequenc
     batches: dict[_Op, list[Any]] = {}
     for op, item, _ in works:
         batches.setdefault(op, []).append(item)
+    if len(batches) == 1:
+        ((op, items),) = batches.items()
+        return op(connection, items)
     values = {op: iter(op(connection, items)) for op, items in batches.items()}
     return [next(values[op]) for op, _, _ in works]
 

@@ -197,6 +197,8 @@ class Door:
             known = ", ".join(sorted(self._house.pools)) or "none yet"
             raise UnknownTaskType(task_type=task.task_type, known=known)
         twin = self._house.tickets.get(task.task_id)
+        if twin is None and self._house.overflow is not None:
+            twin = self._house.overflow.loose.get(task.task_id)
         if twin is not None and (task.key is None or self._keys.get(task.key) is not twin):
             raise DuplicateTask(task_id=task.task_id)
         if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:

@@ -112,7 +112,6 @@ class DeadLetters:
             raise UnknownTask(task_id=task_id)
         if put is Put.FULL:
             raise Overloaded("the overflow is full", binding="overflow", load=1.0, retry_after=None)
-        self._house().kept.pop(task_id, None)
         await overflow.look()
 
     async def drop(self, task_id: str) -> None:

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.errors import InvalidSetting
+from forebay.errors import InvalidSetting, LedgerUnusable, NotPortable, PayloadTooLarge
+from forebay.events import log
+from forebay.supervisor import records
+from forebay.supervisor.run import Run
 from forebay.task import TaskStatus
+from forebay.typing import Put
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
-    from forebay.supervisor.run import Run
+    from forebay.supervisor.refill import Overflow
     from forebay.supervisor.ticket import Ticket
 
 
@@ -55,7 +59,7 @@ class Drain:
         spilled = 0
         if house.overflow is not None and house.overflow.durable:
             house.overflow.stop_pulling()
-            spilled = await house.overflow.take_out(self._waiting())
+            spilled = await self._take_out(house.overflow)
         inside = self._inside()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -69,6 +73,43 @@ class Drain:
         orphans = tuple(run.task.task_id for run in self._runs())
         cancelled = sum(1 for ticket in left if ticket.status is TaskStatus.CANCELLED and ticket.task_id not in orphans)
         return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
+
+    async def _take_out(self, overflow: Overflow) -> int:
+        """Spill what waits inside; return how many went out."""
+        out = 0
+        for ticket in self._waiting():
+            if ticket.status is not TaskStatus.WAITING or ticket.undecided:
+                continue  # it has ended, or is about to, while others were put out
+            if ticket.occupant or not (ticket.task.spill or ticket.stored):
+                continue
+            if isinstance(ticket.parent, Run) and not ticket.parent.ended:
+                continue  # what runs inside may wait for it
+            self._house.leave_line(ticket)  # first, or a worker might start it meanwhile
+            ticket.status = TaskStatus.SPILLED
+            if ticket.stored:
+                overflow.leave(ticket)
+            else:
+                ticket.undecided += 1
+                await asyncio.shield(self._house.finish_anyway(self._put_out(ticket, overflow)))
+            out += ticket.stored
+        return out
+
+    async def _put_out(self, ticket: Ticket, overflow: Overflow) -> None:
+        try:
+            put = await overflow.ledger.put(records.row(ticket, overflow.encode(ticket.task)))
+            ticket.stored = put is Put.STORED
+        except (LedgerUnusable, NotPortable, PayloadTooLarge) as exc:  # a payload may have changed since it was checked
+            log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
+        ticket.undecided -= 1
+        if ticket.done():
+            return
+        if ticket.unwanted is not None:
+            overflow.give_up(ticket, ticket.unwanted)
+        elif ticket.stored:
+            overflow.leave(ticket)
+        else:
+            pool = self._house.pools[ticket.task.task_type]
+            self._house.enter(ticket, pool, pool.router.pick())
 
     def cut(self) -> None:
         """Cancel everything inside, at once."""

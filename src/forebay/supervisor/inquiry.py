@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forebay.errors import ForebayError, LedgerUnusable, UnknownTask
-from forebay.supervisor import records
 from forebay.supervisor.ticket import Ticket
 from forebay.task import Task, TaskStatus, Verdict
 from forebay.typing import RowState
@@ -24,6 +23,8 @@ class Inquiry:
 
     def by_id(self, task_id: str) -> Ticket:
         """A ticket for a stored task. Awaiting it raises UnknownTask if there is none."""
+        if (known := self._overflow.loose.get(task_id)) is not None:
+            return known
         ticket = Ticket(self._house, Task("(stored)", task_id=task_id), None, None)
         ticket.verdict = Verdict.SPILLED
         ticket.status = TaskStatus.SPILLED
@@ -56,10 +57,12 @@ class Inquiry:
             return
         state, row, completion = found
         if completion is not None:
-            self._house.settle(ticket, records.result(row, completion, self._house.codecs))
+            self._overflow.hear(ticket, state, row, completion)
         elif self._overflow.left_behind:
             self._overflow.leave(ticket)
         elif state is RowState.LEASED and ticket.lease is None:
             self._overflow.elsewhere[task_id] = ticket
+        else:
+            self._overflow.loosen(ticket)
         if ticket.unwanted is not None:
             ticket.cancel(ticket.unwanted)

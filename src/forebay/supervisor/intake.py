@@ -83,7 +83,7 @@ class Intake:
 
     async def _admit(self, lease: Lease, pool: Pool) -> None:
         row, overflow = lease.row, self._overflow
-        ticket = self._house.tickets.get(row.task_id)
+        ticket = self._house.tickets.get(row.task_id) or overflow.tighten(row.task_id)
         if ticket is None or ticket.stored:  # else it is still counted as arriving
             pool.holding[row.priority] = max(0, pool.holding[row.priority] - 1)
         if ticket is None and (ended := self._house.kept.get(row.task_id)) is not None and ended.result is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary, ref
 
 from forebay import clock
-from forebay.errors import LedgerUnusable, NotPortable, PayloadTooLarge, StillSpilled
+from forebay.errors import LedgerUnusable, StillSpilled
 from forebay.events import Died, log
 from forebay.overflow import encode_task
 from forebay.supervisor import records
@@ -18,7 +19,7 @@ from forebay.supervisor.leases import Leases
 from forebay.supervisor.run import Run
 from forebay.supervisor.tend import Tending
 from forebay.task import Priority, Task, TaskResult, TaskStatus, Verdict
-from forebay.typing import Completion, Lease, Ledger, Put, Row
+from forebay.typing import Completion, Lease, Ledger, Put, Row, RowState
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatch import Dispatcher
@@ -41,6 +42,9 @@ class Overflow:
         self._max_payload = settings.max_payload_bytes
         self.leases = Leases()
         self._stamped = 0.0  # the last
+        # Tickets of what waits outside and that nobody here waits for: the row has all of them, so that a million tasks
+        # outside take no memory. Whoever still has one gets its result.
+        self.loose: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
         self.elsewhere: dict[str, Ticket] = {}  # tickets whose rows another process holds
         self.durable = ledger.durable
         self.depths: dict[tuple[str, Priority], int] = {}  # rows of types that nobody here serves
@@ -111,6 +115,7 @@ class Overflow:
                 pool.holding[rung] += 1
                 ticket.status = TaskStatus.SPILLED
                 self._watch_deadline(ticket)
+                self.loosen(ticket)
             self.pull(pool)
         return put
 
@@ -145,13 +150,33 @@ class Overflow:
             self.leave(ticket)
         else:
             self._watch_deadline(ticket)
+            self.loosen(ticket)
             self.pull(pool)
+
+    def loosen(self, ticket: Ticket) -> None:
+        """Hold a ticket whose task waits outside no longer than somebody else does.
+
+        But in a ledger that goes with this process nothing is left to others, and who is awaited is held; so is the
+        child of a run, whose place among its ancestors no row knows.
+        """
+        outside = ticket.status is TaskStatus.SPILLED and ticket.lease is None
+        if self.durable and outside and ticket.parent is None and not (ticket.awaited or ticket.listened):
+            self.loose[ticket.task_id] = ticket
+            self._house.tickets.pop(ticket.task_id, None)
+
+    def tighten(self, task_id: str) -> Ticket | None:
+        """The ticket of a task that was outside, if anybody has it; held from now on."""
+        ticket = self.loose.pop(task_id, None)
+        if ticket is not None:
+            self._house.tickets[task_id] = ticket
+        return ticket
 
     def _watch_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry is None:
             due = self._house.loop.time() + ticket.deadline.remaining()
             expired = unsuccessful(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited in the overflow")
-            ticket.expiry = self._house.timers.at(due, self._end_outside, ticket, expired)
+            # By a weak reference: nobody is to hold it for the sake of its end.
+            ticket.expiry = self._house.timers.at(due, self._end_outside, ref(ticket), expired)
 
     # --- back ---
 
@@ -228,6 +253,7 @@ class Overflow:
 
     def complete(self, ticket: Ticket, result: TaskResult) -> None:
         """Store how a task ended, and only then give its ticket the result."""
+        self.tighten(ticket.task_id)
         if ticket.expiry is not None:
             self._house.timers.cancel(ticket.expiry)
             ticket.expiry = None
@@ -257,6 +283,12 @@ class Overflow:
             ticket.status = TaskStatus.SPILLED
             self.elsewhere[ticket.task_id] = ticket
 
+    def hear(self, ticket: Ticket, state: RowState, row: Row, completion: Completion) -> None:
+        """End a ticket as the ledger says."""
+        self._house.settle(ticket, records.result(row, completion, self._house.codecs))
+        if state is RowState.DEAD:
+            self._house.kept.pop(ticket.task_id, None)  # it may yet be requeued, and end otherwise
+
     def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
         """Store under a new lease how a task ended, of which the store did not hear the first time."""
         ended.undecided += 1
@@ -275,12 +307,13 @@ class Overflow:
         ticket.unwanted = reason
         result = unsuccessful(ticket, TaskStatus.CANCELLED, reason)
         if ticket.stored:
-            self._end_outside(ticket, result)
+            self._end_outside(ref(ticket), result)
         else:
             self._house.settle(ticket, result)
 
-    def _end_outside(self, ticket: Ticket, result: TaskResult) -> None:
-        if ticket.status is TaskStatus.SPILLED and not ticket.done():
+    def _end_outside(self, known: ref[Ticket], result: TaskResult) -> None:
+        ticket = known()
+        if ticket is not None and ticket.status is TaskStatus.SPILLED and not ticket.done():
             self.complete(ticket, result)
 
     def _forget_row(self, ticket: Ticket) -> None:
@@ -290,43 +323,6 @@ class Overflow:
             pool.holding[rung] = max(0, pool.holding[rung] - 1)
 
     # --- the end ---
-
-    async def take_out(self, tickets: list[Ticket]) -> int:
-        """Spill tasks that wait inside, at the end of the house; return how many went out."""
-        out = 0
-        for ticket in tickets:
-            if ticket.status is not TaskStatus.WAITING or ticket.undecided:
-                continue  # it has ended, or is about to, while others were put out
-            if ticket.occupant or not (ticket.task.spill or ticket.stored):
-                continue
-            if isinstance(ticket.parent, Run) and not ticket.parent.ended:
-                continue  # what runs inside may wait for it
-            self._house.leave_line(ticket)  # first, or a worker might start it meanwhile
-            ticket.status = TaskStatus.SPILLED
-            if ticket.stored:
-                self.leave(ticket)
-            else:
-                ticket.undecided += 1
-                await asyncio.shield(self._house.finish_anyway(self._put_out(ticket)))
-            out += ticket.stored
-        return out
-
-    async def _put_out(self, ticket: Ticket) -> None:
-        try:
-            put = await self.ledger.put(records.row(ticket, self.encode(ticket.task)))
-            ticket.stored = put is Put.STORED
-        except (LedgerUnusable, NotPortable, PayloadTooLarge) as exc:  # its payload may not be what was checked
-            log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
-        ticket.undecided -= 1
-        if ticket.done():
-            return
-        if ticket.unwanted is not None:
-            self.give_up(ticket, ticket.unwanted)
-        elif ticket.stored:
-            self.leave(ticket)
-        else:
-            pool = self._house.pools[ticket.task.task_type]
-            self._house.enter(ticket, pool, pool.router.pick())
 
     def put_back(self, ticket: Ticket) -> None:
         """Stop a stored task, so that it is run again by the next process; `close` returns its lease."""
@@ -343,6 +339,7 @@ class Overflow:
             ticket.expiry = None
         ticket.status = TaskStatus.SPILLED
         self._house.tickets.pop(ticket.task_id, None)
+        self.loose.pop(ticket.task_id, None)
         ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._house.stirred()
 
@@ -354,7 +351,7 @@ class Overflow:
     def stop_pulling(self) -> None:
         """Fetch no more, and leave what is outside. What has been fetched is still tended."""
         self.intake.open = False
-        for ticket in list(self._house.tickets.values()):
+        for ticket in [*self._house.tickets.values(), *self.loose.values()]:
             if self.durable and ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.undecided:
                 self.leave(ticket)
 
@@ -371,7 +368,7 @@ class Overflow:
     def let_tickets_go(self) -> None:
         """End the tickets of what stays outside."""
         self._tending.stop()
-        for ticket in list(self._house.tickets.values()):
+        for ticket in [*self._house.tickets.values(), *self.loose.values()]:
             if ticket.stored and self.durable:
                 self.leave(ticket)
             else:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from forebay import clock
-from forebay.supervisor import records
 from forebay.supervisor.leases import Heartbeat
 from forebay.task import Priority, TaskStatus
 
@@ -84,4 +83,4 @@ class Tending:
             if found is None or found[2] is not None:
                 elsewhere.pop(ticket.task_id, None)
             if found is not None and found[2] is not None and not ticket.done():
-                self._house.settle(ticket, records.result(found[1], found[2], self._house.codecs))
+                self._overflow.hear(ticket, found[0], found[1], found[2])

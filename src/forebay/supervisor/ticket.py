@@ -139,6 +139,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
 
     async def _resolved(self) -> None:
         waiter = self._house.loop.create_future()
+        self._hold()
         if self._waiters is None:
             self._waiters = []
         self._waiters.append(waiter)
@@ -208,9 +209,15 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
                 await loan.take_back()
 
     def _listen(self) -> Bus:
+        self._hold()
         if self._bus is None:
             self._bus = Bus()
         return self._bus
+
+    def _hold(self) -> None:
+        """Have the house hold it, though its task is outside: somebody waits for it."""
+        if self.status is TaskStatus.SPILLED and self._house.overflow is not None:
+            self._house.overflow.tighten(self.task_id)
 
     def _started(self, run: Run) -> Started:
         worker_id = run.worker.name
