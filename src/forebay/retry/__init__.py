@@ -1,0 +1,7 @@
+"""Retries: how long one waits, whether there may be one, and how many all callers together may make."""
+
+from forebay.retry.attempts import Attempts
+from forebay.retry.backoff import Retry
+from forebay.retry.budget import RetryBudget
+
+__all__ = ["Attempts", "Retry", "RetryBudget"]

@@ -1,0 +1,52 @@
+"""What one call has tried so far, and whether it may try again."""
+
+from __future__ import annotations
+
+import math
+
+from forebay.retry.backoff import Retry
+
+
+class Attempts:
+    """Counts the attempts of one call.
+
+    Faults and refusals are counted apart: a provider that answers *not now* is well, and its answer uses up none of
+    the attempts that are kept for faults. Each kind backs off by its own number: a refusal after a fault is a first.
+
+    Attributes:
+        failed: attempts that were used up.
+        refused: attempts that were answered *not now*.
+        waited: seconds that were given out as waits.
+    """
+
+    __slots__ = ("_retry", "failed", "refused", "waited")
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+        self.failed = 0
+        self.refused = 0
+        self.waited = 0.0
+
+    def next(
+        self, *, counts: bool, chance: float, retry_after: float | None = None, left: float = math.inf
+    ) -> float | None:
+        """An attempt has failed: seconds to wait before the next one, or None to give up.
+
+        Args:
+            counts: whether it uses up an attempt. False for *not now* (429, 529).
+            chance: a draw from [0, 1).
+            retry_after: seconds that the provider asked for, or None.
+            left: seconds until the result is worthless.
+        """
+        if counts:
+            self.failed += 1
+            if self.failed >= self._retry.max_attempts:
+                return None
+        else:
+            self.refused += 1
+        number = self.failed if counts else self.refused
+        rest = min(left, self._retry.longest_wait - self.waited)
+        delay = self._retry.delay(number, chance=chance, retry_after=retry_after, left=rest)
+        if delay is not None:
+            self.waited += delay
+        return delay

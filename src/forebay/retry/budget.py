@@ -1,0 +1,87 @@
+"""How many retries all callers of one dependency may make together."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from forebay.errors import InvalidSetting
+
+_SLOTS = 10  # parts of the window in which is counted; what is older than the window leaves it a part at a time
+
+
+class RetryBudget:
+    """An amount that runs out: retries are at most a share of recent first attempts, and a few more.
+
+    If each call had retries of its own, a dependency that fails would get six times its load, just when it bears least.
+    Here the retries of a storm are bounded by what went before it, and what was saved up in an hour of peace is
+    forgotten after `window` seconds, so it funds no storm. The few more are for those who call rarely.
+
+    In any `window` seconds there are at most ``share * first + extra`` retries, where `first` are the first attempts of
+    those seconds and the tenth of a window before. A retry budget alone does not end an overload that feeds itself; a
+    concurrency limit does.
+
+    Source: Finagle's ``RetryBudget`` (``percentCanRetry`` 0.2, a leaky bucket with a time to live) and, after it,
+    ``tower::retry::budget::TpsBudget`` of Rust's tower.
+
+    Args:
+        share: retries for each first attempt.
+        extra: retries in a window that need no first attempt.
+        window: seconds for which a first attempt, or a retry, counts.
+
+    Raises:
+        InvalidSetting: a number makes no sense.
+    """
+
+    __slots__ = ("_extra", "_first", "_retries", "_share", "_slot", "_slots")
+
+    def __init__(self, *, share: float = 0.2, extra: int = 10, window: float = 60.0) -> None:
+        if not 0 <= share < math.inf:
+            self._refuse("share", share, "a number of at least 0: 0.2 is a retry for every five first attempts")
+        if not 0 <= extra < math.inf:
+            self._refuse("extra", extra, "a number of at least 0")
+        if not 0 < window < math.inf:
+            self._refuse("window", window, "a positive number of seconds")
+        self._share = share
+        self._extra = extra
+        self._slot = window / _SLOTS
+        self._slots: deque[list[float]] = deque()  # each: when it began, first attempts, retries
+        self._first = 0
+        self._retries = 0
+
+    def _refuse(self, name: str, value: float, expected: str) -> None:
+        raise InvalidSetting(owner="RetryBudget", name=name, value=value, expected=expected)
+
+    def deposit(self, now: float) -> None:
+        """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
+        self._slot_of(now)[1] += 1
+        self._first += 1
+
+    def withdraw(self, now: float) -> bool:
+        """Take one retry, if there is one left; False: there may be none now."""
+        slot = self._slot_of(now)
+        if self._balance() < 1:
+            return False
+        slot[2] += 1
+        self._retries += 1
+        return True
+
+    def balance(self, now: float) -> float:
+        """How many retries could be taken now."""
+        self._slot_of(now)
+        return max(0.0, self._balance())
+
+    def _balance(self) -> float:
+        # A thousandth of a thousandth: 0.2 * 5 must be a whole retry on every machine.
+        return self._extra + self._share * self._first - self._retries + 1e-6
+
+    def _slot_of(self, now: float) -> list[float]:
+        """The part of the window that `now` is in, after what is older than the window has left."""
+        slots = self._slots
+        while slots and slots[0][0] + (_SLOTS + 1) * self._slot <= now:
+            _, first, retries = slots.popleft()
+            self._first -= int(first)
+            self._retries -= int(retries)
+        if not slots or slots[-1][0] + self._slot <= now:
+            slots.append([now, 0, 0])
+        return slots[-1]
