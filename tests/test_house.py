@@ -18,6 +18,12 @@ UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|raise NotImplementedError)\b")
 PYTHON_BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
+# Who starts a thread: engines and the writer give theirs to run_in_executor, which a virtual loop runs in line; the
+# heartbeat and the watch have none in virtual time; the portal and the edges of the house are real by their nature.
+THREAD = re.compile(r"\b(Thread|ThreadPoolExecutor|ProcessPoolExecutor)\(")
+THREADED = re.compile(r"(engine|sim|demo|cli)/.*|storage/sqlite\.py|supervisor/(leases|watch|portal)\.py")
+
+
 def name(path: Path) -> str:
     return str(path.relative_to(HOUSE))
 
@@ -40,6 +46,12 @@ def test_a_file_is_short_and_finished(path: Path) -> None:
     assert length <= LONGEST
     unfinished = [line for line in lines if UNFINISHED.search(line)]
     assert unfinished == []
+
+
+def test_nothing_blocks_beside_the_seam_that_a_simulation_runs_in_line() -> None:
+    room = HOUSE / "src" / "forebay"
+    threaded = {str(path.relative_to(room)) for path in SOURCES if THREAD.search(path.read_text())}
+    assert [path for path in sorted(threaded) if not THREADED.fullmatch(path)] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

@@ -16,7 +16,9 @@ from forebay.errors import LedgerUnusable
 from forebay.storage.sqlite_file import Schema, diagnose, open_file
 from forebay.storage.url import Synchronous
 
-_GROUP = 500  # operations in one transaction: more would keep the last of them, and other processes, waiting
+# Operations in one transaction. More would keep the last of them, and other processes, waiting; and where a thousand
+# callers wait, half of them are being served by the loop while the thread commits for the others.
+_GROUP = 500
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
