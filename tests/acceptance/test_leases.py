@@ -153,3 +153,25 @@ async def test_a_house_that_closes_while_a_start_is_recorded_runs_nothing_and_lo
     supervisor, _ = slow_house(tmp_path, agent)
     async with supervisor:
         assert (await supervisor.ticket(ticket.task_id)).success
+
+
+class Sluggish(SqliteLedger):
+    """Takes long to look for lapsed leases, once told to."""
+
+    seconds = 0.0
+
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
+        await asyncio.sleep(self.seconds)
+        return await super().reap(now=now, max_attempts=max_attempts)
+
+
+@virtual
+async def test_a_house_may_close_while_it_looks_after_its_store(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Sluggish(tmp_path / "spill.db")
+    async with BackpressureSupervisor(overflow=ledger, lease=30.0, zombie_grace=1.0):
+        ledger.seconds = 100.0
+        await asyncio.sleep(11.0)
+    await asyncio.sleep(200.0)
+    assert caplog.records == []

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from forebay import clock
+from forebay.errors import LedgerUnusable
 from forebay.supervisor.leases import Heartbeat
 from forebay.task import Priority, TaskStatus
 
@@ -28,6 +29,7 @@ class Tending:
         self._lease = lease  # seconds
         self._max_attempts = max_attempts
         self._tending = False
+        self._stopped = False
         self._heartbeat = Heartbeat(house.loop, interval=lease / 3, beat=self._renew, beaten=self._beaten)
 
     def start(self) -> None:
@@ -36,6 +38,7 @@ class Tending:
 
     def stop(self) -> None:
         """Tend no more."""
+        self._stopped = True
         self._heartbeat.stop()
 
     def _renew(self) -> None:
@@ -53,6 +56,9 @@ class Tending:
             await self.recount(list(self._house.pools.values()))
             await self._hear()
             await overflow.ledger.prune(before=clock.wall_time() - _KEEP)
+        except LedgerUnusable:
+            if not self._stopped:  # else it was closed in the midst of this
+                raise
         finally:
             self._tending = False
         for pool in self._house.pools.values():
