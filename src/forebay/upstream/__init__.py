@@ -1,0 +1,1 @@
+"""The call plane: what agents share and can overload, such as a provider's account."""

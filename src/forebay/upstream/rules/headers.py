@@ -1,0 +1,200 @@
+"""What a provider's headers say: its quotas as notices, and when to come back.
+
+Families of limit headers that are read, whoever sends them:
+
+- OpenAI and those who follow it: ``x-ratelimit-{limit,remaining,reset}-{requests,tokens,input-tokens,output-tokens}``,
+  resets as durations until *full again* (``6m0s``). Source: OpenAI's guide "Rate limits", "Rate limits in headers".
+- Anthropic: ``anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}``, resets in
+  RFC 3339. Its ``tokens`` tell the most restrictive limit of the moment, so they are passed over beside the other two.
+  Source: Anthropic's "Rate limits", "Response headers".
+- Hosts that tell of requests alone: ``x-ratelimit-{limit,remaining,reset}`` and ``ratelimit-{limit,remaining,reset}``
+  (the early drafts of the IETF's RateLimit fields), resets in seconds, epoch seconds or epoch milliseconds.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import re
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+from forebay.typing import Notice
+
+_DAY: Final = 86_400.0
+_LONGEST_RESET: Final = 32 * _DAY  # seconds; what is further away than a month is no reset
+_EPOCH_SECONDS: Final = 1e9  # from here on a number is a moment (2001), not a duration
+_EPOCH_MS: Final = 1e11
+_LARGEST: Final = 10**15  # of a limit
+_LONGEST_VALUE: Final = 64  # characters of a header worth reading
+_SKEW: Final = 2.0  # seconds by which the clocks must differ before the provider's own is used
+
+_PLAIN: Final = re.compile(
+    r"\s*(-?\d+(?:\.\d+)?)\s*(?:[,;].*)?", re.ASCII | re.DOTALL
+)  # a second value is a repetition
+_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)", re.ASCII)  # as Go writes it
+_SECONDS: Final = {"d": _DAY, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_HINT: Final = re.compile(
+    rb"(?:try again|retry) (?:in|after) (\d{1,9}(?:\.\d{1,9})?) ?(milliseconds|ms|seconds?|s\b|minutes?|m(?:in)?\b)",
+    re.IGNORECASE,
+)
+_HINTED: Final = 8192  # bytes of a body in which a hint is looked for
+
+_UNITS: Final = ("requests", "tokens", "input-tokens", "output-tokens")
+_FAMILIES: Final = [
+    *((unit, f"anthropic-ratelimit-{unit}-%s") for unit in _UNITS),
+    *((unit, f"x-ratelimit-%s-{unit}") for unit in _UNITS),
+    ("requests", "x-ratelimit-%s"),
+    ("requests", "ratelimit-%s"),
+]
+
+
+def plain(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers by lower-case name, as plain strings."""
+    return {str(name).lower(): str(value).strip() for name, value in headers.items()}
+
+
+def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
+    """What the headers say of the account's quotas, one notice for a unit at most; what makes no sense is left out.
+
+    Args:
+        headers: of any answer.
+        wall: epoch seconds, now.
+    """
+    told = plain(headers)
+    if not any("ratelimit-" in name for name in told):
+        return ()
+    moment = _moment(told, wall)
+    found: dict[str, Notice] = {}
+    for unit, name in _FAMILIES:
+        unit_name = unit.replace("-", "_")
+        if unit_name in found:
+            continue
+        limit = _amount(told.get(name % "limit"))
+        remaining = _amount(told.get(name % "remaining"), least=0)
+        reset = read_reset(told.get(name % "reset", ""), wall=moment)
+        if limit is not None or remaining is not None:
+            found[unit_name] = Notice(unit=unit_name, limit=limit, remaining=remaining, reset=reset)
+    if "anthropic-ratelimit-tokens-limit" in told and ("input_tokens" in found or "output_tokens" in found):
+        found.pop("tokens", None)
+    return tuple(found.values())
+
+
+def _amount(text: str | None, *, least: int | None = None) -> int | None:
+    """A limit or what remains of it; below zero is `least`, and None where that is None."""
+    match = None if text is None or len(text) > _LONGEST_VALUE else _PLAIN.fullmatch(text)
+    if match is None:
+        return None
+    value = float(match[1])
+    if value < 0:
+        return least
+    return int(value) if value <= _LARGEST else None
+
+
+def read_reset(text: str, *, wall: float) -> float | None:
+    """Seconds until a reset, of whatever form: never negative, and None if it is none or more than a month away.
+
+    Forms: ``6m0s``, ``20ms`` (as Go writes durations); RFC 3339; an HTTP date; seconds; epoch seconds or milliseconds.
+    """
+    text = text.strip()
+    if not text or len(text) > _LONGEST_VALUE:
+        return None
+    match = _PLAIN.fullmatch(text)
+    if match is not None:
+        number = float(match[1])
+        if number >= _EPOCH_MS:
+            number = number / 1000 - wall
+        elif number >= _EPOCH_SECONDS:
+            number -= wall
+        seconds: float | None = number
+    else:
+        seconds = _duration(text)
+        if seconds is None:
+            at = _rfc3339(text) or _http_date(text)
+            seconds = None if at is None else at - wall
+    if seconds is None or not seconds <= _LONGEST_RESET:
+        return None
+    return max(0.0, seconds)
+
+
+def _duration(text: str) -> float | None:
+    total, end = 0.0, 0
+    for part in _PART.finditer(text):
+        if part.start() != end:
+            return None
+        total += float(part[1]) * _SECONDS[part[2]]
+        end = part.end()
+    return total if 0 < end == len(text) and math.isfinite(total) else None
+
+
+def _rfc3339(text: str) -> float | None:
+    try:
+        at = dt.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return _epoch(at)
+
+
+def _http_date(text: str) -> float | None:
+    if len(text) > _LONGEST_VALUE:
+        return None
+    try:
+        at = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    return _epoch(at)
+
+
+def _epoch(at: dt.datetime) -> float | None:
+    try:
+        return (at if at.tzinfo else at.replace(tzinfo=dt.UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _moment(told: Mapping[str, str], wall: float) -> float:
+    """Now, by the provider's clock if it says so and the two differ: a moment of its own is meant by that one."""
+    theirs = _http_date(told["date"]) if "date" in told else None
+    return wall if theirs is None or abs(theirs - wall) <= _SKEW else theirs
+
+
+def retry_after(headers: Mapping[str, str], body: bytes = b"", *, wall: float) -> float | None:
+    """Seconds that the provider asks to wait, as it says: a day stays a day. None if it says nothing, or nonsense.
+
+    By ``retry-after-ms``, else ``retry-after`` (seconds, with decimals, or an HTTP date), else the words of an error's
+    message ("Please try again in 6s"), where some hosts say it only.
+
+    Sources: RFC 9110, 10.2.3; the retry code of OpenAI's and Anthropic's SDKs for ``retry-after-ms``; Azure's errors.
+    """
+    told = plain(headers)
+    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        text = told.get(name, "")
+        if not text or len(text) > _LONGEST_VALUE:
+            continue
+        match = _PLAIN.fullmatch(text)
+        if match is not None:
+            seconds = float(match[1]) / scale
+            if seconds >= 0:
+                return seconds
+        elif name == "retry-after":
+            at = _http_date(text)
+            if at is not None:
+                return max(0.0, at - _moment(told, wall))
+    return _hint(body)
+
+
+def _hint(body: bytes) -> float | None:
+    match = _HINT.search(body[:_HINTED])
+    if match is None:
+        return None
+    unit = match[2].lower()
+    return float(match[1]) * (1e-3 if unit.startswith((b"ms", b"milli")) else 60.0 if unit.startswith(b"m") else 1.0)
+
+
+def wants_retry(headers: Mapping[str, str]) -> bool | None:
+    """Whether the provider says that this may be tried again (``x-should-retry``); None if it does not say.
+
+    Source: the retry code of OpenAI's and Anthropic's SDKs, which go by it before anything else.
+    """
+    return {"true": True, "false": False}.get(plain(headers).get("x-should-retry", "").lower())

@@ -1,0 +1,187 @@
+"""What an answer used, read as its bytes pass: whole or as a stream of events, of any provider."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+import msgspec
+
+from forebay.upstream.rules.meaning import Meaning, meaning_in_stream
+from forebay.upstream.rules.sse import Events
+from forebay.upstream.rules.usage import Usage, read_usage
+
+_CHARACTERS: Final = 4  # of text to a token, where a provider does not count
+_WHOLE: Final = 1 << 20  # bytes of a body that are kept
+_TAIL: Final = 1 << 14  # of a longer one: its usage stands at the end
+_USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_CONTENT: Final = ("content", "reasoning_content", "reasoning", "refusal")  # of a delta of OpenAI's chat, and its kin
+_ENDS: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop"})
+
+
+class Meter:
+    """Fed the bytes of one successful answer, it knows what the call used. It passes nothing on and changes nothing.
+
+    Streams of OpenAI's chat completions, completions and responses and of Anthropic's messages are told apart by their
+    events. Where the provider does not count, or the stream breaks off, output is estimated: a token for each piece of
+    text, or for four characters of it if those are more. Thinking that is not shown cannot be estimated.
+
+    Memory stays bounded, whatever is fed: about a megabyte.
+
+    Args:
+        stream: whether the answer is a stream of events (``text/event-stream``), not a body in one piece.
+        input_tokens: what the request was estimated to send, for where the provider does not count.
+
+    Attributes:
+        begun: whether the first token has come.
+        complete: whether the answer ended as it should. A stream that was cut has not.
+        error: what an error meant that was told within the answer, or None.
+    """
+
+    __slots__ = ("_characters", "_events", "_input_tokens", "_pieces", "_told", "_whole", "begun", "complete", "error")
+
+    def __init__(self, *, stream: bool, input_tokens: int = 0) -> None:
+        self.begun = False
+        self.complete = False
+        self.error: Meaning | None = None
+        self._events = Events() if stream else None
+        self._whole = bytearray()
+        self._input_tokens = input_tokens
+        self._told: Usage | None = None
+        self._pieces = 0
+        self._characters = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of the answer, in pieces of any size."""
+        if self._events is not None:
+            for event in self._events.feed(chunk):
+                self._event(event)
+        elif chunk:
+            self.begun = True
+            self._whole += chunk
+            if len(self._whole) > _WHOLE + _TAIL:
+                del self._whole[:-_TAIL]  # no longer JSON, but the usage is still found in it
+
+    def end(self) -> None:
+        """The answer has ended, as it should or not. Feeding more is not allowed."""
+        if self._events is not None:
+            for event in self._events.end():
+                self._event(event)
+        else:
+            self._body(bytes(self._whole))
+            self._whole.clear()
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that have come so far, as the provider counted them or else by estimate."""
+        told = self._told.output_tokens if self._told is not None else 0
+        return told if told and self.complete else max(told, self._pieces, self._characters // _CHARACTERS)
+
+    @property
+    def usage(self) -> Usage | None:
+        """What was used: told, or else estimated; None if nothing is known."""
+        if self._told is not None and (self.complete or self._events is None):
+            return self._told
+        if self._told is None and not self._pieces:
+            return None
+        known = self._told or Usage(input_tokens=self._input_tokens, output_tokens=0)
+        return msgspec.structs.replace(known, output_tokens=self.output_tokens, estimated=True)
+
+    # --- whole ---
+
+    def _body(self, body: bytes) -> None:
+        try:
+            answer = msgspec.json.decode(body)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            self._tail(body)
+            return
+        if isinstance(answer, dict):
+            self.complete = True
+            self._told = read_usage(answer.get("usage"))
+            if isinstance(answer.get("error"), dict):
+                self.error = meaning_in_stream(answer["error"])
+
+    def _tail(self, body: bytes) -> None:
+        """Usage in the end of a body of which the beginning was let go."""
+        found = list(_USAGE.finditer(body))
+        if not found:
+            return
+        try:
+            told, _ = json.JSONDecoder().raw_decode(body[found[-1].end() :][:_TAIL].decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return
+        self._told = read_usage(told)
+        self.complete = body.rstrip().endswith(b"}")
+
+    # --- streams ---
+
+    def _event(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            self.complete = True
+            return
+        try:
+            event = msgspec.json.decode(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return
+        if not isinstance(event, dict):
+            return
+        kind = event.get("type")
+        if isinstance(kind, str):
+            self._typed(kind, event)
+        else:
+            self._chunk(event)
+
+    def _typed(self, kind: str, event: dict[str, Any]) -> None:
+        """An event of Anthropic's messages or of OpenAI's responses."""
+        if kind == "error":
+            self.error = meaning_in_stream(event.get("error", event))
+            return
+        delta = event.get("delta")
+        if kind == "content_block_delta" and isinstance(delta, dict):
+            self._output(*(delta.get(field) for field in ("text", "thinking", "partial_json")))
+        elif kind.endswith("audio.delta"):
+            self.begun = True  # sound in base64, of which nothing can be estimated
+        elif kind.endswith(".delta"):
+            self._output(delta)
+        body = event.get("message", event.get("response", event))
+        if isinstance(body, dict):
+            self._told = read_usage(body.get("usage"), self._told) or self._told
+            if kind == "response.failed":
+                self.error = meaning_in_stream(body.get("error"))
+        self.complete = self.complete or kind in _ENDS
+
+    def _chunk(self, event: dict[str, Any]) -> None:
+        """A chunk of OpenAI's chat completions or completions; errors come without a type there."""
+        if event.get("error"):
+            self.error = meaning_in_stream(event["error"])
+            return
+        self._told = read_usage(event.get("usage"), self._told) or self._told
+        choices = event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if not isinstance(choice, dict):
+                continue
+            delta = choice.get("delta")
+            if isinstance(delta, dict):
+                self._output(*(delta.get(field) for field in _CONTENT), *_arguments(delta))
+            self._output(choice.get("text"))
+            if choice.get("finish_reason"):
+                self.complete = True
+
+    def _output(self, *texts: object) -> None:
+        for text in texts:
+            if isinstance(text, str) and text:
+                self.begun = True
+                self._pieces += 1
+                self._characters += len(text)
+
+
+def _arguments(delta: dict[str, Any]) -> list[object]:
+    """What a delta adds to the arguments of tools."""
+    calls = delta.get("tool_calls")
+    parts: list[object] = []
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            parts += [function.get("name"), function.get("arguments")]
+    return parts

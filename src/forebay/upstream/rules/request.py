@@ -1,0 +1,212 @@
+"""What a request asks for, read off the wire. Nothing here fails, whatever comes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+
+from forebay.upstream.rules.estimate import tokens_of
+from forebay.upstream.rules.headers import plain
+
+_MOST: Final = 10**9  # tokens; more than that is no bound
+_LONGEST_MODEL: Final = 256  # characters
+
+
+class Route(Enum):
+    """What is asked of a provider."""
+
+    CHAT = "chat"  # OpenAI's chat completions
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    EMBEDDINGS = "embeddings"
+    MESSAGES = "messages"  # Anthropic's
+    COUNT_TOKENS = "count_tokens"
+    MODELS = "models"
+    OTHER = "other"  # counted as a request, and nothing more is known of it
+
+
+_ENDINGS: Final = {
+    "/chat/completions": Route.CHAT,
+    "/completions": Route.COMPLETIONS,
+    "/responses": Route.RESPONSES,
+    "/embeddings": Route.EMBEDDINGS,
+    "/messages": Route.MESSAGES,
+    "/messages/count_tokens": Route.COUNT_TOKENS,
+}
+_MODELS: Final = re.compile(r"/models(?:/[^/]+)?$")
+_ELSEWHERE: Final = re.compile(r"/(?:threads|conversations|batches|fine_tuning|evals)/")  # end alike, and are not
+_DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure names the model in the path
+
+# What AWS and others sign covers the body, and often the headers: nothing of it may be changed. Sources: AWS "Signature
+# Version 4"; RFC 9421 (HTTP message signatures); RFC 9530 (digest fields).
+_SIGNED: Final = frozenset(
+    {"x-amz-content-sha256", "x-amz-date", "signature", "signature-input", "content-digest", "digest", "content-md5"}
+)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request asks for.
+
+    Attributes:
+        route: what of.
+        model: which model, or None if it does not say.
+        stream: whether the answer is to come as events.
+        input_tokens: an estimate.
+        max_output_tokens: the bound that it sets on each answer, thinking included, or None.
+        choices: how many answers it asks for.
+        include_usage: whether a stream of OpenAI's is to end with its usage.
+        websocket: it opens a WebSocket, of which nothing can be metered.
+        signed: its bytes are signed or compressed, so nothing in them may be changed.
+        api_version: as Azure dates it (``2024-10-21``), or None.
+    """
+
+    route: Route
+    model: str | None = None
+    stream: bool = False
+    input_tokens: int = 0
+    max_output_tokens: int | None = None
+    choices: int = 1
+    include_usage: bool = False
+    websocket: bool = False
+    signed: bool = False
+    api_version: str | None = None
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether a model answers it with tokens."""
+        return self.route in _MAKING
+
+
+_MAKING: Final = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
+
+
+class _Body(msgspec.Struct):
+    """The fields that matter, of whatever type; the long ones are only measured."""
+
+    model: Any = None
+    stream: Any = None
+    n: Any = None
+    best_of: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    stream_options: Any = None
+    messages: msgspec.Raw = msgspec.Raw()
+    system: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    suffix: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    instructions: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    functions: msgspec.Raw = msgspec.Raw()
+    response_format: msgspec.Raw = msgspec.Raw()
+    text: msgspec.Raw = msgspec.Raw()
+
+    def long_ones(self) -> list[msgspec.Raw]:
+        """The fields that become input."""
+        fields = [self.messages, self.system, self.prompt, self.suffix, self.input, self.instructions]
+        return [*fields, self.tools, self.functions, self.response_format, self.text]
+
+
+_decoder: Final = msgspec.json.Decoder(_Body)
+
+
+def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of its provider
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    bytes_per_token: float,
+    image_tokens: int,
+) -> Request:
+    """Read a request: what is unknown or garbage asks for a request and nothing else.
+
+    Args:
+        method: such as ``"POST"``.
+        path: of the URL, with its query if it has one; a whole URL does too.
+        headers: of the request.
+        body: as it is sent.
+        bytes_per_token: of text.
+        image_tokens: of an image.
+    """
+    told = plain(headers)
+    where, query = _split(path)
+    route = _route(method, where)
+    websocket = _opens_websocket(path, where, told)
+    signed = _is_signed(query, told)
+    versions = query.get("api-version")
+    model = _DEPLOYMENT.search(where)
+    read = _body(told, body) if route not in (Route.MODELS, Route.OTHER) else None
+    if read is None:
+        return Request(route=route, model=unquote(model[1]) if model else None, websocket=websocket, signed=signed)
+    raws = [raw for raw in map(bytes, read.long_ones()) if raw]
+    options = read.stream_options
+    return Request(
+        route=route,
+        model=_name(read.model) or (unquote(model[1]) if model else None),
+        stream=read.stream is True,
+        input_tokens=sum(tokens_of(raw, bytes_per_token=bytes_per_token, image_tokens=image_tokens) for raw in raws),
+        max_output_tokens=_first_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
+        choices=min(128, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1)),
+        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        websocket=websocket,
+        signed=signed,
+        api_version=versions[0] if versions else None,
+    )
+
+
+def _split(path: str) -> tuple[str, dict[str, list[str]]]:
+    try:
+        parts = urlsplit(path)
+        return parts.path.rstrip("/"), parse_qs(parts.query, max_num_fields=100) if parts.query else {}
+    except ValueError:
+        return "", {}
+
+
+def _route(method: str, path: str) -> Route:
+    if _ELSEWHERE.search(path):
+        return Route.OTHER
+    if method.upper() == "POST":
+        return next((route for ending, route in _ENDINGS.items() if path.endswith(ending)), Route.OTHER)
+    return Route.MODELS if method.upper() == "GET" and _MODELS.search(path) else Route.OTHER
+
+
+def _opens_websocket(url: str, path: str, told: Mapping[str, str]) -> bool:
+    upgrade = "websocket" in told.get("upgrade", "").lower() or "sec-websocket-key" in told
+    return upgrade or url.startswith(("ws://", "wss://")) or path.endswith("/realtime")
+
+
+def _is_signed(query: Mapping[str, object], told: Mapping[str, str]) -> bool:
+    if told.get("authorization", "").startswith(("AWS4-", "Signature ")):
+        return True
+    return "X-Amz-Signature" in query or "content-encoding" in told or not _SIGNED.isdisjoint(told)
+
+
+def _body(told: Mapping[str, str], body: bytes) -> _Body | None:
+    """The body, if it is a JSON object; a form (files) or anything else is None."""
+    if "content-encoding" in told or told.get("content-type", "").startswith("multipart/"):
+        return None
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _name(model: object) -> str | None:
+    return model[:_LONGEST_MODEL] if isinstance(model, str) and model else None
+
+
+def _bound(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+        return None
+    return int(value)
+
+
+def _first_bound(*values: object) -> int | None:
+    return next((bound for bound in map(_bound, values) if bound is not None), None)

@@ -1,0 +1,93 @@
+"""What a call has used, as the provider counted it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+_MOST = 10**12  # tokens; more than that is no count
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of one call.
+
+    Attributes:
+        input_tokens: all that was sent, what came from a cache included.
+        output_tokens: all that was made, thinking included.
+        cache_read_tokens: of the input, what was read from a cache.
+        cache_write_tokens: of the input, what was written to one.
+        estimated: whether Forebay guessed some of it, for the provider did not say.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    estimated: bool = False
+
+
+def count(value: object) -> int:
+    """A number of tokens out of JSON; 0 if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0
+    return int(value) if 0 <= value <= _MOST else 0
+
+
+def read_usage(told: Any, known: Usage | None = None) -> Usage | None:
+    """Usage out of a ``usage`` object of any provider; None if it is not one.
+
+    OpenAI counts what came from a cache within ``prompt_tokens`` or ``input_tokens``. Anthropic counts it beside
+    ``input_tokens``, in two fields of its own, and by these it is known. Sources: the references of both, and the types
+    of their SDKs (``CompletionUsage``, ``ResponseUsage``, ``Usage``, ``MessageDeltaUsage``); DeepSeek's
+    ``prompt_cache_hit_tokens``.
+
+    Args:
+        told: what the JSON held.
+        known: what an earlier event of the same answer said; what this one leaves out is kept. Both are totals.
+    """
+    if not isinstance(told, dict):
+        return None
+    cache_read, cache_write = told.get("cache_read_input_tokens"), told.get("cache_creation_input_tokens")
+    output = told.get("completion_tokens", told.get("output_tokens"))
+    told_input = told.get("prompt_tokens", told.get("input_tokens"))
+    if not isinstance(told_input, int | float) and not isinstance(output, int | float):
+        return None
+    output_tokens = count(output)
+    if known is not None:
+        output_tokens = max(output_tokens, known.output_tokens)
+    if not isinstance(told_input, int | float):
+        cached, written = (known.cache_read_tokens, known.cache_write_tokens) if known else (0, 0)
+        input_tokens = known.input_tokens if known else 0
+    elif isinstance(cache_read, int | float) or isinstance(cache_write, int | float):
+        cached, written = count(cache_read), count(cache_write)
+        input_tokens = count(told_input) + cached + written
+    else:
+        details = told.get("prompt_tokens_details", told.get("input_tokens_details"))
+        hit = details.get("cached_tokens") if isinstance(details, dict) else told.get("prompt_cache_hit_tokens")
+        input_tokens = count(told_input)
+        cached, written = min(count(hit), input_tokens), 0
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cache_read_tokens=cached,
+        cache_write_tokens=written,
+    )
+
+
+class InputRatio:
+    """How many tokens an account counts for each that was estimated: a moving mean, learned from what it settled."""
+
+    __slots__ = ("_seen", "value")
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._seen = 0
+
+    def observe(self, estimated: int, counted: int) -> None:
+        """A call of so many estimated input tokens was charged so many. What is no count says nothing."""
+        if estimated <= 0 or counted <= 0:
+            return
+        self._seen += 1
+        ratio = min(10.0, max(0.1, counted / estimated))
+        self.value += (ratio - self.value) * max(0.05, 1.0 / self._seen)
