@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Final
 
 from forebay.typing import Notice
@@ -42,11 +43,14 @@ _HINT: Final = re.compile(
 _HINTED: Final = 8192  # bytes of a body in which a hint is looked for
 
 _UNITS: Final = ("requests", "tokens", "input-tokens", "output-tokens")
-_FAMILIES: Final = [
+_PATTERNS: Final = [
     *((unit, f"anthropic-ratelimit-{unit}-%s") for unit in _UNITS),
     *((unit, f"x-ratelimit-%s-{unit}") for unit in _UNITS),
     ("requests", "x-ratelimit-%s"),
     ("requests", "ratelimit-%s"),
+]
+_FAMILIES: Final = [
+    (unit.replace("-", "_"), pattern % "limit", pattern % "remaining", pattern % "reset") for unit, pattern in _PATTERNS
 ]
 
 
@@ -67,15 +71,13 @@ def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
         return ()
     moment = _moment(told, wall)
     found: dict[str, Notice] = {}
-    for unit, name in _FAMILIES:
-        unit_name = unit.replace("-", "_")
-        if unit_name in found:
+    for unit, limit_name, remaining_name, reset_name in _FAMILIES:
+        if unit in found or (limit_name not in told and remaining_name not in told):
             continue
-        limit = _amount(told.get(name % "limit"))
-        remaining = _amount(told.get(name % "remaining"), least=0)
-        reset = read_reset(told.get(name % "reset", ""), wall=moment)
+        limit, remaining = _amount(told.get(limit_name)), _amount(told.get(remaining_name), least=0)
         if limit is not None or remaining is not None:
-            found[unit_name] = Notice(unit=unit_name, limit=limit, remaining=remaining, reset=reset)
+            reset = read_reset(told.get(reset_name, ""), wall=moment)
+            found[unit] = Notice(unit=unit, limit=limit, remaining=remaining, reset=reset)
     if "anthropic-ratelimit-tokens-limit" in told and ("input_tokens" in found or "output_tokens" in found):
         found.pop("tokens", None)
     return tuple(found.values())
@@ -136,6 +138,7 @@ def _rfc3339(text: str) -> float | None:
     return _epoch(at)
 
 
+@lru_cache(maxsize=64)  # every answer of a second bears the same one
 def _http_date(text: str) -> float | None:
     if len(text) > _LONGEST_VALUE:
         return None

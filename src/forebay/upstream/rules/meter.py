@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from forebay.upstream.rules.encoding import Unpacked
 from forebay.upstream.rules.meaning import Meaning, meaning_in_stream
 from forebay.upstream.rules.sse import Events
 from forebay.upstream.rules.usage import Usage, read_usage
@@ -32,6 +33,7 @@ class Meter:
     Args:
         stream: whether the answer is a stream of events (``text/event-stream``), not a body in one piece.
         input_tokens: what the request was estimated to send, for where the provider does not count.
+        encoding: its Content-Encoding; gzip and deflate are unpacked, of others nothing is known.
 
     Attributes:
         begun: whether the first token has come.
@@ -39,14 +41,18 @@ class Meter:
         error: what an error meant that was told within the answer, or None.
     """
 
-    __slots__ = ("_characters", "_events", "_input_tokens", "_pieces", "_told", "_whole", "begun", "complete", "error")
+    __slots__ = (
+        *("_characters", "_events", "_input_tokens", "_pieces", "_told", "_unpacked", "_whole"),
+        *("begun", "complete", "error"),
+    )
 
-    def __init__(self, *, stream: bool, input_tokens: int = 0) -> None:
+    def __init__(self, *, stream: bool, input_tokens: int = 0, encoding: str = "") -> None:
         self.begun = False
         self.complete = False
         self.error: Meaning | None = None
         self._events = Events() if stream else None
         self._whole = bytearray()
+        self._unpacked = Unpacked(encoding)
         self._input_tokens = input_tokens
         self._told: Usage | None = None
         self._pieces = 0
@@ -54,14 +60,15 @@ class Meter:
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the answer, in pieces of any size."""
-        if self._events is not None:
-            for event in self._events.feed(chunk):
-                self._event(event)
-        elif chunk:
-            self.begun = True
-            self._whole += chunk
-            if len(self._whole) > _WHOLE + _TAIL:
-                del self._whole[:-_TAIL]  # no longer JSON, but the usage is still found in it
+        for content in self._unpacked.feed(chunk):
+            if self._events is not None:
+                for event in self._events.feed(content):
+                    self._event(event)
+            elif content:
+                self.begun = True
+                self._whole += content
+                if len(self._whole) > _WHOLE + _TAIL:
+                    del self._whole[:-_TAIL]  # no longer JSON, but the usage is still found in it
 
     def end(self) -> None:
         """The answer has ended, as it should or not. Feeding more is not allowed."""

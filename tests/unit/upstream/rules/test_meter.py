@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +16,7 @@ from tests.unit.upstream.rules import streams
 from tests.unit.upstream.rules.streams import INPUT
 
 from forebay.upstream.rules import Meaning, Meter, Usage
+from forebay.upstream.rules.encoding import Unpacked
 
 
 def metered(data: bytes, *, stream: bool = True, cuts: list[int] | None = None) -> Meter:
@@ -192,6 +196,47 @@ def test_it_does_not_matter_in_which_pieces_a_body_comes(cuts: list[int]) -> Non
     assert said(metered(body, stream=False, cuts=[min(cut, len(body)) for cut in cuts])) == said(
         metered(body, stream=False)
     )
+
+
+# --- packed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"),
+    [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), ("", bytes)],
+)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_packed_answer_is_unpacked(encoding: str, pack: Callable[[bytes], bytes], size: int) -> None:
+    packed = pack(streams.CHAT_WITH_USAGE)
+    meter = Meter(stream=True, encoding=encoding)
+    for begin in range(0, len(packed), size):
+        meter.feed(packed[begin : begin + size])
+    meter.end()
+    assert said(meter) == said(metered(streams.CHAT_WITH_USAGE))
+
+
+@pytest.mark.parametrize(("encoding", "data"), [("br", streams.CHAT), ("gzip", b"no gzip"), ("gzip, br", b"x")])
+def test_of_what_cannot_be_unpacked_nothing_is_known(encoding: str, data: bytes) -> None:
+    for stream in (True, False):
+        meter = Meter(stream=stream, encoding=encoding)
+        meter.feed(data)
+        meter.feed(data)
+        meter.end()
+        assert meter.usage is None
+        assert not meter.complete
+
+
+def test_a_small_answer_that_unpacks_to_a_hundred_megabytes_takes_no_room() -> None:
+    packer = zlib.compressobj()
+    packed = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
+    assert len(packed) < 200_000
+    assert max(map(len, Unpacked("deflate").feed(packed))) <= 1 << 16
+    for stream in (True, False):
+        meter = Meter(stream=stream, encoding="deflate")
+        meter.feed(packed)
+        assert len(meter._whole) <= 1 << 21
+        meter.end()
+        assert meter.usage is None
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
