@@ -15,13 +15,8 @@ at (files, earlier responses, a conversation that the provider keeps) cannot be 
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
-import msgspec
-
-_MARKS: Final = (b'"image', b'"input_', b'"audio', b'"document', b'"file')  # of parts that are no text, perhaps
-_NUMBERS: Final = re.compile(rb"\s*\[[\s\[]*-?\d")
 _LOW_DETAIL: Final = 85
 _PER_SOUND: Final = 2000  # signs of base64 to a token
 _PER_DOCUMENT: Final = 50
@@ -33,44 +28,43 @@ _SOUNDS: Final = frozenset({"input_audio", "audio"})
 _DOCUMENTS: Final = frozenset({"document", "file", "input_file"})
 
 
-def tokens_of(raw: bytes, *, bytes_per_token: float, image_tokens: int) -> int:
-    """Estimated tokens of a piece of a request's JSON. Never fails: what cannot be read counts as text."""
-    if raw == b"null":
-        return 0
-    if _NUMBERS.match(raw) or any(mark in raw for mark in _MARKS):
-        try:
-            content = msgspec.json.decode(raw)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            content = None
-        if content is not None:
-            return _walk(content, bytes_per_token, image_tokens)
-    return -int(-len(raw) // bytes_per_token)
+def tokens_of(content: Any, *, bytes_per_token: float, image_tokens: int) -> int:
+    """Estimated tokens of a piece of a request's JSON: text by its bytes, media by their kind, a number by itself.
 
-
-def _walk(content: Any, bytes_per_token: float, image_tokens: int) -> int:
-    """Tokens of decoded JSON: text by its bytes, a number by itself (a prompt may be tokens), media by their kind."""
-    size, tokens = 0.0, 0
+    A prompt may be a list of tokens, hence the last.
+    """
+    size, tokens = 0, 0
     rest = [content]
     while rest:
         part = rest.pop()
         if isinstance(part, str):
-            size += len(part.encode("utf-8", "surrogatepass")) + 2
+            size += 2 + (len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass")))
         elif isinstance(part, list):
             rest.extend(part)
         elif isinstance(part, dict):
-            kind = part.get("type")
-            if isinstance(kind, str) and kind in _IMAGES:
-                tokens += _LOW_DETAIL if _detail(part) == "low" else image_tokens
-            elif isinstance(kind, str) and kind in _SOUNDS:
-                tokens += max(_LEAST_SOUND, _payload(part) // _PER_SOUND)
-            elif isinstance(kind, str) and kind in _DOCUMENTS and _payload(part):
-                tokens += max(_LEAST_DOCUMENT, _payload(part) // _PER_DOCUMENT)
-            else:
-                size += sum(len(key) + 4 for key in part)
+            media = _media(part, image_tokens)
+            if media is None:
+                size += 2 + sum(map(len, part)) + 4 * len(part)  # quotes, colon, comma
                 rest.extend(part.values())
+            else:
+                tokens += media
         elif part is not None:
             tokens += 1
     return tokens - int(-size // bytes_per_token)
+
+
+def _media(part: dict[str, Any], image_tokens: int) -> int | None:
+    """Tokens of an image, a sound or a document; None if the part is none of these."""
+    kind = part.get("type")
+    if not isinstance(kind, str):
+        return None
+    if kind in _IMAGES:
+        return _LOW_DETAIL if _detail(part) == "low" else image_tokens
+    if kind in _SOUNDS:
+        return max(_LEAST_SOUND, _payload(part) // _PER_SOUND)
+    if kind in _DOCUMENTS and (payload := _payload(part)):
+        return max(_LEAST_DOCUMENT, payload // _PER_DOCUMENT)
+    return None
 
 
 def _detail(part: dict[str, Any]) -> object:

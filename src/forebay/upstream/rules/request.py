@@ -14,6 +14,7 @@ from forebay.upstream.rules.estimate import tokens_of
 from forebay.upstream.rules.headers import plain
 
 _MOST: Final = 10**9  # tokens; more than that is no bound
+_MOST_CHOICES: Final = 128  # as OpenAI has it
 _LONGEST_MODEL: Final = 256  # characters
 
 
@@ -85,35 +86,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 _MAKING: Final = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
 
 
-class _Body(msgspec.Struct):
-    """The fields that matter, of whatever type; the long ones are only measured."""
-
-    model: Any = None
-    stream: Any = None
-    n: Any = None
-    best_of: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    stream_options: Any = None
-    messages: msgspec.Raw = msgspec.Raw()
-    system: msgspec.Raw = msgspec.Raw()
-    prompt: msgspec.Raw = msgspec.Raw()
-    suffix: msgspec.Raw = msgspec.Raw()
-    input: msgspec.Raw = msgspec.Raw()
-    instructions: msgspec.Raw = msgspec.Raw()
-    tools: msgspec.Raw = msgspec.Raw()
-    functions: msgspec.Raw = msgspec.Raw()
-    response_format: msgspec.Raw = msgspec.Raw()
-    text: msgspec.Raw = msgspec.Raw()
-
-    def long_ones(self) -> list[msgspec.Raw]:
-        """The fields that become input."""
-        fields = [self.messages, self.system, self.prompt, self.suffix, self.input, self.instructions]
-        return [*fields, self.tools, self.functions, self.response_format, self.text]
-
-
-_decoder: Final = msgspec.json.Decoder(_Body)
+# What becomes input, of any route.
+_INPUT: Final = (
+    *("messages", "system", "prompt", "suffix", "input", "instructions"),
+    *("tools", "functions", "response_format", "text"),
+)
+_BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_decoder: Final = msgspec.json.Decoder(dict[str, Any])
 
 
 def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of its provider
@@ -145,15 +124,16 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
     read = _body(told, body) if route not in (Route.MODELS, Route.OTHER) else None
     if read is None:
         return Request(route=route, model=unquote(model[1]) if model else None, websocket=websocket, signed=signed)
-    raws = [raw for raw in map(bytes, read.long_ones()) if raw]
-    options = read.stream_options
+    sent = [read[name] for name in _INPUT if read.get(name) is not None]
+    bounds = (_bound(read.get(name)) for name in _BOUNDS)
+    options = read.get("stream_options")
     return Request(
         route=route,
-        model=_name(read.model) or (unquote(model[1]) if model else None),
-        stream=read.stream is True,
-        input_tokens=sum(tokens_of(raw, bytes_per_token=bytes_per_token, image_tokens=image_tokens) for raw in raws),
-        max_output_tokens=_first_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
-        choices=min(128, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1)),
+        model=_name(read.get("model")) or (unquote(model[1]) if model else None),
+        stream=read.get("stream") is True,
+        input_tokens=tokens_of(sent, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
+        max_output_tokens=next((bound for bound in bounds if bound is not None), None),
+        choices=min(_MOST_CHOICES, max(1, _bound(read.get("n")) or 1, _bound(read.get("best_of")) or 1)),
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
         signed=signed,
@@ -188,7 +168,7 @@ def _is_signed(query: Mapping[str, object], told: Mapping[str, str]) -> bool:
     return "X-Amz-Signature" in query or "content-encoding" in told or not _SIGNED.isdisjoint(told)
 
 
-def _body(told: Mapping[str, str], body: bytes) -> _Body | None:
+def _body(told: Mapping[str, str], body: bytes) -> dict[str, Any] | None:
     """The body, if it is a JSON object; a form (files) or anything else is None."""
     if "content-encoding" in told or told.get("content-type", "").startswith("multipart/"):
         return None
@@ -206,7 +186,3 @@ def _bound(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
         return None
     return int(value)
-
-
-def _first_bound(*values: object) -> int | None:
-    return next((bound for bound in map(_bound, values) if bound is not None), None)
