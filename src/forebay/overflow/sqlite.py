@@ -218,7 +218,22 @@ _STORED_OR_NOT = (Put.DUPLICATE, Put.STORED)
 def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[Put]:
     (held,) = connection.execute(_HELD).fetchone()
     room = bound - held
-    rows = [_values(*offer) for offer in offers]
+    rows = [
+        (
+            row.task_id,
+            row.task_type,
+            int(row.priority),  # sqlite3 is slow to find that it is one
+            row.envelope,
+            row.enqueued_at,
+            inf if row.deadline is None else row.deadline,
+            row.key,
+            row.attempts,
+            0 if fence is None else 1,
+            fence,
+            None if fence is None else until,
+        )
+        for row, fence, until in offers
+    ]
     if len(rows) <= room:
         outcomes = [_STORED_OR_NOT[stored] for stored in _PUT.run(connection, rows)]
     else:
@@ -243,22 +258,6 @@ def _put_one_by_one(room: int, connection: sqlite3.Connection, rows: Sequence[tu
             (taken,) = connection.execute(_TAKEN, (task_id, key)).fetchone()
             outcomes.append(Put.DUPLICATE if taken else Put.FULL)
     return outcomes
-
-
-def _values(row: Row, fence: str | None, until: float) -> tuple[Any, ...]:
-    return (
-        row.task_id,
-        row.task_type,
-        int(row.priority),  # sqlite3 is slow to find that it is one
-        row.envelope,
-        row.enqueued_at,
-        inf if row.deadline is None else row.deadline,
-        row.key,
-        row.attempts,
-        0 if fence is None else 1,
-        fence,
-        None if fence is None else until,
-    )
 
 
 def _lease(

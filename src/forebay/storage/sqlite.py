@@ -16,9 +16,7 @@ from forebay.errors import LedgerUnusable
 from forebay.storage.sqlite_file import Schema, diagnose, open_file
 from forebay.storage.url import Synchronous
 
-# Operations in one transaction. More would keep the last of them, and other processes, waiting; and where a thousand
-# callers wait, half of them are being served by the loop while the thread commits for the others.
-_GROUP = 500
+_GROUP = 1_000  # operations in one transaction: more would keep the last of them, and other processes, waiting
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
@@ -155,10 +153,9 @@ class SqliteWriter:
 
     def _flush(self) -> None:
         pending, group = self._pending, list[_Wish]()
-        while pending and len(group) < _GROUP:
-            wish = pending.popleft()
-            if not wish[0].cancelled():
-                group.append(wish)
+        while pending and not group:
+            some = [pending.popleft() for _ in range(min(_GROUP, len(pending)))]
+            group = [wish for wish in some if not wish[0].cancelled()]
         if self._connection is None or not (group or self._closed):
             self._flushing = False
         elif group:

@@ -222,6 +222,14 @@ async def test_when_all_are_cancelled_it_goes_on(writer: SqliteWriter) -> None:
     assert await writer.run(numbers) == []
 
 
+async def test_who_comes_behind_a_crowd_that_left_is_served(writer: SqliteWriter) -> None:
+    left = [writer.run(partial(add, number)) for number in range(room._GROUP + 1)]
+    for wish in left:
+        wish.cancel()
+    await writer.run(partial(add, -1))
+    assert await writer.run(numbers) == [-1]
+
+
 # --- opening and closing ---------------------------------------------------------------------------------------------
 
 
