@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -228,6 +229,43 @@ async def test_who_comes_behind_a_crowd_that_left_is_served(writer: SqliteWriter
         wish.cancel()
     await writer.run(partial(add, -1))
     assert await writer.run(numbers) == [-1]
+
+
+# --- at once, from any thread ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.blocks
+async def test_a_thread_need_not_wait_for_a_loop_that_stands_still(writer: SqliteWriter) -> None:
+    queued = writer.run(partial(add, 1))
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(writer.run_now, partial(add, 2)).result(timeout=10) == 2
+    assert not queued.done()
+    await queued
+    assert await writer.run(numbers) == [1, 2]
+
+
+async def test_two_threads_never_use_the_connection_at_once(writer: SqliteWriter) -> None:
+    gate = Gate(writer)
+    await gate.reached()
+    with ThreadPoolExecutor(1) as thread:
+        adding = thread.submit(writer.run_now, partial(add, 1))
+        with pytest.raises(TimeoutError):
+            adding.result(timeout=0.05)
+        gate.open()
+        assert adding.result(timeout=10) == 1
+    await gate.done
+
+
+async def test_what_fails_at_once_raises_and_leaves_nothing(writer: SqliteWriter) -> None:
+    with pytest.raises(Boom):
+        await asyncio.get_running_loop().run_in_executor(None, writer.run_now, boom)
+    assert await writer.run(numbers) == []
+
+
+async def test_closed_it_runs_nothing_at_once(writer: SqliteWriter) -> None:
+    await writer.close()
+    with pytest.raises(LedgerUnusable, match="not open"):
+        writer.run_now(numbers)
 
 
 # --- opening and closing ---------------------------------------------------------------------------------------------
