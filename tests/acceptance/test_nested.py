@@ -20,6 +20,7 @@ from forebay import (
     WorkerState,
 )
 from forebay.errors import NotStarted
+from forebay.sim import virtual_loop
 
 
 class Tree:
@@ -645,3 +646,18 @@ async def test_a_house_that_cannot_start_leaves_nothing_running() -> None:
     outer.register_worker("second", handler=second, task_types=["work"])
     await error_of(outer.start())
     assert isinstance(await error_of(first.submit(Task("work"))), RuntimeError)  # it is closed again
+
+
+@virtual
+async def test_who_awaits_a_task_that_ends_as_its_own_slot_is_lent_does_not_wait_for_ever() -> None:
+    async with BackpressureSupervisor() as supervisor:
+
+        async def handler(task: Task) -> Any:
+            if task.payload == "child":
+                return None
+            child = supervisor.submit_nowait(Task("work", "child", deadline=Deadline.within(1.0)))
+            virtual_loop().stall(2.0)  # it blocks the loop: no timer has ended the child when its turn comes
+            return (await child).status
+
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        assert await supervisor.run(Task("work", "parent", timeout=60.0)) is TaskStatus.EXPIRED

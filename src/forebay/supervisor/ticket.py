@@ -127,7 +127,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
             loan: Loan | None = self._house.lend(context.current())
             try:
-                await self._resolved()
+                if self._outcome is None:  # the slot that was lent may have gone to it, or its turn come too late
+                    await self._resolved()
             except asyncio.CancelledError:
                 if abandon and not self.awaited:  # before the slot comes back: the task may be what holds it
                     self.cancel("its caller has gone")

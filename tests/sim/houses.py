@@ -1,0 +1,422 @@
+"""Scripts for whole houses: two supervisors, one of which may hold the other, whose tasks work on both and await each
+other; callers of every kind; and everything that may be done to a house, at instants that often coincide."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis.strategies as st
+from tests.sim import promises
+from tests.sim.ledgers import Score, Trouble, Unreliable
+from tests.sim.promises import Broke, Witness
+
+from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket, progress
+from forebay.errors import SupervisorClosed
+from forebay.events import Event, Started
+from forebay.overflow import open_ledger
+from forebay.sim import virtual_loop
+
+KINDS = ("a", "b")
+TIMEOUT = 8.0  # seconds; tasks may await each other in a ring, which only this ends
+SHARES = st.sampled_from([0.0, 0.1, 0.5, 0.5, 1.0, 3.0])  # seconds
+INSTANTS = st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.5, 1.0, 1.0, 1.5, 2.0, 5.0, 9.0])  # seconds; many coincide
+HOUSES = st.integers(0, 1)
+
+# --- what handlers do ------------------------------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.tuples(st.sampled_from(["sleep", "raise", "stubborn", "give up"]), SHARES),
+    st.just(("progress",)),
+    st.tuples(st.sampled_from(["await", "listen", "cancel"]), st.integers(0, 9)),
+)
+
+
+def _nested(plans: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    kinds = st.sampled_from(KINDS)
+    return st.one_of(
+        st.tuples(st.sampled_from(["run", "leave", "follow", "slot", "durably"]), HOUSES, kinds, plans),
+        st.tuples(st.just("drop"), SHARES, HOUSES, kinds, plans),
+        st.tuples(st.sampled_from(["together", "in turn", "either", "insist"]), plans, plans),
+        st.tuples(st.just("within"), SHARES, plans),
+    )
+
+
+PLANS = st.recursive(LEAVES, _nested, max_leaves=6)
+
+# --- what callers do -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A task, how it is offered, and when its caller loses patience."""
+
+    house: int
+    kind: str
+    plan: Any
+    by: str
+    times: int  # at the same moment, each by a caller of its own
+    priority: Priority
+    timeout: float | None
+    deadline: float | None
+    thread: str | None
+    key: str | None
+    spill: bool
+    leaves_after: float | None  # cancels itself
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something else that is done to a house."""
+
+    what: str
+    house: int
+    which: int  # of the tickets or the callers so far, or of the workers
+    seconds: float
+
+
+OFFERS = st.builds(
+    Offer,
+    house=HOUSES,
+    kind=st.sampled_from(KINDS),
+    plan=PLANS,
+    times=st.sampled_from([1, 1, 2, 5, 9]),
+    by=st.sampled_from(["submit", "submit", "durable", "nowait", "run", "slot", "follow"]),
+    priority=st.sampled_from(Priority),
+    timeout=st.sampled_from([None, None, 0.5, 1.0]),
+    deadline=st.sampled_from([None, None, None, 0.5, 2.0]),
+    thread=st.sampled_from([None, None, "t"]),
+    key=st.sampled_from([None, None, None, "k"]),
+    spill=st.sampled_from([True, True, False]),
+    leaves_after=st.sampled_from([None, None, None, 0.0, 0.5, 1.0]),
+)
+ACTS = st.builds(
+    Act,
+    what=st.sampled_from(
+        ["cancel", "cancel", "leave", "leave", "revive", "register", "listen", "look", "drain", "close", "fail"]
+    ),
+    house=HOUSES,
+    which=st.integers(0, 9),
+    seconds=SHARES,
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a house is like."""
+
+    slots: tuple[int, int]
+    shared: bool  # both workers take both kinds
+    room: int | None
+    overflow: str | None
+    cool_off: float | None
+    grace: float
+    threshold: float
+
+
+BUILDS = st.builds(
+    Build,
+    slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    shared=st.booleans(),
+    room=st.sampled_from([0, 0, 1, 3, None]),
+    overflow=st.sampled_from([None, None, "memory://", "memory://?bound=2", "sqlite"]),
+    cool_off=st.sampled_from([None, 0.5, 10.0]),
+    grace=st.sampled_from([0.5, 5.0]),
+    threshold=st.sampled_from([0.5, 1.0]),
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """Two houses, and what happens to them when."""
+
+    builds: tuple[Build, Build]
+    held: bool  # the second is a worker of the first as well
+    events: list[tuple[float, Offer | Act]]
+    impish: int  # a sink cancels the task of every so manieth start; 0: it does not
+    jitter: float
+    seed: int
+
+
+SCRIPTS = st.builds(
+    Script,
+    builds=st.tuples(BUILDS, BUILDS),
+    held=st.booleans(),
+    events=st.lists(st.tuples(INSTANTS, st.one_of(OFFERS, OFFERS, ACTS)), min_size=1, max_size=12),
+    impish=st.sampled_from([0, 0, 0, 2, 3]),
+    jitter=st.sampled_from([0.0, 1e-6]),
+    seed=st.integers(0, 1000),
+)
+
+
+class Broken(Exception):
+    """What a handler raises on purpose."""
+
+
+@dataclass
+class House:
+    """A supervisor with all that is seen of it."""
+
+    supervisor: BackpressureSupervisor
+    witness: Witness
+    build: Build
+    score: Score = field(default_factory=Score)
+    tickets: list[Ticket] = field(default_factory=list)
+
+
+class Play:
+    """One script under way."""
+
+    def __init__(self, script: Script, directory: str) -> None:
+        self.script = script
+        self.directory = directory
+        self.tickets: list[Ticket] = []
+        self.callers: list[asyncio.Task[None]] = []
+        self.closing: list[asyncio.Task[None]] = []
+        self.houses = [self.make(number, build) for number, build in enumerate(script.builds)]
+
+    # --- houses ---
+
+    def url(self, number: int) -> str:
+        return f"sqlite:///{self.directory}/{number}.db?synchronous=off"
+
+    def make(self, number: int, build: Build) -> House:
+        witness, score = Witness(), Score()
+        overflow: Any = build.overflow
+        if overflow == "sqlite":
+            overflow = Unreliable(open_ledger(self.url(number)), Trouble(), score, random.Random(0))
+        imp = itertools.count(1)
+
+        def cancel_some(event: Event) -> None:
+            if isinstance(event, Started) and self.script.impish and next(imp) % self.script.impish == 0:
+                supervisor.ticket(event.task_id).cancel()
+
+        supervisor = witness.house = BackpressureSupervisor(
+            backpressure_threshold=build.threshold,
+            max_queue_size=build.room,
+            overflow=overflow,
+            zombie_grace=build.grace,
+            keep_results=3,
+            on_event=[witness, cancel_some],
+        )
+        first, second = (KINDS, KINDS) if build.shared else (KINDS[:1], KINDS[1:])
+        for name, kinds, slots in (("w1", first, build.slots[0]), ("w2", second, build.slots[1])):
+            supervisor.register_worker(
+                name,
+                handler=self.handler,
+                task_types=kinds,
+                max_concurrent=slots,
+                timeout=TIMEOUT,
+                cool_off=build.cool_off,
+            )
+        return House(supervisor, witness, build, score)
+
+    async def handler(self, task: Task) -> None:
+        await self.carry_out(task.payload)
+
+    # --- plans ---
+
+    def known(self, which: int) -> Ticket | None:
+        return self.tickets[which % len(self.tickets)] if self.tickets else None
+
+    def keep(self, house: House, ticket: Ticket) -> Ticket:
+        if ticket:
+            house.tickets.append(ticket)
+            self.tickets.append(ticket)
+        return ticket
+
+    async def carry_out(self, plan: Any) -> None:  # noqa: C901, PLR0912, PLR0915 - a small language
+        """Do what the plan says."""
+        again = self.carry_out
+        match plan:
+            case ("sleep", seconds):
+                await asyncio.sleep(seconds)
+            case ("raise", seconds):
+                await asyncio.sleep(seconds)
+                raise Broken
+            case ("stubborn", seconds):
+                due = asyncio.get_running_loop().time() + seconds
+                while (left := due - asyncio.get_running_loop().time()) > 0:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(left)
+            case ("give up", seconds):
+                await asyncio.sleep(seconds)
+                raise asyncio.CancelledError
+            case ("progress",):
+                progress("going on")
+            case ("await", which):
+                if (ticket := self.known(which)) is not None:
+                    await ticket
+            case ("listen", which):
+                if (ticket := self.known(which)) is not None:
+                    async for _ in ticket.events():
+                        await asyncio.sleep(0.01)
+            case ("cancel", which):
+                if (ticket := self.known(which)) is not None:
+                    ticket.cancel()
+            case ("run", number, kind, inner):
+                await self.houses[number].supervisor.run(Task(kind, inner))
+            case (("leave" | "durably" | "follow") as how, number, kind, inner):
+                house = self.houses[number]
+                durable = how == "durably" and house.build.overflow == "sqlite"
+                ticket = self.keep(house, await house.supervisor.submit(Task(kind, inner, durable=durable)))
+                if how == "follow":
+                    async for _ in ticket.events():
+                        await asyncio.sleep(0.01)
+            case ("slot", number, kind, inner):
+                async with self.houses[number].supervisor.slot(kind):
+                    await again(inner)
+            case ("drop", seconds, number, kind, inner):
+                house = self.houses[number]
+                ticket = self.keep(house, await house.supervisor.submit(Task(kind, inner)))
+                await asyncio.sleep(seconds)
+                ticket.cancel()
+                await ticket
+            case ("together", first, second):
+                await asyncio.gather(again(first), again(second))
+            case ("in turn", first, second):
+                await again(first)
+                await again(second)
+            case ("either", first, second):
+                racing = [asyncio.ensure_future(again(one)) for one in (first, second)]
+                try:
+                    await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for one in racing:
+                        one.cancel()
+                    await asyncio.gather(*racing, return_exceptions=True)
+            case ("insist", first, second):
+                try:
+                    await again(first)
+                except asyncio.CancelledError:
+                    await again(second)
+            case ("within", seconds, inner):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await again(inner)
+
+    # --- callers ---
+
+    async def offer(self, offer: Offer) -> None:
+        house = self.houses[offer.house]
+        options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread": offer.thread}
+        if offer.deadline is not None:
+            options["deadline"] = Deadline.within(offer.deadline)
+        durable = offer.by == "durable" and house.build.overflow == "sqlite"
+        task = Task(offer.kind, offer.plan, key=offer.key, spill=offer.spill, durable=durable, **options)
+        with contextlib.suppress(ForebayError, Broken, TimeoutError):
+            async with asyncio.timeout(offer.leaves_after):
+                match offer.by:
+                    case "nowait":
+                        await self.keep(house, house.supervisor.submit_nowait(task))
+                    case "run":
+                        await house.supervisor.run(task)
+                    case "slot":
+                        async with house.supervisor.slot(offer.kind, **options):
+                            await self.carry_out(offer.plan)
+                    case "follow":
+                        async for _ in self.keep(house, await house.supervisor.submit(task)).events():
+                            pass
+                    case _:
+                        await self.keep(house, await house.supervisor.submit(task))
+
+    async def act(self, act: Act) -> None:  # noqa: C901 - one line a deed
+        house = self.houses[act.house]
+        supervisor = house.supervisor
+        with contextlib.suppress(SupervisorClosed):
+            match act.what:
+                case "cancel":
+                    if (ticket := self.known(act.which)) is not None:
+                        ticket.cancel()
+                case "leave":
+                    if self.callers:
+                        self.callers[act.which % len(self.callers)].cancel()
+                case "revive":
+                    supervisor.workers[f"w{act.which % 2 + 1}"].revive()
+                case "register":
+                    name = f"later{len(supervisor.workers)}"
+                    supervisor.register_worker(name, handler=self.handler, task_types=["a"], timeout=TIMEOUT)
+                case "listen":
+                    async with supervisor.events(bound=5) as events:
+                        async for _ in events:
+                            await asyncio.sleep(0.1)
+                case "look":
+                    supervisor.statistics()
+                case "drain":
+                    await supervisor.drain(act.seconds or None)
+                case "close":
+                    await supervisor.close()
+                case "fail":
+                    await supervisor.__aexit__(ValueError, ValueError(), None)
+
+    # --- all of it ---
+
+    async def main(self) -> None:
+        """Play the script, close what is open, and see whether all is in order."""
+        first, second = (house.supervisor for house in self.houses)
+        await second.start()
+        if self.script.held:
+            first.register_worker("held", handler=second, task_types=KINDS, max_concurrent=2, timeout=TIMEOUT)
+        await first.start()
+        jobs: list[asyncio.Task[None]] = []
+        for due, what in sorted(self.script.events, key=lambda event: event[0]):
+            await asyncio.sleep(due - asyncio.get_running_loop().time())
+            if isinstance(what, Act):
+                jobs.append(asyncio.ensure_future(self.act(what)))
+            else:
+                callers = [asyncio.ensure_future(self.offer(what)) for _ in range(what.times)]
+                self.callers += callers
+                jobs += callers
+        await asyncio.sleep(20.0)
+        for supervisor in (first, second):
+            with contextlib.suppress(SupervisorClosed):
+                await supervisor.drain(30.0)
+            await supervisor.close()
+        done, waiting = await asyncio.wait(jobs, timeout=60.0)
+        if waiting:
+            raise Broke(f"these wait for ever: {waiting}")
+        for job in done:
+            if not job.cancelled() and (error := job.exception()) is not None:
+                raise error
+        await asyncio.sleep(60.0)  # what is stubborn ends
+        for number, house in enumerate(self.houses):
+            await self.check(number, house)
+        if (left := virtual_loop().pending()) != [asyncio.current_task()]:
+            raise Broke(f"asyncio tasks are left: {left}")
+
+    async def check(self, number: int, house: House) -> None:
+        promises.check_house(house.supervisor, house.witness)
+        inside = house.supervisor._running()
+        for worker in inside.workers.values():
+            if worker.current_tasks or worker.zombies or worker.runs:
+                raise Broke(f"{worker} is not empty")
+        if inside.talks:
+            raise Broke(f"threads are left: {inside.talks}")
+        if inside.timers._armed is not None:
+            raise Broke("a timer is armed in a closed house")
+        if house.build.overflow == "sqlite":
+            await self.inherit(number, house)
+        else:
+            promises.check_memory(house.supervisor, house.witness, house.tickets)
+
+    async def inherit(self, number: int, house: House) -> None:
+        """What the house took and did not end, the next one does: all of it, and nothing else."""
+
+        async def handler(_: Task) -> None: ...
+
+        witness = Witness()
+        heir = witness.house = BackpressureSupervisor(overflow=self.url(number), lease=3.0, on_event=witness)
+        heir.register_worker("next", handler=handler, task_types=KINDS, max_concurrent=3)
+        async with heir:
+            await asyncio.sleep(100.0)
+            if heir.statistics().outside:
+                raise Broke(f"rows are left: {heir.statistics()}")
+        if (house.witness.ended + witness.ended).total() != len(house.witness.taken):
+            raise Broke(f"{len(house.witness.taken)} were taken, and {house.witness.ended + witness.ended} ended")
+        for ticket in house.tickets:
+            if not ticket.done():
+                raise Broke(f"{ticket} never ended")
