@@ -163,6 +163,14 @@ async def test_what_is_no_task(thing: Any, *, nowait: bool) -> None:
             await offer(supervisor, thing, nowait=nowait)
 
 
+@virtual
+async def test_two_tasks_of_one_id_at_the_same_moment() -> None:
+    async with house() as supervisor:
+        offers = [supervisor.submit(Task("work", task_id="mine")) for _ in range(3)]
+        answers = await asyncio.gather(*offers, return_exceptions=True)
+        assert [isinstance(answer, DuplicateTask) for answer in answers] == [False, True, True]
+
+
 @BOTH
 @virtual
 async def test_two_tasks_of_one_id_under_way(*, nowait: bool) -> None:

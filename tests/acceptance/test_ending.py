@@ -162,6 +162,15 @@ async def test_a_handler_that_stops_at_its_timeout_gives_its_slot_at_once() -> N
 
 
 @virtual
+async def test_a_handler_that_has_stopped_is_not_called_a_zombie_later() -> None:
+    async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        assert (await supervisor.submit_nowait(Task("work", timeout=2.0))).status is TaskStatus.TIMED_OUT
+        await asyncio.sleep(5.0)
+        assert supervisor.statistics().zombies == 0
+
+
+@virtual
 async def test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really_ends() -> None:
     async with BackpressureSupervisor(max_queue_size=9) as supervisor:
         worker = supervisor.register_worker("worker", handler=Stubborn(4.0), task_types=["work"])

@@ -167,6 +167,16 @@ async def test_a_task_whose_end_could_not_be_stored_is_not_run_again_by_who_ran_
 
 
 @virtual
+async def test_what_cannot_be_stored_as_the_house_drains_runs_to_its_end_inside(file: str) -> None:
+    agent = Agent(1.0)
+    async with house(agent, troubled(file, spells=((0.5, 100.0),))) as supervisor:
+        tickets = [await supervisor.submit(Task("work", number)) for number in range(3)]
+        await asyncio.sleep(0.6)
+        await supervisor.drain()
+        assert [ticket.status for ticket in tickets] == [TaskStatus.SUCCEEDED] * 3
+
+
+@virtual
 async def test_who_listens_to_a_task_that_another_process_runs_hears_its_end(file: str) -> None:
     agent = Agent(1.0)
     async with house(agent, file, max_queue_size=0, lease=3.0) as here, house(agent, file, lease=3.0):

@@ -1,8 +1,9 @@
-"""Many seeds of surges, over all cores: ``make sim ARGS="--seeds 0:5000 --failures 1"``."""
+"""Many seeds of surges, and many scripts of whole houses, over all cores: ``make sim ARGS="--seeds 0:5000"``."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import logging
 import os
@@ -10,16 +11,22 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TypeAlias
 
-from tests.sim import surge
+from hypothesis import HealthCheck, given, seed, settings
+from tests.sim import houses, surge
 
-PATIENCE = 120  # real seconds for one seed
+PATIENCE = 300  # real seconds for one seed or batch
+BATCH = 100  # scripts
+
+Outcome: TypeAlias = tuple[str, Counter[str]]  # what was broken, and how to repeat it, or nothing; what happened
+Job: TypeAlias = tuple[Callable[[int], Counter[str]], int, str]  # what to run, its number, how to repeat it
 
 
-def seeds(text: str) -> range:
-    """A seed, or a range of seeds ``first:past``."""
+def numbers(text: str) -> range:
+    """A number, or a range of them ``first:past``."""
     first, colon, past = text.partition(":")
     return range(int(first), int(past)) if colon else range(int(first), int(first) + 1)
 
@@ -27,38 +34,60 @@ def seeds(text: str) -> range:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
-    parser.add_argument("--seeds", type=seeds, default=range(2000), help="FIRST:PAST, or one; by default 0:2000")
+    parser.add_argument("--seeds", type=numbers, default=range(2000), help="of surges: FIRST:PAST, by default 0:2000")
+    parser.add_argument("--batches", type=numbers, default=range(40), help=f"of {BATCH} scripts, by default 0:40")
     parser.add_argument("--failures", type=int, default=10, help="stop after so many")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one a core")
     return parser.parse_args()
 
 
+def one_surge(number: int) -> Counter[str]:
+    """The surge of a seed."""
+    return surge.run(number).happened
+
+
+def one_batch(number: int) -> Counter[str]:
+    """Scripts that hypothesis draws from the number of their batch; it notes the smallest that fails on the failure."""
+    happened = Counter(scripts=BATCH)
+
+    @seed(number)
+    @settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(script=houses.SCRIPTS)
+    def play(script: houses.Script) -> None:
+        houses.play(script)
+
+    play()
+    return happened
+
+
 def too_long(*_: object) -> None:
-    """Stop a seed that does not come to an end: virtual time stands still in a loop without an await."""
+    """Stop what does not come to an end: virtual time stands still in a loop without an await."""
     message = f"it took longer than {PATIENCE} s"
     raise TimeoutError(message)
 
 
-def prove(seed: int) -> tuple[int, str | None, Counter[str]]:
-    """Run a seed: what was broken, if anything was, and what happened in it."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+def prove(job: Job) -> Outcome:
+    """Run a job, in a process of the pool."""
+    work, number, again = job
+    for name in ("asyncio", "forebay"):
+        logging.getLogger(name).setLevel(logging.CRITICAL if name == "asyncio" else logging.ERROR)
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(PATIENCE)
     try:
-        return seed, None, surge.run(seed).happened
+        return "", work(number)
     except BaseException as failure:  # noqa: BLE001 - told to the parent
-        return seed, f"{type(failure).__name__}: {failure}", Counter()
+        notes = "\n".join(getattr(failure, "__notes__", ()))
+        return f"{type(failure).__name__}: {failure}\n{notes}\n  Repeat it with: {again}", Counter()
     finally:
         signal.alarm(0)
+        gc.collect()  # a simulation collects the young only
 
 
-def outcomes(pool: ProcessPoolExecutor, wanted: range, jobs: int) -> Iterator[tuple[int, str | None, Counter[str]]]:
+def outcomes(pool: ProcessPoolExecutor, jobs: Iterator[Job], ahead: int) -> Iterator[Outcome]:
     """As they come; so few are under way at a time that one can stop."""
-    rest = iter(wanted)
-    under_way: set[Future[tuple[int, str | None, Counter[str]]]] = set()
+    under_way: set[Future[Outcome]] = set()
     while True:
-        under_way |= {pool.submit(prove, seed) for seed in itertools.islice(rest, 4 * jobs - len(under_way))}
+        under_way |= {pool.submit(prove, job) for job in itertools.islice(jobs, ahead - len(under_way))}
         if not under_way:
             return
         done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
@@ -66,23 +95,32 @@ def outcomes(pool: ProcessPoolExecutor, wanted: range, jobs: int) -> Iterator[tu
 
 
 def main() -> int:
-    """Run the seeds, print the command that repeats each failure, and sum up."""
+    """Run all, print the command that repeats each failure, and sum up."""
     options = arguments()
     began = time.monotonic()
-    tried, failed, happened = 0, 0, Counter[str]()
+    failed, happened = 0, Counter[str]()
+    scripts: Iterator[Job] = (
+        (one_batch, number, f'make sim ARGS="--seeds 0:0 --batches {number}"') for number in options.batches
+    )
+    surges: Iterator[Job] = (
+        (one_surge, number, f".venv/bin/python -m tests.sim.surge {number}") for number in options.seeds
+    )
     with ProcessPoolExecutor(options.jobs) as pool:
-        for seed, failure, what in outcomes(pool, options.seeds, options.jobs):
-            tried += 1
+        for failure, what in outcomes(pool, itertools.chain(scripts, surges), 4 * options.jobs):
             happened += what
-            if failure is not None:
+            happened["surges"] += not failure and "scripts" not in what
+            if failure:
                 failed += 1
-                print(f"seed {seed}: {failure}")
-                print(f"  Repeat it with: .venv/bin/python -m tests.sim.surge {seed}", flush=True)
+                print(failure, flush=True)
                 if failed >= options.failures:
                     break
         pool.shutdown(cancel_futures=True)
-    print(f"{tried} seeds in {time.monotonic() - began:.0f} s, {failed} failed; {happened['admitted']} tasks admitted,")
-    print("  " + ", ".join(f"{count} {name}" for name, count in sorted(happened.items()) if name != "admitted"))
+    kept, seconds = (
+        f"{happened.pop('surges', 0)} surges and {happened.pop('scripts', 0)} scripts",
+        time.monotonic() - began,
+    )
+    print(f"{kept} keep every promise, {failed} failed, in {seconds:.0f} s. In the surges:")
+    print("  " + ", ".join(f"{count} {name}" for name, count in sorted(happened.items())))
     return 1 if failed else 0
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Ta
 from forebay.errors import SupervisorClosed
 from forebay.events import Event, Started
 from forebay.overflow import open_ledger
-from forebay.sim import virtual_loop
+from forebay.sim import simulate, virtual_loop
 
 KINDS = ("a", "b")
 TIMEOUT = 8.0  # seconds; tasks may await each other in a ring, which only this ends
@@ -420,3 +421,9 @@ class Play:
         for ticket in house.tickets:
             if not ticket.done():
                 raise Broke(f"{ticket} never ended")
+
+
+def play(script: Script) -> None:
+    """Play a script in virtual time; raises if a promise is broken, or somebody would wait for ever."""
+    with tempfile.TemporaryDirectory() as directory, promises.no_failure_is_only_logged():
+        simulate(lambda: Play(script, directory).main(), seed=script.seed, jitter=script.jitter)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.sim import houses, promises
-
-from forebay.sim import simulate
+from tests.sim import houses
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2 * settings().max_examples, suppress_health_check=[HealthCheck.too_slow])
 @given(script=houses.SCRIPTS)
 def test_every_ticket_ends_once_every_slot_comes_back_and_nobody_waits_for_ever(script: houses.Script) -> None:
-    with tempfile.TemporaryDirectory() as directory, promises.no_failure_is_only_logged():
-        simulate(lambda: houses.Play(script, directory).main(), seed=script.seed, jitter=script.jitter)
+    houses.play(script)

@@ -74,3 +74,15 @@ def test_it_works_in_virtual_time(tmp_path: Path) -> None:
         return [lease.row.task_id for lease in leases]
 
     assert simulate(main, seed=1) == ["a", "b"]
+
+
+async def test_what_was_acknowledged_is_committed(tmp_path: Path) -> None:
+    ledger = SqliteLedger(tmp_path / "ledger.db", synchronous=Synchronous.OFF)
+    await ledger.open()
+    for number in range(3):
+        row = Row(task_id=f"{number}", task_type="t", priority=Priority.LOW, envelope=b"", enqueued_at=0.0)
+        assert await ledger.put(row) is Put.STORED
+        other = sqlite3.connect(tmp_path / "ledger.db")
+        assert other.execute("SELECT count(*) FROM task").fetchone() == (number + 1,)
+        other.close()
+    await ledger.close()

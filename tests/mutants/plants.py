@@ -1,0 +1,289 @@
+"""Bugs to be planted, one at a time, in a copy of the package: a few words changed in one place of one file.
+
+Beside each stands the test that catches it. Its assertion must be what fails: a mutant that cannot be imported, or
+whose words are no longer there, proves nothing, and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_ACCEPTANCE, _CONTRACT, _UNIT = "tests/acceptance/", "tests/contract/", "tests/unit/"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted bug.
+
+    Attributes:
+        name: what it does wrong.
+        path: the file below ``src/forebay``.
+        old: words that stand there once.
+        new: what takes their place.
+        caught_by: the test, as pytest names it.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    caught_by: str
+
+
+MUTANTS = [
+    # --- slots and permits ---
+    Mutant(
+        "a slot that comes in the turn in which its caller is cancelled leaks",
+        "supervisor/slot.py",
+        "if self._run is not None:  # granted in the same turn of the loop",
+        "if False:",
+        _ACCEPTANCE + "test_slot.py::test_a_caller_cancelled_in_the_very_turn_in_which_the_slot_came_gives_it_back",
+    ),
+    Mutant(
+        "a slot leaks when its handler is cancelled",
+        "supervisor/endings.py",
+        "        if run.holds:\n",
+        "        if run.holds and not isinstance(cause, asyncio.CancelledError):\n",
+        _ACCEPTANCE + "test_ending.py::test_a_handler_that_stops_at_its_timeout_gives_its_slot_at_once",
+    ),
+    Mutant(
+        "a zombie gives its slot back",
+        "supervisor/endings.py",
+        "        run.worker.zombies += 1\n",
+        "        run.worker.zombies += 1\n        house.give(run)\n",
+        _ACCEPTANCE + "test_ending.py::test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really_ends",
+    ),
+    Mutant(
+        "a worker takes one more than its slots",
+        "supervisor/worker.py",
+        "if self.failed or self.returning or self.current_tasks >= self.max_concurrent:",
+        "if self.failed or self.returning or self.current_tasks > self.max_concurrent:",
+        _ACCEPTANCE + "test_routing.py::test_no_worker_ever_holds_more_than_its_slots",
+    ),
+    Mutant(
+        "an await between the check and the take",
+        "supervisor/admit.py",
+        "        if overflow is None or not (task.spill or task.durable):\n",
+        "        await asyncio.sleep(0)\n        if overflow is None or not (task.spill or task.durable):\n",
+        _ACCEPTANCE + "test_bad_input.py::test_two_tasks_of_one_id_at_the_same_moment",
+    ),
+    Mutant(
+        "a run that awaits its child keeps its slot",
+        "supervisor/lend.py",
+        "if run.lends and run.holds:",
+        "if False:",
+        _ACCEPTANCE + "test_nested.py::test_parents_and_children_that_share_one_slot_come_through",
+    ),
+    Mutant(
+        "a run goes on without the slot that it lent",
+        "supervisor/lend.py",
+        "        if self._awaiting.lacks_slot:\n            await _regain(self._awaiting)",
+        "        pass",
+        _ACCEPTANCE + "test_nested.py::test_a_lent_slot_comes_back_before_its_run_goes_on",
+    ),
+    Mutant(
+        "a waiter is entered after its task has ended",
+        "supervisor/ticket.py",
+        "if self._outcome is None:  # the slot",
+        "if True:  # the slot",
+        _ACCEPTANCE + "test_nested.py::test_who_awaits_a_task_that_ends_as_its_own_slot_is_lent_does_not_wait_for_ever",
+    ),
+    # --- endings ---
+    Mutant(
+        "a task is completed twice",
+        "overflow/sqlite.py",
+        "fence IS column2 AND state < 2",
+        "fence IS column2",
+        _CONTRACT + "test_ledger.py::test_it_ends_once[sqlite]",
+    ),
+    Mutant(
+        "what a zombie returns is taken for its result",
+        "supervisor/endings.py",
+        "success = cause is None and run.abandoned_at is None",
+        "success = cause is None",
+        _ACCEPTANCE + "test_ending.py::test_what_a_zombie_returns_changes_nothing",
+    ),
+    Mutant(
+        "the timer of a run is never cancelled",
+        "supervisor/endings.py",
+        "            self._house.timers.cancel(run.timer)\n            run.timer = None",
+        "            run.timer = None",
+        _ACCEPTANCE + "test_ending.py::test_a_handler_that_has_stopped_is_not_called_a_zombie_later",
+    ),
+    Mutant(
+        "a cancelled timer fires",
+        "supervisor/timers.py",
+        "        if timer[_CALLBACK] is not None:\n            timer[_CALLBACK] = timer[_ARGUMENTS] = None\n",
+        "        if timer[_CALLBACK] is not None:\n",
+        _UNIT + "supervisor/test_timers.py::test_a_cancelled_timer_does_not_fire",
+    ),
+    Mutant(
+        "a deadline is not inherited",
+        "supervisor/admit.py",
+        "if parent is not None and parent.deadline is not None:",
+        "if False:",
+        _ACCEPTANCE + "test_nested.py::test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own",
+    ),
+    Mutant(
+        "a timeout is no fault of the worker's",
+        "supervisor/endings.py",
+        "Outcome.FAULT if status is TaskStatus.TIMED_OUT else Outcome.IGNORED",
+        "Outcome.IGNORED",
+        _ACCEPTANCE + "test_workers.py::test_timeouts_count_as_failures_and_cancellations_do_not",
+    ),
+    Mutant(
+        "the next of a thread never has its turn",
+        "supervisor/endings.py",
+        "if task.thread is not None and ticket.run is None:",
+        "if False:",
+        _ACCEPTANCE + "test_submitting.py::test_tasks_of_a_thread_run_one_at_a_time_in_order",
+    ),
+    Mutant(
+        "draining forgets the line",
+        "supervisor/drain.py",
+        "        return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]",
+        "        return [ticket for ticket in tickets if ticket.status is TaskStatus.RUNNING]",
+        _ACCEPTANCE + "test_life.py::test_draining_keeps_inside_what_may_not_spill",
+    ),
+    # --- the line ---
+    Mutant(
+        "a priority inversion",
+        "admission/line.py",
+        "next(rung for rung, length in enumerate(lengths) if length)",
+        "max(rung for rung, length in enumerate(lengths) if length)",
+        _ACCEPTANCE + "test_routing.py::test_the_line_is_served_by_priority_then_deadline_then_turn",
+    ),
+    Mutant(
+        "LOW starves",
+        "admission/line.py",
+        "if passed >= self._floor)",
+        "if passed < 0)",
+        _ACCEPTANCE + "test_routing.py::test_low_moves_under_a_flood_of_critical",
+    ),
+    Mutant(
+        "a task that waits is lost when another leaves",
+        "admission/line.py",
+        "        place[_ITEM] = None\n        self._shorten(place[_RUNG])\n        self._dead += 1\n",
+        "        place[_ITEM] = None\n        self._queues[place[_RUNG]].pop()\n        self._shorten(place[_RUNG])\n",
+        _ACCEPTANCE + "test_ending.py::test_cancelling_a_waiting_task_takes_it_out_of_the_line_at_once",
+    ),
+    # --- the gate ---
+    Mutant(
+        "a load at the threshold is let in",
+        "admission/gate.py",
+        "return load >= self",
+        "return load > self",
+        _UNIT + "admission/test_gate.py::test_it_refuses_from_its_load_on_and_not_below",
+    ),
+    Mutant(
+        "retry_after is the same for everybody",
+        "admission/seats.py",
+        "        self._next = max(self._next, now) + 1 / (_CAUTION * drain_rate)\n",
+        "        self._next = now + 1 / (_CAUTION * drain_rate)\n",
+        _ACCEPTANCE
+        + "test_submitting.py::test_no_two_refusals_get_the_same_retry_after_and_they_come_one_drain_interval_apart",
+    ),
+    Mutant(
+        "an estimate locks the door",
+        "admission/feasibility.py",
+        "if self._last is None or now - self._last >= self._period:",
+        "if False:",
+        _ACCEPTANCE + "test_submitting.py::test_a_slow_spell_does_not_lock_the_door",
+    ),
+    # --- the breaker ---
+    Mutant(
+        "a probe is not given back",
+        "breaker/breaker.py",
+        "            self._out -= 1\n            if outcome is _FAULT:",
+        "            if outcome is _FAULT:",
+        _UNIT + "breaker/test_breaker.py::test_a_cancelled_probe_is_given_back_and_says_nothing",
+    ),
+    Mutant(
+        "a zombie's end revives a worker that has failed",
+        "supervisor/endings.py",
+        "worker.stuck = self.trip(",
+        "worker.stuck = True or self.trip(",
+        _ACCEPTANCE
+        + "test_workers.py::test_a_worker_that_failed_by_its_timeouts_stays_so_when_the_last_handler_stops_at_last",
+    ),
+    # --- the overflow ---
+    Mutant(
+        "fresh work overtakes what waits outside",
+        "supervisor/admit.py",
+        "if may_spill and pool.held_outside(priority):",
+        "if False:",
+        _ACCEPTANCE + "test_overflow.py::test_nothing_overtakes_what_waits_outside",
+    ),
+    Mutant(
+        "a lease without a fence",
+        "overflow/sqlite.py",
+        "WHERE task_id = column1 AND fence IS column2 AND state < 2",
+        "WHERE task_id = column1 AND state < 2",
+        _CONTRACT + "test_ledger.py::test_a_lost_lease_may_do_nothing[sqlite]",
+    ),
+    Mutant(
+        "a row is acknowledged before its commit",
+        "overflow/sqlite.py",
+        "return await self._writer.run_batched(self._put, (row, fence, until))",
+        "self._writer.run_batched(self._put, (row, fence, until))\n        return Put.STORED",
+        _UNIT + "overflow/test_sqlite_ledger.py::test_what_was_acknowledged_is_committed",
+    ),
+    Mutant(
+        "seats that were reserved are not given back",
+        "supervisor/intake.py",
+        "pool.reserved -= seats",
+        "pass",
+        _ACCEPTANCE + "test_overflow.py::test_what_a_full_house_refuses_is_spilled_and_runs_later",
+    ),
+    Mutant(
+        "a task starts on a lease that has lapsed",
+        "supervisor/dispatch.py",
+        "if self.overflow is not None and not self.overflow.may_start(ticket):",
+        "if False:",
+        _ACCEPTANCE + "test_shared_overflow.py::test_a_task_behind_its_thread_does_not_start_once_its_lease_has_lapsed",
+    ),
+    Mutant(
+        "leases are not renewed",
+        "supervisor/leases.py",
+        "ledger.renew([each.lease for each in held], until=until)}",
+        "()}",
+        _ACCEPTANCE + "test_overflow.py::test_a_long_task_keeps_its_lease_also_while_the_house_drains",
+    ),
+    Mutant(
+        "a key is forgotten while its work is under way",
+        "supervisor/admit.py",
+        "        return self._keys.get(key)\n",
+        "        return None\n",
+        _ACCEPTANCE + "test_submitting.py::test_a_task_that_is_submitted_twice_under_its_key_is_one_task",
+    ),
+    Mutant(
+        "a row that comes back is begun beside its own run",
+        "supervisor/intake.py",
+        "elif ticket is not None and self._is_inside(ticket):",
+        "elif False:",
+        _ACCEPTANCE
+        + "test_shared_overflow.py::test_a_lost_row_that_comes_back_while_its_task_still_runs_is_not_begun_again",
+    ),
+    Mutant(
+        "a task whose store fails as the house drains is lost",
+        "supervisor/drain.py",
+        "            self._house.enter(ticket, pool, pool.router.pick())\n",
+        "            pass\n",
+        _ACCEPTANCE + "test_shared_overflow.py::test_what_cannot_be_stored_as_the_house_drains_runs_to_its_end_inside",
+    ),
+    Mutant(
+        "a start is not counted",
+        "supervisor/refill.py",
+        "held = await self.ledger.start(lease)",
+        "held = True",
+        _ACCEPTANCE + "test_leases.py::test_a_start_is_on_record_before_its_handler_runs",
+    ),
+    # --- what a handler sees ---
+    Mutant(
+        "a handler's context reaches the next",
+        "supervisor/runner.py",
+        "_step(run, crew.surroundings.copy())",
+        "_step(run, crew.surroundings)",
+        _ACCEPTANCE + "test_ending.py::test_what_a_task_writes_into_its_context_no_other_task_reads",
+    ),
+]
