@@ -267,8 +267,9 @@ class Dispatcher:
         else:
             ending = result.status.value
             setattr(self.counts, ending, getattr(self.counts, ending) + 1)
-        self.tickets.pop(ticket.task_id, None)
-        self.kept[ticket.task_id] = ticket
+        task_id = ticket.task.task_id
+        self.tickets.pop(task_id, None)
+        self.kept[task_id] = ticket
         if len(self.kept) > self.keep:
             self.kept.popitem(last=False)
         ticket.resolve(result)

@@ -262,7 +262,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
             self.occupant.resolved(outcome)
         if self._bus is not None and isinstance(outcome, TaskResult):
             self._bus.emit(Finished(at=self._house.loop.time(), task_id=self.task_id, result=outcome))
-        self._wake()
+        if self._waiters is not None or self._bus is not None:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiters is not None:
