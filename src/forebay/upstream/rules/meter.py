@@ -17,6 +17,7 @@ _CHARACTERS: Final = 4  # of text to a token, where a provider does not count
 _WHOLE: Final = 1 << 20  # bytes of a body that are kept
 _TAIL: Final = 1 << 14  # of a longer one: its usage stands at the end
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_MOST_CHOICES: Final = 128
 _CONTENT: Final = ("content", "reasoning_content", "reasoning", "refusal")  # of a delta of OpenAI's chat, and its kin
 _ENDS: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop"})
 
@@ -42,7 +43,7 @@ class Meter:
     """
 
     __slots__ = (
-        *("_characters", "_events", "_input_tokens", "_pieces", "_told", "_unpacked", "_whole"),
+        *("_characters", "_events", "_input_tokens", "_open", "_pieces", "_told", "_unpacked", "_whole"),
         *("begun", "complete", "error"),
     )
 
@@ -55,6 +56,7 @@ class Meter:
         self._unpacked = Unpacked(encoding)
         self._input_tokens = input_tokens
         self._told: Usage | None = None
+        self._open: set[int] = set()  # choices that have begun and not finished
         self._pieces = 0
         self._characters = 0
 
@@ -172,8 +174,16 @@ class Meter:
             if isinstance(delta, dict):
                 self._output(*(delta.get(field) for field in _CONTENT), *_arguments(delta))
             self._output(choice.get("text"))
-            if choice.get("finish_reason"):
-                self.complete = True
+            self._finish(choice.get("index"), finished=bool(choice.get("finish_reason")))
+
+    def _finish(self, index: object, *, finished: bool) -> None:
+        """A choice has gone on, or ended; the answer is complete when none is open."""
+        number = index if isinstance(index, int) else 0
+        if finished:
+            self._open.discard(number)
+        elif len(self._open) < _MOST_CHOICES:
+            self._open.add(number)
+        self.complete = finished and not self._open
 
     def _output(self, *texts: object) -> None:
         for text in texts:

@@ -62,6 +62,9 @@ def read_usage(told: Any, known: Usage | None = None) -> Usage | None:
     elif isinstance(cache_read, int | float) or isinstance(cache_write, int | float):
         cached, written = count(cache_read), count(cache_write)
         input_tokens = count(told_input) + cached + written
+    elif known is not None and (known.cache_read_tokens or known.cache_write_tokens):
+        cached, written = known.cache_read_tokens, known.cache_write_tokens
+        input_tokens = max(count(told_input), known.input_tokens)  # a later event that does not tell of the cache
     else:
         details = told.get("prompt_tokens_details", told.get("input_tokens_details"))
         hit = details.get("cached_tokens") if isinstance(details, dict) else told.get("prompt_cache_hit_tokens")

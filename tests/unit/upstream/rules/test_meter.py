@@ -76,6 +76,22 @@ def test_a_stream_that_is_cut_is_not_complete_and_its_usage_is_estimated() -> No
     assert metered(b"").usage is None
 
 
+def test_a_stream_of_several_answers_is_complete_when_all_have_ended() -> None:
+    def part(index: int, reason: str | None = None) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": {"content": "x"}, "finish_reason": reason}]}
+
+    one = streams.sse(part(0), part(1), part(0, "stop"))
+    assert not metered(one).complete
+    assert metered(one + streams.sse(part(1, "stop"))).complete
+    assert not metered(streams.sse(part(0, "stop"), part(1))).complete
+
+
+def test_a_total_without_the_cache_does_not_make_what_was_told_of_it_forgotten() -> None:
+    late = {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 25, "output_tokens": 9}}
+    meter = metered(streams.sse(*streams.MESSAGES_PARTS, late, {"type": "message_stop"}))
+    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
+
+
 def test_the_first_token_is_known_from_what_comes_before_it() -> None:
     meter = Meter(stream=True)
     for event in streams.MESSAGES_PARTS[:3]:
