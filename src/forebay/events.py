@@ -201,6 +201,16 @@ class Bus:
         for subscription in self._subscriptions:
             subscription.put(event)
 
+    def listen(self, sink: Sink) -> None:
+        """Call `sink` too, from now on."""
+        self._sinks = (*self._sinks, sink)
+        self.active = True
+
+    def unlisten(self, sink: Sink) -> None:
+        """Call `sink` no more."""
+        self._sinks = tuple(other for other in self._sinks if other != sink)
+        self.active = bool(self._sinks or self._subscriptions)
+
     def subscribe(self, *, bound: int) -> Subscription:
         """Everything from now on, the newest `bound` events kept until read."""
         if not isinstance(bound, int) or bound < 1:

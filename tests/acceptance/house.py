@@ -2,97 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, ParamSpec
+from collections.abc import Awaitable, Iterable
+from typing import Any
 
 import pytest
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskResult, TaskStatus, Ticket, Verdict
-from forebay.sim import simulate
+from forebay.testing import Slow, Stubborn, now, turns, virtual
 
-P = ParamSpec("P")
+__all__ = [
+    "Agent", "Stubborn", "about", "admitted", "error_of", "fill", "flood", "now", "rejected", "results", "statuses",
+    "submit_all", "turns", "virtual",
+]  # fmt: skip
+
+Agent = Slow  # the handler of most tests: it takes its seconds and remembers its runs
 
 SOON = 1e-3  # seconds by which virtual timers may jitter, many times over
-
-
-def virtual(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Run an async test in virtual time: minutes pass in milliseconds, and a deadlock is an error."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        simulate(lambda: test(*args, **kwargs))
-
-    return run
-
-
-def now() -> float:
-    """Loop time in seconds."""
-    return asyncio.get_running_loop().time()
 
 
 def about(seconds: float) -> Any:
     """Equal, but for the jitter of timers."""
     return pytest.approx(seconds, abs=SOON)
-
-
-async def turns(count: int = 10) -> None:
-    """Let everything that is ready happen; no time passes."""
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-class Agent:
-    """A handler that takes `seconds`, raises what it is told to, and remembers what it saw.
-
-    Attributes:
-        seconds: how long a run takes; may be changed between runs.
-        error: what each run raises at its end, or None.
-        began: payloads in the order in which their runs began.
-        ended: payloads in the order in which their runs ended, however.
-        running: runs under way.
-        peak: the most that were under way at a time.
-    """
-
-    def __init__(self, seconds: float = 1.0, *, error: BaseException | None = None) -> None:
-        self.seconds = seconds
-        self.error = error
-        self.began: list[Any] = []
-        self.ended: list[Any] = []
-        self.running = 0
-        self.peak = 0
-
-    async def __call__(self, task: Task) -> Any:
-        self.began.append(task.payload)
-        self.running += 1
-        self.peak = max(self.peak, self.running)
-        try:
-            await asyncio.sleep(self.seconds)
-            if self.error is not None:
-                raise self.error
-            return task.payload
-        finally:
-            self.running -= 1
-            self.ended.append(task.payload)
-
-
-class Stubborn:
-    """A handler that swallows every cancellation and ends after `seconds`, as some agent teams do."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.ended = 0
-
-    async def __call__(self, task: Task) -> Any:
-        due = now() + self.seconds
-        while (left := due - now()) > 0:
-            try:
-                await asyncio.sleep(left)
-            except asyncio.CancelledError:
-                continue
-        self.ended += 1
-        return task.payload
 
 
 async def submit_all(supervisor: BackpressureSupervisor, tasks: Iterable[Task]) -> list[Ticket]:

@@ -11,7 +11,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,16 @@ from forebay import (
     ForebayError,
     Priority,
     Task,
-    TaskStatus,
     Ticket,
-    Verdict,
     progress,
 )
 from forebay.errors import SupervisorClosed
-from forebay.events import Event, Finished, Started, Submitted
 from forebay.sim import simulate, virtual_loop
+from forebay.testing import Record, Slow, check_endings, check_promises
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
 KINDS = ("a", "b")
-FINAL = {TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED}
 
 # --- what handlers do ------------------------------------------------------------------------------------------------
 
@@ -192,29 +189,6 @@ SCRIPTS = st.builds(
 )
 
 
-@dataclass
-class Witness:
-    """Hears every event, and looks at every counter each time."""
-
-    supervisor: BackpressureSupervisor | None = None
-    taken: list[str] = field(default_factory=list)  # admitted or spilled
-    started: list[str] = field(default_factory=list)
-    finished: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Submitted) and event.verdict is not Verdict.REJECTED:
-            self.taken.append(event.task_id)
-        if isinstance(event, Started):
-            self.started.append(event.task_id)
-        if isinstance(event, Finished):
-            self.finished.append(event.task_id)
-        assert self.supervisor is not None
-        for worker in self.supervisor.workers.values():
-            if not 0 <= worker.current_tasks <= worker.max_concurrent:
-                self.wrong.append(repr(worker))  # what a sink raises is only logged
-
-
 async def come(supervisor: BackpressureSupervisor, offer: Offer, tickets: list[Ticket]) -> None:
     await asyncio.sleep(offer.at)
     options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread": offer.thread}
@@ -282,12 +256,9 @@ def furnish(
 
 
 async def play(script: Script, directory: Path) -> None:
-    witness = Witness()
     overflow = f"sqlite:///{directory}/s.db?synchronous=off" if script.overflow == "sqlite" else script.overflow
-    supervisor = witness.supervisor = BackpressureSupervisor(
-        max_queue_size=script.room, overflow=overflow, zombie_grace=0.5, on_event=witness
-    )
-
+    supervisor = BackpressureSupervisor(max_queue_size=script.room, overflow=overflow, zombie_grace=0.5)
+    record = Record(supervisor)
     furnish(supervisor, script.slots, shared=script.shared, nest=script.nested, cool_off=script.cool_off, timeout=8.0)
     await supervisor.start()
     tickets: list[Ticket] = []
@@ -297,45 +268,22 @@ async def play(script: Script, directory: Path) -> None:
     await asyncio.wait(callers)
     await asyncio.sleep(30.0)  # whatever is stubborn ends
 
-    check_counts(supervisor, witness, tickets)
+    check_promises(record, tickets=tickets, nested=True)
     if script.overflow == "sqlite":
-        await check_the_rest_runs_next_time(str(overflow), witness)
+        await check_the_rest_runs_next_time(str(overflow), record)
     assert virtual_loop().pending() == [asyncio.current_task()]
 
 
-async def check_the_rest_runs_next_time(overflow: str, before: Witness) -> None:
+async def check_the_rest_runs_next_time(overflow: str, before: Record) -> None:
     """What the last house took and did not end, the next one does: all of it, and nothing else."""
-
-    async def handler(_: Task) -> None: ...
-
-    witness = Witness()
-    async with BackpressureSupervisor(overflow=overflow, lease=3.0, on_event=witness) as supervisor:
-        witness.supervisor = supervisor
-        supervisor.register_worker("next", handler=handler, task_types=KINDS, max_concurrent=3)
+    supervisor = BackpressureSupervisor(overflow=overflow, lease=3.0)
+    supervisor.register_worker("next", handler=Slow(0.0), task_types=KINDS, max_concurrent=3)
+    record = Record(supervisor)
+    async with supervisor:
         await asyncio.sleep(100.0)  # leases that nobody returned lapse
         assert supervisor.statistics().outside == 0
-    assert sorted([*before.finished, *witness.finished]) == sorted(before.taken)
-
-
-def check_counts(supervisor: BackpressureSupervisor, witness: Witness, tickets: list[Ticket]) -> None:
-    assert witness.wrong == []
-    counted = supervisor.statistics()
-    assert counted.submitted == counted.admitted + counted.spilled + counted.rejected
-    ended = counted.succeeded + counted.failed + counted.timed_out + counted.cancelled + counted.expired
-    assert ended == len(witness.finished) == len(set(witness.finished))
-    assert counted.started == len(witness.started)
-    assert (counted.running, counted.waiting) == (0, 0)
-    for worker in supervisor.workers.values():
-        assert (worker.current_tasks, worker.zombies) == (0, 0)
-    assert all(ticket.done() for ticket in tickets)
-    assert all(ticket.status in FINAL for ticket in tickets if ticket and ticket.result)
-    outside = counted.admitted + counted.spilled - ended
-    if witness.supervisor is not None and outside:
-        assert supervisor._ledger is not None
-        assert supervisor._ledger.durable
-    for pool in supervisor._house.pools.values() if supervisor._house else ():
-        assert (pool.running, pool.waiting, len(pool.line)) == (0, 0, 0)
-        assert not any(pool.arriving.values())
+    check_endings(before, record, kept=0)
+    assert set(record.results) <= {event.task_id for event in before.submitted}
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -612,8 +560,8 @@ def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
 ) -> None:
     async def main(moment: int) -> None:
         url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off" if overflow == "sqlite" else overflow
-        witness = Witness()
-        supervisor = witness.supervisor = BackpressureSupervisor(max_queue_size=1, overflow=url, on_event=witness)
+        supervisor = BackpressureSupervisor(max_queue_size=1, overflow=url)
+        record = Record(supervisor)
 
         async def works(task: Task) -> None:
             await asyncio.sleep(task.payload)
@@ -637,7 +585,7 @@ def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
         with contextlib.suppress(SupervisorClosed):  # it was drained or closed
             assert (await supervisor.submit_nowait(Task("work", 0.01))).success
         await supervisor.close()
-        check_counts(supervisor, witness, tickets)
+        check_promises(record, tickets=tickets, nested=True)
         assert virtual_loop().pending() == [asyncio.current_task()]
 
     for moment in range(0, 40, 2):

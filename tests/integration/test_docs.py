@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from forebay import BackpressureSupervisor, Task, errors, events, supervisor
+from forebay import BackpressureSupervisor, Task, errors, events, supervisor, testing
+from forebay.testing import plugin
 
 HOUSE = Path(__file__).parents[2]
 README = HOUSE / "README.md"
 GUIDE = HOUSE / "docs" / "guide.md"
+TESTING = HOUSE / "docs" / "testing.md"
 DESIGN = HOUSE / "docs" / "design.md"
-PAGES = (README, GUIDE, DESIGN)
+PAGES = (README, GUIDE, TESTING, DESIGN)
 
-BLOCK = re.compile(r"^```python( fragment)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python( fragment| test)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
@@ -49,7 +51,7 @@ class Block(NamedTuple):
     line: int
     code: str
     printed: str | None
-    fragment: bool
+    kind: str  # of "fragment", "test", or nothing for a program
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -63,7 +65,7 @@ def blocks(page: Path) -> list[Block]:
             line=text.count("\n", 0, match.start(2)) + 1,
             code=match[2],
             printed=match[3],
-            fragment=match[1] is not None,
+            kind=(match[1] or "").strip(),
         )
         for match in BLOCK.finditer(text)
     ]
@@ -103,8 +105,9 @@ def check_settings(table: list[list[str]], expected: dict[str, Any]) -> None:
             assert ast.literal_eval(told[0]) == default, row
 
 
-PROGRAMS = [block for page in (README, GUIDE) for block in blocks(page) if not block.fragment]
-FRAGMENTS = [block for page in PAGES for block in blocks(page) if block.fragment]
+PROGRAMS = [block for page in (README, GUIDE, TESTING) for block in blocks(page) if not block.kind]
+FRAGMENTS = [block for page in PAGES for block in blocks(page) if block.kind == "fragment"]
+SUITE = [block for block in blocks(TESTING) if block.kind == "test"]
 
 
 @pytest.mark.blocks  # a program may do what it likes in its own loop, such as ask for the working directory
@@ -131,8 +134,22 @@ def test_a_fragment_is_python(block: Block) -> None:
     compile(code, block.page, "exec", dont_inherit=True)
 
 
+@pytest.mark.blocks
+def test_the_suites_of_the_page_on_testing_pass_as_they_stand(pytester: pytest.Pytester) -> None:
+    (briefs,) = (block.code for block in FRAGMENTS if block.code.startswith("# briefs.py"))
+    for block in SUITE:
+        (pytester.path / f"test_line_{block.line}.py").write_text(block.code)
+    (pytester.path / "briefs.py").write_text(briefs)
+    alone = ("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:langsmith_plugin")
+    result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", "--timeout", "100", "-v", *alone)
+    for block in SUITE:
+        passed = len(re.findall(rf"^test_line_{block.line}\.py::.* PASSED", result.stdout.str(), re.MULTILINE))
+        assert block.printed == f"{passed} passed\n", block
+    assert set(result.parseoutcomes()) == {"passed"}
+
+
 def test_every_program_of_the_guide_says_what_it_prints() -> None:
-    assert [str(block) for block in PROGRAMS if block.page == GUIDE.name and not block.printed] == []
+    assert [str(block) for block in PROGRAMS if block.page != README.name and not block.printed] == []
 
 
 def test_the_settings_are_those_of_the_supervisor() -> None:
@@ -141,6 +158,35 @@ def test_the_settings_are_those_of_the_supervisor() -> None:
 
 def test_the_settings_are_those_of_register_worker() -> None:
     check_settings(rows(GUIDE, "### register_worker"), defaults(BackpressureSupervisor.register_worker))
+
+
+def test_the_settings_are_those_of_overload() -> None:
+    check_settings(rows(TESTING, "| `overload(supervisor"), defaults(testing.overload))
+
+
+def test_the_checkers_and_the_handlers_are_those_that_there_are() -> None:
+    told = {re.split(r"\W", name)[0] for row in rows(TESTING, "| handler |") for name in names(row[0])}
+    assert told == {
+        name for name, kind in vars(testing).items() if inspect.isclass(kind) and issubclass(kind, testing.Double)
+    }
+    for row in rows(TESTING, "| checker |"):
+        (name, signature) = re.fullmatch(r"(?:async with )?(\w+)(\(.*\))", names(row[0])[0]).groups()  # type: ignore[union-attr]
+        expected = inspect.signature(getattr(testing, name))
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in expected.parameters.values()]
+        assert signature == str(inspect.Signature(bare))
+    assert {name for name in testing.__all__ if name.startswith("check_")} < {
+        names(row[0])[0].partition("(")[0] for row in rows(TESTING, "| checker |")
+    }
+
+
+def test_the_fixtures_are_those_of_the_plugin() -> None:
+    told = {names(row[0])[0] for row in rows(TESTING, "| fixture |")}
+    assert all(hasattr(plugin, name) for name in told)
+    assert told == {
+        name
+        for name, value in vars(plugin).items()
+        if type(value).__name__ == "FixtureFunctionDefinition" and not name.startswith("_")
+    }
 
 
 def test_the_fields_are_those_of_a_task() -> None:

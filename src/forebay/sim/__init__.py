@@ -33,7 +33,7 @@ from forebay.sim.ledger import Bill, Statistics, Usage
 from forebay.sim.loop import VirtualLoop, virtual_loop
 from forebay.sim.process import PlantFailed, RunningPlant, start_plant
 from forebay.sim.provider import Provider
-from forebay.sim.run import simulate
+from forebay.sim.run import Simulation, simulate
 from forebay.sim.traffic import Quantiles, Traffic
 from forebay.sim.virtual import Answer, Broken, Completion, Refusal, SimulatedProvider
 from forebay.sim.waiting import Waiting
@@ -76,6 +76,7 @@ __all__ = [
     "Refused",
     "RunningPlant",
     "SimulatedProvider",
+    "Simulation",
     "SimulationError",
     "Slow",
     "Statistics",

@@ -13,7 +13,8 @@ from forebay.sim.order import collecting_by_hand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from typing import Unpack
+    from types import TracebackType
+    from typing import Self, Unpack
 
 T = TypeVar("T")
 
@@ -28,6 +29,96 @@ class Settings(TypedDict, total=False):
     executor_delay: tuple[float, float]
     max_time: float
     max_steps: int
+
+
+class Simulation:
+    """A virtual loop and what is run on it, one coroutine after the other, to a clean end: `asyncio.Runner` for it.
+
+    A context manager. Leaving it cancels, as ``asyncio.run`` does, the tasks left over, and closes what is open. The
+    same seed gives the same run.
+
+    Args:
+        seed: what all chance is drawn from.
+        **settings: of the `VirtualLoop`.
+
+    Raises:
+        InvalidSetting: a setting is out of its bounds.
+        Deadlock, Endless: on leaving, a cancelled task did not end.
+        Unhandled: on leaving, an error reached nobody.
+    """
+
+    def __init__(self, seed: int = 0, **settings: Unpack[Settings]) -> None:
+        self.loop = VirtualLoop(seed, **settings)
+        self._collecting = collecting_by_hand()
+
+    @property
+    def seed(self) -> int:
+        """What all chance is drawn from."""
+        return self.loop.seed
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds since it began."""
+        return self.loop.time()
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine, or what makes one, to its end. What it leaves running goes on with the next one.
+
+        Raises:
+            AlreadyRunning: this thread runs a loop already.
+            Deadlock: nothing was left to do, and it was not done.
+            Endless: it passed `max_time` or `max_steps`.
+        """
+        coro = main() if callable(main) else main
+        try:
+            _check_no_loop()
+        except ForebayError:
+            coro.close()
+            raise
+        task = self.loop.create_task(coro, name="main")
+        try:
+            return self.loop.run_until_complete(task)
+        finally:
+            if task.done() and not task.cancelled():
+                task.exception()  # seen: one that stops the loop (SystemExit) comes out by itself
+
+    def check(self) -> None:
+        """Pass if every error so far has reached somebody; those that did not are told once.
+
+        Raises:
+            Unhandled: some did not.
+        """
+        gc.collect(1 if self.loop.steps < _LONG else 2)  # what is lost reports when it is collected
+        self.loop.report_unseen()
+        if self.loop.errors:
+            lost = tuple(self.loop.errors)
+            self.loop.errors.clear()
+            listing = "".join(f"\n  {error}" for error in lost)
+            cause = next((error.exception for error in lost if error.exception), None)
+            raise Unhandled(seed=self.seed, count=len(lost), lost=lost, listing=listing) from cause
+
+    def __enter__(self) -> Self:
+        self._collecting.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._end()
+        except SimulationError as trouble:
+            if failure is None:
+                raise
+            failure.add_note(f"And at the end of the simulation: {trouble}")
+        finally:
+            self._collecting.__exit__(None, None, None)
+
+    def _end(self) -> None:
+        try:
+            self.loop.run_until_complete(self.loop.create_task(_wind_up(self.loop), name="wind-up"))
+        finally:
+            self.loop.close()
+        self.check()
 
 
 def simulate(
@@ -56,22 +147,12 @@ def simulate(
     coro = main() if callable(main) else main
     try:
         _check_no_loop()
-        loop = VirtualLoop(seed, **settings)
+        simulation = Simulation(seed, **settings)
     except ForebayError:
         coro.close()
         raise
-    with collecting_by_hand():
-        try:
-            result = _run(loop, coro)
-        except BaseException as failure:
-            trouble = _end(loop)
-            if trouble is not None:
-                failure.add_note(f"And at the end of the simulation: {trouble}")
-            raise
-        trouble = _end(loop)
-        if trouble is not None:
-            raise trouble
-        return result
+    with simulation:
+        return simulation.run(coro)
 
 
 def _check_no_loop() -> None:
@@ -80,33 +161,6 @@ def _check_no_loop() -> None:
     except RuntimeError:
         return
     raise AlreadyRunning
-
-
-def _run(loop: VirtualLoop, coro: Coroutine[Any, Any, T]) -> T:
-    task = loop.create_task(coro, name="main")
-    try:
-        return loop.run_until_complete(task)
-    finally:
-        if task.done() and not task.cancelled():
-            task.exception()  # seen: one that stops the loop (SystemExit) comes out by itself
-
-
-def _end(loop: VirtualLoop) -> SimulationError | None:
-    """End what is left, close the loop, and return what is wrong."""
-    try:
-        loop.run_until_complete(loop.create_task(_wind_up(loop), name="wind-up"))
-    except SimulationError as trouble:
-        return trouble
-    finally:
-        loop.close()
-    gc.collect(1 if loop.steps < _LONG else 2)  # what is lost reports when it is collected
-    loop.report_unseen()
-    if not loop.errors:
-        return None
-    lost = tuple(loop.errors)
-    unhandled = Unhandled(seed=loop.seed, count=len(lost), lost=lost, listing="".join(f"\n  {error}" for error in lost))
-    unhandled.__cause__ = next((error.exception for error in lost if error.exception), None)
-    return unhandled
 
 
 async def _wind_up(loop: VirtualLoop) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Coroutine
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from forebay import context
 from forebay.context import RunningTask
@@ -45,6 +45,13 @@ class Refusal(NamedTuple):
     binding: str | None
     load: float
     may_spill: bool
+    retry_after: float | None = None  # seconds; None: ask the house for a seat
+
+
+class Offer(Protocol):
+    """Lets a task in, to run or to wait, or says why not."""
+
+    def __call__(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None: ...  # noqa: D102 - above
 
 
 class _State(Enum):
@@ -65,6 +72,7 @@ class Door:
         self._state = _OPEN
         self._keys: dict[str, Ticket] = {}
         self._deciding: dict[str, asyncio.Future[Ticket]] = {}  # by key, while the store has not answered
+        self.offer: Offer = self._offer  # forebay.testing stands in front of it
 
     @property
     def house(self) -> Dispatcher:
@@ -109,12 +117,12 @@ class Door:
             self._check(task)  # again: much may have happened during the await
         if overflow is None or not (task.spill or task.durable):
             ticket = self._ticket(task, parent)
-            return self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
+            return self._answer(ticket, pool, self.offer(ticket, pool, may_spill=False))
         envelope = overflow.encode(task)
         ticket = self._ticket(task, parent)
         if task.durable:
             return await self._decided(ticket, self._durable(ticket, envelope, pool, overflow))
-        refusal = self._offer(ticket, pool, may_spill=_may_leave(ticket, overflow))
+        refusal = self.offer(ticket, pool, may_spill=_may_leave(ticket, overflow))
         if refusal is not None and refusal.may_spill:
             return await self._decided(ticket, self._spill(ticket, refusal, envelope, pool, overflow))
         return self._answer(ticket, pool, refusal)
@@ -170,7 +178,7 @@ class Door:
         if self._house.overflow is not None and task.spill:
             self._house.overflow.encode(task)  # draining may put it there: what cannot travel is refused now
         ticket = self._ticket(task, parent)
-        return self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
+        return self._answer(ticket, pool, self.offer(ticket, pool, may_spill=False))
 
     def slot(self, task: Task) -> Slot:
         """As ``BackpressureSupervisor.slot``."""
@@ -178,7 +186,7 @@ class Door:
 
         def offer(ticket: Ticket) -> None:
             self._check(task)
-            self._answer(ticket, pool, self._offer(ticket, pool, may_spill=False))
+            self._answer(ticket, pool, self.offer(ticket, pool, may_spill=False))
 
         return Slot(self._house, self._ticket(task, parent), offer)
 
@@ -251,7 +259,8 @@ class Door:
         ticket.verdict = Verdict.REJECTED
         ticket.status = TaskStatus.REJECTED
         _explain(ticket, refusal)
-        ticket.retry_after = self._house.retry_after(pool)
+        known = refusal.retry_after
+        ticket.retry_after = self._house.retry_after(pool) if known is None else known
         self._forget_key(ticket)
         self._house.counts.rejected += 1
 
@@ -319,7 +328,7 @@ class Door:
         if self._state is _State.CLOSED:
             refusal: Refusal | None = Refusal("the supervisor has closed", None, 1.0, may_spill=True)
         else:
-            refusal = self._offer(ticket, pool, may_spill=ticket.task.spill and _may_leave(ticket, overflow))
+            refusal = self.offer(ticket, pool, may_spill=ticket.task.spill and _may_leave(ticket, overflow))
         if refusal is None:
             return self._answer(ticket, pool, None)
         if not refusal.may_spill:

@@ -55,6 +55,11 @@ class Timers:
                 heapq.heapify(self._heap)
                 self._dead = 0
 
+    @property
+    def armed(self) -> bool:
+        """Whether the loop is asked to call."""
+        return self._armed is not None
+
     def close(self) -> None:
         """Forget all."""
         self._heap.clear()

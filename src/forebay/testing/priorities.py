@@ -1,0 +1,78 @@
+"""Priority inversions in a record: every line is followed event by event, knowing nothing of how it is kept."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from forebay.events import Event, Finished, Refilled, Started, Submitted
+from forebay.task import Priority, Verdict
+from forebay.testing.record import Record
+
+FLOOR: Final = 20
+"""After so many that went before it, one of a lower priority has its turn."""
+
+
+class Inversion(NamedTuple):
+    """A task that began while another, of better priority and the same type, waited inside."""
+
+    at: float  # loop time
+    began: str
+    waited: str
+
+
+class _Line:
+    """Who waits for one task type, as told; and how often each priority was passed over."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Priority] = {}
+        self.passed = [0] * len(Priority)
+
+    def left(self, priority: Priority) -> None:
+        """One of `priority` had its turn: who waits below was passed over."""
+        for lower in Priority:
+            if lower > priority:
+                waits = any(other is lower for other in self.waiting.values())
+                self.passed[lower] = self.passed[lower] + 1 if waits else 0
+
+
+def inversions(record: Record, *, stored_apart: bool) -> Iterator[Inversion]:
+    """Those that the floor for low priorities does not explain.
+
+    Args:
+        record: what was told.
+        stored_apart: other processes may take a stored task over, without a word here: such are not compared.
+    """
+    apart = {event.task_id for event in record.of(Refilled)} if stored_apart else set()
+    apart |= {task_id for task_id, task in record.tasks.items() if task.thread or (stored_apart and task.durable)}
+    lines: dict[str, _Line] = defaultdict(_Line)
+    kinds: dict[str, tuple[str, Priority]] = {}
+    for event in record.events:
+        if isinstance(event, Submitted):
+            kinds[event.task_id] = (event.task_type, event.priority)
+        if (entered := _enters(event)) is not None and entered in kinds:
+            kind, priority = kinds[entered]
+            lines[kind].waiting[entered] = priority
+        elif isinstance(event, Started | Finished) and event.task_id in kinds:
+            kind, priority = kinds[event.task_id]
+            line = lines[kind]
+            if line.waiting.pop(event.task_id, None) is None:
+                continue
+            if isinstance(event, Started):
+                better = [
+                    task_id
+                    for task_id, other in line.waiting.items()
+                    if other < priority and task_id in record.tasks and task_id not in apart
+                ]
+                if better and line.passed[priority] < FLOOR:
+                    yield Inversion(event.at, event.task_id, min(better, key=line.waiting.__getitem__))
+                line.passed[priority] = 0
+            line.left(priority)  # one that ended in the line may have done so when its turn came
+
+
+def _enters(event: Event) -> str | None:
+    """The task that begins to wait inside."""
+    if isinstance(event, Refilled) or (isinstance(event, Submitted) and event.verdict is Verdict.ADMITTED):
+        return event.task_id
+    return None
