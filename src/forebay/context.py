@@ -14,6 +14,10 @@ class RunningTask(Protocol):
     task: Task
     deadline: Deadline | None  # its own or its parent's, whichever is earlier
 
+    @property
+    def attempt(self) -> int:
+        """Which start of its handler this is, from 1."""
+
     def report(self, value: Any) -> None:
         """Hand `value` to whoever listens to the task's events. Callable from any thread."""
 

@@ -104,6 +104,16 @@ class InvalidHandler(ForebayError, TypeError):
         super().__init__(worker=worker, type=type, frameworks=frameworks, hint=hint)
 
 
+class NotImportable(ForebayError, TypeError):
+    """Worker {worker!r} is to run in processes of its own, which import what they run, and its {what} is {got}: {why}.
+    Pass a function (or, for factory=, a function or class) that stands at the top of a module, or the import path of it
+    or of an agent, "package.module:name"; engine="thread" needs no import path.
+    """
+
+    worker: str
+    what: str
+
+
 class DuplicateWorker(ForebayError, ValueError):
     """A worker named {name!r} is already registered: give this one another name, or a higher max_concurrent to the
     first.
@@ -224,6 +234,46 @@ class StillSpilled(ForebayError):
     """Task {task_id!r} is kept in the overflow and this supervisor drains, or has closed, before its turn came: it is
     not lost. It runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its
     result.
+    """
+
+    task_id: str
+
+
+# --- handlers in processes: the `cause` of a task that failed ---------------------------------------------------------
+
+
+class RemoteError(ForebayError):
+    """{type}: {message}"""
+
+    # What a handler raised in another process: no exception crosses, for that would take code on the wire.
+    type: str
+    message: str
+    traceback: str
+
+    def __init__(self, *, type: str, message: str, traceback: str) -> None:  # noqa: A002 - the word for it
+        super().__init__(type=type, message=message, traceback=traceback)
+        if traceback:
+            self.add_note(f"In its process:\n{traceback.rstrip()}")
+
+
+class WorkerDied(ForebayError):
+    """The process {pid} of worker {worker!r} died while it ran task {task_id!r}: {how}. {advice}"""
+
+    worker: str
+    task_id: str
+    pid: int
+    exitcode: int | None
+
+
+class ProcessNotStarted(ForebayError):
+    """A process of worker {worker!r} could not be started: {why}. {advice}"""
+
+    worker: str
+
+
+class CannotCross(ForebayError, TypeError):
+    """The {what} of task {task_id!r} cannot pass between processes: {why}. Use None, booleans, numbers, strings, bytes,
+    lists and dicts with string keys, pass a reference to what is large, or run the worker with engine="thread".
     """
 
     task_id: str

@@ -6,9 +6,13 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.contract import engine_handlers
 
+from forebay import BackpressureSupervisor, WorkerAgent
+from forebay.engine import Engine, InProcess
 from forebay.overflow import open_ledger
 from forebay.task import Priority
 from forebay.typing import Lease, Ledger, Row
@@ -110,3 +114,46 @@ def take(ledger: Ledger) -> Take:
         return list(await ledger.lease(of, limit, until=until))
 
     return lease
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+KILLS = "kills"  # what does not stop is ended all the same
+SHARES = "shares"  # memory: what goes in and out is the object itself
+STOPS = "stops"  # a handler that waits stops when it is asked to
+ASIDE = "aside"  # a handler that blocks holds up nobody else
+
+
+@dataclass(frozen=True)
+class Place:
+    """An engine, a kind of handler, and which promises it makes beyond those that all make."""
+
+    name: str
+    engine: str | Engine
+    handler: str  # of `engine_handlers`
+    can: frozenset[str] = frozenset()
+
+    def needs(self, capability: str) -> None:
+        if capability not in self.can:
+            pytest.skip(f"{self.name} lacks: {capability}")
+
+    def register(self, supervisor: BackpressureSupervisor, **settings: Any) -> WorkerAgent:
+        """A worker there, of the name and the type "worker"."""
+        given = {"handler": getattr(engine_handlers, self.handler), "task_types": ["worker"], **settings}
+        return supervisor.register_worker("worker", engine=self.engine, **given)
+
+
+IN_PROCESS = InProcess(grace=0.2)
+PLACES = [
+    Place("loop", "loop", "coroutine", frozenset({SHARES, STOPS})),
+    Place("thread, plain", "thread", "plain", frozenset({SHARES, ASIDE})),
+    Place("thread, async", "thread", "coroutine", frozenset({SHARES, STOPS, ASIDE})),
+    Place("process, plain", IN_PROCESS, "plain", frozenset({KILLS, STOPS, ASIDE})),
+    Place("process, async", IN_PROCESS, "coroutine", frozenset({KILLS, STOPS, ASIDE})),
+]
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: place.name)
+def place(request: pytest.FixtureRequest) -> Place:
+    chosen: Place = request.param
+    return chosen

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from forebay import BackpressureSupervisor, Task, errors, events, supervisor, testing
+from forebay.engine import InProcess
 from forebay.testing import plugin
 
 HOUSE = Path(__file__).parents[2]
@@ -189,6 +190,10 @@ def test_the_fixtures_are_those_of_the_plugin() -> None:
     }
 
 
+def test_the_settings_are_those_of_in_process() -> None:
+    check_settings(rows(GUIDE, "| of `InProcess` |"), defaults(InProcess.__init__))
+
+
 def test_the_fields_are_those_of_a_task() -> None:
     expected = {field.name: field.default for field in msgspec.structs.fields(Task)}
     table = {names(row[0])[0]: row[1] for row in rows(GUIDE, "## What a task may say")}
@@ -216,16 +221,16 @@ def test_the_events_are_those_that_there_are() -> None:
 
 
 def test_the_errors_are_those_that_there_are() -> None:
-    mistakes, outcomes, store = (
+    mistakes, outcomes, processes, store = (
         {names(row[0])[0] for row in rows(GUIDE, heading)}
-        for heading in ("**Mistakes**", "**Outcomes**", "**The store**")
+        for heading in ("**Mistakes**", "**Outcomes**", "**In processes**", "**The store**")
     )
     expected = {
         name
         for name, kind in vars(errors).items()
         if inspect.isclass(kind) and issubclass(kind, errors.ForebayError) and kind is not errors.ForebayError
     }
-    assert mistakes | outcomes | store == expected
+    assert mistakes | outcomes | processes | store == expected
 
 
 def test_the_counts_of_statistics_are_all_told() -> None:

@@ -18,3 +18,20 @@ def test_a_langgraph_agent_is_backpressured_in_twenty_lines(tmp_path: Path) -> N
     assert ran.stderr == ""
     assert ran.stdout == "what is known of river 199\n"
     assert (tmp_path / "spill.db").exists()
+
+
+def test_a_stuck_agent_is_killed_and_its_slot_serves_the_next(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / "stuck_agent.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines() == [
+        "'a good text': True",
+        "'aaaaaaaaaaaaaaaaaaaa': TaskTimedOut",
+        "'another good text': True",
+    ]

@@ -49,6 +49,7 @@ class Listening:
     """Stands in for the run under way: keeps what is reported."""
 
     deadline: Deadline | None = None
+    attempt = 1
 
     def __init__(self) -> None:
         self.task = Task("listening")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from forebay.errors import Overloaded, StillSpilled
+from forebay.errors import Overloaded, RemoteError, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.supervisor.run import Run
 from forebay.task import TaskResult, TaskStatus
@@ -300,4 +300,6 @@ def describe(cause: BaseException | None) -> str:
         text = str(cause)
     except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
         text = "(its message cannot be shown)"
+    if isinstance(cause, RemoteError):
+        return text  # the type is the first word of it
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from forebay.adapters import as_handler
-from forebay.adapters.factory import from_factory
+from forebay.adapters.recipe import Recipe
 from forebay.adapters.recognise import Config
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
+from forebay.engine import Engine, engine_of
 from forebay.errors import InvalidSetting, InvalidTimeout
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
@@ -20,11 +20,12 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     name: str,
     *,
     handler: Any,
-    factory: Callable[[], Any] | None,
+    factory: Callable[[], Any] | str | None,
     task_types: Sequence[str],
     max_concurrent: int,
     timeout: float,
     config: Config | None,
+    engine: str | Engine | None,
     on_cancel: Callable[[Task], object] | None,
     cool_off: float | None,
     draw: Callable[[], float],
@@ -33,7 +34,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     """A worker, checked.
 
     Raises:
-        InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
+        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
@@ -42,15 +43,12 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     if cool_off is not None and not _positive(cool_off):
         expected = "a positive number of seconds, or None to stay FAILED until revive()"
         raise InvalidSetting(owner=owner, name="cool_off", value=cool_off, expected=expected)
-    if handler is not None and factory is not None:
-        expected = "left out, since it has a handler"
-        raise InvalidSetting(owner=owner, name="factory", value=factory, expected=expected)
-    if factory is not None:
-        bound = from_factory(factory, worker=name, config=config)
-    else:
-        bound = as_handler(handler, worker=name, config=config)
-    if on_cancel is not None:
-        bound = bound.with_on_cancel(on_cancel)
+    where = engine_of(engine)
+    if where is None:
+        expected = '"loop", "thread", "process", or an engine such as forebay.engine.InProcess(grace=5)'
+        raise InvalidSetting(owner=owner, name="engine", value=engine, expected=expected)
+    recipe = Recipe(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
+    bound = where.adopt(recipe, slots=max_concurrent)
     rules = _rules(cool_off, float(timeout))
     return WorkerAgent(
         name,

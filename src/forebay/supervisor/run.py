@@ -50,6 +50,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
     in_thread: bool = False  # what steps its handler only waits for a thread
 
     @property
+    def attempt(self) -> int:
+        """Which start of the task's handler this is."""
+        return self.ticket.attempts
+
+    @property
     def lacks_slot(self) -> bool:
         """Whether it goes on, and has no slot: it lent its own, and waits for nothing any more."""
         return not (self.holds or self.lends or self.ended)

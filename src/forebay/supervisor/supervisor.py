@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 from forebay import clock, context
 from forebay.adapters import Handler
 from forebay.adapters.recognise import Config
-from forebay.engine import Threads
+from forebay.engine import Engine, Threads
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
@@ -110,13 +110,14 @@ class BackpressureSupervisor:
         name: str,
         *,
         handler: Any = None,
-        factory: Callable[[], Any] | None = None,
+        factory: Callable[[], Any] | str | None = None,
         task_types: Sequence[str],
         max_concurrent: int = 1,
         timeout: float = 300.0,
         payload: Any = None,
         result: Any = None,
         config: Config | None = None,
+        engine: str | Engine | None = None,
         on_cancel: Callable[[Task], object] | None = None,
         cool_off: float | None = 10.0,
     ) -> WorkerAgent:
@@ -124,8 +125,7 @@ class BackpressureSupervisor:
 
         Args:
             name: unique among the workers.
-            handler: an async callable, a plain callable (it runs in a thread), an agent of a supported framework, or
-                another supervisor.
+            handler: a callable, an agent of a known framework, a supervisor, or the path of one, ``"module:name"``.
             factory: instead of a handler: makes a fresh agent for each task.
             task_types: the types that it takes.
             max_concurrent: tasks at a time.
@@ -133,12 +133,13 @@ class BackpressureSupervisor:
             payload: the type of its payloads, checked at `submit`. The workers of a task type agree on it.
             result: the type of what it returns. What is not of it ends the task FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
+            engine: ``"loop"``, ``"thread"``, ``"process"`` or an Engine; by default what is plain has a thread.
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
             cool_off: seconds for which it first stays FAILED after five failures in a row (or 5 % of a thousand tasks)
                 before it is tried again; the next times it is longer. None: until ``revive()``.
 
         Raises:
-            DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout: as each says.
+            DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
         """
         if self._closing is not None:
             raise SupervisorClosed(state="closed")
@@ -152,6 +153,7 @@ class BackpressureSupervisor:
             max_concurrent=max_concurrent,
             timeout=timeout,
             config=config,
+            engine=engine,
             on_cancel=on_cancel,
             cool_off=cool_off,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
