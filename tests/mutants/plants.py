@@ -286,4 +286,49 @@ MUTANTS = [
         "_step(run, crew.surroundings)",
         _ACCEPTANCE + "test_ending.py::test_what_a_task_writes_into_its_context_no_other_task_reads",
     ),
+    # --- retries, and what is known of providers ---
+    Mutant(
+        "retries are not taken from the budget",
+        "retry/budget.py",
+        "        self._retries += 1\n",
+        "        self._retries += slot[2] == 10\n",
+        _UNIT + "retry/test_budget.py::test_what_was_taken_comes_back_when_its_window_has_passed",
+    ),
+    Mutant(
+        "an old surplus funds a storm of retries",
+        "retry/budget.py",
+        "self._first -= int(first)",
+        "self._first -= 0 * int(first)",
+        _UNIT + "retry/test_budget.py::test_an_old_surplus_funds_no_storm",
+    ),
+    Mutant(
+        "those who were told the same come back as a herd",
+        "retry/backoff.py",
+        "_SPREAD * asked",
+        "0.0 * asked",
+        _UNIT
+        + "retry/test_backoff.py::"
+        + "test_what_the_provider_asks_for_is_waited_and_those_who_were_told_the_same_come_back_apart",
+    ),
+    Mutant(
+        "an event that is split between CR and LF ends twice",
+        "upstream/rules/sse.py",
+        'self._after_cr = piece.endswith(b"\\r")',
+        "self._after_cr = False",
+        _UNIT + "upstream/rules/test_meter.py::test_lines_split_within_their_ends_are_one",
+    ),
+    Mutant(
+        "a caller that had not asked gets half of the usage's chunk",
+        "upstream/rules/include_usage.py",
+        "elif not self._dropped:",
+        "else:",
+        _UNIT + "upstream/rules/test_include_usage.py::test_the_end_of_a_chunk_that_was_kept_back_is_kept_back_too",
+    ),
+    Mutant(
+        "what came from a cache counts against a quota that leaves it out",
+        "upstream/rules/table.py",
+        "usage.input_tokens - usage.cache_read_tokens",
+        "usage.input_tokens",
+        _UNIT + "upstream/rules/test_request.py::test_anthropic_charges_uncached_input_and_what_is_made",
+    ),
 ]

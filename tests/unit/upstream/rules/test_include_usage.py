@@ -132,6 +132,11 @@ def test_bytes_that_are_no_such_chunk_come_out_as_they_went_in(chunks: list[byte
     assert out == b"".join(chunks)
 
 
+def test_the_end_of_a_chunk_that_was_kept_back_is_kept_back_too() -> None:
+    usage = streams.sse(streams.USAGE_CHUNK).replace(b"\n", b"\r\n")
+    assert filtered(usage + b"data: [DONE]\r\n\r\n", [len(usage) - 1]) == b"data: [DONE]\r\n\r\n"
+
+
 def test_an_event_is_passed_on_as_soon_as_it_has_ended() -> None:
     usage_filter = UsageFilter()
     event = streams.sse(streams.CHAT_PARTS[1])

@@ -92,6 +92,14 @@ def test_a_total_without_the_cache_does_not_make_what_was_told_of_it_forgotten()
     assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
 
 
+def test_totals_never_go_back() -> None:
+    told = [
+        {"type": "message_delta", "delta": {}, "usage": usage} for usage in ({"output_tokens": 9}, {"input_tokens": 1})
+    ]
+    meter = metered(streams.sse(*streams.MESSAGES_PARTS, *told, {"type": "message_stop"}))
+    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
+
+
 def test_the_first_token_is_known_from_what_comes_before_it() -> None:
     meter = Meter(stream=True)
     for event in streams.MESSAGES_PARTS[:3]:
@@ -131,6 +139,12 @@ def test_it_does_not_matter_in_which_pieces_a_stream_comes(stream: str, cuts: li
     data = streams.ALL[stream]
     data = data.replace(b"\n", b"\r\n") if crlf else data
     assert said(metered(data, cuts=[min(cut, len(data)) for cut in cuts])) == said(metered(data))
+
+
+def test_lines_split_within_their_ends_are_one() -> None:
+    two_lines = b'data: {"usage":\r\ndata: {"prompt_tokens": 3, "completion_tokens": 4}}\r\n\r\ndata: [DONE]\r\n\r\n'
+    meter = metered(two_lines, cuts=list(range(len(two_lines))))
+    assert meter.usage == Usage(input_tokens=3, output_tokens=4)
 
 
 @pytest.mark.parametrize("stream", streams.ALL)
@@ -246,7 +260,9 @@ def test_a_small_answer_that_unpacks_to_a_hundred_megabytes_takes_no_room() -> N
     packer = zlib.compressobj()
     packed = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
     assert len(packed) < 200_000
-    assert max(map(len, Unpacked("deflate").feed(packed))) <= 1 << 16
+    pieces = [len(piece) for piece in Unpacked("deflate").feed(packed)]
+    assert max(pieces) <= 1 << 16
+    assert sum(pieces) == 100 << 20
     for stream in (True, False):
         meter = Meter(stream=stream, encoding="deflate")
         meter.feed(packed)
@@ -274,6 +290,14 @@ def test_memory_is_bounded_whatever_is_fed(piece: bytes, megabytes: int, *, stre
         largest = max(largest, kept)
     meter.end()
     assert 0 < largest <= 1 << 21 or piece.isspace()
+    assert meter.usage is None
+
+
+def test_of_an_event_that_is_too_long_nothing_is_read() -> None:
+    meter = Meter(stream=True)
+    meter.feed(b"data: " + b"x" * (1 << 21))
+    meter.feed(b'\ndata: {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n\n')
+    meter.end()
     assert meter.usage is None
 
 
