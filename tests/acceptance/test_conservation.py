@@ -286,7 +286,7 @@ async def check_the_rest_runs_next_time(overflow: str, before: Record) -> None:
     assert set(record.results) <= {event.task_id for event in before.submitted}
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(script=SCRIPTS)
 def test_every_task_ends_once_every_slot_comes_back_and_the_counts_add_up(
     script: Script, tmp_path_factory: pytest.TempPathFactory
@@ -295,7 +295,7 @@ def test_every_task_ends_once_every_slot_comes_back_and_the_counts_add_up(
     simulate(lambda: play(script, directory), seed=script.seed)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     plans=st.lists(st.tuples(st.sampled_from(KINDS), PEACEFUL_PLANS), min_size=1, max_size=6),
     slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),
@@ -318,7 +318,7 @@ def test_nested_work_of_any_shape_comes_through_a_house_of_any_size(
     simulate(main, seed=seed)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     plans=st.lists(st.tuples(st.sampled_from(KINDS), PEACEFUL_PLANS), min_size=1, max_size=6),
     slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),

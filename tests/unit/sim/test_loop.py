@@ -109,6 +109,26 @@ def test_without_jitter_a_timer_is_exact_however_late_it_is() -> None:
     assert simulate(main, jitter=0.0, max_time=2.0**41) == 2.0**40 + 0.25
 
 
+def test_while_the_loop_stands_still_time_passes_and_timers_come_late_in_their_order() -> None:
+    async def main() -> None:
+        loop = virtual_loop()
+        fired: list[tuple[str, float]] = []
+
+        def fire(name: str) -> None:
+            fired.append((name, loop.time()))
+
+        for name, after in (("late", 2.0), ("early", 1.0), ("after", 9.0)):
+            loop.call_later(after, fire, name)
+        loop.stall(5.0)
+        assert (loop.time(), fired) == (5.0, [])
+        await asyncio.sleep(10.0)
+        assert fired == [("early", 5.0), ("late", 5.0), ("after", 9.0)]
+        with pytest.raises(InvalidSetting, match="at least 0"):
+            loop.stall(-1.0)
+
+    simulate(main, jitter=0.0)
+
+
 def test_a_timer_for_no_number_is_refused() -> None:
     async def main() -> None:
         virtual_loop().call_later(float("nan"), int)
