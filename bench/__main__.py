@@ -14,7 +14,8 @@ import bench
 
 def main() -> None:
     """Parse the command line and run."""
-    names = sorted(m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in ("__main__", "fit_traffic"))
+    modules = (module for module in pkgutil.iter_modules(bench.__path__) if not module.ispkg)
+    names = sorted(module.name for module in modules if module.name not in ("__main__", "fit_traffic"))
     parser = argparse.ArgumentParser(prog="python -m bench", description="Every figure is a ratio, from one run.")
     parser.add_argument("name", choices=names, nargs="?", help="which bench; without one, all are listed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -1,0 +1,47 @@
+"""The limits that are compared, and the oracle that they are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from forebay.limit import AdaptiveLimit, AimdByTimeout, EpochAimd, FixedLimit, GradientLimit, VegasLimit
+from forebay.typing import Grant, Limit, Outcome
+
+
+class Oracle:
+    """Knows at every moment how many calls the provider bears."""
+
+    def __init__(self, capacity: Callable[[float], int]) -> None:
+        self._capacity = capacity
+
+    def limit(self, now: float) -> int:
+        """What it knows."""
+        return self._capacity(now)
+
+    def next_change(self, now: float) -> float | None:
+        """Asked again at the next tenth of a second."""
+        return (math.floor(10 * now + 1e-6) + 1) / 10
+
+    def grant(self, now: float, in_flight: int) -> Grant:
+        """A mark that says nothing."""
+        return Grant(now, in_flight)
+
+    def accepted(self, now: float, grant: Grant) -> None:
+        """Known before."""
+
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:
+        """Known before."""
+
+
+OURS: Final = "adaptive"
+SEMAPHORE: Final = "semaphore"
+LIMITS: Final[Mapping[str, Callable[[int], Limit]]] = {
+    OURS: lambda _: AdaptiveLimit(),
+    "epoch AIMD": lambda _: EpochAimd(),
+    "gradient2": lambda _: GradientLimit(),
+    "vegas": lambda _: VegasLimit(),
+    "AIMD by timeout": lambda _: AimdByTimeout(timeout=10.0),
+    SEMAPHORE: lambda slots: FixedLimit(2 * slots),  # somebody's guess, with the retries of an SDK inside
+}

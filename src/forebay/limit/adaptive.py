@@ -1,0 +1,214 @@
+"""The limit for calls to language models: the capacity is unknown and moves, and no two calls take equally long."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import Final
+
+from forebay.limit.bounds import check_bounds
+from forebay.limit.knock import Knock
+from forebay.limit.memory import Memory
+from forebay.limit.noise import Noise
+from forebay.limit.probe import Probe
+from forebay.limit.trial import Finding, Stage, Trial
+from forebay.typing import Grant, Outcome
+
+_NEARLY_FULL: Final = 0.9  # of the limit, less one: who uses so much of it has tried whether it holds
+_NEAR: Final = 0.8  # of the level that held: up to here the limit returns by acceptances, not by successes
+_HEAVY: Final = 0.1  # share of an epoch's calls refused from which a probe too far does not explain it
+_CUTS: Final = (1.0, 0.9, 0.8, 0.7)  # what heavy refusals leave of the limit, for each time in a row
+_WEIGHT: Final = 0.05  # of one call in the typical time of a call
+
+
+class AdaptiveState(Enum):
+    """What an adaptive limit is doing."""
+
+    STARTING = "starting"  # nothing is known: doubling each round
+    RETURNING = "returning"  # below the level that held: up again fast
+    HOLDING = "holding"  # at the level that held, until a probe is due
+    PROBING = "probing"  # beyond it, by growing steps
+    TRIAL = "trial"  # calls are slow: finding out whether it is our load
+    KNOCKING = "knocking"  # everything was refused: a lone call now and then
+
+
+class AdaptiveLimit:
+    """Finds how many calls an LLM provider bears, by its refusals, and by a silent slow-down of its calls.
+
+    Latency alone cannot tell, since a healthy call takes from half a second to minutes. So the signal is refusals
+    (Outcome.OVERLOAD), answered once per epoch, if they are too many to be noise. The level that held is remembered,
+    and after trouble the limit is soon back there; beyond it, it probes. Only when calls take far longer than their
+    tokens explain (`stretch`) is the limit lowered for a trial, and left there if that made them faster.
+
+    It is never below 1, but that `limit` is 0 for up to 5 seconds at a time after a lone call was refused.
+
+    Args:
+        start: calls in flight to begin with.
+        largest: calls in flight at most, whatever the provider bears.
+
+    Raises:
+        InvalidSetting: not 1 <= start <= largest, whole numbers.
+    """
+
+    def __init__(self, *, start: int = 10, largest: int = 10_000) -> None:
+        check_bounds("AdaptiveLimit", start, largest)
+        self._largest = largest
+        self._level = float(start)
+        self._memory = Memory()
+        self._noise = Noise()
+        self._probe = Probe()
+        self._trial = Trial()
+        self._knock = Knock()
+        self._heavy_in_a_row = 0
+        self._rtt = 0.0  # seconds of a typical call; 0 until one has ended
+        self._epoch = 1
+        self._accepted = 0  # calls of this epoch that were let in
+        self._refusals = 0  # ... that were refused
+        self._successes = 0  # ... that ended well in this round of it
+        self._round_began = 0.0  # in the clock's seconds
+
+    # --- what it says -----------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Counts the changes of the limit that make earlier grants say nothing about it."""
+        return self._epoch
+
+    def limit(self, now: float) -> int:
+        """Calls that may be in flight; 0 while knocking."""
+        return 0 if now < self._knock.until else int(self._level)
+
+    def next_change(self, now: float) -> float | None:
+        """When the next knock is due; None if the limit is not 0."""
+        return self._knock.until if now < self._knock.until else None
+
+    def state(self, now: float) -> AdaptiveState:
+        """What it is doing."""
+        if now < self._knock.until:
+            return AdaptiveState.KNOCKING
+        if self._trial.stage is not Stage.WATCHING:
+            return AdaptiveState.TRIAL
+        if self._probe.active:
+            return AdaptiveState.PROBING
+        if not self._memory.known:
+            return AdaptiveState.STARTING
+        return AdaptiveState.RETURNING if self._level < self._memory.familiar else AdaptiveState.HOLDING
+
+    # --- what it is told --------------------------------------------------------------------------------------------
+
+    def grant(self, now: float, in_flight: int) -> Grant:
+        """Mark a slot that is taken now; `in_flight` counts it."""
+        return Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
+
+    def accepted(self, now: float, grant: Grant) -> None:
+        """Its call was not refused."""
+        self._noise.accepted()
+        self._knock.answered()
+        if grant.epoch != self._epoch:
+            return
+        self._accepted += 1
+        memory, probe = self._memory, self._probe
+        if not grant.full or not memory.known or self._level >= _NEAR * memory.good:
+            return
+        if self._level < memory.ceiling:
+            self._raise(1.0)
+        elif probe.bold and probe.due(now, brisk=True):
+            self._raise(probe.leap())
+
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:
+        """Its call has ended; FAULT and IGNORED say nothing about the limit."""
+        if outcome is Outcome.OVERLOAD:
+            self._refused(now, grant)
+        elif outcome is Outcome.SUCCESS:
+            took = now - grant.at
+            self._rtt += _WEIGHT * (took - self._rtt) if self._rtt else took
+            if grant.epoch == self._epoch:
+                self._succeeded(now, grant, stretch)
+
+    # --- down -------------------------------------------------------------------------------------------------------
+
+    def _refused(self, now: float, grant: Grant) -> None:
+        memory, probe, noise = self._memory, self._probe, self._noise
+        if grant.epoch != self._epoch:
+            return
+        self._refusals += 1
+        level = max(1, min(grant.in_flight, int(self._level)))
+        suspect = probe.active and level > memory.ceiling
+        noise.refused()
+        if int(self._level) > 1 and not noise.convinces(suspect=suspect):
+            return  # noise: only this call is retried
+        heavy = self._refusals >= _HEAVY * (self._accepted + self._refusals)
+        if probe.active and (heavy or suspect):
+            probe.failed(low=level < _NEAR * memory.good)
+        lowered = float(level - 1)
+        if heavy and not probe.active:
+            lowered = min(lowered, _CUTS[min(self._heavy_in_a_row, len(_CUTS) - 1)] * level)
+            probe.bold = probe.bold or (memory.known and level >= _NEAR * memory.good)
+            self._heavy_in_a_row += 1
+        if heavy or probe.active or not memory.known:
+            memory.refused(level)
+        if level > 1:
+            memory.guess(level - 1.0)
+        else:
+            self._knock.refused(now)
+            memory.ceiling = math.inf  # all is refused, so no level is at fault
+        self._level = max(1.0, min(self._level, lowered))
+        self._trial.abort()
+        self._begin_epoch(now)
+
+    # --- up ---------------------------------------------------------------------------------------------------------
+
+    def _succeeded(self, now: float, grant: Grant, stretch: float | None) -> None:
+        finding = self._trial.feel(now, self._level, stretch)
+        if finding is not None:
+            self._follow(now, finding)
+            if finding is not Finding.CALM:
+                return
+        self._round(now, grant)
+        if not grant.full or self._trial.stage is not Stage.WATCHING:
+            return
+        if self._level < self._memory.familiar:
+            self._raise(1.0)
+        elif self._probe.due(now, brisk=self._trial.brisk):
+            self._raise(self._probe.rise(self._level))
+
+    def _round(self, now: float, grant: Grant) -> None:
+        """Count a success; once they make a round, what was full has held."""
+        self._successes += 1
+        long = now - self._round_began >= 2 * self._rtt and self._successes >= self._level // 2
+        if self._successes < self._level and not long:
+            return
+        self._successes, self._round_began = 0, now
+        self._heavy_in_a_row = 0
+        if grant.full and self._memory.known:
+            self._memory.held(now, self._level)
+        self._probe.clean_round(self._level)
+        if self._probe.active and self._level > self._memory.ceiling + 1:
+            self._probe.succeeded()
+            self._memory.ceiling = math.inf
+
+    def _follow(self, now: float, finding: Finding) -> None:
+        """Do what the trial asks for."""
+        trial = self._trial
+        if finding is Finding.CALM:
+            return
+        if finding is Finding.STAND:
+            self._memory.guess(self._level / 2)
+        else:
+            self._level = max(1.0, min(trial.level, float(self._largest)))
+        if finding is Finding.KEEP:
+            self._memory.ceiling = self._level
+            self._probe.failed(low=False)
+        self._begin_epoch(now)
+
+    def _raise(self, by: float) -> None:
+        self._level = min(self._level + by, float(self._largest))
+
+    def _begin_epoch(self, now: float) -> None:
+        """Grants given before now say nothing about the limit from now on."""
+        self._epoch += 1
+        self._accepted = self._refusals = self._successes = 0
+        self._round_began = now
+        self._noise.forget()
+        self._trial.forget()
+        self._probe.end(now, self._rtt)

@@ -1,0 +1,40 @@
+"""What every limit checks of the numbers that it is made with."""
+
+from __future__ import annotations
+
+import math
+
+from forebay.errors import InvalidSetting
+
+
+def check_bounds(owner: str, start: int, largest: int) -> None:
+    """Two whole numbers, 1 <= start <= largest.
+
+    Raises:
+        InvalidSetting: they are not.
+    """
+    check_count(owner, "largest", largest)
+    check_count(owner, "start", start)
+    if start > largest:
+        raise InvalidSetting(owner=owner, name="start", value=start, expected=f"at most largest, which is {largest}")
+
+
+def check_count(owner: str, name: str, value: object) -> None:
+    """A whole number of at least 1.
+
+    Raises:
+        InvalidSetting: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidSetting(owner=owner, name=name, value=value, expected="a whole number of at least 1")
+
+
+def check_between(owner: str, name: str, value: float, low: float, high: float) -> None:
+    """A number strictly between two others.
+
+    Raises:
+        InvalidSetting: it is not.
+    """
+    if not low < value < high:
+        bound = "" if math.isinf(high) else f" and below {high:g}"
+        raise InvalidSetting(owner=owner, name=name, value=value, expected=f"a number above {low:g}{bound}")

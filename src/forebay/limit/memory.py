@@ -1,0 +1,46 @@
+"""What is remembered of levels: the highest that held, and the one that did not."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+_STALE: Final = 600.0  # seconds after which a level that held is no longer better than the present one
+
+
+class Memory:
+    """The level that held, to which the limit returns at once after trouble, and the ceiling, above which it probes.
+
+    Attributes:
+        good: the highest level that got through a round without a refusal; infinity until something is known.
+        ceiling: just below the level that was refused last; infinity where nothing is known to be too much.
+    """
+
+    def __init__(self) -> None:
+        self.good = math.inf
+        self.ceiling = math.inf
+        self._since = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a level to return to."""
+        return self.good < math.inf
+
+    @property
+    def familiar(self) -> float:
+        """Up to here the limit may go without feeling its way."""
+        return min(self.good, self.ceiling)
+
+    def held(self, now: float, level: float) -> None:
+        """A full round at `level` went well."""
+        if level >= self.good or now - self._since > _STALE:
+            self.good, self._since = level, now
+
+    def guess(self, level: float) -> None:
+        """Nothing is known yet, and `level` is the best to go by."""
+        if not self.known:
+            self.good = level
+
+    def refused(self, level: float) -> None:
+        """`level` was too much."""
+        self.ceiling = max(1.0, level - 1)
