@@ -278,6 +278,42 @@ MUTANTS = [
         "held = True",
         _ACCEPTANCE + "test_leases.py::test_a_start_is_on_record_before_its_handler_runs",
     ),
+    # --- limits ---
+    Mutant(
+        "a refusal of an earlier epoch lowers the limit again",
+        "limit/adaptive.py",
+        "        if grant.epoch != self._epoch:\n            return\n        self._refusals += 1\n",
+        "        self._refusals += 1\n",
+        _CONTRACT + "test_limit.py::test_refusals_of_one_epoch_are_answered_once",
+    ),
+    Mutant(
+        "every refusal is believed",
+        "limit/noise.py",
+        "return self._evidence >= (",
+        "return True or (",
+        _UNIT + "limit/test_adaptive.py::test_stray_refusals_do_not_lower_it",
+    ),
+    Mutant(
+        "what convinced becomes background",
+        "limit/noise.py",
+        "        self._refusals += 1\n        usual",
+        "        self._refusals += 1\n        self.background += 0.005\n        usual",
+        _UNIT + "limit/test_noise.py::test_what_convinced_is_no_background",
+    ),
+    Mutant(
+        "a trial without answers never ends",
+        "limit/trial.py",
+        "and now - self._began > _PATIENCE",
+        "and now < self._began",
+        _UNIT + "limit/test_adaptive.py::test_a_trial_without_answers_is_given_up",
+    ),
+    Mutant(
+        "who is slow by expectation never probes",
+        "limit/probe.py",
+        "(0.0 if brisk else _UNSURE)",
+        "(0.0 if brisk else 1e9)",
+        _UNIT + "limit/test_adaptive.py::test_an_expectation_that_is_too_short_does_not_keep_it_down",
+    ),
     # --- what a handler sees ---
     Mutant(
         "a handler's context reaches the next",
