@@ -90,6 +90,30 @@ class InvalidSetting(ForebayError, ValueError):
     """{owner} was given {name}={value!r}; it must be {expected}."""
 
 
+class InvalidQuota(ForebayError, ValueError):
+    """This quota cannot be kept: {problem}. A quota is one amount in a period, for example
+    Quota(requests=500, per="minute") or Quota(input_tokens=200_000, per="minute").
+    """
+
+
+class InvalidBudget(ForebayError, ValueError):
+    """Budget {name} is {value!r}; it must be {expected}. For example Budget(usd=25, per="day", reserve=0.1)."""
+
+
+class InvalidPrice(ForebayError, ValueError):
+    """The price of {model!r} has {name}={value!r}; it must be {expected}. Prices are US dollars per million tokens, for
+    example {{"my-model*": Price(input=0.5, output=1.5)}}.
+    """
+
+
+class InvalidAmount(ForebayError, ValueError):
+    """A sum of {value!r} is not money: it must be a finite number of US dollars of at least 0."""
+
+
+class ReservationClosed(ForebayError, RuntimeError):
+    """What was reserved has been settled or released before: do one of the two, once."""
+
+
 class InvalidHandler(ForebayError, TypeError):
     """{worker!r} has a handler of type {type}, which Forebay cannot run: {hint}."""
 

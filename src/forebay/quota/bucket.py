@@ -1,0 +1,84 @@
+"""One quota as a level that falls and refills: a bucket that refills all the time, or a window that turns.
+
+Pure; a clock that goes back is followed, and refills nothing by that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+EPSILON: Final = 1e-9  # relative: who waits exactly as long as it was told must get in
+
+
+class Bucket:
+    """How much of a quota is left.
+
+    Below zero is a debt, of one whole amount at most: what used more than two is an exception, or a lie.
+
+    Args:
+        amount: granted in each period.
+        per: seconds of a period.
+        now: the present; the bucket is full.
+    """
+
+    __slots__ = ("amount", "at", "cushion", "level", "per", "rate", "size", "turn", "window_ends")
+
+    def __init__(self, amount: float, per: float, now: float) -> None:
+        self.level = amount
+        self.at = now
+        self.window_ends: float | None = None  # None: it refills all the time
+        self.turn = 0  # which window it is
+        self.cushion = 0.0  # share of the amount that stays where there is no window
+        self.resize(amount, per)
+
+    def resize(self, amount: float, per: float) -> None:
+        """Grant `amount` in each `per` seconds from now on."""
+        self.amount = amount
+        self.per = per
+        self.size = amount  # the most that it holds
+        self.rate = amount / per
+        self.level = min(self.level, amount)
+
+    def refill(self, now: float) -> None:
+        """Let time pass until `now`."""
+        passed = now - self.at
+        self.at = now
+        if self.window_ends is None:
+            if passed > 0:
+                self.level = min(self.size, self.level + passed * self.rate)
+        elif passed < 0:
+            self.window_ends += passed  # as long from now as before the clock went back
+        elif now >= self.window_ends:
+            self.window_ends += self.per * (math.floor((now - self.window_ends) / self.per) + 1)
+            self.level = self.amount
+            self.turn += 1
+
+    def wait(self, now: float, amount: float) -> float:
+        """Seconds until `amount` can be taken: 0 is now, infinity never, for it is more than the whole."""
+        if amount > self.amount:
+            return math.inf
+        if not amount:
+            return 0.0
+        kept = self.cushion * self.amount if self.window_ends is None else 0.0
+        return self.time_to(now, min(amount + kept, self.size))
+
+    def time_to(self, now: float, amount: float) -> float:
+        """Seconds until `amount` in all, which may be more than it can hold at once, will have been there."""
+        self.refill(now)
+        missing = amount - self.level
+        if missing <= EPSILON * self.amount:
+            return 0.0
+        if self.window_ends is None:
+            return missing / self.rate
+        return self.window_ends - now + self.per * (math.ceil(missing / self.amount) - 1)
+
+    def take(self, now: float, amount: float) -> None:
+        """Take `amount`, into debt if it must be."""
+        self.refill(now)
+        self.level = max(self.level - amount, -self.amount)
+
+    def give_back(self, now: float, amount: float) -> None:
+        """Return `amount`; what does not fit is lost."""
+        self.refill(now)
+        self.level = min(self.size, self.level + amount)

@@ -1,0 +1,216 @@
+"""A provider's quota as its headers tell it: what they say is followed where what we know does not explain it.
+
+A header speaks of a moment between the sending of its call and its arrival here. Calls sent in between may have been
+counted or not, output under way in part: that is a range in which every number is explained, and corrects nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+from forebay.quota.bucket import Bucket
+from forebay.quota.quota import PERIODS
+from forebay.typing import Notice
+
+_TOLERANCE: Final = 0.02  # of a period: what rounding and the network do to a reset
+_CUSHION: Final = 0.01  # of a bucket that is never drained: estimates err, calls overtake. It costs no throughput
+_LEAST_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
+_FORGET_AFTER: Final = 2.0  # periods without a word
+_LEAST_MEMORY: Final = 60.0  # seconds
+
+
+class Mark(NamedTuple):
+    """How a heard quota stood when a call was sent, the call itself taken off."""
+
+    level: float
+    corrected: float
+    turn: int
+    open: float  # what calls under way had reserved, this one too: of it the provider may have counted less, or more
+
+
+class _Sighting(NamedTuple):
+    """What a header said of when it will be full, for comparison with the next."""
+
+    sent: float
+    full_at: tuple[float, float]  # it will be full between these, in seconds of our clock
+    holds: tuple[float, float]  # if it refills all the time, what it holds when full
+
+
+class Heard:
+    """One quota of a provider, learned from its headers.
+
+    Args:
+        limit: what it grants in a period.
+        per: seconds of its period, until the headers tell of another.
+        now: the present.
+        level: what is left by now.
+    """
+
+    __slots__ = ("_anchor", "_candidate", "_limit_seen", "bucket", "corrected", "heard_at", "latest_sent")
+
+    def __init__(self, limit: int, per: float, now: float, level: float) -> None:
+        self.bucket = Bucket(float(limit), per, now)
+        self.bucket.level = max(-float(limit), min(level, float(limit)))
+        self.bucket.cushion = _CUSHION
+        self.corrected = 0.0  # all that headers and refusals have added, so that older marks can be compared
+        self.heard_at = now
+        self.latest_sent = -math.inf  # when the latest call was sent whose headers have come
+        self._limit_seen = limit  # a limit that differs must be said twice: one slip must not lock an account
+        self._candidate: float | None = None  # a period that differs, likewise
+        self._anchor: _Sighting | None = None
+
+    def silent(self, now: float) -> bool:
+        """Whether nothing was heard for so long that it need not be true any more."""
+        return abs(now - self.heard_at) > max(_LEAST_MEMORY, _FORGET_AFTER * self.bucket.per)
+
+    def rebase(self, by: float) -> None:
+        """The clock has gone back: keep the distances."""
+        self.heard_at += by
+        self.latest_sent += by
+        self._anchor = None
+
+    def mark(self, under_way: float) -> Mark:
+        """How it stands; to be kept with a call that is sent now, and has been taken off."""
+        return Mark(self.bucket.level, self.corrected, self.bucket.turn, under_way)
+
+    def hear(self, now: float, notice: Notice, *, sent: float, mark: Mark | None, refused: float = 0.0) -> None:
+        """Take what the answer to a call said.
+
+        Args:
+            now: when its headers came.
+            notice: what they said, within reason.
+            sent: when the call was sent.
+            mark: from then; None if this quota was not known yet.
+            refused: what was taken for this call and has come back, if it was refused and so not counted.
+        """
+        bucket = self.bucket
+        bucket.refill(now)
+        self.heard_at = now
+        self.latest_sent = max(self.latest_sent, sent)
+        if notice.limit is not None:
+            self._hear_limit(notice.limit)
+        if notice.remaining is None or (mark is not None and mark.turn != bucket.turn):
+            return  # of a window that has passed
+        remaining = min(float(notice.remaining), bucket.amount)
+        since = 0.0 if mark is None else mark.level + self.corrected - mark.corrected + refused - bucket.level
+        if notice.reset and remaining < bucket.amount:
+            self._hear_reset(now, sent, remaining, notice.reset)
+        if mark is None:
+            return
+        if mark.turn != bucket.turn:  # the reset has told that another window began before this call
+            bucket.level = remaining - max(0.0, since)
+        else:
+            self._correct(now - sent, remaining, bucket.level + since, mark.open)
+
+    def lower(self, by: float) -> None:
+        """Take off what the provider has counted and we have not."""
+        before = self.bucket.level
+        self.bucket.level = max(before - by, -self.bucket.amount)
+        self.corrected += self.bucket.level - before
+
+    def _correct(self, late: float, remaining: float, then: float, under_way: float) -> None:
+        """Follow what is left as far as nothing that we know explains it.
+
+        Args:
+            late: seconds since the call was sent; the header may be from any moment in between.
+            remaining: what it said.
+            then: what we thought was left when the call was sent.
+            under_way: what open calls had reserved at that time, and the provider need not have counted.
+        """
+        bucket = self.bucket
+        refilled = late * bucket.rate if bucket.window_ends is None else 0.0
+        lowest = min(then, bucket.level)
+        highest = max(then + refilled, bucket.level) + under_way
+        if remaining < lowest:
+            self.lower(lowest - remaining)
+        elif remaining > highest:
+            raised = min(bucket.size - bucket.level, remaining - highest)
+            bucket.level += raised
+            self.corrected += raised
+
+    def _hear_limit(self, limit: int) -> None:
+        if limit != self.bucket.amount and limit == self._limit_seen:
+            gained = limit - self.bucket.amount
+            self.bucket.resize(float(limit), self.bucket.per)
+            if gained > 0:  # what it gained is there, as a header will confirm
+                self.bucket.level += gained
+                self.corrected += gained
+        self._limit_seen = limit
+
+    def _hear_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
+        bucket = self.bucket
+        if not self._plausible(reset, bucket.amount - remaining, now - sent):
+            return
+        late = now - sent
+        holds = remaining + reset * bucket.rate
+        seen = _Sighting(sent, (sent + reset, now + reset), (holds, holds + late * bucket.rate))
+        self._compare(seen)
+        if bucket.window_ends is not None:
+            self._follow(seen)
+
+    def _plausible(self, reset: float, spent: float, late: float) -> bool:
+        """Whether a reset fits the period; if two in a row fit another one, that is the period from now on."""
+        bucket = self.bucket
+        fits = reset <= bucket.per * (1 + _TOLERANCE) + 1
+        other = _period(bucket.amount, spent, reset, late)
+        if other is None and not fits:
+            other = next((per for per in PERIODS.values() if reset <= per), None)
+        if other is None or other == bucket.per:
+            self._candidate = None
+        elif other == self._candidate:
+            bucket.resize(bucket.amount, other)
+            self._candidate = self._anchor = None
+            if bucket.window_ends is not None:
+                bucket.window_ends = bucket.at + reset
+            return True
+        else:
+            self._candidate = other
+        return fits
+
+    def _compare(self, seen: _Sighting) -> None:
+        """Bucket or window? The first keeps what it holds when full, the second the moment when it is full."""
+        anchor, bucket = self._anchor, self.bucket
+        tolerance = _TOLERANCE * bucket.per
+        if anchor is not None and seen.sent - anchor.sent < 3 * tolerance:
+            return  # too soon to tell them apart
+        self._anchor = seen
+        if anchor is None:
+            return
+        moved = _gap(anchor.full_at, seen.full_at, bucket.per) > tolerance
+        changed = _gap(anchor.holds, seen.holds) / bucket.rate > tolerance
+        if changed and not moved:
+            if bucket.window_ends is None:
+                bucket.window_ends = seen.full_at[1]
+                bucket.size = bucket.amount
+        elif moved and not changed:
+            bucket.window_ends = None
+            bucket.size = min(bucket.amount, max(1.0, seen.holds[1]))
+            bucket.level = min(bucket.level, bucket.size)
+
+    def _follow(self, seen: _Sighting) -> None:
+        """Keep the end of the window where the headers say that it can be; late rather than early."""
+        bucket = self.bucket
+        earliest, latest = seen.full_at
+        ends = bucket.window_ends or latest
+        if not earliest <= ends <= latest:
+            if latest - ends > bucket.per / 2:  # the next window has begun already
+                bucket.turn += 1
+            bucket.window_ends = latest
+
+
+def _gap(one: tuple[float, float], other: tuple[float, float], period: float = math.inf) -> float:
+    """How far apart two ranges are, at least; around a circle of `period` if that is given."""
+    middle = (other[0] + other[1]) / 2 - (one[0] + one[1]) / 2
+    apart = abs(middle) if period == math.inf else abs(math.remainder(middle, period))
+    return max(0.0, apart - (one[1] - one[0] + other[1] - other[0]) / 2)
+
+
+def _period(limit: float, spent: float, reset: float, late: float) -> float | None:
+    """The only period in which `spent` of `limit` comes back in `reset` seconds, as written; None: cannot tell."""
+    if spent < _LEAST_SPENT:
+        return None
+    slowest = (reset + late) * limit / spent
+    fastest = (reset - 1.0) * limit / (spent + 1)  # resets may be written in whole seconds, and what is left rounded
+    fitting = [per for per in PERIODS.values() if fastest <= per <= slowest]
+    return fitting[0] if len(fitting) == 1 else None

@@ -1,0 +1,313 @@
+"""All the quotas of one account: may a call go now, what does it take, what comes back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+
+from forebay.errors import InvalidSetting, ReservationClosed
+from forebay.quota.bucket import Bucket
+from forebay.quota.heard import Heard, Mark
+from forebay.quota.quota import PERIODS, UNITS, Quota
+from forebay.typing import Charge, Notice
+
+HOLD: Final = "retry-after"
+"""What binds while a provider has asked us to hold."""
+
+_NOTHING: Final = Charge(requests=0)
+_MINUTE: Final = PERIODS["minute"]
+_LONGEST_RESET: Final = 2 * PERIODS["day"]
+_NAMES: Final = {seconds: name for name, seconds in PERIODS.items()}
+
+
+class Delay(NamedTuple):
+    """How long a call must wait.
+
+    Attributes:
+        seconds: 0 is now; infinity never, for the call is larger than a whole bucket.
+        binding: which quota makes it wait longest, such as ``"requests per minute"``; None if it need not wait.
+    """
+
+    seconds: float
+    binding: str | None
+
+
+class Level(msgspec.Struct, frozen=True):
+    """What one quota has left, for people to look at.
+
+    Attributes:
+        name: such as ``"requests per minute"``.
+        amount: granted in a period.
+        left: of it, now; negative is a debt.
+        learned: whether it comes from the provider's headers.
+    """
+
+    name: str
+    amount: float
+    left: float
+    learned: bool
+
+
+class Reservation:
+    """What one call holds of the quotas until it is settled, released or refused: exactly one of them, once."""
+
+    __slots__ = ("at", "charge", "marks", "number")
+
+    def __init__(self, number: int, at: float, charge: Charge, marks: dict[str, Mark]) -> None:
+        self.number = number
+        self.at = at
+        self.charge = charge
+        self.marks = marks  # how the quotas stood that were learned from headers, where this call counts in them
+
+
+class _Given(NamedTuple):
+    unit: str
+    name: str
+    bucket: Bucket
+
+
+class Quotas:
+    """The quotas of one account: those that were given, and those that its provider's headers tell of.
+
+    Pure. Its holder brings the time, in seconds of a clock that does not go back, and where threads share it the lock.
+    Should the clock go back after all, what was there stays; if it leaps, each quota is full at most.
+
+    Args:
+        quotas: several for one unit all hold.
+    """
+
+    def __init__(self, quotas: Iterable[Quota] = ()) -> None:
+        quotas = tuple(quotas)
+        for quota in quotas:
+            if not isinstance(quota, Quota):
+                expected = "made of Quota objects, for example Quota(requests=500, per='minute')"
+                raise InvalidSetting(owner="Quotas", name="quotas", value=quota, expected=expected)
+        self._given = tuple(
+            _Given(quota.unit, _name(quota.unit, quota.seconds), Bucket(float(quota.amount), quota.seconds, -math.inf))
+            for quota in quotas
+        )
+        self._heard: dict[str, Heard] = {}
+        self._open: dict[int, Reservation] = {}  # by their number, in the order in which they were sent
+        self._numbers = itertools.count().__next__
+        self._under_way = dict.fromkeys(UNITS, 0)  # what the open ones hold in all
+        self._hold_until = -math.inf
+        self._now = -math.inf
+
+    def wait(self, now: float, charge: Charge) -> Delay:
+        """How long until a call of this charge could go, and what it would wait for."""
+        return self.expected_wait(now, charge)
+
+    def expected_wait(self, now: float, charge: Charge, *, ahead: Charge = _NOTHING) -> Delay:
+        """How long a call of this charge would wait if calls of `ahead` in all went before it."""
+        self._pass(now)
+        longest, binding = 0.0, None
+        if self._hold_until > now:
+            longest, binding = self._hold_until - now, HOLD
+        for unit, name, bucket in self._given:
+            seconds = _behind(bucket, now, getattr(charge, unit), getattr(ahead, unit))
+            if seconds > longest:
+                longest, binding = seconds, name
+        for unit, heard in self._heard.items():
+            amount, bucket = getattr(charge, unit), heard.bucket
+            if amount > bucket.amount and heard.silent(now):
+                continue  # a limit that was heard of long ago must not lock for ever: this call will tell
+            seconds = _behind(bucket, now, amount, getattr(ahead, unit))
+            if seconds > longest:
+                longest, binding = seconds, _name(unit, bucket.per)
+        return Delay(longest, binding)
+
+    def reserve(self, now: float, charge: Charge) -> Reservation:
+        """Take what a call needs, as it is sent; into debt if its holder did not ask `wait`."""
+        self._pass(now)
+        charge = _sane_charge(charge)
+        for unit, _, bucket in self._given:
+            bucket.take(now, getattr(charge, unit))
+        for unit in UNITS:
+            self._under_way[unit] += getattr(charge, unit)
+        marks = {}
+        for unit, heard in self._heard.items():
+            heard.bucket.take(now, getattr(charge, unit))
+            marks[unit] = heard.mark(self._under_way[unit])
+        reservation = Reservation(self._numbers(), now, charge, marks)
+        self._open[reservation.number] = reservation
+        return reservation
+
+    def settle(self, now: float, reservation: Reservation, used: Charge) -> None:
+        """The call has ended and used this: what it reserved too much comes back, what it used too much is a debt.
+
+        Raises:
+            ReservationClosed: it was settled, released or refused before.
+        """
+        self._close(now, reservation)
+        used = _sane_charge(used)
+        for unit, _, bucket in self._given:
+            _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
+        for unit, heard in self._heard.items():
+            spare = getattr(reservation.charge, unit) - getattr(used, unit)
+            mark = reservation.marks.get(unit)
+            if mark is None or (spare > 0 and mark.turn != heard.bucket.turn):
+                continue  # that window has passed, and with it what was reserved in it
+            if spare < 0 and unit != "output_tokens" and heard.latest_sent >= reservation.at:
+                continue  # headers of this call, or a later one, have counted it already
+            _adjust(heard.bucket, now, spare)
+
+    def release(self, now: float, reservation: Reservation) -> None:
+        """The call never left: everything comes back.
+
+        Raises:
+            ReservationClosed: it was settled, released or refused before.
+        """
+        self._close(now, reservation)
+        for unit, _, bucket in self._given:
+            bucket.give_back(now, getattr(reservation.charge, unit))
+        for unit, heard in self._heard.items():
+            mark = reservation.marks.get(unit)
+            if mark is not None:
+                heard.bucket.refill(now)
+                if mark.turn == heard.bucket.turn:
+                    heard.bucket.give_back(now, getattr(reservation.charge, unit))
+
+    def refused(
+        self, now: float, reservation: Reservation, retry_after: float | None = None, notices: Sequence[Notice] = ()
+    ) -> None:
+        """The provider refused the call for its rate: it took nothing, and until `retry_after` nothing more is sent.
+
+        Args:
+            now: when the refusal came.
+            reservation: of the call; it is released.
+            retry_after: seconds, or None if that was not said. Longer than the longest period here is not believed.
+            notices: what the refusal's headers said; they are heard here, not by `hear`.
+
+        Raises:
+            ReservationClosed: it was settled, released or refused before.
+        """
+        self.release(now, reservation)
+        self._hear(now, notices, reservation, refused=True)
+        wanted = 0.0 if retry_after is None or not retry_after > 0 else min(retry_after, self._longest_period())
+        self._hold_until = max(self._hold_until, now + wanted)
+        if wanted or not self._heard:
+            self._empty_tightest(now, reservation.charge, wanted)
+
+    def hear(self, now: float, notices: Sequence[Notice], reservation: Reservation) -> None:
+        """The headers of a call's answer have come; before or after it was settled.
+
+        Quotas that were not given are learned from them; of all that they tell of, `remaining` and `reset` correct what
+        we thought.
+        """
+        self._hear(now, notices, reservation, refused=False)
+
+    def levels(self, now: float) -> list[Level]:
+        """What each quota has left."""
+        self._pass(now)
+        buckets = [(name, bucket, False) for _, name, bucket in self._given]
+        buckets += [(_name(unit, heard.bucket.per), heard.bucket, True) for unit, heard in self._heard.items()]
+        for _, bucket, _ in buckets:
+            bucket.refill(now)
+        return [Level(name, bucket.amount, bucket.level, learned) for name, bucket, learned in buckets]
+
+    def _pass(self, now: float) -> None:
+        if now < self._now:  # back: what was to come is as far away as before
+            back = now - self._now
+            self._hold_until += back
+            for heard in self._heard.values():
+                heard.rebase(back)
+        self._now = now
+
+    def _close(self, now: float, reservation: Reservation) -> None:
+        if self._open.pop(reservation.number, None) is not reservation:
+            raise ReservationClosed
+        self._pass(now)
+        for unit in UNITS:
+            self._under_way[unit] -= getattr(reservation.charge, unit)
+
+    def _hear(self, now: float, notices: Sequence[Notice], reservation: Reservation, *, refused: bool) -> None:
+        self._pass(now)
+        sent = min(reservation.at, now)
+        for told in notices:
+            notice = _sane_notice(told)
+            unit = notice.unit
+            if unit not in self._under_way:
+                continue
+            heard = self._heard.get(unit) or self._meet(now, notice, reservation)
+            if heard is not None:
+                amount = getattr(reservation.charge, unit) if refused else 0.0
+                heard.hear(now, notice, sent=sent, mark=reservation.marks.get(unit), refused=amount)
+
+    def _meet(self, now: float, notice: Notice, reservation: Reservation) -> Heard | None:
+        """A quota is told of for the first time."""
+        unit = notice.unit
+        given = [bucket for of, _, bucket in self._given if of == unit]
+        limit = notice.limit or (int(given[0].amount) if given else None)
+        if limit is None or notice.remaining is None:
+            return None
+        per = next((bucket.per for bucket in given if bucket.amount == limit), _MINUTE)
+        heard = self._heard[unit] = Heard(limit, per, now, min(notice.remaining, limit))
+        reservation.marks[unit] = heard.mark(0.0)
+        for other in self._open.values():  # what was sent later is not in `remaining` yet, nor is output under way
+            if other.number > reservation.number or unit == "output_tokens":
+                heard.bucket.take(now, getattr(other.charge, unit))
+                other.marks[unit] = heard.mark(self._under_way[unit])
+        return heard
+
+    def _longest_period(self) -> float:
+        buckets = [*(given.bucket for given in self._given), *(heard.bucket for heard in self._heard.values())]
+        return max((bucket.per for bucket in buckets), default=_MINUTE)
+
+    def _empty_tightest(self, now: float, charge: Charge, wanted: float) -> None:
+        """Somewhere there is less than we thought: most likely where we thought that there was least.
+
+        There must be just enough for the call again in `wanted` seconds.
+        """
+        tightest: tuple[float, float, Bucket, Heard | None, float] | None = None
+        candidates: list[tuple[str, Bucket, Heard | None]] = [(unit, bucket, None) for unit, _, bucket in self._given]
+        candidates += [(unit, heard.bucket, heard) for unit, heard in self._heard.items()]
+        for unit, bucket, heard in candidates:
+            amount = getattr(charge, unit)
+            key = (bucket.time_to(now, amount), -bucket.level / bucket.amount)
+            if amount and (tightest is None or key > tightest[:2]):
+                tightest = (*key, bucket, heard, amount)
+        if tightest is None:
+            return
+        _, _, bucket, heard, amount = tightest
+        believed = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_ends is None else 0.0
+        if bucket.level > believed:
+            if heard is None:
+                bucket.level = believed
+            else:
+                heard.lower(bucket.level - believed)
+
+
+def _name(unit: str, seconds: float) -> str:
+    return f"{unit.replace('_', ' ')} per {_NAMES[seconds]}"
+
+
+def _behind(bucket: Bucket, now: float, amount: float, ahead: float) -> float:
+    """Seconds until `amount` can be taken once `ahead` is through."""
+    seconds = bucket.wait(now, amount)
+    return max(seconds, bucket.time_to(now, ahead + amount)) if ahead and seconds < math.inf else seconds
+
+
+def _adjust(bucket: Bucket, now: float, spare: float) -> None:
+    if spare >= 0:
+        bucket.give_back(now, spare)
+    else:
+        bucket.take(now, -spare)
+
+
+def _sane_charge(charge: Charge) -> Charge:
+    """A charge without what would refill: usage comes from the wire."""
+    if min(charge.requests, charge.input_tokens, charge.output_tokens, charge.tokens) >= 0:
+        return charge
+    return Charge(**{unit: max(0, getattr(charge, unit)) for unit in UNITS})
+
+
+def _sane_notice(notice: Notice) -> Notice:
+    """A notice without what cannot be meant."""
+    limit = notice.limit if notice.limit is not None and notice.limit >= 1 else None
+    remaining = None if notice.remaining is None else max(0, notice.remaining)
+    reset = notice.reset if notice.reset is not None and 0 < notice.reset <= _LONGEST_RESET else None
+    return Notice(unit=notice.unit, limit=limit, remaining=remaining, reset=reset)

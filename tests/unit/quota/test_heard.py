@@ -1,0 +1,204 @@
+"""What a provider's headers teach, and what they cannot talk us into."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from forebay.quota import Quota, Quotas, Reservation
+from forebay.typing import Charge, Notice
+
+ONE = Charge()
+
+
+def told(limit: int | None = 60, remaining: int | None = 59, reset: float | None = 1.0) -> list[Notice]:
+    return [Notice(unit="requests", limit=limit, remaining=remaining, reset=reset)]
+
+
+def call(quotas: Quotas, now: float, notices: list[Notice]) -> Reservation:
+    """One call, answered at once."""
+    held = quotas.reserve(now, ONE)
+    quotas.hear(now, notices, held)
+    quotas.settle(now, held, ONE)
+    return held
+
+
+def left(quotas: Quotas, now: float) -> float:
+    return next(level.left for level in quotas.levels(now) if level.learned)
+
+
+def windowed(now: float = 0.0, *, remaining: int = 50) -> Quotas:
+    """Quotas that have seen a window of 60 requests that ends at second 60."""
+    quotas = Quotas()
+    call(quotas, now, told(remaining=remaining + 1, reset=60 - now))
+    call(quotas, now + 10, told(remaining=remaining, reset=50 - now))
+    return quotas
+
+
+def test_a_limit_that_was_not_given_is_learned() -> None:
+    quotas = Quotas()
+    assert quotas.wait(0.0, ONE) == (0.0, None)
+    call(quotas, 0.0, told(remaining=0, reset=60.0))
+    assert quotas.wait(0.0, ONE).binding == "requests per minute"
+    assert quotas.wait(0.0, Charge(requests=61)).seconds == math.inf
+
+
+def test_calls_sent_after_the_one_that_the_header_answers_are_still_taken_off() -> None:
+    quotas = Quotas()
+    first = quotas.reserve(0.0, ONE)
+    for _ in range(9):
+        quotas.reserve(0.0, ONE)
+    quotas.hear(0.0, told(remaining=59), first)
+    assert left(quotas, 0.0) == 50
+
+
+def test_headers_that_our_own_calls_explain_correct_nothing() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=59))
+    held = [quotas.reserve(0.0, ONE) for _ in range(10)]
+    before = left(quotas, 0.0)
+    for n in (9, 0, 5, 3, 8, 1):
+        quotas.hear(0.0, told(remaining=58 - n), held[n])
+    assert left(quotas, 0.0) == before == 49
+
+
+def test_what_a_neighbour_took_is_taken_off() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=59))
+    call(quotas, 0.0, told(remaining=20, reset=40.0))
+    assert left(quotas, 0.0) == 20
+
+
+def test_what_is_left_beyond_all_that_we_know_is_believed() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=10, reset=50.0))
+    call(quotas, 0.0, told(remaining=40, reset=20.0))
+    assert 38 <= left(quotas, 0.0) <= 40
+
+
+def test_a_window_is_told_from_a_bucket_and_spent_before_it_is_paced() -> None:
+    quotas = windowed()
+    for _ in range(50):
+        assert quotas.wait(10.0, ONE).seconds == 0
+        quotas.reserve(10.0, ONE)
+    assert quotas.wait(10.0, ONE).seconds == pytest.approx(50.0)
+    assert quotas.wait(59.9, ONE).seconds == pytest.approx(0.1), "pacing would be refused"
+    assert quotas.wait(60.0, ONE).seconds == 0
+    assert left(quotas, 60.0) == 60, "a reset is full again"
+
+
+def test_what_was_reserved_in_a_window_that_has_passed_does_not_come_back_into_the_next() -> None:
+    quotas = windowed()
+    held = [quotas.reserve(10.0, ONE) for _ in range(50)]
+    assert left(quotas, 61.0) == 60
+    for reservation in held:
+        quotas.release(61.0, reservation)
+    quotas.reserve(61.0, Charge(requests=60))
+    assert left(quotas, 61.0) == 0
+
+
+def test_a_header_from_a_window_that_has_passed_says_nothing_of_the_next() -> None:
+    quotas = windowed()
+    late = quotas.reserve(59.0, ONE)
+    assert left(quotas, 60.5) == 60
+    quotas.hear(60.5, told(remaining=3, reset=1.0), late)
+    assert left(quotas, 60.5) == 60
+    assert left(quotas, 62.0) == 60
+    assert quotas.wait(62.0, Charge(requests=60)).seconds == 0
+
+
+def test_a_bucket_stays_one() -> None:
+    quotas = Quotas()
+    for now in range(0, 300, 5):
+        call(quotas, float(now), told(remaining=55, reset=5.0))
+    quotas.reserve(300.0, Charge(requests=58))
+    assert quotas.wait(300.0, ONE).seconds < 5.0
+
+
+def test_a_day_is_told_from_a_minute_if_it_is_said_twice() -> None:
+    quotas = Quotas()
+    for n in range(10):
+        call(quotas, 0.1 * n, told(limit=10_000, remaining=9_990 - n, reset=8.64 * (10 + n)))
+    assert [level.name for level in quotas.levels(1.0)] == ["requests per day"]
+
+
+def test_a_given_quota_stays_beside_a_wider_one_of_the_provider() -> None:
+    quotas = Quotas([Quota(requests=5, per="minute")])
+    for _ in range(5):
+        assert quotas.wait(0.0, ONE).seconds == 0
+        call(quotas, 0.0, told(limit=500, remaining=400, reset=12.0))
+    assert quotas.wait(0.0, ONE).seconds == pytest.approx(12.0)
+
+
+# --- lies ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_slip_in_a_limit_changes_nothing_twice_the_same_does() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told())
+    call(quotas, 0.0, told(limit=1, remaining=58, reset=2.0))
+    assert quotas.levels(0.0)[0].amount == 60
+    call(quotas, 0.0, told(limit=120, remaining=100))
+    call(quotas, 0.0, told(limit=120, remaining=99))
+    assert quotas.levels(0.0)[0].amount == 120
+
+
+def test_a_limit_that_was_a_lie_does_not_lock_for_ever() -> None:
+    quotas = Quotas()
+    held = quotas.reserve(0.0, Charge(input_tokens=900))
+    quotas.hear(0.0, [Notice(unit="input_tokens", limit=1, remaining=1, reset=0.0)], held)
+    large = Charge(input_tokens=500)
+    assert quotas.wait(1.0, large).seconds == math.inf
+    assert quotas.wait(121.0, large).seconds == 0, "nothing was heard for two periods: this call will tell"
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        Notice(unit="requests", limit=0, remaining=0, reset=60.0),
+        Notice(unit="requests", limit=-4, remaining=-4, reset=-1.0),
+        Notice(unit="requests", limit=None, remaining=None, reset=5.0),
+        Notice(unit="bananas", limit=5, remaining=0, reset=60.0),
+    ],
+)
+def test_what_cannot_be_meant_teaches_nothing(notice: Notice) -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, [notice])
+    assert quotas.levels(0.0) == []
+    assert quotas.wait(0.0, ONE) == (0.0, None)
+
+
+@pytest.mark.parametrize("reset", [0.0, -3.0, math.inf, math.nan, 1e12, None])
+def test_a_reset_that_cannot_be_meant_is_passed_over(reset: float | None) -> None:
+    quotas = Quotas()
+    for _ in range(5):
+        call(quotas, 0.0, told(remaining=0, reset=reset))
+    assert quotas.wait(0.0, ONE).seconds < 10.0
+
+
+def test_more_left_than_the_limit_is_the_limit() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=10**12))
+    assert left(quotas, 0.0) == 60
+
+
+def test_one_long_reset_does_not_lock_for_its_length() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=0, reset=86_000.0))
+    assert quotas.wait(0.0, ONE).seconds < 10.0
+
+
+def test_a_refusal_with_headers_empties_what_they_say_is_empty() -> None:
+    quotas = Quotas([Quota(requests=60, per="minute")])
+    quotas.refused(0.0, quotas.reserve(0.0, ONE), None, told(remaining=0, reset=60.0))
+    assert quotas.wait(0.0, ONE).seconds == pytest.approx(1.0, rel=0.7)
+    assert quotas.wait(0.0, ONE).seconds > 0
+
+
+def test_a_clock_that_goes_back_keeps_a_window_as_long() -> None:
+    quotas = windowed(now=1000.0 - 1000.0)
+    for _ in range(50):
+        quotas.reserve(10.0, ONE)
+    wait = quotas.wait(10.0, ONE).seconds
+    assert quotas.wait(-5000.0, ONE).seconds == pytest.approx(wait)

@@ -1,0 +1,49 @@
+"""What may be said of a quota, and what is answered to what cannot be meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from forebay.errors import InvalidQuota, InvalidSetting
+from forebay.quota import Quota, Quotas
+
+
+def test_a_quota_knows_its_unit_amount_and_period() -> None:
+    quota = Quota(input_tokens=200_000, per="minute")
+    assert (quota.unit, quota.amount, quota.seconds) == ("input_tokens", 200_000, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "exactly one amount and has none"),
+        ({"requests": 1, "tokens": 2}, "has requests and tokens"),
+        ({"requests": 0}, "whole number of at least 1; to let nothing through"),
+        ({"tokens": -5}, "tokens=-5"),
+        ({"tokens": 1.5}, "whole number"),
+        ({"requests": True}, "whole number"),
+        ({"requests": "500"}, "whole number"),
+        ({"requests": 5, "per": "fortnight"}, "one of second, minute, hour, day"),
+        ({"requests": 5, "per": ["minute"]}, "not a period"),
+        ({"requests": 5, "per": 60}, "not a period"),
+    ],
+)
+def test_a_quota_that_cannot_be_meant_says_what_to_do(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidQuota) as caught:
+        Quota(**({"per": "minute"} | given))
+    assert says in str(caught.value)
+    assert 'Quota(requests=500, per="minute")' in str(caught.value)
+
+
+def test_a_quota_does_not_change() -> None:
+    with pytest.raises(AttributeError):
+        Quota(requests=1, per="second").requests = 5  # type: ignore[misc]
+    assert msgspec.json.decode(msgspec.json.encode(Quota(tokens=9, per="day")), type=Quota).tokens == 9
+
+
+def test_what_is_no_quota_is_refused_at_once() -> None:
+    with pytest.raises(InvalidSetting, match="made of Quota objects"):
+        Quotas([500])  # type: ignore[list-item]
