@@ -82,7 +82,7 @@ class Driver:
         self.case = case
         self.provider = Provider(case.config, seed=seed)
         self.quotas = Quotas(case.given)
-        self.random = random.Random(seed)  # noqa: S311 - drawn from the seed
+        self.random = random.Random(seed)
         self.order = itertools.count()
         self.events: list[tuple[float, int, Callable[[float], None]]] = []
         self.flights: dict[int, tuple[Reservation, Call, dict[str, str]]] = {}

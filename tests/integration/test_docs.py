@@ -21,8 +21,9 @@ HOUSE = Path(__file__).parents[2]
 README = HOUSE / "README.md"
 GUIDE = HOUSE / "docs" / "guide.md"
 TESTING = HOUSE / "docs" / "testing.md"
+QUOTAS = HOUSE / "docs" / "quotas.md"
 DESIGN = HOUSE / "docs" / "design.md"
-PAGES = (README, GUIDE, TESTING, DESIGN)
+PAGES = (README, GUIDE, TESTING, QUOTAS, DESIGN)
 
 BLOCK = re.compile(r"^```python( fragment| test)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
