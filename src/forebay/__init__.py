@@ -10,21 +10,28 @@ from forebay.errors import (
     TaskFailed,
     TaskTimedOut,
 )
+from forebay.quota import Budget, Price, Quota
+from forebay.retry import Retry
 from forebay.supervisor import BackpressureSupervisor, DrainReport, Ticket, WorkerAgent
 from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.typing import Reading, WorkerHandler, WorkerState
+from forebay.upstream import Upstream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackpressureSupervisor",
+    "Budget",
     "Deadline",
     "DrainReport",
     "Estimate",
     "ForebayError",
     "Overloaded",
+    "Price",
     "Priority",
+    "Quota",
     "Reading",
+    "Retry",
     "Task",
     "TaskCancelled",
     "TaskExpired",
@@ -33,6 +40,7 @@ __all__ = [
     "TaskStatus",
     "TaskTimedOut",
     "Ticket",
+    "Upstream",
     "Verdict",
     "WorkerAgent",
     "WorkerHandler",

@@ -34,6 +34,18 @@ def monotonic() -> float:
     return time.monotonic()
 
 
+def now() -> float:
+    """Monotonic seconds: of the running event loop if it keeps time of its own (a virtual one), else of the machine.
+
+    So a thing that is shared by several loops and plain threads has one clock for all.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return time.monotonic()
+    return loop.time() if is_virtual(loop) else time.monotonic()
+
+
 def chance(seed: int | None = None) -> random.Random:
     """A source of draws: seeded if asked, else from the operating system."""
     return random.Random(seed)  # noqa: S311 - jitter, not secrets

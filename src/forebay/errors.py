@@ -248,6 +248,10 @@ class SlotMisused(ForebayError, RuntimeError):
     """A slot {why}: it is entered once, by `async with supervisor.slot(...) as slot:`, and known inside that block."""
 
 
+class CallMisused(ForebayError, RuntimeError):
+    """A call of an upstream was entered twice: make a new one for each, `async with upstream.call(...) as call:`."""
+
+
 class WouldDeadlock(ForebayError, RuntimeError):
     """portal.{call}() blocks its thread and was called on the supervisor's own event loop, which would wait for itself:
     await supervisor.{call}(...) here.

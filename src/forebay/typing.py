@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
@@ -173,6 +173,36 @@ class Limit(Protocol):
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:
         """Its call has ended. `stretch`: its time over the time expected for its output tokens, if that is known."""
+
+
+class Source(Protocol):
+    """What the calls of a run draw on, such as an account of an upstream, as the task plane feels it.
+
+    Callable from any thread. Sources are compared by identity.
+    """
+
+    name: str
+
+    def load(self) -> tuple[float, str]:
+        """The expected wait of the next typical call over the longest allowed, and what binds there."""
+
+    def may_start(self, rung: Priority) -> bool:
+        """Whether the calls of a run that starts now would wait no longer than is good for those that are under way."""
+
+    def typical(self) -> float:
+        """Seconds that a call takes, typically."""
+
+    def hold_back(self, who: object, runs: int) -> None:
+        """So many runs of `who` do not start for its sake: they count in its load."""
+
+    def coming(self, runs: int) -> None:
+        """So many runs more (or fewer) have begun and not yet made their first call: it is expected."""
+
+    def on_relief(self, who: object, callback: Callable[[], None]) -> None:
+        """Call `callback`, from any thread, when runs of `who` are held back and may start again."""
+
+    def forget(self, who: object) -> None:
+        """`who` has gone."""
 
 
 # --- the ledger of tasks -------------------------------------------------------------------------------------------

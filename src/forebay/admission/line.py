@@ -89,6 +89,10 @@ class Line(Generic[T]):
         """The place that `pop` would serve, or None."""
         return self._head(self._next_rung()) if self.length else None
 
+    def first(self, rung: Priority) -> Place | None:
+        """The first place of one rung, or None."""
+        return self._head(rung) if self._lengths[rung] else None
+
     def pop(self) -> T:
         """Serve the head.
 

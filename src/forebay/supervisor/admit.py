@@ -295,7 +295,10 @@ class Door:
             return None
         if pool.line.length and ticket.task.priority > _WATERFALL:
             return None
-        return pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
+        worker = pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
+        if worker is None or not worker.sources or self._house.start_gate.lets(worker, ticket.task.priority, waiting=1):
+            return worker
+        return None
 
     def _why(self, pool: Pool, binding: str, load: float, priority: Priority) -> str:
         if not pool.slots:

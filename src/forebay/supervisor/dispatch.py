@@ -18,6 +18,7 @@ from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.pressure import Pressure
 from forebay.supervisor.run import Run
 from forebay.supervisor.runner import Crew
+from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.statistics import Counts
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.timers import Timers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from forebay.engine import Threads
     from forebay.supervisor.refill import Overflow
     from forebay.supervisor.settings import Settings
+    from forebay.typing import Source
 
 T = TypeVar("T")
 
@@ -65,6 +67,7 @@ class Dispatcher:
         self.watchers: list[Callable[[], None]] = []  # called whenever something has ended
         self.talks: dict[str, deque[Ticket]] = {}  # threads (conversations) with a task inside, and who waits behind it
         self.pressure = Pressure(self.pools, self.workers)
+        self.start_gate = StartGate(self)
         self.crew = Crew(self)
         self._chores: set[asyncio.Future[Any]] = set()
         self._turn = 0
@@ -82,6 +85,7 @@ class Dispatcher:
                     self.overflow.know(pool)
             pool.workers.append(worker)
             worker.pools.append(pool)
+            pool.reckon()
             if worker.handler.load is not None:
                 pool.nested.append(worker)
         self.refit(worker)
@@ -153,6 +157,8 @@ class Dispatcher:
         ticket.place = pool.line.join(ticket, ticket.task.priority, rank, self._turn)
         if ticket.deadline is not None:
             self._watch_deadline(ticket)
+        if pool.paths:
+            self.start_gate.longer(pool)
 
     def _watch_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry is None:
@@ -162,6 +168,15 @@ class Dispatcher:
     def _too_long(self, ticket: Ticket) -> None:
         self.endings.expire(ticket, "its deadline passed while it waited")
 
+    def link(self, run: Run, source: Source) -> None:
+        """`run` draws on `source`, so others of its worker will: it presses on the gate and on their start."""
+        worker = run.worker
+        if source not in worker.sources:
+            worker.sources[source] = None
+            self.start_gate.watch(run, source)
+            for pool in worker.pools:
+                pool.reckon()
+
     # --- from the line to a worker ---
 
     def serve(self, worker: WorkerAgent, now: float | None = None) -> None:
@@ -170,6 +185,8 @@ class Dispatcher:
             repay(worker)
         while worker.can_accept():
             pool = next_pool(worker)
+            if worker.sources and not self.start_gate.opens(worker, pool):
+                pool = None
             if pool is None:
                 for pool in worker.pools:
                     pool.router.lowered(worker)
@@ -227,6 +244,8 @@ class Dispatcher:
 
     def begin(self, run: Run) -> None:
         """Let the handler of a run begin."""
+        if run.worker.sources:
+            self.start_gate.started(run)
         if run.worker.clock is None or run.deadline is not None or run.task.timeout is not None:
             self.endings.watch_time(run)
         self.crew.begin(run)

@@ -130,6 +130,8 @@ class Endings:
         worker.runs.pop(run, None)
         if run.timer is not None:
             self._disarm(run)
+        for source in tuple(run.expected or ()):
+            run.called(source)
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
@@ -182,6 +184,8 @@ class Endings:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
         overflow = self._house.overflow
+        if run.refusals and not isinstance(cause, Overloaded):
+            cause = next(reversed(run.refusals.values()))  # whatever its framework has made of that
         if isinstance(cause, StillSpilled) and ticket.lease is not None and overflow is not None and overflow.durable:
             self._judge(run, Outcome.IGNORED)
             overflow.put_back(ticket)  # what it waited for is left to the next process, and so is it
@@ -194,6 +198,8 @@ class Endings:
             error = describe(cause)
         else:
             error = describe(cause)
+            if run.blameless:
+                outcome = Outcome.IGNORED
         self._judge(run, outcome)
         result = unsuccessful(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
         self._house.finish(ticket, result)

@@ -48,8 +48,8 @@ class Intake:
         """What to fetch: for each free slot one, and as many as drain in two round trips."""
         if not any(pool.holding.values()):
             return None
-        rate = pool.times.drain_rate(pool.slots) or 0.0
-        free = pool.slots - pool.running
+        rate = pool.times.drain_rate(pool.usable) or 0.0
+        free = pool.usable - pool.running
         return pool.pacing.wish(
             seats=max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.bound),
             room=pool.bound + free - pool.waiting,

@@ -48,6 +48,7 @@ async def shut_down(house: Dispatcher, workers: Mapping[str, WorkerAgent], *, gr
         drain.cut()
         if house.overflow is not None:
             house.overflow.let_tickets_go()
+        house.start_gate.close()
         house.crew.close()
         house.timers.close()
         house.stirred()

@@ -13,6 +13,7 @@ from forebay.task import Priority
 
 if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
+    from forebay.typing import Source
 
 DEFAULT_LINE = 100
 _POOL_FLOOR = 20  # dequeues of a shared worker after which a pool that was passed over is served
@@ -22,8 +23,8 @@ class Pool:
     """The workers and the line of one task type, and what is known of its pace. Pure: it is told, and answers."""
 
     __slots__ = (
-        "arriving", "door", "holding", "line", "max_queue_size", "nested", "pacing", "parked", "passed", "reserved",
-        "resource", "router", "running", "seats", "slots", "task_type", "times", "workers",
+        "arriving", "door", "held", "holding", "line", "max_queue_size", "nested", "pacing", "parked", "passed",
+        "paths", "reserved", "resource", "router", "running", "seats", "slots", "task_type", "times", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
@@ -32,12 +33,14 @@ class Pool:
         self.max_queue_size = max_queue_size
         self.workers: list[WorkerAgent] = []
         self.nested: list[WorkerAgent] = []  # those whose handler is a supervisor with a load of its own
+        self.paths: dict[tuple[Source, ...], int] = {}  # how many workers draw on the same; empty if none draws on any
         self.line: Line[Ticket] = Line()
         self.parked = 0  # waiting behind another task of their thread: they take room in the line, but not a turn yet
         self.passed = 0  # times that a shared worker served another pool while someone waited here
         self.reserved = 0  # seats kept for rows that are being leased from the overflow
         self.running = 0  # slots taken on workers that are not FAILED
         self.slots = 0  # slots of workers that are not FAILED
+        self.held: dict[WorkerAgent, None] = {}  # workers that the start gate keeps from using all their slots
         self.arriving = dict.fromkeys(Priority, 0)  # rows on their way out to the overflow, by rung
         self.holding = dict.fromkeys(Priority, 0)  # rows of this type that wait in the overflow, by rung
         self.pacing = Pacing()
@@ -49,7 +52,13 @@ class Pool:
     @property
     def bound(self) -> int:
         """How many may wait: `max_queue_size`; if that was not given 100, or the slots if they are more."""
-        return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_LINE, self.slots)
+        return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_LINE, self.usable)
+
+    @property
+    def usable(self) -> int:
+        """Slots that are of use now: what a run would draw on may bear no more of them."""
+        idle = sum(worker.slots - worker.current_tasks for worker in self.held if worker.slots)
+        return self.slots - max(0, idle)
 
     @property
     def waiting(self) -> int:
@@ -61,19 +70,27 @@ class Pool:
         if not self.slots:
             return 1.0
         waiting = self.line.length + self.parked + self.reserved
-        bound = self.max_queue_size
-        return (self.running + waiting) / (self.slots + (max(DEFAULT_LINE, self.slots) if bound is None else bound))
+        bound, slots = self.max_queue_size, self.usable if self.held else self.slots
+        return (self.running + waiting) / (slots + (max(DEFAULT_LINE, slots) if bound is None else bound))
 
     def held_outside(self, rung: Priority) -> int:
         """Rows of `rung` or better that wait in the overflow: nothing of that rung may overtake them."""
         return sum(self.holding[better] + self.arriving[better] for better in Priority if better <= rung)
+
+    def reckon(self) -> None:
+        """Sort the workers by what they draw on."""
+        paths: dict[tuple[Source, ...], int] = {}
+        for worker in self.workers:
+            path = tuple(worker.sources)
+            paths[path] = paths.get(path, 0) + 1
+        self.paths = paths if any(paths) else {}
 
     def expected_wait(self, rung: Priority, *, outside: bool = False) -> float | None:
         """Seconds until a newcomer of `rung` would start; None if unknown. `outside`: behind the overflow."""
         ahead = self.line.ahead(rung) + self.parked + (self.held_outside(rung) if outside else 0)
         if not ahead and self.running < self.slots:
             return 0.0
-        rate = self.times.drain_rate(self.slots)
+        rate = self.times.drain_rate(self.usable)
         return None if rate is None else ahead / rate if rate else math.inf
 
     def hopeless(self, now: float, wait: float, remaining: float) -> bool:
@@ -83,7 +100,7 @@ class Pool:
 
     def book_seat(self, now: float, chance: float) -> float | None:
         """Seconds after which someone who is refused now would find a seat, or None if unknown."""
-        return self.seats.book(now, self.times.drain_rate(self.slots), chance)
+        return self.seats.book(now, self.times.drain_rate(self.usable), chance)
 
 
 def next_pool(worker: WorkerAgent) -> Pool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from forebay.typing import Reading
+from forebay.typing import Reading, Source
 
 if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
@@ -31,7 +31,7 @@ class Pressure:
 
         All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
         """
-        load, binding = self.beyond(pool) if pool.nested else (self.host, "host")
+        load, binding = self.beyond(pool) if pool.nested or pool.paths else (self.host, "host")
         own = pool.load()
         return (own, pool.resource) if own >= load else (load, binding)
 
@@ -42,17 +42,28 @@ class Pressure:
             below, name = min((_load_below(worker, pool.task_type), worker.name) for worker in pool.nested)
             if below > load:
                 load, binding = below, f"worker:{name}"
+        if pool.paths:
+            drawn = min(_highest(path) for path in pool.paths)
+            if drawn[0] > load:
+                load, binding = drawn
         return load, binding
 
     def readings(self) -> tuple[Reading, ...]:
-        """Every reading: one a pool, one a worker with a gate of its own, and the host's."""
+        """Every reading: one a pool, one a worker with a gate of its own, one a source, and the host's."""
         pools = [Reading(pool.resource, pool.load()) for pool in self._pools.values()]
         below = [
             Reading(f"worker:{worker.name}", max(_load_below(worker, task_type) for task_type in worker.task_types))
             for worker in self._workers.values()
             if worker.handler.load is not None
         ]
-        return (*pools, *below, Reading("host", self.host))
+        sources = {source: None for worker in self._workers.values() for source in worker.sources}
+        drawn = [Reading(source.name, source.load()[0]) for source in sources]
+        return (*pools, *below, *drawn, Reading("host", self.host))
+
+
+def _highest(path: tuple[Source, ...]) -> tuple[float, str]:
+    """The highest reading of what a worker draws on, and what it is of."""
+    return max(((source.load()[0], source.name) for source in path), default=(0.0, "host"))
 
 
 def _load_below(worker: WorkerAgent, task_type: str) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+from collections.abc import Callable
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 import msgspec
 
@@ -14,11 +15,15 @@ from forebay.events import Progress, log
 from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
+    from forebay.errors import Overloaded
     from forebay.supervisor.dispatch import Dispatcher
     from forebay.supervisor.runner import Runner
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
+    from forebay.typing import Source
+
+Ts = TypeVarTuple("Ts")
 
 
 class Carrier(BaseException):
@@ -47,6 +52,9 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
     abandoned_at: float | None = None  # when its ticket ended before its handler did
     zombie: bool = False  # abandoned, and still there after the grace
     ended: bool = False
+    expected: dict[Source, None] | None = None  # on which its first call is still to come
+    refusals: dict[object, Overloaded] | None = None  # of its calls, for good, by what refused them
+    blameless: bool = False  # an upstream failed one of its calls
     in_thread: bool = False  # what steps its handler only waits for a thread
 
     @property
@@ -64,13 +72,37 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
         """Whether its slot is for others now: see `Loan`."""
         return self.awaits > 0 and self.waits_below > 0
 
+    def meet(self, source: Source) -> None:
+        """Its worker's runs draw on `source`. From any thread."""
+        if self.expected is not None and source in self.expected:
+            self._in_loop(self.called, source)
+        elif source not in self.worker.sources:
+            self._in_loop(self.house.link, self, source)
+
+    def called(self, source: Source) -> None:
+        """Its first call of `source` is there, or will never come."""
+        if self.expected is not None and source in self.expected:
+            del self.expected[source]
+            source.coming(-1)
+
+    def refused(self, by: object, error: Overloaded) -> None:
+        """A call was refused for good."""
+        self.refusals = {**(self.refusals or {}), by: error}
+
+    def let_down(self) -> None:
+        """An upstream failed one of its calls."""
+        self.blameless = True
+
     def report(self, value: Any) -> None:
         """Hand `value` to whoever listens; from any thread."""
+        self._in_loop(self._tell, value)
+
+    def _in_loop(self, callback: Callable[[*Ts], object], *arguments: *Ts) -> None:
         if asyncio._get_running_loop() is self.house.loop:  # noqa: SLF001 - documented for such use; None in a thread
-            self._tell(value)
+            callback(*arguments)
         else:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
-                self.house.loop.call_soon_threadsafe(self._tell, value)
+                self.house.loop.call_soon_threadsafe(callback, *arguments)
 
     def _tell(self, value: Any) -> None:
         if not self.ended:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
-from forebay.typing import WorkerState
+from forebay.typing import Source, WorkerState
 
 if TYPE_CHECKING:
     import asyncio
@@ -56,9 +56,11 @@ class WorkerAgent:
         self.probes = min(probes, max_concurrent)
         self.phase = 0  # grows with each change of the two: which runs are probes
         self.clock: Timer | None = None  # when the first of its runs is out of time; late if that one has ended
+        self.start_again: Timer | None = None  # when a run that is held back may start whatever the pressure
         self.alarm: Timer | None = None  # when time alone changes its breaker
         self.counted_slots = 0  # slots that its pools were told of
         self.pools: list[Pool] = []
+        self.sources: dict[Source, None] = {}  # what the calls of its runs draw on
         self.runs: dict[Run, None] = {}  # in the order in which they began
         self.returning: deque[tuple[Run, asyncio.Future[None]]] = deque()  # runs that lent their slot and want it back
         self.penalty = 1.0

@@ -1,1 +1,5 @@
 """The call plane: what agents share and can overload, such as a provider's account."""
+
+from forebay.upstream.upstream import Upstream
+
+__all__ = ["Upstream"]

@@ -1,0 +1,95 @@
+"""The start gate: a run starts only while the calls that it will make would not wait long."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING
+
+from forebay.task import Priority
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.pool import Pool
+    from forebay.supervisor.run import Run
+    from forebay.supervisor.worker import WorkerAgent
+    from forebay.typing import Source
+
+
+class StartGate:
+    """Holds runs in the line while what they draw on is pressed, so that those that have begun can end.
+
+    Runs that all begin and then wait for each other's calls end late, or never: the calls of a run must all be made
+    before any of it counts. But an estimate must not lock the gate: one run of each rung starts in every typical call's
+    time whatever the pressure.
+    """
+
+    def __init__(self, house: Dispatcher) -> None:
+        self._house = house
+        self._held: dict[WorkerAgent, Source] = {}  # who has free slots and does not start, and for whose sake
+        self._last: dict[tuple[Source, Priority], float] = {}  # when a run of that rung last started
+
+    def watch(self, run: Run, source: Source) -> None:
+        """`run` is the first of its worker that draws on `source`: serve the worker whenever that is relieved."""
+        source.on_relief(run.worker, partial(self._relieved, run.worker))
+        self._last.setdefault((source, run.task.priority), run.began_at)
+
+    def opens(self, worker: WorkerAgent, pool: Pool | None) -> bool:
+        """Whether the head of `pool`, if any, may start on `worker` now. If not, it is served again when it may."""
+        head = None if pool is None else pool.line.head()
+        if head is None or pool is None:
+            self._let_go(worker)
+            return True
+        return self.lets(worker, head[3], waiting=len(pool.line))
+
+    def lets(self, worker: WorkerAgent, rung: Priority, *, waiting: int) -> bool:
+        """Whether a run of `rung` may start on `worker` now; `waiting` are in the line, for whom it is asked."""
+        now = self._house.loop.time()
+        for source in worker.sources:
+            last = self._last.get((source, rung))
+            if source.may_start(rung) or last is None or now - last >= source.typical():
+                continue
+            self._held[worker] = source
+            for pool in worker.pools:
+                pool.held[worker] = None
+            source.hold_back(worker, _held(worker, waiting))
+            if worker.start_again is not None:
+                self._house.timers.cancel(worker.start_again)
+            worker.start_again = self._house.timers.at(last + source.typical(), self._house.serve, worker)
+            return False
+        for source in worker.sources:
+            self._last[source, rung] = now
+        self._let_go(worker)
+        return True
+
+    def _let_go(self, worker: WorkerAgent) -> None:
+        if (source := self._held.pop(worker, None)) is not None:
+            source.hold_back(worker, 0)
+            for pool in worker.pools:
+                pool.held.pop(worker, None)
+
+    def started(self, run: Run) -> None:
+        """`run` begins: its first calls are to be expected."""
+        run.expected = dict(run.worker.sources)
+        for source in run.expected:
+            source.coming(1)
+
+    def longer(self, pool: Pool) -> None:
+        """The line of `pool` has grown, and perhaps what is held back with it."""
+        for worker, source in self._held.items():
+            if worker in pool.workers:
+                source.hold_back(worker, _held(worker, len(pool.line)))
+
+    def close(self) -> None:
+        """Let go of what was watched."""
+        for worker in self._house.workers.values():
+            for source in worker.sources:
+                source.forget(worker)
+
+    def _relieved(self, worker: WorkerAgent) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            self._house.loop.call_soon_threadsafe(self._house.serve, worker)
+
+
+def _held(worker: WorkerAgent, waiting: int) -> int:
+    return min(waiting, worker.max_concurrent - worker.current_tasks)

@@ -1,0 +1,335 @@
+"""An account: one decision over slot, request rate, token rate, money and breaker, and the line before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from forebay.admission import BookedSeats, Line, Place
+from forebay.breaker import Breaker
+from forebay.quota import Quotas
+from forebay.task import Priority
+from forebay.typing import Charge, Limit, Notice, Outcome
+from forebay.upstream.ask import Ask, Ended, Go, Held, No, Permit, Wait
+from forebay.upstream.order import Order
+from forebay.upstream.pace import Pace
+from forebay.upstream.waiting import Waiter
+
+_GAIN = 0.05  # weight of the newest call in the typical one's time
+_UNKNOWN = 1.0  # seconds that a call is taken to last before the first has ended
+_LINE = 10_000  # calls that may wait, however short that is expected to be
+_RUNG_UP = 4  # typical waits after which a call goes one rung up
+
+
+class Waiting:
+    """A call in the line, and who waits for its answer."""
+
+    __slots__ = ("ask", "joined", "place", "rank", "rung", "since", "waiter")
+
+    def __init__(self, ask: Ask, waiter: Waiter, *, rank: tuple[float, float], now: float) -> None:
+        self.ask = ask
+        self.waiter = waiter
+        self.rank = rank
+        self.rung = ask.priority
+        self.joined = now
+        self.since = now  # on this rung
+        self.place: Place | None = None
+
+
+class Purse(Protocol):
+    """A budget that a call draws on. It knows what day it is."""
+
+    name: str
+
+    def affords(self, usd: float, priority: Priority) -> bool:
+        """Whether so much may be reserved."""
+
+    def reserve(self, usd: float) -> Held:
+        """Set so much aside."""
+
+    def load(self) -> float:
+        """What is spent and reserved over all that there is."""
+
+    def resets_in(self) -> float | None:
+        """Seconds until all of it is there again; None for never."""
+
+
+class Account:
+    """What has limits of its own within an upstream: a key and a model group.
+
+    Pure: its holder brings the time and holds the lock. Every permit that it gives is closed exactly once, by `settle`.
+
+    Args:
+        name: how it is called in readings and refusals.
+        limit: how many calls may be in flight.
+        quotas: what it may take of requests and tokens.
+        breaker: whether it is asked at all.
+        purses: the money that a call needs, by call.
+        longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
+        draw: a source of draws from [0, 1).
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts of an account
+        self,
+        name: str,
+        *,
+        limit: Limit,
+        quotas: Quotas,
+        breaker: Breaker,
+        purses: Callable[[Ask], Sequence[Purse]],
+        longest_wait: float,
+        draw: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self.limit = limit
+        self.quotas = quotas
+        self.breaker = breaker
+        self.order = Order()
+        self.pace = Pace()
+        self.in_flight = 0
+        self.peak = 0
+        self.coming = 0  # runs that have begun, or are held back, and have not made their first call
+        self.typical = 0.0  # seconds that a call takes, as a moving mean; 0 before the first
+        self.line: Line[Waiting] = Line()
+        self._purses = purses
+        self._longest_wait = longest_wait
+        self._draw = draw
+        self._turn = 0
+        self._typical_wait = 0.0  # seconds in the line, as a moving mean
+        self._seats = BookedSeats()
+        self._stopped_until = -math.inf
+
+    @property
+    def typical_or_guess(self) -> float:
+        """Seconds that a call takes, or is taken to take before the first has ended."""
+        return self.typical or _UNKNOWN
+
+    @property
+    def unused(self) -> bool:
+        """Whether nobody would miss it now."""
+        return not self.in_flight and not self.line
+
+    # --- a call comes ---
+
+    def admit(self, now: float, ask: Ask) -> Go | Wait | No:
+        """Let a call go, or say how long it would wait, or why it will not be let at all.
+
+        Go has taken everything that the call needs. Wait has taken nothing: its caller may `join` the line.
+        """
+        refusal = self._refusal(now, ask)
+        if refusal is not None:
+            return refusal
+        if not self.line and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0:
+            return Go(self._take(now, ask, self.order.rank(ask)))
+        seconds, binding = self.expected_wait(now, ask)
+        if len(self.line) >= _LINE:
+            return No(f"{_LINE} calls wait already", "line", 1.0, self._seat(now))
+        if seconds > self._longest_wait:
+            reason = (
+                f"a call would wait about {seconds:.3g} s for {binding}, and {self._longest_wait:g} s is the longest"
+            )
+            return No(reason, binding, seconds / self._longest_wait, self._seat(now))
+        if now + seconds > ask.deadline:
+            reason = f"its deadline comes before its turn, in about {seconds:.3g} s"
+            return No(reason, binding, seconds / self._longest_wait, self._seat(now))
+        return Wait(seconds, binding)
+
+    def join(self, now: float, ask: Ask, waiter: Waiter) -> Waiting:
+        """Stand in the line."""
+        waiting = Waiting(ask, waiter, rank=self.order.rank(ask), now=now)
+        self._stand(waiting)
+        return waiting
+
+    def _stand(self, waiting: Waiting) -> None:
+        self._turn += 1
+        waiting.place = self.line.join(waiting, waiting.rung, waiting.rank, self._turn)
+
+    def leave(self, waiting: Waiting) -> None:
+        """Give a place in the line up. Leaving twice, or after the answer, does nothing."""
+        if waiting.place is not None:
+            self.line.leave(waiting.place)
+            waiting.place = None
+
+    def _refusal(self, now: float, ask: Ask) -> No | None:
+        for purse in self._purses(ask):
+            if not purse.affords(ask.usd, ask.priority):
+                return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())
+        if now < self._stopped_until:
+            return No("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
+        if not self.breaker.ready(now):
+            return No("its breaker is open", "breaker", 1.0, self.breaker.remaining(now))
+        seconds, binding = self.quotas.wait(now, ask.charge)
+        if seconds == math.inf:
+            return No(f"it is larger than {binding} will ever be", binding or "quota", math.inf, None)
+        return None
+
+    def _room(self, now: float) -> bool:
+        return self.in_flight < self.limit.limit(now)
+
+    def _take(self, now: float, ask: Ask, rank: tuple[float, float]) -> Permit:
+        self.in_flight += 1
+        self.peak = max(self.peak, self.in_flight)
+        self.order.served(rank)
+        reservation = self.quotas.reserve(now, ask.charge)
+        sums = tuple(purse.reserve(ask.usd) for purse in self._purses(ask))
+        grant = self.limit.grant(now, self.in_flight)
+        return Permit(ask, now, grant, self.breaker.allow(now), reservation, sums)
+
+    # --- the line moves ---
+
+    def pump(self, now: float) -> None:
+        """Answer those in the line whose time has come, and have its head look again when time alone will move it."""
+        while (when := self._pump(now)) is not None:
+            place = self.line.head()
+            if place is None or place[2].waiter.look_at(when):
+                return
+            self.leave(place[2])  # its event loop has closed: nobody waits
+
+    def _pump(self, now: float) -> float | None:
+        self._promote(now)
+        while (place := self.line.head()) is not None:
+            waiting: Waiting = place[2]
+            if waiting.ask.deadline <= now:
+                self._answer(waiting, No("its deadline passed while it waited", "line", 1.0, None))
+                continue
+            refusal = self._refusal(now, waiting.ask)
+            if refusal is not None:
+                self._answer(waiting, refusal)
+                continue
+            if not self._room(now):
+                return _earliest(self.limit.next_change(now), self._next_deadline())
+            seconds, _ = self.quotas.wait(now, waiting.ask.charge)
+            if seconds > 0.0:
+                return _earliest(now + seconds, self._next_deadline())
+            self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
+            self._go(now, waiting)
+        return None
+
+    def _go(self, now: float, waiting: Waiting) -> None:
+        permit = self._take(now, waiting.ask, waiting.rank)
+        if not self._answer(waiting, Go(permit)):
+            self.never_sent(now, permit)
+
+    def _promote(self, now: float) -> None:
+        """Who has waited four times as long as is typical goes one rung up: a low run that has begun must end too."""
+        patience = _RUNG_UP * max(self._typical_wait, self.typical_or_guess)
+        for rung in list(Priority)[1:]:
+            place = self.line.first(rung)
+            if place is not None and now - place[2].since > patience:
+                waiting: Waiting = place[2]
+                self.leave(waiting)
+                waiting.rung, waiting.since = Priority(rung - 1), now
+                self._stand(waiting)
+
+    def _answer(self, waiting: Waiting, answer: Go | No) -> bool:
+        self.leave(waiting)
+        return waiting.waiter.answer(answer)
+
+    def _next_deadline(self) -> float | None:
+        return min((waiting.ask.deadline for waiting in self.line if waiting.ask.deadline < math.inf), default=None)
+
+    def refuse_all(self, now: float) -> None:
+        """The breaker has opened: nobody need wait any longer."""
+        for waiting in list(self.line):
+            refusal = self._refusal(now, waiting.ask)
+            if refusal is not None:
+                self._answer(waiting, refusal)
+
+    # --- a call ends ---
+
+    def accepted(self, now: float, permit: Permit) -> None:
+        """A call was not refused: its answer has begun, or a second has passed without one."""
+        if not permit.accepted and not permit.closed:
+            permit.accepted = True
+            self.limit.accepted(now, permit.grant)
+
+    def settle(self, now: float, permit: Permit, ended: Ended) -> None:
+        """Take the end of a call: its slot, and what it reserved beyond its use, are free.
+
+        Raises:
+            AssertionError: it was closed before: a bug of the caller's.
+        """
+        assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
+        permit.closed = True
+        ask = permit.ask
+        self.in_flight -= 1
+        if ended.outcome is Outcome.SUCCESS:
+            self.accepted_late(now, permit)
+        self.limit.observe(now, permit.grant, ended.outcome, stretch=ended.stretch)
+        if ended.rate:
+            self.quotas.refused(now, permit.reservation, ended.retry_after, ended.notices)
+        elif ended.released:
+            self.quotas.release(now, permit.reservation)
+        else:
+            self.quotas.settle(now, permit.reservation, ask.charge if ended.used is None else ended.used)
+        for held in permit.sums:
+            held.settle(ask.usd if ended.usd is None else ended.usd)
+        if ended.seconds is not None:
+            self.typical = self.typical + _GAIN * (ended.seconds - self.typical) if self.typical else ended.seconds
+        judged = ended.outcome if ended.final else Outcome.IGNORED
+        if self.breaker.record(now, judged, permit.era) is not None:
+            self.refuse_all(now)
+
+    def accepted_late(self, now: float, permit: Permit) -> None:
+        """A success is an acceptance too, if nobody said so before."""
+        if not permit.accepted:
+            permit.accepted = True
+            self.limit.accepted(now, permit.grant)
+
+    def never_sent(self, now: float, permit: Permit) -> None:
+        """Give everything back: nothing has left."""
+        self.settle(now, permit, Ended(outcome=Outcome.IGNORED, released=True, usd=0.0))
+
+    def stop(self, now: float, seconds: float) -> None:
+        """Its provider says that its money is spent: ask it no more for a while, for it would only refuse."""
+        self._stopped_until = now + seconds
+
+    def hear(self, now: float, permit: Permit, notices: Sequence[Notice]) -> None:
+        """Take what the headers of a call's answer say of the quotas."""
+        self.quotas.hear(now, notices, permit.reservation)
+
+    # --- what presses ---
+
+    def expected_wait(self, now: float, ask: Ask, *, others: int = 0) -> tuple[float, str]:
+        """Seconds until a call like this would be sent, and what it waits for.
+
+        While no call has ended yet, nothing is known of how long a slot is held, and nothing is feared.
+        """
+        ahead = self.line.ahead(ask.priority) + others
+        delay = self.quotas.expected_wait(now, ask.charge, ahead=_times(ask.charge, ahead))
+        seconds, binding = delay.seconds, delay.binding or "nothing"
+        limit = self.limit.limit(now)
+        free = limit - self.in_flight - ahead
+        if free <= 0:
+            rounds = (1 - free) / max(1, limit)
+            slot = rounds * self.typical
+            if slot > seconds:
+                return slot, "concurrency"
+        return seconds, binding
+
+    def load(self, now: float, ask: Ask) -> tuple[float, str]:
+        """Expected wait of the next typical call over the longest wait allowed, and what binds."""
+        if not self.breaker.ready(now):
+            return 1.0, "breaker"
+        seconds, binding = self.expected_wait(now, ask, others=self.coming)
+        return seconds / self._longest_wait, binding
+
+    def _seat(self, now: float) -> float | None:
+        limit = self.limit.limit(now)
+        rate = max(1, limit) / self.typical if self.typical else None
+        return self._seats.book(now, rate, self._draw())
+
+
+def _times(charge: Charge, count: int) -> Charge:
+    """What so many calls like it take together."""
+    return Charge(
+        requests=charge.requests * count,
+        input_tokens=charge.input_tokens * count,
+        output_tokens=charge.output_tokens * count,
+        tokens=charge.tokens * count,
+    )
+
+
+def _earliest(*times: float | None) -> float | None:
+    return min((time for time in times if time is not None), default=None)

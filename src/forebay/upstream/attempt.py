@@ -1,0 +1,114 @@
+"""One call, tried until it succeeds or may not be tried again: what to do next, without doing it.
+
+The script is a generator that says what is to be done and is told how it went, so that an event loop and a plain thread
+drive the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from forebay.retry import Attempts, Retry, RetryBudget
+from forebay.typing import Outcome
+from forebay.upstream.ask import Ask, Ended, Permit
+
+
+@dataclass(slots=True, kw_only=True)
+class Tried:
+    """What one attempt came to. Its permit is still open, unless `closed`.
+
+    Attributes:
+        value: what its maker gets if it is the last.
+        error: what is raised instead, if it is the last.
+        ended: how it ended, for the account.
+        again: whether another attempt could help.
+        retry_after: seconds that the upstream asked for, or None.
+        open: an answer that is still coming, so its permit is closed by whoever reads it.
+    """
+
+    ended: Ended
+    value: Any = None
+    error: BaseException | None = None
+    again: bool = False
+    retry_after: float | None = None
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """Get a permit, and send it back. If that raises, throw it in."""
+
+    ask: Ask
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """Make the attempt, and send back what it came to."""
+
+    permit: Permit
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Close a permit."""
+
+    permit: Permit
+    ended: Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Let so many seconds pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Send back the time of `forebay.clock.now` and a draw from [0, 1)."""
+
+
+Step: TypeAlias = Enter | Try | Settle | Sleep | Moment
+
+
+def script(ask: Ask, retry: Retry, budget: RetryBudget) -> Generator[Step, Any, Tried]:
+    """Try a call. Every permit is closed, but that of an answer that is still coming.
+
+    Returns:
+        The last attempt.
+    """
+    attempts = Attempts(retry)
+    now, _ = yield Moment()
+    budget.deposit(now)
+    while True:
+        permit: Permit = yield Enter(ask)
+        tried: Tried = yield Try(permit)
+        delay = None
+        if tried.again and not tried.open:
+            now, chance = yield Moment()
+            counts = tried.ended.outcome is not Outcome.OVERLOAD
+            left = ask.deadline - now if ask.deadline < math.inf else math.inf
+            delay = attempts.next(counts=counts, chance=chance, retry_after=tried.retry_after, left=left)
+            if delay is not None and not budget.withdraw(now):
+                delay = None
+        if delay is None:
+            if not tried.open:
+                yield Settle(permit, tried.ended)
+            return tried
+        yield Settle(permit, _not_final(tried.ended))
+        ask.retries += 1
+        yield Sleep(delay)
+
+
+def _not_final(ended: Ended) -> Ended:
+    return Ended(
+        outcome=ended.outcome,
+        used=ended.used,
+        usd=ended.usd,
+        seconds=ended.seconds,
+        stretch=ended.stretch,
+        final=False,
+    )

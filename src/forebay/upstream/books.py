@@ -1,0 +1,217 @@
+"""The accounts of an upstream: which call belongs to which, and what each is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from forebay import clock
+from forebay.breaker import UPSTREAM_RULES, Breaker, BreakerRules
+from forebay.errors import InvalidSetting
+from forebay.limit import AdaptiveLimit, FixedLimit
+from forebay.quota import Budget, Purse, Quota, Quotas, Sum
+from forebay.task import Priority
+from forebay.typing import Limit
+from forebay.upstream.account import Account
+from forebay.upstream.ask import Ask
+from forebay.upstream.desk import Desk
+
+_ACCOUNTS = 1_000  # kept; the longest unused go first
+_PURSES = 10_000  # of tenants and of tasks
+
+
+class Terms:
+    """What an upstream was given to work under, checked."""
+
+    def __init__(  # noqa: PLR0913 - what Upstream takes
+        self,
+        name: str,
+        *,
+        models: Mapping[str, Sequence[Quota]] | None,
+        quotas: Sequence[Quota],
+        max_concurrent: int | None,
+        breaker: BreakerRules | None,
+        longest_wait: float,
+        start_wait: float | None,
+        weights: Mapping[str, float] | None,
+    ) -> None:
+        self.name = name
+        self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
+        self.quotas = tuple(quotas)
+        self.max_concurrent = max_concurrent
+        self.breaker = breaker or UPSTREAM_RULES
+        self.longest_wait = longest_wait
+        self.start_wait = start_wait
+        self.weights = dict(weights or {})
+        for pattern, group in {**self.models, "quotas": self.quotas}.items():
+            for quota in group:
+                if not isinstance(quota, Quota):
+                    expected = "a list of Quota, such as [Quota(requests=500, per='minute')]"
+                    raise InvalidSetting(owner=f"Upstream {name!r}", name=pattern, value=quota, expected=expected)
+        if max_concurrent is not None and (isinstance(max_concurrent, bool) or max_concurrent < 1):
+            expected = "a whole number of at least 1, or None to find it out"
+            raise InvalidSetting(
+                owner=f"Upstream {name!r}", name="max_concurrent", value=max_concurrent, expected=expected
+            )
+        for tenant, weight in self.weights.items():
+            if not weight > 0:
+                expected = "a positive weight"
+                raise InvalidSetting(
+                    owner=f"Upstream {name!r}", name=f"weights[{tenant}]", value=weight, expected=expected
+                )
+
+    def group(self, model: str) -> str:
+        """The model group of `model`: the longest pattern that matches it, or the model itself if none does.
+
+        A model that no pattern knows gets an account of its own, which is learned from headers. Without patterns all
+        models share the one account.
+        """
+        if not self.models:
+            return ""
+        matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
+        return max(matching, key=len) if matching else model
+
+    def limit(self) -> Limit:
+        """A limit for a new account."""
+        return AdaptiveLimit() if self.max_concurrent is None else FixedLimit(self.max_concurrent)
+
+
+class Till:
+    """A purse that may be used by the calls of several accounts at once, at the present time."""
+
+    def __init__(self, name: str, budget: Budget) -> None:
+        self.name = name
+        self._purse = Purse(budget)
+        self._lock = threading.Lock()
+
+    def affords(self, usd: float, priority: Priority) -> bool:
+        """Whether so much may be reserved; nothing, once all is spent."""
+        now = clock.wall_time()
+        with self._lock:
+            return self._purse.affords(now, usd, priority) and self._purse.left(now) > 0.0
+
+    def reserve(self, usd: float) -> HeldSum:
+        """Set so much aside."""
+        with self._lock:
+            return HeldSum(self, self._purse.reserve(clock.wall_time(), usd))
+
+    def settle(self, held: Sum, usd: float) -> None:
+        """A call has cost so much."""
+        with self._lock:
+            self._purse.settle(clock.wall_time(), held, usd)
+
+    def load(self) -> float:
+        """What is spent and reserved over all that there is."""
+        with self._lock:
+            return 1.0 - self._purse.left(clock.wall_time()) / self._purse.budget.usd
+
+    def spent(self) -> float:
+        """Dollars spent in this period."""
+        with self._lock:
+            return self._purse.spent(clock.wall_time())
+
+    def resets_in(self) -> float | None:
+        """Seconds until all of it is there again; None for never."""
+        with self._lock:
+            return self._purse.resets_in(clock.wall_time())
+
+
+class HeldSum:
+    """Dollars set aside of a till."""
+
+    __slots__ = ("_sum", "_till")
+
+    def __init__(self, till: Till, held: Sum) -> None:
+        self._till = till
+        self._sum = held
+
+    def settle(self, usd: float) -> None:
+        """It has cost so much."""
+        self._till.settle(self._sum, usd)
+
+
+class Money:
+    """The purses of an upstream: its own, and one a tenant and one a task where these have budgets."""
+
+    def __init__(self, name: str, budget: Budget | None, tenant: Budget | None, task: Budget | None) -> None:
+        self.own = Till(f"the budget of {name}", budget) if budget is not None else None
+        self.any = any(budget is not None for budget in (budget, tenant, task))
+        self._tenant = tenant
+        self._task = task
+        self._purses: OrderedDict[str, Till] = OrderedDict()
+
+    def of(self, ask: Ask) -> Sequence[Till]:
+        """Those that a call draws on."""
+        purses = [] if self.own is None else [self.own]
+        if self._tenant is not None:
+            purses.append(self._purse(f"the budget of tenant {ask.tenant!r}", self._tenant))
+        if self._task is not None and ask.run is not None:
+            purses.append(self._purse(f"the budget of task {ask.run!r}", self._task))
+        return purses
+
+    def _purse(self, name: str, budget: Budget) -> Till:
+        purse = self._purses.get(name)
+        if purse is None:
+            purse = self._purses[name] = Till(name, budget)
+            if len(self._purses) > _PURSES:
+                self._purses.popitem(last=False)
+        else:
+            self._purses.move_to_end(name)
+        return purse
+
+
+class Books:
+    """Finds the account of a call, and opens it when it is the first."""
+
+    def __init__(self, terms: Terms, money: Money, *, draw: Callable[[], float]) -> None:
+        self.terms = terms
+        self.money = money
+        self._draw = draw
+        self._lock = threading.Lock()
+        self._desks: OrderedDict[tuple[str, str], Desk] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Desk]:
+        return iter(tuple(self._desks.values()))
+
+    def desk(self, model: str, key: str = "") -> Desk:
+        """The desk of the account of `model` under an API key; the key is known by its fingerprint only."""
+        group = self.terms.group(model)
+        where = (fingerprint(key), group)
+        with self._lock:
+            desk = self._desks.get(where)
+            if desk is None:
+                desk = self._desks[where] = self._open(*where)
+                self._tidy()
+            else:
+                self._desks.move_to_end(where)
+        return desk
+
+    def _open(self, mark: str, group: str) -> Desk:
+        terms = self.terms
+        name = ":".join(part for part in (f"upstream:{terms.name}", mark, group) if part)
+        account = Account(
+            name,
+            limit=terms.limit(),
+            quotas=Quotas(terms.models.get(group, terms.quotas)),
+            breaker=Breaker(terms.breaker, draw=self._draw),
+            purses=self.money.of,
+            longest_wait=terms.longest_wait,
+            draw=self._draw,
+        )
+        account.order.weights = terms.weights
+        return Desk(account, upstream=terms.name, start_wait=terms.start_wait)
+
+    def _tidy(self) -> None:
+        while len(self._desks) > _ACCOUNTS:
+            where = next((where for where, desk in self._desks.items() if desk.account.unused), None)
+            if where is None:
+                return
+            del self._desks[where]
+
+
+def fingerprint(key: str) -> str:
+    """Eight hex digits that stand for an API key wherever something is shown; empty for none."""
+    return hashlib.sha256(key.encode()).hexdigest()[:8] if key else ""

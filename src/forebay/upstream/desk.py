@@ -1,0 +1,220 @@
+"""The desk: where calls get their permits and give them back, from any event loop and any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+
+from forebay import clock, context
+from forebay.errors import Overloaded
+from forebay.task import Priority
+from forebay.typing import Charge, Notice
+from forebay.upstream.account import Account, Waiting
+from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
+from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter
+
+_GAIN = 0.05  # weight of the newest call in what a typical one asks
+_START_SHARE = 0.25  # of a typical call: how long the next may be expected to wait for another run to begin
+_SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
+
+
+class Desk:
+    """One account, its lock, and those who want to know how full it is. It is the account's `Source`.
+
+    Args:
+        account: what decides.
+        upstream: whose account it is, for messages.
+        start_wait: seconds that the next call may be expected to wait for a run to begin; None: a quarter of a typical
+            call.
+    """
+
+    def __init__(self, account: Account, *, upstream: str, start_wait: float | None) -> None:
+        self.name = account.name
+        self.account = account
+        self._upstream = upstream
+        self._start_wait = start_wait
+        self._lock = threading.RLock()  # a waiter that is told something may look at once
+        self._typical = Ask()
+        self._held: dict[object, int] = {}
+        self._relief: dict[object, Callable[[], None]] = {}
+
+    # --- permits ---
+
+    async def enter(self, ask: Ask) -> Permit:
+        """Wait for a permit, at most until the call's deadline.
+
+        Raises:
+            Overloaded: it will not be had in time; ``retry_after`` says when it could.
+        """
+        permit = await self._enter(ask)
+        asyncio.get_running_loop().call_later(_SILENCE, self.accepted, permit)
+        return permit
+
+    async def _enter(self, ask: Ask) -> Permit:
+        asked = self._ask(ask, lambda: LoopWaiter(self._look))
+        if isinstance(asked, Permit):
+            return asked
+        waiting, waiter = asked
+        assert isinstance(waiter, LoopWaiter)  # noqa: S101 - made above
+        try:
+            answer = await waiter.wait()
+        except asyncio.CancelledError:
+            self._abandon(waiting)
+            raise
+        return self._permit(answer)
+
+    def enter_blocking(self, ask: Ask) -> Permit:
+        """As `enter`, in a plain thread."""
+        asked = self._ask(ask, lambda: ThreadWaiter(self._look))
+        if isinstance(asked, Permit):
+            return asked
+        waiting, waiter = asked
+        assert isinstance(waiter, ThreadWaiter)  # noqa: S101 - made above
+        try:
+            answer = waiter.wait()
+        except BaseException:  # a KeyboardInterrupt, say
+            self._abandon(waiting)
+            raise
+        return self._permit(answer)
+
+    def _ask(self, ask: Ask, make: Callable[[], Waiter]) -> Permit | tuple[Waiting, Waiter]:
+        self._meet()
+        now = clock.now()
+        with self._lock:  # check and take are one step: no await in here
+            self._learn(ask)
+            answer = self.account.admit(now, ask)
+            if not isinstance(answer, Wait):
+                return self._permit(answer)
+            waiter = make()
+            waiting = self.account.join(now, ask, waiter)
+            self.account.pump(now)
+        return waiting, waiter
+
+    def _abandon(self, waiting: Waiting) -> None:
+        now = clock.now()
+        with self._lock:
+            self.account.leave(waiting)
+            if isinstance(given := waiting.waiter.given, Go):  # in the very moment
+                self.account.never_sent(now, given.permit)
+            self.account.pump(now)
+
+    def _look(self) -> None:
+        with self._lock:
+            self.account.pump(clock.now())
+
+    def _permit(self, answer: Go | No) -> Permit:
+        if isinstance(answer, Go):
+            return answer.permit
+        error = Overloaded(
+            f"{self._upstream}: {answer.reason}",
+            binding=f"{self.name}:{answer.binding}",
+            load=answer.load,
+            retry_after=answer.retry_after,
+        )
+        if (run := context.drawing()) is not None:
+            run.refused(self, error)
+        raise error
+
+    def _meet(self) -> None:
+        run = context.drawing()
+        if run is None:
+            return
+        run.meet(self)
+        if run.refusals and (error := run.refusals.get(self)) is not None:
+            raise error
+
+    def accepted(self, permit: Permit) -> None:
+        """Its answer has begun, or a second has passed without one."""
+        if not (permit.accepted or permit.closed):
+            with self._lock:
+                self.account.accepted(clock.now(), permit)
+                self.account.pump(clock.now())
+
+    def hear(self, permit: Permit, notices: Sequence[Notice]) -> None:
+        """What the headers of its answer say of the quotas."""
+        if notices:
+            with self._lock:
+                self.account.hear(clock.now(), permit, notices)
+                self.account.pump(clock.now())
+
+    def settle(self, permit: Permit, ended: Ended) -> None:
+        """Close a permit."""
+        now = clock.now()
+        with self._lock:
+            self.account.settle(now, permit, ended)
+            self.account.pump(now)
+            relieved = self._relieved(now)
+        for callback in relieved:
+            callback()
+
+    # --- what the task plane feels ---
+
+    def load(self) -> tuple[float, str]:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            return self.account.load(clock.now(), self._typical)
+
+    def may_start(self, rung: Priority) -> bool:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            return self._may_start(clock.now(), rung)
+
+    def _may_start(self, now: float, rung: Priority) -> bool:
+        if not self.account.breaker.ready(now):
+            return False
+        allowed = self.account.typical_or_guess
+        if rung is not Priority.CRITICAL:
+            allowed = _START_SHARE * allowed if self._start_wait is None else self._start_wait
+        begun = self.account.coming - sum(self._held.values())  # what is held back must not hold itself back
+        return self.account.expected_wait(now, self._typical, others=begun)[0] <= allowed
+
+    def typical(self) -> float:
+        """See `forebay.typing.Source`."""
+        return self.account.typical_or_guess
+
+    def hold_back(self, who: object, runs: int) -> None:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            self.account.coming += runs - self._held.get(who, 0)
+            if runs:
+                self._held[who] = runs
+            else:
+                self._held.pop(who, None)
+
+    def coming(self, runs: int) -> None:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            self.account.coming += runs
+
+    def on_relief(self, who: object, callback: Callable[[], None]) -> None:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            self._relief[who] = callback
+
+    def forget(self, who: object) -> None:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            self._relief.pop(who, None)
+        self.hold_back(who, 0)
+
+    def _relieved(self, now: float) -> list[Callable[[], None]]:
+        if not self._held or not self._may_start(now, Priority.NORMAL):
+            return []
+        return [self._relief[who] for who in self._held if who in self._relief]
+
+    def _learn(self, ask: Ask) -> None:
+        """What a typical call asks, as a moving mean."""
+        old, new = self._typical.charge, ask.charge
+        self._typical = Ask(
+            charge=Charge(
+                requests=1,
+                input_tokens=_mean(old.input_tokens, new.input_tokens),
+                output_tokens=_mean(old.output_tokens, new.output_tokens),
+                tokens=_mean(old.tokens, new.tokens),
+            )
+        )
+
+
+def _mean(old: int, new: int) -> int:
+    return round(old + _GAIN * (new - old)) if old else new

@@ -1,0 +1,78 @@
+"""The frozen snapshot of an upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from forebay import clock
+from forebay.upstream.books import Money
+from forebay.upstream.desk import Desk
+
+
+class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """One account, at one moment.
+
+    Attributes:
+        name: as in readings; a key is shown by eight digits of its hash.
+        in_flight: calls under way.
+        limit: how many may be.
+        waiting: calls in its line.
+        coming: runs that have begun, or are held back for its sake, and have not made their first call.
+        breaker: ``"closed"``, ``"open"`` or ``"half_open"``.
+        load: expected wait of the next typical call over the longest allowed.
+        binding: what that wait is for.
+        typical: seconds that a call takes.
+    """
+
+    name: str
+    in_flight: int
+    limit: int
+    waiting: int
+    coming: int
+    breaker: str
+    load: float
+    binding: str
+    typical: float
+
+
+class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """An upstream, at one moment.
+
+    Attributes:
+        name: the upstream's.
+        spent_usd: dollars spent in this period of its budget, or None without one.
+        accounts: each account.
+    """
+
+    name: str
+    spent_usd: float | None
+    accounts: tuple[AccountStatistics, ...]
+
+
+def snapshot(name: str, desks: Iterable[Desk], money: Money) -> UpstreamStatistics:
+    """What an upstream is now."""
+    now = clock.now()
+    own = money.own
+    return UpstreamStatistics(
+        name=name,
+        spent_usd=None if own is None else own.spent(),
+        accounts=tuple(_of(desk, now) for desk in desks),
+    )
+
+
+def _of(desk: Desk, now: float) -> AccountStatistics:
+    account = desk.account
+    load, binding = desk.load()
+    return AccountStatistics(
+        name=desk.name,
+        in_flight=account.in_flight,
+        limit=account.limit.limit(now),
+        waiting=len(account.line),
+        coming=account.coming,
+        breaker=account.breaker.state(now).value,
+        load=load,
+        binding=binding,
+        typical=account.typical,
+    )

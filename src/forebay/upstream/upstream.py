@@ -1,0 +1,239 @@
+"""Upstream: one shared dependency that can be overloaded, for everyone who uses it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from forebay import clock, context
+from forebay.breaker import BreakerRules
+from forebay.errors import InvalidSetting
+from forebay.events import log
+from forebay.quota import Budget, Price, Prices, Quota
+from forebay.retry import Retry, RetryBudget
+from forebay.task import Deadline, Priority
+from forebay.typing import Charge, Outcome, Reading
+from forebay.upstream.ask import Ask, Ended, Permit
+from forebay.upstream.attempt import Tried
+from forebay.upstream.books import Books, Money, Terms
+from forebay.upstream.call import UpstreamCall
+from forebay.upstream.desk import Desk
+from forebay.upstream.drive import Driver
+from forebay.upstream.statistics import UpstreamStatistics, snapshot
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Upstream:
+    """A shared dependency: it owns the quotas, the money, the limit, the breaker and the retries for all its users.
+
+    It works without a supervisor, and from threads and several event loops at once. Calls made inside a task carry the
+    task's priority, deadline and tenant, and what they feel presses on the gate that lets tasks in.
+
+    Args:
+        name: how it is called in readings and refusals.
+        provider: whose rules hold: ``"openai"``, ``"anthropic"``, ``"generic"``...
+        models: quotas by pattern of model name, such as ``{"gpt-4o*": [Quota(requests=500, per="minute")]}``. Each
+            pattern has an account of its own; so has a model that matches none, learned from headers.
+        quotas: those of a dependency without models, or of models that match no pattern.
+        budget: dollars that all calls together may spend.
+        tenant_budget: dollars that each tenant may spend.
+        task_budget: dollars that each task may spend.
+        max_concurrent: calls in flight at most; None finds out how many it bears.
+        retry: how failed calls are tried again.
+        breaker: when it is left alone for a while.
+        longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
+        start_wait: seconds that the next call may be expected to wait for another run to begin; None: a quarter of a
+            typical call.
+        weights: tenants' shares of turns, by tenant; 1.0 where none is given.
+        prices: of models that the price list does not know, or knows wrongly, by name.
+
+    Raises:
+        InvalidSetting: a setting cannot be meant.
+    """
+
+    def __init__(  # noqa: PLR0913 - every bound is set where a user can see it
+        self,
+        name: str,
+        *,
+        provider: str = "generic",
+        models: Mapping[str, Sequence[Quota]] | None = None,
+        quotas: Sequence[Quota] = (),
+        budget: Budget | None = None,
+        tenant_budget: Budget | None = None,
+        task_budget: Budget | None = None,
+        max_concurrent: int | None = None,
+        retry: Retry | None = None,
+        breaker: BreakerRules | None = None,
+        longest_wait: float = 60.0,
+        start_wait: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        prices: Mapping[str, Price] | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise InvalidSetting(owner="Upstream", name="name", value=name, expected="a non-empty string")
+        if not 0 < longest_wait < math.inf:
+            expected = "a positive number of seconds"
+            raise InvalidSetting(owner=f"Upstream {name!r}", name="longest_wait", value=longest_wait, expected=expected)
+        self.name = name
+        self.provider = provider
+        terms = Terms(
+            name,
+            models=models,
+            quotas=quotas,
+            max_concurrent=max_concurrent,
+            breaker=breaker,
+            longest_wait=longest_wait,
+            start_wait=start_wait,
+            weights=weights,
+        )
+        self._chance = clock.chance()
+        self._money = Money(name, budget, tenant_budget, task_budget)
+        self.books = Books(terms, self._money, draw=self._draw)
+        self.retry = retry or Retry()
+        self.retry_budget = RetryBudget()
+        self.prices = Prices(prices)
+        self._unpriced: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.name!r})"
+
+    def _draw(self) -> float:
+        return self._chance.random()
+
+    # --- calls ---
+
+    def call(  # noqa: PLR0913 - what a call may say of itself
+        self,
+        model: str = "",
+        *,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        priority: Priority | None = None,
+        deadline: Deadline | None = None,
+        tenant: str | None = None,
+    ) -> UpstreamCall:
+        """One call, for what no transport is bound to: ``async with upstream.call("gpt-4o", ...) as call: ...``.
+
+        Entering waits for a permit; in a plain thread, ``with`` does the same. What it used is told by
+        ``call.settle(...)``; if it is not, what was expected counts as used. It is not retried.
+
+        Args:
+            model: whose account it is of.
+            input_tokens: tokens that it will send.
+            output_tokens: tokens that it is expected to receive.
+            priority: its rung; by default that of the task that runs here.
+            deadline: when its answer becomes worthless; by default the task's.
+            tenant: on whose behalf; by default the task's.
+
+        Raises:
+            Overloaded: on entering, if it is refused.
+        """
+        charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
+        ask = self.ask(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+        return UpstreamCall(self.books.desk(model), ask, dollars=functools.partial(self.dollars, model))
+
+    def guard(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Send each call of a function, async or plain, through this upstream.
+
+        It is retried when it raises, as `retry` says: so it must bear being called twice. ``Overloaded`` is raised
+        where the upstream refuses.
+        """
+        driver = self.driver(self.books.desk(""))
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
+                async def attempt(permit: Permit) -> Tried:
+                    try:
+                        value = await function(*args, **kwargs)
+                    except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
+                        return _failed(exc, permit)
+                    return _done(value, permit)
+
+                return await driver.run(self.ask("", Charge()), attempt)
+
+            return guarded  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def guarded_plain(*args: P.args, **kwargs: P.kwargs) -> Any:
+            def attempt(permit: Permit) -> Tried:
+                try:
+                    return _done(function(*args, **kwargs), permit)
+                except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
+                    return _failed(exc, permit)
+
+            return driver.run_blocking(self.ask("", Charge()), attempt)
+
+        return guarded_plain
+
+    def ask(  # noqa: PLR0913 - what a call may say of itself
+        self,
+        model: str,
+        charge: Charge,
+        *,
+        usd: float | None = None,
+        priority: Priority | None = None,
+        deadline: Deadline | None = None,
+        tenant: str | None = None,
+    ) -> Ask:
+        """What a call asks, with what the task that runs here adds to it."""
+        running = context.current()
+        task = None if running is None else running.task
+        by = deadline if deadline is not None or running is None else running.deadline
+        return Ask(
+            charge=charge,
+            usd=self.dollars(model, charge) if usd is None else usd,
+            priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
+            deadline=math.inf if by is None else clock.now() + by.remaining(),
+            tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
+            run=None if task is None else task.task_id,
+            model=model,
+        )
+
+    def dollars(self, model: str, charge: Charge) -> float:
+        """What a call costs; 0.0 for a model whose price is not known, of which is warned once."""
+        usd = self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens)
+        if usd is None:
+            self._warn_unpriced(model)
+            return 0.0
+        return usd
+
+    def _warn_unpriced(self, model: str) -> None:
+        if not self._money.any or not model:
+            return
+        with self._lock:
+            new = model not in self._unpriced
+            self._unpriced.add(model)
+        if new:
+            log.warning("no price is known for model %r: its calls count as free; give prices= to %r", model, self)
+
+    def driver(self, desk: Desk) -> Driver:
+        """What tries calls of one account, under the retries of this upstream."""
+        return Driver(desk, retry=self.retry, budget=self.retry_budget, draw=self._draw)
+
+    # --- what can be read ---
+
+    def readings(self) -> tuple[Reading, ...]:
+        """One reading an account: the expected wait of its next typical call over the longest allowed."""
+        return tuple(Reading(desk.name, desk.load()[0]) for desk in self.books)
+
+    def statistics(self) -> UpstreamStatistics:
+        """A snapshot."""
+        return snapshot(self.name, self.books, self._money)
+
+
+def _done(value: Any, permit: Permit) -> Tried:
+    seconds = clock.now() - permit.at
+    return Tried(value=value, ended=Ended(outcome=Outcome.SUCCESS, seconds=seconds))
+
+
+def _failed(exc: Exception, permit: Permit) -> Tried:
+    seconds = clock.now() - permit.at
+    return Tried(error=exc, again=True, ended=Ended(outcome=Outcome.FAULT, seconds=seconds))

@@ -1,0 +1,107 @@
+"""Waiting for an account's answer, on an event loop or in a plain thread; whoever heads the line watches the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from forebay import clock
+from forebay.upstream.ask import Go, No
+
+
+class Waiter(Protocol):
+    """Somebody who waits in an account's line. Both methods come from any thread, under the upstream's lock."""
+
+    given: Go | No | None
+
+    def answer(self, answer: Go | No) -> bool:
+        """It may go, or will not. False: there is nobody any more to whom it could be told."""
+
+    def look_at(self, when: float) -> bool:
+        """At that time of `clock.now`, see whether the line moves, for nobody else will. False: as above."""
+
+
+class LoopWaiter:
+    """Waits on the running event loop.
+
+    Args:
+        look: called in that loop when it is time to see whether the line moves.
+    """
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._look = look
+        self.given: Go | No | None = None
+
+    async def wait(self) -> Go | No:
+        """The answer. Cancelled, it leaves `given` as it is then."""
+        try:
+            await self._future
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+        assert self.given is not None  # noqa: S101 - woken by nothing else
+        return self.given
+
+    def answer(self, answer: Go | No) -> bool:
+        """See `Waiter`."""
+        self.given = answer
+        return self._in_loop(self._wake)
+
+    def look_at(self, when: float) -> bool:
+        """See `Waiter`."""
+        return self._in_loop(lambda: self._arm(when))
+
+    def _in_loop(self, callback: Callable[[], None]) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # it is closed, and whoever waited on it is gone
+            return False
+        return True
+
+    def _wake(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def _arm(self, when: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if not self._future.done():
+            self._alarm = self._loop.call_later(max(0.0, when - clock.now()), self._look)
+
+
+class ThreadWaiter:
+    """Waits in a plain thread."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._woken = threading.Event()
+        self._when: float | None = None
+        self._look = look
+        self.given: Go | No | None = None
+
+    def wait(self) -> Go | No:
+        """The answer."""
+        while self.given is None:
+            when = self._when
+            self._woken.wait(None if when is None else max(0.0, when - clock.now()))
+            self._woken.clear()
+            if self.given is None and self._when is not None and clock.now() >= self._when:
+                self._when = None
+                self._look()
+        return self.given
+
+    def answer(self, answer: Go | No) -> bool:
+        """See `Waiter`."""
+        self.given = answer
+        self._woken.set()
+        return True
+
+    def look_at(self, when: float) -> bool:
+        """See `Waiter`."""
+        self._when = when
+        self._woken.set()
+        return True

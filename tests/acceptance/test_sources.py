@@ -1,0 +1,222 @@
+"""What runs draw on presses on the gate and on their start."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.acceptance.house import Agent, about, flood, now, virtual
+
+from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus, Verdict, WorkerState, context
+
+
+class Key:
+    """A source that reads as it is told."""
+
+    def __init__(self, name: str = "upstream:key") -> None:
+        self.name = name
+        self.reading = 0.0
+        self.open = True
+        self.seconds = 10.0
+        self.held: dict[object, int] = {}
+        self.awaited = 0
+        self.callbacks: dict[object, Callable[[], None]] = {}
+
+    def load(self) -> tuple[float, str]:
+        return self.reading, "requests"
+
+    def may_start(self, rung: Priority) -> bool:
+        return self.open or rung is Priority.CRITICAL
+
+    def typical(self) -> float:
+        return self.seconds
+
+    def hold_back(self, who: object, runs: int) -> None:
+        if runs:
+            self.held[who] = runs
+        else:
+            self.held.pop(who, None)
+
+    def coming(self, runs: int) -> None:
+        self.awaited += runs
+
+    def on_relief(self, who: object, callback: Callable[[], None]) -> None:
+        self.callbacks[who] = callback
+
+    def forget(self, who: object) -> None:
+        del self.callbacks[who]
+
+    def relieve(self) -> None:
+        self.open = True
+        for callback in list(self.callbacks.values()):
+            callback()
+
+
+class Drawing(Agent):
+    """An agent whose every run draws on a key."""
+
+    def __init__(self, key: Key, seconds: float = 1.0) -> None:
+        super().__init__(seconds)
+        self.key = key
+
+    async def __call__(self, task: Task) -> Any:
+        running = context.drawing()
+        assert running is not None
+        running.meet(self.key)
+        return await super().__call__(task)
+
+
+def house(agent: Agent, *, slots: int = 4, **settings: Any) -> BackpressureSupervisor:
+    supervisor = BackpressureSupervisor(**settings)
+    supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=slots)
+    return supervisor
+
+
+@virtual
+async def test_what_a_run_draws_on_refuses_the_next_though_slots_are_free() -> None:
+    key = Key()
+    async with house(Drawing(key)) as supervisor:
+        await supervisor.run(Task("work"))
+        key.reading = 0.85
+        ticket = supervisor.submit_nowait(Task("work"))
+        assert ticket.verdict is Verdict.REJECTED
+        assert (ticket.binding, ticket.load) == ("upstream:key", 0.85)
+        assert supervisor.submit_nowait(Task("work", priority=Priority.HIGH))
+        assert supervisor.system_load() == 0.85
+        assert [reading.load for reading in supervisor.readings() if reading.resource == "upstream:key"] == [0.85]
+        key.reading = 0.0
+        assert await supervisor.run(Task("work", "now")) == "now"
+
+
+@virtual
+async def test_a_worker_that_draws_on_nothing_keeps_the_gate_open() -> None:
+    key = Key()
+    async with house(Drawing(key), slots=1) as supervisor:
+        await supervisor.run(Task("work"))
+        supervisor.register_worker("local", handler=Agent(), task_types=["work"], max_concurrent=1)
+        key.reading = 2.0
+        assert supervisor.submit_nowait(Task("work"))
+
+
+@virtual
+async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> None:
+    key = Key()
+    agent = Drawing(key)
+    async with house(agent) as supervisor:
+        await supervisor.run(Task("work", "first"))
+        key.open = False
+        began = now()
+        tickets = flood(supervisor, "work", 3)
+        await asyncio.sleep(0.5)
+        assert agent.running == 0
+        assert sum(key.held.values()) == 3
+        await asyncio.sleep(4.5)
+        key.relieve()
+        await asyncio.gather(*(ticket.value() for ticket in tickets))
+        assert now() - began == about(6.0)
+        assert not key.held
+
+
+@virtual
+async def test_one_run_of_each_rung_starts_in_every_typical_call_whatever_the_pressure() -> None:
+    key = Key()
+    agent = Drawing(key)
+    async with house(agent) as supervisor:
+        await supervisor.run(Task("work", "first"))  # at 0, so the next may start at 10
+        key.open = False
+        began = now() - 1.0
+        low = supervisor.submit_nowait(Task("work", "low", priority=Priority.LOW))  # the first of its rung
+        tickets = flood(supervisor, "work", 2)
+        ends = []
+        for ticket in tickets:
+            await ticket
+            ends.append(now() - began)
+        assert (await low).success
+        assert ends == [about(11.0), about(21.0)]
+
+
+@virtual
+async def test_critical_runs_start_as_the_source_lets_them() -> None:
+    key = Key()
+    async with house(Drawing(key)) as supervisor:
+        await supervisor.run(Task("work"))
+        key.open = False
+        began = now()
+        await asyncio.gather(*(supervisor.run(Task("work", priority=Priority.CRITICAL)) for _ in range(3)))
+        assert now() - began == about(1.0)
+
+
+@virtual
+async def test_a_call_refused_for_good_ends_its_run_as_overloaded_whatever_became_of_the_exception() -> None:
+    key = Key()
+
+    async def handler(task: Task) -> str:
+        running = context.drawing()
+        assert running is not None
+        running.refused(key, Overloaded("the key is busy", binding="upstream:key", retry_after=3.0))
+        if task.payload == "recovers":
+            return "another way"
+        raise ConnectionError
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        for _ in range(9):
+            with pytest.raises(Overloaded, match="the key is busy"):
+                await supervisor.run(Task("work", "fails"))
+        assert worker.state is WorkerState.IDLE
+        assert await supervisor.run(Task("work", "recovers")) == "another way"
+
+
+@virtual
+async def test_what_an_upstream_failed_does_not_count_against_the_worker() -> None:
+    async def handler(_: Task) -> None:
+        running = context.drawing()
+        assert running is not None
+        running.let_down()
+        raise ConnectionError
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        for _ in range(9):
+            assert (await supervisor.submit_nowait(Task("work"))).status is TaskStatus.FAILED
+        assert worker.state is WorkerState.IDLE
+
+
+@virtual
+async def test_a_run_that_has_begun_is_expected_to_call_until_it_does_or_ends() -> None:
+    key = Key()
+    calls = False
+
+    async def handler(_: Task) -> None:
+        running = context.drawing()
+        assert running is not None
+        await asyncio.sleep(1.0)
+        if calls:
+            running.meet(key)
+            await asyncio.sleep(1.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=3)
+        calls = True
+        await supervisor.run(Task("work"))
+        tickets = flood(supervisor, "work", 3)
+        await asyncio.sleep(0.5)
+        assert key.awaited == 3
+        await asyncio.sleep(1.0)
+        assert key.awaited == 0
+        calls = False
+        tickets += flood(supervisor, "work", 1)
+        for ticket in tickets:
+            await ticket
+        assert key.awaited == 0
+
+
+@virtual
+async def test_a_house_that_has_closed_no_longer_watches() -> None:
+    key = Key()
+    async with house(Drawing(key)) as supervisor:
+        await supervisor.run(Task("work"))
+        assert key.callbacks
+    assert not key.callbacks

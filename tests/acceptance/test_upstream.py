@@ -1,0 +1,419 @@
+"""An upstream: calls wait, go, are refused and are paid for, whoever makes them and wherever."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from tests.acceptance.house import about, now, turns, virtual
+
+from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
+from forebay.breaker import BreakerRules
+from forebay.errors import CallMisused, InvalidSetting
+from forebay.quota import Budget, Quota
+from forebay.retry import Retry
+from forebay.upstream import Upstream
+from forebay.upstream.desk import Desk
+
+
+def desk(upstream: Upstream) -> Desk:
+    return upstream.books.desk("")
+
+
+def left(upstream: Upstream) -> tuple[int, int]:
+    """Calls in flight, and in line: nothing may be left behind."""
+    return desk(upstream).account.in_flight, len(desk(upstream).account.line)
+
+
+class Served:
+    """Calls of one upstream, in the order in which they went."""
+
+    def __init__(self, upstream: Upstream, *, seconds: float = 1.0) -> None:
+        self.upstream = upstream
+        self.seconds = seconds
+        self.went: list[Any] = []
+        self.peak = 0
+
+    async def call(self, name: Any = None, **how: Any) -> float:
+        """Make a call; when it ended, in loop time."""
+        async with self.upstream.call(**how):
+            self.went.append(name)
+            self.peak = max(self.peak, left(self.upstream)[0])
+            await asyncio.sleep(self.seconds)
+        return now()
+
+    async def together(self, *hows: dict[str, Any]) -> list[float]:
+        async with asyncio.TaskGroup() as group:
+            made = [group.create_task(self.call(number, **how)) for number, how in enumerate(hows)]
+        return [task.result() for task in made]
+
+
+# --- slots ---
+
+
+@virtual
+async def test_no_more_calls_are_in_flight_than_may_be() -> None:
+    served = Served(Upstream("tool", max_concurrent=3))
+    began = now()
+    ends = await served.together(*[{}] * 9)
+    assert served.peak == 3
+    assert max(ends) - began == about(3.0)
+    assert left(served.upstream) == (0, 0)
+
+
+@virtual
+async def test_calls_wait_by_priority_and_on_a_rung_in_the_order_they_came() -> None:
+    served = Served(Upstream("tool", max_concurrent=1))
+    rungs = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
+    await served.together(*[{"priority": rung} for rung in rungs])
+    assert served.went == [0, 4, 3, 2, 1]
+
+
+@virtual
+async def test_a_call_that_would_wait_too_long_is_refused_and_told_when_to_come() -> None:
+    upstream = Upstream("tool", max_concurrent=1, longest_wait=3.5)
+    served = Served(upstream)
+    await served.call()  # now a call is known to take a second
+    calls = [asyncio.create_task(served.call()) for _ in range(4)]
+    await turns()
+    with pytest.raises(Overloaded) as refusal:
+        await served.call()
+    assert refusal.value.binding == "upstream:tool:concurrency"
+    assert refusal.value.retry_after is not None
+    await asyncio.gather(*calls)
+
+
+@virtual
+async def test_a_call_whose_deadline_comes_before_its_turn_is_refused_at_once() -> None:
+    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
+    await served.call()
+    first = asyncio.create_task(served.call())
+    await turns()
+    began = now()
+    with pytest.raises(Overloaded, match="deadline"):
+        await served.call(deadline=Deadline.within(5.0))
+    assert now() == about(began)
+    await first
+
+
+@virtual
+async def test_a_call_whose_deadline_passes_while_it_waits_is_refused_then() -> None:
+    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
+    first = asyncio.create_task(served.call())
+    await turns()
+    began = now()
+    with pytest.raises(Overloaded, match="deadline passed"):
+        await served.call(deadline=Deadline.within(5.0))
+    assert now() - began == about(5.0)
+    await first
+    assert left(served.upstream) == (0, 0)
+
+
+@virtual
+async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
+    for moment in range(12):
+        upstream = Upstream("tool", max_concurrent=1)
+        served = Served(upstream, seconds=0.0)
+        holder = asyncio.create_task(served.call())
+        waiting = asyncio.create_task(served.call())
+        after = asyncio.create_task(served.call())
+        await turns(moment)
+        waiting.cancel()
+        await asyncio.gather(holder, after)
+        await asyncio.wait([waiting])
+        assert left(upstream) == (0, 0)
+
+
+# --- rates ---
+
+
+@virtual
+async def test_calls_are_paced_by_the_rate_that_is_known() -> None:
+    served = Served(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
+    began = now()
+    ends = await served.together(*[{}] * 30)
+    assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket goes at once
+    assert max(ends) - began == pytest.approx(2.0, abs=0.05)
+
+
+@virtual
+async def test_a_call_larger_than_its_bucket_is_refused_for_good() -> None:
+    upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
+    with pytest.raises(Overloaded, match="larger") as refusal:
+        async with upstream.call(input_tokens=900, output_tokens=200):
+            pass
+    assert refusal.value.retry_after is None
+    assert left(upstream) == (0, 0)
+
+
+@virtual
+async def test_what_was_reserved_and_not_used_comes_back() -> None:
+    upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
+    began = now()
+    for _ in range(5):
+        async with upstream.call(input_tokens=100, output_tokens=800) as call:
+            call.settle(input_tokens=100, output_tokens=50)
+    assert now() - began < 40.0  # 750 used; the last needs 900 free
+
+
+@virtual
+async def test_each_group_of_models_has_an_account_of_its_own() -> None:
+    upstream = Upstream("llm", models={"gpt-*": [Quota(requests=1, per="minute")]})
+    began = now()
+    async with upstream.call("gpt-4o"), upstream.call("other"), upstream.call("another"):
+        pass
+    assert now() == about(began)
+    async with upstream.call("gpt-4o-mini"):
+        assert now() - began == pytest.approx(60.0, abs=0.1)
+    names = {account.name for account in upstream.statistics().accounts}
+    assert names == {"upstream:llm:gpt-*", "upstream:llm:other", "upstream:llm:another"}
+
+
+# --- faults ---
+
+
+@virtual
+async def test_an_open_breaker_refuses_at_once_those_who_wait_too() -> None:
+    upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(cool_off=10.0))
+
+    async def fails() -> None:
+        async with upstream.call():
+            await asyncio.sleep(1.0)
+            raise ConnectionError
+
+    results = await asyncio.gather(*(fails() for _ in range(9)), return_exceptions=True)
+    kinds = [type(result) for result in results]
+    assert kinds == [ConnectionError] * 5 + [Overloaded] * 4
+    assert isinstance(results[-1], Overloaded)
+    assert results[-1].binding == "upstream:tool:breaker"
+    assert results[-1].retry_after is not None
+    assert upstream.statistics().accounts[0].breaker == "open"
+    assert left(upstream) == (0, 0)
+
+
+async def mistaken(upstream: Upstream) -> None:
+    async with upstream.call() as call:
+        call.ignored()
+        raise ValueError("ours")
+
+
+@virtual
+async def test_what_is_our_own_mistake_says_nothing_of_the_upstream() -> None:
+    upstream = Upstream("tool")
+    for _ in range(20):
+        with pytest.raises(ValueError, match="ours"):
+            await mistaken(upstream)
+    assert upstream.statistics().accounts[0].breaker == "closed"
+
+
+@virtual
+async def test_a_guarded_function_is_tried_again_and_slower() -> None:
+    search = Upstream("search", retry=Retry(max_attempts=4, base=1.0))
+    tries: list[float] = []
+
+    @search.guard
+    async def look_up(what: str) -> str:
+        tries.append(now())
+        if len(tries) < 3:
+            raise ConnectionError
+        return what
+
+    assert await look_up("rivers") == "rivers"
+    assert len(tries) == 3
+    assert left(search) == (0, 0)
+
+
+@virtual
+async def test_a_guarded_function_that_goes_on_failing_raises_its_own_exception() -> None:
+    search = Upstream("search", retry=Retry(max_attempts=3, base=0.1))
+    tries = 0
+
+    @search.guard
+    async def look_up() -> None:
+        nonlocal tries
+        tries += 1
+        raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError, match="gone"):
+        await look_up()
+    assert tries == 3
+
+
+def test_a_plain_function_is_guarded_in_plain_threads() -> None:
+    search = Upstream("search", max_concurrent=2, retry=Retry(max_attempts=3, base=0.001))
+    at_once, peak, failures = 0, 0, {3: 2, 7: 1}
+    lock = threading.Lock()
+    meet = threading.Barrier(2)
+
+    @search.guard
+    def look_up(number: int) -> int:
+        nonlocal at_once, peak
+        with lock:
+            at_once += 1
+            peak = max(peak, at_once)
+            fails = failures.get(number, 0) > 0
+            if fails:
+                failures[number] -= 1
+        if number in (0, 1):
+            meet.wait(10.0)
+        with lock:
+            at_once -= 1
+        if fails:
+            raise ConnectionError
+        return number
+
+    results: list[int] = []
+    threads = [threading.Thread(target=lambda n=n: results.append(look_up(n))) for n in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+    assert sorted(results) == list(range(10))
+    assert peak == 2
+    assert left(search) == (0, 0)
+
+
+def test_several_loops_and_threads_share_one_upstream() -> None:
+    upstream = Upstream("tool", max_concurrent=3)
+    peak: list[int] = []
+
+    async def calls() -> None:
+        async def one() -> None:
+            async with upstream.call():
+                peak.append(left(upstream)[0])
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(one() for _ in range(200)))
+
+    def plainly() -> None:
+        for _ in range(200):
+            with upstream.call():
+                peak.append(left(upstream)[0])
+
+    threads = [threading.Thread(target=lambda: asyncio.run(calls())) for _ in range(3)]
+    threads += [threading.Thread(target=plainly) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert len(peak) == 1000
+    assert max(peak) <= 3
+    assert left(upstream) == (0, 0)
+
+
+# --- money ---
+
+
+@virtual
+async def test_a_budget_is_not_passed_and_tells_when_it_is_new() -> None:
+    upstream = Upstream("llm", budget=Budget(usd=1.0, per="day"))
+    for _ in range(4):
+        async with upstream.call("gpt") as call:
+            call.settle(input_tokens=10, output_tokens=10, usd=0.25)
+    assert upstream.statistics().spent_usd == pytest.approx(1.0)
+    with pytest.raises(Overloaded, match="budget") as refusal:
+        async with upstream.call("gpt"):
+            pass
+    assert refusal.value.retry_after is not None
+
+
+# --- with a supervisor ---
+
+
+@virtual
+async def test_calls_carry_what_their_task_has() -> None:
+    upstream = Upstream("llm", max_concurrent=1)
+    went: list[str] = []
+
+    async def agent(task: Task) -> None:
+        async with upstream.call():
+            went.append(task.payload)
+            await asyncio.sleep(1.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=9)
+        await asyncio.gather(
+            supervisor.run(Task("work", "first")),
+            supervisor.run(Task("work", "low", priority=Priority.LOW)),
+            supervisor.run(Task("work", "high", priority=Priority.HIGH)),
+        )
+    assert went == ["first", "high", "low"]
+
+
+@virtual
+async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls() -> None:
+    upstream = Upstream("llm", max_concurrent=1, start_wait=1e9)
+    ended: list[int] = []
+
+    async def agent(task: Task) -> None:
+        for _ in range(4):
+            async with upstream.call():
+                await asyncio.sleep(1.0)
+        ended.append(task.payload)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=4)
+        began = now()
+        tickets = [supervisor.submit_nowait(Task("work", number)) for number in range(4)]
+        times = [(await ticket, now() - began)[1] for ticket in tickets]
+    assert ended == [0, 1, 2, 3]
+    assert times[0] < 8.0  # 13, if all took turns
+
+
+@virtual
+async def test_the_gate_feels_the_key() -> None:
+    upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], longest_wait=60.0)
+
+    async def agent(_: Task) -> None:
+        async with upstream.call():
+            await asyncio.sleep(0.1)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=20)
+        await supervisor.run(Task("work"))
+        tickets = [supervisor.submit_nowait(Task("work")) for _ in range(40)]
+        refused = [ticket for ticket in tickets if not ticket]
+        assert refused
+        assert {ticket.binding for ticket in refused} == {"upstream:llm"}
+        assert supervisor.system_load() >= 0.8
+        assert "upstream:llm" in {reading.resource for reading in supervisor.readings()}
+        for ticket in tickets:
+            if ticket:
+                assert (await ticket).success
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_concurrent": 0},
+        {"max_concurrent": True},
+        {"longest_wait": 0.0},
+        {"longest_wait": float("inf")},
+        {"quotas": [5]},
+        {"models": {"gpt": [None]}},
+        {"weights": {"acme": 0.0}},
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting):
+        Upstream("llm", **settings)
+
+
+def test_an_upstream_needs_a_name() -> None:
+    with pytest.raises(InvalidSetting):
+        Upstream("")
+
+
+@virtual
+async def test_a_call_is_entered_once() -> None:
+    call = Upstream("tool").call()
+    async with call:
+        pass
+    with pytest.raises(CallMisused):
+        async with call:
+            pass

@@ -1,0 +1,83 @@
+"""Supervisor and upstream on one simulated key: promises 2 and 3, and what each part is good for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from tests.sim.key import MODEL, PATIENCE, Fleet, capacity, key
+
+from forebay.sim.config import Allowance, ProviderConfig, Step, Unit
+
+SEEDS = range(1)
+
+
+def settled(fleet: Fleet) -> bool:
+    """Whether everything that calls reserved has come back."""
+    account = fleet.upstream.books.desk(MODEL).account
+    return account.in_flight == account.coming == len(account.line) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_goodput_is_that_of_an_oracle_however_much_is_offered(seed: int) -> None:
+    config = key()
+    shares = []
+    for times in (1, 3, 10):
+        fleet = Fleet(config, times * capacity(config), seed=seed, minutes=4.0).run()
+        shares.append(fleet.per_second() / capacity(config))
+        assert fleet.failed == 0
+        assert fleet.refusals <= 0.02 * fleet.calls  # the limit is unknown and has to be probed
+        assert settled(fleet)
+    assert shares[-1] >= 0.95, shares
+    for less, more in itertools.pairwise(shares):
+        assert more >= 0.95 * less, shares
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_a_limit_on_calls_the_same_fleet_collapses(seed: int) -> None:
+    """The negative control: a key that bears anything would prove nothing."""
+    fleet = Fleet(key(), 3 * capacity(key()), seed=seed, minutes=4.0, limited=False).run()
+    assert fleet.per_second() < 0.7 * capacity(key())
+
+
+@pytest.mark.slow
+def test_the_start_gate_decides_whether_many_workers_help_or_ruin() -> None:
+    offered = 3 * capacity(key())
+    gated = Fleet(key(), offered, minutes=4.0, workers=1000).run()
+    open_ = Fleet(key(), offered, minutes=4.0, workers=1000, start_wait=1e9).run()
+    assert gated.per_second() >= 0.95 * capacity(key())
+    assert open_.per_second() < 0.2 * capacity(key())  # all begin, and hardly any ends within its caller's patience
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_service_follows_a_key_that_loses_half_of_its_slots_and_gets_them_back(seed: int) -> None:
+    config = key(steps=(Step(at=90, slots=10), Step(at=200, slots=20)))
+    fleet = Fleet(config, 3 * capacity(key()), seed=seed, minutes=6.0).run()
+    full = capacity(key())
+    assert fleet.per_second(60, 90) >= 0.9 * full
+    assert fleet.per_second(120, 200) >= 0.9 * full / 2
+    assert fleet.per_second(250) >= 0.9 * full
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_service_recovers_by_itself_when_an_outage_has_passed(seed: int) -> None:
+    config = key(steps=(Step(at=90, slots=0), Step(at=150, slots=20)))
+    fleet = Fleet(config, 3 * capacity(key()), seed=seed, minutes=6.0).run()
+    assert fleet.per_second(150 + 60) >= 0.95 * capacity(key())
+    assert settled(fleet)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_rate_that_headers_tell_of_is_used_up_and_never_passed(seed: int) -> None:
+    rate = Allowance(unit=Unit.REQUESTS, amount=600)
+    config = ProviderConfig(slots=1000, ttft=0.5, tpot=0.01, allowances=(rate,))
+    fleet = Fleet(config, 3 * 600 / 60 / 4, seed=seed, minutes=6.0).run()
+    assert fleet.refusals <= 0.005 * fleet.calls
+    assert fleet.per_second(120) * 4 >= 0.98 * 600 / 60
+    assert fleet.failed == 0
+
+
+def test_patience_is_longer_than_a_run() -> None:
+    """Else a fleet that does nothing in time would say nothing of the gate."""
+    assert PATIENCE > 4 * 1.5 * 5
