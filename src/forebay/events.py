@@ -202,8 +202,8 @@ class Bus:
             subscription.put(event)
 
     def listen(self, sink: Sink) -> None:
-        """Call `sink` too, from now on."""
-        self._sinks = (*self._sinks, sink)
+        """Call `sink` too, from now on; before the others, whose doing may be the next event."""
+        self._sinks = (sink, *self._sinks)
         self.active = True
 
     def unlisten(self, sink: Sink) -> None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
+import _forebay_pytest as plugin
 from forebay import BackpressureSupervisor, Task, errors, events, supervisor, testing
 from forebay.engine import InProcess
-from forebay.testing import plugin
 
 HOUSE = Path(__file__).parents[2]
 README = HOUSE / "README.md"

@@ -14,13 +14,14 @@ from typing import Any
 import hypothesis.strategies as st
 from tests.sim import promises
 from tests.sim.ledgers import Score, Trouble, Unreliable
-from tests.sim.promises import Broke, Witness
+from tests.sim.promises import Broke
 
 from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket, progress
 from forebay.errors import SupervisorClosed
 from forebay.events import Event, Started
 from forebay.overflow import open_ledger
 from forebay.sim import simulate, virtual_loop
+from forebay.testing import Record, Slow, check_endings, check_leftovers
 
 KINDS = ("a", "b")
 TIMEOUT = 8.0  # seconds; tasks may await each other in a ring, which only this ends
@@ -163,7 +164,7 @@ class House:
     """A supervisor with all that is seen of it."""
 
     supervisor: BackpressureSupervisor
-    witness: Witness
+    record: Record
     build: Build
     score: Score = field(default_factory=Score)
     tickets: list[Ticket] = field(default_factory=list)
@@ -186,7 +187,7 @@ class Play:
         return f"sqlite:///{self.directory}/{number}.db?synchronous=off"
 
     def make(self, number: int, build: Build) -> House:
-        witness, score = Witness(), Score()
+        score = Score()
         overflow: Any = build.overflow
         if overflow == "sqlite":
             overflow = Unreliable(open_ledger(self.url(number)), Trouble(), score, random.Random(0))
@@ -196,14 +197,15 @@ class Play:
             if isinstance(event, Started) and self.script.impish and next(imp) % self.script.impish == 0:
                 supervisor.ticket(event.task_id).cancel()
 
-        supervisor = witness.house = BackpressureSupervisor(
+        supervisor = BackpressureSupervisor(
             backpressure_threshold=build.threshold,
             max_queue_size=build.room,
             overflow=overflow,
             zombie_grace=build.grace,
             keep_results=3,
-            on_event=[witness, cancel_some],
+            on_event=cancel_some,
         )
+        record = Record(supervisor)
         first, second = (KINDS, KINDS) if build.shared else (KINDS[:1], KINDS[1:])
         for name, kinds, slots in (("w1", first, build.slots[0]), ("w2", second, build.slots[1])):
             supervisor.register_worker(
@@ -214,7 +216,7 @@ class Play:
                 timeout=TIMEOUT,
                 cool_off=build.cool_off,
             )
-        return House(supervisor, witness, build, score)
+        return House(supervisor, record, build, score)
 
     async def handler(self, task: Task) -> None:
         await self.carry_out(task.payload)
@@ -390,37 +392,23 @@ class Play:
             raise Broke(f"asyncio tasks are left: {left}")
 
     async def check(self, number: int, house: House) -> None:
-        promises.check_house(house.supervisor, house.witness)
-        inside = house.supervisor._running()
-        for worker in inside.workers.values():
-            if worker.current_tasks or worker.zombies or worker.runs:
-                raise Broke(f"{worker} is not empty")
-        if inside.talks:
-            raise Broke(f"threads are left: {inside.talks}")
-        if inside.timers._armed is not None:
-            raise Broke("a timer is armed in a closed house")
+        promises.check_house(house.record)
+        check_leftovers(house.supervisor)
         if house.build.overflow == "sqlite":
             await self.inherit(number, house)
         else:
-            promises.check_memory(house.supervisor, house.witness, house.tickets)
+            promises.check_memory(house.record, house.tickets)
 
     async def inherit(self, number: int, house: House) -> None:
         """What the house took and did not end, the next one does: all of it, and nothing else."""
-
-        async def handler(_: Task) -> None: ...
-
-        witness = Witness()
-        heir = witness.house = BackpressureSupervisor(overflow=self.url(number), lease=3.0, on_event=witness)
-        heir.register_worker("next", handler=handler, task_types=KINDS, max_concurrent=3)
+        heir = BackpressureSupervisor(overflow=self.url(number), lease=3.0)
+        heir.register_worker("next", handler=Slow(0.0), task_types=KINDS, max_concurrent=3)
+        record = Record(heir)
         async with heir:
             await asyncio.sleep(100.0)
             if heir.statistics().outside:
                 raise Broke(f"rows are left: {heir.statistics()}")
-        if (house.witness.ended + witness.ended).total() != len(house.witness.taken):
-            raise Broke(f"{len(house.witness.taken)} were taken, and {house.witness.ended + witness.ended} ended")
-        for ticket in house.tickets:
-            if not ticket.done():
-                raise Broke(f"{ticket} never ended")
+        check_endings(house.record, record, tickets=house.tickets, kept=0)
 
 
 def play(script: Script) -> None:

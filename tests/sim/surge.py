@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tests.sim import promises
 from tests.sim.ledgers import Score, Trouble, Unreliable
-from tests.sim.promises import Broke, Witness
+from tests.sim.promises import Broke
 from tests.sim.script import LEASE, TYPES, Life, Script
 
 from forebay import BackpressureSupervisor, ForebayError, Priority, Task, TaskFailed, TaskTimedOut, Ticket
@@ -29,6 +29,7 @@ from forebay.overflow import open_ledger
 from forebay.sim import simulate, virtual_loop
 from forebay.sim.traffic import Traffic
 from forebay.sim.virtual import Broken, Refusal, SimulatedProvider
+from forebay.testing import Record
 from forebay.typing import Ledger
 
 HAPPENINGS = (
@@ -41,14 +42,16 @@ class Process:
     """A house, its way to the store, and who waits for it."""
 
     house: BackpressureSupervisor
-    witness: Witness
+    record: Record
     ledger: Unreliable | None
+    dead: bool = False
     tickets: list[Ticket] = field(default_factory=list)
     callers: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def crash(self) -> None:
         """It is gone: no word of it reaches its store, its callers or anyone any more."""
-        self.witness.deaf = True
+        self.dead = True
+        self.record.stop()
         if self.ledger is not None:
             self.ledger.cut()
         for caller in self.callers:
@@ -145,22 +148,21 @@ class Surge:
     async def start(self, trouble: Trouble, *, lease: float = LEASE) -> Process:
         """A new process, when its store lets it start."""
         while True:
-            witness = Witness()
             overflow = self.ledger(trouble)
-            house = witness.house = BackpressureSupervisor(
+            house = BackpressureSupervisor(
                 backpressure_threshold=self.script.threshold,
                 max_queue_size=self.script.max_queue_size,
                 overflow=overflow,
                 lease=lease,
-                on_event=witness,
             )
+            record = Record(house)
             self.furnish(house)
             try:
                 await house.start()
             except LedgerUnusable:
                 await asyncio.sleep(1.0)
                 continue
-            process = Process(house, witness, overflow if isinstance(overflow, Unreliable) else None)
+            process = Process(house, record, overflow if isinstance(overflow, Unreliable) else None)
             self.processes.append(process)
             return process
 
@@ -300,16 +302,16 @@ class Surge:
 
     def check(self) -> None:
         """What the seed's draw promises."""
-        alive = [process for process in self.processes if not process.witness.deaf]
+        alive = [process for process in self.processes if not process.dead]
         for process in alive:
-            promises.check_house(process.house, process.witness)
+            promises.check_house(process.record)
             self.happened.update({name: getattr(process.house.statistics(), name) for name in HAPPENINGS})
         if self.script.overflow == "sqlite":
             tickets = [ticket for process in alive for ticket in process.tickets]
-            promises.check_store(self.score, [process.witness for process in self.processes], tickets)
+            promises.check_store(self.score, [process.record for process in self.processes], tickets)
         else:
             for process in alive:
-                promises.check_memory(process.house, process.witness, process.tickets)
+                promises.check_memory(process.record, process.tickets)
 
 
 # all in `make test`, the first fifty in `make test-quick`

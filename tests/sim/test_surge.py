@@ -32,4 +32,4 @@ def test_one_seed_gives_one_run(seed: int) -> None:
     assert first.happened == second.happened
     for one, other in zip(first.processes, second.processes, strict=True):
         assert one.house.statistics() == other.house.statistics()
-        assert list(one.witness.finished.values()) == list(other.witness.finished.values())
+        assert list(one.record.statuses.values()) == list(other.record.statuses.values())

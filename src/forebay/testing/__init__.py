@@ -23,6 +23,7 @@ from forebay.testing.overload import Refused, overload
 from forebay.testing.passthrough import Passthrough
 from forebay.testing.promises import (
     BrokenPromise,
+    check_counts,
     check_endings,
     check_leftovers,
     check_limits,
@@ -55,6 +56,7 @@ __all__ = [
     "Simulation",
     "Slow",
     "Stubborn",
+    "check_counts",
     "check_endings",
     "check_leftovers",
     "check_limits",

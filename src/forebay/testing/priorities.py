@@ -37,15 +37,17 @@ class _Line:
                 self.passed[lower] = self.passed[lower] + 1 if waits else 0
 
 
-def inversions(record: Record, *, stored_apart: bool) -> Iterator[Inversion]:
+def inversions(record: Record, *, stored: bool) -> Iterator[Inversion]:
     """Those that the floor for low priorities does not explain.
 
     Args:
         record: what was told.
-        stored_apart: other processes may take a stored task over, without a word here: such are not compared.
+        stored: there is an overflow, so that the end of a task is told later than it leaves its line: what never
+            began is not compared, and may have had its turn.
     """
-    apart = {event.task_id for event in record.of(Refilled)} if stored_apart else set()
-    apart |= {task_id for task_id, task in record.tasks.items() if task.thread or (stored_apart and task.durable)}
+    apart = {task_id for task_id, task in record.tasks.items() if task.thread is not None}
+    if stored:
+        apart |= record.tasks.keys() - set(record.started)
     lines: dict[str, _Line] = defaultdict(_Line)
     kinds: dict[str, tuple[str, Priority]] = {}
     for event in record.events:
@@ -60,13 +62,11 @@ def inversions(record: Record, *, stored_apart: bool) -> Iterator[Inversion]:
             if line.waiting.pop(event.task_id, None) is None:
                 continue
             if isinstance(event, Started):
-                better = [
-                    task_id
-                    for task_id, other in line.waiting.items()
-                    if other < priority and task_id in record.tasks and task_id not in apart
-                ]
-                if better and line.passed[priority] < FLOOR:
-                    yield Inversion(event.at, event.task_id, min(better, key=line.waiting.__getitem__))
+                better = [task_id for task_id, other in line.waiting.items() if other < priority]
+                turns = line.passed[priority] + sum(task_id in apart for task_id in better)
+                waited = [task_id for task_id in better if task_id in record.tasks and task_id not in apart]
+                if waited and turns < FLOOR:
+                    yield Inversion(event.at, event.task_id, min(waited, key=line.waiting.__getitem__))
                 line.passed[priority] = 0
             line.left(priority)  # one that ended in the line may have done so when its turn came
 

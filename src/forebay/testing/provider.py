@@ -14,6 +14,7 @@ from forebay.sim import (
     Allowance,
     Bill,
     Completion,
+    Provider,
     ProviderConfig,
     RunningPlant,
     SimulatedProvider,
@@ -149,13 +150,15 @@ class ProviderDouble:
     # --- what it saw ---
 
     def statistics(self) -> Statistics:
-        """Calls, refusals, tokens and dollars until now; of the process if there is one."""
-        if self._plant is None:
-            return self.model.statistics()
-        return msgspec.convert(self._plant.statistics(), Statistics, strict=False)
+        """Calls, refusals, tokens and dollars until now."""
+        if self._plant is not None:
+            return msgspec.convert(self._plant.statistics(), Statistics, strict=False)
+        if self._model is not None:
+            return self._model.statistics()
+        return Provider(self.config).statistics()  # of one that nobody has called
 
     def bills(self) -> dict[str, Bill]:
         """The same for each run that calls named: by ``run=``, or by the header ``x-plant-run``."""
-        if self._plant is None:
-            return self.model.bills()
-        return msgspec.convert(self._plant.runs(), dict[str, Bill])
+        if self._plant is not None:
+            return msgspec.convert(self._plant.runs(), dict[str, Bill])
+        return {} if self._model is None else self._model.bills()

@@ -30,7 +30,7 @@ class Record:
         events: all events, in order.
         tasks: the tasks that came in, by id.
         excesses: moments at which a worker was seen to hold more than its limit.
-        whole: nothing had happened before it began.
+        before: what had been counted when it began.
     """
 
     def __init__(self, supervisor: BackpressureSupervisor) -> None:
@@ -38,7 +38,7 @@ class Record:
         self.events: list[Event] = []
         self.tasks: dict[str, Task] = {}
         self.excesses: list[Excess] = []
-        self.whole = supervisor.statistics().submitted == 0
+        self.before = supervisor.statistics()
         self._unknown: list[str] = []  # ids of tasks that were announced, and have not been seen yet
         supervisor._bus.listen(self._hear)  # noqa: SLF001 - the public subscription is bounded, and read by a coroutine
 

@@ -36,6 +36,7 @@ def test_better_work_is_never_refused_sooner(threshold: float) -> None:
 def test_it_refuses_from_its_load_on_and_not_below(threshold: float, rung: Priority, load: float) -> None:
     ladder = Ladder(threshold)
     assert ladder.refuses(rung, load) == (load >= ladder.of(rung))
+    assert ladder.refuses(rung, ladder.of(rung))
 
 
 @given(st.integers(1, 100))

@@ -293,12 +293,11 @@ def test_the_fixtures_are_there(pytester: pytest.Pytester, workers: tuple[str, .
     result.assert_outcomes(passed=7)
 
 
-def test_the_plugin_costs_a_suite_that_does_not_use_it_no_more_than_an_import(pytester: pytest.Pytester) -> None:
+def test_a_suite_that_does_not_use_it_does_not_pay_for_it(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import sys
 
         def test_modules():
-            heavy = ("aiohttp", "forebay.sim.server", "langgraph", "httpx", "openai", "typer", "rich")
-            assert not [name for name in heavy if name in sys.modules]
+            assert not [name for name in ("forebay", "msgspec", "asyncio") if name in sys.modules]
     """)
     pytester.runpytest_subprocess(*BARE, *ALONE).assert_outcomes(passed=1)

@@ -66,6 +66,11 @@ async def test_the_seed_decides_the_faults() -> None:
     assert await fates(1) == await fates(1) != await fates(2)
 
 
+def test_one_that_nobody_has_called_has_seen_nothing() -> None:
+    double = ProviderDouble(Plants())
+    assert (double.statistics().calls, double.bills()) == (0, {})
+
+
 def test_limits_have_short_names() -> None:
     double = ProviderDouble(Plants())
     double.configure(rpm=1, tpm=2, itpm=3, otpm=4)

@@ -1,6 +1,6 @@
-"""The pytest plugin: fixtures, thin over what the room offers to everybody.
+"""The pytest plugin: fixtures, thin over what `forebay.testing` offers to everybody.
 
-pytest loads it wherever Forebay is installed, so it imports the rest when a test asks for it.
+pytest loads it wherever Forebay is installed. So it stands beside the package, and imports it when a test asks for it.
 """
 
 from __future__ import annotations
