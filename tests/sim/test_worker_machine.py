@@ -153,33 +153,37 @@ class Model:
         self.judge(being, fault=fault)
         self.serve()
 
-    def stop(self, being: Being, status: TaskStatus, *, fault: bool | None) -> None:
-        """The ticket ends, and the handler is told to."""
-        if being in self.line:
-            self.line.remove(being)
-            being.status = status
-            return
-        if being not in self.inside or being.leaving:
-            return
-        being.status, being.leaving = status, True
-        self.judge(being, fault=fault)
+    def stop(self, status: TaskStatus, *beings: Being, fault: bool | None) -> None:
+        """The tickets end at the same moment, and their handlers are told to."""
+        told = []
+        for being in beings:
+            if being in self.line:
+                self.line.remove(being)
+                being.status = status
+            elif being in self.inside and not being.leaving:
+                being.status, being.leaving = status, True
+                self.judge(being, fault=fault)
+                told.append(being)
         self.serve()
-        if being.stubborn:
-            self.plan(GRACE, "zombie", being)
-        else:
-            self.leave(being)
+        for being in told:
+            if being.stubborn:
+                self.plan(GRACE, "zombie", being)
+            else:
+                self.leave(being)
 
     def pass_time(self, until: float) -> None:
         while self.agenda and self.agenda[0][0] <= until:
-            self.now, _, what, whom = heapq.heappop(self.agenda)
-            if what == "awake":
-                if whom == self.era and self.gate is Gate.OPEN:
+            self.now = self.agenda[0][0]
+            due = []
+            while self.agenda and self.agenda[0][0] == self.now:
+                due.append(heapq.heappop(self.agenda)[2:])
+            late = [whom for what, whom in due if what == "timeout" and isinstance(whom, Being)]
+            self.stop(TaskStatus.TIMED_OUT, *(being for being in late if being in self.inside), fault=True)
+            for what, whom in due:
+                if what == "awake" and whom == self.era and self.gate is Gate.OPEN:
                     self.gate, self.era = Gate.HALF_OPEN, self.era + 1
                     self.serve()
-            elif isinstance(whom, Being) and whom in self.inside:
-                if what == "timeout":
-                    self.stop(whom, TaskStatus.TIMED_OUT, fault=True)
-                else:
+                elif what == "zombie" and isinstance(whom, Being) and whom in self.inside:
                     whom.zombie = True
                     if sum(being.zombie for being in self.inside) == self.slots and self.gate is not Gate.OPEN:
                         self.open()
@@ -281,7 +285,7 @@ class WorkerMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         alive = [pair for pair in self.tickets if pair[0] in self.model.inside or pair[0] in self.model.line]
         being, ticket = data.draw(st.sampled_from(alive or self.tickets))
-        self.model.stop(being, TaskStatus.CANCELLED, fault=None)
+        self.model.stop(TaskStatus.CANCELLED, being, fault=None)
 
         async def cancel() -> None:
             ticket.cancel()
