@@ -267,6 +267,24 @@ class StillSpilled(ForebayError):
     task_id: str
 
 
+class NotBindable(ForebayError, TypeError):
+    """{kind} is no client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and their kin,
+    LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway (`forebay gateway`), and
+    set its address as the base URL.
+    """
+
+    kind: str
+
+
+class AlreadyBound(ForebayError, ValueError):
+    """A client that is bound to upstream {first!r} was to be bound to {second!r}: a call goes through one upstream.
+    Bind the client that was there before.
+    """
+
+    first: str
+    second: str
+
+
 # --- handlers in processes: the `cause` of a task that failed ---------------------------------------------------------
 
 

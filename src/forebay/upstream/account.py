@@ -289,6 +289,14 @@ class Account:
         """Take what the headers of a call's answer say of the quotas."""
         self.quotas.hear(now, notices, permit.reservation)
 
+    def paced(self, tokens: int, seconds: float) -> float | None:
+        """A success took so long for its output tokens; returns its stretch, if it made any and that is known."""
+        if not tokens:
+            return None
+        stretch = self.pace.stretch(tokens, seconds)
+        self.pace.learn(tokens, seconds)
+        return stretch
+
     # --- what presses ---
 
     def expected_wait(self, now: float, ask: Ask, *, others: int = 0) -> tuple[float, str]:

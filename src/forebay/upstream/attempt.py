@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from forebay.retry import Attempts, Retry, RetryBudget
-from forebay.typing import Outcome
 from forebay.upstream.ask import Ask, Ended, Permit
 
 
@@ -25,6 +24,7 @@ class Tried:
         error: what is raised instead, if it is the last.
         ended: how it ended, for the account.
         again: whether another attempt could help.
+        counts: whether that would use one up; *not now* does not.
         retry_after: seconds that the upstream asked for, or None.
         open: an answer that is still coming, so its permit is closed by whoever reads it.
     """
@@ -33,6 +33,7 @@ class Tried:
     value: Any = None
     error: BaseException | None = None
     again: bool = False
+    counts: bool = True
     retry_after: float | None = None
     open: bool = False
 
@@ -89,9 +90,8 @@ def script(ask: Ask, retry: Retry, budget: RetryBudget) -> Generator[Step, Any, 
         delay = None
         if tried.again and not tried.open:
             now, chance = yield Moment()
-            counts = tried.ended.outcome is not Outcome.OVERLOAD
             left = ask.deadline - now if ask.deadline < math.inf else math.inf
-            delay = attempts.next(counts=counts, chance=chance, retry_after=tried.retry_after, left=left)
+            delay = attempts.next(counts=tried.counts, chance=chance, retry_after=tried.retry_after, left=left)
             if delay is not None and not budget.withdraw(now):
                 delay = None
         if delay is None:

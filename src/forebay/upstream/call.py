@@ -77,10 +77,7 @@ class UpstreamCall:
                 fault = isinstance(cause, Exception) and not isinstance(cause, Overloaded)
                 outcome = Outcome.FAULT if fault else Outcome.IGNORED
         seconds = clock.now() - permit.at
-        pace = self._desk.account.pace
         tokens = self._used.output_tokens if self._used is not None else 0
-        stretch = pace.stretch(tokens, seconds) if outcome is Outcome.SUCCESS and tokens else None
-        if outcome is Outcome.SUCCESS and tokens:
-            pace.learn(tokens, seconds)
+        stretch = self._desk.paced(tokens, seconds) if outcome is Outcome.SUCCESS else None
         ended = Ended(outcome=outcome, used=self._used, usd=self._usd, seconds=seconds, stretch=stretch)
         self._desk.settle(permit, ended)

@@ -12,6 +12,8 @@ from forebay.task import Priority
 from forebay.typing import Charge, Notice
 from forebay.upstream.account import Account, Waiting
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
+from forebay.upstream.experience import Experience
+from forebay.upstream.rules import Usage
 from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter
 
 _GAIN = 0.05  # weight of the newest call in what a typical one asks
@@ -37,6 +39,7 @@ class Desk:
         self._lock = threading.RLock()  # a waiter that is told something may look at once
         self._typical = Ask()
         self._held: dict[object, int] = {}
+        self.experience = Experience()
         self._relief: dict[object, Callable[[], None]] = {}
 
     # --- permits ---
@@ -137,6 +140,24 @@ class Desk:
             with self._lock:
                 self.account.hear(clock.now(), permit, notices)
                 self.account.pump(clock.now())
+
+    def stop(self, seconds: float) -> None:
+        """Its provider says that its money is spent: nobody goes for a while, and nobody waits for it."""
+        now = clock.now()
+        with self._lock:
+            self.account.stop(now, seconds)
+            self.account.refuse_all(now)
+
+    def paced(self, tokens: int, seconds: float) -> float | None:
+        """A success took so long for its output tokens; returns its stretch, if it made any and that is known."""
+        with self._lock:
+            return self.account.paced(tokens, seconds)
+
+    def learn(self, estimated: int, usage: Usage, used: Charge, seconds: float) -> float | None:
+        """A success used so much, and took so long; returns its stretch, if that is known."""
+        with self._lock:
+            self.experience.observe(estimated, usage, used)
+            return self.account.paced(usage.output_tokens, seconds)
 
     def settle(self, permit: Permit, ended: Ended) -> None:
         """Close a permit."""

@@ -23,10 +23,13 @@ from forebay.upstream.books import Books, Money, Terms
 from forebay.upstream.call import UpstreamCall
 from forebay.upstream.desk import Desk
 from forebay.upstream.drive import Driver
+from forebay.upstream.rules import rules_for
 from forebay.upstream.statistics import UpstreamStatistics, snapshot
+from forebay.upstream.transport import bind_client
 
 P = ParamSpec("P")
 T = TypeVar("T")
+ClientT = TypeVar("ClientT")
 
 
 class Upstream:
@@ -82,6 +85,7 @@ class Upstream:
             raise InvalidSetting(owner=f"Upstream {name!r}", name="longest_wait", value=longest_wait, expected=expected)
         self.name = name
         self.provider = provider
+        self.rules = rules_for(provider)
         terms = Terms(
             name,
             models=models,
@@ -99,6 +103,7 @@ class Upstream:
         self.retry_budget = RetryBudget()
         self.prices = Prices(prices)
         self._unpriced: set[str] = set()
+        self._unmetered_told = False
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -173,6 +178,19 @@ class Upstream:
 
         return guarded_plain
 
+    def bind(self, client: ClientT) -> ClientT:
+        """A copy of an SDK client, a LangChain model or an httpx client, its calls through this upstream.
+
+        Any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these, of httpx and of
+        httpx2, asynchronous or for plain threads. The copy keeps all that the client was given, and shares its
+        connections: closing one closes both. Retries are the upstream's alone. Bound already, it is returned as it is.
+
+        Raises:
+            NotBindable: it is none of these; the gateway is the way for it.
+            AlreadyBound: it is bound to another upstream.
+        """
+        return bind_client(self, client)
+
     def ask(  # noqa: PLR0913 - what a call may say of itself
         self,
         model: str,
@@ -204,6 +222,13 @@ class Upstream:
             self._warn_unpriced(model)
             return 0.0
         return usd
+
+    def warn_unmetered(self) -> None:
+        """Say once that a WebSocket is neither paced nor counted."""
+        with self._lock:
+            told, self._unmetered_told = self._unmetered_told, True
+        if not told:
+            log.warning("what goes over a WebSocket is not paced, counted or paid for by %r: only HTTP is", self)
 
     def _warn_unpriced(self, model: str) -> None:
         if not self._money.any or not model:

@@ -1,0 +1,235 @@
+"""The transports: one asynchronous and one for plain threads, made for whichever of httpx and httpx2 a client uses."""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any, Final
+
+from forebay.errors import Overloaded
+from forebay.upstream.ask import Permit
+from forebay.upstream.attempt import Tried
+from forebay.upstream.transport.exchange import Binding, Exchange
+from forebay.upstream.transport.reader import Reader
+
+_TAKEN: Final = 1.0  # seconds without an answer after which a call was not refused
+
+
+class AsyncBody:
+    """An open answer, on an event loop."""
+
+    def __init__(self, response: Any, reader: Reader, *, decoded: bool) -> None:
+        self._response = response
+        self._reader = reader
+        self._loop = asyncio.get_running_loop()
+        self._chunks = response.aiter_bytes() if decoded else response.stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        reader = self._reader
+        chunks = aiter(self._chunks)
+        try:
+            async for chunk in chunks:
+                if passed := reader.feed(chunk):
+                    yield passed
+        except Exception:
+            reader.broke()
+            raise
+        finally:
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()  # else it would be closed whenever it is collected
+        if rest := reader.end():
+            yield rest
+
+    async def aclose(self) -> None:
+        """Hang up, if it has not ended."""
+        try:
+            await self._response.aclose()
+        finally:
+            self._reader.left()
+
+    def __del__(self) -> None:
+        if self._reader.settled:
+            return
+        try:  # not here: this may come in the middle of anything
+            self._loop.call_soon_threadsafe(self._reader.left)
+        except RuntimeError:  # the loop is closed
+            _elsewhere(self._reader)
+
+
+class AsyncTransport:
+    """Sends what an asynchronous client asks for through an upstream.
+
+    Args:
+        inner: the client's own transport.
+        binding: which upstream, and for whom.
+    """
+
+    body: type[AsyncBody]
+
+    def __init__(self, inner: Any, binding: Binding) -> None:
+        self.inner = inner
+        self.binding = binding
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """The answer to a request, however many attempts that took."""
+        exchange = Exchange(self.binding, request)
+        exchange.check_repeated()
+
+        async def attempt(permit: Permit) -> Tried:
+            return await self._attempt(exchange, permit)
+
+        try:
+            answer = await self.binding.upstream.driver(exchange.desk).run(exchange.ask, attempt)
+        except Overloaded as error:
+            raise exchange.refusal(error) from None
+        return exchange.finish(answer)
+
+    async def _attempt(self, exchange: Exchange, permit: Permit) -> Tried:
+        alarm = asyncio.get_running_loop().call_later(_TAKEN, exchange.desk.accepted, permit)
+        response = None
+        try:
+            response = await self.inner.handle_async_request(exchange.request)
+            if exchange.is_open(response):
+                decoded = "content-encoding" in response.headers
+                body = self.body(response, exchange.reader(permit, response), decoded=decoded)
+                return exchange.open(response, body, decoded=decoded)
+            raw = b"".join([chunk async for chunk in response.stream])
+        except BaseException as error:
+            if response is not None:
+                await response.aclose()
+            if isinstance(error, Exception):
+                return exchange.broke(permit, error)
+            raise
+        finally:
+            alarm.cancel()
+        await response.aclose()
+        return exchange.whole(permit, response, raw)
+
+    async def aclose(self) -> None:
+        """Close the client's connections."""
+        await self.inner.aclose()
+
+    async def __aenter__(self) -> Any:
+        await self.inner.__aenter__()
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.inner.__aexit__(*raised)
+
+
+class BlockingBody:
+    """An open answer, in a plain thread."""
+
+    def __init__(self, response: Any, reader: Reader, *, decoded: bool) -> None:
+        self._response = response
+        self._reader = reader
+        self._chunks = response.iter_bytes() if decoded else response.stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        reader = self._reader
+        try:
+            for chunk in self._chunks:
+                if passed := reader.feed(chunk):
+                    yield passed
+        except Exception:
+            reader.broke()
+            raise
+        if rest := reader.end():
+            yield rest
+
+    def close(self) -> None:
+        """Hang up, if it has not ended."""
+        try:
+            self._response.close()
+        finally:
+            self._reader.left()
+
+    def __del__(self) -> None:
+        if not self._reader.settled:
+            _elsewhere(self._reader)
+
+
+class BlockingTransport:
+    """Sends what a client in a plain thread asks for through an upstream.
+
+    Args:
+        inner: the client's own transport.
+        binding: which upstream, and for whom.
+    """
+
+    body: type[BlockingBody]
+
+    def __init__(self, inner: Any, binding: Binding) -> None:
+        self.inner = inner
+        self.binding = binding
+
+    def handle_request(self, request: Any) -> Any:
+        """The answer to a request, however many attempts that took."""
+        exchange = Exchange(self.binding, request)
+        exchange.check_repeated()
+
+        def attempt(permit: Permit) -> Tried:
+            return self._attempt(exchange, permit)
+
+        try:
+            answer = self.binding.upstream.driver(exchange.desk).run_blocking(exchange.ask, attempt)
+        except Overloaded as error:
+            raise exchange.refusal(error) from None
+        return exchange.finish(answer)
+
+    def _attempt(self, exchange: Exchange, permit: Permit) -> Tried:
+        response = None
+        try:
+            response = self.inner.handle_request(exchange.request)
+            if exchange.is_open(response):
+                decoded = "content-encoding" in response.headers
+                body = self.body(response, exchange.reader(permit, response), decoded=decoded)
+                return exchange.open(response, body, decoded=decoded)
+            raw = b"".join(response.stream)
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if isinstance(error, Exception):
+                return exchange.broke(permit, error)
+            raise
+        response.close()
+        return exchange.whole(permit, response, raw)
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self.inner.close()
+
+    def __enter__(self) -> Any:
+        self.inner.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.inner.__exit__(*raised)
+
+
+class Kit:
+    """The transports for one HTTP library."""
+
+    def __init__(self, http: ModuleType) -> None:
+        body: type[Any] = type("AsyncBody", (AsyncBody, http.AsyncByteStream), {})
+        self.asynchronous: type[Any] = type(
+            "UpstreamTransport", (AsyncTransport, http.AsyncBaseTransport), {"body": body}
+        )
+        body = type("BlockingBody", (BlockingBody, http.SyncByteStream), {})
+        self.blocking: type[Any] = type("UpstreamTransport", (BlockingTransport, http.BaseTransport), {"body": body})
+
+
+@cache
+def kit_for(http: ModuleType) -> Kit:
+    """The transports for `http`, which is the module httpx or httpx2."""
+    return Kit(http)
+
+
+def _elsewhere(reader: Reader) -> None:
+    """Close a permit whose answer was thrown away: in a thread, since whoever collects garbage may hold any lock."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is going down, and the account with it
+        _thread.start_new_thread(reader.left, ())

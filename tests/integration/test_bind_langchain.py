@@ -1,0 +1,155 @@
+"""Bound models of LangChain before the plant, alone and in a graph of LangGraph."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypedDict
+
+import anthropic
+import httpx2
+import openai
+import pytest
+from langchain_anthropic import ChatAnthropic
+from langchain_anthropic import _client_utils as anthropic_utils
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from langchain_openai.chat_models import _client_utils
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import RetryPolicy
+from tests.unit.upstream.transport.wire import NOTHING, Says, Script, left
+
+from forebay import BackpressureSupervisor, Overloaded, Task
+from forebay.quota import Quota
+from forebay.sim import ProviderConfig, RunningPlant, start_plant
+from forebay.upstream import Upstream
+
+GPT, CLAUDE = "gpt-4o-mini", "claude-sonnet-5"
+
+
+@pytest.fixture(scope="module")
+def plant() -> Iterator[RunningPlant]:
+    with start_plant(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as plant:
+        yield plant
+
+
+@pytest.fixture(autouse=True)
+async def closed() -> AsyncIterator[None]:
+    """LangChain keeps HTTP clients for all models; those that await belong to a loop that a test ends."""
+    yield
+    for make in (_client_utils._cached_async_httpx_client, anthropic_utils._get_default_async_httpx_client):
+        make.cache_clear()
+    for client in made:
+        await client.aclose()
+    made.clear()
+
+
+made: list[Any] = []
+
+
+def model(name: str, plant: RunningPlant) -> Any:
+    if name == "openai":
+        chat: Any = ChatOpenAI(model=GPT, api_key="sk-plant", base_url=plant.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        made.append(chat.root_async_client._client)
+    else:
+        chat = ChatAnthropic(model=CLAUDE, api_key="sk-plant", base_url=plant.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        made.append(chat._async_client._client)
+    return chat
+
+
+NAMES = pytest.mark.parametrize("name", ["openai", "anthropic"])
+ERRORS = {"openai": openai.OpenAIError, "anthropic": anthropic.AnthropicError}
+
+
+def message(answer: Any) -> Any:
+    return answer.content, answer.usage_metadata
+
+
+@NAMES
+async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: RunningPlant) -> None:
+    upstream = Upstream("key", provider=name)
+    bare = model(name, plant)
+    bound = upstream.bind(bare)
+    assert message(await bound.ainvoke("Rivers?")) == message(await bare.ainvoke("Rivers?"))
+    assert [message(part) async for part in bound.astream("Rivers?")] == [
+        message(part) async for part in bare.astream("Rivers?")
+    ]
+    assert left(upstream) == NOTHING
+    assert next(iter(upstream.books)).account.typical > 0
+
+
+@NAMES
+def test_so_it_does_in_a_plain_thread(name: str, plant: RunningPlant) -> None:
+    upstream = Upstream("key", provider=name)
+    bare = model(name, plant)
+    bound = upstream.bind(bare)
+    assert message(bound.invoke("Rivers?")) == message(bare.invoke("Rivers?"))
+    assert [part.content for part in bound.stream("Rivers?")] == [part.content for part in bare.stream("Rivers?")]
+    assert left(upstream) == NOTHING
+
+
+@NAMES
+async def test_a_refusal_comes_out_of_the_model_unchanged(name: str, plant: RunningPlant) -> None:
+    bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, plant))
+    await bound.ainvoke("Rivers?")
+    with pytest.raises(Overloaded) as refused:
+        await bound.ainvoke("Rivers?")
+    assert isinstance(refused.value, ERRORS[name])
+    with pytest.raises(Overloaded):
+        async for _ in bound.astream("Rivers?"):
+            pass
+
+
+async def statistics(plant: RunningPlant) -> dict[str, Any]:
+    return await asyncio.get_running_loop().run_in_executor(None, plant.statistics)
+
+
+class State(TypedDict, total=False):
+    answer: str
+
+
+@NAMES
+async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(name: str, plant: RunningPlant) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, plant.reset)
+    upstream = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")])
+    bound = upstream.bind(model(name, plant))
+    asked: list[int] = []
+
+    async def think(_: State) -> State:
+        asked.append(len(asked))
+        await bound.ainvoke("Rivers?")
+        return {"answer": (await bound.ainvoke("And lakes?")).content}
+
+    graph = StateGraph(State)
+    policy = RetryPolicy(max_attempts=3, initial_interval=0.001, jitter=False)
+    graph.add_node("think", think, retry_policy=policy)  # type: ignore[arg-type]
+    graph.add_edge(START, "think")
+    graph.add_edge("think", END)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("graph", handler=graph.compile(), task_types=["ask"])
+        with pytest.raises(Overloaded) as refused:
+            await supervisor.run(Task("ask", {}))
+    assert refused.value.retry_after is not None
+    assert len(asked) == 3  # the graph tried, but what it was refused it was refused at once
+    assert sum((await statistics(plant))["by_status"].values()) == 1
+    assert left(upstream) == NOTHING
+
+
+def test_embeddings_are_counted() -> None:
+    vector = {
+        "object": "list",
+        "model": "e",
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}],
+        "usage": {"prompt_tokens": 7, "total_tokens": 7},
+    }
+    script = Script(httpx2, Says(body=[json.dumps(vector).encode()]))
+    upstream = Upstream("key", provider="openai", quotas=[Quota(input_tokens=1000, per="day")])
+    bare = OpenAIEmbeddings(
+        api_key="k",  # type: ignore[arg-type]
+        http_client=httpx2.Client(transport=script.blocking()),
+        check_embedding_ctx_length=False,
+    )
+    assert upstream.bind(bare).embed_query("rivers") == [0.5, 0.25]
+    (level,) = next(iter(upstream.books)).account.quotas.levels(0.0)
+    assert level.left == pytest.approx(993, abs=1)
+    assert left(upstream) == NOTHING
