@@ -15,7 +15,7 @@ from tests.mutants.plants import MUTANTS, Mutant
 HOUSE = Path(__file__).parents[2]
 SOURCE = HOUSE / "src" / "forebay"
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
-OPTIONS = ["-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=60"]
+OPTIONS = ["-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=20"]
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def run(copy: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     """Run tests against a copy of the package."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *OPTIONS, "--hypothesis-profile=quick", *tests],
+        [sys.executable, "-m", "pytest", *OPTIONS, "--hypothesis-profile=mutants", *tests],
         cwd=HOUSE,
         env={**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "400"},
         capture_output=True,
