@@ -13,9 +13,9 @@ from forebay.retry import RetryBudget
 
 
 def taken(budget: RetryBudget, now: float) -> int:
-    """How many retries can be had at once."""
+    """How many retries can be had at once; beyond ten thousand, there is no end to them."""
     count = 0
-    while budget.withdraw(now):
+    while count < 10_000 and budget.withdraw(now):
         count += 1
     return count
 
