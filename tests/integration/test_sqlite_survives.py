@@ -49,11 +49,13 @@ from forebay.overflow import open_ledger
 async def main():
     ledger = open_ledger(sys.argv[1])
     await ledger.open()
+    leases = await ledger.lease("t", 7, until=1e12)  # so that each has some, however late it comes to its turn
     print("ready", flush=True)
     sys.stdin.readline()
-    while leases := await ledger.lease("t", 7, until=1e12):
+    while leases:
         for lease in leases:
             print(lease.row.task_id, flush=True)
+        leases = await ledger.lease("t", 7, until=1e12)
     await ledger.close()
 
 asyncio.run(main())
