@@ -122,7 +122,8 @@ async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
 
     graph = StateGraph(State)
     policy = RetryPolicy(max_attempts=3, initial_interval=0.001, jitter=False)
-    graph.add_node("think", think, retry_policy=policy)  # type: ignore[arg-type]
+    node: Any = think
+    graph.add_node("think", node, retry_policy=policy)
     graph.add_edge(START, "think")
     graph.add_edge("think", END)
     async with BackpressureSupervisor() as supervisor:

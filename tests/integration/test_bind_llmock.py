@@ -32,13 +32,26 @@ def mock(server: LLMockServer) -> LLMock:
     return LLMock(server).reset()
 
 
+made: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    for client in made:
+        client.close()
+    made.clear()
+
+
 def upstream(name: str, **how: Any) -> Upstream:
     return Upstream(name, **{"provider": name, "retry": Retry(base=0.001, ceiling=0.01), **how})
 
 
 def bound(up: Upstream, mock: LLMock) -> Any:
     kind: Any = openai.OpenAI if up.name == "openai" else anthropic.Anthropic
-    return up.bind(kind(base_url=mock.base_url(up.name), api_key="k", max_retries=4))
+    client = up.bind(kind(base_url=mock.base_url(up.name), api_key="k", max_retries=4))
+    made.append(client)
+    return client
 
 
 def create(client: Any, **how: Any) -> Any:

@@ -43,14 +43,18 @@ def plant(process: RunningPlant) -> RunningPlant:
 
 
 made: list[Any] = []  # clients that await, by the test that is running
+made_blocking: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
 async def closed() -> AsyncIterator[None]:
-    made.clear()
     yield
     for client in made:
         await client.close()
+    for client in made_blocking:
+        client.close()
+    made.clear()
+    made_blocking.clear()
 
 
 class Side:
@@ -65,8 +69,11 @@ class Side:
 
     def client(self, plant: RunningPlant, **how: Any) -> Any:
         if self.name == "openai":
-            return openai.OpenAI(base_url=plant.openai_url, api_key="sk-plant", **how)
-        return anthropic.Anthropic(base_url=plant.url, api_key="sk-plant", **how)
+            client: Any = openai.OpenAI(base_url=plant.openai_url, api_key="sk-plant", **how)
+        else:
+            client = anthropic.Anthropic(base_url=plant.url, api_key="sk-plant", **how)
+        made_blocking.append(client)
+        return client
 
     def async_client(self, plant: RunningPlant, **how: Any) -> Any:
         if self.name == "openai":

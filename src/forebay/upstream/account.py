@@ -187,6 +187,8 @@ class Account:
             self.leave(place[2])  # its event loop has closed: nobody waits
 
     def _pump(self, now: float) -> float | None:
+        if not self.line:
+            return None
         self._promote(now)
         while (place := self.line.head()) is not None:
             waiting: Waiting = place[2]

@@ -215,9 +215,17 @@ class Upstream:
             model=model,
         )
 
-    def dollars(self, model: str, charge: Charge) -> float:
-        """What a call costs; 0.0 for a model whose price is not known, of which is warned once."""
-        usd = self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens)
+    def dollars(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:
+        """What a call costs; 0.0 for a model whose price is not known, of which is warned once.
+
+        Args:
+            model: what it is for.
+            charge: what it uses.
+            cached_tokens: of its input, those that came from the provider's cache.
+        """
+        if not self._money.any:
+            return 0.0
+        usd = self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
         if usd is None:
             self._warn_unpriced(model)
             return 0.0

@@ -1,6 +1,6 @@
 """What is known of providers: how they are asked, how they count, and how they say no. Garbage makes nothing fail."""
 
-from forebay.upstream.rules.headers import notices, retry_after, wants_retry
+from forebay.upstream.rules.headers import Plain, notices, retry_after, wants_retry
 from forebay.upstream.rules.include_usage import UsageFilter
 from forebay.upstream.rules.meaning import Meaning, meaning_in_stream, meaning_of
 from forebay.upstream.rules.meter import Meter
@@ -13,6 +13,7 @@ __all__ = [
     "InputRatio",
     "Meaning",
     "Meter",
+    "Plain",
     "Request",
     "Route",
     "Rules",

@@ -16,10 +16,10 @@ from __future__ import annotations
 import datetime as dt
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Final
+from typing import Final, Self
 
 from forebay.typing import Notice
 
@@ -54,8 +54,21 @@ _FAMILIES: Final = [
 ]
 
 
-def plain(headers: Mapping[str, str]) -> dict[str, str]:
+class Plain(dict[str, str]):
+    """Headers by lower-case name, as plain strings; made once for all who read them."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of_wire(cls, pairs: Iterable[tuple[bytes, bytes]]) -> Self:
+        """Those that stand on the wire."""
+        return cls([(name.decode("latin-1").lower(), value.decode("latin-1").strip()) for name, value in pairs])
+
+
+def plain(headers: Mapping[str, str]) -> Mapping[str, str]:
     """Headers by lower-case name, as plain strings."""
+    if type(headers) is Plain:
+        return headers
     return {str(name).lower(): str(value).strip() for name, value in headers.items()}
 
 

@@ -478,3 +478,13 @@ async def test_an_sdk_that_calls_again_what_was_given_up_is_told_the_same_at_onc
     with pytest.raises(httpx2.ConnectError):
         await client.post(URL, json=REQUEST)
     assert len(script.requests) == 4
+
+
+@virtual
+async def test_what_came_from_the_providers_cache_costs_what_that_costs() -> None:
+    price = Price(input=1e6, output=0, cached_input=1e5)
+    up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": price})
+    usage = {**CHAT["usage"], "prompt_tokens_details": {"cached_tokens": 10}}
+    client = Script(httpx2, Says(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
+    await ask(client)
+    assert up.statistics().spent_usd == 20 * 1.0 + 10 * 0.1
