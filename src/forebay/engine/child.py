@@ -42,6 +42,7 @@ def spawn() -> Spawned:
         OSError: the system has no more processes, descriptors or memory.
     """
     line, other = socket.socketpair()
+    process = None
     try:
         with other:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and code
@@ -53,6 +54,9 @@ def spawn() -> Spawned:
         warden.watch(process.pid)
     except BaseException:
         line.close()
+        if process is not None:
+            process.kill()
+            process.wait()
         raise
     return Spawned(process, line)
 

@@ -120,6 +120,7 @@ class _Pool:
         self._children: set[Child] = set()  # all that may still be there
         self._idle: list[Child] = []
         self._starting: set[asyncio.Task[Child]] = set()
+        self._unclaimed: set[asyncio.Task[Child]] = set()  # of these, those that nobody waits for by name
         self._waiters: list[asyncio.Future[None]] = []
         self._closed = False
 
@@ -130,8 +131,10 @@ class _Pool:
             ProcessNotStarted: it does not start.
         """
         try:
-            self._put_back(await self._take())
-        except BaseException:
+            self._check_open()
+            if self._has_room():
+                await asyncio.shield(self._start_spare())
+        except asyncio.CancelledError:  # nobody will use what is being started, nor end it
             await self.stop()
             raise
 
@@ -151,7 +154,7 @@ class _Pool:
         finally:
             self._put_back(child)
             if not child.usable and not self._idle and not self._starting and self._has_room():
-                self._start_one().add_done_callback(self._keep)  # the next task's time is not to pass with its start
+                self._start_spare()  # the next task's time is not to pass with its start
 
     def _begin(self, task: Task) -> wire.Begin:
         running = context.current()
@@ -187,12 +190,12 @@ class _Pool:
                 child.rouse()
                 if child.usable:
                     return child
-            if self._has_room():
+            if self._has_room() and len(self._unclaimed) <= len(self._waiters):
                 starting = self._start_one()
                 try:
                     return await asyncio.shield(starting)
                 except asyncio.CancelledError:
-                    starting.add_done_callback(self._keep)  # it goes on, for the next
+                    self._leave(starting)  # it goes on, for the next
                     raise
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -222,14 +225,27 @@ class _Pool:
     def _start_one(self) -> asyncio.Task[Child]:
         starting = asyncio.ensure_future(self._started())
         self._starting.add(starting)
-        starting.add_done_callback(self._starting.discard)
+        starting.add_done_callback(self._begun)
         return starting
 
+    def _begun(self, starting: asyncio.Task[Child]) -> None:
+        self._starting.discard(starting)
+        self._changed()  # if it failed, there is room again
+
+    def _start_spare(self) -> asyncio.Task[Child]:
+        """Start one for whoever comes."""
+        starting = self._start_one()
+        self._leave(starting)
+        return starting
+
+    def _leave(self, starting: asyncio.Task[Child]) -> None:
+        self._unclaimed.add(starting)
+        starting.add_done_callback(self._keep)
+
     def _keep(self, starting: asyncio.Task[Child]) -> None:
+        self._unclaimed.discard(starting)
         if not starting.cancelled() and starting.exception() is None:
             self._put_back(starting.result())
-        else:
-            self._changed()
 
     async def _started(self) -> Child:
         """A new process that has loaded its handler."""

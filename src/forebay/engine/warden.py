@@ -39,26 +39,33 @@ class Warden:
                 process.stdin.close()
 
     def watch(self, pid: int) -> None:
-        """From now on the group of `pid` ends with this process."""
+        """From now on the group of `pid` ends with this process.
+
+        Raises:
+            OSError: the system has no more processes or descriptors; nothing is watched over that was not before.
+        """
         with self._lock:
+            if self._process is None or not _write(self._process, f"+{pid}\n"):
+                self._begin(self._groups | {pid})
             self._groups.add(pid)
-            self._tell(f"+{pid}\n")
 
     def forget(self, pid: int) -> None:
         """The group of `pid` has ended."""
         with self._lock:
             self._groups.discard(pid)
-            if self._groups:
-                self._tell(f"-{pid}\n")
-            elif self._process is not None:
+            if self._process is None:
+                return
+            if not self._groups:
                 process, self._process = self._process, None
                 _end(process)
+            elif not _write(self._process, f"-{pid}\n"):  # somebody has ended it
+                with contextlib.suppress(OSError):  # then the next to be watched has another try
+                    self._begin(self._groups)
 
-    def _tell(self, line: str) -> None:
-        if self._process is not None and _write(self._process, line):
-            return
-        if self._process is not None:  # somebody has ended it
-            _end(self._process)
+    def _begin(self, groups: set[int]) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            _end(process)
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and file
             [sys.executable, "-I", "-S", str(_PROGRAM)],
             stdin=subprocess.PIPE,
@@ -67,7 +74,7 @@ class Warden:
             start_new_session=True,
             bufsize=0,
         )
-        _write(self._process, "".join(f"+{pid}\n" for pid in self._groups))
+        _write(self._process, "".join(f"+{pid}\n" for pid in groups))
 
 
 def _write(process: subprocess.Popen[bytes], lines: str) -> bool:

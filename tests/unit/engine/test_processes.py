@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
+import itertools
 import os
 import signal
 import socket
 import struct
+import subprocess
+import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -19,6 +23,7 @@ from tests.contract.test_engines import PATIENCE, children, descriptors, over
 
 from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, progress
 from forebay.engine import InProcess, InThread
+from forebay.engine.warden import warden
 from forebay.errors import InvalidHandler, InvalidSetting, NotImportable, ProcessNotStarted, RemoteError, WorkerDied
 from forebay.sim import simulate
 
@@ -343,9 +348,67 @@ async def test_a_handler_that_takes_too_long_to_load_is_given_up() -> None:
 
 async def test_a_process_that_does_not_start_fails_the_task_and_no_other(supervisor: BackpressureSupervisor) -> None:
     register(supervisor, "no.such.module:handler")
-    for _ in range(2):
+    for _ in range(3):
         result = await ended(supervisor, "echo", 1)
         assert isinstance(result.cause, ProcessNotStarted)
+        assert "No module named 'no'" in str(result.cause)
+
+
+@pytest.mark.parametrize("fails", [1, 2], ids=["the process", "what watches over it"])
+async def test_what_the_system_refuses_fails_the_task_and_the_next_has_another_try(
+    supervisor: BackpressureSupervisor, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    begin, begun = subprocess.Popen, itertools.count(1)
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        if next(begun) == fails:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return begin(*args, **options)
+
+    before = descriptors()
+    register(supervisor, engine=InProcess(idle=0.001))
+    await over(await pid_of(supervisor))  # the one that was started with the worker
+    await asyncio.get_running_loop().run_in_executor(None, until_nobody_is_watched)
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", refuse)
+        result = await ended(supervisor, "echo", 1)
+        assert isinstance(result.cause, ProcessNotStarted)
+        assert "the system refused: [Errno 11]" in str(result.cause)
+        assert children() == []
+        assert descriptors() <= before
+        assert (await ended(supervisor, "echo", 1)).result == 1
+
+
+def until_nobody_is_watched() -> None:
+    """Wait for the end of what watches, which comes when the last process has been reaped."""
+    while warden._process is not None:
+        threading.Event().wait(0.001)
+
+
+async def test_what_watches_over_the_processes_is_replaced_if_somebody_ends_it(
+    supervisor: BackpressureSupervisor,
+) -> None:
+    register(supervisor, max_concurrent=2)
+    await pid_of(supervisor)
+    first = warden._process
+    assert first is not None
+    first.kill()
+    first.wait()
+    assert isinstance((await ended(supervisor, "exit", 3)).cause, WorkerDied)
+    assert (await ended(supervisor, "echo", 1)).result == 1
+    assert warden._process not in (None, first)
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
+    supervisor = BackpressureSupervisor()
+    register(supervisor, "tests.unit.engine.hangs_at_import:handler", engine=InProcess(start_within=1.0))
+    starting = asyncio.ensure_future(supervisor.start())
+    for _ in range(5):  # a thread is at it by then
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert children() == []
 
 
 def test_virtual_time_has_no_processes() -> None:
