@@ -109,7 +109,7 @@ class Fleet:
                 return Tried(error=error, again=meaning.retried, retry_after=refusal.retry_after, ended=ended)
             except Broken as broken:
                 return Tried(error=broken, again=True, ended=Ended(outcome=Outcome.FAULT))
-            desk.hear(permit, notices(answer.headers, wall=clock.wall_time()))
+            desk.began(permit, notices(answer.headers, wall=clock.wall_time()))
             seconds = clock.now() - began
             pace = desk.account.pace
             stretch = pace.stretch(OUTPUT, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from forebay.upstream.waiting import Waiter
 _GAIN = 0.05  # weight of the newest call in the typical one's time
 _UNKNOWN = 1.0  # seconds that a call is taken to last before the first has ended
 _LINE = 10_000  # calls that may wait, however short that is expected to be
+_SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
 _RUNG_UP = 4  # typical waits after which a call goes one rung up
 
 
@@ -99,6 +101,7 @@ class Account:
         self._typical_wait = 0.0  # seconds in the line, as a moving mean
         self._seats = BookedSeats()
         self._stopped_until = -math.inf
+        self._young: deque[Permit] = deque()  # given within the last second, and some that have ended since
 
     @property
     def typical_or_guess(self) -> float:
@@ -117,6 +120,7 @@ class Account:
 
         Go has taken everything that the call needs. Wait has taken nothing: its caller may `join` the line.
         """
+        self._ripen(now)
         refusal = self._refusal(now, ask)
         if refusal is not None:
             return refusal
@@ -174,7 +178,9 @@ class Account:
         reservation = self.quotas.reserve(now, ask.charge)
         sums = tuple(purse.reserve(ask.usd) for purse in self._purses(ask))
         grant = self.limit.grant(now, self.in_flight)
-        return Permit(ask, now, grant, self.breaker.allow(now), reservation, sums)
+        permit = Permit(ask, now, grant, self.breaker.allow(now), reservation, sums)
+        self._young.append(permit)
+        return permit
 
     # --- the line moves ---
 
@@ -187,6 +193,7 @@ class Account:
             self.leave(place[2])  # its event loop has closed: nobody waits
 
     def _pump(self, now: float) -> float | None:
+        ripe = self._ripen(now)
         if not self.line:
             return None
         self._promote(now)
@@ -200,7 +207,7 @@ class Account:
                 self._answer(waiting, refusal)
                 continue
             if not self._room(now):
-                return _earliest(self.limit.next_change(now), self._next_deadline())
+                return _earliest(self.limit.next_change(now), self._next_deadline(), ripe)
             seconds, _ = self.quotas.wait(now, waiting.ask.charge)
             if seconds > 0.0:
                 return _earliest(now + seconds, self._next_deadline())
@@ -240,11 +247,28 @@ class Account:
 
     # --- a call ends ---
 
-    def accepted(self, now: float, permit: Permit) -> None:
-        """A call was not refused: its answer has begun, or a second has passed without one."""
-        if not permit.accepted and not permit.closed:
+    def began(self, now: float, permit: Permit, notices: Sequence[Notice] = ()) -> None:
+        """A call was not refused: its answer has begun, and its headers say this of the quotas."""
+        if not permit.closed:
+            self._accept(now, permit)
+        self.quotas.hear(now, notices, permit.reservation)
+
+    def _accept(self, now: float, permit: Permit) -> None:
+        if not permit.accepted:
             permit.accepted = True
             self.limit.accepted(now, permit.grant)
+
+    def _ripen(self, now: float) -> float | None:
+        """A call that was not refused within a second was accepted; returns when the next one will have been."""
+        young = self._young
+        while young:
+            permit = young[0]
+            if not (permit.closed or permit.accepted):
+                if now < permit.at + _SILENCE:
+                    return permit.at + _SILENCE
+                self._accept(now, permit)
+            young.popleft()
+        return None
 
     def settle(self, now: float, permit: Permit, ended: Ended) -> None:
         """Take the end of a call: its slot, and what it reserved beyond its use, are free.
@@ -257,8 +281,10 @@ class Account:
         ask = permit.ask
         self.in_flight -= 1
         if ended.outcome is Outcome.SUCCESS:
-            self.accepted_late(now, permit)
+            self._accept(now, permit)
         self.limit.observe(now, permit.grant, ended.outcome, stretch=ended.stretch)
+        if ended.notices and not ended.rate:
+            self.quotas.hear(now, ended.notices, permit.reservation)
         if ended.rate:
             self.quotas.refused(now, permit.reservation, ended.retry_after, ended.notices)
         elif ended.released:
@@ -273,12 +299,6 @@ class Account:
         if self.breaker.record(now, judged, permit.era) is not None:
             self.refuse_all(now)
 
-    def accepted_late(self, now: float, permit: Permit) -> None:
-        """A success is an acceptance too, if nobody said so before."""
-        if not permit.accepted:
-            permit.accepted = True
-            self.limit.accepted(now, permit.grant)
-
     def never_sent(self, now: float, permit: Permit) -> None:
         """Give everything back: nothing has left."""
         self.settle(now, permit, Ended(outcome=Outcome.IGNORED, released=True, usd=0.0))
@@ -286,10 +306,6 @@ class Account:
     def stop(self, now: float, seconds: float) -> None:
         """Its provider says that its money is spent: ask it no more for a while, for it would only refuse."""
         self._stopped_until = now + seconds
-
-    def hear(self, now: float, permit: Permit, notices: Sequence[Notice]) -> None:
-        """Take what the headers of a call's answer say of the quotas."""
-        self.quotas.hear(now, notices, permit.reservation)
 
     def paced(self, tokens: int, seconds: float) -> float | None:
         """A success took so long for its output tokens; returns its stretch, if it made any and that is known."""
@@ -306,6 +322,7 @@ class Account:
 
         While no call has ended yet, nothing is known of how long a slot is held, and nothing is feared.
         """
+        self._ripen(now)
         ahead = self.line.ahead(ask.priority) + others
         delay = self.quotas.expected_wait(now, ask.charge, ahead=_times(ask.charge, ahead))
         seconds, binding = delay.seconds, delay.binding or "nothing"

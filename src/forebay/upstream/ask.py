@@ -76,7 +76,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         released: it took nothing of them: it never left, or was refused and not counted.
         rate: it was refused since a quota is used up.
         retry_after: seconds that the refusal asked for, or None.
-        notices: what the refusal's headers said; those of other answers are heard when they come.
+        notices: what the headers of its answer said of the quotas, unless that was heard before.
         usd: what it cost; None: as much as was reserved.
         seconds: how long it took, if that says anything of the upstream's pace.
         stretch: its time over the time expected for its output tokens, if both are known.

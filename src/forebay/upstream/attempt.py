@@ -11,6 +11,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
+
 from forebay.retry import Attempts, Retry, RetryBudget
 from forebay.upstream.ask import Ask, Ended, Permit
 
@@ -98,17 +100,6 @@ def script(ask: Ask, retry: Retry, budget: RetryBudget) -> Generator[Step, Any, 
             if not tried.open:
                 yield Settle(permit, tried.ended)
             return tried
-        yield Settle(permit, _not_final(tried.ended))
+        yield Settle(permit, msgspec.structs.replace(tried.ended, final=False))
         ask.retries += 1
         yield Sleep(delay)
-
-
-def _not_final(ended: Ended) -> Ended:
-    return Ended(
-        outcome=ended.outcome,
-        used=ended.used,
-        usd=ended.usd,
-        seconds=ended.seconds,
-        stretch=ended.stretch,
-        final=False,
-    )

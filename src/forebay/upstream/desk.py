@@ -18,7 +18,6 @@ from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter
 
 _GAIN = 0.05  # weight of the newest call in what a typical one asks
 _START_SHARE = 0.25  # of a typical call: how long the next may be expected to wait for another run to begin
-_SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
 
 
 class Desk:
@@ -50,11 +49,6 @@ class Desk:
         Raises:
             Overloaded: it will not be had in time; ``retry_after`` says when it could.
         """
-        permit = await self._enter(ask)
-        asyncio.get_running_loop().call_later(_SILENCE, self.accepted, permit)
-        return permit
-
-    async def _enter(self, ask: Ask) -> Permit:
         asked = self._ask(ask, lambda: LoopWaiter(self._look))
         if isinstance(asked, Permit):
             return asked
@@ -127,19 +121,12 @@ class Desk:
         if run.refusals and (error := run.refusals.get(self)) is not None:
             raise error
 
-    def accepted(self, permit: Permit) -> None:
-        """Its answer has begun, or a second has passed without one."""
-        if not (permit.accepted or permit.closed):
-            with self._lock:
-                self.account.accepted(clock.now(), permit)
-                self.account.pump(clock.now())
-
-    def hear(self, permit: Permit, notices: Sequence[Notice]) -> None:
-        """What the headers of its answer say of the quotas."""
-        if notices:
-            with self._lock:
-                self.account.hear(clock.now(), permit, notices)
-                self.account.pump(clock.now())
+    def began(self, permit: Permit, notices: Sequence[Notice] = ()) -> None:
+        """Its answer has begun, and its headers say this of the quotas."""
+        now = clock.now()
+        with self._lock:
+            self.account.began(now, permit, notices)
+            self.account.pump(now)
 
     def stop(self, seconds: float) -> None:
         """Its provider says that its money is spent: nobody goes for a while, and nobody waits for it."""

@@ -23,6 +23,7 @@ from forebay.upstream.books import Books, Money, Terms
 from forebay.upstream.call import UpstreamCall
 from forebay.upstream.desk import Desk
 from forebay.upstream.drive import Driver
+from forebay.upstream.exchange import Sender
 from forebay.upstream.rules import rules_for
 from forebay.upstream.statistics import UpstreamStatistics, snapshot
 from forebay.upstream.transport import bind_client
@@ -212,6 +213,18 @@ class Upstream:
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
             run=None if task is None else task.task_id,
+            model=model,
+        )
+
+    def ask_for(self, sender: Sender, model: str, charge: Charge) -> Ask:
+        """What a call asks that is made on behalf of somebody elsewhere."""
+        return Ask(
+            charge=charge,
+            usd=self.dollars(model, charge),
+            priority=sender.priority,
+            deadline=sender.deadline,
+            tenant=sender.tenant,
+            run=sender.run,
             model=model,
         )
 

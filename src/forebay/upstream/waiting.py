@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -34,6 +35,7 @@ class LoopWaiter:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[None] = self._loop.create_future()
         self._alarm: asyncio.TimerHandle | None = None
+        self._when = math.inf  # it looks then
         self._look = look
         self.given: Go | No | None = None
 
@@ -54,6 +56,9 @@ class LoopWaiter:
 
     def look_at(self, when: float) -> bool:
         """See `Waiter`."""
+        if self._when <= when and not self._loop.is_closed():  # whoever looks then sees when to look again
+            return True
+        self._when = when
         return self._in_loop(lambda: self._arm(when))
 
     def _in_loop(self, callback: Callable[[], None]) -> bool:
@@ -71,7 +76,11 @@ class LoopWaiter:
         if self._alarm is not None:
             self._alarm.cancel()
         if not self._future.done():
-            self._alarm = self._loop.call_later(max(0.0, when - clock.now()), self._look)
+            self._alarm = self._loop.call_later(max(0.0, when - clock.now()), self._look_now)
+
+    def _look_now(self) -> None:
+        self._when = math.inf
+        self._look()
 
 
 class ThreadWaiter:

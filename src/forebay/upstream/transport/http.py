@@ -8,15 +8,13 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 from forebay.errors import Overloaded
 from forebay.upstream.ask import Permit
 from forebay.upstream.attempt import Tried
-from forebay.upstream.transport.exchange import Binding, Exchange
-from forebay.upstream.transport.reader import Reader
-
-_TAKEN: Final = 1.0  # seconds without an answer after which a call was not refused
+from forebay.upstream.reader import Reader
+from forebay.upstream.transport.exchange import Binding, BoundExchange
 
 
 class AsyncBody:
@@ -76,7 +74,7 @@ class AsyncTransport:
 
     async def handle_async_request(self, request: Any) -> Any:
         """The answer to a request, however many attempts that took."""
-        exchange = Exchange(self.binding, request)
+        exchange = BoundExchange(self.binding, request)
         exchange.check_repeated()
 
         async def attempt(permit: Permit) -> Tried:
@@ -86,28 +84,26 @@ class AsyncTransport:
             answer = await self.binding.upstream.driver(exchange.desk).run(exchange.ask, attempt)
         except Overloaded as error:
             raise exchange.refusal(error) from None
-        return exchange.finish(answer)
+        exchange.finish(answer.status_code)
+        return answer
 
-    async def _attempt(self, exchange: Exchange, permit: Permit) -> Tried:
-        alarm = asyncio.get_running_loop().call_later(_TAKEN, exchange.desk.accepted, permit)
+    async def _attempt(self, exchange: BoundExchange, permit: Permit) -> Tried:
         response = None
         try:
             response = await self.inner.handle_async_request(exchange.request)
-            if exchange.is_open(response):
+            if exchange.streams(response):
                 decoded = "content-encoding" in response.headers
-                body = self.body(response, exchange.reader(permit, response), decoded=decoded)
-                return exchange.open(response, body, decoded=decoded)
+                body = self.body(response, exchange.reader_of(permit, response), decoded=decoded)
+                return exchange.opened(response, body, decoded=decoded)
             raw = b"".join([chunk async for chunk in response.stream])
         except BaseException as error:
             if response is not None:
                 await response.aclose()
             if isinstance(error, Exception):
-                return exchange.broke(permit, error)
+                return exchange.failed(permit, error)
             raise
-        finally:
-            alarm.cancel()
         await response.aclose()
-        return exchange.whole(permit, response, raw)
+        return exchange.answered(permit, response, raw)
 
     async def aclose(self) -> None:
         """Close the client's connections."""
@@ -169,7 +165,7 @@ class BlockingTransport:
 
     def handle_request(self, request: Any) -> Any:
         """The answer to a request, however many attempts that took."""
-        exchange = Exchange(self.binding, request)
+        exchange = BoundExchange(self.binding, request)
         exchange.check_repeated()
 
         def attempt(permit: Permit) -> Tried:
@@ -179,25 +175,26 @@ class BlockingTransport:
             answer = self.binding.upstream.driver(exchange.desk).run_blocking(exchange.ask, attempt)
         except Overloaded as error:
             raise exchange.refusal(error) from None
-        return exchange.finish(answer)
+        exchange.finish(answer.status_code)
+        return answer
 
-    def _attempt(self, exchange: Exchange, permit: Permit) -> Tried:
+    def _attempt(self, exchange: BoundExchange, permit: Permit) -> Tried:
         response = None
         try:
             response = self.inner.handle_request(exchange.request)
-            if exchange.is_open(response):
+            if exchange.streams(response):
                 decoded = "content-encoding" in response.headers
-                body = self.body(response, exchange.reader(permit, response), decoded=decoded)
-                return exchange.open(response, body, decoded=decoded)
+                body = self.body(response, exchange.reader_of(permit, response), decoded=decoded)
+                return exchange.opened(response, body, decoded=decoded)
             raw = b"".join(response.stream)
         except BaseException as error:
             if response is not None:
                 response.close()
             if isinstance(error, Exception):
-                return exchange.broke(permit, error)
+                return exchange.failed(permit, error)
             raise
         response.close()
-        return exchange.whole(permit, response, raw)
+        return exchange.answered(permit, response, raw)
 
     def close(self) -> None:
         """Close the client's connections."""

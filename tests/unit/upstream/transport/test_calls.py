@@ -231,6 +231,20 @@ async def test_not_now_is_waited_for_and_uses_up_no_attempt() -> None:
 
 
 @virtual
+async def test_while_one_call_waits_for_its_rate_the_others_do_too() -> None:
+    up = upstream()
+    client = Script(httpx2, Says.error(429, "requests per min", retry_after="5"), Says()).client(up)
+    began = now()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(ask(client))
+        await asyncio.sleep(1.0)
+        await ask(client)
+        assert now() - began >= 5.0
+    assert first.result().status_code == 200
+    assert left(up) == NOTHING
+
+
+@virtual
 async def test_a_retry_after_of_a_day_is_not_slept() -> None:
     up = upstream()
     script = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"))

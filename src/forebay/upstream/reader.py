@@ -11,7 +11,7 @@ from forebay.upstream.ask import Permit
 from forebay.upstream.rules import Meaning, Meter, UsageFilter
 
 if TYPE_CHECKING:
-    from forebay.upstream.transport.exchange import Exchange
+    from forebay.upstream.exchange import Exchange
 
 
 class Reader:

@@ -1,0 +1,223 @@
+"""One HTTP request on its way through an upstream: what it asks, and what its answers come to. Nothing here waits.
+
+It knows no HTTP library: whoever sends it says what came, and adds the answer that its caller gets to what comes back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from forebay import clock, context
+from forebay.errors import Overloaded
+from forebay.task import Priority
+from forebay.typing import Charge, Notice, Outcome
+from forebay.upstream.ask import Ended, Permit
+from forebay.upstream.attempt import Tried
+from forebay.upstream.reader import Reader
+from forebay.upstream.rules import (
+    Meaning,
+    Meter,
+    Plain,
+    Route,
+    Usage,
+    UsageFilter,
+    meaning_of,
+    notices,
+    retry_after,
+    wants_retry,
+)
+
+if TYPE_CHECKING:
+    from forebay.upstream.upstream import Upstream
+
+ERRORS: Final = 400
+REDIRECTS: Final = 300
+_NOT_NOW: Final = frozenset(
+    {Meaning.RATE, Meaning.CONCURRENCY, Meaning.ACCELERATION, Meaning.OVERLOADED, Meaning.SPEND_CAP}
+)
+_COUNTED: Final = Charge()
+_STOP: Final = 60.0  # seconds that an account rests when its provider says that its money is spent
+
+
+class Sender(msgspec.Struct, frozen=True, kw_only=True):
+    """On whose behalf a request is sent, where it does not come from a task that runs here.
+
+    Attributes:
+        priority: its rung.
+        deadline: the time of `forebay.clock.now` when its answer becomes worthless.
+        tenant: who pays for it.
+        run: the id of the run that it belongs to, or None.
+        key: the API key whose account it is of; None where that is to be read from the request.
+    """
+
+    priority: Priority = Priority.NORMAL
+    deadline: float = float("inf")
+    tenant: str = "default"
+    run: str | None = None
+    key: str | None = None
+
+
+class Exchange:
+    """One request, from the account that it belongs to up to the answer that its caller gets.
+
+    Args:
+        upstream: through which it goes.
+        method: such as ``"POST"``.
+        path: of its URL, with the query.
+        headers: of the request.
+        body: as it is sent; None for one that is read as it is sent, so it cannot be sent again.
+        sender: on whose behalf; None for the task that runs here, if one does.
+
+    Attributes:
+        read: what is asked for.
+        desk: of the account that it belongs to.
+        ask: what it asks of that account.
+        changed: the body to send in place of its own, or None.
+        meaning: what its latest answer meant.
+    """
+
+    __slots__ = ("_after", "_replayable", "_upstream", "ask", "changed", "desk", "meaning", "read")
+
+    def __init__(  # noqa: PLR0913 - the parts of a request
+        self,
+        upstream: Upstream,
+        *,
+        method: str,
+        path: str,
+        headers: Plain,
+        body: bytes | None,
+        sender: Sender | None = None,
+    ) -> None:
+        rules = upstream.rules
+        self._upstream = upstream
+        self._replayable = body is not None
+        body = body or b""
+        self.read = rules.read(method, path, headers, body)
+        model = self.read.model or ""
+        key = _key(headers) if sender is None or sender.key is None else sender.key
+        self.desk = upstream.books.desk(model, key)
+        if self.read.websocket:
+            upstream.warn_unmetered()
+        known = self.desk.experience
+        charge = rules.reserve(self.read, output_tokens=known.output_tokens, input_ratio=known.ratio.value)
+        self.ask = upstream.ask(model, charge) if sender is None else upstream.ask_for(sender, model, charge)
+        self.changed = rules.add_usage(self.read, body)
+        self.meaning = Meaning.SUCCESS
+        self._after: float | None = None
+
+    def finish(self, status: int) -> None:
+        """The last answer goes to the caller; if it is *not now*, the run that is under way hears of it."""
+        running = context.drawing() if self.meaning in _NOT_NOW else None
+        if running is not None:
+            reason = f"{self._upstream.name}: its provider answered {status} ({self.meaning.value})"
+            running.refused(self.desk, Overloaded(reason, binding=self.desk.name, retry_after=self._after))
+
+    # --- an answer that is still coming ---
+
+    def is_open(self, status: int, kind: str) -> bool:
+        """Whether the answer is passed on while it comes: events, or what nothing is known of.
+
+        Args:
+            status: of the answer.
+            kind: its Content-Type.
+        """
+        return status < REDIRECTS and (self.read.route is Route.OTHER or _is_events(kind))
+
+    def reader(self, permit: Permit, headers: Plain) -> Reader:
+        """What meters an open answer, and closes its permit."""
+        self.desk.began(permit, notices(headers, wall=clock.wall_time()))
+        meter = None
+        if _is_events(headers.get("content-type", "")):
+            meter = Meter(stream=True, input_tokens=self.ask.charge.input_tokens)
+        keep = None if self.changed is None else UsageFilter()
+        return Reader(self, permit, meter, keep, judged=self.read.makes_tokens)
+
+    def open(self) -> Tried:
+        """The answer has begun; whoever reads it closes the permit."""
+        self.meaning = Meaning.SUCCESS
+        return Tried(ended=Ended(outcome=Outcome.SUCCESS), open=True)
+
+    # --- what an attempt comes to ---
+
+    def whole(self, permit: Permit, status: int, headers: Plain, body: bytes) -> Tried:
+        """The answer is all there; its body without the Content-Encoding."""
+        heard = notices(headers, wall=clock.wall_time())
+        meaning = self.meaning = meaning_of(status, headers, body)
+        if status >= ERRORS:
+            self._after = retry_after(headers, body, wall=clock.wall_time())
+        if meaning in _NOT_NOW:
+            return self._not_now(headers, heard)
+        if status >= ERRORS:
+            seconds = clock.now() - permit.at
+            ended = Ended(outcome=meaning.outcome, used=_COUNTED, usd=0.0, seconds=seconds, notices=heard)
+            return self._tried(headers, ended)
+        if status >= REDIRECTS:
+            return Tried(ended=Ended(outcome=Outcome.IGNORED, used=_COUNTED, usd=0.0, notices=heard))
+        meter = Meter(stream=False, input_tokens=self.ask.charge.input_tokens)
+        meter.feed(body)
+        meter.end()
+        if meter.error is not None:
+            meaning = meter.error
+        return Tried(ended=self.ended(permit, meaning.outcome, meter.usage, heard))
+
+    def _not_now(self, headers: Plain, heard: tuple[Notice, ...]) -> Tried:
+        """It was refused at the provider's door: nothing was used."""
+        meaning, after = self.meaning, self._after
+        if meaning is Meaning.SPEND_CAP:
+            self.desk.stop(_STOP if after is None else after)
+        rate = meaning is Meaning.RATE
+        ended = Ended(outcome=meaning.outcome, released=not rate, rate=rate, retry_after=after, notices=heard, usd=0.0)
+        return self._tried(headers, ended)
+
+    def _tried(self, headers: Plain, ended: Ended) -> Tried:
+        """An attempt that did not succeed; whether there may be another, the provider may say itself."""
+        meaning = self.meaning
+        told = None if meaning is Meaning.SPEND_CAP else wants_retry(headers)
+        again = self._replayable and (meaning.retried if told is None else told)
+        return Tried(ended=ended, again=again, counts=meaning.uses_attempt, retry_after=self._after)
+
+    def broke(self, permit: Permit, error: Exception, *, sent: bool = True, ours: bool = False) -> Tried:
+        """The connection failed, before the answer or within it.
+
+        Args:
+            permit: of the attempt.
+            error: what its caller gets, if it is the last.
+            sent: whether a byte may have left.
+            ours: the provider had no part in it, and another attempt would not help.
+        """
+        self.meaning = Meaning.FAULT
+        outcome = Outcome.IGNORED if ours else Outcome.FAULT
+        if sent and not ours:
+            ended = Ended(outcome=outcome, seconds=clock.now() - permit.at)
+        else:
+            ended = Ended(outcome=outcome, released=True, usd=0.0)
+        return Tried(error=error, ended=ended, again=self._replayable and not ours)
+
+    # --- what the account hears ---
+
+    def ended(self, permit: Permit, outcome: Outcome, usage: Usage | None, heard: tuple[Notice, ...] = ()) -> Ended:
+        """How a call ended that was answered, with what it used."""
+        seconds = clock.now() - permit.at
+        if usage is None:
+            return Ended(outcome=outcome, seconds=seconds, notices=heard)
+        used = self._upstream.rules.settle(self.ask.charge, usage)
+        made = Charge(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+        usd = self._upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
+        stretch = None
+        if outcome is Outcome.SUCCESS:
+            stretch = self.desk.learn(self.read.input_tokens, usage, used, seconds)
+        return Ended(outcome=outcome, used=used, usd=usd, seconds=seconds, stretch=stretch, notices=heard)
+
+
+def _key(headers: Plain) -> str:
+    """The API key of a request, or nothing."""
+    for name in ("authorization", "x-api-key", "api-key"):
+        if key := headers.get(name):
+            return key
+    return ""
+
+
+def _is_events(kind: str) -> bool:
+    return kind.lower().startswith("text/event-stream")
