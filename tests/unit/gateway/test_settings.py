@@ -1,0 +1,280 @@
+"""What a gateway may be told, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay.errors import InvalidPrice, InvalidSetting
+from forebay.gateway import ContextSettings, GatewaySettings, InvalidSecret, QuotaSettings, TargetSettings
+from forebay.quota import Price, Quota
+
+URL = "https://api.openai.com"
+TOKEN = "0123456789abcdef"
+
+
+def target(**changes: Any) -> TargetSettings:
+    return TargetSettings(**{"name": "openai", "url": URL, **changes})
+
+
+def gateway(**changes: Any) -> GatewaySettings:
+    return GatewaySettings(**{"targets": (target(),), **changes})
+
+
+# --- targets ---
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "rules"),
+    [
+        ("openai", None, "openai"),
+        ("anthropic", None, "anthropic"),
+        ("llama.cpp", None, "llama.cpp"),
+        ("my-server", None, "openai-compatible"),
+        ("spare", "anthropic", "anthropic"),
+        ("openai", "generic", "generic"),
+    ],
+)
+def test_a_target_keeps_the_rules_of_its_provider(name: str, provider: str | None, rules: str) -> None:
+    upstream = target(name=name, provider=provider).upstream()
+    assert upstream.name == name
+    assert upstream.rules.provider == rules
+
+
+def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
+    upstream = target(
+        rpm=500,
+        models={"gpt-4o*": QuotaSettings(rpm=10, input_tpm=1000, output_tpm=200, tpm=1100), "o3": QuotaSettings()},
+        max_concurrent=7,
+        budget_usd=25,
+        tenant_budget_usd=5.0,
+        task_budget_usd=0.5,
+        prices={"mine": Price(input=1, output=2)},
+        longest_wait=20,
+        max_attempts=2,
+        weights={"acme": 3.0},
+    ).upstream()
+    terms = upstream.books.terms
+    assert terms.quotas == (Quota(requests=500, per="minute"),)
+    assert terms.models == {
+        "gpt-4o*": (
+            Quota(requests=10, per="minute"),
+            Quota(input_tokens=1000, per="minute"),
+            Quota(output_tokens=200, per="minute"),
+            Quota(tokens=1100, per="minute"),
+        ),
+        "o3": (),
+    }
+    assert (terms.max_concurrent, terms.longest_wait, terms.weights) == (7, 20, {"acme": 3.0})
+    assert (upstream.retry.max_attempts, upstream.retry.longest_wait) == (2, 20)
+    assert upstream.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
+
+
+async def test_the_budgets_of_a_target_are_those_of_a_day_of_a_tenant_and_of_a_task() -> None:
+    spend = target(budget_usd=25, tenant_budget_usd=5, prices={"*": Price(input=1, output=1)}).upstream()
+    async with spend.call("m", input_tokens=1_000_000, tenant="acme") as call:
+        call.settle(input_tokens=1_000_000, output_tokens=0)
+    money = spend.books.money
+    assert money.own is not None
+    assert money.own.spent() == 1.0
+    assert 0 < (money.own.resets_in() or 0) <= 86_400
+    assert target(task_budget_usd=1).upstream().books.money.any
+
+
+def test_a_target_without_limits_is_learned() -> None:
+    terms = target().upstream().books.terms
+    assert (terms.quotas, terms.models, terms.max_concurrent) == ((), {}, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"name": "Open AI"}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "a/b"}, "name"),
+        ({"name": "-a"}, "name"),
+        ({"name": 3}, "name"),
+        ({"provider": "opnai"}, "provider"),
+        ({"rpm": 0}, "rpm"),
+        ({"rpm": True}, "rpm"),
+        ({"input_tpm": -1}, "input_tpm"),
+        ({"output_tpm": 1.5}, "output_tpm"),
+        ({"tpm": "many"}, "tpm"),
+        ({"max_concurrent": 0}, "max_concurrent"),
+        ({"budget_usd": 0}, "budget_usd"),
+        ({"budget_usd": math.inf}, "budget_usd"),
+        ({"tenant_budget_usd": math.nan}, "tenant_budget_usd"),
+        ({"task_budget_usd": -1.0}, "task_budget_usd"),
+        ({"longest_wait": 0.0}, "longest_wait"),
+        ({"longest_wait": None}, "longest_wait"),
+        ({"max_attempts": 0}, "max_attempts"),
+        ({"weights": {"acme": 0}}, "weights.acme"),
+    ],
+)
+def test_what_cannot_be_meant_of_a_target_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        target(**wrong)
+    assert vars(refused.value)["name"] == name
+
+
+def test_a_group_of_models_is_checked_as_its_target_is() -> None:
+    with pytest.raises(InvalidSetting, match="rpm=0"):
+        QuotaSettings(rpm=0)
+
+
+def test_a_price_is_no_less_than_nothing() -> None:
+    with pytest.raises(InvalidPrice, match="mine"):
+        target(prices={"mine": Price(input=-1, output=2)})
+
+
+@pytest.mark.parametrize(
+    "url", ["https://api.openai.com", "http://127.0.0.1:8000", "http://[::1]:8000/base", "https://h.example/v1beta/"]
+)
+def test_a_url_is_that_of_a_provider(url: str) -> None:
+    assert target(url=url).url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("api.openai.com", "neither"),
+        ("ftp://api.openai.com", "neither"),
+        ("https://", "no host"),
+        ("https://h.example:port", "no address"),
+        ("https://h.example/a b", "no address"),
+        ("https://h.example\n", "no address"),
+        ("https://[::1", "no address"),
+        ("https://h.example/?key=1", "'?'"),
+        ("https://h.example/#there", "'#'"),
+        (None, "no address"),
+    ],
+)
+def test_a_url_that_no_call_could_be_sent_to_is_refused(url: Any, problem: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"https://api\.openai\.com") as refused:
+        target(url=url)
+    assert problem in str(refused.value)
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        target(url="https://me:hush@h.example")
+    assert "hush" not in str(refused.value)
+    assert "the keys are the callers'" in str(refused.value)
+
+
+# --- where it listens ---
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:8787", "127.8.9.10:0", "localhost:1", "LOCALHOST:1", "[::1]:65535"])
+def test_loopback_needs_no_token(listen: str) -> None:
+    settings = gateway(listen=listen)
+    assert settings.address.loopback
+    assert settings.trust == "anyone"
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:8787", "[::]:8787", "10.0.0.1:80", "gateway.example:8787"])
+def test_anything_else_needs_a_token(listen: str) -> None:
+    with pytest.raises(InvalidSetting, match="--token-env"):
+        gateway(listen=listen)
+    assert gateway(listen=listen, token_env="FOREBAY_TOKEN").trust == "token"
+
+
+def test_an_address_is_a_host_and_a_port() -> None:
+    address = gateway(listen="[::1]:8787").address
+    assert (address.host, address.port) == ("::1", 8787)
+
+
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1", "8787", ":8787", "127.0.0.1:65536", "::1:8787", "[10.0.0.1", "[1]:80", "a b:80", None, 8787]
+)
+def test_what_is_no_address_is_refused(listen: Any) -> None:
+    with pytest.raises(InvalidSetting, match="HOST:PORT"):
+        gateway(listen=listen)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"targets": ()}, "targets"),
+        ({"targets": (target(), target())}, "targets"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"max_header_bytes": "64k"}, "max_header_bytes"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"body_timeout": 0}, "body_timeout"),
+        ({"drain_timeout": -1}, "drain_timeout"),
+        ({"token_env": ""}, "token_env"),
+        ({"token_file": 1}, "token_file"),
+        ({"token_env": "A", "token_file": "b"}, "token_file"),
+        ({"context": ContextSettings(trust="token")}, "trust"),
+    ],
+)
+def test_what_cannot_be_meant_of_a_gateway_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        gateway(**wrong)
+    assert vars(refused.value)["name"] == name
+
+
+# --- whose word is taken ---
+
+
+def test_trust_is_what_was_said() -> None:
+    assert gateway(context=ContextSettings(trust="nobody")).trust == "nobody"
+    assert gateway(context=ContextSettings(trust="token"), token_env="A").trust == "token"
+    assert gateway(context=ContextSettings(trust="anyone"), token_env="A", listen="0.0.0.0:80").trust == "anyone"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"trust": "everyone"}, "trust"),
+        ({"tenant_headers": ("x user",)}, "tenant_headers"),
+        ({"tenant_headers": ("",)}, "tenant_headers"),
+        ({"tenant_headers": (1,)}, "tenant_headers"),
+    ],
+)
+def test_what_cannot_be_meant_of_the_context_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        ContextSettings(**wrong)
+    assert vars(refused.value)["name"] == name
+
+
+@pytest.mark.parametrize("header", ["Authorization", "x-api-key", "Cookie"])
+def test_no_secret_becomes_a_tenant(header: str) -> None:
+    with pytest.raises(InvalidSetting, match="no secret"):
+        ContextSettings(tenant_headers=("x-user-id", header))
+
+
+# --- the token ---
+
+
+def test_without_a_place_there_is_no_token() -> None:
+    assert gateway().token({}) is None
+
+
+def test_a_token_comes_from_the_environment_or_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    assert gateway(token_env="MINE").token({"MINE": TOKEN}) == TOKEN
+    assert gateway(token_file=str(file)).token({}) == TOKEN
+
+
+@pytest.mark.parametrize("text", ["", " \n", "short", "with a blank in the midst", "0123456789abcdé0"])
+def test_what_is_no_secret_is_refused_and_not_shown(text: str) -> None:
+    with pytest.raises(InvalidSecret, match="environment variable MINE") as refused:
+        gateway(token_env="MINE").token({"MINE": text})
+    assert not text.strip() or text not in str(refused.value)
+
+
+def test_a_token_that_is_not_there_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSecret, match="MINE"):
+        gateway(token_env="MINE").token({})
+    with pytest.raises(InvalidSecret, match="No such file"):
+        gateway(token_file=str(tmp_path / "token")).token({})
+    with pytest.raises(InvalidSecret, match="directory"):
+        gateway(token_file=str(tmp_path)).token({})
+    (tmp_path / "binary").write_bytes(b"\xff" * 40)
+    with pytest.raises(InvalidSecret, match="no text"):
+        gateway(token_file=str(tmp_path / "binary")).token({})
