@@ -1,0 +1,241 @@
+"""What becomes of each request: whose it is, where it goes, and how its answer comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from multidict import CIMultiDict
+
+from forebay import clock
+from forebay.errors import Overloaded
+from forebay.gateway.metrics import Counts
+from forebay.gateway.passage import FAILURES, Opened, Passage
+from forebay.gateway.route import Place, Target, find_place, spoken
+from forebay.gateway.sender import TOKEN_HEADER, BadHeader, Senders, patience
+from forebay.gateway.settings import GatewaySettings
+from forebay.gateway.shapes import JSON, Answer, Protocol, broken_stream, problem, refusal
+from forebay.upstream.rules import Plain, Route
+
+_JSON_ROUTES: Final = frozenset(
+    {Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.EMBEDDINGS, Route.MESSAGES, Route.COUNT_TOKENS}
+)
+_GONE: Final = 499  # as nginx counts a caller that hung up
+_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class Answered(Exception):
+    """A request was answered here; nobody else is asked.
+
+    Args:
+        answer: what it is told.
+        close: whether its connection ends with it, for what else comes on it cannot be read.
+    """
+
+    def __init__(self, answer: Answer, *, close: bool = False) -> None:
+        self.answer = answer
+        self.close = close
+
+
+class Proxy:
+    """Answers requests.
+
+    Args:
+        settings: of the gateway.
+        token: that callers present, or None.
+        session: that sends calls on.
+    """
+
+    def __init__(self, settings: GatewaySettings, *, token: str | None, session: aiohttp.ClientSession) -> None:
+        self._settings = settings
+        self._session = session
+        self.targets = [Target(target) for target in settings.targets]
+        self.counts = Counts(self.targets)
+        self._senders = Senders(settings.trust, token, settings.context.tenant_headers)
+        self.draining = False
+        self.under_way = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        headers = Plain.of_wire(request.raw_headers)
+        try:
+            if (own := self._own(request.raw_path, headers)) is not None:
+                return own
+            place = self._place(request.raw_path, headers)
+        except Answered as answered:
+            return _whole(answered.answer, close=answered.close)
+        began = clock.now()
+        status = _GONE
+        self.under_way += 1
+        self.idle.clear()
+        try:
+            response = await self._pass(request, headers, place)
+            status = response.status
+        except Answered as answered:
+            response = _whole(answered.answer, close=answered.close)
+            status = response.status
+        finally:
+            self.counts.answered(place.target.name, status, clock.now() - began)
+            self.under_way -= 1
+            if not self.under_way:
+                self.idle.set()
+        return response
+
+    def _own(self, path: str, headers: Plain) -> web.Response | None:
+        """The answer to what is asked of the gateway itself, for whoever may ask."""
+        if path == "/healthz":
+            body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
+            return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
+        if not self._senders.may_enter(headers):
+            message = f"this gateway wants its token in the header {TOKEN_HEADER}"
+            raise Answered(problem(spoken(path, headers), 401, "forebay_token", message))
+        if path == "/metrics":
+            return web.Response(body=self.counts.text(), headers={"content-type": "text/plain; version=0.0.4"})
+        return None
+
+    def _place(self, path: str, headers: Plain) -> Place:
+        """Where a request goes."""
+        protocol = spoken(path, headers)
+        if self.draining:
+            back = ("retry-after-ms", "1000")
+            answer = problem(protocol, 503, "forebay_draining", "this gateway is shutting down: call again", back)
+            raise Answered(answer, close=True)
+        place = find_place(self.targets, path, headers)
+        if place is None:
+            names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
+            there = f"/v1/... (by what is spoken), {names}, /healthz, /metrics"
+            message = f"nothing is behind {path[:200]!r} here: there are {there}"
+            raise Answered(problem(protocol, 404, "forebay_no_such_path", message))
+        return place
+
+    async def _pass(self, request: web.BaseRequest, headers: Plain, place: Place) -> web.StreamResponse:
+        target = place.target
+        passage = await self._passage(request, headers, place)
+        try:
+            value = await target.upstream.driver(passage.desk).run(passage.ask, passage.attempt)
+        except Overloaded as error:
+            self.counts.refused(target.name, (error.binding or "").rpartition(":")[2])
+            raise Answered(refusal(target.protocol, error)) from None
+        except FAILURES as error:
+            message = f"the provider {target.name!r} could not be reached, or broke off: {_why(error)}"
+            raise Answered(problem(target.protocol, 502, "forebay_upstream_failed", message)) from None
+        if isinstance(value, Answer):
+            return _whole(value)
+        return await self._stream(request, value, target.protocol)
+
+    async def _passage(self, request: web.BaseRequest, headers: Plain, place: Place) -> Passage:
+        """A request, read and found fit to be sent on."""
+        target = place.target
+        try:
+            offset = clock.now() - clock.wall_time()
+            sender = self._senders.read(headers, offset=offset, share=target.settings.share_keys)
+        except BadHeader as error:
+            raise Answered(problem(target.protocol, 400, "forebay_bad_header", str(error)), close=True) from None
+        body = await self._body(request, target.protocol)
+        passage = Passage(
+            place,
+            method=request.method,
+            told=request.headers,
+            headers=headers,
+            body=body,
+            sender=sender,
+            patience=patience(headers),
+            session=self._session,
+            counts=self.counts,
+        )
+        _object_to(passage, body)
+        return passage
+
+    async def _stream(self, request: web.BaseRequest, opened: Opened, protocol: Protocol) -> web.StreamResponse:
+        """Pass an answer on while it comes."""
+        answer, reader = opened.answer, opened.reader
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=opened.headers)
+        try:
+            await response.prepare(request)
+            at_border = True  # between two events
+            chunks = answer.content.iter_any()
+            while True:
+                try:
+                    chunk = await anext(chunks, None)
+                except FAILURES as error:
+                    reader.broke()
+                    if not at_border:
+                        raise ConnectionResetError from None  # half an event: what follows would be taken for its end
+                    await response.write(broken_stream(protocol, f"the provider broke off: {_why(error)}"))
+                    break
+                passed = reader.end() if chunk is None else reader.feed(chunk)
+                if passed:
+                    await response.write(passed)
+                    at_border = passed.endswith((b"\n\n", b"\r\n\r\n"))
+                if chunk is None:
+                    answer.release()
+                    break
+            await response.write_eof()
+        finally:
+            reader.left()
+            answer.close()
+        return response
+
+    async def _body(self, request: web.BaseRequest, protocol: Protocol) -> bytes:
+        """The body of a request.
+
+        Raises:
+            Answered: it is too long, or does not come.
+        """
+        most = self._settings.max_body_bytes
+        too_long = problem(
+            protocol, 413, "forebay_too_long", f"the body is longer than {most:,} bytes, the bound of this gateway"
+        )
+        if (request.content_length or 0) > most:
+            raise Answered(too_long, close=True)
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                async for piece in request.content.iter_any():
+                    size += len(piece)
+                    if size > most:  # of a chunked one nothing more is read
+                        raise Answered(too_long, close=True)
+                    pieces.append(piece)
+        except TimeoutError:
+            message = f"the body did not arrive within {self._settings.body_timeout:g} s"
+            raise Answered(problem(protocol, 408, "forebay_slow_body", message), close=True) from None
+        except web.RequestPayloadError:
+            message = "the body breaks off, or is no HTTP"
+            raise Answered(problem(protocol, 400, "forebay_bad_body", message), close=True) from None
+        return b"".join(pieces)
+
+
+def _object_to(passage: Passage, body: bytes) -> None:
+    """Answer what its provider need not be asked about.
+
+    Raises:
+        Answered: it is wrong.
+    """
+    protocol = passage.place.target.protocol
+    if passage.read.websocket:
+        message = "WebSockets do not pass this gateway, for nothing on them can be metered: connect to the provider"
+        raise Answered(problem(protocol, 400, "forebay_websocket", message), close=True)
+    if passage.read.route in _JSON_ROUTES and not passage.read.signed:
+        try:
+            _object.decode(body)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            message = f"the body is no JSON object: {error}"
+            raise Answered(problem(protocol, 400, "forebay_bad_json", message)) from None
+
+
+def _whole(answer: Answer, *, close: bool = False) -> web.Response:
+    response = web.Response(status=answer.status, headers=CIMultiDict(answer.headers), body=answer.body)
+    if close:
+        response.force_close()
+    return response
+
+
+def _why(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text[:300]

@@ -1,0 +1,176 @@
+"""The gateway as a server: its sockets, its bounds, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import disable_created_metrics
+
+from forebay.errors import ForebayError
+from forebay.events import log
+from forebay.gateway.proxy import Proxy
+from forebay.gateway.settings import GatewaySettings
+from forebay.gateway.shapes import problem
+
+_FULL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b"retry-after-ms: 1000\r\ncontent-length: %d\r\n\r\n%b"
+)
+_HEADERS: Final = 200  # fields of a request
+_FIRST: Final = 30.0  # seconds in which the head of a request must have come
+_LAST: Final = 0.5  # seconds in which what is cut off ends
+_IDLE: Final = 75.0  # seconds that a connection is kept without a request
+_KEPT: Final = 30.0  # seconds that one to a provider is, less than providers keep them
+
+
+class _Full(asyncio.Protocol):
+    """Tells a caller that there are too many connections, and hangs up."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a TCP server
+        body = problem("openai", 503, "forebay_connections", "too many connections are open here").body
+        transport.write(_FULL % (len(body), body))
+        transport.close()
+
+
+class _Handler(web.RequestHandler):
+    """One connection, whose errors of HTTP are told in JSON as well."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What is no HTTP, and what nobody has foreseen."""
+        if request.writer.output_size > 0:
+            raise ConnectionError from exc
+        if status >= 500:  # noqa: PLR2004
+            log.error("a request could not be answered", exc_info=exc)
+            message = "this gateway has failed: its log says how"
+        answer = problem("openai", status, "forebay_bad_request", (message or "this is no HTTP/1.1")[:300])
+        response = web.Response(status=status, headers=dict(answer.headers), body=answer.body)
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    """A server with a bound on its connections."""
+
+    def __init__(self, proxy: Proxy, settings: GatewaySettings) -> None:
+        super().__init__(proxy.handle, handler_cancellation=True)
+        self._most = settings.max_connections
+        self._bounds: dict[str, Any] = {
+            "max_line_size": settings.max_header_bytes,
+            "max_field_size": settings.max_header_bytes,
+            "max_headers": _HEADERS,
+            "keepalive_timeout": _IDLE,
+            "auto_decompress": False,
+            "access_log": None,
+        }
+
+    def __call__(self) -> Any:
+        if len(self.connections) >= self._most:
+            return _Full()
+        return _Handler(self, loop=asyncio.get_running_loop(), **self._bounds)
+
+
+class Gateway:
+    """A gateway that listens while its block runs; leaving drains it.
+
+    Args:
+        settings: what it was given.
+        environment: where its token may be.
+
+    Raises:
+        InvalidSecret: the token is not there, or is not fit for one.
+        CannotListen: on entering; the address is taken, or is none of this machine's.
+    """
+
+    def __init__(self, settings: GatewaySettings, environment: Mapping[str, str] = os.environ) -> None:
+        self.settings = settings
+        self._token = settings.token(environment)
+        self._session: aiohttp.ClientSession | None = None
+        self._server: asyncio.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
+        self._session = aiohttp.ClientSession(
+            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+        )
+        self.proxy = Proxy(self.settings, token=self._token, session=self._session)
+        self._web = _Server(self.proxy, self.settings)
+        address = self.settings.address
+        try:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
+        except BaseException as error:
+            await self._session.close()
+            if isinstance(error, OSError):
+                raise CannotListen(listen=self.settings.listen, problem=error.strerror or str(error)) from None
+            raise
+        return self
+
+    @property
+    def port(self) -> int:
+        """On which it listens."""
+        assert self._server is not None  # noqa: S101 - entered
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None  # noqa: S101 - entered
+        assert self._session is not None  # noqa: S101
+        self.proxy.draining = True
+        self._server.close()  # whoever comes now finds nobody; whoever is here is served
+        self._web.pre_shutdown()
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self.proxy.idle.wait()
+        except TimeoutError:
+            log.warning("%d calls were under way for longer than the drain: they are cut off", self.proxy.under_way)
+        finally:
+            await self._web.shutdown(_LAST)
+            await self._session.close()
+
+
+class CannotListen(ForebayError, OSError):
+    """Nothing can listen on {listen}: {problem}. Give another address, or stop what listens there."""
+
+
+def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
+    """See `forebay.gateway.serve`."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        runner.run(_run(settings, ready))
+    return 0
+
+
+async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with Gateway(settings) as gateway:
+        ready(gateway)
+        await stop.wait()
+        log.info("draining: calls under way have %g s", settings.drain_timeout)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop  # noqa: PLC0415 - it is faster, and not everywhere
+    except ModuleNotFoundError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop

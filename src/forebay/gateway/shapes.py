@@ -1,0 +1,103 @@
+"""Answers of the gateway's own, in the shape that the caller's SDK expects of its provider."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import msgspec
+
+from forebay.errors import Overloaded
+
+Protocol = Literal["openai", "anthropic"]
+
+JSON: Final = "application/json"
+_LONGEST_COMEBACK: Final = 60.0  # seconds: an SDK that is told to stay away longer comes back at once instead
+
+# What kind of error a status is. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
+_OPENAI_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "insufficient_quota",
+    404: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A whole answer.
+
+    Attributes:
+        status: of HTTP.
+        headers: by name, as they go out; the length of the body is not among them.
+        body: its bytes.
+    """
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+def problem(protocol: Protocol, status: int, code: str, message: str, *headers: tuple[str, str]) -> Answer:
+    """An error that another attempt would not cure.
+
+    Args:
+        protocol: whose shape it takes.
+        status: of HTTP.
+        code: one word for programs.
+        message: for a person: what to do.
+        headers: to add.
+    """
+    stay = ("x-should-retry", "false")
+    return Answer(status, (("content-type", JSON), stay, *headers), _body(protocol, status, code, message))
+
+
+def refusal(protocol: Protocol, error: Overloaded) -> Answer:
+    """A call that was not let through; when to come back is in ``retry-after-ms``, each caller another time."""
+    part = (error.binding or "").rpartition(":")[2]
+    if part == "budget":
+        status = 402
+    elif error.load == math.inf:
+        status = 413  # it is larger than its bucket will ever be
+    elif part == "deadline":
+        status = 408
+    elif part == "breaker":
+        status = 529 if protocol == "anthropic" else 503
+    else:
+        status = 429
+    after = error.retry_after
+    back = status not in (402, 413) and after is not None and after <= _LONGEST_COMEBACK
+    headers = [("content-type", JSON), ("x-should-retry", "true" if back else "false")]
+    if error.binding:
+        headers.append(("x-forebay-binding", error.binding))
+    if after is not None and status != 413:  # noqa: PLR2004
+        headers.append(("retry-after", str(math.ceil(after))))
+        headers.append(("retry-after-ms", str(math.ceil(1000 * after))))
+    return Answer(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))
+
+
+def broken_stream(protocol: Protocol, message: str) -> bytes:
+    """The event that tells of an error where an answer has begun as a stream."""
+    body = _body(protocol, 502, "forebay_upstream_failed", message)
+    return b"event: error\ndata: " + body + b"\n\n" if protocol == "anthropic" else b"data: " + body + b"\n\n"
+
+
+def _body(protocol: Protocol, status: int, code: str, message: str) -> bytes:
+    if protocol == "anthropic":
+        kind = _ANTHROPIC_TYPES.get(status, "api_error")
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message, "code": code}})
+    kind = _OPENAI_TYPES.get(status, "server_error")
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
