@@ -22,8 +22,9 @@ README = HOUSE / "README.md"
 GUIDE = HOUSE / "docs" / "guide.md"
 TESTING = HOUSE / "docs" / "testing.md"
 QUOTAS = HOUSE / "docs" / "quotas.md"
+GATEWAY = HOUSE / "docs" / "gateway.md"
 DESIGN = HOUSE / "docs" / "design.md"
-PAGES = (README, GUIDE, TESTING, QUOTAS, DESIGN)
+PAGES = (README, GUIDE, TESTING, QUOTAS, GATEWAY, DESIGN)
 
 BLOCK = re.compile(r"^```python( fragment| test)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

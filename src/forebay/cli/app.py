@@ -12,6 +12,7 @@ from rich.console import Console
 
 from forebay import demo as room
 from forebay.cli import not_installed
+from forebay.cli.gateway import gateway
 from forebay.errors import ForebayError
 
 app = typer.Typer(
@@ -36,6 +37,9 @@ def _forebay(
     ] = False,
 ) -> None:
     """Backpressure for fleets of AI agents."""
+
+
+app.command()(gateway)
 
 
 @app.command()

@@ -53,15 +53,15 @@ def problem_of_url(url: object) -> str | None:
     parts = _split(url)
     if parts is None:
         return "this is no address"
-    if parts.scheme not in ("http", "https"):
-        return "it begins with neither"
-    if not parts.hostname:
-        return "it names no host"
-    if parts.username is not None or parts.password is not None:
-        return "it holds a name or a password, but the keys are the callers', and pass through"
-    if parts.query or parts.fragment:
-        return "it ends in a '?' or '#', where nothing can be appended"
-    return None
+    named = parts.username is not None or parts.password is not None
+    checks = (
+        (parts.scheme not in ("http", "https"), "it begins with neither"),
+        (not parts.hostname, "it names no host"),
+        (named, "it holds a name or a password, but the keys are the callers', and pass through"),
+        (parts.query or parts.fragment, "it ends in a '?' or '#', where nothing can be appended"),
+        (parts.path.rstrip("/").endswith("/v1"), "leave out its /v1, which comes with each call"),
+    )
+    return next((problem for wrong, problem in checks if wrong), None)
 
 
 def _split(url: object) -> SplitResult | None:

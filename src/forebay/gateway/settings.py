@@ -101,6 +101,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             expected = "up to 63 small letters, digits, dots, hyphens and underscores, a letter or digit first"
             refuse(self, "name", expected)
+        if self.name == "v1":
+            refuse(self, "name", "another one: paths that begin with /v1 are for whoever speaks what they ask")
         if problem := problem_of_url(self.url):
             expected = f"the http:// or https:// address of the provider, such as https://api.openai.com: {problem}"
             shown = _PASSWORD.sub("://***@", self.url) if isinstance(self.url, str) else self.url
@@ -180,7 +182,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         targets: the providers behind it.
         listen: ``"HOST:PORT"``, an IPv6 host in brackets; port 0 takes a free one.
-        token_env: environment variable that holds the token that callers present.
+        token_env: environment variable that holds the token that all callers present, in ``x-forebay-token``.
         token_file: file that holds it; one of the two is needed to listen on anything but loopback.
         context: whose word is taken for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request.
@@ -237,7 +239,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             )
             refuse(self, "listen", expected)
         if self.context.trust == "token":
-            refuse(self.context, "trust", "'anyone' or 'nobody' where there is no token: give token_env or token_file")
+            expected = "'anyone' or 'nobody' where there is no token; or give token_env or token_file"
+            refuse(self, "context.trust", expected, value=self.context.trust)
 
     @property
     def address(self) -> Address:

@@ -97,6 +97,7 @@ def test_a_target_without_limits_is_learned() -> None:
         ({"name": "a/b"}, "name"),
         ({"name": "-a"}, "name"),
         ({"name": 3}, "name"),
+        ({"name": "v1"}, "name"),
         ({"provider": "opnai"}, "provider"),
         ({"rpm": 0}, "rpm"),
         ({"rpm": True}, "rpm"),
@@ -149,6 +150,8 @@ def test_a_url_is_that_of_a_provider(url: str) -> None:
         ("https://[::1", "no address"),
         ("https://h.example/?key=1", "'?'"),
         ("https://h.example/#there", "'#'"),
+        ("https://h.example/v1/", "/v1"),
+        ("https://h.example/openai/v1", "/v1"),
         (None, "no address"),
     ],
 )
@@ -208,7 +211,7 @@ def test_what_is_no_address_is_refused(listen: Any) -> None:
         ({"token_env": ""}, "token_env"),
         ({"token_file": 1}, "token_file"),
         ({"token_env": "A", "token_file": "b"}, "token_file"),
-        ({"context": ContextSettings(trust="token")}, "trust"),
+        ({"context": ContextSettings(trust="token")}, "context.trust"),
     ],
 )
 def test_what_cannot_be_meant_of_a_gateway_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:

@@ -1,0 +1,119 @@
+"""The configuration of a gateway: a file, and options of the command line that go before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from forebay.cli.document import InvalidConfiguration, read_document
+from forebay.cli.typed import Reader, Source
+from forebay.gateway import GatewaySettings, TargetSettings
+
+LIMITS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
+    {
+        "rpm": int,
+        "input_tpm": int,
+        "output_tpm": int,
+        "tpm": int,
+        "max_concurrent": int,
+        "budget_usd": float,
+    }
+)
+"""What may be said of every target, or of one, on the command line."""
+
+_TABLES: Final = ("gateway", "targets")
+
+
+def gateway_settings(
+    file: Path | None,
+    *,
+    targets: Sequence[str] = (),
+    limits: Mapping[str, Sequence[str]] | None = None,
+    share_keys: bool | None = None,
+    gateway: Mapping[str, Any] | None = None,
+) -> GatewaySettings:
+    """What a gateway is told by a file and by options; an option goes before the file.
+
+    Args:
+        file: a TOML file; None for none.
+        targets: ``NAME=URL`` each.
+        limits: by the names in `LIMITS`: ``NUMBER`` for every target, ``NAME=NUMBER`` for one.
+        share_keys: of every target.
+        gateway: fields of `GatewaySettings`; None where an option was not given.
+
+    Raises:
+        InvalidConfiguration: every mistake that was found, each with its file and line, or its option.
+    """
+    source = Source(None if file is None else read_document(file), "forebay gateway")
+    _resolve(source, file)
+    for name, url in _targets(targets):
+        source.put(("targets", name, "url"), url, "--target")
+    names = source.values.get("targets", {})
+    names = names if isinstance(names, dict) else {}
+    for field, texts in (limits or {}).items():
+        for name, value in _limits(field, texts, names):
+            source.put(("targets", name, field), value, _option(field))
+    for name in names if share_keys is not None else ():
+        source.put(("targets", name, "share_keys"), share_keys, "--share-keys")
+    for field, value in (gateway or {}).items():
+        if value is not None:
+            source.put(("gateway", field), value, _option(field))
+    return _read(source)
+
+
+def _read(source: Source) -> GatewaySettings:
+    reader = Reader(source)
+    reader.known((), source.values, _TABLES)
+    targets = reader.named(TargetSettings, ("targets",), source.values.get("targets", {}))
+    if not targets and not reader.problems:
+        reader.tell(("targets",), "there is no target: give --target NAME=URL, or a table [targets.NAME] with its url")
+    table, whole = source.values.get("gateway", {}), not reader.problems
+    settings = reader.struct(GatewaySettings, ("gateway",), table, whole=whole, targets=targets)
+    reader.end()
+    assert settings is not None  # noqa: S101 - else there was a problem
+    return settings
+
+
+def _resolve(source: Source, file: Path | None) -> None:
+    """A path in a file starts from there."""
+    table = source.values.get("gateway")
+    path = table.get("token_file") if isinstance(table, dict) else None
+    if file is not None and isinstance(table, dict) and isinstance(path, str) and path:
+        table["token_file"] = str(file.parent / path)
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _targets(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    names = set()
+    for text in texts:
+        name, equals, url = text.partition("=")
+        if not equals or not name or "/" in name:
+            problems = "--target: it must be NAME=URL, such as openai=https://api.openai.com"
+            raise InvalidConfiguration(problems=problems)
+        if name in names:
+            raise InvalidConfiguration(problems=f"--target: {name!r} is given twice; give each a name of its own")
+        names.add(name)
+        yield name, url
+
+
+def _limits(field: str, texts: Sequence[str], targets: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What each target gets: what is said of it alone goes before what is said of all."""
+    option = _option(field)
+    for text in sorted(texts, key=lambda text: "=" in text):
+        name, equals, number = text.rpartition("=")
+        if equals and name not in targets:
+            problems = f"{option}: there is no target {name!r}; there are {', '.join(targets) or 'none'}"
+            raise InvalidConfiguration(problems=problems)
+        try:
+            value = LIMITS[field](number)
+        except ValueError:
+            kind = "a whole number" if LIMITS[field] is int else "a number"
+            problems = f"{option}: {text!r} is not {kind}, for every target, or NAME={kind.upper()}, for one"
+            raise InvalidConfiguration(problems=problems) from None
+        for one in [name] if equals else targets:
+            yield one, value

@@ -1,0 +1,124 @@
+"""A TOML file, read so that every key is known by its line.
+
+No library that is kept tells the lines of keys, and `tomllib` does not. But a file is a row of statements, headers and
+keys with their values, and each of them is a small TOML text: so they are read one after another, by `tomllib` itself.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from forebay.errors import ForebayError
+
+Keys = tuple[str, ...]
+
+LARGEST: Final = 1024 * 1024  # bytes; a larger file is no configuration
+_AT: Final = re.compile(
+    r"(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
+)
+
+
+class InvalidConfiguration(ForebayError, ValueError):
+    """{problems}"""  # noqa: D415 - they end as they like
+
+    # One in a line, each with the file and line, or the option, that it is about.
+    problems: str
+
+
+class Document:
+    """What is in a file, and where.
+
+    Attributes:
+        name: of the file, as messages show it.
+        values: all of it.
+        lines: by the keys that lead there, where each key and each header first stands; 1 is the first line. Lists are
+            not looked into.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        try:
+            self.values: Mapping[str, Any] = MappingProxyType(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidConfiguration(problems=_wrong_syntax(name, text, str(error))) from None
+        self.lines: dict[Keys, int] = {}
+        table: Keys = ()
+        for line, statement in _statements(text):
+            said = tomllib.loads(statement)
+            if statement.lstrip().startswith("["):
+                table = ()
+                for keys in _within(said):
+                    self.lines.setdefault(keys, line)
+                    table = keys
+            else:
+                for keys in _within(said):
+                    self.lines.setdefault((*table, *keys), line)
+
+
+def read_document(path: Path) -> Document:
+    """Read a file.
+
+    Raises:
+        InvalidConfiguration: it cannot be read, or is no TOML.
+    """
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except OSError as error:
+        raise InvalidConfiguration(problems=f"{name}: it cannot be read: {error.strerror or error}") from None
+    if len(data) > LARGEST:
+        raise InvalidConfiguration(problems=f"{name}: it has more than {LARGEST} bytes, so it is no configuration")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InvalidConfiguration(
+            problems=f"{name}:{line}: this is no UTF-8: save the file in that encoding"
+        ) from None
+    return Document(name, text)
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """Each statement with the line where it begins. What is left unfinished at the end comes last, as it is."""
+    start, statement = 1, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line + "\n"
+        if not _whole(statement):
+            continue
+        yield start, statement
+        start, statement = number + 1, ""
+    if statement:
+        yield start, statement
+
+
+def _whole(statement: str) -> bool:
+    """Whether it is one: a value that goes on in the next line is none yet."""
+    try:
+        tomllib.loads(statement)
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def _within(said: Mapping[str, Any]) -> Iterator[Keys]:
+    """The keys that lead to each value and each table, outer ones first."""
+    for key, value in said.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in _within(value))
+
+
+def _wrong_syntax(name: str, text: str, message: str) -> str:
+    told = _AT.fullmatch(message)
+    what = told["what"] if told else message
+    if told and told["line"]:
+        return f"{name}:{told['line']}: {what} (column {told['column']})"
+    *_, (line, statement) = _statements(text)
+    unended = "" if _whole(statement) else ", from here to the end of the file"  # where it begins says more
+    return f"{name}:{line}: {what}{unended}"

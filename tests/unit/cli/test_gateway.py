@@ -1,0 +1,189 @@
+"""``forebay gateway``, without a gateway."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from forebay import gateway
+from forebay.cli.app import app
+from forebay.gateway import ContextSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.quota import Price
+
+OPENAI = ("--target", "openai=https://api.openai.com")
+PAGE = Path(__file__).parents[3] / "docs" / "gateway.md"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["gateway", *arguments])
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
+    """The settings that a gateway was started with."""
+    settings: list[GatewaySettings] = []
+
+    def serve(given: GatewaySettings, *, ready: Callable[[Any], object]) -> int:
+        settings.append(given)
+        ready(SimpleNamespace(port=4242))
+        return 7
+
+    monkeypatch.setattr(gateway, "absent", list)
+    monkeypatch.setattr(gateway, "serve", serve)
+    return settings
+
+
+def test_it_serves_what_the_options_and_the_file_say(served: list[GatewaySettings], tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text("[targets.anthropic]\nurl = 'https://api.anthropic.com'\nrpm = 5\n")
+    done = run(
+        *OPENAI,
+        *("--config", str(file), "--listen", "0.0.0.0:0", "--token-env", "MINE", "--share-keys"),
+        *("--rpm", "500", "--rpm", "anthropic=6", "--input-tpm", "1", "--output-tpm", "2", "--tpm", "3"),
+        *("--max-concurrent", "4", "--budget-usd", "25"),
+    )
+    assert (done.exit_code, done.output) == (7, "listens on http://0.0.0.0:4242\n")
+    said: dict[str, Any] = {
+        "input_tpm": 1,
+        "output_tpm": 2,
+        "tpm": 3,
+        "max_concurrent": 4,
+        "budget_usd": 25.0,
+        "share_keys": True,
+    }
+    assert served == [
+        GatewaySettings(
+            listen="0.0.0.0:0",
+            token_env="MINE",
+            targets=(
+                TargetSettings(name="anthropic", url="https://api.anthropic.com", rpm=6, **said),
+                TargetSettings(name="openai", url="https://api.openai.com", rpm=500, **said),
+            ),
+        )
+    ]
+
+
+def test_what_is_wrong_is_told_and_nothing_is_started(served: list[GatewaySettings]) -> None:
+    done = run(*OPENAI, "--rpm", "0")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == "--rpm: targets.openai.rpm is 0; it must be a whole number of at least 1\n"
+    assert served == []
+
+
+def test_a_check_says_what_holds_and_starts_nothing(
+    served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MINE", raising=False)
+    file = tmp_path / "forebay.toml"
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        budget_usd = 1_000
+        [targets.openai.models."gpt*"]
+        input_tpm = 200_000
+    """)
+    done = run("--config", str(file), "--check", "--target", "mine=http://h.example", "--token-env", "MINE")
+    assert (done.exit_code, done.stderr, served) == (0, "", [])
+    assert done.stdout.splitlines() == [
+        "listens on 127.0.0.1:8787; callers need the token in $MINE, which is not set here",
+        "priority, deadline, tenant and task are believed of: anyone",
+        "openai: https://api.openai.com, by the rules of openai; limits hold for each key",
+        "    1,000 USD a day",
+        "    200,000 input tokens a minute of gpt*",
+        "mine: http://h.example, by the rules of openai-compatible; limits hold for each key",
+        "    all learned from headers",
+    ]
+    assert "callers need the token in here\n" in run(*OPENAI, "--check", "--token-file", "here").stdout
+    assert "callers need no token\n" in run(*OPENAI, "--check").stdout
+
+
+def test_a_check_fails_where_something_is_wrong() -> None:
+    assert run("--check").exit_code == 2
+
+
+@pytest.mark.usefixtures("served")
+def test_what_is_not_installed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "absent", lambda: ["aiohttp"])
+    done = run(*OPENAI)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == 'forebay: this needs aiohttp, not installed here: pip install "forebay[gateway]"\n'
+    assert run(*OPENAI, "--check").exit_code == 0
+
+
+def test_why_it_could_not_be_started_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(settings: GatewaySettings, **_: object) -> int:
+        settings.token({})
+        return 0
+
+    monkeypatch.setattr(gateway, "absent", list)
+    monkeypatch.setattr(gateway, "serve", serve)
+    done = run(*OPENAI, "--token-env", "MINE")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("forebay: The token that callers present is not in the environment variable MINE: ")
+    assert done.stderr.count("\n") == 1
+
+
+# --- the page ---
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a line that begins so, without its head."""
+    lines = PAGE.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(heading))
+    first = next(number for number in range(start, len(lines)) if lines[number].startswith("|"))
+    table = lines[first : lines.index("", first)]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table[2:]]
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind", "apart"),
+    [
+        ("**`[gateway]`**", GatewaySettings, {"targets", "context"}),
+        ("**`[gateway.context]`**", ContextSettings, set()),
+        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights"}),
+        ("**`[targets.NAME.models.PATTERN]`**", QuotaSettings, set()),
+        ("**`[targets.NAME.prices.PATTERN]`**", Price, set()),
+    ],
+)
+def test_the_keys_and_defaults_on_the_page_are_those_that_there_are(
+    heading: str, kind: type[msgspec.Struct], apart: set[str]
+) -> None:
+    fields = {field.name: field for field in msgspec.structs.fields(kind) if field.name not in apart}
+    table = rows(heading)
+    told = {row[0].strip("`"): row[1] for row in table}
+    assert len(told) == len(table)
+    assert sorted(told) == sorted(fields)
+    for name, default in told.items():
+        if fields[name].required:
+            assert default == "needed"
+        elif default.startswith("`"):
+            value = msgspec.convert(tomllib.loads(f"x = {default.strip('`')}")["x"], fields[name].type)
+            assert value == fields[name].default
+        else:
+            assert fields[name].default is None
+
+
+def test_the_options_on_the_page_are_those_that_there_are() -> None:
+    command = typer.main.get_command(app)
+    context = typer.Context(command)
+    told = [option for row in rows("| option |") for option in re.findall(r"`(--(?!no-)[\w-]+)", row[0])]
+    there = command.commands["gateway"].get_params(context)  # type: ignore[attr-defined]
+    assert told == [parameter.opts[0] for parameter in there if parameter.opts[0] != "--help"]
+
+
+def test_the_mistakes_on_the_page_are_answered_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ("", "", "", "[targets.openai]", "url = 'http://h.example'", "", "rpm = '5'", "", "budget = 5", "")
+    (tmp_path / "forebay.toml").write_text("\n".join(lines))
+    told = [*run("--config", "forebay.toml").stderr.splitlines(), *run(*OPENAI, "--listen", "here").stderr.splitlines()]
+    assert len(told) == 3
+    assert "```text\n" + "\n".join(told) + "\n```\n" in PAGE.read_text()
