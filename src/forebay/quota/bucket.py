@@ -38,7 +38,7 @@ class Bucket:
         self.per = per
         self.size = amount  # the most that it holds
         self.rate = amount / per
-        self.level = min(self.level, amount)
+        self.level = max(-amount, min(self.level, amount))
 
     def refill(self, now: float) -> None:
         """Let time pass until `now`."""

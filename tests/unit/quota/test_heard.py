@@ -112,8 +112,8 @@ def test_a_bucket_stays_one() -> None:
     quotas = Quotas()
     for now in range(0, 300, 5):
         call(quotas, float(now), told(remaining=55, reset=5.0))
-    quotas.reserve(300.0, Charge(requests=58))
-    assert quotas.wait(300.0, ONE).seconds < 5.0
+    quotas.reserve(300.0, Charge(requests=60))
+    assert quotas.wait(300.0, ONE).seconds < 2.0
 
 
 def test_a_day_is_told_from_a_minute_if_it_is_said_twice() -> None:
@@ -142,6 +142,16 @@ def test_one_slip_in_a_limit_changes_nothing_twice_the_same_does() -> None:
     call(quotas, 0.0, told(limit=120, remaining=100))
     call(quotas, 0.0, told(limit=120, remaining=99))
     assert quotas.levels(0.0)[0].amount == 120
+
+
+def test_a_limit_that_shrinks_leaves_a_debt_of_one_whole_amount_at_most() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(limit=60, remaining=0))
+    quotas.reserve(0.0, Charge(requests=60))
+    for _ in range(2):
+        held = quotas.reserve(0.0, Charge(requests=0))
+        quotas.hear(0.0, told(limit=6, remaining=None), held)
+    assert left(quotas, 0.0) == -6
 
 
 def test_a_limit_that_was_a_lie_does_not_lock_for_ever() -> None:
