@@ -51,6 +51,19 @@ def chance(seed: int | None = None) -> random.Random:
     return random.Random(seed)  # noqa: S311 - jitter, not secrets
 
 
+_chance = chance()
+os.register_at_fork(after_in_child=_chance.seed)  # a forked worker must not draw what its parent draws
+
+
+def draw() -> float:
+    """A draw from [0, 1): of the running event loop if that has chance of its own (a virtual one), from its seed."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return _chance.random()
+    return draws_of(loop)() if is_virtual(loop) else _chance.random()
+
+
 def draws_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
     """Draws from [0, 1) for what runs on `loop`: a virtual one has chance of its own, drawn from its seed."""
     source = loop.random if is_virtual(loop) else chance()  # type: ignore[attr-defined]

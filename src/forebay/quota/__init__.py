@@ -1,8 +1,8 @@
 """Quotas and money: rates that refill, budgets that run out, and prices; reserved before a call, settled after it."""
 
-from forebay.quota.budget import Budget, Purse, Sum
+from forebay.quota.budget import Budget, Purse, Sum, check_dollars
 from forebay.quota.prices import Price, Prices
 from forebay.quota.quota import Quota
 from forebay.quota.quotas import Delay, Quotas, Reservation
 
-__all__ = ["Budget", "Delay", "Price", "Prices", "Purse", "Quota", "Quotas", "Reservation", "Sum"]
+__all__ = ["Budget", "Delay", "Price", "Prices", "Purse", "Quota", "Quotas", "Reservation", "Sum", "check_dollars"]

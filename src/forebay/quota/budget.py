@@ -89,7 +89,7 @@ class Purse:
         page = self._turn(now)
         share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserve
         left = self.budget.usd * share - page.spent - page.reserved
-        return left > 0 and _dollars(usd) <= left + self.budget.usd * 1e-12
+        return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
 
     def reserve(self, now: float, usd: float) -> Sum:
         """Set aside what a call will cost at most; its holder has asked `affords`.
@@ -98,7 +98,7 @@ class Purse:
             InvalidAmount: not a number of dollars of at least 0.
         """
         page = self._turn(now)
-        page.reserved += _dollars(usd)
+        page.reserved += check_dollars(usd)
         page.open += 1
         return Sum(usd, page)
 
@@ -109,7 +109,7 @@ class Purse:
             InvalidAmount: not a number of dollars of at least 0; the sum stays reserved.
             ReservationClosed: it was settled or released before.
         """
-        cost = _dollars(usd)
+        cost = check_dollars(usd)
         self._close(now, held).spent += cost
 
     def release(self, now: float, held: Sum) -> None:
@@ -128,6 +128,11 @@ class Purse:
         """US dollars that are neither spent nor reserved; less than 0 if calls cost more than was thought."""
         page = self._turn(now)
         return self.budget.usd - page.spent - page.reserved
+
+    def reserved(self) -> tuple[int, float]:
+        """How many sums are open, and how many US dollars they hold; of the present period and the one before."""
+        pages = [self._page] if self._before is None else [self._page, self._before]
+        return sum(page.open for page in pages), sum(page.reserved for page in pages)
 
     def resets_in(self, now: float) -> float | None:
         """Seconds until the whole budget is there again; None for never."""
@@ -193,7 +198,12 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _dollars(usd: float) -> float:
+def check_dollars(usd: float) -> float:
+    """The sum, if it can be one of money.
+
+    Raises:
+        InvalidAmount: not a number of dollars of at least 0.
+    """
     if not _number(usd) or not 0 <= usd < math.inf:
         raise InvalidAmount(value=usd)
     return usd

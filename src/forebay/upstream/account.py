@@ -13,6 +13,7 @@ from forebay.quota import Quotas
 from forebay.task import Priority
 from forebay.typing import Charge, Limit, Notice, Outcome
 from forebay.upstream.ask import Ask, Ended, Go, Held, No, Permit, Wait
+from forebay.upstream.deadlines import Deadlines
 from forebay.upstream.order import Order
 from forebay.upstream.pace import Pace
 from forebay.upstream.waiting import Waiter
@@ -37,6 +38,11 @@ class Waiting:
         self.joined = now
         self.since = now  # on this rung
         self.place: Place | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is in the line."""
+        return self.place is not None
 
 
 class Purse(Protocol):
@@ -94,6 +100,7 @@ class Account:
         self.coming = 0  # runs that have begun, or are held back, and have not made their first call
         self.typical = 0.0  # seconds that a call takes, as a moving mean; 0 before the first
         self.line: Line[Waiting] = Line()
+        self._deadlines: Deadlines[Waiting] = Deadlines()
         self._purses = purses
         self._longest_wait = longest_wait
         self._draw = draw
@@ -128,21 +135,22 @@ class Account:
             return Go(self._take(now, ask, self.order.rank(ask)))
         seconds, binding = self.expected_wait(now, ask)
         if len(self.line) >= _LINE:
-            return No(f"{_LINE} calls wait already", "line", 1.0, self._seat(now))
+            return No(f"{_LINE} calls wait already", "line", 1.0, self._seat(now, ask, seconds))
         if seconds > self._longest_wait:
             reason = (
                 f"a call would wait about {seconds:.3g} s for {binding}, and {self._longest_wait:g} s is the longest"
             )
-            return No(reason, binding, seconds / self._longest_wait, self._seat(now))
+            return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
         if now + seconds > ask.deadline:
             reason = f"its deadline comes before its turn, in about {seconds:.3g} s"
-            return No(reason, binding, seconds / self._longest_wait, self._seat(now))
+            return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
         return Wait(seconds, binding)
 
     def join(self, now: float, ask: Ask, waiter: Waiter) -> Waiting:
         """Stand in the line."""
         waiting = Waiting(ask, waiter, rank=self.order.rank(ask), now=now)
         self._stand(waiting)
+        self._deadlines.add(ask.deadline, waiting, length=len(self.line))
         return waiting
 
     def _stand(self, waiting: Waiting) -> None:
@@ -156,6 +164,8 @@ class Account:
             waiting.place = None
 
     def _refusal(self, now: float, ask: Ask) -> No | None:
+        if ask.deadline <= now:
+            return No("its deadline has passed", "line", 1.0, None)
         for purse in self._purses(ask):
             if not purse.affords(ask.usd, ask.priority):
                 return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())
@@ -194,23 +204,22 @@ class Account:
 
     def _pump(self, now: float) -> float | None:
         ripe = self._ripen(now)
+        while (late := self._deadlines.passed(now)) is not None:
+            self._answer(late, No("its deadline passed while it waited", "line", 1.0, None))
         if not self.line:
             return None
         self._promote(now)
         while (place := self.line.head()) is not None:
             waiting: Waiting = place[2]
-            if waiting.ask.deadline <= now:
-                self._answer(waiting, No("its deadline passed while it waited", "line", 1.0, None))
-                continue
             refusal = self._refusal(now, waiting.ask)
             if refusal is not None:
                 self._answer(waiting, refusal)
                 continue
             if not self._room(now):
-                return _earliest(self.limit.next_change(now), self._next_deadline(), ripe)
+                return _earliest(self.limit.next_change(now), self._deadlines.next(), ripe)
             seconds, _ = self.quotas.wait(now, waiting.ask.charge)
             if seconds > 0.0:
-                return _earliest(now + seconds, self._next_deadline())
+                return _earliest(now + seconds, self._deadlines.next())
             self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
             self._go(now, waiting)
         return None
@@ -234,9 +243,6 @@ class Account:
     def _answer(self, waiting: Waiting, answer: Go | No) -> bool:
         self.leave(waiting)
         return waiting.waiter.answer(answer)
-
-    def _next_deadline(self) -> float | None:
-        return min((waiting.ask.deadline for waiting in self.line if waiting.ask.deadline < math.inf), default=None)
 
     def refuse_all(self, now: float) -> None:
         """The breaker has opened: nobody need wait any longer."""
@@ -342,10 +348,16 @@ class Account:
         seconds, binding = self.expected_wait(now, ask, others=self.coming)
         return seconds / self._longest_wait, binding
 
-    def _seat(self, now: float) -> float | None:
-        limit = self.limit.limit(now)
-        rate = max(1, limit) / self.typical if self.typical else None
-        return self._seats.book(now, rate, self._draw())
+    def _seat(self, now: float, ask: Ask, seconds: float) -> float | None:
+        """When one who would wait `seconds` may come again: not before that has fallen to the longest wait."""
+        early = max(0.0, seconds - self._longest_wait)
+        each = self.expected_wait(now, ask, others=1)[0] - seconds  # what one call more adds
+        if each <= 0.0:
+            each = self.typical / max(1, self.limit.limit(now))
+        seat = self._seats.book(now + early, 1.0 / each if each else None, self._draw())
+        if seat is None:
+            return early or None
+        return early + seat
 
 
 def _times(charge: Charge, count: int) -> Charge:

@@ -113,6 +113,11 @@ class Till:
         with self._lock:
             return self._purse.spent(clock.wall_time())
 
+    def reserved(self) -> tuple[int, float]:
+        """How many calls hold dollars of it, and how many dollars."""
+        with self._lock:
+            return self._purse.reserved()
+
     def resets_in(self) -> float | None:
         """Seconds until all of it is there again; None for never."""
         with self._lock:
@@ -151,6 +156,10 @@ class Money:
         if self._task is not None and ask.run is not None:
             purses.append(self._purse(f"the budget of task {ask.run!r}", self._task))
         return purses
+
+    def tills(self) -> Sequence[Till]:
+        """All that there are."""
+        return [*(() if self.own is None else (self.own,)), *self._purses.values()]
 
     def _purse(self, name: str, budget: Budget) -> Till:
         purse = self._purses.get(name)

@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from forebay import clock
-from forebay.errors import CallMisused, Overloaded
+from forebay.errors import CallMisused, InvalidAmount, Overloaded
+from forebay.quota import check_dollars
 from forebay.typing import Charge, Outcome
 from forebay.upstream.ask import Ask, Ended, Permit
 from forebay.upstream.desk import Desk
@@ -25,17 +26,18 @@ class UpstreamCall:
         self._ask = ask
         self._dollars = dollars
         self._permit: Permit | None = None
+        self._entered = False
         self._used: Charge | None = None
         self._usd: float | None = None
         self._outcome: Outcome | None = None
 
     async def __aenter__(self) -> Self:
-        self._check_fresh()
+        self._enter_once()
         self._permit = await self._desk.enter(self._ask)
         return self
 
     def __enter__(self) -> Self:
-        self._check_fresh()
+        self._enter_once()
         self._permit = self._desk.enter_blocking(self._ask)
         return self
 
@@ -50,9 +52,14 @@ class UpstreamCall:
         self._leave(cause)
 
     def settle(self, *, input_tokens: int, output_tokens: int, usd: float | None = None) -> None:
-        """Say what it used; the last word counts. `usd`: what it cost, where the price table does not know."""
+        """Say what it used; the last word counts. `usd`: what it cost, where the price table does not know.
+
+        Raises:
+            InvalidAmount: that is no sum of money; what was said before still counts.
+        """
+        cost = None if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        self._usd = self._dollars(self._used) if usd is None else usd
+        self._usd = self._dollars(self._used) if cost is None else cost
 
     def overloaded(self) -> None:
         """Say that it was refused for congestion: fewer will be let through for a while."""
@@ -62,9 +69,10 @@ class UpstreamCall:
         """Say that how it ends says nothing of the upstream: a request of ours that was wrong, for example."""
         self._outcome = Outcome.IGNORED
 
-    def _check_fresh(self) -> None:
-        if self._permit is not None:
+    def _enter_once(self) -> None:
+        if self._entered:
             raise CallMisused
+        self._entered = True  # at once: two may try while the first waits
 
     def _leave(self, cause: BaseException | None) -> None:
         permit = self._permit
@@ -74,7 +82,7 @@ class UpstreamCall:
             if cause is None:
                 outcome = Outcome.SUCCESS
             else:
-                fault = isinstance(cause, Exception) and not isinstance(cause, Overloaded)
+                fault = isinstance(cause, Exception) and not isinstance(cause, (Overloaded, InvalidAmount))
                 outcome = Outcome.FAULT if fault else Outcome.IGNORED
         seconds = clock.now() - permit.at
         tokens = self._used.output_tokens if self._used is not None else 0

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from forebay import clock, context
 from forebay.breaker import BreakerRules
-from forebay.errors import InvalidSetting
+from forebay.errors import InvalidSetting, Overloaded
 from forebay.events import log
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry, RetryBudget
@@ -97,9 +97,8 @@ class Upstream:
             start_wait=start_wait,
             weights=weights,
         )
-        self._chance = clock.chance()
         self._money = Money(name, budget, tenant_budget, task_budget)
-        self.books = Books(terms, self._money, draw=self._draw)
+        self.books = Books(terms, self._money, draw=clock.draw)
         self.retry = retry or Retry()
         self.retry_budget = RetryBudget()
         self.prices = Prices(prices)
@@ -109,9 +108,6 @@ class Upstream:
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
-
-    def _draw(self) -> float:
-        return self._chance.random()
 
     # --- calls ---
 
@@ -149,7 +145,7 @@ class Upstream:
         """Send each call of a function, async or plain, through this upstream.
 
         It is retried when it raises, as `retry` says: so it must bear being called twice. ``Overloaded`` is raised
-        where the upstream refuses.
+        where the upstream refuses. One that the function itself raises is passed on, and is no fault.
         """
         driver = self.driver(self.books.desk(""))
         if inspect.iscoroutinefunction(function):
@@ -262,7 +258,7 @@ class Upstream:
 
     def driver(self, desk: Desk) -> Driver:
         """What tries calls of one account, under the retries of this upstream."""
-        return Driver(desk, retry=self.retry, budget=self.retry_budget, draw=self._draw)
+        return Driver(desk, retry=self.retry, budget=self.retry_budget, draw=clock.draw)
 
     # --- what can be read ---
 
@@ -282,4 +278,6 @@ def _done(value: Any, permit: Permit) -> Tried:
 
 def _failed(exc: Exception, permit: Permit) -> Tried:
     seconds = clock.now() - permit.at
+    if isinstance(exc, Overloaded):  # of another upstream, or a house: it has waited as long as it may
+        return Tried(error=exc, ended=Ended(outcome=Outcome.IGNORED, seconds=seconds))
     return Tried(error=exc, again=True, ended=Ended(outcome=Outcome.FAULT, seconds=seconds))

@@ -17,7 +17,8 @@ def test_calls_of_runs_begun_earlier_go_first_however_late_they_come() -> None:
     second = order.rank(Ask(run="second"))
     order.served(first)
     order.served(second)
-    assert order.rank(Ask(run="first")) < order.rank(Ask(run="second")) < order.rank(Ask(run="third"))
+    third, again = order.rank(Ask(run="third")), order.rank(Ask(run="second"))
+    assert order.rank(Ask(run="first")) < again < third
 
 
 def test_a_retry_goes_to_the_head() -> None:

@@ -1,0 +1,263 @@
+"""Calls that are tried again: what an attempt leaves behind, who goes first, how many there may be, who is to blame.
+
+The script of attempts is driven as the transports drive it, by an attempt that does as it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.acceptance.house import about, now, turns, virtual
+
+from forebay import Overloaded, Priority
+from forebay.breaker import BreakerRules, consecutive
+from forebay.errors import CallMisused, InvalidAmount
+from forebay.quota import Budget, Price, Quota
+from forebay.retry import Retry
+from forebay.sim import simulate
+from forebay.typing import Charge, Outcome
+from forebay.upstream import Upstream
+from forebay.upstream.account import Account
+from forebay.upstream.ask import Ask, Ended, Permit
+from forebay.upstream.attempt import Tried
+
+CALL = Charge(input_tokens=10, output_tokens=10, tokens=20)
+
+
+def account(upstream: Upstream, model: str = "") -> Account:
+    return upstream.books.desk(model).account
+
+
+def fault() -> Tried:
+    """Another attempt may help, and uses one up."""
+    return Tried(error=ConnectionError("gone"), again=True, ended=Ended(outcome=Outcome.FAULT))
+
+
+def success() -> Tried:
+    return Tried(value="done", ended=Ended(outcome=Outcome.SUCCESS, used=CALL, seconds=1.0))
+
+
+def refused(retry_after: float | None = None) -> Tried:
+    """The provider's quota is used up."""
+    ended = Ended(outcome=Outcome.IGNORED, rate=True, retry_after=retry_after, usd=0.0)
+    error = ConnectionError("429")
+    return Tried(error=error, again=True, counts=False, retry_after=retry_after, ended=ended)
+
+
+def congested() -> Tried:
+    """The provider has too many of ours in flight."""
+    ended = Ended(outcome=Outcome.OVERLOAD, released=True, usd=0.0)
+    return Tried(error=ConnectionError("529"), again=True, counts=False, ended=ended)
+
+
+class Calls:
+    """Calls through one upstream whose attempts come to what was told, one after the other; then they succeed."""
+
+    def __init__(self, upstream: Upstream, *comes: Callable[[], Tried], seconds: float = 0.1) -> None:
+        self.upstream = upstream
+        self.comes = list(comes)
+        self.seconds = seconds
+        self.sent: list[tuple[str, float]] = []
+
+    async def call(self, name: str = "", **how: Any) -> Any:
+        """One call, to its end."""
+
+        async def attempt(_: Permit) -> Tried:
+            self.sent.append((name, now()))
+            await asyncio.sleep(self.seconds)
+            return (self.comes.pop(0) if self.comes else success)()
+
+        desk = self.upstream.books.desk("")
+        return await self.upstream.driver(desk).run(self.upstream.ask("", CALL, **how), attempt)
+
+
+# --- what an attempt leaves behind ---
+
+
+@virtual
+async def test_an_attempt_that_was_refused_for_its_rate_has_taken_nothing_of_the_quota() -> None:
+    upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="day")])
+    calls = Calls(upstream, congested, congested, congested)
+    await calls.call()
+    (level,) = account(upstream).quotas.levels(now())
+    assert level.left == pytest.approx(1000 - 20, abs=1.0)
+
+
+@virtual
+async def test_what_a_provider_asks_of_one_call_holds_for_all() -> None:
+    upstream = Upstream("llm")
+    calls = Calls(upstream, lambda: refused(20.0))
+    first = asyncio.create_task(calls.call("first"))
+    await asyncio.sleep(1.0)
+    began = now()
+    await calls.call("second")
+    assert calls.sent[1][1] - began >= 18.0
+    await first
+
+
+@virtual
+async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
+    upstream = Upstream("llm", retry=Retry(base=0.001))
+    calls = Calls(upstream, lambda: Tried(error=OSError(), again=True, retry_after=9.0, ended=fault().ended))
+    await calls.call()
+    (_, first), (_, second) = calls.sent
+    assert second - first >= 9.0
+
+
+@virtual
+async def test_only_what_a_call_comes_to_at_last_counts_for_the_breaker() -> None:
+    upstream = Upstream("llm", retry=Retry(max_attempts=3, base=0.01), breaker=BreakerRules())
+    calls = Calls(upstream, *[fault, success] * 8)
+    for _ in range(8):
+        assert await calls.call() == "done"
+    assert upstream.statistics().accounts[0].breaker == "closed"
+
+
+# --- how many ---
+
+
+@virtual
+async def test_no_storm_of_retries_when_a_provider_fails() -> None:
+    upstream = Upstream("llm", retry=Retry(base=0.01), breaker=BreakerRules(arms=(consecutive(1000),)))
+    calls = Calls(upstream, *[fault] * 1000)
+    for _ in range(50):
+        with pytest.raises(ConnectionError):
+            await calls.call()
+    assert len(calls.sent) <= 50 + 0.2 * 50 + 10
+
+
+# --- who goes first ---
+
+
+@virtual
+async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() -> None:
+    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base=0.5))
+    calls = Calls(upstream, congested, seconds=1.0)
+    first = asyncio.create_task(calls.call("first"))
+    await turns()
+    others = [asyncio.create_task(calls.call(f"{number}")) for number in range(5)]
+    await asyncio.gather(first, *others)
+    names = [name for name, _ in calls.sent]
+    assert names[0] == "first"
+    assert names.index("first", 1) <= 2  # one may have gone while it backed off
+
+
+@virtual
+async def test_but_not_before_more_important_ones() -> None:
+    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base=0.5))
+    calls = Calls(upstream, congested, seconds=1.0)
+    first = asyncio.create_task(calls.call("first"))
+    await turns()
+    others = [asyncio.create_task(calls.call(f"{number}", priority=Priority.HIGH)) for number in range(3)]
+    await asyncio.gather(first, *others)
+    assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
+
+
+# --- who is to blame ---
+
+
+@virtual
+async def test_a_refusal_further_on_is_no_fault_of_what_is_guarded() -> None:
+    behind = Upstream("behind", quotas=[Quota(tokens=10, per="minute")])
+    guarded = Upstream("guarded")
+    tries = 0
+
+    @guarded.guard
+    async def work() -> None:
+        nonlocal tries
+        tries += 1
+        async with behind.call(input_tokens=100):
+            pass
+
+    for _ in range(9):
+        with pytest.raises(Overloaded, match="behind"):
+            await work()
+    assert tries == 9
+    assert guarded.statistics().accounts[0].breaker == "closed"
+
+
+@virtual
+async def test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take() -> None:
+    upstream = Upstream("llm")
+    for _ in range(30):
+        with pytest.raises(ConnectionError):
+            await _fails(upstream)
+    assert account(upstream).pace.expected(100) is None
+
+
+async def _fails(upstream: Upstream) -> None:
+    async with upstream.call() as call:
+        call.settle(input_tokens=10, output_tokens=100)
+        call.overloaded()
+        raise ConnectionError
+
+
+# --- what may go wrong on our own side ---
+
+
+@virtual
+async def test_a_cost_that_is_none_is_refused_where_it_is_said_and_nothing_stays_reserved() -> None:
+    upstream = Upstream("llm", budget=Budget(usd=10.0), prices={"m": Price(input=1.0, output=1.0)})
+    for _ in range(9):
+        with pytest.raises(InvalidAmount):
+            await _costs(upstream, -1.0)
+    assert account(upstream, "m").in_flight == 0
+    assert upstream.statistics().spent_usd == pytest.approx(9 * 2e-6)
+    assert upstream.statistics().accounts[0].breaker == "closed"
+
+
+async def _costs(upstream: Upstream, usd: float) -> None:
+    async with upstream.call("m", input_tokens=1, output_tokens=1) as call:
+        call.settle(input_tokens=1, output_tokens=1, usd=usd)
+
+
+@virtual
+async def test_a_call_that_two_enter_at_the_same_moment_is_entered_once() -> None:
+    upstream = Upstream("tool", max_concurrent=1)
+    holder = asyncio.create_task(Calls(upstream, seconds=1.0).call())
+    await turns()
+    call = upstream.call()
+
+    async def enter() -> None:
+        async with call:
+            pass
+
+    outcomes = await asyncio.gather(enter(), enter(), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None), CallMisused]
+    await holder
+    assert account(upstream).in_flight == 0
+
+
+@virtual
+async def test_a_deadline_that_passes_behind_the_head_of_the_line_is_told_when_it_passes() -> None:
+    upstream = Upstream("tool", max_concurrent=1)
+    calls = Calls(upstream, seconds=100.0)
+    holder = asyncio.create_task(calls.call())
+    await turns()
+    head = asyncio.create_task(calls.call(priority=Priority.HIGH))
+    await turns()
+    began = now()
+    with pytest.raises(Overloaded, match="deadline"):
+        async with asyncio.timeout(50.0):
+            await upstream.driver(upstream.books.desk("")).run(Ask(deadline=began + 5.0), _never)
+    assert now() - began == about(5.0)
+    await asyncio.gather(holder, head)
+
+
+async def _never(_: Permit) -> Tried:
+    raise AssertionError
+
+
+def test_one_seed_gives_one_run_of_calls_and_another_another() -> None:
+    def times(seed: int) -> list[float]:
+        async def main() -> list[float]:
+            calls = Calls(Upstream("llm"), *[fault] * 5)
+            await asyncio.gather(*(calls.call() for _ in range(3)))
+            return [at for _, at in calls.sent]
+
+        return simulate(main, seed=seed)
+
+    assert times(1) == times(1) != times(2)

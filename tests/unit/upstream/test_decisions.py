@@ -1,0 +1,323 @@
+"""What an account decides, one decision at a time: who goes, who waits and how long, what each end leaves behind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from forebay.breaker import Breaker, BreakerRules, BreakerState
+from forebay.limit import FixedLimit
+from forebay.quota import Budget, Purse, Quota, Quotas, Sum
+from forebay.task import Priority
+from forebay.typing import Charge, Outcome
+from forebay.upstream.account import Account, Waiting
+from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
+from forebay.upstream.books import Books, Money, Terms
+from forebay.upstream.deadlines import Deadlines
+
+FAULT = Ended(outcome=Outcome.FAULT)
+SUCCESS = Ended(outcome=Outcome.SUCCESS)
+
+
+class Caller:
+    """Waits in a line and remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.given: Go | No | None = None
+        self.looks_at: float | None = None
+        self.gone = False
+
+    def answer(self, answer: Go | No) -> bool:
+        self.given = answer
+        return not self.gone
+
+    def look_at(self, when: float) -> bool:
+        self.looks_at = when
+        return not self.gone
+
+
+class Till:
+    """A purse that is asked at noon of the first day."""
+
+    name = "the budget"
+
+    def __init__(self, usd: float) -> None:
+        self.purse = Purse(Budget(usd=usd))
+
+    def affords(self, usd: float, priority: Priority) -> bool:
+        return self.purse.affords(43_200.0, usd, priority)
+
+    def reserve(self, usd: float) -> Held:
+        return Held(self.purse, self.purse.reserve(43_200.0, usd))
+
+    def load(self) -> float:
+        return 1.0
+
+    def resets_in(self) -> float | None:
+        return None
+
+
+class Held:
+    def __init__(self, purse: Purse, held: Sum) -> None:
+        self.purse, self.held = purse, held
+
+    def settle(self, usd: float) -> None:
+        self.purse.settle(43_200.0, self.held, usd)
+
+
+class House:
+    """An account, and the words for what is done to it."""
+
+    def __init__(self, slots: int = 1, *quotas: Quota, usd: float | None = None, longest_wait: float = 60.0) -> None:
+        self.till = Till(usd) if usd is not None else None
+        self.account = Account(
+            "upstream:test",
+            limit=FixedLimit(slots),
+            quotas=Quotas(quotas),
+            breaker=Breaker(BreakerRules(cool_off=10.0), draw=lambda: 0.0),
+            purses=lambda _: () if self.till is None else (self.till,),
+            longest_wait=longest_wait,
+            draw=lambda: 0.0,
+        )
+
+    def go(self, now: float = 0.0, **how: object) -> Permit:
+        """A call that is let go at once."""
+        answer = self.account.admit(now, Ask(**how))  # type: ignore[arg-type]
+        assert isinstance(answer, Go), answer
+        return answer.permit
+
+    def no(self, now: float = 0.0, **how: object) -> No:
+        """A call that is refused at once."""
+        answer = self.account.admit(now, Ask(**how))  # type: ignore[arg-type]
+        assert isinstance(answer, No), answer
+        return answer
+
+    def wait(self, now: float = 0.0, **how: object) -> tuple[Waiting, Caller]:
+        """A call that has to wait, and does."""
+        ask, caller = Ask(**how), Caller()  # type: ignore[arg-type]
+        assert isinstance(self.account.admit(now, ask), Wait)
+        waiting = self.account.join(now, ask, caller)
+        self.account.pump(now)
+        return waiting, caller
+
+    def end(self, now: float, permit: Permit, ended: Ended = SUCCESS) -> None:
+        """A call ends."""
+        self.account.settle(now, permit, ended)
+        self.account.pump(now)
+
+    def take(self, now: float, seconds: float = 1.0) -> None:
+        """A call that took so long is seen from its start to its end."""
+        self.end(now, self.go(now), Ended(outcome=Outcome.SUCCESS, seconds=seconds))
+
+    def break_down(self, now: float = 0.0) -> None:
+        """Five calls fail."""
+        for _ in range(5):
+            self.end(now, self.go(now), FAULT)
+        assert self.account.breaker.state(now) is BreakerState.OPEN
+
+
+# --- the line ---
+
+
+def test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up() -> None:
+    house = House()
+    house.take(0.0, seconds=1.0)
+    permit = house.go(0.0)
+    _, low = house.wait(0.0, priority=Priority.LOW)
+    flood: list[Caller] = []
+    for second in range(1, 60):  # at each a HIGH call more
+        _, high = house.wait(second, priority=Priority.HIGH)
+        house.end(second, permit)
+        if isinstance(low.given, Go):
+            return
+        flood.append(high)
+        permit = next(caller.given.permit for caller in flood if isinstance(caller.given, Go))
+        flood = [caller for caller in flood if caller.given is None]
+    pytest.fail("under a flood of HIGH calls the LOW one waited for a minute")
+
+
+def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -> None:
+    house = House()
+    house.go(0.0)
+    _, head = house.wait(0.0, priority=Priority.HIGH)
+    _, behind = house.wait(0.0, deadline=5.0)
+    house.account.pump(2.0)
+    assert head.looks_at == 5.0
+    head.looks_at = None
+    house.account.pump(5.0)
+    assert isinstance(behind.given, No)
+    assert "deadline" in behind.given.reason
+    assert head.given is None
+    assert head.looks_at is None, "a deadline that has passed is looked at again and again"
+
+
+def test_a_call_whose_deadline_has_passed_is_not_sent_though_there_is_room() -> None:
+    assert "deadline" in House().no(9.0, deadline=9.0).reason
+
+
+def test_a_call_that_would_wait_beyond_its_deadline_is_refused_at_once() -> None:
+    house = House()
+    house.take(0.0, seconds=8.0)
+    house.go(0.0)
+    assert "deadline" in house.no(0.0, deadline=7.0).reason
+    house.wait(0.0, deadline=9.0)
+
+
+def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() -> None:
+    house = House(1000, Quota(requests=6, per="minute"), longest_wait=60.0)
+    for _ in range(6):
+        house.take(0.0, seconds=0.1)
+    for _ in range(6):
+        house.wait(0.0)
+    first, second = house.no(0.0).retry_after, house.no(0.0).retry_after
+    assert first is not None
+    assert second is not None
+    assert first == pytest.approx(10.0 + 10.0, abs=2.0)  # a call goes each ten seconds
+    assert second == pytest.approx(first + 10.0, abs=2.0)
+
+
+def test_a_small_call_does_not_pass_those_who_wait_for_tokens() -> None:
+    house = House(9, Quota(tokens=100, per="minute"))
+    house.go(0.0, charge=Charge(tokens=90))
+    house.wait(0.0, charge=Charge(tokens=90))
+    house.wait(0.0, charge=Charge(tokens=1))
+
+
+def test_those_who_wait_are_sent_away_as_soon_as_the_breaker_opens() -> None:
+    house = House(5)
+    permits = [house.go() for _ in range(5)]
+    _, caller = house.wait()
+    for permit in permits:  # its holder looks at the line only later
+        house.account.settle(0.0, permit, FAULT)
+    assert isinstance(caller.given, No)
+    assert caller.given.binding == "breaker"
+
+
+def test_a_caller_whose_loop_has_closed_does_not_keep_what_it_was_given() -> None:
+    house = House(1, Quota(requests=10, per="minute"), usd=9.0)
+    holder = house.go(0.0)
+    _, caller = house.wait(0.0, usd=1.0)
+    caller.gone = True
+    house.end(0.0, holder)
+    assert house.account.in_flight == 0
+    assert house.till is not None
+    assert house.till.purse.left(43_200.0) == 9.0
+    assert house.account.quotas.levels(0.0)[0].left == 9.0
+
+
+# --- ends ---
+
+
+def test_what_was_refused_for_its_rate_takes_nothing_and_holds_everybody() -> None:
+    house = House(9, Quota(requests=10, per="minute"))
+    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.IGNORED, rate=True, retry_after=7.0, usd=0.0))
+    answer = house.account.admit(0.0, Ask())
+    assert isinstance(answer, Wait)
+    assert answer.seconds == pytest.approx(7.0)
+
+
+def test_a_call_that_cost_more_than_was_thought_costs_that() -> None:
+    house = House(9, usd=9.0)
+    house.end(0.0, house.go(0.0, usd=1.0), Ended(outcome=Outcome.SUCCESS, usd=3.0))
+    assert house.till is not None
+    assert house.till.purse.spent(43_200.0) == 3.0
+
+
+def test_what_failed_midway_costs_what_was_reserved() -> None:
+    house = House(9, usd=9.0)
+    house.end(0.0, house.go(0.0, usd=2.0), FAULT)
+    assert house.till is not None
+    assert house.till.purse.spent(43_200.0) == 2.0
+    assert house.till.purse.left(43_200.0) == 7.0
+
+
+def test_what_is_reserved_is_no_longer_there_for_others() -> None:
+    house = House(9, usd=3.0)
+    house.go(0.0, usd=2.0)
+    assert house.no(0.0, usd=2.0).binding == "budget"
+
+
+def test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither() -> None:
+    house = House(9)
+    for _ in range(50):
+        house.end(0.0, house.go(0.0), Ended(outcome=Outcome.OVERLOAD, released=True))
+        house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, final=False))
+    assert house.account.breaker.state(0.0) is BreakerState.CLOSED
+
+
+def test_a_probe_that_is_cancelled_is_given_back() -> None:
+    house = House(9)
+    house.break_down()
+    probe = house.go(11.0)
+    assert house.no(11.0).binding == "breaker"
+    house.account.never_sent(11.0, probe)
+    house.go(11.0)
+
+
+def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
+    house = House(1)
+    holder = house.go(0.0)
+    _, caller = house.wait(0.0)
+    caller.gone = True
+    house.account.breaker.trip(0.0)
+    house.end(11.0, holder)  # half-open by now, so the call that waits is the probe
+    assert isinstance(caller.given, Go)
+    house.go(11.0)
+
+
+# --- what presses ---
+
+
+def test_the_load_counts_what_is_coming() -> None:
+    house = House(1)
+    house.take(0.0, seconds=6.0)
+    house.account.coming = 5
+    assert house.account.load(0.0, Ask())[0] == pytest.approx(5 * 6.0 / 60.0)
+
+
+# --- whose account ---
+
+
+def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
+    terms = Terms(
+        "llm",
+        models=None,
+        quotas=(),
+        max_concurrent=None,
+        breaker=None,
+        longest_wait=60.0,
+        start_wait=None,
+        weights=None,
+    )
+    books = Books(terms, Money("llm", None, None, None), draw=lambda: 0.0)
+    assert books.desk("gpt", "sk-one") is books.desk("gpt", "sk-one")
+    assert len({books.desk("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
+
+
+# --- deadlines ---
+
+
+class Stander:
+    stands = True
+
+
+def test_deadlines_forget_who_has_left_and_keep_no_more_than_a_few_of_them() -> None:
+    deadlines = Deadlines[Stander]()
+    staying = Stander()
+    deadlines.add(1e9, staying, length=1)
+    for moment in range(1000):
+        left = Stander()
+        deadlines.add(moment, left, length=1)
+        left.stands = False
+    assert len(deadlines) < 100
+    assert deadlines.next() == 1e9
+    assert deadlines.passed(1e9 - 1) is None
+    assert deadlines.passed(1e9) is staying
+    assert deadlines.next() is None
+
+
+def test_who_may_wait_for_ever_has_no_deadline() -> None:
+    deadlines = Deadlines[Stander]()
+    deadlines.add(math.inf, Stander(), length=1)
+    assert deadlines.next() is None
