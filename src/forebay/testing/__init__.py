@@ -33,6 +33,7 @@ from forebay.testing.promises import (
 )
 from forebay.testing.provider import QUICK, PlantNotInstalled, ProviderDouble
 from forebay.testing.record import Excess, Record
+from forebay.testing.upstreams import check_upstream
 from forebay.testing.virtual import now, turns, virtual
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "check_priorities",
     "check_promises",
     "check_spills",
+    "check_upstream",
     "no_leaks",
     "now",
     "overload",

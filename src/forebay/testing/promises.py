@@ -75,7 +75,7 @@ def check_endings(*records: Record, tickets: Iterable[Ticket] = (), kept: int | 
     if len(lost) > kept:
         wrong += lost
     wrong += [f"{ticket!r} has not been resolved" for ticket in tickets if not ticket.done()]
-    _judge("Every task that is not rejected ends exactly once", wrong)
+    judge("Every task that is not rejected ends exactly once", wrong)
 
 
 def check_counts(record: Record) -> None:
@@ -84,7 +84,7 @@ def check_counts(record: Record) -> None:
     Raises:
         BrokenPromise: a count is another.
     """
-    _judge("What is counted is what has happened", [*_miscounts(record)])
+    judge("What is counted is what has happened", [*_miscounts(record)])
 
 
 def check_limits(record: Record, *, nested: bool = False) -> None:
@@ -104,7 +104,7 @@ def check_limits(record: Record, *, nested: bool = False) -> None:
     ]
     if not nested and not _stores(record.supervisor):  # else an end is told only once it is stored
         wrong += _crowds(record)
-    _judge("Nothing runs above a limit", wrong)
+    judge("Nothing runs above a limit", wrong)
 
 
 def check_priorities(record: Record) -> None:
@@ -122,7 +122,7 @@ def check_priorities(record: Record) -> None:
         f"{_name(record, hasty.began)} began at {hasty.at:.3f} s, while {_name(record, hasty.waited)} waited"
         for hasty in inversions(record, stored=_stores(record.supervisor))
     ]
-    _judge("The most important work goes first", wrong)
+    judge("The most important work goes first", wrong)
 
 
 def check_spills(record: Record) -> None:
@@ -147,7 +147,7 @@ def check_spills(record: Record) -> None:
     if len(missing) > outside and not (_outlives(record.supervisor) and record.supervisor.loop is None):
         wrong.append(f"{len(missing)} have neither come back nor ended, and {outside} are outside")
         wrong += missing
-    _judge("What is spilled comes back, or ends outside", wrong)
+    judge("What is spilled comes back, or ends outside", wrong)
 
 
 def check_leftovers(supervisor: BackpressureSupervisor, *, zombies: bool = False) -> None:
@@ -184,13 +184,14 @@ def check_leftovers(supervisor: BackpressureSupervisor, *, zombies: bool = False
             wrong.append(f"{len(house.chores)} chores are under way: {sorted(map(repr, house.chores))}")
         if supervisor.loop is None and house.timers.armed:
             wrong.append("timers are set, though it has closed")
-    _judge("A supervisor at rest holds nothing", wrong)
+    judge("A supervisor at rest holds nothing", wrong)
 
 
 # --- what they look at -----------------------------------------------------------------------------------------------
 
 
-def _judge(promise: str, wrong: list[str]) -> None:
+def judge(promise: str, wrong: list[str]) -> None:
+    """Raise BrokenPromise if anything is wrong."""
     if wrong:
         shown = [*wrong[:_SHOWN], f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else wrong
         raise BrokenPromise(promise=promise, listing="".join(f"\n  {line}" for line in shown), wrong=tuple(wrong))

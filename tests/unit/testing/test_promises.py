@@ -11,6 +11,7 @@ import pytest
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.admission import Line
 from forebay.events import Event, Finished, Refilled, Started, Submitted
+from forebay.quota import Budget, Price, Quota
 from forebay.testing import (
     BrokenPromise,
     Flaky,
@@ -25,10 +26,12 @@ from forebay.testing import (
     check_priorities,
     check_promises,
     check_spills,
+    check_upstream,
     overload,
     turns,
     virtual,
 )
+from forebay.upstream import Upstream
 
 # --- a house that keeps them ------------------------------------------------------------------------------------------
 
@@ -459,3 +462,50 @@ async def test_a_record_tells_what_happened_until_it_is_stopped() -> None:
     late = Record(supervisor)
     check_counts(late)
     assert (record.before.submitted, late.before.submitted) == (0, 2)
+
+
+# --- upstreams --------------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_what_an_upstream_holds_is_named() -> None:
+    upstream = Upstream(
+        "llm",
+        max_concurrent=1,
+        quotas=[Quota(requests=9, per="minute")],
+        budget=Budget(usd=9.0),
+        prices={"": Price(input=1e6, output=1e6)},
+    )
+    desk = upstream.books.desk("")
+    desk.account.breaker.trip(-100.0)
+    desk.coming(1)
+    async with upstream.call(input_tokens=2):
+        waiting = asyncio.create_task(Slow(1.0)(Task("work")))
+        assert wrong(lambda: check_upstream(upstream)).splitlines() == [
+            "upstream:llm counts 1 calls in flight",
+            "1 calls hold quotas of upstream:llm",
+            "the breaker of upstream:llm waits for 1 probes",
+            "upstream:llm expects 1 runs",
+            "1 calls hold $2 of the budget of llm",
+        ]
+        await waiting
+    desk.coming(-1)
+    check_upstream(upstream)
+
+
+@virtual
+async def test_a_call_in_line_and_a_crowd_are_named() -> None:
+    upstream = Upstream("llm", max_concurrent=1)
+
+    async def call() -> None:
+        async with upstream.call():
+            await turns()
+
+    async with upstream.call():
+        waiting = asyncio.create_task(call())
+        await turns()
+        assert "in the line of upstream:llm wait 1 calls" in wrong(lambda: check_upstream(upstream))
+    await waiting
+    check_upstream(upstream)
+    upstream.books.desk("").account.peak = 2
+    assert wrong(lambda: check_upstream(upstream)) == "upstream:llm had 2 calls in flight of 1"
