@@ -15,7 +15,7 @@ from forebay.retry import Retry
 from forebay.supervisor import BackpressureSupervisor, DrainReport, Ticket, WorkerAgent
 from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
 from forebay.typing import Reading, WorkerHandler, WorkerState
-from forebay.upstream import Upstream
+from forebay.upstream import Fallback, Upstream
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "Deadline",
     "DrainReport",
     "Estimate",
+    "Fallback",
     "ForebayError",
     "Overloaded",
     "Price",

@@ -183,6 +183,10 @@ class Source(Protocol):
 
     name: str
 
+    @property
+    def parts(self) -> Sequence[Source]:
+        """The accounts that could each serve those calls, its own name and load apart; of one account itself."""
+
     def load(self) -> tuple[float, str]:
         """The expected wait of the next typical call over the longest allowed, and what binds there."""
 

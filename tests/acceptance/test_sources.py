@@ -24,6 +24,10 @@ class Key:
         self.awaited = 0
         self.callbacks: dict[object, Callable[[], None]] = {}
 
+    @property
+    def parts(self) -> tuple[Key]:
+        return (self,)
+
     def load(self) -> tuple[float, str]:
         return self.reading, "requests"
 

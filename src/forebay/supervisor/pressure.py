@@ -56,7 +56,9 @@ class Pressure:
             for worker in self._workers.values()
             if worker.handler.load is not None
         ]
-        sources = {source: None for worker in self._workers.values() for source in worker.sources}
+        sources = {
+            part: None for worker in self._workers.values() for source in worker.sources for part in source.parts
+        }
         drawn = [Reading(source.name, source.load()[0]) for source in sources]
         return (*pools, *below, *drawn, Reading("host", self.host))
 

@@ -341,6 +341,14 @@ class Account:
                 return slot, "concurrency"
         return seconds, binding
 
+    def load_for(self, now: float, ask: Ask) -> float:
+        """Expected wait of this very call over the longest wait allowed; 1.0 or more if it would be refused."""
+        refusal = self._refusal(now, ask)
+        if refusal is not None:
+            return max(1.0, refusal.load)
+        seconds, _ = self.expected_wait(now, ask)
+        return math.inf if now + seconds > ask.deadline else seconds / self._longest_wait
+
     def load(self, now: float, ask: Ask) -> tuple[float, str]:
         """Expected wait of the next typical call over the longest wait allowed, and what binds."""
         if not self.breaker.ready(now):

@@ -7,7 +7,7 @@ drive the same one.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ class Tried:
         counts: whether that would use one up; *not now* does not.
         retry_after: seconds that the upstream asked for, or None.
         open: an answer that is still coming, so its permit is closed by whoever reads it.
+        elsewhere: whether another account could do better, if it is the last.
     """
 
     ended: Ended
@@ -38,6 +39,7 @@ class Tried:
     counts: bool = True
     retry_after: float | None = None
     open: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,16 @@ class Moment:
 Step: TypeAlias = Enter | Try | Settle | Sleep | Moment
 
 
-def script(ask: Ask, retry: Retry, budget: RetryBudget) -> Generator[Step, Any, Tried]:
+def script(
+    ask: Ask, retry: Retry, budget: RetryBudget, hurries: Callable[[], bool] | None = None
+) -> Generator[Step, Any, Tried]:
     """Try a call. Every permit is closed, but that of an answer that is still coming.
+
+    Args:
+        ask: what it asks.
+        retry: how it is tried again.
+        budget: whether it may be.
+        hurries: asked after a *not now* whether the call goes elsewhere, rather than wait for its next attempt.
 
     Returns:
         The last attempt.
@@ -101,5 +111,7 @@ def script(ask: Ask, retry: Retry, budget: RetryBudget) -> Generator[Step, Any, 
                 yield Settle(permit, tried.ended)
             return tried
         yield Settle(permit, msgspec.structs.replace(tried.ended, final=False))
+        if hurries is not None and not tried.counts and hurries():
+            return tried
         ask.retries += 1
         yield Sleep(delay)

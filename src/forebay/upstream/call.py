@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from forebay import clock
 from forebay.errors import CallMisused, InvalidAmount, Overloaded
 from forebay.quota import check_dollars
 from forebay.typing import Charge, Outcome
 from forebay.upstream.ask import Ask, Ended, Permit
+from forebay.upstream.attempt import Tried
 from forebay.upstream.desk import Desk
+from forebay.upstream.journey import Bare, Journey, journey_of, travel, travel_blocking
+from forebay.upstream.stops import Stop
+
+if TYPE_CHECKING:
+    from forebay.upstream.upstream import Upstream
 
 
 class UpstreamCall:
@@ -19,12 +25,23 @@ class UpstreamCall:
 
     Left without an error it is a success, left by an exception a fault, unless `overloaded` or `ignored` was called.
     A cancellation says nothing of the upstream.
+
+    Attributes:
+        upstream: where to send it: the upstream that was asked, or once entered the one that a fallback led to.
+        model: which model to ask there.
+
+    Args:
+        upstream: through which it goes.
+        model: whose account it is of.
+        ask: what it asks of the account of a model, of whatever upstream.
     """
 
-    def __init__(self, desk: Desk, ask: Ask, *, dollars: Callable[[Charge], float]) -> None:
-        self._desk = desk
-        self._ask = ask
-        self._dollars = dollars
+    def __init__(self, upstream: Upstream, model: str, ask: Callable[[Upstream, str], Ask]) -> None:
+        self.upstream = upstream
+        self.model = model
+        self._desk: Desk = upstream.books.desk(model)
+        self._make = ask
+        self._ask = ask(upstream, model)
         self._permit: Permit | None = None
         self._entered = False
         self._used: Charge | None = None
@@ -33,12 +50,18 @@ class UpstreamCall:
 
     async def __aenter__(self) -> Self:
         self._enter_once()
-        self._permit = await self._desk.enter(self._ask)
+        if (journey := self._journey()) is None:
+            self._permit = await self._desk.enter(self._ask)
+        else:
+            await travel(journey, self._enter)
         return self
 
     def __enter__(self) -> Self:
         self._enter_once()
-        self._permit = self._desk.enter_blocking(self._ask)
+        if (journey := self._journey()) is None:
+            self._permit = self._desk.enter_blocking(self._ask)
+        else:
+            travel_blocking(journey, self._enter_blocking)
         return self
 
     async def __aexit__(
@@ -59,7 +82,7 @@ class UpstreamCall:
         """
         cost = None if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        self._usd = self._dollars(self._used) if cost is None else cost
+        self._usd = self.upstream.dollars(self.model, self._used) if cost is None else cost
 
     def overloaded(self) -> None:
         """Say that it was refused for congestion: fewer will be let through for a while."""
@@ -68,6 +91,24 @@ class UpstreamCall:
     def ignored(self) -> None:
         """Say that how it ends says nothing of the upstream: a request of ours that was wrong, for example."""
         self._outcome = Outcome.IGNORED
+
+    def _journey(self) -> Journey[Bare] | None:
+        if not self.upstream.fallbacks:
+            return None
+        return journey_of(Bare(self.upstream, self._desk, self._ask), self._elsewhere)
+
+    def _elsewhere(self, stop: Stop, desk: Desk) -> Bare:
+        return Bare(stop.upstream, desk, self._make(stop.upstream, stop.model))
+
+    async def _enter(self, leg: Bare) -> Tried:
+        return self._taken(leg, await leg.desk.enter(leg.ask, alone=False))
+
+    def _enter_blocking(self, leg: Bare) -> Tried:
+        return self._taken(leg, leg.desk.enter_blocking(leg.ask, alone=False))
+
+    def _taken(self, leg: Bare, permit: Permit) -> Tried:
+        self.upstream, self.model, self._desk, self._permit = leg.upstream, leg.ask.model, leg.desk, permit
+        return Tried(ended=Ended(outcome=Outcome.SUCCESS), open=True)
 
     def _enter_once(self) -> None:
         if self._entered:

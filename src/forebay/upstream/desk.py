@@ -39,17 +39,22 @@ class Desk:
         self._typical = Ask()
         self._held: dict[object, int] = {}
         self.experience = Experience()
+        self.sent_on = 0  # calls that another account has served
         self._relief: dict[object, Callable[[], None]] = {}
 
     # --- permits ---
 
-    async def enter(self, ask: Ask) -> Permit:
+    async def enter(self, ask: Ask, *, alone: bool = True) -> Permit:
         """Wait for a permit, at most until the call's deadline.
+
+        Args:
+            ask: what the call asks.
+            alone: whether no other account could serve it: the run that is under way meets this one, and its refusal.
 
         Raises:
             Overloaded: it will not be had in time; ``retry_after`` says when it could.
         """
-        asked = self._ask(ask, lambda: LoopWaiter(self._look))
+        asked = self._ask(ask, lambda: LoopWaiter(self._look), alone=alone)
         if isinstance(asked, Permit):
             return asked
         waiting, waiter = asked
@@ -59,11 +64,11 @@ class Desk:
         except asyncio.CancelledError:
             self._abandon(waiting)
             raise
-        return self._permit(answer)
+        return self._permit(answer, alone=alone)
 
-    def enter_blocking(self, ask: Ask) -> Permit:
+    def enter_blocking(self, ask: Ask, *, alone: bool = True) -> Permit:
         """As `enter`, in a plain thread."""
-        asked = self._ask(ask, lambda: ThreadWaiter(self._look))
+        asked = self._ask(ask, lambda: ThreadWaiter(self._look), alone=alone)
         if isinstance(asked, Permit):
             return asked
         waiting, waiter = asked
@@ -73,16 +78,17 @@ class Desk:
         except BaseException:  # a KeyboardInterrupt, say
             self._abandon(waiting)
             raise
-        return self._permit(answer)
+        return self._permit(answer, alone=alone)
 
-    def _ask(self, ask: Ask, make: Callable[[], Waiter]) -> Permit | tuple[Waiting, Waiter]:
-        self._meet()
+    def _ask(self, ask: Ask, make: Callable[[], Waiter], *, alone: bool) -> Permit | tuple[Waiting, Waiter]:
+        if alone:
+            self._meet()
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
             self._learn(ask)
             answer = self.account.admit(now, ask)
             if not isinstance(answer, Wait):
-                return self._permit(answer)
+                return self._permit(answer, alone=alone)
             waiter = make()
             waiting = self.account.join(now, ask, waiter)
             self.account.pump(now)
@@ -100,7 +106,7 @@ class Desk:
         with self._lock:
             self.account.pump(clock.now())
 
-    def _permit(self, answer: Go | No) -> Permit:
+    def _permit(self, answer: Go | No, *, alone: bool) -> Permit:
         if isinstance(answer, Go):
             return answer.permit
         error = Overloaded(
@@ -109,7 +115,7 @@ class Desk:
             load=answer.load,
             retry_after=answer.retry_after,
         )
-        if (run := context.drawing()) is not None:
+        if alone and (run := context.drawing()) is not None:
             run.refused(self, error)
         raise error
 
@@ -157,6 +163,19 @@ class Desk:
             callback()
 
     # --- what the task plane feels ---
+
+    @property
+    def parts(self) -> Sequence[Desk]:
+        """See `forebay.typing.Source`."""
+        return (self,)
+
+    def load_for(self, ask: Ask | None = None) -> float:
+        """How long this call (None: a typical one) would wait if it came now, over the longest wait allowed.
+
+        1.0 or more if it would be refused. Runs that have not called yet do not count.
+        """
+        with self._lock:
+            return self.account.load_for(clock.now(), self._typical if ask is None else ask)
 
     def load(self) -> tuple[float, str]:
         """See `forebay.typing.Source`."""

@@ -18,10 +18,29 @@ _GONE = Ended(outcome=Outcome.IGNORED)  # bytes may have left: money and tokens 
 
 
 class Driver:
-    """What is the same for both ways: the desk, the retries, and what is left to chance."""
+    """What is the same for both ways: the desk, the retries, and what is left to chance.
 
-    def __init__(self, desk: Desk, *, retry: Retry, budget: RetryBudget, draw: Callable[[], float]) -> None:
+    Args:
+        desk: where permits are had.
+        retry: how a call is tried again.
+        budget: whether it may be.
+        draw: a source of draws from [0, 1).
+        hurries: whether a call that was answered *not now* goes elsewhere at once; None where there is nowhere else,
+            and so what it meets here is what its run meets.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        *,
+        retry: Retry,
+        budget: RetryBudget,
+        draw: Callable[[], float],
+        hurries: Callable[[], bool] | None = None,
+    ) -> None:
         self._desk = desk
+        self._hurries = hurries
+        self._alone = hurries is None
         self._retry = retry
         self._budget = budget
         self._draw = draw
@@ -33,17 +52,29 @@ class Driver:
         Raises:
             Overloaded: it was refused. Whatever the last attempt failed by.
         """
-        steps = script(ask, self._retry, self._budget)
+        return conclude(await self.drive(ask, attempt))
+
+    def run_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Any:
+        """As `run`, in a plain thread."""
+        return conclude(self.drive_blocking(ask, attempt))
+
+    async def drive(self, ask: Ask, attempt: Callable[[Permit], Awaitable[Tried]]) -> Tried:
+        """As `run`, to what the last attempt came to.
+
+        Raises:
+            Overloaded: it was refused.
+        """
+        steps = script(ask, self._retry, self._budget, self._hurries)
         given: Any = None
         thrown: BaseException | None = None
         while True:
             try:
                 step: Step = steps.send(given) if thrown is None else steps.throw(thrown)
             except StopIteration as end:
-                return self._last(end.value)
+                return _tried(end)
             given = thrown = None
             if isinstance(step, Enter):
-                given = await self._desk.enter(step.ask)
+                given = await self._desk.enter(step.ask, alone=self._alone)
             elif isinstance(step, Try):
                 try:
                     given = await attempt(step.permit)
@@ -55,18 +86,18 @@ class Driver:
             else:
                 given = self._at_once(step)
 
-    def run_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Any:
-        """As `run`, in a plain thread."""
-        steps = script(ask, self._retry, self._budget)
+    def drive_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Tried:
+        """As `drive`, in a plain thread."""
+        steps = script(ask, self._retry, self._budget, self._hurries)
         given: Any = None
         while True:
             try:
                 step: Step = steps.send(given)
             except StopIteration as end:
-                return self._last(end.value)
+                return _tried(end)
             given = None
             if isinstance(step, Enter):
-                given = self._desk.enter_blocking(step.ask)
+                given = self._desk.enter_blocking(step.ask, alone=self._alone)
             elif isinstance(step, Try):
                 try:
                     given = attempt(step.permit)
@@ -89,9 +120,20 @@ class Driver:
         if not permit.closed:
             self._desk.settle(permit, _GONE)
 
-    def _last(self, tried: Tried) -> Any:
-        if tried.ended.outcome is Outcome.FAULT and (run := context.drawing()) is not None:
-            run.let_down()
-        if tried.error is not None:
-            raise tried.error
-        return tried.value
+
+def conclude(tried: Tried) -> Any:
+    """What the caller gets of the last attempt; the run that is under way hears of a fault.
+
+    Raises:
+        Exception: what it failed by.
+    """
+    if tried.ended.outcome is Outcome.FAULT and (run := context.drawing()) is not None:
+        run.let_down()
+    if tried.error is not None:
+        raise tried.error
+    return tried.value
+
+
+def _tried(end: StopIteration) -> Tried:
+    tried: Tried = end.value
+    return tried

@@ -15,6 +15,7 @@ from forebay.task import Priority
 from forebay.typing import Charge, Notice, Outcome
 from forebay.upstream.ask import Ended, Permit
 from forebay.upstream.attempt import Tried
+from forebay.upstream.readdress import Readdressed, may_leave, readdress
 from forebay.upstream.reader import Reader
 from forebay.upstream.rules import (
     Meaning,
@@ -30,6 +31,7 @@ from forebay.upstream.rules import (
 )
 
 if TYPE_CHECKING:
+    from forebay.upstream.stops import Stop
     from forebay.upstream.upstream import Upstream
 
 ERRORS: Final = 400
@@ -71,6 +73,8 @@ class Exchange:
         sender: on whose behalf; None for the task that runs here, if one does.
 
     Attributes:
+        upstream: through which it goes.
+        key: the API key whose account it is of, as its header has it.
         read: what is asked for.
         desk: of the account that it belongs to.
         ask: what it asks of that account.
@@ -78,7 +82,9 @@ class Exchange:
         meaning: what its latest answer meant.
     """
 
-    __slots__ = ("_after", "_replayable", "_upstream", "ask", "changed", "desk", "meaning", "read")
+    __slots__ = (
+        "_after", "_content", "_path", "_status", "ask", "changed", "desk", "key", "meaning", "read", "upstream",
+    )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the parts of a request
         self,
@@ -91,13 +97,14 @@ class Exchange:
         sender: Sender | None = None,
     ) -> None:
         rules = upstream.rules
-        self._upstream = upstream
-        self._replayable = body is not None
+        self.upstream = upstream
+        self._path = path
+        self._content = body
         body = body or b""
         self.read = rules.read(method, path, headers, body)
         model = self.read.model or ""
-        key = _key(headers) if sender is None or sender.key is None else sender.key
-        self.desk = upstream.books.desk(model, key)
+        self.key = _key(headers) if sender is None or sender.key is None else sender.key
+        self.desk = upstream.books.desk(model, self.key)
         if self.read.websocket:
             upstream.warn_unmetered()
         known = self.desk.experience
@@ -106,13 +113,36 @@ class Exchange:
         self.changed = rules.add_usage(self.read, body)
         self.meaning = Meaning.SUCCESS
         self._after: float | None = None
+        self._status: int | None = None
 
-    def finish(self, status: int) -> None:
+    def finish(self) -> None:
         """The last answer goes to the caller; if it is *not now*, the run that is under way hears of it."""
-        running = context.drawing() if self.meaning in _NOT_NOW else None
-        if running is not None:
-            reason = f"{self._upstream.name}: its provider answered {status} ({self.meaning.value})"
-            running.refused(self.desk, Overloaded(reason, binding=self.desk.name, retry_after=self._after))
+        refusal = self.turned_away()
+        if refusal is not None and (running := context.drawing()) is not None:
+            running.refused(self.desk, refusal)
+
+    # --- where else it may go ---
+
+    def may_leave(self, stop: Stop) -> bool:
+        """Whether another account could serve it, as far as that is cheap to tell."""
+        return self._content is not None and may_leave(stop, self.read, self.ask.model)
+
+    def readdressed(self, stop: Stop) -> Readdressed | None:
+        """The request as it is sent there; None if it cannot be answered there."""
+        assert self._content is not None  # noqa: S101 - else it may not leave
+        return readdress(stop, self._path, self.read, self._content, self.key)
+
+    def turned_away(self) -> Overloaded | None:
+        """What its provider's latest answer comes to, if that was *not now*."""
+        if self.meaning not in _NOT_NOW:
+            return None
+        return Overloaded(self.words(), binding=self.desk.name, retry_after=self._after)
+
+    def words(self) -> str:
+        """What its latest attempt came to, for a person."""
+        if self._status is None:
+            return f"{self.upstream.name}: its provider could not be reached"
+        return f"{self.upstream.name}: its provider answered {self._status} ({self.meaning.value})"
 
     # --- an answer that is still coming ---
 
@@ -145,6 +175,7 @@ class Exchange:
         """The answer is all there; its body without the Content-Encoding."""
         heard = notices(headers, wall=clock.wall_time())
         meaning = self.meaning = meaning_of(status, headers, body)
+        self._status = status
         if status >= ERRORS:
             self._after = retry_after(headers, body, wall=clock.wall_time())
         if meaning in _NOT_NOW:
@@ -175,8 +206,11 @@ class Exchange:
         """An attempt that did not succeed; whether there may be another, the provider may say itself."""
         meaning = self.meaning
         told = None if meaning is Meaning.SPEND_CAP else wants_retry(headers)
-        again = self._replayable and (meaning.retried if told is None else told)
-        return Tried(ended=ended, again=again, counts=meaning.uses_attempt, retry_after=self._after)
+        again = self._content is not None and (meaning.retried if told is None else told)
+        elsewhere = meaning in _NOT_NOW or meaning is Meaning.FAULT
+        return Tried(
+            ended=ended, again=again, counts=meaning.uses_attempt, retry_after=self._after, elsewhere=elsewhere
+        )
 
     def broke(self, permit: Permit, error: Exception, *, sent: bool = True, ours: bool = False) -> Tried:
         """The connection failed, before the answer or within it.
@@ -188,12 +222,13 @@ class Exchange:
             ours: the provider had no part in it, and another attempt would not help.
         """
         self.meaning = Meaning.FAULT
+        self._status = None
         outcome = Outcome.IGNORED if ours else Outcome.FAULT
         if sent and not ours:
             ended = Ended(outcome=outcome, seconds=clock.now() - permit.at)
         else:
             ended = Ended(outcome=outcome, released=True, usd=0.0)
-        return Tried(error=error, ended=ended, again=self._replayable and not ours)
+        return Tried(error=error, ended=ended, again=self._content is not None and not ours, elsewhere=not ours)
 
     # --- what the account hears ---
 
@@ -202,9 +237,9 @@ class Exchange:
         seconds = clock.now() - permit.at
         if usage is None:
             return Ended(outcome=outcome, seconds=seconds, notices=heard)
-        used = self._upstream.rules.settle(self.ask.charge, usage)
+        used = self.upstream.rules.settle(self.ask.charge, usage)
         made = Charge(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
-        usd = self._upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
+        usd = self.upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
         stretch = None
         if outcome is Outcome.SUCCESS:
             stretch = self.desk.learn(self.read.input_tokens, usage, used, seconds)

@@ -24,6 +24,7 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
         load: expected wait of the next typical call over the longest allowed.
         binding: what that wait is for.
         typical: seconds that a call takes.
+        sent_on: calls that another account has served, by a fallback.
     """
 
     name: str
@@ -35,6 +36,7 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
     load: float
     binding: str
     typical: float
+    sent_on: int
 
 
 class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,4 +77,5 @@ def _of(desk: Desk, now: float) -> AccountStatistics:
         load=load,
         binding=binding,
         typical=account.typical,
+        sent_on=desk.sent_on,
     )

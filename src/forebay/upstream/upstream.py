@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from forebay import clock, context
 from forebay.breaker import BreakerRules
-from forebay.errors import InvalidSetting, Overloaded
+from forebay.errors import InvalidSetting
 from forebay.events import log
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry, RetryBudget
 from forebay.task import Deadline, Priority
-from forebay.typing import Charge, Outcome, Reading
-from forebay.upstream.ask import Ask, Ended, Permit
-from forebay.upstream.attempt import Tried
+from forebay.typing import Charge, Reading
+from forebay.upstream.ask import Ask
 from forebay.upstream.books import Books, Money, Terms
 from forebay.upstream.call import UpstreamCall
 from forebay.upstream.desk import Desk
 from forebay.upstream.drive import Driver
 from forebay.upstream.exchange import Sender
+from forebay.upstream.fallback import Fallback, check_reached, fallbacks_of
+from forebay.upstream.guard import guarded
 from forebay.upstream.rules import rules_for
 from forebay.upstream.statistics import UpstreamStatistics, snapshot
+from forebay.upstream.stops import Detours
 from forebay.upstream.transport import bind_client
 
 P = ParamSpec("P")
@@ -51,6 +51,7 @@ class Upstream:
         max_concurrent: calls in flight at most; None finds out how many it bears.
         retry: how failed calls are tried again.
         breaker: when it is left alone for a while.
+        fallback: where calls go that it cannot serve; several are tried in order.
         longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
         start_wait: seconds that the next call may be expected to wait for another run to begin; None: a quarter of a
             typical call.
@@ -74,6 +75,7 @@ class Upstream:
         max_concurrent: int | None = None,
         retry: Retry | None = None,
         breaker: BreakerRules | None = None,
+        fallback: Fallback | Sequence[Fallback] | None = None,
         longest_wait: float = 60.0,
         start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
@@ -97,6 +99,8 @@ class Upstream:
             start_wait=start_wait,
             weights=weights,
         )
+        self.fallbacks = fallbacks_of(self, fallback, terms.group)
+        self.detours = Detours(self)
         self._money = Money(name, budget, tenant_budget, task_budget)
         self.books = Books(terms, self._money, draw=clock.draw)
         self.retry = retry or Retry()
@@ -124,7 +128,8 @@ class Upstream:
         """One call, for what no transport is bound to: ``async with upstream.call("gpt-4o", ...) as call: ...``.
 
         Entering waits for a permit; in a plain thread, ``with`` does the same. What it used is told by
-        ``call.settle(...)``; if it is not, what was expected counts as used. It is not retried.
+        ``call.settle(...)``; if it is not, what was expected counts as used. It is not retried. With a `fallback`,
+        ``call.upstream`` and ``call.model`` say where to send it.
 
         Args:
             model: whose account it is of.
@@ -138,42 +143,22 @@ class Upstream:
             Overloaded: on entering, if it is refused.
         """
         charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        ask = self.ask(model, charge, priority=priority, deadline=deadline, tenant=tenant)
-        return UpstreamCall(self.books.desk(model), ask, dollars=functools.partial(self.dollars, model))
+
+        def ask(upstream: Upstream, model: str) -> Ask:
+            return upstream.ask(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+
+        return UpstreamCall(self, model, ask)
 
     def guard(self, function: Callable[P, T]) -> Callable[P, T]:
         """Send each call of a function, async or plain, through this upstream.
 
         It is retried when it raises, as `retry` says: so it must bear being called twice. ``Overloaded`` is raised
         where the upstream refuses. One that the function itself raises is passed on, and is no fault.
+
+        To be sent on to the upstream of a `fallback` it must take a keyword-only parameter ``upstream``: it is called
+        with the one that it is to go to.
         """
-        driver = self.driver(self.books.desk(""))
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
-                async def attempt(permit: Permit) -> Tried:
-                    try:
-                        value = await function(*args, **kwargs)
-                    except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
-                        return _failed(exc, permit)
-                    return _done(value, permit)
-
-                return await driver.run(self.ask("", Charge()), attempt)
-
-            return guarded  # type: ignore[return-value]
-
-        @functools.wraps(function)
-        def guarded_plain(*args: P.args, **kwargs: P.kwargs) -> Any:
-            def attempt(permit: Permit) -> Tried:
-                try:
-                    return _done(function(*args, **kwargs), permit)
-                except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
-                    return _failed(exc, permit)
-
-            return driver.run_blocking(self.ask("", Charge()), attempt)
-
-        return guarded_plain
+        return guarded(self, function)
 
     def bind(self, client: ClientT) -> ClientT:
         """A copy of an SDK client, a LangChain model or an httpx client, its calls through this upstream.
@@ -185,7 +170,9 @@ class Upstream:
         Raises:
             NotBindable: it is none of these; the gateway is the way for it.
             AlreadyBound: it is bound to another upstream.
+            InvalidSetting: a fallback to another upstream does not say where that is, or as whom to call it.
         """
+        check_reached(self)
         return bind_client(self, client)
 
     def ask(  # noqa: PLR0913 - what a call may say of itself
@@ -256,9 +243,9 @@ class Upstream:
         if new:
             log.warning("no price is known for model %r: its calls count as free; give prices= to %r", model, self)
 
-    def driver(self, desk: Desk) -> Driver:
-        """What tries calls of one account, under the retries of this upstream."""
-        return Driver(desk, retry=self.retry, budget=self.retry_budget, draw=clock.draw)
+    def driver(self, desk: Desk, hurries: Callable[[], bool] | None = None) -> Driver:
+        """What tries calls of one account, under the retries of this upstream. `hurries`: see `Driver`."""
+        return Driver(desk, retry=self.retry, budget=self.retry_budget, draw=clock.draw, hurries=hurries)
 
     # --- what can be read ---
 
@@ -269,15 +256,3 @@ class Upstream:
     def statistics(self) -> UpstreamStatistics:
         """A snapshot."""
         return snapshot(self.name, self.books, self._money)
-
-
-def _done(value: Any, permit: Permit) -> Tried:
-    seconds = clock.now() - permit.at
-    return Tried(value=value, ended=Ended(outcome=Outcome.SUCCESS, seconds=seconds))
-
-
-def _failed(exc: Exception, permit: Permit) -> Tried:
-    seconds = clock.now() - permit.at
-    if isinstance(exc, Overloaded):  # of another upstream, or a house: it has waited as long as it may
-        return Tried(error=exc, ended=Ended(outcome=Outcome.IGNORED, seconds=seconds))
-    return Tried(error=exc, again=True, ended=Ended(outcome=Outcome.FAULT, seconds=seconds))

@@ -4,6 +4,7 @@ from forebay.upstream.rules.headers import Plain, notices, retry_after, wants_re
 from forebay.upstream.rules.include_usage import UsageFilter
 from forebay.upstream.rules.meaning import Meaning, meaning_in_stream, meaning_of
 from forebay.upstream.rules.meter import Meter
+from forebay.upstream.rules.other_model import leans_on_its_provider, path_with_model, with_model
 from forebay.upstream.rules.request import Request, Route
 from forebay.upstream.rules.table import Counting, Rules, rules_for
 from forebay.upstream.rules.usage import InputRatio, Usage
@@ -19,10 +20,13 @@ __all__ = [
     "Rules",
     "Usage",
     "UsageFilter",
+    "leans_on_its_provider",
     "meaning_in_stream",
     "meaning_of",
     "notices",
+    "path_with_model",
     "retry_after",
     "rules_for",
     "wants_retry",
+    "with_model",
 ]

@@ -30,6 +30,7 @@ class Rules:
 
     Attributes:
         provider: its name.
+        protocol: how it is spoken to; None where that is not known.
         counting: how tokens count against a quota of both kinds together.
         cached_input_counts: whether what is read from a cache counts against a quota of input tokens.
         counting_is_free: whether counting tokens is outside of the quotas of those that are made.
@@ -39,6 +40,7 @@ class Rules:
     """
 
     provider: str
+    protocol: str | None = "openai"
     counting: Counting = Counting.USED
     cached_input_counts: bool = True
     counting_is_free: bool = False
@@ -126,6 +128,7 @@ _TABLE: Final = {
         # own: Anthropic, "Rate limits" and "Token counting". 3.5 characters to a token: its glossary.
         Rules(
             provider="anthropic",
+            protocol="anthropic",
             cached_input_counts=False,
             counting_is_free=True,
             bytes_per_token=3.5,
@@ -138,7 +141,7 @@ _TABLE: Final = {
         Rules(provider="llama.cpp", include_usage=True),
         # Unknown servers: some refuse fields that they do not know, so nothing is added.
         Rules(provider="openai-compatible"),
-        Rules(provider="generic"),
+        Rules(provider="generic", protocol=None),
     )
 }
 

@@ -11,11 +11,14 @@ from forebay.errors import Overloaded
 from forebay.upstream.ask import Permit
 from forebay.upstream.attempt import Tried
 from forebay.upstream.exchange import Exchange
+from forebay.upstream.journey import Journey, journey_of
 from forebay.upstream.reader import Reader
 from forebay.upstream.rules import Plain
 from forebay.upstream.transport.dress import Dress, find_dress
 
 if TYPE_CHECKING:
+    from forebay.upstream.desk import Desk
+    from forebay.upstream.stops import Stop
     from forebay.upstream.upstream import Upstream
 
 _gave_up: ContextVar[tuple[type[Exception], str] | None] = ContextVar("forebay_gave_up", default=None)
@@ -39,15 +42,23 @@ class Binding:
 class BoundExchange(Exchange):
     """An exchange of a bound client.
 
+    Args:
+        binding: of the client.
+        request: to be sent.
+        stop: where it is sent on to; None for its own account.
+        original: what the client asked for, if it is sent on.
+
     Attributes:
         request: as it is sent.
     """
 
-    __slots__ = ("_dress", "_http", "_original", "request")
+    __slots__ = ("_binding", "_dress", "_http", "_original", "request")
 
-    def __init__(self, binding: Binding, request: Any) -> None:
+    def __init__(self, binding: Binding, request: Any, stop: Stop | None = None, *, original: Any = None) -> None:
+        self._binding = binding
         self._http = http = binding.http
-        self._original = self.request = request
+        self.request = request
+        self._original = request if original is None else original
         try:
             body: bytes | None = request.content
         except http.RequestNotRead:  # a file, say: it is read as it is sent
@@ -55,7 +66,7 @@ class BoundExchange(Exchange):
         headers = Plain.of_wire(request.headers.raw)
         self._dress = binding.dress or find_dress(http, headers, binding.upstream.provider)
         super().__init__(
-            binding.upstream,
+            binding.upstream if stop is None else stop.upstream,
             method=request.method,
             path=request.url.raw_path.decode("ascii"),
             headers=headers,
@@ -67,6 +78,28 @@ class BoundExchange(Exchange):
             self.request = http.Request(
                 request.method, request.url, headers=sent, content=self.changed, extensions=request.extensions
             )
+
+    # --- where else it may go ---
+
+    def journey(self) -> Journey[BoundExchange] | None:
+        """Its way through the accounts that may serve it; None if there is but its own."""
+        if not self.upstream.fallbacks:
+            return None
+        return journey_of(self, self._elsewhere, key=self.key, fits=self.may_leave)
+
+    def _elsewhere(self, stop: Stop, _: Desk) -> BoundExchange | None:
+        sent = self.readdressed(stop)
+        if sent is None:
+            return None
+        old = self._original
+        headers = old.headers.copy()
+        for name in sent.without:
+            headers.pop(name, None)
+        headers.update(sent.extra)
+        path = sent.path.encode("ascii")
+        url = old.url.copy_with(raw_path=path) if sent.origin is None else self._http.URL(sent.origin + sent.path)
+        request = self._http.Request(old.method, url, headers=headers, content=sent.body, extensions=old.extensions)
+        return BoundExchange(self._binding, request, stop, original=old)
 
     # --- what is told to the caller ---
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from functools import cache
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 from forebay.errors import Overloaded
 from forebay.upstream.ask import Permit
 from forebay.upstream.attempt import Tried
+from forebay.upstream.drive import conclude
+from forebay.upstream.journey import Journey, travel, travel_blocking
 from forebay.upstream.reader import Reader
 from forebay.upstream.transport.exchange import Binding, BoundExchange
 
@@ -77,15 +79,20 @@ class AsyncTransport:
         exchange = BoundExchange(self.binding, request)
         exchange.check_repeated()
 
-        async def attempt(permit: Permit) -> Tried:
-            return await self._attempt(exchange, permit)
-
         try:
-            answer = await self.binding.upstream.driver(exchange.desk).run(exchange.ask, attempt)
+            journey = exchange.journey()
+            if journey is not None:
+                return conclude(await travel(journey, partial(self._drive, journey=journey)))
+            answer = conclude(await self._drive(exchange))
         except Overloaded as error:
             raise exchange.refusal(error) from None
-        exchange.finish(answer.status_code)
+        exchange.finish()
         return answer
+
+    def _drive(self, exchange: BoundExchange, journey: Journey[BoundExchange] | None = None) -> Awaitable[Tried]:
+        hurries = None if journey is None else partial(journey.hurries, exchange)
+        driver = exchange.upstream.driver(exchange.desk, hurries)
+        return driver.drive(exchange.ask, partial(self._attempt, exchange))
 
     async def _attempt(self, exchange: BoundExchange, permit: Permit) -> Tried:
         response = None
@@ -168,15 +175,20 @@ class BlockingTransport:
         exchange = BoundExchange(self.binding, request)
         exchange.check_repeated()
 
-        def attempt(permit: Permit) -> Tried:
-            return self._attempt(exchange, permit)
-
         try:
-            answer = self.binding.upstream.driver(exchange.desk).run_blocking(exchange.ask, attempt)
+            journey = exchange.journey()
+            if journey is not None:
+                return conclude(travel_blocking(journey, partial(self._drive, journey=journey)))
+            answer = conclude(self._drive(exchange))
         except Overloaded as error:
             raise exchange.refusal(error) from None
-        exchange.finish(answer.status_code)
+        exchange.finish()
         return answer
+
+    def _drive(self, exchange: BoundExchange, journey: Journey[BoundExchange] | None = None) -> Tried:
+        hurries = None if journey is None else partial(journey.hurries, exchange)
+        driver = exchange.upstream.driver(exchange.desk, hurries)
+        return driver.drive_blocking(exchange.ask, partial(self._attempt, exchange))
 
     def _attempt(self, exchange: BoundExchange, permit: Permit) -> Tried:
         response = None

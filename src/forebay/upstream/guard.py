@@ -1,0 +1,123 @@
+"""Functions whose calls go through an upstream."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from forebay import clock
+from forebay.errors import Overloaded
+from forebay.typing import Charge, Outcome
+from forebay.upstream.ask import Ended, Permit
+from forebay.upstream.attempt import Tried
+from forebay.upstream.desk import Desk
+from forebay.upstream.drive import conclude
+from forebay.upstream.journey import Bare, Journey, journey_of, travel, travel_blocking
+from forebay.upstream.stops import Stop
+
+if TYPE_CHECKING:
+    from forebay.upstream.upstream import Upstream
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_THERE = "upstream"  # the parameter by which a function is told where it is to go
+
+
+def guarded(upstream: Upstream, function: Callable[P, T]) -> Callable[P, T]:
+    """See `Upstream.guard`."""
+    guard = _Guard(upstream, function)
+    wrapped = guard.asynchronous() if inspect.iscoroutinefunction(function) else guard.blocking()
+    return functools.wraps(function)(wrapped)
+
+
+class _Guard:
+    """One function, and what it goes through."""
+
+    def __init__(self, upstream: Upstream, function: Callable[..., Any]) -> None:
+        self._upstream = upstream
+        self._function = function
+        self._desk = upstream.books.desk("")
+        self._goes_elsewhere = bool(upstream.fallbacks) and _is_told(function)
+
+    def asynchronous(self) -> Callable[..., Any]:
+        """For a coroutine function."""
+        function = self._function
+
+        async def guarded(*args: Any, **kwargs: Any) -> Any:
+            async def make(leg: Bare, journey: Journey[Bare] | None = None) -> Tried:
+                told = kwargs if journey is None else {**kwargs, _THERE: leg.upstream}
+
+                async def attempt(permit: Permit) -> Tried:
+                    try:
+                        return _done(await function(*args, **told), permit)
+                    except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
+                        return _failed(exc, permit)
+
+                return await leg.upstream.driver(leg.desk, _hurries(journey, leg)).drive(leg.ask, attempt)
+
+            first, journey = self._begin()
+            if journey is None:
+                return conclude(await make(first))
+            return conclude(await travel(journey, functools.partial(make, journey=journey)))
+
+        return guarded
+
+    def blocking(self) -> Callable[..., Any]:
+        """For a plain function."""
+        function = self._function
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            def make(leg: Bare, journey: Journey[Bare] | None = None) -> Tried:
+                told = kwargs if journey is None else {**kwargs, _THERE: leg.upstream}
+
+                def attempt(permit: Permit) -> Tried:
+                    try:
+                        return _done(function(*args, **told), permit)
+                    except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
+                        return _failed(exc, permit)
+
+                return leg.upstream.driver(leg.desk, _hurries(journey, leg)).drive_blocking(leg.ask, attempt)
+
+            first, journey = self._begin()
+            if journey is None:
+                return conclude(make(first))
+            return conclude(travel_blocking(journey, functools.partial(make, journey=journey)))
+
+        return guarded
+
+    def _begin(self) -> tuple[Bare, Journey[Bare] | None]:
+        upstream = self._upstream
+        first = Bare(upstream, self._desk, upstream.ask("", Charge()))
+        return first, journey_of(first, _elsewhere) if self._goes_elsewhere else None
+
+
+def _elsewhere(stop: Stop, desk: Desk) -> Bare:
+    return Bare(stop.upstream, desk, stop.upstream.ask(stop.model, Charge()))
+
+
+def _hurries(journey: Journey[Bare] | None, leg: Bare) -> Callable[[], bool] | None:
+    return None if journey is None else functools.partial(journey.hurries, leg)
+
+
+def _is_told(function: Callable[..., Any]) -> bool:
+    """Whether it takes, by keyword only, the upstream that it is to go to."""
+    try:
+        parameter = inspect.signature(function).parameters.get(_THERE)
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def _done(value: Any, permit: Permit) -> Tried:
+    seconds = clock.now() - permit.at
+    return Tried(value=value, ended=Ended(outcome=Outcome.SUCCESS, seconds=seconds))
+
+
+def _failed(exc: Exception, permit: Permit) -> Tried:
+    seconds = clock.now() - permit.at
+    if isinstance(exc, Overloaded):  # of another upstream, or a house: it has waited as long as it may
+        return Tried(error=exc, ended=Ended(outcome=Outcome.IGNORED, seconds=seconds))
+    return Tried(error=exc, again=True, elsewhere=True, ended=Ended(outcome=Outcome.FAULT, seconds=seconds))

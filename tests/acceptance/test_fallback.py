@@ -1,0 +1,407 @@
+"""Fallbacks: calls that their own account cannot serve go where another can, and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.acceptance.house import about, flood, now, turns, virtual
+
+from forebay import BackpressureSupervisor, Budget, Deadline, Fallback, Overloaded, Price, Quota, Retry, Task, Upstream
+from forebay.breaker import BreakerRules
+from forebay.errors import InvalidSetting
+from forebay.typing import Outcome
+from forebay.upstream.ask import Ask, Ended
+
+EACH = {"gpt-4o": (), "gpt-4o-mini": ()}
+ONE_A_DAY = [Quota(requests=1, per="day")]
+
+
+def in_flight(*upstreams: Upstream) -> int:
+    return sum(desk.account.in_flight + len(desk.account.line) for upstream in upstreams for desk in upstream.books)
+
+
+async def where(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
+    """Where a call is to be sent."""
+    async with upstream.call(model, **how) as call:
+        return call.upstream.name, call.model
+
+
+async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
+    """Open the breaker of an account."""
+    desk = upstream.books.desk(model)
+    while desk.account.breaker.ready(now()):
+        permit = await desk.enter(Ask())
+        desk.settle(permit, Ended(outcome=Outcome.FAULT))
+
+
+# --- calls by hand ---
+
+
+@virtual
+async def test_a_call_that_is_refused_goes_to_the_other_model() -> None:
+    llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini", of="gpt-4o"))
+    assert [await where(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
+    assert {account.name: account.sent_on for account in llm.statistics().accounts} == {
+        "upstream:llm:gpt-4o": 2,
+        "upstream:llm:gpt-4o-mini": 0,
+    }
+    assert in_flight(llm) == 0
+
+
+def test_in_a_plain_thread_too() -> None:
+    llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini"))
+
+    def two() -> list[str]:
+        models = []
+        for _ in range(2):
+            with llm.call("gpt-4o") as call:
+                models.append(call.model)
+        return models
+
+    assert two() == ["gpt-4o", "gpt-4o-mini"]
+
+
+@virtual
+async def test_an_open_breaker_sends_calls_on_those_who_wait_too() -> None:
+    spare = Upstream("spare")
+    llm = Upstream(
+        "llm", max_concurrent=1, breaker=BreakerRules(cool_off=10.0), fallback=Fallback(to=spare, model="llama")
+    )
+
+    async def fails() -> str:
+        async with llm.call("gpt-4o") as call:
+            await asyncio.sleep(1.0)
+            if call.upstream is llm:
+                raise ConnectionError
+            return call.model
+
+    came = await asyncio.gather(*(fails() for _ in range(9)), return_exceptions=True)
+    assert [type(result) for result in came[:5]] == [ConnectionError] * 5
+    assert came[5:] == ["llama"] * 4
+    assert in_flight(llm, spare) == 0
+
+
+@virtual
+async def test_what_is_spent_goes_to_a_model_that_costs_less() -> None:
+    prices = {"gpt-4o": Price(input=1e6, output=0), "gpt-4o-mini": Price(input=1e5, output=0)}
+    llm = Upstream(
+        "llm", models=EACH, budget=Budget(usd=25, per="day"), prices=prices, fallback=Fallback(to="gpt-4o-mini")
+    )
+    for expected in ["gpt-4o", "gpt-4o", "gpt-4o-mini"]:
+        async with llm.call("gpt-4o", input_tokens=10) as call:
+            assert call.model == expected
+    assert llm.statistics().spent_usd == 21.0
+
+
+@virtual
+async def test_from_its_load_on_calls_go_where_there_is_less() -> None:
+    spare = Upstream("spare", max_concurrent=1)
+    llm = Upstream("llm", max_concurrent=1, longest_wait=10.0, fallback=Fallback(to=spare, when=0.25))
+
+    async def one() -> str:
+        async with llm.call("gpt-4o") as call:
+            await asyncio.sleep(2.0)
+            return call.upstream.name
+
+    assert await one() == "llm"  # now a call is known to take two seconds, so each that waits adds a fifth
+    assert await asyncio.gather(*(one() for _ in range(5))) == ["llm", "llm", "spare", "spare", "spare"]
+    began = now()
+    assert await where(llm) == ("llm", "gpt-4o")
+    assert now() == about(began)
+
+
+@virtual
+async def test_where_the_other_is_fuller_a_call_stays() -> None:
+    spare = Upstream("spare", max_concurrent=1, longest_wait=4.0)
+    llm = Upstream("llm", max_concurrent=1, longest_wait=10.0, fallback=Fallback(to=spare, when=0.1))
+
+    async def take(upstream: Upstream) -> str:
+        async with upstream.call("gpt-4o") as call:
+            await asyncio.sleep(2.0)
+            return call.upstream.name
+
+    await asyncio.gather(take(llm), take(spare))
+    went = await asyncio.gather(take(spare), take(llm), take(spare), take(llm))
+    assert [*went] == ["spare", "llm", "spare", "llm"]
+
+
+@virtual
+async def test_a_refusal_by_both_is_that_of_the_first_and_says_what_the_other_said() -> None:
+    spare = Upstream("spare", quotas=ONE_A_DAY)
+    llm = Upstream("llm", breaker=BreakerRules(cool_off=10.0), fallback=Fallback(to=spare))
+    await fail(llm)
+    await where(llm)
+    with pytest.raises(Overloaded) as refused:
+        await where(llm)
+    error = refused.value
+    assert error.binding == "upstream:llm:breaker"
+    assert error.reason.startswith("llm: its breaker is open; spare: a call would wait about ")
+    assert error.retry_after is not None
+    assert error.retry_after <= 10.0
+    assert error.__cause__ is None
+
+
+@virtual
+async def test_several_are_tried_in_order_and_their_own_fallbacks_after_them() -> None:
+    last = Upstream("last", quotas=ONE_A_DAY)
+    second = Upstream("second", quotas=ONE_A_DAY, fallback=Fallback(to=last))
+    third = Upstream("third", quotas=ONE_A_DAY)
+    llm = Upstream("llm", quotas=ONE_A_DAY, fallback=[Fallback(to=second), Fallback(to=third)])
+    assert [(await where(llm))[0] for _ in range(4)] == ["llm", "second", "third", "last"]
+    with pytest.raises(Overloaded, match=r"llm: .*; second: .*; third: .*; last: "):
+        await where(llm)
+
+
+@virtual
+async def test_a_call_whose_deadline_passed_is_not_sent_on() -> None:
+    spare = Upstream("spare")
+    llm = Upstream("llm", max_concurrent=1, fallback=Fallback(to=spare))
+    async with llm.call("gpt-4o"):
+        began = now()
+        with pytest.raises(Overloaded, match="deadline passed while it waited"):
+            await where(llm, deadline=Deadline.within(3.0))
+        assert now() - began == about(3.0)
+    assert [*spare.books] == [] or in_flight(spare) == 0
+    assert sum(account.sent_on for account in llm.statistics().accounts) == 0
+
+
+@virtual
+async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
+    for moment in range(14):
+        spare = Upstream("spare", max_concurrent=1)
+        llm = Upstream("llm", max_concurrent=1, longest_wait=5.0, fallback=Fallback(to=spare, when=0.1))
+        await where(llm)
+        llm.books.desk("gpt-4o").account.typical = 1.0
+
+        async def one(upstream: Upstream) -> None:
+            async with upstream.call("gpt-4o"):
+                await turns(3)
+
+        tasks = [asyncio.create_task(one(upstream)) for upstream in (llm, spare, llm, llm)]
+        await turns(moment)
+        tasks[2].cancel()
+        await asyncio.wait(tasks)
+        assert in_flight(llm, spare) == 0
+
+
+# --- functions ---
+
+
+@virtual
+async def test_a_guarded_function_is_called_with_the_upstream_that_it_is_to_go_to() -> None:
+    spare = Upstream("spare")
+    search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
+
+    @search.guard
+    async def look_up(what: str, *, upstream: Upstream = search) -> str:
+        return f"{what} by {upstream.name}"
+
+    assert [await look_up("rivers") for _ in range(3)] == ["rivers by search", *["rivers by spare"] * 2]
+
+
+@virtual
+async def test_one_that_fails_to_the_end_is_tried_elsewhere_and_what_fails_there_too_raises_its_own() -> None:
+    spare = Upstream("spare", retry=Retry(max_attempts=2, base=0.1))
+    search = Upstream("search", retry=Retry(max_attempts=3, base=0.1), fallback=Fallback(to=spare))
+    tries: list[str] = []
+
+    @search.guard
+    async def look_up(working: str, *, upstream: Upstream) -> str:
+        tries.append(upstream.name)
+        if upstream.name != working:
+            raise ConnectionError(upstream.name)
+        return upstream.name
+
+    assert await look_up("spare") == "spare"  # type: ignore[call-arg]
+    assert tries == ["search"] * 3 + ["spare"]
+    with pytest.raises(ConnectionError, match="search"):
+        await look_up("none")  # type: ignore[call-arg]
+    assert in_flight(search, spare) == 0
+
+
+def test_a_function_that_is_not_told_where_to_go_is_not_sent_on() -> None:
+    search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=Upstream("spare")))
+
+    @search.guard
+    def look_up() -> str:
+        return "found"
+
+    assert look_up() == "found"
+    with pytest.raises(Overloaded):
+        look_up()
+
+
+def test_a_plain_one_is_too() -> None:
+    spare = Upstream("spare")
+    search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
+
+    @search.guard
+    def look_up(*, upstream: Upstream = search) -> str:
+        return upstream.name
+
+    assert [look_up() for _ in range(2)] == ["search", "spare"]
+
+
+# --- runs ---
+
+
+def house(agent: Any) -> BackpressureSupervisor:
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("agent", handler=agent, task_types=["ask"], max_concurrent=4)
+    return supervisor
+
+
+@virtual
+async def test_a_worker_with_a_fallback_is_not_refused_because_the_first_is_full() -> None:
+    spare = Upstream("spare")
+    llm = Upstream("llm", breaker=BreakerRules(cool_off=60.0), fallback=Fallback(to=spare))
+
+    async def agent(_: Task) -> str:
+        return (await where(llm))[0]
+
+    async with house(agent) as supervisor:
+        assert await supervisor.run(Task("ask")) == "llm"
+        await fail(llm)
+        assert {reading.resource: reading.load for reading in supervisor.readings()} == {
+            "pool:ask": 0.0,
+            "upstream:llm": 1.0,
+            "upstream:spare": 0.0,
+            "host": pytest.approx(0.0, abs=0.5),
+        }
+        tickets = flood(supervisor, "ask", 8)
+        assert [await ticket.value() for ticket in tickets] == ["spare"] * 8
+        await fail(spare)
+        ticket = supervisor.submit_nowait(Task("ask"))
+        assert not ticket
+        assert ticket.binding == "upstream:llm or upstream:spare"
+
+
+@virtual
+async def test_a_worker_whose_other_calls_have_no_fallback_is_refused() -> None:
+    spare = Upstream("spare")
+    models = {"gpt-4o": (), "o3": ()}
+    llm = Upstream("llm", models=models, breaker=BreakerRules(cool_off=60.0), fallback=Fallback(to=spare, of="gpt-4o"))
+
+    async def agent(_: Task) -> None:
+        await where(llm, "gpt-4o")
+        await where(llm, "o3")
+
+    async with house(agent) as supervisor:
+        await supervisor.run(Task("ask"))
+        await fail(llm, "gpt-4o")
+        assert supervisor.submit_nowait(Task("ask"))
+        await fail(llm, "o3")
+        assert supervisor.submit_nowait(Task("ask")).binding == "upstream:llm:o3"
+
+
+@virtual
+async def test_a_call_that_the_fallback_served_does_not_end_its_run_as_overloaded() -> None:
+    llm = Upstream("llm", quotas=ONE_A_DAY, fallback=Fallback(to=Upstream("spare")))
+
+    async def agent(_: Task) -> None:
+        await where(llm)
+        await where(llm)
+        raise ValueError("ours")
+
+    async with house(agent) as supervisor:
+        result = await (await supervisor.submit(Task("ask")))
+        assert "ours" in (result.error or "")
+
+
+@virtual
+async def test_one_that_all_refuse_does_and_its_further_calls_fail_at_once() -> None:
+    spare = Upstream("spare", quotas=ONE_A_DAY)
+    llm = Upstream("llm", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
+    reasons: list[str] = []
+
+    async def agent(_: Task) -> None:
+        for _attempt in range(4):
+            try:
+                await where(llm)
+            except Overloaded as error:
+                reasons.append(error.reason)
+        raise ValueError("what its framework made of it")
+
+    async with house(agent) as supervisor:
+        with pytest.raises(Overloaded, match=r"llm: .*; spare: "):
+            await supervisor.run(Task("ask"))
+    assert len(reasons) == 2
+    assert len(set(reasons)) == 1
+
+
+@virtual
+async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full() -> None:
+    spare = Upstream("spare", max_concurrent=2)
+    llm = Upstream("llm", max_concurrent=2, fallback=Fallback(to=spare, when=0.01))
+    served: list[str] = []
+    running = peak = 0
+
+    async def agent(_: Task) -> None:
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        async with llm.call("gpt-4o") as call:
+            served.append(call.upstream.name)
+            await asyncio.sleep(1.0)
+        running -= 1
+
+    async with BackpressureSupervisor(max_queue_size=100) as supervisor:
+        supervisor.register_worker("agent", handler=agent, task_types=["ask"], max_concurrent=50)
+        await supervisor.run(Task("ask"))
+        async with spare.call("gpt-4o"):
+            await asyncio.sleep(1.0)
+        peak = 0
+        for ticket in flood(supervisor, "ask", 40):
+            await ticket
+    assert 0.3 < served.count("spare") / len(served) < 0.7
+    assert peak <= 6
+    for upstream in (llm, spare):
+        (account,) = upstream.statistics().accounts
+        assert account.coming == 0
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"to": ""},
+        {"to": "gpt-4o-mini", "when": 0.0},
+        {"to": "gpt-4o-mini", "when": 1.5},
+        {"to": "gpt-4o-mini", "of": ""},
+        {"to": "gpt-4o-mini", "base_url": "https://a.test"},
+        {"to": Upstream("a"), "base_url": "ftp://a.test"},
+        {"to": Upstream("a"), "base_url": "https://me:sk-secret@a.test"},
+        {"to": Upstream("a"), "api_key": "sk-secret\r\nx: y"},
+    ],
+)
+def test_a_fallback_that_cannot_be_meant_is_refused_and_no_secret_told(how: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        Fallback(**how)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_key_is_never_shown() -> None:
+    fallback = Fallback(to=Upstream("azure", provider="azure"), api_key="sk-secret", base_url="https://a.test")
+    llm = Upstream("llm", provider="openai", fallback=fallback)
+    (stop,) = llm.detours.stops("gpt-4o")
+    assert "secret" not in repr(fallback) + repr(llm) + repr(stop)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Upstream("llm", provider="openai", fallback=Fallback(to=Upstream("claude", provider="anthropic"))),
+        lambda: Upstream("llm", fallback=Fallback(to="gpt-4o-mini")),
+        lambda: Upstream("llm", models={"gpt-4o*": ()}, fallback=Fallback(to="gpt-4o-mini", of="gpt-4o")),
+        lambda: Upstream("llm", fallback="gpt-4o-mini"),  # type: ignore[arg-type]
+        lambda: Upstream("llm", fallback=Fallback(to=3)),  # type: ignore[arg-type]
+    ],
+    ids=["protocol", "one account", "one group", "a name", "a number"],
+)
+def test_one_that_leads_nowhere_is_refused_where_it_is_given(made: Any) -> None:
+    with pytest.raises(InvalidSetting, match="fallback"):
+        made()

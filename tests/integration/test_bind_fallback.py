@@ -1,0 +1,115 @@
+"""Clients of the real SDKs whose calls are sent on: what the other provider gets, and what the caller sees."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anthropic
+import httpx2
+import openai
+import pytest
+from tests.unit.upstream.transport.wire import STREAM, Says, Script
+
+from forebay import Fallback, Overloaded, Quota, Retry, Upstream
+
+SAY: list[Any] = [{"role": "user", "content": "Tell me of rivers."}]
+ONCE = [Quota(requests=1, per="day")]
+MESSAGE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-haiku",
+    "content": [{"type": "text", "text": "The Danube."}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 3, "output_tokens": 2},
+}
+
+
+def script(*answers: Says) -> Script:
+    return Script(httpx2, *answers)
+
+
+def said(scripted: Script) -> list[tuple[str, str | None, str | None]]:
+    """The URL, the key and the model of each request."""
+    keys = ("authorization", "api-key", "x-api-key")
+    return [
+        (
+            str(request.url),
+            next((request.headers[name] for name in keys if name in request.headers), None),
+            json.loads(request.content).get("model"),
+        )
+        for request in scripted.requests
+    ]
+
+
+async def test_of_openais_sdk_a_stream_goes_to_a_server_of_ones_own() -> None:
+    spare = Upstream("spare", provider="vllm")
+    fallback = Fallback(to=spare, model="llama", base_url="http://spare.test:8000/v1")
+    up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback)
+    scripted = script(Says(), Says.stream(*STREAM))
+    async with openai.AsyncOpenAI(
+        api_key="sk-1", organization="org", http_client=httpx2.AsyncClient(transport=scripted.asynchronous())
+    ) as bare:
+        client = up.bind(bare)
+        whole = await client.chat.completions.create(model="gpt-4o", messages=SAY)
+        stream = await client.chat.completions.create(model="gpt-4o", messages=SAY, stream=True)
+        chunks = [chunk async for chunk in stream]
+    assert whole.choices[0].message.content == "The Danube."
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "The Danube."
+    assert said(scripted) == [
+        ("https://api.openai.com/v1/chat/completions", "Bearer sk-1", "gpt-4o"),
+        ("http://spare.test:8000/v1/chat/completions", None, "llama"),
+    ]
+    assert "openai-organization" not in scripted.requests[1].headers
+
+
+def test_of_azures_the_other_deployment_is_named_in_the_path() -> None:
+    up = Upstream(
+        "azure", provider="azure", models={"gpt-4o": ONCE, "mini": ()}, fallback=Fallback(to="mini", of="gpt-4o")
+    )
+    scripted = script()
+    with openai.AzureOpenAI(
+        api_key="az-1",
+        azure_endpoint="https://x.test",
+        api_version="2024-10-21",
+        http_client=httpx2.Client(transport=scripted.blocking()),
+    ) as bare:
+        client = up.bind(bare)
+        for _ in range(2):
+            client.chat.completions.create(model="gpt-4o", messages=SAY)
+    below = "https://x.test/openai/deployments"
+    assert said(scripted) == [
+        (f"{below}/gpt-4o/chat/completions?api-version=2024-10-21", "az-1", "gpt-4o"),
+        (f"{below}/mini/chat/completions?api-version=2024-10-21", "az-1", "mini"),
+    ]
+
+
+def test_of_anthropics_it_goes_under_the_other_key() -> None:
+    spare = Upstream("spare", provider="anthropic")
+    fallback = Fallback(to=spare, model="claude-haiku", api_key="sk-2")
+    up = Upstream("anthropic", provider="anthropic", quotas=ONCE, fallback=fallback)
+    scripted = script(Says(body=[json.dumps(MESSAGE).encode()]))
+    with anthropic.Anthropic(api_key="sk-1", http_client=httpx2.Client(transport=scripted.blocking())) as bare:
+        client = up.bind(bare)
+        for _ in range(2):
+            client.messages.create(model="claude-opus", messages=SAY, max_tokens=10)
+    url = "https://api.anthropic.com/v1/messages"
+    assert said(scripted) == [(url, "Bearer sk-1", "claude-opus"), (url, "Bearer sk-2", "claude-haiku")]
+
+
+def test_where_none_can_the_sdk_gets_the_refusal_or_the_answer_of_the_first() -> None:
+    spare = Upstream("spare", provider="openai")
+    fallback = Fallback(to=spare, base_url="https://spare.test/v1", api_key="sk-2")
+    up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback, retry=Retry(max_attempts=1))
+    scripted = script(Says.error(500, "mine"), Says.error(404, "theirs"))
+    with openai.OpenAI(api_key="sk-1", http_client=httpx2.Client(transport=scripted.blocking())) as bare:
+        client = up.bind(bare)
+        with pytest.raises(openai.InternalServerError, match="mine"):
+            client.chat.completions.create(model="gpt-4o", messages=SAY)
+        with pytest.raises(openai.OpenAIError) as refused:
+            client.chat.completions.create(model="gpt-4o", messages=SAY)
+    assert isinstance(refused.value, Overloaded)
+    assert "spare: its provider answered 404" in refused.value.reason
+    assert len(scripted.requests) == 3
