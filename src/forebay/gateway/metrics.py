@@ -24,6 +24,7 @@ class Counts:
     def __init__(self, targets: Sequence[Target]) -> None:
         self._registry = CollectorRegistry()
         self._models: set[str] = set()
+        self._counters: dict[tuple[object, ...], Counter] = {}
         self._tokens = Counter(
             "forebay_tokens", "LLM tokens used.", ["target", "model", "direction"], registry=self._registry
         )
@@ -47,17 +48,25 @@ class Counts:
         if model not in self._models:
             model = model if len(self._models) < _MODELS else "other"
             self._models.add(model)
-        self._tokens.labels(target, model, "input").inc(usage.input_tokens)
-        self._tokens.labels(target, model, "output").inc(usage.output_tokens)
+        self._counter(self._tokens, target, model, "input").inc(usage.input_tokens)
+        self._counter(self._tokens, target, model, "output").inc(usage.output_tokens)
 
     def answered(self, target: str, status: int, seconds: float) -> None:
         """An answer has ended."""
-        self._answers.labels(target, str(status)).inc()
+        self._counter(self._answers, target, str(status)).inc()
         self._seconds.labels(target).observe(seconds)
+
+    def _counter(self, of: Counter, *labels: str) -> Counter:
+        """One of its counters; finding it among its siblings takes longer than counting."""
+        where = (of, *labels)
+        found = self._counters.get(where)
+        if found is None:
+            found = self._counters[where] = of.labels(*labels)
+        return found
 
     def refused(self, target: str, binding: str) -> None:
         """A call was refused by what binds."""
-        self._refusals.labels(target, binding).inc()
+        self._counter(self._refusals, target, binding).inc()
 
     def text(self) -> bytes:
         """All of it, in Prometheus's text format."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Collection
+from typing import Final, TypeAlias
 
 import aiohttp
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 from yarl import URL
 
 from forebay import clock
@@ -21,6 +22,8 @@ from forebay.upstream.exchange import Exchange, Sender
 from forebay.upstream.reader import Reader
 from forebay.upstream.rules import Plain, Usage
 from forebay.upstream.rules.encoding import Unpacked
+
+RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 FAILURES: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # of the way to a provider
 _CONNECT: Final = 10.0  # seconds
@@ -76,7 +79,7 @@ class Passage(Exchange):
         place: Place,
         *,
         method: str,
-        told: CIMultiDictProxy[str],
+        told: RawHeaders,
         headers: Plain,
         body: bytes,
         sender: Sender,
@@ -93,7 +96,7 @@ class Passage(Exchange):
         self._counts = counts
         self._silence = patience.silence
         self._body = body if self.changed is None else self.changed
-        self._headers = _forwarded(told, plain=self.changed is not None)
+        self._headers = _forwarded(told, headers, plain=self.changed is not None)
         left = _TYPICALLY * self.desk.typical()
         self.ask.deadline = min(self.ask.deadline, clock.now() + max(patience.line / 2, patience.line - left))
 
@@ -136,31 +139,35 @@ class Passage(Exchange):
         return super().ended(permit, outcome, usage, heard)
 
 
-def _forwarded(told: CIMultiDictProxy[str], *, plain: bool) -> CIMultiDict[str]:
+def _forwarded(told: RawHeaders, headers: Plain, *, plain: bool) -> CIMultiDict[str]:
     """The headers that the provider gets.
 
     Args:
-        told: those of the request.
+        told: those of the request, as they came.
+        headers: the same by lower-case name.
         plain: the answer has to be read, so it may not be packed.
     """
-    named = {name.strip().lower() for name in told.get("connection", "").split(",")}
+    left_out: Collection[str] = _NOT_SENT
+    if (named := headers.get("connection", "keep-alive").lower()) != "keep-alive":
+        left_out = _NOT_SENT.union(name.strip() for name in named.split(","))
     sent: CIMultiDict[str] = CIMultiDict()
-    for name, value in told.items():
-        low = name.lower()
-        if low not in _NOT_SENT and low not in named and not low.startswith("x-forebay-"):
-            sent.add(name, value)
-    packed = not plain and "gzip" in told.get("accept-encoding", "")
-    sent["Accept-Encoding"] = "gzip" if packed else "identity"  # what can be metered
+    for name, value in told:
+        low = name.decode("latin-1").lower()
+        if low not in left_out and not low.startswith("x-forebay-"):
+            sent.add(low, value.decode("utf-8", "surrogateescape"))
+    packed = not plain and "gzip" in headers.get("accept-encoding", "")
+    sent.add("accept-encoding", "gzip" if packed else "identity")  # what can be metered
     return sent
 
 
 def _given_back(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
     """The headers that the caller gets: it is not to try again what was tried again here."""
     back: CIMultiDict[str] = CIMultiDict()
-    for name, value in answer.headers.items():
-        if name.lower() not in _NOT_GIVEN_BACK:
-            back.add(name, value)
-    back["x-should-retry"] = "false"
+    for name, value in answer.raw_headers:
+        low = name.decode("latin-1").lower()
+        if low not in _NOT_GIVEN_BACK:
+            back.add(low, value.decode("utf-8", "surrogateescape"))
+    back.add("x-should-retry", "false")
     return back
 
 

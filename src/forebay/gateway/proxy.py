@@ -140,7 +140,7 @@ class Proxy:
         passage = Passage(
             place,
             method=request.method,
-            told=request.headers,
+            told=request.raw_headers,
             headers=headers,
             body=body,
             sender=sender,
@@ -193,11 +193,14 @@ class Proxy:
         )
         if (request.content_length or 0) > most:
             raise Answered(too_long, close=True)
+        content = request.content
+        if content.is_eof() and content.total_bytes <= most and content.exception() is None:
+            return content.read_nowait()  # all of it came with the head
         pieces: list[bytes] = []
         size = 0
         try:
             async with asyncio.timeout(self._settings.body_timeout):
-                async for piece in request.content.iter_any():
+                async for piece in content.iter_any():
                     size += len(piece)
                     if size > most:  # of a chunked one nothing more is read
                         raise Answered(too_long, close=True)

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import aiohttp
 from aiohttp import web
@@ -34,9 +34,8 @@ class _Full(asyncio.Protocol):
     """Tells a caller that there are too many connections, and hangs up."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a TCP server
         body = problem("openai", 503, "forebay_connections", "too many connections are open here").body
-        transport.write(_FULL % (len(body), body))
+        cast("asyncio.Transport", transport).write(_FULL % (len(body), body))
         transport.close()
 
 

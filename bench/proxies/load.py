@@ -1,0 +1,100 @@
+"""Calls over connections of their own, as cheap as Python makes them, and how long each took."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from typing import cast
+
+_QUESTION = "Which rivers flow into the Black Sea? " * 20
+_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
+
+
+def request(*, stream: bool = False) -> bytes:
+    """One request, as the openai SDK writes it."""
+    asked = {"model": "gpt-4o", "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 200}
+    body = json.dumps({**asked, "stream": stream}, separators=(",", ":")).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
+        "content-type: application/json\r\nuser-agent: AsyncOpenAI/Python 3.57.0\r\nauthorization: Bearer sk-1\r\n"
+        "x-stainless-lang: python\r\nx-stainless-package-version: 3.57.0\r\nx-stainless-os: Linux\r\n"
+        "x-stainless-arch: x64\r\nx-stainless-runtime: CPython\r\nx-stainless-runtime-version: 3.13.5\r\n"
+        "x-stainless-async: async:asyncio\r\nx-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\n"
+        f"accept-encoding: gzip, deflate\r\nconnection: keep-alive\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class Caller(asyncio.Protocol):
+    """One connection, one call at a time."""
+
+    def __init__(self) -> None:
+        self.buffer = b""
+        self.done: asyncio.Future[None] | None = None
+        self.streaming = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+
+    def data_received(self, data: bytes) -> None:
+        """A stream is there with its first event, a whole answer with its last byte."""
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0 or self.done is None or self.done.done():
+            return
+        assert self.buffer.startswith(b"HTTP/1.1 200"), self.buffer[:200]
+        length = _LENGTH.search(self.buffer[:end])
+        if (self.streaming and b"data: " in self.buffer) or (length and len(self.buffer) >= end + 4 + int(length[1])):
+            self.buffer = b""
+            self.done.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Whoever waits has waited in vain."""
+        if self.done is not None and not self.done.done():
+            self.done.set_exception(exc or ConnectionResetError())
+
+    async def call(self, sent: bytes) -> float:
+        """Seconds that it took."""
+        self.done = asyncio.get_running_loop().create_future()
+        began = time.perf_counter()
+        self.transport.write(sent)
+        await self.done
+        return time.perf_counter() - began
+
+
+async def connect(port: int) -> Caller:
+    """A connection."""
+    _, caller = await asyncio.get_running_loop().create_connection(Caller, "127.0.0.1", port)
+    return caller
+
+
+async def closed_loop(port: int, *, callers: int, calls: int) -> tuple[list[float], float]:
+    """So many callers that call one after the other: seconds of each call, and of all."""
+    connections = [await connect(port) for _ in range(callers)]
+    sent = request()
+    took: list[float] = []
+
+    async def go(caller: Caller) -> None:
+        took.extend([await caller.call(sent) for _ in range(calls // callers)])
+
+    began = time.perf_counter()
+    await asyncio.gather(*(go(caller) for caller in connections))
+    seconds = time.perf_counter() - began
+    for caller in connections:
+        caller.transport.close()
+    return took, seconds
+
+
+async def open_streams(port: int, count: int) -> list[Caller]:
+    """So many streams that have begun, and stay open."""
+    sent = request(stream=True)
+    callers = []
+    for _ in range(count):
+        caller = await connect(port)
+        caller.streaming = True
+        await caller.call(sent)
+        callers.append(caller)
+    return callers
