@@ -12,6 +12,7 @@ from multidict import CIMultiDict
 
 from forebay import clock
 from forebay.errors import Overloaded
+from forebay.events import log
 from forebay.gateway.metrics import Counts
 from forebay.gateway.passage import FAILURES, Opened, Passage
 from forebay.gateway.route import Place, Target, find_place, spoken
@@ -56,7 +57,7 @@ class Proxy:
         self.counts = Counts(self.targets)
         self._senders = Senders(settings.trust, token, settings.context.tenant_headers)
         self.draining = False
-        self.under_way = 0
+        self._under_way: set[asyncio.Task[object]] = set()
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -71,7 +72,9 @@ class Proxy:
             return _whole(answered.answer, close=answered.close)
         began = clock.now()
         status = _GONE
-        self.under_way += 1
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - each request has one
+        self._under_way.add(task)
         self.idle.clear()
         try:
             response = await self._pass(request, headers, place)
@@ -81,10 +84,16 @@ class Proxy:
             status = response.status
         finally:
             self.counts.answered(place.target.name, status, clock.now() - began)
-            self.under_way -= 1
-            if not self.under_way:
+            self._under_way.discard(task)
+            if not self._under_way:
                 self.idle.set()
         return response
+
+    def cut_off(self) -> None:
+        """End what is still under way."""
+        log.warning("%d calls are under way for longer than the drain: they are cut off", len(self._under_way))
+        for task in self._under_way:
+            task.cancel()
 
     def _own(self, path: str, headers: Plain) -> web.Response | None:
         """The answer to what is asked of the gateway itself, for whoever may ask."""

@@ -25,7 +25,7 @@ _FULL: Final = (
 )
 _HEADERS: Final = 200  # fields of a request
 _FIRST: Final = 30.0  # seconds in which the head of a request must have come
-_LAST: Final = 0.5  # seconds in which what is cut off ends
+_LINGER: Final = 1.0  # seconds that a body is read on after its request was refused, or the refusal might be lost
 _IDLE: Final = 75.0  # seconds that a connection is kept without a request
 _KEPT: Final = 30.0  # seconds that one to a provider is, less than providers keep them
 
@@ -72,6 +72,7 @@ class _Server(web.Server):
             "max_field_size": settings.max_header_bytes,
             "max_headers": _HEADERS,
             "keepalive_timeout": _IDLE,
+            "lingering_time": _LINGER,
             "auto_decompress": False,
             "access_log": None,
         }
@@ -133,13 +134,16 @@ class Gateway:
         self.proxy.draining = True
         self._server.close()  # whoever comes now finds nobody; whoever is here is served
         self._web.pre_shutdown()
+        closing = asyncio.create_task(
+            self._web.shutdown(2 * self.settings.drain_timeout)
+        )  # those without a call at once
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
                 await self.proxy.idle.wait()
         except TimeoutError:
-            log.warning("%d calls were under way for longer than the drain: they are cut off", self.proxy.under_way)
+            self.proxy.cut_off()
         finally:
-            await self._web.shutdown(_LAST)
+            await closing
             await self._session.close()
 
 

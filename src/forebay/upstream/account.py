@@ -165,7 +165,7 @@ class Account:
 
     def _refusal(self, now: float, ask: Ask) -> No | None:
         if ask.deadline <= now:
-            return No("its deadline has passed", "line", 1.0, None)
+            return No("its deadline passed before it was sent", "deadline", 1.0, None)
         for purse in self._purses(ask):
             if not purse.affords(ask.usd, ask.priority):
                 return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())

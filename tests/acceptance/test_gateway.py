@@ -1,0 +1,547 @@
+"""A gateway before a provider that does as it is told: what passes, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from forebay import clock
+from forebay.gateway import ContextSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.server import Gateway
+from forebay.quota import Price
+
+CHAT = {
+    "id": "c",
+    "object": "chat.completion",
+    "model": "gpt-4o",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "The Danube."}}],
+    "usage": {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50},
+}
+ASK = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 50}
+EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"The "},"finish_reason":null}]}\n\n'
+STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+Behaviour = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Provider:
+    """Does as its behaviour says, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.behaviour: Behaviour = self.answer
+        self.asked: list[web.BaseRequest] = []
+        self.left = asyncio.Event()  # a caller has hung up
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.asked.append(request)
+        try:
+            return await self.behaviour(request)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+    @staticmethod
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return web.json_response(CHAT, headers={"x-request-id": "req_1", "x-should-retry": "true"})
+
+
+def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream") -> Behaviour:
+    """Events: a number waits so many seconds, None for ever, and what follows breaks the connection off."""
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": kind})
+        await response.prepare(request)
+        for piece in pieces:
+            if piece is None:
+                await asyncio.Event().wait()
+            elif isinstance(piece, float):
+                assert request.transport is not None
+                request.transport.close()
+                return response
+            else:
+                await response.write(piece)
+        await response.write_eof()
+        return response
+
+    return behave
+
+
+CUT = 0.0
+
+
+def saying(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(status=status, body=body, headers=named)
+
+    return behave
+
+
+class Scene:
+    """A provider, a gateway before it, and somebody who calls."""
+
+    def __init__(self, provider: Provider, url: str, session: aiohttp.ClientSession) -> None:
+        self.provider = provider
+        self.url = url
+        self.session = session
+        self.gateway: Gateway | None = None
+
+    def settings(self, *, gateway: dict[str, Any] | None = None, **target: Any) -> GatewaySettings:
+        both = tuple(TargetSettings(**{"name": name, "url": self.url, **target}) for name in ("openai", "anthropic"))
+        return GatewaySettings(targets=both, **{"listen": "127.0.0.1:0", "drain_timeout": 5.0, **(gateway or {})})
+
+    def at(self, gateway: Gateway, path: str = "/v1/chat/completions") -> str:
+        return f"http://127.0.0.1:{gateway.port}{path}"
+
+    async def post(self, gateway: Gateway, path: str = "/v1/chat/completions", **how: Any) -> tuple[int, Any, Any]:
+        """Status, headers and decoded body."""
+        how = how if "data" in how else {"json": ASK, **how}
+        async with self.session.post(self.at(gateway, path), **how) as answer:
+            raw = await answer.read()
+            return answer.status, answer.headers, json.loads(raw) if raw[:1] == b"{" else raw
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    provider = Provider()
+    server = web.Server(provider.handle, handler_cancellation=True, access_log=None)
+    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    async with aiohttp.ClientSession() as session:
+        yield Scene(provider, f"http://127.0.0.1:{port}", session)
+    listening.close()
+    server.pre_shutdown()
+    await server.shutdown(0.1)
+
+
+def left(gateway: Gateway) -> tuple[int, int, int]:
+    """Calls in flight, in line, and tokens reserved: nothing may be left behind."""
+    accounts = [desk.account for target in gateway.proxy.targets for desk in target.upstream.books]
+    reserved = sum(sum(account.quotas._under_way.values()) for account in accounts)
+    return sum(account.in_flight for account in accounts), sum(len(account.line) for account in accounts), reserved
+
+
+NOTHING = (0, 0, 0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what events will bring about; a test that waits in vain ends by its timeout."""
+    while not condition():  # noqa: ASYNC110 - sockets of the machine bring it about, and they have no event
+        await asyncio.sleep(0)
+
+
+# --- what passes ---
+
+
+async def test_an_answer_passes_and_its_caller_is_not_to_call_again(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        status, headers, body = await scene.post(gateway, headers={"authorization": "Bearer sk-1", "x-custom": "ü"})
+        assert (status, body) == (200, CHAT)
+        assert headers["x-request-id"] == "req_1"
+        assert headers.getall("x-should-retry") == ["false"]
+        (asked,) = scene.provider.asked
+        assert asked.headers["authorization"] == "Bearer sk-1"
+        assert asked.headers["x-custom"] == "ü"
+        assert asked.headers["host"] == scene.url.removeprefix("http://")
+        assert left(gateway) == NOTHING
+
+
+async def test_what_is_the_gateways_own_goes_no_further(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        await scene.post(gateway, headers={"x-forebay-tenant": "acme", "connection": "keep-alive, x-hop", "x-hop": "1"})
+        (asked,) = scene.provider.asked
+        assert not [name for name in asked.headers if name.lower().startswith("x-forebay") or name.lower() == "x-hop"]
+
+
+async def test_a_stream_passes_byte_by_byte_and_at_once(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT, b": a comment\r\n\r\n", EVENT[:30], EVENT[30:], STOP, DONE)
+    async with Gateway(scene.settings()) as gateway:
+        asking: Any = {"json": {**ASK, "stream": True, "stream_options": {"include_usage": True}}}
+        async with scene.session.post(scene.at(gateway), **asking) as answer:
+            assert await answer.read() == EVENT + b": a comment\r\n\r\n" + EVENT + STOP + DONE
+            assert answer.content_type == "text/event-stream"
+        assert left(gateway) == NOTHING
+        scene.provider.behaviour = streaming(EVENT, None)
+        async with scene.session.post(scene.at(gateway), **asking) as answer:
+            assert await answer.content.readany() == EVENT  # though nothing follows
+
+
+async def test_a_packed_answer_stays_packed_and_is_metered(scene: Scene) -> None:
+    packed = gzip.compress(json.dumps(CHAT).encode())
+    scene.provider.behaviour = saying(200, packed, content_encoding="gzip", content_type="application/json")
+    async with Gateway(scene.settings()) as gateway:
+        async with scene.session.post(scene.at(gateway), json=ASK, auto_decompress=False) as answer:
+            assert await answer.read() == packed
+        async with scene.session.get(scene.at(gateway, "/metrics")) as answer:
+            told = await answer.text()
+    assert 'forebay_tokens_total{direction="input",model="gpt-4o",target="openai"} 30.0' in told
+    assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in told
+
+
+async def test_a_target_by_its_name_gets_whatever_is_asked(scene: Scene) -> None:
+    scene.provider.behaviour = saying(200, b"binary", content_type="audio/mpeg")
+    async with Gateway(scene.settings()) as gateway:
+        status, _, body = await scene.post(gateway, "/openai/v1/audio/speech?x=%20y")
+        assert (status, body) == (200, b"binary")
+        assert scene.provider.asked[0].raw_path == "/v1/audio/speech?x=%20y"
+        assert left(gateway) == NOTHING
+
+
+# --- whose it is ---
+
+
+async def test_keys_have_accounts_of_their_own_unless_told_otherwise(scene: Scene) -> None:
+    for share, count in ((False, 2), (True, 1)):
+        async with Gateway(scene.settings(share_keys=share)) as gateway:
+            for key in ("sk-1", "sk-2", "sk-1"):
+                await scene.post(gateway, headers={"authorization": f"Bearer {key}"})
+            names = [desk.name for desk in gateway.proxy.targets[0].upstream.books]
+            assert len(names) == count
+            assert "sk-" not in repr(names)
+
+
+async def test_headers_put_a_call_in_its_place(scene: Scene) -> None:
+    async with Gateway(scene.settings(max_concurrent=1)) as gateway:
+        gate = asyncio.Event()
+
+        async def slow(request: web.BaseRequest) -> web.StreamResponse:
+            await gate.wait()
+            return await Provider.answer(request)
+
+        scene.provider.behaviour = slow
+        (desk,) = [gateway.proxy.targets[0].upstream.books.desk("gpt-4o")]
+        async with asyncio.TaskGroup() as group:
+            group.create_task(scene.post(gateway))
+            await until(lambda: desk.account.in_flight == 1)
+            for number, rung in enumerate(["low", "normal", "critical", "high"], start=1):
+                told = {"x-forebay-priority": rung, "x-rung": rung}
+                group.create_task(scene.post(gateway, headers=told))
+                await until(lambda number=number: len(desk.account.line) == number)  # type: ignore[misc]
+            gate.set()
+        assert [asked.headers.get("x-rung") for asked in scene.provider.asked] == [
+            *(None, "critical", "high", "normal", "low")
+        ]
+        assert left(gateway) == NOTHING
+
+
+async def test_a_deadline_that_has_passed_costs_nothing(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        status, headers, body = await scene.post(gateway, headers={"x-forebay-deadline": str(clock.wall_time() - 1)})
+        assert status == 408
+        assert headers["x-should-retry"] == "false"
+        assert "deadline" in body["error"]["message"]
+        assert scene.provider.asked == []
+
+
+async def test_a_header_that_cannot_be_meant_is_told(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        status, _, body = await scene.post(gateway, "/v1/messages", headers={"x-forebay-priority": "urgent"})
+        assert status == 400
+        assert body["type"] == "error"
+        assert "critical, high, normal, low" in body["error"]["message"]
+
+
+# --- who is let in ---
+
+
+async def test_beyond_loopback_a_token_is_wanted(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "0123456789abcdef0123"  # noqa: S105 - of this test
+    monkeypatch.setenv("GATE", token)
+    settings = scene.settings(gateway={"listen": "0.0.0.0:0", "token_env": "GATE"})
+    async with Gateway(settings) as gateway:
+        for path in ("/v1/chat/completions", "/metrics", "/nowhere"):
+            status, _, body = await scene.post(gateway, path)
+            assert status == 401
+            assert "x-forebay-token" in body["error"]["message"]
+        assert scene.provider.asked == []
+        status, _, _ = await scene.post(gateway, headers={"x-forebay-token": token})
+        assert status == 200
+        assert token not in repr(scene.provider.asked[0].headers)
+        async with scene.session.get(scene.at(gateway, "/healthz")) as answer:
+            assert await answer.json() == {"status": "ok"}
+
+
+async def test_only_who_is_trusted_speaks_for_a_tenant(scene: Scene) -> None:
+    settings = scene.settings(
+        gateway={"context": ContextSettings(trust="nobody")},
+        tenant_budget_usd=1e-9,
+        prices={"*": Price(input=1e6, output=1e6)},
+    )
+    async with Gateway(settings) as gateway:
+        assert (await scene.post(gateway, headers={"x-forebay-tenant": "a"}))[0] == 402
+    async with Gateway(scene.settings(gateway={"context": ContextSettings(tenant_headers=("x-user",))})) as gateway:
+        assert (await scene.post(gateway, headers={"x-user": "a"}))[0] == 200
+
+
+# --- what is refused ---
+
+
+async def test_money_that_is_spent_is_a_402(scene: Scene) -> None:
+    settings = scene.settings(budget_usd=60.0, prices={"gpt-4o": Price(input=0, output=1e6)})
+    async with Gateway(settings) as gateway:
+        assert [(await scene.post(gateway))[0] for _ in range(2)] == [200, 402]
+        status, headers, body = await scene.post(gateway)
+        assert (status, body["error"]["type"]) == (402, "insufficient_quota")
+        assert headers["x-should-retry"] == "false"
+        assert int(headers["retry-after"]) > 0  # the day's end
+        assert gateway.proxy.targets[0].upstream.statistics().spent_usd == 20.0
+        assert left(gateway) == NOTHING
+
+
+async def test_a_call_larger_than_its_bucket_will_never_pass(scene: Scene) -> None:
+    async with Gateway(scene.settings(models={"gpt-4o": QuotaSettings(output_tpm=10)})) as gateway:
+        status, headers, body = await scene.post(gateway)
+        assert status == 413
+        assert headers["x-should-retry"] == "false"
+        assert "larger" in body["error"]["message"]
+
+
+async def test_who_cannot_wait_is_told_when_to_come_back(scene: Scene) -> None:
+    async with Gateway(scene.settings(rpm=1)) as gateway:
+        assert (await scene.post(gateway))[0] == 200
+        status, headers, body = await scene.post(gateway, headers={"x-stainless-read-timeout": "2"})
+        assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+        assert headers["x-should-retry"] == "true"
+        assert 0 < int(headers["retry-after-ms"]) <= 66_000
+        assert len(scene.provider.asked) == 1
+        status, _, body = await scene.post(gateway, "/anthropic/v1/messages", headers={"x-stainless-read-timeout": "2"})
+        assert status == 200  # another account
+
+
+async def test_what_a_provider_need_not_be_asked_is_answered_here(scene: Scene) -> None:
+    async with Gateway(scene.settings(gateway={"max_body_bytes": 10_000})) as gateway:
+        for path, sent, status in (
+            ("/v1/chat/completions", b"{", 400),
+            ("/v1/messages", b"[1]", 400),
+            ("/v1/embeddings", b"\xff\xfe", 400),
+            ("/v1/chat/completions", b"[" * 9_000, 400),
+            ("/v1/chat/completions", b" " * 10_001, 413),
+            ("/nowhere", b"{}", 404),
+            ("/v1/../etc/passwd", b"{}", 404),
+        ):
+            got, headers, body = await scene.post(gateway, path, data=sent)
+            assert got == status, path
+            assert headers["x-should-retry"] == "false"
+            assert body["error"]["message"]
+
+        async def endless() -> AsyncIterator[bytes]:
+            while True:
+                yield b" " * 4096
+
+        try:
+            got, _, _ = await scene.post(gateway, data=endless())
+        except aiohttp.ClientError:  # it hangs up on whoever goes on
+            pass
+        else:
+            assert got == 413
+        assert scene.provider.asked == []
+        assert left(gateway) == NOTHING
+
+
+async def raw(gateway: Gateway, sent: bytes) -> bytes:
+    """What comes back for these bytes, to the end of the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(sent)
+    await writer.drain()
+    told = await reader.read()
+    writer.close()
+    return told
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        b"content-length: 2\r\ncontent-length: 3\r\n",
+        b"content-length: 2\r\ntransfer-encoding: chunked\r\n",
+        b"content-length: -1\r\n",
+        b"content-length: two\r\n",
+    ],
+)
+async def test_lengths_that_contradict_each_other_are_no_http(scene: Scene, lengths: bytes) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        told = await raw(gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + lengths + b"\r\n{}")
+        assert told.startswith(b"HTTP/1.0 400"), told
+        assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert scene.provider.asked == []
+        assert (await scene.post(gateway))[0] == 200  # it lives on
+
+
+async def test_headers_without_end_are_refused(scene: Scene) -> None:
+    async with Gateway(scene.settings(gateway={"max_header_bytes": 4096})) as gateway:
+        for head in (b"x: " + b"a" * 8192 + b"\r\n", b"".join(b"x%d: a\r\n" % n for n in range(300))):
+            told = await raw(gateway, b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n")
+            assert told.startswith(b"HTTP/1.0 400"), told[:100]
+        assert (await scene.post(gateway))[0] == 200
+
+
+async def test_connections_are_bounded(scene: Scene) -> None:
+    async with Gateway(scene.settings(gateway={"max_connections": 2})) as gateway:
+        open_ = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
+        for _, writer in open_:
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        for reader, _ in open_:
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        assert (await raw(gateway, b"")).startswith(b"HTTP/1.1 503")
+        for _, writer in open_:
+            writer.close()
+            await writer.wait_closed()
+        await until(lambda: not gateway._web.connections)
+        assert (await scene.post(gateway))[0] == 200
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(scene: Scene) -> None:
+    async with Gateway(scene.settings(gateway={"body_timeout": 0.05})) as gateway:
+        told = await raw(gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        assert told.startswith(b"HTTP/1.1 408")
+        assert scene.provider.asked == []
+
+
+# --- providers that go wrong ---
+
+
+async def test_a_provider_that_is_down_is_a_502(scene: Scene) -> None:
+    async with Gateway(scene.settings(url="http://127.0.0.1:9", max_attempts=2)) as gateway:
+        for path, kind in (("/v1/chat/completions", "server_error"), ("/v1/messages", "api_error")):
+            status, headers, body = await scene.post(gateway, path)
+            assert (status, body["error"]["type"]) == (502, kind)
+            assert headers["x-should-retry"] == "false"
+        assert left(gateway) == NOTHING
+
+
+async def test_garbage_for_an_answer_is_handed_on(scene: Scene) -> None:
+    async def garbage(request: web.BaseRequest) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+        request.transport.close()
+        return web.Response()
+
+    async with Gateway(scene.settings(max_attempts=2)) as gateway:
+        scene.provider.behaviour = garbage
+        assert (await scene.post(gateway))[0] == 502
+        scene.provider.behaviour = saying(200, b"\x00\xffno json", content_type="application/json")
+        status, _, body = await scene.post(gateway)
+        assert (status, body) == (200, b"\x00\xffno json")
+        assert left(gateway) == NOTHING
+
+
+async def test_faults_are_mended_here(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        bad = saying(500)
+
+        async def twice(request: web.BaseRequest) -> web.StreamResponse:
+            return await (bad if len(scene.provider.asked) < 2 else Provider.answer)(request)
+
+        scene.provider.behaviour = twice
+        assert (await scene.post(gateway))[0] == 200
+        assert len(scene.provider.asked) == 2
+
+
+@pytest.mark.parametrize(("path", "told"), [("/v1/chat/completions", b"data: {"), ("/v1/messages", b"event: error")])
+async def test_a_stream_that_is_cut_ends_with_an_event_that_says_so(scene: Scene, path: str, told: bytes) -> None:
+    scene.provider.behaviour = streaming(EVENT, CUT)
+    async with Gateway(scene.settings()) as gateway:
+        async with scene.session.post(scene.at(gateway, path), json={**ASK, "stream": True}) as answer:
+            raw = await answer.read()
+        assert raw.startswith(EVENT)
+        assert raw[len(EVENT) :].startswith(told)
+        assert b"broke off" in raw
+        assert left(gateway) == NOTHING
+
+
+async def test_half_an_event_is_not_followed_by_another(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT, EVENT[:20], CUT)
+    async with Gateway(scene.settings()) as gateway:
+        asking: Any = {"json": {**ASK, "stream": True, "stream_options": {"include_usage": True}}}
+        async with scene.session.post(scene.at(gateway), **asking) as answer:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
+        assert left(gateway) == NOTHING
+
+
+# --- callers who hang up ---
+
+
+@pytest.mark.parametrize("behaviour", ["silent", "streaming"])
+async def test_who_hangs_up_is_hung_up_on_behind_the_gateway(scene: Scene, behaviour: str) -> None:
+    async def silent(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    scene.provider.behaviour = silent if behaviour == "silent" else streaming(EVENT, None)
+    async with Gateway(scene.settings(max_concurrent=1)) as gateway:
+        (desk,) = [gateway.proxy.targets[0].upstream.books.desk("gpt-4o")]
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        body = json.dumps({**ASK, "stream": True}).encode()
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await until(lambda: desk.account.in_flight == 1 and len(scene.provider.asked) == 1)
+        writer.close()
+        await scene.provider.left.wait()
+        await until(lambda: left(gateway) == NOTHING)
+
+
+async def test_who_hangs_up_in_line_leaves_it(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT, None)
+    async with Gateway(scene.settings(max_concurrent=1)) as gateway:
+        (desk,) = [gateway.proxy.targets[0].upstream.books.desk("gpt-4o")]
+        first = asyncio.create_task(scene.post(gateway, json={**ASK, "stream": True}))
+        await until(lambda: desk.account.in_flight == 1)
+        second = asyncio.create_task(scene.post(gateway))
+        await until(lambda: len(desk.account.line) == 1)
+        second.cancel()
+        await until(lambda: len(desk.account.line) == 0)
+        first.cancel()
+        await until(lambda: left(gateway) == NOTHING)
+        assert len(scene.provider.asked) == 1
+
+
+# --- the end ---
+
+
+async def test_at_the_end_calls_under_way_are_finished_and_nobody_else_is_let_in(scene: Scene) -> None:
+    gate = asyncio.Event()
+
+    async def slow(request: web.BaseRequest) -> web.StreamResponse:
+        await gate.wait()
+        return await Provider.answer(request)
+
+    scene.provider.behaviour = slow
+    gateway = Gateway(scene.settings())
+    await gateway.__aenter__()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
+        call = asyncio.create_task(scene.post(gateway))
+        async with session.get(scene.at(gateway, "/healthz")) as answer:
+            assert answer.status == 200
+        await until(lambda: len(scene.provider.asked) == 1)
+        port = gateway.port
+        end = asyncio.create_task(gateway.__aexit__(None, None, None))
+        await until(lambda: gateway.proxy.draining)
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await session.get(f"http://127.0.0.1:{port}/healthz")
+        gate.set()
+        assert (await call)[0] == 200
+        await end
+
+
+async def test_what_does_not_end_is_cut_off(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT, None)
+    gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.05}))
+    await gateway.__aenter__()
+    async with scene.session.post(scene.at(gateway), json={**ASK, "stream": True}) as answer:
+        assert await answer.content.readany() == EVENT
+        await gateway.__aexit__(None, None, None)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.read()
+    await scene.provider.left.wait()
+    assert left(gateway) == NOTHING
