@@ -205,7 +205,9 @@ class Account:
     def _pump(self, now: float) -> float | None:
         ripe = self._ripen(now)
         while (late := self._deadlines.passed(now)) is not None:
-            self._answer(late, No("its deadline passed while it waited", "line", 1.0, None))
+            seconds = self.expected_wait(now, late.ask)[0]
+            again = self._seat(now, late.ask, seconds)
+            self._answer(late, No("its deadline passed while it waited", "line", 1.0, again))
         if not self.line:
             return None
         self._promote(now)
