@@ -13,7 +13,14 @@ import pytest
 from aiohttp import web
 
 from forebay import clock
-from forebay.gateway import ContextSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    MissingKey,
+    QuotaSettings,
+    TargetSettings,
+)
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 
@@ -38,6 +45,7 @@ class Provider:
     def __init__(self) -> None:
         self.behaviour: Behaviour = self.answer
         self.asked: list[web.BaseRequest] = []
+        self.bodies: list[Any] = []  # of those that were answered
         self.left = asyncio.Event()  # a caller has hung up
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -48,9 +56,8 @@ class Provider:
             self.left.set()
             raise
 
-    @staticmethod
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        await request.read()
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.bodies.append(json.loads(await request.read() or b"null"))
         return web.json_response(CHAT, headers={"x-request-id": "req_1", "x-should-retry": "true"})
 
 
@@ -217,7 +224,7 @@ async def test_headers_put_a_call_in_its_place(scene: Scene) -> None:
 
         async def slow(request: web.BaseRequest) -> web.StreamResponse:
             await gate.wait()
-            return await Provider.answer(request)
+            return await scene.provider.answer(request)
 
         scene.provider.behaviour = slow
         (desk,) = [gateway.proxy.targets[0].upstream.books.desk("gpt-4o")]
@@ -440,7 +447,7 @@ async def test_faults_are_mended_here(scene: Scene) -> None:
         bad = saying(500)
 
         async def twice(request: web.BaseRequest) -> web.StreamResponse:
-            return await (bad if len(scene.provider.asked) < 2 else Provider.answer)(request)
+            return await (bad if len(scene.provider.asked) < 2 else scene.provider.answer)(request)
 
         scene.provider.behaviour = twice
         assert (await scene.post(gateway))[0] == 200
@@ -466,6 +473,41 @@ async def test_half_an_event_is_not_followed_by_another(scene: Scene) -> None:
         async with scene.session.post(scene.at(gateway), **asking) as answer:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await answer.read()
+        assert left(gateway) == NOTHING
+
+
+# --- calls that are sent on ---
+
+
+async def test_what_its_account_cannot_serve_goes_to_another_target(scene: Scene) -> None:
+    spare = TargetSettings(name="spare", url=f"{scene.url}/llm", provider="openai-compatible")
+    elsewhere = FallbackSettings(target="spare", model="llama", api_key_env="SPARE")
+    own = TargetSettings(name="openai", url=scene.url, rpm=1, fallback=(elsewhere,))
+    settings = GatewaySettings(targets=(own, spare), listen="127.0.0.1:0")
+    with pytest.raises(MissingKey, match="SPARE"):
+        async with Gateway(settings, {}):
+            pass
+    async with Gateway(settings, {"SPARE": "sk-spare"}) as gateway:
+        for _ in range(2):
+            told = {"authorization": "Bearer sk-1", "x-stainless-read-timeout": "2", "x-kept": "1"}
+            assert (await scene.post(gateway, headers=told))[0] == 200
+        first, second = scene.provider.asked
+        assert (first.raw_path, second.raw_path) == ("/v1/chat/completions", "/llm/v1/chat/completions")
+        assert first.headers.getall("authorization") == ["Bearer sk-1"]
+        assert second.headers.getall("authorization") == ["Bearer sk-spare"]
+        assert second.headers["x-kept"] == "1"
+        assert scene.provider.bodies[1] == {**ASK, "model": "llama"}
+        assert left(gateway) == NOTHING
+
+
+async def test_or_to_another_model_of_its_own(scene: Scene) -> None:
+    models = {"gpt-4o": QuotaSettings(rpm=1), "gpt-4o-mini": QuotaSettings(rpm=1)}
+    smaller = FallbackSettings(model="gpt-4o-mini", of="gpt-4o")
+    settings = scene.settings(models=models, fallback=(smaller,))
+    async with Gateway(settings) as gateway:
+        statuses = [(await scene.post(gateway, headers={"x-stainless-read-timeout": "2"}))[0] for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        assert [body["model"] for body in scene.provider.bodies] == ["gpt-4o", "gpt-4o-mini"]
         assert left(gateway) == NOTHING
 
 
@@ -514,7 +556,7 @@ async def test_at_the_end_calls_under_way_are_finished_and_nobody_else_is_let_in
 
     async def slow(request: web.BaseRequest) -> web.StreamResponse:
         await gate.wait()
-        return await Provider.answer(request)
+        return await scene.provider.answer(request)
 
     scene.provider.behaviour = slow
     gateway = Gateway(scene.settings())

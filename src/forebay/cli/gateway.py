@@ -12,8 +12,9 @@ from forebay import gateway as room
 from forebay.cli import not_installed
 from forebay.cli.config import gateway_settings
 from forebay.cli.document import InvalidConfiguration
-from forebay.errors import ForebayError
+from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway.route import make_targets
 
 _EACH = "for each target, or NAME=NUMBER for one; repeatable."
 _WRONG = 2  # the status of a command that was not given what it needs, as typer has it
@@ -67,7 +68,9 @@ def gateway(  # noqa: PLR0913 - one word each for what is said most
             share_keys=share_keys,
             gateway={"listen": listen, "token_env": token_env, "token_file": token_file},
         )
-    except InvalidConfiguration as error:
+        named = {to.api_key_env: "set" for one in settings.targets for to in one.fallback if to.api_key_env}
+        make_targets(settings, named)  # whether fallbacks fit together is seen only then, and needs no secrets
+    except (InvalidConfiguration, InvalidSetting) as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(_WRONG) from None
     if check:
@@ -122,5 +125,8 @@ def _lines_of(target: TargetSettings) -> list[str]:
             f"{quota.amount:,} {quota.unit.replace('_', ' ')} a minute{f' of {pattern}' if pattern else ''}"
             for quota in rates.quotas()
         ]
+    for to in target.fallback:
+        there = " at ".join(part for part in (to.model, to.target) if part)
+        holds.append(f"what is refused{'' if to.of == '*' else f' of {to.of}'} goes to {there}")
     first = f"{target.name}: {target.url}, by the rules of {target.rules}; {keys}"
     return [first, *(f"    {line}" for line in holds or ["all learned from headers"])]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret
-from forebay.gateway.settings import ContextSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.secret import InvalidSecret, MissingKey
+from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +39,10 @@ def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lam
 
 __all__ = [
     "ContextSettings",
+    "FallbackSettings",
     "GatewaySettings",
     "InvalidSecret",
+    "MissingKey",
     "QuotaSettings",
     "TargetSettings",
     "absent",

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import aiohttp
+import msgspec
 from multidict import CIMultiDict
 from yarl import URL
 
 from forebay import clock
 from forebay.gateway.metrics import Counts
-from forebay.gateway.route import Place
 from forebay.gateway.sender import Patience
 from forebay.gateway.shapes import Answer
 from forebay.typing import Notice, Outcome
 from forebay.upstream.ask import Ended, Permit
 from forebay.upstream.attempt import Tried
 from forebay.upstream.exchange import Exchange, Sender
+from forebay.upstream.journey import Journey, journey_of
 from forebay.upstream.reader import Reader
 from forebay.upstream.rules import Plain, Usage
 from forebay.upstream.rules.encoding import Unpacked
+
+if TYPE_CHECKING:
+    from forebay.upstream import Upstream
+    from forebay.upstream.desk import Desk
+    from forebay.upstream.stops import Stop
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
@@ -57,61 +63,92 @@ class TooLong(aiohttp.ClientError):
     """The provider's answer is longer than what is held of one."""
 
 
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it came.
+
+    Attributes:
+        method: such as ``"POST"``.
+        told: its headers, as they came.
+        headers: the same by lower-case name.
+        body: its bytes.
+        sender: on whose behalf it is.
+        patience: of its caller.
+    """
+
+    method: str
+    told: RawHeaders
+    headers: Plain
+    body: bytes
+    sender: Sender
+    patience: Patience
+
+
 class Passage(Exchange):
     """An exchange of the gateway.
 
     Args:
-        place: where it goes.
-        method: such as ``"POST"``.
-        told: the request's headers, as they came.
-        headers: the same by lower-case name.
-        body: of the request.
-        sender: on whose behalf.
-        patience: of its caller.
+        upstream: through which it goes.
+        url: where it goes.
+        path: the path of that, with the query.
+        asked: what is sent.
         session: that sends it.
         counts: where its tokens are counted.
     """
 
-    __slots__ = ("_body", "_counts", "_headers", "_method", "_session", "_silence", "_url", "place")
+    __slots__ = ("_asked", "_body", "_counts", "_headers", "_session", "_timeout", "_url")
 
-    def __init__(  # noqa: PLR0913 - the parts of a request
-        self,
-        place: Place,
-        *,
-        method: str,
-        told: RawHeaders,
-        headers: Plain,
-        body: bytes,
-        sender: Sender,
-        patience: Patience,
-        session: aiohttp.ClientSession,
-        counts: Counts,
+    def __init__(  # noqa: PLR0913 - what it needs to be sent
+        self, upstream: Upstream, url: str, path: str, asked: Asked, *, session: aiohttp.ClientSession, counts: Counts
     ) -> None:
-        upstream = place.target.upstream
-        super().__init__(upstream, method=method, path=place.path, headers=headers, body=body, sender=sender)
-        self.place = place
-        self._method = method
-        self._url = URL(place.url, encoded=True)
+        super().__init__(
+            upstream, method=asked.method, path=path, headers=asked.headers, body=asked.body, sender=asked.sender
+        )
+        self._asked = asked
+        self._url = URL(url, encoded=True)
         self._session = session
         self._counts = counts
-        self._silence = patience.silence
-        self._body = body if self.changed is None else self.changed
-        self._headers = _forwarded(told, headers, plain=self.changed is not None)
+        self._body = asked.body if self.changed is None else self.changed
+        self._headers = _forwarded(asked, plain=self.changed is not None)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=asked.patience.silence)
         left = _TYPICALLY * self.desk.typical()
-        self.ask.deadline = min(self.ask.deadline, clock.now() + max(patience.line / 2, patience.line - left))
+        line = asked.patience.line
+        self.ask.deadline = min(self.ask.deadline, clock.now() + max(line / 2, line - left))
+
+    def journey(self) -> Journey[Passage] | None:
+        """Its way through the accounts that may serve it; None if there is but its own."""
+        if not self.upstream.fallbacks:
+            return None
+        return journey_of(self, self._elsewhere, key=self.key, fits=self.may_leave)
+
+    def _elsewhere(self, stop: Stop, _: Desk) -> Passage | None:
+        sent = self.readdressed(stop)
+        if sent is None:
+            return None
+        origin = str(self._url.origin()) if sent.origin is None else sent.origin
+        path = sent.path if sent.origin is not None else self._url.raw_path_qs.removesuffix(self._path) + sent.path
+        asked = self._asked
+        kept = [pair for pair in asked.told if pair[0].decode("latin-1").lower() not in sent.without]
+        extra = [(name.encode(), value.encode()) for name, value in sent.extra.items()]
+        sender = msgspec.structs.replace(asked.sender, deadline=self.ask.deadline, key=None)
+        moved = msgspec.structs.replace(
+            asked, told=(*kept, *extra), headers=sent.headers(asked.headers), body=sent.body, sender=sender
+        )
+        return Passage(stop.upstream, origin + path, sent.path, moved, session=self._session, counts=self._counts)
 
     async def attempt(self, permit: Permit) -> Tried:
         """Send it once."""
         answer: aiohttp.ClientResponse | None = None
         try:
             answer = await self._session.request(
-                self._method,
+                self._asked.method,
                 self._url,
                 headers=self._headers,
                 data=self._body or None,
                 allow_redirects=False,
                 skip_auto_headers=_NOT_ADDED,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=self._silence),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=_CONNECT, sock_read=self._asked.patience.silence
+                ),
             )
             headers = Plain.of_wire(answer.raw_headers)
             back = _given_back(answer)
@@ -135,23 +172,23 @@ class Passage(Exchange):
     def ended(self, permit: Permit, outcome: Outcome, usage: Usage | None, heard: tuple[Notice, ...] = ()) -> Ended:
         """See `Exchange.ended`; what was used is counted."""
         if usage is not None:
-            self._counts.used(self.place.target.name, self.ask.model, usage)
+            self._counts.used(self.upstream.name, self.ask.model, usage)
         return super().ended(permit, outcome, usage, heard)
 
 
-def _forwarded(told: RawHeaders, headers: Plain, *, plain: bool) -> CIMultiDict[str]:
+def _forwarded(asked: Asked, *, plain: bool) -> CIMultiDict[str]:
     """The headers that the provider gets.
 
     Args:
-        told: those of the request, as they came.
-        headers: the same by lower-case name.
+        asked: the request.
         plain: the answer has to be read, so it may not be packed.
     """
+    headers = asked.headers
     left_out: Collection[str] = _NOT_SENT
     if (named := headers.get("connection", "keep-alive").lower()) != "keep-alive":
         left_out = _NOT_SENT.union(name.strip() for name in named.split(","))
     sent: CIMultiDict[str] = CIMultiDict()
-    for name, value in told:
+    for name, value in asked.told:
         low = name.decode("latin-1").lower()
         if low not in left_out and not low.startswith("x-forebay-"):
             sent.add(low, value.decode("utf-8", "surrogateescape"))

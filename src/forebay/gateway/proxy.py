@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+import functools
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final
 
 import aiohttp
 import msgspec
@@ -14,11 +16,14 @@ from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
 from forebay.gateway.metrics import Counts
-from forebay.gateway.passage import FAILURES, Opened, Passage
-from forebay.gateway.route import Place, Target, find_place, spoken
+from forebay.gateway.passage import FAILURES, Asked, Opened, Passage
+from forebay.gateway.route import Place, find_place, make_targets, spoken
 from forebay.gateway.sender import TOKEN_HEADER, BadHeader, Senders, patience
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.shapes import JSON, Answer, Protocol, broken_stream, problem, refusal
+from forebay.upstream.attempt import Tried
+from forebay.upstream.drive import conclude
+from forebay.upstream.journey import travel
 from forebay.upstream.rules import Plain, Route
 
 _JSON_ROUTES: Final = frozenset(
@@ -46,16 +51,22 @@ class Proxy:
 
     Args:
         settings: of the gateway.
-        token: that callers present, or None.
+        environment: where its secrets are.
         session: that sends calls on.
+
+    Raises:
+        InvalidSecret: a secret is not there, or is not fit for one.
+        InvalidSetting: a fallback leads to where calls cannot go.
     """
 
-    def __init__(self, settings: GatewaySettings, *, token: str | None, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, settings: GatewaySettings, environment: Mapping[str, str], *, session: aiohttp.ClientSession
+    ) -> None:
         self._settings = settings
         self._session = session
-        self.targets = [Target(target) for target in settings.targets]
+        self.targets = make_targets(settings, environment)
         self.counts = Counts(self.targets)
-        self._senders = Senders(settings.trust, token, settings.context.tenant_headers)
+        self._senders = Senders(settings.trust, settings.token(environment), settings.context.tenant_headers)
         self.draining = False
         self._under_way: set[asyncio.Task[object]] = set()
         self.idle = asyncio.Event()
@@ -126,7 +137,7 @@ class Proxy:
         target = place.target
         passage = await self._passage(request, headers, place)
         try:
-            value = await target.upstream.driver(passage.desk).run(passage.ask, passage.attempt)
+            value = await _drive(passage)
         except Overloaded as error:
             self.counts.refused(target.name, (error.binding or "").rpartition(":")[2])
             raise Answered(refusal(target.protocol, error)) from None
@@ -145,19 +156,16 @@ class Proxy:
             sender = self._senders.read(headers, offset=offset, share=target.settings.share_keys)
         except BadHeader as error:
             raise Answered(problem(target.protocol, 400, "forebay_bad_header", str(error)), close=True) from None
-        body = await self._body(request, target.protocol)
-        passage = Passage(
-            place,
+        asked = Asked(
             method=request.method,
             told=request.raw_headers,
             headers=headers,
-            body=body,
+            body=await self._body(request, target.protocol),
             sender=sender,
             patience=patience(headers),
-            session=self._session,
-            counts=self.counts,
         )
-        _object_to(passage, body)
+        passage = Passage(target.upstream, place.url, place.path, asked, session=self._session, counts=self.counts)
+        _object_to(passage, asked.body, target.protocol)
         return passage
 
     async def _stream(self, request: web.BaseRequest, opened: Opened, protocol: Protocol) -> web.StreamResponse:
@@ -223,13 +231,29 @@ class Proxy:
         return b"".join(pieces)
 
 
-def _object_to(passage: Passage, body: bytes) -> None:
+async def _drive(passage: Passage) -> Any:
+    """Make the call; what its caller gets of it.
+
+    Raises:
+        Overloaded: it was refused. Whatever the last attempt failed by.
+    """
+    journey = passage.journey()
+    if journey is None:
+        return await passage.upstream.driver(passage.desk).run(passage.ask, passage.attempt)
+
+    def drive(leg: Passage) -> Awaitable[Tried]:
+        hurries = functools.partial(journey.hurries, leg)
+        return leg.upstream.driver(leg.desk, hurries).drive(leg.ask, leg.attempt)
+
+    return conclude(await travel(journey, drive))
+
+
+def _object_to(passage: Passage, body: bytes, protocol: Protocol) -> None:
     """Answer what its provider need not be asked about.
 
     Raises:
         Answered: it is wrong.
     """
-    protocol = passage.place.target.protocol
     if passage.read.websocket:
         message = "WebSockets do not pass this gateway, for nothing on them can be metered: connect to the provider"
         raise Answered(problem(protocol, 400, "forebay_websocket", message), close=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
-from forebay.gateway.settings import TargetSettings
+from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.gateway.shapes import Protocol
-from forebay.upstream import Upstream
+from forebay.upstream import Fallback
 
 _ANTHROPICS_OWN: Final = ("/v1/messages", "/v1/complete")
 _ANTHROPICS_HEADERS: Final = frozenset({"anthropic-version", "x-api-key"})
@@ -18,16 +18,46 @@ class Target:
 
     Attributes:
         settings: what it was given.
+        name: what it is called.
         upstream: through which its calls go.
+        base: what every URL there begins with.
         protocol: what it speaks.
     """
 
-    def __init__(self, settings: TargetSettings) -> None:
+    def __init__(self, settings: TargetSettings, fallbacks: Sequence[Fallback] = ()) -> None:
         self.settings = settings
         self.name = settings.name
-        self.upstream: Upstream = settings.upstream()
+        self.upstream = settings.upstream(fallbacks)
         self.protocol: Protocol = "anthropic" if settings.rules == "anthropic" else "openai"
         self.base = settings.url.rstrip("/")
+
+
+def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
+    """The targets of a gateway, those before others to which these send calls on.
+
+    Raises:
+        MissingKey: the key of a fallback is not there.
+        InvalidSetting: a fallback leads to where calls cannot go.
+    """
+    by_name = {target.name: target for target in settings.targets}
+    made: dict[str, Target] = {}
+
+    def make(name: str) -> Target:
+        if name not in made:
+            fallbacks = [_fallback(told) for told in by_name[name].fallback]
+            made[name] = Target(by_name[name], fallbacks)
+        return made[name]
+
+    def _fallback(told: FallbackSettings) -> Fallback:
+        if told.target is None:
+            assert told.model is not None  # noqa: S101 - checked when it was made
+            return Fallback(told.model, when=told.when, of=told.of)
+        target = make(told.target)
+        base = target.base if target.protocol == "anthropic" else f"{target.base}/v1"
+        key = told.api_key(environment)
+        return Fallback(target.upstream, when=told.when, of=told.of, model=told.model, base_url=base, api_key=key)
+
+    return [make(target.name) for target in settings.targets]
 
 
 class Place(NamedTuple):

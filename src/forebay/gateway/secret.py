@@ -16,6 +16,12 @@ class InvalidSecret(ForebayError, ValueError):
     """The token that callers present is not in {where}: {problem}. A good one: openssl rand -hex 32."""
 
 
+class MissingKey(ForebayError, LookupError):
+    """The API key of a fallback is not in the environment variable {variable}: that is empty, or not set."""
+
+    variable: str
+
+
 def read_secret(variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
     """The token that is in a variable of the environment or, if None is named, in a file; blanks around it apart.
 
@@ -32,6 +38,18 @@ def read_secret(variable: str | None, file: str | None, environment: Mapping[str
     if not _FIT.fullmatch(token):
         raise InvalidSecret(where=where, problem="what is there is no 16 to 4,096 printable characters without blanks")
     return token
+
+
+def read_key(variable: str, environment: Mapping[str, str]) -> str:
+    """An API key that is in a variable of the environment.
+
+    Raises:
+        MissingKey: it is not.
+    """
+    key = environment.get(variable, "").strip()
+    if not key:
+        raise MissingKey(variable=variable)
+    return key
 
 
 def _read(file: str) -> str:

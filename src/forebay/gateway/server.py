@@ -88,16 +88,17 @@ class Gateway:
 
     Args:
         settings: what it was given.
-        environment: where its token may be.
+        environment: where its secrets are.
 
     Raises:
-        InvalidSecret: the token is not there, or is not fit for one.
+        InvalidSecret: on entering; a secret is not there, or is not fit for one.
+        InvalidSetting: on entering; a fallback leads to where calls cannot go.
         CannotListen: on entering; the address is taken, or is none of this machine's.
     """
 
     def __init__(self, settings: GatewaySettings, environment: Mapping[str, str] = os.environ) -> None:
         self.settings = settings
-        self._token = settings.token(environment)
+        self._environment = environment
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
 
@@ -106,10 +107,10 @@ class Gateway:
         self._session = aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
         )
-        self.proxy = Proxy(self.settings, token=self._token, session=self._session)
-        self._web = _Server(self.proxy, self.settings)
         address = self.settings.address
         try:
+            self.proxy = Proxy(self.settings, self._environment, session=self._session)
+            self._web = _Server(self.proxy, self.settings)
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -12,10 +12,10 @@ from msgspec import field
 from forebay.errors import InvalidSetting
 from forebay.gateway.address import Address, problem_of_url, read_address
 from forebay.gateway.checks import check_positive, check_whole, is_positive, refuse
-from forebay.gateway.secret import read_secret
+from forebay.gateway.secret import read_key, read_secret
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
-from forebay.upstream import Upstream
+from forebay.upstream import Fallback, Upstream
 from forebay.upstream.rules import rules_for
 
 Trust = Literal["anyone", "token", "nobody"]
@@ -59,6 +59,50 @@ class QuotaSettings(msgspec.Struct, frozen=True, kw_only=True):
         return [Quota(**amount, per="minute") for amount in given if None not in amount.values()]
 
 
+class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where calls are sent on to that their own account cannot serve.
+
+    Attributes:
+        target: another target, of the same protocol; None for another model of the same.
+        model: what the model is there; None for the same name at another target.
+        when: the load from which calls are sent on without being refused first; 1.0 is not before.
+        of: pattern of the models whose calls are sent on.
+        api_key_env: environment variable with the API key for the other target; without it calls go there without one,
+            since that of their caller is for somebody else.
+
+    Raises:
+        InvalidSetting: a setting cannot be meant.
+    """
+
+    target: str | None = None
+    model: str | None = None
+    when: float = 1.0
+    of: str = "*"
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target", "model", "api_key_env"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                refuse(self, name, "a name")
+        if self.target is None and self.model is None:
+            refuse(self, "model", "given where no target is: calls go to another model, or elsewhere")
+        if self.target is None and self.api_key_env is not None:
+            refuse(self, "api_key_env", "left out where no target is given: the caller's own key is for it as well")
+        if not is_positive(self.when) or self.when > 1:
+            refuse(self, "when", "a load above 0, up to 1")
+        if not isinstance(self.of, str) or not self.of:
+            refuse(self, "of", "a pattern of models, such as 'gpt-4o*'")
+
+    def api_key(self, environment: Mapping[str, str]) -> str | None:
+        """The key, read now; None if there is to be none.
+
+        Raises:
+            MissingKey: it is not there.
+        """
+        return None if self.api_key_env is None else read_key(self.api_key_env, environment)
+
+
 class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     """One provider, and what may be asked of it. The rates here hold for models that no pattern of `models` fits.
 
@@ -73,9 +117,11 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         task_budget_usd: US dollars that each task may spend, once and for all.
         prices: US dollars per million tokens, by pattern of model, of what the price list does not know.
         share_keys: whether callers with different API keys share the accounts; else each key has its own.
-        longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
+        longest_wait: seconds that a call may be expected to wait, if its caller reads that long; beyond that it is
+            refused.
         max_attempts: how often a call is tried while it fails, the first time included.
         weights: tenants' shares of turns; 1.0 where none is given.
+        fallback: where calls are sent on to, tried in this order.
 
     Raises:
         InvalidSetting: a setting cannot be meant.
@@ -92,9 +138,10 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     task_budget_usd: float | None = None
     prices: dict[str, Price] = field(default_factory=dict)
     share_keys: bool = False
-    longest_wait: float = 60.0
+    longest_wait: float = 600.0
     max_attempts: int = 6
     weights: dict[str, float] = field(default_factory=dict)
+    fallback: tuple[FallbackSettings, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,8 +178,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         except InvalidSetting:
             return _UNKNOWN_SERVER
 
-    def upstream(self) -> Upstream:
-        """A new upstream that keeps these terms."""
+    def upstream(self, fallbacks: Sequence[Fallback] = ()) -> Upstream:
+        """A new upstream that keeps these terms, and sends calls on by `fallbacks`."""
         return Upstream(
             self.name,
             provider=self.rules,
@@ -146,6 +193,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             longest_wait=self.longest_wait,
             weights=self.weights,
             prices=self.prices,
+            fallback=fallbacks,
         )
 
 
@@ -208,6 +256,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._check_targets()
+        self._check_fallbacks()
         address = read_address(self.listen)
         if address is None:
             refuse(self, "listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
@@ -222,6 +271,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in names:
             if names.count(name) > 1:
                 refuse(self, "targets", "targets of different names", value=name)
+
+    def _check_fallbacks(self) -> None:
+        leads = {target.name: [to.target for to in target.fallback if to.target is not None] for target in self.targets}
+        for target in self.targets:
+            for name in leads[target.name]:
+                if name not in leads:
+                    refuse(target, "fallback", f"to a target that there is: {', '.join(leads)}", value=name)
+                if target.name in _reached(leads, name):
+                    refuse(target, "fallback", "to a target that does not lead back to it", value=name)
 
     def _check_token(self, address: Address) -> None:
         for name in ("token_env", "token_file"):
@@ -266,6 +324,18 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
             InvalidSecret: it is not there, or is not fit for one.
         """
         return None if not self.has_token else read_secret(self.token_env, self.token_file, environment)
+
+
+def _reached(leads: Mapping[str, Sequence[str]], name: str) -> set[str]:
+    """All targets to which calls for `name` may come, itself included."""
+    found: set[str] = set()
+    coming = [name]
+    while coming:
+        here = coming.pop()
+        if here not in found:
+            found.add(here)
+            coming += leads.get(here, ())
+    return found
 
 
 def _budget(usd: float | None, per: Literal["day"] | None) -> Budget | None:

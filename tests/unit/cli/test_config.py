@@ -10,7 +10,8 @@ import pytest
 
 from forebay.cli.config import gateway_settings
 from forebay.cli.document import InvalidConfiguration
-from forebay.gateway import ContextSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway.route import make_targets
 from forebay.quota import Price
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "forebay.toml"
@@ -52,8 +53,13 @@ def test_the_example_says_what_it_seems_to_say() -> None:
                 share_keys=True,
                 models={
                     "gpt-4o*": QuotaSettings(rpm=500, input_tpm=200_000),
+                    "gpt-4o-mini*": QuotaSettings(rpm=5_000),
                     "o3*": QuotaSettings(rpm=100, tpm=100_000),
                 },
+                fallback=(
+                    FallbackSettings(of="gpt-4o", model="gpt-4o-mini"),
+                    FallbackSettings(target="llama", model="llama-3.3-70b", when=0.9),
+                ),
             ),
             TargetSettings(name="anthropic", url="https://api.anthropic.com", budget_usd=25.0),
             TargetSettings(
@@ -70,8 +76,8 @@ def test_the_example_says_what_it_seems_to_say() -> None:
 
 
 def test_every_target_of_the_example_makes_an_upstream() -> None:
-    names = [target.upstream().name for target in gateway_settings(EXAMPLE).targets]
-    assert names == ["openai", "anthropic", "llama"]
+    names = [target.upstream.name for target in make_targets(gateway_settings(EXAMPLE), {})]
+    assert sorted(names) == sorted(["openai", "anthropic", "llama"])
 
 
 def test_a_token_file_is_looked_for_beside_the_file_that_names_it(tmp_path: Path) -> None:

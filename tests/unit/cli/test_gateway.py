@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from forebay import gateway
 from forebay.cli.app import app
-from forebay.gateway import ContextSettings, GatewaySettings, QuotaSettings, TargetSettings
+from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
 from forebay.quota import Price
 
 OPENAI = ("--target", "openai=https://api.openai.com")
@@ -149,9 +149,10 @@ def rows(heading: str) -> list[list[str]]:
     [
         ("**`[gateway]`**", GatewaySettings, {"targets", "context"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
-        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights"}),
+        ("**`[targets.NAME]`**", TargetSettings, {"name", "models", "prices", "weights", "fallback"}),
         ("**`[targets.NAME.models.PATTERN]`**", QuotaSettings, set()),
         ("**`[targets.NAME.prices.PATTERN]`**", Price, set()),
+        ("**`[[targets.NAME.fallback]]`**", FallbackSettings, set()),
     ],
 )
 def test_the_keys_and_defaults_on_the_page_are_those_that_there_are(

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from forebay.errors import InvalidPrice, InvalidSetting
-from forebay.gateway import ContextSettings, GatewaySettings, InvalidSecret, QuotaSettings, TargetSettings
+from forebay.gateway import (
+    ContextSettings,
+    FallbackSettings,
+    GatewaySettings,
+    InvalidSecret,
+    QuotaSettings,
+    TargetSettings,
+)
+from forebay.gateway.route import make_targets
 from forebay.quota import Price, Quota
 
 URL = "https://api.openai.com"
@@ -248,6 +256,48 @@ def test_what_cannot_be_meant_of_the_context_is_refused_by_name(wrong: dict[str,
 def test_no_secret_becomes_a_tenant(header: str) -> None:
     with pytest.raises(InvalidSetting, match="no secret"):
         ContextSettings(tenant_headers=("x-user-id", header))
+
+
+# --- fallbacks ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": "m", "api_key_env": "KEY"}, "api_key_env"),
+        ({"target": "t", "when": 0}, "when"),
+        ({"target": "t", "when": 1.5}, "when"),
+        ({"target": "t", "of": ""}, "of"),
+        ({"target": 7}, "target"),
+    ],
+)
+def test_what_cannot_be_meant_of_a_fallback_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        FallbackSettings(**wrong)
+    assert vars(refused.value)["name"] == name
+
+
+def chained(**leads: str) -> GatewaySettings:
+    """Targets, each with a fallback to the one that is named."""
+    targets = [
+        TargetSettings(name=name, url="http://x", fallback=(FallbackSettings(target=to),) if to else ())
+        for name, to in leads.items()
+    ]
+    return GatewaySettings(targets=tuple(targets))
+
+
+def test_fallbacks_lead_to_targets_that_there_are_and_not_back() -> None:
+    assert [target.name for target in make_targets(chained(a="b", b="c", c=""), {})] == ["a", "b", "c"]
+    for leads in ({"a": "b"}, {"a": "a"}, {"a": "b", "b": "c", "c": "a"}):
+        with pytest.raises(InvalidSetting, match="fallback"):
+            chained(**leads)
+
+
+def test_fallbacks_lead_to_who_speaks_the_same() -> None:
+    with pytest.raises(InvalidSetting, match="protocol"):
+        make_targets(chained(openai="anthropic", anthropic=""), {})
 
 
 # --- the token ---
