@@ -54,14 +54,18 @@ class Bucket:
             self.level = self.amount
             self.turn += 1
 
+    @property
+    def kept(self) -> float:
+        """What is never drained."""
+        return self.cushion * self.amount if self.window_ends is None else 0.0
+
     def wait(self, now: float, amount: float) -> float:
         """Seconds until `amount` can be taken: 0 is now, infinity never, for it is more than the whole."""
         if amount > self.amount:
             return math.inf
         if not amount:
             return 0.0
-        kept = self.cushion * self.amount if self.window_ends is None else 0.0
-        return self.time_to(now, min(amount + kept, self.size))
+        return self.time_to(now, min(amount + self.kept, self.size))
 
     def time_to(self, now: float, amount: float) -> float:
         """Seconds until `amount` in all, which may be more than it can hold at once, will have been there."""

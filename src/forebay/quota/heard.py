@@ -57,7 +57,7 @@ class Heard:
         self.heard_at = now
         self.latest_sent = -math.inf  # when the latest call was sent whose headers have come
         self._limit_seen = limit  # a limit that differs must be said twice: one slip must not lock an account
-        self._candidate: float | None = None  # a period that differs, likewise
+        self._candidate: tuple[float, _Sighting] | None = None  # a period that differs, likewise, and who said so first
         self._anchor: _Sighting | None = None
 
     def silent(self, now: float) -> bool:
@@ -140,16 +140,20 @@ class Heard:
 
     def _hear_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
         bucket = self.bucket
-        if not self._plausible(reset, bucket.amount - remaining, now - sent):
+        seen = self._sighting(now, sent, remaining, reset)
+        if not self._plausible(seen, reset, bucket.amount - remaining, now - sent):
             return
-        late = now - sent
-        holds = remaining + reset * bucket.rate
-        seen = _Sighting(sent, (sent + reset, now + reset), (holds, holds + late * bucket.rate))
+        seen = self._sighting(now, sent, remaining, reset)  # of the period as it is by now
         self._compare(seen)
         if bucket.window_ends is not None:
             self._follow(seen)
 
-    def _plausible(self, reset: float, spent: float, late: float) -> bool:
+    def _sighting(self, now: float, sent: float, remaining: float, reset: float) -> _Sighting:
+        rate = self.bucket.rate
+        holds = remaining + reset * rate
+        return _Sighting(sent, (sent + reset, now + reset), (holds, holds + (now - sent) * rate))
+
+    def _plausible(self, seen: _Sighting, reset: float, spent: float, late: float) -> bool:
         """Whether a reset fits the period; if two in a row fit another one, that is the period from now on."""
         bucket = self.bucket
         fits = reset <= bucket.per * (1 + _TOLERANCE) + 1
@@ -158,15 +162,21 @@ class Heard:
             other = next((per for per in PERIODS.values() if reset <= per), None)
         if other is None or other == bucket.per:
             self._candidate = None
-        elif other == self._candidate:
+        elif self._candidate is None or self._candidate[0] != other:
+            self._candidate = other, seen
+        elif not self._explained(self._candidate[1], seen):
             bucket.resize(bucket.amount, other)
             self._candidate = self._anchor = None
             if bucket.window_ends is not None:
                 bucket.window_ends = bucket.at + reset
             return True
-        else:
-            self._candidate = other
         return fits
+
+    def _explained(self, one: _Sighting, other: _Sighting) -> bool:
+        """Whether a bucket of this period explains two sightings: one that holds less than it grants in a period."""
+        rounding = self.bucket.rate  # of resets to whole seconds
+        holds = max(one.holds[0], other.holds[0])
+        return holds <= self.bucket.amount + rounding and _gap(one.holds, other.holds) <= rounding
 
     def _compare(self, seen: _Sighting) -> None:
         """Bucket or window? The first keeps what it holds when full, the second the moment when it is full."""

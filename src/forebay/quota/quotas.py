@@ -288,7 +288,9 @@ def _name(unit: str, seconds: float) -> str:
 def _behind(bucket: Bucket, now: float, amount: float, ahead: float) -> float:
     """Seconds until `amount` can be taken once `ahead` is through."""
     seconds = bucket.wait(now, amount)
-    return max(seconds, bucket.time_to(now, ahead + amount)) if ahead and seconds < math.inf else seconds
+    if not ahead or seconds == math.inf:
+        return seconds
+    return max(seconds, bucket.time_to(now, ahead + amount + bucket.kept))
 
 
 def _adjust(bucket: Bucket, now: float, spare: float) -> None:

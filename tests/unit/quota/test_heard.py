@@ -123,6 +123,38 @@ def test_a_day_is_told_from_a_minute_if_it_is_said_twice() -> None:
     assert [level.name for level in quotas.levels(1.0)] == ["requests per day"]
 
 
+@pytest.mark.parametrize("late", [0.0, 0.1, 1.5], ids=["at once", "soon", "with an answer"])
+@pytest.mark.parametrize("step", [1, 4, 30])
+def test_a_bucket_that_holds_less_than_a_minutes_worth_is_not_taken_for_one_of_a_second(late: float, step: int) -> None:
+    quotas = Quotas()
+    for spent in range(1, 120, step):
+        held = quotas.reserve(0.0, ONE)
+        quotas.hear(late, told(limit=720, remaining=120 - spent, reset=spent / 12), held)
+        assert [level.name for level in quotas.levels(late)] == ["requests per minute"]
+
+
+def test_a_second_is_told_from_a_minute() -> None:
+    quotas = Quotas()
+    for spent in (100, 300):
+        call(quotas, 0.0, told(limit=720, remaining=720 - spent, reset=spent / 720))
+    assert [level.name for level in quotas.levels(0.0)] == ["requests per second"]
+
+
+def test_windows_of_a_second_are_told_from_a_minute() -> None:
+    quotas = Quotas()
+    for now, remaining in ((0.0, 4), (2.0, 2)):
+        call(quotas, now, told(limit=10, remaining=remaining, reset=1.0))
+    assert [level.name for level in quotas.levels(2.0)] == ["requests per second"]
+
+
+def test_who_stands_behind_others_waits_also_for_what_is_never_drained() -> None:
+    quotas = Quotas()
+    for _ in range(2):
+        call(quotas, 0.0, told(limit=600, remaining=0, reset=60.0))
+    alone, behind = (quotas.expected_wait(0.0, ONE, ahead=Charge(requests=n)).seconds for n in (0, 10))
+    assert behind == pytest.approx(alone + 1.0)
+
+
 def test_a_given_quota_stays_beside_a_wider_one_of_the_provider() -> None:
     quotas = Quotas([Quota(requests=5, per="minute")])
     for _ in range(5):
