@@ -229,6 +229,8 @@ class Dispatcher:
         ticket.attempts += 1
         worker.runs[run] = None
         self.take(run)
+        if worker.sources:  # now, or the next would be let in as if this one did not come
+            self.start_gate.started(run)
         self.counts.started += 1
         if self.bus.active or ticket.listened:
             worker_id, attempt = worker.name, ticket.attempts
@@ -244,8 +246,6 @@ class Dispatcher:
 
     def begin(self, run: Run) -> None:
         """Let the handler of a run begin."""
-        if run.worker.sources:
-            self.start_gate.started(run)
         if run.worker.clock is None or run.deadline is not None or run.task.timeout is not None:
             self.endings.watch_time(run)
         self.crew.begin(run)
@@ -331,7 +331,7 @@ class Dispatcher:
         following = talk[0]
         pool = self.pools[following.task.task_type]
         pool.parked -= 1
-        worker = None if pool.line else pool.router.pick()
+        worker = None if pool.line else self.start_gate.pick(pool, following.task.priority)
         if worker is None:
             self._join(following, pool)
         elif self._is_due(following, pool):

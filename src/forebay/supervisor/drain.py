@@ -109,7 +109,7 @@ class Drain:
             overflow.leave(ticket)
         else:
             pool = self._house.pools[ticket.task.task_type]
-            self._house.enter(ticket, pool, pool.router.pick())
+            self._house.enter(ticket, pool, self._house.start_gate.pick(pool, ticket.task.priority))
 
     def cut(self) -> None:
         """Cancel everything inside, at once."""

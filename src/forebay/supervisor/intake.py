@@ -122,7 +122,8 @@ class Intake:
         elif ticket.deadline is not None and ticket.deadline.remaining() <= 0:
             overflow.complete(ticket, unsuccessful(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited"))
         else:
-            self._house.enter(ticket, pool, None if pool.line else pool.router.pick())
+            start_gate = self._house.start_gate
+            self._house.enter(ticket, pool, None if pool.line else start_gate.pick(pool, ticket.task.priority))
 
     async def _read(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
         """The ticket of a row that another process stored, or None if this one cannot read it."""

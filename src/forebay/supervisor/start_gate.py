@@ -42,6 +42,13 @@ class StartGate:
             return True
         return self.lets(worker, head[3], waiting=len(pool.line))
 
+    def pick(self, pool: Pool, rung: Priority, *, idle_first: bool = False) -> WorkerAgent | None:
+        """The worker on which a run of `rung` may start now, if there is one."""
+        worker = pool.router.pick(idle_first=idle_first)
+        if worker is None or not worker.sources or self.lets(worker, rung, waiting=1):
+            return worker
+        return None
+
     def lets(self, worker: WorkerAgent, rung: Priority, *, waiting: int) -> bool:
         """Whether a run of `rung` may start on `worker` now; `waiting` are in the line, for whom it is asked."""
         now = self._house.loop.time()
@@ -69,7 +76,7 @@ class StartGate:
                 pool.held.pop(worker, None)
 
     def started(self, run: Run) -> None:
-        """`run` begins: its first calls are to be expected."""
+        """`run` has its slot: its first calls are to be expected."""
         run.expected = dict(run.worker.sources)
         for source in run.expected:
             source.coming(1)
