@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,76 @@ async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> No
         await asyncio.gather(*(ticket.value() for ticket in tickets))
         assert now() - began == about(6.0)
         assert not key.held
+
+
+@virtual
+async def test_what_comes_back_from_the_overflow_waits_as_well() -> None:
+    key = Key()
+    agent = Drawing(key)
+    async with house(agent, overflow="memory://", max_queue_size=1) as supervisor:
+        await supervisor.run(Task("work"))
+        tickets = [await supervisor.submit(Task("work", number)) for number in range(6)]
+        assert [ticket.verdict for ticket in tickets] == 4 * [Verdict.ADMITTED] + 2 * [Verdict.SPILLED]
+        key.open = False
+        await asyncio.sleep(2.0)  # there is room for them by now
+        assert agent.running == 0
+        key.relieve()
+        for ticket in tickets:
+            assert (await ticket).success
+        assert now() == about(4.0)
+
+
+@virtual
+async def test_who_waited_behind_its_thread_waits_as_well() -> None:
+    key = Key()
+    agent = Drawing(key)
+    async with house(agent) as supervisor:
+        await supervisor.run(Task("work"))
+        tickets = flood(supervisor, "work", 2, thread="talk")
+        await asyncio.sleep(0.5)
+        key.open = False
+        await asyncio.sleep(1.0)
+        assert agent.running == 0
+        key.relieve()
+        for ticket in tickets:
+            assert (await ticket).success
+
+
+@pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+@virtual
+async def test_a_run_counts_as_coming_before_its_start_is_on_record(tmp_path: Path) -> None:
+    class Narrow(Key):
+        def may_start(self, rung: Priority) -> bool:
+            return super().may_start(rung) and not self.awaited
+
+    key = Narrow()
+    agent = Drawing(key)
+    async with house(agent, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        await supervisor.run(Task("work"))
+        key.open = False
+        tickets = [await supervisor.submit(Task("work", number, durable=True)) for number in range(4)]
+        key.relieve()
+        await asyncio.sleep(0.5)
+        assert agent.running == 1
+        for ticket in tickets:
+            assert (await ticket).success
+
+
+@virtual
+async def test_a_line_that_is_full_for_the_sake_of_a_source_names_the_source() -> None:
+    key = Key()
+    async with house(Drawing(key), max_queue_size=10) as supervisor:
+        await supervisor.run(Task("work"))
+        full = flood(supervisor, "work", 20)[-1]
+        assert full.binding == supervisor.statistics().binding == "pool:work"
+        key.open = False
+        held = supervisor.submit_nowait(Task("work"))
+        assert (held.verdict, held.load) == (Verdict.REJECTED, full.load)
+        assert held.binding == supervisor.statistics().binding == "upstream:key"
+        assert "for want of upstream:key" in (held.reason or "")
+        supervisor.register_worker("local", handler=Agent(), task_types=["work"])
+        assert supervisor.statistics().binding == "pool:work", "who draws on nothing would bear more"
+        key.relieve()
 
 
 @virtual

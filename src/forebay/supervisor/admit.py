@@ -272,14 +272,16 @@ class Door:
         ticket.load = load
         if may_spill and pool.held_outside(priority):
             worth = self._worth_storing(pool, priority, remaining)
-            return Refusal("earlier work of its kind waits in the overflow", binding, load, may_spill=worth)
+            cause = self._house.pressure.cause(binding)
+            return Refusal("earlier work of its kind waits in the overflow", cause, load, may_spill=worth)
         worker = self._free_worker(ticket, pool)
         if worker is not None:
             load, binding = self._house.pressure.beyond(pool)
         if self._house.ladder.refuses(priority, load):
-            reason = self._why(pool, binding, load, priority)
+            cause = self._house.pressure.cause(binding)
+            reason = self._why(pool, binding, cause, load, priority)
             return Refusal(
-                reason, binding, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
+                reason, cause, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
             )
         if remaining < math.inf:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
@@ -295,15 +297,14 @@ class Door:
             return None
         if pool.line.length and ticket.task.priority > _WATERFALL:
             return None
-        worker = pool.router.pick(idle_first=ticket.task.priority <= _WATERFALL)
-        if worker is None or not worker.sources or self._house.start_gate.lets(worker, ticket.task.priority, waiting=1):
-            return worker
-        return None
+        priority = ticket.task.priority
+        return self._house.start_gate.pick(pool, priority, idle_first=priority <= _WATERFALL)
 
-    def _why(self, pool: Pool, binding: str, load: float, priority: Priority) -> str:
+    def _why(self, pool: Pool, binding: str, cause: str, load: float, priority: Priority) -> str:
         if not pool.slots:
             return f"every worker for {pool.task_type!r} is FAILED"
-        return f"{binding} is at {load:.0%}, and {priority.name} is refused from {self._house.ladder.of(priority):.0%}"
+        full = f"{binding} is at {load:.0%}" if cause == binding else f"{binding} is at {load:.0%} for want of {cause}"
+        return f"{full}, and {priority.name} is refused from {self._house.ladder.of(priority):.0%}"
 
     def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
         if remaining == math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from forebay.task import Priority
 from forebay.typing import Reading, Source
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class Pressure:
                 load, binding = drawn
         return load, binding
 
+    def cause(self, resource: str) -> str:
+        """What has to be relieved for `resource` to be: of a pool whose runs wait for what they draw on, that.
+
+        A line fills before a busy key as it does before busy workers; more workers would help only the second.
+        """
+        pool = next((pool for pool in self._pools.values() if pool.resource == resource), None)
+        if pool is None or not pool.paths or not pool.slots:
+            return resource
+        short = [_short(path) for path in pool.paths]
+        return next((name for name in short if name is not None), resource) if None not in short else resource
+
     def readings(self) -> tuple[Reading, ...]:
         """Every reading: one a pool, one a worker with a gate of its own, one a source, and the host's."""
         pools = [Reading(pool.resource, pool.load()) for pool in self._pools.values()]
@@ -66,6 +78,11 @@ class Pressure:
 def _highest(path: tuple[Source, ...]) -> tuple[float, str]:
     """The highest reading of what a worker draws on, and what it is of."""
     return max(((source.load()[0], source.name) for source in path), default=(0.0, "host"))
+
+
+def _short(path: tuple[Source, ...]) -> str | None:
+    """The first of what a worker draws on that bears no more runs, those of the lowest rung at least."""
+    return next((source.name for source in path if not source.may_start(Priority.LOW)), None)
 
 
 def _load_below(worker: WorkerAgent, task_type: str) -> float:

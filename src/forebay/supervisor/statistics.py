@@ -59,7 +59,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         waiting: tasks in the lines now.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
-        binding: the resource that reads highest, or None.
+        binding: the resource that reads highest; what its runs wait for, if that is why; None if all read 0.
         utilization: slots taken over slots.
         workers: each worker.
     """
@@ -89,13 +89,14 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 def snapshot(house: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading]) -> Statistics:
     """What a supervisor is and has counted; without a house, it has not started."""
     highest = max(readings, key=lambda reading: reading.load)
+    cause = highest.resource if house is None else house.pressure.cause(highest.resource)
     return Statistics(
         **msgspec.structs.asdict(Counts() if house is None else house.counts),
         running=sum(worker.current_tasks for worker in workers.values()),
         waiting=0 if house is None else sum(pool.waiting for pool in house.pools.values()),
         outside=0 if house is None or house.overflow is None else house.overflow.outside,
         load=highest.load,
-        binding=highest.resource if highest.load else None,
+        binding=cause if highest.load else None,
         utilization=utilization(workers),
         workers=tuple(_of_worker(worker) for worker in workers.values()),
     )
