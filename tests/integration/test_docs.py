@@ -14,8 +14,10 @@ import msgspec
 import pytest
 
 import _forebay_pytest as plugin
-from forebay import BackpressureSupervisor, Task, errors, events, supervisor, testing
+from forebay import BackpressureSupervisor, Task, breaker, errors, events, supervisor, testing
+from forebay.breaker import BreakerRules
 from forebay.engine import InProcess
+from forebay.retry import Retry
 
 HOUSE = Path(__file__).parents[2]
 README = HOUSE / "README.md"
@@ -194,6 +196,13 @@ def test_the_fixtures_are_those_of_the_plugin() -> None:
 
 def test_the_settings_are_those_of_in_process() -> None:
     check_settings(rows(GUIDE, "| of `InProcess` |"), defaults(InProcess.__init__))
+
+
+def test_the_settings_are_those_of_retries_and_breakers() -> None:
+    check_settings(rows(GUIDE, "| `Retry` |"), defaults(Retry.__init__))
+    arms, *others = rows(GUIDE, "| `BreakerRules` |")
+    check_settings(others, {name: value for name, value in defaults(BreakerRules.__init__).items() if name != "arms"})
+    assert eval(names(arms[1])[0], vars(breaker)) == BreakerRules().arms  # noqa: S307 - the page is ours
 
 
 def test_the_fields_are_those_of_a_task() -> None:
