@@ -5,12 +5,27 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
+from tests.acceptance.gateways import (
+    ASK,
+    CHAT,
+    CUT,
+    DONE,
+    EVENT,
+    NOTHING,
+    STOP,
+    Scene,
+    left,
+    raw,
+    saying,
+    streaming,
+    until,
+)  # fmt: skip
 
 from forebay import clock
 from forebay.gateway import (
@@ -23,130 +38,6 @@ from forebay.gateway import (
 )
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
-
-CHAT = {
-    "id": "c",
-    "object": "chat.completion",
-    "model": "gpt-4o",
-    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "The Danube."}}],
-    "usage": {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50},
-}
-ASK = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 50}
-EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"The "},"finish_reason":null}]}\n\n'
-STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
-
-Behaviour = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
-
-class Provider:
-    """Does as its behaviour says, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.behaviour: Behaviour = self.answer
-        self.asked: list[web.BaseRequest] = []
-        self.bodies: list[Any] = []  # of those that were answered
-        self.left = asyncio.Event()  # a caller has hung up
-
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.asked.append(request)
-        try:
-            return await self.behaviour(request)
-        except asyncio.CancelledError:
-            self.left.set()
-            raise
-
-    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.bodies.append(json.loads(await request.read() or b"null"))
-        return web.json_response(CHAT, headers={"x-request-id": "req_1", "x-should-retry": "true"})
-
-
-def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream") -> Behaviour:
-    """Events: a number waits so many seconds, None for ever, and what follows breaks the connection off."""
-
-    async def behave(request: web.BaseRequest) -> web.StreamResponse:
-        await request.read()
-        response = web.StreamResponse(headers={"content-type": kind})
-        await response.prepare(request)
-        for piece in pieces:
-            if piece is None:
-                await asyncio.Event().wait()
-            elif isinstance(piece, float):
-                assert request.transport is not None
-                request.transport.close()
-                return response
-            else:
-                await response.write(piece)
-        await response.write_eof()
-        return response
-
-    return behave
-
-
-CUT = 0.0
-
-
-def saying(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
-    async def behave(request: web.BaseRequest) -> web.StreamResponse:
-        await request.read()
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return web.Response(status=status, body=body, headers=named)
-
-    return behave
-
-
-class Scene:
-    """A provider, a gateway before it, and somebody who calls."""
-
-    def __init__(self, provider: Provider, url: str, session: aiohttp.ClientSession) -> None:
-        self.provider = provider
-        self.url = url
-        self.session = session
-        self.gateway: Gateway | None = None
-
-    def settings(self, *, gateway: dict[str, Any] | None = None, **target: Any) -> GatewaySettings:
-        both = tuple(TargetSettings(**{"name": name, "url": self.url, **target}) for name in ("openai", "anthropic"))
-        return GatewaySettings(targets=both, **{"listen": "127.0.0.1:0", "drain_timeout": 5.0, **(gateway or {})})
-
-    def at(self, gateway: Gateway, path: str = "/v1/chat/completions") -> str:
-        return f"http://127.0.0.1:{gateway.port}{path}"
-
-    async def post(self, gateway: Gateway, path: str = "/v1/chat/completions", **how: Any) -> tuple[int, Any, Any]:
-        """Status, headers and decoded body."""
-        how = how if "data" in how else {"json": ASK, **how}
-        async with self.session.post(self.at(gateway, path), **how) as answer:
-            raw = await answer.read()
-            return answer.status, answer.headers, json.loads(raw) if raw[:1] == b"{" else raw
-
-
-@pytest.fixture
-async def scene() -> AsyncIterator[Scene]:
-    provider = Provider()
-    server = web.Server(provider.handle, handler_cancellation=True, access_log=None)
-    listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
-    port = listening.sockets[0].getsockname()[1]
-    async with aiohttp.ClientSession() as session:
-        yield Scene(provider, f"http://127.0.0.1:{port}", session)
-    listening.close()
-    server.pre_shutdown()
-    await server.shutdown(0.1)
-
-
-def left(gateway: Gateway) -> tuple[int, int, int]:
-    """Calls in flight, in line, and tokens reserved: nothing may be left behind."""
-    accounts = [desk.account for target in gateway.proxy.targets for desk in target.upstream.books]
-    reserved = sum(sum(account.quotas._under_way.values()) for account in accounts)
-    return sum(account.in_flight for account in accounts), sum(len(account.line) for account in accounts), reserved
-
-
-NOTHING = (0, 0, 0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what events will bring about; a test that waits in vain ends by its timeout."""
-    while not condition():  # noqa: ASYNC110 - sockets of the machine bring it about, and they have no event
-        await asyncio.sleep(0)
-
 
 # --- what passes ---
 
@@ -356,16 +247,6 @@ async def test_what_a_provider_need_not_be_asked_is_answered_here(scene: Scene) 
         assert left(gateway) == NOTHING
 
 
-async def raw(gateway: Gateway, sent: bytes) -> bytes:
-    """What comes back for these bytes, to the end of the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    writer.write(sent)
-    await writer.drain()
-    told = await reader.read()
-    writer.close()
-    return told
-
-
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -377,7 +258,7 @@ async def raw(gateway: Gateway, sent: bytes) -> bytes:
 )
 async def test_lengths_that_contradict_each_other_are_no_http(scene: Scene, lengths: bytes) -> None:
     async with Gateway(scene.settings()) as gateway:
-        told = await raw(gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + lengths + b"\r\n{}")
+        told = await raw(gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n" + lengths + b"\r\n{}")
         assert told.startswith(b"HTTP/1.0 400"), told
         assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
         assert scene.provider.asked == []
@@ -387,7 +268,7 @@ async def test_lengths_that_contradict_each_other_are_no_http(scene: Scene, leng
 async def test_headers_without_end_are_refused(scene: Scene) -> None:
     async with Gateway(scene.settings(gateway={"max_header_bytes": 4096})) as gateway:
         for head in (b"x: " + b"a" * 8192 + b"\r\n", b"".join(b"x%d: a\r\n" % n for n in range(300))):
-            told = await raw(gateway, b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n")
+            told = await raw(gateway, b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n")
             assert told.startswith(b"HTTP/1.0 400"), told[:100]
         assert (await scene.post(gateway))[0] == 200
 
@@ -396,7 +277,7 @@ async def test_connections_are_bounded(scene: Scene) -> None:
     async with Gateway(scene.settings(gateway={"max_connections": 2})) as gateway:
         open_ = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
         for _, writer in open_:
-            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
         for reader, _ in open_:
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         assert (await raw(gateway, b"")).startswith(b"HTTP/1.1 503")
@@ -409,7 +290,9 @@ async def test_connections_are_bounded(scene: Scene) -> None:
 
 async def test_a_body_that_does_not_come_is_not_waited_for(scene: Scene) -> None:
     async with Gateway(scene.settings(gateway={"body_timeout": 0.05})) as gateway:
-        told = await raw(gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        told = await raw(
+            gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{"
+        )
         assert told.startswith(b"HTTP/1.1 408")
         assert scene.provider.asked == []
 
@@ -526,7 +409,9 @@ async def test_who_hangs_up_is_hung_up_on_behind_the_gateway(scene: Scene, behav
         (desk,) = [gateway.proxy.targets[0].upstream.books.desk("gpt-4o")]
         _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         body = json.dumps({**ASK, "stream": True}).encode()
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        )
         await until(lambda: desk.account.in_flight == 1 and len(scene.provider.asked) == 1)
         writer.close()
         await scene.provider.left.wait()
@@ -551,7 +436,7 @@ async def test_who_hangs_up_in_line_leaves_it(scene: Scene) -> None:
 # --- the end ---
 
 
-async def test_at_the_end_calls_under_way_are_finished_and_nobody_else_is_let_in(scene: Scene) -> None:
+async def test_at_the_end_calls_under_way_are_finished_and_who_comes_is_told(scene: Scene) -> None:
     gate = asyncio.Event()
 
     async def slow(request: web.BaseRequest) -> web.StreamResponse:
@@ -559,31 +444,44 @@ async def test_at_the_end_calls_under_way_are_finished_and_nobody_else_is_let_in
         return await scene.provider.answer(request)
 
     scene.provider.behaviour = slow
-    gateway = Gateway(scene.settings())
+    gateway = Gateway(scene.settings(max_concurrent=1))
     await gateway.__aenter__()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
-        call = asyncio.create_task(scene.post(gateway))
-        async with session.get(scene.at(gateway, "/healthz")) as answer:
-            assert answer.status == 200
-        await until(lambda: len(scene.provider.asked) == 1)
-        port = gateway.port
-        end = asyncio.create_task(gateway.__aexit__(None, None, None))
-        await until(lambda: gateway.proxy.draining)
-        with pytest.raises(aiohttp.ClientConnectionError):
-            await session.get(f"http://127.0.0.1:{port}/healthz")
-        gate.set()
-        assert (await call)[0] == 200
-        await end
+    calls = [asyncio.create_task(scene.post(gateway)) for _ in range(2)]  # one under way, one in line
+    await until(lambda: left(gateway)[:2] == (1, 1))
+    end = asyncio.create_task(gateway.__aexit__(None, None, None))
+    await until(lambda: gateway.proxy.draining)
+    async with scene.session.get(scene.at(gateway, "/healthz")) as answer:
+        assert (answer.status, await answer.json()) == (503, {"status": "draining"})
+        assert answer.headers["connection"] == "close"
+    status, headers, body = await scene.post(gateway, "/v1/messages")
+    assert (status, body["type"]) == (503, "error")
+    assert headers["connection"] == "close"
+    gate.set()
+    port = gateway.port
+    assert [(await call)[0] for call in calls] == [200, 200]
+    await end
+    with pytest.raises(aiohttp.ClientConnectionError):
+        await scene.session.get(f"http://127.0.0.1:{port}/healthz")
+    assert left(gateway) == NOTHING
 
 
-async def test_what_does_not_end_is_cut_off(scene: Scene) -> None:
+@pytest.mark.parametrize(
+    ("path", "told"), [("/v1/chat/completions", b'data: {"error"'), ("/v1/messages", b"event: error")]
+)
+async def test_what_does_not_end_is_cut_off_and_told_so(scene: Scene, path: str, told: bytes) -> None:
     scene.provider.behaviour = streaming(EVENT, None)
-    gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.05}))
+    gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.05}, max_concurrent=1))
     await gateway.__aenter__()
-    async with scene.session.post(scene.at(gateway), json={**ASK, "stream": True}) as answer:
+    async with scene.session.post(scene.at(gateway, path), json={**ASK, "stream": True}) as answer:
         assert await answer.content.readany() == EVENT
+        waits = asyncio.create_task(scene.post(gateway, path))
+        await until(lambda: left(gateway)[1] == 1)
         await gateway.__aexit__(None, None, None)
-        with pytest.raises(aiohttp.ClientPayloadError):
-            await answer.read()
+        last = await answer.read()
+        assert last.startswith(told)
+        assert b"shut down" in last
+    status, headers, body = await waits
+    assert (status, body["error"]["code"]) == (503, "forebay_draining")
+    assert headers["retry-after-ms"] == "1000"
     await scene.provider.left.wait()
     assert left(gateway) == NOTHING

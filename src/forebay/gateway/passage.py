@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import aiohttp
@@ -162,7 +161,9 @@ class Passage(Exchange):
                 answer.close()
             if isinstance(error, FAILURES):
                 sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                return self.broke(permit, error, sent=sent, ours=isinstance(error, aiohttp.InvalidURL))
+                tried = self.broke(permit, error, sent=sent, ours=isinstance(error, aiohttp.InvalidURL))
+                tried.again = tried.again and not isinstance(error, TooLong)
+                return tried
             raise
         answer.release()
         tried = self.whole(permit, answer.status, headers, _unpacked(headers, raw))
@@ -183,16 +184,16 @@ def _forwarded(asked: Asked, *, plain: bool) -> CIMultiDict[str]:
         asked: the request.
         plain: the answer has to be read, so it may not be packed.
     """
-    headers = asked.headers
-    left_out: Collection[str] = _NOT_SENT
-    if (named := headers.get("connection", "keep-alive").lower()) != "keep-alive":
-        left_out = _NOT_SENT.union(name.strip() for name in named.split(","))
     sent: CIMultiDict[str] = CIMultiDict()
+    hop = []
     for name, value in asked.told:
         low = name.decode("latin-1").lower()
-        if low not in left_out and not low.startswith("x-forebay-"):
+        if low == "connection":
+            hop.append(value)
+        if low not in _NOT_SENT and not low.startswith("x-forebay-"):
             sent.add(low, value.decode("utf-8", "surrogateescape"))
-    packed = not plain and "gzip" in headers.get("accept-encoding", "")
+    _drop_named(hop, sent)
+    packed = not plain and "gzip" in asked.headers.get("accept-encoding", "")
     sent.add("accept-encoding", "gzip" if packed else "identity")  # what can be metered
     return sent
 
@@ -200,12 +201,22 @@ def _forwarded(asked: Asked, *, plain: bool) -> CIMultiDict[str]:
 def _given_back(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
     """The headers that the caller gets: it is not to try again what was tried again here."""
     back: CIMultiDict[str] = CIMultiDict()
+    hop = []
     for name, value in answer.raw_headers:
         low = name.decode("latin-1").lower()
+        if low == "connection":
+            hop.append(value)
         if low not in _NOT_GIVEN_BACK:
             back.add(low, value.decode("utf-8", "surrogateescape"))
+    _drop_named(hop, back)
     back.add("x-should-retry", "false")
     return back
+
+
+def _drop_named(hop: list[bytes], headers: CIMultiDict[str]) -> None:
+    """Take out what Connection names, for it is of one hop as well."""
+    for name in b",".join(hop).decode("latin-1").split(",") if hop else ():
+        headers.popall(name.strip(), None)
 
 
 async def _read(answer: aiohttp.ClientResponse) -> bytes:

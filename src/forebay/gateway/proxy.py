@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any, Final
 
 import aiohttp
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
+from forebay.gateway.guard import Guard
 from forebay.gateway.metrics import Counts
 from forebay.gateway.passage import FAILURES, Asked, Opened, Passage
 from forebay.gateway.route import Place, find_place, make_targets, spoken
@@ -67,8 +69,13 @@ class Proxy:
         self.targets = make_targets(settings, environment)
         self.counts = Counts(self.targets)
         self._senders = Senders(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._guard = Guard(
+            most=settings.max_header_bytes, own_only=settings.address.loopback and not settings.has_token
+        )
         self.draining = False
-        self._under_way: set[asyncio.Task[object]] = set()
+        self._under_way = 0
+        self._limits: set[asyncio.Timeout] = set()  # of those that can be cut off
+        self._cut = False
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -76,35 +83,58 @@ class Proxy:
         """Answer one request."""
         headers = Plain.of_wire(request.raw_headers)
         try:
+            self._let_in(request, headers)
             if (own := self._own(request.raw_path, headers)) is not None:
-                return own
+                return self._close_early(request, own)
             place = self._place(request.raw_path, headers)
         except Answered as answered:
-            return _whole(answered.answer, close=answered.close)
+            return self._close_early(request, _whole(answered.answer, close=answered.close))
         began = clock.now()
         status = _GONE
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - each request has one
-        self._under_way.add(task)
+        self._under_way += 1
         self.idle.clear()
         try:
             response = await self._pass(request, headers, place)
             status = response.status
         except Answered as answered:
-            response = _whole(answered.answer, close=answered.close)
+            response = self._close_early(request, _whole(answered.answer, close=answered.close))
             status = response.status
         finally:
             self.counts.answered(place.target.name, status, clock.now() - began)
-            self._under_way.discard(task)
+            self._under_way -= 1
             if not self._under_way:
                 self.idle.set()
         return response
 
     def cut_off(self) -> None:
         """End what is still under way."""
-        log.warning("%d calls are under way for longer than the drain: they are cut off", len(self._under_way))
-        for task in self._under_way:
-            task.cancel()
+        if self._limits:
+            log.warning("%d calls are cut off: they did not end in time", len(self._limits))
+        self._cut = True
+        for limit in self._limits:
+            limit.reschedule(0.0)
+
+    @contextlib.asynccontextmanager
+    async def _until_cut_off(self) -> AsyncIterator[None]:
+        """Raises TimeoutError when it is cut off."""
+        async with asyncio.timeout(0.0 if self._cut else None) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.discard(limit)
+
+    def _close_early(self, request: web.BaseRequest, response: web.Response) -> web.Response:
+        """Close the connection where its next request would not be found, or not be served."""
+        if self.draining or not request.content.is_eof():
+            response.force_close()
+        return response
+
+    def _let_in(self, request: web.BaseRequest, headers: Plain) -> None:
+        found = self._guard.objection(request.method, headers, request.raw_headers)
+        if found is not None:
+            protocol = spoken(request.raw_path, headers)
+            raise Answered(problem(protocol, found.status, found.code, found.message), close=True)
 
     def _own(self, path: str, headers: Plain) -> web.Response | None:
         """The answer to what is asked of the gateway itself, for whoever may ask."""
@@ -122,9 +152,7 @@ class Proxy:
         """Where a request goes."""
         protocol = spoken(path, headers)
         if self.draining:
-            back = ("retry-after-ms", "1000")
-            answer = problem(protocol, 503, "forebay_draining", "this gateway is shutting down: call again", back)
-            raise Answered(answer, close=True)
+            raise _draining(protocol)
         place = find_place(self.targets, path, headers)
         if place is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
@@ -135,18 +163,31 @@ class Proxy:
 
     async def _pass(self, request: web.BaseRequest, headers: Plain, place: Place) -> web.StreamResponse:
         target = place.target
+        try:
+            async with self._until_cut_off():
+                value = await self._ask(request, headers, place)
+        except TimeoutError:
+            raise _draining(target.protocol) from None
+        if isinstance(value, Answer):
+            return self._close_early(request, _whole(value))
+        return await self._stream(request, value, target.protocol)
+
+    async def _ask(self, request: web.BaseRequest, headers: Plain, place: Place) -> Any:
+        """What the provider answers: an `Answer`, or one that is `Opened`.
+
+        Raises:
+            Answered: it does not.
+        """
+        target = place.target
         passage = await self._passage(request, headers, place)
         try:
-            value = await _drive(passage)
+            return await _drive(passage)
         except Overloaded as error:
             self.counts.refused(target.name, (error.binding or "").rpartition(":")[2])
             raise Answered(refusal(target.protocol, error)) from None
         except FAILURES as error:
             message = f"the provider {target.name!r} could not be reached, or broke off: {_why(error)}"
             raise Answered(problem(target.protocol, 502, "forebay_upstream_failed", message)) from None
-        if isinstance(value, Answer):
-            return _whole(value)
-        return await self._stream(request, value, target.protocol)
 
     async def _passage(self, request: web.BaseRequest, headers: Plain, place: Place) -> Passage:
         """A request, read and found fit to be sent on."""
@@ -172,26 +213,32 @@ class Proxy:
         """Pass an answer on while it comes."""
         answer, reader = opened.answer, opened.reader
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=opened.headers)
+        at_border, broke = True, ""  # between two events; why it ends
         try:
-            await response.prepare(request)
-            at_border = True  # between two events
-            chunks = answer.content.iter_any()
-            while True:
-                try:
-                    chunk = await anext(chunks, None)
-                except FAILURES as error:
-                    reader.broke()
-                    if not at_border:
-                        raise ConnectionResetError from None  # half an event: what follows would be taken for its end
-                    await response.write(broken_stream(protocol, f"the provider broke off: {_why(error)}"))
-                    break
-                passed = reader.end() if chunk is None else reader.feed(chunk)
-                if passed:
-                    await response.write(passed)
-                    at_border = passed.endswith((b"\n\n", b"\r\n\r\n"))
-                if chunk is None:
-                    answer.release()
-                    break
+            try:
+                async with self._until_cut_off():
+                    await response.prepare(request)
+                    chunks = answer.content.iter_any()
+                    chunk: bytes | None = b""
+                    while chunk is not None:
+                        try:
+                            chunk = await anext(chunks, None)
+                        except FAILURES as error:
+                            reader.broke()
+                            broke = f"the provider broke off: {_why(error)}"
+                            break
+                        passed = reader.end() if chunk is None else reader.feed(chunk)
+                        if passed:
+                            await response.write(passed)
+                            at_border = passed.endswith((b"\n\n", b"\r\n\r\n"))
+            except TimeoutError:
+                broke = "this gateway is shut down"
+            if broke:
+                if not at_border or request.protocol.writing_paused:
+                    raise ConnectionResetError  # half an event: what follows would be taken for its end
+                await response.write(broken_stream(protocol, broke))
+            else:
+                answer.release()
             await response.write_eof()
         finally:
             reader.left()
@@ -211,6 +258,9 @@ class Proxy:
         if (request.content_length or 0) > most:
             raise Answered(too_long, close=True)
         content = request.content
+        expected = "expect" in request.headers and request.version >= HttpVersion11 and not content.is_eof()
+        if expected and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if content.is_eof() and content.total_bytes <= most and content.exception() is None:
             return content.read_nowait()  # all of it came with the head
         pieces: list[bytes] = []
@@ -263,6 +313,12 @@ def _object_to(passage: Passage, body: bytes, protocol: Protocol) -> None:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = f"the body is no JSON object: {error}"
             raise Answered(problem(protocol, 400, "forebay_bad_json", message)) from None
+
+
+def _draining(protocol: Protocol) -> Answered:
+    back = ("retry-after-ms", "1000")
+    message = "this gateway is shutting down: call again"
+    return Answered(problem(protocol, 503, "forebay_draining", message, back), close=True)
 
 
 def _whole(answer: Answer, *, close: bool = False) -> web.Response:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
+from urllib.parse import unquote
 
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.gateway.shapes import Protocol
@@ -11,6 +13,9 @@ from forebay.upstream import Fallback
 
 _ANTHROPICS_OWN: Final = ("/v1/messages", "/v1/complete")
 _ANTHROPICS_HEADERS: Final = frozenset({"anthropic-version", "x-api-key"})
+# Letters, digits and -._~ that are written as %XX though nothing needs it: a provider may take the path for one that is
+# metered, or that is not below the target's URL. Source: RFC 3986, 2.3 and 6.2.2.2.
+_DISGUISED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
 
 
 class Target:
@@ -95,9 +100,10 @@ def find_place(targets: Sequence[Target], path: str, headers: Mapping[str, str])
         path: as it was sent, with the query.
         headers: of the request, by lower-case name.
     """
-    if ".." in path.partition("?")[0].split("/"):
-        return None  # it would leave what the target's URL says
-    first, _, rest = path.lstrip("/").partition("/")
+    if not _is_plain(path.partition("?")[0]):
+        return None
+    path = "/" + path.lstrip("/")
+    first, _, rest = path[1:].partition("/")
     for target in targets:
         if first == target.name and rest:
             return Place(target, "/" + rest)
@@ -105,3 +111,12 @@ def find_place(targets: Sequence[Target], path: str, headers: Mapping[str, str])
         return None
     protocol = spoken(path, headers)
     return next((Place(target, path) for target in targets if target.protocol == protocol), None)
+
+
+def _is_plain(path: str) -> bool:
+    """Whether everybody reads a path alike: it stays below the target's URL, and says what is asked for."""
+    if not path.startswith("/") or "\\" in path or _DISGUISED.search(path):
+        return False
+    if ".." in unquote(path).replace("\\", "/").split("/"):
+        return False
+    return not {"", "."}.intersection(path.strip("/").split("/"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -23,11 +24,14 @@ _FULL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
     b"retry-after-ms: 1000\r\ncontent-length: %d\r\n\r\n%b"
 )
+_ENDLESS: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n%b"
+)
 _HEADERS: Final = 200  # fields of a request
-_FIRST: Final = 30.0  # seconds in which the head of a request must have come
 _LINGER: Final = 1.0  # seconds that a body is read on after its request was refused, or the refusal might be lost
-_IDLE: Final = 75.0  # seconds that a connection is kept without a request
-_KEPT: Final = 30.0  # seconds that one to a provider is, less than providers keep them
+_KEPT: Final = 30.0  # seconds that a connection to a provider is, less than providers keep them
+_LAST_WORDS: Final = 1.0  # seconds in which who is cut off is told so
 
 
 class _Full(asyncio.Protocol):
@@ -40,7 +44,78 @@ class _Full(asyncio.Protocol):
 
 
 class _Handler(web.RequestHandler):
-    """One connection, whose errors of HTTP are told in JSON as well."""
+    """One connection: bounded in what it holds and how long, its errors of HTTP told in JSON as well."""
+
+    _wire: asyncio.Transport
+
+    def __init__(self, manager: web.Server, settings: GatewaySettings, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            manager,
+            loop=loop,
+            max_line_size=settings.max_header_bytes,
+            max_field_size=settings.max_header_bytes,
+            max_headers=_HEADERS,
+            keepalive_timeout=settings.idle_timeout,
+            lingering_time=_LINGER,
+            auto_decompress=False,
+            access_log=None,  # type: ignore[arg-type] # that is how aiohttp is told that there is none
+        )
+        self._most_head = settings.max_header_bytes
+        self._send_timeout = settings.send_timeout
+        self._head = 0  # bytes of a head that is not whole yet
+        self._unsent: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self._wire = cast("asyncio.Transport", transport)
+        self._wire.set_write_buffer_limits(high=0)  # so that it is told of whatever waits to be sent
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._stop_watch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`; a head is not read without end."""
+        super().data_received(data)
+        if self._waiter is None or self._waiter.done():
+            self._head = 0
+            return
+        self._head += len(data)
+        if self._head > self._most_head + _HEADERS:
+            body = problem("openai", 431, "forebay_long_head", "the head of this request does not end").body
+            self._wire.write(_ENDLESS % (len(body), body))
+            self.force_close()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`; who takes nothing of its answer is not waited for without end."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().resume_writing()
+        self._stop_watch()
+
+    def abort(self) -> None:
+        """Hang up, whatever is still to be sent."""
+        self._wire.abort()
+
+    def _watch(self) -> None:
+        size = self._wire.get_write_buffer_size()
+        self._unsent = self._loop.call_later(self._send_timeout, self._look, size)
+
+    def _look(self, before: int) -> None:
+        if self._wire.get_write_buffer_size() == before:
+            self._wire.abort()
+        else:
+            self._watch()
+
+    def _stop_watch(self) -> None:
+        if self._unsent is not None:
+            self._unsent.cancel()
+            self._unsent = None
 
     def handle_error(
         self,
@@ -66,21 +141,20 @@ class _Server(web.Server):
 
     def __init__(self, proxy: Proxy, settings: GatewaySettings) -> None:
         super().__init__(proxy.handle, handler_cancellation=True)
-        self._most = settings.max_connections
-        self._bounds: dict[str, Any] = {
-            "max_line_size": settings.max_header_bytes,
-            "max_field_size": settings.max_header_bytes,
-            "max_headers": _HEADERS,
-            "keepalive_timeout": _IDLE,
-            "lingering_time": _LINGER,
-            "auto_decompress": False,
-            "access_log": None,
-        }
+        self._settings = settings
 
     def __call__(self) -> Any:
-        if len(self.connections) >= self._most:
+        if len(self.connections) >= self._settings.max_connections:
             return _Full()
-        return _Handler(self, loop=asyncio.get_running_loop(), **self._bounds)
+        return _Handler(self, self._settings, loop=asyncio.get_running_loop())
+
+    async def end(self) -> None:
+        """Close all connections, and what is left of them after the last words."""
+        handlers = self.connections
+        self.pre_shutdown()  # those without a request
+        await self.shutdown(_LAST_WORDS)
+        for handler in handlers:
+            cast("_Handler", handler).abort()
 
 
 class Gateway:
@@ -132,20 +206,28 @@ class Gateway:
     ) -> None:
         assert self._server is not None  # noqa: S101 - entered
         assert self._session is not None  # noqa: S101
-        self.proxy.draining = True
-        self._server.close()  # whoever comes now finds nobody; whoever is here is served
-        self._web.pre_shutdown()
-        closing = asyncio.create_task(
-            self._web.shutdown(2 * self.settings.drain_timeout)
-        )  # those without a call at once
+        self.drain()
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
                 await self.proxy.idle.wait()
         except TimeoutError:
-            self.proxy.cut_off()
+            self.cut_off()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS):
+                    await self.proxy.idle.wait()
         finally:
-            await closing
+            self._server.close()
+            await self._web.end()
             await self._session.close()
+
+    def drain(self) -> None:
+        """Let nobody in any more; whoever comes is told so until the block is left."""
+        self.proxy.draining = True
+
+    def cut_off(self) -> None:
+        """End what is under way, without waiting for it."""
+        self.drain()
+        self.proxy.cut_off()
 
 
 class CannotListen(ForebayError, OSError):
@@ -162,10 +244,17 @@ def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -
 
 async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> None:
     stop = asyncio.Event()
+    gateway = Gateway(settings)
+
+    def asked_to_stop() -> None:
+        if stop.is_set():
+            gateway.cut_off()  # the second time it is meant
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with Gateway(settings) as gateway:
+        loop.add_signal_handler(number, asked_to_stop)
+    async with gateway:
         ready(gateway)
         await stop.wait()
         log.info("draining: calls under way have %g s", settings.drain_timeout)

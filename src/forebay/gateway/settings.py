@@ -236,7 +236,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         max_body_bytes: of a request.
         max_header_bytes: of a request's headers together.
         max_connections: open at a time.
+        idle_timeout: seconds in which the head of a request must arrive, since the connection was made or the answer
+            before was given.
         body_timeout: seconds in which the body of a request must arrive.
+        send_timeout: seconds in which a caller must take something of an answer that waits for it.
         drain_timeout: seconds that calls under way are given at the end.
 
     Raises:
@@ -251,7 +254,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     max_header_bytes: int = 64 * 1024
     max_connections: int = 10_000
+    idle_timeout: float = 75.0
     body_timeout: float = 60.0
+    send_timeout: float = 60.0
     drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
@@ -261,7 +266,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         if address is None:
             refuse(self, "listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
         check_whole(self, "max_body_bytes", "max_header_bytes", "max_connections")
-        check_positive(self, "body_timeout", "drain_timeout", of="seconds")
+        check_positive(self, "idle_timeout", "body_timeout", "send_timeout", "drain_timeout", of="seconds")
         self._check_token(address)
 
     def _check_targets(self) -> None:

@@ -1,0 +1,82 @@
+"""What is refused before anybody asks whose it is: what no SDK sends, and what a web page may have sent unasked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+from forebay.gateway.address import is_loopback
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_BETWEEN: Final = 4  # bytes of a header field beside its name and its value
+
+
+class Objection(NamedTuple):
+    """Why a request is refused.
+
+    Attributes:
+        status: of HTTP.
+        code: one word for programs.
+        message: for a person: what to do.
+    """
+
+    status: int
+    code: str
+    message: str
+
+
+class Guard:
+    """Looks at the heads of requests.
+
+    Args:
+        most: bytes of a request's headers together.
+        own_only: nobody is asked for a token, so requests must be meant for this machine, and not be sent by a page
+            that a browser got elsewhere: such a page could otherwise use what this gateway has.
+    """
+
+    def __init__(self, *, most: int, own_only: bool) -> None:
+        self._most = most
+        self._own_only = own_only
+
+    def objection(
+        self, method: str, headers: Mapping[str, str], raw: Sequence[tuple[bytes, bytes]]
+    ) -> Objection | None:
+        """Why a request is refused; None if it is not.
+
+        Args:
+            method: such as ``"POST"``.
+            headers: by lower-case name.
+            raw: the same, as they came.
+        """
+        if sum([len(name) + len(value) + _BETWEEN for name, value in raw]) > self._most:
+            message = f"the headers are longer than {self._most:,} bytes, the bound of this gateway"
+            return Objection(431, "forebay_long_head", message)
+        if method not in _METHODS:
+            return Objection(405, "forebay_method", f"{method} does not pass: there are {', '.join(sorted(_METHODS))}")
+        coding = headers.get("transfer-encoding", "chunked")
+        if coding.lower() != "chunked":
+            return Objection(501, "forebay_coding", "of transfer codings only 'chunked' is understood")
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            return Objection(417, "forebay_expect", "nothing but '100-continue' may be expected")
+        return self._foreign(headers) if self._own_only else None
+
+    def _foreign(self, headers: Mapping[str, str]) -> Objection | None:
+        host, origin = headers.get("host"), headers.get("origin")
+        instead = "to be called from there, let the gateway ask for a token (--token-env VARIABLE)"
+        if host is not None and not _names_loopback("//" + host):
+            message = f"this gateway is for callers on its own machine, but the Host is {host[:100]!r}: {instead}"
+            return Objection(403, "forebay_host", message)
+        if origin is not None and not _names_loopback(origin):
+            message = f"this gateway is not for pages of {origin[:100]!r}: {instead}"
+            return Objection(403, "forebay_origin", message)
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _names_loopback(url: str) -> bool:
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
