@@ -10,6 +10,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from forebay.demo.attempts import counted
 from forebay.demo.meter import Meter
 from forebay.demo.provider import KEY, Provider
 
@@ -42,7 +43,7 @@ Graph = CompiledStateGraph[State, None, State, State]
 
 def connect(provider: Provider, meter: Meter, *, retries: int) -> AsyncOpenAI:
     """The SDK's client for the one key that all agents share, its HTTP attempts counted by `meter`."""
-    http = DefaultAsyncHttpxClient(event_hooks=meter.hooks())
+    http = counted(DefaultAsyncHttpxClient(), meter)
     return AsyncOpenAI(api_key=os.environ[KEY], base_url=provider.url, max_retries=retries, http_client=http)
 
 

@@ -33,8 +33,10 @@ class Meter:
     def __init__(self, provider: Provider, write: Callable[[bytes], None] | None = None) -> None:
         self.stage = "starting"
         self.submitted = self.running = self.waiting = self.spilled = 0
+        self.queued = 0
         self.load: float | None = None
         self.binding: str | None = None
+        self.scarce: str | None = None
         self.workers: dict[str, int] = {}
         self.look: Callable[[], None] = lambda: None  # called before each report, in its thread
         self._write = write or _to_stdout
@@ -52,17 +54,14 @@ class Meter:
 
     # --- calls ---
 
-    def hooks(self) -> dict[str, list[Callable[..., Any]]]:
-        """For an HTTP client: count every attempt, also those that the SDK makes by itself."""
+    def sent(self) -> None:
+        """An HTTP attempt leaves, the first of its call or another."""
+        self._calls += 1
 
-        async def on_request(_request: object) -> None:
-            self._calls += 1
-
-        async def on_response(response: Any) -> None:
-            self._calls_429 += response.status_code == 429  # noqa: PLR2004 - Too Many Requests
-            self._calls_5xx += response.status_code >= 500  # noqa: PLR2004 - the server's fault
-
-        return {"request": [on_request], "response": [on_response]}
+    def came(self, status: int) -> None:
+        """An attempt was answered so."""
+        self._calls_429 += status == 429  # noqa: PLR2004 - Too Many Requests
+        self._calls_5xx += status >= 500  # noqa: PLR2004 - the server's fault
 
     def answered(self, input_tokens: int, output_tokens: int) -> None:
         """A call brought an answer."""
@@ -136,6 +135,7 @@ class Meter:
             stage=self.stage,
             submitted=self.submitted,
             running=self.running,
+            queued=self.queued,
             waiting=self.waiting,
             spilled=self.spilled,
             done=self._done,
@@ -155,6 +155,7 @@ class Meter:
             cpu_s=round(processor, 2),
             load=self.load,
             binding=self.binding,
+            scarce=self.scarce,
             workers=dict(self.workers),
         )
 

@@ -1,4 +1,4 @@
-"""The surge as a picture: queue, goodput, memory and spend over time, both sides in each panel."""
+"""The surge as a picture: six curves over time, both sides in each panel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from forebay.demo.child import Ending
 from forebay.demo.provider import RPM
-from forebay.demo.report import Played, Report
-from forebay.demo.sample import Sample, pace
+from forebay.demo.report import Played, Report, percent
+from forebay.demo.sample import Sample, pace, refused
 from forebay.demo.settings import Settings
 from forebay.demo.workload import STEPS
 
@@ -55,20 +55,22 @@ Points = tuple[list[float], list[float]]
 def draw(classic: Played, forebay: Played, found: Report, settings: Settings, path: Path) -> None:
     """Draw it into a PNG file."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(12, 8), dpi=120)
-        figure.subplots_adjust(left=0.07, right=0.97, top=0.84, bottom=0.1, hspace=0.3, wspace=0.18)
-        figure.text(0.025, 0.945, _headline(found), fontsize=17, fontweight="bold")
-        figure.text(0.025, 0.907, _below(found), fontsize=12, color=_SOFT)
-        figure.text(0.025, 0.022, _footer(found), fontsize=9.5, color=_SOFT)
-        (queue, goodput), (memory, spend) = figure.subplots(2, 2, sharex=True)
+        figure = Figure(figsize=(16, 8), dpi=110)
+        figure.subplots_adjust(left=0.045, right=0.98, top=0.84, bottom=0.1, hspace=0.3, wspace=0.18)
+        figure.text(0.018, 0.945, _headline(found), fontsize=17, fontweight="bold")
+        figure.text(0.018, 0.907, _below(found), fontsize=12, color=_SOFT)
+        figure.text(0.018, 0.022, _footer(found), fontsize=9.5, color=_SOFT)
+        (queue, goodput, refusals), (memory, spend, tokens) = figure.subplots(2, 3, sharex=True)
         _queue(queue, classic, forebay)
         granted = None if classic.plant is None else RPM * settings.speed / len(STEPS)
         _goodput(goodput, classic, forebay, granted, found)
         _memory(memory, classic, forebay, settings.memory_mb)
-        _spend(spend, classic, forebay, found.usd_least)
-        for axes in (memory, spend):
+        _spend(spend, classic, forebay, found)
+        _refusals(refusals, classic, forebay, found)
+        _tokens(tokens, classic, forebay, found)
+        for axes in (memory, spend, tokens):
             axes.set_xlabel("seconds since the surge")
-        for axes in (queue, goodput, memory, spend):
+        for axes in (queue, goodput, refusals, memory, spend, tokens):
             axes.set_xlim(0, max(settings.seconds, classic.ended_at, forebay.ended_at))
             axes.tick_params(length=0, which="both")
         figure.savefig(path)
@@ -116,7 +118,7 @@ def _goodput(axes: Axes, classic: Played, forebay: Played, granted: float | None
     if granted:
         axes.axhline(granted, color=_SOFT, linewidth=1.2, linestyle=":")
         axes.annotate(f"the key grants {granted:.0f}", (0, granted), (5, 5), **_SMALL)
-    ours, theirs = _paces(forebay), _paces(classic)
+    ours, theirs = _over_time(forebay, pace), _over_time(classic, pace)
     _line(axes, theirs, CLASSIC, ending=classic.ending)
     _line(axes, ours, FOREBAY)
     _label(axes, ours, f"Forebay: {found.forebay.done_per_minute:g} over all", FOREBAY, at=0.6, above=False, gap=26)
@@ -144,7 +146,31 @@ def _memory(axes: Axes, classic: Played, forebay: Played, limit: int) -> None:
     axes.set_ylim(0, 1.15 * limit)
 
 
-def _spend(axes: Axes, classic: Played, forebay: Played, least: float | None) -> None:
+def _refusals(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
+    axes.set_title("Refusals: calls answered 429, lately")
+    for played, told in ((classic, found.classic), (forebay, found.forebay)):
+        points = _over_time(played, lambda samples: 100 * refused(samples))
+        _share(axes, played, points, f"{percent(told.refused_share)} over all", above=played is forebay)
+
+
+def _tokens(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
+    axes.set_title("Waste: tokens so far that are in no task done")
+    for played, told in ((classic, found.classic), (forebay, found.forebay)):
+        points = _over_time(played, lambda samples: 100 * samples[-1].useless)
+        _share(axes, played, points, f"{percent(told.wasted_share)} at the end", above=played is forebay)
+
+
+def _share(axes: Axes, played: Played, points: Points, words: str, *, above: bool) -> None:
+    """One side's share of a hundred; ours low and written above, the classic's high and below."""
+    name, colour = ("Forebay", FOREBAY) if above else ("classic", CLASSIC)
+    axes.set_ylim(0, 105)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    _line(axes, points, colour, ending=played.ending)
+    _end(axes, points, f"{name}: {words}", colour, above=above)
+
+
+def _spend(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
+    least = found.usd_least
     axes.set_title("Spend: dollars so far, per task done so far")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"${value:g}"))
@@ -160,15 +186,7 @@ def _spend(axes: Axes, classic: Played, forebay: Played, least: float | None) ->
     _line(axes, theirs, CLASSIC, ending=classic.ending)
     _line(axes, ours, FOREBAY)
     for points, name, colour in ((theirs, "classic", CLASSIC), (ours, "Forebay", FOREBAY)):
-        if points[0]:  # written above the highest that it comes to below the words
-            top = max(y for x, y in zip(*points, strict=True) if x >= _WORDS * points[0][-1])
-            axes.annotate(
-                f"{name}: ${points[1][-1]:.4f} at the end",
-                (points[0][-1], top),
-                (0, 7),
-                ha="right",
-                **(_SMALL | _NAME | {"color": colour}),
-            )
+        _end(axes, points, name + ": ${:.4f} at the end", colour, above=True)
     axes.set_ylim(min(values) / 2.5, 4 * max(values))
 
 
@@ -202,16 +220,32 @@ def _label(  # noqa: PLR0913 - what it says and where
     )
 
 
+def _end(axes: Axes, points: Points, text: str, colour: str, *, above: bool) -> None:
+    """A line's name and last value, at the right, past whatever it comes to over there."""
+    x, y = points
+    if not x:
+        return
+    beside = [value for at, value in zip(x, y, strict=True) if at >= _WORDS * x[-1]]
+    axes.annotate(
+        text.format(y[-1]),
+        (x[-1], max(beside) if above else min(beside)),
+        (0, 7 if above else -7),
+        ha="right",
+        va="bottom" if above else "top",
+        **(_SMALL | _NAME | {"color": colour}),
+    )
+
+
+def _over_time(played: Played, value: Callable[[Sequence[Sample]], float]) -> Points:
+    """One value of what was told up to each moment."""
+    samples: Sequence[Sample] = played.samples
+    return [sample.t for sample in samples], [value(samples[: i + 1]) for i in range(len(samples))]
+
+
 def _points(played: Played, value: Callable[[Sample], float]) -> Points:
     """One value over time, as long as it is above zero and the side at work."""
     samples = [sample for sample in played.samples if value(sample) > 0 and sample.stage != "ended"]
     return [sample.t for sample in samples], [value(sample) for sample in samples]
-
-
-def _paces(played: Played) -> Points:
-    """Tasks done a minute, over the twenty seconds before each moment."""
-    samples: Sequence[Sample] = played.samples
-    return [sample.t for sample in samples], [pace(samples[: i + 1]) for i in range(len(samples))]
 
 
 def _each(played: Played) -> Points:

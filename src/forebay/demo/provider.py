@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -19,9 +20,10 @@ KEY: Final = "PROVIDER_API_KEY"  # a side's process finds it in its environment,
 RPM: Final = 720
 """Calls a minute that the key grants: 12 a second, 240 runs of three calls a minute.
 
-Far below what one process can make (about 85 a second), so the key is what binds. An answer takes 0.5 s to its first
-token and then 17 ms a token (60 tokens a second), 4.1 s at the mean length of the Azure conversation trace, 211 tokens:
-by Little's law fifty agents make 12 calls a second, just what the key grants.
+Far below what one process can make (about 85 a second), and below what its agents would: an answer takes 0.5 s to its
+first token and then 10 ms a token (100 tokens a second), 2.6 s at the mean length of the Azure conversation trace, 211
+tokens, so by Little's law fifty agents ask for 19 calls a second, half as much again as is granted. The key is what
+binds.
 """
 _BURST: Final = 120  # calls: ten seconds' worth
 
@@ -44,6 +46,11 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     model: str = "gpt-4o"
     simulated: bool = True
+
+    @property
+    def rules(self) -> str:
+        """Which row of `docs/providers.md` an upstream goes by: OpenAI's for OpenAI, else what all such servers do."""
+        return "openai" if urlsplit(self.url).hostname == "api.openai.com" else "openai-compatible"
 
     @property
     def price(self) -> Price | None:
@@ -74,7 +81,7 @@ def plant_config(settings: Settings) -> ProviderConfig:
         dialect=Dialect.OPENAI,
         slots=1000,
         ttft=0.5 / speed,
-        tpot=0.017 / speed,
+        tpot=0.01 / speed,
         noise=0.15,
         allowances=(Allowance(unit=Unit.REQUESTS, amount=round(RPM * speed), burst=_BURST),),
         faults=Faults(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -15,8 +16,9 @@ from forebay.demo.sample import Sample
 from forebay.demo.settings import Settings
 from forebay.task import Priority
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _ALIKE: Final = 0.8  # and its inverse: within these two numbers of calls are about the same
+_WHOLE: Final = 0.1  # shares below it are told with a decimal
 _FAR: Final = 1.5  # from this ratio of tasks done on, one asks why
 
 
@@ -62,9 +64,18 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
         ending, ended_at_s: how its process ended, and when.
         calls: HTTP attempts, the SDK's retries included; of them `calls_answered` brought an answer, `calls_429` and
             `calls_5xx` a refusal; the others found no connection or lost it, or were under way at the end.
+        refused_share: `calls_429` over `calls`.
+        stray_429: of `calls_429`, those that the plant gave whatever the load; None with a real provider.
         tokens, usd: as billed by the plant; with a real provider as told in its answers.
-        tokens_wasted: tokens billed that are in no done task: cut off, repeated, or of a run that failed.
+        tokens_wasted: tokens billed that are in no done task: cut off, repeated, of a run that failed, or of one that
+            had not ended when its process did.
+        wasted_share: `tokens_wasted` over `tokens`.
+        tokens_left: tokens billed for answers that nobody got whole, since who asked had left or the connection broke;
+            None with a real provider, which does not tell.
         usd_per_done: dollars per task done; None if none was, or the price is not known.
+        usd_least: what a task that it did costs if each of its three calls is paid once, as a mean; None likewise.
+        usd_ratio: the first over the second.
+        binding: what bound it most of the time, by its own word; None if it has none.
         p50_s, p99_s: seconds from submission to done, of the tasks done.
         cpu_s: processor seconds of its process.
         plant: what the plant counted, to compare.
@@ -84,10 +95,17 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
     calls_answered: int
     calls_429: int
     calls_5xx: int
+    refused_share: float
+    stray_429: int | None
     tokens: int
     tokens_wasted: int
+    wasted_share: float
+    tokens_left: int | None
     usd: float
     usd_per_done: float | None
+    usd_least: float | None
+    usd_ratio: float | None
+    binding: str | None
     p50_s: float | None
     p99_s: float | None
     cpu_s: float
@@ -99,9 +117,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         ratio: tasks done a minute, Forebay's over the classic's; None if the classic did none.
-        usd_least: what a task of this surge costs if each of its three calls is paid once: the mean over those that
-            Forebay did.
-        usd_ratio: Forebay's dollars per task done over that.
+        usd_least, usd_ratio: Forebay's.
         verdict: the same in a sentence or two.
     """
 
@@ -130,6 +146,15 @@ def quantile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 5) if whole else 0.0
+
+
+def _most_often(names: Iterable[str | None]) -> str | None:
+    counts = Counter(name for name in names if name is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
 def side(played: Played, settings: Settings) -> SideReport:
     """One side's figures."""
     last, plant, on_disk = played.last, played.plant, played.kept
@@ -137,7 +162,10 @@ def side(played: Played, settings: Settings) -> SideReport:
     spilled = 0 if on_disk is None else on_disk.to_do
     seconds = played.ended_at if done >= settings.tasks else settings.seconds
     tokens = plant["input_tokens"] + plant["output_tokens"] if plant else last.tokens
+    wasted = max(0, tokens - last.useful_tokens)
     usd = plant["usd"] if plant else last.usd
+    each = usd / done if done and usd else None
+    least = last.useful_usd / last.done if last.done and last.useful_usd else None
     p50, p99 = (quantile(played.latencies, share) for share in (0.50, 0.99))
     return SideReport(
         done=done,
@@ -154,10 +182,17 @@ def side(played: Played, settings: Settings) -> SideReport:
         calls_answered=last.answered,
         calls_429=last.calls_429,
         calls_5xx=last.calls_5xx,
+        refused_share=_share(last.calls_429, last.calls),
+        stray_429=plant["by_reason"].get("stray", 0) if plant else None,
         tokens=tokens,
-        tokens_wasted=max(0, tokens - last.useful_tokens),
+        tokens_wasted=wasted,
+        wasted_share=_share(wasted, tokens),
+        tokens_left=plant["wasted_input_tokens"] + plant["wasted_output_tokens"] if plant else None,
         usd=round(usd, 6),
-        usd_per_done=round(usd / done, 6) if done and usd else None,
+        usd_per_done=None if each is None else round(each, 6),
+        usd_least=None if least is None else round(least, 6),
+        usd_ratio=round(each / least, 3) if each and least else None,
+        binding=_most_often(sample.binding for sample in played.samples if sample.load),
         p50_s=p50,
         p99_s=p99,
         cpu_s=last.cpu_s,
@@ -169,7 +204,6 @@ def report(classic: Played, forebay: Played, settings: Settings, provider: str) 
     """Both sides, and what to make of them."""
     a, b = side(classic, settings), side(forebay, settings)
     ratio = round(b.done_per_minute / a.done_per_minute, 2) if a.done else None
-    least = forebay.last.useful_usd / forebay.last.done if forebay.last.done and forebay.last.useful_usd else None
     return Report(
         tasks=settings.tasks,
         workers=settings.workers,
@@ -183,9 +217,22 @@ def report(classic: Played, forebay: Played, settings: Settings, provider: str) 
         classic=a,
         forebay=b,
         ratio=ratio,
-        usd_least=None if least is None else round(least, 6),
-        usd_ratio=round(b.usd_per_done / least, 3) if least and b.usd_per_done else None,
+        usd_least=b.usd_least,
+        usd_ratio=b.usd_ratio,
         verdict=verdict(a, b, ratio, settings),
+    )
+
+
+def percent(share: float) -> str:
+    """A share as one reads it: ``0.3 %``, ``84 %``."""
+    return f"{100 * share:.1f} %" if 0 < share < _WHOLE else f"{100 * share:.0f} %"
+
+
+def _refusals(a: SideReport, b: SideReport) -> str:
+    stray = f", {b.stray_429:,} of them whatever the load" if b.calls_429 and b.stray_429 else ""
+    return (
+        f"Of Forebay's calls the key refused {percent(b.refused_share)} ({b.calls_429:,} of {b.calls:,}{stray}), of the"
+        f" classic one's {percent(a.refused_share)}."
     )
 
 
@@ -200,6 +247,14 @@ def verdict(a: SideReport, b: SideReport, ratio: float | None, settings: Setting
             f"The key gave both about as many answers, {a.calls_answered:,} and {b.calls_answered:,}:"
             " what differs is how many of them were of use."
         )
+    says.append(_refusals(a, b))
+    if a.usd_ratio and b.usd_ratio:
+        says.append(
+            f"A task cost {b.usd_ratio:g} times the least that it needs under Forebay, {a.usd_ratio:g} times under the"
+            f" classic one; of their tokens {percent(b.wasted_share)} and {percent(a.wasted_share)} went for nothing."
+        )
+    if b.binding:
+        says.append(f"What bound Forebay was {b.binding}.")
     if a.out_of_memory:
         says.append(f"The classic one ran out of its {settings.memory_mb} MB after {a.ended_at_s:.0f} s.")
     else:

@@ -44,6 +44,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         stage: what it is doing, in a word.
         submitted: tasks that its supervisor has accepted.
         running: runs begun and not ended; with the classic also those between two attempts.
+        queued: calls of these that wait for their turn at the key; the classic's do not.
         waiting: tasks accepted and not begun, in its memory.
         spilled: tasks kept on disk.
         done, failed: how tasks ended.
@@ -55,12 +56,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         useful_tokens, useful_usd: of the answers that a done task is made of, each once.
         rss_mb, cpu_s: of its process.
         load, binding, workers: what Forebay says of itself: its load, what binds, workers by state.
+        scarce: what the upstream's next call would wait for, such as ``"requests per minute"``.
     """
 
     t: float
     stage: str
     submitted: int = 0
     running: int = 0
+    queued: int = 0
     waiting: int = 0
     spilled: int = 0
     done: int = 0
@@ -80,12 +83,18 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: float = 0.0
     load: float | None = None
     binding: str | None = None
+    scarce: str | None = None
     workers: dict[str, int] = {}
 
     @property
     def tokens(self) -> int:
         """All tokens of the answers."""
         return self.input_tokens + self.output_tokens
+
+    @property
+    def useless(self) -> float:
+        """Share of the answers' tokens that are in no done task, or not yet; 0 before the first answer."""
+        return 1 - self.useful_tokens / self.tokens if self.tokens else 0.0
 
     @property
     def inside(self) -> int:
@@ -101,6 +110,16 @@ def pace(samples: Sequence[Sample], window: float = 20.0) -> float:
     since = next(sample for sample in samples if sample.t >= last.t - window)
     seconds = last.t - since.t
     return 60 * (last.done - since.done) / seconds if seconds > 0 else 0.0
+
+
+def refused(samples: Sequence[Sample], window: float = 20.0) -> float:
+    """Share of the HTTP attempts of the last `window` seconds of `samples` that were answered 429; 0 if none left."""
+    if not samples:
+        return 0.0
+    last = samples[-1]
+    since = next(sample for sample in samples if sample.t >= last.t - window)
+    calls = last.calls - since.calls
+    return (last.calls_429 - since.calls_429) / calls if calls else 0.0
 
 
 def own_use() -> tuple[float, float]:

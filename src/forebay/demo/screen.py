@@ -17,13 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from forebay.demo.child import Child, Ending
-from forebay.demo.sample import Kind, Sample, pace
+from forebay.demo.report import percent
+from forebay.demo.sample import Kind, Sample, pace, refused
 from forebay.demo.settings import ENDLESS, Settings
+from forebay.typing import WorkerState
 
 CLASSIC: Final = "#d55e00"
 FOREBAY: Final = "#56b4e9"
 _SOFT: Final = "bright_black"
 _BARS: Final = "▁▂▃▄▅▆▇█"
+_MANY: Final = 0.1  # of the calls refused: worth a colour
+_TENFOLD: Final = 10.0  # below it a ratio is told with two decimals
+_MUCH: Final = 1000.0  # dollars from which on cents are not told
 _SAY: Final = 10.0  # seconds between plain lines
 
 
@@ -86,7 +91,7 @@ class PlainScreen:
         if side.last is None or (side.ending is None and time.monotonic() < due) or due == inf:
             return
         self._said[side.kind] = inf if side.ending else time.monotonic()
-        self._console.print(line(side), highlight=False, soft_wrap=True)
+        self._console.print(Text(line(side)), soft_wrap=True)
 
 
 def line(side: Child) -> str:
@@ -98,7 +103,8 @@ def line(side: Child) -> str:
     return (
         f"{side.kind:7} {clock(side.seconds)}  {now.done:,} done ({pace(side.samples):.0f}/min), {now.running:,}"
         f" running, {now.waiting:,} waiting, {now.spilled:,} on disk, {now.failed:,} failed, {now.calls:,} calls"
-        f" ({now.calls_429:,} x 429),{money} {resident(side):.0f} MB{load}: {side.ending or now.stage}"
+        f" ({now.calls_429:,} x 429),{money} {percent(now.useless)} of no use yet, {resident(side):.0f} MB{load}:"
+        f" {side.ending or now.stage}"
     )
 
 
@@ -108,7 +114,7 @@ def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed:
     tasks = "" if resumed else f"{settings.tasks:,} tasks · "
     what = Text(f"{tasks}{settings.agents} agents on {settings.workers} workers · {provider}", style=_SOFT)
     table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
-    table.add_column("", style=_SOFT, no_wrap=True, width=10)
+    table.add_column("", style=_SOFT, no_wrap=True, width=8)
     kinds = [Kind.RESUME] if resumed else [Kind.CLASSIC, Kind.FOREBAY]
     for kind in kinds:
         classic = kind is Kind.CLASSIC
@@ -123,8 +129,8 @@ def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed:
 
 
 ROWS: Final = (
-    *("state", "time", "done", "pace", "running", "waiting", "on disk", "failed"),
-    *("calls", "dollars", "memory", "load", "binding", "workers"),
+    *("state", "time", "done", "pace", "running", "waiting", "failed"),
+    *("calls", "refused", "dollars", "tokens", "memory", "load", "binding"),
 )
 
 
@@ -135,24 +141,22 @@ def column(side: Child | None, settings: Settings, kind: Kind) -> list[Renderabl
     now = side.last or Sample(t=0.0, stage="starting")
     colour = CLASSIC if kind is Kind.CLASSIC else FOREBAY
     classic = kind is Kind.CLASSIC
-    refused = f"{now.calls_429:,} refused (429)" if now.calls_429 else "none refused"
-    each = f"  ${now.usd / now.done:.4f} a task" if now.done else ""
     endless = settings.seconds >= ENDLESS
     return [
         _state(side, now),
         Text(clock(side.seconds)) if endless else _bar(side.seconds, settings.seconds, clock, colour),
         Text.assemble((f"{now.done:,}", f"bold {colour}"), _urgent(now)),
         Text.assemble((f"{pace(side.samples):.0f}", "bold"), " a minute  ", (spark(side.samples), colour)),
-        f"{now.running:,} " + ("begun and unfinished" if classic else f"of {settings.agents} agents"),
-        f"{now.waiting:,} in memory",
-        "nothing can" if classic else f"{now.spilled:,} spilled",
-        f"{now.failed:,}",
-        f"{now.calls:,}  {refused}",
-        f"${now.usd:.2f}{each}" if now.usd else "",
+        f"{now.running:,} " + ("begun and unfinished" if classic else f"of {settings.agents} agents{_queued(now)}"),
+        f"{now.waiting:,} in memory, " + ("none on disk" if classic else f"{now.spilled:,} on disk"),
+        _failed(now),
+        f"{now.calls:,}  {now.answered:,} answered",
+        _refused(side, now),
+        _dollars(now),
+        f"{now.tokens:,}  {percent(now.useless)} of no use yet" if now.tokens else "",
         _bar(resident(side), settings.memory_mb, lambda mb: f"{mb:.0f} MB", colour),
         "it cannot tell" if now.load is None else _load(now.load, colour),
-        (now.binding or "nothing") if now.load else "",
-        "" if not now.workers else "  ".join(f"{count} {state}" for state, count in now.workers.items()),
+        _binding(now),
     ]
 
 
@@ -165,6 +169,37 @@ def _state(side: Child, now: Sample) -> Text:
 
 def _urgent(now: Sample) -> str:
     return f"  {now.done_by[0]:,} critical {now.done_by[1]:,} high" if sum(now.done_by) else ""
+
+
+def _queued(now: Sample) -> str:
+    return f", {now.queued:,} calls wait" if now.queued else ""
+
+
+def _failed(now: Sample) -> str:
+    workers = now.workers.get(WorkerState.FAILED.value, 0)
+    return f"{now.failed:,}" + (f"  {workers:,} worker{'s' * (workers > 1)} FAILED" if workers else "")
+
+
+def _binding(now: Sample) -> Text:
+    if not now.load:
+        return Text()
+    return Text(now.binding or "nothing")  # Text: ":key:" is no picture
+
+
+def _dollars(now: Sample) -> str:
+    """All so far; for each task done; and that over what its own answers cost."""
+    if not now.usd:
+        return ""
+    each = f"  ${now.usd / now.done:.4f}/task" if now.done else ""
+    over = now.usd / now.useful_usd if now.useful_usd else 0.0
+    least = f"  {over:.{2 * (over < _TENFOLD)}f}x least" if over else ""
+    return f"${now.usd:.{2 * (now.usd < _MUCH)}f}{each}{least}"
+
+
+def _refused(side: Child, now: Sample) -> Text:
+    share = refused(side.samples)
+    lately = f"  {percent(share)} lately" if now.calls_429 else ""
+    return Text(f"{now.calls_429:,} with 429{lately}", style="red" if share > _MANY else "")
 
 
 def _load(load: float, colour: str) -> Text:

@@ -18,6 +18,7 @@ from forebay.events import Event, Finished
 from forebay.supervisor import BackpressureSupervisor
 from forebay.task import Task
 from forebay.typing import WorkerState
+from forebay.upstream import Upstream
 
 TASK_TYPE: Final = "brief"
 _AT_ONCE: Final = 500  # submissions under way: the ledger writes them in groups
@@ -39,7 +40,8 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
             else:
                 meter.failed()
 
-    client = connect(orders.provider, meter, retries=settings.sdk_retries)
+    key = Upstream("key", provider=orders.provider.rules)  # told of no limit: it learns them from the headers
+    client = key.bind(connect(orders.provider, meter, retries=settings.sdk_retries))
     jobs = surge(settings.tasks, settings.seed) if orders.kind is Kind.FOREBAY else []
     supervisor = BackpressureSupervisor(
         overflow=f"sqlite:///{settings.ledger}", lease=settings.lease, on_event=hear, keep_results=0
@@ -51,7 +53,7 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
         )
     async with supervisor:
         meter.begin("surge" if jobs else "going on")
-        glance = asyncio.create_task(_glance(supervisor, meter))
+        glance = asyncio.create_task(_glance(supervisor, key, meter))
         for first in range(0, len(jobs), _AT_ONCE):
             if stop.is_set():
                 break
@@ -63,9 +65,9 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
         await asyncio.wait((draining, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
         glance.cancel()
-        _note(supervisor, meter)
+        _note(supervisor, key, meter)
         await supervisor.close()
-    meter.waiting = meter.running = 0
+    meter.waiting = meter.running = meter.queued = 0
     meter.spilled = (await asyncio.to_thread(kept, settings.ledger)).to_do
 
 
@@ -96,15 +98,18 @@ async def _on_disk(settings: Settings) -> Kept:
         return Kept(waiting=1)
 
 
-async def _glance(supervisor: BackpressureSupervisor, meter: Meter) -> None:
+async def _glance(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> None:
     while True:
-        _note(supervisor, meter)
+        _note(supervisor, key, meter)
         await asyncio.sleep(_GLANCE)
 
 
-def _note(supervisor: BackpressureSupervisor, meter: Meter) -> None:
+def _note(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> None:
     now = supervisor.statistics()
     states = Counter(worker.state for worker in now.workers)
     meter.running, meter.waiting, meter.spilled = now.running, now.waiting, now.outside
     meter.load, meter.binding = now.load, now.binding
+    accounts = key.statistics().accounts  # one of them, once a call has been made
+    meter.queued = sum(account.waiting for account in accounts)
+    meter.scarce = next((account.binding for account in accounts), None)
     meter.workers = {state.value: states[state] for state in WorkerState if states[state]}

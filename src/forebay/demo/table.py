@@ -11,12 +11,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from forebay.demo.report import Report, SideReport
+from forebay.demo.report import Report, SideReport, percent
 from forebay.demo.screen import CLASSIC, FOREBAY
 
 
 def _count(value: Any) -> str:
     return f"{value:,}"
+
+
+def _part(value: int, share: float) -> str:
+    return f"{value:,} ({percent(share)})" if value else "0"
 
 
 def _seconds(value: float | None) -> str:
@@ -38,11 +42,14 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
     ("  and 99 of 100 within", lambda s: _seconds(s.p99_s)),
     ("calls, HTTP attempts", lambda s: _count(s.calls)),
     ("  of them answered", lambda s: _count(s.calls_answered)),
-    ("  of them refused with 429", lambda s: _count(s.calls_429)),
+    ("  of them refused with 429", lambda s: _part(s.calls_429, s.refused_share)),
     ("tokens billed", lambda s: _count(s.tokens)),
-    ("  of them for nothing", lambda s: _count(s.tokens_wasted)),
+    ("  of them for nothing", lambda s: _part(s.tokens_wasted, s.wasted_share)),
+    ("  whoever asked had left", lambda s: "-" if s.tokens_left is None else _count(s.tokens_left)),
     ("dollars", lambda s: f"${s.usd:.2f}"),
     ("dollars per task done", lambda s: _money(s.usd_per_done)),
+    ("  over the least it needs", lambda s: "-" if s.usd_ratio is None else f"{s.usd_ratio:.2f} x"),
+    ("what bound", lambda s: s.binding or "it cannot tell"),
     ("memory at its peak", lambda s: f"{s.peak_rss_mb:.0f} MB"),
     ("process", lambda s: f"{s.ending}, {s.ended_at_s:.0f} s"),
 )
@@ -56,9 +63,4 @@ def summary(found: Report) -> RenderableType:
     table.add_column(Text("Forebay", style=f"bold {FOREBAY}"), justify="right")
     for name, cell in _ROWS:
         table.add_row(name, cell(found.classic), cell(found.forebay))
-    least = ""
-    if found.usd_least and found.usd_ratio:
-        least = (
-            f" The least that a task needs is {_money(found.usd_least)}: Forebay's cost {found.usd_ratio:g} times that."
-        )
-    return Group(table, Padding(Text(found.verdict + least), (1, 1, 0, 1)))
+    return Group(table, Padding(Text(found.verdict), (1, 1, 0, 1)))

@@ -280,9 +280,7 @@ class Door:
         if self._house.ladder.refuses(priority, load):
             cause = self._house.pressure.cause(binding)
             reason = self._why(pool, binding, cause, load, priority)
-            return Refusal(
-                reason, cause, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining)
-            )
+            return Refusal(reason, cause, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining))
         if remaining < math.inf:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
             if remaining <= 0 or pool.hopeless(self.loop.time(), wait, remaining):

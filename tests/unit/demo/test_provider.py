@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 
 from forebay.demo.provider import RPM, MissingKey, Provider, plant_config, provider_from, warning
 from forebay.demo.settings import Settings
+from forebay.demo.workload import surge
 
 URL = "https://llm.example/v1"
 
@@ -26,6 +29,11 @@ def test_the_providers_own_key_goes_before_openais() -> None:
     assert both == (Provider(url=URL, model="llama-4", simulated=False), "own")
 
 
+def test_only_openai_itself_is_taken_to_count_as_openai_does() -> None:
+    assert Provider(url="https://api.openai.com/v1").rules == "openai"
+    assert Provider(url=URL).rules == Provider(url="http://127.0.0.1:8000/v1").rules == "openai-compatible"
+
+
 def test_the_price_is_that_of_the_longest_name_that_fits() -> None:
     mini = Provider(url=URL, model="gpt-4o-mini-2024-07-18").price
     full = Provider(url=URL, model="gpt-4o-2024-08-06").price
@@ -39,6 +47,12 @@ def test_the_key_grants_fewer_calls_than_one_process_can_make() -> None:
     (rate,) = plant_config(Settings()).allowances
     assert rate.amount == RPM
     assert rate.amount / rate.per < 20
+
+
+def test_the_key_grants_fewer_calls_than_the_agents_would_make() -> None:
+    plant = plant_config(Settings())
+    tokens = mean(length for job in surge(1000, 7) for length in job.lengths)
+    assert Settings().agents / (plant.ttft + plant.tpot * tokens) > 1.2 * RPM / 60
 
 
 def test_a_faster_plant_grants_more_and_answers_sooner() -> None:

@@ -9,11 +9,21 @@ import pytest
 
 from forebay.demo.child import Ending
 from forebay.demo.kept import Kept
-from forebay.demo.report import Played, quantile, report, side
+from forebay.demo.report import Played, percent, quantile, report, side
 from forebay.demo.sample import Sample
 from forebay.demo.settings import Settings
 
 SETTINGS = Settings(tasks=1000, seconds=60.0, memory_mb=256)
+
+
+BILL: dict[str, Any] = {
+    "input_tokens": 3000,
+    "output_tokens": 500,
+    "usd": 4.0,
+    "wasted_input_tokens": 60,
+    "wasted_output_tokens": 10,
+    "by_reason": {"stray": 3, "requests": 4},
+}
 
 
 def told(**counts: Any) -> Sample:
@@ -34,11 +44,13 @@ def played(last: Sample, **rest: Any) -> Played:
 
 def classic(**rest: Any) -> Played:
     counts = {"done": 20, "failed": 30, "usd": 10.0, "input_tokens": 900, "output_tokens": 100, "useful_tokens": 250}
+    counts["useful_usd"] = 0.5
     return played(told(**counts, calls=5000, calls_429=4000, answered=900), **rest)
 
 
 def forebay(**rest: Any) -> Played:
-    counts = {"done": 200, "usd": 2.1, "useful_usd": 2.0, "input_tokens": 2000, "useful_tokens": 1900}
+    counts: dict[str, Any] = {"done": 200, "usd": 2.1, "useful_usd": 2.0, "input_tokens": 2000, "useful_tokens": 1900}
+    counts |= {"calls_429": 7, "load": 0.5, "binding": "upstream:key"}
     return played(told(**counts, calls=700, answered=650), **{"kept": Kept(waiting=790, leased=10, done=200)} | rest)
 
 
@@ -82,9 +94,38 @@ def test_wasted_is_what_no_done_task_is_made_of() -> None:
 
 
 def test_the_plants_bill_goes_before_what_the_side_has_seen() -> None:
-    bill = {"input_tokens": 3000, "output_tokens": 500, "usd": 4.0}
-    figures = side(forebay(plant=bill), SETTINGS)
+    figures = side(forebay(plant=BILL), SETTINGS)
     assert (figures.tokens, figures.tokens_wasted, figures.usd, figures.usd_per_done) == (3500, 1600, 4.0, 0.02)
+
+
+def test_shares_are_of_what_was_sent_and_of_what_was_billed() -> None:
+    figures = side(forebay(plant=BILL), SETTINGS)
+    assert figures.refused_share == 0.01
+    assert figures.wasted_share == pytest.approx(1600 / 3500, abs=1e-5)
+    assert side(played(told()), SETTINGS).refused_share == side(played(told()), SETTINGS).wasted_share == 0.0
+
+
+def test_the_plant_tells_what_reached_nobody_and_what_no_load_caused_and_a_real_provider_does_not() -> None:
+    figures = side(forebay(plant=BILL), SETTINGS)
+    assert (figures.tokens_left, figures.stray_429) == (70, 3)
+    figures = side(forebay(), SETTINGS)
+    assert (figures.tokens_left, figures.stray_429) == (None, None)
+
+
+def test_each_side_is_measured_by_what_the_tasks_that_it_did_need() -> None:
+    found = report(classic(), forebay(), SETTINGS, "plant")
+    assert (found.classic.usd_least, found.classic.usd_ratio) == (0.025, 20.0)
+    assert (found.usd_least, found.usd_ratio) == (found.forebay.usd_least, found.forebay.usd_ratio) == (0.01, 1.05)
+
+
+def test_what_bound_is_what_did_so_most_of_the_time_that_there_was_a_load() -> None:
+    samples = [
+        *(Sample(t=float(t), stage="surge", load=0.9, binding="upstream:key") for t in range(5)),
+        *(Sample(t=float(t), stage="surge", load=0.1, binding="host") for t in range(5, 9)),
+        *(Sample(t=float(t), stage="ended", load=0.0, binding="host") for t in range(9, 20)),
+    ]
+    assert side(played(samples[-1], samples=tuple(samples)), SETTINGS).binding == "upstream:key"
+    assert side(classic(), SETTINGS).binding is None
 
 
 def test_latencies_are_told_by_their_median_and_their_tail() -> None:
@@ -113,6 +154,21 @@ def test_the_report_compares_both() -> None:
     assert "Forebay 10 times as many" in found.verdict
 
 
+def test_the_verdict_says_what_was_refused_and_what_went_for_nothing() -> None:
+    verdict = report(classic(), forebay(plant=BILL), SETTINGS, "plant").verdict
+    assert "the key refused 1.0 % (7 of 700, 3 of them whatever the load), of the classic one's 80 %" in verdict
+    assert "A task cost 2 times the least that it needs under Forebay, 20 times under the classic one" in verdict
+    assert "of their tokens 46 % and 75 % went for nothing" in verdict
+    assert "What bound Forebay was upstream:key." in verdict
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0 %"), (0.004, "0.4 %"), (0.0996, "10.0 %"), (0.844, "84 %"), (1.0, "100 %")]
+)
+def test_a_small_share_has_a_decimal(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
 def test_the_verdict_says_whether_memory_ran_out() -> None:
     survived = report(classic(peak_rss_mb=200.0), forebay(), SETTINGS, "plant").verdict
     assert "did not run out of memory: it took 200 of 256 MB" in survived
@@ -125,6 +181,7 @@ def test_the_report_has_every_figure_that_was_promised() -> None:
     assert {"tasks", "workers", "classic", "forebay", "seed", "seconds", "memory_limit_mb", "python"} <= raw.keys()
     figures = (
         *("done", "done_per_minute", "lost", "spilled", "peak_rss_mb", "calls", "calls_429", "tokens"),
+        *("refused_share", "wasted_share", "tokens_left", "usd_least", "usd_ratio", "binding"),
         *("tokens_wasted", "usd", "usd_per_done", "p50_s", "p99_s", "out_of_memory"),
     )
     for name in ("classic", "forebay"):

@@ -6,6 +6,7 @@ import io
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from rich.console import Console
 from tests.unit.demo.test_report import classic, forebay
@@ -28,10 +29,15 @@ BUSY = Sample(
     done_by=(200, 1000, 30, 4),
     calls=123_456,
     calls_429=78_901,
-    usd=1234.5,
+    answered=44_000,
+    usd=1_234.5,
+    useful_usd=18.2,
     load=1.0,
-    binding="pool:brief",
-    workers={"busy": 3, "overloaded": 6, "failed": 1},
+    binding="upstream:key:875cc6fc",
+    queued=12,
+    input_tokens=700_000,
+    output_tokens=300_000,
+    useful_tokens=960_000,
 )
 
 
@@ -66,8 +72,36 @@ def test_there_is_something_to_see_from_the_beginning(sides: list[Child]) -> Non
 
 def test_it_shows_what_binds_and_what_waits_where() -> None:
     text = "\n".join(drawn(board([side(Kind.FOREBAY)], Settings(), "a key", resumed=False), width=100, height=30))
-    for words in ("pool:brief", "100 in memory", "9,850 spilled", "6 overloaded", "78,901 refused (429)"):
+    for words in (
+        "upstream:key:875cc6fc",
+        "100 in memory, 9,850 on disk",
+        "12 calls wait",
+        "78,901 with 429",
+        "4.0 %",
+        "68x least",
+    ):
         assert words in text
+
+
+def test_money_is_told_as_long_as_a_column_is_wide() -> None:
+    for usd, done, text in ((3.2, 364, "$3.20  $0.0088/task  1.03x least"), (1234.5, 1234, "$1234  $1.0004/task")):
+        now = msgspec.structs.replace(BUSY, usd=usd, done=done, useful_usd=3.1)
+        table = board([side(Kind.FOREBAY, now)], Settings(), "a key", resumed=False)
+        assert text in "\n".join(drawn(table, width=80, height=24))
+
+
+def test_workers_that_have_failed_are_told_of() -> None:
+    broken = msgspec.structs.replace(BUSY, workers={"busy": 9, "failed": 1})
+    text = "\n".join(
+        drawn(board([side(Kind.FOREBAY, broken)], Settings(), "a key", resumed=False), width=80, height=24)
+    )
+    assert "0  1 worker FAILED" in text
+
+
+def test_a_name_is_no_picture() -> None:
+    out = io.StringIO()
+    PlainScreen(Console(file=out, width=300)).show([side(Kind.FOREBAY)])
+    assert "(upstream:key:875cc6fc)" in out.getvalue()
 
 
 def test_a_log_gets_the_first_line_and_the_last_and_no_more_in_between() -> None:
@@ -94,6 +128,9 @@ def test_the_summary_tells_both_sides_and_the_verdict() -> None:
     text = " ".join(" ".join(drawn(summary(found), width=80, height=60)).split())
     assert "Forebay 10 times as many" in text
     assert "kept on disk 0 800" in text
+    assert "over the least it needs 20.00 x 1.05 x" in text
+    assert "refused with 429 4,000 (80 %) 7 (1.0 %)" in text
+    assert "what bound it cannot tell upstream:key" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.0, "0:00"), (59.9, "0:59"), (100.0, "1:40"), (3723.0, "1:02:03")])
