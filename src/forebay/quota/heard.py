@@ -15,6 +15,7 @@ from forebay.typing import Notice
 
 _TOLERANCE: Final = 0.02  # of a period: what rounding and the network do to a reset
 _CUSHION: Final = 0.01  # of a bucket that is never drained: estimates err, calls overtake. It costs no throughput
+_ROUNDED: Final = 1.0  # units less than this: a bucket's fraction, which headers leave out
 _LEAST_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _FORGET_AFTER: Final = 2.0  # periods without a word
 _LEAST_MEMORY: Final = 60.0  # seconds
@@ -119,11 +120,12 @@ class Heard:
             under_way: what open calls had reserved at that time, and the provider need not have counted.
         """
         bucket = self.bucket
-        refilled = late * bucket.rate if bucket.window_ends is None else 0.0
-        lowest = min(then, bucket.level)
+        refills = bucket.window_ends is None
+        refilled = late * bucket.rate if refills else 0.0
+        lowest = min(then, bucket.level) - (_ROUNDED if refills else 0.0)
         highest = max(then + refilled, bucket.level) + under_way
         if remaining < lowest:
-            self.lower(lowest - remaining)
+            self.lower(min(then, bucket.level) - remaining)
         elif remaining > highest:
             raised = min(bucket.size - bucket.level, remaining - highest)
             bucket.level += raised

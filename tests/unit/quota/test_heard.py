@@ -70,6 +70,20 @@ def test_what_a_neighbour_took_is_taken_off() -> None:
     assert left(quotas, 0.0) == 20
 
 
+def test_the_fraction_that_headers_leave_out_is_not_lost() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(limit=6, remaining=0, reset=60.0))
+    call(quotas, 18.0, told(limit=6, remaining=0, reset=52.0))  # of the 1.8 that have come back, 0.8 is left
+    assert left(quotas, 18.0) == pytest.approx(0.8)
+
+
+def test_a_whole_one_that_a_neighbour_took_is_no_fraction() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(limit=6, remaining=0, reset=60.0))
+    call(quotas, 28.0, told(limit=6, remaining=0, reset=60.0))
+    assert left(quotas, 28.0) == 0.0
+
+
 def test_what_is_left_beyond_all_that_we_know_is_believed() -> None:
     quotas = Quotas()
     call(quotas, 0.0, told(remaining=10, reset=50.0))
