@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import pkgutil
 import platform
@@ -19,13 +20,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Every figure is a ratio, from one run.")
     parser.add_argument("name", choices=names, nargs="?", help="which bench; without one, all are listed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--quick", action="store_true", help="less of it, where a bench takes minutes")
     arguments = parser.parse_args()
     if arguments.name is None:
         for name in names:
             summary = (importlib.import_module(f"bench.{name}").__doc__ or "").splitlines()[0]
             print(f"{name:10} {summary}")
         return
-    figures = importlib.import_module(f"bench.{arguments.name}").run()
+    run = importlib.import_module(f"bench.{arguments.name}").run
+    if arguments.quick and "quick" not in inspect.signature(run).parameters:
+        parser.error(f"{arguments.name} has no --quick")
+    figures = run(quick=True) if arguments.quick else run()
     report = {"bench": arguments.name, "python": platform.python_version(), **figures}
     for name, figure in report.items():
         print(f"{name:28} {figure:.4g}" if isinstance(figure, float) else f"{name:28} {figure}")

@@ -157,12 +157,17 @@ class _Server(web.Server):
             cast("_Handler", handler).abort()
 
 
+def _over_tcp() -> aiohttp.BaseConnector:
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
+
+
 class Gateway:
     """A gateway that listens while its block runs; leaving drains it.
 
     Args:
         settings: what it was given.
         environment: where its secrets are.
+        connect: makes what connects it to its providers; by default that is TCP.
 
     Raises:
         InvalidSecret: on entering; a secret is not there, or is not fit for one.
@@ -170,16 +175,22 @@ class Gateway:
         CannotListen: on entering; the address is taken, or is none of this machine's.
     """
 
-    def __init__(self, settings: GatewaySettings, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        connect: Callable[[], aiohttp.BaseConnector] = _over_tcp,
+    ) -> None:
         self.settings = settings
         self._environment = environment
+        self._connect = connect
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
         self._session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            connector=self._connect(), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
         )
         address = self.settings.address
         try:

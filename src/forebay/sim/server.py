@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
+from forebay import clock
 from forebay.sim import dialect, wire
 from forebay.sim.calls import Call, Cut, Finished, FirstToken, Progress, Refused
 from forebay.sim.config import Dialect, InvalidProvider, ProviderConfig
@@ -49,7 +49,7 @@ class Plant:
         return app
 
     def _begin(self, config: ProviderConfig) -> None:
-        self._provider = SimulatedProvider(config, self._seed, epoch=time.time())
+        self._provider = SimulatedProvider(config, self._seed, epoch=clock.wall_time())
         self._lengths = random.Random(f"{self._seed}/lengths")
 
     # --- calls ------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class Plant:
             return _plain(answer)
         with answer:
             if spoken is Dialect.OPENAI:
-                created = int(time.time())
+                created = int(clock.wall_time())
                 voice: Voice = wire.OpenAI(answer.call_id, asked.model, created, include_usage=asked.include_usage)
             else:
                 voice = wire.Anthropic(answer.call_id, asked.model)

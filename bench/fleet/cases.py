@@ -1,0 +1,172 @@
+"""What agents do, and the plants that they meet: each case is drawn from its seed, and the same for every way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from forebay.sim import wire
+from forebay.sim.calls import Call
+from forebay.sim.config import Allowance, Bursts, Busy, Dialect, Faults, ProviderConfig, Slow, Unit
+
+MODELS: Final = {Dialect.OPENAI: "gpt-4o-mini", Dialect.ANTHROPIC: "claude-sonnet"}
+MOST: Final = 512  # output tokens that a call asks for
+_CHARACTERS: Final = 4  # to a token, and
+_BORDERS: Final = 4  # tokens to a message, as the plant counts
+_LOREM: Final = wire.text(0, 4_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One call of an agent.
+
+    Attributes:
+        input_tokens: that it sends.
+        output_tokens: that the model answers.
+        tools: seconds that the agent is busy before it.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    tools: float
+
+    def text(self) -> str:
+        """So many tokens, as the plant counts them."""
+        length = _CHARACTERS * (self.input_tokens - _BORDERS)
+        return (_LOREM * (1 + length // len(_LOREM)))[:length]
+
+    def call(self, dialect: Dialect) -> Call:
+        """The same as the plant's own kind of call."""
+        return Call(
+            model=MODELS[dialect],
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            max_tokens=MOST,
+            dialect=dialect,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Agents that start at once, and their provider.
+
+    Attributes:
+        config: the provider.
+        agents: how many.
+        turns: calls of each, one after the other.
+        context: input tokens of the first of them.
+        growth: input tokens that each further call has more.
+        streams: whether every second agent streams its answers. One of them asks again when an answer breaks off, for
+            nobody between can take back what has been passed on.
+        seed: all chance comes from it.
+    """
+
+    config: ProviderConfig
+    agents: int
+    turns: int = 6
+    context: int = 800
+    growth: int = 300
+    streams: bool = True
+    seed: int = 1
+    plans: tuple[tuple[Turn, ...], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = random.Random(f"{self.seed}/plans")
+        plans = tuple(tuple(self._turn(draw, number) for number in range(self.turns)) for _ in range(self.agents))
+        object.__setattr__(self, "plans", plans)
+
+    def _turn(self, draw: random.Random, number: int) -> Turn:
+        made = min(400, max(40, round(draw.lognormvariate(5.0, 0.6))))
+        sent = round((self.context + number * self.growth) * draw.uniform(0.9, 1.1))
+        return Turn(sent, made, draw.uniform(0.2, 2.0) if number else 0.0)
+
+    @property
+    def dialect(self) -> Dialect:
+        """What is spoken."""
+        return self.config.dialect
+
+    @property
+    def calls(self) -> int:
+        """Of all agents, if none has to be made twice."""
+        return self.agents * self.turns
+
+
+def _provider(dialect: Dialect, rates: Mapping[Unit, int], *, window: bool = False, **rest: Any) -> ProviderConfig:
+    allowances = tuple(Allowance(unit=unit, amount=amount, window=window) for unit, amount in rates.items())
+    fields = {"slots": 100, "ttft": 0.5, "tpot": 0.02, "noise": 0.0, **rest}
+    return ProviderConfig(dialect=dialect, allowances=allowances, **fields)
+
+
+def _openai(agents: int, *, window: bool = False) -> Case:
+    """A key that grants, in a minute, a quarter of what the agents need."""
+    rates = {Unit.REQUESTS: 3 * agents // 2, Unit.TOKENS: 4_000 * agents}
+    return Case(config=_provider(Dialect.OPENAI, rates, window=window), agents=agents)
+
+
+def _anthropic(agents: int, *, window: bool = False) -> Case:
+    """The same, but that input tokens bind."""
+    rates = {Unit.REQUESTS: 50 + 3 * agents, Unit.INPUT_TOKENS: 2_400 * agents, Unit.OUTPUT_TOKENS: 800 * agents}
+    return Case(config=_provider(Dialect.ANTHROPIC, rates, window=window), agents=agents)
+
+
+def _eleven() -> Case:
+    """Eleven coding agents on a key of the first tier: 50 requests, 30,000 input and 8,000 output tokens a minute."""
+    rates = {Unit.REQUESTS: 50, Unit.INPUT_TOKENS: 30_000, Unit.OUTPUT_TOKENS: 8_000}
+    return Case(config=_provider(Dialect.ANTHROPIC, rates), agents=11, turns=5, context=800, growth=500)
+
+
+_TROUBLE: Final = Faults(
+    stray=0.02,
+    error=0.01,
+    bad_gateway=0.01,
+    unavailable=0.01,
+    cut=0.02,
+    late_error=0.01,
+    bursts=Bursts(every=40, seconds=4),
+)
+
+
+def _stress(dialect: Dialect, *, streams: bool) -> Case:
+    """Rates, slots, bursts of overload, calls cut off, refusals without a reason and a slow spell, all at once."""
+    rates = {Unit.REQUESTS: 40, Unit.TOKENS if dialect is Dialect.OPENAI else Unit.INPUT_TOKENS: 60_000}
+    full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy": Busy.CONCURRENCY}
+    slow = Slow(at=60, seconds=30, factor=3.0)
+    config = _provider(dialect, rates, faults=_TROUBLE, slow=(slow,), **full)
+    return Case(config=config, agents=20, streams=streams)
+
+
+def _spike() -> Case:
+    """For a minute everything takes six times as long, at a provider that refuses what exceeds its slots."""
+    slow = (Slow(at=15, seconds=60, factor=6.0),)
+    config = _provider(Dialect.ANTHROPIC, {Unit.REQUESTS: 200}, slots=12, overcommit=1.0, slow=slow)
+    return Case(config=config, agents=20)
+
+
+def _short(dialect: Dialect) -> Case:
+    """Four agents for half a minute."""
+    rates = {Unit.REQUESTS: 8, Unit.INPUT_TOKENS: 100_000}
+    return Case(config=_provider(dialect, rates), agents=4, turns=3)
+
+
+CASES: Final[Mapping[str, Case]] = {
+    **{f"{agents} agents, OpenAI": _openai(agents) for agents in (5, 10, 20, 50)},
+    **{f"{agents} agents, Anthropic": _anthropic(agents) for agents in (5, 10, 20, 50)},
+    "20 agents, OpenAI, fixed windows": _openai(20, window=True),
+    "20 agents, Anthropic, fixed windows": _anthropic(20, window=True),
+    "eleven agents, growing contexts": _eleven(),
+    "all faults at once, OpenAI": _stress(Dialect.OPENAI, streams=False),
+    "all faults at once, Anthropic": _stress(Dialect.ANTHROPIC, streams=False),
+    "all faults at once, streams": _stress(Dialect.ANTHROPIC, streams=True),
+    "latency spike": _spike(),
+}
+
+FOR_REAL: Final = ("20 agents, OpenAI", "eleven agents, growing contexts", "all faults at once, Anthropic")
+"""Those of them that run over sockets too."""
+
+SHORT: Final[Mapping[str, Case]] = {
+    "4 agents, OpenAI": _short(Dialect.OPENAI),
+    "4 agents, Anthropic": _short(Dialect.ANTHROPIC),
+}
+"""What runs over sockets where there is no time."""

@@ -1,0 +1,11 @@
+"""The gateway as it is installed, told where its provider is: ``python -m bench.fleet.gateway NAME URL``."""
+
+from __future__ import annotations
+
+import sys
+
+from bench.fleet.ways import settings
+from forebay.gateway import serve
+
+if __name__ == "__main__":
+    sys.exit(serve(settings(sys.argv[1], sys.argv[2]), ready=lambda gateway: print(gateway.port, flush=True)))
