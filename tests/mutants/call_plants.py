@@ -7,6 +7,7 @@ from tests.mutants.plants import Mutant
 _ACCEPTANCE, _UNIT = "tests/acceptance/", "tests/unit/"
 _DECISIONS = _UNIT + "upstream/test_decisions.py::"
 _RETRIES = _ACCEPTANCE + "test_upstream_retries.py::"
+_PASSING = _UNIT + "upstream/test_passing.py::"
 _CALLS = _ACCEPTANCE + "test_call_conservation.py::"
 
 MUTANTS = [
@@ -109,6 +110,56 @@ MUTANTS = [
         "if not self.line and self._room(now)",
         "if self._room(now)",
         _DECISIONS + "test_a_small_call_does_not_pass_those_who_wait_for_tokens",
+    ),
+    Mutant(
+        "who passes takes what the head waits for",
+        "upstream/passing.py",
+        "            (scarce is None or not getattr(ask.charge, scarce))\n"
+        "            and all(_spares(quota, ask, over) for quota in spare)\n",
+        "            True\n",
+        _PASSING + "test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes",
+    ),
+    Mutant(
+        "who passes takes what comes back in time for the head alone",
+        "upstream/passing.py",
+        "needed: int = sum(getattr(other.charge, unit) for other in over)",
+        "needed: int = getattr(over[0].charge, unit)",
+        _PASSING + "test_what_those_between_will_need_is_theirs",
+    ),
+    Mutant(
+        "who passes counts on calls under way to use all that they hold",
+        "quota/quotas.py",
+        "needed - self._under_way[unit]",
+        "needed",
+        _PASSING + "test_what_a_call_under_way_may_give_back_at_any_moment_is_the_heads",
+    ),
+    Mutant(
+        "who passes takes the slot of one whom it passes",
+        "upstream/passing.py",
+        "in islice(row, slots - 1):",
+        "in islice(row, slots):",
+        _PASSING + "test_a_slot_is_kept_for_each_who_is_passed",
+    ),
+    Mutant(
+        "who passes takes the money of one whom it passes",
+        "upstream/passing.py",
+        "usd = ask.usd + sum(other.usd for other in over)",
+        "usd = ask.usd",
+        _PASSING + "test_money_is_kept_for_each_who_is_passed_by_the_share_of_the_lowest",
+    ),
+    Mutant(
+        "who passes takes the head's probe",
+        "upstream/account.py",
+        "self.breaker.state(now) is not BreakerState.CLOSED:",
+        "not self.breaker.ready(now):",
+        _PASSING + "test_nobody_passes_a_head_whose_breaker_is_not_closed",
+    ),
+    Mutant(
+        "who passes pushes other tenants back",
+        "upstream/account.py",
+        "            self._go(now, waiting)\n        return seconds",
+        "            self.order.served(waiting.rank)\n            self._go(now, waiting)\n        return seconds",
+        _PASSING + "test_who_passes_does_not_move_the_turns_of_tenants",
     ),
     Mutant(
         "a LOW call starves",

@@ -93,6 +93,18 @@ class Line(Generic[T]):
         """The first place of one rung, or None."""
         return self._head(rung) if self._lengths[rung] else None
 
+    def row(self) -> Iterator[T]:
+        """Every item, the head first, in the order of rung, rank and turn; each is found when it is asked for.
+
+        Those of a rung that the floor would serve earlier are not. The line must not change meanwhile.
+        """
+        for rung in Priority:
+            if self._lengths[rung]:
+                places, queue = _in_order(self._heaps[rung]), self._queues[rung]
+                for place in heapq.merge(places, queue) if queue else places:
+                    if place[_ITEM] is not None:
+                        yield place[_ITEM]
+
     def pop(self) -> T:
         """Serve the head.
 
@@ -153,3 +165,19 @@ class Line(Generic[T]):
             queue.clear()
             queue.extend(live)
         self._dead = 0
+
+
+def _in_order(heap: list[Place]) -> Iterator[Place]:
+    """The places of a heap, lowest first, without taking it apart."""
+    length = len(heap)
+    coming = [(heap[0], 0)] if heap else []
+    while coming:
+        place, at = coming[0]
+        yield place
+        child = 2 * at + 1
+        if child < length:
+            heapq.heapreplace(coming, (heap[child], child))
+            if child + 1 < length:
+                heapq.heappush(coming, (heap[child + 1], child + 1))
+        else:
+            heapq.heappop(coming)

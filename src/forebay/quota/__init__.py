@@ -3,6 +3,18 @@
 from forebay.quota.budget import Budget, Purse, Sum, check_dollars
 from forebay.quota.prices import Price, Prices
 from forebay.quota.quota import Quota
-from forebay.quota.quotas import Delay, Quotas, Reservation
+from forebay.quota.quotas import Delay, Quotas, Reservation, Spare
 
-__all__ = ["Budget", "Delay", "Price", "Prices", "Purse", "Quota", "Quotas", "Reservation", "Sum", "check_dollars"]
+__all__ = [
+    "Budget",
+    "Delay",
+    "Price",
+    "Prices",
+    "Purse",
+    "Quota",
+    "Quotas",
+    "Reservation",
+    "Spare",
+    "Sum",
+    "check_dollars",
+]

@@ -77,6 +77,13 @@ class Bucket:
             return missing / self.rate
         return self.window_ends - now + self.per * (math.ceil(missing / self.amount) - 1)
 
+    def left_in(self, now: float, seconds: float) -> float:
+        """What is left in `seconds`, were it to grow without a bound; infinity if a window has turned by then."""
+        self.refill(now)
+        if self.window_ends is None:
+            return self.level + seconds * self.rate
+        return self.level if now + seconds < self.window_ends else math.inf
+
     def take(self, now: float, amount: float) -> None:
         """Take `amount`, into debt if it must be."""
         self.refill(now)

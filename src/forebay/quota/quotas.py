@@ -52,6 +52,22 @@ class Level(msgspec.Struct, frozen=True):
     learned: bool
 
 
+class Spare(NamedTuple):
+    """What one quota has beyond what a call needs that waits.
+
+    Attributes:
+        beyond: so much is there by the time at which it could go; below zero is what it waits for.
+        unit: what it counts.
+        left: of it, at that time, were it to grow without a bound.
+        full: what it holds at most; who finds that has lost nothing.
+    """
+
+    beyond: float
+    unit: str
+    left: float
+    full: float
+
+
 class Reservation:
     """What one call holds of the quotas until it is settled, released or refused: exactly one of them, once."""
 
@@ -119,6 +135,28 @@ class Quotas:
             if seconds > longest:
                 longest, binding = seconds, _name(unit, bucket.per)
         return Delay(longest, binding)
+
+    def spare(self, now: float, charge: Charge) -> list[Spare]:
+        """What others may take now without delaying a call of this charge that waits: the scarcest comes first.
+
+        Before the earliest moment at which it could go, even if calls under way gave back all that they hold, what
+        others take may come back. A window that has turned by then is not told of.
+        """
+        self._pass(now)
+        buckets = [(given.unit, given.bucket) for given in self._given]
+        buckets += [(unit, heard.bucket) for unit, heard in self._heard.items()]
+        seconds = max(0.0, self._hold_until - now)
+        for unit, bucket in buckets:
+            amount = getattr(charge, unit)
+            if 0 < amount <= bucket.amount:
+                needed = min(amount + bucket.kept, bucket.size)
+                seconds = max(seconds, bucket.time_to(now, needed - self._under_way[unit]))
+        spare = []
+        for unit, bucket in buckets:
+            left, full = bucket.left_in(now, seconds) - bucket.kept, bucket.size - bucket.kept
+            if left < math.inf:
+                spare.append(Spare(left - min(getattr(charge, unit), full), unit, left, full))
+        return sorted(spare)
 
     def reserve(self, now: float, charge: Charge) -> Reservation:
         """Take what a call needs, as it is sent; into debt if its holder did not ask `wait`."""

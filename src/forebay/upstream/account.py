@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from forebay.admission import BookedSeats, Line, Place
-from forebay.breaker import Breaker
+from forebay.breaker import Breaker, BreakerState
 from forebay.quota import Quotas
 from forebay.task import Priority
 from forebay.typing import Charge, Limit, Notice, Outcome
-from forebay.upstream.ask import Ask, Ended, Go, Held, No, Permit, Wait
+from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Purse, Wait
 from forebay.upstream.deadlines import Deadlines
 from forebay.upstream.order import Order
 from forebay.upstream.pace import Pace
+from forebay.upstream.passing import first_to_pass
 from forebay.upstream.waiting import Waiter
 
 _GAIN = 0.05  # weight of the newest call in the typical one's time
@@ -43,24 +43,6 @@ class Waiting:
     def stands(self) -> bool:
         """Whether it is in the line."""
         return self.place is not None
-
-
-class Purse(Protocol):
-    """A budget that a call draws on. It knows what day it is."""
-
-    name: str
-
-    def affords(self, usd: float, priority: Priority) -> bool:
-        """Whether so much may be reserved."""
-
-    def reserve(self, usd: float) -> Held:
-        """Set so much aside."""
-
-    def load(self) -> float:
-        """What is spent and reserved over all that there is."""
-
-    def resets_in(self) -> float | None:
-        """Seconds until all of it is there again; None for never."""
 
 
 class Account:
@@ -132,7 +114,8 @@ class Account:
         if refusal is not None:
             return refusal
         if not self.line and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0:
-            return Go(self._take(now, ask, self.order.rank(ask)))
+            self.order.served(self.order.rank(ask))
+            return Go(self._take(now, ask))
         seconds, binding = self.expected_wait(now, ask)
         if len(self.line) >= _LINE:
             return No(f"{_LINE} calls wait already", "line", 1.0, self._seat(now, ask, seconds))
@@ -181,10 +164,9 @@ class Account:
     def _room(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
-    def _take(self, now: float, ask: Ask, rank: tuple[float, float]) -> Permit:
+    def _take(self, now: float, ask: Ask) -> Permit:
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
-        self.order.served(rank)
         reservation = self.quotas.reserve(now, ask.charge)
         sums = tuple(purse.reserve(ask.usd) for purse in self._purses(ask))
         grant = self.limit.grant(now, self.in_flight)
@@ -221,13 +203,31 @@ class Account:
                 return _earliest(self.limit.next_change(now), self._deadlines.next(), ripe)
             seconds, _ = self.quotas.wait(now, waiting.ask.charge)
             if seconds > 0.0:
-                return _earliest(now + seconds, self._deadlines.next())
+                passed = self._let_pass(now)
+                if passed > 0.0:
+                    return _earliest(now + min(seconds, passed), self._deadlines.next())
+                continue
             self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
+            self.order.served(waiting.rank)
             self._go(now, waiting)
         return None
 
+    def _let_pass(self, now: float) -> float:
+        """The head waits for a quota: send one behind it that does not delay it.
+
+        Returns:
+            0 if one was sent; else seconds until one could be, or infinity.
+        """
+        slots = self.limit.limit(now) - self.in_flight
+        if slots == 1 or len(self.line) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
+            return math.inf  # the only slot is the head's, and so is a probe
+        seconds, waiting = first_to_pass(now, self.line.row(), self.quotas, self._purses, slots=slots)
+        if waiting is not None and not seconds:
+            self._go(now, waiting)
+        return seconds
+
     def _go(self, now: float, waiting: Waiting) -> None:
-        permit = self._take(now, waiting.ask, waiting.rank)
+        permit = self._take(now, waiting.ask)
         if not self._answer(waiting, Go(permit)):
             self.never_sent(now, permit)
 

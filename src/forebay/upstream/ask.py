@@ -43,6 +43,24 @@ class Held(Protocol):
         """It has cost so much."""
 
 
+class Purse(Protocol):
+    """A budget that a call draws on. It knows what day it is."""
+
+    name: str
+
+    def affords(self, usd: float, priority: Priority) -> bool:
+        """Whether so much may be reserved."""
+
+    def reserve(self, usd: float) -> Held:
+        """Set so much aside."""
+
+    def load(self) -> float:
+        """What is spent and reserved over all that there is."""
+
+    def resets_in(self) -> float | None:
+        """Seconds until all of it is there again; None for never."""
+
+
 class Permit(msgspec.Struct, eq=False):
     """A call that may be sent: one slot, its charge and its dollars are held for it. Closed exactly once.
 

@@ -113,6 +113,7 @@ class LineMachine(RuleBasedStateMachine):
         assert len(self.line) == len(self.waiting)
         assert bool(self.line) == bool(self.waiting)
         assert set(self.line) == set(self.waiting)
+        assert list(self.line.row()) == sorted(self.waiting, key=lambda guest: (guest.rung, guest.rank, guest.turn))
         for rung in Priority:
             assert self.line.ahead(rung) == sum(guest.rung <= rung for guest in self.waiting)
 
