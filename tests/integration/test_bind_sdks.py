@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import operator
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import ModuleType
 from typing import Any, Final
@@ -367,3 +368,15 @@ async def test_several_loops_share_an_account(side: Side, plant: RunningPlant) -
     await asyncio.gather(*[loop.run_in_executor(None, many(side, plant, upstream)) for _ in range(4)])
     assert left(upstream) == NOTHING
     assert max(desk.account.peak for desk in upstream.books) == 4
+
+
+@pytest.mark.parametrize("where", ["responses", "realtime", "beta.realtime"])
+def test_a_websocket_is_opened_as_ever_and_warned_of_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    bound = Upstream("key", provider="openai").bind(openai.OpenAI(api_key="k"))
+    resource = operator.attrgetter(where)(bound)
+    assert callable(resource.connect.__wrapped__), "this generation opens it elsewhere"
+    managers = [resource.connect(**({} if where == "responses" else {"model": "gpt-realtime"})) for _ in range(2)]
+    assert all(hasattr(manager, "__enter__") for manager in managers)
+    (record,) = caplog.records
+    assert "over HTTP" in record.message
+    made_blocking.append(bound)

@@ -232,7 +232,11 @@ class Upstream:
         with self._lock:
             told, self._unmetered_told = self._unmetered_told, True
         if not told:
-            log.warning("what goes over a WebSocket is not paced, counted or paid for by %r: only HTTP is", self)
+            log.warning(
+                "what goes over a WebSocket is not paced, counted or paid for by %r: call the model over HTTP, where"
+                " answers stream too, or hold a permit by upstream.call(model, ...) for each answer and settle its use",
+                self,
+            )
 
     def _warn_unpriced(self, model: str) -> None:
         if not self._money.any or not model:

@@ -12,6 +12,7 @@ from forebay.errors import AlreadyBound, NotBindable
 from forebay.upstream.transport.dress import Dress, dress_of_sdk
 from forebay.upstream.transport.exchange import Binding
 from forebay.upstream.transport.http import kit_for
+from forebay.upstream.transport.sockets import watched_client
 
 if TYPE_CHECKING:
     from forebay.upstream.upstream import Upstream
@@ -21,7 +22,6 @@ ClientT = TypeVar("ClientT")
 _LIBRARIES: Final = ("httpx2", "httpx")
 _SDK_BASES: Final = ("SyncAPIClient", "AsyncAPIClient")  # of every SDK that is made by Stainless
 _RESOURCE_BASES: Final = ("SyncAPIResource", "AsyncAPIResource")
-_SOCKETS: Final = ("realtime", "live")  # of OpenAI's SDK
 _LAZY: Final = ("_client", "_async_client")  # of LangChain models that take no client
 
 
@@ -91,7 +91,7 @@ class Binder:
         if inner is client._client and client.max_retries == 0:  # noqa: SLF001
             return client
         bound = client.copy(http_client=inner, max_retries=0)  # retries are the upstream's
-        bound.__class__ = _watched(type(client))  # type: ignore[arg-type]  # a class can be hashed
+        bound.__class__ = watched_client(type(client))  # type: ignore[arg-type]  # a class can be hashed
         self._copies[id(client)] = bound
         return bound
 
@@ -144,31 +144,6 @@ def _has_base(thing: Any, names: tuple[str, ...]) -> str | None:
 
 def _is_langchain(client: Any) -> bool:
     return any(base.__module__.startswith("langchain_core.") for base in type(client).__mro__)
-
-
-@functools.cache
-def _watched(kind: Any) -> Any:
-    """An SDK client's class, which says so when something is used that goes past the upstream, by a WebSocket."""
-    names = [name for name in _SOCKETS if hasattr(kind, name)]
-    if not names or getattr(kind, "forebay_watched", False):
-        return kind
-    members: dict[str, Any] = {
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "forebay_watched": True,
-    }
-    watched = type(kind.__name__, (kind,), members)
-
-    def watch(name: str) -> property:
-        def get(self: Any) -> Any:
-            self._client._transport.binding.upstream.warn_unmetered()  # noqa: SLF001
-            return getattr(super(watched, self), name)
-
-        return property(get)
-
-    for name in names:
-        setattr(watched, name, watch(name))
-    return watched
 
 
 @functools.cache

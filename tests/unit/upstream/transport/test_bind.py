@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 from types import ModuleType
 from typing import Any
 
@@ -109,13 +110,32 @@ def test_an_sdk_client_keeps_what_it_was_given_and_its_copies_stay_bound() -> No
 def test_it_is_said_once_that_a_websocket_goes_past_the_upstream(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key", provider="openai")
     bound = upstream.bind(openai.AsyncOpenAI(api_key="k"))
-    bound.chat  # noqa: B018 - HTTP: nothing to say of it
+    for over_http in (bound.chat.completions.create, bound.responses.create, bound.realtime.client_secrets.create):
+        assert callable(over_http)  # nothing to say of it
     assert not caplog.records
     for client in (bound, bound, bound.with_options(timeout=3)):
-        assert callable(client.realtime.connect)
+        client.realtime.connect(model="gpt-realtime")
     (record,) = caplog.records
     assert "WebSocket" in record.message
     assert "'key'" in record.message
+    assert "over HTTP" in record.message
+
+
+@pytest.mark.parametrize("kind", [openai.OpenAI, openai.AsyncOpenAI])
+@pytest.mark.parametrize("where", ["responses", "realtime", "beta.responses", "beta.realtime", "realtime.translations"])
+def test_so_it_is_wherever_the_sdk_opens_one(kind: Any, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    bound = Upstream("key", provider="openai").bind(kind(api_key="k"))
+    operator.attrgetter(where)(bound).connect(**({"model": "gpt-realtime"} if "realtime" in where else {}))
+    assert len(caplog.records) == 1
+
+
+def test_a_copy_with_an_http_client_of_its_own_is_not_bound_and_nothing_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bound: Any = Upstream("key", provider="openai").bind(openai.OpenAI(api_key="k"))
+    with httpx2.Client() as http:
+        bound.with_options(http_client=http).realtime.connect(model="gpt-realtime")
+    assert not caplog.records
 
 
 def test_the_connections_of_a_client_that_is_dropped_stay_open() -> None:
