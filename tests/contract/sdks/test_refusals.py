@@ -1,0 +1,69 @@
+"""What Forebay refuses ends in an exception of the SDK's own family, at once, and costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.contract.sdks.conftest import Plant
+from tests.contract.sdks.house import Behind, House, until
+from tests.contract.sdks.test_faults import error_of
+
+from forebay.quota import Price
+
+LONG: Any = {"extra_headers": {"x-plant-output-tokens": "100000"}, "max_tokens": 100_000}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_quota_that_is_used_up(house: House, plant: Plant, stream: bool) -> None:  # noqa: FBT001
+    way = house.open(plant.url, rpm=1, longest_wait=5.0)
+    caller = way.caller.also(max_retries=0)  # else a caller of the gateway would come back in a minute
+    caller.create()
+    error = error_of(lambda: caller.create(stream=stream))
+    way.check_refusal(error, 429, "requests per minute")
+    if isinstance(way, Behind):
+        assert 0 < int(error.response.headers["retry-after-ms"]) <= 130_000
+    else:
+        assert 0 < error.retry_after <= 130
+        for asked in (way.caller, way.caller.also(max_retries=3, timeout=7)):  # no SDK calls again, whatever it is told
+            way.check_refusal(error_of(asked.create), 429, "requests per minute")
+    assert plant.asked == 1
+    assert way.nothing_is_left()
+
+
+def test_a_budget_that_is_spent(house: House, plant: Plant) -> None:
+    way = house.open(plant.url, budget_usd=60.0, prices={"*": Price(input=0, output=1e6)})
+    way.caller.create()
+    way.check_refusal(error_of(way.caller.create), 402, "budget")
+    way.check_refusal(error_of(lambda: way.caller.create(stream=True)), 402, "budget")
+    assert plant.asked == 1
+    assert way.upstream.statistics().spent_usd == 40.0
+    assert way.nothing_is_left()
+
+
+def test_a_call_that_is_larger_than_its_bucket(house: House, plant: Plant) -> None:
+    way = house.open(plant.url, output_tpm=30)
+    way.check_refusal(error_of(way.caller.create), 413, "output tokens per minute")
+    assert plant.asked == 0
+
+
+def test_a_deadline_that_has_passed(house: House, plant: Plant) -> None:
+    way = house.open(plant.url)
+    way.check_refusal(error_of(way.within(-1.0).create), 408, "deadline")
+    assert plant.asked == 0
+
+
+def test_a_full_limit_and_a_deadline_that_is_too_near(house: House, plant: Plant) -> None:
+    way = house.open(plant.url, max_concurrent=1)
+    with way.caller.begin(**LONG):
+        error = error_of(way.within(0.5).also(max_retries=0).create)
+    way.check_refusal(error, 429, "line")
+    assert plant.told()["calls"] == 1
+    assert way.nothing_is_left()
+
+
+def test_who_has_to_wait_gets_a_turn(house: House, plant: Plant) -> None:
+    way = house.open(plant.url, max_concurrent=1)
+    assert len({answer.id for answer in way.caller.many(4)}) == 4
+    assert way.nothing_is_left()
+    until(lambda: plant.told()["in_flight"] == 0)
