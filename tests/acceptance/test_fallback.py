@@ -173,7 +173,7 @@ async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
         spare = Upstream("spare", max_concurrent=1)
         llm = Upstream("llm", max_concurrent=1, longest_wait=5.0, fallback=Fallback(to=spare, when=0.1))
         await where(llm)
-        llm.books.desk("gpt-4o").account.typical = 1.0
+        llm.books.desk("gpt-4o").account.service.held = 1.0
 
         async def one(upstream: Upstream) -> None:
             async with upstream.call("gpt-4o"):

@@ -182,7 +182,7 @@ async def test_a_refusal_further_on_is_no_fault_of_what_is_guarded() -> None:
 @virtual
 async def test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take() -> None:
     upstream = Upstream("llm")
-    for _ in range(30):
+    for _ in range(20):
         with pytest.raises(ConnectionError):
             await _fails(upstream)
     assert account(upstream).pace.expected(100) is None

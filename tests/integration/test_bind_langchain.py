@@ -75,7 +75,7 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: RunningPlan
         message(part) async for part in bare.astream("Rivers?")
     ]
     assert left(upstream) == NOTHING
-    assert next(iter(upstream.books)).account.typical > 0
+    assert next(iter(upstream.books)).account.service.typical > 0
 
 
 @NAMES

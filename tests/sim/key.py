@@ -111,9 +111,7 @@ class Fleet:
                 return Tried(error=broken, again=True, ended=Ended(outcome=Outcome.FAULT))
             desk.began(permit, notices(answer.headers, wall=clock.wall_time()))
             seconds = clock.now() - began
-            pace = desk.account.pace
-            stretch = pace.stretch(OUTPUT, seconds)
-            pace.learn(OUTPUT, seconds)
+            stretch = desk.paced(permit, OUTPUT, seconds)
             used = Charge(input_tokens=INPUT, output_tokens=OUTPUT, tokens=INPUT + OUTPUT)
             return Tried(ended=Ended(outcome=Outcome.SUCCESS, used=used, seconds=seconds, stretch=stretch))
 

@@ -72,8 +72,8 @@ def refusal(protocol: Protocol, error: Overloaded) -> Answer:
         status = 402
     elif error.load == math.inf:
         status = 413  # it is larger than its bucket will ever be
-    elif part == "deadline":
-        status = 408
+    elif part == "deadline" and error.retry_after is None:
+        status = 408  # it has passed
     elif part == "breaker":
         status = 529 if protocol == "anthropic" else 503
     else:

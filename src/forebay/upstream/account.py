@@ -16,10 +16,10 @@ from forebay.upstream.deadlines import Deadlines
 from forebay.upstream.order import Order
 from forebay.upstream.pace import Pace
 from forebay.upstream.passing import first_to_pass
+from forebay.upstream.service import Service, bearable
 from forebay.upstream.waiting import Waiter
 
-_GAIN = 0.05  # weight of the newest call in the typical one's time
-_UNKNOWN = 1.0  # seconds that a call is taken to last before the first has ended
+_GAIN = 0.05  # weight of the newest wait in the typical one
 _LINE = 10_000  # calls that may wait, however short that is expected to be
 _SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
 _RUNG_UP = 4  # typical waits after which a call goes one rung up
@@ -80,7 +80,7 @@ class Account:
         self.in_flight = 0
         self.peak = 0
         self.coming = 0  # runs that have begun, or are held back, and have not made their first call
-        self.typical = 0.0  # seconds that a call takes, as a moving mean; 0 before the first
+        self.service = Service()
         self.line: Line[Waiting] = Line()
         self._deadlines: Deadlines[Waiting] = Deadlines()
         self._purses = purses
@@ -91,11 +91,6 @@ class Account:
         self._seats = BookedSeats()
         self._stopped_until = -math.inf
         self._young: deque[Permit] = deque()  # given within the last second, and some that have ended since
-
-    @property
-    def typical_or_guess(self) -> float:
-        """Seconds that a call takes, or is taken to take before the first has ended."""
-        return self.typical or _UNKNOWN
 
     @property
     def unused(self) -> bool:
@@ -110,12 +105,12 @@ class Account:
         Go has taken everything that the call needs. Wait has taken nothing: its caller may `join` the line.
         """
         self._ripen(now)
+        ask.since = min(ask.since, now)
         refusal = self._refusal(now, ask)
         if refusal is not None:
             return refusal
         if not self.line and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0:
-            self.order.served(self.order.rank(ask))
-            return Go(self._take(now, ask))
+            return self._late(now, ask) or self._let_go(now, ask)
         seconds, binding = self.expected_wait(now, ask)
         if len(self.line) >= _LINE:
             return No(f"{_LINE} calls wait already", "line", 1.0, self._seat(now, ask, seconds))
@@ -124,9 +119,9 @@ class Account:
                 f"a call would wait about {seconds:.3g} s for {binding}, and {self._longest_wait:g} s is the longest"
             )
             return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
-        if now + seconds > ask.deadline:
-            reason = f"its deadline comes before its turn, in about {seconds:.3g} s"
-            return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
+        if seconds > bearable(now, ask):
+            reason = f"it would wait about {seconds:.3g} s for {binding}, more than half of the time to its deadline"
+            return No(reason, "deadline", seconds / self._longest_wait, self._seat(now, ask, seconds))
         return Wait(seconds, binding)
 
     def join(self, now: float, ask: Ask, waiter: Waiter) -> Waiting:
@@ -161,6 +156,16 @@ class Account:
             return No(f"it is larger than {binding} will ever be", binding or "quota", math.inf, None)
         return None
 
+    def _late(self, now: float, ask: Ask) -> No | None:
+        if not self.service.hopeless(now, ask):
+            return None
+        again = self._seat(now, ask, self.expected_wait(now, ask)[0])
+        return No("it could not be answered before its deadline any more", "deadline", 1.0, again)
+
+    def _let_go(self, now: float, ask: Ask) -> Go:
+        self.order.served(self.order.rank(ask))
+        return Go(self._take(now, ask))
+
     def _room(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
@@ -186,10 +191,10 @@ class Account:
 
     def _pump(self, now: float) -> float | None:
         ripe = self._ripen(now)
-        while (late := self._deadlines.passed(now)) is not None:
-            seconds = self.expected_wait(now, late.ask)[0]
-            again = self._seat(now, late.ask, seconds)
-            self._answer(late, No("its deadline passed while it waited", "line", 1.0, again))
+        while (gone := self._deadlines.passed(now)) is not None:
+            seconds = self.expected_wait(now, gone.ask)[0]
+            again = self._seat(now, gone.ask, seconds)
+            self._answer(gone, No("its deadline passed while it waited", "line", 1.0, again))
         if not self.line:
             return None
         self._promote(now)
@@ -227,13 +232,16 @@ class Account:
         return seconds
 
     def _go(self, now: float, waiting: Waiting) -> None:
+        if (late := self._late(now, waiting.ask)) is not None:
+            self._answer(waiting, late)
+            return
         permit = self._take(now, waiting.ask)
         if not self._answer(waiting, Go(permit)):
             self.never_sent(now, permit)
 
     def _promote(self, now: float) -> None:
         """Who has waited four times as long as is typical goes one rung up: a low run that has begun must end too."""
-        patience = _RUNG_UP * max(self._typical_wait, self.typical_or_guess)
+        patience = _RUNG_UP * max(self._typical_wait, self.service.typical_or_guess)
         for rung in list(Priority)[1:]:
             place = self.line.first(rung)
             if place is not None and now - place[2].since > patience:
@@ -301,8 +309,8 @@ class Account:
             self.quotas.settle(now, permit.reservation, ask.charge if ended.used is None else ended.used)
         for held in permit.sums:
             held.settle(ask.usd if ended.usd is None else ended.usd)
-        if ended.seconds is not None:
-            self.typical = self.typical + _GAIN * (ended.seconds - self.typical) if self.typical else ended.seconds
+        took = now - permit.at if ended.seconds is None else ended.seconds
+        self.service.ended(took, ended, slots=self.limit.limit(now))
         judged = ended.outcome if ended.final else Outcome.IGNORED
         if self.breaker.record(now, judged, permit.era) is not None:
             self.refuse_all(now)
@@ -315,13 +323,15 @@ class Account:
         """Its provider says that its money is spent: ask it no more for a while, for it would only refuse."""
         self._stopped_until = now + seconds
 
-    def paced(self, tokens: int, seconds: float) -> float | None:
-        """A success took so long for its output tokens; returns its stretch, if it made any and that is known."""
+    def paced(self, now: float, permit: Permit, tokens: int, seconds: float) -> float | None:
+        """A success took so long for its output tokens; returns its stretch, if it made any and that is known.
+
+        Only with at most half of the limit in flight is it taken for normal: else our own load would be.
+        """
         if not tokens:
             return None
-        stretch = self.pace.stretch(tokens, seconds)
-        self.pace.learn(tokens, seconds)
-        return stretch
+        light = max(permit.grant.in_flight, self.in_flight) <= max(1, self.limit.limit(now) // 2)
+        return self.pace.stretch(tokens, seconds, light=light)
 
     # --- what presses ---
 
@@ -338,7 +348,7 @@ class Account:
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
-            slot = rounds * self.typical
+            slot = rounds * self.service.held
             if slot > seconds:
                 return slot, "concurrency"
         return seconds, binding
@@ -349,7 +359,7 @@ class Account:
         if refusal is not None:
             return max(1.0, refusal.load)
         seconds, _ = self.expected_wait(now, ask)
-        return math.inf if now + seconds > ask.deadline else seconds / self._longest_wait
+        return math.inf if seconds > bearable(now, ask) else seconds / self._longest_wait
 
     def load(self, now: float, ask: Ask) -> tuple[float, str]:
         """Expected wait of the next typical call over the longest wait allowed, and what binds."""
@@ -359,15 +369,13 @@ class Account:
         return seconds / self._longest_wait, binding
 
     def _seat(self, now: float, ask: Ask, seconds: float) -> float | None:
-        """When one who would wait `seconds` may come again: not before that has fallen to the longest wait."""
+        """When one who would wait `seconds` may come again: not before that has fallen to what it may be."""
         early = max(0.0, seconds - self._longest_wait)
         each = self.expected_wait(now, ask, others=1)[0] - seconds  # what one call more adds
         if each <= 0.0:
-            each = self.typical / max(1, self.limit.limit(now))
+            each = self.service.held / max(1, self.limit.limit(now))
         seat = self._seats.book(now + early, 1.0 / each if each else None, self._draw())
-        if seat is None:
-            return early or None
-        return early + seat
+        return max(early + (seat or 0.0), seconds - bearable(ask.since, ask)) or None
 
 
 def _times(charge: Charge, count: int) -> Charge:

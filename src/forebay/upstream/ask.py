@@ -24,6 +24,7 @@ class Ask(msgspec.Struct, kw_only=True, eq=False):
         run: the id of the task that makes it, or None: then it is unattributed.
         model: what it is for.
         retries: tries of it that have failed; a retried call goes to the head of its rung.
+        since: when it asked first; the account notes it.
     """
 
     charge: Charge = Charge()
@@ -34,6 +35,7 @@ class Ask(msgspec.Struct, kw_only=True, eq=False):
     run: str | None = None
     model: str = ""
     retries: int = 0
+    since: float = math.inf
 
 
 class Held(Protocol):

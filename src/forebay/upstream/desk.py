@@ -141,16 +141,16 @@ class Desk:
             self.account.stop(now, seconds)
             self.account.refuse_all(now)
 
-    def paced(self, tokens: int, seconds: float) -> float | None:
+    def paced(self, permit: Permit, tokens: int, seconds: float) -> float | None:
         """A success took so long for its output tokens; returns its stretch, if it made any and that is known."""
         with self._lock:
-            return self.account.paced(tokens, seconds)
+            return self.account.paced(clock.now(), permit, tokens, seconds)
 
-    def learn(self, estimated: int, usage: Usage, used: Charge, seconds: float) -> float | None:
+    def learn(self, permit: Permit, estimated: int, usage: Usage, used: Charge, seconds: float) -> float | None:
         """A success used so much, and took so long; returns its stretch, if that is known."""
         with self._lock:
             self.experience.observe(estimated, usage, used)
-            return self.account.paced(usage.output_tokens, seconds)
+            return self.account.paced(clock.now(), permit, usage.output_tokens, seconds)
 
     def settle(self, permit: Permit, ended: Ended) -> None:
         """Close a permit."""
@@ -190,7 +190,7 @@ class Desk:
     def _may_start(self, now: float, rung: Priority) -> bool:
         if not self.account.breaker.ready(now):
             return False
-        allowed = self.account.typical_or_guess
+        allowed = self.account.service.typical_or_guess
         if rung is not Priority.CRITICAL:
             allowed = _START_SHARE * allowed if self._start_wait is None else self._start_wait
         begun = self.account.coming - sum(self._held.values())  # what is held back must not hold itself back
@@ -198,7 +198,7 @@ class Desk:
 
     def typical(self) -> float:
         """See `forebay.typing.Source`."""
-        return self.account.typical_or_guess
+        return self.account.service.typical_or_guess
 
     def hold_back(self, who: object, runs: int) -> None:
         """See `forebay.typing.Source`."""

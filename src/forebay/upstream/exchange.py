@@ -242,7 +242,7 @@ class Exchange:
         usd = self.upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
         stretch = None
         if outcome is Outcome.SUCCESS:
-            stretch = self.desk.learn(self.read.input_tokens, usage, used, seconds)
+            stretch = self.desk.learn(permit, self.read.input_tokens, usage, used, seconds)
         return Ended(outcome=outcome, used=used, usd=usd, seconds=seconds, stretch=stretch, notices=heard)
 
 

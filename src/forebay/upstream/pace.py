@@ -5,18 +5,25 @@ from __future__ import annotations
 _FORGET = 0.98  # weight of what was known, at each new call
 _LEAST = 12  # calls before anything is said
 _FLOOR = 1e-3  # seconds
+_FAST = 2 / 3  # of the time expected
 
 
 class Pace:
     """``time = ttft + tokens * tpot``, learned from successes by least squares in which old ones fade.
 
-    `ttft` is the time to the first token and `tpot` the time for each further one, both in seconds.
+    `ttft` is the time to the first token and `tpot` the time for each further one, both in seconds. Once a dozen calls
+    are known, only those of a light load are learned from: else a provider that our own load slows down, little by
+    little, would never be found slow. If a dozen in a row are far faster than what is known, that was wrong, and is
+    forgotten.
     """
 
-    __slots__ = ("_count", "_n", "_x", "_xx", "_xy", "_y")
+    __slots__ = ("_count", "_fast", "_n", "_x", "_xx", "_xy", "_y")
 
     def __init__(self) -> None:
-        self._count = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._count = self._fast = 0
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def learn(self, tokens: int, seconds: float) -> None:
@@ -42,11 +49,20 @@ class Pace:
         expected = ttft + tokens * tpot
         return max(expected, _FLOOR, 0.05 * mean)
 
-    def typical(self) -> float | None:
-        """Mean seconds of a call lately, or None before the first."""
-        return self._y / self._n if self._n else None
+    def stretch(self, tokens: int, seconds: float, *, light: bool) -> float | None:
+        """Take one success into account: its time over the time expected, or None if that is not known yet.
 
-    def stretch(self, tokens: int, seconds: float) -> float | None:
-        """Its time over the time expected, or None if that is not known yet."""
+        Args:
+            tokens: that it made.
+            seconds: that it took.
+            light: whether the load was too light to slow it down.
+        """
         expected = self.expected(tokens)
-        return None if expected is None else seconds / expected
+        stretch = None if expected is None else seconds / expected
+        if stretch is not None:
+            self._fast = self._fast + 1 if stretch < _FAST else 0
+            if self._fast == _LEAST:
+                self._forget()
+        if light or self._count < _LEAST:
+            self.learn(tokens, seconds)
+        return stretch

@@ -76,6 +76,6 @@ def _of(desk: Desk, now: float) -> AccountStatistics:
         breaker=account.breaker.state(now).value,
         load=load,
         binding=binding,
-        typical=account.typical,
+        typical=account.service.typical,
         sent_on=desk.sent_on,
     )

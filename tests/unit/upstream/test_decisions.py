@@ -156,12 +156,106 @@ def test_a_call_whose_deadline_has_passed_is_not_sent_though_there_is_room() -> 
     assert "deadline" in House().no(9.0, deadline=9.0).reason
 
 
-def test_a_call_that_would_wait_beyond_its_deadline_is_refused_at_once() -> None:
+def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_once() -> None:
     house = House()
     house.take(0.0, seconds=8.0)
     house.go(0.0)
-    assert "deadline" in house.no(0.0, deadline=7.0).reason
-    house.wait(0.0, deadline=9.0)
+    assert house.no(0.0, deadline=15.0).binding == "deadline"
+    house.wait(0.0, deadline=17.0)
+
+
+def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_enough() -> None:
+    house = House()
+    house.take(0.0, seconds=8.0)
+    house.go(0.0)
+    house.wait(0.0)
+    house.wait(0.0)  # so the next one would wait for 24 s
+    again = house.no(0.0, deadline=20.0).retry_after
+    assert again is not None
+    assert again >= 24.0 - 10.0
+
+
+def late(house: House, now: float, *, seconds: float) -> Go | No | None:
+    """What a call is told whose turn comes when two of its ten seconds are left, by those that took `seconds`."""
+    for _ in range(20):
+        house.take(now, seconds=seconds)
+    holder = house.go(now)
+    _, caller = house.wait(now, deadline=now + 10.0)
+    house.end(now + 8.0, holder)
+    if isinstance(caller.given, Go):
+        house.end(now + 8.0, caller.given.permit)
+    return caller.given
+
+
+def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it() -> None:
+    house = House()
+    assert isinstance(late(house, 0.0, seconds=2.1), Go)  # one in ten seconds shows whether the estimate is right
+    given = late(house, 9.0, seconds=2.1)
+    assert isinstance(given, No)
+    assert given.binding == "deadline"
+    assert isinstance(late(house, 9.5, seconds=1.9), Go)
+    assert isinstance(late(house, 18.0, seconds=2.1), Go)
+
+
+def test_a_call_is_not_held_to_times_of_which_too_few_are_known() -> None:
+    house = House()
+    for _ in range(7):
+        house.take(0.0, seconds=5.0)
+    house.account.service.held = 0.1
+    for second in (0.0, 1.0):
+        holder = house.go(second)
+        _, caller = house.wait(second, deadline=second + 10.0)
+        house.end(second + 8.0, holder, Ended(outcome=Outcome.IGNORED))
+        assert isinstance(caller.given, Go)
+        house.end(second + 8.0, caller.given.permit, FAULT)
+
+
+def test_a_call_with_little_time_from_the_first_is_let_go_at_once() -> None:
+    house = House(9)
+    for _ in range(20):
+        house.take(0.0, seconds=5.0)
+    for _ in range(3):
+        house.go(0.0, deadline=1.0)
+
+
+def test_a_call_that_is_tried_again_late_is_judged_by_the_time_it_had_at_first() -> None:
+    house = House(9)
+    for _ in range(20):
+        house.take(0.0, seconds=5.0)
+    ask = Ask(deadline=10.0)
+    for now, answer in ((0.0, Go), (6.0, Go), (8.0, Go), (8.1, No)):  # of the last quarter one in ten seconds
+        assert isinstance(house.account.admit(now, ask), answer)
+
+
+# --- how long it takes ---
+
+
+def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> None:
+    house = House()
+    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.SUCCESS, seconds=6.0, stretch=3.0))
+    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, seconds=60.0))
+    assert house.account.service.typical == pytest.approx(2.0)
+
+
+def test_a_slot_is_held_by_calls_that_were_cut_short_too_and_not_by_those_turned_away() -> None:
+    house = House()
+    house.end(30.0, house.go(0.0), Ended(outcome=Outcome.IGNORED))
+    for _ in range(20):
+        house.end(31.0, house.go(31.0), Ended(outcome=Outcome.OVERLOAD, released=True))
+    assert house.account.service.held == pytest.approx(30.0)
+    house.go(31.0)
+    assert house.account.expected_wait(31.0, Ask())[0] == pytest.approx(30.0)
+
+
+def test_a_stretch_is_taken_for_normal_only_with_half_of_the_limit_in_flight() -> None:
+    house = House(8)
+    alone = house.go(0.0)
+    for tokens in range(100, 112):
+        house.account.paced(0.0, alone, tokens, 0.01 * tokens)
+    for _ in range(4):
+        fifth = house.go(0.0)
+    for _ in range(100):
+        assert house.account.paced(0.0, fifth, 100, 3.0) == pytest.approx(3.0)
 
 
 def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() -> None:

@@ -21,14 +21,13 @@ def taught(calls: int, *, ttft: float, tpot: float, noise: float = 0.0) -> Pace:
 
 def test_it_says_nothing_before_it_has_seen_enough() -> None:
     assert taught(11, ttft=1.0, tpot=0.02).expected(100) is None
-    assert Pace().typical() is None
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 400, 4000])
 def test_it_learns_the_time_to_the_first_token_and_for_each_further_one(tokens: int) -> None:
     pace = taught(100, ttft=0.8, tpot=0.02)
     assert pace.expected(tokens) == pytest.approx(0.8 + 0.02 * tokens, rel=1e-3)
-    assert pace.stretch(tokens, 2 * (0.8 + 0.02 * tokens)) == pytest.approx(2.0, rel=1e-3)
+    assert pace.stretch(tokens, 2 * (0.8 + 0.02 * tokens), light=False) == pytest.approx(2.0, rel=1e-3)
 
 
 def test_noise_of_a_third_leaves_it_within_a_fifth() -> None:
@@ -44,6 +43,20 @@ def test_it_follows_a_provider_that_has_become_slower() -> None:
         tokens = int(draw.expovariate(1 / 200)) + 1
         pace.learn(tokens, 1.6 + 0.04 * tokens)
     assert pace.expected(200) == pytest.approx(9.6, rel=0.05)
+
+
+def test_what_our_own_load_slows_down_is_not_taken_for_normal() -> None:
+    pace = taught(100, ttft=0.8, tpot=0.02)
+    for _ in range(300):
+        stretch = pace.stretch(200, 9.6, light=False)
+    assert stretch == pytest.approx(2.0)
+
+
+def test_a_first_dozen_of_calls_that_were_slow_is_forgotten_when_a_dozen_show_it() -> None:
+    pace = taught(12, ttft=10.0, tpot=0.2)
+    for tokens in range(100, 124):
+        pace.stretch(tokens, 1.0 + 0.02 * tokens, light=False)
+    assert pace.expected(200) == pytest.approx(5.0)
 
 
 CALLS = st.lists(st.tuples(st.integers(0, 100_000), st.floats(0, 1e5)), min_size=1, max_size=60)

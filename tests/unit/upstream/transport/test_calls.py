@@ -288,7 +288,7 @@ async def test_a_stream_holds_its_permit_until_it_ends() -> None:
     async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         assert {only(up).account.in_flight async for _ in response.aiter_raw()} == {1}
     assert left(up) == NOTHING
-    assert only(up).account.typical == about(5.0)
+    assert only(up).account.service.typical == about(5.0)
 
 
 @virtual
@@ -455,7 +455,7 @@ async def test_a_call_outside_of_a_task_is_counted_and_nobodys() -> None:
     up = upstream(task_budget=Budget(usd=1e-9, per="day"))
     client = Script(httpx2, Says(pause=1.0)).client(up)
     assert (await ask(client)).status_code == 200
-    assert only(up).account.typical > 0
+    assert only(up).account.service.typical > 0
 
 
 def test_threads_and_loops_share_one_account() -> None:

@@ -1,0 +1,70 @@
+"""How long calls take and hold their slots, and whether one that is sent late can still be in time."""
+
+from __future__ import annotations
+
+from forebay.admission import LetThrough, ServiceTimes
+from forebay.typing import Outcome
+from forebay.upstream.ask import Ask, Ended
+
+_GAIN = 0.05  # weight of the newest call in a mean
+_UNKNOWN = 1.0  # seconds that a call is taken to last before the first has ended
+_WAIT_SHARE = 0.5  # of a call's time to its deadline: as long it may be expected to wait
+_LATE_SHARE = 0.25  # of that time: with less left, a call is sent only if it can be expected to make it
+
+
+class Service:
+    """Learned from calls that have ended. Times are seconds.
+
+    There are two means, since one would feed an overload. What a call *takes* is learned from successes, each over its
+    stretch, so that no slow-down of our own making passes for what is normal. How long a slot is *held* is learned from
+    all that held one, those that were cut short included, so that the wait for one is not thought shorter than it is.
+
+    Attributes:
+        typical: seconds that a call takes; 0 before the first success.
+        held: seconds that a call holds its slot; 0 before the first end.
+    """
+
+    __slots__ = ("_late", "_times", "held", "typical")
+
+    def __init__(self) -> None:
+        self.typical = 0.0
+        self.held = 0.0
+        self._times = ServiceTimes()
+        self._late = LetThrough()
+
+    @property
+    def typical_or_guess(self) -> float:
+        """Seconds that a call takes, or is taken to take before the first has succeeded."""
+        return self.typical or _UNKNOWN
+
+    def ended(self, held: float, ended: Ended, *, slots: int) -> None:
+        """A call has held one of so many slots for so many seconds, and ended so.
+
+        The mean of `held` is over two rounds of all slots at least. It says how long the line may be: were it to swing,
+        each dip would let more in than can be served, and they would be sent late.
+        """
+        if ended.released or ended.rate or ended.outcome is Outcome.OVERLOAD:
+            return  # it was turned away, and held nothing worth the name
+        self.held = _mean(self.held, held, min(_GAIN, 0.5 / max(1, slots)))
+        if ended.outcome is Outcome.SUCCESS and ended.seconds is not None:
+            self._times.ended(ended.seconds, success=True)
+            self.typical = _mean(self.typical, ended.seconds / max(1.0, ended.stretch or 1.0), _GAIN)
+
+    def hopeless(self, now: float, ask: Ask) -> bool:
+        """Whether a call about to be sent comes too late, as far as may be judged; asked only if it is sent else.
+
+        An estimate must not lock the door: see `ServiceTimes.optimistic` and `LetThrough`.
+        """
+        left = ask.deadline - now
+        if left >= _LATE_SHARE * (ask.deadline - ask.since):
+            return False
+        return self._late.hopeless(now, needed=self._times.optimistic(), remaining=left)
+
+
+def bearable(since: float, ask: Ask) -> float:
+    """Seconds that a call may be expected to wait from then on: half of its time, so that half is left for the call."""
+    return _WAIT_SHARE * (ask.deadline - since)
+
+
+def _mean(mean: float, newest: float, gain: float) -> float:
+    return mean + gain * (newest - mean) if mean else newest
