@@ -363,6 +363,22 @@ async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls(
 
 
 @virtual
+async def test_no_run_starts_behind_the_calls_that_its_own_would_wait_for() -> None:
+    upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
+    served = Served(upstream)
+    await served.call()
+    calls = [asyncio.create_task(served.call(priority=Priority.LOW)) for _ in range(50)]
+    await turns(3)
+    assert left(upstream) == (20, 30)  # 1.5 s for one more of LOW, and a run may start before 0.25 s
+    assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)[:-1]
+    for call in calls[23:]:
+        call.cancel()
+    await turns(3)
+    assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)
+    await asyncio.wait(calls)
+
+
+@virtual
 async def test_the_gate_feels_the_key() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], longest_wait=60.0)
 
