@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +47,7 @@ _STYLE: Final[dict[Any, Any]] = {
 _SMALL: Final[dict[str, Any]] = {"textcoords": "offset points", "color": _SOFT, "fontsize": 9.5}
 _NAME: Final[dict[str, Any]] = {"fontweight": "bold", "fontsize": 10.5}
 
+_ROOM: Final = 88.0  # per cent; above it nothing can be written
 _WORDS: Final = 0.45  # of the width: words at the right end reach so far back
 
 Style = str | tuple[int, tuple[int, ...]]
@@ -82,7 +84,8 @@ def _headline(found: Report) -> str:
 
 def _below(found: Report) -> str:
     a, b = found.classic, found.forebay
-    ours = f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk."
+    ours = f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk"
+    ours += f"; what bound was {b.binding}." if b.binding else "."
     if a.out_of_memory:
         return f"{ours} The classic supervisor did {a.done:,} and was out of memory after {a.ended_at_s:.0f} s."
     return f"{ours} The classic supervisor did {a.done:,} and lost {a.lost:,}."
@@ -117,7 +120,7 @@ def _goodput(axes: Axes, classic: Played, forebay: Played, granted: float | None
     axes.set_title("Goodput: tasks done a minute")
     if granted:
         axes.axhline(granted, color=_SOFT, linewidth=1.2, linestyle=":")
-        axes.annotate(f"the key grants {granted:.0f}", (0, granted), (5, 5), **_SMALL)
+        axes.annotate(f"granted: {granted:.0f}", (0, granted), (5, 5), **_SMALL)
     ours, theirs = _over_time(forebay, pace), _over_time(classic, pace)
     _line(axes, theirs, CLASSIC, ending=classic.ending)
     _line(axes, ours, FOREBAY)
@@ -150,22 +153,23 @@ def _refusals(axes: Axes, classic: Played, forebay: Played, found: Report) -> No
     axes.set_title("Refusals: calls answered 429, lately")
     for played, told in ((classic, found.classic), (forebay, found.forebay)):
         points = _over_time(played, lambda samples: 100 * refused(samples))
-        _share(axes, played, points, f"{percent(told.refused_share)} over all", above=played is forebay)
+        _share(axes, played, points, f"{percent(told.refused_share)} over all", ours=played is forebay)
 
 
 def _tokens(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
     axes.set_title("Waste: tokens so far that are in no task done")
     for played, told in ((classic, found.classic), (forebay, found.forebay)):
-        points = _over_time(played, lambda samples: 100 * samples[-1].useless)
-        _share(axes, played, points, f"{percent(told.wasted_share)} at the end", above=played is forebay)
+        points = _over_time(played, lambda samples: 100 * samples[-1].useless if samples[-1].tokens else math.nan)
+        _share(axes, played, points, f"{percent(told.wasted_share)} at the end", ours=played is forebay)
 
 
-def _share(axes: Axes, played: Played, points: Points, words: str, *, above: bool) -> None:
-    """One side's share of a hundred; ours low and written above, the classic's high and below."""
-    name, colour = ("Forebay", FOREBAY) if above else ("classic", CLASSIC)
+def _share(axes: Axes, played: Played, points: Points, words: str, *, ours: bool) -> None:
+    """One side's share of a hundred, its name above it if there is room."""
+    name, colour = ("Forebay", FOREBAY) if ours else ("classic", CLASSIC)
     axes.set_ylim(0, 105)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     _line(axes, points, colour, ending=played.ending)
+    above = max((y for x, y in zip(*points, strict=True) if x >= _WORDS * points[0][-1]), default=0.0) < _ROOM
     _end(axes, points, f"{name}: {words}", colour, above=above)
 
 
@@ -185,8 +189,12 @@ def _spend(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
         axes.annotate(f"the least that a task needs: ${least:.4f}", (0, least), (5, -14), **_SMALL)
     _line(axes, theirs, CLASSIC, ending=classic.ending)
     _line(axes, ours, FOREBAY)
-    for points, name, colour in ((theirs, "classic", CLASSIC), (ours, "Forebay", FOREBAY)):
-        _end(axes, points, name + ": ${:.4f} at the end", colour, above=True)
+    for points, name, told, colour in (
+        (theirs, "classic", found.classic, CLASSIC),
+        (ours, "Forebay", found.forebay, FOREBAY),
+    ):
+        over = f", {told.usd_ratio:.3g}x the least" if told.usd_ratio else ""
+        _end(axes, points, f"{name}: ${{:.4f}}{over}", colour, above=True)
     axes.set_ylim(min(values) / 2.5, 4 * max(values))
 
 

@@ -76,6 +76,7 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
         usd_least: what a task that it did costs if each of its three calls is paid once, as a mean; None likewise.
         usd_ratio: the first over the second.
         binding: what bound it most of the time, by its own word; None if it has none.
+        scarce: what its calls waited for most of the time, likewise.
         p50_s, p99_s: seconds from submission to done, of the tasks done.
         cpu_s: processor seconds of its process.
         plant: what the plant counted, to compare.
@@ -106,6 +107,7 @@ class SideReport(msgspec.Struct, frozen=True, kw_only=True):
     usd_least: float | None
     usd_ratio: float | None
     binding: str | None
+    scarce: str | None
     p50_s: float | None
     p99_s: float | None
     cpu_s: float
@@ -193,6 +195,7 @@ def side(played: Played, settings: Settings) -> SideReport:
         usd_least=None if least is None else round(least, 6),
         usd_ratio=round(each / least, 3) if each and least else None,
         binding=_most_often(sample.binding for sample in played.samples if sample.load),
+        scarce=_most_often(sample.scarce for sample in played.samples),
         p50_s=p50,
         p99_s=p99,
         cpu_s=last.cpu_s,
@@ -254,7 +257,8 @@ def verdict(a: SideReport, b: SideReport, ratio: float | None, settings: Setting
             f" classic one; of their tokens {percent(b.wasted_share)} and {percent(a.wasted_share)} went for nothing."
         )
     if b.binding:
-        says.append(f"What bound Forebay was {b.binding}.")
+        short = f", which was short of {b.scarce}" if b.scarce and b.binding.startswith("upstream:") else ""
+        says.append(f"What bound Forebay was {b.binding}{short}.")
     if a.out_of_memory:
         says.append(f"The classic one ran out of its {settings.memory_mb} MB after {a.ended_at_s:.0f} s.")
     else:

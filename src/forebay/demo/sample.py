@@ -56,7 +56,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         useful_tokens, useful_usd: of the answers that a done task is made of, each once.
         rss_mb, cpu_s: of its process.
         load, binding, workers: what Forebay says of itself: its load, what binds, workers by state.
-        scarce: what the upstream's next call would wait for, such as ``"requests per minute"``.
+        scarce: what the next call would wait for at the key, such as ``"requests per minute"``; None for nothing.
     """
 
     t: float

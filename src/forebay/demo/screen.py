@@ -130,7 +130,7 @@ def board(sides: Sequence[Child], settings: Settings, provider: str, *, resumed:
 
 ROWS: Final = (
     *("state", "time", "done", "pace", "running", "waiting", "failed"),
-    *("calls", "refused", "dollars", "tokens", "memory", "load", "binding"),
+    *("calls", "refused", "dollars", "tokens", "memory", "load", "binding", "short of"),
 )
 
 
@@ -157,6 +157,7 @@ def column(side: Child | None, settings: Settings, kind: Kind) -> list[Renderabl
         _bar(resident(side), settings.memory_mb, lambda mb: f"{mb:.0f} MB", colour),
         "it cannot tell" if now.load is None else _load(now.load, colour),
         _binding(now),
+        now.scarce or ("nothing" if now.load else ""),
     ]
 
 
@@ -255,6 +256,6 @@ def _note(sides: Sequence[Child]) -> str:
     if now.stage == "draining":
         return "Time is nearly up: it starts nothing new, lets the agents finish, and puts the rest back on disk."
     return (
-        "It begins what the agents can hold; the rest waits on disk, the most urgent first. Most of it will still be"
-        " there when time is up, by design: forebay demo --resume goes on with it."
+        "It begins what the agents and the key can bear; the rest waits on disk, the most urgent first, and most of it"
+        " still will when time is up, by design."
     )

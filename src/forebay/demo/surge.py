@@ -111,5 +111,5 @@ def _note(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> No
     meter.load, meter.binding = now.load, now.binding
     accounts = key.statistics().accounts  # one of them, once a call has been made
     meter.queued = sum(account.waiting for account in accounts)
-    meter.scarce = next((account.binding for account in accounts), None)
+    meter.scarce = next((account.binding for account in accounts if account.load), None)
     meter.workers = {state.value: states[state] for state in WorkerState if states[state]}

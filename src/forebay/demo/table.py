@@ -50,6 +50,7 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
     ("dollars per task done", lambda s: _money(s.usd_per_done)),
     ("  over the least it needs", lambda s: "-" if s.usd_ratio is None else f"{s.usd_ratio:.2f} x"),
     ("what bound", lambda s: s.binding or "it cannot tell"),
+    ("  short of", lambda s: s.scarce or "-"),
     ("memory at its peak", lambda s: f"{s.peak_rss_mb:.0f} MB"),
     ("process", lambda s: f"{s.ending}, {s.ended_at_s:.0f} s"),
 )
@@ -62,5 +63,5 @@ def summary(found: Report) -> RenderableType:
     table.add_column(Text("classic", style=f"bold {CLASSIC}"), justify="right")
     table.add_column(Text("Forebay", style=f"bold {FOREBAY}"), justify="right")
     for name, cell in _ROWS:
-        table.add_row(name, cell(found.classic), cell(found.forebay))
+        table.add_row(name, Text(cell(found.classic)), Text(cell(found.forebay)))  # Text: ":key:" is no picture
     return Group(table, Padding(Text(found.verdict), (1, 1, 0, 1)))

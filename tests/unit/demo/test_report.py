@@ -50,7 +50,7 @@ def classic(**rest: Any) -> Played:
 
 def forebay(**rest: Any) -> Played:
     counts: dict[str, Any] = {"done": 200, "usd": 2.1, "useful_usd": 2.0, "input_tokens": 2000, "useful_tokens": 1900}
-    counts |= {"calls_429": 7, "load": 0.5, "binding": "upstream:key"}
+    counts |= {"calls_429": 7, "load": 0.5, "binding": "upstream:key", "scarce": "requests per minute"}
     return played(told(**counts, calls=700, answered=650), **{"kept": Kept(waiting=790, leased=10, done=200)} | rest)
 
 
@@ -159,7 +159,7 @@ def test_the_verdict_says_what_was_refused_and_what_went_for_nothing() -> None:
     assert "the key refused 1.0 % (7 of 700, 3 of them whatever the load), of the classic one's 80 %" in verdict
     assert "A task cost 2 times the least that it needs under Forebay, 20 times under the classic one" in verdict
     assert "of their tokens 46 % and 75 % went for nothing" in verdict
-    assert "What bound Forebay was upstream:key." in verdict
+    assert "What bound Forebay was upstream:key, which was short of requests per minute." in verdict
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_the_report_has_every_figure_that_was_promised() -> None:
     assert {"tasks", "workers", "classic", "forebay", "seed", "seconds", "memory_limit_mb", "python"} <= raw.keys()
     figures = (
         *("done", "done_per_minute", "lost", "spilled", "peak_rss_mb", "calls", "calls_429", "tokens"),
-        *("refused_share", "wasted_share", "tokens_left", "usd_least", "usd_ratio", "binding"),
+        *("refused_share", "wasted_share", "tokens_left", "usd_least", "usd_ratio", "binding", "scarce"),
         *("tokens_wasted", "usd", "usd_per_done", "p50_s", "p99_s", "out_of_memory"),
     )
     for name in ("classic", "forebay"):

@@ -34,6 +34,7 @@ BUSY = Sample(
     useful_usd=18.2,
     load=1.0,
     binding="upstream:key:875cc6fc",
+    scarce="requests per minute",
     queued=12,
     input_tokens=700_000,
     output_tokens=300_000,
@@ -76,6 +77,7 @@ def test_it_shows_what_binds_and_what_waits_where() -> None:
         "upstream:key:875cc6fc",
         "100 in memory, 9,850 on disk",
         "12 calls wait",
+        "requests per minute",
         "78,901 with 429",
         "4.0 %",
         "68x least",
@@ -130,7 +132,9 @@ def test_the_summary_tells_both_sides_and_the_verdict() -> None:
     assert "kept on disk 0 800" in text
     assert "over the least it needs 20.00 x 1.05 x" in text
     assert "refused with 429 4,000 (80 %) 7 (1.0 %)" in text
-    assert "what bound it cannot tell upstream:key" in text
+    assert "what bound it cannot tell upstream:key short of - requests per minute" in text
+    found = msgspec.structs.replace(found, forebay=msgspec.structs.replace(found.forebay, binding="upstream:key:1a2b"))
+    assert "upstream:key:1a2b" in "".join(drawn(summary(found), width=80, height=60))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.0, "0:00"), (59.9, "0:59"), (100.0, "1:40"), (3723.0, "1:02:03")])
