@@ -319,9 +319,30 @@ MUTANTS = [
     Mutant(
         "nobody asks the retry budget",
         "upstream/attempt.py",
-        "if delay is not None and not budget.withdraw(now):",
+        "if delay is not None and tried.counts and not budgets.faults.withdraw(now):",
         "if False:",
         _RETRIES + "test_no_storm_of_retries_when_a_provider_fails",
+    ),
+    Mutant(
+        "what is refused draws on the retries of what fails",
+        "upstream/attempt.py",
+        "_turn(ask, attempts, budgets.refusals)",
+        "_turn(ask, attempts, budgets.faults)",
+        _RETRIES + "test_what_is_refused_uses_up_no_retry_of_what_fails",
+    ),
+    Mutant(
+        "who is refused is tried again as often as it likes",
+        "upstream/attempt.py",
+        "if budget.withdraw(now):",
+        "if budget.withdraw(now) or True:",
+        _RETRIES + "test_no_storm_of_retries_when_a_provider_refuses",
+    ),
+    Mutant(
+        "a retry that was let in counts as one too many",
+        "upstream/attempt.py",
+        "budgets.refusals.give_back(taken)",
+        "pass",
+        _RETRIES + "test_a_retry_that_is_let_in_is_none_too_many",
     ),
     Mutant(
         "a refusal further on is a fault of what is guarded",

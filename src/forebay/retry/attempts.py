@@ -50,3 +50,10 @@ class Attempts:
         if delay is not None:
             self.waited += delay
         return delay
+
+    def linger(self, seconds: float, *, left: float = math.inf) -> bool:
+        """Whether it may wait `seconds` longer for its turn to be tried again; if so, they count as given out."""
+        if seconds >= min(left, self._retry.longest_wait - self.waited):
+            return False
+        self.waited += seconds
+        return True

@@ -66,6 +66,13 @@ class RetryBudget:
         self._retries += 1
         return True
 
+    def give_back(self, taken: float) -> None:
+        """The retry that was withdrawn at `taken` was no load too many after all."""
+        slot = next((slot for slot in reversed(self._slots) if slot[0] <= taken), None)
+        if slot is not None and slot[2]:  # else it has left the window, and the count with it
+            slot[2] -= 1
+            self._retries -= 1
+
     def balance(self, now: float) -> float:
         """How many retries could be taken now."""
         self._slot_of(now)
@@ -85,3 +92,27 @@ class RetryBudget:
         if not slots or slots[-1][0] + self._slot <= now:
             slots.append([now, 0, 0])
         return slots[-1]
+
+
+class RetryBudgets:
+    """What the retries of one dependency are drawn from: of calls that failed, and of calls that were refused.
+
+    A refusal costs the side that refuses next to nothing, and says nothing against the call. So what is refused uses up
+    no retry of what fails. Where it may not be tried again yet it can wait for that, rather than give up. And a retry
+    that is let in was none too many: `RetryBudget.give_back`.
+
+    Attributes:
+        faults: for calls that failed.
+        refusals: for calls that were answered *not now* (429, 529): only those that are refused again count.
+    """
+
+    __slots__ = ("faults", "refusals")
+
+    def __init__(self) -> None:
+        self.faults = RetryBudget()
+        self.refusals = RetryBudget()
+
+    def deposit(self, now: float) -> None:
+        """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
+        self.faults.deposit(now)
+        self.refusals.deposit(now)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from forebay.retry import Attempts, Retry, RetryBudget
+from forebay.retry import Attempts, Retry, RetryBudget, RetryBudgets
 from forebay.upstream.ask import Ask, Ended, Permit
+
+_LOOK: Final = 0.5  # seconds after which a refused call asks again whether it may be tried again, on average
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,14 +82,14 @@ Step: TypeAlias = Enter | Try | Settle | Sleep | Moment
 
 
 def script(
-    ask: Ask, retry: Retry, budget: RetryBudget, hurries: Callable[[], bool] | None = None
+    ask: Ask, retry: Retry, budgets: RetryBudgets, hurries: Callable[[], bool] | None = None
 ) -> Generator[Step, Any, Tried]:
     """Try a call. Every permit is closed, but that of an answer that is still coming.
 
     Args:
         ask: what it asks.
         retry: how it is tried again.
-        budget: whether it may be.
+        budgets: whether it may be.
         hurries: asked after a *not now* whether the call goes elsewhere, rather than wait for its next attempt.
 
     Returns:
@@ -95,23 +97,43 @@ def script(
     """
     attempts = Attempts(retry)
     now, _ = yield Moment()
-    budget.deposit(now)
+    budgets.deposit(now)
+    taken: float | None = None  # when this retry was drawn from the budget of what is refused
     while True:
         permit: Permit = yield Enter(ask)
         tried: Tried = yield Try(permit)
+        not_now = tried.again and not tried.open and not tried.counts
+        if taken is not None and not not_now:
+            budgets.refusals.give_back(taken)
         delay = None
         if tried.again and not tried.open:
             now, chance = yield Moment()
             left = ask.deadline - now if ask.deadline < math.inf else math.inf
             delay = attempts.next(counts=tried.counts, chance=chance, retry_after=tried.retry_after, left=left)
-            if delay is not None and not budget.withdraw(now):
+            if delay is not None and tried.counts and not budgets.faults.withdraw(now):
                 delay = None
         if delay is None:
             if not tried.open:
                 yield Settle(permit, tried.ended)
             return tried
         yield Settle(permit, msgspec.structs.replace(tried.ended, final=False))
-        if hurries is not None and not tried.counts and hurries():
+        if hurries is not None and not_now and hurries():
             return tried
         ask.retries += 1
         yield Sleep(delay)
+        taken = None
+        if not_now and (taken := (yield from _turn(ask, attempts, budgets.refusals))) is None:
+            return tried
+
+
+def _turn(ask: Ask, attempts: Attempts, budget: RetryBudget) -> Generator[Step, Any, float | None]:
+    """Wait until a refused call may be tried again; returns when that was drawn, or None where it gives up."""
+    while True:
+        moment: tuple[float, float] = yield Moment()
+        now, chance = moment
+        if budget.withdraw(now):
+            return now
+        seconds = _LOOK * (0.5 + chance)
+        if not attempts.linger(seconds, left=ask.deadline - now):
+            return None
+        yield Sleep(seconds)

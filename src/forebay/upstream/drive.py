@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from forebay import clock, context
-from forebay.retry import Retry, RetryBudget
+from forebay.retry import Retry, RetryBudgets
 from forebay.typing import Outcome
 from forebay.upstream.ask import Ask, Ended, Permit
 from forebay.upstream.attempt import Enter, Moment, Settle, Sleep, Step, Tried, Try, script
@@ -23,7 +23,7 @@ class Driver:
     Args:
         desk: where permits are had.
         retry: how a call is tried again.
-        budget: whether it may be.
+        budgets: whether it may be.
         draw: a source of draws from [0, 1).
         hurries: whether a call that was answered *not now* goes elsewhere at once; None where there is nowhere else,
             and so what it meets here is what its run meets.
@@ -34,7 +34,7 @@ class Driver:
         desk: Desk,
         *,
         retry: Retry,
-        budget: RetryBudget,
+        budgets: RetryBudgets,
         draw: Callable[[], float],
         hurries: Callable[[], bool] | None = None,
     ) -> None:
@@ -42,7 +42,7 @@ class Driver:
         self._hurries = hurries
         self._alone = hurries is None
         self._retry = retry
-        self._budget = budget
+        self._budgets = budgets
         self._draw = draw
         self._lock = threading.Lock()
 
@@ -64,7 +64,7 @@ class Driver:
         Raises:
             Overloaded: it was refused.
         """
-        steps = script(ask, self._retry, self._budget, self._hurries)
+        steps = script(ask, self._retry, self._budgets, self._hurries)
         given: Any = None
         thrown: BaseException | None = None
         while True:
@@ -88,7 +88,7 @@ class Driver:
 
     def drive_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Tried:
         """As `drive`, in a plain thread."""
-        steps = script(ask, self._retry, self._budget, self._hurries)
+        steps = script(ask, self._retry, self._budgets, self._hurries)
         given: Any = None
         while True:
             try:

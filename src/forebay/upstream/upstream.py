@@ -12,7 +12,7 @@ from forebay.breaker import BreakerRules
 from forebay.errors import InvalidSetting
 from forebay.events import log
 from forebay.quota import Budget, Price, Prices, Quota
-from forebay.retry import Retry, RetryBudget
+from forebay.retry import Retry, RetryBudgets
 from forebay.task import Deadline, Priority
 from forebay.typing import Charge, Reading
 from forebay.upstream.ask import Ask
@@ -104,7 +104,7 @@ class Upstream:
         self._money = Money(name, budget, tenant_budget, task_budget)
         self.books = Books(terms, self._money, draw=clock.draw)
         self.retry = retry or Retry()
-        self.retry_budget = RetryBudget()
+        self.retry_budgets = RetryBudgets()
         self.prices = Prices(prices)
         self._unpriced: set[str] = set()
         self._unmetered_told = False
@@ -249,7 +249,7 @@ class Upstream:
 
     def driver(self, desk: Desk, hurries: Callable[[], bool] | None = None) -> Driver:
         """What tries calls of one account, under the retries of this upstream. `hurries`: see `Driver`."""
-        return Driver(desk, retry=self.retry, budget=self.retry_budget, draw=clock.draw, hurries=hurries)
+        return Driver(desk, retry=self.retry, budgets=self.retry_budgets, draw=clock.draw, hurries=hurries)
 
     # --- what can be read ---
 

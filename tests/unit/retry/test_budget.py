@@ -98,3 +98,26 @@ def test_it_keeps_no_more_than_its_parts(steps: list[tuple[float, bool]]) -> Non
 def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, float]) -> None:
     with pytest.raises(InvalidSetting, match=rf"RetryBudget was given {next(iter(numbers))}="):
         RetryBudget(**numbers)  # type: ignore[arg-type]
+
+
+def test_a_retry_that_was_none_too_many_comes_back() -> None:
+    budget = RetryBudget()
+    taken(budget, 0.0)
+    budget.give_back(0.0)
+    assert taken(budget, 1.0) == 1
+
+
+def test_what_comes_back_from_a_window_that_has_passed_comes_back_once() -> None:
+    budget = RetryBudget(window=10.0)
+    taken(budget, 0.0)
+    assert taken(budget, 20.0) == 10
+    budget.give_back(0.0)
+    assert taken(budget, 20.0) == 0
+
+
+def test_no_more_comes_back_than_was_taken() -> None:
+    budget = RetryBudget()
+    budget.withdraw(0.0)
+    for _ in range(5):
+        budget.give_back(0.0)
+    assert taken(budget, 0.0) == 10
