@@ -33,6 +33,7 @@ RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 FAILURES: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # of the way to a provider
 _CONNECT: Final = 10.0  # seconds
 _MOST: Final = 64 << 20  # bytes of an answer that is held until it is whole
+_SWITCHED: Final = 101
 _TYPICALLY: Final = 2.0  # typical calls of a caller's patience that are left to the call itself
 
 # Of one hop each, or ours. Source: RFC 9110, 7.6.1.
@@ -60,6 +61,10 @@ class Opened:
 
 class TooLong(aiohttp.ClientError):
     """The provider's answer is longer than what is held of one."""
+
+
+class Switched(aiohttp.ClientError):
+    """The provider has gone over to another protocol, for which it was not asked."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,7 +204,13 @@ def _forwarded(asked: Asked, *, plain: bool) -> CIMultiDict[str]:
 
 
 def _given_back(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
-    """The headers that the caller gets: it is not to try again what was tried again here."""
+    """The headers that the caller gets: it is not to try again what was tried again here.
+
+    Raises:
+        Switched: there is nothing to be given back.
+    """
+    if answer.status == _SWITCHED:
+        raise Switched("it has switched to another protocol unasked")
     back: CIMultiDict[str] = CIMultiDict()
     hop = []
     for name, value in answer.raw_headers:
@@ -230,12 +241,21 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     async for piece in answer.content.iter_any():
         size += len(piece)
         if size > _MOST:
-            raise TooLong
+            raise TooLong(f"its answer is longer than {_MOST:,} bytes")
         pieces.append(piece)
     return b"".join(pieces)
 
 
 def _unpacked(headers: Plain, raw: bytes) -> bytes:
-    """A body without its Content-Encoding; nothing of one that is not to be understood."""
+    """A body without its Content-Encoding; nothing of one that is not to be understood, or is out of all proportion."""
     encoding = headers.get("content-encoding")
-    return raw if not encoding else b"".join(Unpacked(encoding).feed(raw))
+    if not encoding:
+        return raw
+    pieces: list[bytes] = []
+    size = 0
+    for piece in Unpacked(encoding).feed(raw):
+        size += len(piece)
+        if size > _MOST:
+            return b""
+        pieces.append(piece)
+    return b"".join(pieces)
