@@ -14,7 +14,7 @@ from tests.acceptance.gateways import Provider, Scene
 @pytest.fixture
 async def scene() -> AsyncIterator[Scene]:
     provider = Provider()
-    server = web.Server(provider.handle, handler_cancellation=True, access_log=None)
+    server = web.Server(provider.handle, handler_cancellation=True, auto_decompress=False, access_log=None)
     listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
     async with aiohttp.ClientSession() as session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -126,11 +127,18 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def raw(gateway: Gateway, sent: bytes) -> bytes:
     """What comes back for these bytes, to the end of the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    writer.write(sent)
-    await writer.drain()
-    told = await reader.read()
+    reader, writer = await connect(gateway, sent)
+    told = await to_the_end(reader)
     writer.close()
+    return told
+
+
+async def to_the_end(reader: asyncio.StreamReader) -> bytes:
+    """What comes until a connection is closed, or reset."""
+    told = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := await reader.read(1 << 16):
+            told += piece
     return told
 
 
@@ -138,3 +146,26 @@ def written(body: bytes = b"", *fields: bytes, start: bytes = b"POST /v1/chat/co
     """A request as it stands on the wire, its length told unless it is empty."""
     length = (b"content-length: %d" % len(body),) if body else ()
     return b"\r\n".join((start, b"host: localhost", *fields, *length, b"", body))
+
+
+def blurting(*said: bytes, stays: bool = False) -> Behaviour:
+    """These bytes, whatever HTTP wants; then the connection closes, unless it stays."""
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        assert request.transport is not None
+        for piece in said:
+            request.transport.write(piece)
+        if stays:
+            await asyncio.Event().wait()
+        request.transport.close()
+        return web.Response()
+
+    return behave
+
+
+async def connect(gateway: Gateway, sent: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which these bytes were sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(sent)
+    return reader, writer

@@ -49,14 +49,33 @@ _NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 
 
 class Opened:
-    """An answer that is still coming."""
+    """An answer that is still coming.
 
-    __slots__ = ("answer", "headers", "reader")
+    Args:
+        answer: where it comes from.
+        headers: that its caller gets.
+        reader: which meters it.
+
+    Attributes:
+        at_border: whether what was passed on ends between two events, so that one of ours may follow.
+    """
+
+    __slots__ = ("_events", "answer", "at_border", "headers", "reader")
 
     def __init__(self, answer: aiohttp.ClientResponse, headers: CIMultiDict[str], reader: Reader) -> None:
         self.answer = answer
         self.headers = headers
         self.reader = reader
+        kind = headers.get("content-type", "").lower()
+        self._events = kind.startswith("text/event-stream") and "content-encoding" not in headers
+        self.at_border = self._events
+
+    def next(self, chunk: bytes | None) -> bytes:
+        """What of the next bytes is passed on now; None for the end."""
+        passed = self.reader.end() if chunk is None else self.reader.feed(chunk)
+        if passed:
+            self.at_border = self._events and passed.endswith((b"\n\n", b"\r\n\r\n"))
+        return passed
 
 
 class TooLong(aiohttp.ClientError):

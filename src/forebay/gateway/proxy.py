@@ -32,7 +32,7 @@ _JSON_ROUTES: Final = frozenset(
     {Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.EMBEDDINGS, Route.MESSAGES, Route.COUNT_TOKENS}
 )
 _GONE: Final = 499  # as nginx counts a caller that hung up
-_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
 class Answered(Exception):
@@ -211,37 +211,24 @@ class Proxy:
 
     async def _stream(self, request: web.BaseRequest, opened: Opened, protocol: Protocol) -> web.StreamResponse:
         """Pass an answer on while it comes."""
-        answer, reader = opened.answer, opened.reader
+        answer = opened.answer
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=opened.headers)
-        at_border, broke = True, ""  # between two events; why it ends
         try:
             try:
                 async with self._until_cut_off():
                     await response.prepare(request)
-                    chunks = answer.content.iter_any()
-                    chunk: bytes | None = b""
-                    while chunk is not None:
-                        try:
-                            chunk = await anext(chunks, None)
-                        except FAILURES as error:
-                            reader.broke()
-                            broke = f"the provider broke off: {_why(error)}"
-                            break
-                        passed = reader.end() if chunk is None else reader.feed(chunk)
-                        if passed:
-                            await response.write(passed)
-                            at_border = passed.endswith((b"\n\n", b"\r\n\r\n"))
+                    broke = await _copy(opened, response)
             except TimeoutError:
                 broke = "this gateway is shut down"
-            if broke:
-                if not at_border or request.protocol.writing_paused:
-                    raise ConnectionResetError  # half an event: what follows would be taken for its end
+            if not broke:
+                answer.release()
+            elif opened.at_border and not (self._cut and request.protocol.writing_paused):
                 await response.write(broken_stream(protocol, broke))
             else:
-                answer.release()
+                raise ConnectionResetError  # what follows would be taken for the rest of what has begun
             await response.write_eof()
         finally:
-            reader.left()
+            opened.reader.left()
             answer.close()
         return response
 
@@ -298,6 +285,21 @@ async def _drive(passage: Passage) -> Any:
     return conclude(await travel(journey, drive))
 
 
+async def _copy(opened: Opened, response: web.StreamResponse) -> str:
+    """Pass an answer on to its end; returns why it broke off, or nothing."""
+    chunks = opened.answer.content.iter_any()
+    chunk: bytes | None = b""
+    while chunk is not None:
+        try:
+            chunk = await anext(chunks, None)
+        except FAILURES as error:
+            opened.reader.broke()
+            return f"the provider broke off: {_why(error)}"
+        if passed := opened.next(chunk):
+            await response.write(passed)
+    return ""
+
+
 def _object_to(passage: Passage, body: bytes, protocol: Protocol) -> None:
     """Answer what its provider need not be asked about.
 
@@ -307,8 +309,8 @@ def _object_to(passage: Passage, body: bytes, protocol: Protocol) -> None:
     if passage.read.websocket:
         message = "WebSockets do not pass this gateway, for nothing on them can be metered: connect to the provider"
         raise Answered(problem(protocol, 400, "forebay_websocket", message), close=True)
-    if passage.read.route in _JSON_ROUTES and not passage.read.signed:
-        try:
+    if passage.read.route in _JSON_ROUTES and not passage.read.signed and not passage.read.input_tokens:
+        try:  # nothing was found in it to be sent: why not?
             _object.decode(body)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = f"the body is no JSON object: {error}"
