@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,9 @@ settings.register_profile("quick", settings.get_profile("explore"), max_examples
 # for planted bugs: it is enough to find one, and the same each time
 settings.register_profile("mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate), database=None)
 settings.load_profile("ci" if "CI" in os.environ else "explore")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; programs of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

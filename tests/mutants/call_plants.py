@@ -346,7 +346,7 @@ MUTANTS = [
     ),
     Mutant(
         "a refusal further on is a fault of what is guarded",
-        "upstream/upstream.py",
+        "upstream/guard.py",
         "    if isinstance(exc, Overloaded):",
         "    if False:",
         _RETRIES + "test_a_refusal_further_on_is_no_fault_of_what_is_guarded",

@@ -267,7 +267,7 @@ MUTANTS = [
     Mutant(
         "a task whose store fails as the house drains is lost",
         "supervisor/drain.py",
-        "            self._house.enter(ticket, pool, pool.router.pick())\n",
+        "            self._house.enter(ticket, pool, self._house.start_gate.pick(pool, ticket.task.priority))\n",
         "            pass\n",
         _ACCEPTANCE + "test_shared_overflow.py::test_what_cannot_be_stored_as_the_house_drains_runs_to_its_end_inside",
     ),
