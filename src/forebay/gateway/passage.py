@@ -34,7 +34,6 @@ FAILURES: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # of the
 _CONNECT: Final = 10.0  # seconds
 _MOST: Final = 64 << 20  # bytes of an answer that is held until it is whole
 _SWITCHED: Final = 101
-_TYPICALLY: Final = 2.0  # typical calls of a caller's patience that are left to the call itself
 
 # Of one hop each, or ours. Source: RFC 9110, 7.6.1.
 _HOP: Final = frozenset(
@@ -133,9 +132,7 @@ class Passage(Exchange):
         self._body = asked.body if self.changed is None else self.changed
         self._headers = _forwarded(asked, plain=self.changed is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=asked.patience.silence)
-        left = _TYPICALLY * self.desk.typical()
-        line = asked.patience.line
-        self.ask.deadline = min(self.ask.deadline, clock.now() + max(line / 2, line - left))
+        self.ask.deadline = min(self.ask.deadline, clock.now() + asked.patience.reads)
 
     def journey(self) -> Journey[Passage] | None:
         """Its way through the accounts that may serve it; None if there is but its own."""
@@ -169,9 +166,7 @@ class Passage(Exchange):
                 data=self._body or None,
                 allow_redirects=False,
                 skip_auto_headers=_NOT_ADDED,
-                timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=_CONNECT, sock_read=self._asked.patience.silence
-                ),
+                timeout=self._timeout,
             )
             headers = Plain.of_wire(answer.raw_headers)
             back = _given_back(answer)

@@ -16,7 +16,7 @@ from forebay.upstream.exchange import Sender
 TOKEN_HEADER: Final = "x-forebay-token"  # noqa: S105 - its name
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
-_PATIENCE: Final = 60.0  # seconds that a caller is held who does not say how long it reads
+_PATIENCE: Final = 60.0  # seconds that a caller is taken to read who does not say how long
 _SILENCE: Final = 600.0  # ... that its provider may be silent, as in the SDKs
 _GRACE: Final = 5.0  # seconds by which a caller gives up before we do: it knows best
 _HINTS: Final = ("x-stainless-read-timeout", "x-stainless-timeout")  # seconds, of every SDK made by Stainless
@@ -87,11 +87,11 @@ class Patience(NamedTuple):
     """How long a caller reads before it gives up.
 
     Attributes:
-        line: seconds that it may wait for its turn.
+        reads: seconds after which an answer is too late for it.
         silence: seconds without a byte after which the provider is given up.
     """
 
-    line: float
+    reads: float
     silence: float
 
 

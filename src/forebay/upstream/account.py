@@ -121,7 +121,7 @@ class Account:
             return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
         if seconds > bearable(now, ask):
             reason = f"it would wait about {seconds:.3g} s for {binding}, more than half of the time to its deadline"
-            return No(reason, "deadline", seconds / self._longest_wait, self._seat(now, ask, seconds))
+            return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
         return Wait(seconds, binding)
 
     def join(self, now: float, ask: Ask, waiter: Waiter) -> Waiting:

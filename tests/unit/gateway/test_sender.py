@@ -73,7 +73,7 @@ def test_callers_of_one_key_or_of_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "line", "silence"),
+    ("headers", "reads", "silence"),
     [
         ({}, 60.0, 600.0),
         ({"x-stainless-read-timeout": "600"}, 600.0, 605.0),
@@ -84,5 +84,5 @@ def test_callers_of_one_key_or_of_all() -> None:
         ({"x-stainless-read-timeout": "1e12"}, 86_400.0, 86_405.0),
     ],
 )
-def test_patience_is_what_the_sdk_hints(headers: dict[str, str], line: float, silence: float) -> None:
-    assert patience(headers) == (line, silence)
+def test_patience_is_what_the_sdk_hints(headers: dict[str, str], reads: float, silence: float) -> None:
+    assert patience(headers) == (reads, silence)

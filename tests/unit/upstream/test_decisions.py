@@ -160,7 +160,9 @@ def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_onc
     house = House()
     house.take(0.0, seconds=8.0)
     house.go(0.0)
-    assert house.no(0.0, deadline=15.0).binding == "deadline"
+    refused = house.no(0.0, deadline=15.0)
+    assert "half of the time to its deadline" in refused.reason
+    assert refused.binding == "concurrency"  # what would have to grow
     house.wait(0.0, deadline=17.0)
 
 
