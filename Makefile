@@ -17,8 +17,9 @@ help: ## list the targets
 install: ## make or update .venv, with the versions pinned in requirements/dev.txt
 	@scripts/bootstrap.sh $(VENV)
 
-packages: ## install the Debian packages that tests use, where that is allowed
+packages: ## install the Debian and npm packages that tests use, where that is allowed
 	@scripts/apt.sh $$(sed 's/#.*//' requirements/apt.txt) || echo 'tests that need them say so'
+	@scripts/npm.sh build/npm $$(sed 's/#.*//' requirements/npm.txt) || echo 'tests that need them say so'
 
 demo: install ## the surge: SEED=7, PROVIDER_URL=... and the like reach it by the environment
 	@$(VENV)/bin/forebay demo $(ARGS)

@@ -1,4 +1,4 @@
-"""Every promise is asked of each SDK, sync and async, by each way; providers are the plant and llmock."""
+"""Every promise is asked of each SDK, sync and async, by each way; providers are the plant, llmock and aimock."""
 
 from __future__ import annotations
 

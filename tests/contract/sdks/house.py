@@ -332,7 +332,7 @@ class Behind(Way):
 
     def check_refusal(self, error: BaseException, status: int, binding: str) -> None:
         sdk = self.sdk.module
-        classes = {429: sdk.RateLimitError, 503: sdk.InternalServerError, 529: sdk.InternalServerError}
+        classes = {429: sdk.RateLimitError, 503: sdk.InternalServerError}  # each SDK has others for the rest
         assert isinstance(error, classes.get(status, sdk.APIStatusError))
         assert error.status_code == status
         assert error.response.headers["x-forebay-binding"].rpartition(":")[2] == binding

@@ -29,17 +29,20 @@ def test_answers_come_whole_and_in_pieces(house: House, mock: LLMock, mock_url: 
 def test_tools_are_called(house: House, mock: LLMock, mock_url: str, stream: bool) -> None:  # noqa: FBT001
     mock.call_tool("weather", {"city": "Paris"})
     way = house.open(mock_url)
-    if house.sdk.name == "openai":
-        tool: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
-    else:
-        tool = {"name": "weather", "input_schema": WEATHER}
-    name, given = _called(house.sdk, way.caller.parts(tools=[tool]) if stream else way.caller.create(tools=[tool]))
-    assert name == "weather"
-    assert given == {"city": "Paris"}
+    ask: Any = {"tools": [tool_of(house.sdk)]}
+    answer = way.caller.parts(**ask) if stream else way.caller.create(**ask)
+    assert tool_called(house.sdk, answer) == ("weather", {"city": "Paris"})
     assert way.nothing_is_left()
 
 
-def _called(sdk: Sdk, answer: Any) -> tuple[str, Any]:
+def tool_of(sdk: Sdk) -> dict[str, Any]:
+    """A tool, as it is offered to a model."""
+    if sdk.name == "openai":
+        return {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    return {"name": "weather", "input_schema": WEATHER}
+
+
+def tool_called(sdk: Sdk, answer: Any) -> tuple[str, Any]:
     """The tool that an answer, or the parts of one, calls, and with what."""
     if sdk.name == "openai":
         if isinstance(answer, list):

@@ -1,4 +1,4 @@
-"""The same tests of bound SDKs with the generation before: openai 2 and anthropic 0, which use httpx."""
+"""The SDKs of the generation before, openai 2 and anthropic 0, which use httpx: the same promises, asked of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 
 HOUSE = Path(__file__).parents[2]
 LOCK = HOUSE / "requirements" / "older.txt"
+SUITE = ("tests/contract/sdks", "tests/integration/test_bind_sdks.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_bound_sdks_of_the_generation_before(tmp_path: Path) -> None:
+def test_sdks_of_the_generation_before(tmp_path: Path) -> None:
     there = tmp_path / "venv"
     python = there / "bin" / "python"
     for command in (
@@ -23,9 +24,8 @@ def test_bound_sdks_of_the_generation_before(tmp_path: Path) -> None:
         [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python), "-r", str(LOCK)],
     ):
         subprocess.run(command, check=True, timeout=300)
-    tests = "tests/integration/test_bind_sdks.py"
     ran = subprocess.run(
-        [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", tests],
+        [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *SUITE],
         cwd=HOUSE,
         env={**os.environ, "PYTHONPATH": str(HOUSE / "src")},
         capture_output=True,
