@@ -36,8 +36,8 @@ MUTANTS = [
     Mutant(
         "an attempt that is cancelled keeps its permit",
         "upstream/drive.py",
-        "                    given = await attempt(step.permit)\n                except BaseException:",
-        "                    given = await attempt(step.permit)\n                except Exception:",
+        "            return await attempt(permit)\n        except BaseException:",
+        "            return await attempt(permit)\n        except Exception:",
         _CALLS + "test_whatever_calls_do_and_whoever_leaves_everything_comes_back",
     ),
     Mutant(

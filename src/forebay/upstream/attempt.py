@@ -1,4 +1,4 @@
-"""One call, tried until it succeeds or may not be tried again: what to do next, without doing it.
+"""What an attempt of a call comes to, and what follows when it is to be tried again: without doing it.
 
 The script is a generator that says what is to be done and is told how it went, so that an event loop and a plain thread
 drive the same one.
@@ -19,9 +19,8 @@ from forebay.upstream.ask import Ask, Ended, Permit
 _LOOK: Final = 0.5  # seconds after which a refused call asks again whether it may be tried again, on average
 
 
-@dataclass(slots=True, kw_only=True)
-class Tried:
-    """What one attempt came to. Its permit is still open, unless `closed`.
+class Tried(msgspec.Struct, kw_only=True, eq=False):
+    """What one attempt came to. Its permit is still open.
 
     Attributes:
         value: what its maker gets if it is the last.
@@ -81,13 +80,21 @@ class Moment:
 Step: TypeAlias = Enter | Try | Settle | Sleep | Moment
 
 
-def script(
-    ask: Ask, retry: Retry, budgets: RetryBudgets, hurries: Callable[[], bool] | None = None
+def script(  # noqa: PLR0913 - an attempt, and what decides on the next
+    ask: Ask,
+    permit: Permit,
+    tried: Tried,
+    *,
+    retry: Retry,
+    budgets: RetryBudgets,
+    hurries: Callable[[], bool] | None = None,
 ) -> Generator[Step, Any, Tried]:
-    """Try a call. Every permit is closed, but that of an answer that is still coming.
+    """Try a call again. Every permit is closed, but that of an answer that is still coming.
 
     Args:
         ask: what it asks.
+        permit: of its first attempt.
+        tried: what that came to.
         retry: how it is tried again.
         budgets: whether it may be.
         hurries: asked after a *not now* whether the call goes elsewhere, rather than wait for its next attempt.
@@ -96,12 +103,8 @@ def script(
         The last attempt.
     """
     attempts = Attempts(retry)
-    now, _ = yield Moment()
-    budgets.deposit(now)
     taken: float | None = None  # when this retry was drawn from the budget of what is refused
     while True:
-        permit: Permit = yield Enter(ask)
-        tried: Tried = yield Try(permit)
         not_now = tried.again and not tried.open and not tried.counts
         if taken is not None and not not_now:
             budgets.refusals.give_back(taken)
@@ -124,6 +127,8 @@ def script(
         taken = None
         if not_now and (taken := (yield from _turn(ask, attempts, budgets.refusals))) is None:
             return tried
+        permit = yield Enter(ask)
+        tried = yield Try(permit)
 
 
 def _turn(ask: Ask, attempts: Attempts, budget: RetryBudget) -> Generator[Step, Any, float | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
 from forebay import clock, context
@@ -17,34 +17,43 @@ from forebay.upstream.desk import Desk
 _GONE = Ended(outcome=Outcome.IGNORED)  # bytes may have left: money and tokens settle at the reservation
 
 
+class Retries:
+    """How the calls of an upstream are tried again, and how often all of them together.
+
+    Args:
+        retry: how one call is.
+        draw: a source of draws from [0, 1).
+    """
+
+    __slots__ = ("budgets", "draw", "lock", "retry")
+
+    def __init__(self, retry: Retry, *, draw: Callable[[], float]) -> None:
+        self.retry = retry
+        self.budgets = RetryBudgets()
+        self.draw = draw
+        self.lock = threading.Lock()  # of the budgets: calls come from many threads
+
+
 class Driver:
-    """What is the same for both ways: the desk, the retries, and what is left to chance.
+    """Tries one call, on an event loop or in a plain thread.
+
+    Nearly all succeed at once, so the first attempt is made by the way, and only what follows it is scripted: a
+    generator and an object for each step cost some 25 us a call.
 
     Args:
         desk: where permits are had.
-        retry: how a call is tried again.
-        budgets: whether it may be.
-        draw: a source of draws from [0, 1).
+        retries: how it is tried again.
         hurries: whether a call that was answered *not now* goes elsewhere at once; None where there is nowhere else,
             and so what it meets here is what its run meets.
     """
 
-    def __init__(
-        self,
-        desk: Desk,
-        *,
-        retry: Retry,
-        budgets: RetryBudgets,
-        draw: Callable[[], float],
-        hurries: Callable[[], bool] | None = None,
-    ) -> None:
+    __slots__ = ("_alone", "_desk", "_hurries", "_retries")
+
+    def __init__(self, desk: Desk, retries: Retries, hurries: Callable[[], bool] | None = None) -> None:
         self._desk = desk
+        self._retries = retries
         self._hurries = hurries
         self._alone = hurries is None
-        self._retry = retry
-        self._budgets = budgets
-        self._draw = draw
-        self._lock = threading.Lock()
 
     async def run(self, ask: Ask, attempt: Callable[[Permit], Awaitable[Tried]]) -> Any:
         """Try a call on an event loop. `attempt` raises only what is not the upstream's: a cancellation, say.
@@ -64,23 +73,23 @@ class Driver:
         Raises:
             Overloaded: it was refused.
         """
-        steps = script(ask, self._retry, self._budgets, self._hurries)
+        self._begin()
+        permit = await self._desk.enter(ask, alone=self._alone)
+        tried = await self._made(permit, attempt)
+        if self._is_last(permit, tried):
+            return tried
+        steps = self._script(ask, permit, tried)
         given: Any = None
-        thrown: BaseException | None = None
         while True:
             try:
-                step: Step = steps.send(given) if thrown is None else steps.throw(thrown)
+                step = self._next(steps, given)
             except StopIteration as end:
                 return _tried(end)
-            given = thrown = None
+            given = None
             if isinstance(step, Enter):
                 given = await self._desk.enter(step.ask, alone=self._alone)
             elif isinstance(step, Try):
-                try:
-                    given = await attempt(step.permit)
-                except BaseException:
-                    self._let_go(step.permit)
-                    raise
+                given = await self._made(step.permit, attempt)
             elif isinstance(step, Sleep):
                 await asyncio.sleep(step.seconds)
             else:
@@ -88,33 +97,70 @@ class Driver:
 
     def drive_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Tried:
         """As `drive`, in a plain thread."""
-        steps = script(ask, self._retry, self._budgets, self._hurries)
+        self._begin()
+        permit = self._desk.enter_blocking(ask, alone=self._alone)
+        tried = self._made_blocking(permit, attempt)
+        if self._is_last(permit, tried):
+            return tried
+        steps = self._script(ask, permit, tried)
         given: Any = None
         while True:
             try:
-                step: Step = steps.send(given)
+                step = self._next(steps, given)
             except StopIteration as end:
                 return _tried(end)
             given = None
             if isinstance(step, Enter):
                 given = self._desk.enter_blocking(step.ask, alone=self._alone)
             elif isinstance(step, Try):
-                try:
-                    given = attempt(step.permit)
-                except BaseException:
-                    self._let_go(step.permit)
-                    raise
+                given = self._made_blocking(step.permit, attempt)
             elif isinstance(step, Sleep):
                 threading.Event().wait(step.seconds)
             else:
                 given = self._at_once(step)
+
+    async def _made(self, permit: Permit, attempt: Callable[[Permit], Awaitable[Tried]]) -> Tried:
+        try:
+            return await attempt(permit)
+        except BaseException:
+            self._let_go(permit)
+            raise
+
+    def _made_blocking(self, permit: Permit, attempt: Callable[[Permit], Tried]) -> Tried:
+        try:
+            return attempt(permit)
+        except BaseException:
+            self._let_go(permit)
+            raise
+
+    def _begin(self) -> None:
+        now = clock.now()
+        with self._retries.lock:
+            self._retries.budgets.deposit(now)
+
+    def _is_last(self, permit: Permit, tried: Tried) -> bool:
+        """Whether nothing can follow a first attempt. Its permit is closed then, unless its answer is still coming."""
+        if tried.open:
+            return True
+        if tried.again:
+            return False
+        self._desk.settle(permit, tried.ended)
+        return True
+
+    def _script(self, ask: Ask, permit: Permit, tried: Tried) -> Generator[Step, Any, Tried]:
+        retries = self._retries
+        return script(ask, permit, tried, retry=retries.retry, budgets=retries.budgets, hurries=self._hurries)
+
+    def _next(self, steps: Generator[Step, Any, Tried], given: Any) -> Step:
+        with self._retries.lock:
+            return steps.send(given)
 
     def _at_once(self, step: Step) -> Any:
         if isinstance(step, Settle):
             self._desk.settle(step.permit, step.ended)
             return None
         assert isinstance(step, Moment)  # noqa: S101 - all others take time
-        return clock.now(), self._draw()
+        return clock.now(), self._retries.draw()
 
     def _let_go(self, permit: Permit) -> None:
         if not permit.closed:

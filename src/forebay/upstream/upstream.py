@@ -12,14 +12,14 @@ from forebay.breaker import BreakerRules
 from forebay.errors import InvalidSetting
 from forebay.events import log
 from forebay.quota import Budget, Price, Prices, Quota
-from forebay.retry import Retry, RetryBudgets
+from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.typing import Charge, Reading
 from forebay.upstream.ask import Ask
 from forebay.upstream.books import Books, Money, Terms
 from forebay.upstream.call import UpstreamCall
 from forebay.upstream.desk import Desk
-from forebay.upstream.drive import Driver
+from forebay.upstream.drive import Driver, Retries
 from forebay.upstream.exchange import Sender
 from forebay.upstream.fallback import Fallback, check_reached, fallbacks_of
 from forebay.upstream.guard import guarded
@@ -104,7 +104,7 @@ class Upstream:
         self._money = Money(name, budget, tenant_budget, task_budget)
         self.books = Books(terms, self._money, draw=clock.draw)
         self.retry = retry or Retry()
-        self.retry_budgets = RetryBudgets()
+        self._retries = Retries(self.retry, draw=clock.draw)
         self.prices = Prices(prices)
         self._unpriced: set[str] = set()
         self._unmetered_told = False
@@ -249,7 +249,7 @@ class Upstream:
 
     def driver(self, desk: Desk, hurries: Callable[[], bool] | None = None) -> Driver:
         """What tries calls of one account, under the retries of this upstream. `hurries`: see `Driver`."""
-        return Driver(desk, retry=self.retry, budgets=self.retry_budgets, draw=clock.draw, hurries=hurries)
+        return Driver(desk, self._retries, hurries)
 
     # --- what can be read ---
 
