@@ -26,6 +26,7 @@ from forebay.upstream.rules import (
     UsageFilter,
     meaning_of,
     notices,
+    read_whole,
     retry_after,
     wants_retry,
 )
@@ -186,12 +187,9 @@ class Exchange:
             return self._tried(headers, ended)
         if status >= REDIRECTS:
             return Tried(ended=Ended(outcome=Outcome.IGNORED, used=_COUNTED, usd=0.0, notices=heard))
-        meter = Meter(stream=False, input_tokens=self.ask.charge.input_tokens)
-        meter.feed(body)
-        meter.end()
-        if meter.error is not None:
-            meaning = meter.error
-        return Tried(ended=self.ended(permit, meaning.outcome, meter.usage, heard))
+        read = read_whole(body)
+        outcome = Outcome.SUCCESS if read.error is None else read.error.outcome
+        return Tried(ended=self.ended(permit, outcome, read.usage, heard))
 
     def _not_now(self, headers: Plain, heard: tuple[Notice, ...]) -> Tried:
         """It was refused at the provider's door: nothing was used."""

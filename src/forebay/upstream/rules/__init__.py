@@ -3,7 +3,7 @@
 from forebay.upstream.rules.headers import Plain, notices, retry_after, wants_retry
 from forebay.upstream.rules.include_usage import UsageFilter
 from forebay.upstream.rules.meaning import Meaning, meaning_in_stream, meaning_of
-from forebay.upstream.rules.meter import Meter
+from forebay.upstream.rules.meter import Meter, read_whole
 from forebay.upstream.rules.other_model import leans_on_its_provider, path_with_model, with_model
 from forebay.upstream.rules.request import Request, Route
 from forebay.upstream.rules.table import Counting, Rules, rules_for
@@ -25,6 +25,7 @@ __all__ = [
     "meaning_of",
     "notices",
     "path_with_model",
+    "read_whole",
     "retry_after",
     "rules_for",
     "wants_retry",

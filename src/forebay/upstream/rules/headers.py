@@ -52,6 +52,7 @@ _PATTERNS: Final = [
 _FAMILIES: Final = [
     (unit.replace("-", "_"), pattern % "limit", pattern % "remaining", pattern % "reset") for unit, pattern in _PATTERNS
 ]
+_FAMILY: Final = {name: number for number, (_, *names) in enumerate(_FAMILIES) for name in names}
 
 
 class Plain(dict[str, str]):
@@ -80,12 +81,14 @@ def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
         wall: epoch seconds, now.
     """
     told = plain(headers)
-    if not any("ratelimit-" in name for name in told):
+    here = {_FAMILY[name] for name in told if name in _FAMILY}  # one look at each header; there are ten families
+    if not here:
         return ()
     moment = _moment(told, wall)
     found: dict[str, Notice] = {}
-    for unit, limit_name, remaining_name, reset_name in _FAMILIES:
-        if unit in found or (limit_name not in told and remaining_name not in told):
+    for number in sorted(here):
+        unit, limit_name, remaining_name, reset_name = _FAMILIES[number]
+        if unit in found:
             continue
         limit, remaining = _amount(told.get(limit_name)), _amount(told.get(remaining_name), least=0)
         if limit is not None or remaining is not None:
@@ -98,7 +101,12 @@ def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
 
 def _amount(text: str | None, *, least: int | None = None) -> int | None:
     """A limit or what remains of it; below zero is `least`, and None where that is None."""
-    match = None if text is None or len(text) > _LONGEST_VALUE else _PLAIN.fullmatch(text)
+    if text is None or len(text) > _LONGEST_VALUE:
+        return None
+    if text.isascii() and text.isdigit():  # nearly all, and a tenth of the price
+        amount = int(text)
+        return amount if amount <= _LARGEST else None
+    match = _PLAIN.fullmatch(text)
     if match is None:
         return None
     value = float(match[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -20,6 +20,57 @@ _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _MOST_CHOICES: Final = 128
 _CONTENT: Final = ("content", "reasoning_content", "reasoning", "refusal")  # of a delta of OpenAI's chat, and its kin
 _ENDS: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop"})
+
+
+class _Answer(msgspec.Struct):
+    """What is read of a whole answer; the rest of its JSON is passed over and no object made of it."""
+
+    usage: Any = None
+    error: Any = None
+
+
+_answer: Final = msgspec.json.Decoder(_Answer)
+
+
+class Whole(NamedTuple):
+    """What a whole answer told.
+
+    Attributes:
+        usage: what was used; None if it does not say.
+        complete: whether it ended as it should.
+        error: what an error meant that was told within it, or None.
+    """
+
+    usage: Usage | None
+    complete: bool
+    error: Meaning | None
+
+
+_NOTHING: Final = Whole(None, complete=False, error=None)
+
+
+def read_whole(body: bytes) -> Whole:
+    """Read a successful answer that came in one piece, without a Content-Encoding."""
+    if len(body) > _WHOLE + _TAIL:
+        return _tail(body[-_TAIL:])
+    try:
+        answer = _answer.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return _tail(body)
+    error = meaning_in_stream(answer.error) if isinstance(answer.error, dict) else None
+    return Whole(read_usage(answer.usage), complete=True, error=error)
+
+
+def _tail(body: bytes) -> Whole:
+    """Usage in the end of a body of which the beginning was let go."""
+    found = list(_USAGE.finditer(body))
+    if not found:
+        return _NOTHING
+    try:
+        told, _ = json.JSONDecoder().raw_decode(body[found[-1].end() :][:_TAIL].decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return _NOTHING
+    return Whole(read_usage(told), complete=body.rstrip().endswith(b"}"), error=None)
 
 
 class Meter:
@@ -78,7 +129,7 @@ class Meter:
             for event in self._events.end():
                 self._event(event)
         else:
-            self._body(bytes(self._whole))
+            self._told, self.complete, self.error = read_whole(bytes(self._whole))
             self._whole.clear()
 
     @property
@@ -96,32 +147,6 @@ class Meter:
             return None
         known = self._told or Usage(input_tokens=self._input_tokens, output_tokens=0)
         return msgspec.structs.replace(known, output_tokens=self.output_tokens, estimated=True)
-
-    # --- whole ---
-
-    def _body(self, body: bytes) -> None:
-        try:
-            answer = msgspec.json.decode(body)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            self._tail(body)
-            return
-        if isinstance(answer, dict):
-            self.complete = True
-            self._told = read_usage(answer.get("usage"))
-            if isinstance(answer.get("error"), dict):
-                self.error = meaning_in_stream(answer["error"])
-
-    def _tail(self, body: bytes) -> None:
-        """Usage in the end of a body of which the beginning was let go."""
-        found = list(_USAGE.finditer(body))
-        if not found:
-            return
-        try:
-            told, _ = json.JSONDecoder().raw_decode(body[found[-1].end() :][:_TAIL].decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            return
-        self._told = read_usage(told)
-        self.complete = body.rstrip().endswith(b"}")
 
     # --- streams ---
 

@@ -12,7 +12,6 @@ from forebay.upstream.ask import Permit
 from forebay.upstream.attempt import Tried
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.journey import Journey, journey_of
-from forebay.upstream.reader import Reader
 from forebay.upstream.rules import Plain
 from forebay.upstream.transport.dress import Dress, find_dress
 
@@ -119,17 +118,8 @@ class BoundExchange(Exchange):
 
     # --- what an attempt comes to ---
 
-    def streams(self, response: Any) -> bool:
-        """Whether the answer is passed on while it comes."""
-        return self.is_open(response.status_code, response.headers.get("content-type", ""))
-
-    def reader_of(self, permit: Permit, response: Any) -> Reader:
-        """What meters an open answer, and closes its permit."""
-        return self.reader(permit, Plain.of_wire(response.headers.raw))
-
-    def answered(self, permit: Permit, response: Any, raw: bytes) -> Tried:
+    def answered(self, permit: Permit, response: Any, headers: Plain, raw: bytes) -> Tried:
         """The answer is all there."""
-        headers = Plain.of_wire(response.headers.raw)
         body = _decoded(self._http, headers, raw)
         tried = self.whole(permit, response.status_code, headers, body)
         tried.value = self._response(response, self._http.ByteStream(raw), without=())

@@ -16,6 +16,7 @@ from forebay.upstream.attempt import Tried
 from forebay.upstream.drive import conclude
 from forebay.upstream.journey import Journey, travel, travel_blocking
 from forebay.upstream.reader import Reader
+from forebay.upstream.rules import Plain
 from forebay.upstream.transport.exchange import Binding, BoundExchange
 
 
@@ -98,9 +99,10 @@ class AsyncTransport:
         response = None
         try:
             response = await self.inner.handle_async_request(exchange.request)
-            if exchange.streams(response):
-                decoded = "content-encoding" in response.headers
-                body = self.body(response, exchange.reader_of(permit, response), decoded=decoded)
+            headers = Plain.of_wire(response.headers.raw)
+            if exchange.is_open(response.status_code, headers.get("content-type", "")):
+                decoded = "content-encoding" in headers
+                body = self.body(response, exchange.reader(permit, headers), decoded=decoded)
                 return exchange.opened(response, body, decoded=decoded)
             raw = b"".join([chunk async for chunk in response.stream])
         except BaseException as error:
@@ -110,7 +112,7 @@ class AsyncTransport:
                 return exchange.failed(permit, error)
             raise
         await response.aclose()
-        return exchange.answered(permit, response, raw)
+        return exchange.answered(permit, response, headers, raw)
 
     async def aclose(self) -> None:
         """Close the client's connections."""
@@ -194,9 +196,10 @@ class BlockingTransport:
         response = None
         try:
             response = self.inner.handle_request(exchange.request)
-            if exchange.streams(response):
-                decoded = "content-encoding" in response.headers
-                body = self.body(response, exchange.reader_of(permit, response), decoded=decoded)
+            headers = Plain.of_wire(response.headers.raw)
+            if exchange.is_open(response.status_code, headers.get("content-type", "")):
+                decoded = "content-encoding" in headers
+                body = self.body(response, exchange.reader(permit, headers), decoded=decoded)
                 return exchange.opened(response, body, decoded=decoded)
             raw = b"".join(response.stream)
         except BaseException as error:
@@ -206,7 +209,7 @@ class BlockingTransport:
                 return exchange.failed(permit, error)
             raise
         response.close()
-        return exchange.answered(permit, response, raw)
+        return exchange.answered(permit, response, headers, raw)
 
     def close(self) -> None:
         """Close the client's connections."""
