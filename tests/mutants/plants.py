@@ -296,8 +296,8 @@ MUTANTS = [
     Mutant(
         "what convinced becomes background",
         "limit/noise.py",
-        "        self._refusals += 1\n        usual",
-        "        self._refusals += 1\n        self.background += 0.005\n        usual",
+        "        self._refusals += 1\n        self._evidence",
+        "        self._refusals += 1\n        self.background += 0.005\n        self._evidence",
         _UNIT + "limit/test_noise.py::test_what_convinced_is_no_background",
     ),
     Mutant(

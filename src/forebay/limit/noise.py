@@ -33,12 +33,13 @@ class Noise:
         self.background = _FIRST_BACKGROUND
         self._evidence = 0.0
         self._answers = self._refusals = 0  # of which it is not known yet what they say
+        self._usual = -1.0
+        self._weigh()
 
     def accepted(self) -> None:
         """A call was let in."""
         self._answers += 1
-        usual, full = self._shares()
-        self._evidence += math.log((1 - full) / (1 - usual))
+        self._evidence += self._acceptance
         if self._evidence <= 0:
             self._learn()
 
@@ -46,8 +47,7 @@ class Noise:
         """A call was refused."""
         self._answers += 1
         self._refusals += 1
-        usual, full = self._shares()
-        self._evidence += math.log(full / usual)
+        self._evidence += self._refusal
 
     def convinces(self, *, suspect: bool) -> bool:
         """Whether the refusals are ours; `suspect` where one was to be expected."""
@@ -63,8 +63,17 @@ class Noise:
         weight = 1 - (1 - _FORGETS) ** self._answers
         self.background += weight * (self._refusals / self._answers - self.background)
         self.forget()
+        self._weigh()
 
-    def _shares(self) -> tuple[float, float]:
-        """Of calls refused: in the one story and in the other."""
+    def _weigh(self) -> None:
+        """What one answer says, of each kind, by the shares that are refused in the one story and in the other.
+
+        Mostly the background is so low that it stays what it was: two logarithms saved for each call.
+        """
         usual = min(_MOST_BACKGROUND, max(_LEAST_BACKGROUND, self.background))
-        return usual, max(_CONGESTED, _CONTRAST * usual)
+        if usual == self._usual:
+            return
+        self._usual = usual
+        full = max(_CONGESTED, _CONTRAST * usual)
+        self._acceptance = math.log((1 - full) / (1 - usual))
+        self._refusal = math.log(full / usual)

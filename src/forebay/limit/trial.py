@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from enum import Enum
-from statistics import median
 from typing import Final
 
 _SLOW: Final = 1.5  # stretch over the norm from which calls are slow
@@ -35,6 +35,37 @@ class Finding(Enum):
     CALM = "calm"  # a false alarm
 
 
+class _Window:
+    """The latest stretches, kept in order too: to sort them for each answer was a tenth of what a call costs here."""
+
+    __slots__ = ("_latest", "_sorted")
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, stretch: float) -> None:
+        """One more; the oldest goes when there are too many."""
+        if len(self._latest) == _MOST:
+            del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
+        self._latest.append(stretch)
+        insort(self._sorted, stretch)
+
+    def median(self) -> float:
+        """Their median; there must be one."""
+        half = len(self._sorted) // 2
+        middle = self._sorted[half]
+        return middle if len(self._sorted) % 2 else (self._sorted[half - 1] + middle) / 2
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._latest.clear()
+        self._sorted.clear()
+
+
 class Trial:
     """Tells a slow-down that our load causes from one that it does not.
 
@@ -50,7 +81,7 @@ class Trial:
         self.stage = Stage.WATCHING
         self.level = 0.0
         self._norm = 1.0  # the stretch that is held to be nobody's fault; 1 unless a trial said otherwise
-        self._stretches: deque[float] = deque(maxlen=_MOST)
+        self._stretches = _Window()
         self._before = (0.0, 0.0)  # the limit and the median before it was lowered
         self._began = 0.0  # of the stage, in the clock's seconds
         self._pause = _FIRST_PAUSE
@@ -59,16 +90,16 @@ class Trial:
     @property
     def brisk(self) -> bool:
         """Calls are not slow, as far as is known."""
-        return not self._stretches or median(self._stretches) <= _BRISK * self._norm
+        return not self._stretches or self._stretches.median() <= _BRISK * self._norm
 
     def feel(self, now: float, level: float, stretch: float | None) -> Finding | None:
         """One more success under the limit `level`; what follows from it."""
         if stretch is not None:
-            self._stretches.append(stretch)
+            self._stretches.add(stretch)
         if len(self._stretches) < min(_MOST, max(_LEAST, level / 2)):
             late = self.stage is not Stage.WATCHING and now - self._began > _PATIENCE
             return self._give_up(now, level) if late else None
-        middle = median(self._stretches)
+        middle = self._stretches.median()
         self._norm = max(1.0, min(self._norm, middle))
         if self.stage is Stage.LOWERED:
             return self._judge(now, level, middle)
