@@ -13,12 +13,13 @@ import random
 import time
 from collections.abc import Callable
 
+_running_loop = asyncio._get_running_loop  # noqa: SLF001 - public by `__all__`; raises nothing where there is none
+
 
 def wall_time() -> float:
     """Epoch seconds: of the running event loop if it keeps its own (a virtual one), else of the machine."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
+    loop = _running_loop()
+    if loop is None:
         return time.time()
     virtual = getattr(loop, "wall_time", None)
     return time.time() if virtual is None else float(virtual())
@@ -39,9 +40,8 @@ def now() -> float:
 
     So a thing that is shared by several loops and plain threads has one clock for all.
     """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
+    loop = _running_loop()
+    if loop is None:
         return time.monotonic()
     return loop.time() if is_virtual(loop) else time.monotonic()
 
@@ -57,9 +57,8 @@ os.register_at_fork(after_in_child=_chance.seed)  # a forked worker must not dra
 
 def draw() -> float:
     """A draw from [0, 1): of the running event loop if that has chance of its own (a virtual one), from its seed."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
+    loop = _running_loop()
+    if loop is None:
         return _chance.random()
     return draws_of(loop)() if is_virtual(loop) else _chance.random()
 
