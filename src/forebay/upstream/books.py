@@ -20,6 +20,7 @@ from forebay.upstream.ask import Ask
 from forebay.upstream.desk import Desk
 
 _ACCOUNTS = 1_000  # kept; the longest unused go first
+_KNOWN = 1_000  # pairs of model and key whose account is remembered
 _PURSES = 10_000  # of tenants and of tasks
 
 
@@ -181,14 +182,14 @@ class Books:
         self._draw = draw
         self._lock = threading.Lock()
         self._desks: OrderedDict[tuple[str, str], Desk] = OrderedDict()
+        self._known: dict[tuple[str, str], tuple[str, str]] = {}  # a model and a key: no hash, no patterns each time
 
     def __iter__(self) -> Iterator[Desk]:
         return iter(tuple(self._desks.values()))
 
     def desk(self, model: str, key: str = "") -> Desk:
         """The desk of the account of `model` under an API key; the key is known by its fingerprint only."""
-        group = self.terms.group(model)
-        where = (fingerprint(key), group)
+        where = self._known.get((model, key)) or self._where(model, key)
         with self._lock:
             desk = self._desks.get(where)
             if desk is None:
@@ -197,6 +198,14 @@ class Books:
             else:
                 self._desks.move_to_end(where)
         return desk
+
+    def _where(self, model: str, key: str) -> tuple[str, str]:
+        group = self.terms.group(model)
+        where = (fingerprint(key), group)
+        if len(self._known) >= _KNOWN:
+            self._known = {}
+        self._known[model, key] = where
+        return where
 
     def _open(self, mark: str, group: str) -> Desk:
         terms = self.terms

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
@@ -87,9 +88,11 @@ _MAKING: Final = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Rout
 
 
 # What becomes input, of any route.
-_INPUT: Final = (
-    *("messages", "system", "prompt", "suffix", "input", "instructions"),
-    *("tools", "functions", "response_format", "text"),
+_INPUT: Final = frozenset(
+    {
+        *("messages", "system", "prompt", "suffix", "input", "instructions"),
+        *("tools", "functions", "response_format", "text"),
+    }
 )
 _BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _decoder: Final = msgspec.json.Decoder(dict[str, Any])
@@ -115,21 +118,19 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
         image_tokens: of an image.
     """
     told = plain(headers)
-    where, query = _split(path)
-    route = _route(method, where)
-    websocket = _opens_websocket(path, where, told)
-    signed = _is_signed(query, told)
-    versions = query.get("api-version")
-    model = _DEPLOYMENT.search(where)
+    line = _read_line(method, path)
+    websocket = line.websocket or _upgrades(told)
+    signed = line.signed or _is_signed(told)
+    route = line.route
     read = _body(told, body) if route not in (Route.MODELS, Route.OTHER) else None
     if read is None:
-        return Request(route=route, model=unquote(model[1]) if model else None, websocket=websocket, signed=signed)
-    sent = [read[name] for name in _INPUT if read.get(name) is not None]
+        return Request(route=route, model=line.model, websocket=websocket, signed=signed)
+    sent = [value for name, value in read.items() if name in _INPUT and value is not None]
     bounds = (_bound(read.get(name)) for name in _BOUNDS)
     options = read.get("stream_options")
     return Request(
         route=route,
-        model=_name(read.get("model")) or (unquote(model[1]) if model else None),
+        model=_name(read.get("model")) or line.model,
         stream=read.get("stream") is True,
         input_tokens=tokens_of(sent, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
         max_output_tokens=next((bound for bound in bounds if bound is not None), None),
@@ -137,6 +138,38 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
         signed=signed,
+        api_version=line.api_version,
+    )
+
+
+class _Line(NamedTuple):
+    """What the first line of a request says.
+
+    Attributes:
+        route: what is asked for.
+        model: as Azure names it in the path, or None.
+        websocket: it can be nothing else.
+        signed: the signature stands in the query.
+        api_version: as Azure dates it, or None.
+    """
+
+    route: Route
+    model: str | None
+    websocket: bool
+    signed: bool
+    api_version: str | None
+
+
+@lru_cache(maxsize=256)  # an agent's calls go to a few paths, and taking one apart costs several microseconds
+def _read_line(method: str, path: str) -> _Line:
+    where, query = _split(path)
+    deployment = _DEPLOYMENT.search(where)
+    versions = query.get("api-version")
+    return _Line(
+        route=_route(method, where),
+        model=unquote(deployment[1]) if deployment else None,
+        websocket=path.startswith(("ws://", "wss://")) or where.endswith("/realtime"),
+        signed="X-Amz-Signature" in query,
         api_version=versions[0] if versions else None,
     )
 
@@ -157,15 +190,14 @@ def _route(method: str, path: str) -> Route:
     return Route.MODELS if method.upper() == "GET" and _MODELS.search(path) else Route.OTHER
 
 
-def _opens_websocket(url: str, path: str, told: Mapping[str, str]) -> bool:
-    upgrade = "websocket" in told.get("upgrade", "").lower() or "sec-websocket-key" in told
-    return upgrade or url.startswith(("ws://", "wss://")) or path.endswith("/realtime")
+def _upgrades(told: Mapping[str, str]) -> bool:
+    return "websocket" in told.get("upgrade", "").lower() or "sec-websocket-key" in told
 
 
-def _is_signed(query: Mapping[str, object], told: Mapping[str, str]) -> bool:
+def _is_signed(told: Mapping[str, str]) -> bool:
     if told.get("authorization", "").startswith(("AWS4-", "Signature ")):
         return True
-    return "X-Amz-Signature" in query or "content-encoding" in told or not _SIGNED.isdisjoint(told)
+    return "content-encoding" in told or not _SIGNED.isdisjoint(told)
 
 
 def _body(told: Mapping[str, str], body: bytes) -> dict[str, Any] | None:
