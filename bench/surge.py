@@ -14,7 +14,10 @@ from rich.console import Console
 from forebay import demo
 
 SIDES = ("classic", "forebay")
-TOLD = ("done", "failed", "spilled", "lost", "done_per_minute", "usd_per_done", "calls_429", "tokens_wasted")
+TOLD = (
+    *("done", "failed", "spilled", "lost", "done_per_minute", "usd_per_done", "usd_ratio"),
+    *("calls_429", "refused_share", "stray_429", "tokens_wasted", "wasted_share", "tokens_left"),
+)
 
 
 def run() -> dict[str, float | int | None]:

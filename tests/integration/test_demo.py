@@ -78,6 +78,8 @@ def test_forebay_does_some_keeps_the_rest_and_loses_none(ran: Ran) -> None:
     assert ours["lost"] == ours["failed"] == 0
     assert ours["p50_s"] <= ours["p99_s"]
     assert ours["usd_per_done"] >= ran.report["usd_least"]
+    assert ours["usd_ratio"] == ran.report["usd_ratio"]
+    assert ours["calls_429"] == ours["stray_429"]  # none of them for a rate that the headers told of
 
 
 @pytest.mark.slow
@@ -155,6 +157,13 @@ def resuming(folder: Path, left: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def side_of(process: subprocess.Popen[str]) -> int:
+    """The process of the side that a demo plays now."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (side,) = (int(pid) for pid in children if b"forebay.demo.side" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return side
+
+
 def ended(process: subprocess.Popen[str]) -> bool:
     """Whether it ends within a twentieth of a second."""
     with suppress(subprocess.TimeoutExpired):
@@ -179,6 +188,16 @@ def test_after_a_kill_of_the_parent_its_side_puts_everything_back_by_itself(ran:
     while (left := kept(tmp_path / "spill.db")).leased and monotonic() < orphan + 20:
         never.wait(0.05)  # nobody but the orphan gives a lease back: the ledger has nobody else
     assert (left.total, left.leased, left.failed) == (TASKS, 0, 0)
+
+
+@pytest.mark.slow
+def test_after_a_kill_of_its_side_everything_is_still_on_disk(ran: Ran, tmp_path: Path) -> None:
+    with resuming(tmp_path, ran.folder) as process:
+        os.kill(side_of(process), signal.SIGKILL)
+        assert process.wait(30) == 1
+    left = kept(tmp_path / "spill.db")
+    assert (left.total, left.failed) == (TASKS, 0)
+    assert left.leased > 0  # what it was running, until its lease runs out
 
 
 @pytest.mark.slow

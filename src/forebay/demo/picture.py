@@ -193,7 +193,7 @@ def _spend(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
         (theirs, "classic", found.classic, CLASSIC),
         (ours, "Forebay", found.forebay, FOREBAY),
     ):
-        over = f", {told.usd_ratio:.3g}x the least" if told.usd_ratio else ""
+        over = f", {told.usd_ratio:.2f}x the least" if told.usd_ratio else ""
         _end(axes, points, f"{name}: ${{:.4f}}{over}", colour, above=True)
     axes.set_ylim(min(values) / 2.5, 4 * max(values))
 

@@ -232,7 +232,10 @@ def percent(share: float) -> str:
 
 
 def _refusals(a: SideReport, b: SideReport) -> str:
-    stray = f", {b.stray_429:,} of them whatever the load" if b.calls_429 and b.stray_429 else ""
+    stray = ""
+    if b.calls_429 and b.stray_429 is not None:
+        ours = b.calls_429 - b.stray_429
+        stray = f", {ours or 'none'} for its load"
     return (
         f"Of Forebay's calls the key refused {percent(b.refused_share)} ({b.calls_429:,} of {b.calls:,}{stray}), of the"
         f" classic one's {percent(a.refused_share)}."
@@ -252,9 +255,10 @@ def verdict(a: SideReport, b: SideReport, ratio: float | None, settings: Setting
         )
     says.append(_refusals(a, b))
     if a.usd_ratio and b.usd_ratio:
+        wasted = f"{percent(b.wasted_share)} and {percent(a.wasted_share)} of their tokens went for nothing"
         says.append(
-            f"A task cost {b.usd_ratio:g} times the least that it needs under Forebay, {a.usd_ratio:g} times under the"
-            f" classic one; of their tokens {percent(b.wasted_share)} and {percent(a.wasted_share)} went for nothing."
+            f"A task cost {b.usd_ratio:.4g} times the least that it needs under Forebay, {a.usd_ratio:.3g} times under"
+            f" the classic one; {wasted}."
         )
     if b.binding:
         short = f", which was short of {b.scarce}" if b.scarce and b.binding.startswith("upstream:") else ""

@@ -26,6 +26,9 @@ BILL: dict[str, Any] = {
 }
 
 
+STRAY = BILL | {"by_reason": {"stray": 7}}
+
+
 def told(**counts: Any) -> Sample:
     return Sample(t=60.0, stage="ended", **counts)
 
@@ -156,9 +159,10 @@ def test_the_report_compares_both() -> None:
 
 def test_the_verdict_says_what_was_refused_and_what_went_for_nothing() -> None:
     verdict = report(classic(), forebay(plant=BILL), SETTINGS, "plant").verdict
-    assert "the key refused 1.0 % (7 of 700, 3 of them whatever the load), of the classic one's 80 %" in verdict
+    assert "the key refused 1.0 % (7 of 700, 4 for its load), of the classic one's 80 %" in verdict
+    assert "(7 of 700, none for its load)" in report(classic(), forebay(plant=STRAY), SETTINGS, "plant").verdict
     assert "A task cost 2 times the least that it needs under Forebay, 20 times under the classic one" in verdict
-    assert "of their tokens 46 % and 75 % went for nothing" in verdict
+    assert "46 % and 75 % of their tokens went for nothing" in verdict
     assert "What bound Forebay was upstream:key, which was short of requests per minute." in verdict
 
 
