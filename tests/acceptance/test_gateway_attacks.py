@@ -15,8 +15,10 @@ from aiohttp import web
 from tests.acceptance.gateways import (
     ASK,
     CHAT,
+    DONE,
     EVENT,
     NOTHING,
+    STOP,
     Scene,
     blurting,
     connect,
@@ -108,6 +110,30 @@ async def test_calls_in_a_row_are_answered_in_a_row(scene: Scene) -> None:
         assert answers == [b"%d" % n for n in range(20)]
 
 
+@pytest.mark.parametrize("method", [b"HEAD", b"POST"])
+async def test_the_next_answer_is_found_whatever_the_one_before_was(scene: Scene, method: bytes) -> None:
+    scene.provider.behaviour = saying(200, b"HTTP/1.1 200 OK\r\n\r\n")
+    async with Gateway(scene.settings()) as gateway:
+        first = written(BODY if method == b"POST" else b"", start=method + b" /openai/v1/other HTTP/1.1")
+        last = written(b"", b"connection: close", start=b"GET /healthz HTTP/1.1")
+        told = await raw(gateway, first + last)
+        assert told.endswith(b'{"status":"ok"}')
+        head, _, rest = told.partition(b"\r\n\r\n")
+        assert rest.startswith(b"13\r\nHTTP/1.1 200 OK\r\n\r\n\r\n0\r\n\r\nHTTP" if method == b"POST" else b"HTTP"), (
+            head
+        )
+
+
+async def test_who_speaks_an_older_http_is_answered_in_it(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT, STOP, DONE)
+    async with Gateway(scene.settings()) as gateway:
+        body = json.dumps({**ASK, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        told = await raw(gateway, written(body, start=b"POST /v1/chat/completions HTTP/1.0"))
+        assert told.partition(b"\r\n\r\n")[2] == EVENT + STOP + DONE
+        assert b"chunked" not in told
+        await lives(scene, gateway)
+
+
 # --- paths and hosts that are not its own ---
 
 
@@ -165,6 +191,7 @@ async def test_a_web_page_from_elsewhere_gets_nothing(scene: Scene) -> None:
             {"host": "[::1]:80"},
             {"host": "a.localhost"},
             {"host": "127.9.9.9"},
+            {"host": "host.docker.internal:8787"},
         ):
             assert (await scene.post(gateway, headers=headers))[0] == 200, headers
 
@@ -286,6 +313,31 @@ async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: Sce
             assert 0 < held < 1 << 20
         writer.close()
         del reader
+        await lives(scene, gateway)
+
+
+async def test_who_does_not_read_holds_nothing_up_at_the_end(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT * 100_000, None)
+    gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.1}))
+    await gateway.__aenter__()
+    _, writer = await connect(gateway, written(json.dumps({**ASK, "stream": True}).encode()))
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await until(lambda: any(handler.writing_paused for handler in gateway._web.connections))
+    async with asyncio.timeout(20):  # less than its send_timeout
+        await gateway.__aexit__(None, None, None)
+    await scene.provider.left.wait()
+    assert left(gateway) == NOTHING
+    writer.close()
+
+
+async def test_who_hangs_up_in_the_middle_of_its_request_has_not_called(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        for part in (1, 40, len(written(BODY)) - 1):
+            _, writer = await connect(gateway, written(BODY)[:part])
+            await until(lambda: len(gateway._web.connections) == 1)
+            writer.close()
+            await until(lambda: not gateway._web.connections)
+        assert scene.provider.asked == []
         await lives(scene, gateway)
 
 

@@ -16,6 +16,7 @@ from tests.acceptance.gateways import ASK, DONE, EVENT, STOP, Scene, streaming, 
 
 pytestmark = pytest.mark.slow  # a process needs a second to start
 
+FILES = 64  # that a process may have open when it begins, and more only if it asks for more
 STREAM: Any = {"json": {**ASK, "stream": True, "stream_options": {"include_usage": True}}}
 
 
@@ -46,6 +47,7 @@ async def start(scene: Scene, tmp_path: Path) -> AsyncIterator[Start]:
         file = tmp_path / "forebay.toml"
         file.write_text(f"[gateway]\ndrain_timeout = {drain_timeout}\n")
         process = await asyncio.create_subprocess_exec(
+            *("/bin/sh", "-c", f'ulimit -S -n {FILES} && exec "$@"', "sh"),
             *(sys.executable, "-m", "forebay.cli", "gateway", "--config", str(file), "--max-concurrent", "2"),
             *("--target", f"openai={scene.url}", "--target", f"anthropic={scene.url}"),
             *("--listen", f"127.0.0.1:{port}"),
@@ -163,3 +165,17 @@ async def test_one_that_is_killed_leaves_nothing_in_the_way_of_the_next(scene: S
     assert (await read(scene, again))[0] == 200
     again.process.terminate()
     assert await again.ended() == 0
+
+
+async def test_it_takes_as_many_connections_as_the_machine_allows(scene: Scene, start: Start) -> None:
+    running = await start()
+    port = int(running.url.rpartition(":")[2])
+    open_ = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2 * FILES)]
+    for reader, writer in open_:
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    for _, writer in open_:
+        writer.close()
+    assert (await read(scene, running))[0] == 200
+    running.process.terminate()
+    assert await running.ended() == 0

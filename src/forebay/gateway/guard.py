@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from forebay.gateway.address import is_loopback
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_FROM_CONTAINERS: Final = frozenset({"host.docker.internal", "host.containers.internal"})  # the machine's names there
 _BETWEEN: Final = 4  # bytes of a header field beside its name and its value
 
 
@@ -65,18 +66,20 @@ class Guard:
     def _foreign(self, headers: Mapping[str, str]) -> Objection | None:
         host, origin = headers.get("host"), headers.get("origin")
         instead = "to be called from there, let the gateway ask for a token (--token-env VARIABLE)"
-        if host is not None and not _names_loopback("//" + host):
+        if host is not None and not _is_here("//" + host):
             message = f"this gateway is for callers on its own machine, but the Host is {host[:100]!r}: {instead}"
             return Objection(403, "forebay_host", message)
-        if origin is not None and not _names_loopback(origin):
+        if origin is not None and not _is_here(origin):
             message = f"this gateway is not for pages of {origin[:100]!r}: {instead}"
             return Objection(403, "forebay_origin", message)
         return None
 
 
 @functools.lru_cache(maxsize=256)
-def _names_loopback(url: str) -> bool:
+def _is_here(url: str) -> bool:
+    """Whether a URL names this machine, which no other can make its own name mean."""
     try:
-        return is_loopback(urlsplit(url).hostname or "")
+        host = urlsplit(url).hostname or ""
     except ValueError:
         return False
+    return host in _FROM_CONTAINERS or is_loopback(host)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, cast
@@ -31,6 +32,8 @@ _ENDLESS: Final = (
 _HEADERS: Final = 200  # fields of a request
 _LINGER: Final = 1.0  # seconds that a body is read on after its request was refused, or the refusal might be lost
 _KEPT: Final = 30.0  # seconds that a connection to a provider is, less than providers keep them
+_FILES: Final = 2  # of a call: to its caller, and to its provider
+_OTHER_FILES: Final = 100
 _LAST_WORDS: Final = 1.0  # seconds in which who is cut off is told so
 
 
@@ -248,6 +251,7 @@ class CannotListen(ForebayError, OSError):
 def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
     """See `forebay.gateway.serve`."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
+    _open_more_files(_FILES * settings.max_connections + _OTHER_FILES)
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(_run(settings, ready))
     return 0
@@ -269,6 +273,28 @@ async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) ->
         ready(gateway)
         await stop.wait()
         log.info("draining: calls under way have %g s", settings.drain_timeout)
+
+
+def _open_more_files(wanted: int) -> None:
+    """Let this process have as many files open as its connections may take, as far as the machine allows that."""
+    if sys.platform == "win32":
+        return
+    import resource  # noqa: PLC0415 - not everywhere
+
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now == resource.RLIM_INFINITY or now >= wanted:
+        return
+    allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+        now = allowed
+    if now < wanted:
+        log.warning(
+            "this process may have %d files open, too few for max_connections: raise the limit (ulimit -n %d), or"
+            " lower that",
+            now,
+            wanted,
+        )
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
