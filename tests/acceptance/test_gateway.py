@@ -55,6 +55,18 @@ async def test_an_answer_passes_and_its_caller_is_not_to_call_again(scene: Scene
         assert left(gateway) == NOTHING
 
 
+async def test_a_provider_is_reached_through_the_proxy_of_the_environment(scene: Scene) -> None:
+    target = TargetSettings(name="openai", url="http://llm.example")
+    environment = {"http_proxy": scene.url.replace("://", "://me:hidden@")}
+    async with Gateway(GatewaySettings(targets=(target,), listen="127.0.0.1:0"), environment) as gateway:
+        status, _, body = await scene.post(gateway, headers={"authorization": "Bearer sk-1"})
+        assert (status, body) == (200, CHAT)
+        (asked,) = scene.provider.asked
+        assert asked.raw_path == "http://llm.example/v1/chat/completions"
+        assert asked.headers["authorization"] == "Bearer sk-1"
+        assert "proxy-authorization" in asked.headers
+
+
 async def test_what_is_the_gateways_own_goes_no_further(scene: Scene) -> None:
     async with Gateway(scene.settings()) as gateway:
         await scene.post(gateway, headers={"x-forebay-tenant": "acme", "connection": "keep-alive, x-hop", "x-hop": "1"})

@@ -12,6 +12,7 @@ from yarl import URL
 
 from forebay import clock
 from forebay.gateway.metrics import Counts
+from forebay.gateway.outgoing import Outgoing
 from forebay.gateway.sender import Patience
 from forebay.gateway.shapes import Answer
 from forebay.typing import Notice, Outcome
@@ -44,7 +45,6 @@ _HOP: Final = frozenset(
 )
 _NOT_SENT: Final = _HOP | {"host", "content-length", "expect", "accept-encoding"}
 _NOT_GIVEN_BACK: Final = _HOP | {"content-length", "x-should-retry"}
-_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 
 
 class Opened:
@@ -113,21 +113,21 @@ class Passage(Exchange):
         url: where it goes.
         path: the path of that, with the query.
         asked: what is sent.
-        session: that sends it.
+        outgoing: that sends it.
         counts: where its tokens are counted.
     """
 
-    __slots__ = ("_asked", "_body", "_counts", "_headers", "_session", "_timeout", "_url")
+    __slots__ = ("_asked", "_body", "_counts", "_headers", "_outgoing", "_timeout", "_url")
 
     def __init__(  # noqa: PLR0913 - what it needs to be sent
-        self, upstream: Upstream, url: str, path: str, asked: Asked, *, session: aiohttp.ClientSession, counts: Counts
+        self, upstream: Upstream, url: str, path: str, asked: Asked, *, outgoing: Outgoing, counts: Counts
     ) -> None:
         super().__init__(
             upstream, method=asked.method, path=path, headers=asked.headers, body=asked.body, sender=asked.sender
         )
         self._asked = asked
         self._url = URL(url, encoded=True)
-        self._session = session
+        self._outgoing = outgoing
         self._counts = counts
         self._body = asked.body if self.changed is None else self.changed
         self._headers = _forwarded(asked, plain=self.changed is not None)
@@ -153,21 +153,13 @@ class Passage(Exchange):
         moved = msgspec.structs.replace(
             asked, told=(*kept, *extra), headers=sent.headers(asked.headers), body=sent.body, sender=sender
         )
-        return Passage(stop.upstream, origin + path, sent.path, moved, session=self._session, counts=self._counts)
+        return Passage(stop.upstream, origin + path, sent.path, moved, outgoing=self._outgoing, counts=self._counts)
 
     async def attempt(self, permit: Permit) -> Tried:
         """Send it once."""
         answer: aiohttp.ClientResponse | None = None
         try:
-            answer = await self._session.request(
-                self._asked.method,
-                self._url,
-                headers=self._headers,
-                data=self._body or None,
-                allow_redirects=False,
-                skip_auto_headers=_NOT_ADDED,
-                timeout=self._timeout,
-            )
+            answer = await self._outgoing.send(self._asked.method, self._url, self._headers, self._body, self._timeout)
             headers = Plain.of_wire(answer.raw_headers)
             back = _given_back(answer)
             if self.is_open(answer.status, headers.get("content-type", "")):

@@ -18,6 +18,7 @@ from forebay.errors import Overloaded
 from forebay.events import log
 from forebay.gateway.guard import Guard
 from forebay.gateway.metrics import Counts
+from forebay.gateway.outgoing import Outgoing, proxies_of
 from forebay.gateway.passage import FAILURES, Asked, Opened, Passage
 from forebay.gateway.route import Place, find_place, make_targets, spoken
 from forebay.gateway.sender import TOKEN_HEADER, BadHeader, Senders, patience
@@ -58,15 +59,15 @@ class Proxy:
 
     Raises:
         InvalidSecret: a secret is not there, or is not fit for one.
-        InvalidSetting: a fallback leads to where calls cannot go.
+        InvalidSetting: a fallback leads to where calls cannot go; a proxy of the environment is none.
     """
 
     def __init__(
         self, settings: GatewaySettings, environment: Mapping[str, str], *, session: aiohttp.ClientSession
     ) -> None:
         self._settings = settings
-        self._session = session
         self.targets = make_targets(settings, environment)
+        self._outgoing = Outgoing(session, proxies_of((target.base for target in self.targets), environment))
         self.counts = Counts(self.targets)
         self._senders = Senders(settings.trust, settings.token(environment), settings.context.tenant_headers)
         self._guard = Guard(
@@ -205,7 +206,7 @@ class Proxy:
             sender=sender,
             patience=patience(headers),
         )
-        passage = Passage(target.upstream, place.url, place.path, asked, session=self._session, counts=self.counts)
+        passage = Passage(target.upstream, place.url, place.path, asked, outgoing=self._outgoing, counts=self.counts)
         _object_to(passage, asked.body, target.protocol)
         return passage
 
