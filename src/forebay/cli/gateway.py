@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from forebay.cli.config import gateway_settings
 from forebay.cli.document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway.egress import proxy_of, shown
 from forebay.gateway.route import make_targets
 
 _EACH = "for each target, or NAME=NUMBER for one; repeatable."
@@ -70,11 +72,12 @@ def gateway(  # noqa: PLR0913 - one word each for what is said most
         )
         named = {to.api_key_env: "set" for one in settings.targets for to in one.fallback if to.api_key_env}
         make_targets(settings, named)  # whether fallbacks fit together is seen only then, and needs no secrets
+        proxies = {one.name: proxy_of(one.url, os.environ) for one in settings.targets}
     except (InvalidConfiguration, InvalidSetting) as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(_WRONG) from None
     if check:
-        typer.echo("\n".join(_lines(settings)))
+        typer.echo("\n".join(_lines(settings, proxies)))
         return
     raise typer.Exit(_serve(settings))
 
@@ -96,7 +99,7 @@ def _say_where(settings: GatewaySettings, port: int) -> None:
     typer.echo(f"listens on http://{host}:{port}")  # what base URLs begin with; click flushes
 
 
-def _lines(settings: GatewaySettings) -> list[str]:
+def _lines(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> list[str]:
     """What holds, for a person to check."""
     if settings.token_env is not None:
         missing = "" if settings.token_env in os.environ else ", which is not set here"
@@ -106,11 +109,11 @@ def _lines(settings: GatewaySettings) -> list[str]:
     return [
         f"listens on {settings.listen}; callers need {callers}",
         f"priority, deadline, tenant and task are believed of: {settings.trust}",
-        *(line for target in settings.targets for line in _lines_of(target)),
+        *(line for target in settings.targets for line in _lines_of(target, proxies[target.name])),
     ]
 
 
-def _lines_of(target: TargetSettings) -> list[str]:
+def _lines_of(target: TargetSettings, proxy: str | None) -> list[str]:
     keys = "all keys share its limits" if target.share_keys else "limits hold for each key"
     given = {
         "in flight": target.max_concurrent,
@@ -128,5 +131,6 @@ def _lines_of(target: TargetSettings) -> list[str]:
     for to in target.fallback:
         there = " at ".join(part for part in (to.model, to.target) if part)
         holds.append(f"what is refused{'' if to.of == '*' else f' of {to.of}'} goes to {there}")
-    first = f"{target.name}: {target.url}, by the rules of {target.rules}; {keys}"
+    way = "" if proxy is None else f" through {shown(proxy)}"
+    first = f"{target.name}: {target.url}{way}, by the rules of {target.rules}; {keys}"
     return [first, *(f"    {line}" for line in holds or ["all learned from headers"])]

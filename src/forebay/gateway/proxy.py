@@ -16,9 +16,10 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
+from forebay.gateway.egress import origin_of, proxy_of
 from forebay.gateway.guard import Guard
 from forebay.gateway.metrics import Counts
-from forebay.gateway.outgoing import Outgoing, proxies_of
+from forebay.gateway.outgoing import Outgoing
 from forebay.gateway.passage import FAILURES, Asked, Opened, Passage
 from forebay.gateway.route import Place, find_place, make_targets, spoken
 from forebay.gateway.sender import TOKEN_HEADER, BadHeader, Senders, patience
@@ -67,7 +68,8 @@ class Proxy:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
-        self._outgoing = Outgoing(session, proxies_of((target.base for target in self.targets), environment))
+        proxies = {origin_of(target.base): proxy_of(target.base, environment) for target in self.targets}
+        self._outgoing = Outgoing(session, {origin: proxy for origin, proxy in proxies.items() if proxy is not None})
         self.counts = Counts(self.targets)
         self._senders = Senders(settings.trust, settings.token(environment), settings.context.tenant_headers)
         self._guard = Guard(

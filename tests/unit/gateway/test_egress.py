@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from yarl import URL
 
 from forebay.errors import InvalidSetting
-from forebay.gateway.outgoing import proxies_of
+from forebay.gateway.egress import proxy_of, shown
 
 OPENAI = "https://api.openai.com"
 
 
 def proxy(url: str = OPENAI, **environment: str) -> str | None:
-    found = proxies_of([url], environment).get(URL(url).origin())
-    return None if found is None else str(found)
+    return proxy_of(url, environment)
 
 
 def test_no_proxy_where_the_environment_names_none() -> None:
@@ -52,3 +50,8 @@ def test_what_is_no_http_proxy_is_refused_without_its_password(wrong: str) -> No
 
 def test_a_proxy_that_is_not_needed_may_be_anything() -> None:
     assert proxy(HTTPS_PROXY="socks5://proxy", NO_PROXY="api.openai.com") is None
+
+
+def test_a_proxy_is_shown_without_its_password() -> None:
+    assert shown("http://me:hidden@proxy:3128") == "http://***@proxy:3128"
+    assert shown("http://proxy:3128") == "http://proxy:3128"
