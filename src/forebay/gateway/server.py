@@ -259,17 +259,16 @@ def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -
 
 async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> None:
     stop = asyncio.Event()
-    gateway = Gateway(settings)
 
     def asked_to_stop() -> None:
         if stop.is_set():
             gateway.cut_off()  # the second time it is meant
         stop.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked_to_stop)
-    async with gateway:
+    async with Gateway(settings) as gateway:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked_to_stop)
         ready(gateway)
         await stop.wait()
         log.info("draining: calls under way have %g s", settings.drain_timeout)
