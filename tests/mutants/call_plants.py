@@ -287,6 +287,35 @@ MUTANTS = [
         'where = ("", group)',
         _DECISIONS + "test_each_key_has_an_account_of_its_own_and_one_key_has_one",
     ),
+    # --- a provider that refuses everything ---
+    Mutant(
+        "a limit that is known hammers",
+        "limit/fixed.py",
+        "                self._knocking = True\n",
+        "                pass\n",
+        _ACCEPTANCE + "test_outage.py::test_the_provider_is_knocked_at_and_not_hammered",
+    ),
+    Mutant(
+        "in an outage calls wait for its end",
+        "upstream/outage.py",
+        "return seconds if seconds >= self._patience and",
+        "return seconds if seconds >= 1e9 and",
+        _ACCEPTANCE + "test_outage.py::test_nobody_waits_for_longer_than_was_allowed",
+    ),
+    Mutant(
+        "an outage that has passed is not forgotten",
+        "upstream/outage.py",
+        '        """A call was let in: its answer has begun."""\n        self._since = math.inf',
+        '        """A call was let in: its answer has begun."""',
+        _UNIT + "upstream/test_outage.py::test_an_outage_is_over_with_the_first_that_is_let_in",
+    ),
+    Mutant(
+        "who comes while a probe is out is sent away for a minute",
+        "upstream/account.py",
+        "again = min(again, max(_PROBED, self.typical))",
+        "pass",
+        _ACCEPTANCE + "test_outage.py::test_a_provider_that_is_broken_is_left_to_the_breaker",
+    ),
     # --- what an answer means ---
     Mutant(
         "a refusal is a fault to the breaker",

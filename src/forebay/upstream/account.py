@@ -10,10 +10,11 @@ from forebay.admission import BookedSeats, Line, Place
 from forebay.breaker import Breaker, BreakerState
 from forebay.quota import Quotas
 from forebay.task import Priority
-from forebay.typing import Charge, Limit, Notice, Outcome
-from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Purse, Wait
+from forebay.typing import Limit, Notice, Outcome
+from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Purse, Wait, times
 from forebay.upstream.deadlines import Deadlines
 from forebay.upstream.order import Order
+from forebay.upstream.outage import Outage
 from forebay.upstream.pace import Pace
 from forebay.upstream.passing import first_to_pass
 from forebay.upstream.service import Service, bearable
@@ -22,6 +23,7 @@ from forebay.upstream.waiting import Waiter
 _GAIN = 0.05  # weight of the newest wait in the typical one
 _LINE = 10_000  # calls that may wait, however short that is expected to be
 _SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
+_PROBED = 1.0  # seconds after which one may ask again, at least, while a breaker's probes are out
 _RUNG_UP = 4  # typical waits after which a call goes one rung up
 
 
@@ -90,6 +92,7 @@ class Account:
         self._typical_wait = 0.0  # seconds in the line, as a moving mean
         self._seats = BookedSeats()
         self._stopped_until = -math.inf
+        self._outage = Outage(limit, longest_wait)
         self._young: deque[Permit] = deque()  # given within the last second, and some that have ended since
 
     @property
@@ -147,13 +150,23 @@ class Account:
         for purse in self._purses(ask):
             if not purse.affords(ask.usd, ask.priority):
                 return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())
-        if now < self._stopped_until:
-            return No("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
-        if not self.breaker.ready(now):
-            return No("its breaker is open", "breaker", 1.0, self.breaker.remaining(now))
         seconds, binding = self.quotas.wait(now, ask.charge)
         if seconds == math.inf:
             return No(f"it is larger than {binding} will ever be", binding or "quota", math.inf, None)
+        return self._closed(now)
+
+    def _closed(self, now: float) -> No | None:
+        """Why its provider is not asked at all, whatever the call."""
+        if now < self._stopped_until:
+            return No("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
+        if not self.breaker.ready(now):
+            again = self.breaker.remaining(now)
+            if again and self.breaker.state(now) is BreakerState.HALF_OPEN:  # its probes may be answered long before
+                again = min(again, max(_PROBED, self.typical))
+            return No("its breaker is open", "breaker", 1.0, again)
+        if (seconds := self._outage.lasts(now)) is not None:
+            reason = f"its provider has refused everything for {seconds:.0f} s"
+            return No(reason, "outage", 1.0, self._outage.again(now, self._draw()))
         return None
 
     def _late(self, now: float, ask: Ask) -> No | None:
@@ -267,6 +280,7 @@ class Account:
         """A call was not refused: its answer has begun, and its headers say this of the quotas."""
         if not permit.closed:
             self._accept(now, permit)
+        self._outage.over()
         self.quotas.hear(now, notices, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
@@ -297,7 +311,10 @@ class Account:
         ask = permit.ask
         self.in_flight -= 1
         if ended.outcome is Outcome.SUCCESS:
+            self._outage.over()
             self._accept(now, permit)
+        elif ended.outcome is Outcome.OVERLOAD:
+            self._outage.refused(now)
         self.limit.observe(now, permit.grant, ended.outcome, stretch=ended.stretch)
         if ended.notices and not ended.rate:
             self.quotas.hear(now, ended.notices, permit.reservation)
@@ -342,7 +359,7 @@ class Account:
         """
         self._ripen(now)
         ahead = self.line.ahead(ask.priority) + others
-        delay = self.quotas.expected_wait(now, ask.charge, ahead=_times(ask.charge, ahead))
+        delay = self.quotas.expected_wait(now, ask.charge, ahead=times(ask.charge, ahead))
         seconds, binding = delay.seconds, delay.binding or "nothing"
         limit = self.limit.limit(now)
         free = limit - self.in_flight - ahead
@@ -365,6 +382,8 @@ class Account:
         """Expected wait of the next typical call over the longest wait allowed, and what binds."""
         if not self.breaker.ready(now):
             return 1.0, "breaker"
+        if self._outage.lasts(now) is not None:
+            return 1.0, "outage"
         seconds, binding = self.expected_wait(now, ask, others=self.coming)
         return seconds / self._longest_wait, binding
 
@@ -376,16 +395,6 @@ class Account:
             each = self.service.held / max(1, self.limit.limit(now))
         seat = self._seats.book(now + early, 1.0 / each if each else None, self._draw())
         return max(early + (seat or 0.0), seconds - bearable(ask.since, ask)) or None
-
-
-def _times(charge: Charge, count: int) -> Charge:
-    """What so many calls like it take together."""
-    return Charge(
-        requests=charge.requests * count,
-        input_tokens=charge.input_tokens * count,
-        output_tokens=charge.output_tokens * count,
-        tokens=charge.tokens * count,
-    )
 
 
 def _earliest(*times: float | None) -> float | None:

@@ -142,3 +142,13 @@ class No(NamedTuple):
     binding: str
     load: float
     retry_after: float | None
+
+
+def times(charge: Charge, count: int) -> Charge:
+    """What so many calls like it take together."""
+    return Charge(
+        requests=charge.requests * count,
+        input_tokens=charge.input_tokens * count,
+        output_tokens=charge.output_tokens * count,
+        tokens=charge.tokens * count,
+    )

@@ -335,7 +335,7 @@ def test_what_is_reserved_is_no_longer_there_for_others() -> None:
 
 
 def test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither() -> None:
-    house = House(9)
+    house = House(100)
     for _ in range(50):
         house.end(0.0, house.go(0.0), Ended(outcome=Outcome.OVERLOAD, released=True))
         house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, final=False))
@@ -417,3 +417,45 @@ def test_who_may_wait_for_ever_has_no_deadline() -> None:
     deadlines = Deadlines[Stander]()
     deadlines.add(math.inf, Stander(), length=1)
     assert deadlines.next() is None
+
+
+def test_who_comes_while_the_probes_of_a_breaker_are_out_is_not_sent_away_for_as_long_as_they_may_take() -> None:
+    house = House(5)
+    for permit in [house.go(1.0) for _ in range(5)]:
+        house.end(1.0, permit, FAULT)
+    assert house.no(1.0).binding == "breaker"
+    probe = house.go(20.0)
+    assert house.no(20.0).retry_after == 1.0  # and not after a minute, in which the probe must be answered
+    house.end(21.0, probe)
+
+
+REFUSED = Ended(outcome=Outcome.OVERLOAD, released=True, usd=0.0)
+
+
+def test_while_all_is_refused_for_longer_than_anybody_waits_nobody_waits() -> None:
+    house = House(2, longest_wait=30.0)
+    for _ in range(10):
+        house.end(0.0, house.go(0.0), REFUSED)
+    _, caller = house.wait(0.5)
+    now = 0.0
+    while caller.given is None or isinstance(caller.given, Go):
+        now = house.account.limit.next_change(now) or now + 0.1
+        house.account.pump(now)
+        if isinstance(caller.given, Go):  # it knocks in vain, and comes again
+            permit = caller.given.permit
+            caller.given = None
+            house.end(now, permit, REFUSED)
+            if now < 30.0:
+                _, caller = house.wait(now)
+            else:
+                break
+    assert 30.0 <= now <= 35.0
+    refusal = house.no(now)
+    assert refusal.binding == "outage"
+    assert house.account.load(now, Ask()) == (1.0, "outage")
+    when = house.account.limit.next_change(now)
+    assert when is not None
+    assert refusal.retry_after == pytest.approx(when - now)
+    assert house.account.load(when, Ask())[0] < 1.0  # the next may knock
+    house.end(when, house.go(when))
+    house.go(when)

@@ -1,0 +1,43 @@
+"""A provider that refuses everything for want of capacity, for longer than anybody should wait for it."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from forebay.typing import Limit
+
+_SPREAD: Final = 10.0  # seconds over which those come again who were sent away
+
+
+class Outage:
+    """Knows since when nobody was let in. The limit knocks meanwhile: a refusal is no fault, so no breaker opens.
+
+    Args:
+        limit: of the account; 0 between two knocks.
+        patience: seconds after which nobody need wait any longer.
+    """
+
+    __slots__ = ("_limit", "_patience", "_since")
+
+    def __init__(self, limit: Limit, patience: float) -> None:
+        self._limit = limit
+        self._patience = patience
+        self._since = math.inf
+
+    def refused(self, now: float) -> None:
+        """A call was, for want of capacity."""
+        self._since = min(self._since, now)
+
+    def over(self) -> None:
+        """A call was let in: its answer has begun."""
+        self._since = math.inf
+
+    def lasts(self, now: float) -> float | None:
+        """For how many seconds it has, if that is too long, and the next to knock is not due; else None."""
+        seconds = now - self._since
+        return seconds if seconds >= self._patience and self._limit.limit(now) == 0 else None
+
+    def again(self, now: float, chance: float) -> float:
+        """Seconds after which one who was sent away may come again; `chance` is a draw from [0, 1)."""
+        return (self._limit.next_change(now) or now) - now + chance * _SPREAD
