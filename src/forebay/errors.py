@@ -248,6 +248,12 @@ class SlotMisused(ForebayError, RuntimeError):
     """A slot {why}: it is entered once, by `async with supervisor.slot(...) as slot:`, and known inside that block."""
 
 
+class NotGuardable(ForebayError, TypeError):
+    """What {function!r} does cannot be guarded: its call returns {made}, and nothing has been done by then. Guard the
+    function that does the work, `async def` or plain; for a stream hold a permit: `async with upstream.call(...):`.
+    """
+
+
 class CallMisused(ForebayError, RuntimeError):
     """A call of an upstream was entered twice: make a new one for each, `async with upstream.call(...) as call:`."""
 

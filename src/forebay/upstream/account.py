@@ -152,7 +152,8 @@ class Account:
                 return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())
         seconds, binding = self.quotas.wait(now, ask.charge)
         if seconds == math.inf:
-            return No(f"it is larger than {binding} will ever be", binding or "quota", math.inf, None)
+            reason = f"it is larger than {binding} will ever be: ask for less (max_tokens counts), or raise that quota"
+            return No(reason, binding or "quota", math.inf, None)
         return self._closed(now)
 
     def _closed(self, now: float) -> No | None:

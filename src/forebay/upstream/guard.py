@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from forebay import clock
-from forebay.errors import Overloaded
+from forebay.errors import NotGuardable, Overloaded
 from forebay.typing import Charge, Outcome
 from forebay.upstream.ask import Ended, Permit
 from forebay.upstream.attempt import Tried
@@ -28,8 +28,10 @@ _THERE = "upstream"  # the parameter by which a function is told where it is to 
 
 def guarded(upstream: Upstream, function: Callable[P, T]) -> Callable[P, T]:
     """See `Upstream.guard`."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise NotGuardable(function=_name(function), made="a generator")
     guard = _Guard(upstream, function)
-    wrapped = guard.asynchronous() if inspect.iscoroutinefunction(function) else guard.blocking()
+    wrapped = guard.asynchronous() if _awaits(function) else guard.blocking()
     return functools.wraps(function)(wrapped)
 
 
@@ -75,9 +77,14 @@ class _Guard:
 
                 def attempt(permit: Permit) -> Tried:
                     try:
-                        return _done(function(*args, **told), permit)
+                        value = function(*args, **told)
                     except Exception as exc:  # noqa: BLE001 - it is raised if it stays so
                         return _failed(exc, permit)
+                    if inspect.isawaitable(value):
+                        if inspect.iscoroutine(value):
+                            value.close()  # it is never awaited
+                        raise NotGuardable(function=_name(function), made="an awaitable")
+                    return _done(value, permit)
 
                 return leg.upstream.driver(leg.desk, _hurries(journey, leg)).drive_blocking(leg.ask, attempt)
 
@@ -100,6 +107,15 @@ def _elsewhere(stop: Stop, desk: Desk) -> Bare:
 
 def _hurries(journey: Journey[Bare] | None, leg: Bare) -> Callable[[], bool] | None:
     return None if journey is None else functools.partial(journey.hurries, leg)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _awaits(function: Callable[..., Any]) -> bool:
+    """Whether its call is awaited: a coroutine function, or an object that is called like one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _is_told(function: Callable[..., Any]) -> bool:

@@ -45,21 +45,24 @@ class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: the upstream's.
         spent_usd: dollars spent in this period of its budget, or None without one.
+        unpriced: calls of models whose price is not known, and which so count as free; 0 without a budget.
         accounts: each account.
     """
 
     name: str
     spent_usd: float | None
+    unpriced: int
     accounts: tuple[AccountStatistics, ...]
 
 
-def snapshot(name: str, desks: Iterable[Desk], money: Money) -> UpstreamStatistics:
+def snapshot(name: str, desks: Iterable[Desk], money: Money, *, unpriced: int) -> UpstreamStatistics:
     """What an upstream is now."""
     now = clock.now()
     own = money.own
     return UpstreamStatistics(
         name=name,
         spent_usd=None if own is None else own.spent(),
+        unpriced=unpriced,
         accounts=tuple(_of(desk, now) for desk in desks),
     )
 

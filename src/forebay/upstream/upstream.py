@@ -32,6 +32,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ClientT = TypeVar("ClientT")
 
+_TOLD = 1_000  # models without a price that are warned of: callers of a gateway may name any
+
 
 class Upstream:
     """A shared dependency: it owns the quotas, the money, the limit, the breaker and the retries for all its users.
@@ -107,6 +109,7 @@ class Upstream:
         self._retries = Retries(self.retry, draw=clock.draw)
         self.prices = Prices(prices)
         self._unpriced: set[str] = set()
+        self._unpriced_calls = 0
         self._unmetered_told = False
         self._lock = threading.Lock()
 
@@ -157,6 +160,9 @@ class Upstream:
 
         To be sent on to the upstream of a `fallback` it must take a keyword-only parameter ``upstream``: it is called
         with the one that it is to go to.
+
+        Raises:
+            NotGuardable: it is a generator function; or, when it is called, a plain function returns an awaitable.
         """
         return guarded(self, function)
 
@@ -191,7 +197,7 @@ class Upstream:
         by = deadline if deadline is not None or running is None else running.deadline
         return Ask(
             charge=charge,
-            usd=self.dollars(model, charge) if usd is None else usd,
+            usd=self._expected(model, charge) if usd is None else usd,
             priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
@@ -203,7 +209,7 @@ class Upstream:
         """What a call asks that is made on behalf of somebody elsewhere."""
         return Ask(
             charge=charge,
-            usd=self.dollars(model, charge),
+            usd=self._expected(model, charge),
             priority=sender.priority,
             deadline=sender.deadline,
             tenant=sender.tenant,
@@ -212,20 +218,32 @@ class Upstream:
         )
 
     def dollars(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:
-        """What a call costs; 0.0 for a model whose price is not known, of which is warned once.
+        """What a call costs; 0.0 for a model whose price is not known.
 
         Args:
             model: what it is for.
             charge: what it uses.
             cached_tokens: of its input, those that came from the provider's cache.
         """
+        return self._usd(model, charge, cached_tokens) or 0.0
+
+    def _expected(self, model: str, charge: Charge) -> float:
+        """What a call is expected to cost. One whose price is not known is counted, and its model warned of once."""
+        usd = self._usd(model, charge)
+        if usd is None and model:
+            with self._lock:
+                self._unpriced_calls += 1
+                new = model not in self._unpriced and len(self._unpriced) < _TOLD
+                if new:
+                    self._unpriced.add(model)
+            if new:
+                log.warning("no price is known for model %r: its calls count as free; give prices= to %r", model, self)
+        return usd or 0.0
+
+    def _usd(self, model: str, charge: Charge, cached_tokens: int = 0) -> float | None:
         if not self._money.any:
             return 0.0
-        usd = self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
-        if usd is None:
-            self._warn_unpriced(model)
-            return 0.0
-        return usd
+        return self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
 
     def warn_unmetered(self) -> None:
         """Say once that a WebSocket is neither paced nor counted."""
@@ -237,15 +255,6 @@ class Upstream:
                 " answers stream too, or hold a permit by upstream.call(model, ...) for each answer and settle its use",
                 self,
             )
-
-    def _warn_unpriced(self, model: str) -> None:
-        if not self._money.any or not model:
-            return
-        with self._lock:
-            new = model not in self._unpriced
-            self._unpriced.add(model)
-        if new:
-            log.warning("no price is known for model %r: its calls count as free; give prices= to %r", model, self)
 
     def driver(self, desk: Desk, hurries: Callable[[], bool] | None = None) -> Driver:
         """What tries calls of one account, under the retries of this upstream. `hurries`: see `Driver`."""
@@ -259,4 +268,4 @@ class Upstream:
 
     def statistics(self) -> UpstreamStatistics:
         """A snapshot."""
-        return snapshot(self.name, self.books, self._money)
+        return snapshot(self.name, self.books, self._money, unpriced=self._unpriced_calls)

@@ -1,0 +1,207 @@
+"""What can be wrong with a call, a quota, a price or the clock, by each door of an upstream."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from tests.acceptance.house import about, now, virtual
+from tests.unit.upstream.transport.wire import NOTHING, REQUEST, URL, Says, Script, left
+
+from forebay import Overloaded, clock
+from forebay.errors import InvalidQuota, NotGuardable
+from forebay.quota import Budget, Price, Quota
+from forebay.sim import simulate
+from forebay.upstream import Upstream
+
+PER_MINUTE = [Quota(requests=60, per="minute")]
+
+
+# --- larger than its bucket ---
+
+
+@virtual
+async def test_a_bound_call_larger_than_its_bucket_is_refused_at_once_and_says_what_to_do() -> None:
+    upstream = Upstream("key", provider="openai", models={"gpt-4o": [Quota(tokens=99, per="minute")]})
+    script = Script(httpx2)
+    began = now()
+    with pytest.raises(Overloaded, match="larger than tokens per minute will ever be: ask for less") as refused:
+        await script.client(upstream).post(URL, json=REQUEST)
+    assert isinstance(refused.value, httpx2.HTTPError)
+    assert refused.value.retry_after is None
+    assert now() == began
+    assert not script.requests
+    assert left(upstream) == NOTHING
+
+
+def test_so_is_one_in_a_plain_thread() -> None:
+    upstream = Upstream("key", quotas=[Quota(tokens=99, per="minute")])
+    with pytest.raises(Overloaded, match="larger than tokens per minute"), upstream.call(input_tokens=100):
+        pass
+    assert left(upstream) == NOTHING
+
+
+@pytest.mark.parametrize("unit", ["requests", "input_tokens", "output_tokens", "tokens"])
+def test_a_quota_of_nothing_is_refused_where_it_is_made(unit: str) -> None:
+    with pytest.raises(InvalidQuota, match="to let nothing through, leave the upstream out"):
+        Upstream("key", quotas=[Quota(**{unit: 0}, per="minute")])
+
+
+# --- no price ---
+
+
+@virtual
+async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=1), prices={"known": Price(input=1.0, output=1.0)})
+    client = Script(httpx2).client(upstream)
+    for model in ("house-model", "house-model", "known"):
+        await client.post(URL, json={**REQUEST, "model": model})
+    async with upstream.call("house-model", input_tokens=5):
+        pass
+    assert upstream.statistics().unpriced == 3
+    (record,) = caplog.records
+    assert "'house-model'" in record.message
+    assert "prices=" in record.message
+
+
+def test_however_many_models_callers_invent_only_so_many_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
+    upstream = Upstream("key", budget=Budget(usd=1))
+    for number in range(1_500):
+        upstream.call(f"invented-{number}")
+    assert len(caplog.records) == 1_000
+    assert upstream.statistics().unpriced == 1_500
+
+
+def test_without_a_budget_nobody_asks_for_a_price(caplog: pytest.LogCaptureFixture) -> None:
+    upstream = Upstream("key")
+    upstream.call("house-model", input_tokens=5)
+    assert upstream.statistics().unpriced == 0
+    assert not caplog.records
+
+
+# --- clocks ---
+
+
+def test_time_that_leaps_while_calls_wait_moves_the_line_and_fills_each_quota_once() -> None:
+    """A laptop that slept: nothing ran for an hour."""
+
+    async def main() -> None:
+        upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], longest_wait=600.0)
+        loop: Any = asyncio.get_running_loop()
+        sent: list[float] = []
+
+        async def call() -> None:
+            async with upstream.call():
+                sent.append(now())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(call())
+            await asyncio.sleep(1.0)
+            assert len(sent) == 2
+            loop.stall(3600.0)
+        woke = [at for at in sent if at >= 3600.0]
+        assert len([at for at in woke if at < 3602.0]) == 2  # and not what an hour of it would have let go
+        assert max(sent) == about(woke[0] + 120.0)
+        assert left(upstream) == NOTHING
+
+    simulate(main)
+
+
+@pytest.mark.parametrize("by", [-86_400.0, -10.0, 10.0, 86_400.0])
+def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall = 1_000_000.0
+    monkeypatch.setattr(clock, "wall_time", lambda: wall)
+    upstream = Upstream("key", budget=Budget(usd=100, per="day"), prices={"m": Price(input=1e6, output=1e6)})
+    with upstream.call("m", input_tokens=10, output_tokens=10) as call:
+        wall += by
+        call.settle(input_tokens=10, output_tokens=5)
+    assert left(upstream) == NOTHING
+    assert upstream._money.own is not None
+    assert upstream._money.own.reserved() == (0, 0.0)
+    with upstream.call("m", input_tokens=50):  # what is left is there
+        pass
+
+
+# --- resets, and when to come again ---
+
+
+@virtual
+@pytest.mark.parametrize("reset", ["1999-01-01T00:00:00Z", "-5s", "0s", "Wed, 21 Oct 2015 07:28:00 GMT"])
+async def test_a_reset_in_the_past_holds_nobody(reset: str) -> None:
+    upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
+    told = {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "59",
+        "x-ratelimit-reset-requests": reset,
+        "retry-after": "Wed, 21 Oct 2015 07:28:00 GMT",
+    }
+    client = Script(httpx2, Says.error(429, "requests per min", **told), Says(headers=told)).client(upstream)
+    began = now()
+    for _ in range(5):
+        assert (await client.post(URL, json=REQUEST)).status_code == 200
+    assert now() - began <= 5.0
+
+
+@virtual
+async def test_who_is_told_to_come_again_in_a_day_is_told_so_and_others_are_held_for_a_period_at_most() -> None:
+    upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
+    client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"), Says()).client(upstream)
+    assert (await client.post(URL, json=REQUEST)).headers["retry-after"] == "86400"
+    began = now()
+    assert (await client.post(URL, json=REQUEST)).status_code == 200
+    assert now() - began == about(60.0)
+
+
+# --- plain functions ---
+
+
+def test_what_makes_a_generator_cannot_be_guarded() -> None:
+    upstream = Upstream("key")
+
+    def lines() -> Iterator[str]:
+        yield "a"
+
+    async def events() -> AsyncIterator[str]:
+        yield "a"
+
+    for function in (lines, events):
+        with pytest.raises(NotGuardable, match=rf"{function.__name__}.*a generator.*upstream\.call"):
+            upstream.guard(function)
+
+
+def test_a_plain_function_that_returns_an_awaitable_is_refused_and_not_called_a_success() -> None:
+    upstream = Upstream("key")
+
+    async def work(question: str) -> str:
+        return question
+
+    ask: Any = upstream.guard(lambda: work("why"))
+    with pytest.raises(NotGuardable, match="an awaitable"):
+        ask()
+    assert left(upstream) == NOTHING
+
+
+class Agent:
+    """An object that is called like a coroutine function."""
+
+    async def __call__(self, question: str) -> str:
+        await asyncio.sleep(2.0)
+        return question
+
+
+@virtual
+async def test_an_object_whose_call_is_awaited_holds_its_permit_until_it_is_done() -> None:
+    upstream = Upstream("key", max_concurrent=1)
+    ask = upstream.guard(Agent())
+    began = now()
+    assert list(await asyncio.gather(ask("a"), ask("b"))) == ["a", "b"]
+    assert now() - began == about(4.0)
+    partial = upstream.guard(functools.partial(Agent().__call__, "c"))
+    assert await partial() == "c"
