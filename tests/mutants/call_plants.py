@@ -312,8 +312,8 @@ MUTANTS = [
     Mutant(
         "who comes while a probe is out is sent away for a minute",
         "upstream/account.py",
-        "again = min(again, max(_PROBED, self.typical))",
-        "pass",
+        "self.breaker.remaining(now, probes_take=max(_PROBED, self.service.typical))",
+        "self.breaker.remaining(now)",
         _ACCEPTANCE + "test_outage.py::test_a_provider_that_is_broken_is_left_to_the_breaker",
     ),
     # --- what an answer means ---

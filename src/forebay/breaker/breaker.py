@@ -169,15 +169,16 @@ class Breaker:
         self._advance(now)
         return self._state
 
-    def remaining(self, now: float) -> float | None:
+    def remaining(self, now: float, *, probes_take: float = math.inf) -> float | None:
         """Seconds until a refused call may come again; 0 if it need not wait, None if only `reset` helps.
 
-        While all probes are out, that is when they are given up at the latest.
+        While all probes are out, that is when they are given up at the latest, or after `probes_take` seconds.
         """
         if self.ready(now):
             return 0.0
-        opens_at = self._until if self._state is BreakerState.OPEN else self._answer_by
-        return None if opens_at == math.inf else opens_at - now
+        if self._state is BreakerState.OPEN:
+            return None if self._until == math.inf else self._until - now
+        return min(probes_take, self._answer_by - now)
 
     def _allow_probe(self, now: float) -> int:
         self._advance(now)

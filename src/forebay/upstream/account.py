@@ -161,9 +161,7 @@ class Account:
         if now < self._stopped_until:
             return No("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
         if not self.breaker.ready(now):
-            again = self.breaker.remaining(now)
-            if again and self.breaker.state(now) is BreakerState.HALF_OPEN:  # its probes may be answered long before
-                again = min(again, max(_PROBED, self.typical))
+            again = self.breaker.remaining(now, probes_take=max(_PROBED, self.service.typical))
             return No("its breaker is open", "breaker", 1.0, again)
         if (seconds := self._outage.lasts(now)) is not None:
             reason = f"its provider has refused everything for {seconds:.0f} s"

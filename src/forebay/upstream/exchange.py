@@ -42,6 +42,7 @@ _NOT_NOW: Final = frozenset(
 )
 _COUNTED: Final = Charge()
 _STOP: Final = 60.0  # seconds that an account rests when its provider says that its money is spent
+_LONGEST_STOP: Final = 3_600.0  # ... however long it says that this lasts: money may be paid in at any time
 
 
 class Sender(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,7 +196,7 @@ class Exchange:
         """It was refused at the provider's door: nothing was used."""
         meaning, after = self.meaning, self._after
         if meaning is Meaning.SPEND_CAP:
-            self.desk.stop(_STOP if after is None else after)
+            self.desk.stop(_STOP if after is None else min(after, _LONGEST_STOP))
         rate = meaning is Meaning.RATE
         ended = Ended(outcome=meaning.outcome, released=not rate, rate=rate, retry_after=after, notices=heard, usd=0.0)
         return self._tried(headers, ended)

@@ -242,7 +242,7 @@ def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> Non
 def test_a_slot_is_held_by_calls_that_were_cut_short_too_and_not_by_those_turned_away() -> None:
     house = House()
     house.end(30.0, house.go(0.0), Ended(outcome=Outcome.IGNORED))
-    for _ in range(20):
+    for _ in range(9):  # of ten in a row it makes an outage
         house.end(31.0, house.go(31.0), Ended(outcome=Outcome.OVERLOAD, released=True))
     assert house.account.service.held == pytest.approx(30.0)
     house.go(31.0)

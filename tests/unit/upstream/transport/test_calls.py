@@ -268,6 +268,17 @@ async def test_where_the_money_is_spent_nobody_asks_again() -> None:
 
 
 @virtual
+async def test_but_for_an_hour_at_most_whatever_the_provider_says() -> None:
+    client = Script(httpx2, Says.error(402, "no", retry_after="9" * 40), Says()).client(upstream())
+    assert (await ask(client)).status_code == 402
+    with pytest.raises(Overloaded) as refused:
+        await ask(client)
+    assert refused.value.retry_after == about(3600.0)
+    await asyncio.sleep(3600.0)
+    assert (await ask(client)).status_code == 200
+
+
+@virtual
 async def test_too_many_at_once_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, longest_wait=0))
     client = Script(httpx2, Says(), *[Says.error(429, "too many concurrent requests")] * 9).client(up)
