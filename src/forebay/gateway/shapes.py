@@ -74,7 +74,7 @@ def refusal(protocol: Protocol, error: Overloaded) -> Answer:
         status = 413  # it is larger than its bucket will ever be
     elif part == "deadline" and error.retry_after is None:
         status = 408  # it has passed
-    elif part == "breaker":
+    elif part in ("breaker", "outage"):
         status = 529 if protocol == "anthropic" else 503
     else:
         status = 429

@@ -51,9 +51,10 @@ def test_a_refusal_is_one_of_the_providers_own_errors(  # noqa: PLR0913
         assert isinstance(error, kind.RateLimitError)
 
 
+@pytest.mark.parametrize("part", ["breaker", "outage"])
 @PROTOCOLS
-def test_an_open_breaker_is_an_overloaded_provider(protocol: Protocol) -> None:
-    answer = refusal(protocol, Overloaded("broken", binding="upstream:x:breaker", load=1.0, retry_after=4.0))
+def test_an_open_breaker_is_an_overloaded_provider_and_so_is_an_outage(protocol: Protocol, part: str) -> None:
+    answer = refusal(protocol, Overloaded("broken", binding=f"upstream:x:{part}", load=1.0, retry_after=4.0))
     assert raised(protocol, answer).status_code == (503 if protocol == "openai" else 529)
 
 
