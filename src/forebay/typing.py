@@ -196,6 +196,9 @@ class Source(Protocol):
     def typical(self) -> float:
         """Seconds that a call takes, typically."""
 
+    def queues(self, rung: Priority) -> bool:
+        """Whether calls of that rung or better stand in its line: that one more would wait is no mere estimate then."""
+
     def hold_back(self, who: object, runs: int) -> None:
         """So many runs of `who` do not start for its sake: they count in its load."""
 

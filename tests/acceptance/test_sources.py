@@ -11,6 +11,7 @@ import pytest
 from tests.acceptance.house import Agent, about, flood, now, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus, Verdict, WorkerState, context
+from forebay.testing import Record
 
 
 class Key:
@@ -20,6 +21,7 @@ class Key:
         self.name = name
         self.reading = 0.0
         self.open = True
+        self.queued = False
         self.seconds = 10.0
         self.held: dict[object, int] = {}
         self.awaited = 0
@@ -31,6 +33,9 @@ class Key:
 
     def load(self) -> tuple[float, str]:
         return self.reading, "requests"
+
+    def queues(self, rung: Priority) -> bool:
+        return self.queued and rung is not Priority.CRITICAL
 
     def may_start(self, rung: Priority) -> bool:
         return self.open or rung is Priority.CRITICAL
@@ -122,6 +127,45 @@ async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> No
         await asyncio.gather(*(ticket.value() for ticket in tickets))
         assert now() - began == about(6.0)
         assert not key.held
+
+
+@virtual
+async def test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_none_waiting() -> None:
+    key = Key()
+    agent = Drawing(key, seconds=1000.0)
+    async with house(agent) as supervisor:
+        tickets = flood(supervisor, "work", 1)
+        await asyncio.sleep(0.5)
+        key.open, key.queued = False, True
+        tickets += flood(supervisor, "work", 3)
+        await asyncio.sleep(60.0)
+        assert agent.running == 1
+        key.queued = False  # now it is an estimate, and must not lock the gate
+        await asyncio.sleep(11.0)
+        assert agent.running == 2
+        for ticket in tickets:
+            ticket.cancel()
+
+
+@virtual
+async def test_a_better_run_that_is_held_back_is_not_passed_by_one_that_comes_later() -> None:
+    class Odd(Key):
+        def may_start(self, rung: Priority) -> bool:
+            return self.open or rung is not Priority.CRITICAL
+
+    key = Odd()
+    agent = Drawing(key)
+    async with house(agent) as supervisor:
+        await supervisor.run(Task("work", priority=Priority.CRITICAL))
+        key.open = False
+        with Record(supervisor) as record:
+            tickets = [
+                await supervisor.submit(Task("work", priority=rung)) for rung in (Priority.CRITICAL, Priority.HIGH)
+            ]
+            key.relieve()
+            for ticket in tickets:
+                await ticket
+        assert record.started == [ticket.task_id for ticket in tickets]
 
 
 @virtual

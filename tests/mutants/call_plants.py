@@ -316,6 +316,21 @@ MUTANTS = [
         "self.breaker.remaining(now)",
         _ACCEPTANCE + "test_outage.py::test_a_provider_that_is_broken_is_left_to_the_breaker",
     ),
+    Mutant(
+        "runs start past calls that wait",
+        "supervisor/start_gate.py",
+        "(now >= again and not source.queues(rung))",
+        "now >= again",
+        _ACCEPTANCE + "test_sources.py::"
+        "test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_none_waiting",
+    ),
+    Mutant(
+        "a HIGH run passes a CRITICAL one that is held back",
+        "supervisor/admit.py",
+        "before = pool.line.ahead(priority) if waterfall else pool.line.length",
+        "before = 0 if waterfall else pool.line.length",
+        _ACCEPTANCE + "test_sources.py::test_a_better_run_that_is_held_back_is_not_passed_by_one_that_comes_later",
+    ),
     # --- what an answer means ---
     Mutant(
         "a refusal is a fault to the breaker",

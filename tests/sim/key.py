@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Task, clock
-from forebay.retry import Retry
+from forebay.retry import Retry, RetryBudget
 from forebay.sim import simulate
 from forebay.sim.config import Busy, ProviderConfig
 from forebay.sim.virtual import Broken, Refusal, SimulatedProvider
@@ -41,7 +41,10 @@ class Fleet:
     workers: int = 100  # slots for runs
     limited: bool = True  # calls go through an upstream
     start_wait: float | None = None
+    line: int | None = None  # runs that may wait
+    wild: bool = False  # nothing is limited: neither calls in flight, nor runs, nor the line, nor retries
     done: list[float] = field(default_factory=list)  # when each run ended that was in time
+    useful: list[float] = field(default_factory=list)  # when each call of those ended, also of runs that end later
     refused: int = 0  # by the gate
     failed: int = 0
     calls: int = 0  # sent
@@ -53,16 +56,25 @@ class Fleet:
         return self
 
     async def _main(self) -> None:
+        self._ended: dict[str, list[float]] = {}
         self.provider = SimulatedProvider(self.config, seed=self.seed)
-        self.upstream = Upstream("key", provider="openai", retry=Retry(), start_wait=self.start_wait)
+        self.upstream = self._wild() if self.wild else Upstream("key", provider="openai", start_wait=self.start_wait)
         rng = random.Random(self.seed)
         loop = asyncio.get_running_loop()
-        async with BackpressureSupervisor() as house, asyncio.TaskGroup() as group:
+        line = 100_000 if self.wild else self.line
+        async with BackpressureSupervisor(max_queue_size=line) as house, asyncio.TaskGroup() as group:
             house.register_worker("agents", handler=self._agent, task_types=["run"], max_concurrent=self.workers)
             self.house = house
             while loop.time() < 60 * self.minutes:
                 group.create_task(self._offer(house))
                 await asyncio.sleep(rng.expovariate(self.offered))
+
+    def _wild(self) -> Upstream:
+        retry = Retry(max_attempts=1000, ceiling=1.0, longest_wait=1e6)
+        upstream = Upstream("key", provider="openai", retry=retry, max_concurrent=100_000, start_wait=1e9)
+        budgets = upstream._retries.budgets  # nobody may set them: this is the control
+        budgets.faults = budgets.refusals = RetryBudget(share=1000.0, extra=1_000_000)
+        return upstream
 
     async def _offer(self, house: BackpressureSupervisor) -> None:
         began = asyncio.get_running_loop().time()
@@ -71,14 +83,17 @@ class Fleet:
             self.refused += 1
         elif (await ticket).success:
             now = asyncio.get_running_loop().time()
-            if now - began <= PATIENCE and now <= 60 * self.minutes:
-                self.done.append(now)
+            if now - began <= PATIENCE:
+                self.useful += self._ended.pop(ticket.task_id)
+                if now <= 60 * self.minutes:
+                    self.done.append(now)
         else:
             self.failed += 1
 
     async def _agent(self, task: Task) -> None:
         for _ in range(CALLS):
             await (self._limited_call() if self.limited else self._bare_call(task))
+            self._ended.setdefault(task.task_id, []).append(clock.now())
 
     async def _bare_call(self, task: Task) -> None:
         for _ in range(6):  # as SDKs and frameworks do it
@@ -121,6 +136,11 @@ class Fleet:
         """Runs that ended in time, a second."""
         until = min(until, 60 * self.minutes)
         return sum(since <= at < until for at in self.done) / (until - since)
+
+    def share(self, since: float, until: float) -> float:
+        """Of the key's slots, those that calls of use held."""
+        ended = sum(since <= at < until for at in self.useful)
+        return ended * ALONE / (until - since) / self.config.slots
 
 
 def capacity(config: ProviderConfig) -> float:

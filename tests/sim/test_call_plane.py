@@ -50,6 +50,12 @@ def test_the_start_gate_decides_whether_many_workers_help_or_ruin() -> None:
     assert open_.per_second() < 0.2 * capacity(key())  # all begin, and hardly any ends within its caller's patience
 
 
+def test_runs_of_more_calls_than_there_are_slots_do_not_begin_faster_than_they_end() -> None:
+    config = key(3)
+    fleet = Fleet(config, 7 * capacity(config), minutes=3.0, workers=24, line=12).run()
+    assert fleet.share(120, 180) >= 0.9
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_service_follows_a_key_that_loses_half_of_its_slots_and_gets_them_back(seed: int) -> None:
     config = key(steps=(Step(at=90, slots=10), Step(at=200, slots=20)))

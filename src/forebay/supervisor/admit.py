@@ -293,10 +293,10 @@ class Door:
         """The worker that would run it at once."""
         if ticket.task.thread is not None and ticket.task.thread in self._house.talks:
             return None
-        if pool.line.length and ticket.task.priority > _WATERFALL:
-            return None
         priority = ticket.task.priority
-        return self._house.start_gate.pick(pool, priority, idle_first=priority <= _WATERFALL)
+        waterfall = priority <= _WATERFALL
+        before = pool.line.ahead(priority) if waterfall else pool.line.length
+        return None if before else self._house.start_gate.pick(pool, priority, idle_first=waterfall)
 
     def _why(self, pool: Pool, binding: str, cause: str, load: float, priority: Priority) -> str:
         if not pool.slots:

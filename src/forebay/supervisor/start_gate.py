@@ -20,8 +20,9 @@ class StartGate:
     """Holds runs in the line while what they draw on is pressed, so that those that have begun can end.
 
     Runs that all begin and then wait for each other's calls end late, or never: the calls of a run must all be made
-    before any of it counts. But an estimate must not lock the gate: one run of each rung starts in every typical call's
-    time whatever the pressure.
+    before any of it counts. But an estimate must not lock the gate: while no call of its rung or a better one stands in
+    the line, one run of each rung starts in every typical call's time, whatever wait is expected. Started past calls
+    that do wait, runs of more calls than there are slots would begin faster than they end, until none is in time.
     """
 
     def __init__(self, house: Dispatcher) -> None:
@@ -54,15 +55,18 @@ class StartGate:
         now = self._house.loop.time()
         for source in worker.sources:
             last = self._last.get((source, rung))
-            if source.may_start(rung) or last is None or now - last >= source.typical():
+            again = now if last is None else last + source.typical()
+            if source.may_start(rung) or (now >= again and not source.queues(rung)):
                 continue
+            if again <= now:  # calls wait, and who frees a slot will serve this worker; if nobody does, look again
+                again = now + source.typical()
             self._held[worker] = source
             for pool in worker.pools:
                 pool.held[worker] = None
             source.hold_back(worker, _held(worker, waiting))
             if worker.start_again is not None:
                 self._house.timers.cancel(worker.start_again)
-            worker.start_again = self._house.timers.at(last + source.typical(), self._house.serve, worker)
+            worker.start_again = self._house.timers.at(again, self._house.serve, worker)
             return False
         for source in worker.sources:
             self._last[source, rung] = now

@@ -202,6 +202,11 @@ class Desk:
         """See `forebay.typing.Source`."""
         return self.account.service.typical_or_guess
 
+    def queues(self, rung: Priority) -> bool:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            return self.account.line.ahead(rung) > 0
+
     def hold_back(self, who: object, runs: int) -> None:
         """See `forebay.typing.Source`."""
         with self._lock:
