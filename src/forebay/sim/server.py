@@ -11,6 +11,7 @@ A call may fix what is otherwise estimated or drawn: the headers ``x-plant-input
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import random
 from typing import Final
 
@@ -40,6 +41,7 @@ class Plant:
     def application(self) -> web.Application:
         """The routes."""
         app = web.Application(client_max_size=_MOST_BYTES)
+        app.on_response_prepare.append(_date)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_get("/v1/models", self._models)
@@ -124,6 +126,11 @@ class Plant:
 
 
 Voice = wire.OpenAI | wire.Anthropic
+
+
+async def _date(_request: web.Request, response: web.StreamResponse) -> None:
+    """By the clock that its resets are told by, be that a virtual one."""
+    response.headers["date"] = email.utils.formatdate(clock.wall_time(), usegmt=True)
 
 
 def _plain(answer: dialect.Reply | Refused) -> web.Response:
