@@ -22,13 +22,15 @@ class Bucket:
         now: the present; the bucket is full.
     """
 
-    __slots__ = ("amount", "at", "cushion", "level", "per", "rate", "size", "turn", "window_ends")
+    __slots__ = ("amount", "at", "cushion", "late", "level", "opens", "per", "rate", "size", "turn", "window_ends")
 
     def __init__(self, amount: float, per: float, now: float) -> None:
         self.level = amount
         self.at = now
         self.window_ends: float | None = None  # None: it refills all the time
         self.turn = 0  # which window it is
+        self.late = 0.0  # seconds of each window in which nothing is taken
+        self.opens = -math.inf  # when the present window may be used
         self.cushion = 0.0  # share of the amount that stays where there is no window
         self.resize(amount, per)
 
@@ -49,10 +51,12 @@ class Bucket:
                 self.level = min(self.size, self.level + passed * self.rate)
         elif passed < 0:
             self.window_ends += passed  # as long from now as before the clock went back
+            self.opens += passed
         elif now >= self.window_ends:
             self.window_ends += self.per * (math.floor((now - self.window_ends) / self.per) + 1)
             self.level = self.amount
             self.turn += 1
+            self.opens = self.window_ends - self.per + self.late
 
     @property
     def kept(self) -> float:
@@ -72,10 +76,10 @@ class Bucket:
         self.refill(now)
         missing = amount - self.level
         if missing <= EPSILON * self.amount:
-            return 0.0
+            return 0.0 if self.window_ends is None else max(0.0, self.opens - now)
         if self.window_ends is None:
             return missing / self.rate
-        return self.window_ends - now + self.per * (math.ceil(missing / self.amount) - 1)
+        return self.window_ends + self.late - now + self.per * (math.ceil(missing / self.amount) - 1)
 
     def left_in(self, now: float, seconds: float) -> float:
         """What is left in `seconds`, were it to grow without a bound; infinity if a window has turned by then."""

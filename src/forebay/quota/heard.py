@@ -16,6 +16,8 @@ from forebay.typing import Notice
 _TOLERANCE: Final = 0.02  # of a period: what rounding and the network do to a reset
 _CUSHION: Final = 0.01  # of a bucket that is never drained: estimates err, calls overtake. It costs no throughput
 _ROUNDED: Final = 1.0  # units less than this: a bucket's fraction, which headers leave out
+_LATE: Final = 0.2  # seconds of a window that are let pass: clocks differ, and who comes early is refused
+_SOON: Final = 1.0  # seconds until a window ends whose end has passed by our clock, but not by the provider's
 _LEAST_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _FORGET_AFTER: Final = 2.0  # periods without a word
 _LEAST_MEMORY: Final = 60.0  # seconds
@@ -54,6 +56,7 @@ class Heard:
         self.bucket = Bucket(float(limit), per, now)
         self.bucket.level = max(-float(limit), min(level, float(limit)))
         self.bucket.cushion = _CUSHION
+        self.bucket.late = _LATE
         self.corrected = 0.0  # all that headers and refusals have added, so that older marks can be compared
         self.heard_at = now
         self.latest_sent = -math.inf  # when the latest call was sent whose headers have come
@@ -94,6 +97,10 @@ class Heard:
         if notice.remaining is None or (mark is not None and mark.turn != bucket.turn):
             return  # of a window that has passed
         remaining = min(float(notice.remaining), bucket.amount)
+        if bucket.window_ends is not None and not notice.reset and remaining < bucket.amount:
+            if refused:
+                bucket.window_ends = min(bucket.window_ends, now + _SOON)
+            return  # of a window that should have passed
         since = 0.0 if mark is None else mark.level + self.corrected - mark.corrected + refused - bucket.level
         if notice.reset and remaining < bucket.amount:
             self._hear_reset(now, sent, remaining, notice.reset)
@@ -190,7 +197,7 @@ class Heard:
         if anchor is None:
             return
         moved = _gap(anchor.full_at, seen.full_at, bucket.per) > tolerance
-        changed = _gap(anchor.holds, seen.holds) / bucket.rate > tolerance
+        changed = _gap(anchor.holds, seen.holds) - _ROUNDED > tolerance * bucket.rate
         if changed and not moved:
             if bucket.window_ends is None:
                 bucket.window_ends = seen.full_at[1]
