@@ -2,6 +2,6 @@
 
 from forebay.retry.attempts import Attempts
 from forebay.retry.backoff import Retry
-from forebay.retry.budget import RetryBudget, RetryBudgets
+from forebay.retry.budget import Leave, RetryBudget, RetryBudgets
 
-__all__ = ["Attempts", "Retry", "RetryBudget", "RetryBudgets"]
+__all__ = ["Attempts", "Leave", "Retry", "RetryBudget", "RetryBudgets"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from enum import Enum
 
 from forebay.errors import InvalidSetting
 
 _SLOTS = 10  # parts of the window in which is counted; what is older than the window leaves it a part at a time
+
+_KNOCK = 5.0  # seconds without a retry after which one goes, whatever the budget
 
 
 class RetryBudget:
@@ -94,25 +97,54 @@ class RetryBudget:
         return slots[-1]
 
 
+class Leave(Enum):
+    """Whether a call that was refused may be tried again."""
+
+    NO = "no"  # not yet
+    FREE = "free"  # others are let in, or nobody has knocked for long
+    DRAWN = "drawn"  # at the price of a retry, which comes back if this one is let in
+
+
 class RetryBudgets:
     """What the retries of one dependency are drawn from: of calls that failed, and of calls that were refused.
 
-    A refusal costs the side that refuses next to nothing, and says nothing against the call. So what is refused uses up
-    no retry of what fails. Where it may not be tried again yet it can wait for that, rather than give up. And a retry
-    that is let in was none too many: `RetryBudget.give_back`.
+    A refusal (429, 529) costs the side that refuses next to nothing, and says nothing against the call. So what is
+    refused uses up no retry of what fails; and where it may not be tried again yet it can wait for that, rather than
+    give up. While all are refused, retries are few: those of a `RetryBudget`, and one every five seconds to find out.
+    A retry that is let in was none too many, and once a call is let in, those that were refused before it may return.
 
     Attributes:
-        faults: for calls that failed.
-        refusals: for calls that were answered *not now* (429, 529): only those that are refused again count.
+        faults: of calls that failed.
     """
 
-    __slots__ = ("faults", "refusals")
+    __slots__ = ("_knocked", "_let_in", "_refusals", "faults")
 
     def __init__(self) -> None:
         self.faults = RetryBudget()
-        self.refusals = RetryBudget()
+        self._refusals = RetryBudget()
+        self._let_in = -math.inf  # when the latest call was sent that was not refused
+        self._knocked = -math.inf  # when a refused call was last tried again
 
     def deposit(self, now: float) -> None:
         """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
         self.faults.deposit(now)
-        self.refusals.deposit(now)
+        self._refusals.deposit(now)
+
+    def let_in(self, sent: float, drawn: float | None = None) -> None:
+        """A call sent at `sent` was not refused; `drawn`: when it was drawn from the budget, if it was a retry."""
+        self._let_in = max(self._let_in, sent)
+        if drawn is not None:
+            self._refusals.give_back(drawn)
+
+    def leave(self, now: float, *, refused: float) -> Leave:
+        """Whether a call that was refused at `refused` may be tried again."""
+        if self._let_in > refused:
+            return Leave.FREE
+        leave = Leave.NO
+        if self._refusals.withdraw(now):
+            leave = Leave.DRAWN
+        elif now - self._knocked >= _KNOCK:
+            leave = Leave.FREE
+        if leave is not Leave.NO:
+            self._knocked = now
+        return leave

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from forebay.retry import Attempts, Retry, RetryBudget, RetryBudgets
+from forebay.retry import Attempts, Leave, Retry, RetryBudgets
+from forebay.typing import Outcome
 from forebay.upstream.ask import Ask, Ended, Permit
 
 _LOOK: Final = 0.5  # seconds after which a refused call asks again whether it may be tried again, on average
@@ -103,11 +104,11 @@ def script(  # noqa: PLR0913 - an attempt, and what decides on the next
         The last attempt.
     """
     attempts = Attempts(retry)
-    taken: float | None = None  # when this retry was drawn from the budget of what is refused
+    drawn: float | None = None  # when this retry was, from the budget of what is refused
     while True:
         not_now = tried.again and not tried.open and not tried.counts
-        if taken is not None and not not_now:
-            budgets.refusals.give_back(taken)
+        if tried.open or tried.ended.outcome is Outcome.SUCCESS:
+            budgets.let_in(permit.at, drawn)
         delay = None
         if tried.again and not tried.open:
             now, chance = yield Moment()
@@ -124,21 +125,27 @@ def script(  # noqa: PLR0913 - an attempt, and what decides on the next
             return tried
         ask.retries += 1
         yield Sleep(delay)
-        taken = None
-        if not_now and (taken := (yield from _turn(ask, attempts, budgets.refusals))) is None:
-            return tried
+        drawn = None
+        if not_now:
+            leave, at = yield from _leave(ask, attempts, budgets, refused=now)
+            if leave is Leave.NO:
+                return tried
+            drawn = at if leave is Leave.DRAWN else None
         permit = yield Enter(ask)
         tried = yield Try(permit)
 
 
-def _turn(ask: Ask, attempts: Attempts, budget: RetryBudget) -> Generator[Step, Any, float | None]:
-    """Wait until a refused call may be tried again; returns when that was drawn, or None where it gives up."""
+def _leave(
+    ask: Ask, attempts: Attempts, budgets: RetryBudgets, *, refused: float
+) -> Generator[Step, Any, tuple[Leave, float]]:
+    """Wait until a refused call may be tried again: how, and when that was; `Leave.NO` where that would be too late."""
     while True:
         moment: tuple[float, float] = yield Moment()
         now, chance = moment
-        if budget.withdraw(now):
-            return now
+        leave = budgets.leave(now, refused=refused)
+        if leave is not Leave.NO:
+            return leave, now
         seconds = _LOOK * (0.5 + chance)
         if not attempts.linger(seconds, left=ask.deadline - now):
-            return None
+            return leave, now
         yield Sleep(seconds)

@@ -140,6 +140,9 @@ class Driver:
 
     def _is_last(self, permit: Permit, tried: Tried) -> bool:
         """Whether nothing can follow a first attempt. Its permit is closed then, unless its answer is still coming."""
+        if tried.open or tried.ended.outcome is Outcome.SUCCESS:
+            with self._retries.lock:
+                self._retries.budgets.let_in(permit.at)
         if tried.open:
             return True
         if tried.again:
