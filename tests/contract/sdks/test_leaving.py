@@ -25,20 +25,19 @@ def test_a_stream_is_given_up_half_way(house: House, plant: Plant) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_timeout_is_the_callers_own(house: House, plant: Plant, stream: bool) -> None:  # noqa: FBT001
-    plant.be(ttft=30.0)
-    way, bare = house.open(plant.url, max_attempts=1), house.bare(plant.url, timeout=0.15)
-    caller = way.caller.also(timeout=0.15, max_retries=0)
+    plant.be(ttft=300.0)
+    way, bare = house.open(plant.url, max_attempts=1), house.bare(plant.url, timeout=0.3)
+    caller = way.caller.also(timeout=0.3, max_retries=0)
     error, other = (error_of(one.parts if stream else one.create) for one in (caller, bare))
     assert type(error) is type(other)
     assert "Timeout" in type(error).__name__
     assert way.nothing_is_left()
-    until(lambda: plant.told()["hung_up"] == 2)
-    assert plant.told()["in_flight"] == 0
+    until(lambda: plant.told()["in_flight"] == 0)  # long before it would have answered
 
 
 @pytest.mark.parametrize("sdk", [sdk for sdk in SDKS if sdk.awaits], ids=str)
 def test_a_call_is_cancelled_while_it_waits(house: House, plant: Plant) -> None:
-    plant.be(ttft=30.0)
+    plant.be(ttft=300.0)
     way = house.open(plant.url, max_concurrent=1)
 
     async def leave(client: Any) -> None:
