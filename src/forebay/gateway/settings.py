@@ -178,6 +178,11 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         except InvalidSetting:
             return _UNKNOWN_SERVER
 
+    @property
+    def retry(self) -> Retry:
+        """How failed calls are tried again."""
+        return Retry(max_attempts=self.max_attempts, longest_wait=self.longest_wait)
+
     def upstream(self, fallbacks: Sequence[Fallback] = ()) -> Upstream:
         """A new upstream that keeps these terms, and sends calls on by `fallbacks`."""
         return Upstream(
@@ -189,7 +194,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             tenant_budget=_budget(self.tenant_budget_usd, "day"),
             task_budget=_budget(self.task_budget_usd, None),
             max_concurrent=self.max_concurrent,
-            retry=Retry(max_attempts=self.max_attempts, longest_wait=self.longest_wait),
+            retry=self.retry,
             longest_wait=self.longest_wait,
             weights=self.weights,
             prices=self.prices,

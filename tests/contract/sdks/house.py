@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Final, Self, cast
 
@@ -45,10 +45,9 @@ def until(condition: Callable[[], bool]) -> None:
 class QuickTarget(TargetSettings, frozen=True, kw_only=True):
     """A target that is asked again at once."""
 
-    def upstream(self, fallbacks: Any = ()) -> Upstream:
-        made = super().upstream(fallbacks)
-        made.retry = Retry(max_attempts=self.max_attempts, base=0.001, ceiling=0.01, longest_wait=self.longest_wait)
-        return made
+    @property
+    def retry(self) -> Retry:
+        return replace(super().retry, base=0.001, ceiling=0.01)
 
 
 @dataclass(frozen=True)

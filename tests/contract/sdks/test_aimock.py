@@ -118,6 +118,7 @@ def test_garbage_for_an_answer_is_the_sdks_to_judge(house: House, aimock: Aimock
 def test_a_stream_that_breaks_off_is_never_taken_for_whole(house: House, aimock: Aimock) -> None:
     way = opened(house, aimock)
     assert isinstance(error_of(lambda: way.caller.parts(**saying("Be cut off."))), house.sdk.broken)
+    assert len(aimock.asked) == 1  # what has begun is not asked for again
     assert way.nothing_is_left()
 
 
