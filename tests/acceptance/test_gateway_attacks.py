@@ -31,6 +31,7 @@ from tests.acceptance.gateways import (
     written,
 )
 
+from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
 
 BODY = json.dumps(ASK).encode()
@@ -558,7 +559,7 @@ async def test_an_answer_without_end_is_not_held(scene: Scene, head: bytes) -> N
 async def test_an_answer_that_unpacks_to_more_than_is_held_passes_unread(scene: Scene) -> None:
     async with Gateway(scene.settings()) as gateway:
         for megabytes in (1, 80):
-            content = json.dumps({**CHAT, "model": "gpt-4o"})[:-1] + " " * (megabytes << 20) + "}"
+            content = "{" + " " * (megabytes << 20) + json.dumps(CHAT)[1:]  # its usage stands at the end
             packed = gzip.compress(content.encode(), 1)
             scene.provider.behaviour = saying(200, packed, content_encoding="gzip")
             async with scene.session.post(scene.at(gateway), json=ASK, auto_decompress=False) as answer:
@@ -645,3 +646,41 @@ async def test_keys_are_told_to_nobody_but_their_provider(scene: Scene, caplog: 
     for secret in (*keys, token):
         assert secret not in "\n".join(told)
         assert secret not in caplog.text
+
+
+async def test_the_password_of_a_proxy_is_told_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as proxy:
+        port = proxy.sockets[0].getsockname()[1]
+        target = TargetSettings(name="openai", url="https://api.example", max_attempts=1)
+        settings = GatewaySettings(targets=(target,), listen="127.0.0.1:0")
+        environment = {"HTTPS_PROXY": f"http://me:swordfish@127.0.0.1:{port}"}
+        async with Gateway(settings, environment) as gateway:
+            told = (await raw(gateway, written(BODY, b"connection: close"))).decode()
+    assert told.startswith("HTTP/1.1 502")
+    assert "answered 407" in told
+    assert "swordfish" not in told + caplog.text
+
+
+async def test_what_would_become_something_else_than_http_stays_http(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        opens = (b"connection: upgrade", b"upgrade: websocket", b"sec-websocket-key: a", b"sec-websocket-version: 13")
+        told = await raw(gateway, written(b"", *opens, start=b"GET /v1/realtime HTTP/1.1"))
+        assert told.startswith(b"HTTP/1.1 400")
+        assert b"WebSockets do not pass" in told
+        assert scene.provider.asked == []
+        # Some clients ask for HTTP/2 with their first request: that is not taken up, and the next is served too.
+        reader, writer = await connect(gateway, written(BODY, b"connection: upgrade, http2-settings", b"upgrade: h2c"))
+        for _ in range(2):
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            length = int((re.search(rb"(?i)content-length: ([0-9]+)", await reader.readuntil(b"\r\n\r\n")) or [b""])[1])
+            await reader.readexactly(length)
+            writer.write(written(BODY))
+        writer.close()
+        assert "upgrade" not in scene.provider.asked[0].headers

@@ -33,6 +33,7 @@ from forebay.upstream.rules import Plain, Route
 _JSON_ROUTES: Final = frozenset(
     {Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.EMBEDDINGS, Route.MESSAGES, Route.COUNT_TOKENS}
 )
+_LONGEST: Final = 300  # characters of an error that are told
 _GONE: Final = 499  # as nginx counts a caller that hung up
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
@@ -334,5 +335,8 @@ def _whole(answer: Answer, *, close: bool = False) -> web.Response:
 
 
 def _why(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    return text[:300]
+    """What went wrong on the way to a provider; its address is left out, for that of a proxy may hold a password."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the HTTP proxy on the way there answered {error.status} {error.message}"[:_LONGEST]
+    text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
+    return (text or type(error).__name__)[:_LONGEST]
