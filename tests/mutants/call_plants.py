@@ -370,7 +370,7 @@ MUTANTS = [
     Mutant(
         "what is refused draws on the retries of what fails",
         "retry/budget.py",
-        "self._refusals.withdraw(now)",
+        "self.refusals.withdraw(now)",
         "self.faults.withdraw(now)",
         _RETRIES + "test_what_is_refused_uses_up_no_retry_of_what_fails",
     ),
@@ -384,7 +384,7 @@ MUTANTS = [
     Mutant(
         "a retry that was let in counts as one too many",
         "retry/budget.py",
-        "self._refusals.give_back(drawn)",
+        "self.refusals.give_back(drawn)",
         "pass",
         _RETRIES + "test_a_retry_that_is_let_in_is_none_too_many",
     ),

@@ -115,33 +115,34 @@ class RetryBudgets:
 
     Attributes:
         faults: of calls that failed.
+        refusals: of calls that were refused, and would be again for all that is known.
     """
 
-    __slots__ = ("_knocked", "_let_in", "_refusals", "faults")
+    __slots__ = ("_knocked", "_let_in", "faults", "refusals")
 
     def __init__(self) -> None:
         self.faults = RetryBudget()
-        self._refusals = RetryBudget()
+        self.refusals = RetryBudget()
         self._let_in = -math.inf  # when the latest call was sent that was not refused
         self._knocked = -math.inf  # when a refused call was last tried again
 
     def deposit(self, now: float) -> None:
         """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
         self.faults.deposit(now)
-        self._refusals.deposit(now)
+        self.refusals.deposit(now)
 
     def let_in(self, sent: float, drawn: float | None = None) -> None:
         """A call sent at `sent` was not refused; `drawn`: when it was drawn from the budget, if it was a retry."""
         self._let_in = max(self._let_in, sent)
         if drawn is not None:
-            self._refusals.give_back(drawn)
+            self.refusals.give_back(drawn)
 
     def leave(self, now: float, *, refused: float) -> Leave:
         """Whether a call that was refused at `refused` may be tried again."""
         if self._let_in > refused:
             return Leave.FREE
         leave = Leave.NO
-        if self._refusals.withdraw(now):
+        if self.refusals.withdraw(now):
             leave = Leave.DRAWN
         elif now - self._knocked >= _KNOCK:
             leave = Leave.FREE
