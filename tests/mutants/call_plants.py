@@ -403,6 +403,13 @@ MUTANTS = [
         _RETRIES + "test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take",
     ),
     Mutant(
+        "runs of LOW start however many calls of LOW wait",
+        "upstream/desk.py",
+        "priority=rung) if rung is Priority.LOW else self._typical",
+        "priority=rung) if False else self._typical",
+        _ACCEPTANCE + "test_upstream.py::test_no_run_starts_behind_the_calls_that_its_own_would_wait_for",
+    ),
+    Mutant(
         "a bucket is paced as if it were a window",
         "quota/heard.py",
         "        if changed and not moved:\n",

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from forebay.demo.child import Ending
 from forebay.demo.provider import RPM
-from forebay.demo.report import Played, Report, percent
+from forebay.demo.report import Played, Report, bound, percent
 from forebay.demo.sample import Sample, pace, refused
 from forebay.demo.settings import Settings
 from forebay.demo.workload import STEPS
@@ -48,7 +48,8 @@ _SMALL: Final[dict[str, Any]] = {"textcoords": "offset points", "color": _SOFT, 
 _NAME: Final[dict[str, Any]] = {"fontweight": "bold", "fontsize": 10.5}
 
 _ROOM: Final = 88.0  # per cent; above it nothing can be written
-_WORDS: Final = 0.45  # of the width: words at the right end reach so far back
+_WORDS: Final = 0.36  # of the width: words at the right end reach so far back
+_BESIDE: Final = 0.2  # of the width: words in the middle reach so far to either side
 
 Style = str | tuple[int, tuple[int, ...]]
 Points = tuple[list[float], list[float]]
@@ -85,7 +86,7 @@ def _headline(found: Report) -> str:
 def _below(found: Report) -> str:
     a, b = found.classic, found.forebay
     ours = f"Forebay did {b.done:,} tasks in {found.seconds:g} s and keeps {b.spilled:,} on disk"
-    ours += f"; what bound was {b.binding}." if b.binding else "."
+    ours += f"; what bound was {bound(b)}." if b.binding else "."
     if a.out_of_memory:
         return f"{ours} The classic supervisor did {a.done:,} and was out of memory after {a.ended_at_s:.0f} s."
     return f"{ours} The classic supervisor did {a.done:,} and lost {a.lost:,}."
@@ -124,7 +125,7 @@ def _goodput(axes: Axes, classic: Played, forebay: Played, granted: float | None
     ours, theirs = _over_time(forebay, pace), _over_time(classic, pace)
     _line(axes, theirs, CLASSIC, ending=classic.ending)
     _line(axes, ours, FOREBAY)
-    _label(axes, ours, f"Forebay: {found.forebay.done_per_minute:g} over all", FOREBAY, at=0.6, above=False, gap=26)
+    _label(axes, ours, f"Forebay: {found.forebay.done_per_minute:g} over all", FOREBAY, at=0.6, above=False, gap=12)
     _label(axes, theirs, f"classic: {found.classic.done_per_minute:g} over all", CLASSIC, at=0.6, above=True, gap=12)
     axes.set_ylim(0, 1.2 * max([granted or 1.0, *ours[1], *theirs[1]]))
 
@@ -153,7 +154,8 @@ def _refusals(axes: Axes, classic: Played, forebay: Played, found: Report) -> No
     axes.set_title("Refusals: calls answered 429, lately")
     for played, told in ((classic, found.classic), (forebay, found.forebay)):
         points = _over_time(played, lambda samples: 100 * refused(samples))
-        _share(axes, played, points, f"{percent(told.refused_share)} over all", ours=played is forebay)
+        none = ", none for its load" if told.calls_429 and told.calls_429 == told.stray_429 else ""
+        _share(axes, played, points, f"{percent(told.refused_share)} over all{none}", ours=played is forebay)
 
 
 def _tokens(axes: Axes, classic: Played, forebay: Played, found: Report) -> None:
@@ -211,14 +213,15 @@ def _line(axes: Axes, points: Points, colour: str, *, style: Style = "-", ending
 def _label(  # noqa: PLR0913 - what it says and where
     axes: Axes, points: Points, text: str, colour: str, *, at: float, above: bool, gap: int = 7
 ) -> None:
-    """A line's name and value, at a share of its length."""
+    """A line's name and value, at a share of its length, past whatever it comes to beside that."""
     x, y = points
     if not x:
         return
-    index = round(at * (len(x) - 1))
+    index, reach = round(at * (len(x) - 1)), round(_BESIDE * len(x))
+    beside = y[max(0, index - reach) : index + reach + 1]
     axes.annotate(
         text.format(y[index]),
-        (x[index], y[index]),
+        (x[index], max(beside) if above else min(beside)),
         (0, gap if above else -gap),
         textcoords="offset points",
         ha="left" if at == 0 else "center",

@@ -231,6 +231,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if 0 < share < _WHOLE else f"{100 * share:.0f} %"
 
 
+def bound(told: SideReport) -> str:
+    """What bound a side, and what that was short of."""
+    name = told.binding or "nothing"
+    return f"{name}, short of {told.scarce}" if told.scarce and name.startswith("upstream:") else name
+
+
 def _refusals(a: SideReport, b: SideReport) -> str:
     stray = ""
     if b.calls_429 and b.stray_429 is not None:
@@ -261,8 +267,7 @@ def verdict(a: SideReport, b: SideReport, ratio: float | None, settings: Setting
             f" the classic one; {wasted}."
         )
     if b.binding:
-        short = f", which was short of {b.scarce}" if b.scarce and b.binding.startswith("upstream:") else ""
-        says.append(f"What bound Forebay was {b.binding}{short}.")
+        says.append(f"What bound Forebay was {bound(b)}.")
     if a.out_of_memory:
         says.append(f"The classic one ran out of its {settings.memory_mb} MB after {a.ended_at_s:.0f} s.")
     else:

@@ -163,7 +163,7 @@ def test_the_verdict_says_what_was_refused_and_what_went_for_nothing() -> None:
     assert "(7 of 700, none for its load)" in report(classic(), forebay(plant=STRAY), SETTINGS, "plant").verdict
     assert "A task cost 2 times the least that it needs under Forebay, 20 times under the classic one" in verdict
     assert "46 % and 75 % of their tokens went for nothing" in verdict
-    assert "What bound Forebay was upstream:key, which was short of requests per minute." in verdict
+    assert "What bound Forebay was upstream:key, short of requests per minute." in verdict
 
 
 @pytest.mark.parametrize(
