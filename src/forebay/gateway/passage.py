@@ -132,7 +132,7 @@ class Passage(Exchange):
         self._body = asked.body if self.changed is None else self.changed
         self._headers = _forwarded(asked, plain=self.changed is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=asked.patience.silence)
-        self.ask.deadline = min(self.ask.deadline, clock.now() + asked.patience.reads)
+        self.ask.deadline = min(self.ask.deadline, clock.now() + asked.patience.line)
 
     def journey(self) -> Journey[Passage] | None:
         """Its way through the accounts that may serve it; None if there is but its own."""

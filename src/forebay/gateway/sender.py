@@ -21,6 +21,8 @@ _SILENCE: Final = 600.0  # ... that its provider may be silent, as in the SDKs
 _GRACE: Final = 5.0  # seconds by which a caller gives up before we do: it knows best
 _HINTS: Final = ("x-stainless-read-timeout", "x-stainless-timeout")  # seconds, of every SDK made by Stainless
 _LONGEST: Final = 86_400.0
+_WAY_BACK: Final = 1.0  # seconds before a caller gives up at which it is told that its turn has not come ...
+_WAY_BACK_SHARE: Final = 0.1  # ... at most this share of its time: a word that comes later, it takes for silence
 
 
 class BadHeader(ForebayError, ValueError):
@@ -87,11 +89,11 @@ class Patience(NamedTuple):
     """How long a caller reads before it gives up.
 
     Attributes:
-        reads: seconds after which an answer is too late for it.
+        line: seconds that it may stand in line; what it is told by then still reaches it.
         silence: seconds without a byte after which the provider is given up.
     """
 
-    reads: float
+    line: float
     silence: float
 
 
@@ -101,7 +103,7 @@ def patience(headers: Mapping[str, str]) -> Patience:
         seconds = _number(headers.get(hint))
         if seconds is not None and seconds > 0:
             seconds = min(seconds, _LONGEST)
-            return Patience(seconds, seconds + _GRACE)
+            return Patience(seconds - min(_WAY_BACK, _WAY_BACK_SHARE * seconds), seconds + _GRACE)
     return Patience(_PATIENCE, _SILENCE)
 
 

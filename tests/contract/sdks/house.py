@@ -10,6 +10,7 @@ import abc
 import asyncio
 import contextlib
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -321,6 +322,13 @@ class Behind(Way):
             way = cls(Caller(bare.sdk, client, runner), made.upstream)
             way.gateway, way.url = gateway, url
             yield way
+
+    def answered(self, status: int) -> int:
+        """How often it has answered so."""
+        labels = f'{{status="{status}",target="{self.sdk.name}"}}'
+        told = self.gateway.proxy.counts.text().decode()
+        found = re.search(re.escape(f"forebay_gateway_requests_total{labels} ") + r"(\d+)", told)
+        return int(found[1]) if found else 0
 
     def nothing_is_left(self) -> bool:
         until(lambda: left(self.upstream) == NOTHING)  # the gateway may still be at it when its caller has it all

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from tests.contract.sdks.conftest import Plant
-from tests.contract.sdks.house import Behind, House, until
+from tests.contract.sdks.house import SDKS, Behind, House, until
 from tests.contract.sdks.test_faults import error_of
 
 from forebay.quota import Price
@@ -37,6 +38,8 @@ def test_a_budget_that_is_spent(house: House, plant: Plant) -> None:
     way.check_refusal(error_of(way.caller.create), 402, "budget")
     way.check_refusal(error_of(lambda: way.caller.create(stream=True)), 402, "budget")
     assert plant.asked == 1
+    if isinstance(way, Behind):
+        assert way.answered(402) == 2  # an SDK that would ask again did not
     assert way.upstream.statistics().spent_usd == 40.0
     assert way.nothing_is_left()
 
@@ -67,3 +70,34 @@ def test_who_has_to_wait_gets_a_turn(house: House, plant: Plant) -> None:
     assert len({answer.id for answer in way.caller.many(4)}) == 4
     assert way.nothing_is_left()
     until(lambda: plant.told()["in_flight"] == 0)
+
+
+@pytest.mark.parametrize("house", [Behind], ids=["gateway"], indirect=True)
+def test_whose_turn_does_not_come_is_told_so_before_it_gives_up(house: House, plant: Plant) -> None:
+    way = house.open(plant.url, max_concurrent=1)
+    way.caller.create()  # so that it is known how long one takes
+    with way.caller.begin(**LONG):
+        error = error_of(way.caller.also(timeout=2.0, max_retries=0).create)  # a word that comes later is a timeout
+    way.check_refusal(error, 429, "line")
+    assert error.response.headers["x-should-retry"] == "true"
+    assert way.nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("house", [Behind], ids=["gateway"], indirect=True)
+@pytest.mark.parametrize("sdk", [sdk for sdk in SDKS if not sdk.awaits], ids=str)
+def test_and_comes_back_by_itself(house: House, plant: Plant) -> None:
+    plant.be(tpot=0.001)
+    way = house.open(plant.url, max_concurrent=1)
+    way.caller.create()
+    three_seconds: Any = {"extra_headers": {"x-plant-output-tokens": "3000"}, "max_tokens": 3000}
+    with ThreadPoolExecutor(1) as pool:
+        holder = pool.submit(way.caller.create, **three_seconds)
+        until(lambda: plant.told()["in_flight"] == 1)
+        answer = way.caller.also(timeout=1.0, max_retries=9).create()
+        assert house.sdk.used(answer)[1] == 40
+        holder.result()
+    assert isinstance(way, Behind)
+    assert way.answered(429) >= 1
+    assert way.answered(200) == 3
+    assert way.nothing_is_left()

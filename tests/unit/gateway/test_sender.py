@@ -73,16 +73,16 @@ def test_callers_of_one_key_or_of_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("headers", "reads", "silence"),
+    ("headers", "line", "silence"),
     [
         ({}, 60.0, 600.0),
-        ({"x-stainless-read-timeout": "600"}, 600.0, 605.0),
-        ({"x-stainless-read-timeout": "2.5"}, 2.5, 7.5),
-        ({"x-stainless-timeout": "30"}, 30.0, 35.0),
+        ({"x-stainless-read-timeout": "600"}, 599.0, 605.0),
+        ({"x-stainless-read-timeout": "2.5"}, 2.25, 7.5),
+        ({"x-stainless-timeout": "30"}, 29.0, 35.0),
         ({"x-stainless-read-timeout": "never"}, 60.0, 600.0),
         ({"x-stainless-read-timeout": "-1"}, 60.0, 600.0),
-        ({"x-stainless-read-timeout": "1e12"}, 86_400.0, 86_405.0),
+        ({"x-stainless-read-timeout": "1e12"}, 86_399.0, 86_405.0),
     ],
 )
-def test_patience_is_what_the_sdk_hints(headers: dict[str, str], reads: float, silence: float) -> None:
-    assert patience(headers) == (reads, silence)
+def test_patience_is_what_the_sdk_hints(headers: dict[str, str], line: float, silence: float) -> None:
+    assert patience(headers) == (line, silence)
