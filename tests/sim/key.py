@@ -73,7 +73,7 @@ class Fleet:
         retry = Retry(max_attempts=1000, ceiling=1.0, longest_wait=1e6)
         upstream = Upstream("key", provider="openai", retry=retry, max_concurrent=100_000, start_wait=1e9)
         budgets = upstream._retries.budgets  # nobody may set them: this is the control
-        budgets.faults = budgets._refusals = RetryBudget(share=1000.0, extra=1_000_000)
+        budgets.faults = budgets.refusals = RetryBudget(share=1000.0, extra=1_000_000)
         return upstream
 
     async def _offer(self, house: BackpressureSupervisor) -> None:
