@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from bench.calls.limits import LIMITS, OURS, SEMAPHORE
+from bench.calls.limits import LIMITS, OURS, SEMAPHORE, UPSTREAM
 from bench.calls.picture import timelines
 from bench.calls.plant import Callers, Plant, Record
 from bench.calls.scenarios import CALL, SLOTS, provider, steps
 from bench.calls.table import PICTURES, SEEDS, everywhere, middle
+from bench.calls.whole import Whole
 from forebay.limit import FixedLimit
 
 LOAD: Final = 0.8  # of the capacity
@@ -26,7 +27,7 @@ _WINDOW: Final = 30.0  # seconds over which service is measured
 _BACK: Final = 0.9  # of what was served before
 _ALWAYS: Final = 1_000_000  # times that a caller comes again
 CONTROL: Final = f"{SEMAPHORE}, uncapped retries"
-NAMES: Final = (*LIMITS, CONTROL)
+NAMES: Final = (UPSTREAM, *LIMITS, CONTROL)
 
 
 def one(case: tuple[str, int, bool]) -> Record:
@@ -48,6 +49,8 @@ def one(case: tuple[str, int, bool]) -> Record:
         again=_ALWAYS if wild else 3,
         ceiling=0.5 if wild else 8.0,
     )
+    if name == UPSTREAM:
+        return Whole(config, callers, seed=seed).run()
     limit = FixedLimit(20 * SLOTS) if wild else LIMITS[name](SLOTS)
     return Plant(config, callers, limit, seed=seed).run()
 
@@ -80,7 +83,8 @@ def run() -> dict[str, float | bool | None]:
             )
         PICTURES.mkdir(parents=True, exist_ok=True)
         timelines({name: records[name, 0, shares] for name in NAMES}, kind, TRIGGER, PICTURES)
-    ours = [figures[f"{kind}, {OURS}, seconds"] for kind in ("sharing", "refusing")]
-    figures["ours within 90 s"] = all(took is not None and took <= 90 for took in ours)
+    for name in (UPSTREAM, OURS):
+        ours = [figures[f"{kind}, {name}, seconds"] for kind in ("sharing", "refusing")]
+        figures[f"{name} within 90 s"] = all(took is not None and took <= 90 for took in ours)
     figures["the control collapses"] = figures[f"sharing, {CONTROL}, seconds"] is None
     return figures

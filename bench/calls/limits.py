@@ -36,6 +36,7 @@ class Oracle:
 
 
 OURS: Final = "adaptive"
+UPSTREAM: Final = "upstream"  # the whole of one, its adaptive limit included
 SEMAPHORE: Final = "semaphore"
 LIMITS: Final[Mapping[str, Callable[[int], Limit]]] = {
     OURS: lambda _: AdaptiveLimit(),

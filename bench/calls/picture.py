@@ -9,11 +9,11 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bench.calls.limits import LIMITS, OURS
+from bench.calls.limits import LIMITS, OURS, UPSTREAM
 from bench.calls.plant import Record
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
-_COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222")
+_COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
     "axes.spines.right": False,
@@ -24,6 +24,10 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
+def _width(name: str) -> float:
+    return 3.0 if name in (UPSTREAM, OURS) else 1.5
+
+
 def curves(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
     """Goodput over offered load, by limit."""
     with mpl.rc_context(_STYLE):
@@ -31,7 +35,7 @@ def curves(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder
         axes = figure.subplots()
         axes.set_title("Goodput over an oracle's, as more is offered")
         for (name, values), colour in zip(shares.items(), _COLOURS, strict=False):
-            axes.plot(loads, values, color=colour, label=name, linewidth=3 if name == OURS else 1.6, marker="o")
+            axes.plot(loads, values, color=colour, label=name, linewidth=_width(name), marker="o")
         axes.set(xlabel="offered load over capacity", xlim=(0.8, max(loads)), ylim=(0, 1.08))
         axes.grid(visible=True)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -41,7 +45,7 @@ def curves(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder
 def heat(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
     """Goodput by scenario and limit, as a table with colours."""
     names = list(dict.fromkeys(name for name, _ in shares))
-    limits = list(LIMITS)
+    limits = [UPSTREAM, *LIMITS]
     with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(9, 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
         axes = figure.subplots()
@@ -71,7 +75,7 @@ def timelines(records: Mapping[str, Record], kind: str, trigger: tuple[float, fl
             end = int(max((at for at, *_ in record.levels), default=0))
             times = range(0, end, step)
             served = [record.work(at, at + step) for at in times]
-            axes.plot(times, served, color=colour, label=name, linewidth=3 if name == OURS else 1.4)
+            axes.plot(times, served, color=colour, label=name, linewidth=_width(name))
         axes.axvspan(*trigger, color="#f0f0f0")
         axes.set(xlabel="seconds", ylabel="slots put to use", xlim=(0, None), ylim=(0, 100))
         axes.grid(visible=True)

@@ -10,7 +10,7 @@ import asyncio
 import random
 from typing import Final
 
-from bench.calls.plant import CONGESTION, Callers, Record
+from bench.calls.plant import Callers, Record
 from forebay import Deadline, Overloaded, clock
 from forebay.sim import Traffic, simulate
 from forebay.sim.config import ProviderConfig
@@ -19,9 +19,32 @@ from forebay.typing import Charge, Outcome
 from forebay.upstream import Upstream
 from forebay.upstream.ask import Ended, Permit
 from forebay.upstream.attempt import Tried
-from forebay.upstream.rules import meaning_of, notices
+from forebay.upstream.desk import Desk
+from forebay.upstream.rules import Meaning, meaning_of, notices
 
 MODEL: Final = "gpt-4o-mini"
+EXPECTED: Final = 200  # tokens of output, as callers expect who cannot know
+
+
+async def asked(provider: SimulatedProvider, desk: Desk, permit: Permit, tokens: tuple[int, int]) -> Tried:
+    """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
+    incoming, outgoing = tokens
+    try:
+        answer = await provider.call(model=MODEL, input_tokens=incoming, output_tokens=outgoing)
+    except Refusal as refusal:
+        meaning = meaning_of(refusal.status, refusal.headers, refusal.body)
+        rate, after = meaning is Meaning.RATE, refusal.retry_after
+        heard = notices(refusal.headers, wall=clock.wall_time())
+        ended = Ended(outcome=meaning.outcome, released=not rate, rate=rate, retry_after=after, notices=heard, usd=0.0)
+        error = ConnectionError(str(refusal))
+        return Tried(error=error, again=meaning.retried, counts=meaning.uses_attempt, retry_after=after, ended=ended)
+    except Broken as broken:
+        return Tried(error=broken, again=True, ended=Ended(outcome=Outcome.FAULT, seconds=clock.now() - permit.at))
+    heard = notices(answer.headers, wall=clock.wall_time())
+    seconds = clock.now() - permit.at
+    stretch = desk.paced(permit, outgoing, seconds)
+    used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
+    return Tried(ended=Ended(outcome=Outcome.SUCCESS, used=used, seconds=seconds, stretch=stretch, notices=heard))
 
 
 class Whole:
@@ -57,7 +80,7 @@ class Whole:
 
     async def _caller(self, tokens: tuple[int, int]) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(self.callers.again + 1):
+        for again in range(self.callers.again, -1, -1):
             after = self._draws.uniform(0.5, 1.5)
             try:
                 async with asyncio.timeout(self.callers.patience):
@@ -70,43 +93,23 @@ class Whole:
                 alone = self.config.ttft + max(1, tokens[1]) * self.config.tpot
                 self.record.done.append((loop.time(), alone))
                 return
-            await asyncio.sleep(after)
-            if loop.time() >= 60 * self.callers.minutes:
+            if not again or loop.time() + after >= 60 * self.callers.minutes:
                 return
+            await asyncio.sleep(after)
 
     async def _call(self, tokens: tuple[int, int]) -> None:
-        charge = Charge(input_tokens=tokens[0], output_tokens=tokens[1], tokens=sum(tokens))
+        charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED, tokens=tokens[0] + EXPECTED)
         deadline = Deadline.within(self.callers.patience) if self._tells else None
         ask = self.upstream.ask(MODEL, charge, deadline=deadline)
 
         async def attempt(permit: Permit) -> Tried:
-            return await self._attempt(permit, tokens)
+            self.record.sent.append(clock.now())
+            tried = await asked(self.provider, self.desk, permit, tokens)
+            if tried.ended.outcome is Outcome.OVERLOAD:
+                self.record.refused.append(clock.now())
+            return tried
 
         await self.upstream.driver(self.desk).run(ask, attempt)
-
-    async def _attempt(self, permit: Permit, tokens: tuple[int, int]) -> Tried:
-        self.record.sent.append(clock.now())
-        try:
-            answer = await self.provider.call(model=MODEL, input_tokens=tokens[0], output_tokens=tokens[1])
-        except Refusal as refusal:
-            if refusal.reason in CONGESTION:
-                self.record.refused.append(clock.now())
-            meaning = meaning_of(refusal.status, refusal.headers, refusal.body)
-            ended = Ended(outcome=meaning.outcome, released=True, usd=0.0)
-            error = ConnectionError(str(refusal))
-            return Tried(
-                error=error,
-                again=meaning.retried,
-                counts=meaning.uses_attempt,
-                retry_after=refusal.retry_after,
-                ended=ended,
-            )
-        except Broken as broken:
-            return Tried(error=broken, again=True, ended=Ended(outcome=Outcome.FAULT))
-        heard = notices(answer.headers, wall=clock.wall_time())
-        seconds = clock.now() - permit.at
-        stretch = self.desk.paced(permit, tokens[1], seconds)
-        return Tried(ended=Ended(outcome=Outcome.SUCCESS, seconds=seconds, stretch=stretch, notices=heard))
 
     async def _look(self) -> None:
         account = self.desk.account
