@@ -30,7 +30,7 @@ test: install packages ## every test, on each of Python 3.11 and 3.13 that is fo
 test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
 
-sim: install ## two thousand surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
+sim: install ## thousands of surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
 	@$(RUN) tests.sim.explore $(ARGS)
 
 check: install ## lint, format, types, and which room may import which

@@ -1,4 +1,4 @@
-"""Many seeds of surges, and many scripts of whole houses, over all cores: ``make sim ARGS="--seeds 0:5000"``."""
+"""Seeds of surges on the planes, and scripts of whole houses, over all cores: ``make sim ARGS="--seeds 0:5000"``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import TypeAlias
 
 from hypothesis import HealthCheck, given, seed, settings
-from tests.sim import houses, surge
+from tests.sim import call_surge, houses, surge
 
 PATIENCE = 300  # real seconds for one seed or batch
 BATCH = 100  # scripts
@@ -44,6 +44,11 @@ def arguments() -> argparse.Namespace:
 def one_surge(number: int) -> Counter[str]:
     """The surge of a seed."""
     return surge.run(number).happened
+
+
+def one_call_surge(number: int) -> Counter[str]:
+    """The surge of a seed on supervisor and upstream together, and its plateau."""
+    return Counter({f"calls {what}": count for what, count in call_surge.prove(number).happened.items()})
 
 
 def one_batch(number: int) -> Counter[str]:
@@ -105,8 +110,11 @@ def main() -> int:
     surges: Iterator[Job] = (
         (one_surge, number, f".venv/bin/python -m tests.sim.surge {number}") for number in options.seeds
     )
+    calls: Iterator[Job] = (
+        (one_call_surge, number, f".venv/bin/python -m tests.sim.call_surge {number}") for number in options.seeds
+    )
     with ProcessPoolExecutor(options.jobs) as pool:
-        for failure, what in outcomes(pool, itertools.chain(scripts, surges), 4 * options.jobs):
+        for failure, what in outcomes(pool, itertools.chain(scripts, surges, calls), 4 * options.jobs):
             happened += what
             happened["surges"] += not failure and "scripts" not in what
             if failure:
