@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.mutants import call_plants, plants
+from tests.mutants import call_plants, gateway_plants, plants
 from tests.mutants.plants import Mutant
 
 HOUSE = Path(__file__).parents[2]
-MUTANTS = [*plants.MUTANTS, *call_plants.MUTANTS]
+MUTANTS = [*plants.MUTANTS, *call_plants.MUTANTS, *gateway_plants.MUTANTS]
 SOURCE = HOUSE / "src" / "forebay"
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
 OPTIONS = ["-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=20"]
