@@ -50,7 +50,7 @@ class Measured:
 def settings(name: str, url: str) -> GatewaySettings:
     """A gateway that is told where its provider is, and nothing else."""
     target = TargetSettings(name=name, url=url)
-    return GatewaySettings(targets=(target,), listen="127.0.0.1:0")
+    return GatewaySettings(targets=(target,), listen="127.0.0.1:0", max_connections=1_000)
 
 
 def virtually(case: Case, way: str) -> Measured:
