@@ -22,6 +22,7 @@ import anthropic
 import httpx
 import httpx2
 import openai
+from tests.contract.sdks.serving import serving
 from tests.unit.upstream.transport.wire import NOTHING, left
 
 from forebay import Deadline, Overloaded, Task, clock, context
@@ -96,8 +97,11 @@ class Sdk:
     def client(self, url: str, **how: Any) -> Any:
         """A client of a provider that is at `url`, the part before ``/v1``."""
         kind = ("Async" if self.awaits else "") + ("OpenAI" if self.name == "openai" else "Anthropic")
-        base = f"{url}/v1" if self.name == "openai" else url
-        return getattr(self.module, kind)(base_url=base, **{"api_key": KEY, **how})
+        return getattr(self.module, kind)(base_url=self.base_url(url), **{"api_key": KEY, **how})
+
+    def base_url(self, url: str) -> str:
+        """What a client is told of a provider that is at `url`."""
+        return f"{url}/v1" if self.name == "openai" else url
 
     def create(self, client: Any, **how: Any) -> Any:
         how = {"model": self.model, "messages": SAY, "max_tokens": 40, **how}
@@ -316,8 +320,7 @@ class Behind(Way):
         settings = GatewaySettings(targets=(target,), listen="127.0.0.1:0", drain_timeout=5.0)
         with serving(settings) as gateway:
             url = f"http://127.0.0.1:{gateway.port}"
-            base = f"{url}/v1" if bare.sdk.name == "openai" else url
-            client = bare.client.with_options(base_url=base)
+            client = bare.client.with_options(base_url=bare.sdk.base_url(url))
             (made,) = gateway.proxy.targets
             way = cls(Caller(bare.sdk, client, runner), made.upstream)
             way.gateway, way.url = gateway, url
@@ -350,29 +353,6 @@ class Behind(Way):
         assert told["type"].endswith(("_error", "_quota", "_too_large"))
 
 
-@contextlib.contextmanager
-def serving(settings: GatewaySettings) -> Iterator[Gateway]:
-    """A gateway that runs on a loop in a thread of its own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="gateway")
-    thread.start()
-    gateway = Gateway(settings)
-
-    def run(doing: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(doing, loop).result()
-
-    try:
-        run(gateway.__aenter__())
-        try:
-            yield gateway
-        finally:
-            run(gateway.__aexit__(None, None, None))
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
 WAYS: Final[list[Any]] = [Bound, Behind]
 
 
@@ -389,12 +369,12 @@ class House:
         self._way = way
         self._stack = stack
         self._runner = stack.enter_context(asyncio.Runner())
+        self._first = Caller(sdk, sdk.client("http://nowhere.test"), self._runner)  # of which others are quick copies
+        stack.callback(self._first.close)
 
     def bare(self, url: str, **how: Any) -> Caller:
         """A client before the provider itself, who asks once: what it gets is what the provider says."""
-        caller = Caller(self.sdk, self.sdk.client(url, **{"max_retries": 0, **how}), self._runner)
-        self._stack.callback(caller.close)
-        return caller
+        return self._first.also(**{"base_url": self.sdk.base_url(url), "max_retries": 0, **how})
 
     def open(self, url: str, **target: Any) -> Way:
         """A client that would ask again, on its way to the provider at `url`; `target` is what a target may be told."""

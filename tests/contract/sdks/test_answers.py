@@ -137,7 +137,6 @@ def test_keys_have_accounts_of_their_own(house: House, plant: Plant) -> None:
 def test_a_target_can_be_reached_by_its_name(plant: Plant, house: House) -> None:
     way = house.open(plant.url)
     if isinstance(way, Behind):
-        url = f"{way.url}/{house.sdk.name}"
-        way.caller = way.caller.also(base_url=f"{url}/v1" if house.sdk.name == "openai" else url)
+        way.caller = way.caller.also(base_url=house.sdk.base_url(f"{way.url}/{house.sdk.name}"))
     assert house.sdk.used(way.caller.create())[1] == 40
     assert way.nothing_is_left()

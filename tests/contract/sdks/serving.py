@@ -1,0 +1,35 @@
+"""A gateway for clients that block, or have an event loop of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from forebay.gateway import GatewaySettings
+from forebay.gateway.server import Gateway
+
+
+@contextlib.contextmanager
+def serving(settings: GatewaySettings) -> Iterator[Gateway]:
+    """A gateway that runs on a loop in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="gateway")
+    thread.start()
+    gateway = Gateway(settings)
+
+    def run(doing: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(doing, loop).result()
+
+    try:
+        run(gateway.__aenter__())
+        try:
+            yield gateway
+        finally:
+            run(gateway.__aexit__(None, None, None))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
