@@ -169,6 +169,13 @@ MUTANTS = [
         _DECISIONS + "test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up",
     ),
     Mutant(
+        "the line of calls forgets whom it has passed over",
+        "upstream/account.py",
+        "            self.line.serve(place)\n",
+        "            self.line.leave(place)\n",
+        _DECISIONS + "test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over",
+    ),
+    Mutant(
         "a retried call goes behind later ones",
         "upstream/order.py",
         "        if ask.retries:\n            return (_HEAD, ask.deadline)\n",

@@ -94,15 +94,18 @@ class Line(Generic[T]):
         return self._head(rung) if self._lengths[rung] else None
 
     def row(self) -> Iterator[T]:
-        """Every item, the head first, in the order of rung, rank and turn; each is found when it is asked for.
+        """Every item, the head first, the others by rung, rank and turn; each is found when it is asked for.
 
-        Those of a rung that the floor would serve earlier are not. The line must not change meanwhile.
+        The line must not change meanwhile.
         """
+        head = self.head()
+        if head is not None:
+            yield head[_ITEM]
         for rung in Priority:
             if self._lengths[rung]:
                 places, queue = _in_order(self._heaps[rung]), self._queues[rung]
                 for place in heapq.merge(places, queue) if queue else places:
-                    if place[_ITEM] is not None:
+                    if place[_ITEM] is not None and place is not head:
                         yield place[_ITEM]
 
     def pop(self) -> T:
@@ -111,24 +114,29 @@ class Line(Generic[T]):
         Raises:
             IndexError: nobody waits.
         """
-        if not self.length:
+        place = self.head()
+        if place is None:
             raise IndexError
-        rung = self._rung = self._next_rung()
-        place = self._head(rung)
+        item: T = place[_ITEM]
+        self.serve(place)
+        return item
+
+    def serve(self, head: Place) -> None:
+        """Take the head off the line. It counts as served, which one that leaves does not."""
+        rung: int = head[_RUNG]
+        self._rung = rung
         heap = self._heaps[rung]
-        if heap and heap[0] is place:
+        if heap and heap[0] is head:
             heapq.heappop(heap)
         else:
             self._queues[rung].popleft()
-        item: T = place[_ITEM]
-        place[_ITEM] = None
+        head[_ITEM] = None
         self._shorten(rung)
         self._passed[rung] = 0
         if self.length > self._lengths[rung]:
             for lower in range(rung + 1, len(Priority)):
                 if self._lengths[lower]:
                     self._passed[lower] += 1
-        return item
 
     def _shorten(self, rung: int) -> None:
         self.length -= 1

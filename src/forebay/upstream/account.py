@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from forebay.admission import BookedSeats, Line, Place
+from forebay.admission import BookedSeats, Line
 from forebay.breaker import Breaker, BreakerState
 from forebay.quota import Quotas
 from forebay.task import Priority
@@ -18,33 +18,13 @@ from forebay.upstream.outage import Outage
 from forebay.upstream.pace import Pace
 from forebay.upstream.passing import first_to_pass
 from forebay.upstream.service import Service, bearable
-from forebay.upstream.waiting import Waiter
+from forebay.upstream.waiting import Waiter, Waiting
 
 _GAIN = 0.05  # weight of the newest wait in the typical one
 _LINE = 10_000  # calls that may wait, however short that is expected to be
 _SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
 _PROBED = 1.0  # seconds after which one may ask again, at least, while a breaker's probes are out
 _RUNG_UP = 4  # typical waits after which a call goes one rung up
-
-
-class Waiting:
-    """A call in the line, and who waits for its answer."""
-
-    __slots__ = ("ask", "joined", "place", "rank", "rung", "since", "waiter")
-
-    def __init__(self, ask: Ask, waiter: Waiter, *, rank: tuple[float, float], now: float) -> None:
-        self.ask = ask
-        self.waiter = waiter
-        self.rank = rank
-        self.rung = ask.priority
-        self.joined = now
-        self.since = now  # on this rung
-        self.place: Place | None = None
-
-    @property
-    def stands(self) -> bool:
-        """Whether it is in the line."""
-        return self.place is not None
 
 
 class Account:
@@ -226,6 +206,8 @@ class Account:
                 continue
             self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
             self.order.served(waiting.rank)
+            self.line.serve(place)
+            waiting.place = None
             self._go(now, waiting)
         return None
 

@@ -10,11 +10,11 @@ from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.task import Priority
 from forebay.typing import Charge, Notice
-from forebay.upstream.account import Account, Waiting
+from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
 from forebay.upstream.experience import Experience
 from forebay.upstream.rules import Usage
-from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter
+from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter, Waiting
 
 _GAIN = 0.05  # weight of the newest call in what a typical one asks
 _START_SHARE = 0.25  # of a typical call: how long the next may be expected to wait for another run to begin

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from forebay import clock
-from forebay.upstream.ask import Go, No
+from forebay.admission import Place
+from forebay.upstream.ask import Ask, Go, No
 
 
 class Waiter(Protocol):
@@ -22,6 +23,26 @@ class Waiter(Protocol):
 
     def look_at(self, when: float) -> bool:
         """At that time of `clock.now`, see whether the line moves, for nobody else will. False: as above."""
+
+
+class Waiting:
+    """A call in the line, and who waits for its answer."""
+
+    __slots__ = ("ask", "joined", "place", "rank", "rung", "since", "waiter")
+
+    def __init__(self, ask: Ask, waiter: Waiter, *, rank: tuple[float, float], now: float) -> None:
+        self.ask = ask
+        self.waiter = waiter
+        self.rank = rank
+        self.rung = ask.priority
+        self.joined = now
+        self.since = now  # on this rung
+        self.place: Place | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is in the line."""
+        return self.place is not None
 
 
 class LoopWaiter:

@@ -113,7 +113,10 @@ class LineMachine(RuleBasedStateMachine):
         assert len(self.line) == len(self.waiting)
         assert bool(self.line) == bool(self.waiting)
         assert set(self.line) == set(self.waiting)
-        assert list(self.line.row()) == sorted(self.waiting, key=lambda guest: (guest.rung, guest.rank, guest.turn))
+        row = sorted(self.waiting, key=lambda guest: (guest.rung, guest.rank, guest.turn))
+        if row:
+            row.insert(0, row.pop(row.index(self.next_guest())))
+        assert list(self.line.row()) == row
         for rung in Priority:
             assert self.line.ahead(rung) == sum(guest.rung <= rung for guest in self.waiting)
 

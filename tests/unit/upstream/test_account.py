@@ -15,8 +15,9 @@ from forebay.limit import FixedLimit
 from forebay.quota import Quota, Quotas
 from forebay.task import Priority
 from forebay.typing import Charge, Outcome
-from forebay.upstream.account import Account, Waiting
+from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
+from forebay.upstream.waiting import Waiting
 
 SLOTS = 3
 TOKENS = 1_000  # a minute

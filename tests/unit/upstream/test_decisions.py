@@ -11,10 +11,11 @@ from forebay.limit import FixedLimit
 from forebay.quota import Budget, Purse, Quota, Quotas, Sum
 from forebay.task import Priority
 from forebay.typing import Charge, Outcome
-from forebay.upstream.account import Account, Waiting
+from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
 from forebay.upstream.books import Books, Money, Terms
 from forebay.upstream.deadlines import Deadlines
+from forebay.upstream.waiting import Waiting
 
 FAULT = Ended(outcome=Outcome.FAULT)
 SUCCESS = Ended(outcome=Outcome.SUCCESS)
@@ -135,6 +136,19 @@ def test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up() -> N
         permit = next(caller.given.permit for caller in flood if isinstance(caller.given, Go))
         flood = [caller for caller in flood if caller.given is None]
     pytest.fail("under a flood of HIGH calls the LOW one waited for a minute")
+
+
+def test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over() -> None:
+    house = House()
+    permit = house.go()
+    _, low = house.wait(priority=Priority.LOW)
+    flood = [house.wait(priority=Priority.HIGH)[1] for _ in range(30)]
+    served: list[Caller] = []
+    for _ in range(31):
+        house.end(0.0, permit)  # in no time, so none of them goes a rung up
+        served += [caller for caller in (low, *flood) if isinstance(caller.given, Go) and caller not in served]
+        permit = served[-1].given.permit  # type: ignore[union-attr]
+    assert served.index(low) == 20
 
 
 def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -> None:
