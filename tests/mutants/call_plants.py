@@ -8,6 +8,7 @@ _ACCEPTANCE, _UNIT = "tests/acceptance/", "tests/unit/"
 _DECISIONS = _UNIT + "upstream/test_decisions.py::"
 _RETRIES = _ACCEPTANCE + "test_upstream_retries.py::"
 _PASSING = _UNIT + "upstream/test_passing.py::"
+_SURGES = "tests/sim/test_call_surge.py::"
 _CALLS = _ACCEPTANCE + "test_call_conservation.py::"
 
 MUTANTS = [
@@ -88,6 +89,20 @@ MUTANTS = [
         "        if self.breaker.record(now, judged, permit.era) is not None:",
         "        if judged is not Outcome.IGNORED and self.breaker.record(now, judged, permit.era) is not None:",
         _DECISIONS + "test_a_probe_that_is_cancelled_is_given_back",
+    ),
+    Mutant(
+        "a call that is cut short costs nothing",
+        "upstream/drive.py",
+        "_GONE = Ended(outcome=Outcome.IGNORED)",
+        "_GONE = Ended(outcome=Outcome.IGNORED, usd=0.0)",
+        _SURGES + "test_every_task_ends_once_no_limit_is_passed_and_nothing_stays_reserved[1]",
+    ),
+    Mutant(
+        "a run that has begun is expected for ever",
+        "upstream/desk.py",
+        "            self.account.coming += runs\n",
+        "            self.account.coming += max(runs, 0)\n",
+        _SURGES + "test_every_task_ends_once_no_limit_is_passed_and_nothing_stays_reserved[0]",
     ),
     # --- who goes, and when ---
     Mutant(
