@@ -7,18 +7,18 @@ import math
 import random
 from dataclasses import dataclass, field
 
+from bench.calls.whole import MODEL, asked
+
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Task, clock
 from forebay.retry import Retry, RetryBudget
 from forebay.sim import simulate
 from forebay.sim.config import Busy, ProviderConfig
 from forebay.sim.virtual import Broken, Refusal, SimulatedProvider
-from forebay.typing import Charge, Outcome
+from forebay.typing import Charge
 from forebay.upstream import Upstream
-from forebay.upstream.ask import Ended, Permit
+from forebay.upstream.ask import Permit
 from forebay.upstream.attempt import Tried
-from forebay.upstream.rules import meaning_of, notices
 
-MODEL = "gpt-4o-mini"
 CALLS = 4  # of a run
 PATIENCE = 60.0  # seconds after which a run's result is worthless to its caller
 INPUT, OUTPUT = 500, 100  # tokens of a call
@@ -113,22 +113,9 @@ class Fleet:
 
         async def attempt(permit: Permit) -> Tried:
             self.calls += 1
-            began = clock.now()
-            try:
-                answer = await self.provider.call(model=MODEL, input_tokens=INPUT, output_tokens=OUTPUT)
-            except Refusal as refusal:
-                self.refusals += 1
-                meaning = meaning_of(refusal.status, refusal.headers, refusal.body)
-                ended = Ended(outcome=meaning.outcome, released=True, usd=0.0)
-                error = ConnectionError(str(refusal))
-                return Tried(error=error, again=meaning.retried, retry_after=refusal.retry_after, ended=ended)
-            except Broken as broken:
-                return Tried(error=broken, again=True, ended=Ended(outcome=Outcome.FAULT))
-            desk.began(permit, notices(answer.headers, wall=clock.wall_time()))
-            seconds = clock.now() - began
-            stretch = desk.paced(permit, OUTPUT, seconds)
-            used = Charge(input_tokens=INPUT, output_tokens=OUTPUT, tokens=INPUT + OUTPUT)
-            return Tried(ended=Ended(outcome=Outcome.SUCCESS, used=used, seconds=seconds, stretch=stretch))
+            tried = await asked(self.provider, desk, permit, (INPUT, OUTPUT))
+            self.refusals += tried.ended.usd == 0.0
+            return tried
 
         await self.upstream.driver(desk).run(self.upstream.ask(MODEL, charge), attempt)
 
@@ -148,4 +135,4 @@ def capacity(config: ProviderConfig) -> float:
     return config.slots / ALONE / CALLS
 
 
-__all__ = ["Fleet", "Overloaded", "capacity", "key"]
+__all__ = ["MODEL", "Fleet", "Overloaded", "capacity", "key"]
