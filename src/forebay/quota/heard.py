@@ -150,9 +150,11 @@ class Heard:
     def _hear_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
         bucket = self.bucket
         seen = self._sighting(now, sent, remaining, reset)
+        rate = bucket.rate
         if not self._plausible(seen, reset, bucket.amount - remaining, now - sent):
             return
-        seen = self._sighting(now, sent, remaining, reset)  # of the period as it is by now
+        if bucket.rate != rate:  # of the period as it is by now
+            seen = self._sighting(now, sent, remaining, reset)
         self._compare(seen)
         if bucket.window_ends is not None:
             self._follow(seen)

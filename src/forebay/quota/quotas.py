@@ -117,6 +117,16 @@ class Quotas:
         """How long until a call of this charge could go, and what it would wait for."""
         return self.expected_wait(now, charge)
 
+    def outgrown(self, now: float, charge: Charge) -> str | None:
+        """The name of a quota that is smaller than this charge at its fullest, or None: so it can go some time."""
+        for unit, name, bucket in self._given:
+            if getattr(charge, unit) > bucket.amount:
+                return name
+        for unit, heard in self._heard.items():
+            if getattr(charge, unit) > heard.bucket.amount and not heard.silent(now):
+                return _name(unit, heard.bucket.per)
+        return None
+
     def expected_wait(self, now: float, charge: Charge, *, ahead: Charge = _NOTHING) -> Delay:
         """How long a call of this charge would wait if calls of `ahead` in all went before it."""
         self._pass(now)
@@ -347,6 +357,8 @@ def _sane_charge(charge: Charge) -> Charge:
 
 def _sane_notice(notice: Notice) -> Notice:
     """A notice without what cannot be meant."""
+    if (notice.limit or 0) >= 1 and (notice.remaining or 0) >= 0 and 0 < (notice.reset or 0.0) <= _LONGEST_RESET:
+        return notice
     limit = notice.limit if notice.limit is not None and notice.limit >= 1 else None
     remaining = None if notice.remaining is None else max(0, notice.remaining)
     reset = notice.reset if notice.reset is not None and 0 < notice.reset <= _LONGEST_RESET else None

@@ -130,10 +130,10 @@ class Account:
         for purse in self._purses(ask):
             if not purse.affords(ask.usd, ask.priority):
                 return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())
-        seconds, binding = self.quotas.wait(now, ask.charge)
-        if seconds == math.inf:
-            reason = f"it is larger than {binding} will ever be: ask for less (max_tokens counts), or raise that quota"
-            return No(reason, binding or "quota", math.inf, None)
+        smaller = self.quotas.outgrown(now, ask.charge)
+        if smaller is not None:
+            reason = f"it is larger than {smaller} will ever be: ask for less (max_tokens counts), or raise that quota"
+            return No(reason, smaller, math.inf, None)
         return self._closed(now)
 
     def _closed(self, now: float) -> No | None:

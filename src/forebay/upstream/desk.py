@@ -240,13 +240,11 @@ class Desk:
     def _learn(self, ask: Ask) -> None:
         """What a typical call asks, as a moving mean."""
         old, new = self._typical.charge, ask.charge
-        self._typical = Ask(
-            charge=Charge(
-                requests=1,
-                input_tokens=_mean(old.input_tokens, new.input_tokens),
-                output_tokens=_mean(old.output_tokens, new.output_tokens),
-                tokens=_mean(old.tokens, new.tokens),
-            )
+        self._typical.charge = Charge(
+            requests=1,
+            input_tokens=_mean(old.input_tokens, new.input_tokens),
+            output_tokens=_mean(old.output_tokens, new.output_tokens),
+            tokens=_mean(old.tokens, new.tokens),
         )
 
 

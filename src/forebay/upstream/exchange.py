@@ -119,6 +119,8 @@ class Exchange:
 
     def finish(self) -> None:
         """The last answer goes to the caller; if it is *not now*, the run that is under way hears of it."""
+        if self.meaning is Meaning.SUCCESS:
+            return
         refusal = self.turned_away()
         if refusal is not None and (running := context.drawing()) is not None:
             running.refused(self.desk, refusal)
@@ -180,9 +182,8 @@ class Exchange:
         self._status = status
         if status >= ERRORS:
             self._after = retry_after(headers, body, wall=clock.wall_time())
-        if meaning in _NOT_NOW:
-            return self._not_now(headers, heard)
-        if status >= ERRORS:
+            if meaning in _NOT_NOW:
+                return self._not_now(headers, heard)
             seconds = clock.now() - permit.at
             ended = Ended(outcome=meaning.outcome, used=_COUNTED, usd=0.0, seconds=seconds, notices=heard)
             return self._tried(headers, ended)

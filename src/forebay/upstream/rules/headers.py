@@ -28,7 +28,8 @@ _LONGEST_RESET: Final = 32 * _DAY  # seconds; what is further away than a month 
 _EPOCH_SECONDS: Final = 1e9  # from here on a number is a moment (2001), not a duration
 _EPOCH_MS: Final = 1e11
 _LARGEST: Final = 10**15  # of a limit
-_LONGEST_VALUE: Final = 64  # characters of a header worth reading
+_LONGEST_VALUE: Final = 64  # characters of a header worth reading, and of a name worth remembering
+_KNOWN: Final = 1000  # names of headers that are remembered
 _SKEW: Final = 2.0  # seconds by which the clocks must differ before the provider's own is used
 
 _PLAIN: Final = re.compile(
@@ -55,6 +56,9 @@ _FAMILIES: Final = [
 _FAMILY: Final = {name: number for number, (_, *names) in enumerate(_FAMILIES) for name in names}
 
 
+_known: dict[bytes, str] = {}  # names as they stand on the wire: they are the same from call to call
+
+
 class Plain(dict[str, str]):
     """Headers by lower-case name, as plain strings; made once for all who read them."""
 
@@ -63,7 +67,14 @@ class Plain(dict[str, str]):
     @classmethod
     def of_wire(cls, pairs: Iterable[tuple[bytes, bytes]]) -> Self:
         """Those that stand on the wire."""
-        return cls([(name.decode("latin-1").lower(), value.decode("latin-1").strip()) for name, value in pairs])
+        return cls([(_known.get(name) or _lower(name), value.decode("latin-1").strip()) for name, value in pairs])
+
+
+def _lower(name: bytes) -> str:
+    low = name.decode("latin-1").lower()
+    if len(_known) < _KNOWN and len(name) <= _LONGEST_VALUE:
+        _known[name] = low
+    return low
 
 
 def plain(headers: Mapping[str, str]) -> Mapping[str, str]:

@@ -19,6 +19,8 @@ _WORDS: Final = 4096  # characters of it worth reading
 class Meaning(Enum):
     """What an answer means to whoever sent the call, and to those who come after it."""
 
+    __hash__ = object.__hash__  # an enum hashes its name, in Python; each call looks some up
+
     SUCCESS = "success"
     RATE = "rate"  # a quota is used up: pace it
     CONCURRENCY = "concurrency"  # too many at once, or a refusal that gives no reason: lower the limit

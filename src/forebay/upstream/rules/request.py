@@ -17,10 +17,13 @@ from forebay.upstream.rules.headers import plain
 _MOST: Final = 10**9  # tokens; more than that is no bound
 _MOST_CHOICES: Final = 128  # as OpenAI has it
 _LONGEST_MODEL: Final = 256  # characters
+_NUMBER: Final = (int, float)  # `int | float` would be built anew each time that it is asked for
 
 
 class Route(Enum):
     """What is asked of a provider."""
+
+    __hash__ = object.__hash__  # an enum hashes its name, in Python; each call looks some up
 
     CHAT = "chat"  # OpenAI's chat completions
     COMPLETIONS = "completions"
@@ -215,6 +218,6 @@ def _name(model: object) -> str | None:
 
 
 def _bound(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not 0 <= value <= _MOST:
         return None
     return int(value)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-_MOST = 10**12  # tokens; more than that is no count
+_MOST: Final = 10**12  # tokens; more than that is no count
+_NUMBER: Final = (int, float)  # `int | float` would be built anew each time that it is asked for
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +30,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 def count(value: object) -> int:
     """A number of tokens out of JSON; 0 if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _NUMBER):
         return 0
     return int(value) if 0 <= value <= _MOST else 0
 
@@ -51,15 +52,15 @@ def read_usage(told: Any, known: Usage | None = None) -> Usage | None:
     cache_read, cache_write = told.get("cache_read_input_tokens"), told.get("cache_creation_input_tokens")
     output = told.get("completion_tokens", told.get("output_tokens"))
     told_input = told.get("prompt_tokens", told.get("input_tokens"))
-    if not isinstance(told_input, int | float) and not isinstance(output, int | float):
+    if not isinstance(told_input, _NUMBER) and not isinstance(output, _NUMBER):
         return None
     output_tokens = count(output)
     if known is not None:
         output_tokens = max(output_tokens, known.output_tokens)
-    if not isinstance(told_input, int | float):
+    if not isinstance(told_input, _NUMBER):
         cached, written = (known.cache_read_tokens, known.cache_write_tokens) if known else (0, 0)
         input_tokens = known.input_tokens if known else 0
-    elif isinstance(cache_read, int | float) or isinstance(cache_write, int | float):
+    elif isinstance(cache_read, _NUMBER) or isinstance(cache_write, _NUMBER):
         cached, written = count(cache_read), count(cache_write)
         input_tokens = count(told_input) + cached + written
     elif known is not None and (known.cache_read_tokens or known.cache_write_tokens):

@@ -111,7 +111,7 @@ class AsyncTransport:
             if isinstance(error, Exception):
                 return exchange.failed(permit, error)
             raise
-        await response.aclose()
+        await response.stream.aclose()
         return exchange.answered(permit, response, headers, raw)
 
     async def aclose(self) -> None:
@@ -208,7 +208,7 @@ class BlockingTransport:
             if isinstance(error, Exception):
                 return exchange.failed(permit, error)
             raise
-        response.close()
+        response.stream.close()
         return exchange.answered(permit, response, headers, raw)
 
     def close(self) -> None:
