@@ -57,7 +57,9 @@ class RetryBudget:
 
     def deposit(self, now: float) -> None:
         """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
-        self._slot_of(now)[1] += 1
+        slots = self._slots
+        slot = slots[-1] if slots and now < slots[-1][0] + self._slot else self._slot_of(now)
+        slot[1] += 1
         self._first += 1
 
     def withdraw(self, now: float) -> bool:

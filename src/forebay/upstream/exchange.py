@@ -238,8 +238,10 @@ class Exchange:
         if usage is None:
             return Ended(outcome=outcome, seconds=seconds, notices=heard)
         used = self.upstream.rules.settle(self.ask.charge, usage)
-        made = Charge(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
-        usd = self.upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
+        usd = 0.0
+        if self.upstream.counts_money:
+            made = Charge(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+            usd = self.upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
         stretch = None
         if outcome is Outcome.SUCCESS:
             stretch = self.desk.learn(permit, self.read.input_tokens, usage, used, seconds)

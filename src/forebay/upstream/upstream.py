@@ -104,6 +104,7 @@ class Upstream:
         self.fallbacks = fallbacks_of(self, fallback, terms.group)
         self.detours = Detours(self)
         self._money = Money(name, budget, tenant_budget, task_budget)
+        self.counts_money = self._money.any
         self.books = Books(terms, self._money, draw=clock.draw)
         self.retry = retry or Retry()
         self._retries = Retries(self.retry, draw=clock.draw)
@@ -241,7 +242,7 @@ class Upstream:
         return usd or 0.0
 
     def _usd(self, model: str, charge: Charge, cached_tokens: int = 0) -> float | None:
-        if not self._money.any:
+        if not self.counts_money:
             return 0.0
         return self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
 

@@ -95,7 +95,7 @@ def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
     here = {_FAMILY[name] for name in told if name in _FAMILY}  # one look at each header; there are ten families
     if not here:
         return ()
-    moment = _moment(told, wall)
+    moment: float | None = None
     found: dict[str, Notice] = {}
     for number in sorted(here):
         unit, limit_name, remaining_name, reset_name = _FAMILIES[number]
@@ -103,7 +103,11 @@ def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
             continue
         limit, remaining = _amount(told.get(limit_name)), _amount(told.get(remaining_name), least=0)
         if limit is not None or remaining is not None:
-            reset = read_reset(told.get(reset_name, ""), wall=moment)
+            text = told.get(reset_name, "")
+            reset = _duration(text) if len(text) <= _LONGEST_VALUE else None
+            if reset is None or reset > _LONGEST_RESET:  # no duration: it may be a moment, and mean theirs
+                moment = _moment(told, wall) if moment is None else moment
+                reset = read_reset(text, wall=moment)
             found[unit] = Notice(unit=unit, limit=limit, remaining=remaining, reset=reset)
     if "anthropic-ratelimit-tokens-limit" in told and ("input_tokens" in found or "output_tokens" in found):
         found.pop("tokens", None)

@@ -54,6 +54,10 @@ _SIGNED: Final = frozenset(
 )
 
 
+_SIGNATURES: Final = ("AWS4-", "Signature ")  # what an Authorization begins with that is one
+_UNUSUAL: Final = _SIGNED | {"upgrade", "sec-websocket-key", "content-encoding"}
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What a request asks for.
 
@@ -122,22 +126,31 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
     """
     told = plain(headers)
     line = _read_line(method, path)
-    websocket = line.websocket or _upgrades(told)
-    signed = line.signed or _is_signed(told)
+    websocket, signed = line.websocket, line.signed
+    if not _UNUSUAL.isdisjoint(told):  # one look for what nearly no request has
+        websocket, signed = websocket or _upgrades(told), signed or _is_signed(told)
+    elif told.get("authorization", "").startswith(_SIGNATURES):
+        signed = True
     route = line.route
     read = _body(told, body) if route not in (Route.MODELS, Route.OTHER) else None
     if read is None:
         return Request(route=route, model=line.model, websocket=websocket, signed=signed)
     sent = [value for name, value in read.items() if name in _INPUT and value is not None]
-    bounds = (_bound(read.get(name)) for name in _BOUNDS)
+    bound = None
+    for name in _BOUNDS:
+        if name in read and (bound := _bound(read[name])) is not None:
+            break
+    choices = 1
+    if "n" in read or "best_of" in read:
+        choices = min(_MOST_CHOICES, max(1, _bound(read.get("n")) or 1, _bound(read.get("best_of")) or 1))
     options = read.get("stream_options")
     return Request(
         route=route,
         model=_name(read.get("model")) or line.model,
         stream=read.get("stream") is True,
         input_tokens=tokens_of(sent, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
-        max_output_tokens=next((bound for bound in bounds if bound is not None), None),
-        choices=min(_MOST_CHOICES, max(1, _bound(read.get("n")) or 1, _bound(read.get("best_of")) or 1)),
+        max_output_tokens=bound,
+        choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
         signed=signed,
@@ -198,7 +211,7 @@ def _upgrades(told: Mapping[str, str]) -> bool:
 
 
 def _is_signed(told: Mapping[str, str]) -> bool:
-    if told.get("authorization", "").startswith(("AWS4-", "Signature ")):
+    if told.get("authorization", "").startswith(_SIGNATURES):
         return True
     return "content-encoding" in told or not _SIGNED.isdisjoint(told)
 
