@@ -31,7 +31,7 @@ def test_a_flood_gets_what_the_key_bears_and_service_recovers_by_itself(seed: in
 def test_with_nothing_limited_the_same_house_collapses(seed: int) -> None:
     """The negative control: a key that bears anything would prove nothing."""
     plateau = Plateau(seed)
-    assert plateau.got(plateau.fleet(plateau.times, wild=True), 30.0) < 0.1
+    assert plateau.got(plateau.fleet(plateau.times, wild=True), call_surge.WARM_UP) < 0.1
 
 
 def test_the_surges_are_not_too_kind() -> None:
