@@ -370,6 +370,8 @@ class Account:
 
     def _seat(self, now: float, ask: Ask, seconds: float) -> float | None:
         """When one who would wait `seconds` may come again: not before that has fallen to what it may be."""
+        if seconds == math.inf:
+            return None  # it has become larger than its bucket: no seat for it, nor a hole before everybody else's
         early = max(0.0, seconds - self._longest_wait)
         each = self.expected_wait(now, ask, others=1)[0] - seconds  # what one call more adds
         if each <= 0.0:

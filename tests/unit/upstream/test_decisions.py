@@ -10,7 +10,7 @@ from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.limit import FixedLimit
 from forebay.quota import Budget, Purse, Quota, Quotas, Sum
 from forebay.task import Priority
-from forebay.typing import Charge, Outcome
+from forebay.typing import Charge, Notice, Outcome
 from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
 from forebay.upstream.books import Books, Money, Terms
@@ -164,6 +164,22 @@ def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -
     assert "deadline" in behind.given.reason
     assert head.given is None
     assert head.looks_at is None, "a deadline that has passed is looked at again and again"
+
+
+def test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nobody_elses_seat() -> None:
+    house = House(10)
+    permit = house.go(charge=Charge(tokens=500))
+    house.account.began(0.1, permit, [Notice(unit="tokens", limit=1_000, remaining=500, reset=30.0)])
+    _, caller = house.wait(0.2, charge=Charge(tokens=550), deadline=100.0)
+    for _ in range(2):  # a limit that differs must be said twice
+        house.account.began(1.0, permit, [Notice(unit="tokens", limit=400, remaining=0, reset=60.0)])
+    house.account.pump(100.0)
+    assert isinstance(caller.given, No)
+    assert caller.given.retry_after is None
+    house.go(100.0, charge=Charge(tokens=390))
+    again = house.no(100.0, charge=Charge(tokens=390), deadline=120.0).retry_after
+    assert again is not None
+    assert math.isfinite(again)
 
 
 def test_a_call_whose_deadline_has_passed_is_not_sent_though_there_is_room() -> None:
