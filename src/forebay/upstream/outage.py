@@ -8,6 +8,7 @@ from typing import Final
 from forebay.typing import Limit
 
 _SPREAD: Final = 10.0  # seconds over which those come again who were sent away
+_FORGET: Final = 60.0  # seconds without a refusal, for nobody asked: how it was meanwhile is not known
 
 
 class Outage:
@@ -18,16 +19,18 @@ class Outage:
         patience: seconds after which nobody need wait any longer.
     """
 
-    __slots__ = ("_limit", "_patience", "_since")
+    __slots__ = ("_latest", "_limit", "_patience", "_since")
 
     def __init__(self, limit: Limit, patience: float) -> None:
         self._limit = limit
         self._patience = patience
         self._since = math.inf
+        self._latest = -math.inf  # when the latest call was refused
 
     def refused(self, now: float) -> None:
         """A call was, for want of capacity."""
-        self._since = min(self._since, now)
+        self._since = now if now - self._latest > _FORGET else min(self._since, now)
+        self._latest = now
 
     def over(self) -> None:
         """A call was let in: its answer has begun."""

@@ -23,6 +23,13 @@ def test_it_lasts_too_long_when_nobody_was_let_in_for_as_long_as_anybody_waits()
     assert outage.lasts(30.0) == 30.0
 
 
+def test_of_a_time_in_which_nobody_asked_nothing_is_known() -> None:
+    outage = Outage(silent(3_600.0), 30.0)
+    outage.refused(0.0)
+    outage.refused(3_600.0)
+    assert outage.lasts(3_600.5) is None
+
+
 def test_while_a_knock_is_due_whoever_comes_may_knock() -> None:
     outage = Outage(silent(40.0), 30.0)
     outage.refused(0.0)
