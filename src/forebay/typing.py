@@ -196,8 +196,11 @@ class Source(Protocol):
     def typical(self) -> float:
         """Seconds that a call takes, typically."""
 
-    def queues(self, rung: Priority) -> bool:
-        """Whether calls of that rung or better stand in its line: that one more would wait is no mere estimate then."""
+    def shuts_out(self, rung: Priority) -> bool:
+        """Whether a call of that rung would not be sent now, for sure: this is no mere estimate.
+
+        Calls of its rung or a better one wait already, or nobody is let through, whatever it asks.
+        """
 
     def hold_back(self, who: object, runs: int) -> None:
         """So many runs of `who` do not start for its sake: they count in its load."""

@@ -34,7 +34,7 @@ class Key:
     def load(self) -> tuple[float, str]:
         return self.reading, "requests"
 
-    def queues(self, rung: Priority) -> bool:
+    def shuts_out(self, rung: Priority) -> bool:
         return self.queued and rung is not Priority.CRITICAL
 
     def may_start(self, rung: Priority) -> bool:

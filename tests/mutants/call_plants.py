@@ -341,7 +341,7 @@ MUTANTS = [
     Mutant(
         "runs start past calls that wait",
         "supervisor/start_gate.py",
-        "(now >= again and not source.queues(rung))",
+        "(now >= again and not source.shuts_out(rung))",
         "now >= again",
         _ACCEPTANCE + "test_sources.py::"
         "test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_none_waiting",

@@ -56,7 +56,7 @@ class StartGate:
         for source in worker.sources:
             last = self._last.get((source, rung))
             again = now if last is None else last + source.typical()
-            if source.may_start(rung) or (now >= again and not source.queues(rung)):
+            if source.may_start(rung) or (now >= again and not source.shuts_out(rung)):
                 continue
             if again <= now:  # calls wait, and who frees a slot will serve this worker; if nobody does, look again
                 again = now + source.typical()

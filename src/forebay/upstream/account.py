@@ -351,6 +351,14 @@ class Account:
                 return slot, "concurrency"
         return seconds, binding
 
+    def shut(self, now: float) -> str | None:
+        """Why its provider is not asked at all, whatever the call: what binds; None if it is."""
+        if now < self._stopped_until:
+            return "budget"
+        if not self.breaker.ready(now):
+            return "breaker"
+        return None if self._outage.lasts(now) is None else "outage"
+
     def load_for(self, now: float, ask: Ask) -> float:
         """Expected wait of this very call over the longest wait allowed; 1.0 or more if it would be refused."""
         refusal = self._refusal(now, ask)
@@ -361,10 +369,8 @@ class Account:
 
     def load(self, now: float, ask: Ask) -> tuple[float, str]:
         """Expected wait of the next typical call over the longest wait allowed, and what binds."""
-        if not self.breaker.ready(now):
-            return 1.0, "breaker"
-        if self._outage.lasts(now) is not None:
-            return 1.0, "outage"
+        if (binding := self.shut(now)) is not None:
+            return 1.0, binding
         seconds, binding = self.expected_wait(now, ask, others=self.coming)
         return seconds / self._longest_wait, binding
 

@@ -90,9 +90,8 @@ class Till:
 
     def affords(self, usd: float, priority: Priority) -> bool:
         """Whether so much may be reserved; nothing, once all is spent."""
-        now = clock.wall_time()
         with self._lock:
-            return self._purse.affords(now, usd, priority) and self._purse.left(now) > 0.0
+            return self._purse.affords(clock.wall_time(), usd, priority)
 
     def reserve(self, usd: float) -> HeldSum:
         """Set so much aside."""

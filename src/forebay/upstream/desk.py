@@ -188,7 +188,7 @@ class Desk:
             return self._may_start(clock.now(), rung)
 
     def _may_start(self, now: float, rung: Priority) -> bool:
-        if not self.account.breaker.ready(now):
+        if self.account.shut(now) is not None:
             return False
         allowed = self.account.service.typical_or_guess
         if rung is not Priority.CRITICAL:
@@ -202,10 +202,11 @@ class Desk:
         """See `forebay.typing.Source`."""
         return self.account.service.typical_or_guess
 
-    def queues(self, rung: Priority) -> bool:
+    def shuts_out(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""
+        now = clock.now()
         with self._lock:
-            return self.account.line.ahead(rung) > 0
+            return self.account.line.ahead(rung) > 0 or self.account.shut(now) is not None
 
     def hold_back(self, who: object, runs: int) -> None:
         """See `forebay.typing.Source`."""

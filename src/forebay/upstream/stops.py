@@ -190,9 +190,9 @@ class Choice:
         """See `forebay.typing.Source`."""
         return self.desks[0].typical()
 
-    def queues(self, rung: Priority) -> bool:
+    def shuts_out(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""
-        return all(desk.queues(rung) for desk in self.desks)
+        return all(desk.shuts_out(rung) for desk in self.desks)
 
     def hold_back(self, who: object, runs: int) -> None:
         """See `forebay.typing.Source`. They may come to any of them, so they count in each."""

@@ -395,6 +395,13 @@ def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
 # --- what presses ---
 
 
+def test_the_load_is_full_while_the_provider_says_that_its_money_is_spent() -> None:
+    house = House()
+    house.account.stop(0.0, 3_600.0)
+    assert house.account.load(3_599.0, Ask()) == (1.0, "budget")
+    assert house.account.load(3_600.0, Ask()) == (0.0, "nothing")
+
+
 def test_the_load_counts_what_is_coming() -> None:
     house = House(1)
     house.take(0.0, seconds=6.0)
