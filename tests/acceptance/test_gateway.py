@@ -497,3 +497,16 @@ async def test_what_does_not_end_is_cut_off_and_told_so(scene: Scene, path: str,
     assert headers["retry-after-ms"] == "1000"
     await scene.provider.left.wait()
     assert left(gateway) == NOTHING
+
+
+async def test_who_is_cut_off_already_is_not_cut_off_again(scene: Scene) -> None:
+    scene.provider.behaviour = streaming(EVENT, None)
+    async with Gateway(scene.settings()) as gateway:
+        path = scene.at(gateway, "/v1/chat/completions")
+        async with scene.session.post(path, json={**ASK, "stream": True}) as answer:
+            assert await answer.content.readany() == EVENT
+            gateway.cut_off()
+            await asyncio.sleep(0)  # it is being cut off, and does not know it yet
+            gateway.cut_off()
+            assert b"shut down" in await answer.read()
+        await scene.provider.left.wait()

@@ -116,7 +116,8 @@ class Proxy:
             log.warning("%d calls are cut off: they did not end in time", len(self._limits))
         self._cut = True
         for limit in self._limits:
-            limit.reschedule(0.0)
+            if not limit.expired():  # it was cut off before, and is on its way out
+                limit.reschedule(0.0)
 
     @contextlib.asynccontextmanager
     async def _until_cut_off(self) -> AsyncIterator[None]:

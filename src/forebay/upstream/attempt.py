@@ -46,7 +46,7 @@ class Tried(msgspec.Struct, kw_only=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class Enter:
-    """Get a permit, and send it back. If that raises, throw it in."""
+    """Get a permit, and send it back. If that raises, the script has ended."""
 
     ask: Ask
 
