@@ -202,7 +202,7 @@ class Account:
             if seconds > 0.0:
                 passed = self._let_pass(now)
                 if passed > 0.0:
-                    return _earliest(now + min(seconds, passed), self._deadlines.next())
+                    return _earliest(now + min(seconds, passed), self._deadlines.next(), ripe)
                 continue
             self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
             self.order.served(waiting.rank)

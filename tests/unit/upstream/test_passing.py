@@ -17,7 +17,7 @@ from forebay.breaker import UPSTREAM_RULES, Breaker
 from forebay.limit import FixedLimit
 from forebay.quota import Quota, Quotas
 from forebay.task import Priority
-from forebay.typing import Charge, Outcome
+from forebay.typing import Charge, Grant, Outcome
 from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
 from forebay.upstream.passing import LOOK_AHEAD
@@ -391,6 +391,32 @@ def test_a_slot_is_kept_for_each_who_is_passed() -> None:
     assert not goes(come(account, (0, 0, 0)))  # it may run for longer than the two before it wait for their tokens
     account.pump(40.0)
     assert goes(head)
+
+
+class Growing(FixedLimit):
+    """A slot more for each call that is let in, as an adaptive limit has it on its way up."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self.more = 0
+
+    def limit(self, now: float) -> int:
+        return super().limit(now) + self.more
+
+    def accepted(self, now: float, grant: Grant) -> None:
+        super().accepted(now, grant)
+        self.more += 1
+
+
+def test_who_passes_by_a_slot_that_a_call_brings_by_being_let_in_is_looked_for_then() -> None:
+    account = house()
+    account.limit = Growing(2)
+    come(account, TEXT)
+    head, other = come(account, TEXT), come(account, VECTOR)
+    assert other.given is None  # the only slot is the head's
+    assert head.looks_at == 1.0  # so long after it was sent a call counts as let in
+    account.pump(1.0)
+    assert goes(other)
 
 
 def test_money_is_kept_for_each_who_is_passed_by_the_share_of_the_lowest() -> None:
