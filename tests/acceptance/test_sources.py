@@ -25,6 +25,7 @@ class Key:
         self.seconds = 10.0
         self.held: dict[object, int] = {}
         self.awaited = 0
+        self.looked = 0
         self.callbacks: dict[object, Callable[[], None]] = {}
 
     @property
@@ -38,6 +39,7 @@ class Key:
         return self.queued and rung is not Priority.CRITICAL
 
     def may_start(self, rung: Priority) -> bool:
+        self.looked += 1
         return self.open or rung is Priority.CRITICAL
 
     def typical(self) -> float:
@@ -145,6 +147,21 @@ async def test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_non
         assert agent.running == 2
         for ticket in tickets:
             ticket.cancel()
+
+
+@virtual
+async def test_a_source_of_short_calls_that_is_shut_for_long_is_looked_at_now_and_then() -> None:
+    key = Key()
+    async with house(Drawing(key)) as supervisor:
+        await supervisor.run(Task("work"))
+        key.open, key.queued, key.seconds = False, True, 0.001
+        ticket = supervisor.submit_nowait(Task("work"))
+        looked = key.looked
+        await asyncio.sleep(100.0)
+        assert key.looked - looked <= 400
+        key.open = True
+        await asyncio.sleep(2.0)
+        assert ticket.status is TaskStatus.SUCCEEDED
 
 
 @virtual

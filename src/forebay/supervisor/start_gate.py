@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from forebay.task import Priority
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.run import Run
     from forebay.supervisor.worker import WorkerAgent
     from forebay.typing import Source
+
+_LOOK: Final = 0.25  # seconds, at least, to another look at a source that lets nobody through
 
 
 class StartGate:
@@ -58,8 +60,8 @@ class StartGate:
             again = now if last is None else last + source.typical()
             if source.may_start(rung) or (now >= again and not source.shuts_out(rung)):
                 continue
-            if again <= now:  # calls wait, and who frees a slot will serve this worker; if nobody does, look again
-                again = now + source.typical()
+            if again <= now:  # who frees a slot will serve this worker; if nobody does, look again
+                again = now + max(_LOOK, source.typical())
             self._held[worker] = source
             for pool in worker.pools:
                 pool.held[worker] = None
