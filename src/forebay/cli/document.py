@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from forebay.errors import ForebayError
 
-Keys = tuple[str, ...]
+Keys = tuple[str | int, ...]
+"""What leads to a value; a number is a place in a list of tables."""
 
 LARGEST: Final = 1024 * 1024  # bytes; a larger file is no configuration
 _AT: Final = re.compile(
@@ -36,8 +37,8 @@ class Document:
     Attributes:
         name: of the file, as messages show it.
         values: all of it.
-        lines: by the keys that lead there, where each key and each header first stands; 1 is the first line. Lists are
-            not looked into.
+        lines: by the keys that lead there, where each key and each header first stands; 1 is the first line. Of lists
+            those of tables with headers of their own are looked into, ``[[...]]``, and no others.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -48,6 +49,7 @@ class Document:
             raise InvalidConfiguration(problems=_wrong_syntax(name, text, str(error))) from None
         self.lines: dict[Keys, int] = {}
         table: Keys = ()
+        lengths: dict[Keys, int] = {}
         for line, statement in _statements(text):
             said = tomllib.loads(statement)
             if statement.lstrip().startswith("["):
@@ -55,6 +57,10 @@ class Document:
                 for keys in _within(said):
                     self.lines.setdefault(keys, line)
                     table = keys
+                if statement.lstrip().startswith("[["):
+                    place = lengths[table] = lengths.get(table, -1) + 1
+                    table = (*table, place)
+                    self.lines[table] = line
             else:
                 for keys in _within(said):
                     self.lines.setdefault((*table, *keys), line)

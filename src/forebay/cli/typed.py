@@ -51,7 +51,7 @@ class Source:
         if document is not None:
             self._places = {keys: Place(line, document.name) for keys, line in document.lines.items()}
 
-    def put(self, keys: Keys, value: Any, option: str) -> None:
+    def put(self, keys: tuple[str, ...], value: Any, option: str) -> None:
         """Write over what was there, as an option says.
 
         Raises:
@@ -149,14 +149,23 @@ class Reader:
             if not self._is_table(keys, value):
                 return None
             return {key: self._value(arguments[1], (*keys, key), part) for key, part in value.items()}
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if _is_struct(kind):
             return self.struct(kind, keys, value)
+        if typing.get_origin(kind) is tuple and _is_struct(arguments[0]):
+            return self._structs(arguments[0], keys, value)
         try:
             return msgspec.convert(value, kind, strict=True)
         except msgspec.ValidationError:
             found = f"{value!r}"[:_LONGEST] if _is_choice(kind) and isinstance(value, str) else _found(value)
             self.tell(keys, f"{dotted(keys)} is {found}; it must be {_wanted(kind)}")
             return None
+
+    def _structs(self, kind: type[S], keys: Keys, value: Any) -> tuple[S | None, ...] | None:
+        """One for each table of a list."""
+        if not isinstance(value, list):
+            self.tell(keys, f"{dotted(keys)} is {_found(value)}; it must be a list of tables: [[{dotted(keys)}]]")
+            return None
+        return tuple(self.struct(kind, (*keys, place), part) for place, part in enumerate(value))
 
     def _is_table(self, keys: Keys, value: Any) -> bool:
         if not isinstance(value, dict):
@@ -179,8 +188,13 @@ class Reader:
 
 
 def dotted(keys: Keys) -> str:
-    """Keys as a TOML file has them."""
-    return ".".join(key if key and _BARE.issuperset(key) else msgspec.json.encode(key).decode() for key in keys)
+    """Keys as a TOML file has them: there is no number in them, for a place in a list."""
+    names = [key for key in keys if isinstance(key, str)]
+    return ".".join(name if name and _BARE.issuperset(name) else msgspec.json.encode(name).decode() for name in names)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,6 +229,8 @@ def _wanted(kind: Any) -> str:
 def _found(value: Any) -> str:
     """A value as a message may show it: a string may be a secret in the wrong place."""
     match value:
+        case None:
+            return "not given"
         case bool():
             return f"{value}".lower()
         case int() | float():

@@ -144,6 +144,48 @@ def test_a_mistake_in_a_target_is_told_with_its_line(line: str, problem: str, tm
     assert told.startswith(f"f:4: {problem}")
 
 
+def test_a_mistake_in_a_fallback_is_told_with_its_own_line(tmp_path: Path) -> None:
+    text = """\
+        [targets.a]
+        url = "https://a.example"
+        [[targets.a.fallback]]
+        model = "fine"
+        [[targets.a.fallback]]
+        to = "gpt-4o-mini"
+        model = "m"
+        [[targets.a.fallback]]
+        [[targets.a.fallback]]
+        model = "m"
+        when = "2"
+        [[targets.a.fallback]]
+        model = "m"
+        when = 2
+    """
+    assert problems(text, tmp_path) == [
+        "f:6: targets.a.fallback.to is no setting; there are target, model, when, of, api_key_env",
+        (
+            "f:8: targets.a.fallback.model is not given; it must be given where no target is: calls go to another"
+            " model, or elsewhere"
+        ),
+        "f:11: targets.a.fallback.when is a string; it must be a number",
+        "f:14: targets.a.fallback.when is 2.0; it must be a load above 0, up to 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("'gpt-4o-mini'", "is a string; it must be a list of tables: [[targets.a.fallback]]"),
+        ("{ model = 'm' }", "is a table; it must be a list of tables: [[targets.a.fallback]]"),
+        ("['m']", "is a string; it must be a table"),
+        ("[{ model = 5 }]", ".model is 5; it must be a string"),
+    ],
+)
+def test_fallbacks_are_a_list_of_tables(given: str, problem: str, tmp_path: Path) -> None:
+    (told,) = problems(f"[targets.a]\nurl = '{URL}'\nfallback = {given}\n", tmp_path)
+    assert told in (f"f:3: targets.a.fallback {problem}", f"f:3: targets.a.fallback{problem}")
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -57,9 +57,17 @@ def test_every_key_and_header_is_known_by_its_line() -> None:
     }
 
 
-def test_a_key_of_a_list_of_tables_is_known_by_the_first_of_them() -> None:
+def test_a_key_of_a_list_of_tables_is_known_by_its_place_in_the_list() -> None:
     lines = Document("f", "[[a]]\nb = 1\n[[a]]\nb = 2\nc = 3\n[x]\n").lines
-    assert lines == {("a",): 1, ("a", "b"): 2, ("a", "c"): 5, ("x",): 6}
+    assert lines == {
+        ("a",): 1,
+        ("a", 0): 1,
+        ("a", 0, "b"): 2,
+        ("a", 1): 3,
+        ("a", 1, "b"): 4,
+        ("a", 1, "c"): 5,
+        ("x",): 6,
+    }
 
 
 WORDS = st.sampled_from(["a", "b c", "d.e", '"', "#", "[f]", "g = 1", "é"])
