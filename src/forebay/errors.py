@@ -347,7 +347,10 @@ class Overloaded(ForebayError):
         self, reason: str, *, binding: str | None = None, load: float | None = None, retry_after: float | None = None
     ) -> None:
         back = "back off before you come back, for when there is room is not known yet"
-        hint = f"; {back if retry_after is None else f'come back in {retry_after:.3g} s'}"
+        if retry_after is not None:
+            seconds, hours = f"{retry_after:.3g} s", f"{retry_after / 3600:.3g} hours"
+            back = f"come back in {hours if 'e+' in seconds else seconds}"
+        hint = "" if retry_after is None and load == float("inf") else f"; {back}"  # never: the reason says what to do
         super().__init__(reason=reason, binding=binding, load=load, retry_after=retry_after, hint=hint)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 import pytest
@@ -47,6 +48,22 @@ def test_neither_its_message_nor_its_class_uses_a_word_that_a_framework_retries_
 def test_its_message_says_what_binds_and_when_to_come_back(overloaded: Overloaded) -> None:
     assert str(overloaded).startswith("Not now: pool:work is at 100%, and NORMAL is refused from 80%; come back in ")
     assert str(overloaded).endswith(" s. Nothing was begun.")
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "load", "hint"),
+    [
+        (7.0, 1.0, "; come back in 7 s"),
+        (82.4816, 1.0, "; come back in 82.5 s"),
+        (999.4, 1.0, "; come back in 999 s"),
+        (999.9, 1.0, "; come back in 0.278 hours"),
+        (75_101.6, 1.0, "; come back in 20.9 hours"),
+        (None, 1.0, "; back off before you come back, for when there is room is not known yet"),
+        (None, math.inf, ""),
+    ],
+)
+def test_its_message_tells_the_time_as_a_person_would(retry_after: float | None, load: float, hint: str) -> None:
+    assert str(Overloaded("full", load=load, retry_after=retry_after)) == f"Not now: full{hint}. Nothing was begun."
 
 
 def test_its_kin_do_not_look_like_a_providers_refusal_either() -> None:

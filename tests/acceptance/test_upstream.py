@@ -12,7 +12,7 @@ from tests.acceptance.house import about, now, turns, virtual
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
 from forebay.breaker import BreakerRules
 from forebay.errors import CallMisused, InvalidSetting
-from forebay.quota import Budget, Quota
+from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
 from forebay.upstream.desk import Desk
@@ -319,6 +319,35 @@ async def test_a_budget_is_not_passed_and_tells_when_it_is_new() -> None:
     assert refusal.value.retry_after is not None
 
 
+@virtual
+async def test_a_refusal_for_money_says_what_there_is_and_what_was_asked() -> None:
+    budget = Budget(usd=1.0, per="day", reserve=0.1)
+    upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
+    async with upstream.call("gpt", input_tokens=800_000):
+        pass
+    with pytest.raises(Overloaded) as refusal:
+        await upstream.call("gpt", input_tokens=200_000).__aenter__()
+    assert refusal.value.reason == (
+        "llm: the budget of llm would be overspent: it has 1 USD a day, 0.1 of it for HIGH and CRITICAL alone, of which"
+        " 0.8 are spent or reserved, and this may cost 0.2"
+    )
+    assert refusal.value.retry_after is not None
+
+
+@virtual
+async def test_what_no_budget_will_ever_afford_is_told_so() -> None:
+    prices = {"gpt": Price(input=1.0, output=1.0)}
+    for upstream, tokens in (
+        (Upstream("llm", budget=Budget(usd=1.0, per="hour"), prices=prices), 2_000_000),
+        (Upstream("llm", budget=Budget(usd=1.0), prices=prices), 600_000),
+    ):
+        async with upstream.call("gpt", input_tokens=500_000):
+            pass
+        with pytest.raises(Overloaded, match=r": ask for less, or raise that budget\. Nothing was begun") as refusal:
+            await upstream.call("gpt", input_tokens=tokens).__aenter__()
+        assert refusal.value.retry_after is None
+
+
 # --- with a supervisor ---
 
 
@@ -413,11 +442,37 @@ async def test_the_gate_feels_the_key() -> None:
         {"quotas": [5]},
         {"models": {"gpt": [None]}},
         {"weights": {"acme": 0.0}},
+        {"weights": {"acme": "3"}},
+        {"weights": ["acme"]},
+        {"max_concurrent": "8"},
+        {"longest_wait": "60"},
+        {"start_wait": "1"},
+        {"start_wait": -1},
+        {"quotas": Quota(requests=5, per="minute")},
+        {"models": {"gpt": Quota(requests=5, per="minute")}},
+        {"models": ["gpt"]},
+        {"budget": 25},
+        {"tenant_budget": {"usd": 25}},
+        {"task_budget": "25"},
+        {"retry": 3},
+        {"breaker": 5},
+        {"fallback": "gpt-4o-mini"},
+        {"fallback": 5},
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(InvalidSetting):
+def test_a_setting_that_cannot_be_meant_is_refused_by_name(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(InvalidSetting, match=rf"Upstream 'llm' was given {name}(\[.*\])?=.*; it must be "):
         Upstream("llm", **settings)
+
+
+def test_a_single_fallback_in_words_is_shown_whole() -> None:
+    with pytest.raises(InvalidSetting, match=r"fallback='gpt-4o-mini'"):
+        Upstream("llm", fallback="gpt-4o-mini")  # type: ignore[arg-type]
+
+
+def test_no_wait_at_all_may_be_said_of_a_start() -> None:
+    assert Upstream("llm", start_wait=0).books.terms.start_wait == 0
 
 
 def test_an_upstream_needs_a_name() -> None:

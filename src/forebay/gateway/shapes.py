@@ -70,10 +70,10 @@ def refusal(protocol: Protocol, error: Overloaded) -> Answer:
     part = (error.binding or "").rpartition(":")[2]
     if part == "budget":
         status = 402
-    elif error.load == math.inf:
-        status = 413  # it is larger than its bucket will ever be
     elif part == "deadline" and error.retry_after is None:
         status = 408  # it has passed
+    elif error.load == math.inf:
+        status = 413  # it is larger than its bucket will ever be
     elif part in ("breaker", "outage"):
         status = 529 if protocol == "anthropic" else 503
     else:

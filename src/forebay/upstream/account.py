@@ -126,10 +126,10 @@ class Account:
 
     def _refusal(self, now: float, ask: Ask) -> No | None:
         if ask.deadline <= now:
-            return No("its deadline passed before it was sent", "deadline", 1.0, None)
+            return No("its deadline passed before it was sent: give a later one", "deadline", math.inf, None)
         for purse in self._purses(ask):
             if not purse.affords(ask.usd, ask.priority):
-                return No(f"{purse.name} would be overspent", "budget", purse.load(), purse.resets_in())
+                return purse.refusal(ask.usd)
         smaller = self.quotas.outgrown(now, ask.charge)
         if smaller is not None:
             reason = f"it is larger than {smaller} will ever be: ask for less (max_tokens counts), or raise that quota"

@@ -56,11 +56,8 @@ class Purse(Protocol):
     def reserve(self, usd: float) -> Held:
         """Set so much aside."""
 
-    def load(self) -> float:
-        """What is spent and reserved over all that there is."""
-
-    def resets_in(self) -> float | None:
-        """Seconds until all of it is there again; None for never."""
+    def refusal(self, usd: float) -> No:
+        """Why so much is not afforded, and when it may be."""
 
 
 class Permit(msgspec.Struct, eq=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,13 +11,13 @@ from fnmatch import fnmatchcase
 
 from forebay import clock
 from forebay.breaker import UPSTREAM_RULES, Breaker, BreakerRules
-from forebay.errors import InvalidSetting
 from forebay.limit import AdaptiveLimit, FixedLimit
 from forebay.quota import Budget, Purse, Quota, Quotas, Sum
 from forebay.task import Priority
 from forebay.typing import Limit
 from forebay.upstream.account import Account
-from forebay.upstream.ask import Ask
+from forebay.upstream.ask import Ask, No
+from forebay.upstream.checks import check_kind, check_models, check_quotas, check_seconds, check_slots, check_weights
 from forebay.upstream.desk import Desk
 
 _ACCOUNTS = 1_000  # kept; the longest unused go first
@@ -39,6 +40,15 @@ class Terms:
         start_wait: float | None,
         weights: Mapping[str, float] | None,
     ) -> None:
+        owner = f"Upstream {name!r}"
+        check_models(owner, models or {})
+        check_quotas(owner, "quotas", quotas)
+        check_slots(owner, max_concurrent)
+        check_kind(owner, "breaker", breaker, BreakerRules, "BreakerRules(cool_off=30)")
+        check_seconds(owner, "longest_wait", longest_wait)
+        if start_wait is not None:
+            check_seconds(owner, "start_wait", start_wait, none=True)
+        check_weights(owner, weights or {})
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
@@ -47,22 +57,6 @@ class Terms:
         self.longest_wait = longest_wait
         self.start_wait = start_wait
         self.weights = dict(weights or {})
-        for pattern, group in {**self.models, "quotas": self.quotas}.items():
-            for quota in group:
-                if not isinstance(quota, Quota):
-                    expected = "a list of Quota, such as [Quota(requests=500, per='minute')]"
-                    raise InvalidSetting(owner=f"Upstream {name!r}", name=pattern, value=quota, expected=expected)
-        if max_concurrent is not None and (isinstance(max_concurrent, bool) or max_concurrent < 1):
-            expected = "a whole number of at least 1, or None to find it out"
-            raise InvalidSetting(
-                owner=f"Upstream {name!r}", name="max_concurrent", value=max_concurrent, expected=expected
-            )
-        for tenant, weight in self.weights.items():
-            if not weight > 0:
-                expected = "a positive weight"
-                raise InvalidSetting(
-                    owner=f"Upstream {name!r}", name=f"weights[{tenant}]", value=weight, expected=expected
-                )
 
     def group(self, model: str) -> str:
         """The model group of `model`: the longest pattern that matches it, or the model itself if none does.
@@ -93,6 +87,22 @@ class Till:
         with self._lock:
             return self._purse.affords(clock.wall_time(), usd, priority)
 
+    def refusal(self, usd: float) -> No:
+        """Why so much is not afforded, and when it may be: never, if that is more than there will ever be."""
+        now = clock.wall_time()
+        with self._lock:
+            budget = self._purse.budget
+            gone = budget.usd - self._purse.left(now)
+            again = None if usd > budget.usd else self._purse.resets_in(now)
+        period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
+        kept = f", {budget.usd * budget.reserve:,.3g} of it for HIGH and CRITICAL alone" if budget.reserve else ""
+        change = ": ask for less, or raise that budget" if again is None else ""
+        reason = (
+            f"{self.name} would be overspent: it has {budget.usd:,.12g} USD {period}{kept}, of which {gone:,.3g} are"
+            f" spent or reserved, and this may cost {usd:,.3g}{change}"
+        )
+        return No(reason, "budget", math.inf if again is None else gone / budget.usd, again)
+
     def reserve(self, usd: float) -> HeldSum:
         """Set so much aside."""
         with self._lock:
@@ -102,11 +112,6 @@ class Till:
         """A call has cost so much."""
         with self._lock:
             self._purse.settle(clock.wall_time(), held, usd)
-
-    def load(self) -> float:
-        """What is spent and reserved over all that there is."""
-        with self._lock:
-            return 1.0 - self._purse.left(clock.wall_time()) / self._purse.budget.usd
 
     def spent(self) -> float:
         """Dollars spent in this period."""

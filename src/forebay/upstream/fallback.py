@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
@@ -92,7 +92,11 @@ def fallbacks_of(
     Raises:
         InvalidSetting: one leads to where the call was, or to another protocol.
     """
-    fallbacks = (given,) if isinstance(given, Fallback) else () if given is None else tuple(given)
+    fallbacks: tuple[Any, ...]
+    if isinstance(given, Iterable) and not isinstance(given, str | Fallback):
+        fallbacks = tuple(given)
+    else:
+        fallbacks = () if given is None else (given,)
     for fallback in fallbacks:
         if not isinstance(fallback, Fallback):
             _refuse_of(upstream, fallback, "a Fallback or a sequence of them, such as Fallback(to='gpt-4o-mini')")

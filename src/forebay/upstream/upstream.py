@@ -18,6 +18,7 @@ from forebay.typing import Charge, Reading
 from forebay.upstream.ask import Ask
 from forebay.upstream.books import Books, Money, Terms
 from forebay.upstream.call import UpstreamCall
+from forebay.upstream.checks import check_kind
 from forebay.upstream.desk import Desk
 from forebay.upstream.drive import Driver, Retries
 from forebay.upstream.exchange import Sender
@@ -85,9 +86,9 @@ class Upstream:
     ) -> None:
         if not isinstance(name, str) or not name:
             raise InvalidSetting(owner="Upstream", name="name", value=name, expected="a non-empty string")
-        if not 0 < longest_wait < math.inf:
-            expected = "a positive number of seconds"
-            raise InvalidSetting(owner=f"Upstream {name!r}", name="longest_wait", value=longest_wait, expected=expected)
+        for setting, given in {"budget": budget, "tenant_budget": tenant_budget, "task_budget": task_budget}.items():
+            check_kind(f"Upstream {name!r}", setting, given, Budget, "Budget(usd=25, per='day')")
+        check_kind(f"Upstream {name!r}", "retry", retry, Retry, "Retry(max_attempts=3)")
         self.name = name
         self.provider = provider
         self.rules = rules_for(provider)

@@ -55,11 +55,8 @@ class Money:
         self.held += usd
         return Sum(self, usd)
 
-    def load(self) -> float:
-        return 0.0
-
-    def resets_in(self) -> float | None:
-        return None
+    def refusal(self, usd: float) -> No:
+        return No(f"{usd} is too much", "budget", 0.0, None)
 
 
 class Sum:

@@ -52,11 +52,8 @@ class Till:
     def reserve(self, usd: float) -> Held:
         return Held(self.purse, self.purse.reserve(43_200.0, usd))
 
-    def load(self) -> float:
-        return 1.0
-
-    def resets_in(self) -> float | None:
-        return None
+    def refusal(self, usd: float) -> No:
+        return No(f"{usd} is too much", "budget", 1.0, None)
 
 
 class Held:

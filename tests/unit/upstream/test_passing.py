@@ -174,11 +174,8 @@ class Wallet:
     def settle(self, usd: float) -> None:
         """It is paid by somebody else."""
 
-    def load(self) -> float:
-        return 0.0
-
-    def resets_in(self) -> float | None:
-        return None
+    def refusal(self, usd: float) -> No:
+        return No(f"{usd} is too much", "budget", 0.0, None)
 
 
 class Run:
