@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import _forebay_pytest as plugin
-from forebay import BackpressureSupervisor, Task, breaker, errors, events, supervisor, testing
+from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing
 from forebay.breaker import BreakerRules
 from forebay.engine import InProcess
 from forebay.retry import Retry
@@ -163,6 +163,10 @@ def test_the_settings_are_those_of_the_supervisor() -> None:
 
 def test_the_settings_are_those_of_register_worker() -> None:
     check_settings(rows(GUIDE, "### register_worker"), defaults(BackpressureSupervisor.register_worker))
+
+
+def test_the_settings_are_those_of_an_upstream() -> None:
+    check_settings(rows(GUIDE, "### Upstream"), defaults(Upstream.__init__))
 
 
 def test_the_settings_are_those_of_overload() -> None:
