@@ -347,6 +347,28 @@ MUTANTS = [
         "test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_none_waiting",
     ),
     Mutant(
+        "runs begin though nobody is let through",
+        "upstream/desk.py",
+        " or self.account.shut(now) is not None",
+        "",
+        _ACCEPTANCE + "test_shut.py::test_no_run_begins_only_to_be_refused",
+    ),
+    Mutant(
+        "a call that has outgrown its quota books all seats",
+        "upstream/account.py",
+        "        if seconds == math.inf:\n            return None",
+        "        if False:\n            return None",
+        _UNIT + "upstream/test_decisions.py::"
+        "test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nobody_elses_seat",
+    ),
+    Mutant(
+        "a quiet hour counts as an outage",
+        "upstream/outage.py",
+        "now if now - self._latest > _FORGET else min(self._since, now)",
+        "min(self._since, now)",
+        _UNIT + "upstream/test_outage.py::test_of_a_time_in_which_nobody_asked_nothing_is_known",
+    ),
+    Mutant(
         "a HIGH run passes a CRITICAL one that is held back",
         "supervisor/admit.py",
         "before = pool.line.ahead(priority) if waterfall else pool.line.length",
