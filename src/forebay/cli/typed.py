@@ -178,7 +178,9 @@ class Reader:
         if isinstance(error, InvalidPrice):
             keys = (*keys, "prices", facts["model"], facts["name"])
         elif isinstance(error, InvalidSetting):
-            keys = (*keys, *facts["name"].split(".", 1))
+            table, _, rest = facts["name"].partition(".")
+            within = (table, *rest.rsplit(".", 1)) if rest and table in self._source.values else None
+            keys = within or (*keys, *facts["name"].split(".", 1))  # of a table at the top, or of the one that was read
         else:
             self.tell(keys, f"{error}")
             return

@@ -287,9 +287,16 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         for target in self.targets:
             for name in leads[target.name]:
                 if name not in leads:
-                    refuse(target, "fallback", f"to a target that there is: {', '.join(leads)}", value=name)
+                    refuse(
+                        self,
+                        f"targets.{target.name}.fallback",
+                        f"to a target that there is: {', '.join(leads)}",
+                        value=name,
+                    )
                 if target.name in _reached(leads, name):
-                    refuse(target, "fallback", "to a target that does not lead back to it", value=name)
+                    refuse(
+                        self, f"targets.{target.name}.fallback", "to a target that does not lead back to it", value=name
+                    )
 
     def _check_token(self, address: Address) -> None:
         for name in ("token_env", "token_file"):

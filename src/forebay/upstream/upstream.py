@@ -239,7 +239,8 @@ class Upstream:
                 if new:
                     self._unpriced.add(model)
             if new:
-                log.warning("no price is known for model %r: its calls count as free; give prices= to %r", model, self)
+                told = "no price is known for model %r: its calls count as free; give %r prices=, or its target prices"
+                log.warning(told, model, self)
         return usd or 0.0
 
     def _usd(self, model: str, charge: Charge, cached_tokens: int = 0) -> float | None:

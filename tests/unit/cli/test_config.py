@@ -172,6 +172,13 @@ def test_a_mistake_in_a_fallback_is_told_with_its_own_line(tmp_path: Path) -> No
     ]
 
 
+def test_a_fallback_to_nowhere_is_told_with_its_line(tmp_path: Path) -> None:
+    text = f"[targets.'a.b']\nurl = '{URL}'\n[[targets.'a.b'.fallback]]\ntarget = 'c'\n"
+    assert problems(text, tmp_path) == [
+        "f:3: targets.\"a.b\".fallback is 'c'; it must be to a target that there is: a.b"
+    ]
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
