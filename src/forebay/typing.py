@@ -187,8 +187,14 @@ class Source(Protocol):
     def parts(self) -> Sequence[Source]:
         """The accounts that could each serve those calls, its own name and load apart; of one account itself."""
 
-    def load(self) -> tuple[float, str]:
-        """The expected wait of the next typical call over the longest allowed, and what binds there."""
+    def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
+        """The expected wait of the next typical call over the longest allowed, and what binds there.
+
+        1.0 where none is let through, be it since money does not suffice for one of that rung.
+        """
+
+    def opens_in(self, rung: Priority) -> float:
+        """Seconds until calls of that rung are let through again; 0 if they are, infinity if that is not known."""
 
     def may_start(self, rung: Priority) -> bool:
         """Whether the calls of a run that starts now would wait no longer than is good for those that are under way."""

@@ -32,8 +32,11 @@ class Key:
     def parts(self) -> tuple[Key]:
         return (self,)
 
-    def load(self) -> tuple[float, str]:
+    def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:  # noqa: ARG002 - see Source
         return self.reading, "requests"
+
+    def opens_in(self, rung: Priority) -> float:  # noqa: ARG002 - see Source
+        return 0.0
 
     def shuts_out(self, rung: Priority) -> bool:
         return self.queued and rung is not Priority.CRITICAL

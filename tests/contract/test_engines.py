@@ -444,9 +444,9 @@ def descriptors() -> set[str]:
 
 
 def children() -> list[str]:
-    """The processes that this one has started and not reaped."""
+    """What an engine has started and not reaped: by its own session, which no other test's process has."""
     found: list[str] = []
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
             found += (thread / "children").read_text().split()
-    return found
+    return [pid for pid in found if os.getsid(int(pid)) == int(pid)]

@@ -184,6 +184,21 @@ MUTANTS = [
         _DECISIONS + "test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up",
     ),
     Mutant(
+        "the gate does not feel that the money is spent",
+        "upstream/books.py",
+        "            own=self.money.own,\n",
+        "",
+        _ACCEPTANCE + "test_shut.py::test_what_waits_for_money_is_done_in_the_hours_that_follow",
+    ),
+    Mutant(
+        "the share for the best is not kept at the gate",
+        "supervisor/pressure.py",
+        "source.load(rung)[0]",
+        "source.load()[0]",
+        _ACCEPTANCE
+        + "test_shut.py::test_who_is_refused_for_money_hears_when_there_will_be_more_and_a_share_is_kept_for_the_best",
+    ),
+    Mutant(
         "the line of calls forgets whom it has passed over",
         "upstream/account.py",
         "            self.line.serve(place)\n",

@@ -104,8 +104,11 @@ def _lines(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> list
     if settings.token_env is not None:
         missing = "" if settings.token_env in os.environ else ", which is not set here"
         callers = f"the token in ${settings.token_env}{missing}"
+    elif settings.token_file is not None:
+        missing = "" if Path(settings.token_file).is_file() else ", which is not there"
+        callers = f"the token in {settings.token_file}{missing}"
     else:
-        callers = "no token" if settings.token_file is None else f"the token in {settings.token_file}"
+        callers = "no token"
     return [
         f"listens on {settings.listen}; callers need {callers}",
         f"priority, deadline, tenant and task are believed of: {settings.trust}",
@@ -130,7 +133,12 @@ def _lines_of(target: TargetSettings, proxy: str | None) -> list[str]:
         ]
     for to in target.fallback:
         there = " at ".join(part for part in (to.model, to.target) if part)
-        holds.append(f"what is refused{'' if to.of == '*' else f' of {to.of}'} goes to {there}")
+        missing = (
+            ""
+            if to.api_key_env in (None, *os.environ)
+            else f", with the key in ${to.api_key_env}, which is not set here"
+        )
+        holds.append(f"what is refused{'' if to.of == '*' else f' of {to.of}'} goes to {there}{missing}")
     way = "" if proxy is None else f" through {shown(proxy)}"
     first = f"{target.name}: {target.url}{way}, by the rules of {target.rules}; {keys}"
     return [first, *(f"    {line}" for line in holds or ["all learned from headers"])]

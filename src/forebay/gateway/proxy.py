@@ -113,7 +113,7 @@ class Proxy:
     def cut_off(self) -> None:
         """End what is still under way."""
         if self._limits:
-            log.warning("%d calls are cut off: they did not end in time", len(self._limits))
+            log.warning("cut off, for they did not end in time: %d of the calls under way", len(self._limits))
         self._cut = True
         for limit in self._limits:
             if not limit.expired():  # it was cut off before, and is on its way out

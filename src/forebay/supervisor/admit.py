@@ -45,7 +45,7 @@ class Refusal(NamedTuple):
     binding: str | None
     load: float
     may_spill: bool
-    retry_after: float | None = None  # seconds; None: ask the house for a seat
+    retry_after: float | None = None  # seconds, infinity where that is not known; None: ask the house for a seat
 
 
 class Offer(Protocol):
@@ -260,7 +260,9 @@ class Door:
         ticket.status = TaskStatus.REJECTED
         _explain(ticket, refusal)
         known = refusal.retry_after
-        ticket.retry_after = self._house.retry_after(pool) if known is None else known
+        if known is None:
+            known = self._house.retry_after(pool)
+        ticket.retry_after = None if known == math.inf else known
         self._forget_key(ticket)
         self._house.counts.rejected += 1
 
@@ -268,7 +270,7 @@ class Door:
         """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        load, binding = self._house.pressure.on_path(pool)
+        load, binding = self._house.pressure.on_path(pool, priority)
         ticket.load = load
         if may_spill and pool.held_outside(priority):
             worth = self._worth_storing(pool, priority, remaining)
@@ -276,11 +278,13 @@ class Door:
             return Refusal("earlier work of its kind waits in the overflow", cause, load, may_spill=worth)
         worker = self._free_worker(ticket, pool)
         if worker is not None:
-            load, binding = self._house.pressure.beyond(pool)
+            load, binding = self._house.pressure.beyond(pool, priority)
         if self._house.ladder.refuses(priority, load):
             cause = self._house.pressure.cause(binding)
             reason = self._why(pool, binding, cause, load, priority)
-            return Refusal(reason, cause, load, may_spill=may_spill and self._worth_storing(pool, priority, remaining))
+            worth = may_spill and self._worth_storing(pool, priority, remaining)
+            again = self._house.pressure.opens_in(pool, priority)
+            return Refusal(reason, cause, load, may_spill=worth, retry_after=again or None)
         if remaining < math.inf:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
             if remaining <= 0 or pool.hopeless(self.loop.time(), wait, remaining):

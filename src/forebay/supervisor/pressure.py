@@ -27,16 +27,16 @@ class Pressure:
         self._workers = workers
         self.host = 0.0
 
-    def on_path(self, pool: Pool) -> tuple[float, str]:
+    def on_path(self, pool: Pool, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
         """The load on a task's path and the resource that binds it: the lowest over the workers of the highest reading.
 
         All workers of a pool share its line and this host; those that are supervisors have a load of their own below.
         """
-        load, binding = self.beyond(pool) if pool.nested or pool.paths else (self.host, "host")
+        load, binding = self.beyond(pool, rung) if pool.nested or pool.paths else (self.host, "host")
         own = pool.load()
         return (own, pool.resource) if own >= load else (load, binding)
 
-    def beyond(self, pool: Pool) -> tuple[float, str]:
+    def beyond(self, pool: Pool, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
         """As `on_path`, but past the pool itself, which refuses nobody while a slot is free."""
         load, binding = self.host, "host"
         if pool.nested and len(pool.nested) == len(pool.workers):
@@ -44,10 +44,15 @@ class Pressure:
             if below > load:
                 load, binding = below, f"worker:{name}"
         if pool.paths:
-            drawn = min(_highest(path) for path in pool.paths)
+            drawn = min(_highest(path, rung) for path in pool.paths)
             if drawn[0] > load:
                 load, binding = drawn
         return load, binding
+
+    def opens_in(self, pool: Pool, rung: Priority) -> float:
+        """Seconds until what a worker draws on lets calls of that rung through; 0 if one does, infinity if unknown."""
+        waits = (max((source.opens_in(rung) for source in path), default=0.0) for path in pool.paths)
+        return min(waits, default=0.0)
 
     def cause(self, resource: str) -> str:
         """What has to be relieved for `resource` to be: of a pool whose runs wait for what they draw on, that.
@@ -75,9 +80,9 @@ class Pressure:
         return (*pools, *below, *drawn, Reading("host", self.host))
 
 
-def _highest(path: tuple[Source, ...]) -> tuple[float, str]:
+def _highest(path: tuple[Source, ...], rung: Priority) -> tuple[float, str]:
     """The highest reading of what a worker draws on, and what it is of."""
-    return max(((source.load()[0], source.name) for source in path), default=(0.0, "host"))
+    return max(((source.load(rung)[0], source.name) for source in path), default=(0.0, "host"))
 
 
 def _short(path: tuple[Source, ...]) -> str | None:

@@ -38,6 +38,7 @@ class Account:
         quotas: what it may take of requests and tokens.
         breaker: whether it is asked at all.
         purses: the money that a call needs, by call.
+        own: what all its calls draw on, if there is a budget of that kind; one of the `purses` of each.
         longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
         draw: a source of draws from [0, 1).
     """
@@ -50,6 +51,7 @@ class Account:
         quotas: Quotas,
         breaker: Breaker,
         purses: Callable[[Ask], Sequence[Purse]],
+        own: Purse | None = None,
         longest_wait: float,
         draw: Callable[[], float],
     ) -> None:
@@ -66,6 +68,7 @@ class Account:
         self.line: Line[Waiting] = Line()
         self._deadlines: Deadlines[Waiting] = Deadlines()
         self._purses = purses
+        self._own = own
         self._longest_wait = longest_wait
         self._draw = draw
         self._turn = 0
@@ -351,13 +354,11 @@ class Account:
                 return slot, "concurrency"
         return seconds, binding
 
-    def shut(self, now: float) -> str | None:
-        """Why its provider is not asked at all, whatever the call: what binds; None if it is."""
-        if now < self._stopped_until:
-            return "budget"
-        if not self.breaker.ready(now):
-            return "breaker"
-        return None if self._outage.lasts(now) is None else "outage"
+    def shut(self, now: float, usd: float, rung: Priority) -> No | None:
+        """Why no call of that price and rung is let through, however long it waits; None if one is."""
+        if self._own is not None and not self._own.affords(usd, rung):
+            return self._own.refusal(usd)
+        return self._closed(now)
 
     def load_for(self, now: float, ask: Ask) -> float:
         """Expected wait of this very call over the longest wait allowed; 1.0 or more if it would be refused."""
@@ -367,10 +368,10 @@ class Account:
         seconds, _ = self.expected_wait(now, ask)
         return math.inf if seconds > bearable(now, ask) else seconds / self._longest_wait
 
-    def load(self, now: float, ask: Ask) -> tuple[float, str]:
-        """Expected wait of the next typical call over the longest wait allowed, and what binds."""
-        if (binding := self.shut(now)) is not None:
-            return 1.0, binding
+    def load(self, now: float, ask: Ask, rung: Priority) -> tuple[float, str]:
+        """Expected wait of the next typical call over the longest wait allowed, and what binds; 1.0 while shut."""
+        if (no := self.shut(now, ask.usd, rung)) is not None:
+            return 1.0, no.binding
         seconds, binding = self.expected_wait(now, ask, others=self.coming)
         return seconds / self._longest_wait, binding
 

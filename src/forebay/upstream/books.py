@@ -220,6 +220,7 @@ class Books:
             quotas=Quotas(terms.models.get(group, terms.quotas)),
             breaker=Breaker(terms.breaker, draw=self._draw),
             purses=self.money.of,
+            own=self.money.own,
             longest_wait=terms.longest_wait,
             draw=self._draw,
         )

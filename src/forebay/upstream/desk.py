@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -177,10 +178,18 @@ class Desk:
         with self._lock:
             return self.account.load_for(clock.now(), self._typical if ask is None else ask)
 
-    def load(self) -> tuple[float, str]:
+    def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
         """See `forebay.typing.Source`."""
         with self._lock:
-            return self.account.load(clock.now(), self._typical)
+            return self.account.load(clock.now(), self._typical, rung)
+
+    def opens_in(self, rung: Priority) -> float:
+        """See `forebay.typing.Source`."""
+        with self._lock:
+            no = self.account.shut(clock.now(), self._typical.usd, rung)
+        if no is None:
+            return 0.0
+        return math.inf if no.retry_after is None else no.retry_after
 
     def may_start(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""
@@ -188,7 +197,7 @@ class Desk:
             return self._may_start(clock.now(), rung)
 
     def _may_start(self, now: float, rung: Priority) -> bool:
-        if self.account.shut(now) is not None:
+        if self._is_shut(now, rung):
             return False
         allowed = self.account.service.typical_or_guess
         if rung is not Priority.CRITICAL:
@@ -206,7 +215,12 @@ class Desk:
         """See `forebay.typing.Source`."""
         now = clock.now()
         with self._lock:
-            return self.account.line.ahead(rung) > 0 or self.account.shut(now) is not None
+            return self.account.line.ahead(rung) > 0 or self._is_shut(now, rung)
+
+    def _is_shut(self, now: float, rung: Priority) -> bool:
+        """Whether runs are to wait, for no call is let through. For a budget that never comes back they need not."""
+        no = self.account.shut(now, self._typical.usd, rung)
+        return no is not None and (no.binding != "budget" or no.retry_after is not None)
 
     def hold_back(self, who: object, runs: int) -> None:
         """See `forebay.typing.Source`."""
@@ -240,6 +254,8 @@ class Desk:
 
     def _learn(self, ask: Ask) -> None:
         """What a typical call asks, as a moving mean."""
+        usd = self._typical.usd
+        self._typical.usd = usd + _GAIN * (ask.usd - usd) if usd else ask.usd
         old, new = self._typical.charge, ask.charge
         self._typical.charge = Charge(
             requests=1,

@@ -178,9 +178,13 @@ class Choice:
         """See `forebay.typing.Source`."""
         return self.desks
 
-    def load(self) -> tuple[float, str]:
+    def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
         """See `forebay.typing.Source`."""
-        return min(desk.load() for desk in self.desks)
+        return min(desk.load(rung) for desk in self.desks)
+
+    def opens_in(self, rung: Priority) -> float:
+        """See `forebay.typing.Source`."""
+        return min(desk.opens_in(rung) for desk in self.desks)
 
     def may_start(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""

@@ -102,7 +102,17 @@ def test_a_check_says_what_holds_and_starts_nothing(
         "mine: http://h.example, by the rules of openai-compatible; limits hold for each key",
         "    all learned from headers",
     ]
-    assert "callers need the token in here\n" in run(*OPENAI, "--check", "--token-file", "here").stdout
+    token = tmp_path / "token"
+    assert f"the token in {token}, which is not there\n" in run(*OPENAI, "--check", "--token-file", str(token)).stdout
+    token.touch()
+    assert f"the token in {token}\n" in run(*OPENAI, "--check", "--token-file", str(token)).stdout
+    file.write_text("""
+        [targets.openai]
+        url = "https://api.openai.com"
+        fallback = [{ target = "mine", api_key_env = "MINE" }]
+    """)
+    told = run("--config", str(file), "--check", "--target", "mine=http://h.example").stdout
+    assert "goes to mine, with the key in $MINE, which is not set here\n" in told
     assert "callers need no token\n" in run(*OPENAI, "--check").stdout
 
 
