@@ -188,10 +188,7 @@ class Source(Protocol):
         """The accounts that could each serve those calls, its own name and load apart; of one account itself."""
 
     def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """The expected wait of the next typical call over the longest allowed, and what binds there.
-
-        1.0 where none is let through, be it since money does not suffice for one of that rung.
-        """
+        """Expected wait of the next typical call over the longest allowed, 1.0 where none of that rung passes; why."""
 
     def opens_in(self, rung: Priority) -> float:
         """Seconds until calls of that rung are let through again; 0 if they are, infinity if that is not known."""
@@ -203,10 +200,7 @@ class Source(Protocol):
         """Seconds that a call takes, typically."""
 
     def shuts_out(self, rung: Priority) -> bool:
-        """Whether a call of that rung would not be sent now, for sure: this is no mere estimate.
-
-        Calls of its rung or a better one wait already, or nobody is let through, whatever it asks.
-        """
+        """Whether a call of that rung would surely not be sent now: such or better ones wait, or none may pass."""
 
     def hold_back(self, who: object, runs: int) -> None:
         """So many runs of `who` do not start for its sake: they count in its load."""

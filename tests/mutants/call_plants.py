@@ -364,7 +364,7 @@ MUTANTS = [
     Mutant(
         "runs begin though nobody is let through",
         "upstream/desk.py",
-        " or self.account.shut(now) is not None",
+        " or self._is_shut(now, rung)",
         "",
         _ACCEPTANCE + "test_shut.py::test_no_run_begins_only_to_be_refused",
     ),

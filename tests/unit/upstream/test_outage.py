@@ -38,11 +38,12 @@ def test_while_a_knock_is_due_whoever_comes_may_knock() -> None:
 
 
 def test_an_outage_is_over_with_the_first_that_is_let_in() -> None:
-    outage = Outage(silent(100.0), 30.0)
+    outage = Outage(silent(44.5), 30.0)
     outage.refused(0.0)
     outage.over()
-    outage.refused(99.0)
-    assert outage.lasts(100.0) is None
+    outage.refused(20.0)
+    outage.refused(40.0)
+    assert outage.lasts(45.0) is None
 
 
 def test_who_was_sent_away_comes_again_after_the_next_knock_and_not_with_all_the_others() -> None:
