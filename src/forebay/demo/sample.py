@@ -102,12 +102,17 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         return self.running + self.waiting
 
 
+def _lately(samples: Sequence[Sample], window: float) -> tuple[Sample, Sample]:
+    """The first of those of the last `window` seconds, and the last; there must be one."""
+    last = samples[-1]
+    return next(sample for sample in samples if sample.t >= last.t - window), last
+
+
 def pace(samples: Sequence[Sample], window: float = 20.0) -> float:
     """Tasks done a minute, over the last `window` seconds of `samples` or as long as there are."""
     if not samples:
         return 0.0
-    last = samples[-1]
-    since = next(sample for sample in samples if sample.t >= last.t - window)
+    since, last = _lately(samples, window)
     seconds = last.t - since.t
     return 60 * (last.done - since.done) / seconds if seconds > 0 else 0.0
 
@@ -116,8 +121,7 @@ def refused(samples: Sequence[Sample], window: float = 20.0) -> float:
     """Share of the HTTP attempts of the last `window` seconds of `samples` that were answered 429; 0 if none left."""
     if not samples:
         return 0.0
-    last = samples[-1]
-    since = next(sample for sample in samples if sample.t >= last.t - window)
+    since, last = _lately(samples, window)
     calls = last.calls - since.calls
     return (last.calls_429 - since.calls_429) / calls if calls else 0.0
 
