@@ -582,6 +582,25 @@ async def test_a_stream_that_hangs_is_given_up_when_its_caller_would(scene: Scen
         await lives(scene, gateway)
 
 
+async def test_a_target_that_hangs_before_it_says_a_word_is_given_up_too(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_: web.BaseRequest) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr("forebay.gateway.sender._GRACE", 0.1)
+    scene.provider.behaviour = hang
+    async with Gateway(scene.settings()) as gateway:
+        for path, ask in (("/v1/chat/completions", ASK), ("/v1/messages", {**ASK, "stream": True})):
+            scene.provider.left.clear()
+            told: dict[str, Any] = {"json": ask, "headers": {"x-stainless-read-timeout": "0.1"}}
+            status, _, body = await scene.post(gateway, path, **told)
+            assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
+            await scene.provider.left.wait()
+        await lives(scene, gateway)
+
+
 async def test_what_a_target_says_too_much_is_nobody_elses_answer(scene: Scene) -> None:
     for extra in (OK + LENGTH + b'{"b": 2}', b"garbage"):
         scene.provider.behaviour = blurting(OK + LENGTH + SAID, extra, stays=True)
