@@ -6,13 +6,13 @@ The script of attempts is driven as the transports drive it, by an attempt that 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from tests.acceptance.house import about, now, turns, virtual
 
-from forebay import Deadline, Overloaded, Priority
+from forebay import Deadline, Overloaded, Priority, clock
 from forebay.breaker import BreakerRules, consecutive
 from forebay.errors import CallMisused, InvalidAmount
 from forebay.quota import Budget, Price, Quota
@@ -181,6 +181,69 @@ async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
         await calls.call(deadline=Deadline.within(10.0))
     assert now() - began <= 10.0 + 1e-3
     await others
+
+
+def balances(upstream: Upstream) -> tuple[float, float]:
+    """Retries that may be made: of calls that failed, and of calls that were refused."""
+    budgets = upstream.driver(upstream.books.desk(""))._retries.budgets
+    at = clock.now()
+    return budgets.faults.balance(at), budgets.refusals.balance(at)
+
+
+async def shut_out(upstream: Upstream, come: Callable[[], Tried]) -> None:
+    """A call whose attempt comes to that, and which gets no second permit."""
+    call = asyncio.create_task(Calls(upstream, come).call())
+    await asyncio.sleep(0.2)  # it has been made, and will be made again
+    upstream.books.desk("").stop(60.0)
+    with pytest.raises(Overloaded):
+        await call
+
+
+async def cancelled(upstream: Upstream, come: Callable[[], Tried]) -> None:
+    """A call whose attempt comes to that, and whose caller leaves before the second."""
+    call = asyncio.create_task(Calls(upstream, come).call())
+    await asyncio.sleep(0.2)
+    call.cancel()
+    await asyncio.wait([call])
+
+
+@pytest.mark.parametrize("come", [fault, congested])
+@pytest.mark.parametrize("end", [shut_out, cancelled])
+@virtual
+async def test_a_retry_that_is_not_sent_comes_back(
+    end: Callable[[Upstream, Callable[[], Tried]], Awaitable[None]], come: Callable[[], Tried]
+) -> None:
+    upstream = Upstream("llm", retry=Retry(base=20.0))
+    before = balances(upstream)
+    await end(upstream, come)
+    first = 0.2  # a first attempt adds a share
+    assert balances(upstream) == pytest.approx((before[0] + first, before[1] + first))
+
+
+@pytest.mark.parametrize("come", [fault, congested])
+def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], Tried]) -> None:
+    upstream = Upstream("llm", retry=Retry(base=0.001))
+    before = balances(upstream)
+
+    def attempt(_: Permit) -> Tried:
+        tried = come()
+        upstream.books.desk("").stop(60.0)
+        return tried
+
+    with pytest.raises(Overloaded):
+        upstream.driver(upstream.books.desk("")).run_blocking(upstream.ask("", CALL), attempt)
+    assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
+
+
+@virtual
+async def test_a_retry_that_was_sent_stays_drawn_though_its_caller_leaves() -> None:
+    upstream = Upstream("llm", retry=Retry(base=0.001))
+    before, _ = balances(upstream)
+    call = asyncio.create_task(Calls(upstream, fault, seconds=1.0).call())
+    await asyncio.sleep(1.5)  # amid the second attempt
+    call.cancel()
+    await asyncio.wait([call])
+    assert balances(upstream)[0] == pytest.approx(before + 0.2 - 1.0)
 
 
 # --- who goes first ---

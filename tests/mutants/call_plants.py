@@ -448,6 +448,27 @@ MUTANTS = [
         _RETRIES + "test_a_retry_that_is_let_in_is_none_too_many",
     ),
     Mutant(
+        "a retry of what failed that gets no permit is lost",
+        "upstream/attempt.py",
+        "        if not not_now:\n            budgets.faults",
+        "        if False:\n            budgets.faults",
+        _RETRIES + "test_a_retry_that_is_not_sent_comes_back[shut_out-fault]",
+    ),
+    Mutant(
+        "a retry of what was refused goes back to the retries of what fails",
+        "upstream/attempt.py",
+        "budgets.refusals.give_back(drawn)",
+        "budgets.faults.give_back(drawn)",
+        _RETRIES + "test_a_retry_that_is_not_sent_comes_back[shut_out-congested]",
+    ),
+    Mutant(
+        "a script that is left in a thread is not closed",
+        "upstream/drive.py",
+        "            return self._follow_blocking(steps, attempt)\n        finally:\n            self._end(steps)",
+        "            return self._follow_blocking(steps, attempt)\n        finally:\n            pass",
+        _RETRIES + "test_a_retry_that_is_not_sent_comes_back_in_a_thread_too[fault]",
+    ),
+    Mutant(
         "a refusal further on is a fault of what is guarded",
         "upstream/guard.py",
         "    if isinstance(exc, Overloaded):",

@@ -46,7 +46,7 @@ class Tried(msgspec.Struct, kw_only=True, eq=False):
 
 @dataclass(frozen=True, slots=True)
 class Enter:
-    """Get a permit, and send it back. If that raises, the script has ended."""
+    """Get a permit, and send it back. If that raises, close the script."""
 
     ask: Ask
 
@@ -92,6 +92,8 @@ def script(  # noqa: PLR0913 - an attempt, and what decides on the next
 ) -> Generator[Step, Any, Tried]:
     """Try a call again. Every permit is closed, but that of an answer that is still coming.
 
+    Whoever does not drive it to its end closes it: a retry that was drawn and has not been sent goes back then.
+
     Args:
         ask: what it asks.
         permit: of its first attempt.
@@ -124,15 +126,45 @@ def script(  # noqa: PLR0913 - an attempt, and what decides on the next
         if hurries is not None and not_now and hurries():
             return tried
         ask.retries += 1
-        yield Sleep(delay)
-        drawn = None
-        if not_now:
-            leave, at = yield from _leave(ask, attempts, budgets, refused=now)
-            if leave is Leave.NO:
-                return tried
-            drawn = at if leave is Leave.DRAWN else None
-        permit = yield Enter(ask)
+        given, drawn = yield from _return(ask, attempts, budgets, delay=delay, at=now, not_now=not_now)
+        if given is None:
+            return tried
+        permit = given
         tried = yield Try(permit)
+
+
+def _return(  # noqa: PLR0913 - a call, and the retry that was drawn for it
+    ask: Ask, attempts: Attempts, budgets: RetryBudgets, *, delay: float, at: float, not_now: bool
+) -> Generator[Step, Any, tuple[Permit | None, float | None]]:
+    """Wait, and get another permit; None where that would be too late.
+
+    Args:
+        ask: what the call asks.
+        attempts: those that it has made.
+        budgets: whether it may make another.
+        delay: seconds to wait first.
+        at: when its latest attempt had failed, and a retry was drawn for it.
+        not_now: it was refused, so none was drawn yet.
+
+    Returns:
+        Also when a retry was drawn, if it comes back should this one be let in.
+    """
+    drawn: float | None = None
+    try:
+        yield Sleep(delay)
+        if not_now:
+            leave, left = yield from _leave(ask, attempts, budgets, refused=at)
+            if leave is Leave.NO:
+                return None, None
+            drawn = left if leave is Leave.DRAWN else None
+        permit: Permit = yield Enter(ask)
+    except GeneratorExit:  # it got no permit, or its caller has left: its provider sees nothing of this retry
+        if not not_now:
+            budgets.faults.give_back(at)
+        elif drawn is not None:
+            budgets.refusals.give_back(drawn)
+        raise
+    return permit, drawn
 
 
 def _leave(

@@ -79,6 +79,25 @@ class Driver:
         if self._is_last(permit, tried):
             return tried
         steps = self._script(ask, permit, tried)
+        try:
+            return await self._follow(steps, attempt)
+        finally:
+            self._end(steps)
+
+    def drive_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Tried:
+        """As `drive`, in a plain thread."""
+        self._begin()
+        permit = self._desk.enter_blocking(ask, alone=self._alone)
+        tried = self._made_blocking(permit, attempt)
+        if self._is_last(permit, tried):
+            return tried
+        steps = self._script(ask, permit, tried)
+        try:
+            return self._follow_blocking(steps, attempt)
+        finally:
+            self._end(steps)
+
+    async def _follow(self, steps: Generator[Step, Any, Tried], attempt: Callable[[Permit], Awaitable[Tried]]) -> Tried:
         given: Any = None
         while True:
             try:
@@ -95,14 +114,7 @@ class Driver:
             else:
                 given = self._at_once(step)
 
-    def drive_blocking(self, ask: Ask, attempt: Callable[[Permit], Tried]) -> Tried:
-        """As `drive`, in a plain thread."""
-        self._begin()
-        permit = self._desk.enter_blocking(ask, alone=self._alone)
-        tried = self._made_blocking(permit, attempt)
-        if self._is_last(permit, tried):
-            return tried
-        steps = self._script(ask, permit, tried)
+    def _follow_blocking(self, steps: Generator[Step, Any, Tried], attempt: Callable[[Permit], Tried]) -> Tried:
         given: Any = None
         while True:
             try:
@@ -157,6 +169,11 @@ class Driver:
     def _next(self, steps: Generator[Step, Any, Tried], given: Any) -> Step:
         with self._retries.lock:
             return steps.send(given)
+
+    def _end(self, steps: Generator[Step, Any, Tried]) -> None:
+        """Close a script, at its end or before."""
+        with self._retries.lock:
+            steps.close()
 
     def _at_once(self, step: Step) -> Any:
         if isinstance(step, Settle):
