@@ -104,6 +104,13 @@ MUTANTS = [
         "            self.account.coming += max(runs, 0)\n",
         _SURGES + "test_every_task_ends_once_no_limit_is_passed_and_nothing_stays_reserved[0]",
     ),
+    Mutant(
+        "an account that somebody holds is opened a second time",
+        "upstream/kept.py",
+        "value = self._all.get(key)",
+        "value = None",
+        _UNIT + "upstream/test_kept.py::test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_time",
+    ),
     # --- who goes, and when ---
     Mutant(
         "a call takes the slot that is not there",

@@ -78,11 +78,6 @@ class Account:
         self._outage = Outage(limit, longest_wait)
         self._young: deque[Permit] = deque()  # given within the last second, and some that have ended since
 
-    @property
-    def unused(self) -> bool:
-        """Whether nobody would miss it now."""
-        return not self.in_flight and not self.line
-
     # --- a call comes ---
 
     def admit(self, now: float, ask: Ask) -> Go | Wait | No:

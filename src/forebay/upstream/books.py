@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -19,10 +18,11 @@ from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, No
 from forebay.upstream.checks import check_kind, check_models, check_quotas, check_seconds, check_slots, check_weights
 from forebay.upstream.desk import Desk
+from forebay.upstream.kept import Kept
 
-_ACCOUNTS = 1_000  # kept; the longest unused go first
+_ACCOUNTS = 1_000  # kept, beside those that somebody holds; the longest unused go first
 _KNOWN = 1_000  # pairs of model and key whose account is remembered
-_PURSES = 10_000  # of tenants and of tasks
+_PURSES = 10_000  # of tenants and of tasks, likewise
 
 
 class Terms:
@@ -151,7 +151,7 @@ class Money:
         self.any = any(budget is not None for budget in (budget, tenant, task))
         self._tenant = tenant
         self._task = task
-        self._purses: OrderedDict[str, Till] = OrderedDict()
+        self._purses: Kept[str, Till] = Kept(_PURSES)
 
     def of(self, ask: Ask) -> Sequence[Till]:
         """Those that a call draws on."""
@@ -167,14 +167,7 @@ class Money:
         return [*(() if self.own is None else (self.own,)), *self._purses.values()]
 
     def _purse(self, name: str, budget: Budget) -> Till:
-        purse = self._purses.get(name)
-        if purse is None:
-            purse = self._purses[name] = Till(name, budget)
-            if len(self._purses) > _PURSES:
-                self._purses.popitem(last=False)
-        else:
-            self._purses.move_to_end(name)
-        return purse
+        return self._purses.get(name, lambda name: Till(name, budget))
 
 
 class Books:
@@ -184,24 +177,16 @@ class Books:
         self.terms = terms
         self.money = money
         self._draw = draw
-        self._lock = threading.Lock()
-        self._desks: OrderedDict[tuple[str, str], Desk] = OrderedDict()
+        self._desks: Kept[tuple[str, str], Desk] = Kept(_ACCOUNTS)
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # a model and a key: no hash, no patterns each time
 
     def __iter__(self) -> Iterator[Desk]:
-        return iter(tuple(self._desks.values()))
+        return iter(self._desks.values())
 
     def desk(self, model: str, key: str = "") -> Desk:
         """The desk of the account of `model` under an API key; the key is known by its fingerprint only."""
         where = self._known.get((model, key)) or self._where(model, key)
-        with self._lock:
-            desk = self._desks.get(where)
-            if desk is None:
-                desk = self._desks[where] = self._open(*where)
-                self._tidy()
-            else:
-                self._desks.move_to_end(where)
-        return desk
+        return self._desks.get(where, self._open)
 
     def _where(self, model: str, key: str) -> tuple[str, str]:
         group = self.terms.group(model)
@@ -211,7 +196,8 @@ class Books:
         self._known[model, key] = where
         return where
 
-    def _open(self, mark: str, group: str) -> Desk:
+    def _open(self, where: tuple[str, str]) -> Desk:
+        mark, group = where
         terms = self.terms
         name = ":".join(part for part in (f"upstream:{terms.name}", mark, group) if part)
         account = Account(
@@ -226,13 +212,6 @@ class Books:
         )
         account.order.weights = terms.weights
         return Desk(account, upstream=terms.name, start_wait=terms.start_wait)
-
-    def _tidy(self) -> None:
-        while len(self._desks) > _ACCOUNTS:
-            where = next((where for where, desk in self._desks.items() if desk.account.unused), None)
-            if where is None:
-                return
-            del self._desks[where]
 
 
 def fingerprint(key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,6 +13,7 @@ from forebay.task import Priority
 from forebay.typing import Source
 from forebay.upstream.desk import Desk
 from forebay.upstream.fallback import Fallback
+from forebay.upstream.kept import Kept
 
 if TYPE_CHECKING:
     from forebay.upstream.upstream import Upstream
@@ -122,7 +123,7 @@ class Detours:
         self._upstream = upstream
         self._lock = threading.Lock()
         self._stops: OrderedDict[str, tuple[Stop, ...]] = OrderedDict()
-        self._choices: OrderedDict[tuple[Desk, ...], Choice] = OrderedDict()
+        self._choices: Kept[tuple[Desk, ...], Choice] = Kept(_KEPT)
 
     def stops(self, model: str) -> tuple[Stop, ...]:
         """Where a call of `model` may be sent on to, in order."""
@@ -130,7 +131,8 @@ class Detours:
             stops = self._stops.get(model)
             if stops is None:
                 stops = self._stops[model] = stops_of(self._upstream, model)
-                _trim(self._stops)
+                if len(self._stops) > _KEPT:
+                    self._stops.popitem(last=False)
         return stops
 
     def desks(self, own: Desk, stops: Iterable[Stop], key: str = "") -> list[tuple[Stop, Desk]]:
@@ -144,20 +146,7 @@ class Detours:
 
     def choice(self, desks: Sequence[Desk]) -> Choice:
         """What stands for all of these; the same for the same, since a run remembers it."""
-        accounts = tuple(desks)
-        with self._lock:
-            choice = self._choices.get(accounts)
-            if choice is None:
-                choice = self._choices[accounts] = Choice(accounts)
-                _trim(self._choices)
-            else:
-                self._choices.move_to_end(accounts)
-        return choice
-
-
-def _trim(kept: OrderedDict[Any, Any]) -> None:
-    if len(kept) > _KEPT:
-        kept.popitem(last=False)
+        return self._choices.get(tuple(desks), Choice)
 
 
 class Choice:

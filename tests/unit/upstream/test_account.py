@@ -180,7 +180,8 @@ class AccountMachine(RuleBasedStateMachine):
                 self.account.never_sent(self.now, permit)
             for waiting, _ in self.waiting:
                 self.account.leave(waiting)
-            assert self.account.unused
+            assert not self.account.in_flight
+            assert not self.account.line
             assert self.money.held == 0
 
 
