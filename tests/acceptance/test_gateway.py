@@ -209,6 +209,21 @@ async def test_money_that_is_spent_is_a_402(scene: Scene) -> None:
         assert left(gateway) == NOTHING
 
 
+@pytest.mark.parametrize("budget", ["budget_usd", "tenant_budget_usd", "task_budget_usd"])
+async def test_what_costs_nothing_passes_though_the_money_is_spent(scene: Scene, budget: str) -> None:
+    spends: dict[str, Any] = {budget: 20.0, "prices": {"gpt-4o": Price(input=0, output=1e6)}}
+    async with Gateway(scene.settings(**spends)) as gateway:
+        task = {"x-forebay-task": "t"}
+        ask = {**ASK, "max_tokens": 20}
+        assert (await scene.post(gateway, headers=task, json=ask))[0] == 200
+        assert (await scene.post(gateway, headers=task, json=ask))[0] == 402
+        models = scene.at(gateway, "/v1/models")
+        async with scene.session.get(models, headers=task) as answer:
+            assert answer.status == 200
+        assert (await scene.post(gateway, headers=task, json=ask))[0] == 402
+        assert left(gateway) == NOTHING
+
+
 async def test_a_call_larger_than_its_bucket_will_never_pass(scene: Scene) -> None:
     async with Gateway(scene.settings(models={"gpt-4o": QuotaSettings(output_tpm=10)})) as gateway:
         status, headers, body = await scene.post(gateway)

@@ -111,6 +111,20 @@ MUTANTS = [
         "value = None",
         _UNIT + "upstream/test_kept.py::test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_time",
     ),
+    Mutant(
+        "what costs nothing waits for money",
+        "upstream/books.py",
+        "        if ask.free:\n",
+        "        if False:\n",
+        _ACCEPTANCE + "test_gateway.py::test_what_costs_nothing_passes_though_the_money_is_spent[tenant_budget_usd]",
+    ),
+    Mutant(
+        "what opens a WebSocket is free",
+        "upstream/rules/request.py",
+        "(self.reads and not self.websocket)",
+        "self.reads",
+        _UNIT + "upstream/rules/test_request.py::test_a_websocket_is_not_free_though_it_begins_with_a_get",
+    ),
     # --- who goes, and when ---
     Mutant(
         "a call takes the slot that is not there",

@@ -132,11 +132,11 @@ class Account:
         if smaller is not None:
             reason = f"it is larger than {smaller} will ever be: ask for less (max_tokens counts), or raise that quota"
             return No(reason, smaller, math.inf, None)
-        return self._closed(now)
+        return self._closed(now, free=ask.free)
 
-    def _closed(self, now: float) -> No | None:
-        """Why its provider is not asked at all, whatever the call."""
-        if now < self._stopped_until:
+    def _closed(self, now: float, *, free: bool = False) -> No | None:
+        """Why its provider is not asked at all, whatever the call; `free`: it costs nothing there."""
+        if now < self._stopped_until and not free:
             return No("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
         if not self.breaker.ready(now):
             again = self.breaker.remaining(now, probes_take=max(_PROBED, self.service.typical))

@@ -23,6 +23,7 @@ class Ask(msgspec.Struct, kw_only=True, eq=False):
         tenant: on whose behalf.
         run: the id of the task that makes it, or None: then it is unattributed.
         model: what it is for.
+        free: it costs no money, whatever comes of it, so no budget is asked.
         retries: tries of it that have failed; a retried call goes to the head of its rung.
         since: when it asked first; the account notes it.
     """
@@ -34,6 +35,7 @@ class Ask(msgspec.Struct, kw_only=True, eq=False):
     tenant: str = "default"
     run: str | None = None
     model: str = ""
+    free: bool = False
     retries: int = 0
     since: float = math.inf
 

@@ -155,6 +155,8 @@ class Money:
 
     def of(self, ask: Ask) -> Sequence[Till]:
         """Those that a call draws on."""
+        if ask.free:
+            return ()
         purses = [] if self.own is None else [self.own]
         if self._tenant is not None:
             purses.append(self._purse(f"the budget of tenant {ask.tenant!r}", self._tenant))

@@ -86,7 +86,8 @@ class Desk:
             self._meet()
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
-            self._learn(ask)
+            if not ask.free:
+                self._learn(ask)
             answer = self.account.admit(now, ask)
             if not isinstance(answer, Wait):
                 return self._permit(answer, alone=alone)

@@ -111,7 +111,11 @@ class Exchange:
             upstream.warn_unmetered()
         known = self.desk.experience
         charge = rules.reserve(self.read, output_tokens=known.output_tokens, input_ratio=known.ratio.value)
-        self.ask = upstream.ask(model, charge) if sender is None else upstream.ask_for(sender, model, charge)
+        free = self.read.free
+        if sender is None:
+            self.ask = upstream.ask(model, charge, free=free)
+        else:
+            self.ask = upstream.ask_for(sender, model, charge, free=free)
         self.changed = rules.add_usage(self.read, body)
         self.meaning = Meaning.SUCCESS
         self._after: float | None = None

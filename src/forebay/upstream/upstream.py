@@ -188,7 +188,7 @@ class Upstream:
         model: str,
         charge: Charge,
         *,
-        usd: float | None = None,
+        free: bool = False,
         priority: Priority | None = None,
         deadline: Deadline | None = None,
         tenant: str | None = None,
@@ -199,24 +199,26 @@ class Upstream:
         by = deadline if deadline is not None or running is None else running.deadline
         return Ask(
             charge=charge,
-            usd=self._expected(model, charge) if usd is None else usd,
+            usd=0.0 if free else self._expected(model, charge),
             priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
             run=None if task is None else task.task_id,
             model=model,
+            free=free,
         )
 
-    def ask_for(self, sender: Sender, model: str, charge: Charge) -> Ask:
+    def ask_for(self, sender: Sender, model: str, charge: Charge, *, free: bool = False) -> Ask:
         """What a call asks that is made on behalf of somebody elsewhere."""
         return Ask(
             charge=charge,
-            usd=self._expected(model, charge),
+            usd=0.0 if free else self._expected(model, charge),
             priority=sender.priority,
             deadline=sender.deadline,
             tenant=sender.tenant,
             run=sender.run,
             model=model,
+            free=free,
         )
 
     def dollars(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:

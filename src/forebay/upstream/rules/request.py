@@ -44,6 +44,7 @@ _ENDINGS: Final = {
     "/messages/count_tokens": Route.COUNT_TOKENS,
 }
 _MODELS: Final = re.compile(r"/models(?:/[^/]+)?$")
+_READING: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _ELSEWHERE: Final = re.compile(r"/(?:threads|conversations|batches|fine_tuning|evals)/")  # end alike, and are not
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure names the model in the path
 
@@ -71,6 +72,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         include_usage: whether a stream of OpenAI's is to end with its usage.
         websocket: it opens a WebSocket, of which nothing can be metered.
         signed: its bytes are signed or compressed, so nothing in them may be changed.
+        reads: it only looks at what is there, or takes it away.
         api_version: as Azure dates it (``2024-10-21``), or None.
     """
 
@@ -83,7 +85,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
     websocket: bool = False
     signed: bool = False
+    reads: bool = False
     api_version: str | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether providers take no money for it: what lists models, fetches or deletes; or counts tokens."""
+        return (self.reads and not self.websocket) or self.route is Route.COUNT_TOKENS
 
     @property
     def makes_tokens(self) -> bool:
@@ -134,7 +142,7 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
     route = line.route
     read = _body(told, body) if route not in (Route.MODELS, Route.OTHER) else None
     if read is None:
-        return Request(route=route, model=line.model, websocket=websocket, signed=signed)
+        return Request(route=route, model=line.model, websocket=websocket, signed=signed, reads=line.reads)
     sent = [value for name, value in read.items() if name in _INPUT and value is not None]
     bound = None
     for name in _BOUNDS:
@@ -166,6 +174,7 @@ class _Line(NamedTuple):
         model: as Azure names it in the path, or None.
         websocket: it can be nothing else.
         signed: the signature stands in the query.
+        reads: see `Request`.
         api_version: as Azure dates it, or None.
     """
 
@@ -173,6 +182,7 @@ class _Line(NamedTuple):
     model: str | None
     websocket: bool
     signed: bool
+    reads: bool
     api_version: str | None
 
 
@@ -186,6 +196,7 @@ def _read_line(method: str, path: str) -> _Line:
         model=unquote(deployment[1]) if deployment else None,
         websocket=path.startswith(("ws://", "wss://")) or where.endswith("/realtime"),
         signed="X-Amz-Signature" in query,
+        reads=method.upper() in _READING,
         api_version=versions[0] if versions else None,
     )
 

@@ -54,6 +54,30 @@ def test_the_path_says_what_is_asked_for(method: str, path: str, route: Route) -
     assert OPENAI.read(method, path, {}, b"{}").route is route
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "free"),
+    [
+        ("GET", "/v1/models", True),
+        ("get", "/v1/models/gpt-4o", True),
+        ("HEAD", "/v1/models", True),
+        ("GET", "/v1/responses/resp_1", True),
+        ("DELETE", "/v1/files/file_1", True),
+        ("POST", "/v1/messages/count_tokens", True),
+        ("POST", "/v1/chat/completions", False),
+        ("POST", "/v1/responses/resp_1/cancel", False),
+        ("POST", "/v1/images/generations", False),
+        ("GET", "/v1/realtime?model=gpt-realtime", False),
+        ("GET", "wss://api.openai.com/v1/responses", False),
+    ],
+)
+def test_what_only_looks_costs_nothing(method: str, path: str, *, free: bool) -> None:
+    assert OPENAI.read(method, path, {}, b"{}").free is free
+
+
+def test_a_websocket_is_not_free_though_it_begins_with_a_get() -> None:
+    assert not OPENAI.read("GET", "/v1/responses", {"upgrade": "websocket"}, b"").free
+
+
 def test_a_chat_completion_is_read() -> None:
     body = {"model": "gpt-4o", "messages": SAY, "stream": True, "max_tokens": 300, "n": 2}
     request = ask("/v1/chat/completions", body)

@@ -268,6 +268,30 @@ async def test_where_the_money_is_spent_nobody_asks_again() -> None:
 
 
 @virtual
+async def test_but_what_costs_nothing_is_asked() -> None:
+    up = upstream()
+    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"), Says())
+    client = script.client(up)
+    assert (await ask(client)).status_code == 429
+    assert (await client.get("https://provider.test/v1/models")).status_code == 200
+    with pytest.raises(Overloaded):
+        await ask(client)
+
+
+@virtual
+async def test_what_costs_nothing_says_nothing_of_what_a_call_costs() -> None:
+    up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
+    client = Script(httpx2, *[Says()] * 21).client(up)
+    await ask(client)
+    (desk,) = up.books
+    typical = desk._typical.usd
+    assert typical > 0
+    for _ in range(20):
+        await client.get("https://provider.test/v1/models")
+    assert desk._typical.usd == typical
+
+
+@virtual
 async def test_but_for_an_hour_at_most_whatever_the_provider_says() -> None:
     client = Script(httpx2, Says.error(402, "no", retry_after="9" * 40), Says()).client(upstream())
     assert (await ask(client)).status_code == 402
