@@ -9,6 +9,7 @@ _DECISIONS = _UNIT + "upstream/test_decisions.py::"
 _RETRIES = _ACCEPTANCE + "test_upstream_retries.py::"
 _PASSING = _UNIT + "upstream/test_passing.py::"
 _SURGES = "tests/sim/test_call_surge.py::"
+_FORETOLD = _ACCEPTANCE + "test_foretold.py::"
 _CALLS = _ACCEPTANCE + "test_call_conservation.py::"
 
 MUTANTS = [
@@ -126,6 +127,52 @@ MUTANTS = [
         _UNIT + "upstream/rules/test_request.py::test_a_websocket_is_not_free_though_it_begins_with_a_get",
     ),
     # --- who goes, and when ---
+    Mutant(
+        "before the first call has ended any number of runs may begin",
+        "upstream/desk.py",
+        "others=begun, guess=guess)",
+        "others=begun)",
+        _ACCEPTANCE
+        + "test_foretold.py::test_no_more_runs_begin_than_a_key_can_serve_whose_first_call_is_still_to_come",
+    ),
+    Mutant(
+        "what was foretold stays when it has come true",
+        "upstream/foretold.py",
+        "return source.parts[0] in self._upstream.books.of(self._model)",
+        "return False",
+        _FORETOLD + "test_the_account_of_the_first_call_takes_its_place",
+    ),
+    Mutant(
+        "runs that have begun are not expected at the account that was shown",
+        "supervisor/start_gate.py",
+        "                if other is not run:\n",
+        "                if False:\n",
+        _ACCEPTANCE
+        + "test_foretold.py::test_runs_that_have_begun_are_expected_at_the_account_that_the_first_has_shown",
+    ),
+    Mutant(
+        "who was held back is not served when the account is shown",
+        "supervisor/start_gate.py",
+        "        self._house.loop.call_soon(self._house.serve, worker)  # not now",
+        "        # not now",
+        _ACCEPTANCE
+        + "test_foretold.py::test_runs_that_were_held_back_start_when_the_first_call_shows_an_account_with_room",
+    ),
+    Mutant(
+        "what is coming stays noted where nobody has called",
+        "upstream/foretold.py",
+        "        desk.coming(-self._coming)\n",
+        "",
+        _ACCEPTANCE
+        + "test_foretold.py::test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_taken_off_again",
+    ),
+    Mutant(
+        "of what was foretold nobody hears that it is relieved",
+        "upstream/foretold.py",
+        "            desk.on_relief((self, who), callback)\n\n    def _take_off",
+        "            pass\n\n    def _take_off",
+        _FORETOLD + "test_what_is_relieved_serves_whoever_said_that_it_draws_on_it",
+    ),
     Mutant(
         "a call takes the slot that is not there",
         "upstream/account.py",

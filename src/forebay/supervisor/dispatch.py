@@ -77,6 +77,8 @@ class Dispatcher:
     def add(self, worker: WorkerAgent) -> None:
         """Bring a worker in; it takes work at once."""
         self.workers[worker.name] = worker
+        for source in worker.sources:
+            self.start_gate.watch(worker, source)
         for task_type in worker.task_types:
             pool = self.pools.get(task_type)
             if pool is None:
@@ -173,7 +175,7 @@ class Dispatcher:
         worker = run.worker
         if source not in worker.sources:
             worker.sources[source] = None
-            self.start_gate.watch(run, source)
+            self.start_gate.met(run, source)
             for pool in worker.pools:
                 pool.reckon()
 

@@ -34,6 +34,13 @@ async def start_up(
         house.add(worker)
 
 
+def let_in(house: Dispatcher, worker: WorkerAgent) -> None:
+    """Let a worker in that comes when the house is open: what it holds is started meanwhile."""
+    if worker.handler.start is not None:
+        house.background(worker.handler.start())
+    house.add(worker)
+
+
 async def shut_down(house: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
     """End everything, in the order in which nothing is lost. Cut short itself, it still ends every ticket."""
     drain = Drain(house, grace=grace)

@@ -13,6 +13,7 @@ from forebay.events import log
 from forebay.task import Task
 
 if TYPE_CHECKING:
+    from forebay.supervisor.dispatch import Dispatcher
     from forebay.supervisor.supervisor import BackpressureSupervisor
     from forebay.supervisor.worker import WorkerAgent
 
@@ -34,6 +35,14 @@ def as_worker(inner: BackpressureSupervisor) -> Handler:
         return await inner.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
 
     return Handler(call=call, inner=inner, load=inner.load_of, start=start, stop=inner.close)
+
+
+def load_below(inner: BackpressureSupervisor, house: Dispatcher | None, task_type: str) -> float:
+    """The load on the path of a task of `task_type` in `inner`, whose house that is, as its gate reads it."""
+    if not any(task_type in worker.task_types for worker in inner.workers.values()):
+        return 1.0  # nobody there serves it
+    pool = None if house is None else house.pools.get(task_type)
+    return 0.0 if house is None or pool is None else house.pressure.on_path(pool)[0]  # None: it is about to start
 
 
 def holds(house: object, other: object) -> bool:

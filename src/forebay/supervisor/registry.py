@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from forebay.adapters.recipe import Recipe
 from forebay.adapters.recognise import Config
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
-from forebay.engine import Engine, engine_of
+from forebay.engine import Engine, InProcess, engine_of
 from forebay.errors import InvalidSetting, InvalidTimeout
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
+from forebay.upstream import Upstream
+from forebay.upstream.foretold import Foretold
+
+_PAIR: Final = 2
 
 
 def make_worker(  # noqa: PLR0913 - what register_worker takes
@@ -28,6 +32,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     engine: str | Engine | None,
     on_cancel: Callable[[Task], object] | None,
     cool_off: float | None,
+    upstreams: Any,
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
 ) -> WorkerAgent:
@@ -47,6 +52,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     if where is None:
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.InProcess(grace=5)'
         raise InvalidSetting(owner=owner, name="engine", value=engine, expected=expected)
+    foretold = _foretold(owner, upstreams, where)
     recipe = Recipe(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
     bound = where.adopt(recipe, slots=max_concurrent)
     rules = _rules(cool_off, float(timeout))
@@ -58,6 +64,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         timeout=float(timeout),
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
+        foretold=foretold,
         on_revive=on_revive,
     )
 
@@ -68,6 +75,30 @@ def _rules(cool_off: float | None, timeout: float) -> BreakerRules:
     longest = WORKER_RULES.ceiling if cool_off is None else max(WORKER_RULES.ceiling, cool_off)
     # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
     return BreakerRules(arms=WORKER_RULES.arms, cool_off=cool_off, ceiling=longest, probe_time=2 * timeout)
+
+
+def _foretold(owner: str, upstreams: Any, engine: Engine) -> tuple[Foretold, ...]:
+    """What a worker is said to draw on.
+
+    Raises:
+        InvalidSetting: it cannot be meant.
+    """
+    expected = 'a list of what its calls draw on, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
+    if isinstance(upstreams, str | Mapping) or not isinstance(upstreams, Iterable):
+        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+    found = []
+    for said in upstreams:
+        upstream, model = said if isinstance(said, tuple) and len(said) == _PAIR else (said, None)
+        if not isinstance(upstream, Upstream) or (model is not None and not (isinstance(model, str) and model)):
+            raise InvalidSetting(owner=owner, name="upstreams", value=said, expected=expected)
+        found.append(upstream.foretold(model or ""))
+    if found and isinstance(engine, InProcess):
+        expected = (
+            'left out with engine="process": calls made there are seen here only if they go through a gateway, and'
+            " then by the gateway alone"
+        )
+        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+    return tuple(dict.fromkeys(found))
 
 
 def check_decorator(task_types: Sequence[object]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.run import Run
     from forebay.supervisor.worker import WorkerAgent
     from forebay.typing import Source
+    from forebay.upstream.foretold import Foretold
 
 _LOOK: Final = 0.25  # seconds, at least, to another look at a source that lets nobody through
 
@@ -32,10 +33,36 @@ class StartGate:
         self._held: dict[WorkerAgent, Source] = {}  # who has free slots and does not start, and for whose sake
         self._last: dict[tuple[Source, Priority], float] = {}  # when a run of that rung last started
 
-    def watch(self, run: Run, source: Source) -> None:
-        """`run` is the first of its worker that draws on `source`: serve the worker whenever that is relieved."""
-        source.on_relief(run.worker, partial(self._relieved, run.worker))
+    def watch(self, worker: WorkerAgent, source: Source) -> None:
+        """`worker` draws on `source`: serve it whenever that is relieved."""
+        source.on_relief(worker, partial(self._relieved, worker))
+
+    def met(self, run: Run, source: Source) -> None:
+        """`run` is the first of its worker that draws on `source`, which may have been foretold."""
+        worker = run.worker
+        self.watch(worker, source)
         self._last.setdefault((source, run.task.priority), run.began_at)
+        for foretold in [foretold for foretold in worker.foretold if foretold.covers(source)]:
+            self._came_true(run, foretold, source)
+
+    def _came_true(self, run: Run, foretold: Foretold, source: Source) -> None:
+        """What was foretold of a worker is `source`: it takes its place."""
+        worker = run.worker
+        for priority in Priority:
+            if (last := self._last.get((foretold, priority))) is not None:
+                self._last[source, priority] = max(last, self._last.get((source, priority), last))
+        for other in worker.runs:
+            if other.expected is not None and foretold in other.expected:
+                other.called(foretold)
+                if other is not run:
+                    other.expected[source] = None
+                    source.coming(1)
+        if self._held.get(worker) is foretold:
+            self._let_go(worker)
+        foretold.forget(worker)
+        worker.foretold.remove(foretold)
+        del worker.sources[foretold]
+        self._house.loop.call_soon(self._house.serve, worker)  # not now: a handler is amid a step
 
     def opens(self, worker: WorkerAgent, pool: Pool | None) -> bool:
         """Whether the head of `pool`, if any, may start on `worker` now. If not, it is served again when it may."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
@@ -28,8 +28,8 @@ from forebay.supervisor.dead_letters import DeadLetters
 from forebay.supervisor.dispatch import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_limit
 from forebay.supervisor.lend import held_slots
-from forebay.supervisor.life import shut_down, start_up
-from forebay.supervisor.nested import as_worker, holds
+from forebay.supervisor.life import let_in, shut_down, start_up
+from forebay.supervisor.nested import as_worker, holds, load_below
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registry import check_decorator, make_worker
 from forebay.supervisor.settings import Settings, sinks_of
@@ -40,6 +40,7 @@ from forebay.supervisor.watch import Watch, watch_over
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
 from forebay.typing import Ledger, Reading
+from forebay.upstream import Upstream
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -120,6 +121,7 @@ class BackpressureSupervisor:
         engine: str | Engine | None = None,
         on_cancel: Callable[[Task], object] | None = None,
         cool_off: float | None = 10.0,
+        upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
     ) -> WorkerAgent:
         """Register a worker, before the start or after it.
 
@@ -137,6 +139,7 @@ class BackpressureSupervisor:
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
             cool_off: seconds for which it first stays FAILED after five failures in a row (or 5 % of a thousand tasks)
                 before it is tried again; the next times it is longer. None: until ``revive()``.
+            upstreams: what its calls draw on, with the model if it is known, so that this is felt before the first.
 
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
@@ -156,6 +159,7 @@ class BackpressureSupervisor:
             engine=engine,
             on_cancel=on_cancel,
             cool_off=cool_off,
+            upstreams=upstreams,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
         )
@@ -164,9 +168,7 @@ class BackpressureSupervisor:
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
         if self._house is not None:
-            if worker.handler.start is not None:
-                self._house.background(worker.handler.start())
-            self._house.add(worker)
+            let_in(self._house, worker)
         return worker
 
     def worker(self, *task_types: str, name: str | None = None, **settings: Any) -> Callable[[F], F]:
@@ -380,10 +382,7 @@ class BackpressureSupervisor:
 
     def load_of(self, task_type: str) -> float:
         """The load on the path of a task of `task_type`, as its gate reads it; 1.0 if nobody here serves it."""
-        if not any(task_type in worker.task_types for worker in self._workers.values()):
-            return 1.0
-        pool = None if self._house is None else self._house.pools.get(task_type)
-        return 0.0 if self._house is None or pool is None else self._house.pressure.on_path(pool)[0]  # about to start
+        return load_below(self, self._house, task_type)
 
     # --- inside ---
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.run import Run
     from forebay.supervisor.timers import Timer
+    from forebay.upstream.foretold import Foretold
 
 _PACE_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
@@ -40,6 +41,7 @@ class WorkerAgent:
         timeout: float,
         breaker: Breaker,
         probes: int,
+        foretold: Sequence[Foretold] = (),
         on_revive: Callable[[WorkerAgent], None],
     ) -> None:
         self.name = name
@@ -60,7 +62,8 @@ class WorkerAgent:
         self.alarm: Timer | None = None  # when time alone changes its breaker
         self.counted_slots = 0  # slots that its pools were told of
         self.pools: list[Pool] = []
-        self.sources: dict[Source, None] = {}  # what the calls of its runs draw on
+        self.sources: dict[Source, None] = dict.fromkeys(foretold)  # what the calls of its runs draw on
+        self.foretold = list(foretold)  # those of them that no call has shown yet
         self.runs: dict[Run, None] = {}  # in the order in which they began
         self.returning: deque[tuple[Run, asyncio.Future[None]]] = deque()  # runs that lent their slot and want it back
         self.penalty = 1.0

@@ -331,10 +331,10 @@ class Account:
 
     # --- what presses ---
 
-    def expected_wait(self, now: float, ask: Ask, *, others: int = 0) -> tuple[float, str]:
+    def expected_wait(self, now: float, ask: Ask, *, others: int = 0, guess: float = 0.0) -> tuple[float, str]:
         """Seconds until a call like this would be sent, and what it waits for.
 
-        While no call has ended yet, nothing is known of how long a slot is held, and nothing is feared.
+        While no call has ended yet, nothing is known of how long a slot is held, and `guess` is what is feared.
         """
         self._ripen(now)
         ahead = self.line.ahead(ask.priority) + others
@@ -344,7 +344,7 @@ class Account:
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
-            slot = rounds * self.service.held
+            slot = rounds * (self.service.held or guess)
             if slot > seconds:
                 return slot, "concurrency"
         return seconds, binding

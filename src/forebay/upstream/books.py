@@ -180,6 +180,7 @@ class Books:
         self.money = money
         self._draw = draw
         self._desks: Kept[tuple[str, str], Desk] = Kept(_ACCOUNTS)
+        self._unopened: dict[str, Desk] = {}  # by group, for those who want to know how it would be to call
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # a model and a key: no hash, no patterns each time
 
     def __iter__(self) -> Iterator[Desk]:
@@ -189,6 +190,14 @@ class Books:
         """The desk of the account of `model` under an API key; the key is known by its fingerprint only."""
         where = self._known.get((model, key)) or self._where(model, key)
         return self._desks.get(where, self._open)
+
+    def of(self, model: str) -> Sequence[Desk]:
+        """The accounts of `model` under whatever key, of any model if it is empty; one that is not open if none is."""
+        group = self.terms.group(model) if model else ""
+        found = [desk for (_, other), desk in self._desks.items() if other == group or not model]
+        if not found:
+            found = [self._unopened.get(group) or self._unopened.setdefault(group, self._open(("", group)))]
+        return found
 
     def _where(self, model: str, key: str) -> tuple[str, str]:
         group = self.terms.group(model)

@@ -200,13 +200,13 @@ class Desk:
     def _may_start(self, now: float, rung: Priority) -> bool:
         if self._is_shut(now, rung):
             return False
-        allowed = self.account.service.typical_or_guess
+        allowed = guess = self.account.service.typical_or_guess
         if rung is not Priority.CRITICAL:
             allowed = _START_SHARE * allowed if self._start_wait is None else self._start_wait
         begun = self.account.coming - sum(self._held.values())  # what is held back must not hold itself back
         # A better one waits for NORMAL calls too, which it would overtake: their runs have begun, and are to end.
         ask = Ask(charge=self._typical.charge, priority=rung) if rung is Priority.LOW else self._typical
-        return self.account.expected_wait(now, ask, others=begun)[0] <= allowed
+        return self.account.expected_wait(now, ask, others=begun, guess=guess)[0] <= allowed
 
     def typical(self) -> float:
         """See `forebay.typing.Source`."""

@@ -49,3 +49,8 @@ class Kept(Generic[KeyT, ValueT]):
         """All that there are."""
         with self._lock:
             return tuple(self._all.values())
+
+    def items(self) -> Sequence[tuple[KeyT, ValueT]]:
+        """Likewise, with their keys."""
+        with self._lock:
+            return tuple(self._all.items())

@@ -23,7 +23,9 @@ from forebay.upstream.desk import Desk
 from forebay.upstream.drive import Driver, Retries
 from forebay.upstream.exchange import Sender
 from forebay.upstream.fallback import Fallback, check_reached, fallbacks_of
+from forebay.upstream.foretold import Foretold
 from forebay.upstream.guard import guarded
+from forebay.upstream.kept import Kept
 from forebay.upstream.rules import rules_for
 from forebay.upstream.statistics import UpstreamStatistics, snapshot
 from forebay.upstream.stops import Detours
@@ -33,6 +35,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ClientT = TypeVar("ClientT")
 
+_KEPT = 1_000  # models for which it is said that workers draw on it
 _TOLD = 1_000  # models without a price that are warned of: callers of a gateway may name any
 
 
@@ -104,6 +107,7 @@ class Upstream:
         )
         self.fallbacks = fallbacks_of(self, fallback, terms.group)
         self.detours = Detours(self)
+        self._foretold: Kept[str, Foretold] = Kept(_KEPT)
         self._money = Money(name, budget, tenant_budget, task_budget)
         self.counts_money = self._money.any
         self.books = Books(terms, self._money, draw=clock.draw)
@@ -264,6 +268,10 @@ class Upstream:
     def driver(self, desk: Desk, hurries: Callable[[], bool] | None = None) -> Driver:
         """What tries calls of one account, under the retries of this upstream. `hurries`: see `Driver`."""
         return Driver(desk, self._retries, hurries)
+
+    def foretold(self, model: str = "") -> Foretold:
+        """What a worker is said to draw on whose calls will be for `model`, or for any if that is not said."""
+        return self._foretold.get(model, lambda model: Foretold(self, model))
 
     # --- what can be read ---
 
