@@ -190,8 +190,8 @@ class Source(Protocol):
     def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:
         """Expected wait of the next typical call over the longest allowed, 1.0 where none of that rung passes; why."""
 
-    def opens_in(self, rung: Priority) -> float:
-        """Seconds until calls of that rung are let through again; 0 if they are, infinity if that is not known."""
+    def room(self, rung: Priority, load: float) -> tuple[float, float]:
+        """Seconds until it reads less than `load`, or infinity: unknown; and how far apart calls fit in then, or 0."""
 
     def may_start(self, rung: Priority) -> bool:
         """Whether the calls of a run that starts now would wait no longer than is good for those that are under way."""

@@ -20,6 +20,7 @@ class Key:
     def __init__(self, name: str = "upstream:key") -> None:
         self.name = name
         self.reading = 0.0
+        self.lasts = (0.0, 1.0)  # until there is room again, and how far apart calls fit in then
         self.open = True
         self.queued = False
         self.seconds = 10.0
@@ -35,8 +36,9 @@ class Key:
     def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:  # noqa: ARG002 - see Source
         return self.reading, "requests"
 
-    def opens_in(self, rung: Priority) -> float:  # noqa: ARG002 - see Source
-        return 0.0
+    def room(self, rung: Priority, load: float) -> tuple[float, float]:  # noqa: ARG002 - see Source
+        seconds, each = self.lasts
+        return (seconds if self.reading >= load else 0.0), each
 
     def shuts_out(self, rung: Priority) -> bool:
         return self.queued and rung is not Priority.CRITICAL

@@ -10,6 +10,7 @@ _RETRIES = _ACCEPTANCE + "test_upstream_retries.py::"
 _PASSING = _UNIT + "upstream/test_passing.py::"
 _SURGES = "tests/sim/test_call_surge.py::"
 _FORETOLD = _ACCEPTANCE + "test_foretold.py::"
+_BACK = _ACCEPTANCE + "test_coming_back.py::"
 _CALLS = _ACCEPTANCE + "test_call_conservation.py::"
 
 MUTANTS = [
@@ -127,6 +128,41 @@ MUTANTS = [
         _UNIT + "upstream/rules/test_request.py::test_a_websocket_is_not_free_though_it_begins_with_a_get",
     ),
     # --- who goes, and when ---
+    Mutant(
+        "who is refused for a key is told the pace of the pool",
+        "supervisor/pool.py",
+        "rate = min(1 / each, rate or math.inf)",
+        "rate = rate or 1 / each",
+        _BACK + "test_the_first_is_told_when_the_key_has_room_for_its_priority",
+    ),
+    Mutant(
+        "who is refused is told when the last worker has room",
+        "supervisor/pressure.py",
+        "return min((_last_room(",
+        "return max((_last_room(",
+        _BACK + "test_the_worker_that_has_room_first_counts",
+    ),
+    Mutant(
+        "a line that is full for want of a key is told the pace of the pool",
+        "supervisor/pressure.py",
+        "if seconds or not source.may_start(Priority.LOW):",
+        "if seconds:",
+        _BACK + "test_a_line_that_is_full_for_want_of_a_key_drains_at_the_pace_of_the_key",
+    ),
+    Mutant(
+        "a run is taken to make one call",
+        "supervisor/pressure.py",
+        "each * max(1.0, pool.calls.get(source, 1.0))",
+        "each",
+        _BACK + "test_who_comes_back_when_told_to_a_key_that_has_begun_to_bind_is_nearly_always_let_in[10]",
+    ),
+    Mutant(
+        "an upstream tells when it has room for calls and not for tasks",
+        "upstream/account.py",
+        "max(0.0, seconds - load * self._longest_wait)",
+        "max(0.0, seconds - self._longest_wait)",
+        _BACK + "test_an_upstream_knows_when_its_wait_has_fallen_and_how_far_apart_calls_fit_in",
+    ),
     Mutant(
         "before the first call has ended any number of runs may begin",
         "upstream/desk.py",

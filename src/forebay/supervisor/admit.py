@@ -261,7 +261,7 @@ class Door:
         _explain(ticket, refusal)
         known = refusal.retry_after
         if known is None:
-            known = self._house.retry_after(pool)
+            known = self._house.retry_after(pool, ticket.task.priority)
         ticket.retry_after = None if known == math.inf else known
         self._forget_key(ticket)
         self._house.counts.rejected += 1
@@ -283,8 +283,7 @@ class Door:
             cause = self._house.pressure.cause(binding)
             reason = self._why(pool, binding, cause, load, priority)
             worth = may_spill and self._worth_storing(pool, priority, remaining)
-            again = self._house.pressure.opens_in(pool, priority)
-            return Refusal(reason, cause, load, may_spill=worth, retry_after=again or None)
+            return Refusal(reason, cause, load, may_spill=worth)
         if remaining < math.inf:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
             if remaining <= 0 or pool.hopeless(self.loop.time(), wait, remaining):

@@ -23,7 +23,7 @@ from forebay.supervisor.statistics import Counts
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.timers import Timers
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Deadline, TaskResult, TaskStatus
+from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.engine import Threads
@@ -353,13 +353,13 @@ class Dispatcher:
             raise UnknownTask(task_id=task_id)
         return self.overflow.inquiry.by_id(task_id)
 
-    def retry_after(self, pool: Pool) -> float | None:
+    def retry_after(self, pool: Pool, rung: Priority) -> float | None:
         """Book a seat for someone who is refused: seconds after which to come back, or None if unknown."""
         if not pool.slots:
             now = self.loop.time()
             sleeps = [sleep for worker in pool.workers if (sleep := worker.breaker.remaining(now)) is not None]
             return min(sleeps, default=None)
-        return pool.book_seat(self.loop.time(), self.draw())
+        return pool.book_seat(self.loop.time(), self.draw(), room=self.pressure.room(pool, rung, self.ladder.of(rung)))
 
     def tell(self, ticket: Ticket, event: Event) -> None:
         """Tell an event to everyone who listens to the house or to the ticket."""

@@ -135,7 +135,7 @@ class Endings:
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
-        house.pools[task.task_type].times.ended(seconds, success=success)
+        house.pools[task.task_type].ended(seconds, run.calls, success=success)
         if ticket.run is run:  # else it has been begun again beside a handler that did not stop
             ticket.run = None
             ticket.parent = None  # what it knew of its ancestors must not keep them alive

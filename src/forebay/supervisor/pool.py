@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from forebay.typing import Source
 
 DEFAULT_LINE = 100
+_CALLS_GAIN = 0.1  # weight of the newest run in how often runs call
 _POOL_FLOOR = 20  # dequeues of a shared worker after which a pool that was passed over is served
 
 
@@ -23,8 +24,9 @@ class Pool:
     """The workers and the line of one task type, and what is known of its pace. Pure: it is told, and answers."""
 
     __slots__ = (
-        "arriving", "door", "held", "holding", "line", "max_queue_size", "nested", "pacing", "parked", "passed",
-        "paths", "reserved", "resource", "router", "running", "seats", "slots", "task_type", "times", "workers",
+        "arriving", "calls", "door", "held", "holding", "line", "max_queue_size", "nested", "pacing", "parked",
+        "passed", "paths", "reserved", "resource", "router", "running", "seats", "slots", "task_type", "times",
+        "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
@@ -34,6 +36,7 @@ class Pool:
         self.workers: list[WorkerAgent] = []
         self.nested: list[WorkerAgent] = []  # those whose handler is a supervisor with a load of its own
         self.paths: dict[tuple[Source, ...], int] = {}  # how many workers draw on the same; empty if none draws on any
+        self.calls: dict[Source, float] = {}  # how often a run calls each of what it draws on
         self.line: Line[Ticket] = Line()
         self.parked = 0  # waiting behind another task of their thread: they take room in the line, but not a turn yet
         self.passed = 0  # times that a shared worker served another pool while someone waited here
@@ -98,9 +101,31 @@ class Pool:
         service = self.times.optimistic()
         return bool(service) and self.door.hopeless(now, needed=wait + service, remaining=remaining)
 
-    def book_seat(self, now: float, chance: float) -> float | None:
-        """Seconds after which someone who is refused now would find a seat, or None if unknown."""
-        return self.seats.book(now, self.times.drain_rate(self.usable), chance)
+    def book_seat(self, now: float, chance: float, *, room: tuple[float, float]) -> float | None:
+        """Seconds after which someone who is refused now would find a seat, or None if unknown.
+
+        Args:
+            now: the present.
+            chance: a draw from [0, 1).
+            room: when what a worker draws on has some, and how far apart runs fit in then: see `Pressure.room`. Runs
+                that ended before it began to bind say nothing of that.
+        """
+        early, each = room
+        rate = self.times.drain_rate(self.usable)
+        if early == math.inf or (early and not each):
+            return None if early == math.inf else early
+        if each:
+            rate = min(1 / each, rate or math.inf)
+        seat = self.seats.book(now + early, rate, chance)
+        return None if seat is None else early + seat
+
+    def ended(self, seconds: float, calls: dict[Source, int] | None, *, success: bool) -> None:
+        """A run has ended after so many seconds, and has called what it draws on so often."""
+        self.times.ended(seconds, success=success)
+        if calls is not None and success:
+            for source, count in calls.items():
+                mean = self.calls.get(source, float(count))
+                self.calls[source] = mean + _CALLS_GAIN * (count - mean)
 
 
 def next_pool(worker: WorkerAgent) -> Pool | None:

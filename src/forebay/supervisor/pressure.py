@@ -49,10 +49,12 @@ class Pressure:
                 load, binding = drawn
         return load, binding
 
-    def opens_in(self, pool: Pool, rung: Priority) -> float:
-        """Seconds until what a worker draws on lets calls of that rung through; 0 if one does, infinity if unknown."""
-        waits = (max((source.opens_in(rung) for source in path), default=0.0) for path in pool.paths)
-        return min(waits, default=0.0)
+    def room(self, pool: Pool, rung: Priority, load: float) -> tuple[float, float]:
+        """When what a worker draws on reads less than `load`, and how far apart runs fit in then: see `Source.room`.
+
+        Both are 0 if there is a worker of which nothing that it draws on is short: then the pool's own pace counts.
+        """
+        return min((_last_room(pool, path, rung, load) for path in pool.paths), default=(0.0, 0.0))
 
     def cause(self, resource: str) -> str:
         """What has to be relieved for `resource` to be: of a pool whose runs wait for what they draw on, that.
@@ -83,6 +85,16 @@ class Pressure:
 def _highest(path: tuple[Source, ...], rung: Priority) -> tuple[float, str]:
     """The highest reading of what a worker draws on, and what it is of."""
     return max(((source.load(rung)[0], source.name) for source in path), default=(0.0, "host"))
+
+
+def _last_room(pool: Pool, path: tuple[Source, ...], rung: Priority, load: float) -> tuple[float, float]:
+    """When the last that is short of what a worker draws on has room, and how far apart runs fit in there."""
+    last = 0.0, 0.0
+    for source in path:
+        seconds, each = source.room(rung, load)
+        if seconds or not source.may_start(Priority.LOW):  # else it is not what is short
+            last = max(last, (seconds, each * max(1.0, pool.calls.get(source, 1.0))))
+    return last
 
 
 def _short(path: tuple[Source, ...]) -> str | None:

@@ -52,6 +52,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
     abandoned_at: float | None = None  # when its ticket ended before its handler did
     zombie: bool = False  # abandoned, and still there after the grace
     ended: bool = False
+    calls: dict[Source, int] | None = None  # how often it has called what it draws on
     expected: dict[Source, None] | None = None  # on which its first call is still to come
     refusals: dict[object, Overloaded] | None = None  # of its calls, for good, by what refused them
     blameless: bool = False  # an upstream failed one of its calls
@@ -74,6 +75,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
 
     def meet(self, source: Source) -> None:
         """Its worker's runs draw on `source`. From any thread."""
+        calls = self.calls
+        if calls is None:
+            calls = self.calls = {}
+        calls[source] = calls.get(source, 0) + 1
         if self.expected is not None and source in self.expected:
             self._in_loop(self.called, source)
         elif source not in self.worker.sources:

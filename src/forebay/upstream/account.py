@@ -370,14 +370,24 @@ class Account:
         seconds, binding = self.expected_wait(now, ask, others=self.coming)
         return seconds / self._longest_wait, binding
 
+    def room(self, now: float, ask: Ask, load: float) -> tuple[float, float]:
+        """Seconds until the load will have fallen to that if no more come; and how many one call more adds to it."""
+        seconds, _ = self.expected_wait(now, ask, others=self.coming)
+        if seconds == math.inf:
+            return math.inf, 0.0
+        return max(0.0, seconds - load * self._longest_wait), self._each(now, ask, seconds, others=self.coming)
+
+    def _each(self, now: float, ask: Ask, seconds: float, *, others: int = 0) -> float:
+        """What one call more adds to a wait of so many `seconds`; 0 if that is not known."""
+        each = self.expected_wait(now, ask, others=others + 1)[0] - seconds
+        return each if each > 0.0 else self.service.held / max(1, self.limit.limit(now))
+
     def _seat(self, now: float, ask: Ask, seconds: float) -> float | None:
         """When one who would wait `seconds` may come again: not before that has fallen to what it may be."""
         if seconds == math.inf:
             return None  # it has become larger than its bucket: no seat for it, nor a hole before everybody else's
         early = max(0.0, seconds - self._longest_wait)
-        each = self.expected_wait(now, ask, others=1)[0] - seconds  # what one call more adds
-        if each <= 0.0:
-            each = self.service.held / max(1, self.limit.limit(now))
+        each = self._each(now, ask, seconds)
         seat = self._seats.book(now + early, 1.0 / each if each else None, self._draw())
         return max(early + (seat or 0.0), seconds - bearable(ask.since, ask)) or None
 

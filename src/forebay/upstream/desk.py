@@ -184,13 +184,14 @@ class Desk:
         with self._lock:
             return self.account.load(clock.now(), self._typical, rung)
 
-    def opens_in(self, rung: Priority) -> float:
-        """See `forebay.typing.Source`."""
+    def room(self, rung: Priority, load: float) -> tuple[float, float]:
+        """See `forebay.typing.Source`. While it is shut, what is known is when it opens, and no more."""
+        now = clock.now()
         with self._lock:
-            no = self.account.shut(clock.now(), self._typical.usd, rung)
-        if no is None:
-            return 0.0
-        return math.inf if no.retry_after is None else no.retry_after
+            no = self.account.shut(now, self._typical.usd, rung)
+            if no is None:
+                return self.account.room(now, self._typical, load)
+        return (math.inf if no.retry_after is None else no.retry_after), 0.0
 
     def may_start(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""

@@ -50,9 +50,9 @@ class Foretold:
         """See `forebay.typing.Source`."""
         return min(desk.load(rung) for desk in self._desks())
 
-    def opens_in(self, rung: Priority) -> float:
+    def room(self, rung: Priority, load: float) -> tuple[float, float]:
         """See `forebay.typing.Source`."""
-        return min(desk.opens_in(rung) for desk in self._desks())
+        return min(desk.room(rung, load) for desk in self._desks())
 
     def may_start(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""

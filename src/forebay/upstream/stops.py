@@ -171,9 +171,9 @@ class Choice:
         """See `forebay.typing.Source`."""
         return min(desk.load(rung) for desk in self.desks)
 
-    def opens_in(self, rung: Priority) -> float:
+    def room(self, rung: Priority, load: float) -> tuple[float, float]:
         """See `forebay.typing.Source`."""
-        return min(desk.opens_in(rung) for desk in self.desks)
+        return min(desk.room(rung, load) for desk in self.desks)
 
     def may_start(self, rung: Priority) -> bool:
         """See `forebay.typing.Source`."""
