@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.plants import Mutant
 
+_BODIES = "tests/acceptance/test_gateway_bodies.py::"
 _ATTACKS, _GATEWAY = "tests/acceptance/test_gateway_attacks.py::", "tests/acceptance/test_gateway.py::"
 
 MUTANTS = [
@@ -122,5 +123,27 @@ MUTANTS = [
         '"draining" if self.draining else "ok"',
         '"ok"',
         _GATEWAY + "test_at_the_end_calls_under_way_are_finished_and_who_comes_is_told",
+    ),
+    # --- what bodies take ---
+    Mutant(
+        "bodies are bounded each and not together",
+        "gateway/bodies.py",
+        "if self.held + more > self._together:",
+        "if more > self._together:",
+        _BODIES + "test_a_body_is_held_until_its_call_has_ended",
+    ),
+    Mutant(
+        "what is announced is taken for there",
+        "gateway/bodies.py",
+        "        self._bodies.check(size, more=size)\n",
+        "        self._bodies.check(size, more=size)\n        self._bodies.held += size\n        self._size += size\n",
+        _BODIES + "test_what_was_announced_and_has_not_come_takes_nothing",
+    ),
+    Mutant(
+        "a body whose sender hangs up is held for ever",
+        "gateway/bodies.py",
+        "        self._bodies.held -= self._size\n",
+        "        self._bodies.held -= 0 if cause else self._size\n",
+        _BODIES + "test_who_hangs_up_gives_its_body_back_whenever_that_is",
     ),
 ]

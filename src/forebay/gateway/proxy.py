@@ -10,21 +10,23 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 from multidict import CIMultiDict
 
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
+from forebay.gateway.bodies import Bodies, Body, NoRoom
 from forebay.gateway.egress import origin_of, proxy_of
 from forebay.gateway.guard import Guard
+from forebay.gateway.intake import read_body
 from forebay.gateway.metrics import Counts
 from forebay.gateway.outgoing import Outgoing
 from forebay.gateway.passage import FAILURES, Asked, Opened, Passage
-from forebay.gateway.route import Place, find_place, make_targets, spoken
+from forebay.gateway.route import Place, Target, find_place, make_targets, spoken
 from forebay.gateway.sender import TOKEN_HEADER, BadHeader, Senders, patience
 from forebay.gateway.settings import GatewaySettings
-from forebay.gateway.shapes import JSON, Answer, Protocol, broken_stream, problem, refusal
+from forebay.gateway.shapes import JSON, Answer, Answered, Protocol, broken_stream, full, problem, refusal
 from forebay.upstream.attempt import Tried
 from forebay.upstream.drive import conclude
 from forebay.upstream.journey import travel
@@ -34,21 +36,9 @@ _JSON_ROUTES: Final = frozenset(
     {Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.EMBEDDINGS, Route.MESSAGES, Route.COUNT_TOKENS}
 )
 _LONGEST: Final = 300  # characters of an error that are told
+_COME_BACK: Final = 4.0  # seconds, on average, after which there may be room for a body
 _GONE: Final = 499  # as nginx counts a caller that hung up
 _object: Final = msgspec.json.Decoder(dict[str, Any])
-
-
-class Answered(Exception):
-    """A request was answered here; nobody else is asked.
-
-    Args:
-        answer: what it is told.
-        close: whether its connection ends with it, for what else comes on it cannot be read.
-    """
-
-    def __init__(self, answer: Answer, *, close: bool = False) -> None:
-        self.answer = answer
-        self.close = close
 
 
 class Proxy:
@@ -76,6 +66,7 @@ class Proxy:
         self._guard = Guard(
             most=settings.max_header_bytes, own_only=settings.address.loopback and not settings.has_token
         )
+        self.bodies = Bodies(settings.max_body_bytes, settings.max_held_bytes)
         self.draining = False
         self._under_way = 0
         self._limits: set[asyncio.Timeout] = set()  # of those that can be cut off
@@ -98,7 +89,8 @@ class Proxy:
         self._under_way += 1
         self.idle.clear()
         try:
-            response = await self._pass(request, headers, place)
+            with self.bodies.body() as body:
+                response = await self._pass(request, headers, place, body)
             status = response.status
         except Answered as answered:
             response = self._close_early(request, _whole(answered.answer, close=answered.close))
@@ -166,25 +158,25 @@ class Proxy:
             raise Answered(problem(protocol, 404, "forebay_no_such_path", message))
         return place
 
-    async def _pass(self, request: web.BaseRequest, headers: Plain, place: Place) -> web.StreamResponse:
+    async def _pass(self, request: web.BaseRequest, headers: Plain, place: Place, body: Body) -> web.StreamResponse:
         target = place.target
         try:
             async with self._until_cut_off():
-                value = await self._ask(request, headers, place)
+                value = await self._ask(request, headers, place, body)
         except TimeoutError:
             raise _draining(target.protocol) from None
         if isinstance(value, Answer):
             return self._close_early(request, _whole(value))
         return await self._stream(request, value, target.protocol)
 
-    async def _ask(self, request: web.BaseRequest, headers: Plain, place: Place) -> Any:
+    async def _ask(self, request: web.BaseRequest, headers: Plain, place: Place, body: Body) -> Any:
         """What the provider answers: an `Answer`, or one that is `Opened`.
 
         Raises:
             Answered: it does not.
         """
         target = place.target
-        passage = await self._passage(request, headers, place)
+        passage = await self._passage(request, headers, place, body)
         try:
             return await _drive(passage)
         except Overloaded as error:
@@ -194,7 +186,7 @@ class Proxy:
             message = f"the provider {target.name!r} could not be reached, or broke off: {_why(error)}"
             raise Answered(problem(target.protocol, 502, "forebay_upstream_failed", message)) from None
 
-    async def _passage(self, request: web.BaseRequest, headers: Plain, place: Place) -> Passage:
+    async def _passage(self, request: web.BaseRequest, headers: Plain, place: Place, body: Body) -> Passage:
         """A request, read and found fit to be sent on."""
         target = place.target
         try:
@@ -202,11 +194,15 @@ class Proxy:
             sender = self._senders.read(headers, offset=offset, share=target.settings.share_keys)
         except BadHeader as error:
             raise Answered(problem(target.protocol, 400, "forebay_bad_header", str(error)), close=True) from None
+        try:
+            content = await read_body(request, body, self._settings, target.protocol)
+        except NoRoom:
+            raise self._no_room(target) from None
         asked = Asked(
             method=request.method,
             told=request.raw_headers,
             headers=headers,
-            body=await self._body(request, target.protocol),
+            body=content,
             sender=sender,
             patience=patience(headers),
         )
@@ -237,40 +233,13 @@ class Proxy:
             answer.close()
         return response
 
-    async def _body(self, request: web.BaseRequest, protocol: Protocol) -> bytes:
-        """The body of a request.
-
-        Raises:
-            Answered: it is too long, or does not come.
-        """
-        most = self._settings.max_body_bytes
-        too_long = problem(
-            protocol, 413, "forebay_too_long", f"the body is longer than {most:,} bytes, the bound of this gateway"
-        )
-        if (request.content_length or 0) > most:
-            raise Answered(too_long, close=True)
-        content = request.content
-        expected = "expect" in request.headers and request.version >= HttpVersion11 and not content.is_eof()
-        if expected and request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if content.is_eof() and content.total_bytes <= most and content.exception() is None:
-            return content.read_nowait()  # all of it came with the head
-        pieces: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                async for piece in content.iter_any():
-                    size += len(piece)
-                    if size > most:  # of a chunked one nothing more is read
-                        raise Answered(too_long, close=True)
-                    pieces.append(piece)
-        except TimeoutError:
-            message = f"the body did not arrive within {self._settings.body_timeout:g} s"
-            raise Answered(problem(protocol, 408, "forebay_slow_body", message), close=True) from None
-        except web.RequestPayloadError:
-            message = "the body breaks off, or is no HTTP"
-            raise Answered(problem(protocol, 400, "forebay_bad_body", message), close=True) from None
-        return b"".join(pieces)
+    def _no_room(self, target: Target) -> Answered:
+        """Nothing is read of a body for which there is no room; whoever sends it comes back, each at another time."""
+        self.counts.refused(target.name, "bodies")
+        most = self._settings.max_held_bytes
+        message = f"the calls under way here hold {most:,} bytes together (max_held_bytes), or would with this one"
+        seconds = _COME_BACK * (0.5 + clock.draw())
+        return Answered(full(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
 
 
 async def _drive(passage: Passage) -> Any:

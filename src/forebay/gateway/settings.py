@@ -239,6 +239,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         token_file: file that holds it; one of the two is needed to listen on anything but loopback.
         context: whose word is taken for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request.
+        max_held_bytes: of the bodies of all requests together, each held until its call has ended.
         max_header_bytes: of a request's headers together.
         max_connections: open at a time.
         idle_timeout: seconds in which the head of a request must arrive, since the connection was made or the answer
@@ -257,6 +258,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     token_file: str | None = None
     context: ContextSettings = ContextSettings()
     max_body_bytes: int = 32 * 1024 * 1024
+    max_held_bytes: int = 512 * 1024 * 1024
     max_header_bytes: int = 64 * 1024
     max_connections: int = 10_000
     idle_timeout: float = 75.0
@@ -270,7 +272,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         address = read_address(self.listen)
         if address is None:
             refuse(self, "listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
-        check_whole(self, "max_body_bytes", "max_header_bytes", "max_connections")
+        check_whole(self, "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_connections")
+        if self.max_held_bytes < self.max_body_bytes:
+            refuse(self, "max_held_bytes", f"at least max_body_bytes, {self.max_body_bytes:,}, or no such body passes")
         check_positive(self, "idle_timeout", "body_timeout", "send_timeout", "drain_timeout", of="seconds")
         self._check_token(address)
 

@@ -51,6 +51,19 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
 
 
+class Answered(Exception):
+    """A request was answered here; nobody else is asked.
+
+    Args:
+        answer: what it is told.
+        close: whether its connection ends with it, for what else comes on it cannot be read.
+    """
+
+    def __init__(self, answer: Answer, *, close: bool = False) -> None:
+        self.answer = answer
+        self.close = close
+
+
 def problem(protocol: Protocol, status: int, code: str, message: str, *headers: tuple[str, str]) -> Answer:
     """An error that another attempt would not cure.
 
@@ -65,6 +78,20 @@ def problem(protocol: Protocol, status: int, code: str, message: str, *headers: 
     return Answer(status, (("content-type", JSON), stay, *headers), _body(protocol, status, code, message))
 
 
+def full(protocol: Protocol, code: str, message: str, *, seconds: float) -> Answer:
+    """There is no room in the gateway itself for a call, but in so many `seconds` there may be.
+
+    Args:
+        protocol: whose shape it takes.
+        code: one word for programs.
+        message: for a person.
+        seconds: after which to come again.
+    """
+    status = _busy(protocol)
+    back = (("x-should-retry", "true"), *_after(seconds))
+    return Answer(status, (("content-type", JSON), *back), _body(protocol, status, code, message))
+
+
 def refusal(protocol: Protocol, error: Overloaded) -> Answer:
     """A call that was not let through; when to come back is in ``retry-after-ms``, each caller another time."""
     part = (error.binding or "").rpartition(":")[2]
@@ -75,7 +102,7 @@ def refusal(protocol: Protocol, error: Overloaded) -> Answer:
     elif error.load == math.inf:
         status = 413  # it is larger than its bucket will ever be
     elif part in ("breaker", "outage"):
-        status = 529 if protocol == "anthropic" else 503
+        status = _busy(protocol)
     else:
         status = 429
     after = error.retry_after
@@ -84,8 +111,7 @@ def refusal(protocol: Protocol, error: Overloaded) -> Answer:
     if error.binding:
         headers.append(("x-forebay-binding", error.binding))
     if after is not None and status != 413:  # noqa: PLR2004
-        headers.append(("retry-after", str(math.ceil(after))))
-        headers.append(("retry-after-ms", str(math.ceil(1000 * after))))
+        headers.extend(_after(after))
     return Answer(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))
 
 
@@ -93,6 +119,15 @@ def broken_stream(protocol: Protocol, message: str) -> bytes:
     """The event that tells of an error where an answer has begun as a stream."""
     body = _body(protocol, 502, "forebay_upstream_failed", message)
     return b"event: error\ndata: " + body + b"\n\n" if protocol == "anthropic" else b"data: " + body + b"\n\n"
+
+
+def _busy(protocol: Protocol) -> int:
+    """The status of a provider that takes nobody now."""
+    return 529 if protocol == "anthropic" else 503
+
+
+def _after(seconds: float) -> tuple[tuple[str, str], ...]:
+    return ("retry-after", str(math.ceil(seconds))), ("retry-after-ms", str(math.ceil(1000 * seconds)))
 
 
 def _body(protocol: Protocol, status: int, code: str, message: str) -> bytes:

@@ -212,6 +212,8 @@ def test_what_is_no_address_is_refused(listen: Any) -> None:
         ({"targets": ()}, "targets"),
         ({"targets": (target(), target())}, "targets"),
         ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"max_held_bytes": 0}, "max_held_bytes"),
+        ({"max_body_bytes": 1000, "max_held_bytes": 999}, "max_held_bytes"),
         ({"max_header_bytes": "64k"}, "max_header_bytes"),
         ({"max_connections": 0}, "max_connections"),
         ({"body_timeout": 0}, "body_timeout"),

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from forebay import Overloaded
-from forebay.gateway.shapes import Answer, Protocol, broken_stream, problem, refusal
+from forebay.gateway.shapes import Answer, Protocol, broken_stream, full, problem, refusal
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["openai", "anthropic"])
 
@@ -66,6 +66,15 @@ def test_a_problem_tells_what_to_do_and_is_not_tried_again(protocol: Protocol, s
     assert error.status_code == status
     assert "do this" in error.message
     assert dict(answer.headers)["x-should-retry"] == "false"
+
+
+@PROTOCOLS
+def test_a_gateway_that_is_full_is_come_back_to(protocol: Protocol) -> None:
+    answer = full(protocol, "forebay_code", "come back", seconds=2.5)
+    error = raised(protocol, answer)
+    assert error.status_code == (503 if protocol == "openai" else 529)
+    headers = dict(answer.headers)
+    assert (headers["x-should-retry"], headers["retry-after"], headers["retry-after-ms"]) == ("true", "3", "2500")
 
 
 def test_an_error_in_a_stream_is_an_event() -> None:
