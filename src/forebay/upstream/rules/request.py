@@ -100,17 +100,34 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _MAKING: Final = frozenset({Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES})
+_NOTHING: Final = msgspec.Raw()
 
 
-# What becomes input, of any route.
-_INPUT: Final = frozenset(
-    {
-        *("messages", "system", "prompt", "suffix", "input", "instructions"),
-        *("tools", "functions", "response_format", "text"),
-    }
-)
-_BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_decoder: Final = msgspec.json.Decoder(dict[str, Any])
+class _Body(msgspec.Struct):
+    """What is read of a body. What becomes input, of any route, stays as it is sent, and no object is made of it."""
+
+    model: Any = None
+    stream: Any = None
+    stream_options: Any = None
+    max_completion_tokens: Any = None
+    max_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    best_of: Any = None
+    messages: msgspec.Raw = _NOTHING  # from here on it is input
+    system: msgspec.Raw = _NOTHING
+    prompt: msgspec.Raw = _NOTHING
+    suffix: msgspec.Raw = _NOTHING
+    input: msgspec.Raw = _NOTHING
+    instructions: msgspec.Raw = _NOTHING
+    tools: msgspec.Raw = _NOTHING
+    functions: msgspec.Raw = _NOTHING
+    response_format: msgspec.Raw = _NOTHING
+    text: msgspec.Raw = _NOTHING
+
+
+_INPUT: Final = _Body.__struct_fields__.index("messages")
+_decoder: Final = msgspec.json.Decoder(_Body)
 
 
 def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of its provider
@@ -143,21 +160,17 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
     read = _body(told, body) if route not in (Route.MODELS, Route.OTHER) else None
     if read is None:
         return Request(route=route, model=line.model, websocket=websocket, signed=signed, reads=line.reads)
-    sent = [value for name, value in read.items() if name in _INPUT and value is not None]
-    bound = None
-    for name in _BOUNDS:
-        if name in read and (bound := _bound(read[name])) is not None:
-            break
+    sent = map(bytes, filter(None, msgspec.structs.astuple(read)[_INPUT:]))
     choices = 1
-    if "n" in read or "best_of" in read:
-        choices = min(_MOST_CHOICES, max(1, _bound(read.get("n")) or 1, _bound(read.get("best_of")) or 1))
-    options = read.get("stream_options")
+    if read.n is not None or read.best_of is not None:
+        choices = min(_MOST_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
+    options = read.stream_options
     return Request(
         route=route,
-        model=_name(read.get("model")) or line.model,
-        stream=read.get("stream") is True,
+        model=_name(read.model) or line.model,
+        stream=read.stream is True,
         input_tokens=tokens_of(sent, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
-        max_output_tokens=bound,
+        max_output_tokens=_first(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
@@ -227,7 +240,7 @@ def _is_signed(told: Mapping[str, str]) -> bool:
     return "content-encoding" in told or not _SIGNED.isdisjoint(told)
 
 
-def _body(told: Mapping[str, str], body: bytes) -> dict[str, Any] | None:
+def _body(told: Mapping[str, str], body: bytes) -> _Body | None:
     """The body, if it is a JSON object; a form (files) or anything else is None."""
     if "content-encoding" in told or told.get("content-type", "").startswith("multipart/"):
         return None
@@ -239,6 +252,13 @@ def _body(told: Mapping[str, str], body: bytes) -> dict[str, Any] | None:
 
 def _name(model: object) -> str | None:
     return model[:_LONGEST_MODEL] if isinstance(model, str) and model else None
+
+
+def _first(*bounds: object) -> int | None:
+    for told in bounds:
+        if told is not None and (bound := _bound(told)) is not None:
+            return bound
+    return None
 
 
 def _bound(value: object) -> int | None:

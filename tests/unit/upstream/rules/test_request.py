@@ -114,9 +114,11 @@ def test_the_bound_on_the_output_has_many_names(bounds: dict[str, Any], most: in
     [
         ("/v1/completions", {"prompt": "x" * 400}, 101),
         ("/v1/completions", {"prompt": [1, 2, 3, 4, 5]}, 5),
-        ("/v1/embeddings", {"input": ["x" * 400, "y" * 400]}, 201),
+        ("/v1/embeddings", {"input": ["x" * 400, "y" * 400]}, 202),
         ("/v1/embeddings", {"input": [[1, 2, 3], [4, 5]]}, 5),
         ("/v1/responses", {"input": "x" * 400, "instructions": "y" * 400}, 201),
+        ("/v1/responses", {"input": 100 * '"\t\n '}, 101),
+        ("/v1/responses", {"input": 100 * "\u4e2d"}, 76),
         ("/v1/chat/completions", {"messages": None}, 0),
         ("/v1/chat/completions", {}, 0),
     ],
