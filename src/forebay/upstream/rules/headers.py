@@ -16,9 +16,11 @@ from __future__ import annotations
 import datetime as dt
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from itertools import repeat
+from operator import methodcaller
 from typing import Final, Self
 
 from forebay.typing import Notice
@@ -54,9 +56,21 @@ _FAMILIES: Final = [
     (unit.replace("-", "_"), pattern % "limit", pattern % "remaining", pattern % "reset") for unit, pattern in _PATTERNS
 ]
 _FAMILY: Final = {name: number for number, (_, *names) in enumerate(_FAMILIES) for name in names}
+_NONE: Final = -1
 
 
-_known: dict[bytes, str] = {}  # names as they stand on the wire: they are the same from call to call
+class _Known(dict[bytes, str]):
+    """Names as they stand on the wire, and in lower case: they are the same from call to call."""
+
+    def __missing__(self, name: bytes) -> str:
+        low = name.decode("latin-1").lower()
+        if len(self) < _KNOWN and len(name) <= _LONGEST_VALUE:
+            self[name] = low
+        return low
+
+
+_lower: Final = _Known().__getitem__
+_text: Final = methodcaller("decode", "latin-1")
 
 
 class Plain(dict[str, str]):
@@ -65,16 +79,12 @@ class Plain(dict[str, str]):
     __slots__ = ()
 
     @classmethod
-    def of_wire(cls, pairs: Iterable[tuple[bytes, bytes]]) -> Self:
+    def of_wire(cls, pairs: Sequence[tuple[bytes, bytes]]) -> Self:
         """Those that stand on the wire."""
-        return cls([(_known.get(name) or _lower(name), value.decode("latin-1").strip()) for name, value in pairs])
-
-
-def _lower(name: bytes) -> str:
-    low = name.decode("latin-1").lower()
-    if len(_known) < _KNOWN and len(name) <= _LONGEST_VALUE:
-        _known[name] = low
-    return low
+        if not pairs:
+            return cls()
+        names, values = zip(*pairs, strict=True)
+        return cls(zip(map(_lower, names), map(str.strip, map(_text, values)), strict=True))  # no step of it in Python
 
 
 def plain(headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -92,7 +102,8 @@ def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:
         wall: epoch seconds, now.
     """
     told = plain(headers)
-    here = {_FAMILY[name] for name in told if name in _FAMILY}  # one look at each header; there are ten families
+    here = set(map(_FAMILY.get, told, repeat(_NONE)))  # one look at each header; there are ten families
+    here.discard(_NONE)
     if not here:
         return ()
     moment: float | None = None
@@ -118,7 +129,7 @@ def _amount(text: str | None, *, least: int | None = None) -> int | None:
     """A limit or what remains of it; below zero is `least`, and None where that is None."""
     if text is None or len(text) > _LONGEST_VALUE:
         return None
-    if text.isascii() and text.isdigit():  # nearly all, and a tenth of the price
+    if text.isdecimal():  # nearly all, and a tenth of the price
         amount = int(text)
         return amount if amount <= _LARGEST else None
     match = _PLAIN.fullmatch(text)
@@ -157,13 +168,11 @@ def read_reset(text: str, *, wall: float) -> float | None:
 
 
 def _duration(text: str) -> float | None:
-    total, end = 0.0, 0
-    for part in _PART.finditer(text):
-        if part.start() != end:
-            return None
-        total += float(part[1]) * _SECONDS[part[2]]
-        end = part.end()
-    return total if 0 < end == len(text) and math.isfinite(total) else None
+    total, length = 0.0, 0
+    for number, unit in _PART.findall(text):
+        total += float(number) * _SECONDS[unit]
+        length += len(number) + len(unit)
+    return total if 0 < length == len(text) and total < math.inf else None
 
 
 def _rfc3339(text: str) -> float | None:
