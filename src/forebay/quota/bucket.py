@@ -65,13 +65,12 @@ class Bucket:
         """What is never drained."""
         return self.cushion * self.amount if self.window_ends is None else 0.0
 
-    def wait(self, now: float, amount: float) -> float:
-        """Seconds until `amount` can be taken: 0 is now, infinity never, for it is more than the whole."""
+    def wait(self, now: float, amount: float, ahead: float = 0.0) -> float:
+        """Seconds until `amount` can be taken once `ahead` is through: 0 is now, infinity never, for it is too much."""
         if amount > self.amount:
             return math.inf
-        if not amount:
-            return 0.0
-        return self.time_to(now, min(amount + self.kept, self.size))
+        seconds = self.time_to(now, min(amount + self.kept, self.size)) if amount else 0.0
+        return seconds if not ahead else max(seconds, self.time_to(now, ahead + amount + self.kept))
 
     def time_to(self, now: float, amount: float) -> float:
         """Seconds until `amount` in all, which may be more than it can hold at once, will have been there."""
@@ -92,10 +91,12 @@ class Bucket:
 
     def take(self, now: float, amount: float) -> None:
         """Take `amount`, into debt if it must be."""
-        self.refill(now)
+        if now != self.at:
+            self.refill(now)
         self.level = max(self.level - amount, -self.amount)
 
     def give_back(self, now: float, amount: float) -> None:
         """Return `amount`; what does not fit is lost."""
-        self.refill(now)
+        if now != self.at:
+            self.refill(now)
         self.level = min(self.size, self.level + amount)

@@ -149,31 +149,33 @@ class Heard:
 
     def _hear_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
         bucket = self.bucket
-        seen = self._sighting(now, sent, remaining, reset)
-        rate = bucket.rate
-        if not self._plausible(seen, reset, bucket.amount - remaining, now - sent):
+        if not self._plausible(now, sent, remaining, reset):
             return
-        if bucket.rate != rate:  # of the period as it is by now
-            seen = self._sighting(now, sent, remaining, reset)
-        self._compare(seen)
+        anchor = self._anchor
+        if anchor is None or sent - anchor.sent >= 3 * _TOLERANCE * bucket.per:  # else too soon to tell them apart
+            seen = self._anchor = self._sighting(now, sent, remaining, reset)
+            if anchor is not None:
+                self._compare(anchor, seen)
         if bucket.window_ends is not None:
-            self._follow(seen)
+            self._follow(sent + reset, now + reset)
 
     def _sighting(self, now: float, sent: float, remaining: float, reset: float) -> _Sighting:
         rate = self.bucket.rate
         holds = remaining + reset * rate
         return _Sighting(sent, (sent + reset, now + reset), (holds, holds + (now - sent) * rate))
 
-    def _plausible(self, seen: _Sighting, reset: float, spent: float, late: float) -> bool:
+    def _plausible(self, now: float, sent: float, remaining: float, reset: float) -> bool:
         """Whether a reset fits the period; if two in a row fit another one, that is the period from now on."""
         bucket = self.bucket
         fits = reset <= bucket.per * (1 + _TOLERANCE) + 1
-        other = _period(bucket.amount, spent, reset, late)
+        other = _period(bucket.amount, bucket.amount - remaining, reset, now - sent, bucket.per if fits else 0.0)
         if other is None and not fits:
             other = next((per for per in PERIODS.values() if reset <= per), None)
         if other is None or other == bucket.per:
             self._candidate = None
-        elif self._candidate is None or self._candidate[0] != other:
+            return fits
+        seen = self._sighting(now, sent, remaining, reset)
+        if self._candidate is None or self._candidate[0] != other:
             self._candidate = other, seen
         elif not self._explained(self._candidate[1], seen):
             bucket.resize(bucket.amount, other)
@@ -189,15 +191,10 @@ class Heard:
         holds = max(one.holds[0], other.holds[0])
         return holds <= self.bucket.amount + rounding and _gap(one.holds, other.holds) <= rounding
 
-    def _compare(self, seen: _Sighting) -> None:
+    def _compare(self, anchor: _Sighting, seen: _Sighting) -> None:
         """Bucket or window? The first keeps what it holds when full, the second the moment when it is full."""
-        anchor, bucket = self._anchor, self.bucket
+        bucket = self.bucket
         tolerance = _TOLERANCE * bucket.per
-        if anchor is not None and seen.sent - anchor.sent < 3 * tolerance:
-            return  # too soon to tell them apart
-        self._anchor = seen
-        if anchor is None:
-            return
         moved = _gap(anchor.full_at, seen.full_at, bucket.per) > tolerance
         changed = _gap(anchor.holds, seen.holds) - _ROUNDED > tolerance * bucket.rate
         if changed and not moved:
@@ -209,10 +206,9 @@ class Heard:
             bucket.size = min(bucket.amount, max(1.0, seen.holds[1]))
             bucket.level = min(bucket.level, bucket.size)
 
-    def _follow(self, seen: _Sighting) -> None:
+    def _follow(self, earliest: float, latest: float) -> None:
         """Keep the end of the window where the headers say that it can be; late rather than early."""
         bucket = self.bucket
-        earliest, latest = seen.full_at
         ends = bucket.window_ends or latest
         if not earliest <= ends <= latest:
             if latest - ends > bucket.per / 2:  # the next window has begun already
@@ -227,11 +223,16 @@ def _gap(one: tuple[float, float], other: tuple[float, float], period: float = m
     return max(0.0, apart - (one[1] - one[0] + other[1] - other[0]) / 2)
 
 
-def _period(limit: float, spent: float, reset: float, late: float) -> float | None:
-    """The only period in which `spent` of `limit` comes back in `reset` seconds, as written; None: cannot tell."""
+def _period(limit: float, spent: float, reset: float, late: float, present: float) -> float | None:
+    """The only period in which `spent` of `limit` comes back in `reset` seconds, as written; None: cannot tell.
+
+    Where the present one explains it nothing need be told: another one would have to be the only one.
+    """
     if spent < _LEAST_SPENT:
         return None
     slowest = (reset + late) * limit / spent
     fastest = (reset - 1.0) * limit / (spent + 1)  # resets may be written in whole seconds, and what is left rounded
+    if fastest <= present <= slowest:
+        return None
     fitting = [per for per in PERIODS.values() if fastest <= per <= slowest]
     return fitting[0] if len(fitting) == 1 else None

@@ -18,7 +18,6 @@ from forebay.typing import Charge, Notice
 HOLD: Final = "retry-after"
 """What binds while a provider has asked us to hold."""
 
-_NOTHING: Final = Charge(requests=0)
 _MINUTE: Final = PERIODS["minute"]
 _LONGEST_RESET: Final = 2 * PERIODS["day"]
 _NAMES: Final = {seconds: name for name, seconds in PERIODS.items()}
@@ -127,21 +126,21 @@ class Quotas:
                 return _name(unit, heard.bucket.per)
         return None
 
-    def expected_wait(self, now: float, charge: Charge, *, ahead: Charge = _NOTHING) -> Delay:
+    def expected_wait(self, now: float, charge: Charge, *, ahead: Charge | None = None) -> Delay:
         """How long a call of this charge would wait if calls of `ahead` in all went before it."""
         self._pass(now)
         longest, binding = 0.0, None
         if self._hold_until > now:
             longest, binding = self._hold_until - now, HOLD
         for unit, name, bucket in self._given:
-            seconds = _behind(bucket, now, getattr(charge, unit), getattr(ahead, unit))
+            seconds = bucket.wait(now, getattr(charge, unit), 0 if ahead is None else getattr(ahead, unit))
             if seconds > longest:
                 longest, binding = seconds, name
         for unit, heard in self._heard.items():
             amount, bucket = getattr(charge, unit), heard.bucket
             if amount > bucket.amount and heard.silent(now):
                 continue  # a limit that was heard of long ago must not lock for ever: this call will tell
-            seconds = _behind(bucket, now, amount, getattr(ahead, unit))
+            seconds = bucket.wait(now, amount, 0 if ahead is None else getattr(ahead, unit))
             if seconds > longest:
                 longest, binding = seconds, _name(unit, bucket.per)
         return Delay(longest, binding)
@@ -174,12 +173,13 @@ class Quotas:
         charge = _sane_charge(charge)
         for unit, _, bucket in self._given:
             bucket.take(now, getattr(charge, unit))
-        for unit in UNITS:
-            self._under_way[unit] += getattr(charge, unit)
+        under_way = self._under_way
+        for unit in under_way:
+            under_way[unit] += getattr(charge, unit)
         marks = {}
         for unit, heard in self._heard.items():
             heard.bucket.take(now, getattr(charge, unit))
-            marks[unit] = heard.mark(self._under_way[unit])
+            marks[unit] = heard.mark(under_way[unit])
         reservation = Reservation(self._numbers(), now, charge, marks)
         self._open[reservation.number] = reservation
         return reservation
@@ -269,8 +269,9 @@ class Quotas:
         if self._open.pop(reservation.number, None) is not reservation:
             raise ReservationClosed
         self._pass(now)
-        for unit in UNITS:
-            self._under_way[unit] -= getattr(reservation.charge, unit)
+        under_way = self._under_way
+        for unit in under_way:
+            under_way[unit] -= getattr(reservation.charge, unit)
 
     def _hear(self, now: float, notices: Sequence[Notice], reservation: Reservation, *, refused: bool) -> None:
         self._pass(now)
@@ -331,14 +332,6 @@ class Quotas:
 
 def _name(unit: str, seconds: float) -> str:
     return f"{unit.replace('_', ' ')} per {_NAMES[seconds]}"
-
-
-def _behind(bucket: Bucket, now: float, amount: float, ahead: float) -> float:
-    """Seconds until `amount` can be taken once `ahead` is through."""
-    seconds = bucket.wait(now, amount)
-    if not ahead or seconds == math.inf:
-        return seconds
-    return max(seconds, bucket.time_to(now, ahead + amount + bucket.kept))
 
 
 def _adjust(bucket: Bucket, now: float, spare: float) -> None:
