@@ -581,9 +581,9 @@ MUTANTS = [
     ),
     Mutant(
         "the pace of calls is learned from failures",
-        "upstream/call.py",
-        "self._desk.paced(permit, tokens, seconds) if outcome is Outcome.SUCCESS else None",
-        "self._desk.paced(permit, tokens, seconds)",
+        "upstream/account.py",
+        "if outcome is Outcome.SUCCESS and ended.seconds is not None:",
+        "if ended.seconds is not None:",
         _RETRIES + "test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take",
     ),
     Mutant(

@@ -87,10 +87,11 @@ class Account:
         """
         self._ripen(now)
         ask.since = min(ask.since, now)
-        refusal = self._refusal(now, ask)
+        at_once = not self.line and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0
+        refusal = self._refusal(now, ask, fits=at_once)
         if refusal is not None:
             return refusal
-        if not self.line and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0:
+        if at_once:
             return self._late(now, ask) or self._let_go(now, ask)
         seconds, binding = self.expected_wait(now, ask)
         if len(self.line) >= _LINE:
@@ -122,14 +123,14 @@ class Account:
             self.line.leave(waiting.place)
             waiting.place = None
 
-    def _refusal(self, now: float, ask: Ask) -> No | None:
+    def _refusal(self, now: float, ask: Ask, *, fits: bool = False) -> No | None:
+        """Why it is not let through, however long it waits; `fits`: no quota is too small for it."""
         if ask.deadline <= now:
             return No("its deadline passed before it was sent: give a later one", "deadline", math.inf, None)
         for purse in self._purses(ask):
             if not purse.affords(ask.usd, ask.priority):
                 return purse.refusal(ask.usd)
-        smaller = self.quotas.outgrown(now, ask.charge)
-        if smaller is not None:
+        if not fits and (smaller := self.quotas.outgrown(now, ask.charge)) is not None:
             reason = f"it is larger than {smaller} will ever be: ask for less (max_tokens counts), or raise that quota"
             return No(reason, smaller, math.inf, None)
         return self._closed(now, free=ask.free)
@@ -287,14 +288,16 @@ class Account:
         """
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
-        ask = permit.ask
-        self.in_flight -= 1
-        if ended.outcome is Outcome.SUCCESS:
+        ask, outcome, stretch = permit.ask, ended.outcome, None
+        if outcome is Outcome.SUCCESS and ended.seconds is not None:
+            stretch = self.paced(now, permit, ended.made, ended.seconds)
+        if outcome is Outcome.SUCCESS:
             self._outage.over()
             self._accept(now, permit)
-        elif ended.outcome is Outcome.OVERLOAD:
+        elif outcome is Outcome.OVERLOAD:
             self._outage.refused(now)
-        self.limit.observe(now, permit.grant, ended.outcome, stretch=ended.stretch)
+        self.in_flight -= 1
+        self.limit.observe(now, permit.grant, outcome, stretch=stretch)
         if ended.notices and not ended.rate:
             self.quotas.hear(now, ended.notices, permit.reservation)
         if ended.rate:
@@ -306,8 +309,8 @@ class Account:
         for held in permit.sums:
             held.settle(ask.usd if ended.usd is None else ended.usd)
         took = now - permit.at if ended.seconds is None else ended.seconds
-        self.service.ended(took, ended, slots=self.limit.limit(now))
-        judged = ended.outcome if ended.final else Outcome.IGNORED
+        self.service.ended(took, ended, stretch=stretch, slots=self.limit.limit(now))
+        judged = outcome if ended.final else Outcome.IGNORED
         if self.breaker.record(now, judged, permit.era) is not None:
             self.refuse_all(now)
 

@@ -98,7 +98,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
         notices: what the headers of its answer said of the quotas, unless that was heard before.
         usd: what it cost; None: as much as was reserved.
         seconds: how long it took, if that says anything of the upstream's pace.
-        stretch: its time over the time expected for its output tokens, if both are known.
+        made: output tokens, if that is known of a success.
+        foreseen: input tokens that it was estimated to send; None: what it used says nothing of that.
         final: whether it will not be tried again: only such count for the breaker.
     """
 
@@ -110,7 +111,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     notices: tuple[Notice, ...] = ()
     usd: float | None = None
     seconds: float | None = None
-    stretch: float | None = None
+    made: int = 0
+    foreseen: int | None = None
     final: bool = True
 
 

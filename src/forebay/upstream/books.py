@@ -155,7 +155,7 @@ class Money:
 
     def of(self, ask: Ask) -> Sequence[Till]:
         """Those that a call draws on."""
-        if ask.free:
+        if not self.any or ask.free:
             return ()
         purses = [] if self.own is None else [self.own]
         if self._tenant is not None:

@@ -127,6 +127,5 @@ class UpstreamCall:
                 outcome = Outcome.FAULT if fault else Outcome.IGNORED
         seconds = clock.now() - permit.at
         tokens = self._used.output_tokens if self._used is not None else 0
-        stretch = self._desk.paced(permit, tokens, seconds) if outcome is Outcome.SUCCESS else None
-        ended = Ended(outcome=outcome, used=self._used, usd=self._usd, seconds=seconds, stretch=stretch)
+        ended = Ended(outcome=outcome, used=self._used, usd=self._usd, seconds=seconds, made=tokens)
         self._desk.settle(permit, ended)

@@ -14,7 +14,6 @@ from forebay.typing import Charge, Notice
 from forebay.upstream.account import Account
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
 from forebay.upstream.experience import Experience
-from forebay.upstream.rules import Usage
 from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter, Waiting
 
 _GAIN = 0.05  # weight of the newest call in what a typical one asks
@@ -143,22 +142,13 @@ class Desk:
             self.account.stop(now, seconds)
             self.account.refuse_all(now)
 
-    def paced(self, permit: Permit, tokens: int, seconds: float) -> float | None:
-        """A success took so long for its output tokens; returns its stretch, if it made any and that is known."""
-        with self._lock:
-            return self.account.paced(clock.now(), permit, tokens, seconds)
-
-    def learn(self, permit: Permit, estimated: int, usage: Usage, used: Charge, seconds: float) -> float | None:
-        """A success used so much, and took so long; returns its stretch, if that is known."""
-        with self._lock:
-            self.experience.observe(estimated, usage, used)
-            return self.account.paced(clock.now(), permit, usage.output_tokens, seconds)
-
     def settle(self, permit: Permit, ended: Ended) -> None:
         """Close a permit."""
         now = clock.now()
         with self._lock:
             self.account.settle(now, permit, ended)
+            if ended.foreseen is not None and ended.used is not None:
+                self.experience.observe(ended.foreseen, ended.used)
             self.account.pump(now)
             relieved = self._relieved(now)
         for callback in relieved:

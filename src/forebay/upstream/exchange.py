@@ -246,10 +246,16 @@ class Exchange:
         if self.upstream.counts_money:
             made = Charge(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
             usd = self.upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
-        stretch = None
-        if outcome is Outcome.SUCCESS:
-            stretch = self.desk.learn(permit, self.read.input_tokens, usage, used, seconds)
-        return Ended(outcome=outcome, used=used, usd=usd, seconds=seconds, stretch=stretch, notices=heard)
+        told = outcome is Outcome.SUCCESS and not usage.estimated
+        return Ended(
+            outcome=outcome,
+            used=used,
+            usd=usd,
+            seconds=seconds,
+            made=usage.output_tokens,
+            foreseen=self.read.input_tokens if told else None,
+            notices=heard,
+        )
 
 
 def _key(headers: Plain) -> str:

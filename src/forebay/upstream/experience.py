@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forebay.typing import Charge
-from forebay.upstream.rules import InputRatio, Usage
+from forebay.upstream.rules import InputRatio
 
 _GAIN = 0.05  # weight of the newest call
 _LEAST = 5  # calls before their mean is believed
@@ -28,10 +28,8 @@ class Experience:
         """What a call typically makes, or None while too few were seen."""
         return round(self._mean) if self._seen >= _LEAST else None
 
-    def observe(self, estimated: int, usage: Usage, used: Charge) -> None:
+    def observe(self, foreseen: int, used: Charge) -> None:
         """A call was estimated to send so many input tokens, and used this."""
-        if usage.estimated:
-            return
-        self.ratio.observe(estimated, used.input_tokens)
+        self.ratio.observe(foreseen, used.input_tokens)
         self._seen += 1
-        self._mean += (usage.output_tokens - self._mean) * max(_GAIN, 1.0 / self._seen)
+        self._mean += (used.output_tokens - self._mean) * max(_GAIN, 1.0 / self._seen)

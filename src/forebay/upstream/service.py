@@ -37,8 +37,8 @@ class Service:
         """Seconds that a call takes, or is taken to take before the first has succeeded."""
         return self.typical or _UNKNOWN
 
-    def ended(self, held: float, ended: Ended, *, slots: int) -> None:
-        """A call has held one of so many slots for so many seconds, and ended so.
+    def ended(self, held: float, ended: Ended, *, stretch: float | None, slots: int) -> None:
+        """A call has held one of so many slots for so many seconds, and ended so; `stretch`: see `Account.paced`.
 
         The mean of `held` is over two rounds of all slots at least. It says how long the line may be: were it to swing,
         each dip would let more in than can be served, and they would be sent late.
@@ -48,7 +48,7 @@ class Service:
         self.held = _mean(self.held, held, min(_GAIN, 0.5 / max(1, slots)))
         if ended.outcome is Outcome.SUCCESS and ended.seconds is not None:
             self._times.ended(ended.seconds, success=True)
-            self.typical = _mean(self.typical, ended.seconds / max(1.0, ended.stretch or 1.0), _GAIN)
+            self.typical = _mean(self.typical, ended.seconds / max(1.0, stretch or 1.0), _GAIN)
 
     def hopeless(self, now: float, ask: Ask) -> bool:
         """Whether a call about to be sent comes too late, as far as may be judged; asked only if it is sent else.

@@ -262,8 +262,10 @@ def test_a_call_that_is_tried_again_late_is_judged_by_the_time_it_had_at_first()
 
 def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> None:
     house = House()
-    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.SUCCESS, seconds=6.0, stretch=3.0))
-    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, seconds=60.0))
+    for tokens in range(100, 112):
+        house.account.pace.learn(tokens, 0.02 * tokens)
+    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.SUCCESS, seconds=6.0, made=100))
+    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, seconds=60.0, made=100))
     assert house.account.service.typical == pytest.approx(2.0)
 
 

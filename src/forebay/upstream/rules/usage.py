@@ -30,7 +30,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 def count(value: object) -> int:
     """A number of tokens out of JSON; 0 if it is none."""
-    if isinstance(value, bool) or not isinstance(value, _NUMBER):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, _NUMBER)):
         return 0
     return int(value) if 0 <= value <= _MOST else 0
 
