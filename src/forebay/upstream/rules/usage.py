@@ -93,5 +93,9 @@ class InputRatio:
         if estimated <= 0 or counted <= 0:
             return
         self._seen += 1
-        ratio = min(10.0, max(0.1, counted / estimated))
-        self.value += (ratio - self.value) * max(0.05, 1.0 / self._seen)
+        newest = _credible(counted / estimated)
+        self.value = _credible(self.value + (newest - self.value) * max(0.05, 1.0 / self._seen))
+
+
+def _credible(ratio: float) -> float:
+    return min(10.0, max(0.1, ratio))
