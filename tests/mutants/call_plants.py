@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "what costs nothing waits for money",
         "upstream/books.py",
-        "        if ask.free:\n",
-        "        if False:\n",
+        "if not self.any or ask.free:",
+        "if not self.any:",
         _ACCEPTANCE + "test_gateway.py::test_what_costs_nothing_passes_though_the_money_is_spent[tenant_budget_usd]",
     ),
     Mutant(
@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant(
         "a call that comes passes those who wait",
         "upstream/account.py",
-        "if not self.line and self._room(now)",
-        "if self._room(now)",
+        "at_once = not self.line and self._room(now)",
+        "at_once = self._room(now)",
         _DECISIONS + "test_a_small_call_does_not_pass_those_who_wait_for_tokens",
     ),
     Mutant(
@@ -326,7 +326,7 @@ MUTANTS = [
     Mutant(
         "a call larger than its bucket waits for ever",
         "upstream/account.py",
-        "if smaller is not None:",
+        "if not fits and (smaller := self.quotas.outgrown(now, ask.charge)) is not None:",
         "if False:",
         _ACCEPTANCE + "test_upstream.py::test_a_call_larger_than_its_bucket_is_refused_for_good",
     ),
@@ -498,15 +498,15 @@ MUTANTS = [
     Mutant(
         "a refusal is a fault to the breaker",
         "upstream/account.py",
-        "judged = ended.outcome if ended.final else Outcome.IGNORED",
-        "judged = Outcome.FAULT if ended.outcome is Outcome.OVERLOAD else Outcome.IGNORED",
+        "judged = outcome if ended.final else Outcome.IGNORED",
+        "judged = Outcome.FAULT if outcome is Outcome.OVERLOAD else Outcome.IGNORED",
         _DECISIONS + "test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither",
     ),
     Mutant(
         "each attempt counts for the breaker",
         "upstream/account.py",
-        "judged = ended.outcome if ended.final else Outcome.IGNORED",
-        "judged = ended.outcome",
+        "judged = outcome if ended.final else Outcome.IGNORED",
+        "judged = outcome",
         _RETRIES + "test_only_what_a_call_comes_to_at_last_counts_for_the_breaker",
     ),
     Mutant(
