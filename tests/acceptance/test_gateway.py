@@ -36,7 +36,7 @@ from forebay.gateway import (
     QuotaSettings,
     TargetSettings,
 )
-from forebay.gateway.server import Gateway
+from forebay.gateway.server import CannotListen, Gateway
 from forebay.quota import Price
 
 # --- what passes ---
@@ -192,6 +192,15 @@ async def test_only_who_is_trusted_speaks_for_a_tenant(scene: Scene) -> None:
         assert (await scene.post(gateway, headers={"x-forebay-tenant": "a"}))[0] == 402
     async with Gateway(scene.settings(gateway={"context": ContextSettings(tenant_headers=("x-user",))})) as gateway:
         assert (await scene.post(gateway, headers={"x-user": "a"}))[0] == 200
+
+
+async def test_an_address_that_is_taken_is_told_in_a_word(scene: Scene) -> None:
+    async with Gateway(scene.settings()) as gateway:
+        address = f"127.0.0.1:{gateway.port}"
+        with pytest.raises(CannotListen) as refused:
+            await Gateway(scene.settings(gateway={"listen": address})).__aenter__()
+    told = f"Nothing can listen on {address}: Address already in use. Give another address, or stop what listens there."
+    assert str(refused.value) == told
 
 
 # --- what is refused ---

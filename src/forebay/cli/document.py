@@ -13,11 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import msgspec
+
 from forebay.errors import ForebayError
 
 Keys = tuple[str | int, ...]
 """What leads to a value; a number is a place in a list of tables."""
 
+_BARE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 LARGEST: Final = 1024 * 1024  # bytes; a larger file is no configuration
 _AT: Final = re.compile(
     r"(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)", re.DOTALL
@@ -48,22 +51,8 @@ class Document:
         except tomllib.TOMLDecodeError as error:
             raise InvalidConfiguration(problems=_wrong_syntax(name, text, str(error))) from None
         self.lines: dict[Keys, int] = {}
-        table: Keys = ()
-        lengths: dict[Keys, int] = {}
-        for line, statement in _statements(text):
-            said = tomllib.loads(statement)
-            if statement.lstrip().startswith("["):
-                table = ()
-                for keys in _within(said):
-                    self.lines.setdefault(keys, line)
-                    table = keys
-                if statement.lstrip().startswith("[["):
-                    place = lengths[table] = lengths.get(table, -1) + 1
-                    table = (*table, place)
-                    self.lines[table] = line
-            else:
-                for keys in _within(said):
-                    self.lines.setdefault((*table, *keys), line)
+        for line, keys in _places(text):
+            self.lines.setdefault(keys, line)
 
 
 def read_document(path: Path) -> Document:
@@ -103,6 +92,25 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
         yield start, statement
 
 
+def _places(text: str) -> Iterator[tuple[int, Keys]]:
+    """Each key and each header with the line where it stands, those that lead to it before it."""
+    table: Keys = ()
+    lengths: dict[Keys, int] = {}
+    for line, statement in _statements(text):
+        said = tomllib.loads(statement)
+        if statement.lstrip().startswith("["):
+            for keys in _within(said):
+                yield line, keys
+                table = keys
+            if statement.lstrip().startswith("[["):
+                place = lengths[table] = lengths.get(table, -1) + 1
+                table = (*table, place)
+                yield line, table
+        else:
+            for keys in _within(said):
+                yield line, (*table, *keys)
+
+
 def _whole(statement: str) -> bool:
     """Whether it is one: a value that goes on in the next line is none yet."""
     try:
@@ -123,8 +131,37 @@ def _within(said: Mapping[str, Any]) -> Iterator[Keys]:
 def _wrong_syntax(name: str, text: str, message: str) -> str:
     told = _AT.fullmatch(message)
     what = told["what"] if told else message
+    at = int(told["line"]) if told and told["line"] else None
+    begins = max(line for line, _ in _statements(text) if at is None or line <= at)
+    if twice := _twice(text, begins):
+        return f"{name}:{begins}: {twice}"
     if told and told["line"]:
         return f"{name}:{told['line']}: {what} (column {told['column']})"
     *_, (line, statement) = _statements(text)
     unended = "" if _whole(statement) else ", from here to the end of the file"  # where it begins says more
     return f"{name}:{line}: {what}{unended}"
+
+
+def _twice(text: str, line: int) -> str | None:
+    """What is wrong with the statement of that line, if it is that something stands there for the second time."""
+    first: dict[Keys, int] = {}
+    here: Keys = ()
+    try:
+        for at, keys in _places(text):
+            if at > line:
+                break
+            if at == line:
+                here = keys
+            else:
+                first.setdefault(keys, at)
+    except tomllib.TOMLDecodeError:
+        return None
+    if here not in first:
+        return None
+    return f"{dotted(here)} stands in line {first[here]} already: keep one of the two, or give this one another name"
+
+
+def dotted(keys: Keys) -> str:
+    """Keys as a TOML file has them: there is no number in them, for a place in a list."""
+    names = [key for key in keys if isinstance(key, str)]
+    return ".".join(name if name and _BARE.issuperset(name) else msgspec.json.encode(name).decode() for name in names)

@@ -10,12 +10,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from forebay.cli.document import Document, InvalidConfiguration, Keys
+from forebay.cli.document import Document, InvalidConfiguration, Keys, dotted
 from forebay.errors import ForebayError, InvalidPrice, InvalidSetting
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-_BARE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 _LONGEST: Final = 100  # characters of a value that are shown
 _KINDS: Final = (
     (bool, "true or false"),
@@ -187,12 +186,6 @@ class Reader:
         value = facts["value"]
         shown = f"{value!r}"[:_LONGEST] if isinstance(value, str) else _found(value)
         self.tell(keys, f"{dotted(keys)} is {shown}; it must be {facts['expected']}")
-
-
-def dotted(keys: Keys) -> str:
-    """Keys as a TOML file has them: there is no number in them, for a place in a list."""
-    names = [key for key in keys if isinstance(key, str)]
-    return ".".join(name if name and _BARE.issuperset(name) else msgspec.json.encode(name).decode() for name in names)
 
 
 def _is_struct(kind: Any) -> bool:

@@ -204,7 +204,7 @@ class Gateway:
         except BaseException as error:
             await self._session.close()
             if isinstance(error, OSError):
-                raise CannotListen(listen=self.settings.listen, problem=error.strerror or str(error)) from None
+                raise CannotListen(listen=self.settings.listen, problem=_why(error)) from None
             raise
         return self
 
@@ -246,6 +246,12 @@ class Gateway:
 
 class CannotListen(ForebayError, OSError):
     """Nothing can listen on {listen}: {problem}. Give another address, or stop what listens there."""
+
+
+def _why(error: OSError) -> str:
+    """What the machine says; asyncio's own words tell the address again."""
+    number = error.errno or 0  # below 0 it is that of a name that was not found
+    return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
 def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:

@@ -110,12 +110,20 @@ def paths(values: Mapping[str, Any]) -> Iterator[Keys]:
             yield from ((key, *rest) for rest in paths(value))
 
 
+TWICE = "already: keep one of the two, or give this one another name"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("a = 1\nb = \n", "f:2: Invalid value (column 5)"),
-        ("a = 1\n[a]\n", "f:2: Cannot overwrite a value (column 3)"),
-        ("a = 1\n\na = 2", "f:3: Cannot overwrite a value"),
+        ("a = 1\n[a]\n", f"f:2: a stands in line 1 {TWICE}"),
+        ("a = 1\n\na = 2", f"f:3: a stands in line 1 {TWICE}"),
+        ('a = 1\n\na = """\n2"""\nb = 3\n', f"f:3: a stands in line 1 {TWICE}"),
+        ("[t.a]\nx = 1\n[t.b]\nx = 2\n[t.a]\n", f"f:5: t.a stands in line 1 {TWICE}"),
+        ("[t.'g*']\nx = 1\ny = 1\nx = 2\n", f'f:4: t."g*".x stands in line 2 {TWICE}'),
+        ("[[t]]\nx = 1\n[[t]]\nx = 1\nx = 2\n", f"f:5: t.x stands in line 4 {TWICE}"),
+        ("a = 1\na.b = 2\n", "f:2: Cannot overwrite a value (column 8)"),
         ('a = 1\nb = """\nc = 3\n', "f:2: Unterminated string, from here to the end of the file"),
         ("# x\na = [\n1,\n2,\n", "f:2: Invalid value, from here to the end of the file"),
         ("a =", "f:1: Invalid value, from here to the end of the file"),
