@@ -127,6 +127,27 @@ MUTANTS = [
         "self.reads",
         _UNIT + "upstream/rules/test_request.py::test_a_websocket_is_not_free_though_it_begins_with_a_get",
     ),
+    Mutant(
+        "a call may claim any number of tokens",
+        "upstream/rules/usage.py",
+        "    if any(map(_absurd, ",
+        "    if False and any(map(_absurd, ",
+        _UNIT + "upstream/rules/test_meter.py::test_the_usage_of_a_body_is_read",
+    ),
+    Mutant(
+        "a limit that nobody can reach is believed",
+        "quota/quotas.py",
+        "sane = 1 <= (notice.limit or 0) <= _LARGEST",
+        "sane = 1 <= (notice.limit or 0)",
+        _UNIT + "quota/test_heard.py::test_a_limit_that_nobody_can_reach_is_none_and_what_is_left_still_counts",
+    ),
+    Mutant(
+        "a first limit is believed though the very call has passed it",
+        "quota/quotas.py",
+        "(refused or (notice.limit or math.inf) >= amount)",
+        "True",
+        _UNIT + "quota/test_heard.py::test_a_first_limit_that_the_very_call_has_passed_is_none",
+    ),
     # --- who goes, and when ---
     Mutant(
         "who is refused for a key is told the pace of the pool",

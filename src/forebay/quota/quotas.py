@@ -20,6 +20,7 @@ HOLD: Final = "retry-after"
 
 _MINUTE: Final = PERIODS["minute"]
 _LONGEST_RESET: Final = 2 * PERIODS["day"]
+_LARGEST: Final = 10**10  # many times the largest limit that is sold; what claims more binds nobody
 _NAMES: Final = {seconds: name for name, seconds in PERIODS.items()}
 
 
@@ -281,9 +282,12 @@ class Quotas:
             unit = notice.unit
             if unit not in self._under_way:
                 continue
-            heard = self._heard.get(unit) or self._meet(now, notice, reservation)
+            amount = getattr(reservation.charge, unit)
+            heard = self._heard.get(unit)
+            if heard is None and (refused or (notice.limit or math.inf) >= amount):  # else it was not let in by that
+                heard = self._meet(now, notice, reservation)
             if heard is not None:
-                amount = getattr(reservation.charge, unit) if refused else 0.0
+                amount = amount if refused else 0.0
                 heard.hear(now, notice, sent=sent, mark=reservation.marks.get(unit), refused=amount)
 
     def _meet(self, now: float, notice: Notice, reservation: Reservation) -> Heard | None:
@@ -350,9 +354,10 @@ def _sane_charge(charge: Charge) -> Charge:
 
 def _sane_notice(notice: Notice) -> Notice:
     """A notice without what cannot be meant."""
-    if (notice.limit or 0) >= 1 and (notice.remaining or 0) >= 0 and 0 < (notice.reset or 0.0) <= _LONGEST_RESET:
+    sane = 1 <= (notice.limit or 0) <= _LARGEST
+    if sane and (notice.remaining or 0) >= 0 and 0 < (notice.reset or 0.0) <= _LONGEST_RESET:
         return notice
-    limit = notice.limit if notice.limit is not None and notice.limit >= 1 else None
+    limit = notice.limit if sane else None
     remaining = None if notice.remaining is None else max(0, notice.remaining)
     reset = notice.reset if notice.reset is not None and 0 < notice.reset <= _LONGEST_RESET else None
     return Notice(unit=notice.unit, limit=limit, remaining=remaining, reset=reset)

@@ -225,11 +225,33 @@ def test_a_limit_that_shrinks_leaves_a_debt_of_one_whole_amount_at_most() -> Non
 
 def test_a_limit_that_was_a_lie_does_not_lock_for_ever() -> None:
     quotas = Quotas()
-    held = quotas.reserve(0.0, Charge(input_tokens=900))
+    held = quotas.reserve(0.0, Charge(input_tokens=1))
     quotas.hear(0.0, [Notice(unit="input_tokens", limit=1, remaining=1, reset=0.0)], held)
     large = Charge(input_tokens=500)
     assert quotas.wait(1.0, large).seconds == math.inf
     assert quotas.wait(121.0, large).seconds == 0, "nothing was heard for two periods: this call will tell"
+
+
+def test_a_first_limit_that_the_very_call_has_passed_is_none() -> None:
+    quotas, large = Quotas(), Charge(input_tokens=900)
+    told = [Notice(unit="input_tokens", limit=1, remaining=1, reset=60.0)]
+    quotas.hear(0.0, told, quotas.reserve(0.0, large))
+    assert quotas.levels(0.0) == []
+    assert quotas.wait(0.0, large).seconds == 0.0
+    quotas.refused(0.0, quotas.reserve(0.0, large), None, told)
+    assert quotas.wait(0.0, large).seconds == math.inf, "it was refused, so it may well be too large"
+
+
+def test_a_limit_that_nobody_can_reach_is_none_and_what_is_left_still_counts() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, [Notice(unit="requests", limit=10**12, remaining=10**12, reset=60.0)])
+    assert quotas.levels(0.0) == []
+    call(quotas, 0.0, told(remaining=30))
+    for _ in range(3):
+        call(quotas, 0.1, [Notice(unit="requests", limit=10**12, remaining=2, reset=60.0)])
+    (level,) = quotas.levels(0.1)
+    assert level.amount == 60
+    assert level.left <= 2
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,8 @@ def _moment(told: Mapping[str, str], wall: float) -> float:
 def retry_after(headers: Mapping[str, str], body: bytes = b"", *, wall: float) -> float | None:
     """Seconds that the provider asks to wait, as it says: a day stays a day. None if it says nothing, or nonsense.
 
+    Years are a month: nobody can mean them, but it does say *not soon*.
+
     By ``retry-after-ms``, else ``retry-after`` (seconds, with decimals, or an HTTP date), else the words of an error's
     message ("Please try again in 6s"), where some hosts say it only.
 
@@ -224,11 +226,11 @@ def retry_after(headers: Mapping[str, str], body: bytes = b"", *, wall: float) -
         if match is not None:
             seconds = float(match[1]) / scale
             if seconds >= 0:
-                return seconds
+                return min(seconds, _LONGEST_RESET)
         elif name == "retry-after":
             at = _http_date(text)
             if at is not None:
-                return max(0.0, at - _moment(told, wall))
+                return min(max(0.0, at - _moment(told, wall)), _LONGEST_RESET)
     return _hint(body)
 
 
@@ -237,7 +239,8 @@ def _hint(body: bytes) -> float | None:
     if match is None:
         return None
     unit = match[2].lower()
-    return float(match[1]) * (1e-3 if unit.startswith((b"ms", b"milli")) else 60.0 if unit.startswith(b"m") else 1.0)
+    scale = 1e-3 if unit.startswith((b"ms", b"milli")) else 60.0 if unit.startswith(b"m") else 1.0
+    return min(float(match[1]) * scale, _LONGEST_RESET)
 
 
 def wants_retry(headers: Mapping[str, str]) -> bool | None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-_MOST: Final = 10**12  # tokens; more than that is no count
+_MOST: Final = 10**8  # tokens of one call: ten times the largest context window that there is; more is no count
 _NUMBER: Final = (int, float)  # `int | float` would be built anew each time that it is asked for
 
 
@@ -28,6 +28,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     estimated: bool = False
 
 
+def _absurd(value: object) -> bool:
+    """Whether it is a number, and cannot be one of tokens."""
+    return isinstance(value, _NUMBER) and not 0 <= value <= _MOST
+
+
 def count(value: object) -> int:
     """A number of tokens out of JSON; 0 if it is none."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, _NUMBER)):
@@ -36,7 +41,7 @@ def count(value: object) -> int:
 
 
 def read_usage(told: Any, known: Usage | None = None) -> Usage | None:
-    """Usage out of a ``usage`` object of any provider; None if it is not one.
+    """Usage out of a ``usage`` object of any provider; None if it is not one, or claims what no call can use.
 
     OpenAI counts what came from a cache within ``prompt_tokens`` or ``input_tokens``. Anthropic counts it beside
     ``input_tokens``, in two fields of its own, and by these it is known. Sources: the references of both, and the types
@@ -54,6 +59,8 @@ def read_usage(told: Any, known: Usage | None = None) -> Usage | None:
     told_input = told.get("prompt_tokens", told.get("input_tokens"))
     if not isinstance(told_input, _NUMBER) and not isinstance(output, _NUMBER):
         return None
+    if any(map(_absurd, (told_input, output, cache_read, cache_write))):
+        return None  # one slip must not spend a month's budget: what was reserved counts
     output_tokens = count(output)
     if known is not None:
         output_tokens = max(output_tokens, known.output_tokens)

@@ -190,7 +190,12 @@ def test_noise_between_events_changes_nothing(noise: bytes) -> None:
             Usage(input_tokens=10, output_tokens=2, cache_read_tokens=4),
         ),
         ({"usage": {"prompt_tokens": 8, "total_tokens": 8}}, Usage(input_tokens=8, output_tokens=0)),
-        ({"usage": {"prompt_tokens": 8.0, "completion_tokens": 1e300}}, Usage(input_tokens=8, output_tokens=0)),
+        ({"usage": {"prompt_tokens": 8.0, "completion_tokens": 0.0}}, Usage(input_tokens=8, output_tokens=0)),
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 10**8}}, Usage(input_tokens=8, output_tokens=10**8)),
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 1e300}}, None),  # what no call can use: that was reserved
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 10**8 + 1}}, None),
+        ({"usage": {"prompt_tokens": -8, "completion_tokens": 1}}, None),
+        ({"usage": {"input_tokens": 8, "output_tokens": 1, "cache_read_input_tokens": 10**9}}, None),
         ({"usage": {"prompt_tokens": "8"}}, None),
         ({"usage": {"total_tokens": 8}}, None),
         ({"usage": None}, None),
