@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from tests.acceptance.house import now, virtual
 
-from forebay import BackpressureSupervisor, Budget, Priority, Task, TaskStatus, Upstream, Verdict, clock
+from forebay import BackpressureSupervisor, Budget, Deadline, Priority, Task, TaskStatus, Upstream, Verdict, clock
 from forebay.breaker import BreakerRules
 from forebay.quota import Price
 
@@ -85,6 +85,30 @@ async def test_what_waits_for_money_is_done_in_the_hours_that_follow() -> None:
         for hour in (1, 2, 3):
             await asyncio.sleep(HOUR - 60.0 if hour == 1 else HOUR)
             assert Counter(ticket.status for ticket in tickets)[TaskStatus.SUCCEEDED] == len(begun) == hour * SERVED
+
+
+@virtual
+async def test_nothing_but_a_deadline_or_its_caller_ends_a_wait_for_money() -> None:
+    key = Upstream("key", budget=Budget(usd=1, per="hour"), prices=A_DOLLAR)
+    begun: list[Priority] = []
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=spender(key, begun), task_types=["work"], max_concurrent=1)
+        await asyncio.sleep(until_the_hour())
+        spends = await supervisor.submit(Task("work"))
+        hasty = await supervisor.submit(Task("work", deadline=Deadline.within(60.0)))
+        leaves = await supervisor.submit(Task("work"))
+        patient = await supervisor.submit(Task("work"))
+        began = now()
+        assert (await spends).success
+        assert (await hasty).status is TaskStatus.EXPIRED
+        assert now() - began == pytest.approx(60.0, abs=0.1)
+        leaves.cancel()
+        assert (await leaves).status is TaskStatus.CANCELLED
+        assert patient.status is TaskStatus.WAITING
+        assert supervisor.statistics().binding == "upstream:key"
+        assert (await patient).success
+        assert now() - began == pytest.approx(HOUR, abs=10.0)
+    assert len(begun) == 2
 
 
 @virtual
