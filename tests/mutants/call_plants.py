@@ -148,6 +148,14 @@ MUTANTS = [
         "True",
         _UNIT + "quota/test_heard.py::test_a_first_limit_that_the_very_call_has_passed_is_none",
     ),
+    Mutant(
+        "an answer that is fetched teaches how long one takes",
+        "upstream/exchange.py",
+        "made = not self.read.free",
+        "made = True",
+        _UNIT + "upstream/transport/test_calls.py::"
+        "test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_make[True]",
+    ),
     # --- who goes, and when ---
     Mutant(
         "who is refused for a key is told the pace of the pool",

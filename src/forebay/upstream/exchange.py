@@ -167,7 +167,8 @@ class Exchange:
         """What meters an open answer, and closes its permit."""
         self.desk.began(permit, notices(headers, wall=clock.wall_time()))
         meter = None
-        if _is_events(headers.get("content-type", "")):
+        made = not self.read.free  # else it is fetched, and was metered when it was made
+        if made and _is_events(headers.get("content-type", "")):
             meter = Meter(stream=True, input_tokens=self.ask.charge.input_tokens)
         keep = None if self.changed is None else UsageFilter()
         return Reader(self, permit, meter, keep, judged=self.read.makes_tokens)

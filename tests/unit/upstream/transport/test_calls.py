@@ -35,6 +35,7 @@ from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
 from forebay.upstream.desk import Desk
+from forebay.upstream.experience import Experience
 
 LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
 
@@ -276,6 +277,18 @@ async def test_but_what_costs_nothing_is_asked() -> None:
     assert (await client.get("https://provider.test/v1/models")).status_code == 200
     with pytest.raises(Overloaded):
         await ask(client)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@virtual
+async def test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_make(*, stream: bool) -> None:
+    up = upstream()
+    client = Script(httpx2, *[Says.stream() if stream else Says()] * 20).client(up)
+    for _ in range(20):
+        assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
+    (desk,) = up.books
+    assert desk.account.pace.expected(100) is None
+    assert desk.experience.output_tokens == Experience().output_tokens
 
 
 @virtual
