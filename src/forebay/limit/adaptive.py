@@ -60,6 +60,7 @@ class AdaptiveLimit:
         self._trial = Trial()
         self._knock = Knock()
         self._heavy_in_a_row = 0
+        self._in_flight = 0
         self._rtt = 0.0  # seconds of a typical call; 0 until one has ended
         self._epoch = 1
         self._accepted = 0  # calls of this epoch that were let in
@@ -98,6 +99,7 @@ class AdaptiveLimit:
 
     def grant(self, now: float, in_flight: int) -> Grant:
         """Mark a slot that is taken now; `in_flight` counts it."""
+        self._in_flight = in_flight
         return Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
 
     def accepted(self, now: float, grant: Grant) -> None:
@@ -110,6 +112,8 @@ class AdaptiveLimit:
         memory, probe = self._memory, self._probe
         if not grant.full or not memory.known or self._level >= _NEAR * memory.good:
             return
+        if self._trial.stage is not Stage.WATCHING:
+            return  # else a trial would compare the limit with itself
         if self._level < memory.ceiling:
             self._raise(1.0)
         elif probe.bold and probe.due(now, brisk=True):
@@ -117,6 +121,7 @@ class AdaptiveLimit:
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:
         """Its call has ended; FAULT and IGNORED say nothing about the limit."""
+        self._in_flight -= 1
         if outcome is Outcome.OVERLOAD:
             self._refused(now, grant)
         elif outcome is Outcome.SUCCESS:
@@ -159,7 +164,8 @@ class AdaptiveLimit:
     # --- up ---------------------------------------------------------------------------------------------------------
 
     def _succeeded(self, now: float, grant: Grant, stretch: float | None) -> None:
-        finding = self._trial.feel(now, self._level, stretch)
+        beside = max(grant.in_flight, self._in_flight + 1)
+        finding = self._trial.feel(now, self._level, beside, stretch, held=self._memory.bears(self._level))
         if finding is not None:
             self._follow(now, finding)
             if finding is not Finding.CALM:
@@ -197,7 +203,7 @@ class AdaptiveLimit:
         else:
             self._level = max(1.0, min(trial.level, float(self._largest)))
         if finding is Finding.KEEP:
-            self._memory.ceiling = self._level
+            self._memory.slow(self._level)
             self._probe.failed(low=False)
         self._begin_epoch(now)
 

@@ -20,6 +20,7 @@ class Memory:
         self.good = math.inf
         self.ceiling = math.inf
         self._since = 0.0
+        self._refuses = False  # the provider says what is too much
 
     @property
     def known(self) -> bool:
@@ -30,6 +31,10 @@ class Memory:
     def familiar(self) -> float:
         """Up to here the limit may go without feeling its way."""
         return min(self.good, self.ceiling)
+
+    def bears(self, level: float) -> bool:
+        """Whether `level` has held at a provider that refuses what is too much."""
+        return self._refuses and level <= self.good
 
     def held(self, now: float, level: float) -> None:
         """A full round at `level` went well."""
@@ -44,3 +49,10 @@ class Memory:
     def refused(self, level: float) -> None:
         """`level` was too much."""
         self.ceiling = max(1.0, level - 1)
+        self._refuses = True
+
+    def slow(self, level: float) -> None:
+        """With more than `level` calls were slow, and through us: the provider shares what it has."""
+        self.good = min(self.good, level)
+        self.ceiling = level
+        self._refuses = False

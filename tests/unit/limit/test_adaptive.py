@@ -7,6 +7,7 @@ from tests.unit.limit.server import Server
 
 from forebay.limit import AdaptiveLimit, AdaptiveState
 from forebay.typing import Outcome
+from forebay.upstream.pace import Pace
 
 
 def settled(capacity: int = 50, stray: int = 0) -> Server:
@@ -122,14 +123,64 @@ def test_a_slow_down_by_our_load_lowers_it() -> None:
     assert 20 <= server.seen[-1] <= 40
 
 
+def test_one_that_shares_is_not_waited_for() -> None:
+    server = settled()
+    shared(server, 25, 200)
+    assert server.seen[-1] >= 20
+    shared(server, 10, 30)
+    assert server.seen[-1] <= 15
+
+
+def test_what_was_learned_under_a_flood_is_not_believed() -> None:
+    """There are three slots, and from the first call on there are ten in flight."""
+    server, pace = Server(AdaptiveLimit(), 10_000, stretch=None), Pace()
+    for _ in range(300):
+        took = max(1.0, len(server.flying) / 3)
+        for _ in server.flying:
+            server.stretch = pace.stretch(100, took, light=False)
+        server.second()
+    assert max(server.seen[100:]) <= 15
+    assert sorted(server.seen[100:])[100] <= 5
+
+
+def test_a_slow_down_that_passes_is_waited_for() -> None:
+    server = settled()
+    server.stretch = 2.5
+    server.run(55)
+    server.stretch = 1.0
+    server.run(20)
+    assert min(server.seen[120:]) >= 48
+
+
 def test_a_slow_down_that_is_not_ours_is_left_alone() -> None:
     server = settled()
     server.stretch = 2.5
-    server.run(30)
+    server.run(100)
     low = min(server.seen[120:])
     assert low < 40  # it tried
     server.run(60)
-    assert sorted(server.seen[150:])[10] >= 48  # and went back
+    assert sorted(server.seen[220:])[10] >= 48  # and went back
+
+
+def test_a_slow_down_that_passes_in_a_trial_leaves_nothing_behind() -> None:
+    server = settled()
+    server.stretch = 2.5
+    while server.limit.limit(server.now) >= 40:
+        server.second()
+    server.stretch = 1.0
+    server.run(3)
+    assert server.seen[-1] >= 48
+
+
+def test_nothing_raises_it_in_a_trial() -> None:
+    server = settled()
+    server.stretch = 2.5
+    while server.limit.limit(server.now) >= 40:
+        server.second()
+    lowered = server.limit.limit(server.now)
+    for _ in range(10):
+        server.limit.accepted(server.now, server.limit.grant(server.now, lowered))
+    assert server.limit.limit(server.now) == lowered
 
 
 def test_a_trial_without_answers_is_given_up() -> None:
