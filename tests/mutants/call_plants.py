@@ -255,7 +255,7 @@ MUTANTS = [
     Mutant(
         "a call that comes passes those who wait",
         "upstream/account.py",
-        "at_once = not self.line and self._room(now)",
+        "at_once = not self.line.length and self._room(now)",
         "at_once = self._room(now)",
         _DECISIONS + "test_a_small_call_does_not_pass_those_who_wait_for_tokens",
     ),
@@ -376,7 +376,7 @@ MUTANTS = [
     Mutant(
         "a call is sent that cannot make it any more",
         "upstream/account.py",
-        "if not self.service.hopeless(now, ask):",
+        "if ask.deadline == math.inf or not self.service.hopeless(now, ask):",
         "if True:",
         _DECISIONS + "test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it",
     ),

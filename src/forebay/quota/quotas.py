@@ -68,16 +68,13 @@ class Spare(NamedTuple):
     full: float
 
 
-class Reservation:
+class Reservation(msgspec.Struct, eq=False):
     """What one call holds of the quotas until it is settled, released or refused: exactly one of them, once."""
 
-    __slots__ = ("at", "charge", "marks", "number")
-
-    def __init__(self, number: int, at: float, charge: Charge, marks: dict[str, Mark]) -> None:
-        self.number = number
-        self.at = at
-        self.charge = charge
-        self.marks = marks  # how the quotas stood that were learned from headers, where this call counts in them
+    number: int
+    at: float
+    charge: Charge
+    marks: dict[str, Mark]  # how the quotas stood that were learned from headers, where this call counts in them
 
 
 class _Given(NamedTuple):
@@ -113,10 +110,6 @@ class Quotas:
         self._hold_until = -math.inf
         self._now = -math.inf
 
-    def wait(self, now: float, charge: Charge) -> Delay:
-        """How long until a call of this charge could go, and what it would wait for."""
-        return self.expected_wait(now, charge)
-
     def outgrown(self, now: float, charge: Charge) -> str | None:
         """The name of a quota that is smaller than this charge at its fullest, or None: so it can go some time."""
         for unit, name, bucket in self._given:
@@ -127,8 +120,8 @@ class Quotas:
                 return _name(unit, heard.bucket.per)
         return None
 
-    def expected_wait(self, now: float, charge: Charge, *, ahead: Charge | None = None) -> Delay:
-        """How long a call of this charge would wait if calls of `ahead` in all went before it."""
+    def wait(self, now: float, charge: Charge, *, ahead: Charge | None = None) -> Delay:
+        """How long until a call of this charge could go, if calls of `ahead` in all go first, and what it waits for."""
         self._pass(now)
         longest, binding = 0.0, None
         if self._hold_until > now:

@@ -87,7 +87,7 @@ class Account:
         """
         self._ripen(now)
         ask.since = min(ask.since, now)
-        at_once = not self.line and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0
+        at_once = not self.line.length and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0
         refusal = self._refusal(now, ask, fits=at_once)
         if refusal is not None:
             return refusal
@@ -148,7 +148,7 @@ class Account:
         return None
 
     def _late(self, now: float, ask: Ask) -> No | None:
-        if not self.service.hopeless(now, ask):
+        if ask.deadline == math.inf or not self.service.hopeless(now, ask):
             return None
         again = self._seat(now, ask, self.expected_wait(now, ask)[0])
         return No("it could not be answered before its deadline any more", "deadline", 1.0, again)
@@ -164,7 +164,7 @@ class Account:
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
         reservation = self.quotas.reserve(now, ask.charge)
-        sums = tuple(purse.reserve(ask.usd) for purse in self._purses(ask))
+        sums = [purse.reserve(ask.usd) for purse in self._purses(ask)]
         grant = self.limit.grant(now, self.in_flight)
         permit = Permit(ask, now, grant, self.breaker.allow(now), reservation, sums)
         self._young.append(permit)
@@ -174,6 +174,8 @@ class Account:
 
     def pump(self, now: float) -> None:
         """Answer those in the line whose time has come, and have its head look again when time alone will move it."""
+        if not self.line.length:
+            return
         while (when := self._pump(now)) is not None:
             place = self.line.head()
             if place is None or place[2].waiter.look_at(when):
@@ -341,7 +343,7 @@ class Account:
         """
         self._ripen(now)
         ahead = self.line.ahead(ask.priority) + others
-        delay = self.quotas.expected_wait(now, ask.charge, ahead=times(ask.charge, ahead))
+        delay = self.quotas.wait(now, ask.charge, ahead=times(ask.charge, ahead))
         seconds, binding = delay.seconds, delay.binding or "nothing"
         limit = self.limit.limit(now)
         free = limit - self.in_flight - ahead

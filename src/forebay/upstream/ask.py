@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -81,7 +82,7 @@ class Permit(msgspec.Struct, eq=False):
     grant: Grant
     era: int
     reservation: Reservation
-    sums: tuple[Held, ...] = ()
+    sums: Sequence[Held] = ()
     accepted: bool = False
     closed: bool = False
 

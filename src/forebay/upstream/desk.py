@@ -12,7 +12,7 @@ from forebay.errors import Overloaded
 from forebay.task import Priority
 from forebay.typing import Charge, Notice
 from forebay.upstream.account import Account
-from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
+from forebay.upstream.ask import Ask, Ended, Go, No, Permit
 from forebay.upstream.experience import Experience
 from forebay.upstream.waiting import LoopWaiter, ThreadWaiter, Waiter, Waiting
 
@@ -64,7 +64,9 @@ class Desk:
         except asyncio.CancelledError:
             self._abandon(waiting)
             raise
-        return self._permit(answer, alone=alone)
+        if isinstance(answer, No):
+            raise self._refusal(answer, alone=alone)
+        return answer.permit
 
     def enter_blocking(self, ask: Ask, *, alone: bool = True) -> Permit:
         """As `enter`, in a plain thread."""
@@ -78,18 +80,22 @@ class Desk:
         except BaseException:  # a KeyboardInterrupt, say
             self._abandon(waiting)
             raise
-        return self._permit(answer, alone=alone)
+        if isinstance(answer, No):
+            raise self._refusal(answer, alone=alone)
+        return answer.permit
 
     def _ask(self, ask: Ask, make: Callable[[], Waiter], *, alone: bool) -> Permit | tuple[Waiting, Waiter]:
-        if alone:
-            self._meet()
+        if alone and (run := context.drawing()) is not None:
+            self._meet(run)
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
             if not ask.free:
                 self._learn(ask)
             answer = self.account.admit(now, ask)
-            if not isinstance(answer, Wait):
-                return self._permit(answer, alone=alone)
+            if isinstance(answer, Go):
+                return answer.permit
+            if isinstance(answer, No):
+                raise self._refusal(answer, alone=alone)
             waiter = make()
             waiting = self.account.join(now, ask, waiter)
             self.account.pump(now)
@@ -107,9 +113,7 @@ class Desk:
         with self._lock:
             self.account.pump(clock.now())
 
-    def _permit(self, answer: Go | No, *, alone: bool) -> Permit:
-        if isinstance(answer, Go):
-            return answer.permit
+    def _refusal(self, answer: No, *, alone: bool) -> Overloaded:
         error = Overloaded(
             f"{self._upstream}: {answer.reason}",
             binding=f"{self.name}:{answer.binding}",
@@ -118,12 +122,9 @@ class Desk:
         )
         if alone and (run := context.drawing()) is not None:
             run.refused(self, error)
-        raise error
+        return error
 
-    def _meet(self) -> None:
-        run = context.drawing()
-        if run is None:
-            return
+    def _meet(self, run: context.Drawing) -> None:
         run.meet(self)
         if run.refusals and (error := run.refusals.get(self)) is not None:
             raise error
@@ -150,7 +151,7 @@ class Desk:
             if ended.foreseen is not None and ended.used is not None:
                 self.experience.observe(ended.foreseen, ended.used)
             self.account.pump(now)
-            relieved = self._relieved(now)
+            relieved = self._relieved(now) if self._held else ()
         for callback in relieved:
             callback()
 
@@ -240,7 +241,7 @@ class Desk:
         self.hold_back(who, 0)
 
     def _relieved(self, now: float) -> list[Callable[[], None]]:
-        if not self._held or not self._may_start(now, Priority.NORMAL):
+        if not self._may_start(now, Priority.NORMAL):
             return []
         return [self._relief[who] for who in self._held if who in self._relief]
 

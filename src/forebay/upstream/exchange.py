@@ -183,9 +183,10 @@ class Exchange:
     def whole(self, permit: Permit, status: int, headers: Plain, body: bytes) -> Tried:
         """The answer is all there; its body without the Content-Encoding."""
         heard = notices(headers, wall=clock.wall_time())
-        meaning = self.meaning = meaning_of(status, headers, body)
+        self.meaning = Meaning.SUCCESS
         self._status = status
         if status >= ERRORS:
+            meaning = self.meaning = meaning_of(status, headers, body)
             self._after = retry_after(headers, body, wall=clock.wall_time())
             if meaning in _NOT_NOW:
                 return self._not_now(headers, heard)

@@ -203,7 +203,7 @@ class Upstream:
         by = deadline if deadline is not None or running is None else running.deadline
         return Ask(
             charge=charge,
-            usd=0.0 if free else self._expected(model, charge),
+            usd=self._expected(model, charge) if self.counts_money and not free else 0.0,
             priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
@@ -216,7 +216,7 @@ class Upstream:
         """What a call asks that is made on behalf of somebody elsewhere."""
         return Ask(
             charge=charge,
-            usd=0.0 if free else self._expected(model, charge),
+            usd=self._expected(model, charge) if self.counts_money and not free else 0.0,
             priority=sender.priority,
             deadline=sender.deadline,
             tenant=sender.tenant,

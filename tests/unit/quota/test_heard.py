@@ -188,7 +188,7 @@ def test_who_stands_behind_others_waits_also_for_what_is_never_drained() -> None
     quotas = Quotas()
     for _ in range(2):
         call(quotas, 0.0, told(limit=600, remaining=0, reset=60.0))
-    alone, behind = (quotas.expected_wait(0.0, ONE, ahead=Charge(requests=n)).seconds for n in (0, 10))
+    alone, behind = (quotas.wait(0.0, ONE, ahead=Charge(requests=n)).seconds for n in (0, 10))
     assert behind == pytest.approx(alone + 1.0)
 
 

@@ -52,7 +52,7 @@ def test_of_several_quotas_the_slowest_binds_and_is_named() -> None:
 def test_a_call_larger_than_a_bucket_never_goes() -> None:
     quotas = Quotas([PER_MINUTE, Quota(input_tokens=100, per="minute")])
     assert quotas.wait(0.0, tokens(101)) == (math.inf, "input tokens per minute")
-    assert quotas.expected_wait(0.0, tokens(101), ahead=tokens(50)).seconds == math.inf
+    assert quotas.wait(0.0, tokens(101), ahead=tokens(50)).seconds == math.inf
     assert quotas.wait(0.0, tokens(100)).seconds == 0
 
 
@@ -119,8 +119,8 @@ def test_a_reservation_of_other_quotas_is_not_taken() -> None:
 
 def test_the_expected_wait_counts_those_ahead_also_beyond_a_whole_bucket() -> None:
     quotas = Quotas([PER_MINUTE])
-    assert quotas.expected_wait(0.0, ONE, ahead=Charge(requests=59)).seconds == 0
-    assert quotas.expected_wait(0.0, ONE, ahead=Charge(requests=119)).seconds == pytest.approx(60.0)
+    assert quotas.wait(0.0, ONE, ahead=Charge(requests=59)).seconds == 0
+    assert quotas.wait(0.0, ONE, ahead=Charge(requests=119)).seconds == pytest.approx(60.0)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
