@@ -228,19 +228,32 @@ class Quotas:
             ReservationClosed: it was settled, released or refused before.
         """
         self.release(now, reservation)
-        self._hear(now, notices, reservation, refused=True)
+        self.hear(now, notices, reservation, refused=True)
         wanted = 0.0 if retry_after is None or not retry_after > 0 else min(retry_after, self._longest_period())
         self._hold_until = max(self._hold_until, now + wanted)
         if wanted or not self._heard:
             self._empty_tightest(now, reservation.charge, wanted)
 
-    def hear(self, now: float, notices: Sequence[Notice], reservation: Reservation) -> None:
+    def hear(self, now: float, notices: Sequence[Notice], reservation: Reservation, *, refused: bool = False) -> None:
         """The headers of a call's answer have come; before or after it was settled.
 
         Quotas that were not given are learned from them; of all that they tell of, `remaining` and `reset` correct what
-        we thought.
+        we thought. A call that was `refused` has not been counted.
         """
-        self._hear(now, notices, reservation, refused=False)
+        self._pass(now)
+        sent = min(reservation.at, now)
+        for told in notices:
+            notice = _sane_notice(told)
+            unit = notice.unit
+            if unit not in self._under_way:
+                continue
+            amount = getattr(reservation.charge, unit)
+            heard = self._heard.get(unit)
+            if heard is None and (refused or (notice.limit or math.inf) >= amount):  # else it was not let in by that
+                heard = self._meet(now, notice, reservation)
+            if heard is not None:
+                amount = amount if refused else 0.0
+                heard.hear(now, notice, sent=sent, mark=reservation.marks.get(unit), refused=amount)
 
     def levels(self, now: float) -> list[Level]:
         """What each quota has left."""
@@ -266,22 +279,6 @@ class Quotas:
         under_way = self._under_way
         for unit in under_way:
             under_way[unit] -= getattr(reservation.charge, unit)
-
-    def _hear(self, now: float, notices: Sequence[Notice], reservation: Reservation, *, refused: bool) -> None:
-        self._pass(now)
-        sent = min(reservation.at, now)
-        for told in notices:
-            notice = _sane_notice(told)
-            unit = notice.unit
-            if unit not in self._under_way:
-                continue
-            amount = getattr(reservation.charge, unit)
-            heard = self._heard.get(unit)
-            if heard is None and (refused or (notice.limit or math.inf) >= amount):  # else it was not let in by that
-                heard = self._meet(now, notice, reservation)
-            if heard is not None:
-                amount = amount if refused else 0.0
-                heard.hear(now, notice, sent=sent, mark=reservation.marks.get(unit), refused=amount)
 
     def _meet(self, now: float, notice: Notice, reservation: Reservation) -> Heard | None:
         """A quota is told of for the first time."""
