@@ -174,9 +174,7 @@ class Account:
 
     def pump(self, now: float) -> None:
         """Answer those in the line whose time has come, and have its head look again when time alone will move it."""
-        if not self.line.length:
-            return
-        while (when := self._pump(now)) is not None:
+        while self.line.length and (when := self._pump(now)) is not None:
             place = self.line.head()
             if place is None or place[2].waiter.look_at(when):
                 return
