@@ -34,22 +34,29 @@ def one(case: tuple[str, str, float | None, int]) -> tuple[float, float]:
     return record.work(WARM_UP, _END), record.share_refused(WARM_UP, _END)
 
 
-def measure(cases: list[tuple[str, float | None]]) -> dict[tuple[str, str, float | None], tuple[float, float]]:
-    """Of each scenario, load and limit: the share of the oracle's work, and of calls refused."""
-    limits = [_ORACLE, *NAMES]
-    runs = [(name, limit, load, seed) for name, load in cases for limit in limits for seed in range(SEEDS)]
+def measure(name: str, load: float | None) -> dict[str, tuple[float, float]]:
+    """For each limit in a scenario: the share of the oracle's work, and of calls refused."""
+    runs = [(name, limit, load, seed) for limit in (_ORACLE, *NAMES) for seed in range(SEEDS)]
     found = dict(zip(runs, everywhere(one, runs), strict=True))
     table = {}
-    for (name, load), limit in itertools.product(cases, NAMES):
-        seeds = range(SEEDS)
-        work = middle(found[name, limit, load, seed][0] / found[name, _ORACLE, load, seed][0] for seed in seeds)
-        table[name, limit, load] = work, middle(found[name, limit, load, seed][1] for seed in seeds)
+    for limit in NAMES:
+        mine = [found[name, limit, load, seed] for seed in range(SEEDS)]
+        oracle = [found[name, _ORACLE, load, seed][0] for seed in range(SEEDS)]
+        work = middle(work / best for (work, _), best in zip(mine, oracle, strict=True))
+        table[limit] = work, middle(refused for _, refused in mine)
     return table
 
 
 def run() -> dict[str, float | bool]:
-    """The shares, by scenario and limit, each with the share of its calls that were refused."""
-    table = measure([*((name, None) for name in SCENARIOS), *(("steady", load) for load in LOADS)])
+    """The shares, by scenario and limit, each with the share of its calls that were refused; printed as they come."""
+    cases = [*((name, None) for name in SCENARIOS), *(("steady", load) for load in LOADS)]
+    table = {}
+    print(f"{'':28}" + "".join(f"{limit:>17}" for limit in NAMES))
+    for name, load in cases:
+        row = measure(name, load)
+        table.update({(name, limit, load): figures for limit, figures in row.items()})
+        where = name if load is None else f"{load:g}x"
+        print(f"{where:28}" + "".join(f"{work:9.3f} {refused:7.1%}" for work, refused in row.values()), flush=True)
     figures: dict[str, float | bool] = {}
     for (name, limit, load), (work, refused) in table.items():
         where = name if load is None else f"{load:g}x"
