@@ -334,9 +334,16 @@ MUTANTS = [
     Mutant(
         "the line of calls forgets whom it has passed over",
         "upstream/account.py",
-        "            self.line.serve(place)\n",
+        "            self.line.serve(place, waiting.ask.priority)\n",
         "            self.line.leave(place)\n",
         _DECISIONS + "test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over",
+    ),
+    Mutant(
+        "calls that were put on a better rung pass over those behind them",
+        "upstream/account.py",
+        "self.line.serve(place, waiting.ask.priority)",
+        "self.line.serve(place)",
+        "tests/unit/upstream/test_passing.py::test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes",
     ),
     Mutant(
         "a retried call goes behind later ones",

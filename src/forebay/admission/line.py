@@ -121,8 +121,15 @@ class Line(Generic[T]):
         self.serve(place)
         return item
 
-    def serve(self, head: Place) -> None:
-        """Take the head off the line. It counts as served, which one that leaves does not."""
+    def serve(self, head: Place, came_on: Priority | None = None) -> None:
+        """Take the head off the line. It counts as served, which one that leaves does not.
+
+        Args:
+            head: the place.
+            came_on: the rung on which it came, if it has been put on a better one since: those there, or on rungs
+                between, are not passed over by it. Else its fellows would starve of one another, and the floor serve
+                the last of them first.
+        """
         rung: int = head[_RUNG]
         self._rung = rung
         heap = self._heaps[rung]
@@ -134,7 +141,7 @@ class Line(Generic[T]):
         self._shorten(rung)
         self._passed[rung] = 0
         if self.length > self._lengths[rung]:
-            for lower in range(rung + 1, len(Priority)):
+            for lower in range((rung if came_on is None else came_on) + 1, len(Priority)):
                 if self._lengths[lower]:
                     self._passed[lower] += 1
 

@@ -205,7 +205,7 @@ class Account:
                 continue
             self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
             self.order.served(waiting.rank)
-            self.line.serve(place)
+            self.line.serve(place, waiting.ask.priority)
             waiting.place = None
             self._go(now, waiting)
         return None

@@ -100,6 +100,24 @@ class LineMachine(RuleBasedStateMachine):
                 if rung > expected.rung and any(guest.rung is rung for guest in self.waiting):
                     self.passed[rung] += 1
 
+    @precondition(lambda self: self.waiting)
+    @rule(times=st.integers(1, 30), data=st.data())
+    def serve_who_was_moved_up(self, times: int, data: st.DataObject) -> None:
+        """Only those are passed over who are of lower rungs than the one on which it came."""
+        for _ in range(min(times, len(self.waiting))):
+            self.forget()
+            expected = self.next_guest()
+            came_on = data.draw(st.sampled_from(list(Priority)[expected.rung :]))
+            head = self.line.head()
+            assert head is not None
+            assert head[2] is expected
+            self.line.serve(head, came_on)
+            self.gone.append(self.waiting.pop(expected))
+            self.passed[expected.rung] = 0
+            for rung in Priority:
+                if rung > came_on and any(guest.rung is rung for guest in self.waiting):
+                    self.passed[rung] += 1
+
     @precondition(lambda self: not self.waiting)
     @rule()
     def nobody(self) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 from forebay.breaker import UPSTREAM_RULES, Breaker
 from forebay.limit import FixedLimit
@@ -258,21 +258,43 @@ TEXT, VECTOR = (1, 10, 50), (1, 10, 0)  # a chat, which makes output tokens, and
 TWO = [Rule("input_tokens", 60, None), Rule("output_tokens", 60, None)]
 
 
-@given(st.data(), RULES, st.sampled_from([1, 2, 3, 5, 40]))
-def test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes(
-    data: st.DataObject, rules: list[Rule], slots: int
-) -> None:
-    jobs = [job._replace(uses=job.takes) for job in data.draw(jobs_of(rules))]
+class Case(NamedTuple):
+    """Calls that come to an account of so many slots."""
+
+    rules: list[Rule]
+    slots: int
+    jobs: list[Job]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rules = draw(RULES)
+    return Case(rules, draw(st.sampled_from([1, 2, 3, 5, 40])), draw(jobs_of(rules)))
+
+
+# The wait of the tenth is long beside that of the others: of those behind it nearly all go one rung up, one by one.
+LASTS = (6, 1, 1, 1, 1, 1, 1, 2, 4, 21, *[1] * 14)
+COMES = (*[0] * 19, 5, 5, 5, 12, 14)
+MOVED_UP = Case(
+    [Rule("requests", 6, None)],
+    1,
+    [Job(comes, lasts, (0, 0, 0), (0, 0, 0)) for comes, lasts in zip(COMES, LASTS, strict=True)],
+)
+
+
+@given(cases())
+@example(MOVED_UP)
+def test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes(case: Case) -> None:
+    rules, slots, jobs = case.rules, case.slots, [job._replace(uses=job.takes) for job in case.jobs]
     alone = served_in_order(jobs, slots, rules)
     for number, (passing, waiting) in enumerate(zip(Run(jobs, slots, rules).served(), alone, strict=True)):
         assert passing <= waiting + 1e-3, f"call {number} is sent at {passing}, and would have been at {waiting}"
 
 
-@given(st.data(), RULES, st.sampled_from([1, 2, 3, 5, 40]))
-def test_nobody_who_is_passed_is_served_later_whatever_calls_under_way_give_back(
-    data: st.DataObject, rules: list[Rule], slots: int
-) -> None:
-    jobs = data.draw(jobs_of(rules))
+@given(cases())
+@example(MOVED_UP)
+def test_nobody_who_is_passed_is_served_later_whatever_calls_under_way_give_back(case: Case) -> None:
+    rules, slots, jobs = case
     before, passes = Run(jobs, slots, rules, passes=0).served(), 0
     assert before == pytest.approx(served_in_order(jobs, slots, rules), abs=1e-3)
     while True:
