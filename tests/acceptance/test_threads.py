@@ -344,12 +344,24 @@ async def test_who_finishes_during_a_stall_is_not_timed_out_by_it() -> None:
 
 
 @pytest.mark.blocks
-async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host() -> None:
+async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, asked = asyncio.get_running_loop(), threading.Event()
+    ask = loop.call_soon_threadsafe
+
+    def watched(*what: Any, **how: Any) -> asyncio.Handle:
+        handle = ask(*what, **how)
+        if threading.current_thread().name == "forebay-watch":
+            asked.set()
+        return handle
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", watched)
     async with BackpressureSupervisor(lag_bound=0.01) as supervisor:
         supervisor.register_worker("worker", handler=echo, task_types=["work"])
         async with asyncio.timeout(PATIENCE):
             while supervisor.system_load() < 1.0:
-                block(0.06)
+                assert asked.wait(PATIENCE)  # in this very loop: it never turns but late, whatever else the host does
+                asked.clear()
+                block(0.02)
                 await asyncio.sleep(0)
         assert supervisor.statistics().binding == "host"
         error = await error_of(supervisor.run(Task("work")))
