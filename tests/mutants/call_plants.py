@@ -11,6 +11,7 @@ _PASSING = _UNIT + "upstream/test_passing.py::"
 _SURGES = "tests/sim/test_call_surge.py::"
 _FORETOLD = _ACCEPTANCE + "test_foretold.py::"
 _BACK = _ACCEPTANCE + "test_coming_back.py::"
+_RELIEF = _ACCEPTANCE + "test_relief.py::"
 _CALLS = _ACCEPTANCE + "test_call_conservation.py::"
 
 MUTANTS = [
@@ -237,6 +238,28 @@ MUTANTS = [
         "            desk.on_relief((self, who), callback)\n\n    def _take_off",
         "            pass\n\n    def _take_off",
         _FORETOLD + "test_what_is_relieved_serves_whoever_said_that_it_draws_on_it",
+    ),
+    Mutant(
+        "who leaves the line tells no run that is held back",
+        "upstream/desk.py",
+        "        self._look()\n\n    def _look",
+        "        with self._lock:\n            self.account.pump(now)\n\n    def _look",
+        _RELIEF + "test_callers_that_leave_the_line_let_a_run_begin",
+    ),
+    Mutant(
+        "a call that is let in tells no run that is held back",
+        "upstream/desk.py",
+        "            relieved = self._relieved(now) if self._held else ()\n"
+        "        for callback in relieved:\n            callback()\n\n    def stop",
+        "            relieved = ()\n        for callback in relieved:\n            callback()\n\n    def stop",
+        _RELIEF + "test_a_call_that_is_let_in_after_an_outage_lets_a_run_begin_before_it_ends",
+    ),
+    Mutant(
+        "a run that ends without a call tells nobody",
+        "supervisor/start_gate.py",
+        "                if other is source or set(other.parts) & set(source.parts):",
+        "                if False:",
+        _RELIEF + "test_a_run_that_ends_without_a_call_lets_another_begin",
     ),
     Mutant(
         "a call takes the slot that is not there",

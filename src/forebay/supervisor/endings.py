@@ -130,8 +130,8 @@ class Endings:
         worker.runs.pop(run, None)
         if run.timer is not None:
             self._disarm(run)
-        for source in tuple(run.expected or ()):
-            run.called(source)
+        if run.expected:
+            house.start_gate.ended(run)
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None

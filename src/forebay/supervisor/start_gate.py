@@ -114,6 +114,14 @@ class StartGate:
         for source in run.expected:
             source.coming(1)
 
+    def ended(self, run: Run) -> None:
+        """`run` has ended: a call that was expected of it and never came makes room for another run."""
+        for source in tuple(run.expected or ()):
+            run.called(source)
+            for worker, other in self._held.items():
+                if other is source or set(other.parts) & set(source.parts):
+                    self._house.loop.call_soon(self._house.serve, worker)  # later: this run is amid its end
+
     def longer(self, pool: Pool) -> None:
         """The line of `pool` has grown, and perhaps what is held back with it."""
         for worker, source in self._held.items():

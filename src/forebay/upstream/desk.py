@@ -107,11 +107,15 @@ class Desk:
             self.account.leave(waiting)
             if isinstance(given := waiting.waiter.given, Go):  # in the very moment
                 self.account.never_sent(now, given.permit)
-            self.account.pump(now)
+        self._look()
 
     def _look(self) -> None:
+        now = clock.now()
         with self._lock:
-            self.account.pump(clock.now())
+            self.account.pump(now)
+            relieved = self._relieved(now)
+        for callback in relieved:
+            callback()
 
     def _refusal(self, answer: No, *, alone: bool) -> Overloaded:
         error = Overloaded(
@@ -135,6 +139,9 @@ class Desk:
         with self._lock:
             self.account.began(now, permit, notices)
             self.account.pump(now)
+            relieved = self._relieved(now) if self._held else ()
+        for callback in relieved:
+            callback()
 
     def stop(self, seconds: float) -> None:
         """Its provider says that its money is spent: nobody goes for a while, and nobody waits for it."""
