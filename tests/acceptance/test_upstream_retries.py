@@ -16,7 +16,7 @@ from forebay import Deadline, Overloaded, Priority, clock
 from forebay.breaker import BreakerRules, consecutive
 from forebay.errors import CallMisused, InvalidAmount
 from forebay.quota import Budget, Price, Quota
-from forebay.retry import Retry
+from forebay.retry import Leave, Retry
 from forebay.sim import simulate
 from forebay.typing import Charge, Outcome
 from forebay.upstream import Upstream
@@ -220,6 +220,28 @@ async def test_a_retry_that_is_not_sent_comes_back(
     assert balances(upstream) == pytest.approx((before[0] + first, before[1] + first))
 
 
+@pytest.mark.parametrize("end", [shut_out, cancelled])
+@virtual
+async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
+    end: Callable[[Upstream, Callable[[], Tried]], Awaitable[None]],
+) -> None:
+    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base=0.001))
+    driver = upstream.driver(upstream.books.desk(""))
+    budgets = driver._retries.budgets
+    while budgets.refusals.withdraw(now()):  # all are drawn, so the only retry is one that knocks
+        pass
+
+    async def takes_the_slot() -> None:
+        await asyncio.sleep(0.05)  # while the other is being refused
+        await Calls(upstream, seconds=1.0).call(priority=Priority.CRITICAL)
+
+    other = asyncio.create_task(takes_the_slot())
+    await end(upstream, congested)
+    await other
+    assert budgets.leave(now(), refused=now()) is Leave.KNOCK
+    assert budgets.leave(now(), refused=now()) is Leave.NO
+
+
 @pytest.mark.parametrize("come", [fault, congested])
 def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], Tried]) -> None:
     upstream = Upstream("llm", retry=Retry(base=0.001))
@@ -230,9 +252,10 @@ def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], 
         upstream.books.desk("").stop(60.0)
         return tried
 
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded) as kept:  # its frames would keep the script open, as a debugger does
         upstream.driver(upstream.books.desk("")).run_blocking(upstream.ask("", CALL), attempt)
     assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
+    assert kept.value.retry_after is not None
 
 
 @virtual

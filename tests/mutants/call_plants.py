@@ -613,16 +613,23 @@ MUTANTS = [
     Mutant(
         "a retry of what failed that gets no permit is lost",
         "upstream/attempt.py",
-        "        if not not_now:\n            budgets.faults",
-        "        if False:\n            budgets.faults",
+        "            budgets.faults.give_back(at)\n",
+        "            pass\n",
         _RETRIES + "test_a_retry_that_is_not_sent_comes_back[shut_out-fault]",
     ),
     Mutant(
         "a retry of what was refused goes back to the retries of what fails",
         "upstream/attempt.py",
-        "budgets.refusals.give_back(drawn)",
-        "budgets.faults.give_back(drawn)",
+        "budgets.unsent(leave, given)",
+        "budgets.faults.give_back(given)",
         _RETRIES + "test_a_retry_that_is_not_sent_comes_back[shut_out-congested]",
+    ),
+    Mutant(
+        "who knocks and gets no permit keeps others from it",
+        "retry/budget.py",
+        "elif leave is Leave.KNOCK and self._knocked == at:",
+        "elif False:",
+        _RETRIES + "test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another[cancelled]",
     ),
     Mutant(
         "a script that is left in a thread is not closed",

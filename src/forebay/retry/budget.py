@@ -103,8 +103,9 @@ class Leave(Enum):
     """Whether a call that was refused may be tried again."""
 
     NO = "no"  # not yet
-    FREE = "free"  # others are let in, or nobody has knocked for long
+    FREE = "free"  # others are let in
     DRAWN = "drawn"  # at the price of a retry, which comes back if this one is let in
+    KNOCK = "knock"  # none is let in, and nobody has found out for long
 
 
 class RetryBudgets:
@@ -147,7 +148,14 @@ class RetryBudgets:
         if self.refusals.withdraw(now):
             leave = Leave.DRAWN
         elif now - self._knocked >= _KNOCK:
-            leave = Leave.FREE
+            leave = Leave.KNOCK
         if leave is not Leave.NO:
             self._knocked = now
         return leave
+
+    def unsent(self, leave: Leave, at: float) -> None:
+        """A retry that was given leave at `at` has not been sent: it comes back, and another may knock."""
+        if leave is Leave.DRAWN:
+            self.refusals.give_back(at)
+        elif leave is Leave.KNOCK and self._knocked == at:
+            self._knocked = -math.inf

@@ -149,22 +149,21 @@ def _return(  # noqa: PLR0913 - a call, and the retry that was drawn for it
     Returns:
         Also when a retry was drawn, if it comes back should this one be let in.
     """
-    drawn: float | None = None
+    leave, given = Leave.NO, at
     try:
         yield Sleep(delay)
         if not_now:
-            leave, left = yield from _leave(ask, attempts, budgets, refused=at)
+            leave, given = yield from _leave(ask, attempts, budgets, refused=at)
             if leave is Leave.NO:
                 return None, None
-            drawn = left if leave is Leave.DRAWN else None
         permit: Permit = yield Enter(ask)
     except GeneratorExit:  # it got no permit, or its caller has left: its provider sees nothing of this retry
-        if not not_now:
+        if not_now:
+            budgets.unsent(leave, given)
+        else:
             budgets.faults.give_back(at)
-        elif drawn is not None:
-            budgets.refusals.give_back(drawn)
         raise
-    return permit, drawn
+    return permit, given if leave is Leave.DRAWN else None
 
 
 def _leave(
