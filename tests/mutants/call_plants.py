@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(
         "a permit for a caller whose loop has closed is kept",
         "upstream/account.py",
-        "            self.never_sent(now, permit)\n\n    def _promote",
-        "            pass\n\n    def _promote",
+        "            self.never_sent(now, permit)\n\n    def _answer",
+        "            pass\n\n    def _answer",
         _DECISIONS + "test_a_caller_whose_loop_has_closed_does_not_keep_what_it_was_given",
     ),
     Mutant(
@@ -270,9 +270,9 @@ MUTANTS = [
     ),
     Mutant(
         "calls of all rungs wait in one row",
-        "upstream/account.py",
-        "waiting.place = self.line.join(waiting, waiting.rung,",
-        "waiting.place = self.line.join(waiting, Priority.NORMAL,",
+        "upstream/line.py",
+        "waiting.place = self.join(waiting, waiting.rung,",
+        "waiting.place = self.join(waiting, Priority.NORMAL,",
         _ACCEPTANCE + "test_upstream.py::test_calls_wait_by_priority_and_on_a_rung_in_the_order_they_came",
     ),
     Mutant(
@@ -334,7 +334,7 @@ MUTANTS = [
     ),
     Mutant(
         "a LOW call starves",
-        "upstream/account.py",
+        "upstream/line.py",
         "if place is not None and now - place[2].since > patience:",
         "if place is not None and now - place[2].since > 1e9:",
         _DECISIONS + "test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up",
@@ -356,16 +356,16 @@ MUTANTS = [
     ),
     Mutant(
         "the line of calls forgets whom it has passed over",
-        "upstream/account.py",
-        "            self.line.serve(place, waiting.ask.priority)\n",
-        "            self.line.leave(place)\n",
+        "upstream/line.py",
+        "        self.serve(head, waiting.ask.priority)\n",
+        "        self.leave(head)\n",
         _DECISIONS + "test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over",
     ),
     Mutant(
         "calls that were put on a better rung pass over those behind them",
-        "upstream/account.py",
-        "self.line.serve(place, waiting.ask.priority)",
-        "self.line.serve(place)",
+        "upstream/line.py",
+        "self.serve(head, waiting.ask.priority)",
+        "self.serve(head)",
         "tests/unit/upstream/test_passing.py::test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes",
     ),
     Mutant(
@@ -455,7 +455,7 @@ MUTANTS = [
     Mutant(
         "only the head of the line is told that its deadline has passed",
         "upstream/account.py",
-        "while (gone := self._deadlines.passed(now)) is not None:",
+        "while (gone := self.line.overdue(now)) is not None:",
         "while (gone := None) is not None:",
         _DECISIONS + "test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands",
     ),

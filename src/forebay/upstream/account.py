@@ -6,13 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from forebay.admission import BookedSeats, Line
+from forebay.admission import BookedSeats
 from forebay.breaker import Breaker, BreakerState
 from forebay.quota import Quotas
 from forebay.task import Priority
 from forebay.typing import Limit, Notice, Outcome
 from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Purse, Wait, times
-from forebay.upstream.deadlines import Deadlines
+from forebay.upstream.line import CallLine
 from forebay.upstream.order import Order
 from forebay.upstream.outage import Outage
 from forebay.upstream.pace import Pace
@@ -20,11 +20,9 @@ from forebay.upstream.passing import first_to_pass
 from forebay.upstream.service import Service, bearable
 from forebay.upstream.waiting import Waiter, Waiting
 
-_GAIN = 0.05  # weight of the newest wait in the typical one
 _LINE = 10_000  # calls that may wait, however short that is expected to be
 _SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
 _PROBED = 1.0  # seconds after which one may ask again, at least, while a breaker's probes are out
-_RUNG_UP = 4  # typical waits after which a call goes one rung up
 
 
 class Account:
@@ -65,14 +63,11 @@ class Account:
         self.peak = 0
         self.coming = 0  # runs that have begun, or are held back, and have not made their first call
         self.service = Service()
-        self.line: Line[Waiting] = Line()
-        self._deadlines: Deadlines[Waiting] = Deadlines()
+        self.line = CallLine(self.order)
         self._purses = purses
         self._own = own
         self._longest_wait = longest_wait
         self._draw = draw
-        self._turn = 0
-        self._typical_wait = 0.0  # seconds in the line, as a moving mean
         self._seats = BookedSeats()
         self._stopped_until = -math.inf
         self._outage = Outage(limit, longest_wait)
@@ -108,20 +103,11 @@ class Account:
 
     def join(self, now: float, ask: Ask, waiter: Waiter) -> Waiting:
         """Stand in the line."""
-        waiting = Waiting(ask, waiter, rank=self.order.rank(ask), now=now)
-        self._stand(waiting)
-        self._deadlines.add(ask.deadline, waiting, length=len(self.line))
-        return waiting
-
-    def _stand(self, waiting: Waiting) -> None:
-        self._turn += 1
-        waiting.place = self.line.join(waiting, waiting.rung, waiting.rank, self._turn)
+        return self.line.stand(now, ask, waiter)
 
     def leave(self, waiting: Waiting) -> None:
         """Give a place in the line up. Leaving twice, or after the answer, does nothing."""
-        if waiting.place is not None:
-            self.line.leave(waiting.place)
-            waiting.place = None
+        self.line.withdraw(waiting)
 
     def _refusal(self, now: float, ask: Ask, *, fits: bool = False) -> No | None:
         """Why it is not let through, however long it waits; `fits`: no quota is too small for it."""
@@ -182,13 +168,13 @@ class Account:
 
     def _pump(self, now: float) -> float | None:
         ripe = self._ripen(now)
-        while (gone := self._deadlines.passed(now)) is not None:
+        while (gone := self.line.overdue(now)) is not None:
             seconds = self.expected_wait(now, gone.ask)[0]
             again = self._seat(now, gone.ask, seconds)
             self._answer(gone, No("its deadline passed while it waited", "line", 1.0, again))
         if not self.line:
             return None
-        self._promote(now)
+        self.line.promote(now, self.service.typical_or_guess)
         while (place := self.line.head()) is not None:
             waiting: Waiting = place[2]
             refusal = self._refusal(now, waiting.ask)
@@ -196,18 +182,14 @@ class Account:
                 self._answer(waiting, refusal)
                 continue
             if not self._room(now):
-                return _earliest(self.limit.next_change(now), self._deadlines.next(), ripe)
+                return _earliest(self.limit.next_change(now), self.line.next_deadline(), ripe)
             seconds, _ = self.quotas.wait(now, waiting.ask.charge)
             if seconds > 0.0:
                 passed = self._let_pass(now)
                 if passed > 0.0:
-                    return _earliest(now + min(seconds, passed), self._deadlines.next(), ripe)
+                    return _earliest(now + min(seconds, passed), self.line.next_deadline(), ripe)
                 continue
-            self._typical_wait += _GAIN * (now - waiting.joined - self._typical_wait)
-            self.order.served(waiting.rank)
-            self.line.serve(place, waiting.ask.priority)
-            waiting.place = None
-            self._go(now, waiting)
+            self._go(now, self.line.send(now, place))
         return None
 
     def _let_pass(self, now: float) -> float:
@@ -232,19 +214,8 @@ class Account:
         if not self._answer(waiting, Go(permit)):
             self.never_sent(now, permit)
 
-    def _promote(self, now: float) -> None:
-        """Who has waited four times as long as is typical goes one rung up: a low run that has begun must end too."""
-        patience = _RUNG_UP * max(self._typical_wait, self.service.typical_or_guess)
-        for rung in list(Priority)[1:]:
-            place = self.line.first(rung)
-            if place is not None and now - place[2].since > patience:
-                waiting: Waiting = place[2]
-                self.leave(waiting)
-                waiting.rung, waiting.since = Priority(rung - 1), now
-                self._stand(waiting)
-
     def _answer(self, waiting: Waiting, answer: Go | No) -> bool:
-        self.leave(waiting)
+        self.line.withdraw(waiting)
         return waiting.waiter.answer(answer)
 
     def refuse_all(self, now: float) -> None:
