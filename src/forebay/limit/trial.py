@@ -58,9 +58,9 @@ class _Window:
     def __len__(self) -> int:
         return len(self._sorted)
 
-    def add(self, stretch: float, in_flight: int) -> None:
-        """One more; the oldest goes when there are too many."""
-        if len(self._latest) == _MOST:
+    def add(self, stretch: float, in_flight: int, most: float) -> None:
+        """One more; of more than `most` the oldest go."""
+        while len(self._latest) >= most:
             del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
         self._latest.append(stretch)
         insort(self._sorted, stretch)
@@ -132,7 +132,7 @@ class Trial:
                 hardly through us, and is waited for to pass.
         """
         if stretch is not None:
-            self._stretches.add(stretch, in_flight)
+            self._stretches.add(stretch, in_flight, min(_MOST, max(2 * _LEAST, level)))
             self._taught = in_flight if self._taught == math.inf else self._taught
         elif self.stage is Stage.LOWERED and self._ours:
             return self._untaught(level)
@@ -172,7 +172,7 @@ class Trial:
         share = max(_STEP if held else _LOWEST, min(1.0, _BRISK * norm / middle))
         share = _STEP if self._doubtful(middle) else share
         self._before = _Before(level, used, middle)
-        self.level = max(1.0, min(math.ceil(share * min(level, used)), used - 1.0))
+        self.level = max(1.0, min(round(share * min(level, used)), used - 1.0))
         return self._enter(Stage.LOWERED, now, Finding.LOWER)
 
     def _doubtful(self, middle: float) -> bool:
