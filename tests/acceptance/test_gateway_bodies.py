@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -13,6 +14,7 @@ from forebay.gateway.server import Gateway
 
 EACH = 60_000  # bytes of one body at most
 TOGETHER = 100_000
+PATIENCE = 10.0  # seconds that nothing here takes
 ANTHROPIC = b"POST /v1/messages HTTP/1.1"
 CHUNKED = written(b"", b"transfer-encoding: chunked")
 
@@ -24,6 +26,12 @@ def bounded(scene: Scene) -> Gateway:
 def ask(size: int) -> bytes:
     """A body of so many bytes."""
     return json.dumps(ASK).encode().ljust(size)
+
+
+def only(gateway: Gateway) -> Any:
+    """The handler of the only connection."""
+    (handler,) = gateway._web.connections
+    return handler
 
 
 def chunk(size: int) -> bytes:
@@ -132,3 +140,83 @@ async def test_who_hangs_up_gives_its_body_back_whenever_that_is(scene: Scene) -
         writer.close()
         await until(lambda: gateway.proxy.bodies.held == 0)
         assert left(gateway) == NOTHING
+
+
+async def test_who_sends_ahead_of_its_answers_is_not_read_beyond_a_head_but_answered_in_turn(scene: Scene) -> None:
+    ahead, first = 30, asyncio.Event()
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        await first.wait()
+        return await scene.provider.answer(request)
+
+    scene.provider.behaviour = behave
+    async with bounded(scene) as gateway, asyncio.timeout(PATIENCE):
+        reader, writer = await connect(gateway, written(ask(EACH)))
+        await until(lambda: len(scene.provider.asked) == 1)
+        writer.write(written(ask(EACH)) * (ahead - 1) + written(ask(EACH), b"connection: close"))
+        handler = only(gateway)
+        await until(lambda: not handler._wire.is_reading())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        most = gateway.settings.max_header_bytes + (256 << 10)  # and what one look at a socket brings
+        assert sum(body.total_bytes for _, body in handler._messages) <= most
+        first.set()
+        assert (await to_the_end(reader)).count(b"HTTP/1.1 200") == 1 + ahead
+        writer.close()
+        assert gateway.proxy.bodies.held == 0
+
+
+@pytest.mark.parametrize("start", [b"POST /v1/chat/completions HTTP/1.1", b"POST /nowhere HTTP/1.1"])
+@pytest.mark.parametrize("whole", [False, True])
+async def test_who_was_not_read_on_is_read_again_when_its_turn_has_come(
+    scene: Scene, start: bytes, *, whole: bool
+) -> None:
+    first = asyncio.Event()
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        await first.wait()
+        return await scene.provider.answer(request)
+
+    scene.provider.behaviour = behave
+    settings = scene.settings(gateway={"max_header_bytes": 1000, "max_body_bytes": EACH, "max_held_bytes": TOGETHER})
+    async with Gateway(settings) as gateway, asyncio.timeout(PATIENCE):
+        reader, writer = await connect(gateway, written(ask(100)))
+        await until(lambda: len(scene.provider.asked) == 1)
+        handler = only(gateway)
+        second = written(ask(3000), start=start)
+        length = len(second) if whole else 2500
+        writer.write(second[:length])
+        await until(lambda: not handler._wire.is_reading())
+        first.set()
+        await until(handler._wire.is_reading)
+        writer.write(second[length:] + written(ask(3000), b"connection: close"))
+        told = await to_the_end(reader)
+        answers = [told.split(b"HTTP/1.1 ")[number][:3] for number in (1, 2)]
+        assert answers == [b"200", b"404" if b"nowhere" in start else b"200"]
+        assert told.count(b"HTTP/1.1 200") == (3 if b"nowhere" not in start else 2 if whole else 1)
+        writer.close()
+
+
+async def test_a_head_without_end_behind_a_call_is_not_read_on_and_the_call_is_answered(scene: Scene) -> None:
+    first = asyncio.Event()
+
+    async def behave(request: web.BaseRequest) -> web.StreamResponse:
+        await first.wait()
+        return await scene.provider.answer(request)
+
+    scene.provider.behaviour = behave
+    async with bounded(scene) as gateway, asyncio.timeout(PATIENCE):
+        reader, writer = await connect(gateway, written(ask(100)))
+        await until(lambda: len(scene.provider.asked) == 1)
+        handler = only(gateway)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n")
+        for number in range(20):
+            writer.write(b"x-%d: %b\r\n" % (number, b"a" * 10_000))
+        await until(lambda: handler._close)
+        writer.write(b"content-length: 2\r\n\r\n{}")
+        first.set()
+        told = await to_the_end(reader)
+        assert told.startswith(b"HTTP/1.1 200")
+        assert told.count(b"HTTP/1.1 ") == 1
+        writer.close()
+        assert gateway.proxy.bodies.held == 0

@@ -39,6 +39,27 @@ MUTANTS = [
         _ATTACKS + "test_headers_are_bounded_together_not_each",
     ),
     Mutant(
+        "what is sent ahead of an answer is read without end",
+        "gateway/server.py",
+        "if ahead > self._most_head + _HEADERS:",
+        "if False:",
+        _BODIES + "test_who_sends_ahead_of_its_answers_is_not_read_beyond_a_head_but_answered_in_turn",
+    ),
+    Mutant(
+        "who sent too much ahead is not read on when its turn has come",
+        "gateway/server.py",
+        '        cast("_Handler", request.protocol).look_ahead()  # its turn has come\n',
+        "",
+        _BODIES + "test_who_was_not_read_on_is_read_again_when_its_turn_has_come[True-POST /nowhere HTTP/1.1]",
+    ),
+    Mutant(
+        "a head without end behind a call costs the call its answer",
+        "gateway/server.py",
+        "            if not waits:\n                self.close()",
+        "            if False:\n                self.close()",
+        _BODIES + "test_a_head_without_end_behind_a_call_is_not_read_on_and_the_call_is_answered",
+    ),
+    Mutant(
         "a head of many short lines may go on for ever",
         "gateway/server.py",
         "if self._head > self._most_head + _HEADERS:",

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
@@ -66,6 +66,8 @@ class _Handler(web.RequestHandler):
         self._most_head = settings.max_header_bytes
         self._send_timeout = settings.send_timeout
         self._head = 0  # bytes of a head that is not whole yet
+        self._newest: aiohttp.StreamReader | None = None  # the body of the request that came last
+        self._ahead = False  # more has come than its turn, so nothing more is read
         self._unsent: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -80,16 +82,41 @@ class _Handler(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`; a head is not read without end."""
+        """See `asyncio.Protocol`; a head is not read without end, nor what is sent ahead of an answer."""
+        known, of_body = len(self._messages), self._newest is not None and not self._newest.is_eof()
         super().data_received(data)
-        if self._waiter is None or self._waiter.done():
+        if len(self._messages) > known:
+            self._newest = self._messages[-1][1]
             self._head = 0
-            return
-        self._head += len(data)
+        else:
+            self._head = 0 if of_body else self._head + len(data)
+        waits = self._waiter is not None and not self._waiter.done()
         if self._head > self._most_head + _HEADERS:
+            if not waits:
+                self.close()  # once what is under way has its answer
+                return
             body = problem("openai", 431, "forebay_long_head", "the head of this request does not end").body
             self._wire.write(_ENDLESS % (len(body), body))
             self.force_close()
+        elif not waits:
+            self.look_ahead()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's own
+        """A body has been taken out of its buffer; but what was sent ahead is still there."""
+        super().resume_reading(resume_parser)
+        self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Read on only while what came before its turn is short: it waits in no line, and counts as no body."""
+        if self._wire.is_closing():
+            return
+        ahead = self._head + sum(body.total_bytes for _, body in self._messages)
+        if ahead > self._most_head + _HEADERS:
+            self._ahead = True
+            self._wire.pause_reading()
+        elif self._ahead:
+            self._ahead = False
+            self._wire.resume_reading()
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`; who takes nothing of its answer is not waited for without end."""
@@ -143,13 +170,18 @@ class _Server(web.Server):
     """A server with a bound on its connections."""
 
     def __init__(self, proxy: Proxy, settings: GatewaySettings) -> None:
-        super().__init__(proxy.handle, handler_cancellation=True)
+        super().__init__(self._handle, handler_cancellation=True)
+        self._proxy = proxy
         self._settings = settings
 
     def __call__(self) -> Any:
         if len(self.connections) >= self._settings.max_connections:
             return _Full()
         return _Handler(self, self._settings, loop=asyncio.get_running_loop())
+
+    def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        cast("_Handler", request.protocol).look_ahead()  # its turn has come
+        return self._proxy.handle(request)
 
     async def end(self) -> None:
         """Close all connections, and what is left of them after the last words."""

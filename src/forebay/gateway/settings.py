@@ -240,7 +240,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         context: whose word is taken for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request.
         max_held_bytes: of the bodies of all requests together, each held until its call has ended.
-        max_header_bytes: of a request's headers together.
+        max_header_bytes: of a request's headers together, and of what is sent ahead of the answer before.
         max_connections: open at a time.
         idle_timeout: seconds in which the head of a request must arrive, since the connection was made or the answer
             before was given.
