@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from forebay.errors import InvalidSetting
 from forebay.quota import Price
 
 HIGH = Priority.HIGH
+PATIENCE = 20.0  # seconds that nothing here takes
 
 
 class Caller:
@@ -331,6 +333,48 @@ def test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_take
     every = [*notes.key.books, *notes.key.books._unopened.values()]
     assert [desk.account.coming for desk in every] == [0] * len(every)
     assert not any(desk._held or desk._relief for desk in every)
+
+
+@pytest.mark.parametrize("models", [("small", "large"), ("small", None)])
+@virtual
+async def test_an_account_that_was_foretold_twice_over_expects_one_call_of_a_run(
+    models: tuple[str | None, ...],
+) -> None:
+    key = Upstream("key", max_concurrent=3)  # all models are of one account
+    caller = Caller(key, "small", takes=0.1)
+    async with house(caller, *(key if model is None else (key, model) for model in models)) as supervisor:
+        tickets = flood(supervisor, "work", 3)
+        for ticket in tickets:
+            assert (await ticket).success
+        assert coming(key) == [0]
+
+
+@pytest.mark.blocks
+async def test_a_run_in_a_thread_that_meets_an_account_as_another_does_is_expected_no_more() -> None:
+    key = Upstream("key", max_concurrent=10)
+    began: list[Task] = []
+    call, called, go_on = threading.Event(), threading.Barrier(3), threading.Event()
+
+    def calls(task: Task) -> None:
+        began.append(task)
+        assert call.wait(PATIENCE)
+        with key.call():
+            pass
+        called.wait(PATIENCE)
+        assert go_on.wait(PATIENCE)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=calls, task_types=["work"], max_concurrent=2, upstreams=[key])
+        tickets = flood(supervisor, "work", 2)
+        while len(began) < 2:  # noqa: ASYNC110 - by threads
+            await asyncio.sleep(0)
+        call.set()
+        called.wait(PATIENCE)  # the loop stands meanwhile, so both have met the key before it hears of either
+        await turns()
+        assert coming(key) == [0]
+        go_on.set()
+        for ticket in tickets:
+            assert (await ticket).success
 
 
 @virtual

@@ -233,6 +233,20 @@ MUTANTS = [
         + "test_foretold.py::test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_taken_off_again",
     ),
     Mutant(
+        "a run of a worker of which an account was foretold twice is expected twice",
+        "supervisor/start_gate.py",
+        "if other is not run and source not in other.expected:",
+        "if other is not run:",
+        _FORETOLD + "test_an_account_that_was_foretold_twice_over_expects_one_call_of_a_run[models1]",
+    ),
+    Mutant(
+        "a run that met an account as another did is still expected",
+        "supervisor/dispatch.py",
+        "            run.called(source)\n",
+        "            pass\n",
+        _FORETOLD + "test_a_run_in_a_thread_that_meets_an_account_as_another_does_is_expected_no_more",
+    ),
+    Mutant(
         "of what was foretold nobody hears that it is relieved",
         "upstream/foretold.py",
         "            desk.on_relief((self, who), callback)\n\n    def _take_off",

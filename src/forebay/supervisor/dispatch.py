@@ -178,6 +178,8 @@ class Dispatcher:
             self.start_gate.met(run, source)
             for pool in worker.pools:
                 pool.reckon()
+        else:  # met by another run meanwhile, and then expected of this one
+            run.called(source)
 
     # --- from the line to a worker ---
 

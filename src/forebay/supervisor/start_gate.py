@@ -54,7 +54,7 @@ class StartGate:
         for other in worker.runs:
             if other.expected is not None and foretold in other.expected:
                 other.called(foretold)
-                if other is not run:
+                if other is not run and source not in other.expected:  # it may be what was foretold twice over
                     other.expected[source] = None
                     source.coming(1)
         if self._held.get(worker) is foretold:
