@@ -107,7 +107,11 @@ class _Handler(web.RequestHandler):
         self.look_ahead()
 
     def look_ahead(self) -> None:
-        """Read on only while what came before its turn is short: it waits in no line, and counts as no body."""
+        """Read on only while what came before its turn is short: it waits in no line, and counts as no body.
+
+        While nothing is read it is not heard that its caller hangs up. To close the connection instead would cost those
+        their next call who send it, with a long body, in the moment in which an answer is done.
+        """
         if self._wire.is_closing():
             return
         ahead = self._head + sum(body.total_bytes for _, body in self._messages)
