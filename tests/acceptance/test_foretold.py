@@ -22,9 +22,11 @@ from forebay import (
     TaskStatus,
     Upstream,
     Verdict,
+    clock,
 )
 from forebay.errors import InvalidSetting
 from forebay.quota import Price
+from forebay.sim import simulate
 
 HIGH = Priority.HIGH
 PATIENCE = 20.0  # seconds that nothing here takes
@@ -347,6 +349,42 @@ async def test_an_account_that_was_foretold_twice_over_expects_one_call_of_a_run
         for ticket in tickets:
             assert (await ticket).success
         assert coming(key) == [0]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_stays_expected(seed: int) -> None:
+    draw = clock.chance(seed)
+    models = ["small", "smaller", "large", ""]
+    groups = draw.choice([None, {"small*": [Quota(requests=60, per="minute")], "large": []}])
+    key, other = Upstream("key", max_concurrent=draw.choice([1, 3]), models=groups), Upstream("other", max_concurrent=2)
+    upstreams = [key, other, Upstream("third", max_concurrent=2, fallback=Fallback(to=other))]
+
+    async def calls(_: Task) -> None:
+        for _call in range(draw.randrange(4)):
+            await asyncio.sleep(draw.uniform(0.0, 3.0))
+            async with draw.choice(upstreams).call(draw.choice(models), input_tokens=1):
+                await asyncio.sleep(draw.expovariate(1.0))
+
+    def said() -> list[Any]:
+        some = draw.choices(upstreams, k=draw.randrange(4))
+        return [upstream if draw.random() < 0.4 else (upstream, draw.choice(models[:-1])) for upstream in some]
+
+    async def main() -> None:
+        async with BackpressureSupervisor() as supervisor:
+            for name in ("one", "two"):
+                how: dict[str, Any] = {"max_concurrent": draw.choice([1, 3, 8]), "timeout": draw.choice([5.0, 300.0])}
+                supervisor.register_worker(name, handler=calls, task_types=["work"], upstreams=said(), **how)
+            for _ in range(20):
+                ticket = supervisor.submit_nowait(Task("work"))
+                await asyncio.sleep(draw.choice([0.0, 0.0, 1.0]))
+                if draw.random() < 0.2:
+                    ticket.cancel()
+            await supervisor.drain(timeout=draw.choice([0.1, 1000.0]))
+        desks = [desk for one in upstreams for desk in [*one.books, *one.books._unopened.values()]]
+        assert [desk.account.coming for desk in desks] == [0] * len(desks)
+        assert not any(desk._held or desk._relief for desk in desks)
+
+    simulate(main, seed=seed)
 
 
 @pytest.mark.blocks
