@@ -202,8 +202,8 @@ class Source(Protocol):
     def shuts_out(self, rung: Priority) -> bool:
         """Whether a call of that rung would surely not be sent now: such or better ones wait, or none may pass."""
 
-    def hold_back(self, who: object, runs: int) -> None:
-        """So many runs of `who` do not start for its sake: they count in its load."""
+    def hold_back(self, who: object, runs: int, rung: Priority = Priority.NORMAL) -> None:
+        """So many runs of `who`, `rung` the next of them, do not start for its sake: they count in its load."""
 
     def coming(self, runs: int) -> None:
         """So many runs more (or fewer) have begun and not yet made their first call: it is expected."""

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from tests.acceptance.house import about, now, turns, virtual
 
-from forebay import BackpressureSupervisor, Deadline, Overloaded, Task, Ticket, Upstream
+from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, Ticket, Upstream
 from forebay.typing import Outcome
 from forebay.upstream.ask import Ask, Ended
 
@@ -53,9 +53,9 @@ async def in_line(key: Upstream, count: int, deadline: Deadline | None = None) -
     return calls
 
 
-async def held(supervisor: BackpressureSupervisor, began: Began) -> Ticket:
+async def held(supervisor: BackpressureSupervisor, began: Began, priority: Priority = Priority.NORMAL) -> Ticket:
     """A task that is admitted, and whose run does not begin yet."""
-    ticket = supervisor.submit_nowait(Task("work"))
+    ticket = supervisor.submit_nowait(Task("work", priority=priority))
     await asyncio.sleep(1.0)
     assert not began.at
     return ticket
@@ -116,3 +116,21 @@ async def test_a_call_that_is_let_in_after_an_outage_lets_a_run_begin_before_it_
         await ticket
         assert began.at == [about(at)]
         desk.settle(permit, Ended(outcome=Outcome.SUCCESS))
+
+
+@virtual
+async def test_a_critical_run_begins_as_soon_as_it_may_though_a_normal_one_may_not_yet() -> None:
+    async with house() as (key, supervisor, began), AsyncExitStack() as stack:
+        await supervisor.run(Task("work", priority=Priority.CRITICAL))  # one begins in each typical call's time
+        began.at.clear()
+        await fill(stack, key)
+        calls = await in_line(key, 12)
+        ticket = await held(supervisor, began, priority=Priority.CRITICAL)
+        at = now()
+        for call in calls[:4]:
+            call.cancel()
+        await asyncio.sleep(1.0)
+        assert began.at == [about(at)]
+        for call in calls:
+            call.cancel()
+        await ticket

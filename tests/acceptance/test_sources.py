@@ -50,7 +50,7 @@ class Key:
     def typical(self) -> float:
         return self.seconds
 
-    def hold_back(self, who: object, runs: int) -> None:
+    def hold_back(self, who: object, runs: int, rung: Priority = Priority.NORMAL) -> None:  # noqa: ARG002 - see Source
         if runs:
             self.held[who] = runs
         else:

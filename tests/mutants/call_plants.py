@@ -269,6 +269,13 @@ MUTANTS = [
         _RELIEF + "test_a_call_that_is_let_in_after_an_outage_lets_a_run_begin_before_it_ends",
     ),
     Mutant(
+        "a CRITICAL run that is held back waits until a NORMAL one may start",
+        "upstream/desk.py",
+        "told = self._urgent if self._urgent and self._may_start(now, Priority.CRITICAL) else ()",
+        "told = ()",
+        _RELIEF + "test_a_critical_run_begins_as_soon_as_it_may_though_a_normal_one_may_not_yet",
+    ),
+    Mutant(
         "a run that ends without a call tells nobody",
         "supervisor/start_gate.py",
         "                if other is source or set(other.parts) & set(source.parts):",

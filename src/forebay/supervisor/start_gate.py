@@ -30,7 +30,9 @@ class StartGate:
 
     def __init__(self, house: Dispatcher) -> None:
         self._house = house
-        self._held: dict[WorkerAgent, Source] = {}  # who has free slots and does not start, and for whose sake
+        self._held: dict[
+            WorkerAgent, tuple[Source, Priority]
+        ] = {}  # who has free slots, for whose sake waits which rung
         self._last: dict[tuple[Source, Priority], float] = {}  # when a run of that rung last started
 
     def watch(self, worker: WorkerAgent, source: Source) -> None:
@@ -57,7 +59,7 @@ class StartGate:
                 if other is not run and source not in other.expected:  # it may be what was foretold twice over
                     other.expected[source] = None
                     source.coming(1)
-        if self._held.get(worker) is foretold:
+        if (held := self._held.get(worker)) is not None and held[0] is foretold:
             self._let_go(worker)
         foretold.forget(worker)
         worker.foretold.remove(foretold)
@@ -89,10 +91,10 @@ class StartGate:
                 continue
             if again <= now:  # who frees a slot will serve this worker; if nobody does, look again
                 again = now + max(_LOOK, source.typical())
-            self._held[worker] = source
+            self._held[worker] = source, rung
             for pool in worker.pools:
                 pool.held[worker] = None
-            source.hold_back(worker, _held(worker, waiting))
+            source.hold_back(worker, _held(worker, waiting), rung)
             if worker.start_again is not None:
                 self._house.timers.cancel(worker.start_again)
             worker.start_again = self._house.timers.at(again, self._house.serve, worker)
@@ -103,8 +105,8 @@ class StartGate:
         return True
 
     def _let_go(self, worker: WorkerAgent) -> None:
-        if (source := self._held.pop(worker, None)) is not None:
-            source.hold_back(worker, 0)
+        if (held := self._held.pop(worker, None)) is not None:
+            held[0].hold_back(worker, 0)
             for pool in worker.pools:
                 pool.held.pop(worker, None)
 
@@ -118,15 +120,15 @@ class StartGate:
         """`run` has ended: a call that was expected of it and never came makes room for another run."""
         for source in tuple(run.expected or ()):
             run.called(source)
-            for worker, other in self._held.items():
+            for worker, (other, _) in self._held.items():
                 if other is source or set(other.parts) & set(source.parts):
                     self._house.loop.call_soon(self._house.serve, worker)  # later: this run is amid its end
 
     def longer(self, pool: Pool) -> None:
         """The line of `pool` has grown, and perhaps what is held back with it."""
-        for worker, source in self._held.items():
+        for worker, (source, rung) in self._held.items():
             if worker in pool.workers:
-                source.hold_back(worker, _held(worker, len(pool.line)))
+                source.hold_back(worker, _held(worker, len(pool.line)), rung)
 
     def close(self) -> None:
         """Let go of what was watched."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from forebay import clock, context
 from forebay.errors import Overloaded
@@ -38,6 +38,7 @@ class Desk:
         self._lock = threading.RLock()  # a waiter that is told something may look at once
         self._typical = Ask()
         self._held: dict[object, int] = {}
+        self._urgent: set[object] = set()  # of those, whose next run is CRITICAL: it may start where others may not
         self.experience = Experience()
         self.sent_on = 0  # calls that another account has served
         self._relief: dict[object, Callable[[], None]] = {}
@@ -222,9 +223,12 @@ class Desk:
         no = self.account.shut(now, self._typical.usd, rung)
         return no is not None and (no.binding != "budget" or no.retry_after is not None)
 
-    def hold_back(self, who: object, runs: int) -> None:
+    def hold_back(self, who: object, runs: int, rung: Priority = Priority.NORMAL) -> None:
         """See `forebay.typing.Source`."""
         with self._lock:
+            self._urgent.discard(who)
+            if runs and rung is Priority.CRITICAL:
+                self._urgent.add(who)
             self.account.coming += runs - self._held.get(who, 0)
             if runs:
                 self._held[who] = runs
@@ -248,9 +252,11 @@ class Desk:
         self.hold_back(who, 0)
 
     def _relieved(self, now: float) -> list[Callable[[], None]]:
-        if not self._may_start(now, Priority.NORMAL):
-            return []
-        return [self._relief[who] for who in self._held if who in self._relief]
+        if self._may_start(now, Priority.NORMAL):
+            told: Iterable[object] = self._held
+        else:
+            told = self._urgent if self._urgent and self._may_start(now, Priority.CRITICAL) else ()
+        return [self._relief[who] for who in told if who in self._relief]
 
     def _learn(self, ask: Ask) -> None:
         """What a typical call asks, as a moving mean."""

@@ -33,7 +33,7 @@ class Foretold:
         self._model = model
         self._lock = threading.RLock()
         self._coming = 0
-        self._held: dict[object, int] = {}
+        self._held: dict[object, tuple[int, Priority]] = {}
         self._relief: dict[object, Callable[[], None]] = {}
         self._on: list[Desk] = []  # where what is coming and what is held back are noted; accounts come and go
 
@@ -66,14 +66,14 @@ class Foretold:
         """See `forebay.typing.Source`."""
         return all(desk.shuts_out(rung) for desk in self._desks())
 
-    def hold_back(self, who: object, runs: int) -> None:
+    def hold_back(self, who: object, runs: int, rung: Priority = Priority.NORMAL) -> None:
         """See `forebay.typing.Source`. They may come to any of the accounts, so they count in each."""
         with self._lock:
             self._desks()
             for desk in self._on:
-                desk.hold_back((self, who), runs)
+                desk.hold_back((self, who), runs, rung)
             if runs:
-                self._held[who] = runs
+                self._held[who] = runs, rung
             else:
                 self._held.pop(who, None)
             self._desks()
@@ -120,8 +120,8 @@ class Foretold:
     def _put_on(self, desk: Desk) -> None:
         self._on.append(desk)
         desk.coming(self._coming)
-        for who, runs in self._held.items():
-            desk.hold_back((self, who), runs)
+        for who, (runs, rung) in self._held.items():
+            desk.hold_back((self, who), runs, rung)
         for who, callback in self._relief.items():
             desk.on_relief((self, who), callback)
 

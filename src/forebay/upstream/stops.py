@@ -187,10 +187,10 @@ class Choice:
         """See `forebay.typing.Source`."""
         return all(desk.shuts_out(rung) for desk in self.desks)
 
-    def hold_back(self, who: object, runs: int) -> None:
+    def hold_back(self, who: object, runs: int, rung: Priority = Priority.NORMAL) -> None:
         """See `forebay.typing.Source`. They may come to any of them, so they count in each."""
         for desk in self.desks:
-            desk.hold_back((self, who), runs)
+            desk.hold_back((self, who), runs, rung)
 
     def coming(self, runs: int) -> None:
         """See `forebay.typing.Source`. Likewise."""
