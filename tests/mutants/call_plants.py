@@ -211,8 +211,8 @@ MUTANTS = [
     Mutant(
         "runs that have begun are not expected at the account that was shown",
         "supervisor/start_gate.py",
-        "                if other is not run:\n",
-        "                if False:\n",
+        "                if other is not run and source not in other.expected:",
+        "                if False:",
         _ACCEPTANCE
         + "test_foretold.py::test_runs_that_have_begun_are_expected_at_the_account_that_the_first_has_shown",
     ),
