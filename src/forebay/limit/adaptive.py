@@ -171,7 +171,8 @@ class AdaptiveLimit:
             if finding is not Finding.CALM:
                 return
         self._round(now, grant)
-        if not grant.full or self._trial.stage is not Stage.WATCHING:
+        used = beside >= _NEARLY_FULL * int(self._level) - 1  # still: not every call that found it full may raise it
+        if not grant.full or not used or self._trial.stage is not Stage.WATCHING:
             return
         if self._level < self._memory.familiar:
             self._raise(1.0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 from tests.unit.limit.server import Server
 
 from forebay.limit import AdaptiveLimit, AdaptiveState
-from forebay.typing import Outcome
+from forebay.typing import Grant, Outcome
 from forebay.upstream.pace import Pace
 
 
@@ -101,6 +103,16 @@ def test_it_does_not_grow_while_it_is_not_used() -> None:
     for second in range(100):
         limit.observe(second + 1.0, limit.grant(float(second), 3), Outcome.SUCCESS)
     assert limit.limit(100.0) == 10
+
+
+def test_it_grows_no_further_than_it_is_used() -> None:
+    """Twenty-four callers: each call began when all of them had one under way."""
+    limit, flying = AdaptiveLimit(), deque[Grant]()
+    for second in range(200):
+        while len(flying) < min(24, limit.limit(float(second))):
+            flying.append(limit.grant(float(second), len(flying) + 1))
+        limit.observe(second + 1.0, flying.popleft(), Outcome.SUCCESS)
+    assert limit.limit(200.0) <= 28
 
 
 def test_it_never_passes_its_largest() -> None:
