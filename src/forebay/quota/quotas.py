@@ -21,6 +21,9 @@ HOLD: Final = "retry-after"
 _MINUTE: Final = PERIODS["minute"]
 _LONGEST_RESET: Final = 2 * PERIODS["day"]
 _LARGEST: Final = 10**10  # many times the largest limit that is sold; what claims more binds nobody
+_ROOMY: Final = 0.5  # of a quota: while so much is left of each, nobody can have used one up in the next moment
+_MOMENT: Final = 1 / 600  # of a period ...
+_LONGEST_MOMENT: Final = 0.1  # ... in seconds, at most
 _NAMES: Final = {seconds: name for name, seconds in PERIODS.items()}
 
 
@@ -108,6 +111,7 @@ class Quotas:
         self._numbers = itertools.count().__next__
         self._under_way = dict.fromkeys(UNITS, 0)  # what the open ones hold in all
         self._hold_until = -math.inf
+        self._quiet_until = -math.inf
         self._now = -math.inf
 
     def outgrown(self, now: float, charge: Charge) -> str | None:
@@ -234,6 +238,14 @@ class Quotas:
         if wanted or not self._heard:
             self._empty_tightest(now, reservation.charge, wanted)
 
+    def listens(self, now: float) -> bool:
+        """Whether what the headers of a success say may matter: else they need not be read, nor given to `hear`.
+
+        A moment after others were heard that left half of everything they can tell nothing that changes a decision.
+        Those of a refusal always matter.
+        """
+        return now >= self._quiet_until
+
     def hear(self, now: float, notices: Sequence[Notice], reservation: Reservation, *, refused: bool = False) -> None:
         """The headers of a call's answer have come; before or after it was settled.
 
@@ -254,6 +266,8 @@ class Quotas:
             if heard is not None:
                 amount = amount if refused else 0.0
                 heard.hear(now, notice, sent=sent, mark=reservation.marks.get(unit), refused=amount)
+        if notices:  # silence tells nothing, and must not go on for ever
+            self._quiet_until = now + self._moment()
 
     def levels(self, now: float) -> list[Level]:
         """What each quota has left."""
@@ -268,6 +282,7 @@ class Quotas:
         if now < self._now:  # back: what was to come is as far away as before
             back = now - self._now
             self._hold_until += back
+            self._quiet_until = -math.inf
             for heard in self._heard.values():
                 heard.rebase(back)
         self._now = now
@@ -295,6 +310,16 @@ class Quotas:
                 heard.bucket.take(now, getattr(other.charge, unit))
                 other.marks[unit] = heard.mark(self._under_way[unit])
         return heard
+
+    def _moment(self) -> float:
+        """Seconds for which the headers of successes are not missed."""
+        moment = _LONGEST_MOMENT if self._heard else 0.0
+        for heard in self._heard.values():
+            bucket = heard.bucket
+            if bucket.level < _ROOMY * bucket.amount:
+                return 0.0
+            moment = min(moment, _MOMENT * bucket.per)
+        return moment
 
     def _longest_period(self) -> float:
         buckets = [*(given.bucket for given in self._given), *(heard.bucket for heard in self._heard.values())]

@@ -134,6 +134,10 @@ class Desk:
         if run.refusals and (error := run.refusals.get(self)) is not None:
             raise error
 
+    def listens(self) -> bool:
+        """Whether what the headers of a success say of the quotas may matter; else they need not be read."""
+        return self.account.quotas.listens(clock.now())  # one number is read: no lock
+
     def began(self, permit: Permit, notices: Sequence[Notice] = ()) -> None:
         """Its answer has begun, and its headers say this of the quotas."""
         now = clock.now()

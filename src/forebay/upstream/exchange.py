@@ -165,7 +165,7 @@ class Exchange:
 
     def reader(self, permit: Permit, headers: Plain) -> Reader:
         """What meters an open answer, and closes its permit."""
-        self.desk.began(permit, notices(headers, wall=clock.wall_time()))
+        self.desk.began(permit, self._notices(headers))
         meter = None
         made = not self.read.free  # else it is fetched, and was metered when it was made
         if made and _is_events(headers.get("content-type", "")):
@@ -182,7 +182,7 @@ class Exchange:
 
     def whole(self, permit: Permit, status: int, headers: Plain, body: bytes) -> Tried:
         """The answer is all there; its body without the Content-Encoding."""
-        heard = notices(headers, wall=clock.wall_time())
+        heard = self._notices(headers, always=status >= ERRORS)
         self.meaning = Meaning.SUCCESS
         self._status = status
         if status >= ERRORS:
@@ -198,6 +198,10 @@ class Exchange:
         read = read_whole(body)
         outcome = Outcome.SUCCESS if read.error is None else read.error.outcome
         return Tried(ended=self.ended(permit, outcome, read.usage, heard))
+
+    def _notices(self, headers: Plain, *, always: bool = False) -> tuple[Notice, ...]:
+        """What the headers of an answer say of the quotas, if that may matter, as it `always` does for a refusal."""
+        return notices(headers, wall=clock.wall_time()) if always or self.desk.listens() else ()
 
     def _not_now(self, headers: Plain, heard: tuple[Notice, ...]) -> Tried:
         """It was refused at the provider's door: nothing was used."""

@@ -303,3 +303,47 @@ def test_a_clock_that_goes_back_keeps_a_window_as_long() -> None:
         quotas.reserve(10.0, ONE)
     wait = quotas.wait(10.0, ONE).seconds
     assert quotas.wait(-5000.0, ONE).seconds == pytest.approx(wait)
+
+
+# --- when headers need not be read ---
+
+
+def test_where_nothing_is_known_every_header_matters() -> None:
+    quotas = Quotas([Quota(requests=60, per="minute")])
+    assert quotas.listens(0.0)
+    quotas.hear(0.0, [], quotas.reserve(0.0, ONE))
+    assert quotas.listens(0.0)
+
+
+def test_a_moment_after_headers_that_left_much_the_next_need_not_be_read() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=31))
+    assert not quotas.listens(0.09)
+    assert quotas.listens(0.1)
+
+
+def test_once_half_of_one_quota_is_used_every_header_matters() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, [*told(remaining=59), Notice(unit="tokens", limit=1000, remaining=499, reset=30.0)])
+    assert quotas.listens(0.0)
+
+
+def test_the_moment_is_as_short_as_the_period() -> None:
+    quotas = Quotas([Quota(requests=60, per="second")])
+    call(quotas, 0.0, told(remaining=59, reset=0.02))
+    assert not quotas.listens(0.0016)
+    assert quotas.listens(0.0017)
+
+
+def test_answers_without_headers_do_not_make_the_moment_longer() -> None:
+    quotas = Quotas()
+    call(quotas, 0.0, told(remaining=50))
+    call(quotas, 0.08, [])
+    assert quotas.listens(0.1)
+
+
+def test_after_a_clock_that_went_back_headers_are_read_at_once() -> None:
+    quotas = Quotas()
+    call(quotas, 1000.0, told(remaining=50))
+    quotas.wait(10.0, ONE)
+    assert quotas.listens(10.0)

@@ -16,22 +16,21 @@ from __future__ import annotations
 import datetime as dt
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import repeat
-from operator import methodcaller
-from typing import Final, Self
+from typing import Final
 
 from forebay.typing import Notice
+from forebay.upstream.rules.plain import plain
 
 _DAY: Final = 86_400.0
 _LONGEST_RESET: Final = 32 * _DAY  # seconds; what is further away than a month is no reset
 _EPOCH_SECONDS: Final = 1e9  # from here on a number is a moment (2001), not a duration
 _EPOCH_MS: Final = 1e11
 _LARGEST: Final = 10**15  # of a limit
-_LONGEST_VALUE: Final = 64  # characters of a header worth reading, and of a name worth remembering
-_KNOWN: Final = 1000  # names of headers that are remembered
+_LONGEST_VALUE: Final = 64  # characters of a header worth reading
 _SKEW: Final = 2.0  # seconds by which the clocks must differ before the provider's own is used
 
 _PLAIN: Final = re.compile(
@@ -57,41 +56,6 @@ _FAMILIES: Final = [
 ]
 _FAMILY: Final = {name: number for number, (_, *names) in enumerate(_FAMILIES) for name in names}
 _NONE: Final = -1
-
-
-class _Known(dict[bytes, str]):
-    """Names as they stand on the wire, and in lower case: they are the same from call to call."""
-
-    def __missing__(self, name: bytes) -> str:
-        low = name.decode("latin-1").lower()
-        if len(self) < _KNOWN and len(name) <= _LONGEST_VALUE:
-            self[name] = low
-        return low
-
-
-_lower: Final = _Known().__getitem__
-_text: Final = methodcaller("decode", "latin-1")
-
-
-class Plain(dict[str, str]):
-    """Headers by lower-case name, as plain strings; made once for all who read them."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of_wire(cls, pairs: Sequence[tuple[bytes, bytes]]) -> Self:
-        """Those that stand on the wire."""
-        if not pairs:
-            return cls()
-        names, values = zip(*pairs, strict=True)
-        return cls(zip(map(_lower, names), map(str.strip, map(_text, values)), strict=True))  # no step of it in Python
-
-
-def plain(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """Headers by lower-case name, as plain strings."""
-    if type(headers) is Plain:
-        return headers
-    return {str(name).lower(): str(value).strip() for name, value in headers.items()}
 
 
 def notices(headers: Mapping[str, str], *, wall: float) -> tuple[Notice, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay.typing import Outcome
-from forebay.upstream.rules.headers import plain
+from forebay.upstream.rules.plain import LIMITS, plain
 
 _LONGEST: Final = 65_536  # bytes of an error's body worth decoding
 _WORDS: Final = 4096  # characters of it worth reading
@@ -143,7 +143,7 @@ def _paced(headers: Mapping[str, str]) -> bool:
     told = plain(headers)
     if "retry-after" in told or "retry-after-ms" in told:
         return True
-    return any("ratelimit" in name and "remaining" in name and value in ("0", "0.0") for name, value in told.items())
+    return any(LIMITS in name and "remaining" in name and value in ("0", "0.0") for name, value in told.items())
 
 
 def _told(body: bytes) -> Meaning | None:

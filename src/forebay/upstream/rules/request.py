@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from forebay.upstream.rules.estimate import tokens_of
-from forebay.upstream.rules.headers import plain
+from forebay.upstream.rules.plain import SIGNED, plain
 
 _MOST: Final = 10**9  # tokens; more than that is no bound
 _MOST_CHOICES: Final = 128  # as OpenAI has it
@@ -48,15 +48,8 @@ _READING: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _ELSEWHERE: Final = re.compile(r"/(?:threads|conversations|batches|fine_tuning|evals)/")  # end alike, and are not
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure names the model in the path
 
-# What AWS and others sign covers the body, and often the headers: nothing of it may be changed. Sources: AWS "Signature
-# Version 4"; RFC 9421 (HTTP message signatures); RFC 9530 (digest fields).
-_SIGNED: Final = frozenset(
-    {"x-amz-content-sha256", "x-amz-date", "signature", "signature-input", "content-digest", "digest", "content-md5"}
-)
-
-
 _SIGNATURES: Final = ("AWS4-", "Signature ")  # what an Authorization begins with that is one
-_UNUSUAL: Final = _SIGNED | {"upgrade", "sec-websocket-key", "content-encoding"}
+_UNUSUAL: Final = SIGNED | {"upgrade", "sec-websocket-key", "content-encoding"}
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -237,7 +230,7 @@ def _upgrades(told: Mapping[str, str]) -> bool:
 def _is_signed(told: Mapping[str, str]) -> bool:
     if told.get("authorization", "").startswith(_SIGNATURES):
         return True
-    return "content-encoding" in told or not _SIGNED.isdisjoint(told)
+    return "content-encoding" in told or not SIGNED.isdisjoint(told)
 
 
 def _body(told: Mapping[str, str], body: bytes) -> _Body | None:

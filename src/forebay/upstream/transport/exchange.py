@@ -62,7 +62,7 @@ class BoundExchange(Exchange):
             body: bytes | None = request.content
         except http.RequestNotRead:  # a file, say: it is read as it is sent
             body = None
-        headers = Plain.of_wire(request.headers.raw)
+        headers = Plain.heeded(request.headers.raw)
         self._dress = binding.dress or find_dress(http, headers, binding.upstream.provider)
         super().__init__(
             binding.upstream if stop is None else stop.upstream,

@@ -99,7 +99,7 @@ class AsyncTransport:
         response = None
         try:
             response = await self.inner.handle_async_request(exchange.request)
-            headers = Plain.of_wire(response.headers.raw)
+            headers = Plain.heeded(response.headers.raw)
             if exchange.is_open(response.status_code, headers.get("content-type", "")):
                 decoded = "content-encoding" in headers
                 body = self.body(response, exchange.reader(permit, headers), decoded=decoded)
@@ -196,7 +196,7 @@ class BlockingTransport:
         response = None
         try:
             response = self.inner.handle_request(exchange.request)
-            headers = Plain.of_wire(response.headers.raw)
+            headers = Plain.heeded(response.headers.raw)
             if exchange.is_open(response.status_code, headers.get("content-type", "")):
                 decoded = "content-encoding" in headers
                 body = self.body(response, exchange.reader(permit, headers), decoded=decoded)

@@ -162,6 +162,43 @@ async def test_headers_teach_the_account_its_quotas() -> None:
     assert now() - began > 20.0
 
 
+def quota_left(up: Upstream) -> float:
+    (level,) = only(up).account.quotas.levels(now())
+    return level.left
+
+
+def limits(remaining: int) -> dict[str, str]:
+    return {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": f"{remaining}"}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@virtual
+async def test_what_a_neighbour_takes_is_heard_of_a_moment_later_at_most(streamed: bool) -> None:  # noqa: FBT001
+    up = upstream()
+    answers = [Says.stream() if streamed else Says() for _ in range(4)]
+    for says, remaining in zip(answers, (99, 70, 60, 50), strict=True):
+        says.headers.update(limits(remaining))
+    client = Script(httpx2, *answers).client(up)
+    call = pieces if streamed else ask
+    await call(client)
+    await call(client)
+    assert quota_left(up) == pytest.approx(98, abs=0.1)  # ours alone: the second was not read
+    await asyncio.sleep(0.1)
+    await call(client)
+    assert quota_left(up) == pytest.approx(60, abs=0.1)
+
+
+@virtual
+async def test_the_headers_of_a_refusal_are_always_heard() -> None:
+    up = upstream(retry=Retry(max_attempts=1))
+    refused = Says.error(400)
+    refused.headers.update(limits(40))
+    client = Script(httpx2, Says(headers=limits(99)), refused).client(up)
+    await ask(client)
+    await ask(client)
+    assert quota_left(up) == pytest.approx(40, abs=0.1)
+
+
 # --- what is tried again ---
 
 
