@@ -158,7 +158,8 @@ class Driver:
 
     def hear(self, now: float, headers: dict[str, str], held: Reservation) -> None:
         """The headers of an answer are here."""
-        self.quotas.hear(now, self.told(headers, now), held)
+        if self.quotas.listens(now):
+            self.quotas.hear(now, self.told(headers, now), held)
         self.most = MOST_IN_FLIGHT
 
     def happened(self, now: float, event: Any) -> None:

@@ -19,13 +19,14 @@ from forebay.typing import Charge, Outcome
 from forebay.upstream import Upstream
 from forebay.upstream.ask import Ended, Permit
 from forebay.upstream.attempt import Tried
+from forebay.upstream.desk import Desk
 from forebay.upstream.rules import Meaning, meaning_of, notices
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED: Final = 200  # tokens of output, as callers expect who cannot know
 
 
-async def asked(provider: SimulatedProvider, permit: Permit, tokens: tuple[int, int]) -> Tried:
+async def asked(provider: SimulatedProvider, desk: Desk, permit: Permit, tokens: tuple[int, int]) -> Tried:
     """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
     incoming, outgoing = tokens
     try:
@@ -39,7 +40,7 @@ async def asked(provider: SimulatedProvider, permit: Permit, tokens: tuple[int, 
         return Tried(error=error, again=meaning.retried, counts=meaning.uses_attempt, retry_after=after, ended=ended)
     except Broken as broken:
         return Tried(error=broken, again=True, ended=Ended(outcome=Outcome.FAULT, seconds=clock.now() - permit.at))
-    heard = notices(answer.headers, wall=clock.wall_time())
+    heard = notices(answer.headers, wall=clock.wall_time()) if desk.listens() else ()
     seconds = clock.now() - permit.at
     used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
     return Tried(ended=Ended(outcome=Outcome.SUCCESS, used=used, seconds=seconds, made=outgoing, notices=heard))
@@ -102,7 +103,7 @@ class Whole:
 
         async def attempt(permit: Permit) -> Tried:
             self.record.sent.append(clock.now())
-            tried = await asked(self.provider, permit, tokens)
+            tried = await asked(self.provider, self.desk, permit, tokens)
             if tried.ended.outcome is Outcome.OVERLOAD:
                 self.record.refused.append(clock.now())
             return tried

@@ -205,7 +205,7 @@ class CallSurge:
         self.sent += 1
         cost, what = reserved, "cut short"  # what is known of a call that is cancelled
         try:
-            tried = await asked(self.provider, permit, tokens)
+            tried = await asked(self.provider, self.desk, permit, tokens)
             if tried.ended.outcome is Outcome.SUCCESS:
                 used = Charge(input_tokens=tokens[0], output_tokens=tokens[1])
                 cost, what = self.upstream.dollars(MODEL, used), "answered"

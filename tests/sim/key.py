@@ -113,7 +113,7 @@ class Fleet:
 
         async def attempt(permit: Permit) -> Tried:
             self.calls += 1
-            tried = await asked(self.provider, permit, (INPUT, OUTPUT))
+            tried = await asked(self.provider, desk, permit, (INPUT, OUTPUT))
             self.refusals += tried.ended.usd == 0.0
             return tried
 
