@@ -99,6 +99,21 @@ async def test_a_packed_answer_stays_packed_and_is_metered(scene: Scene) -> None
     assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in told
 
 
+async def test_the_metrics_tell_of_attempts_and_of_quotas(scene: Scene) -> None:
+    limits = {"x_ratelimit_limit_requests": "100", "x_ratelimit_remaining_requests": "40"}
+    scene.provider.behaviour = saying(200, json.dumps(CHAT).encode(), content_type="application/json", **limits)
+    async with Gateway(scene.settings()) as gateway:
+        async with scene.session.post(scene.at(gateway), json=ASK):
+            pass
+        async with scene.session.get(scene.at(gateway, "/metrics")) as answer:
+            lines = [line for line in (await answer.text()).splitlines() if not line.startswith("#")]
+    told = {line.partition("{")[0]: line for line in lines if 'quota="requests per minute"' in line}
+    assert float(told["forebay_quota_left"].split()[-1]) == pytest.approx(40, abs=1)
+    assert float(told["forebay_quota_amount"].split()[-1]) == 100.0
+    attempts = [line for line in lines if line.startswith("forebay_attempts_total") and 'outcome="succeeded"' in line]
+    assert [line.split()[-1] for line in attempts] == ["1.0"]
+
+
 async def test_a_target_by_its_name_gets_whatever_is_asked(scene: Scene) -> None:
     scene.provider.behaviour = saying(200, b"binary", content_type="audio/mpeg")
     async with Gateway(scene.settings()) as gateway:

@@ -150,6 +150,13 @@ MUTANTS = [
         _UNIT + "quota/test_heard.py::test_a_first_limit_that_the_very_call_has_passed_is_none",
     ),
     Mutant(
+        "a permit that came too late for its caller counts as sent",
+        "upstream/account.py",
+        "        self.tally.sent -= 1",
+        "        pass",
+        _ACCEPTANCE + "test_upstream_statistics.py::test_a_permit_that_came_too_late_for_its_caller_was_not_sent",
+    ),
+    Mutant(
         "answers without headers make the moment longer in which none are read",
         "quota/quotas.py",
         "        if notices:  # silence",

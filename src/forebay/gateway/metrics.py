@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from forebay.upstream.rules import Usage
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from forebay.gateway.route import Target
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_OUTCOMES = ("succeeded", "turned_away", "failed")
 _MODELS = 200  # by name; what comes after is counted as "other", for names come from callers
 
 
@@ -92,6 +93,11 @@ class _Now(Collector):
         }
         broken = GaugeMetricFamily("forebay_breaker_open", "1 while a breaker is not closed.", labels=labels)
         spent = GaugeMetricFamily("forebay_spent_usd", "US dollars spent in this period.", labels=["target"])
+        attempts = CounterMetricFamily(
+            "forebay_attempts", "Attempts at calls, by what became of them.", labels=[*labels, "outcome"]
+        )
+        left = GaugeMetricFamily("forebay_quota_left", "What a quota has left.", labels=[*labels, "quota"])
+        amount = GaugeMetricFamily("forebay_quota_amount", "What it grants.", labels=[*labels, "quota"])
         for target in self._targets:
             now = target.upstream.statistics()
             if now.spent_usd is not None:
@@ -101,7 +107,12 @@ class _Now(Collector):
                 for name, gauge in gauges.items():
                     gauge.add_metric(where, getattr(account, name))
                 broken.add_metric(where, account.breaker != "closed")
-        return self._all(*gauges.values(), broken, spent)
+                for outcome in _OUTCOMES:
+                    attempts.add_metric([*where, outcome], getattr(account, outcome))
+                for quota in account.quotas:
+                    left.add_metric([*where, quota.name], quota.left)
+                    amount.add_metric([*where, quota.name], quota.amount)
+        return self._all(*gauges.values(), broken, spent, attempts, left, amount)
 
     @staticmethod
     def _all(*families: Metric) -> Iterator[Metric]:

@@ -3,11 +3,12 @@
 from forebay.quota.budget import Budget, Purse, Sum, check_dollars
 from forebay.quota.prices import Price, Prices
 from forebay.quota.quota import Quota
-from forebay.quota.quotas import Delay, Quotas, Reservation, Spare
+from forebay.quota.quotas import Delay, Level, Quotas, Reservation, Spare
 
 __all__ = [
     "Budget",
     "Delay",
+    "Level",
     "Price",
     "Prices",
     "Purse",

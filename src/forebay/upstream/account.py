@@ -18,6 +18,7 @@ from forebay.upstream.outage import Outage
 from forebay.upstream.pace import Pace
 from forebay.upstream.passing import first_to_pass
 from forebay.upstream.service import Service, bearable
+from forebay.upstream.tally import Tally
 from forebay.upstream.waiting import Waiter, Waiting
 
 _LINE = 10_000  # calls that may wait, however short that is expected to be
@@ -63,6 +64,7 @@ class Account:
         self.peak = 0
         self.coming = 0  # runs that have begun, or are held back, and have not made their first call
         self.service = Service()
+        self.tally = Tally()
         self.line = CallLine(self.order)
         self._purses = purses
         self._own = own
@@ -149,6 +151,8 @@ class Account:
     def _take(self, now: float, ask: Ask) -> Permit:
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
+        self.tally.sent += 1
+        self.tally.unattributed += ask.run is None
         reservation = self.quotas.reserve(now, ask.charge)
         sums = [purse.reserve(ask.usd) for purse in self._purses(ask)]
         grant = self.limit.grant(now, self.in_flight)
@@ -259,24 +263,32 @@ class Account:
         """
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
-        ask, outcome, stretch = permit.ask, ended.outcome, None
-        if outcome is Outcome.SUCCESS and ended.seconds is not None:
-            stretch = self.paced(now, permit, ended.made, ended.seconds)
+        ask, outcome, tally, stretch = permit.ask, ended.outcome, self.tally, None
         if outcome is Outcome.SUCCESS:
+            tally.succeeded += 1
+            if ended.seconds is not None:
+                stretch = self.paced(now, permit, ended.made, ended.seconds)
             self._outage.over()
             self._accept(now, permit)
         elif outcome is Outcome.OVERLOAD:
+            tally.turned_away += 1
             self._outage.refused(now)
+        elif outcome is Outcome.FAULT:
+            tally.failed += 1
         self.in_flight -= 1
         self.limit.observe(now, permit.grant, outcome, stretch=stretch)
         if ended.notices and not ended.rate:
             self.quotas.hear(now, ended.notices, permit.reservation)
         if ended.rate:
+            tally.turned_away += 1
             self.quotas.refused(now, permit.reservation, ended.retry_after, ended.notices)
         elif ended.released:
             self.quotas.release(now, permit.reservation)
         else:
-            self.quotas.settle(now, permit.reservation, ask.charge if ended.used is None else ended.used)
+            used = ask.charge if ended.used is None else ended.used
+            tally.input_tokens += used.input_tokens
+            tally.output_tokens += used.output_tokens
+            self.quotas.settle(now, permit.reservation, used)
         for held in permit.sums:
             held.settle(ask.usd if ended.usd is None else ended.usd)
         took = now - permit.at if ended.seconds is None else ended.seconds
@@ -287,6 +299,8 @@ class Account:
 
     def never_sent(self, now: float, permit: Permit) -> None:
         """Give everything back: nothing has left."""
+        self.tally.sent -= 1
+        self.tally.unattributed -= permit.ask.run is None
         self.settle(now, permit, Ended(outcome=Outcome.IGNORED, released=True, usd=0.0))
 
     def stop(self, now: float, seconds: float) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from forebay import clock, context
 from forebay.errors import Overloaded
+from forebay.quota import Level
 from forebay.task import Priority
 from forebay.typing import Charge, Notice
 from forebay.upstream.account import Account
@@ -118,7 +119,14 @@ class Desk:
         for callback in relieved:
             callback()
 
+    def levels(self) -> list[Level]:
+        """What each of its quotas has left."""
+        with self._lock:
+            return self.account.quotas.levels(clock.now())
+
     def _refusal(self, answer: No, *, alone: bool) -> Overloaded:
+        with self._lock:
+            self.account.tally.refused += 1
         error = Overloaded(
             f"{self._upstream}: {answer.reason}",
             binding=f"{self.name}:{answer.binding}",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from forebay import clock
+from forebay.quota import Level
 from forebay.upstream.books import Money
 from forebay.upstream.desk import Desk
 
@@ -25,6 +26,16 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
         binding: what that wait is for.
         typical: seconds that a call takes.
         sent_on: calls that another account has served, by a fallback.
+        quotas: what each has left, those that were learned from headers too.
+        sent: attempts that were let go since it was opened. What is under way, or was cut short by its caller, or was
+            wrong, is in none of the next three.
+        succeeded: attempts that were answered.
+        turned_away: attempts that the provider refused for now: for a rate, for congestion, for want of capacity.
+        failed: attempts that failed otherwise, and through no fault of ours.
+        unattributed: attempts that were made outside of any task.
+        refused: calls that were not let go.
+        input_tokens: used, as its quotas count them; of calls that do not tell, what they were expected to use.
+        output_tokens: likewise.
     """
 
     name: str
@@ -37,6 +48,15 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
     binding: str
     typical: float
     sent_on: int
+    quotas: tuple[Level, ...]
+    sent: int
+    succeeded: int
+    turned_away: int
+    failed: int
+    unattributed: int
+    refused: int
+    input_tokens: int
+    output_tokens: int
 
 
 class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,4 +101,6 @@ def _of(desk: Desk, now: float) -> AccountStatistics:
         binding=binding,
         typical=account.service.typical,
         sent_on=desk.sent_on,
+        quotas=tuple(desk.levels()),
+        **msgspec.structs.asdict(account.tally),
     )

@@ -1,0 +1,94 @@
+"""What an upstream tells of itself: what its calls came to, and what its quotas have left."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+from tests.acceptance.house import virtual
+from tests.unit.upstream.transport.wire import REQUEST, URL, USAGE, Says, Script
+
+from forebay import BackpressureSupervisor, Overloaded, Quota, Retry, Task, Upstream
+from forebay.upstream.statistics import AccountStatistics
+
+
+def only(upstream: Upstream) -> AccountStatistics:
+    (account,) = upstream.statistics().accounts
+    return account
+
+
+async def ask(client: Any) -> Any:
+    return await client.post(URL, json=REQUEST, headers={"authorization": "Bearer sk"})
+
+
+def counts(upstream: Upstream) -> dict[str, int]:
+    account = only(upstream)
+    names = ("sent", "succeeded", "turned_away", "failed", "unattributed", "refused", "in_flight")
+    return {name: value for name in names if (value := getattr(account, name))}
+
+
+@virtual
+async def test_each_attempt_is_counted_by_what_became_of_it() -> None:
+    upstream = Upstream("llm", provider="openai", retry=Retry(base=0.001))
+    limited = Says.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
+    client = Script(httpx2, Says.error(500), limited, Says.error(529), Says(), Says.error(400)).client(upstream)
+    await ask(client)
+    assert counts(upstream) == {"sent": 4, "succeeded": 1, "turned_away": 2, "failed": 1, "unattributed": 4}
+    await ask(client)  # what is our own mistake has failed through no fault of theirs
+    assert counts(upstream) == {"sent": 5, "succeeded": 1, "turned_away": 2, "failed": 1, "unattributed": 5}
+
+
+@virtual
+async def test_calls_outside_of_tasks_are_told_apart() -> None:
+    upstream = Upstream("llm", provider="openai")
+    client = Script(httpx2).client(upstream)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("agent", handler=lambda _: ask(client), task_types=["ask"])
+        await supervisor.run(Task("ask"))
+    await ask(client)
+    assert counts(upstream) == {"sent": 2, "succeeded": 2, "unattributed": 1}
+    account = only(upstream)
+    assert account.input_tokens == 2 * USAGE["prompt_tokens"]
+    assert account.output_tokens == 2 * USAGE["completion_tokens"]
+
+
+@virtual
+async def test_what_was_not_let_go_was_not_sent() -> None:
+    upstream = Upstream("tool", max_concurrent=1, longest_wait=5.0)
+    async with upstream.call():
+        waiting = asyncio.ensure_future(upstream.call().__aenter__())
+        await asyncio.sleep(1.0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert counts(upstream) == {"sent": 1, "unattributed": 1, "in_flight": 1}
+    shut = Upstream("shut", quotas=[Quota(input_tokens=10, per="minute")])
+    with pytest.raises(Overloaded):
+        await shut.call(input_tokens=11).__aenter__()
+    assert counts(shut) == {"refused": 1}
+
+
+@virtual
+async def test_a_permit_that_came_too_late_for_its_caller_was_not_sent() -> None:
+    upstream = Upstream("tool", max_concurrent=1)
+    first = upstream.call()
+    await first.__aenter__()
+    waiting = asyncio.ensure_future(upstream.call().__aenter__())
+    await asyncio.sleep(1.0)
+    await first.__aexit__(None, None, None)  # its permit is given in this moment
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert counts(upstream) == {"sent": 1, "succeeded": 1, "unattributed": 1}
+
+
+@virtual
+async def test_what_quotas_have_left_is_told_whoever_set_them() -> None:
+    upstream = Upstream("llm", provider="openai", quotas=[Quota(input_tokens=1000, per="minute")])
+    told = {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "80"}
+    await ask(Script(httpx2, Says(headers=told)).client(upstream))
+    given, learned = only(upstream).quotas
+    assert (given.name, given.amount, given.learned) == ("input tokens per minute", 1000, False)
+    assert given.left == pytest.approx(1000 - USAGE["prompt_tokens"], abs=1)
+    assert (learned.name, learned.amount, learned.learned) == ("requests per minute", 100, True)
+    assert learned.left == pytest.approx(80, abs=1)
