@@ -7,16 +7,21 @@ from collections import deque
 _SAMPLES = 20
 _LEAST_SAMPLES = 8
 _OCCUPANCY_GAIN = 0.1
+_LONGER = 1.5  # times as long as it lasted is what a task is taken to need that was cut off before it had ended
 
 
 class ServiceTimes:
-    """What running a task has lately taken, in seconds."""
+    """What running a task has lately taken, in seconds.
 
-    __slots__ = ("_quartile", "_successes", "occupancy")
+    Args:
+        samples: how many of the latest are remembered: successes, and what was cut off.
+    """
 
-    def __init__(self) -> None:
-        self._successes: deque[float] = deque(maxlen=_SAMPLES)
-        self._quartile: float | None = None
+    __slots__ = ("_latest", "_sorted", "occupancy")
+
+    def __init__(self, samples: int = _SAMPLES) -> None:
+        self._latest: deque[float] = deque(maxlen=samples)
+        self._sorted: list[float] = []  # the same, once somebody asks
         self.occupancy: float | None = None  # mean seconds that a task, however it ends, holds its slot
 
     def ended(self, seconds: float, *, success: bool) -> None:
@@ -24,20 +29,37 @@ class ServiceTimes:
         held = self.occupancy
         self.occupancy = seconds if held is None else held + _OCCUPANCY_GAIN * (seconds - held)
         if success:
-            self._successes.append(seconds)
-            self._quartile = None
+            self._remember(seconds)
+
+    def cut_off(self, seconds: float) -> None:
+        """One was not done after so many seconds, when its time was up: it needs longer, as far as anybody knows.
+
+        Were such left out, the long ones would be forgotten the sooner the fewer of them come to an end.
+        """
+        self._remember(_LONGER * seconds)
+
+    def quantile(self, share: float) -> float:
+        """Seconds that so large a share of the latest did not exceed; 0 while there are fewer than 8."""
+        if len(self._latest) < _LEAST_SAMPLES:
+            return 0.0
+        return self._in_order()[int(share * len(self._latest))]
 
     def optimistic(self) -> float:
-        """The 25th percentile of the last 20 successes; 0 while there are fewer than 8: then nobody is refused."""
-        if len(self._successes) < _LEAST_SAMPLES:
-            return 0.0
-        if self._quartile is None:
-            self._quartile = sorted(self._successes)[len(self._successes) // 4]
-        return self._quartile
+        """What the fastest quarter took, likewise: by this nobody is refused who could be in time."""
+        return self.quantile(0.25)
 
     def median(self) -> float | None:
-        """The median of the last 20 successes, or None before the first."""
-        return sorted(self._successes)[len(self._successes) // 2] if self._successes else None
+        """Their median, or None before the first."""
+        return self._in_order()[len(self._latest) // 2] if self._latest else None
+
+    def _remember(self, seconds: float) -> None:
+        self._latest.append(seconds)
+        self._sorted = []
+
+    def _in_order(self) -> list[float]:
+        if not self._sorted:
+            self._sorted = sorted(self._latest)
+        return self._sorted
 
     def drain_rate(self, slots: int) -> float | None:
         """Tasks a second that `slots` busy slots finish, or None before the first ending."""

@@ -17,12 +17,13 @@ from forebay.upstream.order import Order
 from forebay.upstream.outage import Outage
 from forebay.upstream.pace import Pace
 from forebay.upstream.passing import first_to_pass
-from forebay.upstream.service import Service, bearable
+from forebay.upstream.service import Service
 from forebay.upstream.tally import Tally
 from forebay.upstream.waiting import Waiter, Waiting
 
 _LINE = 10_000  # calls that may wait, however short that is expected to be
 _SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
+_PUNCTUAL = 0.01  # seconds before its deadline: who leaves from then on leaves for that
 _PROBED = 1.0  # seconds after which one may ask again, at least, while a breaker's probes are out
 
 
@@ -98,8 +99,9 @@ class Account:
                 f"a call would wait about {seconds:.3g} s for {binding}, and {self._longest_wait:g} s is the longest"
             )
             return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
-        if seconds > bearable(now, ask):
-            reason = f"it would wait about {seconds:.3g} s for {binding}, more than half of the time to its deadline"
+        if seconds > self.service.bearable(now, ask):
+            time = ask.deadline - now
+            reason = f"it would wait about {seconds:.3g} s for {binding}, too much of the {time:.3g} s to its deadline"
             return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
         return Wait(seconds, binding)
 
@@ -136,10 +138,10 @@ class Account:
         return None
 
     def _late(self, now: float, ask: Ask) -> No | None:
-        if ask.deadline == math.inf or not self.service.hopeless(now, ask):
+        if ask.deadline == math.inf or not self.service.hopeless(now, ask, contested=self.line.length > 0):
             return None
         again = self._seat(now, ask, self.expected_wait(now, ask)[0])
-        return No("it could not be answered before its deadline any more", "deadline", 1.0, again)
+        return No("it could hardly be answered before its deadline any more", "deadline", 1.0, again)
 
     def _let_go(self, now: float, ask: Ask) -> Go:
         self.order.served(self.order.rank(ask))
@@ -264,10 +266,10 @@ class Account:
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
         ask, outcome, tally, stretch = permit.ask, ended.outcome, self.tally, None
+        if outcome is Outcome.SUCCESS and ended.seconds is not None:
+            stretch = self.paced(now, permit, ended.made, ended.seconds)
         if outcome is Outcome.SUCCESS:
             tally.succeeded += 1
-            if ended.seconds is not None:
-                stretch = self.paced(now, permit, ended.made, ended.seconds)
             self._outage.over()
             self._accept(now, permit)
         elif outcome is Outcome.OVERLOAD:
@@ -292,7 +294,8 @@ class Account:
         for held in permit.sums:
             held.settle(ask.usd if ended.usd is None else ended.usd)
         took = now - permit.at if ended.seconds is None else ended.seconds
-        self.service.ended(took, ended, stretch=stretch, slots=self.limit.limit(now))
+        late = outcome is Outcome.IGNORED and now > ask.deadline - _PUNCTUAL
+        self.service.ended(took, ended, stretch=stretch, slots=self.limit.limit(now), late=late)
         judged = outcome if ended.final else Outcome.IGNORED
         if self.breaker.record(now, judged, permit.era) is not None:
             self.refuse_all(now)
@@ -349,7 +352,7 @@ class Account:
         if refusal is not None:
             return max(1.0, refusal.load)
         seconds, _ = self.expected_wait(now, ask)
-        return math.inf if seconds > bearable(now, ask) else seconds / self._longest_wait
+        return math.inf if seconds > self.service.bearable(now, ask) else seconds / self._longest_wait
 
     def load(self, now: float, ask: Ask, rung: Priority) -> tuple[float, str]:
         """Expected wait of the next typical call over the longest wait allowed, and what binds; 1.0 while shut."""
@@ -377,7 +380,7 @@ class Account:
         early = max(0.0, seconds - self._longest_wait)
         each = self._each(now, ask, seconds)
         seat = self._seats.book(now + early, 1.0 / each if each else None, self._draw())
-        return max(early + (seat or 0.0), seconds - bearable(ask.since, ask)) or None
+        return max(early + (seat or 0.0), seconds - self.service.bearable(ask.since, ask)) or None
 
 
 def _earliest(*times: float | None) -> float | None:

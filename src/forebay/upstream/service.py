@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from forebay.admission import LetThrough, ServiceTimes
 from forebay.typing import Outcome
 from forebay.upstream.ask import Ask, Ended
 
 _GAIN = 0.05  # weight of the newest call in a mean
 _UNKNOWN = 1.0  # seconds that a call is taken to last before the first has ended
-_WAIT_SHARE = 0.5  # of a call's time to its deadline: as long it may be expected to wait
+_SAMPLES = 60  # calls
+_LIKELY, _NEARLY_ALL = 0.75, 0.95  # shares of the latest calls
+_WAIT_SHARE = 0.5  # of a call's time to its deadline: as long it may be expected to wait at most
+_LEAST_WAIT = 0.125  # ... and at least, however long calls take
 _LATE_SHARE = 0.25  # of that time: with less left, a call is sent only if it can be expected to make it
 
 
@@ -29,7 +34,7 @@ class Service:
     def __init__(self) -> None:
         self.typical = 0.0
         self.held = 0.0
-        self._times = ServiceTimes()
+        self._times = ServiceTimes(_SAMPLES)
         self._late = LetThrough()
 
     @property
@@ -37,8 +42,15 @@ class Service:
         """Seconds that a call takes, or is taken to take before the first has succeeded."""
         return self.typical or _UNKNOWN
 
-    def ended(self, held: float, ended: Ended, *, stretch: float | None, slots: int) -> None:
-        """A call has held one of so many slots for so many seconds, and ended so; `stretch`: see `Account.paced`.
+    def ended(self, held: float, ended: Ended, *, stretch: float | None, slots: int, late: bool = False) -> None:
+        """A call has held one of so many slots for so many seconds, and ended so.
+
+        Args:
+            held: seconds.
+            ended: how.
+            stretch: see `Account.paced`.
+            slots: that there are.
+            late: its caller left when its time was up.
 
         The mean of `held` is over two rounds of all slots at least. It says how long the line may be: were it to swing,
         each dip would let more in than can be served, and they would be sent late.
@@ -49,21 +61,31 @@ class Service:
         if ended.outcome is Outcome.SUCCESS and ended.seconds is not None:
             self._times.ended(ended.seconds, success=True)
             self.typical = _mean(self.typical, ended.seconds / max(1.0, stretch or 1.0), _GAIN)
+        elif late:
+            self._times.cut_off(held)
 
-    def hopeless(self, now: float, ask: Ask) -> bool:
+    def bearable(self, since: float, ask: Ask) -> float:
+        """Seconds that a call may be expected to wait from then on: half of its time, if most calls fit into the rest.
+
+        Were it longer than that, those whose turn it is would have too little time left, and the slots would be full of
+        calls that are cut off. Who is refused before costs nobody a slot.
+        """
+        time = ask.deadline - since
+        if time == math.inf:
+            return math.inf
+        return min(_WAIT_SHARE * time, max(_LEAST_WAIT * time, time - self._times.quantile(_NEARLY_ALL)))
+
+    def hopeless(self, now: float, ask: Ask, *, contested: bool) -> bool:
         """Whether a call about to be sent comes too late, as far as may be judged; asked only if it is sent else.
 
-        An estimate must not lock the door: see `ServiceTimes.optimistic` and `LetThrough`.
+        An estimate must not lock the door: see `LetThrough`. So it is judged kindly, by what the fastest quarter took;
+        but where it is `contested`, for others wait who have more time, by what three quarters did.
         """
         left = ask.deadline - now
         if left >= _LATE_SHARE * (ask.deadline - ask.since):
             return False
-        return self._late.hopeless(now, needed=self._times.optimistic(), remaining=left)
-
-
-def bearable(since: float, ask: Ask) -> float:
-    """Seconds that a call may be expected to wait from then on: half of its time, so that half is left for the call."""
-    return _WAIT_SHARE * (ask.deadline - since)
+        needed = self._times.quantile(_LIKELY) if contested else self._times.optimistic()
+        return self._late.hopeless(now, needed=needed, remaining=left)
 
 
 def _mean(mean: float, newest: float, gain: float) -> float:

@@ -53,6 +53,18 @@ def test_failures_count_for_the_drain_rate_and_not_for_the_service() -> None:
     assert times.drain_rate(6) == pytest.approx(6.0, rel=0.01)
 
 
+def test_what_was_cut_off_counts_as_half_as_long_again() -> None:
+    times = ServiceTimes(samples=10)
+    for _ in range(9):
+        times.ended(1.0, success=True)
+    times.cut_off(4.0)
+    assert times.quantile(0.95) == 6.0
+    assert times.quantile(0.5) == 1.0
+    for _ in range(10):
+        times.ended(2.0, success=True)
+    assert times.quantile(0.95) == times.optimistic() == 2.0  # of the latest ten
+
+
 def test_before_the_first_ending_the_rate_is_unknown() -> None:
     assert ServiceTimes().drain_rate(5) is None
     assert ServiceTimes().median() is None

@@ -189,7 +189,8 @@ def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_onc
     house.take(0.0, seconds=8.0)
     house.go(0.0)
     refused = house.no(0.0, deadline=15.0)
-    assert "half of the time to its deadline" in refused.reason
+    assert "wait about 8 s" in refused.reason
+    assert "too much of the 15 s to its deadline" in refused.reason
     assert refused.binding == "concurrency"  # what would have to grow
     house.wait(0.0, deadline=17.0)
 
@@ -203,6 +204,37 @@ def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_e
     again = house.no(0.0, deadline=20.0).retry_after
     assert again is not None
     assert again >= 24.0 - 10.0
+
+
+def test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_every_call() -> None:
+    house = House()
+    for seconds in (16.0, *(4.0 for _ in range(19))):
+        house.take(0.0, seconds=seconds)
+    house.account.service.held = 8.0
+    house.go(0.0)
+    assert house.no(0.0, deadline=23.0).binding == "concurrency"  # of 23 it would have 15 left, and one call took 16
+    house.wait(0.0, deadline=25.0)
+
+
+def test_however_long_calls_take_one_may_wait_for_an_eighth_of_its_time() -> None:
+    house = House()
+    for _ in range(20):
+        house.take(0.0, seconds=60.0)
+    house.account.service.held = 2.0
+    house.go(0.0)
+    house.no(0.0, deadline=15.0)
+    house.wait(0.0, deadline=17.0)
+
+
+@pytest.mark.parametrize(("left_at", "answer"), [(10.0, No), (9.0, Wait)], ids=["at its deadline", "before"])
+def test_calls_that_are_cut_off_at_their_deadline_are_known_to_take_longer(left_at: float, answer: type) -> None:
+    house = House()
+    for _ in range(20):
+        permit = house.go(0.0, deadline=10.0)
+        house.end(left_at, permit, Ended(outcome=Outcome.IGNORED))
+    house.account.service.held = 9.0
+    house.go(0.0)
+    assert isinstance(house.account.admit(0.0, Ask(deadline=20.0)), answer)  # half of it would do, but for the cut-off
 
 
 def late(house: House, now: float, *, seconds: float) -> Go | No | None:
@@ -225,6 +257,24 @@ def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it()
     assert given.binding == "deadline"
     assert isinstance(late(house, 9.5, seconds=1.9), Go)
     assert isinstance(late(house, 18.0, seconds=2.1), Go)
+
+
+def test_where_others_wait_who_have_more_time_a_late_call_has_to_be_likely_to_make_it() -> None:
+    house = House()
+    for number in range(20):
+        house.take(0.0, seconds=1.0 if number % 2 else 3.0)
+    for now, others, answer in ((0.0, 0, Go), (20.0, 1, Go), (29.0, 1, No), (30.0, 0, Go)):  # one in ten seconds
+        house.account.service.held = 1.0
+        holder = house.go(now)
+        _, caller = house.wait(now, deadline=now + 10.0)
+        waiting = [house.wait(now)[0] for _ in range(others)]
+        house.end(now + 8.0, holder)
+        assert isinstance(caller.given, answer)
+        if isinstance(caller.given, Go):
+            house.end(now + 8.0, caller.given.permit)
+        for other in waiting:
+            if isinstance(given := other.waiter.given, Go):
+                house.end(now + 8.0, given.permit)
 
 
 def test_a_call_is_not_held_to_times_of_which_too_few_are_known() -> None:
