@@ -1,27 +1,21 @@
 """Promise 3 on the call plane, for callers with deadlines: a whole upstream, at many times the load.
 
-The published figures come from `python -m bench goodput` and `recovery`; these are the same runs, fewer of them.
+The published figures come from `python -m bench deadlines`, `goodput` and `recovery`; these are the same runs, fewer.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
-from bench.calls.plant import Callers
-from bench.calls.scenarios import CALL, SLOTS, provider
-from bench.calls.whole import Whole
+from bench import deadlines
+from bench.calls.scenarios import provider
 
 from forebay.sim.config import ProviderConfig
 
-MINUTES = 3.0
 REFUSING = provider()
 SHARING = provider(overcommit=None, run_on=True)  # it works on for those who have hung up
-
-
-def used(config: ProviderConfig, *, times: float, patience: float, tells: bool = True) -> float:
-    """The share of the slots that was put to use, once all is under way."""
-    callers = Callers(rate=lambda _: times * SLOTS / CALL, minutes=MINUTES, patience=patience)
-    record = Whole(config, callers, seed=1, tells=tells).run()
-    return record.work(60, 60 * MINUTES) / SLOTS
+used = partial(deadlines.used, seed=1)
 
 
 @pytest.mark.slow
@@ -30,8 +24,15 @@ def test_goodput_stays_when_callers_with_deadlines_bring_ten_times_the_load() ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("times", [1.5, 3, 10])
+def test_callers_in_a_hurry_are_sent_early_or_not_at_all(times: float) -> None:
+    """With half of their twenty seconds left when they are sent, a third of the calls would be cut off."""
+    assert used(REFUSING, times=times, patience=20) >= 0.8
+
+
+@pytest.mark.slow
 def test_a_provider_that_slows_down_and_works_on_for_those_who_left_is_kept_useful() -> None:
-    assert used(SHARING, times=10, patience=60) >= 0.7
+    assert used(SHARING, times=10, patience=60) >= 0.8
 
 
 @pytest.mark.parametrize("config", [REFUSING, SHARING], ids=["refusing", "sharing"])
