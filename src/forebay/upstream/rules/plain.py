@@ -64,7 +64,7 @@ class Plain(dict[str, str]):
 
     @classmethod
     def heeded(cls, pairs: Iterable[tuple[bytes, bytes]]) -> Self:
-        """Of those that stand on the wire the few that an upstream reads: what is left out was 12 us of a call."""
+        """The few of them that an upstream reads: to make all took 10 us of a call more."""
         return cls([(low, value.decode("latin-1").strip()) for name, value in pairs if (low := _heeded(name))])
 
 
