@@ -455,8 +455,8 @@ MUTANTS = [
     Mutant(
         "a call may wait until hardly any other would fit into the rest of its time",
         "upstream/service.py",
-        "max(_LEAST_WAIT * time, time - self._times.quantile(_NEARLY_ALL))",
-        "math.inf",
+        "min(_WAIT_SHARE * time, self._times.bearable(time))",
+        "_WAIT_SHARE * time",
         _DECISIONS + "test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_every_call",
     ),
     Mutant(

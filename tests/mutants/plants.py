@@ -30,6 +30,8 @@ class Mutant:
     caught_by: str
 
 
+_BEGUN = "tests/acceptance/test_begun_in_time.py::"
+
 MUTANTS = [
     # --- slots and permits ---
     Mutant(
@@ -401,5 +403,33 @@ MUTANTS = [
         "usage.input_tokens - usage.cache_read_tokens",
         "usage.input_tokens",
         _UNIT + "upstream/rules/test_request.py::test_anthropic_charges_uncached_input_and_what_is_made",
+    ),
+    Mutant(
+        "a task may wait until hardly any other would fit into the rest of its time",
+        "supervisor/pool.py",
+        "        if wait > times.bearable(remaining):",
+        "        if False:",
+        _BEGUN + "test_a_task_is_refused_whose_wait_would_leave_too_little_for_nearly_any",
+    ),
+    Mutant(
+        "a task is begun that will hardly make it, while others wait who would",
+        "supervisor/dispatch.py",
+        "time = deadline.at - ticket.came_at if ticket.came_at is not None and pool.contested else None",
+        "time = None",
+        _BEGUN + "test_one_that_hardly_has_time_left_is_not_begun_before_others_who_have",
+    ),
+    Mutant(
+        "a task that was cut off at its deadline is forgotten",
+        "supervisor/endings.py",
+        "house.pools[run.task.task_type].times.cut_off(house.loop.time() - run.began_at)",
+        "pass",
+        _BEGUN + "test_what_was_cut_off_at_its_deadline_is_known_to_take_longer",
+    ),
+    Mutant(
+        "a task that comes back from outside is begun however little time it has",
+        "supervisor/intake.py",
+        "elif (error := self._house.too_late(ticket, pool)) is not None:",
+        "elif (error := None) is not None:",
+        "tests/sim/test_in_time.py::test_tasks_are_begun_in_time_or_not_at_all",
     ),
 ]

@@ -78,7 +78,9 @@ class Fleet:
 
     async def _offer(self, house: BackpressureSupervisor) -> None:
         began = asyncio.get_running_loop().time()
-        ticket = await house.submit(Task("run", deadline=Deadline.within(PATIENCE)))
+        ticket = await house.submit(Task("run", deadline=None if self.wild else Deadline.within(PATIENCE)))
+        if self.wild:  # who waits is not known to have a deadline either, and leaves
+            asyncio.get_running_loop().call_later(PATIENCE, ticket.cancel)
         if not ticket:
             self.refused += 1
         elif (await ticket).success:

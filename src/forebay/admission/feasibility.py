@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 _SAMPLES = 20
 _LEAST_SAMPLES = 8
-_OCCUPANCY_GAIN = 0.1
+_OCCUPANCY_GAIN = 0.05
+_LIKELY, _NEARLY_ALL = 0.75, 0.95  # shares of the latest
+_SLACK = 1.25  # times as long as nearly all take: what is expected may come later
+_LEAST_WAIT = 0.125  # of the time that remains
 _LONGER = 1.5  # times as long as it lasted is what a task is taken to need that was cut off before it had ended
 
 
@@ -17,11 +21,13 @@ class ServiceTimes:
         samples: how many of the latest are remembered: successes, and what was cut off.
     """
 
-    __slots__ = ("_latest", "_sorted", "occupancy")
+    __slots__ = ("_latest", "_quartile", "_sorted", "_successes", "occupancy")
 
     def __init__(self, samples: int = _SAMPLES) -> None:
-        self._latest: deque[float] = deque(maxlen=samples)
-        self._sorted: list[float] = []  # the same, once somebody asks
+        self._successes: deque[float] = deque(maxlen=samples)
+        self._latest: deque[float] = deque(maxlen=samples)  # ... and what was cut off
+        self._quartile: float | None = None  # of the first, once somebody asks
+        self._sorted: list[float] = []  # the second
         self.occupancy: float | None = None  # mean seconds that a task, however it ends, holds its slot
 
     def ended(self, seconds: float, *, success: bool) -> None:
@@ -29,37 +35,56 @@ class ServiceTimes:
         held = self.occupancy
         self.occupancy = seconds if held is None else held + _OCCUPANCY_GAIN * (seconds - held)
         if success:
-            self._remember(seconds)
+            self._successes.append(seconds)
+            self._latest.append(seconds)
+            self._quartile, self._sorted = None, []
 
     def cut_off(self, seconds: float) -> None:
         """One was not done after so many seconds, when its time was up: it needs longer, as far as anybody knows.
 
         Were such left out, the long ones would be forgotten the sooner the fewer of them come to an end.
         """
-        self._remember(_LONGER * seconds)
+        self._latest.append(_LONGER * seconds)
+        self._sorted = []
 
     def quantile(self, share: float) -> float:
         """Seconds that so large a share of the latest did not exceed; 0 while there are fewer than 8."""
         if len(self._latest) < _LEAST_SAMPLES:
             return 0.0
-        return self._in_order()[int(share * len(self._latest))]
-
-    def optimistic(self) -> float:
-        """What the fastest quarter took, likewise: by this nobody is refused who could be in time."""
-        return self.quantile(0.25)
-
-    def median(self) -> float | None:
-        """Their median, or None before the first."""
-        return self._in_order()[len(self._latest) // 2] if self._latest else None
-
-    def _remember(self, seconds: float) -> None:
-        self._latest.append(seconds)
-        self._sorted = []
-
-    def _in_order(self) -> list[float]:
         if not self._sorted:
             self._sorted = sorted(self._latest)
-        return self._sorted
+        return self._sorted[int(share * len(self._sorted))]
+
+    def bearable(self, remaining: float) -> float:
+        """Seconds of those that remain which one may be expected to wait: nearly any fits into the rest; or an eighth.
+
+        Were it longer than that, those whose turn it is would have too little time left, and the slots would be full of
+        what is cut off. Who is refused before costs nobody a slot. Infinity while nothing is known.
+        """
+        ample = self._ample()
+        return max(_LEAST_WAIT * remaining, remaining - ample) if ample else math.inf
+
+    def needed(self, time: float) -> float:
+        """Seconds that must be left of so much `time`, where others wait who have more: three quarters took no longer.
+
+        Where the time was short from the first, it is judged as kindly as if nobody waited.
+        """
+        return self.quantile(_LIKELY) if time >= self._ample() else self.optimistic()
+
+    def _ample(self) -> float:
+        return _SLACK * self.quantile(_NEARLY_ALL)
+
+    def optimistic(self) -> float:
+        """The 25th percentile of the latest successes; 0 while there are fewer than 8: then nobody is refused."""
+        if len(self._successes) < _LEAST_SAMPLES:
+            return 0.0
+        if self._quartile is None:
+            self._quartile = sorted(self._successes)[len(self._successes) // 4]
+        return self._quartile
+
+    def median(self) -> float | None:
+        """The median of the latest successes, or None before the first."""
+        return sorted(self._successes)[len(self._successes) // 2] if self._successes else None
 
     def drain_rate(self, slots: int) -> float | None:
         """Tasks a second that `slots` busy slots finish, or None before the first ending."""

@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from forebay import context
+from forebay import clock, context
 from forebay.context import RunningTask
 from forebay.errors import (
     DeadlinePassed,
@@ -232,6 +232,8 @@ class Door:
         ticket = Ticket(self._house, task, deadline, parent)
         if self._house.overflow is not None:
             ticket.came_at = self._house.overflow.stamp()
+        elif deadline is not None:
+            ticket.came_at = clock.wall_time()
         if task.key is not None:
             self._remember(task.key, ticket)
         return ticket
@@ -311,7 +313,7 @@ class Door:
         if remaining == math.inf:
             return True
         wait = pool.expected_wait(priority, outside=True)
-        return wait is None or remaining > wait
+        return wait is None or wait < pool.times.bearable(remaining)
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, overflow: Overflow) -> Ticket:
         _explain(ticket, refusal)

@@ -23,7 +23,7 @@ from forebay.supervisor.statistics import Counts
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.timers import Timers
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Deadline, Priority, TaskResult, TaskStatus
+from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.engine import Threads
@@ -208,14 +208,19 @@ class Dispatcher:
         if self.overflow is not None and not self.overflow.may_start(ticket):
             self.overflow.let_go(ticket)
             return False
-        return ticket.deadline is None or not self._too_late(ticket, ticket.deadline, pool)
+        if (error := self.too_late(ticket, pool)) is not None:
+            self.endings.expire(ticket, error)
+        return error is None
 
-    def _too_late(self, ticket: Ticket, deadline: Deadline, pool: Pool) -> bool:
+    def too_late(self, ticket: Ticket, pool: Pool) -> str | None:
+        """Why a task whose turn has come may not start any more; None if it may."""
+        if (deadline := ticket.deadline) is None:
+            return None
         remaining = deadline.remaining()
-        if remaining > 0 and not pool.hopeless(self.loop.time(), 0.0, remaining):
-            return False
-        self.endings.expire(ticket, f"its turn came {remaining:.3g} s before its deadline, which is too late to finish")
-        return True
+        time = deadline.at - ticket.came_at if ticket.came_at is not None and pool.contested else None
+        if remaining > 0 and not pool.hopeless(self.loop.time(), 0.0, remaining, time=time):
+            return None
+        return f"its turn came {remaining:.3g} s before its deadline, which is too late to finish"
 
     def start(self, ticket: Ticket, worker: WorkerAgent, now: float | None = None) -> None:
         """Start a task on a worker that can accept. `now` spares asking the clock again."""

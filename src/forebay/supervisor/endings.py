@@ -45,6 +45,8 @@ class Endings:
     def out_of_time(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
         if run.deadline is not None and run.deadline.remaining() <= _NO_TIME:
+            house = self._house
+            house.pools[run.task.task_type].times.cut_off(house.loop.time() - run.began_at)
             self.abandon(run, TaskStatus.EXPIRED, "its deadline passed while it ran")
         else:
             timeout = run.task.timeout or run.worker.timeout

@@ -119,8 +119,8 @@ class Intake:
             self._house.tell(ticket, Refilled(at=at, task_id=row.task_id, task_type=row.task_type))
         if ticket.unwanted is not None:
             overflow.complete(ticket, unsuccessful(ticket, TaskStatus.CANCELLED, ticket.unwanted))
-        elif ticket.deadline is not None and ticket.deadline.remaining() <= 0:
-            overflow.complete(ticket, unsuccessful(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited"))
+        elif (error := self._house.too_late(ticket, pool)) is not None:
+            overflow.complete(ticket, unsuccessful(ticket, TaskStatus.EXPIRED, error))
         else:
             start_gate = self._house.start_gate
             self._house.enter(ticket, pool, None if pool.line else start_gate.pick(pool, ticket.task.priority))
@@ -149,6 +149,7 @@ class Intake:
             ticket = Ticket(self._house, task, None, None)
             ticket.verdict = Verdict.SPILLED
             ticket.stored = True
+            ticket.came_at = row.enqueued_at
         ticket.task = task
         ticket.deadline = None if row.deadline is None else Deadline(row.deadline)
         return ticket

@@ -68,6 +68,11 @@ class Pool:
         """Tasks in the line, parked behind their thread, or on their way in from the overflow."""
         return len(self.line) + self.parked + self.reserved
 
+    @property
+    def contested(self) -> bool:
+        """Whether somebody waits, inside or outside."""
+        return self.line.length > 0 or any(self.holding.values())
+
     def load(self) -> float:
         """What the pool holds against what it may hold, waiting room included; 1.0 without a slot."""
         if not self.slots:
@@ -96,9 +101,16 @@ class Pool:
         rate = self.times.drain_rate(self.usable)
         return None if rate is None else ahead / rate if rate else math.inf
 
-    def hopeless(self, now: float, wait: float, remaining: float) -> bool:
-        """Whether a task that waits `wait` seconds cannot end within `remaining`, as far as one may say so."""
-        service = self.times.optimistic()
+    def hopeless(self, now: float, wait: float, remaining: float, *, time: float | None = None) -> bool:
+        """Whether a task that waits `wait` seconds comes too late to end within `remaining`, as far as one may say so.
+
+        If nearly any task would fit into what is left after the wait it is judged kindly, by what the fastest quarter
+        took. `time`: that it had in all, if others wait who have more than remains: then it has to be likely.
+        """
+        times = self.times
+        service = times.optimistic() if time is None else times.needed(time)
+        if wait > times.bearable(remaining):
+            service = remaining
         return bool(service) and self.door.hopeless(now, needed=wait + service, remaining=remaining)
 
     def book_seat(self, now: float, chance: float, *, room: tuple[float, float]) -> float | None:

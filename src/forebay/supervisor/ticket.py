@@ -68,7 +68,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
     expiry: Timer | None = None  # ends it at its deadline while it waits
     run: Run | None = None  # while its handler runs
     lease: Lease | None = None  # this process's right to its stored row
-    came_at: float | None = None  # epoch seconds, where there is an overflow: its place outside
+    came_at: float | None = None  # epoch seconds, with a deadline or an overflow, where it is its place outside
     stored: bool = False  # the ledger has a row of it, so its end must be written there first
     attempts: int = 0
     unwanted: str | None = None  # why it was cancelled, while that cannot be done yet

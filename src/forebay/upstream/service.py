@@ -11,9 +11,7 @@ from forebay.upstream.ask import Ask, Ended
 _GAIN = 0.05  # weight of the newest call in a mean
 _UNKNOWN = 1.0  # seconds that a call is taken to last before the first has ended
 _SAMPLES = 60  # calls
-_LIKELY, _NEARLY_ALL = 0.75, 0.95  # shares of the latest calls
 _WAIT_SHARE = 0.5  # of a call's time to its deadline: as long it may be expected to wait at most
-_LEAST_WAIT = 0.125  # ... and at least, however long calls take
 _LATE_SHARE = 0.25  # of that time: with less left, a call is sent only if it can be expected to make it
 
 
@@ -65,26 +63,21 @@ class Service:
             self._times.cut_off(held)
 
     def bearable(self, since: float, ask: Ask) -> float:
-        """Seconds that a call may be expected to wait from then on: half of its time, if most calls fit into the rest.
-
-        Were it longer than that, those whose turn it is would have too little time left, and the slots would be full of
-        calls that are cut off. Who is refused before costs nobody a slot.
-        """
+        """Seconds that a call may be expected to wait from then on: half of its time, if most fit into the rest."""
         time = ask.deadline - since
-        if time == math.inf:
-            return math.inf
-        return min(_WAIT_SHARE * time, max(_LEAST_WAIT * time, time - self._times.quantile(_NEARLY_ALL)))
+        return math.inf if time == math.inf else min(_WAIT_SHARE * time, self._times.bearable(time))
 
     def hopeless(self, now: float, ask: Ask, *, contested: bool) -> bool:
         """Whether a call about to be sent comes too late, as far as may be judged; asked only if it is sent else.
 
         An estimate must not lock the door: see `LetThrough`. So it is judged kindly, by what the fastest quarter took;
-        but where it is `contested`, for others wait who have more time, by what three quarters did.
+        but where it is `contested`, for others wait who have more time, it has to be likely.
         """
-        left = ask.deadline - now
-        if left >= _LATE_SHARE * (ask.deadline - ask.since):
-            return False
-        needed = self._times.quantile(_LIKELY) if contested else self._times.optimistic()
+        left, time = ask.deadline - now, ask.deadline - ask.since
+        if contested:
+            needed = self._times.needed(time)
+        else:
+            needed = self._times.optimistic() if left < _LATE_SHARE * time else 0.0
         return self._late.hopeless(now, needed=needed, remaining=left)
 
 

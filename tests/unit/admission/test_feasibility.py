@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -63,6 +64,26 @@ def test_what_was_cut_off_counts_as_half_as_long_again() -> None:
     for _ in range(10):
         times.ended(2.0, success=True)
     assert times.quantile(0.95) == times.optimistic() == 2.0  # of the latest ten
+
+
+def mixed() -> ServiceTimes:
+    """Most took a second, a third four, and one in twenty eight."""
+    times = ServiceTimes()
+    for seconds in (*(1.0,) * 12, *(4.0,) * 7, 8.0):
+        times.ended(seconds, success=True)
+    return times
+
+
+def test_one_may_wait_as_long_as_nearly_any_fits_into_the_rest_with_some_to_spare() -> None:
+    assert mixed().bearable(30.0) == 20.0
+    assert mixed().bearable(8.0) == 1.0  # an eighth in any case
+    assert ServiceTimes().bearable(8.0) == math.inf  # nothing is known
+
+
+def test_where_others_wait_who_have_more_time_it_has_to_be_likely() -> None:
+    assert mixed().needed(10.0) == 4.0
+    assert mixed().needed(9.9) == mixed().optimistic() == 1.0  # its time was short from the first
+    assert ServiceTimes().needed(10.0) == 0.0
 
 
 def test_before_the_first_ending_the_rate_is_unknown() -> None:

@@ -212,8 +212,8 @@ def test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_eve
         house.take(0.0, seconds=seconds)
     house.account.service.held = 8.0
     house.go(0.0)
-    assert house.no(0.0, deadline=23.0).binding == "concurrency"  # of 23 it would have 15 left, and one call took 16
-    house.wait(0.0, deadline=25.0)
+    assert house.no(0.0, deadline=27.0).binding == "concurrency"  # it would have 19 left, and one call took 16
+    house.wait(0.0, deadline=29.0)  # a quarter more than that
 
 
 def test_however_long_calls_take_one_may_wait_for_an_eighth_of_its_time() -> None:
