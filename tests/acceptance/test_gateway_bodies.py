@@ -79,10 +79,13 @@ async def test_a_body_beyond_what_all_may_take_is_not_read_and_its_caller_comes_
 async def test_what_was_announced_and_has_not_come_takes_nothing(scene: Scene) -> None:
     async with bounded(scene) as gateway:
         waiting = [await connect(gateway, written(ask(EACH))[: -EACH + 10]) for _ in range(20)]
-        await until(lambda: gateway.proxy.bodies.held == 20 * 10)
-        assert (await raw(gateway, written(ask(EACH), b"connection: close"))).startswith(b"HTTP/1.1 200")
-        for _, writer in waiting:
-            writer.close()
+        try:
+            async with asyncio.timeout(10):
+                await until(lambda: gateway.proxy.bodies.held == 20 * 10)
+            assert (await raw(gateway, written(ask(EACH), b"connection: close"))).startswith(b"HTTP/1.1 200")
+        finally:  # else the gateway would be waited for, should this fail
+            for _, writer in waiting:
+                writer.close()
         await until(lambda: gateway.proxy.bodies.held == 0)
 
 

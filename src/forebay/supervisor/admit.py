@@ -313,7 +313,7 @@ class Door:
         if remaining == math.inf:
             return True
         wait = pool.expected_wait(priority, outside=True)
-        return wait is None or wait < pool.times.bearable(remaining)
+        return wait is None or wait < min(remaining, pool.times.bearable(remaining))
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, overflow: Overflow) -> Ticket:
         _explain(ticket, refusal)
