@@ -7,7 +7,7 @@ from collections import deque
 
 _SAMPLES = 20
 _LEAST_SAMPLES = 8
-_OCCUPANCY_GAIN = 0.05
+_OCCUPANCY_GAIN = 0.05  # were it larger, each dip would let more in than can be served in time
 _LIKELY, _NEARLY_ALL = 0.75, 0.95  # shares of the latest
 _SLACK = 1.25  # times as long as nearly all take: what is expected may come later
 _LEAST_WAIT = 0.125  # of the time that remains

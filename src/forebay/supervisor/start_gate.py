@@ -30,9 +30,8 @@ class StartGate:
 
     def __init__(self, house: Dispatcher) -> None:
         self._house = house
-        self._held: dict[
-            WorkerAgent, tuple[Source, Priority]
-        ] = {}  # who has free slots, for whose sake waits which rung
+        # Who has free slots, for whose sake they stay free, and which rung waits.
+        self._held: dict[WorkerAgent, tuple[Source, Priority]] = {}
         self._last: dict[tuple[Source, Priority], float] = {}  # when a run of that rung last started
 
     def watch(self, worker: WorkerAgent, source: Source) -> None:
