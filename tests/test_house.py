@@ -21,7 +21,7 @@ PYTHON_BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTA
 # Who starts a thread: engines and the writer give theirs to run_in_executor, which a virtual loop runs in line; the
 # heartbeat and the watch have none in virtual time; the portal and the edges of the house are real by their nature.
 THREAD = re.compile(r"\b(Thread|ThreadPoolExecutor|ProcessPoolExecutor)\(")
-THREADED = re.compile(r"(engine|sim|demo|cli)/.*|storage/sqlite\.py|supervisor/(leases|watch|portal)\.py")
+THREADED = re.compile(r"(engine|sim|cli)/.*|storage/sqlite\.py|supervisor/(leases|watch|portal)\.py")
 
 
 def name(path: Path) -> str:

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command, or say in one line what is missing to run it."""
     try:
-        from forebay.cli.app import app  # noqa: PLC0415 - typer and rich are extras
+        from forebay.cli.app import app  # noqa: PLC0415 - typer is an extra
     except ModuleNotFoundError as error:
         sys.exit(not_installed([(error.name or str(error)).partition(".")[0]], "cli"))
     app()

@@ -44,10 +44,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Final
 
-from forebay.demo.agent import agent, connect
-from forebay.demo.meter import Meter
-from forebay.demo.sample import Orders
-from forebay.demo.workload import Job, surge
+from demo.agent import agent, connect
+from demo.meter import Meter
+from demo.sample import Orders
+from demo.workload import Job, surge
 
 ATTEMPTS: Final = 6
 LONGEST: Final = 60.0  # seconds

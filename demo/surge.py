@@ -8,12 +8,12 @@ import time
 from collections import Counter
 from typing import Final
 
-from forebay.demo.agent import agent, connect
-from forebay.demo.kept import Kept, kept
-from forebay.demo.meter import Meter
-from forebay.demo.sample import Kind, Orders
-from forebay.demo.settings import Settings
-from forebay.demo.workload import Job, surge
+from demo.agent import agent, connect
+from demo.kept import Kept, kept
+from demo.meter import Meter
+from demo.sample import Kind, Orders
+from demo.settings import Settings
+from demo.workload import Job, surge
 from forebay.events import Event, Finished
 from forebay.supervisor import BackpressureSupervisor
 from forebay.task import Task

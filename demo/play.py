@@ -15,14 +15,14 @@ from urllib.parse import urlsplit
 import msgspec
 from rich.console import Console
 
-from forebay.demo.child import Child, Ending
-from forebay.demo.kept import kept
-from forebay.demo.provider import RPM, Provider, opened
-from forebay.demo.report import Played, report
-from forebay.demo.sample import Kind, Orders
-from forebay.demo.screen import LiveScreen, PlainScreen, Screen
-from forebay.demo.settings import Settings
-from forebay.demo.table import summary
+from demo.child import Child, Ending
+from demo.kept import kept
+from demo.provider import RPM, Provider, opened
+from demo.report import Played, report
+from demo.sample import Kind, Orders
+from demo.screen import LiveScreen, PlainScreen, Screen
+from demo.settings import Settings
+from demo.table import summary
 from forebay.errors import ForebayError
 
 INTERRUPTED: Final = 130  # the exit status of what Ctrl-C ended
@@ -45,7 +45,7 @@ class DemoBusy(ForebayError, RuntimeError):
 
 
 class NothingKept(ForebayError, LookupError):
-    """There is nothing to go on with in {folder}: run `forebay demo` first."""
+    """There is nothing to go on with in {folder}: run `make demo` first."""
 
     folder: str
 
@@ -191,7 +191,7 @@ def _conclude(classic: Played, forebay: Played, settings: Settings, console: Con
     found = report(classic, forebay, settings, provider)
     figures, picture = settings.file("report.json"), settings.file("surge.png")
     figures.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
-    from forebay.demo.picture import draw  # noqa: PLC0415 - it takes a second and 50 MB, and is only needed here
+    from demo.picture import draw  # noqa: PLC0415 - it takes a second and 50 MB, and is only needed here
 
     draw(classic, forebay, found, settings, picture)
     console.print(summary(found))
@@ -204,7 +204,7 @@ def _say_kept(settings: Settings, console: Console) -> None:
     if left.to_do:
         out = "" if settings.folder == Settings().folder else f" --out {settings.folder}"
         console.print(
-            f"{left.to_do:,} tasks are kept in {settings.ledger}. Go on with them: forebay demo --resume{out}",
+            f'{left.to_do:,} tasks are kept in {settings.ledger}. Go on with them: make demo ARGS="--resume{out}"',
             soft_wrap=True,
         )
     elif left.total:

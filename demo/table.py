@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from forebay.demo.report import Report, SideReport, percent
-from forebay.demo.screen import CLASSIC, FOREBAY
+from demo.report import Report, SideReport, percent
+from demo.screen import CLASSIC, FOREBAY
 
 
 def _count(value: Any) -> str:

@@ -17,14 +17,16 @@ from typing import Final, Self
 
 import msgspec
 
-from forebay.demo.provider import KEY
-from forebay.demo.sample import Kind, Orders, Sample
+from demo.provider import KEY
+from demo.sample import Kind, Orders, Sample
 
 _LOOK: Final = 0.05  # seconds between looks at a side's memory
 _TICK: Final = 0.25  # seconds between pictures of it
 _START: Final = 60.0  # seconds until it must be ready
 _LATE: Final = 10.0  # seconds that it is given to end in, after it was told to
 _LOG_TAIL: Final = 15  # lines
+
+_ROOT: Final = Path(__file__).parents[1]  # the repository, which the child imports `demo` from
 
 _decode: Final = msgspec.json.Decoder(Sample).decode
 
@@ -66,7 +68,7 @@ class Child:
         self._told: float | None = None  # when it was told to end
         self._why: Ending | None = None  # what it was ended for, if not for time
         self._buffer = b""
-        command = [sys.executable, "-m", "forebay.demo.side", msgspec.json.encode(orders).decode()]
+        command = [sys.executable, "-m", "demo.side", msgspec.json.encode(orders).decode()]
         with log.open("wb") as errors:
             # In a group of its own: Ctrl-C is the parent's to hear, who lets it end in order.
             self._process = subprocess.Popen(  # noqa: S603 - ourselves
@@ -74,7 +76,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, KEY: key},
+                env=_environment(key),
                 process_group=0,
             )
         assert self._process.stdin is not None  # noqa: S101 - it was asked for
@@ -214,3 +216,9 @@ def resident_mb(pid: int) -> tuple[float, float] | None:
         return None
     now, peak = (int(fields[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
     return now, peak
+
+
+def _environment(key: str) -> dict[str, str]:
+    """Return the environment of a side's process: the parent's, the API key, and where `demo` is imported from."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, KEY: key, "PYTHONPATH": path}

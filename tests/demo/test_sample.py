@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from forebay.demo.provider import Provider
-from forebay.demo.sample import Kind, Orders, Sample, pace, refused
-from forebay.demo.settings import ENDLESS, Settings
+from demo.provider import Provider
+from demo.sample import Kind, Orders, Sample, pace, refused
+from demo.settings import ENDLESS, Settings
 
 
 def sample(t: float, done: int) -> Sample:

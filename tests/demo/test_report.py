@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from forebay.demo.child import Ending
-from forebay.demo.kept import Kept
-from forebay.demo.report import Played, percent, quantile, report, side
-from forebay.demo.sample import Sample
-from forebay.demo.settings import Settings
+from demo.child import Ending
+from demo.kept import Kept
+from demo.report import Played, percent, quantile, report, side
+from demo.sample import Sample
+from demo.settings import Settings
 
 SETTINGS = Settings(tasks=1000, seconds=60.0, memory_mb=256)
 

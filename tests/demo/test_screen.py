@@ -9,14 +9,14 @@ from typing import Any, cast
 import msgspec
 import pytest
 from rich.console import Console
-from tests.unit.demo.test_report import classic, forebay
+from tests.demo.test_report import classic, forebay
 
-from forebay.demo.child import Child, Ending
-from forebay.demo.report import report
-from forebay.demo.sample import Kind, Sample
-from forebay.demo.screen import PlainScreen, board, clock, spark
-from forebay.demo.settings import Settings
-from forebay.demo.table import summary
+from demo.child import Child, Ending
+from demo.report import report
+from demo.sample import Kind, Sample
+from demo.screen import PlainScreen, board, clock, spark
+from demo.settings import Settings
+from demo.table import summary
 
 BUSY = Sample(
     t=59.0,

@@ -10,9 +10,9 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-from forebay.demo.attempts import counted
-from forebay.demo.meter import Meter
-from forebay.demo.provider import KEY, Provider
+from demo.attempts import counted
+from demo.meter import Meter
+from demo.provider import KEY, Provider
 
 _ROLE: Final = (
     "You are an operations analyst. Other systems act on what you write, so be exact: name sources, dates and amounts,"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from forebay.demo.classic import ATTEMPTS, Supervisor, Worker, with_retries
-from forebay.demo.workload import Job, surge
+from demo.classic import ATTEMPTS, Supervisor, Worker, with_retries
+from demo.workload import Job, surge
 from forebay.sim import simulate
 
 

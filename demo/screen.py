@@ -16,10 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from forebay.demo.child import Child, Ending
-from forebay.demo.report import percent
-from forebay.demo.sample import Kind, Sample, pace, refused
-from forebay.demo.settings import ENDLESS, Settings
+from demo.child import Child, Ending
+from demo.report import percent
+from demo.sample import Kind, Sample, pace, refused
+from demo.settings import ENDLESS, Settings
 from forebay.typing import WorkerState
 
 CLASSIC: Final = "#d55e00"

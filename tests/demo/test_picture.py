@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from forebay.demo.child import Ending
-from forebay.demo.kept import Kept
-from forebay.demo.picture import draw
-from forebay.demo.report import Played, report
-from forebay.demo.sample import Sample
-from forebay.demo.settings import Settings
+from demo.child import Ending
+from demo.kept import Kept
+from demo.picture import draw
+from demo.report import Played, report
+from demo.sample import Sample
+from demo.settings import Settings
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SETTINGS = Settings(tasks=100, seconds=30.0)

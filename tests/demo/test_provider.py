@@ -6,9 +6,9 @@ from statistics import mean
 
 import pytest
 
-from forebay.demo.provider import RPM, MissingKey, Provider, plant_config, provider_from, warning
-from forebay.demo.settings import Settings
-from forebay.demo.workload import surge
+from demo.provider import RPM, MissingKey, Provider, plant_config, provider_from, warning
+from demo.settings import Settings
+from demo.workload import surge
 
 URL = "https://llm.example/v1"
 

@@ -1,4 +1,4 @@
-"""One side in its own process: ``python -m forebay.demo.side ORDERS``.
+"""One side in its own process: ``python -m demo.side ORDERS``.
 
 It reports on standard output and ends when it has nothing more to do, when standard input says ``stop``, or when
 standard input ends: then whoever started it is gone.
@@ -17,9 +17,9 @@ from typing import Final
 
 import msgspec
 
-from forebay.demo import classic, surge
-from forebay.demo.meter import Meter
-from forebay.demo.sample import Kind, Orders
+from demo import classic, surge
+from demo.meter import Meter
+from demo.sample import Kind, Orders
 
 _LAST_MOMENTS: Final = 6.0  # seconds to end in, once nobody listens any more
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from forebay.demo.kept import Kept, kept
+from demo.kept import Kept, kept
 from forebay.overflow import open_ledger
 from forebay.task import Priority
 from forebay.typing import Completion, Row

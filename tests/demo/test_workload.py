@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from forebay.demo.workload import MIX, STEPS, surge
+from demo.workload import MIX, STEPS, surge
 
 
 def test_the_same_seed_gives_the_same_surge() -> None:

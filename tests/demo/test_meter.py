@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from forebay.demo.meter import Meter
-from forebay.demo.provider import Provider
-from forebay.demo.sample import Sample
+from demo.meter import Meter
+from demo.provider import Provider
+from demo.sample import Sample
 from forebay.task import Priority
 
 STATE = {"input_tokens": 1_000_000, "output_tokens": 100_000}

@@ -12,8 +12,8 @@ from typing import Final
 
 import msgspec
 
-from forebay.demo.provider import Provider
-from forebay.demo.settings import Settings
+from demo.provider import Provider
+from demo.settings import Settings
 
 _STATM: Final = Path("/proc/self/statm")
 _PAGE: Final = resource.getpagesize()

@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from forebay.demo.child import Ending
-from forebay.demo.provider import RPM
-from forebay.demo.report import Played, Report, bound, percent
-from forebay.demo.sample import Sample, pace, refused
-from forebay.demo.settings import Settings
-from forebay.demo.workload import STEPS
+from demo.child import Ending
+from demo.provider import RPM
+from demo.report import Played, Report, bound, percent
+from demo.sample import Sample, pace, refused
+from demo.settings import Settings
+from demo.workload import STEPS
 
 # Okabe and Ito's colours, which the colour-blind tell apart; light and dark enough to be told apart in grey.
 CLASSIC: Final = "#D55E00"

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import msgspec
 
-from forebay.demo.child import Ending
-from forebay.demo.kept import Kept
-from forebay.demo.sample import Sample
-from forebay.demo.settings import Settings
+from demo.child import Ending
+from demo.kept import Kept
+from demo.sample import Sample
+from demo.settings import Settings
 from forebay.task import Priority
 
 FORMAT: Final = 2

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import msgspec
 
-from forebay.demo.provider import Provider
-from forebay.demo.sample import Sample, own_use
+from demo.provider import Provider
+from demo.sample import Sample, own_use
 from forebay.task import Priority
 
 _EVERY: Final = 1.0  # seconds

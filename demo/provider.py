@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from forebay.demo.settings import Settings
+from demo.settings import Settings
 from forebay.errors import ForebayError
 from forebay.sim.config import PRICES, Allowance, Dialect, Faults, Price, ProviderConfig, Unit
 from forebay.sim.process import RunningPlant, start_plant

@@ -8,7 +8,7 @@ import httpx
 import httpx2
 import pytest
 
-from forebay.demo.attempts import counted
+from demo.attempts import counted
 from forebay.retry import Retry
 from forebay.upstream import Upstream
 
