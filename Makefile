@@ -31,7 +31,7 @@ test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
 
 sim: install ## thousands of surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
-	@$(RUN) tests.sim.explore $(ARGS)
+	@$(RUN) tests.simulation.explore $(ARGS)
 
 check: install ## lint, format, types, and which room may import which
 	$(RUN) ruff check .

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from forebay.typing import Completion
+from forebay.interfaces import Completion
 
 _COUNT: Final = "SELECT state, COUNT(*) FROM task WHERE state < 2 GROUP BY state"
 _ENDED: Final = "SELECT completion FROM task WHERE state >= 2"

@@ -97,7 +97,7 @@ class Meter:
         return self.running + self.waiting
 
     def _usd(self, asked: int, answered: int) -> float:
-        return 0.0 if self._price is None else self._price.of(asked, answered)
+        return 0.0 if self._price is None else self._price.cost(asked, answered)
 
     # --- reports ---
 

@@ -12,8 +12,16 @@ import msgspec
 
 from demo.settings import Settings
 from forebay.errors import ForebayError
-from forebay.sim.config import PRICES, Allowance, Dialect, Faults, Price, ProviderConfig, Unit
-from forebay.sim.process import RunningPlant, start_plant
+from forebay.simulation.provider.provider_config import (
+    PRICES,
+    Dialect,
+    Faults,
+    ProviderConfig,
+    SimulatedRateLimit,
+    TokenPrice,
+    Unit,
+)
+from forebay.simulation.provider.provider_process import ProviderProcess, start_provider
 
 KEY: Final = "PROVIDER_API_KEY"  # a side's process finds it in its environment, never on its command line
 
@@ -38,7 +46,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """An OpenAI-compatible server.
 
     Attributes:
-        url: for ``OpenAI(base_url=...)``.
+        url: for ``OpenAIWriter(base_url=...)``.
         model: what is asked for.
         simulated: it is the plant, which is told how long each answer is to be.
     """
@@ -53,7 +61,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         return "openai" if urlsplit(self.url).hostname == "api.openai.com" else "openai-compatible"
 
     @property
-    def price(self) -> Price | None:
+    def price(self) -> TokenPrice | None:
         """What its tokens cost, by list price; None if that is not known here."""
         names = sorted((name for name in PRICES if self.model.startswith(name)), key=len)
         return PRICES[names[-1]] if names else None
@@ -83,7 +91,7 @@ def plant_config(settings: Settings) -> ProviderConfig:
         ttft=0.5 / speed,
         tpot=0.01 / speed,
         noise=0.15,
-        allowances=(Allowance(unit=Unit.REQUESTS, amount=round(RPM * speed), burst=_BURST),),
+        rate_limits=(SimulatedRateLimit(unit=Unit.REQUESTS, amount=round(RPM * speed), burst=_BURST),),
         faults=Faults(
             stray=0.003,
             error=0.003,
@@ -93,18 +101,18 @@ def plant_config(settings: Settings) -> ProviderConfig:
             straggler=0.01,
             straggler_factor=3.0,
         ),
-        runs=0,
+        max_runs=0,
     )
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, real: Provider | None) -> Iterator[tuple[Provider, RunningPlant | None]]:
+def opened(settings: Settings, real: Provider | None) -> Iterator[tuple[Provider, ProviderProcess | None]]:
     """The real provider as it is; or else a fresh plant, the same for each side."""
     if real is not None:
         yield real, None
         return
     _past_proxies()
-    with start_plant(plant_config(settings), seed=settings.seed) as plant:
+    with start_provider(plant_config(settings), seed=settings.seed) as plant:
         yield Provider(url=plant.openai_url), plant
 
 

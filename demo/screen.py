@@ -20,7 +20,7 @@ from demo.child import Child, Ending
 from demo.report import percent
 from demo.sample import Kind, Sample, pace, refused
 from demo.settings import ENDLESS, Settings
-from forebay.typing import WorkerState
+from forebay.interfaces import WorkerState
 
 CLASSIC: Final = "#d55e00"
 FOREBAY: Final = "#56b4e9"

@@ -14,10 +14,10 @@ from demo.meter import Meter
 from demo.sample import Kind, Orders
 from demo.settings import Settings
 from demo.workload import Job, surge
-from forebay.events import Event, Finished
+from forebay.events import Event, TaskFinished
+from forebay.interfaces import WorkerState
 from forebay.supervisor import BackpressureSupervisor
 from forebay.task import Task
-from forebay.typing import WorkerState
 from forebay.upstream import Upstream
 
 TASK_TYPE: Final = "brief"
@@ -32,7 +32,7 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
     started: dict[str, tuple[float, Job]] = {}
 
     def hear(event: Event) -> None:
-        if isinstance(event, Finished):
+        if isinstance(event, TaskFinished):
             began, job = started.get(event.task_id, (None, None))
             if event.result.success:
                 seconds = None if began is None else time.monotonic() - began
@@ -108,8 +108,8 @@ def _note(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> No
     now = supervisor.statistics()
     states = Counter(worker.state for worker in now.workers)
     meter.running, meter.waiting, meter.spilled = now.running, now.waiting, now.outside
-    meter.load, meter.binding = now.load, now.binding
+    meter.load, meter.binding = now.load, now.limited_by
     accounts = key.statistics().accounts  # one of them, once a call has been made
-    meter.queued = sum(account.waiting for account in accounts)
-    meter.scarce = next((account.binding for account in accounts if account.load), None)
+    meter.queued = sum(account.queued for account in accounts)
+    meter.scarce = next((account.limited_by for account in accounts if account.load), None)
     meter.workers = {state.value: states[state] for state in WorkerState if states[state]}

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from forebay.sim.traffic import Traffic
+from forebay.simulation.provider.traffic import Traffic
 from forebay.task import Priority
 
 STEPS: Final = ("research", "summarize", "act")

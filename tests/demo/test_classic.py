@@ -9,7 +9,7 @@ import pytest
 
 from demo.classic import ATTEMPTS, Supervisor, Worker, with_retries
 from demo.workload import Job, surge
-from forebay.sim import simulate
+from forebay.simulation import simulate
 
 
 class Graph:

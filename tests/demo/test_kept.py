@@ -6,17 +6,17 @@ import asyncio
 from pathlib import Path
 
 from demo.kept import Kept, kept
-from forebay.overflow import open_ledger
+from forebay.interfaces import Completion, TaskRecord
+from forebay.overflow import open_task_store
 from forebay.task import Priority
-from forebay.typing import Completion, Row
 
 
-def row(name: str) -> Row:
-    return Row(task_id=name, task_type="brief", priority=Priority.NORMAL, envelope=b"x", enqueued_at=0.0)
+def row(name: str) -> TaskRecord:
+    return TaskRecord(task_id=name, task_type="brief", priority=Priority.NORMAL, envelope=b"x", enqueued_at=0.0)
 
 
 async def test_each_row_is_counted_as_what_it_is(tmp_path: Path) -> None:
-    ledger = open_ledger(f"sqlite:///{tmp_path}/spill.db")
+    ledger = open_task_store(f"sqlite:///{tmp_path}/spill.db")
     await ledger.open()
     for name in "abc":
         await ledger.put(row(name))

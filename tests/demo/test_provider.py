@@ -44,9 +44,9 @@ def test_the_price_is_that_of_the_longest_name_that_fits() -> None:
 
 
 def test_the_key_grants_fewer_calls_than_one_process_can_make() -> None:
-    (rate,) = plant_config(Settings()).allowances
+    (rate,) = plant_config(Settings()).rate_limits
     assert rate.amount == RPM
-    assert rate.amount / rate.per < 20
+    assert rate.amount / rate.period < 20
 
 
 def test_the_key_grants_fewer_calls_than_the_agents_would_make() -> None:
@@ -57,7 +57,7 @@ def test_the_key_grants_fewer_calls_than_the_agents_would_make() -> None:
 
 def test_a_faster_plant_grants_more_and_answers_sooner() -> None:
     usual, fast = plant_config(Settings()), plant_config(Settings(speed=10.0))
-    assert fast.allowances[0].amount == 10 * usual.allowances[0].amount
+    assert fast.rate_limits[0].amount == 10 * usual.rate_limits[0].amount
     assert fast.ttft == pytest.approx(usual.ttft / 10)
 
 

@@ -20,8 +20,8 @@ import pytest
 from demo.kept import Kept, kept
 from demo.workload import surge
 from forebay.clock import monotonic
-from forebay.sim.config import ProviderConfig
-from forebay.sim.process import start_plant
+from forebay.simulation.provider.provider_config import ProviderConfig
+from forebay.simulation.provider.provider_process import start_provider
 
 TASKS, SEED = 60, 5
 SMALL = ("--tasks", f"{TASKS}", "--seconds", "6", "--workers", "2", "--slots", "2", "--speed", "10")
@@ -230,7 +230,7 @@ def test_real_money_is_not_spent_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_of_ones_own_is_counted_by_what_it_answers(tmp_path: Path) -> None:
-    with start_plant(ProviderConfig(ttft=0.05, tpot=0.001)) as plant:
+    with start_provider(ProviderConfig(ttft=0.05, tpot=0.001)) as plant:
         more = {"PROVIDER_URL": plant.openai_url, "PROVIDER_API_KEY": "mine", "PROVIDER_MODEL": "gpt-4o-mini"}
         done = demo(tmp_path, "--yes", "--tasks", "4", "--seconds", "40", **more)
     assert done.returncode == 0, done.stdout + done.stderr
