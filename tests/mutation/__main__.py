@@ -88,7 +88,9 @@ def _run(name: str, area: Area, arguments: argparse.Namespace) -> bool:
     killed, tried = counts[KILLED] + counts[TIMED_OUT], len(found)
     score = 100 * killed / tried if tried else 0.0
     told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    print(f"{name}: {score:.0f} % killed (baseline {area.baseline} %) in {monotonic() - began:.0f} s; {told}", flush=True)
+    print(
+        f"{name}: {score:.0f} % killed (baseline {area.baseline} %) in {monotonic() - began:.0f} s; {told}", flush=True
+    )
     return round(score) >= area.baseline
 
 
@@ -128,9 +130,9 @@ def _sample(area: Area, copy: Path, *, most: int, seed: int) -> list[str]:
 
 def _results(copy: Path, names: list[str]) -> dict[str, str]:
     """Return what became of each mutant that was tried."""
-    program = "import json; from mutmut.stats import status_by_exit_code as s; print(json.dumps([[k, v] for k, v in s.items()]))"
+    program = "import json; from mutmut.stats import status_by_exit_code as of; print(json.dumps(list(of.items())))"
     listed = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, check=True)
-    statuses = {code: status for code, status in json.loads(listed.stdout) if code is not None}
+    statuses = dict(json.loads(listed.stdout))
     codes: dict[str, int | None] = {}
     for path in (copy / "mutants").rglob("*.meta"):
         codes |= json.loads(path.read_text())["exit_code_by_key"]

@@ -27,23 +27,25 @@ AREAS: Final = {
         tests=("unit/admission", "acceptance/test_routing.py", "acceptance/test_submitting.py"),
         baseline=0,
     ),
-    "limit": Area(files=("limit/*.py",), tests=("unit/limit", "contract/test_limit.py"), baseline=0),
+    "limit": Area(
+        files=("limit/*.py", "limit/adaptive/*.py"), tests=("unit/limit", "contract/test_limit.py"), baseline=0
+    ),
     "quota": Area(files=("quota/*.py",), tests=("unit/quota", "unit/upstream/test_decisions.py"), baseline=0),
     "breaker": Area(files=("breaker/*.py",), tests=("unit/breaker",), baseline=0),
     "retry": Area(files=("retry/*.py",), tests=("unit/retry", "acceptance/test_upstream_retries.py"), baseline=0),
     "account": Area(
-        files=("upstream/account.py", "upstream/line.py", "upstream/order.py", "upstream/passing.py"),
+        files=("upstream/account.py", "upstream/call_queue.py", "upstream/fair_order.py", "upstream/bypass.py"),
         tests=("unit/upstream", "acceptance/test_upstream.py", "acceptance/test_outage.py"),
         baseline=0,
     ),
     "selection": Area(
-        files=("supervisor/router.py", "supervisor/pool.py", "supervisor/worker.py"),
+        files=("supervisor/worker_selection.py", "supervisor/pool.py", "supervisor/worker.py"),
         tests=("unit/supervisor", "acceptance/test_routing.py", "acceptance/test_workers.py"),
         baseline=0,
     ),
     "overflow": Area(
         files=("overflow/*.py",),
-        tests=("unit/overflow", "unit/test_envelope.py", "contract/test_ledger.py", "contract/test_ledger_model.py"),
+        tests=("unit/overflow", "contract/test_task_store.py", "contract/test_task_store_model.py"),
         baseline=0,
     ),
 }

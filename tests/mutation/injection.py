@@ -1,6 +1,6 @@
-"""Ways to plant a bug in a class or function that is named by symbol: a type checker and a rename tool see each name.
+"""Ways to inject a bug into a class or a function, named by symbol: type checkers and rename tools see each name.
 
-A bug is either a replacement for a method, or a small change to the syntax tree of a function, which is compiled anew.
+A bug either replaces a method, or makes a small change to the syntax tree of a function, which is compiled again.
 Nothing here knows source text, so a bug survives a rename, and says so when its place is gone.
 """
 
@@ -18,7 +18,7 @@ Change = Callable[[ast.AST], ast.AST | list[ast.stmt] | None]  # None: this node
 
 
 class NothingToChange(LookupError):
-    """The function has not, exactly once, what the bug changes: rewrite the bug."""
+    """The function no longer has what the bug changes, or has it more than once: rewrite the bug."""
 
 
 def replace(owner: type, method: Function, by: Function) -> None:
@@ -27,6 +27,18 @@ def replace(owner: type, method: Function, by: Function) -> None:
     if getattr(owner, name) is not method:
         raise NothingToChange(f"{owner.__name__} has no such method: {method.__qualname__}")
     setattr(owner, name, by)
+
+
+def always(owner: type, method: Function, *, returns: Any) -> None:
+    """Let a method of `owner` do nothing, and return the same value whatever it is given."""
+    if inspect.iscoroutinefunction(method):
+
+        async def later(*_: Any, **__: Any) -> Any:
+            return returns
+
+        replace(owner, method, later)
+    else:
+        replace(owner, method, lambda *_, **__: returns)
 
 
 def swap(function: Function, old: type[ast.AST], new: type[ast.AST]) -> None:
@@ -49,49 +61,37 @@ def skip(function: Function, callee: Function) -> None:
     _rewrite(function, change)
 
 
-def never(function: Function, condition: str) -> None:
-    """Make the only ``if`` of `function` whose condition mentions a name never true."""
-
-    def change(node: ast.AST) -> ast.AST | None:
-        if isinstance(node, ast.If | ast.IfExp) and _mentions(node.test, condition):
-            node.test = ast.Constant(value=False)
-            return node
-        return None
-
-    _rewrite(function, change)
-
-
 def pause_before(function: Function, callee: Function) -> None:
-    """Let the event loop turn before the only statement of a coroutine function that assigns what `callee` returns."""
+    """Let the event loop turn before each statement of a coroutine function that assigns what `callee` returns."""
 
     def change(node: ast.AST) -> list[ast.stmt] | None:
         if isinstance(node, ast.Assign) and _calls(node.value, callee):
             return [*ast.parse("await __import__('asyncio').sleep(0)").body, node]
         return None
 
-    _rewrite(function, change)
+    _rewrite(function, change, places=range(1, 10))
 
 
-def _rewrite(function: Function, change: Change) -> None:
-    """Compile `function` again, changed in exactly one place, for everybody who has it."""
+def _rewrite(function: Function, change: Change, *, places: range = range(1, 2)) -> None:
+    """Compile `function` again, changed in so many places, for everybody who has it."""
     assert isinstance(function, FunctionType)
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
     definition.decorator_list = []
-    places = 0
+    changes = 0
 
     class Editor(ast.NodeTransformer):
         def generic_visit(self, node: ast.AST) -> Any:
-            nonlocal places
+            nonlocal changes
             super().generic_visit(node)
             changed = change(node)
-            places += changed is not None
+            changes += changed is not None
             return node if changed is None else changed
 
     tree = ast.fix_missing_locations(Editor().visit(tree))
-    if places != 1:
-        raise NothingToChange(f"{function.__qualname__} has {places} places to change instead of one: rewrite this bug")
+    if changes not in places:
+        raise NothingToChange(f"{function.__qualname__} has {changes} places to change: rewrite this bug")
     names: dict[str, Any] = {}
     code = compile(tree, inspect.getsourcefile(function) or "?", "exec", annotations.compiler_flag)
     exec(code, function.__globals__, names)  # noqa: S102 - a function of ours
@@ -102,10 +102,3 @@ def _calls(node: ast.AST, callee: Function) -> bool:
     called = node.func if isinstance(node, ast.Call) else None
     name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else None
     return name == callee.__name__
-
-
-def _mentions(node: ast.AST, name: str) -> bool:
-    return any(
-        (isinstance(part, ast.Name) and part.id == name) or (isinstance(part, ast.Attribute) and part.attr == name)
-        for part in ast.walk(node)
-    )
