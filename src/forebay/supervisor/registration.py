@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from forebay.adapters.detect import Config
+from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 from forebay import clock, context
 from forebay.adapters import Handler
-from forebay.adapters.detect import Config
+from forebay.adapters import Config
 from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
     AlreadyStarted,
