@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from tests.unit.limit.server import Server
 
 from forebay.errors import InvalidSetting
-from forebay.interfaces import Grant, Limit, Outcome
-from forebay.limit import AdaptiveLimit, AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
+from forebay.interfaces import Outcome
+from forebay.limit import (
+    AdaptiveLimit,
+    AimdLimit,
+    FixedLimit,
+    GradientLimit,
+    Grant,
+    Limit,
+    TimeoutAimdLimit,
+    VegasLimit,
+)
 
 LARGEST = 40
 CAPACITY = 8
@@ -141,17 +150,17 @@ def test_refusals_of_one_epoch_are_answered_once(kind: type[AdaptiveLimit | Aimd
     [
         (FixedLimit, {"n": 0}),
         (FixedLimit, {"n": True}),
-        (AdaptiveLimit, {"start": 0}),
-        (AdaptiveLimit, {"start": 11, "largest": 10}),
-        (AdaptiveLimit, {"largest": 1.5}),
+        (AdaptiveLimit, {"initial_limit": 0}),
+        (AdaptiveLimit, {"initial_limit": 11, "max_limit": 10}),
+        (AdaptiveLimit, {"max_limit": 1.5}),
         (TimeoutAimdLimit, {"timeout": 0}),
-        (TimeoutAimdLimit, {"backoff": 1.0}),
+        (TimeoutAimdLimit, {"backoff_ratio": 1.0}),
         (AimdLimit, {"growth": 0.0}),
-        (AimdLimit, {"backoff": 0.0}),
+        (AimdLimit, {"backoff_ratio": 0.0}),
         (GradientLimit, {"tolerance": 0.0}),
-        (GradientLimit, {"queue": -1.0}),
+        (GradientLimit, {"queue_size": -1.0}),
         (GradientLimit, {"smoothing": 1.1}),
-        (VegasLimit, {"start": 5, "largest": 4}),
+        (VegasLimit, {"initial_limit": 5, "max_limit": 4}),
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused_by_name(kind: type, settings: dict[str, object]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from forebay.interfaces import Grant, Limit, Outcome
+from forebay.interfaces import Outcome
+from forebay.limit import Grant, Limit
 
 
 @dataclass

@@ -7,8 +7,8 @@ from collections import deque
 import pytest
 from tests.unit.limit.server import Server
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit import AdaptiveLimit, AdaptiveLimitState
+from forebay.interfaces import Outcome
+from forebay.limit import AdaptiveLimit, AdaptiveLimitState, Grant
 from forebay.upstream.latency_model import LatencyModel
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit import FixedLimit
+from forebay.interfaces import Outcome
+from forebay.limit import FixedLimit, Grant
 
 
 def refuse(limit: FixedLimit, now: float, times: int = 1) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from forebay.interfaces import Limit, Outcome
-from forebay.limit import AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
+from forebay.interfaces import Outcome
+from forebay.limit import AimdLimit, FixedLimit, GradientLimit, Limit, TimeoutAimdLimit, VegasLimit
 
 
 def rounds(limit: Limit, took: Callable[[int], float], count: int) -> int:
