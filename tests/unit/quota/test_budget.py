@@ -34,9 +34,9 @@ def spend(of: BudgetTracker, usd: float, now: float = NOON) -> None:
         ({"usd": "25"}, "positive number"),
         ({"usd": True}, "positive number"),
         ({"usd": 1, "per": "minute"}, "'hour', 'day', 'month', or None"),
-        ({"usd": 1, "reserve": 1}, "from 0 up to but not including 1"),
-        ({"usd": 1, "reserve": -0.1}, "reserve is -0.1"),
-        ({"usd": 1, "reserve": math.nan}, "reserve is nan"),
+        ({"usd": 1, "reserved_share": 1}, "from 0 up to but not including 1"),
+        ({"usd": 1, "reserved_share": -0.1}, "reserved_share is -0.1"),
+        ({"usd": 1, "reserved_share": math.nan}, "reserved_share is nan"),
     ],
 )
 def test_a_budget_that_cannot_be_meant_says_what_to_do(given: dict[str, Any], says: str) -> None:

@@ -133,7 +133,7 @@ class LiarMachine(RuleBasedStateMachine):
         limit=st.none() | st.integers(-5, 10**15),
         remaining=st.none() | st.integers(-5, 10**15),
         reset=st.none() | st.floats(),
-        how=st.sampled_from(["hear", "refused"]),
+        how=st.sampled_from(["update_from_headers", "record_throttled"]),
         retry_after=st.none() | st.floats(),
     )
     def answer(  # noqa: PLR0913, PLR0917 - all that an answer can say
@@ -147,7 +147,7 @@ class LiarMachine(RuleBasedStateMachine):
         retry_after: float | None,
     ) -> None:
         notice = RateLimitHeaders(unit=unit, limit=limit, remaining=remaining, reset=reset)
-        if how == "refused" and self.held:
+        if how == "record_throttled" and self.held:
             held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
             self.quotas.record_throttled(self.now, held, retry_after, [notice])
         else:
@@ -231,7 +231,7 @@ class PurseMachine(RuleBasedStateMachine):
             assert self.purse.remaining(tomorrow) == 10
             for held in self.held:
                 self.purse.release(tomorrow, held)
-            assert self.purse._page.reserved == 0
+            assert self.purse._period.reserved == 0
 
 
 TestQuotasMachine = QuotasMachine.TestCase

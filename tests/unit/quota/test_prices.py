@@ -56,14 +56,14 @@ def test_counts_from_the_wire_that_make_no_sense_cost_nothing_less() -> None:
 
 def test_without_the_list_only_ones_own_prices_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "genai_prices", None)
-    prices._list.cache_clear()
+    prices._price_list.cache_clear()
     try:
         table = Prices({"m": Price(input=1, output=1)})
         assert table.usd("openai", "gpt-4o", 10, 10) is None
         assert table.has_price("openai", "m")
         assert not prices.price_list_installed()
     finally:
-        prices._list.cache_clear()
+        prices._price_list.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,6 @@ def test_a_price_that_cannot_be_meant_says_so(price: Any, says: str) -> None:
 
 def test_models_are_remembered_up_to_a_bound() -> None:
     table = Prices()
-    for n in range(3 * prices._MOST):
+    for n in range(3 * prices._MAX_MODELS):
         table.usd("openai", f"no-such-model-{n}", 1, 1)
-    assert len(table._listed) <= prices._MOST
+    assert len(table._listed) <= prices._MAX_MODELS

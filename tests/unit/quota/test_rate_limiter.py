@@ -93,8 +93,8 @@ def test_a_call_that_never_left_gives_everything_back() -> None:
     assert [level.remaining for level in quotas.levels(0.0)] == [60, 100]
 
 
-@pytest.mark.parametrize("first", ["settle", "release", "refused"])
-@pytest.mark.parametrize("second", ["settle", "release", "refused"])
+@pytest.mark.parametrize("first", ["settle", "release", "record_throttled"])
+@pytest.mark.parametrize("second", ["settle", "release", "record_throttled"])
 def test_a_reservation_is_closed_once(first: str, second: str) -> None:
     quotas = RateLimiter([PER_MINUTE])
     held = quotas.reserve(0.0, ONE)
