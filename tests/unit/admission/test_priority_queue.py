@@ -160,4 +160,4 @@ def test_those_who_left_are_not_kept(rank: tuple[bool, float]) -> None:
     line: PriorityQueue[int] = PriorityQueue()
     for turn in range(10_000):
         line.remove(line.push(turn, Priority.NORMAL, rank, turn))
-    assert sum(map(len, [*line._heaps, *line._queues])) < 200
+    assert sum(map(len, [*line._heaps, *line._fifos])) < 200

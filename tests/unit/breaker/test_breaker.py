@@ -411,20 +411,20 @@ def test_eras_are_true_and_never_come_back() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"arms": ()},
+        {"triggers": ()},
         {"reset_timeout": 0.0},
         {"reset_timeout": -1.0},
         {"reset_timeout": math.inf},
         {"reset_timeout": math.nan},
         {"reset_timeout": 120.0},
-        {"ceiling": math.inf},
-        {"ceiling": math.nan},
+        {"max_reset_timeout": math.inf},
+        {"max_reset_timeout": math.nan},
         {"probes": 0},
         {"probes": 1.5},
         {"probes": True},
         {"successes": 0},
-        {"probe_time": 0.0},
-        {"probe_time": math.nan},
+        {"probe_timeout": 0.0},
+        {"probe_timeout": math.nan},
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused_by_name(settings: dict[str, object]) -> None:
@@ -433,7 +433,7 @@ def test_a_rule_that_makes_no_sense_is_refused_by_name(settings: dict[str, objec
     assert "BreakerRules" in str(caught.value) or caught.value.__dict__["name"] in settings
 
 
-@pytest.mark.parametrize("settings", [{"least_calls": 0}, {"least_faults": 0}, {"seconds": 0}, {"share": 1.0}])
+@pytest.mark.parametrize("settings", [{"min_calls": 0}, {"min_faults": 0}, {"seconds": 0}, {"share": 1.0}])
 def test_an_arm_that_makes_no_sense_is_refused_by_name(settings: dict[str, float]) -> None:
     with pytest.raises(InvalidSetting, match=next(iter(settings))):
         MinimumSampleTrigger(**settings)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def test_it_keeps_no_more_than_its_bounds(calls: list[tuple[float, bool]]) -> No
     for pause, faulty in calls:
         now += pause
         (window.add_fault if faulty else window.add_success)(now)
-        assert len(window._marks) <= 5
+        assert len(window._buckets) <= 5
         assert len(window._faulty) <= 10
 
 

@@ -62,12 +62,12 @@ def test_a_delay_is_no_shorter_than_asked_for_and_within_what_is_left(
         {"max_attempts": 0},
         {"max_attempts": True},
         {"max_attempts": 1.5},
-        {"base": 0.0},
-        {"base": math.nan},
-        {"base": 2.0, "ceiling": 1.0},
-        {"ceiling": math.inf},
-        {"max_wait": -1.0},
-        {"max_wait": math.nan},
+        {"base_delay": 0.0},
+        {"base_delay": math.nan},
+        {"base_delay": 2.0, "max_delay": 1.0},
+        {"max_delay": math.inf},
+        {"max_total_delay": -1.0},
+        {"max_total_delay": math.nan},
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, float]) -> None:
