@@ -66,7 +66,7 @@ class AdaptiveLimit(Limit):
         self._successes = 0  # ... that succeeded in the present round
         self._round_start = 0.0  # in the clock's seconds
 
-    # --- its state --------------------------------------------------------------------------------------------------
+    # --- its state ---------------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
@@ -93,7 +93,7 @@ class AdaptiveLimit(Limit):
             return AdaptiveLimitState.STARTING
         return AdaptiveLimitState.RETURNING if self._level < self._history.safe else AdaptiveLimitState.HOLDING
 
-    # --- what happens -----------------------------------------------------------------------------------------------
+    # --- what happens ------------------------------------------------------------------------------------------------
 
     def grant(self, now: float, in_flight: int) -> Grant:
         """Return the grant of a slot that is taken now; `in_flight` includes it."""
@@ -130,7 +130,7 @@ class AdaptiveLimit(Limit):
             if grant.epoch == self._epoch:
                 self._record_success(now, grant, slowdown)
 
-    # --- down -------------------------------------------------------------------------------------------------------
+    # --- down --------------------------------------------------------------------------------------------------------
 
     def _record_refusal(self, now: float, grant: Grant) -> None:
         history, probe, detector = self._history, self._probe, self._detector
@@ -161,7 +161,7 @@ class AdaptiveLimit(Limit):
         self._experiment.abort()
         self._begin_epoch(now)
 
-    # --- up ---------------------------------------------------------------------------------------------------------
+    # --- up ----------------------------------------------------------------------------------------------------------
 
     def _record_success(self, now: float, grant: Grant, slowdown: float | None) -> None:
         in_flight = max(grant.in_flight, self._in_flight + 1)
