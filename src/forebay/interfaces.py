@@ -137,44 +137,6 @@ class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
     reset: float | None = None
 
 
-class Grant(msgspec.Struct):
-    """One held slot of a limit, as the limit marked it when it was given.
-
-    Attributes:
-        at: seconds, of the clock that the holder brings.
-        in_flight: slots held at that moment, this one included.
-        epoch: which of the limit's epochs it belongs to.
-        full: whether the limit was as good as used up.
-    """
-
-    granted_at: float
-    in_flight: int
-    epoch: int = 0
-    at_limit: bool = False
-
-
-class Limit(Protocol):
-    """How many calls may be in flight. Implementations are pure: they see grants, outcomes and times, nothing else.
-
-    Times are seconds of one clock that does not go back. Each grant is given to `observe` exactly once.
-    """
-
-    def limit(self, now: float) -> int:
-        """How many may be in flight now; 0 while none may."""
-
-    def reopens_at(self, now: float) -> float | None:
-        """When time alone will raise `limit` from 0, in the clock's seconds; None if it will not."""
-
-    def grant(self, now: float, in_flight: int) -> Grant:
-        """Mark a slot that is taken now; `in_flight` counts it."""
-
-    def accepted(self, now: float, grant: Grant) -> None:
-        """Its call was not refused: the answer has begun, or none has come for a second. At most once for a grant."""
-
-    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
-        """Its call has ended. `stretch`: its time over the time expected for its output tokens, if that is known."""
-
-
 class LoadSource(Protocol):
     """What the calls of a run draw on, such as an account of an upstream, as the task plane feels it.
 

@@ -23,7 +23,8 @@ from tests.support.run_checks import InvariantViolation
 
 from forebay import BackpressureSupervisor, Budget, Deadline, ForebayError, Priority, Quota, Task, Ticket, Upstream
 from forebay.errors import DeadlinePassed
-from forebay.interfaces import Charge, Grant, Limit, Outcome
+from forebay.interfaces import Charge, Outcome
+from forebay.limit import Grant, Limit
 from forebay.quota import Price
 from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
@@ -117,10 +118,11 @@ def _provider(rng: random.Random, slots: int, rate: int | None) -> ProviderConfi
     )
 
 
-class WatchedLimit:
+class WatchedLimit(Limit):
     """A limit that is looked at from outside whenever a slot is granted."""
 
     def __init__(self, limit: Limit) -> None:
+        super().__init__()
         self._limit = limit
         self.violations: list[str] = []
 
