@@ -28,7 +28,7 @@ class ErrorKind(Enum):
     OVERLOADED = "overloaded"  # the provider has no capacity left, for anybody
     SPEND_CAP = "spend_cap"  # the money is used up: stop, for every retry would be refused
     FAULT = "fault"  # the provider is broken, or the way to it
-    TRANSIENT = "try_again"  # 408, 409, 425: says nothing of the provider, and another try may do
+    TRANSIENT = "transient"  # 408, 409, 425: says nothing of the provider, and another try may do
     CLIENT_ERROR = "client_error"  # the request is wrong and stays so
 
     @property
