@@ -123,7 +123,7 @@ async def test_a_deadline_that_has_passed_by_the_time_of_submitting(*, nowait: b
         ("tenant", "", "non-empty string"),
         ("tenant", None, "non-empty string"),
         ("key", "", "non-empty string"),
-        ("thread", 7, "non-empty string"),
+        ("thread_id", 7, "non-empty string"),
         ("estimate", 3, "an Estimate"),
     ],
 )
