@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from forebay.errors import NotStarted
 from forebay.supervisor import BackpressureSupervisor
-from forebay.supervisor.admission_controller import Refusal
+from forebay.supervisor.ticket import Refusal
 from forebay.task import Priority, Task
 
 if TYPE_CHECKING:
@@ -94,11 +94,9 @@ def _refill_paused(house: Dispatcher, kinds: Collection[str] | None) -> Iterator
     if overflow is None:
         yield
         return
-    held = {pool for kind, pool in house.pools.items() if kinds is None or kind in kinds} - overflow.refiller.refilling
-    overflow.refiller.refilling |= held
+    pools = (pool for kind, pool in house.pools.by_type.items() if kinds is None or kind in kinds)
+    held = overflow.refiller.pause(pools)
     try:
         yield
     finally:
-        overflow.refiller.refilling -= held
-        for pool in held:
-            overflow.refill(pool)
+        overflow.refiller.resume(held)

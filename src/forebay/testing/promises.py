@@ -169,23 +169,24 @@ def check_nothing_left(supervisor: BackpressureSupervisor, *, zombies: bool = Fa
         BrokenPromise: it holds something.
     """
     wrong: list[str] = []
+    house = supervisor._dispatcher  # noqa: SLF001 - what is left behind is inside
     for worker in supervisor.workers.values():
-        held = [run.task.task_id for run in worker.runs if not (zombies and run.abandoned_at is not None)]
+        runs = [] if house is None else house.runs.on(worker)
+        held = [run.task.task_id for run in runs if not (zombies and run.abandoned_at is not None)]
         if held:
             wrong.append(f"worker {worker.name!r} still runs {held}")
-        if worker.slot_claims:
-            wrong.append(f"on worker {worker.name!r} {len(worker.slot_claims)} runs wait for the slot that they lent")
-        if worker.current_tasks != len(worker.runs):
-            wrong.append(f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(worker.runs)} runs")
-    house = supervisor._dispatcher  # noqa: SLF001 - what is left behind is inside
+        if worker.pending_claims:
+            wrong.append(f"on worker {worker.name!r} {worker.pending_claims} runs wait for the slot that they lent")
+        if worker.current_tasks != len(runs):
+            wrong.append(f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(runs)} runs")
     if house is not None:
-        for pool in house.pools.values():
+        for pool in house.pools.by_type.values():
             waiting = [ticket.task_id for ticket in pool.queue]
             if waiting or pool.parked or pool.reserved or any(pool.spilling.values()):
                 seats = f"{pool.parked} behind their thread, {pool.reserved} seats reserved"
                 arriving = f"{sum(pool.spilling.values())} on their way out"
                 wrong.append(f"in the line of {pool.task_type!r} are {waiting}, {seats}, {arriving}")
-        inside = [ticket for ticket in house.tickets.values() if ticket.status is not TaskStatus.SPILLED]
+        inside = [ticket for ticket in house.registry.live.values() if ticket.status is not TaskStatus.SPILLED]
         wrong += [f"{ticket!r} has not been resolved" for ticket in inside]
         wrong += [
             f"{len(talk)} tasks hold thread {name!r}" for name, talk in house.conversations.items() if not zombies
