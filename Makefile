@@ -3,7 +3,7 @@
 
 VENV := .venv
 RUN  := $(VENV)/bin/python -m
-CODE := $(wildcard src tests bench examples)
+CODE := $(wildcard src tests demo bench examples)
 JOBS ?= 2
 export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # else every process that pytest starts compiles every library anew
@@ -22,7 +22,7 @@ packages: ## install the Debian and npm packages that tests use, where that is a
 	@scripts/npm.sh build/npm $$(sed 's/#.*//' requirements/npm.txt) || echo 'tests that need them say so'
 
 demo: install ## the surge: SEED=7, PROVIDER_URL=... and the like reach it by the environment
-	@$(VENV)/bin/forebay demo $(ARGS)
+	@$(RUN) demo $(ARGS)
 
 test: install packages ## every test, on each of Python 3.11 and 3.13 that is found
 	@scripts/test.sh $(ARGS)
@@ -31,7 +31,7 @@ test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
 
 sim: install ## thousands of surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
-	@$(RUN) tests.sim.explore $(ARGS)
+	@$(RUN) tests.simulation.explore $(ARGS)
 
 check: install ## lint, format, types, and which room may import which
 	$(RUN) ruff check .

@@ -1,7 +1,7 @@
 """Fleets of agents on one rate-limited key, direct and through the gateway, beside an oracle's schedule.
 
 Agents that start at once call with the SDKs of OpenAI and Anthropic as these come (two retries, ten minutes). The
-provider is `forebay.sim`, the gateway is told nothing but where that is.
+provider is `forebay.simulation`, the gateway is told nothing but where that is.
 
 - *virtual*: virtual time. The SDKs, the gateway and the provider's server run their own code, down to the bytes of
   HTTP; the sockets between them are pipes in memory, and processors take no time. Medians and sums over seeds.

@@ -119,7 +119,7 @@ def run() -> dict[str, float]:
     """
     figures: dict[str, float] = {}
     for name, (way, answer, make, call) in WAYS.items():
-        upstream = Upstream("key", provider=name.split("_", maxsplit=1)[0], longest_wait=600.0)
+        upstream = Upstream("key", provider=name.split("_", maxsplit=1)[0], max_wait=600.0)
         bare: list[float] = []
         added: list[float] = []
         for _ in range(ROUNDS):

@@ -13,13 +13,13 @@ import asyncio
 import random
 from typing import Final
 
-from bench.calls.plant import Callers
 from bench.calls.scenarios import CALL, SLOTS, TPOT, TTFT, provider
+from bench.calls.simulated_key import Callers
 from bench.calls.table import SEEDS, everywhere, middle
-from bench.calls.whole import Whole
+from bench.calls.upstream_run import UpstreamRun
 from forebay import BackpressureSupervisor, Deadline, Task
-from forebay.sim import Traffic, simulate
-from forebay.sim.config import ProviderConfig
+from forebay.simulation import Traffic, simulate
+from forebay.simulation.provider.provider_config import ProviderConfig
 
 MINUTES: Final = 3.0
 PROVIDERS: Final[dict[str, ProviderConfig]] = {
@@ -37,7 +37,7 @@ OVERFLOWS: Final = {"tasks": None, "tasks, overflow": "memory://"}
 def used(config: ProviderConfig, *, times: float, patience: float, seed: int, tells: bool = True) -> float:
     """The share of the slots that was put to use, once all is under way."""
     callers = Callers(rate=lambda _: times * SLOTS / CALL, minutes=MINUTES, patience=patience)
-    return Whole(config, callers, seed=seed, tells=tells).run().work(_FROM, 60 * MINUTES) / SLOTS
+    return UpstreamRun(config, callers, seed=seed, tells=tells).run().work(_FROM, 60 * MINUTES) / SLOTS
 
 
 class Tasks:

@@ -1,6 +1,6 @@
 """Fit token lengths and gaps between arrivals to the Azure LLM inference traces; prints `forebay/sim/traces.py`.
 
-    .venv/bin/python bench/fit_traffic.py --data ../shared/data > src/forebay/sim/traces.py
+    .venv/bin/python bench/fit_traffic.py --data ../shared/data > src/forebay/simulation/provider/traffic_quantiles.py
 
 What is fitted, by order statistics alone:
 

@@ -15,7 +15,7 @@ from bench.calls.limits import LIMITS, OURS, UPSTREAM
 from bench.calls.picture import curves, heat
 from bench.calls.scenarios import MINUTES, SCENARIOS, WARM_UP
 from bench.calls.table import PICTURES, SEEDS, everywhere, middle
-from bench.calls.whole import Whole
+from bench.calls.upstream_run import UpstreamRun
 
 LOADS: Final = (1.0, 2.0, 4.0, 7.0, 10.0)  # times the capacity
 NAMES: Final = (UPSTREAM, *LIMITS)
@@ -28,7 +28,7 @@ def one(case: tuple[str, str, float | None, int]) -> tuple[float, float]:
     name, limit, load, seed = case
     scenario = SCENARIOS[name] if load is None else replace(SCENARIOS[name], offered=load)
     if limit == UPSTREAM:
-        record = Whole(scenario.config, scenario.callers(limit), seed=seed).run()
+        record = UpstreamRun(scenario.config, scenario.callers(limit), seed=seed).run()
     else:
         record = scenario.run(limit, None if limit == _ORACLE else LIMITS[limit](scenario.config.slots), seed)
     return record.work(WARM_UP, _END), record.share_refused(WARM_UP, _END)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from forebay import BackpressureSupervisor, Task
-from forebay.events import Event, Finished
-from forebay.overflow import encode_task, open_ledger
-from forebay.overflow.schema import SCHEMA
+from forebay.events import Event, TaskFinished
+from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
+from forebay.overflow import encode_task, open_task_store
+from forebay.overflow.sqlite_schema import SCHEMA
 from forebay.storage.sqlite_file import open_file
 from forebay.storage.url import Synchronous
 from forebay.task import Priority
-from forebay.typing import Completion, Lease, Ledger, Put, Row
 
 ROWS = 20_000
 AT_ONCE = 1_000  # putters that wait at a time, and rows in a raw transaction
@@ -33,14 +33,14 @@ SAMPLES = 50  # of resident memory, while spilling and again while refilling
 BOUND = 2 * max(ROWS, MILLION)
 
 
-def rows(count: int) -> list[Row]:
+def rows(count: int) -> list[TaskRecord]:
     """Rows as a supervisor makes them."""
     made = []
     for number in range(count):
         task = Task("work", {"topic": "rivers", "number": number})
         envelope = encode_task(task, task.payload, bound=1_000_000)
         made.append(
-            Row(
+            TaskRecord(
                 task_id=task.task_id,
                 task_type=task.task_type,
                 priority=Priority.NORMAL,
@@ -51,7 +51,7 @@ def rows(count: int) -> list[Row]:
     return made
 
 
-def raw(path: Path, synchronous: Synchronous, stored: list[Row]) -> float:
+def raw(path: Path, synchronous: Synchronous, stored: list[TaskRecord]) -> float:
     """Seconds for the same rows into the same table and indexes, by executemany, as many in a transaction."""
     connection = open_file(path, SCHEMA, synchronous, 5.0)
     columns = "task_id, task_type, state, priority, due, key, attempts, enqueued_at, envelope"
@@ -85,16 +85,16 @@ async def every(work: Callable[[Any], Awaitable[Any]], items: list[Any], expecte
     return time.perf_counter() - began
 
 
-async def ledger_seconds(url: str, stored: list[Row]) -> tuple[float, float, float]:
+async def ledger_seconds(url: str, stored: list[TaskRecord]) -> tuple[float, float, float]:
     """Seconds for puts, leases and completions."""
-    ledger = open_ledger(url)
+    ledger = open_task_store(url)
     await ledger.open()
 
     def finish(lease: Lease) -> Awaitable[bool]:
         end = Completion(status="succeeded", result=b"result", attempts=1, finished_at=time.time())
-        return ledger.finish(lease.row.task_id, end, fence=lease.fence)
+        return ledger.finish(lease.record.task_id, end, fence=lease.fence)
 
-    puts = await every(ledger.put, stored, Put.STORED)
+    puts = await every(ledger.put, stored, PutResult.STORED)
     leases, leasing = await lease_all(ledger)
     assert len(leases) == len(stored)
     finishes = await every(finish, leases, True)
@@ -102,7 +102,7 @@ async def ledger_seconds(url: str, stored: list[Row]) -> tuple[float, float, flo
     return puts, leasing, finishes
 
 
-async def lease_all(ledger: Ledger, limit: int = BOUND) -> tuple[list[Lease], float]:
+async def lease_all(ledger: TaskStore, limit: int = BOUND) -> tuple[list[Lease], float]:
     """Lease all that waits, a few at a time; what was leased, and the seconds that took."""
     leases: list[Lease] = []
     until = time.time() + 1e6
@@ -152,7 +152,7 @@ async def spilled_and_refilled(folder: str, tasks: int) -> dict[str, Any]:
         await full.wait()
 
     def hear(event: Event) -> None:
-        if isinstance(event, Finished):
+        if isinstance(event, TaskFinished):
             if (count := done()) == tasks:
                 empty.set()
             if count % (tasks // SAMPLES) == 0:
@@ -189,9 +189,9 @@ async def spilled_and_refilled(folder: str, tasks: int) -> dict[str, Any]:
 
 async def leases_when_full(folder: str, waiting: int) -> float:
     """Leases a second while so many rows wait."""
-    ledger = open_ledger(f"sqlite:///{folder}/ledger.db?synchronous=off&bound={BOUND}")
+    ledger = open_task_store(f"sqlite:///{folder}/ledger.db?synchronous=off&bound={BOUND}")
     await ledger.open()
-    await every(ledger.put, rows(waiting), Put.STORED)
+    await every(ledger.put, rows(waiting), PutResult.STORED)
     leases, seconds = await lease_all(ledger, limit=min(waiting, ROWS) // 2)
     await ledger.close()
     return len(leases) / seconds

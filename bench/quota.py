@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from forebay.quota import Quota, Quotas, Reservation
-from forebay.sim.calls import Accepted, Call, Cut, Finished, FirstToken
-from forebay.sim.config import Allowance, Dialect, ProviderConfig, Unit
-from forebay.sim.provider import EPOCH, Provider
-from forebay.typing import Charge, Notice
+from forebay.interfaces import Charge, RateLimitHeaders
+from forebay.quota import Quota, QuotaReservation, RateLimiter
+from forebay.simulation.provider.provider_config import Dialect, ProviderConfig, SimulatedRateLimit, Unit
+from forebay.simulation.provider.provider_model import EPOCH, ProviderModel
+from forebay.simulation.provider.simulated_call import CallAccepted, CallCompleted, CallCut, FirstToken, SimulatedCall
 
 WARM_UP, MEASURED = 60.0, 600.0  # seconds
 MOST_IN_FLIGHT = 2_000
@@ -31,7 +31,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def notices(dialect: Dialect, headers: dict[str, str], wall: float) -> list[Notice]:
+def notices(dialect: Dialect, headers: dict[str, str], wall: float) -> list[RateLimitHeaders]:
     """The limits that headers tell of."""
     told = []
     for unit in _UNITS:
@@ -47,7 +47,7 @@ def notices(dialect: Dialect, headers: dict[str, str], wall: float) -> list[Noti
             seconds = sum(float(n) * _SECONDS[u] for n, u in _DURATION.findall(reset))
         else:
             seconds = max(0.0, datetime.fromisoformat(reset).timestamp() - wall)
-        told.append(Notice(unit=unit, limit=int(limit), remaining=int(remaining), reset=seconds))
+        told.append(RateLimitHeaders(unit=unit, limit=int(limit), remaining=int(remaining), reset=seconds))
     return told
 
 
@@ -80,17 +80,17 @@ class Driver:
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
-        self.provider = Provider(case.config, seed=seed)
-        self.quotas = Quotas(case.given)
+        self.provider = ProviderModel(case.config, seed=seed)
+        self.quotas = RateLimiter(case.given)
         self.random = random.Random(seed)
         self.order = itertools.count()
         self.events: list[tuple[float, int, Callable[[float], None]]] = []
-        self.flights: dict[int, tuple[Reservation, Call, dict[str, str]]] = {}
+        self.flights: dict[int, tuple[QuotaReservation, SimulatedCall, dict[str, str]]] = {}
         self.most = MOST_IN_FLIGHT if case.given else MOST_UNHEARD
         self.in_flight = self.sent = self.refused = 0
         self.charged = 0.0
         self.began = case.start + WARM_UP
-        self.calls: Iterator[tuple[Call, Charge]] = self.draw()
+        self.calls: Iterator[tuple[SimulatedCall, Charge]] = self.draw()
         self.next = next(self.calls)
         self.due = case.start
 
@@ -105,8 +105,8 @@ class Driver:
             wake = self.send(now)
             upcoming = self.events[0][0] if self.events else ends
             now = max(now, min(ends, wake, upcoming, self.provider.next_event()))
-        allowance = next(a for a in self.case.config.allowances if a.unit.value == self.case.unit)
-        granted = min(self.case.load * self.case.seconds, allowance.amount * self.case.seconds / allowance.per)
+        allowance = next(a for a in self.case.config.rate_limits if a.unit.value == self.case.unit)
+        granted = min(self.case.load * self.case.seconds, allowance.amount * self.case.seconds / allowance.period)
         return Figures(self.charged / granted, self.refused / max(1, self.sent), self.sent)
 
     def send(self, now: float) -> float:
@@ -129,10 +129,10 @@ class Driver:
         """After a time on the network."""
         heapq.heappush(self.events, (now + self.case.network * self.random.random(), next(self.order), what))
 
-    def arrive(self, now: float, call: Call, held: Reservation) -> None:
+    def arrive(self, now: float, call: SimulatedCall, held: QuotaReservation) -> None:
         """It reaches the provider, and is let in or refused."""
         answer = self.provider.arrive(now, call)
-        if isinstance(answer, Accepted):
+        if isinstance(answer, CallAccepted):
             self.flights[answer.call_id] = held, call, answer.headers
             self.charge(now, call)
             return
@@ -141,9 +141,9 @@ class Driver:
         told = self.told(answer.headers, now)
         after = answer.headers.get("retry-after-ms")
         wait = float(after) / 1000 if after else float(answer.headers.get("retry-after", 0)) or None
-        self.later(now, lambda at: self.quotas.refused(at, held, wait, told))
+        self.later(now, lambda at: self.quotas.record_throttled(at, held, wait, told))
 
-    def charge(self, now: float, call: Call) -> None:
+    def charge(self, now: float, call: SimulatedCall) -> None:
         """Count what the provider charged at its door."""
         if self.began <= now:
             self.charged += {
@@ -152,14 +152,14 @@ class Driver:
                 "tokens": max(call.input_tokens, call.max_tokens or 0),
             }.get(self.case.unit, 0)
 
-    def told(self, headers: dict[str, str], now: float) -> list[Notice]:
+    def told(self, headers: dict[str, str], now: float) -> list[RateLimitHeaders]:
         """What headers say, where they come at all."""
         return [] if self.case.headers == "never" else notices(self.case.config.dialect, headers, EPOCH + now)
 
-    def hear(self, now: float, headers: dict[str, str], held: Reservation) -> None:
+    def hear(self, now: float, headers: dict[str, str], held: QuotaReservation) -> None:
         """The headers of an answer are here."""
-        if self.quotas.listens(now):
-            self.quotas.hear(now, self.told(headers, now), held)
+        if self.quotas.needs_headers(now):
+            self.quotas.update_from_headers(now, self.told(headers, now), held)
         self.most = MOST_IN_FLIGHT
 
     def happened(self, now: float, event: Any) -> None:
@@ -167,7 +167,7 @@ class Driver:
         if isinstance(event, FirstToken) and self.case.headers == "first":
             held, _, headers = self.flights[event.call_id]
             self.later(now, lambda at: self.hear(at, headers, held))
-        elif isinstance(event, Finished | Cut):
+        elif isinstance(event, CallCompleted | CallCut):
             held, _, headers = self.flights.pop(event.call_id)
             self.in_flight -= 1
             usage = event.usage
@@ -182,24 +182,24 @@ class Driver:
 
             self.later(now, end)
 
-    def draw(self) -> Iterator[tuple[Call, Charge]]:
+    def draw(self) -> Iterator[tuple[SimulatedCall, Charge]]:
         """Calls, and what we think beforehand that they take."""
         model = "gpt-4o" if self.case.config.dialect is Dialect.OPENAI else "claude-sonnet"
         while True:
             sent = int(self.random.lognormvariate(6.5, 0.8)) + 1
             received = int(self.random.lognormvariate(5.0, 0.8)) + 1
             most = 1024 if self.case.config.dialect is Dialect.OPENAI else None
-            call = Call(model=model, input_tokens=sent, output_tokens=received, max_tokens=most)
+            call = SimulatedCall(model=model, input_tokens=sent, output_tokens=received, max_tokens=most)
             off = 1 + self.case.mistaken * self.random.uniform(-1, 1)
             guess = int(sent * off)
             yield call, Charge(input_tokens=guess, output_tokens=205, tokens=max(guess, most or 0))
 
 
 def _provider(dialect: Dialect, unit: Unit, amount: int, **more: Any) -> ProviderConfig:
-    slack = Allowance(unit=Unit.REQUESTS, amount=100_000)
-    rates = [Allowance(unit=unit, amount=amount, **more)]
+    slack = SimulatedRateLimit(unit=Unit.REQUESTS, amount=100_000)
+    rates = [SimulatedRateLimit(unit=unit, amount=amount, **more)]
     return ProviderConfig(
-        dialect=dialect, slots=5_000, tpot=0.02, allowances=tuple(rates if unit is Unit.REQUESTS else [*rates, slack])
+        dialect=dialect, slots=5_000, tpot=0.02, rate_limits=tuple(rates if unit is Unit.REQUESTS else [*rates, slack])
     )
 
 

@@ -14,10 +14,10 @@ from typing import Final
 
 from bench.calls.limits import LIMITS, OURS, SEMAPHORE, UPSTREAM
 from bench.calls.picture import timelines
-from bench.calls.plant import Callers, Plant, Record
 from bench.calls.scenarios import CALL, SLOTS, provider, steps
+from bench.calls.simulated_key import Callers, LimitRun, RunRecord
 from bench.calls.table import PICTURES, SEEDS, everywhere, middle
-from bench.calls.whole import Whole
+from bench.calls.upstream_run import UpstreamRun
 from forebay.limit import FixedLimit
 
 LOAD: Final = 0.8  # of the capacity
@@ -30,7 +30,7 @@ CONTROL: Final = f"{SEMAPHORE}, uncapped retries"
 NAMES: Final = (UPSTREAM, *LIMITS, CONTROL)
 
 
-def one(case: tuple[str, int, bool]) -> Record:
+def one(case: tuple[str, int, bool]) -> RunRecord:
     """One run, refusing what exceeds the slots or sharing."""
     name, seed, shares = case
     config = provider(
@@ -43,19 +43,19 @@ def one(case: tuple[str, int, bool]) -> Record:
         rate=lambda _: LOAD * SLOTS / CALL,
         minutes=MINUTES,
         patience=60.0,
-        line=2 * SLOTS if not wild else 100 * SLOTS,
-        attempts=6 if name == SEMAPHORE else math.inf,
-        keeps_slot=name in (SEMAPHORE, CONTROL),
-        again=_ALWAYS if wild else 3,
-        ceiling=0.5 if wild else 8.0,
+        queue_bound=2 * SLOTS if not wild else 100 * SLOTS,
+        max_attempts=6 if name == SEMAPHORE else math.inf,
+        holds_slot_while_retrying=name in (SEMAPHORE, CONTROL),
+        resubmissions=_ALWAYS if wild else 3,
+        max_delay=0.5 if wild else 8.0,
     )
     if name == UPSTREAM:
-        return Whole(config, callers, seed=seed).run()
+        return UpstreamRun(config, callers, seed=seed).run()
     limit = FixedLimit(20 * SLOTS) if wild else LIMITS[name](SLOTS)
-    return Plant(config, callers, limit, seed=seed).run()
+    return LimitRun(config, callers, limit, seed=seed).run()
 
 
-def seconds(record: Record) -> float:
+def seconds(record: RunRecord) -> float:
     """From the end of the trigger until service is back, and stays for two windows; infinity for never."""
     before = record.work(60, TRIGGER[0])
     at = TRIGGER[1]

@@ -11,7 +11,8 @@ import os
 import msgspec
 from rich.console import Console
 
-from forebay import demo
+from demo.play import run as run_surge
+from demo.settings import Settings
 
 SIDES = ("classic", "forebay")
 TOLD = (
@@ -22,14 +23,14 @@ TOLD = (
 
 def run() -> dict[str, float | int | None]:
     """Tasks done a minute on both sides and their ratio (more is better), dollars, and what was lost."""
-    settings = demo.Settings(
+    settings = Settings(
         tasks=int(os.environ.get("SURGE_TASKS", "10_000")),
         seconds=float(os.environ.get("SURGE_SECONDS", "100")),
         seed=int(os.environ.get("SEED", "7")),
         speed=float(os.environ.get("SURGE_SPEED", "1")),
         folder="build/bench",
     )
-    if (status := demo.run(settings, Console(stderr=True))) != 0:
+    if (status := run_surge(settings, Console(stderr=True))) != 0:
         raise SystemExit(status)
     report = msgspec.json.decode(settings.file("report.json").read_bytes())
     figures = {f"{side}_{name}": report[side][name] for name in TOLD for side in SIDES}

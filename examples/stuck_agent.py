@@ -7,7 +7,7 @@ import asyncio
 import re
 
 from forebay import BackpressureSupervisor, Task, TaskFailed, TaskTimedOut
-from forebay.engine import InProcess
+from forebay.engine import ProcessEngine
 
 
 def looks_valid(task: Task) -> bool:
@@ -22,7 +22,7 @@ async def main() -> None:
         handler=looks_valid,
         task_types=["check"],
         timeout=3.0,  # seconds that a check may take
-        engine=InProcess(grace=0.1),  # seconds more that it has to stop by itself
+        engine=ProcessEngine(grace=0.1),  # seconds more that it has to stop by itself
     )
     async with supervisor:  # starts the first process
         for text in ["a good text", "a" * 60 + "!", "another good text"]:

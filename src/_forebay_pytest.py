@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pytest
 
 if TYPE_CHECKING:
-    from forebay.sim import Simulation
-    from forebay.testing.passthrough import Passthrough
-    from forebay.testing.provider import Plants, ProviderDouble
+    from forebay.simulation import Simulation
+    from forebay.testing.passthrough import PassthroughSupervisor
+    from forebay.testing.provider_double import ProviderDouble, SharedProviderProcess
 
 _VIRTUAL: Final = "virtual_time"
 _TEST: Final = pytest.StashKey[Callable[..., Any]]()
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "virtual_time(seed=0, max_time=86400.0, ...): run the async test in virtual time; the settings are those of"
-        " forebay.sim.simulate.",
+        " forebay.simulation.simulate.",
     )
 
 
@@ -40,7 +40,7 @@ def virtual_time(request: pytest.FixtureRequest) -> Iterator[Simulation]:
     A deadlock is an error, and so is what reached nobody. Parametrize it indirectly with seeds, or set more by the mark
     of its name. In a plain test, ``virtual_time.run(...)`` runs a coroutine.
     """
-    from forebay.sim import Simulation  # noqa: PLC0415 - see above
+    from forebay.simulation import Simulation  # noqa: PLC0415 - see above
 
     with Simulation(**_settings(request.node, getattr(request, "param", None))) as simulation:
         yield simulation
@@ -94,7 +94,7 @@ def _in(simulation: Simulation, test: Callable[..., Any]) -> Callable[..., None]
 
 def _each_by_itself(test: Callable[..., Any], settings: dict[str, Any]) -> Callable[..., None]:
     """Every example of hypothesis from second 0."""
-    from forebay.sim import simulate  # noqa: PLC0415 - see above
+    from forebay.simulation import simulate  # noqa: PLC0415 - see above
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -159,28 +159,28 @@ def _fixture_in(simulation: Simulation, function: Callable[..., Any]) -> Callabl
 
 
 @pytest.fixture(scope="session")
-def _forebay_plants() -> Iterator[Plants]:
-    from forebay.testing.provider import Plants  # noqa: PLC0415 - see above
+def _forebay_plants() -> Iterator[SharedProviderProcess]:
+    from forebay.testing.provider_double import SharedProviderProcess  # noqa: PLC0415 - see above
 
-    plants = Plants()
+    plants = SharedProviderProcess()
     yield plants
     plants.close()
 
 
 @pytest.fixture
-def simulated_provider(_forebay_plants: Plants) -> ProviderDouble:
+def simulated_provider(_forebay_plants: SharedProviderProcess) -> ProviderDouble:
     """A simulated LLM provider: over HTTP by `openai_url` and `anthropic_url`, in the event loop by `call`."""
-    from forebay.testing.provider import ProviderDouble  # noqa: PLC0415 - see above
+    from forebay.testing.provider_double import ProviderDouble  # noqa: PLC0415 - see above
 
     return ProviderDouble(_forebay_plants)
 
 
 @pytest.fixture
-def passthrough() -> Passthrough:
+def passthrough() -> PassthroughSupervisor:
     """A supervisor that admits everything and records what happens; start it by ``async with passthrough:``."""
-    from forebay.testing.passthrough import Passthrough  # noqa: PLC0415 - see above
+    from forebay.testing.passthrough import PassthroughSupervisor  # noqa: PLC0415 - see above
 
-    return Passthrough()
+    return PassthroughSupervisor()
 
 
 @pytest.fixture

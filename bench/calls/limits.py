@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from forebay.limit import AdaptiveLimit, AimdByTimeout, EpochAimd, FixedLimit, GradientLimit, VegasLimit
-from forebay.typing import Grant, Limit, Outcome
+from forebay.interfaces import Grant, Limit, Outcome
+from forebay.limit import AdaptiveLimit, AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
 
 
 class Oracle:
@@ -20,7 +20,7 @@ class Oracle:
         """What it knows."""
         return self._capacity(now)
 
-    def next_change(self, now: float) -> float | None:
+    def reopens_at(self, now: float) -> float | None:
         """Asked again at the next tenth of a second."""
         return (math.floor(10 * now + 1e-6) + 1) / 10
 
@@ -31,7 +31,7 @@ class Oracle:
     def accepted(self, now: float, grant: Grant) -> None:
         """Known before."""
 
-    def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
         """Known before."""
 
 
@@ -40,9 +40,9 @@ UPSTREAM: Final = "upstream"  # the whole of one, its adaptive limit included
 SEMAPHORE: Final = "semaphore"
 LIMITS: Final[Mapping[str, Callable[[int], Limit]]] = {
     OURS: lambda _: AdaptiveLimit(),
-    "epoch AIMD": lambda _: EpochAimd(),
+    "epoch AIMD": lambda _: AimdLimit(),
     "gradient2": lambda _: GradientLimit(),
     "vegas": lambda _: VegasLimit(),
-    "AIMD by timeout": lambda _: AimdByTimeout(timeout=10.0),
+    "AIMD by timeout": lambda _: TimeoutAimdLimit(timeout=10.0),
     SEMAPHORE: lambda slots: FixedLimit(2 * slots),  # somebody's guess, with the retries of an SDK inside
 }

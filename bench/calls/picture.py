@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bench.calls.limits import LIMITS, OURS, UPSTREAM
-from bench.calls.plant import Record
+from bench.calls.simulated_key import RunRecord
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
@@ -64,7 +64,7 @@ def heat(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
         figure.savefig(folder / "goodput.png")
 
 
-def timelines(records: Mapping[str, Record], kind: str, trigger: tuple[float, float], folder: Path) -> None:
+def timelines(records: Mapping[str, RunRecord], kind: str, trigger: tuple[float, float], folder: Path) -> None:
     """Useful work over time, by limit, around a trigger."""
     step = 10
     with mpl.rc_context(_STYLE):

@@ -13,7 +13,7 @@ import httpx2
 import openai
 
 from bench.fleet.cases import MODELS, MOST, Case, Turn
-from forebay.sim.config import Dialect
+from forebay.simulation.provider.provider_config import Dialect
 
 _ASKS = 5  # times that an agent asks for a stream that breaks off
 _BROKEN = (httpx2.TransportError, openai.APIError, anthropic.APIError)

@@ -7,15 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from forebay.sim import wire
-from forebay.sim.calls import Call
-from forebay.sim.config import Allowance, Bursts, Busy, Dialect, Faults, ProviderConfig, Slow, Unit
+from forebay.simulation.provider import wire_messages as wire
+from forebay.simulation.provider.provider_config import (
+    Bursts,
+    BusyReason,
+    Dialect,
+    Faults,
+    ProviderConfig,
+    SimulatedRateLimit,
+    Slowdown,
+    Unit,
+)
+from forebay.simulation.provider.simulated_call import SimulatedCall
 
 MODELS: Final = {Dialect.OPENAI: "gpt-4o-mini", Dialect.ANTHROPIC: "claude-sonnet"}
 MOST: Final = 512  # output tokens that a call asks for
 _CHARACTERS: Final = 4  # to a token, and
 _BORDERS: Final = 4  # tokens to a message, as the plant counts
-_LOREM: Final = wire.text(0, 4_000)
+_LOREM: Final = wire.answer_text(0, 4_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +46,9 @@ class Turn:
         length = _CHARACTERS * (self.input_tokens - _BORDERS)
         return (_LOREM * (1 + length // len(_LOREM)))[:length]
 
-    def call(self, dialect: Dialect) -> Call:
+    def call(self, dialect: Dialect) -> SimulatedCall:
         """The same as the plant's own kind of call."""
-        return Call(
+        return SimulatedCall(
             model=MODELS[dialect],
             input_tokens=self.input_tokens,
             output_tokens=self.output_tokens,
@@ -94,9 +103,11 @@ class Case:
 
 
 def _provider(dialect: Dialect, rates: Mapping[Unit, int], *, window: bool = False, **rest: Any) -> ProviderConfig:
-    allowances = tuple(Allowance(unit=unit, amount=amount, window=window) for unit, amount in rates.items())
+    rate_limits = tuple(
+        SimulatedRateLimit(unit=unit, amount=amount, fixed_window=window) for unit, amount in rates.items()
+    )
     fields = {"slots": 100, "ttft": 0.5, "tpot": 0.02, "noise": 0.0, **rest}
-    return ProviderConfig(dialect=dialect, allowances=allowances, **fields)
+    return ProviderConfig(dialect=dialect, rate_limits=rate_limits, **fields)
 
 
 def _openai(agents: int, *, window: bool = False) -> Case:
@@ -131,15 +142,15 @@ _TROUBLE: Final = Faults(
 def _stress(dialect: Dialect, *, streams: bool) -> Case:
     """Rates, slots, bursts of overload, calls cut off, refusals without a reason and a slow spell, all at once."""
     rates = {Unit.REQUESTS: 40, Unit.TOKENS if dialect is Dialect.OPENAI else Unit.INPUT_TOKENS: 60_000}
-    full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy": Busy.CONCURRENCY}
-    slow = Slow(at=60, seconds=30, factor=3.0)
+    full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy": BusyReason.CONCURRENCY}
+    slow = Slowdown(at=60, seconds=30, factor=3.0)
     config = _provider(dialect, rates, faults=_TROUBLE, slow=(slow,), **full)
     return Case(config=config, agents=20, streams=streams)
 
 
 def _spike() -> Case:
     """For a minute everything takes six times as long, at a provider that refuses what exceeds its slots."""
-    slow = (Slow(at=15, seconds=60, factor=6.0),)
+    slow = (Slowdown(at=15, seconds=60, factor=6.0),)
     config = _provider(Dialect.ANTHROPIC, {Unit.REQUESTS: 200}, slots=12, overcommit=1.0, slow=slow)
     return Case(config=config, agents=20)
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
-from forebay.sim.loop import VirtualLoop
+from forebay.simulation.loop.virtual_loop import VirtualLoop
 
 _FIRST_PORT = 20_000
 

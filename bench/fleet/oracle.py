@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 
 from bench.fleet.cases import Case, Turn
-from forebay.sim.calls import Accepted, Cut, Event, Finished
-from forebay.sim.faults import Reason
-from forebay.sim.provider import Provider
+from forebay.simulation.provider.fault_plan import RefusalReason
+from forebay.simulation.provider.provider_model import ProviderModel
+from forebay.simulation.provider.simulated_call import CallAccepted, CallCompleted, CallCut, CallEvent
 
 _LOOK = 0.005  # seconds until it looks again at a provider that says *overloaded*
 
@@ -37,7 +37,7 @@ class _Oracle:
     def __init__(self, case: Case, order: Callable[[float, Left], float]) -> None:
         self._dialect = case.dialect
         self._order = order
-        self._plant = Provider(case.config, seed=case.seed)
+        self._plant = ProviderModel(case.config, seed=case.seed)
         self._coming: list[tuple[float, int, Left]] = [(0.0, agent, plan) for agent, plan in enumerate(case.plans)]
         self._waiting: list[tuple[float, int, Left]] = []
         self._flying: dict[int, tuple[int, Left]] = {}
@@ -56,11 +56,11 @@ class _Oracle:
                 return now
             now = min(again, self._plant.next_event(), self._coming[0][0] if self._coming else math.inf)
 
-    def _heard(self, event: Event) -> None:
-        if not isinstance(event, Finished | Cut):
+    def _heard(self, event: CallEvent) -> None:
+        if not isinstance(event, CallCompleted | CallCut):
             return
         agent, left = self._flying.pop(event.call_id)
-        if isinstance(event, Cut):
+        if isinstance(event, CallCut):
             heapq.heappush(self._waiting, (-math.inf, agent, left))
         elif len(left) > 1:
             heapq.heappush(self._coming, (event.at + left[1].tools, agent, left[1:]))
@@ -70,12 +70,12 @@ class _Oracle:
         while self._waiting:
             _, agent, left = self._waiting[0]
             answer = self._plant.arrive(now, left[0].call(self._dialect))
-            if isinstance(answer, Accepted):
+            if isinstance(answer, CallAccepted):
                 heapq.heappop(self._waiting)
                 self._flying[answer.call_id] = agent, left
-            elif answer.reason is Reason.CONCURRENCY:
+            elif answer.reason is RefusalReason.CONCURRENCY:
                 return math.inf  # until a call ends
-            elif answer.reason is Reason.OVERLOADED:
+            elif answer.reason is RefusalReason.OVERLOADED:
                 return now + _LOOK
             elif answer.retry_after is not None:
                 return now + answer.retry_after

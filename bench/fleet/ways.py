@@ -20,8 +20,8 @@ from bench.fleet.sdk import OverAiohttp
 from bench.gateway import started
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
-from forebay.sim.process import start_plant
-from forebay.sim.server import Plant, start
+from forebay.simulation.provider.http_server import ProviderServer, start_server
+from forebay.simulation.provider.provider_process import start_provider
 
 WAYS: Final = ("direct", "gateway")
 
@@ -63,7 +63,7 @@ def virtually(case: Case, way: str) -> Measured:
 async def over_sockets(case: Case, way: str) -> Measured:
     """Run a case for real: the plant and the gateway in processes of their own, the SDKs with their own transport."""
     async with contextlib.AsyncExitStack() as stack:
-        plant = await asyncio.to_thread(stack.enter_context, start_plant(case.config, seed=case.seed))
+        plant = await asyncio.to_thread(stack.enter_context, start_provider(case.config, seed=case.seed))
         url = plant.url
         if way == "gateway":
             starting = started("bench.fleet.gateway", case.dialect.value, plant.url)
@@ -77,12 +77,12 @@ async def over_sockets(case: Case, way: str) -> Measured:
 async def _virtually(case: Case, way: str) -> Measured:
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=Connector(), auto_decompress=False))
-        runner, plant = await start(Plant(case.config, seed=case.seed))
+        runner, plant = await start_server(ProviderServer(case.config, seed=case.seed))
         stack.push_async_callback(runner.cleanup)
         url = plant
         if way == "gateway":
             gateway = await stack.enter_async_context(
-                Gateway(settings(case.dialect.value, plant), {}, connect=Connector)
+                Gateway(settings(case.dialect.value, plant), {}, connector=Connector)
             )
             url = f"http://127.0.0.1:{gateway.port}"
         outcome = await run_fleet(case, url, lambda: httpx2.AsyncClient(transport=OverAiohttp(session), timeout=600.0))

@@ -10,11 +10,11 @@ from forebay.errors import (
     TaskFailed,
     TaskTimedOut,
 )
+from forebay.interfaces import Reading, WorkerHandler, WorkerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.supervisor import BackpressureSupervisor, DrainReport, Ticket, WorkerAgent
 from forebay.task import Deadline, Estimate, Priority, Task, TaskResult, TaskStatus, Verdict
-from forebay.typing import Reading, WorkerHandler, WorkerState
 from forebay.upstream import Fallback, Upstream
 
 __version__ = "0.1.0"

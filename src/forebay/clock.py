@@ -46,37 +46,37 @@ def now() -> float:
     return loop.time() if getattr(loop, "virtual", False) else time.monotonic()  # `is_virtual`, and asked all the time
 
 
-def chance(seed: int | None = None) -> random.Random:
+def new_random(seed: int | None = None) -> random.Random:
     """A source of draws: seeded if asked, else from the operating system."""
     return random.Random(seed)  # noqa: S311 - jitter, not secrets
 
 
-_chance = chance()
-os.register_at_fork(after_in_child=_chance.seed)  # a forked worker must not draw what its parent draws
+_random = new_random()
+os.register_at_fork(after_in_child=_random.seed)  # a forked worker must not draw what its parent draws
 
 
 def draw() -> float:
     """A draw from [0, 1): of the running event loop if that has chance of its own (a virtual one), from its seed."""
     loop = _running_loop()
     if loop is None:
-        return _chance.random()
-    return draws_of(loop)() if is_virtual(loop) else _chance.random()
+        return _random.random()
+    return draw_function(loop)() if is_virtual(loop) else _random.random()
 
 
-def draws_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
+def draw_function(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
     """Draws from [0, 1) for what runs on `loop`: a virtual one has chance of its own, drawn from its seed."""
-    source = loop.random if is_virtual(loop) else chance()  # type: ignore[attr-defined]
+    source = loop.random if is_virtual(loop) else new_random()  # type: ignore[attr-defined]
     draw: Callable[[], float] = source.random
     return draw
 
 
-class _Ids:
+class _IdGenerator:
     """Process-unique identifiers: a random prefix and a counter, a tenth of the price of a uuid4."""
 
     def __init__(self) -> None:
-        self.renew()
+        self.reset()
 
-    def renew(self) -> None:
+    def reset(self) -> None:
         self._prefix = os.urandom(8).hex()
         self._next = itertools.count().__next__
 
@@ -84,6 +84,6 @@ class _Ids:
         return f"{self._prefix}-{self._next():x}"
 
 
-_ids = _Ids()
+_ids = _IdGenerator()
 new_id = _ids.new
-os.register_at_fork(after_in_child=_ids.renew)  # a forked worker must not repeat its parent's ids
+os.register_at_fork(after_in_child=_ids.reset)  # a forked worker must not repeat its parent's ids

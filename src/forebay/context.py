@@ -9,21 +9,21 @@ from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
     from forebay.errors import Overloaded
-    from forebay.typing import Source
+    from forebay.interfaces import LoadSource
 
 
-class Drawing(Protocol):
+class CallObserver(Protocol):
     """A run whose supervisor wants to know what its calls draw on."""
 
-    refusals: dict[object, Overloaded] | None  # by what refused it for good: its further calls there fail at once
+    rejections: dict[object, Overloaded] | None  # by what refused it for good: its further calls there fail at once
 
-    def meet(self, source: Source) -> None:
+    def record_call(self, source: LoadSource) -> None:
         """Its calls draw on `source`: so do those of other runs of its worker. Callable from any thread."""
 
-    def refused(self, by: object, error: Overloaded) -> None:
+    def record_rejection(self, by: object, error: Overloaded) -> None:
         """A call of it was refused for good by `by`: unless it succeeds all the same, it ends as Overloaded."""
 
-    def let_down(self) -> None:
+    def record_upstream_fault(self) -> None:
         """A call of it failed for a reason that is the upstream's: if it fails, its worker is not to blame."""
 
 
@@ -42,14 +42,14 @@ class RunningTask(Protocol):
 
 
 _current: ContextVar[RunningTask | None] = ContextVar("forebay_running_task", default=None)
-current = _current.get
-enter = _current.set
+running_task = _current.get
+set_running_task = _current.set
 
 
-def drawing() -> Drawing | None:
+def call_observer() -> CallObserver | None:
     """The run that is under way here, if its supervisor wants to know what it draws on; not so in a process apart."""
     running = _current.get()
-    return cast("Drawing", running) if hasattr(running, "meet") else None
+    return cast("CallObserver", running) if hasattr(running, "record_call") else None
 
 
 def progress(value: Any) -> None:

@@ -17,7 +17,7 @@ class ForebayError(Exception):
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
         template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
-        super().__init__(template.format(**{name: _brief(name, fact) for name, fact in facts.items()}))
+        super().__init__(template.format(**{name: _shown(name, fact) for name, fact in facts.items()}))
         self._facts = facts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -28,7 +28,7 @@ class ForebayError(Exception):
         return cls(**facts)
 
 
-class _Kind(str):
+class _TypeName(str):
     """A type's name that shows as it is, without quotes."""
 
     __slots__ = ()
@@ -37,13 +37,13 @@ class _Kind(str):
         return str(self)
 
 
-def _brief(name: str, fact: object) -> object:
+def _shown(name: str, fact: object) -> object:
     """A fact as a message may show it: a value that is not plain, or too long to be meant, could be a payload."""
     if fact is None or isinstance(fact, bool | int | float):
         return fact
     if isinstance(fact, str):
         return fact if name != "value" or len(fact) <= _LONGEST else fact[:_LONGEST] + "..."
-    return _Kind(f"a {type(fact).__name__}")
+    return _TypeName(f"a {type(fact).__name__}")
 
 
 def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:
@@ -170,7 +170,7 @@ class UnknownTask(ForebayError, LookupError):
     task_id: str
 
 
-class NotPortable(ForebayError, TypeError):
+class NotSerializable(ForebayError, TypeError):
     """The payload of task {task_id!r} cannot be stored: at {path} it holds a {type}. With an overflow, payloads are
     encoded at submit; use None, booleans, numbers, strings, bytes, lists, tuples and dicts with string keys, declare
     its type by register_worker(..., payload=TYPE), or submit with spill=False and durable=False.
@@ -212,7 +212,7 @@ class InvalidOverflowUrl(ForebayError, ValueError):
     """
 
 
-class LedgerUnusable(ForebayError):
+class StoreUnavailable(ForebayError):
     """The overflow at {where} cannot be used: {why}. {advice}"""
 
 
@@ -323,7 +323,7 @@ class ProcessNotStarted(ForebayError):
     worker: str
 
 
-class CannotCross(ForebayError, TypeError):
+class NotTransferable(ForebayError, TypeError):
     """The {what} of task {task_id!r} cannot pass between processes: {why}. Use None, booleans, numbers, strings, bytes,
     lists and dicts with string keys, pass a reference to what is large, or run the worker with engine="thread".
     """
@@ -339,23 +339,25 @@ class Overloaded(ForebayError):
 
     # Worded so that no framework takes it for a provider's refusal and retries it (design 4).
     reason: str
-    binding: str | None
+    limited_by: str | None
     load: float | None
     retry_after: float | None
 
     def __init__(
-        self, reason: str, *, binding: str | None = None, load: float | None = None, retry_after: float | None = None
+        self, reason: str, *, limited_by: str | None = None, load: float | None = None, retry_after: float | None = None
     ) -> None:
         back = "back off before you come back, for when there is room is not known yet"
         if retry_after is not None:
             seconds, hours = f"{retry_after:.3g} s", f"{retry_after / 3600:.3g} hours"
             back = f"come back in {hours if 'e+' in seconds else seconds}"
         hint = "" if retry_after is None and load == float("inf") else f"; {back}"  # never: the reason says what to do
-        super().__init__(reason=reason, binding=binding, load=load, retry_after=retry_after, hint=hint)
+        super().__init__(reason=reason, limited_by=limited_by, load=load, retry_after=retry_after, hint=hint)
 
     @classmethod
     def _from(cls, facts: dict[str, Any]) -> Self:
-        return cls(facts["reason"], binding=facts["binding"], load=facts["load"], retry_after=facts["retry_after"])
+        return cls(
+            facts["reason"], limited_by=facts["limited_by"], load=facts["load"], retry_after=facts["retry_after"]
+        )
 
 
 class TaskFailed(ForebayError):
@@ -377,7 +379,7 @@ class InvalidResult(ForebayError, ValueError):
     why: str
 
 
-class ResultNotKept(ForebayError):
+class ResultUnavailable(ForebayError):
     """Task {task_id!r} succeeded, but its value cannot be had: {error}."""
 
     task_id: str

@@ -23,7 +23,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     at: float
 
 
-class Submitted(Event, frozen=True, kw_only=True):
+class TaskSubmitted(Event, frozen=True, kw_only=True):
     """The gate decided."""
 
     kind = "submitted"
@@ -32,11 +32,11 @@ class Submitted(Event, frozen=True, kw_only=True):
     priority: Priority
     verdict: Verdict
     reason: str | None = None
-    binding: str | None = None
+    limited_by: str | None = None
     load: float | None = None
 
 
-class Refilled(Event, frozen=True, kw_only=True):
+class TaskRefilled(Event, frozen=True, kw_only=True):
     """A spilled task came back inside."""
 
     kind = "refilled"
@@ -44,7 +44,7 @@ class Refilled(Event, frozen=True, kw_only=True):
     task_type: str
 
 
-class Died(Event, frozen=True, kw_only=True):
+class TaskDeadLettered(Event, frozen=True, kw_only=True):
     """A stored task will not be tried again: it is among the dead letters."""
 
     kind = "died"
@@ -54,7 +54,7 @@ class Died(Event, frozen=True, kw_only=True):
     error: str
 
 
-class Started(Event, frozen=True, kw_only=True):
+class TaskStarted(Event, frozen=True, kw_only=True):
     """A handler began."""
 
     kind = "started"
@@ -63,7 +63,7 @@ class Started(Event, frozen=True, kw_only=True):
     attempt: int = 1
 
 
-class Progress(Event, frozen=True, kw_only=True):
+class TaskProgress(Event, frozen=True, kw_only=True):
     """A handler passed `value` to ``progress``."""
 
     kind = "progress"
@@ -71,7 +71,7 @@ class Progress(Event, frozen=True, kw_only=True):
     value: Any
 
 
-class Finished(Event, frozen=True, kw_only=True):
+class TaskFinished(Event, frozen=True, kw_only=True):
     """A task ended."""
 
     kind = "finished"
@@ -182,7 +182,7 @@ class Subscription:
         self.close()
 
 
-class Bus:
+class EventBus:
     """Hands each event to sinks and subscriptions. Not thread-safe: it belongs to one loop."""
 
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
@@ -201,12 +201,12 @@ class Bus:
         for subscription in self._subscriptions:
             subscription.put(event)
 
-    def listen(self, sink: Sink) -> None:
+    def add_sink(self, sink: Sink) -> None:
         """Call `sink` too, from now on; before the others, whose doing may be the next event."""
         self._sinks = (sink, *self._sinks)
         self.active = True
 
-    def unlisten(self, sink: Sink) -> None:
+    def remove_sink(self, sink: Sink) -> None:
         """Call `sink` no more."""
         self._sinks = tuple(other for other in self._sinks if other != sink)
         self.active = bool(self._sinks or self._subscriptions)

@@ -109,7 +109,7 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool = False
     key: str | None = None
     tenant: str = "default"
-    thread: str | None = None
+    thread_id: str | None = None
     estimate: Estimate | None = None
 
 
@@ -141,7 +141,7 @@ class Task(_Options, frozen=True):
     def __post_init__(self) -> None:
         if self.deadline is not None:
             self._check_deadline(self.deadline)
-        if self.timeout is not None and not _positive(self.timeout):
+        if self.timeout is not None and not _is_positive(self.timeout):
             raise InvalidTimeout(value=self.timeout)
         if type(self.priority) is not Priority:
             self._set_priority()
@@ -153,7 +153,7 @@ class Task(_Options, frozen=True):
             or type(self.tenant) is not str
             or not self.tenant
             or self.key is not None
-            or self.thread is not None
+            or self.thread_id is not None
             or self.estimate is not None
         ):
             self._check_names()
@@ -172,9 +172,9 @@ class Task(_Options, frozen=True):
             raise InvalidTask(field="priority", value=self.priority, expected=expected) from None
 
     def _check_names(self) -> None:
-        for field in ("task_type", "task_id", "tenant", "key", "thread"):
+        for field in ("task_type", "task_id", "tenant", "key", "thread_id"):
             value = getattr(self, field)
-            if value is None and field in ("key", "thread"):
+            if value is None and field in ("key", "thread_id"):
                 continue
             if not isinstance(value, str) or not value:
                 raise InvalidTask(field=field, value=value, expected="a non-empty string")
@@ -212,5 +212,5 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     cause: BaseException | None = None
 
 
-def _positive(seconds: object) -> bool:
+def _is_positive(seconds: object) -> bool:
     return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf

@@ -8,17 +8,17 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import Provider, Scene
+from tests.acceptance.gateways import GatewayHarness, Provider
 
 
 @pytest.fixture
-async def scene() -> AsyncIterator[Scene]:
+async def scene() -> AsyncIterator[GatewayHarness]:
     provider = Provider()
     server = web.Server(provider.handle, handler_cancellation=True, auto_decompress=False, access_log=None)
     listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
     async with aiohttp.ClientSession() as session:
-        yield Scene(provider, f"http://127.0.0.1:{port}", session)
+        yield GatewayHarness(provider, f"http://127.0.0.1:{port}", session)
     listening.close()
     server.pre_shutdown()
     await server.shutdown(0.1)

@@ -14,14 +14,14 @@ from aiohttp import web
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
 
-CHAT = {
+CHAT_RESPONSE = {
     "id": "c",
     "object": "chat.completion",
     "model": "gpt-4o",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "The Danube."}}],
     "usage": {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50},
 }
-ASK = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 50}
+CHAT_REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 50}
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"The "},"finish_reason":null}]}\n\n'
 STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -48,7 +48,7 @@ class Provider:
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self.bodies.append(json.loads(await request.read() or b"null"))
-        return web.json_response(CHAT, headers={"x-request-id": "req_1", "x-should-retry": "true"})
+        return web.json_response(CHAT_RESPONSE, headers={"x-request-id": "req_1", "x-should-retry": "true"})
 
 
 def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream") -> Behaviour:
@@ -76,7 +76,7 @@ def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream") ->
 CUT = 0.0
 
 
-def saying(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
+def responding(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
     async def behave(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -85,7 +85,7 @@ def saying(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
     return behave
 
 
-class Scene:
+class GatewayHarness:
     """A provider, a gateway before it, and somebody who calls."""
 
     def __init__(self, provider: Provider, url: str, session: aiohttp.ClientSession) -> None:
@@ -103,17 +103,17 @@ class Scene:
 
     async def post(self, gateway: Gateway, path: str = "/v1/chat/completions", **how: Any) -> tuple[int, Any, Any]:
         """Status, headers and decoded body."""
-        how = how if "data" in how else {"json": ASK, **how}
+        how = how if "data" in how else {"json": CHAT_REQUEST, **how}
         async with self.session.post(self.at(gateway, path), **how) as answer:
             raw = await answer.read()
             return answer.status, answer.headers, json.loads(raw) if raw[:1] == b"{" else raw
 
 
-def left(gateway: Gateway) -> tuple[int, int, int]:
+def leftovers(gateway: Gateway) -> tuple[int, int, int]:
     """Calls in flight, in line, and tokens reserved: nothing may be left behind."""
-    accounts = [desk.account for target in gateway.proxy.targets for desk in target.upstream.books]
+    accounts = [desk.account for target in gateway.forwarder.targets for desk in target.upstream.accounts]
     reserved = sum(sum(account.quotas._under_way.values()) for account in accounts)
-    return sum(account.in_flight for account in accounts), sum(len(account.line) for account in accounts), reserved
+    return sum(account.in_flight for account in accounts), sum(len(account.queue) for account in accounts), reserved
 
 
 NOTHING = (0, 0, 0)
@@ -128,12 +128,12 @@ async def until(condition: Callable[[], bool]) -> None:
 async def raw(gateway: Gateway, sent: bytes) -> bytes:
     """What comes back for these bytes, to the end of the connection."""
     reader, writer = await connect(gateway, sent)
-    told = await to_the_end(reader)
+    told = await read_to_end(reader)
     writer.close()
     return told
 
 
-async def to_the_end(reader: asyncio.StreamReader) -> bytes:
+async def read_to_end(reader: asyncio.StreamReader) -> bytes:
     """What comes until a connection is closed, or reset."""
     told = b""
     with contextlib.suppress(ConnectionError):
@@ -142,13 +142,13 @@ async def to_the_end(reader: asyncio.StreamReader) -> bytes:
     return told
 
 
-def written(body: bytes = b"", *fields: bytes, start: bytes = b"POST /v1/chat/completions HTTP/1.1") -> bytes:
+def request_bytes(body: bytes = b"", *fields: bytes, start: bytes = b"POST /v1/chat/completions HTTP/1.1") -> bytes:
     """A request as it stands on the wire, its length told unless it is empty."""
     length = (b"content-length: %d" % len(body),) if body else ()
     return b"\r\n".join((start, b"host: localhost", *fields, *length, b"", body))
 
 
-def blurting(*said: bytes, stays: bool = False) -> Behaviour:
+def writing_raw(*said: bytes, stays: bool = False) -> Behaviour:
     """These bytes, whatever HTTP wants; then the connection closes, unless it stays."""
 
     async def behave(request: web.BaseRequest) -> web.StreamResponse:

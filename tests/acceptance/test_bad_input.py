@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, error_of, flood, turns, virtual
+from tests.support.task_plane import Agent, error_of, flood, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Estimate, ForebayError, Priority, Task, TaskStatus
 from forebay.errors import (
@@ -24,12 +24,12 @@ from forebay.errors import (
     InvalidTask,
     InvalidThreshold,
     InvalidTimeout,
-    LedgerUnusable,
-    NotPortable,
+    NotSerializable,
     NotStarted,
     OverflowRequired,
     PayloadTooLarge,
     SlotMisused,
+    StoreUnavailable,
     SupervisorClosed,
     UnknownTask,
     UnknownTaskType,
@@ -209,7 +209,7 @@ async def test_a_ticket_that_is_not_known() -> None:
 async def test_a_ticket_that_the_overflow_does_not_know_either() -> None:
     async with house(overflow="memory://") as supervisor:
         assert isinstance(await error_of(supervisor.ticket("nobody")), UnknownTask)
-    assert isinstance(await error_of(supervisor.ticket("nobody")), LedgerUnusable)  # it has closed
+    assert isinstance(await error_of(supervisor.ticket("nobody")), StoreUnavailable)  # it has closed
 
 
 # --- payloads --------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ async def test_with_an_overflow_what_cannot_travel_is_refused_at_submit(
     payload: Any, path: str, *, nowait: bool
 ) -> None:
     async with house(overflow="memory://") as supervisor:
-        with pytest.raises(NotPortable, match=f"at {path}.*spill=False"):
+        with pytest.raises(NotSerializable, match=f"at {path}.*spill=False"):
             await offer(supervisor, Task("work", payload), nowait=nowait)
         assert supervisor.statistics().submitted == 0
 
@@ -343,7 +343,7 @@ def test_an_overflow_that_cannot_be_opened_says_which_forms_are_known(url: Any) 
 @virtual
 async def test_an_overflow_whose_directory_is_not_there_says_what_to_do(tmp_path: Path) -> None:
     supervisor = house(overflow=f"sqlite:///{tmp_path}/no/spill.db")
-    with pytest.raises(LedgerUnusable, match=f"mkdir -p {tmp_path}/no"):
+    with pytest.raises(StoreUnavailable, match=f"mkdir -p {tmp_path}/no"):
         await supervisor.start()
 
 
@@ -493,9 +493,9 @@ def test_a_handler_and_a_factory() -> None:
         ("max_concurrent", 0),
         ("max_concurrent", 1.5),
         ("max_concurrent", True),
-        ("cool_off", 0),
-        ("cool_off", -1),
-        ("cool_off", "ten"),
+        ("reset_timeout", 0),
+        ("reset_timeout", -1),
+        ("reset_timeout", "ten"),
         ("on_cancel", 5),
         ("config", {"a": 1}),
     ],
@@ -588,7 +588,7 @@ async def test_a_handler_that_returns_late_swallows_its_cancellation_or_raises_h
             TaskStatus.TIMED_OUT,
             TaskStatus.TIMED_OUT,
         ]
-    await turns()
+    await run_ready()
 
 
 def test_every_mistake_is_a_forebay_error() -> None:

@@ -15,19 +15,19 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.acceptance.house import now, turns
+from tests.support.task_plane import now, run_ready
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
-from forebay.breaker import BreakerRules, consecutive
+from forebay.breaker import BreakerRules, consecutive_faults
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
-from forebay.sim import simulate, virtual_loop
-from forebay.testing import Record, check_promises, check_upstream
-from forebay.typing import Charge, Notice, Outcome
+from forebay.simulation import simulate, virtual_loop
+from forebay.testing import EventRecord, check_promises, check_upstream
 from forebay.upstream import Upstream
-from forebay.upstream.ask import Ended, Permit
-from forebay.upstream.attempt import Tried
-from forebay.upstream.desk import Desk
+from forebay.upstream.call_flow import AttemptResult
+from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.shared_account import SharedAccount
 
 MODELS = ("small", "large")
 PRICE = 1e4  # dollars for a million tokens: a call of 100 costs one
@@ -86,8 +86,8 @@ class Script:
     budget: float | None
     tenant_budget: float | None
     task_budget: float | None
-    longest_wait: float
-    cool_off: float
+    max_wait: float
+    reset_timeout: float
     down: tuple[float, float]  # from, to: all fails
     tasks: tuple[tuple[Call, ...], ...]  # calls that are made within tasks
     calls: tuple[Call, ...]
@@ -112,8 +112,8 @@ SCRIPTS = st.builds(
     budget=MONEY,
     tenant_budget=MONEY,
     task_budget=MONEY,
-    longest_wait=st.sampled_from([1.0, 60.0]),
-    cool_off=st.sampled_from([0.5, 10.0]),
+    max_wait=st.sampled_from([1.0, 60.0]),
+    reset_timeout=st.sampled_from([0.5, 10.0]),
     down=st.sampled_from([(0.0, 0.0), (0.0, 0.7), (0.3, 5.5), (0.0, 30.0)]),
     tasks=st.lists(st.lists(CALLS, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
     calls=st.lists(CALLS, max_size=8).map(tuple),
@@ -135,9 +135,9 @@ def upstream_of(script: Script) -> Upstream:
         tenant_budget=budget(script.tenant_budget),
         task_budget=budget(script.task_budget),
         max_concurrent=script.max_concurrent,
-        longest_wait=script.longest_wait,
-        retry=Retry(base=0.1, longest_wait=10.0),
-        breaker=BreakerRules(arms=(consecutive(2),), cool_off=script.cool_off, probe_time=2.0),
+        max_wait=script.max_wait,
+        retry=Retry(base_delay=0.1, max_total_delay=10.0),
+        breaker=BreakerRules(triggers=(consecutive_faults(2),), reset_timeout=script.reset_timeout, probe_timeout=2.0),
         prices={model: Price(input=PRICE, output=PRICE) for model in MODELS},
     )
 
@@ -194,12 +194,12 @@ class Calls:
 
     async def _driven(self, call: Call) -> None:
         upstream = self.upstream
-        desk = upstream.books.desk(call.model)
+        desk = upstream.accounts.account(call.model)
         half = call.tokens // 2
         charge = Charge(input_tokens=half, output_tokens=half, tokens=2 * half)
         ends = [*call.ends]
 
-        async def attempt(permit: Permit) -> Tried:
+        async def attempt(permit: Permit) -> AttemptResult:
             await asyncio.sleep(call.seconds / 2)
             end = self._end(ends)
             if end == "bug":
@@ -207,34 +207,38 @@ class Calls:
             await asyncio.sleep(call.seconds / 2)
             return self._tried(desk, permit, charge, end, open_=call.way == "streamed")
 
-        permit = await upstream.driver(desk).run(upstream.ask(call.model, charge, **self._how(call)), attempt)
+        permit = await upstream.driver(desk).run(upstream.request(call.model, charge, **self._how(call)), attempt)
         if isinstance(permit, Permit) and not permit.closed:  # its reader closes it, however it leaves
             try:
                 await asyncio.sleep(call.seconds)
             finally:
-                desk.settle(permit, Ended(outcome=Outcome.SUCCESS, used=charge, seconds=2 * call.seconds))
+                desk.settle(permit, CallOutcome(kind=Outcome.SUCCESS, used=charge, latency=2 * call.seconds))
 
-    def _tried(self, desk: Desk, permit: Permit, charge: Charge, end: str, *, open_: bool) -> Tried:
-        notices = (Notice(unit="requests", limit=50, remaining=10, reset=3.0),)
+    def _tried(self, desk: SharedAccount, permit: Permit, charge: Charge, end: str, *, open_: bool) -> AttemptResult:
+        notices = (RateLimitHeaders(unit="requests", limit=50, remaining=10, reset=3.0),)
         failures = {
-            "rate": Ended(outcome=Outcome.IGNORED, rate=True, retry_after=3.0, notices=notices, usd=0.0),
-            "rate at once": Ended(outcome=Outcome.IGNORED, rate=True, notices=notices, usd=0.0),
-            "congested": Ended(outcome=Outcome.OVERLOAD, released=True, usd=0.0),
-            "spent": Ended(outcome=Outcome.IGNORED, released=True, usd=0.0),
-            "unsent": Ended(outcome=Outcome.FAULT, released=True, usd=0.0),
-            "fault": Ended(outcome=Outcome.FAULT, seconds=0.5),
-            "final": Ended(outcome=Outcome.FAULT, seconds=0.5),
+            "rate": CallOutcome(
+                kind=Outcome.IGNORED, rate_limited=True, retry_after=3.0, rate_limit_headers=notices, usd=0.0
+            ),
+            "rate at once": CallOutcome(kind=Outcome.IGNORED, rate_limited=True, rate_limit_headers=notices, usd=0.0),
+            "congested": CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0),
+            "spent": CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0),
+            "unsent": CallOutcome(kind=Outcome.FAULT, released=True, usd=0.0),
+            "fault": CallOutcome(kind=Outcome.FAULT, latency=0.5),
+            "final": CallOutcome(kind=Outcome.FAULT, latency=0.5),
         }
         if end == "spent":
-            desk.stop(5.0)
+            desk.suspend(5.0)
         if (failed := failures.get(end)) is not None:
-            again, counts = end not in ("spent", "final"), failed.outcome is Outcome.FAULT
-            return Tried(error=Broken(end), again=again, counts=counts, retry_after=failed.retry_after, ended=failed)
-        desk.began(permit, notices)
+            again, counts = end not in ("spent", "final"), failed.kind is Outcome.FAULT
+            return AttemptResult(
+                error=Broken(end), retryable=again, uses_attempt=counts, retry_after=failed.retry_after, outcome=failed
+            )
+        desk.answer_began(permit, notices)
         if open_:
-            return Tried(value=permit, open=True, ended=Ended(outcome=Outcome.SUCCESS))
-        usd = None if end == "silent" else permit.ask.usd * (MOST_OVERSPENT if end == "more" else 1)
-        return Tried(ended=Ended(outcome=Outcome.SUCCESS, used=charge, usd=usd, seconds=1.0))
+            return AttemptResult(value=permit, streaming=True, outcome=CallOutcome(kind=Outcome.SUCCESS))
+        usd = None if end == "silent" else permit.request.usd * (MOST_OVERSPENT if end == "more" else 1)
+        return AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS, used=charge, usd=usd, latency=1.0))
 
 
 async def come(call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -242,7 +246,7 @@ async def come(call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> Non
     await asyncio.sleep(call.at)
     doing = asyncio.ensure_future(work())
     if call.leaves is not None:
-        await turns(call.leaves)
+        await run_ready(call.leaves)
         doing.cancel()
     if call.leaves_after is not None:
         await asyncio.wait([doing], timeout=call.leaves_after)
@@ -260,7 +264,7 @@ async def play(script: Script) -> None:
             await calls.make(call)
 
     house = BackpressureSupervisor()
-    record = Record(house)
+    record = EventRecord(house)
     house.register_worker("agents", handler=agent, task_types=["run"], max_concurrent=2, timeout=30.0)
     async with house:
 
@@ -283,8 +287,8 @@ async def play(script: Script) -> None:
 def check_money(upstream: Upstream, script: Script) -> None:
     """Spend passes a budget by no more than what was in flight when it ran out."""
     most = max((call.tokens for calls in (script.calls, *script.tasks) for call in calls), default=0)
-    flying = sum(desk.account.peak for desk in upstream.books)
-    for till in upstream.books.money.tills():
+    flying = sum(desk.account.peak_in_flight for desk in upstream.accounts)
+    for till in upstream.accounts.budgets.all_budgets():
         bound = till._purse.budget.usd + flying * (MOST_OVERSPENT - 1) * most * PRICE / 1e6
         assert till.spent() <= bound
 
@@ -297,8 +301,8 @@ async def check_it_still_serves(upstream: Upstream, script: Script) -> None:
             pass
     except Overloaded as refusal:
         assert script.budget is not None
-        assert refusal.binding is not None  # noqa: PT017 - it may succeed as well
-        assert refusal.binding.endswith("budget")  # noqa: PT017 - as above
+        assert refusal.limited_by is not None  # noqa: PT017 - it may succeed as well
+        assert refusal.limited_by.endswith("budget")  # noqa: PT017 - as above
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
@@ -344,14 +348,14 @@ def test_a_run_that_ends_before_its_first_call_is_no_longer_expected(leaves: dic
 
 def test_what_is_held_back_counts_once_however_often_it_is_said() -> None:
     async def main() -> None:
-        desk = Upstream("llm").books.desk("")
+        desk = Upstream("llm").accounts.account("")
         for runs in (3, 5, 2):
             desk.hold_back("worker", runs)
-            assert desk.account.coming == runs
+            assert desk.account.expected_calls == runs
         desk.hold_back("another", 4)
-        assert desk.account.coming == 6
+        assert desk.account.expected_calls == 6
         desk.forget("worker")
         desk.hold_back("another", 0)
-        assert desk.account.coming == 0
+        assert desk.account.expected_calls == 0
 
     simulate(main)

@@ -13,7 +13,7 @@ from unittest import mock
 import msgspec
 import pydantic
 import pytest
-from tests.acceptance.house import Agent, error_of, now, submit_all, virtual
+from tests.support.task_plane import Agent, error_of, now, submit_all, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskFailed, TaskStatus, Verdict
 from forebay.adapters import Handler
@@ -21,14 +21,14 @@ from forebay.errors import (
     InvalidPayload,
     InvalidResult,
     InvalidSetting,
-    NotPortable,
+    NotSerializable,
     PayloadTooLarge,
-    ResultNotKept,
+    ResultUnavailable,
 )
+from forebay.interfaces import TaskRecord, TypeMismatch
 from forebay.overflow import EnvelopeTooNew, envelope
-from forebay.supervisor import records
-from forebay.supervisor.codecs import Codecs
-from forebay.typing import Misfit, Row
+from forebay.supervisor.codecs import TaskCodecs
+from forebay.supervisor.spill import records
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -102,18 +102,18 @@ async def test_a_handler_sees_the_same_by_every_way(declared: Any, submitted: An
         agent = Agent()
         async with house(agent, overflow, payload=declared) as supervisor:
             await supervisor.run(Task("work", submitted))
-        ways[way] = agent.began
+        ways[way] = agent.started
     agent = Agent()
     async with house(agent, file, payload=declared) as supervisor:
         tickets = await submit_all(supervisor, [Task("work", submitted), Task("work", submitted)])
         assert tickets[1].verdict is Verdict.SPILLED
         await asyncio.gather(*tickets)
-    ways["spilled"] = agent.began[1:]
+    ways["spilled"] = agent.started[1:]
     await leave_outside(file, submitted, payload=declared)
     agent = Agent()
     async with house(agent, file, payload=declared):
         await asyncio.sleep(10.0)
-    ways["another process"] = agent.began
+    ways["another process"] = agent.started
     for way, began in ways.items():
         assert began == [seen], way
         assert type(began[0]) is type(seen), way
@@ -146,7 +146,7 @@ async def test_a_task_that_may_not_spill_has_to_fit_too(file: str) -> None:
 async def test_a_payload_of_a_type_may_still_hold_what_no_store_takes(file: str) -> None:
     async with house(Agent(), file, payload=int) as supervisor:
         error = await error_of(supervisor.submit(Task("work", 2**64)))
-        assert isinstance(error, NotPortable)
+        assert isinstance(error, NotSerializable)
         assert error.path == "payload"
         assert await supervisor.run(Task("work", 2**64, spill=False)) == 2**64
 
@@ -192,7 +192,7 @@ async def test_a_task_past_its_deadline_is_read_and_expires(file: str) -> None:
     agent = Agent()
     async with house(agent, file, payload=Question) as supervisor:
         assert (await supervisor.ticket(ids[1])).status is TaskStatus.EXPIRED
-    assert agent.began == []
+    assert agent.started == []
 
 
 @virtual
@@ -206,7 +206,7 @@ async def test_a_payload_that_changes_after_submission_is_not_lost_when_draining
         payloads[1].append(object())
         await supervisor.drain()
         assert [(await tickets[index]).success for index in (0, 1)] == [True, True]
-    assert agent.began[:2] == payloads[:2]
+    assert agent.started[:2] == payloads[:2]
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ async def test_a_value_that_cannot_be_stored_is_here_marked_and_elsewhere_no_sil
         later = await supervisor.ticket(ticket.task_id)
         assert (later.success, later.status, later.result) == (True, TaskStatus.SUCCEEDED, None)
         assert later.error == result.error
-        assert isinstance(later.cause, ResultNotKept)
+        assert isinstance(later.cause, ResultUnavailable)
         error = await error_of(supervisor.ticket(ticket.task_id).value())
-        assert isinstance(error, ResultNotKept)
+        assert isinstance(error, ResultUnavailable)
         assert ticket.task_id in str(error)
         assert "only the process that ran it" in str(error)
 
@@ -346,7 +346,7 @@ async def test_a_worker_of_two_types_has_for_each_what_was_declared() -> None:
         supervisor.register_worker("both", handler=agent, task_types=["one", "two"])
         supervisor.workers["worker"].max_concurrent = 0
         await supervisor.run(Task("two", {"topic": "a"}))
-        assert agent.began == [{"topic": "a"}]
+        assert agent.started == [{"topic": "a"}]
 
 
 def test_a_type_that_is_none_is_told_at_registration() -> None:
@@ -359,7 +359,7 @@ def test_a_type_that_is_none_is_told_at_registration() -> None:
 class Clumsy:
     """A codec that somebody wrote in a hurry."""
 
-    def fit(self, value: Any) -> Any:
+    def coerce(self, value: Any) -> Any:
         if value == "unfit":
             raise ZeroDivisionError(value)
         return value
@@ -369,7 +369,7 @@ class Clumsy:
 
     def load(self, plain: Any) -> Any:
         if plain == "unloaded":
-            raise Misfit(".x", "it is not liked")
+            raise TypeMismatch(".x", "it is not liked")
         return 1 / 0 if plain == "broken" else plain
 
 
@@ -405,7 +405,7 @@ async def test_what_an_earlier_release_stored_is_read_by_the_type_of_this_one(fi
     agent = Agent()
     async with house(agent, file, payload=Question, result=Question) as supervisor:
         result = await supervisor.ticket(ids[0])
-    assert result.result == agent.began[0] == Question("rivers")
+    assert result.result == agent.started[0] == Question("rivers")
 
 
 @virtual
@@ -445,7 +445,7 @@ async def test_what_an_earlier_release_could_not_read_is_run_once_the_type_is_me
         assert (await supervisor.dead_letters.task(ids[0])).payload == Mended("rivers")
         await supervisor.dead_letters.requeue(ids[0])
         assert (await supervisor.ticket(ids[0])).success
-    assert agent.began == [Mended("rivers")]
+    assert agent.started == [Mended("rivers")]
 
 
 @virtual
@@ -457,7 +457,7 @@ async def test_a_result_that_this_release_cannot_read_ends_its_ticket_and_says_s
     async with house(agent, file, result=Answer) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
         assert result.success
-        assert isinstance(result.cause, ResultNotKept)
+        assert isinstance(result.cause, ResultUnavailable)
         assert "Expected `object`, got `str`" in str(result.error)
         assert "sk-secret" not in str(result.error)
 
@@ -479,23 +479,23 @@ async def test_an_envelope_of_a_newer_version_is_left_for_a_newer_process(file: 
         tickets = [supervisor.ticket(task_id) for task_id in ids]
         await asyncio.sleep(1.0)
         assert not any(ticket.done() for ticket in tickets)
-    assert old.began == ["ours"]
+    assert old.started == ["ours"]
     new = Agent()
     with newer():
         async with house(new, file) as supervisor:
             assert [(await supervisor.ticket(task_id)).result for task_id in ids] == ["first", "second"]
-    assert new.began == ["first", "second"]
+    assert new.started == ["first", "second"]
 
 
 @virtual
 async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run(
     file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = records.task
+    read = records.task_of_record
     old_agent, new_agent = Agent(), Agent()
     old, new = house(old_agent, file, lease=3.0), house(new_agent, file, lease=3.0)
 
-    def task(row: Row, codecs: Codecs) -> Task:
+    def task(row: TaskRecord, codecs: TaskCodecs) -> Task:
         """What is read, but that the older of the two houses cannot."""
         if codecs is old._codecs and row.task_id in ids:
             raise EnvelopeTooNew(version=2, known=1)
@@ -510,8 +510,8 @@ async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run
             assert all([(await new.ticket(task_id)).success for task_id in ids])
             assert now() - began < 300.0  # each time that a lease of the old one lapses, the quicker one gets the row
             assert await old.run(Task("work", "ours", durable=True)) == "ours"
-    assert sorted(new_agent.began) == list(range(30))
-    assert old_agent.began == ["ours"]
+    assert sorted(new_agent.started) == list(range(30))
+    assert old_agent.started == ["ours"]
 
 
 @virtual
@@ -523,7 +523,7 @@ async def test_a_result_of_a_newer_version_is_no_silent_none(file: str, newer: A
     async with house(Agent(), file) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
         assert result.success
-        assert isinstance(result.cause, ResultNotKept)
+        assert isinstance(result.cause, ResultUnavailable)
         assert "Upgrade" in str(result.error)
 
 

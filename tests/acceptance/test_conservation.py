@@ -18,7 +18,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.acceptance.house import results, turns, virtual
+from tests.support.task_plane import results, run_ready, virtual
 
 from forebay import (
     BackpressureSupervisor,
@@ -30,8 +30,8 @@ from forebay import (
     progress,
 )
 from forebay.errors import SupervisorClosed
-from forebay.sim import simulate, virtual_loop
-from forebay.testing import Record, Slow, check_endings, check_promises
+from forebay.simulation import simulate, virtual_loop
+from forebay.testing import EventRecord, SlowHandler, check_promises, check_task_ends
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -151,7 +151,7 @@ OFFERS = st.builds(
     priority=st.sampled_from(Priority),
     timeout=st.sampled_from([None, 0.2, 1.0, 5.0]),
     deadline=st.sampled_from([None, None, 0.3, 2.0, 20.0]),
-    thread=st.sampled_from([None, None, "t"]),
+    thread_id=st.sampled_from([None, None, "t"]),
     key=st.sampled_from([None, None, None, "k"]),
     leaves_after=st.sampled_from([None, None, 0.0, 0.001, 0.5, 1.0]),
     cancels_after=st.sampled_from([None, None, 0.0, 0.002, 0.7, 2.0]),
@@ -167,7 +167,7 @@ class Script:
     nested: bool  # the second worker is a supervisor
     room: int | None
     overflow: str | None
-    cool_off: float | None
+    reset_timeout: float | None
     offers: list[Offer]
     ends_at: float
     end: str  # drain, close, fail, drain twice, close in drain
@@ -181,7 +181,7 @@ SCRIPTS = st.builds(
     nested=st.booleans(),
     room=st.sampled_from([None, 0, 1, 3]),
     overflow=st.sampled_from([None, None, "memory://", "memory://?bound=2", "sqlite"]),
-    cool_off=st.sampled_from([None, 0.5, 10.0]),
+    reset_timeout=st.sampled_from([None, 0.5, 10.0]),
     offers=st.lists(OFFERS, min_size=1, max_size=8),
     ends_at=st.sampled_from([0.0, 0.002, 0.5, 1.0, 4.0, 60.0]),
     end=st.sampled_from(["drain", "close", "fail", "drain twice", "close in drain", "impatient drain"]),
@@ -258,8 +258,15 @@ def furnish(
 async def play(script: Script, directory: Path) -> None:
     overflow = f"sqlite:///{directory}/s.db?synchronous=off" if script.overflow == "sqlite" else script.overflow
     supervisor = BackpressureSupervisor(max_queue_size=script.room, overflow=overflow, zombie_grace=0.5)
-    record = Record(supervisor)
-    furnish(supervisor, script.slots, shared=script.shared, nest=script.nested, cool_off=script.cool_off, timeout=8.0)
+    record = EventRecord(supervisor)
+    furnish(
+        supervisor,
+        script.slots,
+        shared=script.shared,
+        nest=script.nested,
+        reset_timeout=script.reset_timeout,
+        timeout=8.0,
+    )
     await supervisor.start()
     tickets: list[Ticket] = []
     callers = [asyncio.ensure_future(patiently(offer, come(supervisor, offer, tickets))) for offer in script.offers]
@@ -274,15 +281,15 @@ async def play(script: Script, directory: Path) -> None:
     assert virtual_loop().pending() == [asyncio.current_task()]
 
 
-async def check_the_rest_runs_next_time(overflow: str, before: Record) -> None:
+async def check_the_rest_runs_next_time(overflow: str, before: EventRecord) -> None:
     """What the last house took and did not end, the next one does: all of it, and nothing else."""
     supervisor = BackpressureSupervisor(overflow=overflow, lease=3.0)
-    supervisor.register_worker("next", handler=Slow(0.0), task_types=KINDS, max_concurrent=3)
-    record = Record(supervisor)
+    supervisor.register_worker("next", handler=SlowHandler(0.0), task_types=KINDS, max_concurrent=3)
+    record = EventRecord(supervisor)
     async with supervisor:
         await asyncio.sleep(100.0)  # leases that nobody returned lapse
         assert supervisor.statistics().outside == 0
-    check_endings(before, record, kept=0)
+    check_task_ends(before, record, kept=0)
     assert set(record.results) <= {event.task_id for event in before.submitted}
 
 
@@ -408,7 +415,7 @@ async def has_a_key(supervisor: BackpressureSupervisor, payload: Payload) -> Non
 
 
 async def has_a_thread(supervisor: BackpressureSupervisor, payload: Payload) -> None:
-    await results([supervisor.submit_nowait(Task("work", payload, thread="t")) for _ in range(3)])
+    await results([supervisor.submit_nowait(Task("work", payload, thread_id="t")) for _ in range(3)])
 
 
 async def is_listened_to(supervisor: BackpressureSupervisor, payload: Payload) -> None:
@@ -469,7 +476,7 @@ async def test_nothing_keeps_a_task_alive_once_its_result_is_no_longer_kept(
         supervisor.register_worker("worker", handler=works, task_types=["work"])
         supervisor.register_worker("quick", handler=works, task_types=["quick"], max_concurrent=100)
         supervisor.register_worker("fails", handler=breaks, task_types=["fail"])
-        supervisor.register_worker("deaf", handler=is_deaf, task_types=["deaf"], cool_off=1.0)
+        supervisor.register_worker("deaf", handler=is_deaf, task_types=["deaf"], reset_timeout=1.0)
         supervisor.register_worker("parent", handler=parent, task_types=["parent"])
         payload = Payload()
         alive = weakref.ref(payload)
@@ -561,7 +568,7 @@ def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
     async def main(moment: int) -> None:
         url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off" if overflow == "sqlite" else overflow
         supervisor = BackpressureSupervisor(max_queue_size=1, overflow=url)
-        record = Record(supervisor)
+        record = EventRecord(supervisor)
 
         async def works(task: Task) -> None:
             await asyncio.sleep(task.payload)
@@ -575,7 +582,7 @@ def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
         tickets = [await supervisor.submit(Task("work", 0.005)) for _ in range(4 if full else 0)]
         doing = asyncio.ensure_future(deed(supervisor))
         if moment < 12:
-            await turns(moment)
+            await run_ready(moment)
         else:
             await asyncio.sleep(0.0007 * (moment - 12))
         doing.cancel()

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, error_of, virtual
+from tests.support.task_plane import Agent, error_of, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus
 from forebay.clock import wall_time
 from forebay.errors import InvalidSetting, UnknownTask
-from forebay.events import Died, Event
-from forebay.overflow import EnvelopeDamaged, SqliteLedger, encode_task
-from forebay.typing import Put, Row
+from forebay.events import Event, TaskDeadLettered
+from forebay.interfaces import PutResult, TaskRecord
+from forebay.overflow import EnvelopeDamaged, SqliteTaskStore, encode_task
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -24,8 +24,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "spill.db"
 
 
-def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> Row:
-    return Row(
+def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> TaskRecord:
+    return TaskRecord(
         task_id=task.task_id,
         task_type=task.task_type,
         priority=task.priority,
@@ -36,12 +36,12 @@ def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> Row:
     )
 
 
-async def leave(path: Path, *rows: Row, bound: int = 100_000) -> None:
+async def leave(path: Path, *rows: TaskRecord, bound: int = 100_000) -> None:
     """As a process does that dies: rows under leases that lapse."""
-    ledger = SqliteLedger(path, bound=bound)
+    ledger = SqliteTaskStore(path, bound=bound)
     await ledger.open()
     for each in rows:
-        assert await ledger.put(each, fence="of the dead", until=wall_time() - 1.0) is Put.STORED
+        assert await ledger.put(each, fence="of the dead", until=wall_time() - 1.0) is PutResult.STORED
     await ledger.close()
 
 
@@ -69,7 +69,7 @@ async def test_a_task_that_was_started_too_often_is_a_dead_letter(path: Path) ->
         assert (await supervisor.dead_letters.task("a")).payload == {"secret": "a"}
         assert (await supervisor.ticket("a")).status is TaskStatus.FAILED
         assert (await supervisor.ticket("b")).attempts == 3  # its last
-    assert agent.began == [{"secret": "b"}]
+    assert agent.started == [{"secret": "b"}]
 
 
 @virtual
@@ -82,7 +82,7 @@ async def test_an_envelope_that_cannot_be_read_is_a_dead_letter_and_kept_as_it_i
         assert (letter.task_id, letter.attempts) == ("a", 0)
         assert "EnvelopeDamaged" in letter.error
         assert isinstance(await error_of(supervisor.dead_letters.task("a")), EnvelopeDamaged)
-    (died,) = [event for event in heard if isinstance(event, Died)]
+    (died,) = [event for event in heard if isinstance(event, TaskDeadLettered)]
     assert (died.task_id, died.task_type, died.attempts, died.error) == ("a", "work", 0, letter.error)
 
 
@@ -96,7 +96,7 @@ async def test_a_requeued_letter_is_tried_again_as_often_as_a_new_task(path: Pat
         result = await supervisor.ticket("a")
         assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 1)
         assert await supervisor.dead_letters.page() == ()
-    assert agent.began == [{"secret": "a"}]
+    assert agent.started == [{"secret": "a"}]
 
 
 @virtual
@@ -148,7 +148,7 @@ async def test_a_letter_finds_no_way_back_into_a_full_overflow(path: Path) -> No
         await supervisor.submit(Task("work", 2))
         error = await error_of(supervisor.dead_letters.requeue("a"))
         assert isinstance(error, Overloaded)
-        assert error.binding == "overflow"
+        assert error.limited_by == "overflow"
         assert len(await supervisor.dead_letters.page()) == 1
 
 

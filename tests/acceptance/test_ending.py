@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, Stubborn, about, flood, now, results, turns, virtual
+from tests.support.task_plane import Agent, UncancellableHandler, approximately, flood, now, results, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, WorkerState, progress
 from forebay.events import ZombieEnded, ZombieFound
@@ -118,7 +118,7 @@ async def test_an_exception_that_cannot_be_shown_still_ends_its_task() -> None:
 @virtual
 async def test_an_overload_that_a_handler_meets_is_handed_on_as_it_is() -> None:
     async with BackpressureSupervisor() as supervisor:
-        overload = Overloaded("the well is dry", binding="well", load=1.0, retry_after=3.0)
+        overload = Overloaded("the well is dry", limited_by="well", load=1.0, retry_after=3.0)
         supervisor.register_worker("worker", handler=Agent(error=overload), task_types=["work"])
         with pytest.raises(Overloaded) as caught:
             await supervisor.run(Task("work"))
@@ -138,7 +138,7 @@ async def test_a_tasks_own_timeout_goes_before_the_workers() -> None:
             result = await ticket
             ends[name] = now()
             assert result.status is TaskStatus.TIMED_OUT
-    assert ends == {"shorter": about(2.0), "workers": about(5.0), "longer": about(8.0)}
+    assert ends == {"shorter": approximately(2.0), "workers": approximately(5.0), "longer": approximately(8.0)}
 
 
 @virtual
@@ -156,8 +156,8 @@ async def test_a_handler_that_stops_at_its_timeout_gives_its_slot_at_once() -> N
         supervisor.register_worker("worker", handler=agent, task_types=["work"])
         first, _second = flood(supervisor, "work", 2, timeout=2.0)
         assert (await first).status is TaskStatus.TIMED_OUT
-        await turns()
-        assert agent.began == [0, 1]
+        await run_ready()
+        assert agent.started == [0, 1]
         assert supervisor.statistics().zombies == 0
 
 
@@ -173,10 +173,10 @@ async def test_a_handler_that_has_stopped_is_not_called_a_zombie_later() -> None
 @virtual
 async def test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really_ends() -> None:
     async with BackpressureSupervisor(max_queue_size=9) as supervisor:
-        worker = supervisor.register_worker("worker", handler=Stubborn(4.0), task_types=["work"])
+        worker = supervisor.register_worker("worker", handler=UncancellableHandler(4.0), task_types=["work"])
         first, second = flood(supervisor, "work", 2, timeout=1.0)
         assert (await first).status is TaskStatus.TIMED_OUT
-        assert now() == about(1.0)
+        assert now() == approximately(1.0)
         assert worker.current_tasks == 1
         assert worker.state is WorkerState.OVERLOADED
         assert supervisor.system_load() == 2 / 10
@@ -190,21 +190,21 @@ async def test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really
 async def test_a_zombie_is_told_of_when_it_is_found_and_when_it_ends() -> None:
     events: list[Any] = []
     async with BackpressureSupervisor(zombie_grace=3.0, on_event=events.append) as supervisor:
-        supervisor.register_worker("worker", handler=Stubborn(20.0), task_types=["work"], max_concurrent=2)
+        supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"], max_concurrent=2)
         await supervisor.submit_nowait(Task("work", timeout=2.0, task_id="z"))
         await asyncio.sleep(30.0)
         assert supervisor.statistics().zombies == 1
         assert supervisor.workers["worker"].current_tasks == 0
     (found,) = (event for event in events if isinstance(event, ZombieFound))
     (ended,) = (event for event in events if isinstance(event, ZombieEnded))
-    assert (found.task_id, found.worker_id, found.at) == ("z", "worker", about(5.0))
-    assert (ended.task_id, ended.after) == ("z", about(18.0))
+    assert (found.task_id, found.worker_id, found.at) == ("z", "worker", approximately(5.0))
+    assert (ended.task_id, ended.after) == ("z", approximately(18.0))
 
 
 @virtual
 async def test_a_zombie_is_logged_with_its_name(caplog: pytest.LogCaptureFixture) -> None:
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
-        supervisor.register_worker("worker", handler=Stubborn(20.0), task_types=["work"])
+        supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"])
         await supervisor.submit_nowait(Task("work", "a secret", timeout=2.0, task_id="z"))
         await asyncio.sleep(2.0)
     assert "task 'z' ended, but its handler on worker 'worker' did not stop" in caplog.text
@@ -214,7 +214,7 @@ async def test_a_zombie_is_logged_with_its_name(caplog: pytest.LogCaptureFixture
 @virtual
 async def test_what_a_zombie_returns_changes_nothing() -> None:
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=Stubborn(20.0), task_types=["work"])
+        supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"])
         ticket = supervisor.submit_nowait(Task("work", timeout=2.0))
         result = await ticket
         await asyncio.sleep(30.0)
@@ -226,7 +226,7 @@ async def test_what_a_zombie_returns_changes_nothing() -> None:
 async def test_a_worker_whose_every_slot_a_zombie_holds_is_failed_until_they_end() -> None:
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
         worker = supervisor.register_worker(
-            "worker", handler=Stubborn(60.0), task_types=["work"], max_concurrent=2, cool_off=5.0
+            "worker", handler=UncancellableHandler(60.0), task_types=["work"], max_concurrent=2, reset_timeout=5.0
         )
         await results(flood(supervisor, "work", 2, timeout=2.0))
         await asyncio.sleep(1.5)
@@ -269,7 +269,7 @@ async def test_on_cancel_is_called_once_with_the_task_that_is_to_stop() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=deaf, task_types=["work"], on_cancel=on_cancel)
         result = await supervisor.submit_nowait(Task("work", task_id="t1", timeout=2.0))
-        await turns()
+        await run_ready()
         assert worker.current_tasks == 0
     assert asked == ["t1"]
     assert result.status is TaskStatus.TIMED_OUT
@@ -313,7 +313,7 @@ async def test_an_on_cancel_that_fails_does_not_keep_the_run_from_being_stopped(
         on_cancel = fails_later if asynchronous else fails
         supervisor.register_worker("worker", handler=agent, task_types=["work"], on_cancel=on_cancel)
         await supervisor.submit_nowait(Task("work", timeout=2.0))
-        await turns()
+        await run_ready()
         assert agent.running == 0
     assert "ValueError" in caplog.text
 
@@ -330,7 +330,7 @@ async def test_a_handler_that_returns_in_spite_of_its_cancellation_is_still_time
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=swallows, task_types=["work"])
         result = await supervisor.submit_nowait(Task("work", timeout=2.0))
-        await turns()
+        await run_ready()
         assert worker.current_tasks == 0
     assert result.status is TaskStatus.TIMED_OUT
     assert result.result is None
@@ -351,7 +351,7 @@ async def test_cancelling_a_waiting_task_takes_it_out_of_the_line_at_once() -> N
         result = await second
         await results([first, third])
     assert (result.status, result.error, result.worker_id) == (TaskStatus.CANCELLED, "no longer wanted", None)
-    assert agent.began == [0, 2]
+    assert agent.started == [0, 2]
 
 
 @virtual
@@ -364,10 +364,10 @@ async def test_cancelling_a_running_task_ends_it_at_once_and_stops_its_handler()
         assert ticket.cancel()
         assert ticket.status is TaskStatus.CANCELLED
         result = await ticket
-        assert now() == about(1.0)
-        await turns()
+        assert now() == approximately(1.0)
+        await run_ready()
         assert agent.running == 0
-    assert (result.worker_id, result.duration_ms) == ("worker", about(1000.0))
+    assert (result.worker_id, result.duration_ms) == ("worker", approximately(1000.0))
 
 
 @virtual
@@ -377,9 +377,9 @@ async def test_cancelling_before_the_handlers_first_step_means_that_it_takes_non
         worker = supervisor.register_worker("worker", handler=agent, task_types=["work"])
         (ticket,) = flood(supervisor, "work", 1)
         ticket.cancel()
-        await turns()
+        await run_ready()
         assert worker.current_tasks == 0
-    assert agent.began == []
+    assert agent.started == []
 
 
 @virtual
@@ -396,9 +396,9 @@ async def test_cancelling_what_has_ended_or_was_rejected_says_no() -> None:
 @virtual
 async def test_cancelling_twice_is_cancelling_once() -> None:
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=Stubborn(9.0), task_types=["work"])
+        supervisor.register_worker("worker", handler=UncancellableHandler(9.0), task_types=["work"])
         (ticket,) = flood(supervisor, "work", 1)
-        await turns()
+        await run_ready()
         assert ticket.cancel("first")
         assert not ticket.cancel("second")
         assert (await ticket).error == "first"
@@ -418,10 +418,10 @@ async def test_a_task_cancelled_the_moment_it_starts_runs_no_further() -> None:
     async with supervisor:
         worker = supervisor.register_worker("worker", handler=agent, task_types=["work"])
         (ticket,) = flood(supervisor, "work", 1)
-        await turns()
+        await run_ready()
         assert ticket.status is TaskStatus.CANCELLED
         assert worker.current_tasks == 0
-    assert agent.began == []
+    assert agent.started == []
 
 
 # --- contexts --------------------------------------------------------------------------------------------------------
@@ -495,9 +495,9 @@ async def test_nothing_that_is_said_of_a_task_echoes_its_payload(caplog: pytest.
         overflow="memory://?bound=2", max_queue_size=2, zombie_grace=0.5, on_event=events.append
     ) as supervisor:
         supervisor.register_worker(
-            "fails", handler=Agent(error=ValueError()), task_types=["fail"], max_concurrent=9, cool_off=1.0
+            "fails", handler=Agent(error=ValueError()), task_types=["fail"], max_concurrent=9, reset_timeout=1.0
         )
-        supervisor.register_worker("deaf", handler=Stubborn(5.0), task_types=["hang"])
+        supervisor.register_worker("deaf", handler=UncancellableHandler(5.0), task_types=["hang"])
         tickets = [await supervisor.submit(Task("fail", {"key": secret})) for _ in range(20)]
         tickets += [await supervisor.submit(Task("hang", {"key": secret}, timeout=1.0)) for _ in range(3)]
         said += [repr(ticket) for ticket in tickets] + [repr(ticket.task) for ticket in tickets]

@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, about, error_of, flood, now, results, turns, virtual
+from tests.support.task_plane import Agent, approximately, error_of, flood, now, results, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Ticket, Verdict, WorkerState, progress
-from forebay.events import Event, Finished, Progress, Refilled, Started, Submitted
+from forebay.events import Event, TaskFinished, TaskProgress, TaskRefilled, TaskStarted, TaskSubmitted
 
 
 async def reports(task: Task) -> str:
@@ -34,12 +34,12 @@ async def test_a_tickets_events_are_started_progress_and_last_finished() -> None
         events = await heard(ticket)
     assert [event.kind for event in events] == ["started", "progress", "progress", "finished"]
     started, first, second, finished = events
-    assert isinstance(started, Started)
-    assert (started.worker_id, started.attempt, started.at) == ("worker", 1, about(2.0))
-    assert isinstance(first, Progress)
-    assert isinstance(second, Progress)
+    assert isinstance(started, TaskStarted)
+    assert (started.worker_id, started.attempt, started.at) == ("worker", 1, approximately(2.0))
+    assert isinstance(first, TaskProgress)
+    assert isinstance(second, TaskProgress)
     assert [first.value, second.value] == [{"percent": 30}, {"percent": 60}]
-    assert isinstance(finished, Finished)
+    assert isinstance(finished, TaskFinished)
     assert finished.result is ticket.result
 
 
@@ -51,9 +51,9 @@ async def test_who_listens_late_is_told_of_the_start_and_of_the_end_again() -> N
         await asyncio.sleep(1.5)
         late = await heard(ticket)
         assert [(event.kind, event.at) for event in late] == [
-            ("started", about(0.0)),
-            ("progress", about(2.0)),
-            ("finished", about(2.0)),
+            ("started", approximately(0.0)),
+            ("progress", approximately(2.0)),
+            ("finished", approximately(2.0)),
         ]
         assert [event.kind for event in await heard(ticket)] == ["finished"]
 
@@ -105,7 +105,7 @@ async def test_of_progress_that_nobody_reads_the_newest_thousand_are_kept() -> N
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=talks, task_types=["work"])
         (ticket,) = flood(supervisor, "work", 1)
-        values = [event.value for event in await heard(ticket) if isinstance(event, Progress)]
+        values = [event.value for event in await heard(ticket) if isinstance(event, TaskProgress)]
     assert values == list(range(4000, 5000))
 
 
@@ -122,7 +122,7 @@ async def test_progress_of_a_nested_task_is_its_own() -> None:
         supervisor.register_worker("parents", handler=parent, task_types=["parent"])
         supervisor.register_worker("children", handler=child, task_types=["child"])
         (ticket,) = flood(supervisor, "parent", 1)
-        values = [event.value for event in await heard(ticket) if isinstance(event, Progress)]
+        values = [event.value for event in await heard(ticket) if isinstance(event, TaskProgress)]
     assert values == ["parent"]
 
 
@@ -135,7 +135,7 @@ async def test_progress_in_a_slot_is_heard_by_the_house() -> None:
             async with supervisor.slot("work") as slot:
                 progress("half way")
             events.close()
-            with_progress = [event async for event in events if isinstance(event, Progress)]
+            with_progress = [event async for event in events if isinstance(event, TaskProgress)]
     assert [(event.task_id, event.value) for event in with_progress] == [(slot.task_id, "half way")]
 
 
@@ -148,14 +148,14 @@ async def test_the_house_tells_of_every_verdict_start_and_end() -> None:
     async with BackpressureSupervisor(max_queue_size=4, on_event=seen.append) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         tickets = flood(supervisor, "work", 6)
-    submitted = [event for event in seen if isinstance(event, Submitted)]
+    submitted = [event for event in seen if isinstance(event, TaskSubmitted)]
     assert [event.verdict for event in submitted] == [ticket.verdict for ticket in tickets]
-    assert [(event.reason, event.binding) for event in submitted] == [
-        (ticket.reason, ticket.binding) for ticket in tickets
+    assert [(event.reason, event.limited_by) for event in submitted] == [
+        (ticket.reason, ticket.limited_by) for ticket in tickets
     ]
     ids = [ticket.task_id for ticket in tickets if ticket]
-    assert [event.task_id for event in seen if isinstance(event, Started)] == ids
-    assert [event.task_id for event in seen if isinstance(event, Finished)] == ids
+    assert [event.task_id for event in seen if isinstance(event, TaskStarted)] == ids
+    assert [event.task_id for event in seen if isinstance(event, TaskFinished)] == ids
 
 
 @virtual
@@ -166,7 +166,7 @@ async def test_the_house_tells_of_what_comes_back_from_the_overflow() -> None:
             tickets = [await supervisor.submit(Task("work", n)) for n in range(4)]
             await results(tickets)
             events.close()
-            back = [event.task_id async for event in events if isinstance(event, Refilled)]
+            back = [event.task_id async for event in events if isinstance(event, TaskRefilled)]
     assert back == [ticket.task_id for ticket in tickets if ticket.verdict is Verdict.SPILLED]
 
 
@@ -214,9 +214,9 @@ async def test_a_sink_may_submit_and_cancel() -> None:
     tickets: list[Ticket] = []
 
     def sink(event: Event) -> None:
-        if isinstance(event, Finished) and len(tickets) < 5:
+        if isinstance(event, TaskFinished) and len(tickets) < 5:
             tickets.append(supervisor.submit_nowait(Task("work")))
-        if isinstance(event, Submitted) and len(tickets) == 3:
+        if isinstance(event, TaskSubmitted) and len(tickets) == 3:
             tickets[-1].cancel()
 
     supervisor = BackpressureSupervisor(on_event=sink)
@@ -255,14 +255,14 @@ async def test_statistics_say_what_is_now_and_do_not_change() -> None:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
         flood(supervisor, "work", 5)
         before = supervisor.statistics()
-        await turns()
+        await run_ready()
         assert (before.running, before.waiting, before.outside) == (2, 3, 0)
-        assert (before.load, before.binding, before.utilization) == (5 / 8, "pool:work", 1.0)
+        assert (before.load, before.limited_by, before.utilization) == (5 / 8, "pool:work", 1.0)
         (worker,) = before.workers
         assert (worker.name, worker.state, worker.load_factor) == ("worker", WorkerState.OVERLOADED, 1.0)
         await asyncio.sleep(10.0)
         after = supervisor.statistics()
-    assert (before.running, after.running, after.waiting, after.binding) == (2, 0, 0, None)
+    assert (before.running, after.running, after.waiting, after.limited_by) == (2, 0, 0, None)
     with pytest.raises(AttributeError):
         before.running = 7  # type: ignore[misc]
 
@@ -288,6 +288,6 @@ async def test_a_result_says_how_long_the_last_attempt_ran_and_not_how_long_it_w
         supervisor.register_worker("worker", handler=Agent(2.0), task_types=["work"])
         _, waited = flood(supervisor, "work", 2)
         result = await waited
-        assert now() == about(4.0)
-    assert result.duration_ms == about(2000.0)
+        assert now() == approximately(4.0)
+    assert result.duration_ms == approximately(2000.0)
     assert result.status is TaskStatus.SUCCEEDED

@@ -6,20 +6,20 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.acceptance.house import about, flood, now, turns, virtual
+from tests.support.task_plane import approximately, flood, now, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Budget, Deadline, Fallback, Overloaded, Price, Quota, Retry, Task, Upstream
 from forebay.breaker import BreakerRules
 from forebay.errors import InvalidSetting
-from forebay.typing import Outcome
-from forebay.upstream.ask import Ask, Ended
+from forebay.interfaces import Outcome
+from forebay.upstream.call_request import CallOutcome, CallRequest
 
 EACH = {"gpt-4o": (), "gpt-4o-mini": ()}
 ONE_A_DAY = [Quota(requests=1, per="day")]
 
 
 def in_flight(*upstreams: Upstream) -> int:
-    return sum(desk.account.in_flight + len(desk.account.line) for upstream in upstreams for desk in upstream.books)
+    return sum(desk.account.in_flight + len(desk.account.queue) for upstream in upstreams for desk in upstream.accounts)
 
 
 async def where(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
@@ -30,10 +30,10 @@ async def where(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[
 
 async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
     """Open the breaker of an account."""
-    desk = upstream.books.desk(model)
+    desk = upstream.accounts.account(model)
     while desk.account.breaker.ready(now()):
-        permit = await desk.enter(Ask())
-        desk.settle(permit, Ended(outcome=Outcome.FAULT))
+        permit = await desk.acquire(CallRequest())
+        desk.settle(permit, CallOutcome(kind=Outcome.FAULT))
 
 
 # --- calls by hand ---
@@ -41,9 +41,9 @@ async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
 
 @virtual
 async def test_a_call_that_is_refused_goes_to_the_other_model() -> None:
-    llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini", of="gpt-4o"))
+    llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini", models="gpt-4o"))
     assert [await where(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
-    assert {account.name: account.sent_on for account in llm.statistics().accounts} == {
+    assert {account.name: account.served_by_fallback for account in llm.statistics().accounts} == {
         "upstream:llm:gpt-4o": 2,
         "upstream:llm:gpt-4o-mini": 0,
     }
@@ -67,7 +67,7 @@ def test_in_a_plain_thread_too() -> None:
 async def test_an_open_breaker_sends_calls_on_those_who_wait_too() -> None:
     spare = Upstream("spare")
     llm = Upstream(
-        "llm", max_concurrent=1, breaker=BreakerRules(cool_off=10.0), fallback=Fallback(to=spare, model="llama")
+        "llm", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare, model="llama")
     )
 
     async def fails() -> str:
@@ -98,7 +98,7 @@ async def test_what_is_spent_goes_to_a_model_that_costs_less() -> None:
 @virtual
 async def test_from_its_load_on_calls_go_where_there_is_less() -> None:
     spare = Upstream("spare", max_concurrent=1)
-    llm = Upstream("llm", max_concurrent=1, longest_wait=10.0, fallback=Fallback(to=spare, when=0.25))
+    llm = Upstream("llm", max_concurrent=1, max_wait=10.0, fallback=Fallback(to=spare, load_threshold=0.25))
 
     async def one() -> str:
         async with llm.call("gpt-4o") as call:
@@ -109,13 +109,13 @@ async def test_from_its_load_on_calls_go_where_there_is_less() -> None:
     assert await asyncio.gather(*(one() for _ in range(5))) == ["llm", "llm", "spare", "spare", "spare"]
     began = now()
     assert await where(llm) == ("llm", "gpt-4o")
-    assert now() == about(began)
+    assert now() == approximately(began)
 
 
 @virtual
 async def test_where_the_other_is_fuller_a_call_stays() -> None:
-    spare = Upstream("spare", max_concurrent=1, longest_wait=4.0)
-    llm = Upstream("llm", max_concurrent=1, longest_wait=10.0, fallback=Fallback(to=spare, when=0.1))
+    spare = Upstream("spare", max_concurrent=1, max_wait=4.0)
+    llm = Upstream("llm", max_concurrent=1, max_wait=10.0, fallback=Fallback(to=spare, load_threshold=0.1))
 
     async def take(upstream: Upstream) -> str:
         async with upstream.call("gpt-4o") as call:
@@ -130,13 +130,13 @@ async def test_where_the_other_is_fuller_a_call_stays() -> None:
 @virtual
 async def test_a_refusal_by_both_is_that_of_the_first_and_says_what_the_other_said() -> None:
     spare = Upstream("spare", quotas=ONE_A_DAY)
-    llm = Upstream("llm", breaker=BreakerRules(cool_off=10.0), fallback=Fallback(to=spare))
+    llm = Upstream("llm", breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare))
     await fail(llm)
     await where(llm)
     with pytest.raises(Overloaded) as refused:
         await where(llm)
     error = refused.value
-    assert error.binding == "upstream:llm:breaker"
+    assert error.limited_by == "upstream:llm:breaker"
     assert error.reason.startswith("llm: its breaker is open; spare: a call would wait about ")
     assert error.retry_after is not None
     assert error.retry_after <= 10.0
@@ -162,25 +162,25 @@ async def test_a_call_whose_deadline_passed_is_not_sent_on() -> None:
         began = now()
         with pytest.raises(Overloaded, match="deadline passed while it waited"):
             await where(llm, deadline=Deadline.within(3.0))
-        assert now() - began == about(3.0)
-    assert [*spare.books] == [] or in_flight(spare) == 0
-    assert sum(account.sent_on for account in llm.statistics().accounts) == 0
+        assert now() - began == approximately(3.0)
+    assert [*spare.accounts] == [] or in_flight(spare) == 0
+    assert sum(account.served_by_fallback for account in llm.statistics().accounts) == 0
 
 
 @virtual
 async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
     for moment in range(14):
         spare = Upstream("spare", max_concurrent=1)
-        llm = Upstream("llm", max_concurrent=1, longest_wait=5.0, fallback=Fallback(to=spare, when=0.1))
+        llm = Upstream("llm", max_concurrent=1, max_wait=5.0, fallback=Fallback(to=spare, load_threshold=0.1))
         await where(llm)
-        llm.books.desk("gpt-4o").account.service.held = 1.0
+        llm.accounts.account("gpt-4o").account.durations.held = 1.0
 
         async def one(upstream: Upstream) -> None:
             async with upstream.call("gpt-4o"):
-                await turns(3)
+                await run_ready(3)
 
         tasks = [asyncio.create_task(one(upstream)) for upstream in (llm, spare, llm, llm)]
-        await turns(moment)
+        await run_ready(moment)
         tasks[2].cancel()
         await asyncio.wait(tasks)
         assert in_flight(llm, spare) == 0
@@ -203,8 +203,8 @@ async def test_a_guarded_function_is_called_with_the_upstream_that_it_is_to_go_t
 
 @virtual
 async def test_one_that_fails_to_the_end_is_tried_elsewhere_and_what_fails_there_too_raises_its_own() -> None:
-    spare = Upstream("spare", retry=Retry(max_attempts=2, base=0.1))
-    search = Upstream("search", retry=Retry(max_attempts=3, base=0.1), fallback=Fallback(to=spare))
+    spare = Upstream("spare", retry=Retry(max_attempts=2, base_delay=0.1))
+    search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1), fallback=Fallback(to=spare))
     tries: list[str] = []
 
     @search.guard
@@ -256,7 +256,7 @@ def house(agent: Any) -> BackpressureSupervisor:
 @virtual
 async def test_a_worker_with_a_fallback_is_not_refused_because_the_first_is_full() -> None:
     spare = Upstream("spare")
-    llm = Upstream("llm", breaker=BreakerRules(cool_off=60.0), fallback=Fallback(to=spare))
+    llm = Upstream("llm", breaker=BreakerRules(reset_timeout=60.0), fallback=Fallback(to=spare))
 
     async def agent(_: Task) -> str:
         return (await where(llm))[0]
@@ -275,14 +275,16 @@ async def test_a_worker_with_a_fallback_is_not_refused_because_the_first_is_full
         await fail(spare)
         ticket = supervisor.submit_nowait(Task("ask"))
         assert not ticket
-        assert ticket.binding == "upstream:llm or upstream:spare"
+        assert ticket.limited_by == "upstream:llm or upstream:spare"
 
 
 @virtual
 async def test_a_worker_whose_other_calls_have_no_fallback_is_refused() -> None:
     spare = Upstream("spare")
     models = {"gpt-4o": (), "o3": ()}
-    llm = Upstream("llm", models=models, breaker=BreakerRules(cool_off=60.0), fallback=Fallback(to=spare, of="gpt-4o"))
+    llm = Upstream(
+        "llm", models=models, breaker=BreakerRules(reset_timeout=60.0), fallback=Fallback(to=spare, models="gpt-4o")
+    )
 
     async def agent(_: Task) -> None:
         await where(llm, "gpt-4o")
@@ -293,7 +295,7 @@ async def test_a_worker_whose_other_calls_have_no_fallback_is_refused() -> None:
         await fail(llm, "gpt-4o")
         assert supervisor.submit_nowait(Task("ask"))
         await fail(llm, "o3")
-        assert supervisor.submit_nowait(Task("ask")).binding == "upstream:llm:o3"
+        assert supervisor.submit_nowait(Task("ask")).limited_by == "upstream:llm:o3"
 
 
 @virtual
@@ -334,7 +336,7 @@ async def test_one_that_all_refuse_does_and_its_further_calls_fail_at_once() -> 
 @virtual
 async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full() -> None:
     spare = Upstream("spare", max_concurrent=2)
-    llm = Upstream("llm", max_concurrent=2, fallback=Fallback(to=spare, when=0.01))
+    llm = Upstream("llm", max_concurrent=2, fallback=Fallback(to=spare, load_threshold=0.01))
     served: list[str] = []
     running = peak = 0
 
@@ -359,7 +361,7 @@ async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full(
     assert peak <= 6
     for upstream in (llm, spare):
         (account,) = upstream.statistics().accounts
-        assert account.coming == 0
+        assert account.expected_calls == 0
 
 
 # --- mistakes ---
@@ -387,7 +389,7 @@ def test_a_fallback_that_cannot_be_meant_is_refused_and_no_secret_told(how: dict
 def test_a_key_is_never_shown() -> None:
     fallback = Fallback(to=Upstream("azure", provider="azure"), api_key="sk-secret", base_url="https://a.test")
     llm = Upstream("llm", provider="openai", fallback=fallback)
-    (stop,) = llm.detours.stops("gpt-4o")
+    (stop,) = llm.fallback_resolver.routes("gpt-4o")
     assert "secret" not in repr(fallback) + repr(llm) + repr(stop)
 
 
@@ -396,7 +398,7 @@ def test_a_key_is_never_shown() -> None:
     [
         lambda: Upstream("llm", provider="openai", fallback=Fallback(to=Upstream("claude", provider="anthropic"))),
         lambda: Upstream("llm", fallback=Fallback(to="gpt-4o-mini")),
-        lambda: Upstream("llm", models={"gpt-4o*": ()}, fallback=Fallback(to="gpt-4o-mini", of="gpt-4o")),
+        lambda: Upstream("llm", models={"gpt-4o*": ()}, fallback=Fallback(to="gpt-4o-mini", models="gpt-4o")),
         lambda: Upstream("llm", fallback="gpt-4o-mini"),  # type: ignore[arg-type]
         lambda: Upstream("llm", fallback=Fallback(to=3)),  # type: ignore[arg-type]
     ],

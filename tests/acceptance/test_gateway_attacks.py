@@ -13,42 +13,42 @@ import aiohttp
 import pytest
 from aiohttp import web
 from tests.acceptance.gateways import (
-    ASK,
-    CHAT,
+    CHAT_REQUEST,
+    CHAT_RESPONSE,
     DONE,
     EVENT,
     NOTHING,
     STOP,
-    Scene,
-    blurting,
+    GatewayHarness,
     connect,
-    left,
+    leftovers,
     raw,
-    saying,
+    read_to_end,
+    request_bytes,
+    responding,
     streaming,
-    to_the_end,
     until,
-    written,
+    writing_raw,
 )
 
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
 
-BODY = json.dumps(ASK).encode()
-HIDDEN = written(start=b"GET /openai/v1/hidden HTTP/1.1")  # what is to pass as the body of another
+BODY = json.dumps(CHAT_REQUEST).encode()
+HIDDEN = request_bytes(start=b"GET /openai/v1/hidden HTTP/1.1")  # what is to pass as the body of another
 CHUNKED = b"transfer-encoding: chunked"
 
 
 def chunks(body: bytes, *fields: bytes) -> bytes:
-    return written(b"", CHUNKED, *fields) + body
+    return request_bytes(b"", CHUNKED, *fields) + body
 
 
-async def lives(scene: Scene, gateway: Gateway) -> None:
+async def lives(scene: GatewayHarness, gateway: Gateway) -> None:
     """It serves the next one, and nothing is held of those before."""
     scene.provider.behaviour = scene.provider.answer
     status, _, _ = await scene.post(gateway)
     assert status == 200
-    assert left(gateway) == NOTHING
+    assert leftovers(gateway) == NOTHING
 
 
 # --- one request that is two ---
@@ -57,25 +57,28 @@ async def lives(scene: Scene, gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     "sent",
     [
-        written(BODY, b"content-length: %d" % len(BODY)),
-        *(written(b"", b"content-length: " + told) + b"{}" for told in (b"+2", b"0_2", b"2 2", b"0x2", b"", b"2,2")),
-        written(b"", b"content-length: 99999999999999999999999") + b"{}",
-        written(b"", b"content-length : 2") + b"{}",
+        request_bytes(BODY, b"content-length: %d" % len(BODY)),
+        *(
+            request_bytes(b"", b"content-length: " + told) + b"{}"
+            for told in (b"+2", b"0_2", b"2 2", b"0x2", b"", b"2,2")
+        ),
+        request_bytes(b"", b"content-length: 99999999999999999999999") + b"{}",
+        request_bytes(b"", b"content-length : 2") + b"{}",
         chunks(b"0\r\n\r\n", b"content-length: 2"),
         chunks(b"0\r\n\r\n", CHUNKED),
         chunks(b"0\r\n\r\n", b"transfer-encoding: identity"),
         *(
-            written(b"", b"transfer-encoding: " + told) + b"2\r\n{}\r\n0\r\n\r\n"
+            request_bytes(b"", b"transfer-encoding: " + told) + b"2\r\n{}\r\n0\r\n\r\n"
             for told in (b"xchunked", b"chunked, identity", b"identity", b"gzip, chunked", b"\x0bchunked")
         ),
-        written(b"", b"transfer-encoding : chunked") + b"2\r\n{}\r\n0\r\n\r\n",
-        written(b"{}", b"x: folded\r\n into: this"),
-        written(b"{}", b"x: a\ny: b"),
-        written(b"{}", b"x: a\ry: b"),
-        written(b"{}", b"x: a\x00b"),
-        written(b"{}", b"x y: a"),
-        written(b"{}", b": a"),
-        written(b"{}").replace(b"\r\n", b"\n"),
+        request_bytes(b"", b"transfer-encoding : chunked") + b"2\r\n{}\r\n0\r\n\r\n",
+        request_bytes(b"{}", b"x: folded\r\n into: this"),
+        request_bytes(b"{}", b"x: a\ny: b"),
+        request_bytes(b"{}", b"x: a\ry: b"),
+        request_bytes(b"{}", b"x: a\x00b"),
+        request_bytes(b"{}", b"x y: a"),
+        request_bytes(b"{}", b": a"),
+        request_bytes(b"{}").replace(b"\r\n", b"\n"),
         *(
             chunks(size + b"\r\n{}\r\n0\r\n\r\n")
             for size in (b"-1", b"+2", b"0x2", b"0_2", b"2 ", b"2;\n", b"F" * 17 + b"2")
@@ -83,12 +86,12 @@ async def lives(scene: Scene, gateway: Gateway) -> None:
         chunks(b"2\n{}\n0\n\n"),
         chunks(b"2\r\n{}0\r\n\r\n"),
         chunks(b"2\r\n{}\r\n0\r\ncontent-length: 5\r\n\r\n"),
-        written(b"", CHUNKED, start=b"POST /v1/chat/completions HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n",
-        written(b"{}", b"host: localhost"),
-        written(b"{}").replace(b"host: localhost\r\n", b""),
+        request_bytes(b"", CHUNKED, start=b"POST /v1/chat/completions HTTP/1.0") + b"2\r\n{}\r\n0\r\n\r\n",
+        request_bytes(b"{}", b"host: localhost"),
+        request_bytes(b"{}").replace(b"host: localhost\r\n", b""),
     ],
 )
-async def test_what_two_could_read_differently_is_read_by_nobody(scene: Scene, sent: bytes) -> None:
+async def test_what_two_could_read_differently_is_read_by_nobody(scene: GatewayHarness, sent: bytes) -> None:
     async with Gateway(scene.settings()) as gateway:
         told = await raw(gateway, sent + HIDDEN)
         assert told[:12] in (b"HTTP/1.0 400", b"HTTP/1.1 501"), told
@@ -98,7 +101,7 @@ async def test_what_two_could_read_differently_is_read_by_nobody(scene: Scene, s
         await lives(scene, gateway)
 
 
-async def test_calls_in_a_row_are_answered_in_a_row(scene: Scene) -> None:
+async def test_calls_in_a_row_are_answered_in_a_row(scene: GatewayHarness) -> None:
     async def echo(request: web.BaseRequest) -> web.StreamResponse:
         asked = json.loads(await request.read())
         return web.json_response({"echo": asked["seed"], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
@@ -106,17 +109,17 @@ async def test_calls_in_a_row_are_answered_in_a_row(scene: Scene) -> None:
     scene.provider.behaviour = echo
     async with Gateway(scene.settings()) as gateway:
         last: list[tuple[bytes, ...]] = [()] * 19 + [(b"connection: close",)]
-        sent = [written(json.dumps({**ASK, "seed": n}).encode(), *end) for n, end in enumerate(last)]
+        sent = [request_bytes(json.dumps({**CHAT_REQUEST, "seed": n}).encode(), *end) for n, end in enumerate(last)]
         answers = re.findall(rb'"echo": ([0-9]+)', await raw(gateway, b"".join(sent)))
         assert answers == [b"%d" % n for n in range(20)]
 
 
 @pytest.mark.parametrize("method", [b"HEAD", b"POST"])
-async def test_the_next_answer_is_found_whatever_the_one_before_was(scene: Scene, method: bytes) -> None:
-    scene.provider.behaviour = saying(200, b"HTTP/1.1 200 OK\r\n\r\n")
+async def test_the_next_answer_is_found_whatever_the_one_before_was(scene: GatewayHarness, method: bytes) -> None:
+    scene.provider.behaviour = responding(200, b"HTTP/1.1 200 OK\r\n\r\n")
     async with Gateway(scene.settings()) as gateway:
-        first = written(BODY if method == b"POST" else b"", start=method + b" /openai/v1/other HTTP/1.1")
-        last = written(b"", b"connection: close", start=b"GET /healthz HTTP/1.1")
+        first = request_bytes(BODY if method == b"POST" else b"", start=method + b" /openai/v1/other HTTP/1.1")
+        last = request_bytes(b"", b"connection: close", start=b"GET /healthz HTTP/1.1")
         told = await raw(gateway, first + last)
         assert told.endswith(b'{"status":"ok"}')
         head, _, rest = told.partition(b"\r\n\r\n")
@@ -125,11 +128,11 @@ async def test_the_next_answer_is_found_whatever_the_one_before_was(scene: Scene
         )
 
 
-async def test_who_speaks_an_older_http_is_answered_in_it(scene: Scene) -> None:
+async def test_who_speaks_an_older_http_is_answered_in_it(scene: GatewayHarness) -> None:
     scene.provider.behaviour = streaming(EVENT, STOP, DONE)
     async with Gateway(scene.settings()) as gateway:
-        body = json.dumps({**ASK, "stream": True, "stream_options": {"include_usage": True}}).encode()
-        told = await raw(gateway, written(body, start=b"POST /v1/chat/completions HTTP/1.0"))
+        body = json.dumps({**CHAT_REQUEST, "stream": True, "stream_options": {"include_usage": True}}).encode()
+        told = await raw(gateway, request_bytes(body, start=b"POST /v1/chat/completions HTTP/1.0"))
         assert told.partition(b"\r\n\r\n")[2] == EVENT + STOP + DONE
         assert b"chunked" not in told
         await lives(scene, gateway)
@@ -147,33 +150,33 @@ async def test_who_speaks_an_older_http_is_answered_in_it(scene: Scene) -> None:
         "*", "/", "/v1", "/v2/models", "/openai", "/openai@evil.example/v1/x", "/.well-known/x",
     ],
 )  # fmt: skip
-async def test_what_is_not_below_a_target_is_nowhere(scene: Scene, path: str) -> None:
+async def test_what_is_not_below_a_target_is_nowhere(scene: GatewayHarness, path: str) -> None:
     async with Gateway(scene.settings()) as gateway:
         method = b"OPTIONS " if path == "*" else b"GET "
-        told = await raw(gateway, written(b"", b"connection: close", start=method + path.encode() + b" HTTP/1.1"))
+        told = await raw(gateway, request_bytes(b"", b"connection: close", start=method + path.encode() + b" HTTP/1.1"))
         assert told.startswith(b"HTTP/1.1 404"), told
         assert scene.provider.asked == []
 
 
-async def test_what_is_below_a_target_goes_there_as_it_is(scene: Scene) -> None:
+async def test_what_is_below_a_target_goes_there_as_it_is(scene: GatewayHarness) -> None:
     path = "/v1/models/meta%2Fllama%203?a=%2e%2e&b=../c&c=%00"
     async with Gateway(scene.settings()) as gateway:
         start = f"GET /openai{path} HTTP/1.1".encode()
-        assert (await raw(gateway, written(b"", b"connection: close", start=start))).startswith(b"HTTP/1.1 200")
+        assert (await raw(gateway, request_bytes(b"", b"connection: close", start=start))).startswith(b"HTTP/1.1 200")
         (asked,) = scene.provider.asked
         assert asked.raw_path == path
 
 
 @pytest.mark.parametrize("start", [b"CONNECT evil.example:443", b"TRACE /openai/v1/x"])
-async def test_it_is_no_tunnel_and_no_mirror(scene: Scene, start: bytes) -> None:
+async def test_it_is_no_tunnel_and_no_mirror(scene: GatewayHarness, start: bytes) -> None:
     async with Gateway(scene.settings()) as gateway:
-        told = await raw(gateway, written(b"", b"cookie: SECRET", start=start + b" HTTP/1.1"))
+        told = await raw(gateway, request_bytes(b"", b"cookie: SECRET", start=start + b" HTTP/1.1"))
         assert told.startswith(b"HTTP/1.1 405")
         assert b"SECRET" not in told
         assert scene.provider.asked == []
 
 
-async def test_a_web_page_from_elsewhere_gets_nothing(scene: Scene) -> None:
+async def test_a_web_page_from_elsewhere_gets_nothing(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings()) as gateway:
         for headers in (
             {"host": "evil.example"},  # its name leads to loopback by now: DNS rebinding
@@ -197,7 +200,7 @@ async def test_a_web_page_from_elsewhere_gets_nothing(scene: Scene) -> None:
             assert (await scene.post(gateway, headers=headers))[0] == 200, headers
 
 
-async def test_who_has_the_token_may_come_by_any_name(scene: Scene) -> None:
+async def test_who_has_the_token_may_come_by_any_name(scene: GatewayHarness) -> None:
     token = "0123456789abcdef0123"  # noqa: S105 - of this test
     settings = scene.settings(gateway={"token_env": "GATE"})
     async with Gateway(settings, {"GATE": token}) as gateway:
@@ -215,7 +218,7 @@ async def test_who_has_the_token_may_come_by_any_name(scene: Scene) -> None:
 async def drip(gateway: Gateway, begun: bytes, piece: bytes) -> bytes:
     """What comes back to somebody who sends a piece now and then, to the end of the connection."""
     reader, writer = await connect(gateway, begun)
-    coming = asyncio.create_task(to_the_end(reader))
+    coming = asyncio.create_task(read_to_end(reader))
     while not coming.done():
         writer.write(piece)
         await asyncio.wait([coming], timeout=0.01)
@@ -223,22 +226,22 @@ async def drip(gateway: Gateway, begun: bytes, piece: bytes) -> bytes:
     return await coming
 
 
-async def test_a_head_that_drips_is_not_waited_for(scene: Scene) -> None:
+async def test_a_head_that_drips_is_not_waited_for(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings(gateway={"idle_timeout": 0.1})) as gateway:
-        for begun in (b"GET /", written()[:-2]):  # from the start, or in the middle of the headers
+        for begun in (b"GET /", request_bytes()[:-2]):  # from the start, or in the middle of the headers
             assert await drip(gateway, begun, b"a") == b""
         assert await raw(gateway, b"") == b""  # nothing at all
-        _, writer = await connect(gateway, written(BODY))
+        _, writer = await connect(gateway, request_bytes(BODY))
         await until(lambda: len(scene.provider.bodies) == 1)
         await until(lambda: not gateway._web.connections)  # it was kept for another call, and none came
         writer.close()
         await lives(scene, gateway)
 
 
-async def test_a_body_that_drips_is_not_waited_for(scene: Scene) -> None:
+async def test_a_body_that_drips_is_not_waited_for(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings(gateway={"body_timeout": 0.1})) as gateway:
         for field, piece in ((b"content-length: 1000000", b"a"), (CHUNKED, b"1\r\na\r\n")):
-            told = await drip(gateway, written(b"", field), piece)
+            told = await drip(gateway, request_bytes(b"", field), piece)
             assert told.startswith(b"HTTP/1.1 408")
             assert b"timeout_error" in told
         assert scene.provider.asked == []
@@ -256,7 +259,9 @@ async def test_a_body_that_drips_is_not_waited_for(scene: Scene) -> None:
         (b"", b"\r\n" * 500, 431),
     ],
 )
-async def test_a_head_without_end_is_not_read_on(scene: Scene, begun: bytes, piece: bytes, status: int) -> None:
+async def test_a_head_without_end_is_not_read_on(
+    scene: GatewayHarness, begun: bytes, piece: bytes, status: int
+) -> None:
     async with Gateway(scene.settings(gateway={"max_header_bytes": 10_000})) as gateway:
         told = await drip(gateway, begun, piece)
         assert int(told.split()[1]) == status
@@ -264,7 +269,7 @@ async def test_a_head_without_end_is_not_read_on(scene: Scene, begun: bytes, pie
         await lives(scene, gateway)
 
 
-async def test_headers_are_bounded_together_not_each(scene: Scene) -> None:
+async def test_headers_are_bounded_together_not_each(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings(gateway={"max_header_bytes": 10_000})) as gateway:
         status, _, body = await scene.post(gateway, headers={f"x-{n}": "a" * 3_000 for n in range(4)})
         assert (status, "10,000" in body["error"]["message"]) == (431, True)
@@ -272,10 +277,10 @@ async def test_headers_are_bounded_together_not_each(scene: Scene) -> None:
         assert (await scene.post(gateway, headers={f"x-{n}": "a" * 3_000 for n in range(3)}))[0] == 200
 
 
-async def test_a_body_without_end_is_not_read_on(scene: Scene) -> None:
+async def test_a_body_without_end_is_not_read_on(scene: GatewayHarness) -> None:
     taken = 0
     async with Gateway(scene.settings(gateway={"max_body_bytes": 1 << 20})) as gateway:
-        reader, writer = await connect(gateway, written(b"", CHUNKED))
+        reader, writer = await connect(gateway, request_bytes(b"", CHUNKED))
         coming = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
         while not coming.done() and taken < 100 << 20:
             writer.write(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
@@ -289,7 +294,7 @@ async def test_a_body_without_end_is_not_read_on(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: Scene, *, stream: bool) -> None:
+async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: GatewayHarness, *, stream: bool) -> None:
     async def flood(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         if not stream:
@@ -301,7 +306,7 @@ async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: Sce
 
     scene.provider.behaviour = flood
     async with Gateway(scene.settings(gateway={"send_timeout": 0.2})) as gateway:
-        reader, writer = await connect(gateway, written(json.dumps({**ASK, "stream": stream}).encode()))
+        reader, writer = await connect(gateway, request_bytes(json.dumps({**CHAT_REQUEST, "stream": stream}).encode()))
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await until(lambda: len(gateway._web.connections) == 1)
         (handler,) = gateway._web.connections
@@ -317,11 +322,11 @@ async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: Sce
         await lives(scene, gateway)
 
 
-async def test_who_does_not_read_holds_nothing_up_at_the_end(scene: Scene) -> None:
+async def test_who_does_not_read_holds_nothing_up_at_the_end(scene: GatewayHarness) -> None:
     scene.provider.behaviour = streaming(EVENT * 100_000, None)
     gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.1}))
     await gateway.__aenter__()
-    _, writer = await connect(gateway, written(json.dumps({**ASK, "stream": True}).encode()))
+    _, writer = await connect(gateway, request_bytes(json.dumps({**CHAT_REQUEST, "stream": True}).encode()))
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     await until(lambda: any(handler.writing_paused for handler in gateway._web.connections))
     (handler,) = gateway._web.connections
@@ -329,14 +334,14 @@ async def test_who_does_not_read_holds_nothing_up_at_the_end(scene: Scene) -> No
         await gateway.__aexit__(None, None, None)
     assert handler._wire.get_write_buffer_size() == 0  # type: ignore[attr-defined] # the socket is closed
     await scene.provider.left.wait()
-    assert left(gateway) == NOTHING
+    assert leftovers(gateway) == NOTHING
     writer.close()
 
 
-async def test_who_hangs_up_in_the_middle_of_its_request_has_not_called(scene: Scene) -> None:
+async def test_who_hangs_up_in_the_middle_of_its_request_has_not_called(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings()) as gateway:
-        for part in (1, 40, len(written(BODY)) - 1):
-            _, writer = await connect(gateway, written(BODY)[:part])
+        for part in (1, 40, len(request_bytes(BODY)) - 1):
+            _, writer = await connect(gateway, request_bytes(BODY)[:part])
             await until(lambda: len(gateway._web.connections) == 1)
             writer.close()
             await until(lambda: not gateway._web.connections)
@@ -344,10 +349,10 @@ async def test_who_hangs_up_in_the_middle_of_its_request_has_not_called(scene: S
         await lives(scene, gateway)
 
 
-async def test_who_reads_slowly_gets_all_of_it(scene: Scene) -> None:
-    scene.provider.behaviour = saying(200, b"a" * (16 << 20))
+async def test_who_reads_slowly_gets_all_of_it(scene: GatewayHarness) -> None:
+    scene.provider.behaviour = responding(200, b"a" * (16 << 20))
     async with Gateway(scene.settings(gateway={"send_timeout": 0.2})) as gateway:
-        reader, writer = await connect(gateway, written(BODY, b"connection: close"))
+        reader, writer = await connect(gateway, request_bytes(BODY, b"connection: close"))
         await reader.readuntil(b"\r\n\r\n")
         size = 0
         while piece := await reader.read(1 << 16):
@@ -360,10 +365,10 @@ async def test_who_reads_slowly_gets_all_of_it(scene: Scene) -> None:
 # --- bodies ---
 
 
-async def test_who_asks_whether_to_send_its_body_is_told(scene: Scene) -> None:
+async def test_who_asks_whether_to_send_its_body_is_told(scene: GatewayHarness) -> None:
     expects = b"expect: 100-continue"
     async with Gateway(scene.settings(gateway={"max_body_bytes": 1_000})) as gateway:
-        reader, writer = await connect(gateway, written(BODY, expects).removesuffix(BODY))
+        reader, writer = await connect(gateway, request_bytes(BODY, expects).removesuffix(BODY))
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(BODY)
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
@@ -373,7 +378,7 @@ async def test_who_asks_whether_to_send_its_body_is_told(scene: Scene) -> None:
             ((expects, b"content-length: 9", b"x-forebay-priority: urgent"), 400),
             ((b"expect: the worst",), 417),
         ):
-            told = await raw(gateway, written(b"", *fields))
+            told = await raw(gateway, request_bytes(b"", *fields))
             assert int(told.split()[1]) == status, told
             assert b"100 Continue" not in told
             assert b"connection: close" in told.lower()
@@ -390,7 +395,7 @@ async def test_who_asks_whether_to_send_its_body_is_told(scene: Scene) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-async def test_what_is_no_json_object_is_answered_here(scene: Scene, path: str, body: bytes) -> None:
+async def test_what_is_no_json_object_is_answered_here(scene: GatewayHarness, path: str, body: bytes) -> None:
     async with Gateway(scene.settings()) as gateway:
         status, _, told = await scene.post(gateway, path, data=body)
         assert (status, told["error"]["type"]) == (400, "invalid_request_error")
@@ -407,7 +412,7 @@ async def test_what_is_no_json_object_is_answered_here(scene: Scene, path: str, 
         b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}",
     ],
 )  # fmt: skip
-async def test_json_that_only_its_provider_can_judge_goes_there_as_it_is(scene: Scene, body: bytes) -> None:
+async def test_json_that_only_its_provider_can_judge_goes_there_as_it_is(scene: GatewayHarness, body: bytes) -> None:
     got: list[bytes] = []
 
     async def keep(request: web.BaseRequest) -> web.StreamResponse:
@@ -422,7 +427,7 @@ async def test_json_that_only_its_provider_can_judge_goes_there_as_it_is(scene: 
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
-async def test_a_packed_body_goes_on_unread_whatever_it_unpacks_to(scene: Scene, coding: str) -> None:
+async def test_a_packed_body_goes_on_unread_whatever_it_unpacks_to(scene: GatewayHarness, coding: str) -> None:
     got: list[tuple[bytes, str]] = []
 
     async def keep(request: web.BaseRequest) -> web.StreamResponse:
@@ -464,8 +469,8 @@ CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + SAID + b"\r\n"
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/openai/v1/other"])
-async def test_what_is_no_answer_is_told_as_a_502(scene: Scene, path: str, said: bytes) -> None:
-    scene.provider.behaviour = blurting(said)
+async def test_what_is_no_answer_is_told_as_a_502(scene: GatewayHarness, path: str, said: bytes) -> None:
+    scene.provider.behaviour = writing_raw(said)
     async with Gateway(scene.settings(max_attempts=1)) as gateway:
         status, headers, body = await scene.post(gateway, path)
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
@@ -483,8 +488,8 @@ async def test_what_is_no_answer_is_told_as_a_502(scene: Scene, path: str, said:
         OK + b"content-encoding: gzip\r\ncontent-length: 99\r\n\r\n\x1f\x8b",
     ],
 )
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(scene: Scene, said: bytes) -> None:
-    scene.provider.behaviour = blurting(said)
+async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(scene: GatewayHarness, said: bytes) -> None:
+    scene.provider.behaviour = writing_raw(said)
     async with Gateway(scene.settings(max_attempts=1)) as gateway:
         status, _, body = await scene.post(gateway)
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
@@ -510,11 +515,11 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(scene: Sce
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/openai/v1/other"])
 async def test_what_is_an_answer_however_odd_passes(
-    scene: Scene, path: str, said: bytes, status: int, body: bytes
+    scene: GatewayHarness, path: str, said: bytes, status: int, body: bytes
 ) -> None:
-    scene.provider.behaviour = blurting(said)
+    scene.provider.behaviour = writing_raw(said)
     async with Gateway(scene.settings(max_attempts=1)) as gateway:
-        sent = written(BODY, b"connection: close", start=b"POST " + path.encode() + b" HTTP/1.1")
+        sent = request_bytes(BODY, b"connection: close", start=b"POST " + path.encode() + b" HTTP/1.1")
         head, _, told = (await raw(gateway, sent)).partition(b"\r\n\r\n")
         assert int(head.split()[1]) == status
         assert told in (body, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
@@ -524,18 +529,22 @@ async def test_what_is_an_answer_however_odd_passes(
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_nobody_is_followed_elsewhere_with_a_key(scene: Scene, status: int) -> None:
+async def test_nobody_is_followed_elsewhere_with_a_key(scene: GatewayHarness, status: int) -> None:
     there = f"{scene.url}/elsewhere"
-    scene.provider.behaviour = saying(status, b"", location=there)
+    scene.provider.behaviour = responding(status, b"", location=there)
     async with Gateway(scene.settings()) as gateway:
-        how: dict[str, Any] = {"json": ASK, "allow_redirects": False, "headers": {"authorization": "Bearer sk-1"}}
+        how: dict[str, Any] = {
+            "json": CHAT_REQUEST,
+            "allow_redirects": False,
+            "headers": {"authorization": "Bearer sk-1"},
+        }
         async with scene.session.post(scene.at(gateway), **how) as answer:
             assert (answer.status, answer.headers["location"]) == (status, there)
         assert len(scene.provider.asked) == 1
 
 
 @pytest.mark.parametrize("head", [b"", OK, OK + b"x: ", OK + b"content-type: application/json\r\n\r\n"])
-async def test_an_answer_without_end_is_not_held(scene: Scene, head: bytes) -> None:
+async def test_an_answer_without_end_is_not_held(scene: GatewayHarness, head: bytes) -> None:
     async def endless(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         assert request.transport is not None
@@ -556,25 +565,28 @@ async def test_an_answer_without_end_is_not_held(scene: Scene, head: bytes) -> N
         await lives(scene, gateway)
 
 
-async def test_an_answer_that_unpacks_to_more_than_is_held_passes_unread(scene: Scene) -> None:
+async def test_an_answer_that_unpacks_to_more_than_is_held_passes_unread(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings()) as gateway:
         for megabytes in (1, 80):
-            content = "{" + " " * (megabytes << 20) + json.dumps(CHAT)[1:]  # its usage stands at the end
+            content = "{" + " " * (megabytes << 20) + json.dumps(CHAT_RESPONSE)[1:]  # its usage stands at the end
             packed = gzip.compress(content.encode(), 1)
-            scene.provider.behaviour = saying(200, packed, content_encoding="gzip")
-            async with scene.session.post(scene.at(gateway), json=ASK, auto_decompress=False) as answer:
+            scene.provider.behaviour = responding(200, packed, content_encoding="gzip")
+            async with scene.session.post(scene.at(gateway), json=CHAT_REQUEST, auto_decompress=False) as answer:
                 assert await answer.read() == packed
-            tokens = re.search(rb'direction="output".* ([0-9.]+)', gateway.proxy.counts.text())
+            tokens = re.search(rb'direction="output".* ([0-9.]+)', gateway.forwarder.metrics.render())
             assert tokens is not None
             assert float(tokens[1]) == 20.0  # of the first alone
         await lives(scene, gateway)
 
 
 @pytest.mark.slow
-async def test_a_stream_that_hangs_is_given_up_when_its_caller_would(scene: Scene) -> None:
+async def test_a_stream_that_hangs_is_given_up_when_its_caller_would(scene: GatewayHarness) -> None:
     scene.provider.behaviour = streaming(EVENT, None)
     async with Gateway(scene.settings()) as gateway:
-        told: dict[str, Any] = {"json": {**ASK, "stream": True}, "headers": {"x-stainless-read-timeout": "0.1"}}
+        told: dict[str, Any] = {
+            "json": {**CHAT_REQUEST, "stream": True},
+            "headers": {"x-stainless-read-timeout": "0.1"},
+        }
         async with scene.session.post(scene.at(gateway), **told) as answer:
             last = (await answer.read()).removeprefix(EVENT)
         assert b'"error"' in last
@@ -583,16 +595,16 @@ async def test_a_stream_that_hangs_is_given_up_when_its_caller_would(scene: Scen
 
 
 async def test_a_target_that_hangs_before_it_says_a_word_is_given_up_too(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    scene: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def hang(_: web.BaseRequest) -> web.StreamResponse:
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr("forebay.gateway.sender._GRACE", 0.1)
+    monkeypatch.setattr("forebay.gateway.caller._GRACE", 0.1)
     scene.provider.behaviour = hang
     async with Gateway(scene.settings()) as gateway:
-        for path, ask in (("/v1/chat/completions", ASK), ("/v1/messages", {**ASK, "stream": True})):
+        for path, ask in (("/v1/chat/completions", CHAT_REQUEST), ("/v1/messages", {**CHAT_REQUEST, "stream": True})):
             scene.provider.left.clear()
             told: dict[str, Any] = {"json": ask, "headers": {"x-stainless-read-timeout": "0.1"}}
             status, _, body = await scene.post(gateway, path, **told)
@@ -601,25 +613,25 @@ async def test_a_target_that_hangs_before_it_says_a_word_is_given_up_too(
         await lives(scene, gateway)
 
 
-async def test_what_a_target_says_too_much_is_nobody_elses_answer(scene: Scene) -> None:
+async def test_what_a_target_says_too_much_is_nobody_elses_answer(scene: GatewayHarness) -> None:
     for extra in (OK + LENGTH + b'{"b": 2}', b"garbage"):
-        scene.provider.behaviour = blurting(OK + LENGTH + SAID, extra, stays=True)
+        scene.provider.behaviour = writing_raw(OK + LENGTH + SAID, extra, stays=True)
         async with Gateway(scene.settings(max_attempts=1)) as gateway:
             status, _, _ = await scene.post(gateway)
             assert status in (200, 502)  # as both came at once, or one after the other
             scene.provider.behaviour = scene.provider.answer
-            assert (await scene.post(gateway))[2] == CHAT
+            assert (await scene.post(gateway))[2] == CHAT_RESPONSE
 
 
 # --- headers ---
 
 
-async def test_headers_of_one_hop_go_no_further(scene: Scene) -> None:
+async def test_headers_of_one_hop_go_no_further(scene: GatewayHarness) -> None:
     said = b"connection: x-foo\r\nconnection: x-bar, close\r\nx-foo: 1\r\nx-bar: 1\r\nproxy-authenticate: 1\r\n"
-    scene.provider.behaviour = blurting(OK + said + b"keep-alive: timeout=5\r\nx-kept: 1\r\n" + LENGTH + SAID)
+    scene.provider.behaviour = writing_raw(OK + said + b"keep-alive: timeout=5\r\nx-kept: 1\r\n" + LENGTH + SAID)
     own = "connection: close, x-foo|connection: x-bar|x-foo: 1|x-bar: 1|te: trailers|trailer: x-t|keep-alive: timeout=5"
     own += "|proxy-authorization: Basic c2VjcmV0|proxy-connection: keep-alive|x-forebay-task: t"
-    sent = written(BODY, *own.encode().split(b"|"), b"x-kept: 1", b"accept-encoding: br, zstd, gzip")
+    sent = request_bytes(BODY, *own.encode().split(b"|"), b"x-kept: 1", b"accept-encoding: br, zstd, gzip")
     async with Gateway(scene.settings()) as gateway:
         told = (await raw(gateway, sent)).partition(b"\r\n\r\n")[0].lower()
         assert b"\r\nx-kept: 1" in told
@@ -634,7 +646,9 @@ async def test_headers_of_one_hop_go_no_further(scene: Scene) -> None:
         }
 
 
-async def test_keys_are_told_to_nobody_but_their_provider(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+async def test_keys_are_told_to_nobody_but_their_provider(
+    scene: GatewayHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     asyncio.get_running_loop().set_debug(True)
     token = "0123456789-gateway-token"  # noqa: S105 - of this test
@@ -649,7 +663,13 @@ async def test_keys_are_told_to_nobody_but_their_provider(scene: Scene, caplog: 
         told.append(f"{back} {body}")
 
     async with Gateway(settings, {"GATE": token}) as gateway:
-        for behaviour in (scene.provider.answer, blurting(b"garbage"), saying(500), saying(429), streaming(EVENT)):
+        for behaviour in (
+            scene.provider.answer,
+            writing_raw(b"garbage"),
+            responding(500),
+            responding(429),
+            streaming(EVENT),
+        ):
             scene.provider.behaviour = behaviour
             for path in ("/v1/chat/completions", "/v1/messages", "/openai/v1/x", "/nowhere", "/metrics", "/healthz"):
                 await ask(gateway, path)
@@ -657,7 +677,7 @@ async def test_keys_are_told_to_nobody_but_their_provider(scene: Scene, caplog: 
         await ask(gateway, "/v1/chat/completions", headers={"x-forebay-token": "wrong" * 5})
         await ask(gateway, "/v1/chat/completions", headers={"x-forebay-deadline": "soon"})
         await ask(gateway, "/v1/chat/completions", headers={"upgrade": "websocket", "connection": "upgrade"})
-        told.append(repr(gateway.proxy.targets[0].upstream.statistics()))
+        told.append(repr(gateway.forwarder.targets[0].upstream.statistics()))
         told.append(repr(gateway.settings))
     assert len(scene.provider.asked) > 1
     for asked in scene.provider.asked:
@@ -681,25 +701,27 @@ async def test_the_password_of_a_proxy_is_told_to_nobody(caplog: pytest.LogCaptu
         settings = GatewaySettings(targets=(target,), listen="127.0.0.1:0")
         environment = {"HTTPS_PROXY": f"http://me:swordfish@127.0.0.1:{port}"}
         async with Gateway(settings, environment) as gateway:
-            told = (await raw(gateway, written(BODY, b"connection: close"))).decode()
+            told = (await raw(gateway, request_bytes(BODY, b"connection: close"))).decode()
     assert told.startswith("HTTP/1.1 502")
     assert "answered 407" in told
     assert "swordfish" not in told + caplog.text
 
 
-async def test_what_would_become_something_else_than_http_stays_http(scene: Scene) -> None:
+async def test_what_would_become_something_else_than_http_stays_http(scene: GatewayHarness) -> None:
     async with Gateway(scene.settings()) as gateway:
         opens = (b"connection: upgrade", b"upgrade: websocket", b"sec-websocket-key: a", b"sec-websocket-version: 13")
-        told = await raw(gateway, written(b"", *opens, start=b"GET /v1/realtime HTTP/1.1"))
+        told = await raw(gateway, request_bytes(b"", *opens, start=b"GET /v1/realtime HTTP/1.1"))
         assert told.startswith(b"HTTP/1.1 400")
         assert b"WebSockets do not pass" in told
         assert scene.provider.asked == []
         # Some clients ask for HTTP/2 with their first request: that is not taken up, and the next is served too.
-        reader, writer = await connect(gateway, written(BODY, b"connection: upgrade, http2-settings", b"upgrade: h2c"))
+        reader, writer = await connect(
+            gateway, request_bytes(BODY, b"connection: upgrade, http2-settings", b"upgrade: h2c")
+        )
         for _ in range(2):
             assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
             length = int((re.search(rb"(?i)content-length: ([0-9]+)", await reader.readuntil(b"\r\n\r\n")) or [b""])[1])
             await reader.readexactly(length)
-            writer.write(written(BODY))
+            writer.write(request_bytes(BODY))
         writer.close()
         assert "upgrade" not in scene.provider.asked[0].headers

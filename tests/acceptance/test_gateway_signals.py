@@ -12,12 +12,12 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import ASK, DONE, EVENT, STOP, Scene, streaming, until
+from tests.acceptance.gateways import CHAT_REQUEST, DONE, EVENT, STOP, GatewayHarness, streaming, until
 
 pytestmark = pytest.mark.slow  # a process needs a second to start
 
 FILES = 64  # that a process may have open when it begins, and more only if it asks for more
-STREAM: Any = {"json": {**ASK, "stream": True, "stream_options": {"include_usage": True}}}
+STREAM: Any = {"json": {**CHAT_REQUEST, "stream": True, "stream_options": {"include_usage": True}}}
 
 
 class Running:
@@ -39,7 +39,7 @@ Start = Callable[..., Coroutine[Any, Any, Running]]
 
 
 @pytest.fixture
-async def start(scene: Scene, tmp_path: Path) -> AsyncIterator[Start]:
+async def start(scene: GatewayHarness, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a gateway before the scene's provider, with so many seconds to drain."""
     begun: list[asyncio.subprocess.Process] = []
 
@@ -67,7 +67,7 @@ async def start(scene: Scene, tmp_path: Path) -> AsyncIterator[Start]:
             await process.wait()
 
 
-async def until_it_drains(scene: Scene, running: Running) -> None:
+async def until_it_drains(scene: GatewayHarness, running: Running) -> None:
     while True:
         async with scene.session.get(f"{running.url}/healthz") as answer:
             if answer.status == 503:
@@ -75,12 +75,14 @@ async def until_it_drains(scene: Scene, running: Running) -> None:
                 return
 
 
-async def read(scene: Scene, running: Running, path: str = "/v1/chat/completions", **how: Any) -> tuple[int, bytes]:
-    async with scene.session.post(running.url + path, **(how or {"json": ASK})) as answer:
+async def read(
+    scene: GatewayHarness, running: Running, path: str = "/v1/chat/completions", **how: Any
+) -> tuple[int, bytes]:
+    async with scene.session.post(running.url + path, **(how or {"json": CHAT_REQUEST})) as answer:
         return answer.status, await answer.read()
 
 
-async def until_one_waits(scene: Scene, running: Running) -> None:
+async def until_one_waits(scene: GatewayHarness, running: Running) -> None:
     while True:
         async with scene.session.get(f"{running.url}/metrics") as answer:
             lines = (await answer.text()).splitlines()
@@ -89,7 +91,9 @@ async def until_one_waits(scene: Scene, running: Running) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_who_is_under_way_or_in_line_is_served_to_the_end(scene: Scene, start: Start, number: int) -> None:
+async def test_who_is_under_way_or_in_line_is_served_to_the_end(
+    scene: GatewayHarness, start: Start, number: int
+) -> None:
     gate = asyncio.Event()
 
     async def gated(request: web.BaseRequest) -> web.StreamResponse:
@@ -126,7 +130,7 @@ async def test_who_is_under_way_or_in_line_is_served_to_the_end(scene: Scene, st
 
 @pytest.mark.parametrize("again", [False, True])
 async def test_what_is_left_at_the_limit_or_the_second_signal_is_cut_off_and_told_so(
-    scene: Scene,
+    scene: GatewayHarness,
     start: Start,
     again: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
@@ -150,7 +154,7 @@ async def test_what_is_left_at_the_limit_or_the_second_signal_is_cut_off_and_tol
     assert await running.ended() == 0
 
 
-async def test_one_that_is_killed_leaves_nothing_in_the_way_of_the_next(scene: Scene, start: Start) -> None:
+async def test_one_that_is_killed_leaves_nothing_in_the_way_of_the_next(scene: GatewayHarness, start: Start) -> None:
     scene.provider.behaviour = streaming(EVENT, None)
     running = await start()
     async with scene.session.post(f"{running.url}/v1/chat/completions", **STREAM) as answer:
@@ -167,7 +171,7 @@ async def test_one_that_is_killed_leaves_nothing_in_the_way_of_the_next(scene: S
     assert await again.ended() == 0
 
 
-async def test_it_takes_as_many_connections_as_the_machine_allows(scene: Scene, start: Start) -> None:
+async def test_it_takes_as_many_connections_as_the_machine_allows(scene: GatewayHarness, start: Start) -> None:
     running = await start()
     port = int(running.url.rpartition(":")[2])
     open_ = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2 * FILES)]

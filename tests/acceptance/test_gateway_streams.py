@@ -14,24 +14,31 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import ASK, NOTHING, left, until, written
+from tests.acceptance.gateways import CHAT_REQUEST, NOTHING, leftovers, request_bytes, until
 
 from forebay import clock
 from forebay.gateway import GatewaySettings, QuotaSettings, TargetSettings
-from forebay.gateway.passage import Opened, Passage
-from forebay.gateway.server import Gateway, _Handler
-from forebay.sim.config import Faults, ProviderConfig
-from forebay.sim.server import Plant, start
-from forebay.upstream.reader import Reader
+from forebay.gateway.forwarded_call import ForwardedCall, StreamingResponse
+from forebay.gateway.server import Gateway, _Connection
+from forebay.simulation.provider.http_server import ProviderServer, start_server
+from forebay.simulation.provider.provider_config import Faults, ProviderConfig
+from forebay.upstream.metered_stream import MeteredStream
 
 pytestmark = [pytest.mark.slow, pytest.mark.blocks]  # a thousand of anything takes its time
 
 CALLERS = 1_000
 UNDER_WAY = 500  # at most; the others wait in line
-KEPT = {Passage, Opened, Reader, _Handler, web.BaseRequest, aiohttp.ClientResponse}  # while a call is under way
+KEPT = {
+    ForwardedCall,
+    StreamingResponse,
+    MeteredStream,
+    _Connection,
+    web.BaseRequest,
+    aiohttp.ClientResponse,
+}  # while a call is under way
 
 
-class Fate(Enum):
+class ResponseKind(Enum):
     """Where a caller hangs up; how many of a thousand do so there."""
 
     AT_ONCE = 100  # with the request just sent
@@ -42,19 +49,25 @@ class Fate(Enum):
     NEVER = 200
 
 
-ENDLESS = (Fate.WAITING, Fate.BEGUN, Fate.AMID)  # what such a caller gets does not end by itself
+ENDLESS = (
+    ResponseKind.WAITING,
+    ResponseKind.BEGUN,
+    ResponseKind.AMID,
+)  # what such a caller gets does not end by itself
 
 
 class Caller:
     """One of them."""
 
-    def __init__(self, fate: Fate, *, events: int, resets: bool) -> None:
+    def __init__(self, fate: ResponseKind, *, events: int, resets: bool) -> None:
         self.fate = fate
         self._events = events  # that it reads
         self._resets = resets
         tokens = 1_000_000 if fate in ENDLESS else 8
-        body = json.dumps({"model": ASK["model"], "messages": ASK["messages"], "stream": True}).encode()
-        self._request = written(body, b"x-plant-output-tokens: %d" % tokens, b"connection: close")
+        body = json.dumps(
+            {"model": CHAT_REQUEST["model"], "messages": CHAT_REQUEST["messages"], "stream": True}
+        ).encode()
+        self._request = request_bytes(body, b"x-plant-output-tokens: %d" % tokens, b"connection: close")
         self.status = 0
         self.told = b""
 
@@ -62,15 +75,15 @@ class Caller:
         """Call, and hang up where it is its fate, but for those of the first moment not before all have called."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(self._request)
-        if self.fate != Fate.AT_ONCE:
+        if self.fate != ResponseKind.AT_ONCE:
             await together.wait()
             await self._read(reader)
-        if self._resets and self.fate != Fate.AT_ONCE:
+        if self._resets and self.fate != ResponseKind.AT_ONCE:
             writer.transport.abort()
         writer.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        if self.fate == Fate.WAITING:
+        if self.fate == ResponseKind.WAITING:
             return
         head = await reader.readuntil(b"\r\n\r\n")
         self.status = int(head.split()[1])
@@ -79,21 +92,21 @@ class Caller:
 
     def _has_enough(self) -> bool:
         match self.fate:
-            case Fate.BEGUN:
+            case ResponseKind.BEGUN:
                 return True
-            case Fate.AMID:
+            case ResponseKind.AMID:
                 return self.told.count(b"data: ") >= self._events
-            case Fate.OVER:
+            case ResponseKind.OVER:
                 return b"data: [DONE]" in self.told
             case _:
                 return False
 
 
 @pytest.fixture
-async def plant() -> AsyncIterator[tuple[Plant, str]]:
-    config = ProviderConfig(slots=CALLERS, ttft=0.05, tpot=0.1, chunk=2, faults=Faults(cut=0.02))
-    plant = Plant(config, seed=7)
-    runner, url = await start(plant)
+async def plant() -> AsyncIterator[tuple[ProviderServer, str]]:
+    config = ProviderConfig(slots=CALLERS, ttft=0.05, tpot=0.1, tokens_per_event=2, faults=Faults(cut=0.02))
+    plant = ProviderServer(config, seed=7)
+    runner, url = await start_server(plant)
     yield plant, url
     await runner.cleanup()
 
@@ -109,7 +122,7 @@ def answers(metrics: str) -> Counter[int]:
 
 
 @pytest.mark.parametrize("seed", [7])
-async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[Plant, str], seed: int) -> None:
+async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[ProviderServer, str], seed: int) -> None:
     provider, url = plant
     target = TargetSettings(
         name="openai",
@@ -118,29 +131,29 @@ async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[Plant, str],
         max_concurrent=UNDER_WAY,
         budget_usd=1e6,
     )
-    draws = clock.chance(seed)
+    draws = clock.new_random(seed)
     callers = [
         Caller(fate, events=draws.randrange(1, 5), resets=draws.random() < 0.5)
-        for fate in Fate
+        for fate in ResponseKind
         for _ in range(fate.value)
     ]
     draws.shuffle(callers)
     callers.sort(key=lambda caller: caller.fate not in ENDLESS)  # so that all are there at once: these do not end
     tasks, fds = len(asyncio.all_tasks()), files()
     async with Gateway(GatewaySettings(targets=(target,), listen="127.0.0.1:0")) as gateway:
-        upstream = gateway.proxy.targets[0].upstream
-        desk = upstream.books.desk("gpt-4o")
+        upstream = gateway.forwarder.targets[0].upstream
+        desk = upstream.accounts.account("gpt-4o")
         together = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for caller in callers:
                 group.create_task(caller.call(gateway.port, together))
-            await until(lambda: len(desk.account.line) == CALLERS - Fate.AT_ONCE.value - UNDER_WAY)
+            await until(lambda: len(desk.account.queue) == CALLERS - ResponseKind.AT_ONCE.value - UNDER_WAY)
             assert desk.account.in_flight == UNDER_WAY
             together.set()
-        await until(lambda: left(gateway) == NOTHING and not gateway._web.connections)
+        await until(lambda: leftovers(gateway) == NOTHING and not gateway._web.connections)
 
         # Those who stayed have got all of it, or were told what went wrong.
-        served = [caller for caller in callers if caller.fate == Fate.NEVER]
+        served = [caller for caller in callers if caller.fate == ResponseKind.NEVER]
         whole = [caller for caller in served if b"data: [DONE]" in caller.told]
         assert len(whole) > len(served) / 2
         assert all(b'"error"' in caller.told for caller in served if caller not in whole)
@@ -153,11 +166,11 @@ async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[Plant, str],
 
         # Nothing is held of anybody, and what is told adds up.
         (account,) = [account for account in upstream.statistics().accounts if account.name == desk.name]
-        assert (account.in_flight, account.waiting) == (0, 0)
-        assert upstream.books.money.own is not None
-        assert upstream.books.money.own.reserved() == (0, 0.0)
-        given = answers(gateway.proxy.counts.text().decode())
-        assert given.total() == gateway._web.requests_count >= CALLERS - Fate.AT_ONCE.value
+        assert (account.in_flight, account.queued) == (0, 0)
+        assert upstream.accounts.budgets.upstream_budget is not None
+        assert upstream.accounts.budgets.upstream_budget.reserved() == (0, 0.0)
+        given = answers(gateway.forwarder.metrics.render().decode())
+        assert given.total() == gateway._web.requests_count >= CALLERS - ResponseKind.AT_ONCE.value
         assert given[499] >= sum(fate.value for fate in ENDLESS)
         for status, count in Counter(caller.status for caller in served).items():
             assert given[status] >= count

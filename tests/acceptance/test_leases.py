@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.acceptance.house import Agent, about, error_of, virtual
+from tests.support.task_plane import Agent, approximately, error_of, virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus, WorkerState
 from forebay.errors import StillSpilled
-from forebay.overflow import SqliteLedger
-from forebay.typing import Completion, DeadRow, Lease
+from forebay.interfaces import Completion, DeadRecord, Lease
+from forebay.overflow import SqliteTaskStore
 
 pytestmark = pytest.mark.blocks
 
 LEASE = 0.3  # seconds
 
 
-class Watched(SqliteLedger):
+class Watched(SqliteTaskStore):
     """Tells when it was looked through for lapsed leases that often, which a house does three times in each lease."""
 
     def __init__(self, path: Path, *, times: int) -> None:
@@ -28,7 +28,7 @@ class Watched(SqliteLedger):
         self.times = times
         self.looked = asyncio.Event()
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
         dead = await super().reap(now=now, max_attempts=max_attempts)
         self.times -= 1
         if not self.times:
@@ -72,19 +72,19 @@ async def test_a_handler_that_blocks_the_loop_past_its_lease_keeps_it(tmp_path: 
     assert runs == ["blocks"]
 
 
-class Slow(SqliteLedger):
+class Slow(SqliteTaskStore):
     """Takes a virtual second to record a start, and loses the lease before if told to."""
 
     loses = False
 
-    async def start(self, lease: Lease) -> bool:
+    async def begin_attempt(self, lease: Lease) -> bool:
         await asyncio.sleep(1.0)
         if self.loses:
             await self.release([lease])
-            (theirs,) = await self.lease(lease.row.task_type, 1, until=lease.until + 1000.0)
-            assert await super().start(theirs)
-            await self.finish(lease.row.task_id, THEIRS, fence=theirs.fence)
-        return await super().start(lease)
+            (theirs,) = await self.lease(lease.record.task_type, 1, until=lease.until + 1000.0)
+            assert await super().begin_attempt(theirs)
+            await self.finish(lease.record.task_id, THEIRS, fence=theirs.fence)
+        return await super().begin_attempt(lease)
 
 
 THEIRS = Completion(status="succeeded", worker_id="theirs", attempts=1, finished_at=0.0)
@@ -105,14 +105,14 @@ async def test_a_start_is_on_record_before_its_handler_runs(tmp_path: Path) -> N
     async with supervisor:
         ticket = await supervisor.submit(Task("work", 1, durable=True))
         await asyncio.sleep(0.9)
-        assert agent.began == []
+        assert agent.started == []
         assert ticket.status is TaskStatus.RUNNING
         await asyncio.sleep(0.3)
-        assert agent.began == [1]
+        assert agent.started == [1]
         found = await ledger.find(ticket.task_id)
         assert found is not None
         assert found[1].attempts == 1
-        assert (await ticket).duration_ms == about(1000.0)  # of the handler, not of the record
+        assert (await ticket).duration_ms == approximately(1000.0)  # of the handler, not of the record
 
 
 @virtual
@@ -122,7 +122,7 @@ async def test_a_task_whose_lease_was_lost_before_its_start_does_not_run_here(tm
     async with supervisor:
         result = await (await supervisor.submit(Task("work", 1, durable=True)))
         assert (result.worker_id, result.attempts) == ("theirs", 1)
-        assert agent.began == []
+        assert agent.started == []
         assert supervisor.workers["ours"].state is WorkerState.IDLE
 
 
@@ -137,7 +137,7 @@ async def test_a_task_cancelled_while_its_start_is_recorded_gives_its_slot_back(
         assert ticket.cancel()
         assert (await ticket).status is TaskStatus.CANCELLED
         assert await supervisor.run(Task("work", 2, spill=False)) == 2
-    assert agent.began == ([2] if after < 1.0 else [1, 2])
+    assert agent.started == ([2] if after < 1.0 else [1, 2])
 
 
 @virtual
@@ -149,18 +149,18 @@ async def test_a_house_that_closes_while_a_start_is_recorded_runs_nothing_and_lo
         await asyncio.sleep(0.5)
         await supervisor.close()
         assert isinstance(await error_of(ticket), StillSpilled)
-    assert agent.began == []
+    assert agent.started == []
     supervisor, _ = slow_house(tmp_path, agent)
     async with supervisor:
         assert (await supervisor.ticket(ticket.task_id)).success
 
 
-class Sluggish(SqliteLedger):
+class Sluggish(SqliteTaskStore):
     """Takes long to look for lapsed leases, once told to."""
 
     seconds = 0.0
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
         await asyncio.sleep(self.seconds)
         return await super().reap(now=now, max_attempts=max_attempts)
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, about, error_of, fill, flood, now, results, turns, virtual
+from tests.support.task_plane import Agent, approximately, error_of, fill, flood, now, results, run_ready, virtual
 
 from forebay import (
     BackpressureSupervisor,
@@ -20,7 +20,7 @@ from forebay import (
     WorkerState,
 )
 from forebay.errors import NotStarted
-from forebay.sim import virtual_loop
+from forebay.simulation import virtual_loop
 
 
 class Tree:
@@ -52,7 +52,7 @@ async def test_recursion_goes_through_any_number_of_slots(slots: int, *, at_once
             "worker", handler=Tree(supervisor, at_once=at_once), task_types=["tree"], max_concurrent=slots
         )
         assert await supervisor.run(Task("tree", 4)) == 1 + 4 + 4 * 3 + 4 * 3 * 2 + 4 * 3 * 2
-        await turns()
+        await run_ready()
         assert worker.current_tasks == 0
 
 
@@ -180,8 +180,8 @@ async def test_a_slot_that_comes_back_while_its_run_waits_again_goes_on_to_who_n
         parent = supervisor.submit_nowait(Task("work", "parent"))
         supervisor.submit_nowait(Task("work", 3.0))  # has the lent slot when the first wait is over
         await parent
-        assert now() == about(4.0)
-        await turns()
+        assert now() == approximately(4.0)
+        await run_ready()
         assert worker.current_tasks == 0
 
 
@@ -199,7 +199,7 @@ async def test_a_nested_task_goes_before_newer_work_of_its_priority() -> None:
         supervisor.submit_nowait(Task("parent"))
         flood(supervisor, "child", 4)
         supervisor.submit_nowait(Task("child", "important", priority=Priority.HIGH))
-    assert agent.began == [0, "important", "nested", 1, 2, 3]
+    assert agent.started == [0, "important", "nested", 1, 2, 3]
 
 
 @virtual
@@ -247,7 +247,7 @@ async def test_nesting_goes_through_a_slot_too() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
         assert await supervisor.run(Task("work")) == "child"
-        await turns()
+        await run_ready()
         assert worker.current_tasks == 0
 
 
@@ -266,7 +266,7 @@ async def test_a_parent_that_gives_up_waiting_does_so_in_time_though_its_child_h
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
-        assert await supervisor.run(Task("work")) == about(1.0)
+        assert await supervisor.run(Task("work")) == approximately(1.0)
     assert children.running == 0
 
 
@@ -284,7 +284,7 @@ async def test_cancelling_a_parent_cancels_the_child_that_it_runs() -> None:
         await asyncio.sleep(1.0)
         assert child.running == 1
         ticket.cancel()
-        await turns()
+        await run_ready()
         assert child.running == 0
         assert supervisor.statistics().running == 0
 
@@ -345,7 +345,7 @@ async def test_a_parent_that_does_not_wait_for_its_child_keeps_its_slot_whatever
         supervisor.register_worker("parents", handler=parent, task_types=["parent"])
         supervisor.register_worker("children", handler=child, task_types=["child"])
         supervisor.submit_nowait(Task("parent", "outer"))
-    assert parents.began == ["outer", "inner"]
+    assert parents.started == ["outer", "inner"]
     assert parents.peak == 1
 
 
@@ -365,7 +365,7 @@ async def test_a_parent_that_comes_to_wait_late_lends_its_slot_then() -> None:
         supervisor.register_worker("parents", handler=parent, task_types=["parent"])
         supervisor.register_worker("children", handler=child, task_types=["child"])
         assert await supervisor.run(Task("parent")) == "bottom"
-        assert now() == about(5.0)
+        assert now() == approximately(5.0)
 
 
 @virtual
@@ -383,7 +383,7 @@ async def test_waiting_for_a_house_that_is_none_of_its_own_lends_no_slot() -> No
         other.register_worker("other", handler=Agent(), task_types=["other"], max_concurrent=9)
         supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=2)
         await results(flood(supervisor, "work", 6))
-        assert now() == about(3.0)
+        assert now() == approximately(3.0)
     assert peak == 2
 
 
@@ -398,7 +398,7 @@ async def test_following_a_childs_events_lends_the_slot_as_awaiting_it_does() ->
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
         assert await supervisor.run(Task("work")) == ["started", "finished"]
-        await turns()
+        await run_ready()
         assert worker.current_tasks == 0
 
 
@@ -428,8 +428,8 @@ async def test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own(
         await supervisor.submit_nowait(
             Task("parent", deadline=None if parents is None else Deadline.within(parents), timeout=60.0)
         )
-        await turns()
-    assert seen[0] == about(effective)
+        await run_ready()
+    assert seen[0] == approximately(effective)
 
 
 @virtual
@@ -446,7 +446,7 @@ async def test_a_grandchild_inherits_too() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
         await supervisor.submit_nowait(Task("work", 3, deadline=Deadline.within(7.0)))
-    assert deadlines == [about(7.0)] * 3
+    assert deadlines == [approximately(7.0)] * 3
 
 
 # --- supervisors of supervisors --------------------------------------------------------------------------------------
@@ -506,11 +506,11 @@ async def test_pressure_climbs_the_tree() -> None:
         nest(inner, outer, max_concurrent=50)
         for count in range(1, 5):
             assert outer.submit_nowait(Task("work"))
-            await turns()
+            await run_ready()
             assert outer.system_load() == pytest.approx(count / 5)
         ticket = outer.submit_nowait(Task("work"))
         assert ticket.verdict is Verdict.REJECTED
-        assert ticket.binding == "worker:inner"
+        assert ticket.limited_by == "worker:inner"
         assert ticket.load == pytest.approx(4 / 5)
 
 
@@ -524,7 +524,7 @@ async def test_pressure_climbs_more_than_one_floor() -> None:
         roof.register_worker("ground", handler=ground, task_types=["work"], max_concurrent=50)
         for _ in range(4):
             assert roof.submit_nowait(Task("work"))
-            await turns()
+            await run_ready()
         assert roof.system_load() == pytest.approx(4 / 5)
         assert not roof.submit_nowait(Task("work"))
 
@@ -536,7 +536,7 @@ async def test_work_that_a_free_worker_can_do_is_not_refused_because_a_nested_su
     async with BackpressureSupervisor() as outer:
         nest(inner, outer)
         outer.register_worker("own", handler=Agent(10.0), task_types=["work"], max_concurrent=5)
-        await turns()
+        await run_ready()
         inner.submit_nowait(Task("work"))
         assert outer.submit_nowait(Task("work"))
 
@@ -563,7 +563,7 @@ async def test_cancelling_at_the_top_stops_the_handler_at_the_bottom() -> None:
         ticket = outer.submit_nowait(Task("work"))
         await asyncio.sleep(1.0)
         ticket.cancel()
-        await turns()
+        await run_ready()
         assert agent.running == 0
         assert inner.statistics().running == 0
 
@@ -577,7 +577,7 @@ async def test_a_deadline_goes_down_the_tree() -> None:
         nest(inner, outer)
         result = await outer.submit_nowait(Task("work", deadline=Deadline.within(2.0)))
         assert result.status is TaskStatus.EXPIRED
-        await turns()
+        await run_ready()
         assert agent.running == 0
 
 
@@ -591,7 +591,7 @@ async def test_work_that_goes_down_and_comes_up_again_cannot_deadlock() -> None:
     async with BackpressureSupervisor() as outer:
         nest(inner, outer)
         assert await outer.run(Task("work", 5)) == "bottom"
-        await turns()
+        await run_ready()
         assert outer.statistics().running == inner.statistics().running == 0
 
 
@@ -611,7 +611,7 @@ async def test_work_that_comes_up_again_late_cannot_deadlock_either() -> None:
         inner.register_worker("bottom", handler=bottom, task_types=["below"])
         outer.register_worker("top", handler=down, task_types=["work"])
         assert await outer.run(Task("work", "start")) == "through"
-        await turns()
+        await run_ready()
         assert outer.statistics().running == inner.statistics().running == 0
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.unit.upstream.transport.wire import NOTHING, REQUEST, URL, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, left
 
 from forebay import Overloaded
 from forebay.breaker import BreakerState
-from forebay.sim import simulate
+from forebay.simulation import simulate
 from forebay.upstream import Upstream
 
 BEGINS, ENDS, TILL = 60.0, 360.0, 480.0  # seconds: the outage, and what is watched
@@ -72,7 +72,7 @@ class Outage:
             except Overloaded as error:
                 self.came.append(Came(began, loop.time(), error))
                 pause = error.retry_after or pause
-            self.states |= {desk.account.breaker.state(loop.time()) for desk in self.upstream.books}
+            self.states |= {desk.account.breaker.state(loop.time()) for desk in self.upstream.accounts}
             await asyncio.sleep(pause)
 
     def served(self, since: float, until: float) -> int:
@@ -107,8 +107,8 @@ def test_the_refusal_says_what_is_the_matter_and_when_to_come_again(outage: Outa
     assert len(refusals) >= 0.9 * len(late)  # the others knocked, and have the provider's own answer
     for error in refusals:
         assert "its provider has refused everything for" in error.reason
-        assert error.binding is not None
-        assert error.binding.endswith(":outage")
+        assert error.limited_by is not None
+        assert error.limited_by.endswith(":outage")
         assert error.retry_after is not None
         assert 0.0 < error.retry_after <= 15.0
 

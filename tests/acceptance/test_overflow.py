@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, about, error_of, flood, now, results, statuses, submit_all, turns, virtual
+from tests.support.task_plane import (
+    Agent,
+    approximately,
+    error_of,
+    flood,
+    now,
+    results,
+    run_ready,
+    statuses,
+    submit_all,
+    virtual,
+)
 
 from forebay import (
     BackpressureSupervisor,
@@ -63,7 +74,7 @@ async def test_what_a_full_house_refuses_is_spilled_and_runs_later(overflow: str
         spilled = tickets[-1]
         assert spilled
         assert spilled.status is TaskStatus.SPILLED
-        assert spilled.binding == "pool:work"
+        assert spilled.limited_by == "pool:work"
         assert spilled.retry_after is None
         assert supervisor.statistics().outside == 5
         assert [result.result for result in await results(tickets)] == list(range(8))
@@ -78,7 +89,7 @@ async def test_a_result_of_a_spilled_task_is_as_whole_as_any(overflow: str) -> N
         inside, outside = await tickets[0], await tickets[3]
     assert outside.result == inside.result
     assert (outside.worker_id, outside.status, outside.success) == ("worker", TaskStatus.SUCCEEDED, True)
-    assert (outside.attempts, outside.duration_ms) == (1, about(1000.0))
+    assert (outside.attempts, outside.duration_ms) == (1, approximately(1000.0))
 
 
 @virtual
@@ -94,7 +105,7 @@ async def test_a_task_that_may_not_spill_is_rejected(overflow: str) -> None:
     async with house(Agent(), overflow) as supervisor:
         tickets = await submit_all(supervisor, work(*range(4), spill=False))
         assert tickets[-1].verdict is Verdict.REJECTED
-        assert tickets[-1].binding == "pool:work"
+        assert tickets[-1].limited_by == "pool:work"
 
 
 @virtual
@@ -126,7 +137,7 @@ async def test_a_deadline_that_passes_outside_ends_the_task_then(overflow: str) 
         assert isinstance(await error_of(ticket.value()), TaskExpired)
         assert now() == pytest.approx(10.0, abs=0.1)
         assert supervisor.statistics().outside == 0
-    assert 3 not in agent.began
+    assert 3 not in agent.started
 
 
 @virtual
@@ -140,7 +151,7 @@ async def test_a_task_cancelled_outside_never_runs(overflow: str) -> None:
         assert supervisor.statistics().outside == 2
         await results(tickets)
     assert (result.status, result.error) == (TaskStatus.CANCELLED, "no longer wanted")
-    assert agent.began == [0, 1, 2, 3, 5]
+    assert agent.started == [0, 1, 2, 3, 5]
 
 
 @virtual
@@ -167,7 +178,7 @@ async def test_a_full_overflow_rejects_and_is_named(overflow: str) -> None:
         tickets = await submit_all(supervisor, work(*range(8)))
         assert [ticket.verdict for ticket in tickets[3:]] == [Verdict.SPILLED] * 3 + [Verdict.REJECTED] * 2
         refused = tickets[-1]
-        assert (refused.binding, refused.reason, refused.load) == ("overflow", "the overflow is full", 1.0)
+        assert (refused.limited_by, refused.reason, refused.load) == ("overflow", "the overflow is full", 1.0)
         assert refused.retry_after is not None
         assert all(result.success for result in await results(tickets[:6]))
         assert await supervisor.submit(Task("work"))
@@ -177,7 +188,7 @@ async def test_a_full_overflow_rejects_and_is_named(overflow: str) -> None:
 async def test_a_failed_pool_spills_and_goes_on_when_it_is_revived(overflow: str) -> None:
     agent = Agent(0.1, error=ValueError())
     supervisor = BackpressureSupervisor(overflow=overflow)
-    worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+    worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
     async with supervisor:
         await results(flood(supervisor, "work", 5))
         ticket = await supervisor.submit(Task("work", 7))
@@ -210,7 +221,7 @@ async def test_what_is_outside_comes_back_by_priority_then_deadline_then_age(ove
             ticket = await supervisor.submit(Task("work", name, priority=priority, deadline=deadline))
             assert ticket.verdict is Verdict.SPILLED
         await supervisor.drain() if overflow == "memory://" else await asyncio.sleep(10.0)
-    assert agent.began == [
+    assert agent.started == [
         "running",
         "critical",
         "high",
@@ -230,7 +241,7 @@ async def test_nothing_overtakes_what_waits_outside(overflow: str) -> None:
             await supervisor.submit(Task("work", number))
             await asyncio.sleep(0.6)
         await asyncio.sleep(60.0)
-    assert agent.began == list(range(60))
+    assert agent.started == list(range(60))
 
 
 @virtual
@@ -246,7 +257,7 @@ async def test_work_does_not_overtake_what_is_better_and_waits_outside_for_the_s
         normal = await supervisor.submit(Task("work", "normal"))
         assert normal.verdict is Verdict.SPILLED
         await results([high, normal])
-    assert agent.began == [0, "high", "normal"]
+    assert agent.started == [0, "high", "normal"]
 
 
 @virtual
@@ -257,7 +268,7 @@ async def test_better_work_than_what_waits_outside_need_not_wait_for_it(overflow
         ticket = await supervisor.submit(Task("work", "critical", priority=CRITICAL))
         assert ticket.verdict is Verdict.ADMITTED
         await asyncio.sleep(15.0)
-    assert agent.began[:3] == [0, "critical", 1]
+    assert agent.started[:3] == [0, "critical", 1]
 
 
 @virtual
@@ -268,7 +279,7 @@ async def test_a_critical_task_outside_does_not_wait_until_a_full_line_is_empty(
         ticket = await supervisor.submit(Task("work", "critical", priority=CRITICAL))
         assert ticket.verdict is Verdict.SPILLED
         await ticket
-    assert agent.began.index("critical") <= 2  # one slot fell free before it was back
+    assert agent.started.index("critical") <= 2  # one slot fell free before it was back
 
 
 @virtual
@@ -278,8 +289,8 @@ async def test_low_work_outside_moves_under_a_flood_of_better_work(overflow: str
         await submit_all(supervisor, work("running", *["low"] * 5, priority=LOW))
         await submit_all(supervisor, work(*["high"] * 200, priority=HIGH))
         await asyncio.sleep(15.0)
-    assert 3 <= agent.began[:80].count("low") <= 4  # one in twenty-one, and who was first
-    assert agent.began.count("high") > 100
+    assert 3 <= agent.started[:80].count("low") <= 4  # one in twenty-one, and who was first
+    assert agent.started.count("high") > 100
 
 
 @virtual
@@ -296,16 +307,16 @@ async def test_what_comes_back_is_started_by_no_more_than_there_are_slots(overfl
     async with house(agent, overflow, slots=3) as supervisor:
         await results(await submit_all(supervisor, work(*range(40))))
     assert agent.peak == 3
-    assert sorted(agent.began) == list(range(40))
+    assert sorted(agent.started) == list(range(40))
 
 
 @virtual
 async def test_tasks_of_a_thread_run_one_at_a_time_also_by_way_of_the_overflow(overflow: str) -> None:
     agent = Agent()
     async with house(agent, overflow, slots=3) as supervisor:
-        await results(await submit_all(supervisor, work(*range(12), thread="alice")))
+        await results(await submit_all(supervisor, work(*range(12), thread_id="alice")))
     assert agent.peak == 1
-    assert agent.began == list(range(12))
+    assert agent.started == list(range(12))
 
 
 # --- keys and ids ----------------------------------------------------------------------------------------------------
@@ -321,7 +332,7 @@ async def test_the_same_key_is_the_same_work_outside_too(overflow: str) -> None:
         assert first.verdict is Verdict.SPILLED
         assert second is first
         await first
-    assert agent.began == [0, 1, 2, "first"]
+    assert agent.started == [0, 1, 2, "first"]
 
 
 @virtual
@@ -332,7 +343,7 @@ async def test_of_many_who_submit_one_key_at_once_one_begins_the_work(overflow: 
         tickets = await asyncio.gather(*(supervisor.submit(Task("work", "once", key="k")) for _ in range(10)))
         await results(tickets)
         assert len({ticket.task_id for ticket in tickets}) == 1
-    assert agent.began.count("once") == 1
+    assert agent.started.count("once") == 1
 
 
 @virtual
@@ -369,7 +380,7 @@ async def test_who_leaves_while_submitting_leaves_nothing_half_done(after: int, 
         assert ended == counted.admitted + counted.spilled
         assert (counted.running, counted.waiting, counted.outside) == (0, 0, 0)
         if submitting.cancelled():
-            assert "left" not in agent.began
+            assert "left" not in agent.started
         else:
             assert (await submitting.result()).success
 
@@ -380,14 +391,14 @@ async def test_a_task_cancelled_on_its_way_out_never_runs(overflow: str) -> None
     async with house(agent, overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         submitting = asyncio.ensure_future(supervisor.submit(Task("work", "left", task_id="left")))
-        await turns(1)
+        await run_ready(1)
         assert supervisor.ticket("left").cancel("no longer wanted")
         ticket = await submitting
         result = await ticket
         assert now() < 0.5
         assert (result.status, result.error) == (TaskStatus.CANCELLED, "no longer wanted")
         await asyncio.sleep(10.0)
-    assert agent.began == [0, 1, 2]
+    assert agent.started == [0, 1, 2]
 
 
 @virtual
@@ -402,7 +413,7 @@ async def test_cancelling_run_of_a_spilled_task_cancels_it(overflow: str) -> Non
         await asyncio.wait([caller])
         await asyncio.sleep(10.0)
         assert supervisor.statistics().cancelled == 1
-    assert agent.began == [0, 1, 2]
+    assert agent.started == [0, 1, 2]
 
 
 @pytest.mark.parametrize("parents", [1, 3])
@@ -431,7 +442,7 @@ async def test_a_ticket_that_nobody_holds_takes_no_room_while_its_task_is_outsid
         assert [result.result for result in results] == list(range(1_000, 1_020))
         await asyncio.sleep(20.0)
         assert supervisor.statistics().succeeded == 2_000
-    assert agent.began == list(range(2_000))
+    assert agent.started == list(range(2_000))
 
 
 @virtual
@@ -470,7 +481,7 @@ async def test_a_deadline_holds_also_where_nobody_holds_the_ticket(file: str) ->
         await supervisor.submit(Task("work", "late", task_id="late", deadline=Deadline.within(10.0)))
         await asyncio.sleep(100.0)
         assert (await supervisor.ticket("late")).status is TaskStatus.EXPIRED
-    assert "late" not in agent.began
+    assert "late" not in agent.started
 
 
 @virtual
@@ -501,7 +512,7 @@ async def test_a_restart_continues_with_what_was_spilled(file: str) -> None:
         assert supervisor.statistics().outside > 0
         await asyncio.sleep(15.0)
         assert supervisor.statistics().outside == 0
-    assert sorted(agent.began) == list(range(1, 10))
+    assert sorted(agent.started) == list(range(1, 10))
 
 
 @virtual
@@ -513,7 +524,7 @@ async def test_what_drains_out_keeps_its_place_before_what_was_spilled_later(fil
     agent = Agent()
     async with house(agent, file) as supervisor:
         await asyncio.sleep(15.0)
-    assert agent.began == list(range(1, 12))
+    assert agent.started == list(range(1, 12))
 
 
 @pytest.mark.parametrize("moment", range(0, 50, 3))
@@ -524,14 +535,14 @@ async def test_closing_while_a_task_is_on_its_way_in_starts_nothing_and_loses_no
     await supervisor.start()
     await submit_all(supervisor, work(*range(6)))
     await asyncio.sleep(3.0 + moment * 0.0002)  # what waited inside has run, and the next ones are fetched
-    before = list(agent.began)
+    before = list(agent.started)
     await supervisor.close()
-    assert agent.began == before
+    assert agent.started == before
     ended = [supervisor.statistics().succeeded, supervisor.statistics().cancelled]
     rest = Agent()
     async with house(rest, file, slots=9):
         await asyncio.sleep(5.0)
-    assert len(rest.began) + sum(ended) == 6
+    assert len(rest.started) + sum(ended) == 6
 
 
 @virtual
@@ -557,7 +568,7 @@ async def test_after_a_restart_old_work_may_be_cancelled_by_its_id(file: str) ->
         ticket.cancel()
         assert (await ticket).status is TaskStatus.CANCELLED
         await asyncio.sleep(15.0)
-    assert sorted(agent.began, key=str) == [1, 2, 3, 4, "fresh"]
+    assert sorted(agent.started, key=str) == [1, 2, 3, 4, "fresh"]
 
 
 @virtual
@@ -571,7 +582,7 @@ async def test_after_a_restart_a_key_is_still_known(file: str) -> None:
     async with house(agent, file) as supervisor:
         assert await supervisor.run(Task("work", "again", key="done")) == "first"
         assert await supervisor.run(Task("work", "again", key="open")) == "second"
-    assert "again" not in agent.began
+    assert "again" not in agent.started
 
 
 @virtual
@@ -584,7 +595,7 @@ async def test_what_was_spilled_for_a_type_waits_until_somebody_serves_it(file: 
         assert supervisor.statistics().outside == 5
         supervisor.register_worker("late", handler=agent, task_types=["work"])
         await asyncio.sleep(10.0)
-    assert sorted(agent.began) == [1, 2, 3, 4, 5]
+    assert sorted(agent.started) == [1, 2, 3, 4, 5]
 
 
 @virtual
@@ -595,7 +606,7 @@ async def test_a_deadline_that_passed_while_nobody_ran_ends_the_task_and_starts_
     agent = Agent()
     async with house(agent, file) as supervisor:
         assert await statuses([supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]) == [TaskStatus.EXPIRED] * 5
-    assert agent.began == []
+    assert agent.started == []
 
 
 @virtual
@@ -606,7 +617,7 @@ async def test_two_supervisors_share_an_overflow_and_run_each_task_once(file: st
         await asyncio.sleep(40.0)
         assert all(result.success for result in await results(tickets))
         assert second.statistics().succeeded > 5
-    assert sorted(agent.began) == list(range(30))
+    assert sorted(agent.started) == list(range(30))
 
 
 # --- durable ---------------------------------------------------------------------------------------------------------
@@ -653,7 +664,7 @@ async def test_a_durable_task_that_was_rejected_may_be_submitted_again_as_it_is(
         task = Task("work", "again", durable=True, spill=False, key="k")
         assert (await supervisor.submit(task)).verdict is Verdict.REJECTED
         await asyncio.sleep(5.0)
-        assert agent.began == [0, 1, 2]
+        assert agent.started == [0, 1, 2]
         assert await supervisor.run(task) == "again"
 
 
@@ -665,7 +676,7 @@ async def test_a_long_task_keeps_its_lease_also_while_the_house_drains(file: str
         async with house(agent, file, lease=3.0):
             assert (await first.drain()).finished == 1
         assert (await ticket).success
-    assert agent.began == ["long"]
+    assert agent.started == ["long"]
 
 
 @virtual
@@ -677,7 +688,7 @@ async def test_a_failure_of_a_stored_task_is_final_and_not_tried_again(overflow:
         result = await tickets[-1]
         assert (result.status, result.error, result.attempts) == (TaskStatus.FAILED, "ValueError: x", 1)
         await asyncio.sleep(10.0)
-    assert agent.began == [0, 1, 2, 3, 4]
+    assert agent.started == [0, 1, 2, 3, 4]
 
 
 @virtual
@@ -709,4 +720,4 @@ async def test_leaving_by_an_error_keeps_what_is_spilled_and_ends_every_ticket(f
     agent = Agent()
     async with house(agent, file):
         await asyncio.sleep(10.0)
-    assert sorted(agent.began) == [1, 2, 3, 4, 5, 6, 7]
+    assert sorted(agent.started) == [1, 2, 3, 4, 5, 6, 7]

@@ -6,7 +6,7 @@ import math
 import pickle
 
 import pytest
-from tests.acceptance.house import Agent, error_of, flood, virtual
+from tests.support.task_plane import Agent, error_of, flood, virtual
 
 import forebay.errors
 from forebay import BackpressureSupervisor, ForebayError, Overloaded, Task, TaskCancelled, TaskExpired
@@ -75,7 +75,7 @@ def test_its_kin_do_not_look_like_a_providers_refusal_either() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        Overloaded("full", binding="pool:work", load=1.0, retry_after=2.5),
+        Overloaded("full", limited_by="pool:work", load=1.0, retry_after=2.5),
         TaskFailed(task_id="t", worker_id="w", error="ValueError: x"),
         TaskExpired(task_id="t", worker_id=None, error="late"),
         forebay.errors.UnknownTaskType(task_type="x", known="y"),

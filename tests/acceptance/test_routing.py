@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from tests.acceptance.house import Agent, about, fill, flood, now, results, statuses, turns, virtual
+from tests.support.task_plane import Agent, approximately, fill, flood, now, results, run_ready, statuses, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Priority, Task, WorkerState
 
@@ -33,7 +33,7 @@ async def test_the_line_is_served_by_priority_then_deadline_then_turn() -> None:
         ):
             deadline = None if within is None else Deadline.within(within)
             assert supervisor.submit_nowait(Task("work", name, priority=priority, deadline=deadline))
-    assert agent.began == [
+    assert agent.started == [
         "running",
         "critical",
         "high",
@@ -56,7 +56,7 @@ async def test_low_moves_under_a_flood_of_critical() -> None:
             supervisor.submit_nowait(Task("work", "critical", priority=CRITICAL))
             await asyncio.sleep(0.5)
             assert now() < 60.0
-    assert agent.began.index("low") >= 20
+    assert agent.started.index("low") >= 20
 
 
 @virtual
@@ -86,7 +86,7 @@ async def test_two_types_of_one_worker_are_served_by_priority_and_turn() -> None
             ("5", "a", CRITICAL),
         ):
             supervisor.submit_nowait(Task(kind, name, priority=priority))
-    assert agent.began == ["running", "5", "4", "1", "2", "3"]
+    assert agent.started == ["running", "5", "4", "1", "2", "3"]
 
 
 @virtual
@@ -96,7 +96,7 @@ async def test_critical_work_heads_the_line_if_no_worker_is_idle() -> None:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
         flood(supervisor, "work", 10)
         supervisor.submit_nowait(Task("work", "critical", priority=CRITICAL))
-    assert agent.began.index("critical") == 2
+    assert agent.started.index("critical") == 2
 
 
 @virtual
@@ -127,8 +127,8 @@ async def test_important_work_goes_to_an_idle_worker_though_a_busy_one_is_expect
         await results(flood(supervisor, "work", 2))
         flood(supervisor, "work", 3)
         supervisor.submit_nowait(Task("work", "important", priority=priority))
-        await turns()
-    assert slow.began == [0, "important"]
+        await run_ready()
+    assert slow.started == [0, "important"]
 
 
 @virtual
@@ -140,8 +140,8 @@ async def test_normal_work_goes_where_it_is_expected_to_finish_first_even_if_ano
         supervisor.register_worker("fast", handler=fast, task_types=["work"], max_concurrent=50)
         await results(flood(supervisor, "work", 2))
         flood(supervisor, "work", 30)
-        await turns()
-        assert slow.began == [0]
+        await run_ready()
+        assert slow.started == [0]
         assert supervisor.workers["slow"].state is WorkerState.IDLE
 
 
@@ -161,11 +161,13 @@ async def share_of_work(agents: dict[str, Agent], tasks: int, *, every: float, s
     """How many of `tasks` each agent got, when one comes `every` so many seconds."""
     async with BackpressureSupervisor() as supervisor:
         for name, agent in agents.items():
-            supervisor.register_worker(name, handler=agent, task_types=["work"], max_concurrent=slots, cool_off=None)
+            supervisor.register_worker(
+                name, handler=agent, task_types=["work"], max_concurrent=slots, reset_timeout=None
+            )
         for _ in range(tasks):
             supervisor.submit_nowait(Task("work"))
             await asyncio.sleep(every)
-    return Counter({name: len(agent.began) for name, agent in agents.items()})
+    return Counter({name: len(agent.started) for name, agent in agents.items()})
 
 
 @virtual
@@ -181,7 +183,7 @@ async def test_under_full_load_every_worker_is_used() -> None:
         supervisor.register_worker("fast", handler=fast, task_types=["work"], max_concurrent=4)
         supervisor.register_worker("slow", handler=slow, task_types=["work"], max_concurrent=4)
         flood(supervisor, "work", 80)
-    assert len(fast.began) == pytest.approx(4 * len(slow.began), rel=0.25)
+    assert len(fast.started) == pytest.approx(4 * len(slow.started), rel=0.25)
 
 
 @virtual
@@ -207,13 +209,13 @@ async def test_a_worker_that_fails_now_and_then_is_forgiven() -> None:
         shaky.error = ValueError()
         await results(flood(supervisor, "work", 4))
         shaky.error = None
-        before = len(shaky.began)
+        before = len(shaky.started)
         await results(flood(supervisor, "work", 2))
-        assert shaky.began[before:] == []  # its score is up
+        assert shaky.started[before:] == []  # its score is up
         await asyncio.sleep(60.0)
-        before = len(shaky.began)
+        before = len(shaky.started)
         await results(flood(supervisor, "work", 8))
-        assert len(shaky.began[before:]) == 4
+        assert len(shaky.started[before:]) == 4
 
 
 @virtual
@@ -224,8 +226,8 @@ async def test_a_worker_whose_pace_is_unknown_is_taken_for_the_median() -> None:
         await results(flood(supervisor, "work", 10))
         supervisor.register_worker("fresh", handler=fresh, task_types=["work"], max_concurrent=10)
         flood(supervisor, "work", 10)
-        await turns()
-    assert len(fresh.began) == 5
+        await run_ready()
+    assert len(fresh.started) == 5
 
 
 @virtual
@@ -241,8 +243,8 @@ async def test_a_new_worker_is_tried_though_the_pool_was_slow_when_it_came() -> 
         for _ in range(20):
             await results(flood(supervisor, "work", 1))
         flood(supervisor, "work", 20)
-        await turns()
-    assert len(fresh.began) >= 9
+        await run_ready()
+    assert len(fresh.started) >= 9
 
 
 @virtual
@@ -253,7 +255,7 @@ async def test_failures_do_not_count_as_speed() -> None:
         await results(flood(supervisor, "work", 1))
         agent.seconds, agent.error = 0.01, ValueError()
         await results(flood(supervisor, "work", 3))
-        assert supervisor.workers["worker"].avg_duration_ms == about(1000.0)
+        assert supervisor.workers["worker"].avg_duration_ms == approximately(1000.0)
 
 
 @virtual

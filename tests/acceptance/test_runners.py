@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-from tests.acceptance.house import virtual
+from tests.support.task_plane import virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus
-from forebay.sim import simulate
+from forebay.simulation import simulate
 
 Kept = Callable[[], Any]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, about, error_of, now, results, turns, virtual
-from tests.sim.ledgers import Score, Trouble, Unreliable
+from tests.support.task_plane import Agent, approximately, error_of, now, results, run_ready, virtual
+from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, clock
-from forebay.overflow import open_ledger
-from forebay.typing import Lease
+from forebay.interfaces import Lease
+from forebay.overflow import open_task_store
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -23,8 +23,8 @@ def file(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/spill.db?synchronous=off"
 
 
-def troubled(url: str, **trouble: Any) -> Unreliable:
-    return Unreliable(open_ledger(url), Trouble(**trouble), Score(), clock.chance(0))
+def troubled(url: str, **trouble: Any) -> UnreliableStore:
+    return UnreliableStore(open_task_store(url), StoreFaults(**trouble), AcknowledgedWrites(), clock.new_random(0))
 
 
 def house(agent: Any, overflow: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
@@ -73,7 +73,7 @@ async def test_a_ticket_got_by_key_ends_as_the_work_that_another_process_has_sto
         find_key, ledger.find_key = ledger.find_key, find_and_be_overtaken  # type: ignore[method-assign]
         first = asyncio.ensure_future(here.submit(Task("work", "ours", key="k", durable=True)))
         await overtaken.wait()
-        await turns()
+        await run_ready()
         early = here.submit_nowait(Task("work", "ours", key="k"))
         assert (await early).result == "theirs"
         assert (await (await first)).result == "theirs"
@@ -86,45 +86,45 @@ async def test_a_ticket_got_by_key_ends_as_the_work_that_another_process_has_sto
 async def test_a_task_behind_its_thread_does_not_start_once_its_lease_has_lapsed(file: str) -> None:
     agent = Agent(10.0)
     async with (
-        house(agent, troubled(file, spells=((1.0, 9.5),)), slots=2, lease=3.0) as here,
+        house(agent, troubled(file, outages=((1.0, 9.5),)), slots=2, lease=3.0) as here,
         house(agent, file, lease=3.0),
     ):
-        before = await here.submit(Task("work", "before", thread="t"))
-        behind = await here.submit(Task("work", "behind", thread="t", durable=True))
+        before = await here.submit(Task("work", "before", thread_id="t"))
+        behind = await here.submit(Task("work", "behind", thread_id="t", durable=True))
         assert all(result.success for result in await results([before, behind]))
-        assert agent.began == ["before", "behind"]
+        assert agent.started == ["before", "behind"]
         assert here.statistics().started == 1
 
 
 @virtual
 async def test_a_lost_row_that_comes_back_while_its_task_still_runs_is_not_begun_again(file: str) -> None:
     agent = Agent(30.0)
-    async with house(agent, troubled(file, spells=((1.0, 12.0),)), slots=2, lease=3.0) as here:
+    async with house(agent, troubled(file, outages=((1.0, 12.0),)), slots=2, lease=3.0) as here:
         ticket = await here.submit(Task("work", "once", durable=True))
-        other = open_ledger(file)
+        other = open_task_store(file)
         await other.open()
         await asyncio.sleep(10.0)
         await other.reap(now=1e12, max_attempts=3)  # another process finds it lapsed, and ends before it takes it
         await other.close()
         assert (await ticket).success
-        assert agent.began == ["once"]
+        assert agent.started == ["once"]
 
 
 @virtual
 async def test_a_row_whose_answer_was_lost_is_taken_for_the_task_that_was_submitted_again(file: str) -> None:
     agent = Agent()
-    ledger = troubled(file, forgets=1.0)
-    ledger.cure()
+    ledger = troubled(file, loses_reply=1.0)
+    ledger.repair()
     async with house(agent, ledger, max_queue_size=0) as supervisor:
         running = await supervisor.submit(Task("work", "running"))
-        ledger._trouble = Trouble(forgets=1.0)
+        ledger._faults = StoreFaults(loses_reply=1.0)
         assert not await supervisor.submit(Task("work", "again", task_id="a"))
-        ledger.cure()
+        ledger.repair()
         await running
         ticket = supervisor.submit_nowait(Task("work", "again", task_id="a"))
         assert (await ticket).success
         await asyncio.sleep(60.0)
-        assert agent.began == ["running", "again"]
+        assert agent.started == ["running", "again"]
         assert supervisor.statistics().outside == 0
 
 
@@ -147,7 +147,7 @@ async def test_a_task_that_was_pulled_in_before_the_store_answered_is_spilled_wh
         ticket = await first
         assert ticket.verdict is Verdict.SPILLED
         assert all(result.success for result in await results([ticket, second]))
-        assert agent.began == ["running", "unanswered", "spilled"]
+        assert agent.started == ["running", "unanswered", "spilled"]
 
 
 # --- what the store could not be told --------------------------------------------------------------------------------
@@ -156,11 +156,11 @@ async def test_a_task_that_was_pulled_in_before_the_store_answered_is_spilled_wh
 @virtual
 async def test_a_task_whose_end_could_not_be_stored_is_not_run_again_by_who_ran_it(file: str) -> None:
     agent = Agent(5.0)
-    async with house(agent, troubled(file, spells=((4.0, 8.0),)), lease=6.0) as supervisor:
+    async with house(agent, troubled(file, outages=((4.0, 8.0),)), lease=6.0) as supervisor:
         ticket = await supervisor.submit(Task("work", "once", task_id="a", durable=True))
         assert (await ticket).success
         await asyncio.sleep(60.0)
-        assert agent.began == ["once"]
+        assert agent.started == ["once"]
         assert supervisor.statistics().succeeded == 1
     async with house(agent, file) as later:
         assert (await later.ticket("a")).status is TaskStatus.SUCCEEDED
@@ -169,7 +169,7 @@ async def test_a_task_whose_end_could_not_be_stored_is_not_run_again_by_who_ran_
 @virtual
 async def test_what_cannot_be_stored_as_the_house_drains_runs_to_its_end_inside(file: str) -> None:
     agent = Agent(1.0)
-    async with house(agent, troubled(file, spells=((0.5, 100.0),))) as supervisor:
+    async with house(agent, troubled(file, outages=((0.5, 100.0),))) as supervisor:
         tickets = [await supervisor.submit(Task("work", number)) for number in range(3)]
         await asyncio.sleep(0.6)
         await supervisor.drain()
@@ -196,11 +196,11 @@ async def test_a_stored_task_whose_start_was_slow_to_record_does_not_hold_up_the
         await asyncio.sleep(8.0)
         return await start(lease)
 
-    start, ledger.start = ledger.start, start_late  # type: ignore[method-assign]
+    start, ledger.begin_attempt = ledger.begin_attempt, start_late  # type: ignore[method-assign]
     supervisor = BackpressureSupervisor(overflow=ledger)
     supervisor.register_worker("worker", handler=Agent(100.0), task_types=["work"], max_concurrent=2, timeout=10.0)
     async with supervisor:
         await supervisor.submit(Task("work", durable=True))
         other, began = await supervisor.submit(Task("work")), now()
         assert (await other).status is TaskStatus.TIMED_OUT
-        assert now() - began == about(10.0)
+        assert now() - began == approximately(10.0)

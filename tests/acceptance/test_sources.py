@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, about, flood, now, virtual
+from tests.support.task_plane import Agent, approximately, flood, now, virtual
 
 from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus, Verdict, WorkerState, context
-from forebay.testing import Record
+from forebay.testing import EventRecord
 
 
 class Key:
@@ -30,40 +30,40 @@ class Key:
         self.callbacks: dict[object, Callable[[], None]] = {}
 
     @property
-    def parts(self) -> tuple[Key]:
+    def accounts(self) -> tuple[Key]:
         return (self,)
 
-    def load(self, rung: Priority = Priority.NORMAL) -> tuple[float, str]:  # noqa: ARG002 - see Source
+    def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:  # noqa: ARG002 - see Source
         return self.reading, "requests"
 
-    def room(self, rung: Priority, load: float) -> tuple[float, float]:  # noqa: ARG002 - see Source
+    def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:  # noqa: ARG002 - see Source
         seconds, each = self.lasts
         return (seconds if self.reading >= load else 0.0), each
 
-    def shuts_out(self, rung: Priority) -> bool:
-        return self.queued and rung is not Priority.CRITICAL
+    def blocks(self, priority: Priority) -> bool:
+        return self.queued and priority is not Priority.CRITICAL
 
-    def may_start(self, rung: Priority) -> bool:
+    def may_start(self, priority: Priority) -> bool:
         self.looked += 1
-        return self.open or rung is Priority.CRITICAL
+        return self.open or priority is Priority.CRITICAL
 
-    def typical(self) -> float:
+    def typical_latency(self) -> float:
         return self.seconds
 
-    def hold_back(self, who: object, runs: int, rung: Priority = Priority.NORMAL) -> None:  # noqa: ARG002 - see Source
+    def hold_back(self, holder: object, runs: int, priority: Priority = Priority.NORMAL) -> None:  # noqa: ARG002 - see Source
         if runs:
-            self.held[who] = runs
+            self.held[holder] = runs
         else:
-            self.held.pop(who, None)
+            self.held.pop(holder, None)
 
-    def coming(self, runs: int) -> None:
+    def add_expected_calls(self, runs: int) -> None:
         self.awaited += runs
 
-    def on_relief(self, who: object, callback: Callable[[], None]) -> None:
-        self.callbacks[who] = callback
+    def on_relief(self, holder: object, callback: Callable[[], None]) -> None:
+        self.callbacks[holder] = callback
 
-    def forget(self, who: object) -> None:
-        del self.callbacks[who]
+    def forget(self, holder: object) -> None:
+        del self.callbacks[holder]
 
     def relieve(self) -> None:
         self.open = True
@@ -71,7 +71,7 @@ class Key:
             callback()
 
 
-class Drawing(Agent):
+class CallingAgent(Agent):
     """An agent whose every run draws on a key."""
 
     def __init__(self, key: Key, seconds: float = 1.0) -> None:
@@ -79,9 +79,9 @@ class Drawing(Agent):
         self.key = key
 
     async def __call__(self, task: Task) -> Any:
-        running = context.drawing()
+        running = context.call_observer()
         assert running is not None
-        running.meet(self.key)
+        running.record_call(self.key)
         return await super().__call__(task)
 
 
@@ -94,12 +94,12 @@ def house(agent: Agent, *, slots: int = 4, **settings: Any) -> BackpressureSuper
 @virtual
 async def test_what_a_run_draws_on_refuses_the_next_though_slots_are_free() -> None:
     key = Key()
-    async with house(Drawing(key)) as supervisor:
+    async with house(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.reading = 0.85
         ticket = supervisor.submit_nowait(Task("work"))
         assert ticket.verdict is Verdict.REJECTED
-        assert (ticket.binding, ticket.load) == ("upstream:key", 0.85)
+        assert (ticket.limited_by, ticket.load) == ("upstream:key", 0.85)
         assert supervisor.submit_nowait(Task("work", priority=Priority.HIGH))
         assert supervisor.system_load() == 0.85
         assert [reading.load for reading in supervisor.readings() if reading.resource == "upstream:key"] == [0.85]
@@ -110,7 +110,7 @@ async def test_what_a_run_draws_on_refuses_the_next_though_slots_are_free() -> N
 @virtual
 async def test_a_worker_that_draws_on_nothing_keeps_the_gate_open() -> None:
     key = Key()
-    async with house(Drawing(key), slots=1) as supervisor:
+    async with house(CallingAgent(key), slots=1) as supervisor:
         await supervisor.run(Task("work"))
         supervisor.register_worker("local", handler=Agent(), task_types=["work"], max_concurrent=1)
         key.reading = 2.0
@@ -120,7 +120,7 @@ async def test_a_worker_that_draws_on_nothing_keeps_the_gate_open() -> None:
 @virtual
 async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> None:
     key = Key()
-    agent = Drawing(key)
+    agent = CallingAgent(key)
     async with house(agent) as supervisor:
         await supervisor.run(Task("work", "first"))
         key.open = False
@@ -132,14 +132,14 @@ async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> No
         await asyncio.sleep(4.5)
         key.relieve()
         await asyncio.gather(*(ticket.value() for ticket in tickets))
-        assert now() - began == about(6.0)
+        assert now() - began == approximately(6.0)
         assert not key.held
 
 
 @virtual
 async def test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_none_waiting() -> None:
     key = Key()
-    agent = Drawing(key, seconds=1000.0)
+    agent = CallingAgent(key, seconds=1000.0)
     async with house(agent) as supervisor:
         tickets = flood(supervisor, "work", 1)
         await asyncio.sleep(0.5)
@@ -157,7 +157,7 @@ async def test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_non
 @virtual
 async def test_a_source_of_short_calls_that_is_shut_for_long_is_looked_at_now_and_then() -> None:
     key = Key()
-    async with house(Drawing(key)) as supervisor:
+    async with house(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.open, key.queued, key.seconds = False, True, 0.001
         ticket = supervisor.submit_nowait(Task("work"))
@@ -176,11 +176,11 @@ async def test_a_better_run_that_is_held_back_is_not_passed_by_one_that_comes_la
             return self.open or rung is not Priority.CRITICAL
 
     key = Odd()
-    agent = Drawing(key)
+    agent = CallingAgent(key)
     async with house(agent) as supervisor:
         await supervisor.run(Task("work", priority=Priority.CRITICAL))
         key.open = False
-        with Record(supervisor) as record:
+        with EventRecord(supervisor) as record:
             tickets = [
                 await supervisor.submit(Task("work", priority=rung)) for rung in (Priority.CRITICAL, Priority.HIGH)
             ]
@@ -193,7 +193,7 @@ async def test_a_better_run_that_is_held_back_is_not_passed_by_one_that_comes_la
 @virtual
 async def test_what_comes_back_from_the_overflow_waits_as_well() -> None:
     key = Key()
-    agent = Drawing(key)
+    agent = CallingAgent(key)
     async with house(agent, overflow="memory://", max_queue_size=1) as supervisor:
         await supervisor.run(Task("work"))
         tickets = [await supervisor.submit(Task("work", number)) for number in range(6)]
@@ -204,16 +204,16 @@ async def test_what_comes_back_from_the_overflow_waits_as_well() -> None:
         key.relieve()
         for ticket in tickets:
             assert (await ticket).success
-        assert now() == about(4.0)
+        assert now() == approximately(4.0)
 
 
 @virtual
 async def test_who_waited_behind_its_thread_waits_as_well() -> None:
     key = Key()
-    agent = Drawing(key)
+    agent = CallingAgent(key)
     async with house(agent) as supervisor:
         await supervisor.run(Task("work"))
-        tickets = flood(supervisor, "work", 2, thread="talk")
+        tickets = flood(supervisor, "work", 2, thread_id="talk")
         await asyncio.sleep(0.5)
         key.open = False
         await asyncio.sleep(1.0)
@@ -231,7 +231,7 @@ async def test_a_run_counts_as_coming_before_its_start_is_on_record(tmp_path: Pa
             return super().may_start(rung) and not self.awaited
 
     key = Narrow()
-    agent = Drawing(key)
+    agent = CallingAgent(key)
     async with house(agent, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
         await supervisor.run(Task("work"))
         key.open = False
@@ -246,24 +246,24 @@ async def test_a_run_counts_as_coming_before_its_start_is_on_record(tmp_path: Pa
 @virtual
 async def test_a_line_that_is_full_for_the_sake_of_a_source_names_the_source() -> None:
     key = Key()
-    async with house(Drawing(key), max_queue_size=10) as supervisor:
+    async with house(CallingAgent(key), max_queue_size=10) as supervisor:
         await supervisor.run(Task("work"))
         full = flood(supervisor, "work", 20)[-1]
-        assert full.binding == supervisor.statistics().binding == "pool:work"
+        assert full.limited_by == supervisor.statistics().limited_by == "pool:work"
         key.open = False
         held = supervisor.submit_nowait(Task("work"))
         assert (held.verdict, held.load) == (Verdict.REJECTED, full.load)
-        assert held.binding == supervisor.statistics().binding == "upstream:key"
+        assert held.limited_by == supervisor.statistics().limited_by == "upstream:key"
         assert "for want of upstream:key" in (held.reason or "")
         supervisor.register_worker("local", handler=Agent(), task_types=["work"])
-        assert supervisor.statistics().binding == "pool:work", "who draws on nothing would bear more"
+        assert supervisor.statistics().limited_by == "pool:work", "who draws on nothing would bear more"
         key.relieve()
 
 
 @virtual
 async def test_one_run_of_each_rung_starts_in_every_typical_call_whatever_the_pressure() -> None:
     key = Key()
-    agent = Drawing(key)
+    agent = CallingAgent(key)
     async with house(agent) as supervisor:
         await supervisor.run(Task("work", "first"))  # at 0, so the next may start at 10
         key.open = False
@@ -275,18 +275,18 @@ async def test_one_run_of_each_rung_starts_in_every_typical_call_whatever_the_pr
             await ticket
             ends.append(now() - began)
         assert (await low).success
-        assert ends == [about(11.0), about(21.0)]
+        assert ends == [approximately(11.0), approximately(21.0)]
 
 
 @virtual
 async def test_critical_runs_start_as_the_source_lets_them() -> None:
     key = Key()
-    async with house(Drawing(key)) as supervisor:
+    async with house(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.open = False
         began = now()
         await asyncio.gather(*(supervisor.run(Task("work", priority=Priority.CRITICAL)) for _ in range(3)))
-        assert now() - began == about(1.0)
+        assert now() - began == approximately(1.0)
 
 
 @virtual
@@ -294,9 +294,9 @@ async def test_a_call_refused_for_good_ends_its_run_as_overloaded_whatever_becam
     key = Key()
 
     async def handler(task: Task) -> str:
-        running = context.drawing()
+        running = context.call_observer()
         assert running is not None
-        running.refused(key, Overloaded("the key is busy", binding="upstream:key", retry_after=3.0))
+        running.record_rejection(key, Overloaded("the key is busy", limited_by="upstream:key", retry_after=3.0))
         if task.payload == "recovers":
             return "another way"
         raise ConnectionError
@@ -313,9 +313,9 @@ async def test_a_call_refused_for_good_ends_its_run_as_overloaded_whatever_becam
 @virtual
 async def test_what_an_upstream_failed_does_not_count_against_the_worker() -> None:
     async def handler(_: Task) -> None:
-        running = context.drawing()
+        running = context.call_observer()
         assert running is not None
-        running.let_down()
+        running.record_upstream_fault()
         raise ConnectionError
 
     async with BackpressureSupervisor() as supervisor:
@@ -331,11 +331,11 @@ async def test_a_run_that_has_begun_is_expected_to_call_until_it_does_or_ends() 
     calls = False
 
     async def handler(_: Task) -> None:
-        running = context.drawing()
+        running = context.call_observer()
         assert running is not None
         await asyncio.sleep(1.0)
         if calls:
-            running.meet(key)
+            running.record_call(key)
             await asyncio.sleep(1.0)
 
     async with BackpressureSupervisor() as supervisor:
@@ -357,7 +357,7 @@ async def test_a_run_that_has_begun_is_expected_to_call_until_it_does_or_ends() 
 @virtual
 async def test_a_house_that_has_closed_no_longer_watches() -> None:
     key = Key()
-    async with house(Drawing(key)) as supervisor:
+    async with house(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         assert key.callbacks
     assert not key.callbacks

@@ -6,17 +6,17 @@ import asyncio
 import time
 
 import pytest
-from tests.acceptance.house import (
+from tests.support.task_plane import (
     Agent,
-    about,
     admitted,
+    approximately,
     error_of,
     fill,
     flood,
     now,
     rejected,
     results,
-    turns,
+    run_ready,
     virtual,
 )
 
@@ -47,7 +47,7 @@ async def test_an_admitted_task_gives_a_true_ticket_and_a_whole_result() -> None
         result = await ticket
     assert (result.task_id, result.worker_id, result.success) == ("r1", "researcher", True)
     assert (result.status, result.result, result.error) == (TaskStatus.SUCCEEDED, "rivers", None)
-    assert result.duration_ms == about(2000.0)
+    assert result.duration_ms == approximately(2000.0)
     assert result.attempts == 1
 
 
@@ -95,7 +95,7 @@ async def test_a_rejected_ticket_is_false_and_says_why_and_when_to_come_back() -
         assert not ticket
         assert ticket.verdict is Verdict.REJECTED
         assert ticket.status is TaskStatus.REJECTED
-        assert ticket.binding == "pool:work"
+        assert ticket.limited_by == "pool:work"
         assert ticket.load == 1.0
         assert ticket.reason == "pool:work is at 100%, and NORMAL is refused from 80%"
         assert ticket.retry_after is not None
@@ -110,9 +110,9 @@ async def test_awaiting_a_rejected_ticket_raises_overloaded_with_its_facts() -> 
         ticket = flood(supervisor, "work", 2)[1]
         error = await error_of(ticket)
         assert isinstance(error, Overloaded)
-        assert (error.reason, error.binding, error.load, error.retry_after) == (
+        assert (error.reason, error.limited_by, error.load, error.retry_after) == (
             ticket.reason,
-            ticket.binding,
+            ticket.limited_by,
             ticket.load,
             ticket.retry_after,
         )
@@ -194,7 +194,7 @@ async def test_run_raises_task_expired_if_the_deadline_comes_first() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
         error = await error_of(supervisor.run(Task("work", timeout=5.0, deadline=Deadline.within(2.0))))
-        assert now() == about(2.0)
+        assert now() == approximately(2.0)
     assert isinstance(error, TaskExpired)
 
 
@@ -208,9 +208,9 @@ async def test_cancelling_run_cancels_the_task() -> None:
         caller.cancel()
         await asyncio.wait([caller])
         assert supervisor.ticket("mine").status is TaskStatus.CANCELLED
-        await turns()
+        await run_ready()
         assert agent.running == 0
-        assert now() == about(1.0)
+        assert now() == approximately(1.0)
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ async def test_the_system_load_is_the_fullest_resources() -> None:
         supervisor.register_worker("busy", handler=Agent(), task_types=["work"])
         flood(supervisor, "work", 2)
         assert supervisor.system_load() == 1.0
-        assert supervisor.statistics().binding == "pool:work"
+        assert supervisor.statistics().limited_by == "pool:work"
 
 
 @virtual
@@ -363,11 +363,11 @@ async def test_a_task_whose_deadline_passes_in_line_ends_expired_then() -> None:
         supervisor.submit_nowait(Task("work", "first"))
         ticket = supervisor.submit_nowait(Task("work", "late", deadline=Deadline.within(3.0)))
         result = await ticket
-        assert now() == about(3.0)
+        assert now() == approximately(3.0)
         assert supervisor.statistics().waiting == 0
     assert result.status is TaskStatus.EXPIRED
     assert result.worker_id is None
-    assert agent.began == ["first"]
+    assert agent.started == ["first"]
 
 
 @virtual
@@ -376,12 +376,12 @@ async def test_a_task_whose_deadline_passes_while_it_runs_ends_expired_and_is_st
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"])
         result = await supervisor.submit_nowait(Task("work", deadline=Deadline.within(3.0)))
-        assert now() == about(3.0)
-        await turns()
+        assert now() == approximately(3.0)
+        await run_ready()
         assert agent.running == 0
     assert result.status is TaskStatus.EXPIRED
     assert result.worker_id == "worker"
-    assert result.duration_ms == about(3000.0)
+    assert result.duration_ms == approximately(3000.0)
 
 
 @virtual
@@ -427,10 +427,10 @@ async def test_a_deadline_is_absolute_and_counts_from_its_making() -> None:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
         deadline = Deadline.within(5.0)
         await asyncio.sleep(4.0)
-        assert deadline.remaining() == about(1.0)
+        assert deadline.remaining() == approximately(1.0)
         ticket = supervisor.submit_nowait(Task("work", deadline=deadline))
         assert (await ticket).status is TaskStatus.EXPIRED
-        assert now() == about(5.0)
+        assert now() == approximately(5.0)
 
 
 def test_outside_of_a_loop_a_deadline_is_by_the_clock_on_the_wall() -> None:
@@ -445,10 +445,10 @@ async def test_tasks_of_a_thread_run_one_at_a_time_in_order() -> None:
     agent = Agent()
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
-        tickets = flood(supervisor, "chat", 6, thread="alice")
+        tickets = flood(supervisor, "chat", 6, thread_id="alice")
         await results(tickets)
-        assert now() == about(6.0)
-    assert agent.began == [0, 1, 2, 3, 4, 5]
+        assert now() == approximately(6.0)
+    assert agent.started == [0, 1, 2, 3, 4, 5]
     assert agent.peak == 1
 
 
@@ -456,9 +456,9 @@ async def test_tasks_of_a_thread_run_one_at_a_time_in_order() -> None:
 async def test_threads_do_not_hold_up_one_another_nor_tasks_without_one() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=10)
-        tickets = [supervisor.submit_nowait(Task("chat", thread=thread)) for thread in ("alice", "bob", None, None)]
+        tickets = [supervisor.submit_nowait(Task("chat", thread_id=thread)) for thread in ("alice", "bob", None, None)]
         await results(tickets)
-        assert now() == about(1.0)
+        assert now() == approximately(1.0)
 
 
 @virtual
@@ -466,14 +466,14 @@ async def test_a_thread_goes_on_when_a_task_of_it_fails_or_is_cancelled() -> Non
     agent = Agent(error=ValueError())
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
-        first, second, third, fourth = flood(supervisor, "chat", 4, thread="alice")
+        first, second, third, fourth = flood(supervisor, "chat", 4, thread_id="alice")
         second.cancel()
         await first
-        await turns()
+        await run_ready()
         third.cancel()
         agent.error = None
         assert (await fourth).status is TaskStatus.SUCCEEDED
-    assert agent.began == [0, 2, 3]
+    assert agent.started == [0, 2, 3]
     assert agent.peak == 1
 
 
@@ -483,11 +483,11 @@ async def test_a_priority_does_not_overtake_within_its_thread() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
         tickets = [
-            supervisor.submit_nowait(Task("chat", priority, thread="alice", priority=priority))
+            supervisor.submit_nowait(Task("chat", priority, thread_id="alice", priority=priority))
             for priority in (Priority.LOW, Priority.NORMAL, Priority.CRITICAL)
         ]
         await results(tickets)
-    assert agent.began == [Priority.LOW, Priority.NORMAL, Priority.CRITICAL]
+    assert agent.started == [Priority.LOW, Priority.NORMAL, Priority.CRITICAL]
 
 
 @virtual
@@ -496,7 +496,7 @@ async def test_a_thread_spans_task_types() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("a", handler=agent, task_types=["ask"], max_concurrent=10)
         supervisor.register_worker("b", handler=agent, task_types=["tell"], max_concurrent=10)
-        await results([supervisor.submit_nowait(Task(kind, thread="alice")) for kind in ("ask", "tell", "ask")])
+        await results([supervisor.submit_nowait(Task(kind, thread_id="alice")) for kind in ("ask", "tell", "ask")])
     assert agent.peak == 1
 
 
@@ -504,7 +504,7 @@ async def test_a_thread_spans_task_types() -> None:
 async def test_who_waits_behind_a_thread_takes_room_in_the_line() -> None:
     async with BackpressureSupervisor(max_queue_size=4) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=4)
-        tickets = flood(supervisor, "chat", 20, thread="alice")
+        tickets = flood(supervisor, "chat", 20, thread_id="alice")
         assert len(admitted(tickets)) == 7  # of 8 places, NORMAL is refused from 80 %
 
 
@@ -513,12 +513,12 @@ async def test_a_deadline_passes_behind_a_thread_too() -> None:
     agent = Agent(10.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
-        supervisor.submit_nowait(Task("chat", 0, thread="alice"))
-        ticket = supervisor.submit_nowait(Task("chat", 1, thread="alice", deadline=Deadline.within(2.0)))
+        supervisor.submit_nowait(Task("chat", 0, thread_id="alice"))
+        ticket = supervisor.submit_nowait(Task("chat", 1, thread_id="alice", deadline=Deadline.within(2.0)))
         assert (await ticket).status is TaskStatus.EXPIRED
-        assert now() == about(2.0)
+        assert now() == approximately(2.0)
         assert supervisor.statistics().waiting == 0
-    assert agent.began == [0]
+    assert agent.started == [0]
 
 
 # --- the same work once ----------------------------------------------------------------------------------------------
@@ -537,7 +537,7 @@ async def test_the_same_key_is_the_same_work() -> None:
         assert await supervisor.run(Task("pay", 4, key="invoice-7")) == 1
         await other
         assert supervisor.submit_nowait(Task("pay", 5, key="invoice-7")) is first
-    assert agent.began == [1, 3]
+    assert agent.started == [1, 3]
 
 
 @virtual
@@ -564,11 +564,11 @@ async def test_a_caller_who_leaves_does_not_take_the_work_from_another_with_the_
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["pay"])
         first = asyncio.ensure_future(supervisor.run(Task("pay", 1, key="invoice-7")))
-        await turns()
+        await run_ready()
         second = asyncio.ensure_future(supervisor.run(Task("pay", 2, key="invoice-7")))
-        await turns()
+        await run_ready()
         second.cancel()
-        await turns()
+        await run_ready()
         assert await first == 1
 
 
@@ -577,11 +577,11 @@ async def test_the_one_who_began_the_work_may_leave_it_to_another_with_the_same_
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["pay"])
         first = asyncio.ensure_future(supervisor.run(Task("pay", 1, key="invoice-7")))
-        await turns()
+        await run_ready()
         second = asyncio.ensure_future(supervisor.run(Task("pay", 2, key="invoice-7")))
-        await turns()
+        await run_ready()
         first.cancel()
-        await turns()
+        await run_ready()
         assert await second == 1
 
 
@@ -602,7 +602,7 @@ async def test_a_handler_gets_the_task_as_it_was_submitted() -> None:
         timeout=5.0,
         deadline=Deadline(2e9),
         tenant="acme",
-        thread="t1",
+        thread_id="t1",
         key="k",
         estimate=Estimate(calls=3),
     )

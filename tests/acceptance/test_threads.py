@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from tests.acceptance.house import error_of
+from tests.support.task_plane import error_of
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, Verdict, progress
 from forebay.errors import AlreadyStarted, SupervisorClosed, UnknownTaskType, WouldDeadlock
-from forebay.events import LoopStalled, Progress
+from forebay.events import LoopStalled, TaskProgress
 
 PATIENCE = 20.0  # seconds that nothing here takes
 
@@ -109,7 +109,7 @@ async def test_progress_comes_from_a_thread_in_order(supervisor: BackpressureSup
     async for event in ticket.events():
         if event.kind == "started":
             go_on.set()
-        if isinstance(event, Progress):
+        if isinstance(event, TaskProgress):
             values.append(event.value)
     assert values == list(range(100))
 
@@ -363,7 +363,7 @@ async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host(monkeypatch: p
                 asked.clear()
                 block(0.02)
                 await asyncio.sleep(0)
-        assert supervisor.statistics().binding == "host"
+        assert supervisor.statistics().limited_by == "host"
         error = await error_of(supervisor.run(Task("work")))
     assert isinstance(error, Overloaded)
-    assert error.binding == "host"
+    assert error.limited_by == "host"

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from tests.acceptance.house import about, now, turns, virtual
+from tests.support.task_plane import approximately, now, run_ready, virtual
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
 from forebay.breaker import BreakerRules
@@ -15,16 +15,16 @@ from forebay.errors import CallMisused, InvalidSetting
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
-from forebay.upstream.desk import Desk
+from forebay.upstream.shared_account import SharedAccount
 
 
-def desk(upstream: Upstream) -> Desk:
-    return upstream.books.desk("")
+def desk(upstream: Upstream) -> SharedAccount:
+    return upstream.accounts.account("")
 
 
 def left(upstream: Upstream) -> tuple[int, int]:
     """Calls in flight, and in line: nothing may be left behind."""
-    return desk(upstream).account.in_flight, len(desk(upstream).account.line)
+    return desk(upstream).account.in_flight, len(desk(upstream).account.queue)
 
 
 class Served:
@@ -59,7 +59,7 @@ async def test_no_more_calls_are_in_flight_than_may_be() -> None:
     began = now()
     ends = await served.together(*[{}] * 9)
     assert served.peak == 3
-    assert max(ends) - began == about(3.0)
+    assert max(ends) - began == approximately(3.0)
     assert left(served.upstream) == (0, 0)
 
 
@@ -73,14 +73,14 @@ async def test_calls_wait_by_priority_and_on_a_rung_in_the_order_they_came() -> 
 
 @virtual
 async def test_a_call_that_would_wait_too_long_is_refused_and_told_when_to_come() -> None:
-    upstream = Upstream("tool", max_concurrent=1, longest_wait=3.5)
+    upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
     served = Served(upstream)
     await served.call()  # now a call is known to take a second
     calls = [asyncio.create_task(served.call()) for _ in range(4)]
-    await turns()
+    await run_ready()
     with pytest.raises(Overloaded) as refusal:
         await served.call()
-    assert refusal.value.binding == "upstream:tool:concurrency"
+    assert refusal.value.limited_by == "upstream:tool:concurrency"
     assert refusal.value.retry_after is not None
     await asyncio.gather(*calls)
 
@@ -90,11 +90,11 @@ async def test_a_call_whose_deadline_comes_before_its_turn_is_refused_at_once() 
     served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
     await served.call()
     first = asyncio.create_task(served.call())
-    await turns()
+    await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
         await served.call(deadline=Deadline.within(5.0))
-    assert now() == about(began)
+    assert now() == approximately(began)
     await first
 
 
@@ -102,11 +102,11 @@ async def test_a_call_whose_deadline_comes_before_its_turn_is_refused_at_once() 
 async def test_a_call_whose_deadline_passes_while_it_waits_is_refused_then() -> None:
     served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
     first = asyncio.create_task(served.call())
-    await turns()
+    await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline passed"):
         await served.call(deadline=Deadline.within(5.0))
-    assert now() - began == about(5.0)
+    assert now() - began == approximately(5.0)
     await first
     assert left(served.upstream) == (0, 0)
 
@@ -119,7 +119,7 @@ async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
         holder = asyncio.create_task(served.call())
         waiting = asyncio.create_task(served.call())
         after = asyncio.create_task(served.call())
-        await turns(moment)
+        await run_ready(moment)
         waiting.cancel()
         await asyncio.gather(holder, after)
         await asyncio.wait([waiting])
@@ -164,7 +164,7 @@ async def test_each_group_of_models_has_an_account_of_its_own() -> None:
     began = now()
     async with upstream.call("gpt-4o"), upstream.call("other"), upstream.call("another"):
         pass
-    assert now() == about(began)
+    assert now() == approximately(began)
     async with upstream.call("gpt-4o-mini"):
         assert now() - began == pytest.approx(60.0, abs=0.1)
     names = {account.name for account in upstream.statistics().accounts}
@@ -176,7 +176,7 @@ async def test_each_group_of_models_has_an_account_of_its_own() -> None:
 
 @virtual
 async def test_an_open_breaker_refuses_at_once_those_who_wait_too() -> None:
-    upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(cool_off=10.0))
+    upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0))
 
     async def fails() -> None:
         async with upstream.call():
@@ -187,7 +187,7 @@ async def test_an_open_breaker_refuses_at_once_those_who_wait_too() -> None:
     kinds = [type(result) for result in results]
     assert kinds == [ConnectionError] * 5 + [Overloaded] * 4
     assert isinstance(results[-1], Overloaded)
-    assert results[-1].binding == "upstream:tool:breaker"
+    assert results[-1].limited_by == "upstream:tool:breaker"
     assert results[-1].retry_after is not None
     assert upstream.statistics().accounts[0].breaker == "open"
     assert left(upstream) == (0, 0)
@@ -210,7 +210,7 @@ async def test_what_is_our_own_mistake_says_nothing_of_the_upstream() -> None:
 
 @virtual
 async def test_a_guarded_function_is_tried_again_and_slower() -> None:
-    search = Upstream("search", retry=Retry(max_attempts=4, base=1.0))
+    search = Upstream("search", retry=Retry(max_attempts=4, base_delay=1.0))
     tries: list[float] = []
 
     @search.guard
@@ -227,7 +227,7 @@ async def test_a_guarded_function_is_tried_again_and_slower() -> None:
 
 @virtual
 async def test_a_guarded_function_that_goes_on_failing_raises_its_own_exception() -> None:
-    search = Upstream("search", retry=Retry(max_attempts=3, base=0.1))
+    search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1))
     tries = 0
 
     @search.guard
@@ -242,7 +242,7 @@ async def test_a_guarded_function_that_goes_on_failing_raises_its_own_exception(
 
 
 def test_a_plain_function_is_guarded_in_plain_threads() -> None:
-    search = Upstream("search", max_concurrent=2, retry=Retry(max_attempts=3, base=0.001))
+    search = Upstream("search", max_concurrent=2, retry=Retry(max_attempts=3, base_delay=0.001))
     at_once, peak, failures = 0, 0, {3: 2, 7: 1}
     lock = threading.Lock()
     meet = threading.Barrier(2)
@@ -321,7 +321,7 @@ async def test_a_budget_is_not_passed_and_tells_when_it_is_new() -> None:
 
 @virtual
 async def test_a_refusal_for_money_says_what_there_is_and_what_was_asked() -> None:
-    budget = Budget(usd=1.0, per="day", reserve=0.1)
+    budget = Budget(usd=1.0, per="day", reserved_share=0.1)
     upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
     async with upstream.call("gpt", input_tokens=800_000):
         pass
@@ -373,7 +373,7 @@ async def test_calls_carry_what_their_task_has() -> None:
 
 @virtual
 async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls() -> None:
-    upstream = Upstream("llm", max_concurrent=1, start_wait=1e9)
+    upstream = Upstream("llm", max_concurrent=1, max_start_wait=1e9)
     ended: list[int] = []
 
     async def agent(task: Task) -> None:
@@ -397,19 +397,19 @@ async def test_no_run_starts_behind_the_calls_that_its_own_would_wait_for() -> N
     served = Served(upstream)
     await served.call()
     calls = [asyncio.create_task(served.call(priority=Priority.LOW)) for _ in range(50)]
-    await turns(3)
+    await run_ready(3)
     assert left(upstream) == (20, 30)  # 1.5 s for one more of LOW, and a run may start before 0.25 s
     assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)[:-1]
     for call in calls[23:]:
         call.cancel()
-    await turns(3)
+    await run_ready(3)
     assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)
     await asyncio.wait(calls)
 
 
 @virtual
 async def test_the_gate_feels_the_key() -> None:
-    upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], longest_wait=60.0)
+    upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], max_wait=60.0)
 
     async def agent(_: Task) -> None:
         async with upstream.call():
@@ -421,7 +421,7 @@ async def test_the_gate_feels_the_key() -> None:
         tickets = [supervisor.submit_nowait(Task("work")) for _ in range(40)]
         refused = [ticket for ticket in tickets if not ticket]
         assert refused
-        assert {ticket.binding for ticket in refused} == {"upstream:llm"}
+        assert {ticket.limited_by for ticket in refused} == {"upstream:llm"}
         assert supervisor.system_load() >= 0.8
         assert "upstream:llm" in {reading.resource for reading in supervisor.readings()}
         for ticket in tickets:
@@ -437,17 +437,17 @@ async def test_the_gate_feels_the_key() -> None:
     [
         {"max_concurrent": 0},
         {"max_concurrent": True},
-        {"longest_wait": 0.0},
-        {"longest_wait": float("inf")},
+        {"max_wait": 0.0},
+        {"max_wait": float("inf")},
         {"quotas": [5]},
         {"models": {"gpt": [None]}},
         {"weights": {"acme": 0.0}},
         {"weights": {"acme": "3"}},
         {"weights": ["acme"]},
         {"max_concurrent": "8"},
-        {"longest_wait": "60"},
-        {"start_wait": "1"},
-        {"start_wait": -1},
+        {"max_wait": "60"},
+        {"max_start_wait": "1"},
+        {"max_start_wait": -1},
         {"quotas": Quota(requests=5, per="minute")},
         {"models": {"gpt": Quota(requests=5, per="minute")}},
         {"models": ["gpt"]},
@@ -472,7 +472,7 @@ def test_a_single_fallback_in_words_is_shown_whole() -> None:
 
 
 def test_no_wait_at_all_may_be_said_of_a_start() -> None:
-    assert Upstream("llm", start_wait=0).books.terms.start_wait == 0
+    assert Upstream("llm", max_start_wait=0).accounts.settings.max_start_wait == 0
 
 
 def test_an_upstream_needs_a_name() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.acceptance.house import about, now, virtual
-from tests.unit.upstream.transport.wire import NOTHING, REQUEST, URL, Says, Script, left
+from tests.support.task_plane import approximately, now, virtual
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Says, Script, left
 
 from forebay import Overloaded, clock
 from forebay.errors import InvalidQuota, NotGuardable
 from forebay.quota import Budget, Price, Quota
-from forebay.sim import simulate
+from forebay.simulation import simulate
 from forebay.upstream import Upstream
 
 PER_MINUTE = [Quota(requests=60, per="minute")]
@@ -92,7 +92,7 @@ def test_time_that_leaps_while_calls_wait_moves_the_line_and_fills_each_quota_on
     """A laptop that slept: nothing ran for an hour."""
 
     async def main() -> None:
-        upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], longest_wait=600.0)
+        upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], max_wait=600.0)
         loop: Any = asyncio.get_running_loop()
         sent: list[float] = []
 
@@ -108,7 +108,7 @@ def test_time_that_leaps_while_calls_wait_moves_the_line_and_fills_each_quota_on
             loop.stall(3600.0)
         woke = [at for at in sent if at >= 3600.0]
         assert len([at for at in woke if at < 3602.0]) == 2  # and not what an hour of it would have let go
-        assert max(sent) == about(woke[0] + 120.0)
+        assert max(sent) == approximately(woke[0] + 120.0)
         assert left(upstream) == NOTHING
 
     simulate(main)
@@ -123,8 +123,8 @@ def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, mon
         wall += by
         call.settle(input_tokens=10, output_tokens=5)
     assert left(upstream) == NOTHING
-    assert upstream._money.own is not None
-    assert upstream._money.own.reserved() == (0, 0.0)
+    assert upstream._money.upstream_budget is not None
+    assert upstream._money.upstream_budget.reserved() == (0, 0.0)
     with upstream.call("m", input_tokens=50):  # what is left is there
         pass
 
@@ -156,7 +156,7 @@ async def test_who_is_told_to_come_again_in_a_day_is_told_so_and_others_are_held
     assert (await client.post(URL, json=REQUEST)).headers["retry-after"] == "86400"
     began = now()
     assert (await client.post(URL, json=REQUEST)).status_code == 200
-    assert now() - began == about(60.0)
+    assert now() - began == approximately(60.0)
 
 
 # --- plain functions ---
@@ -204,6 +204,6 @@ async def test_an_object_whose_call_is_awaited_holds_its_permit_until_it_is_done
     ask = upstream.guard(Agent())
     began = now()
     assert list(await asyncio.gather(ask("a"), ask("b"))) == ["a", "b"]
-    assert now() - began == about(4.0)
+    assert now() - began == approximately(4.0)
     partial = upstream.guard(functools.partial(Agent().__call__, "c"))
     assert await partial() == "c"

@@ -10,53 +10,53 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from tests.acceptance.house import about, now, turns, virtual
+from tests.support.task_plane import approximately, now, run_ready, virtual
 
 from forebay import Deadline, Overloaded, Priority, clock
-from forebay.breaker import BreakerRules, consecutive
+from forebay.breaker import BreakerRules, consecutive_faults
 from forebay.errors import CallMisused, InvalidAmount
+from forebay.interfaces import Charge, Outcome
 from forebay.quota import Budget, Price, Quota
-from forebay.retry import Leave, Retry
-from forebay.sim import simulate
-from forebay.typing import Charge, Outcome
+from forebay.retry import Retry, RetryPermission
+from forebay.simulation import simulate
 from forebay.upstream import Upstream
 from forebay.upstream.account import Account
-from forebay.upstream.ask import Ask, Ended, Permit
-from forebay.upstream.attempt import Tried
+from forebay.upstream.call_flow import AttemptResult
+from forebay.upstream.call_request import CallOutcome, CallRequest, Permit
 
 CALL = Charge(input_tokens=10, output_tokens=10, tokens=20)
 
 
 def account(upstream: Upstream, model: str = "") -> Account:
-    return upstream.books.desk(model).account
+    return upstream.accounts.account(model).account
 
 
-def fault() -> Tried:
+def fault() -> AttemptResult:
     """Another attempt may help, and uses one up."""
-    return Tried(error=ConnectionError("gone"), again=True, ended=Ended(outcome=Outcome.FAULT))
+    return AttemptResult(error=ConnectionError("gone"), retryable=True, outcome=CallOutcome(kind=Outcome.FAULT))
 
 
-def success() -> Tried:
-    return Tried(value="done", ended=Ended(outcome=Outcome.SUCCESS, used=CALL, seconds=1.0))
+def success() -> AttemptResult:
+    return AttemptResult(value="done", outcome=CallOutcome(kind=Outcome.SUCCESS, used=CALL, latency=1.0))
 
 
-def refused(retry_after: float | None = None) -> Tried:
+def refused(retry_after: float | None = None) -> AttemptResult:
     """The provider's quota is used up."""
-    ended = Ended(outcome=Outcome.IGNORED, rate=True, retry_after=retry_after, usd=0.0)
+    ended = CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=retry_after, usd=0.0)
     error = ConnectionError("429")
-    return Tried(error=error, again=True, counts=False, retry_after=retry_after, ended=ended)
+    return AttemptResult(error=error, retryable=True, uses_attempt=False, retry_after=retry_after, outcome=ended)
 
 
-def congested() -> Tried:
+def congested() -> AttemptResult:
     """The provider has too many of ours in flight."""
-    ended = Ended(outcome=Outcome.OVERLOAD, released=True, usd=0.0)
-    return Tried(error=ConnectionError("529"), again=True, counts=False, ended=ended)
+    ended = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
+    return AttemptResult(error=ConnectionError("529"), retryable=True, uses_attempt=False, outcome=ended)
 
 
 class Calls:
     """Calls through one upstream whose attempts come to what was told, one after the other; then they succeed."""
 
-    def __init__(self, upstream: Upstream, *comes: Callable[[], Tried], seconds: float = 0.1) -> None:
+    def __init__(self, upstream: Upstream, *comes: Callable[[], AttemptResult], seconds: float = 0.1) -> None:
         self.upstream = upstream
         self.comes = list(comes)
         self.seconds = seconds
@@ -65,13 +65,13 @@ class Calls:
     async def call(self, name: str = "", **how: Any) -> Any:
         """One call, to its end."""
 
-        async def attempt(_: Permit) -> Tried:
+        async def attempt(_: Permit) -> AttemptResult:
             self.sent.append((name, now()))
             await asyncio.sleep(self.seconds)
             return (self.comes.pop(0) if self.comes else success)()
 
-        desk = self.upstream.books.desk("")
-        return await self.upstream.driver(desk).run(self.upstream.ask("", CALL, **how), attempt)
+        desk = self.upstream.accounts.account("")
+        return await self.upstream.driver(desk).run(self.upstream.request("", CALL, **how), attempt)
 
 
 # --- what an attempt leaves behind ---
@@ -83,7 +83,7 @@ async def test_an_attempt_that_was_refused_for_its_rate_has_taken_nothing_of_the
     calls = Calls(upstream, congested, congested, congested)
     await calls.call()
     (level,) = account(upstream).quotas.levels(now())
-    assert level.left == pytest.approx(1000 - 20, abs=1.0)
+    assert level.remaining == pytest.approx(1000 - 20, abs=1.0)
 
 
 @virtual
@@ -100,8 +100,10 @@ async def test_what_a_provider_asks_of_one_call_holds_for_all() -> None:
 
 @virtual
 async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
-    upstream = Upstream("llm", retry=Retry(base=0.001))
-    calls = Calls(upstream, lambda: Tried(error=OSError(), again=True, retry_after=9.0, ended=fault().ended))
+    upstream = Upstream("llm", retry=Retry(base_delay=0.001))
+    calls = Calls(
+        upstream, lambda: AttemptResult(error=OSError(), retryable=True, retry_after=9.0, outcome=fault().outcome)
+    )
     await calls.call()
     (_, first), (_, second) = calls.sent
     assert second - first >= 9.0
@@ -109,7 +111,7 @@ async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
 
 @virtual
 async def test_only_what_a_call_comes_to_at_last_counts_for_the_breaker() -> None:
-    upstream = Upstream("llm", retry=Retry(max_attempts=3, base=0.01), breaker=BreakerRules())
+    upstream = Upstream("llm", retry=Retry(max_attempts=3, base_delay=0.01), breaker=BreakerRules())
     calls = Calls(upstream, *[fault, success] * 8)
     for _ in range(8):
         assert await calls.call() == "done"
@@ -121,7 +123,7 @@ async def test_only_what_a_call_comes_to_at_last_counts_for_the_breaker() -> Non
 
 @virtual
 async def test_no_storm_of_retries_when_a_provider_fails() -> None:
-    upstream = Upstream("llm", retry=Retry(base=0.01), breaker=BreakerRules(arms=(consecutive(1000),)))
+    upstream = Upstream("llm", retry=Retry(base_delay=0.01), breaker=BreakerRules(triggers=(consecutive_faults(1000),)))
     calls = Calls(upstream, *[fault] * 1000)
     for _ in range(50):
         with pytest.raises(ConnectionError):
@@ -131,7 +133,7 @@ async def test_no_storm_of_retries_when_a_provider_fails() -> None:
 
 @virtual
 async def test_who_is_refused_waits_until_it_may_be_tried_again_rather_than_give_up() -> None:
-    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base=0.01, longest_wait=600.0))
+    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     assert await asyncio.gather(*(calls.call() for _ in range(50))) == ["done"] * 50
     assert len(calls.sent) == 150  # those that are let in are none too many
@@ -139,7 +141,7 @@ async def test_who_is_refused_waits_until_it_may_be_tried_again_rather_than_give
 
 @virtual
 async def test_no_storm_of_retries_when_a_provider_refuses() -> None:
-    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base=0.01))
+    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01))
     calls = Calls(upstream, *[congested] * 10_000)
     outcomes = await asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
     assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
@@ -148,7 +150,7 @@ async def test_no_storm_of_retries_when_a_provider_refuses() -> None:
 
 @virtual
 async def test_once_a_call_is_let_in_all_who_were_refused_before_it_may_return() -> None:
-    upstream = Upstream("llm", max_concurrent=100, retry=Retry(base=0.01, longest_wait=600.0))
+    upstream = Upstream("llm", max_concurrent=100, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     await asyncio.gather(*(calls.call() for _ in range(80)))
     assert calls.sent[-1][1] - calls.sent[100][1] <= 2.0
@@ -156,7 +158,7 @@ async def test_once_a_call_is_let_in_all_who_were_refused_before_it_may_return()
 
 @virtual
 async def test_a_retry_that_is_let_in_is_none_too_many() -> None:
-    upstream = Upstream("llm", retry=Retry(base=0.01))
+    upstream = Upstream("llm", retry=Retry(base_delay=0.01))
     for _ in range(100):
         assert await Calls(upstream, congested).call() == "done"
     assert now() < 60.0
@@ -164,7 +166,7 @@ async def test_a_retry_that_is_let_in_is_none_too_many() -> None:
 
 @virtual
 async def test_what_is_refused_uses_up_no_retry_of_what_fails() -> None:
-    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base=0.01, longest_wait=5.0))
+    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=5.0))
     refusing = Calls(upstream, *[congested] * 10_000)
     await asyncio.gather(*(refusing.call() for _ in range(50)), return_exceptions=True)
     assert await Calls(upstream, fault).call() == "done"
@@ -172,7 +174,7 @@ async def test_what_is_refused_uses_up_no_retry_of_what_fails() -> None:
 
 @virtual
 async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
-    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base=0.01, longest_wait=30.0))
+    upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=30.0))
     calls = Calls(upstream, *[congested] * 10_000)
     others = asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
     await asyncio.sleep(5.0)
@@ -185,21 +187,21 @@ async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
 
 def balances(upstream: Upstream) -> tuple[float, float]:
     """Retries that may be made: of calls that failed, and of calls that were refused."""
-    budgets = upstream.driver(upstream.books.desk(""))._retries.budgets
+    budgets = upstream.driver(upstream.accounts.account(""))._retries.budgets
     at = clock.now()
-    return budgets.faults.balance(at), budgets.refusals.balance(at)
+    return budgets.faults.balance(at), budgets.throttles.balance(at)
 
 
-async def shut_out(upstream: Upstream, come: Callable[[], Tried]) -> None:
+async def shut_out(upstream: Upstream, come: Callable[[], AttemptResult]) -> None:
     """A call whose attempt comes to that, and which gets no second permit."""
     call = asyncio.create_task(Calls(upstream, come).call())
     await asyncio.sleep(0.2)  # it has been made, and will be made again
-    upstream.books.desk("").stop(60.0)
+    upstream.accounts.account("").suspend(60.0)
     with pytest.raises(Overloaded):
         await call
 
 
-async def cancelled(upstream: Upstream, come: Callable[[], Tried]) -> None:
+async def cancelled(upstream: Upstream, come: Callable[[], AttemptResult]) -> None:
     """A call whose attempt comes to that, and whose caller leaves before the second."""
     call = asyncio.create_task(Calls(upstream, come).call())
     await asyncio.sleep(0.2)
@@ -211,9 +213,9 @@ async def cancelled(upstream: Upstream, come: Callable[[], Tried]) -> None:
 @pytest.mark.parametrize("end", [shut_out, cancelled])
 @virtual
 async def test_a_retry_that_is_not_sent_comes_back(
-    end: Callable[[Upstream, Callable[[], Tried]], Awaitable[None]], come: Callable[[], Tried]
+    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], come: Callable[[], AttemptResult]
 ) -> None:
-    upstream = Upstream("llm", retry=Retry(base=20.0))
+    upstream = Upstream("llm", retry=Retry(base_delay=20.0))
     before = balances(upstream)
     await end(upstream, come)
     first = 0.2  # a first attempt adds a share
@@ -223,12 +225,12 @@ async def test_a_retry_that_is_not_sent_comes_back(
 @pytest.mark.parametrize("end", [shut_out, cancelled])
 @virtual
 async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
-    end: Callable[[Upstream, Callable[[], Tried]], Awaitable[None]],
+    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
-    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base=0.001))
-    driver = upstream.driver(upstream.books.desk(""))
+    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
+    driver = upstream.driver(upstream.accounts.account(""))
     budgets = driver._retries.budgets
-    while budgets.refusals.withdraw(now()):  # all are drawn, so the only retry is one that knocks
+    while budgets.throttles.withdraw(now()):  # all are drawn, so the only retry is one that knocks
         pass
 
     async def takes_the_slot() -> None:
@@ -238,29 +240,29 @@ async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
     other = asyncio.create_task(takes_the_slot())
     await end(upstream, congested)
     await other
-    assert budgets.leave(now(), refused=now()) is Leave.KNOCK
-    assert budgets.leave(now(), refused=now()) is Leave.NO
+    assert budgets.request_retry(now(), throttled_at=now()) is RetryPermission.PERIODIC
+    assert budgets.request_retry(now(), throttled_at=now()) is RetryPermission.DENIED
 
 
 @pytest.mark.parametrize("come", [fault, congested])
-def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], Tried]) -> None:
-    upstream = Upstream("llm", retry=Retry(base=0.001))
+def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], AttemptResult]) -> None:
+    upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before = balances(upstream)
 
-    def attempt(_: Permit) -> Tried:
+    def attempt(_: Permit) -> AttemptResult:
         tried = come()
-        upstream.books.desk("").stop(60.0)
+        upstream.accounts.account("").suspend(60.0)
         return tried
 
     with pytest.raises(Overloaded) as kept:  # its frames would keep the script open, as a debugger does
-        upstream.driver(upstream.books.desk("")).run_blocking(upstream.ask("", CALL), attempt)
+        upstream.driver(upstream.accounts.account("")).run_blocking(upstream.request("", CALL), attempt)
     assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
     assert kept.value.retry_after is not None
 
 
 @virtual
 async def test_a_retry_that_was_sent_stays_drawn_though_its_caller_leaves() -> None:
-    upstream = Upstream("llm", retry=Retry(base=0.001))
+    upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before, _ = balances(upstream)
     call = asyncio.create_task(Calls(upstream, fault, seconds=1.0).call())
     await asyncio.sleep(1.5)  # amid the second attempt
@@ -274,10 +276,10 @@ async def test_a_retry_that_was_sent_stays_drawn_though_its_caller_leaves() -> N
 
 @virtual
 async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() -> None:
-    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base=0.5))
+    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
-    await turns()
+    await run_ready()
     others = [asyncio.create_task(calls.call(f"{number}")) for number in range(5)]
     await asyncio.gather(first, *others)
     names = [name for name, _ in calls.sent]
@@ -287,10 +289,10 @@ async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() ->
 
 @virtual
 async def test_but_not_before_more_important_ones() -> None:
-    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base=0.5))
+    upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
-    await turns()
+    await run_ready()
     others = [asyncio.create_task(calls.call(f"{number}", priority=Priority.HIGH)) for number in range(3)]
     await asyncio.gather(first, *others)
     assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
@@ -325,7 +327,7 @@ async def test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take() 
     for _ in range(20):
         with pytest.raises(ConnectionError):
             await _fails(upstream)
-    assert account(upstream).pace.expected(100) is None
+    assert account(upstream).latency_model.expected(100) is None
 
 
 async def _fails(upstream: Upstream) -> None:
@@ -358,7 +360,7 @@ async def _costs(upstream: Upstream, usd: float) -> None:
 async def test_a_call_that_two_enter_at_the_same_moment_is_entered_once() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     holder = asyncio.create_task(Calls(upstream, seconds=1.0).call())
-    await turns()
+    await run_ready()
     call = upstream.call()
 
     async def enter() -> None:
@@ -376,18 +378,18 @@ async def test_a_deadline_that_passes_behind_the_head_of_the_line_is_told_when_i
     upstream = Upstream("tool", max_concurrent=1)
     calls = Calls(upstream, seconds=100.0)
     holder = asyncio.create_task(calls.call())
-    await turns()
+    await run_ready()
     head = asyncio.create_task(calls.call(priority=Priority.HIGH))
-    await turns()
+    await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
         async with asyncio.timeout(50.0):
-            await upstream.driver(upstream.books.desk("")).run(Ask(deadline=began + 5.0), _never)
-    assert now() - began == about(5.0)
+            await upstream.driver(upstream.accounts.account("")).run(CallRequest(deadline=began + 5.0), _never)
+    assert now() - began == approximately(5.0)
     await asyncio.gather(holder, head)
 
 
-async def _never(_: Permit) -> Tried:
+async def _never(_: Permit) -> AttemptResult:
     raise AssertionError
 
 

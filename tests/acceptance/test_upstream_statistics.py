@@ -7,11 +7,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.acceptance.house import virtual
-from tests.unit.upstream.transport.wire import REQUEST, URL, USAGE, Says, Script
+from tests.support.task_plane import virtual
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, USAGE, Says, Script
 
 from forebay import BackpressureSupervisor, Overloaded, Quota, Retry, Task, Upstream
-from forebay.upstream.statistics import AccountStatistics
+from forebay.upstream.upstream_statistics import AccountStatistics
 
 
 def only(upstream: Upstream) -> AccountStatistics:
@@ -31,7 +31,7 @@ def counts(upstream: Upstream) -> dict[str, int]:
 
 @virtual
 async def test_each_attempt_is_counted_by_what_became_of_it() -> None:
-    upstream = Upstream("llm", provider="openai", retry=Retry(base=0.001))
+    upstream = Upstream("llm", provider="openai", retry=Retry(base_delay=0.001))
     limited = Says.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
     client = Script(httpx2, Says.error(500), limited, Says.error(529), Says(), Says.error(400)).client(upstream)
     await ask(client)
@@ -56,7 +56,7 @@ async def test_calls_outside_of_tasks_are_told_apart() -> None:
 
 @virtual
 async def test_what_was_not_let_go_was_not_sent() -> None:
-    upstream = Upstream("tool", max_concurrent=1, longest_wait=5.0)
+    upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
     async with upstream.call():
         waiting = asyncio.ensure_future(upstream.call().__aenter__())
         await asyncio.sleep(1.0)
@@ -89,6 +89,6 @@ async def test_what_quotas_have_left_is_told_whoever_set_them() -> None:
     await ask(Script(httpx2, Says(headers=told)).client(upstream))
     given, learned = only(upstream).quotas
     assert (given.name, given.amount, given.learned) == ("input tokens per minute", 1000, False)
-    assert given.left == pytest.approx(1000 - USAGE["prompt_tokens"], abs=1)
+    assert given.remaining == pytest.approx(1000 - USAGE["prompt_tokens"], abs=1)
     assert (learned.name, learned.amount, learned.learned) == ("requests per minute", 100, True)
-    assert learned.left == pytest.approx(80, abs=1)
+    assert learned.remaining == pytest.approx(80, abs=1)

@@ -8,7 +8,17 @@ import logging
 from typing import Any
 
 import pytest
-from tests.acceptance.house import Agent, Stubborn, about, flood, now, rejected, results, turns, virtual
+from tests.support.task_plane import (
+    Agent,
+    UncancellableHandler,
+    approximately,
+    flood,
+    now,
+    rejected,
+    results,
+    run_ready,
+    virtual,
+)
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, WorkerAgent, WorkerState
 from forebay.events import WorkerFailed, WorkerRecovered
@@ -43,7 +53,7 @@ async def test_a_worker_registered_later_takes_from_the_line_at_once() -> None:
         _, waiting = flood(supervisor, "work", 2)
         supervisor.register_worker("second", handler=Agent(1.0), task_types=["work"])
         assert (await waiting).worker_id == "second"
-        assert now() == about(1.0)
+        assert now() == approximately(1.0)
 
 
 @virtual
@@ -168,7 +178,7 @@ async def test_the_average_duration_is_in_milliseconds() -> None:
         worker = supervisor.register_worker("worker", handler=Agent(1.5), task_types=["work"])
         assert worker.avg_duration_ms == 0.0
         await supervisor.run(Task("work"))
-        assert worker.avg_duration_ms == about(1500.0)
+        assert worker.avg_duration_ms == approximately(1500.0)
 
 
 # --- FAILED ----------------------------------------------------------------------------------------------------------
@@ -197,10 +207,10 @@ async def test_timeouts_count_as_failures_and_cancellations_do_not() -> None:
             ticket = supervisor.submit_nowait(Task("unwanted"))
             await asyncio.sleep(0.1)
             ticket.cancel()
-            await turns()
+            await run_ready()
         for _ in range(5):
             await supervisor.submit_nowait(Task("slow", timeout=0.1))
-            await turns()
+            await run_ready()
         assert wanted.state is WorkerState.IDLE
         assert slow.state is WorkerState.FAILED
 
@@ -218,20 +228,20 @@ async def test_an_overload_that_a_handler_meets_does_not_count_against_its_worke
 async def test_a_failed_worker_gets_no_work_and_the_others_do() -> None:
     bad, good = Agent(0.1), Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
-        failed = supervisor.register_worker("bad", handler=bad, task_types=["work"], cool_off=None)
+        failed = supervisor.register_worker("bad", handler=bad, task_types=["work"], reset_timeout=None)
         await fail(supervisor, bad, 5)
         supervisor.register_worker("good", handler=good, task_types=["work"])
         await results(flood(supervisor, "work", 20))
         assert failed.state is WorkerState.FAILED
-    assert len(bad.began) == 5
-    assert len(good.began) == 20
+    assert len(bad.started) == 5
+    assert len(good.started) == 20
 
 
 @virtual
 async def test_a_failed_worker_takes_its_slots_away_from_the_pool() -> None:
     bad = Agent(0.1)
     async with BackpressureSupervisor(max_queue_size=10) as supervisor:
-        supervisor.register_worker("bad", handler=bad, task_types=["work"], max_concurrent=10, cool_off=None)
+        supervisor.register_worker("bad", handler=bad, task_types=["work"], max_concurrent=10, reset_timeout=None)
         await fail(supervisor, bad, 5)
         supervisor.register_worker("good", handler=Agent(10.0), task_types=["work"], max_concurrent=2)
         flood(supervisor, "work", 3)
@@ -243,7 +253,7 @@ async def test_a_failed_worker_takes_its_slots_away_from_the_pool() -> None:
 async def test_a_pool_without_slots_reads_full_and_says_why_it_refuses() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
         await fail(supervisor, agent, 5)
         assert supervisor.system_load() == 1.0
         assert supervisor.utilization() == 0.0
@@ -257,7 +267,7 @@ async def test_a_pool_without_slots_reads_full_and_says_why_it_refuses() -> None
 async def test_refused_for_a_failed_pool_one_is_told_when_it_is_tried_again() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0)
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=10.0)
         await fail(supervisor, agent, 5)
         ticket = supervisor.submit_nowait(Task("work"))
         assert ticket.retry_after is not None
@@ -270,13 +280,13 @@ async def test_after_its_cool_off_a_worker_is_tried_with_one_task_at_a_time_and_
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker(
-            "worker", handler=agent, task_types=["work"], max_concurrent=5, cool_off=10.0
+            "worker", handler=agent, task_types=["work"], max_concurrent=5, reset_timeout=10.0
         )
         await fail(supervisor, agent, 5)
         await asyncio.sleep(10.01)
         agent.seconds, agent.peak = 1.0, 0
         tickets = flood(supervisor, "work", 7)
-        await turns()
+        await run_ready()
         assert agent.running == 1
         await asyncio.sleep(2.01)
         assert agent.running == 5
@@ -288,7 +298,7 @@ async def test_after_its_cool_off_a_worker_is_tried_with_one_task_at_a_time_and_
 async def test_a_probe_that_fails_keeps_the_worker_failed_for_longer() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
-        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0)
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=10.0)
         await fail(supervisor, agent, 5)
         sleeps = []
         for _ in range(3):
@@ -306,7 +316,7 @@ async def test_a_probe_that_fails_keeps_the_worker_failed_for_longer() -> None:
 async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0, max_concurrent=3)
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=10.0, max_concurrent=3)
         await fail(supervisor, agent, 5)
         await asyncio.sleep(10.01)
         for _ in range(5):
@@ -318,17 +328,19 @@ async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
 @virtual
 async def test_a_cancelled_probe_gives_its_place_to_the_next_though_its_handler_does_not_stop() -> None:
     async with BackpressureSupervisor(zombie_grace=100.0) as supervisor:
-        agent, stubborn = Agent(), Stubborn(50.0)
+        agent, stubborn = Agent(), UncancellableHandler(50.0)
 
         async def handler(task: Task) -> Any:
             return await (stubborn if task.payload == "stubborn" else agent)(task)
 
-        worker = supervisor.register_worker("w", handler=handler, task_types=["work"], max_concurrent=2, cool_off=1.0)
+        worker = supervisor.register_worker(
+            "w", handler=handler, task_types=["work"], max_concurrent=2, reset_timeout=1.0
+        )
         await fail(supervisor, agent, 5)
         await asyncio.sleep(1.1)
         probe = supervisor.submit_nowait(Task("work", "stubborn"))
         following = supervisor.submit_nowait(Task("work", "following"))
-        await turns()
+        await run_ready()
         probe.cancel()
         assert (await following).success
         assert worker.zombies == 1
@@ -344,13 +356,13 @@ async def test_a_probe_that_waits_for_work_of_its_own_worker_does_not_wait_for_e
             return await supervisor.run(Task("work", "child")) if task.payload == "parent" else task.payload
 
         worker = supervisor.register_worker(
-            "worker", handler=handler, task_types=["work"], cool_off=10.0, max_concurrent=3
+            "worker", handler=handler, task_types=["work"], reset_timeout=10.0, max_concurrent=3
         )
         await fail(supervisor, agent, 5)
         await asyncio.sleep(10.01)
         began, agent.peak = now(), 0
         assert await supervisor.run(Task("work", "parent")) == "child"
-        assert now() - began == about(0.2)
+        assert now() - began == approximately(0.2)
         assert agent.peak == 1
         assert worker.current_tasks == 0
 
@@ -359,7 +371,7 @@ async def test_a_probe_that_waits_for_work_of_its_own_worker_does_not_wait_for_e
 async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
-        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
         await fail(supervisor, agent, 5)
         await asyncio.sleep(86_000.0)
         assert worker.state is WorkerState.FAILED
@@ -371,12 +383,12 @@ async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() ->
 @virtual
 async def test_a_worker_that_failed_by_its_timeouts_stays_so_when_the_last_handler_stops_at_last() -> None:
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
-        agent, stubborn = Agent(), Stubborn(10.0)
+        agent, stubborn = Agent(), UncancellableHandler(10.0)
 
         async def handler(task: Task) -> Any:
             return await (stubborn if task.payload == "stubborn" else agent)(task)
 
-        worker = supervisor.register_worker("w", handler=handler, task_types=["work"], cool_off=60.0, timeout=5.0)
+        worker = supervisor.register_worker("w", handler=handler, task_types=["work"], reset_timeout=60.0, timeout=5.0)
         await fail(supervisor, agent, 4)
         assert (await supervisor.submit_nowait(Task("work", "stubborn"))).status is TaskStatus.TIMED_OUT
         await asyncio.sleep(6.0)
@@ -388,13 +400,13 @@ async def test_a_worker_that_failed_by_its_timeouts_stays_so_when_the_last_handl
 async def test_failures_after_a_revival_are_not_forgotten_when_a_zombie_of_before_ends() -> None:
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
         agent = Agent(0.1)
-        stubborn = {10.0: Stubborn(10.0), 20.0: Stubborn(20.0)}
+        stubborn = {10.0: UncancellableHandler(10.0), 20.0: UncancellableHandler(20.0)}
 
         async def handler(task: Task) -> Any:
             return await stubborn.get(task.payload, agent)(task)
 
         worker = supervisor.register_worker(
-            "w", handler=handler, task_types=["work"], max_concurrent=2, cool_off=None, timeout=5.0
+            "w", handler=handler, task_types=["work"], max_concurrent=2, reset_timeout=None, timeout=5.0
         )
         await results([supervisor.submit_nowait(Task("work", seconds)) for seconds in stubborn])
         await asyncio.sleep(6.0)
@@ -411,7 +423,7 @@ async def test_failures_after_a_revival_are_not_forgotten_when_a_zombie_of_befor
 async def test_a_revived_worker_takes_what_waits() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor(backpressure_threshold=1) as supervisor:
-        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=None)
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
         agent.error = ValueError()
         tickets = flood(supervisor, "work", 8)
         await results(tickets[:5])
@@ -442,7 +454,7 @@ async def test_what_still_runs_on_a_failed_worker_finishes_and_counts() -> None:
             return await (long if task.payload == "long" else agent)(task)
 
         worker = supervisor.register_worker(
-            "worker", handler=handler, task_types=["work"], max_concurrent=2, cool_off=None
+            "worker", handler=handler, task_types=["work"], max_concurrent=2, reset_timeout=None
         )
         ticket = supervisor.submit_nowait(Task("work", "long"))
         await fail(supervisor, agent, 5)
@@ -463,7 +475,7 @@ async def test_a_worker_that_fails_and_recovers_says_so(caplog: pytest.LogCaptur
     events: list[Any] = []
     agent = Agent(0.1)
     async with BackpressureSupervisor(on_event=events.append) as supervisor:
-        supervisor.register_worker("worker", handler=agent, task_types=["work"], cool_off=10.0)
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=10.0)
         await fail(supervisor, agent, 5)
         await asyncio.sleep(10.01)
         await supervisor.run(Task("work"))
@@ -481,7 +493,7 @@ async def test_a_worker_that_fails_and_recovers_says_so(caplog: pytest.LogCaptur
 async def test_one_failing_worker_does_not_refuse_work_that_another_can_do() -> None:
     agent = Agent(0.01)
     async with BackpressureSupervisor(max_queue_size=5) as supervisor:
-        supervisor.register_worker("bad", handler=agent, task_types=["work"], cool_off=None)
+        supervisor.register_worker("bad", handler=agent, task_types=["work"], reset_timeout=None)
         supervisor.register_worker("good", handler=Agent(0.01), task_types=["work"])
         agent.error = ValueError()
         refused = 0
@@ -495,7 +507,7 @@ async def test_one_failing_worker_does_not_refuse_work_that_another_can_do() -> 
 async def test_a_zombie_of_a_failed_worker_that_ends_after_its_revival_is_counted_once() -> None:
     async with BackpressureSupervisor(zombie_grace=0.5) as supervisor:
         worker: WorkerAgent = supervisor.register_worker(
-            "worker", handler=Stubborn(20.0), task_types=["work"], cool_off=None
+            "worker", handler=UncancellableHandler(20.0), task_types=["work"], reset_timeout=None
         )
         await supervisor.submit_nowait(Task("work", timeout=1.0))
         await asyncio.sleep(1.0)

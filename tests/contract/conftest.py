@@ -12,17 +12,17 @@ import pytest
 from tests.contract import engine_handlers
 
 from forebay import BackpressureSupervisor, WorkerAgent
-from forebay.engine import Engine, InProcess
-from forebay.overflow import open_ledger
+from forebay.engine import Engine, ProcessEngine
+from forebay.interfaces import Lease, TaskRecord, TaskStore
+from forebay.overflow import open_task_store
 from forebay.task import Priority
-from forebay.typing import Lease, Ledger, Row
 
 DURABLE = "durable"  # what it holds is there when it is opened again
 SHARED = "shared"  # several may have it open at once
 
 
 @dataclass(frozen=True)
-class Backend:
+class StoreBackend:
     """A kind of ledger, and which promises it makes beyond those that all make."""
 
     name: str
@@ -35,27 +35,27 @@ class Backend:
 
 
 LEDGERS = [
-    Backend("memory", "memory://?bound={bound}"),
-    Backend("sqlite", "sqlite:///{path}/ledger.db?bound={bound}", frozenset({DURABLE, SHARED})),
+    StoreBackend("memory", "memory://?bound={bound}"),
+    StoreBackend("sqlite", "sqlite:///{path}/ledger.db?bound={bound}", frozenset({DURABLE, SHARED})),
 ]
 
 
 @pytest.fixture(params=LEDGERS, ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    chosen: Backend = request.param
+def backend(request: pytest.FixtureRequest) -> StoreBackend:
+    chosen: StoreBackend = request.param
     return chosen
 
 
-OpenLedger = Callable[..., Awaitable[Ledger]]
+OpenStore = Callable[..., Awaitable[TaskStore]]
 
 
 @pytest.fixture
-async def another(backend: Backend, tmp_path: Path) -> AsyncIterator[OpenLedger]:
+async def another(backend: StoreBackend, tmp_path: Path) -> AsyncIterator[OpenStore]:
     """Opens the one place of this test, once more or with another bound."""
-    opened: list[Ledger] = []
+    opened: list[TaskStore] = []
 
-    async def open_one(bound: int = 10_000) -> Ledger:
-        ledger = open_ledger(backend.url.format(path=tmp_path, bound=bound))
+    async def open_one(bound: int = 10_000) -> TaskStore:
+        ledger = open_task_store(backend.url.format(path=tmp_path, bound=bound))
         opened.append(ledger)
         await ledger.open()
         return ledger
@@ -66,12 +66,12 @@ async def another(backend: Backend, tmp_path: Path) -> AsyncIterator[OpenLedger]
 
 
 @pytest.fixture
-async def ledger(another: OpenLedger) -> Ledger:
+async def ledger(another: OpenStore) -> TaskStore:
     return await another()
 
 
 @dataclass
-class Rows:
+class MakeRecord:
     """Makes rows that differ in what a test says, and takes what it leases down."""
 
     count: itertools.count[int] = field(default_factory=itertools.count)
@@ -85,9 +85,9 @@ class Rows:
         deadline: float | None = None,
         key: str | None = None,
         envelope: bytes = b"envelope",
-    ) -> Row:
+    ) -> TaskRecord:
         number = next(self.count)
-        return Row(
+        return TaskRecord(
             task_id=f"task-{number}" if task_id is None else task_id,
             task_type=of,
             priority=priority,
@@ -99,15 +99,15 @@ class Rows:
 
 
 @pytest.fixture
-def row() -> Rows:
-    return Rows()
+def row() -> MakeRecord:
+    return MakeRecord()
 
 
 Take = Callable[..., Awaitable[list[Lease]]]
 
 
 @pytest.fixture
-def take(ledger: Ledger) -> Take:
+def take(ledger: TaskStore) -> Take:
     """Leases from the ledger, by default all research until 100."""
 
     async def lease(limit: int = 10_000, *, of: str = "research", until: float = 100.0) -> list[Lease]:
@@ -125,7 +125,7 @@ ASIDE = "aside"  # a handler that blocks holds up nobody else
 
 
 @dataclass(frozen=True)
-class Place:
+class EngineCase:
     """An engine, a kind of handler, and which promises it makes beyond those that all make."""
 
     name: str
@@ -143,17 +143,17 @@ class Place:
         return supervisor.register_worker("worker", engine=self.engine, **given)
 
 
-IN_PROCESS = InProcess(grace=0.2)
+IN_PROCESS = ProcessEngine(grace=0.2)
 PLACES = [
-    Place("loop", "loop", "coroutine", frozenset({SHARES, STOPS})),
-    Place("thread, plain", "thread", "plain", frozenset({SHARES, ASIDE})),
-    Place("thread, async", "thread", "coroutine", frozenset({SHARES, STOPS, ASIDE})),
-    Place("process, plain", IN_PROCESS, "plain", frozenset({KILLS, STOPS, ASIDE})),
-    Place("process, async", IN_PROCESS, "coroutine", frozenset({KILLS, STOPS, ASIDE})),
+    EngineCase("loop", "loop", "coroutine", frozenset({SHARES, STOPS})),
+    EngineCase("thread, plain", "thread", "plain", frozenset({SHARES, ASIDE})),
+    EngineCase("thread, async", "thread", "coroutine", frozenset({SHARES, STOPS, ASIDE})),
+    EngineCase("process, plain", IN_PROCESS, "plain", frozenset({KILLS, STOPS, ASIDE})),
+    EngineCase("process, async", IN_PROCESS, "coroutine", frozenset({KILLS, STOPS, ASIDE})),
 ]
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: place.name)
-def place(request: pytest.FixtureRequest) -> Place:
-    chosen: Place = request.param
+def place(request: pytest.FixtureRequest) -> EngineCase:
+    chosen: EngineCase = request.param
     return chosen

@@ -31,7 +31,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "StopIteration": lambda: StopIteration(1),
     "StopAsyncIteration": lambda: StopAsyncIteration(1),
     "TimeoutError": lambda: TimeoutError("mine"),
-    "Overloaded": lambda: Overloaded("full", binding="key", load=1.0, retry_after=7.0),
+    "Overloaded": lambda: Overloaded("full", limited_by="key", load=1.0, retry_after=7.0),
 }
 
 
@@ -79,7 +79,7 @@ def _scribble() -> str:
 
 
 def _context() -> dict[str, Any]:
-    running = context.current()
+    running = context.running_task()
     assert running is not None
     return {
         "task_id": running.task.task_id,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
-from tests.contract.conftest import ASIDE, KILLS, SHARES, STOPS, Place
+from tests.contract.conftest import ASIDE, KILLS, SHARES, STOPS, EngineCase
 
 from forebay import (
     BackpressureSupervisor,
@@ -26,9 +26,9 @@ from forebay import (
     Ticket,
     WorkerAgent,
 )
-from forebay.errors import CannotCross, RemoteError
-from forebay.events import Event, Progress
-from forebay.typing import WorkerState
+from forebay.errors import NotTransferable, RemoteError
+from forebay.events import Event, TaskProgress
+from forebay.interfaces import WorkerState
 
 PATIENCE = 30.0  # seconds that nothing here takes
 MOMENT = 0.1  # seconds: a timeout that is meant to pass
@@ -41,7 +41,7 @@ async def hurry() -> AsyncIterator[None]:
         yield
 
 
-class Ears:
+class ProgressListener:
     """Hears the progress of every task, from its beginning: a sink."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Ears:
         self._news = asyncio.Event()
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Progress):
+        if isinstance(event, TaskProgress):
             self.told[event.task_id].append(event.value)
             self._news.set()
 
@@ -63,19 +63,19 @@ class Ears:
 
 
 @pytest.fixture
-def ears() -> Ears:
-    return Ears()
+def ears() -> ProgressListener:
+    return ProgressListener()
 
 
 @pytest.fixture
-async def supervisor(ears: Ears) -> AsyncIterator[BackpressureSupervisor]:
+async def supervisor(ears: ProgressListener) -> AsyncIterator[BackpressureSupervisor]:
     async with BackpressureSupervisor(zombie_grace=PATIENCE, on_event=ears) as house:
         yield house
 
 
 @pytest.fixture
-def worker(place: Place, supervisor: BackpressureSupervisor) -> WorkerAgent:
-    return place.register(supervisor, max_concurrent=2, cool_off=None)
+def worker(place: EngineCase, supervisor: BackpressureSupervisor) -> WorkerAgent:
+    return place.register(supervisor, max_concurrent=2, reset_timeout=None)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ async def test_a_large_value_comes_back(supervisor: BackpressureSupervisor) -> N
 
 
 @pytest.mark.usefixtures("worker")
-async def test_an_object_stays_itself_or_is_refused(supervisor: BackpressureSupervisor, place: Place) -> None:
+async def test_an_object_stays_itself_or_is_refused(supervisor: BackpressureSupervisor, place: EngineCase) -> None:
     thing = object()
     out, back = await ended(supervisor, "echo", thing), await ended(supervisor, "object")
     if SHARES in place.can:
@@ -152,17 +152,17 @@ async def test_an_object_stays_itself_or_is_refused(supervisor: BackpressureSupe
         assert back.success
         return
     for result in (out, back):
-        assert isinstance(result.cause, CannotCross)
+        assert isinstance(result.cause, NotTransferable)
         assert "holds a object" in (result.error or "")
     assert (await ended(supervisor, "echo", 1)).success
 
 
-async def test_what_is_larger_than_its_bound_is_refused(supervisor: BackpressureSupervisor, place: Place) -> None:
+async def test_what_is_larger_than_its_bound_is_refused(supervisor: BackpressureSupervisor, place: EngineCase) -> None:
     if SHARES in place.can:
         pytest.skip(f"{place.name} has no bound")
     place.register(supervisor)
     result = await ended(supervisor, "echo", bytes(16_000_001))
-    assert isinstance(result.cause, CannotCross)
+    assert isinstance(result.cause, NotTransferable)
     assert "16000000" in str(result.cause)
 
 
@@ -170,7 +170,7 @@ async def test_what_is_larger_than_its_bound_is_refused(supervisor: Backpressure
 
 
 @pytest.mark.usefixtures("worker")
-async def test_an_exception_is_the_cause(supervisor: BackpressureSupervisor, place: Place) -> None:
+async def test_an_exception_is_the_cause(supervisor: BackpressureSupervisor, place: EngineCase) -> None:
     with pytest.raises(TaskFailed, match="ValueError: no such river") as caught:
         await supervisor.run(work("raise", "ValueError"))
     cause = caught.value.__cause__
@@ -184,7 +184,7 @@ async def test_an_exception_is_the_cause(supervisor: BackpressureSupervisor, pla
 
 
 async def test_a_handler_may_raise_anything(
-    supervisor: BackpressureSupervisor, worker: WorkerAgent, place: Place
+    supervisor: BackpressureSupervisor, worker: WorkerAgent, place: EngineCase
 ) -> None:
     for kind in engine_handlers.ERRORS:
         worker.revive()
@@ -200,7 +200,7 @@ async def test_an_overload_further_on_is_told_as_one(supervisor: BackpressureSup
     for _ in range(6):
         with pytest.raises(Overloaded, match="full") as caught:
             await supervisor.run(work("raise", "Overloaded"))
-        assert (caught.value.binding, caught.value.load, caught.value.retry_after) == ("key", 1.0, 7.0)
+        assert (caught.value.limited_by, caught.value.load, caught.value.retry_after) == ("key", 1.0, 7.0)
     assert worker.state is WorkerState.IDLE
 
 
@@ -209,7 +209,7 @@ async def test_an_overload_further_on_is_told_as_one(supervisor: BackpressureSup
 
 @pytest.mark.usefixtures("worker")
 async def test_a_cancelled_handler_stops(
-    supervisor: BackpressureSupervisor, place: Place, tmp_path: Path, ears: Ears
+    supervisor: BackpressureSupervisor, place: EngineCase, tmp_path: Path, ears: ProgressListener
 ) -> None:
     place.needs(STOPS)
     ticket = await supervisor.submit(work("wait", str(tmp_path / "stopped")))
@@ -221,7 +221,9 @@ async def test_a_cancelled_handler_stops(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_handler_out_of_time_stops(supervisor: BackpressureSupervisor, place: Place, tmp_path: Path) -> None:
+async def test_a_handler_out_of_time_stops(
+    supervisor: BackpressureSupervisor, place: EngineCase, tmp_path: Path
+) -> None:
     place.needs(STOPS)
     await supervisor.run(work("echo", 1))  # it is there: the timeout is not its start's
     assert (await ended(supervisor, "wait", str(tmp_path / "stopped"), timeout=MOMENT)).status is TaskStatus.TIMED_OUT
@@ -230,7 +232,7 @@ async def test_a_handler_out_of_time_stops(supervisor: BackpressureSupervisor, p
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_deadline_ends_what_runs(supervisor: BackpressureSupervisor, place: Place, tmp_path: Path) -> None:
+async def test_a_deadline_ends_what_runs(supervisor: BackpressureSupervisor, place: EngineCase, tmp_path: Path) -> None:
     place.needs(STOPS)
     await supervisor.run(work("echo", 1))
     result = await ended(supervisor, "wait", str(tmp_path / "stopped"), deadline=Deadline.within(MOMENT))
@@ -238,7 +240,7 @@ async def test_a_deadline_ends_what_runs(supervisor: BackpressureSupervisor, pla
 
 
 async def test_a_handler_that_swallows_its_cancellation_keeps_its_slot_until_it_ends(
-    supervisor: BackpressureSupervisor, worker: WorkerAgent, place: Place, fifo: Path, ears: Ears
+    supervisor: BackpressureSupervisor, worker: WorkerAgent, place: EngineCase, fifo: Path, ears: ProgressListener
 ) -> None:
     ticket = await supervisor.submit(work("stubborn", str(fifo)))
     await ears.began(ticket)
@@ -251,7 +253,7 @@ async def test_a_handler_that_swallows_its_cancellation_keeps_its_slot_until_it_
 
 
 async def test_what_is_stuck_is_killed_and_its_slot_serves_the_next(
-    supervisor: BackpressureSupervisor, place: Place
+    supervisor: BackpressureSupervisor, place: EngineCase
 ) -> None:
     place.needs(KILLS)
     place.register(supervisor)
@@ -266,7 +268,7 @@ async def test_what_is_stuck_is_killed_and_its_slot_serves_the_next(
 
 @pytest.mark.usefixtures("worker")
 async def test_what_a_stuck_handler_has_started_is_killed_with_it(
-    supervisor: BackpressureSupervisor, place: Place, ears: Ears
+    supervisor: BackpressureSupervisor, place: EngineCase, ears: ProgressListener
 ) -> None:
     place.needs(KILLS)
     ticket = await supervisor.submit(work("with a child"))
@@ -279,7 +281,7 @@ async def test_what_a_stuck_handler_has_started_is_killed_with_it(
 
 @pytest.mark.blocks
 async def test_a_handler_that_blocks_holds_up_nobody_else(
-    supervisor: BackpressureSupervisor, worker: WorkerAgent, place: Place, fifo: Path, ears: Ears
+    supervisor: BackpressureSupervisor, worker: WorkerAgent, place: EngineCase, fifo: Path, ears: ProgressListener
 ) -> None:
     place.needs(ASIDE)
     ticket = await supervisor.submit(work("block", str(fifo)))
@@ -307,7 +309,7 @@ async def test_progress_comes_in_order_and_before_the_end(supervisor: Backpressu
     kinds, values = [], []
     async for event in ticket.events():
         kinds.append(event.kind)
-        if isinstance(event, Progress):
+        if isinstance(event, TaskProgress):
             values.append(event.value)
     assert values == list(range(500))
     assert kinds[-1] == "finished"
@@ -337,12 +339,14 @@ async def test_a_handler_may_use_an_event_loop(supervisor: BackpressureSuperviso
     assert [await supervisor.run(work("loop")) for _ in range(3)] == ["looped"] * 3
 
 
-async def test_a_factory_makes_a_fresh_agent_for_each_task(supervisor: BackpressureSupervisor, place: Place) -> None:
+async def test_a_factory_makes_a_fresh_agent_for_each_task(
+    supervisor: BackpressureSupervisor, place: EngineCase
+) -> None:
     place.register(supervisor, handler=None, factory=engine_handlers.Talker)
     assert [await supervisor.run(Task("worker", number)) for number in range(3)] == [[0], [1], [2]]
 
 
-async def test_a_handler_may_be_named_by_its_import_path(supervisor: BackpressureSupervisor, place: Place) -> None:
+async def test_a_handler_may_be_named_by_its_import_path(supervisor: BackpressureSupervisor, place: EngineCase) -> None:
     place.register(supervisor, handler=f"tests.contract.engine_handlers:{place.handler}")
     assert await supervisor.run(work("echo", 1)) == 1
 
@@ -351,7 +355,7 @@ async def test_a_handler_may_be_named_by_its_import_path(supervisor: Backpressur
 
 
 async def test_as_many_run_at_once_as_there_are_slots(
-    supervisor: BackpressureSupervisor, place: Place, tmp_path: Path, ears: Ears
+    supervisor: BackpressureSupervisor, place: EngineCase, tmp_path: Path, ears: ProgressListener
 ) -> None:
     worker = place.register(supervisor, max_concurrent=3)
     fifos = [tmp_path / f"fifo-{number}" for number in range(3)]
@@ -366,7 +370,7 @@ async def test_as_many_run_at_once_as_there_are_slots(
     assert [(await ticket).result for ticket in tickets] == [fifo.name for fifo in fifos]
 
 
-async def test_many_tasks_all_end(place: Place) -> None:
+async def test_many_tasks_all_end(place: EngineCase) -> None:
     async with BackpressureSupervisor(backpressure_threshold=1.0, max_queue_size=300) as supervisor:
         place.register(supervisor, max_concurrent=4)
         tickets = [await supervisor.submit(work("echo", number)) for number in range(300)]
@@ -377,7 +381,7 @@ async def test_many_tasks_all_end(place: Place) -> None:
 
 
 async def test_draining_lets_a_handler_finish(
-    supervisor: BackpressureSupervisor, place: Place, fifo: Path, ears: Ears
+    supervisor: BackpressureSupervisor, place: EngineCase, fifo: Path, ears: ProgressListener
 ) -> None:
     place.register(supervisor)
     ticket = await supervisor.submit(work("read", str(fifo)))
@@ -390,7 +394,7 @@ async def test_draining_lets_a_handler_finish(
 
 @pytest.mark.usefixtures("worker")
 async def test_draining_past_its_limit_stops_a_handler(
-    supervisor: BackpressureSupervisor, place: Place, tmp_path: Path, ears: Ears
+    supervisor: BackpressureSupervisor, place: EngineCase, tmp_path: Path, ears: ProgressListener
 ) -> None:
     place.needs(STOPS)
     ticket = await supervisor.submit(work("wait", str(tmp_path / "stopped")))
@@ -401,7 +405,9 @@ async def test_draining_past_its_limit_stops_a_handler(
     assert (tmp_path / "stopped").exists()
 
 
-async def test_closing_while_handlers_run_ends_them_all(place: Place, tmp_path: Path, ears: Ears) -> None:
+async def test_closing_while_handlers_run_ends_them_all(
+    place: EngineCase, tmp_path: Path, ears: ProgressListener
+) -> None:
     place.needs(STOPS)
     supervisor = BackpressureSupervisor(zombie_grace=PATIENCE, on_event=ears)
     await supervisor.start()
@@ -414,7 +420,7 @@ async def test_closing_while_handlers_run_ends_them_all(place: Place, tmp_path: 
     assert all((tmp_path / f"stopped-{n}").exists() for n in range(3))
 
 
-async def test_closing_waits_for_nothing_that_can_be_killed(place: Place, ears: Ears) -> None:
+async def test_closing_waits_for_nothing_that_can_be_killed(place: EngineCase, ears: ProgressListener) -> None:
     place.needs(KILLS)
     supervisor = BackpressureSupervisor(zombie_grace=0.01, on_event=ears)
     await supervisor.start()
@@ -427,7 +433,7 @@ async def test_closing_waits_for_nothing_that_can_be_killed(place: Place, ears: 
     assert not is_there(pid)
 
 
-async def test_a_house_leaves_neither_processes_nor_descriptors(place: Place) -> None:
+async def test_a_house_leaves_neither_processes_nor_descriptors(place: EngineCase) -> None:
     before = descriptors()
     async with BackpressureSupervisor() as supervisor:
         place.register(supervisor, max_concurrent=2)

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from tests.unit.limit.server import Server
 
 from forebay.errors import InvalidSetting
-from forebay.limit import AdaptiveLimit, AimdByTimeout, EpochAimd, FixedLimit, GradientLimit, VegasLimit
-from forebay.typing import Grant, Limit, Outcome
+from forebay.interfaces import Grant, Limit, Outcome
+from forebay.limit import AdaptiveLimit, AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
 
 LARGEST = 40
 CAPACITY = 8
 LIMITS: dict[str, Callable[[], Limit]] = {
     "fixed": lambda: FixedLimit(LARGEST),
-    "adaptive": lambda: AdaptiveLimit(largest=LARGEST),
-    "timeout": lambda: AimdByTimeout(largest=LARGEST),
-    "epoch": lambda: EpochAimd(largest=LARGEST),
-    "gradient": lambda: GradientLimit(largest=LARGEST),
-    "vegas": lambda: VegasLimit(largest=LARGEST),
+    "adaptive": lambda: AdaptiveLimit(max_limit=LARGEST),
+    "timeout": lambda: TimeoutAimdLimit(max_limit=LARGEST),
+    "epoch": lambda: AimdLimit(max_limit=LARGEST),
+    "gradient": lambda: GradientLimit(max_limit=LARGEST),
+    "vegas": lambda: VegasLimit(max_limit=LARGEST),
 }
 EVERY = pytest.mark.parametrize("make", LIMITS.values(), ids=LIMITS)
 
@@ -61,7 +61,7 @@ class World:
     def hear(self, which: int, outcome: Outcome | None, stretch: float | None) -> None:
         grant, accepted = self.out.pop(which)
         if outcome is not None:
-            self.limit.observe(self.now, grant, outcome, stretch=stretch)
+            self.limit.observe(self.now, grant, outcome, slowdown=stretch)
             return
         if not accepted:
             self.limit.accepted(self.now, grant)
@@ -73,7 +73,7 @@ class World:
             self.check()
 
     def check(self) -> None:
-        limit, change = self.limit.limit(self.now), self.limit.next_change(self.now)
+        limit, change = self.limit.limit(self.now), self.limit.reopens_at(self.now)
         assert 0 <= limit <= LARGEST
         assert (limit == 0) == (change is not None)
         if change is not None:
@@ -104,9 +104,9 @@ def test_whatever_has_happened_a_limit_finds_a_healthy_server_again(
     world.play(events)
     world.finish(Outcome.IGNORED)
     for _ in range(refusals):
-        world.now = world.limit.next_change(world.now) or world.now
+        world.now = world.limit.reopens_at(world.now) or world.now
         world.limit.observe(world.now, world.limit.grant(world.now, 1), Outcome.OVERLOAD)
-    server = Server(world.limit, CAPACITY, stretch=stretch, now=world.now)
+    server = Server(world.limit, CAPACITY, slowdown=stretch, now=world.now)
     server.run(1500)
     assert max(server.seen[-300:]) >= CAPACITY
 
@@ -123,9 +123,9 @@ def test_what_says_nothing_changes_nothing(make: Callable[[], Limit]) -> None:
     assert limit.limit(1.0) == before
 
 
-@pytest.mark.parametrize("kind", [AdaptiveLimit, EpochAimd])
-def test_refusals_of_one_epoch_are_answered_once(kind: type[AdaptiveLimit | EpochAimd]) -> None:
-    limit = kind(start=20)
+@pytest.mark.parametrize("kind", [AdaptiveLimit, AimdLimit])
+def test_refusals_of_one_epoch_are_answered_once(kind: type[AdaptiveLimit | AimdLimit]) -> None:
+    limit = kind(initial_limit=20)
     together = [limit.grant(0.0, n) for n in range(1, 21)]
     for grant in together[10:]:
         limit.observe(0.1, grant, Outcome.OVERLOAD)
@@ -144,10 +144,10 @@ def test_refusals_of_one_epoch_are_answered_once(kind: type[AdaptiveLimit | Epoc
         (AdaptiveLimit, {"start": 0}),
         (AdaptiveLimit, {"start": 11, "largest": 10}),
         (AdaptiveLimit, {"largest": 1.5}),
-        (AimdByTimeout, {"timeout": 0}),
-        (AimdByTimeout, {"backoff": 1.0}),
-        (EpochAimd, {"growth": 0.0}),
-        (EpochAimd, {"backoff": 0.0}),
+        (TimeoutAimdLimit, {"timeout": 0}),
+        (TimeoutAimdLimit, {"backoff": 1.0}),
+        (AimdLimit, {"growth": 0.0}),
+        (AimdLimit, {"backoff": 0.0}),
         (GradientLimit, {"tolerance": 0.0}),
         (GradientLimit, {"queue": -1.0}),
         (GradientLimit, {"smoothing": 1.1}),

@@ -9,7 +9,7 @@ import anthropic
 import httpx2
 import openai
 import pytest
-from tests.unit.upstream.transport.wire import STREAM, Says, Script
+from tests.unit.upstream.httpx_binding.wire import STREAM, Says, Script
 
 from forebay import Fallback, Overloaded, Quota, Retry, Upstream
 
@@ -67,7 +67,7 @@ async def test_of_openais_sdk_a_stream_goes_to_a_server_of_ones_own() -> None:
 
 def test_of_azures_the_other_deployment_is_named_in_the_path() -> None:
     up = Upstream(
-        "azure", provider="azure", models={"gpt-4o": ONCE, "mini": ()}, fallback=Fallback(to="mini", of="gpt-4o")
+        "azure", provider="azure", models={"gpt-4o": ONCE, "mini": ()}, fallback=Fallback(to="mini", models="gpt-4o")
     )
     scripted = script()
     with openai.AzureOpenAI(

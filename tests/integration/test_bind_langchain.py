@@ -17,19 +17,19 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_openai.chat_models import _client_utils
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
-from tests.unit.upstream.transport.wire import NOTHING, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
 
 from forebay import BackpressureSupervisor, Overloaded, Task
 from forebay.quota import Quota
-from forebay.sim import ProviderConfig, RunningPlant, start_plant
+from forebay.simulation import ProviderConfig, ProviderProcess, start_provider
 from forebay.upstream import Upstream
 
 GPT, CLAUDE = "gpt-4o-mini", "claude-sonnet-5"
 
 
 @pytest.fixture(scope="module")
-def plant() -> Iterator[RunningPlant]:
-    with start_plant(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as plant:
+def plant() -> Iterator[ProviderProcess]:
+    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as plant:
         yield plant
 
 
@@ -47,7 +47,7 @@ async def closed() -> AsyncIterator[None]:
 made: list[Any] = []
 
 
-def model(name: str, plant: RunningPlant) -> Any:
+def model(name: str, plant: ProviderProcess) -> Any:
     if name == "openai":
         chat: Any = ChatOpenAI(model=GPT, api_key="sk-plant", base_url=plant.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
         made.append(chat.root_async_client._client)
@@ -66,7 +66,7 @@ def message(answer: Any) -> Any:
 
 
 @NAMES
-async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: RunningPlant) -> None:
+async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
     bare = model(name, plant)
     bound = upstream.bind(bare)
@@ -75,11 +75,11 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: RunningPlan
         message(part) async for part in bare.astream("Rivers?")
     ]
     assert left(upstream) == NOTHING
-    assert next(iter(upstream.books)).account.service.typical > 0
+    assert next(iter(upstream.accounts)).account.durations.typical > 0
 
 
 @NAMES
-def test_so_it_does_in_a_plain_thread(name: str, plant: RunningPlant) -> None:
+def test_so_it_does_in_a_plain_thread(name: str, plant: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
     bare = model(name, plant)
     bound = upstream.bind(bare)
@@ -89,7 +89,7 @@ def test_so_it_does_in_a_plain_thread(name: str, plant: RunningPlant) -> None:
 
 
 @NAMES
-async def test_a_refusal_comes_out_of_the_model_unchanged(name: str, plant: RunningPlant) -> None:
+async def test_a_refusal_comes_out_of_the_model_unchanged(name: str, plant: ProviderProcess) -> None:
     bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, plant))
     await bound.ainvoke("Rivers?")
     with pytest.raises(Overloaded) as refused:
@@ -100,7 +100,7 @@ async def test_a_refusal_comes_out_of_the_model_unchanged(name: str, plant: Runn
             pass
 
 
-async def statistics(plant: RunningPlant) -> dict[str, Any]:
+async def statistics(plant: ProviderProcess) -> dict[str, Any]:
     return await asyncio.get_running_loop().run_in_executor(None, plant.statistics)
 
 
@@ -109,7 +109,9 @@ class State(TypedDict, total=False):
 
 
 @NAMES
-async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(name: str, plant: RunningPlant) -> None:
+async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
+    name: str, plant: ProviderProcess
+) -> None:
     await asyncio.get_running_loop().run_in_executor(None, plant.reset)
     upstream = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")])
     bound = upstream.bind(model(name, plant))
@@ -151,6 +153,6 @@ def test_embeddings_are_counted() -> None:
         check_embedding_ctx_length=False,
     )
     assert upstream.bind(bare).embed_query("rivers") == [0.5, 0.25]
-    (level,) = next(iter(upstream.books)).account.quotas.levels(0.0)
-    assert level.left == pytest.approx(993, abs=1)
+    (level,) = next(iter(upstream.accounts)).account.quotas.levels(0.0)
+    assert level.remaining == pytest.approx(993, abs=1)
     assert left(upstream) == NOTHING

@@ -11,13 +11,13 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from tests.contract.sdks.house import SAY, Sdk
-from tests.unit.upstream.transport.wire import NOTHING, Says, Script, left
+from tests.contract.sdks.sdk_harness import SAY, Sdk
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
 
 from forebay import Overloaded
 from forebay.quota import Quota
 from forebay.retry import Retry
-from forebay.sim import ProviderConfig, RunningPlant, start_plant
+from forebay.simulation import ProviderConfig, ProviderProcess, start_provider
 from forebay.upstream import Upstream
 
 BLOCKING = pytest.mark.parametrize("sdk", [Sdk("openai", awaits=False), Sdk("anthropic", awaits=False)], ids=str)
@@ -25,8 +25,8 @@ AWAITED = pytest.mark.parametrize("sdk", [Sdk("openai", awaits=True), Sdk("anthr
 
 
 @pytest.fixture(scope="module")
-def plant() -> Iterator[RunningPlant]:
-    with start_plant(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0, slots=100)) as plant:
+def plant() -> Iterator[ProviderProcess]:
+    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0, slots=100)) as plant:
         yield plant
 
 
@@ -34,7 +34,7 @@ def upstream_of(sdk: Sdk, **how: Any) -> Upstream:
     return Upstream(sdk.name, provider=sdk.name, **how)
 
 
-async def served(plant: RunningPlant) -> None:
+async def served(plant: ProviderProcess) -> None:
     """Wait until the plant works on a call: a connection that is cancelled while it is made is not always closed."""
     loop = asyncio.get_running_loop()
     while not (await loop.run_in_executor(None, plant.statistics))["in_flight"]:
@@ -42,7 +42,7 @@ async def served(plant: RunningPlant) -> None:
 
 
 @AWAITED
-async def test_a_stream_that_is_forgotten_gives_the_permit_back(sdk: Sdk, plant: RunningPlant) -> None:
+async def test_a_stream_that_is_forgotten_gives_the_permit_back(sdk: Sdk, plant: ProviderProcess) -> None:
     upstream = upstream_of(sdk)
     async with sdk.client(plant.url) as bare:
         stream = await sdk.create(upstream.bind(bare), stream=True)
@@ -54,7 +54,7 @@ async def test_a_stream_that_is_forgotten_gives_the_permit_back(sdk: Sdk, plant:
 
 
 @BLOCKING
-def test_refusals_come_out_unchanged_where_only_the_http_client_was_bound(sdk: Sdk, plant: RunningPlant) -> None:
+def test_refusals_come_out_unchanged_where_only_the_http_client_was_bound(sdk: Sdk, plant: ProviderProcess) -> None:
     upstream = upstream_of(sdk, quotas=[Quota(requests=1, per="day")])
     with sdk.http.Client() as bare, sdk.client(plant.url, http_client=upstream.bind(bare)) as client:
         sdk.create(client)
@@ -72,7 +72,7 @@ def test_failures_are_those_of_the_sdk_and_it_does_not_call_again(sdk: Sdk) -> N
         (http.ReadTimeout("slow"), sdk.module.APITimeoutError),
     ):
         script = Script(http, error)
-        upstream = upstream_of(sdk, retry=Retry(max_attempts=2, base=0.001))
+        upstream = upstream_of(sdk, retry=Retry(max_attempts=2, base_delay=0.001))
         with sdk.client("http://x.test", http_client=http.Client(transport=script.blocking())) as bare:
             with pytest.raises(expected) as failed:
                 sdk.create(upstream.bind(bare))
@@ -104,7 +104,7 @@ def test_kin_of_the_sdks_are_bound() -> None:
     assert at_vertex.messages.create(model="claude-x", max_tokens=9, messages=SAY).id == "m"
 
 
-def many(sdk: Sdk, plant: RunningPlant, upstream: Upstream) -> Callable[[], None]:
+def many(sdk: Sdk, plant: ProviderProcess, upstream: Upstream) -> Callable[[], None]:
     """Ten calls, three of them cancelled, on a loop of its own."""
 
     async def calls() -> None:
@@ -120,12 +120,12 @@ def many(sdk: Sdk, plant: RunningPlant, upstream: Upstream) -> Callable[[], None
 
 
 @AWAITED
-async def test_several_loops_share_an_account(sdk: Sdk, plant: RunningPlant) -> None:
+async def test_several_loops_share_an_account(sdk: Sdk, plant: ProviderProcess) -> None:
     upstream = upstream_of(sdk, max_concurrent=4)
     loop = asyncio.get_running_loop()
     await asyncio.gather(*[loop.run_in_executor(None, many(sdk, plant, upstream)) for _ in range(4)])
     assert left(upstream) == NOTHING
-    assert max(desk.account.peak for desk in upstream.books) == 4
+    assert max(desk.account.peak_in_flight for desk in upstream.accounts) == 4
 
 
 @pytest.mark.parametrize("where", ["responses", "realtime", "beta.realtime"])

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
+from demo.kept import Kept, kept
+from demo.workload import surge
 from forebay.clock import monotonic
-from forebay.demo.kept import Kept, kept
-from forebay.demo.workload import surge
-from forebay.sim.config import ProviderConfig
-from forebay.sim.process import start_plant
+from forebay.simulation.provider.provider_config import ProviderConfig
+from forebay.simulation.provider.provider_process import start_provider
 
 TASKS, SEED = 60, 5
 SMALL = ("--tasks", f"{TASKS}", "--seconds", "6", "--workers", "2", "--slots", "2", "--speed", "10")
@@ -30,7 +30,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "forebay.cli", "demo", *arguments]
+    return [sys.executable, "-m", "demo", *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -113,7 +113,7 @@ def test_what_is_printed_tells_both_sides_and_how_to_go_on(ran: Ran) -> None:
     for side in ("classic 0:00  0 done", "forebay 0:00  0 done"):
         assert side in ran.done.stdout
     assert "did not run out of memory" in " ".join(ran.done.stdout.split())
-    assert "forebay demo --resume" in ran.done.stdout
+    assert 'make demo ARGS="--resume' in ran.done.stdout
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_resume_does_the_rest_and_then_nothing(ran: Ran) -> None:
 def test_there_is_nothing_to_resume_before_a_demo(tmp_path: Path) -> None:
     done = demo(tmp_path / "none", "--resume")
     assert done.returncode == 1
-    assert "run `forebay demo` first" in done.stderr
+    assert "run `make demo` first" in done.stderr
 
 
 # --- ended from outside ---------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def resuming(folder: Path, left: Path) -> Iterator[subprocess.Popen[str]]:
 def side_of(process: subprocess.Popen[str]) -> int:
     """The process of the side that a demo plays now."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (side,) = (int(pid) for pid in children if b"forebay.demo.side" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (side,) = (int(pid) for pid in children if b"demo.side" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return side
 
 
@@ -230,7 +230,7 @@ def test_real_money_is_not_spent_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_of_ones_own_is_counted_by_what_it_answers(tmp_path: Path) -> None:
-    with start_plant(ProviderConfig(ttft=0.05, tpot=0.001)) as plant:
+    with start_provider(ProviderConfig(ttft=0.05, tpot=0.001)) as plant:
         more = {"PROVIDER_URL": plant.openai_url, "PROVIDER_API_KEY": "mine", "PROVIDER_MODEL": "gpt-4o-mini"}
         done = demo(tmp_path, "--yes", "--tasks", "4", "--seconds", "40", **more)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ import pytest
 import _forebay_pytest as plugin
 from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing
 from forebay.breaker import BreakerRules
-from forebay.engine import InProcess
+from forebay.engine import ProcessEngine
 from forebay.retry import Retry
 
 HOUSE = Path(__file__).parents[2]
@@ -176,7 +176,9 @@ def test_the_settings_are_those_of_overload() -> None:
 def test_the_checkers_and_the_handlers_are_those_that_there_are() -> None:
     told = {re.split(r"\W", name)[0] for row in rows(TESTING, "| handler |") for name in names(row[0])}
     assert told == {
-        name for name, kind in vars(testing).items() if inspect.isclass(kind) and issubclass(kind, testing.Double)
+        name
+        for name, kind in vars(testing).items()
+        if inspect.isclass(kind) and issubclass(kind, testing.HandlerDouble)
     }
     for row in rows(TESTING, "| checker |"):
         (name, signature) = re.fullmatch(r"(?:async with )?(\w+)(\(.*\))", names(row[0])[0]).groups()  # type: ignore[union-attr]
@@ -199,14 +201,14 @@ def test_the_fixtures_are_those_of_the_plugin() -> None:
 
 
 def test_the_settings_are_those_of_in_process() -> None:
-    check_settings(rows(GUIDE, "| of `InProcess` |"), defaults(InProcess.__init__))
+    check_settings(rows(GUIDE, "| of `ProcessEngine` |"), defaults(ProcessEngine.__init__))
 
 
 def test_the_settings_are_those_of_retries_and_breakers() -> None:
     check_settings(rows(GUIDE, "| `Retry` |"), defaults(Retry.__init__))
     arms, *others = rows(GUIDE, "| `BreakerRules` |")
     check_settings(others, {name: value for name, value in defaults(BreakerRules.__init__).items() if name != "arms"})
-    assert eval(names(arms[1])[0], vars(breaker)) == BreakerRules().arms  # noqa: S307 - the page is ours
+    assert eval(names(arms[1])[0], vars(breaker)) == BreakerRules().triggers  # noqa: S307 - the page is ours
 
 
 def test_the_fields_are_those_of_a_task() -> None:

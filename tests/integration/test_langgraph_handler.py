@@ -26,7 +26,7 @@ from langgraph.types import Command, Interrupt, Send, interrupt
 
 from forebay import BackpressureSupervisor, Verdict, context
 from forebay.adapters import as_handler
-from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask, NotPortable
+from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask, NotSerializable
 from forebay.overflow import decode_task, encode_task
 from forebay.task import Deadline, Priority, Task
 
@@ -62,7 +62,7 @@ class Listening:
 @pytest.fixture
 def listening() -> Iterator[Listening]:
     run = Listening()
-    token = context.enter(run)
+    token = context.set_running_task(run)
     yield run
     context._current.reset(token)
 
@@ -173,11 +173,11 @@ async def test_an_interrupt_comes_back_in_the_result_and_a_command_resumes_it() 
         return {"text": interrupt("publish?")}
 
     graph = graph_of(approve).compile(checkpointer=InMemorySaver())
-    asked = await run(graph, {"topic": "rivers"}, thread="t1")
+    asked = await run(graph, {"topic": "rivers"}, thread_id="t1")
     assert [question.value for question in asked["__interrupt__"]] == ["publish?"]
     assert asked["topic"] == "rivers"
 
-    assert await run(graph, Command(resume="yes"), thread="t1") == {"topic": "rivers", "notes": [], "text": "yes"}
+    assert await run(graph, Command(resume="yes"), thread_id="t1") == {"topic": "rivers", "notes": [], "text": "yes"}
 
 
 async def test_a_nodes_exception_comes_out_as_it_is() -> None:
@@ -260,9 +260,9 @@ async def test_context_variables_reach_every_node() -> None:
 
 async def test_two_tasks_of_one_thread_share_memory_and_another_thread_does_not() -> None:
     graph = graph_of(research).compile(checkpointer=InMemorySaver())
-    await run(graph, {"topic": "rivers"}, thread="t1")
-    assert (await run(graph, {"topic": "lakes"}, thread="t1"))["notes"] == ["about rivers", "about lakes"]
-    assert (await run(graph, {"topic": "seas"}, thread="t2"))["notes"] == ["about seas"]
+    await run(graph, {"topic": "rivers"}, thread_id="t1")
+    assert (await run(graph, {"topic": "lakes"}, thread_id="t1"))["notes"] == ["about rivers", "about lakes"]
+    assert (await run(graph, {"topic": "seas"}, thread_id="t2"))["notes"] == ["about seas"]
 
 
 async def test_a_graph_with_memory_needs_a_thread_and_says_so() -> None:
@@ -288,16 +288,16 @@ async def test_the_thread_may_come_from_a_config_instead(*, bind: bool, config: 
 
 
 async def test_the_tasks_thread_outranks_a_fixed_one() -> None:
-    seen = await configured(config={"configurable": {"thread_id": "fixed", "model": "small"}}, thread="t1")
+    seen = await configured(config={"configurable": {"thread_id": "fixed", "model": "small"}}, thread_id="t1")
     assert seen["configurable"]["thread_id"] == "t1"
     assert seen["configurable"]["model"] == "small"
 
 
 async def test_a_config_made_for_the_task_has_the_last_word() -> None:
     def config(task: Task) -> Mapping[str, Any]:
-        return {"configurable": {"thread_id": f"{task.tenant}:{task.thread}"}}
+        return {"configurable": {"thread_id": f"{task.tenant}:{task.thread_id}"}}
 
-    seen = await configured(config=config, thread="t1", tenant="acme")
+    seen = await configured(config=config, thread_id="t1", tenant="acme")
     assert seen["configurable"]["thread_id"] == "acme:t1"
 
 
@@ -347,7 +347,7 @@ async def test_a_task_submitted_by_a_node_is_a_run_of_its_own() -> None:
     seen: list[Any] = []
     config = {"tags": ["outer"], "configurable": {"model": "large"}}
     graph = graph_of(outer).compile(checkpointer=InMemorySaver())
-    done = await run(graph, {"topic": "rivers"}, config=config, thread="t1")
+    done = await run(graph, {"topic": "rivers"}, config=config, thread_id="t1")
 
     assert done["text"] == "lakes", "its interrupt ended it alone, and did not bubble up as a subgraph's would"
     assert "outer" not in seen[0].get("tags", ())
@@ -522,7 +522,7 @@ class Mine(HumanMessage):
 async def test_what_cannot_travel_is_told_at_submit(value: Any, path: str, kind: str) -> None:
     async with BackpressureSupervisor(overflow="memory://") as supervisor:
         supervisor.register_worker("writer", handler=graph_of(answer, schema=Conversation).compile(), task_types=["t"])
-        with pytest.raises(NotPortable) as caught:
+        with pytest.raises(NotSerializable) as caught:
             await supervisor.submit(Task("t", {"messages": [value]}))
         assert (caught.value.path, caught.value.type) == (path, kind)
 
@@ -538,7 +538,7 @@ def test_an_interrupt_is_asked_and_answered_by_way_of_the_overflow(tmp_path: Pat
     async def ask(payload: Any) -> str:
         async with BackpressureSupervisor(overflow=url) as supervisor:
             supervisor.register_worker("writer", handler=graph, task_types=["t"])
-            ticket = await supervisor.submit(Task("t", payload, thread="t1", durable=True))
+            ticket = await supervisor.submit(Task("t", payload, thread_id="t1", durable=True))
             await ticket
             return ticket.task_id
 

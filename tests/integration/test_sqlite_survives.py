@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from forebay.overflow import open_ledger
+from forebay.interfaces import PutResult, RecordState, TaskRecord
+from forebay.overflow import open_task_store
 from forebay.task import Priority
-from forebay.typing import Put, Row, RowState
 
 PUTS = """
 import asyncio, sys
 from forebay.overflow import open_ledger
 from forebay.task import Priority
-from forebay.typing import Completion, Put, Row
+from forebay.interfaces import Completion, Put, Row
 
 async def put_for_ever(ledger, putter):
     number = 0
@@ -84,7 +84,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, synchronous: str)
         said += process.stdout.readlines()  # what it had said when it died
 
     async def check() -> None:
-        ledger = open_ledger(url)
+        ledger = open_task_store(url)
         await ledger.open()
         for line in said:
             if not line.endswith("\n"):  # died in the middle of saying it
@@ -93,7 +93,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, synchronous: str)
             found = await ledger.find(name)
             assert found is not None, line
             if what == "finished":
-                assert found[0] is RowState.DONE
+                assert found[0] is RecordState.DONE
                 assert found[2] is not None
                 assert found[2].result == name.encode()
         depths = await ledger.depths()
@@ -109,13 +109,13 @@ def test_two_processes_never_lease_the_same_row(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/ledger.db?synchronous=off"
 
     async def fill() -> None:
-        ledger = open_ledger(url)
+        ledger = open_task_store(url)
         await ledger.open()
         rows = [
-            Row(task_id=f"{number}", task_type="t", priority=Priority.NORMAL, envelope=b"", enqueued_at=0.0)
+            TaskRecord(task_id=f"{number}", task_type="t", priority=Priority.NORMAL, envelope=b"", enqueued_at=0.0)
             for number in range(2_000)
         ]
-        assert set(await asyncio.gather(*map(ledger.put, rows))) == {Put.STORED}
+        assert set(await asyncio.gather(*map(ledger.put, rows))) == {PutResult.STORED}
         await ledger.close()
 
     asyncio.run(fill())
@@ -142,7 +142,7 @@ def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path}/ledger-{turn}.db"
 
         async def open_all(url: str = url) -> None:
-            ledgers = [open_ledger(url) for _ in range(8)]
+            ledgers = [open_task_store(url) for _ in range(8)]
             await asyncio.gather(*(ledger.open() for ledger in ledgers))
             await asyncio.gather(*(ledger.close() for ledger in ledgers))
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forebay.overflow import SqliteLedger, decode_result
-from forebay.typing import RowState
+from forebay.interfaces import RecordState
+from forebay.overflow import SqliteTaskStore, decode_result
 
 HOLDER = """
 import asyncio, sys
@@ -68,13 +68,13 @@ def test_the_late_completion_of_a_stopped_process_is_refused(tmp_path: Path) -> 
     assert late == "heir in time 2\n"  # its ticket has the result that counts
 
     async def check() -> None:
-        ledger = SqliteLedger(tmp_path / "spill.db")
+        ledger = SqliteTaskStore(tmp_path / "spill.db")
         await ledger.open()
         found = await ledger.find("the task")
         await ledger.close()
         assert found is not None
         state, row, completion = found
-        assert (state, row.attempts) == (RowState.DONE, 2)
+        assert (state, row.attempts) == (RecordState.DONE, 2)
         assert completion is not None
         assert completion.result is not None
         assert decode_result(completion.result) == "in time"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from forebay.adapters.detect import Config, as_handler
 from forebay.adapters.handler import Handler
-from forebay.adapters.recognise import Config, as_handler
 from forebay.errors import InvalidHandler
 from forebay.task import Task
 
 
-def from_factory(factory: Callable[[], Any], *, worker: str = "handler", config: Config | None = None) -> Handler:
+def handler_from_factory(
+    factory: Callable[[], Any], *, worker: str = "handler", config: Config | None = None
+) -> Handler:
     """A Handler that calls `factory` for each task and runs the task on what it makes.
 
     It is called once at registration too, to learn whether what it makes runs in a thread, and to find mistakes then.

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from forebay.interfaces import Codec
 from forebay.task import Task
-from forebay.typing import Codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Handler:
     blocking: bool = False
     on_cancel: Callable[[Task], object] | None = None
     on_end: Callable[[Task], None] | None = None
-    inner: object | None = None
+    nested_supervisor: object | None = None
     load: Callable[[str], float] | None = None
     start: Callable[[], Awaitable[object]] | None = None
     stop: Callable[[], Awaitable[object]] | None = None
@@ -42,7 +42,7 @@ class Handler:
         return replace(self, on_cancel=on_cancel)
 
 
-class HandlesTasks(Protocol):
+class SupportsHandler(Protocol):
     """An object that knows how to be a worker's handler: a nested supervisor, a saga, or one of yours."""
 
     def __forebay_handler__(self) -> Handler:

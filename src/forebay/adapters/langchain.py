@@ -9,7 +9,7 @@ from langchain_core import messages
 from langchain_core.documents import Document
 from langgraph.types import Command, Interrupt, Send
 
-from forebay.adapters.objects import Kind, ObjectCodec
+from forebay.adapters.object_codec import ObjectCodec, SerializableClass
 
 _MODELS = (
     messages.HumanMessage,
@@ -46,9 +46,9 @@ def _parts_of_send(send: Any) -> dict[str, Any]:
 #: Nothing else is ever made of what is stored: which class a name stands for is said here.
 CODEC = ObjectCodec(
     [
-        *(Kind(model, _fields_of_model, model.model_validate) for model in _MODELS),
-        Kind(Command, _fields, lambda parts: Command(**parts)),
-        Kind(Interrupt, _fields, lambda parts: Interrupt(**parts)),
-        Kind(Send, _parts_of_send, lambda parts: Send(**parts)),
+        *(SerializableClass(model, _fields_of_model, model.model_validate) for model in _MODELS),
+        SerializableClass(Command, _fields, lambda parts: Command(**parts)),
+        SerializableClass(Interrupt, _fields, lambda parts: Interrupt(**parts)),
+        SerializableClass(Send, _parts_of_send, lambda parts: Send(**parts)),
     ]
 )

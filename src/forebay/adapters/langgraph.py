@@ -28,7 +28,7 @@ from forebay.context import progress
 from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask
 
 if TYPE_CHECKING:
-    from forebay.adapters.recognise import Config
+    from forebay.adapters.detect import Config
     from forebay.task import Task
 
 _INTERRUPT = "__interrupt__"  # the key of interrupts, in updates and in results
@@ -97,12 +97,12 @@ def _configure(
         expected = "a plain callable that returns a RunnableConfig, a mapping"
         raise InvalidSetting(owner=worker, name="config", value=type(given).__name__, expected=expected)
 
-    thread = {} if task.thread is None else {"thread_id": task.thread}
+    thread = {} if task.thread_id is None else {"thread_id": task.thread_id}
     own = given.get("configurable") or {}
     configurable = {**thread, **own} if made else {**own, **thread}
-    if "thread_id" not in configurable and _remembers(graph):
+    if "thread_id" not in configurable and _requires_thread_id(graph):
         expected = f"set: the graph of worker {worker!r} keeps its memory by thread, in a checkpointer"
-        raise InvalidTask(field="thread", value=None, expected=expected)
+        raise InvalidTask(field="thread_id", value=None, expected=expected)
 
     metadata = {
         "forebay_task_id": task.task_id,
@@ -115,7 +115,7 @@ def _configure(
     return run_config, run_config.pop("context", None)
 
 
-def _remembers(graph: Pregel[Any, Any, Any, Any]) -> bool:
+def _requires_thread_id(graph: Pregel[Any, Any, Any, Any]) -> bool:
     """Whether LangGraph would refuse a run of `graph` that names no thread."""
     bound = (graph.config or {}).get("configurable") or {}
     return isinstance(graph.checkpointer, BaseCheckpointSaver) and "thread_id" not in bound

@@ -1,8 +1,16 @@
 """Who may come in: the gate's ladder, the line, the deadline check, the seats promised to those sent away."""
 
-from forebay.admission.feasibility import LetThrough, ServiceTimes
-from forebay.admission.gate import Ladder
-from forebay.admission.line import LAST, Line, Place
-from forebay.admission.seats import BookedSeats
+from forebay.admission.feasibility import EstimateBypass, ServiceTimes
+from forebay.admission.priority_queue import RANK_LAST, PriorityQueue, QueueEntry
+from forebay.admission.retry_after_schedule import RetryAfterSchedule
+from forebay.admission.thresholds import PriorityThresholds
 
-__all__ = ["LAST", "BookedSeats", "Ladder", "LetThrough", "Line", "Place", "ServiceTimes"]
+__all__ = [
+    "RANK_LAST",
+    "EstimateBypass",
+    "PriorityQueue",
+    "PriorityThresholds",
+    "QueueEntry",
+    "RetryAfterSchedule",
+    "ServiceTimes",
+]

@@ -30,7 +30,7 @@ class ServiceTimes:
         self._sorted: list[float] = []  # the second
         self.occupancy: float | None = None  # mean seconds that a task, however it ends, holds its slot
 
-    def ended(self, seconds: float, *, success: bool) -> None:
+    def record(self, seconds: float, *, success: bool) -> None:
         """Note a slot given back after `seconds`."""
         held = self.occupancy
         self.occupancy = seconds if held is None else held + _OCCUPANCY_GAIN * (seconds - held)
@@ -39,7 +39,7 @@ class ServiceTimes:
             self._latest.append(seconds)
             self._quartile, self._sorted = None, []
 
-    def cut_off(self, seconds: float) -> None:
+    def record_timeout(self, seconds: float) -> None:
         """One was not done after so many seconds, when its time was up: it needs longer, as far as anybody knows.
 
         Were such left out, the long ones would be forgotten the sooner the fewer of them come to an end.
@@ -55,7 +55,7 @@ class ServiceTimes:
             self._sorted = sorted(self._latest)
         return self._sorted[int(share * len(self._sorted))]
 
-    def bearable(self, remaining: float) -> float:
+    def max_wait(self, remaining: float) -> float:
         """Seconds of those that remain which one may be expected to wait: nearly any fits into the rest; or an eighth.
 
         Were it longer than that, those whose turn it is would have too little time left, and the slots would be full of
@@ -64,7 +64,7 @@ class ServiceTimes:
         ample = self._ample()
         return max(_LEAST_WAIT * remaining, remaining - ample) if ample else math.inf
 
-    def needed(self, time: float) -> float:
+    def required_time(self, time: float) -> float:
         """Seconds that must be left of so much `time`, where others wait who have more: three quarters took no longer.
 
         Where the time was short from the first, it is judged as kindly as if nobody waited.
@@ -91,7 +91,7 @@ class ServiceTimes:
         return slots / self.occupancy if self.occupancy else None
 
 
-class LetThrough:
+class EstimateBypass:
     """One in every `period` seconds passes whatever the estimate says: only running tasks can correct it.
 
     Without it, an average taken in a slow spell refuses for ever.
@@ -103,7 +103,7 @@ class LetThrough:
         self._period = period
         self._last: float | None = None
 
-    def hopeless(self, now: float, *, needed: float, remaining: float) -> bool:
+    def should_reject(self, now: float, *, needed: float, remaining: float) -> bool:
         """Whether to refuse a task that needs `needed` seconds and has `remaining`."""
         if needed <= remaining:
             return False

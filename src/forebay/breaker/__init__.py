@@ -1,17 +1,17 @@
 """Breakers: who fails is left alone for a while, then asked carefully; for upstreams and for workers."""
 
 from forebay.breaker.breaker import UPSTREAM_RULES, WORKER_RULES, Breaker, BreakerRules, BreakerState
-from forebay.breaker.window import Arm, FaultsAmong, FewCalls, Window, consecutive
+from forebay.breaker.triggers import FaultCountTrigger, FaultWindow, MinimumSampleTrigger, Trigger, consecutive_faults
 
 __all__ = [
     "UPSTREAM_RULES",
     "WORKER_RULES",
-    "Arm",
     "Breaker",
     "BreakerRules",
     "BreakerState",
-    "FaultsAmong",
-    "FewCalls",
-    "Window",
-    "consecutive",
+    "FaultCountTrigger",
+    "FaultWindow",
+    "MinimumSampleTrigger",
+    "Trigger",
+    "consecutive_faults",
 ]

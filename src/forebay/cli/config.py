@@ -7,11 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from forebay.cli.document import InvalidConfiguration, read_document
-from forebay.cli.typed import Reader, Source
+from forebay.cli.settings_reader import SettingsReader, SettingsSource
+from forebay.cli.toml_document import InvalidConfiguration, read_document
 from forebay.gateway import GatewaySettings, TargetSettings
 
-LIMITS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
+LIMIT_OPTIONS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
     {
         "rpm": int,
         "input_tpm": int,
@@ -26,7 +26,7 @@ LIMITS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
 _TABLES: Final = ("gateway", "targets")
 
 
-def gateway_settings(
+def load_gateway_settings(
     file: Path | None,
     *,
     targets: Sequence[str] = (),
@@ -46,37 +46,39 @@ def gateway_settings(
     Raises:
         InvalidConfiguration: every mistake that was found, each with its file and line, or its option.
     """
-    source = Source(None if file is None else read_document(file), "forebay gateway")
+    source = SettingsSource(None if file is None else read_document(file), "forebay gateway")
     _resolve(source, file)
     for name, url in _targets(targets):
-        source.put(("targets", name, "url"), url, "--target")
+        source.override(("targets", name, "url"), url, "--target")
     names = source.values.get("targets", {})
     names = names if isinstance(names, dict) else {}
     for field, texts in (limits or {}).items():
         for name, value in _limits(field, texts, names):
-            source.put(("targets", name, field), value, _option(field))
+            source.override(("targets", name, field), value, _option(field))
     for name in names if share_keys is not None else ():
-        source.put(("targets", name, "share_keys"), share_keys, "--share-keys")
+        source.override(("targets", name, "share_keys"), share_keys, "--share-keys")
     for field, value in (gateway or {}).items():
         if value is not None:
-            source.put(("gateway", field), value, _option(field))
+            source.override(("gateway", field), value, _option(field))
     return _read(source)
 
 
-def _read(source: Source) -> GatewaySettings:
-    reader = Reader(source)
-    reader.known((), source.values, _TABLES)
-    targets = reader.named(TargetSettings, ("targets",), source.values.get("targets", {}))
+def _read(source: SettingsSource) -> GatewaySettings:
+    reader = SettingsReader(source)
+    reader.known_keys((), source.values, _TABLES)
+    targets = reader.read_named(TargetSettings, ("targets",), source.values.get("targets", {}))
     if not targets and not reader.problems:
-        reader.tell(("targets",), "there is no target: give --target NAME=URL, or a table [targets.NAME] with its url")
+        reader.add_problem(
+            ("targets",), "there is no target: give --target NAME=URL, or a table [targets.NAME] with its url"
+        )
     table, whole = source.values.get("gateway", {}), not reader.problems
-    settings = reader.struct(GatewaySettings, ("gateway",), table, whole=whole, targets=targets)
-    reader.end()
+    settings = reader.read_struct(GatewaySettings, ("gateway",), table, build=whole, targets=targets)
+    reader.raise_problems()
     assert settings is not None  # noqa: S101 - else there was a problem
     return settings
 
 
-def _resolve(source: Source, file: Path | None) -> None:
+def _resolve(source: SettingsSource, file: Path | None) -> None:
     """A path in a file starts from there."""
     table = source.values.get("gateway")
     path = table.get("token_file") if isinstance(table, dict) else None
@@ -110,9 +112,9 @@ def _limits(field: str, texts: Sequence[str], targets: Mapping[str, Any]) -> Ite
             problems = f"{option}: there is no target {name!r}; there are {', '.join(targets) or 'none'}"
             raise InvalidConfiguration(problems=problems)
         try:
-            value = LIMITS[field](number)
+            value = LIMIT_OPTIONS[field](number)
         except ValueError:
-            kind = "a whole number" if LIMITS[field] is int else "a number"
+            kind = "a whole number" if LIMIT_OPTIONS[field] is int else "a number"
             problems = f"{option}: {text!r} is not {kind}, for every target, or NAME={kind.upper()}, for one"
             raise InvalidConfiguration(problems=problems) from None
         for one in [name] if equals else targets:

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from forebay import gateway as room
-from forebay.cli import not_installed
-from forebay.cli.config import gateway_settings
-from forebay.cli.document import InvalidConfiguration
+from forebay.cli import missing_extra_message
+from forebay.cli.config import load_gateway_settings
+from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
-from forebay.gateway.egress import proxy_of, shown
-from forebay.gateway.route import make_targets
+from forebay.gateway.http_proxy import http_proxy_for, without_password
+from forebay.gateway.targets import make_targets
 
 _EACH = "for each target, or NAME=NUMBER for one; repeatable."
 _WRONG = 2  # the status of a command that was not given what it needs, as typer has it
@@ -63,7 +63,7 @@ def gateway(  # noqa: PLR0913 - one word each for what is said most
         "budget_usd": budget_usd,
     }
     try:
-        settings = gateway_settings(
+        settings = load_gateway_settings(
             config,
             targets=target or (),
             limits={name: texts or () for name, texts in limits.items()},
@@ -72,7 +72,7 @@ def gateway(  # noqa: PLR0913 - one word each for what is said most
         )
         named = {to.api_key_env: "set" for one in settings.targets for to in one.fallback if to.api_key_env}
         make_targets(settings, named)  # whether fallbacks fit together is seen only then, and needs no secrets
-        proxies = {one.name: proxy_of(one.url, os.environ) for one in settings.targets}
+        proxies = {one.name: http_proxy_for(one.url, os.environ) for one in settings.targets}
     except (InvalidConfiguration, InvalidSetting) as error:
         typer.echo(f"{error}", err=True)
         raise typer.Exit(_WRONG) from None
@@ -84,8 +84,8 @@ def gateway(  # noqa: PLR0913 - one word each for what is said most
 
 def _serve(settings: GatewaySettings) -> int:
     """Run it until it is stopped."""
-    if absent := room.absent():
-        typer.echo(not_installed(absent, "gateway"), err=True)
+    if absent := room.missing_libraries():
+        typer.echo(missing_extra_message(absent, "gateway"), err=True)
         return 1
     try:
         return room.serve(settings, ready=lambda running: _say_where(settings, running.port))
@@ -138,7 +138,7 @@ def _lines_of(target: TargetSettings, proxy: str | None) -> list[str]:
             if to.api_key_env in (None, *os.environ)
             else f", with the key in ${to.api_key_env}, which is not set here"
         )
-        holds.append(f"what is refused{'' if to.of == '*' else f' of {to.of}'} goes to {there}{missing}")
-    way = "" if proxy is None else f" through {shown(proxy)}"
-    first = f"{target.name}: {target.url}{way}, by the rules of {target.rules}; {keys}"
+        holds.append(f"what is refused{'' if to.models == '*' else f' of {to.models}'} goes to {there}{missing}")
+    way = "" if proxy is None else f" through {without_password(proxy)}"
+    first = f"{target.name}: {target.url}{way}, by the rules of {target.resolved_provider}; {keys}"
     return [first, *(f"    {line}" for line in holds or ["all learned from headers"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from forebay.gateway.secret import InvalidSecret, MissingKey
+from forebay.gateway.secret import InvalidSecret, MissingFallbackKey
 from forebay.gateway.settings import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LIBRARIES: Final = ("aiohttp", "prometheus_client")
 
 
-def absent() -> list[str]:
+def missing_libraries() -> list[str]:
     """Libraries that the gateway needs and that are not installed here."""
     return [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
 
@@ -42,9 +42,9 @@ __all__ = [
     "FallbackSettings",
     "GatewaySettings",
     "InvalidSecret",
-    "MissingKey",
+    "MissingFallbackKey",
     "QuotaSettings",
     "TargetSettings",
-    "absent",
+    "missing_libraries",
     "serve",
 ]

@@ -41,7 +41,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def read_address(text: object) -> Address | None:
+def parse_address(text: object) -> Address | None:
     """Read ``HOST:PORT``; None if it is none."""
     match = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
     if match is None or int(match["port"]) > _PORTS:
@@ -54,7 +54,7 @@ def read_address(text: object) -> Address | None:
     return Address(match["six"] or match["host"], int(match["port"]))
 
 
-def problem_of_url(url: object) -> str | None:
+def url_problem(url: object) -> str | None:
     """Why calls could not be sent below this URL; None if they could."""
     parts = _split(url)
     if parts is None:

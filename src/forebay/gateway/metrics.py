@@ -9,17 +9,17 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from forebay.upstream.rules import Usage
+from forebay.upstream.providers import Usage
 
 if TYPE_CHECKING:
-    from forebay.gateway.route import Target
+    from forebay.gateway.targets import Target
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_OUTCOMES = ("succeeded", "turned_away", "failed")
+_OUTCOMES = ("succeeded", "throttled", "failed")
 _MODELS = 200  # by name; what comes after is counted as "other", for names come from callers
 
 
-class Counts:
+class GatewayMetrics:
     """Counters of one gateway; what is now (limits, lines, money) is read from the upstreams when it is asked for."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -42,9 +42,9 @@ class Counts:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._registry.register(_Now(targets))
+        self._registry.register(_AccountCollector(targets))
 
-    def used(self, target: str, model: str, usage: Usage) -> None:
+    def count_tokens(self, target: str, model: str, usage: Usage) -> None:
         """A call has used so much."""
         if model not in self._models:
             model = model if len(self._models) < _MODELS else "other"
@@ -52,7 +52,7 @@ class Counts:
         self._counter(self._tokens, target, model, "input").inc(usage.input_tokens)
         self._counter(self._tokens, target, model, "output").inc(usage.output_tokens)
 
-    def answered(self, target: str, status: int, seconds: float) -> None:
+    def count_response(self, target: str, status: int, seconds: float) -> None:
         """An answer has ended."""
         self._counter(self._answers, target, str(status)).inc()
         self._seconds.labels(target).observe(seconds)
@@ -65,16 +65,16 @@ class Counts:
             found = self._counters[where] = of.labels(*labels)
         return found
 
-    def refused(self, target: str, binding: str) -> None:
+    def count_rejection(self, target: str, limited_by: str) -> None:
         """A call was refused by what binds."""
-        self._counter(self._refusals, target, binding).inc()
+        self._counter(self._refusals, target, limited_by).inc()
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """All of it, in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
-class _Now(Collector):
+class _AccountCollector(Collector):
     """What the accounts are at the moment."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -86,7 +86,7 @@ class _Now(Collector):
         gauges = {
             "in_flight": GaugeMetricFamily("forebay_calls_in_flight", "Calls under way.", labels=labels),
             "limit": GaugeMetricFamily("forebay_calls_limit", "Calls that may be under way.", labels=labels),
-            "waiting": GaugeMetricFamily("forebay_calls_waiting", "Calls in line.", labels=labels),
+            "queued": GaugeMetricFamily("forebay_calls_waiting", "Calls in line.", labels=labels),
             "load": GaugeMetricFamily(
                 "forebay_account_load", "Expected wait of the next call over the longest allowed.", labels=labels
             ),
@@ -110,7 +110,7 @@ class _Now(Collector):
                 for outcome in _OUTCOMES:
                     attempts.add_metric([*where, outcome], getattr(account, outcome))
                 for quota in account.quotas:
-                    left.add_metric([*where, quota.name], quota.left)
+                    left.add_metric([*where, quota.name], quota.remaining)
                     amount.add_metric([*where, quota.name], quota.amount)
         return self._all(*gauges.values(), broken, spent, attempts, left, amount)
 

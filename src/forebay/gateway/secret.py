@@ -16,13 +16,13 @@ class InvalidSecret(ForebayError, ValueError):
     """The token that callers present is not in {where}: {problem}. A good one: openssl rand -hex 32."""
 
 
-class MissingKey(ForebayError, LookupError):
+class MissingFallbackKey(ForebayError, LookupError):
     """The API key of a fallback is not in the environment variable {variable}: that is empty, or not set."""
 
     variable: str
 
 
-def read_secret(variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
+def read_token(variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
     """The token that is in a variable of the environment or, if None is named, in a file; blanks around it apart.
 
     Raises:
@@ -40,7 +40,7 @@ def read_secret(variable: str | None, file: str | None, environment: Mapping[str
     return token
 
 
-def read_key(variable: str, environment: Mapping[str, str]) -> str:
+def read_api_key(variable: str, environment: Mapping[str, str]) -> str:
     """An API key that is in a variable of the environment.
 
     Raises:
@@ -48,7 +48,7 @@ def read_key(variable: str, environment: Mapping[str, str]) -> str:
     """
     key = environment.get(variable, "").strip()
     if not key:
-        raise MissingKey(variable=variable)
+        raise MissingFallbackKey(variable=variable)
     return key
 
 

@@ -17,9 +17,9 @@ from prometheus_client import disable_created_metrics
 
 from forebay.errors import ForebayError
 from forebay.events import log
-from forebay.gateway.proxy import Proxy
+from forebay.gateway.error_responses import error_response
+from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.settings import GatewaySettings
-from forebay.gateway.shapes import problem
 
 _FULL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -37,16 +37,16 @@ _OTHER_FILES: Final = 100
 _LAST_WORDS: Final = 1.0  # seconds in which who is cut off is told so
 
 
-class _Full(asyncio.Protocol):
+class _TooManyConnections(asyncio.Protocol):
     """Tells a caller that there are too many connections, and hangs up."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        body = problem("openai", 503, "forebay_connections", "too many connections are open here").body
+        body = error_response("openai", 503, "forebay_connections", "too many connections are open here").body
         cast("asyncio.Transport", transport).write(_FULL % (len(body), body))
         transport.close()
 
 
-class _Handler(web.RequestHandler):
+class _Connection(web.RequestHandler):
     """One connection: bounded in what it holds and how long, its errors of HTTP told in JSON as well."""
 
     _wire: asyncio.Transport
@@ -71,18 +71,18 @@ class _Handler(web.RequestHandler):
         self._unsent: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.ApiProtocol`."""
         self._wire = cast("asyncio.Transport", transport)
         self._wire.set_write_buffer_limits(high=0)  # so that it is told of whatever waits to be sent
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.ApiProtocol`."""
         self._stop_watch()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`; a head is not read without end, nor what is sent ahead of an answer."""
+        """See `asyncio.ApiProtocol`; a head is not read without end, nor what is sent ahead of an answer."""
         known, of_body = len(self._messages), self._newest is not None and not self._newest.is_eof()
         super().data_received(data)
         if len(self._messages) > known:
@@ -95,18 +95,18 @@ class _Handler(web.RequestHandler):
             if not waits:
                 self.close()  # once what is under way has its answer
                 return
-            body = problem("openai", 431, "forebay_long_head", "the head of this request does not end").body
+            body = error_response("openai", 431, "forebay_long_head", "the head of this request does not end").body
             self._wire.write(_ENDLESS % (len(body), body))
             self.force_close()
         elif not waits:
-            self.look_ahead()
+            self.limit_read_ahead()
 
     def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's own
         """A body has been taken out of its buffer; but what was sent ahead is still there."""
         super().resume_reading(resume_parser)
-        self.look_ahead()
+        self.limit_read_ahead()
 
-    def look_ahead(self) -> None:
+    def limit_read_ahead(self) -> None:
         """Read on only while what came before its turn is short: it waits in no line, and counts as no body.
 
         While nothing is read it is not heard that its caller hangs up. To close the connection instead would cost those
@@ -123,12 +123,12 @@ class _Handler(web.RequestHandler):
             self._wire.resume_reading()
 
     def pause_writing(self) -> None:
-        """See `asyncio.Protocol`; who takes nothing of its answer is not waited for without end."""
+        """See `asyncio.ApiProtocol`; who takes nothing of its answer is not waited for without end."""
         super().pause_writing()
         self._watch()
 
     def resume_writing(self) -> None:
-        """See `asyncio.Protocol`."""
+        """See `asyncio.ApiProtocol`."""
         super().resume_writing()
         self._stop_watch()
 
@@ -164,7 +164,7 @@ class _Handler(web.RequestHandler):
         if status >= 500:  # noqa: PLR2004
             log.error("a request could not be answered", exc_info=exc)
             message = "this gateway has failed: its log says how"
-        answer = problem("openai", status, "forebay_bad_request", (message or "this is no HTTP/1.1")[:300])
+        answer = error_response("openai", status, "forebay_bad_request", (message or "this is no HTTP/1.1")[:300])
         response = web.Response(status=status, headers=dict(answer.headers), body=answer.body)
         response.force_close()
         return response
@@ -173,18 +173,18 @@ class _Handler(web.RequestHandler):
 class _Server(web.Server):
     """A server with a bound on its connections."""
 
-    def __init__(self, proxy: Proxy, settings: GatewaySettings) -> None:
+    def __init__(self, proxy: Forwarder, settings: GatewaySettings) -> None:
         super().__init__(self._handle, handler_cancellation=True)
         self._proxy = proxy
         self._settings = settings
 
     def __call__(self) -> Any:
         if len(self.connections) >= self._settings.max_connections:
-            return _Full()
-        return _Handler(self, self._settings, loop=asyncio.get_running_loop())
+            return _TooManyConnections()
+        return _Connection(self, self._settings, loop=asyncio.get_running_loop())
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        cast("_Handler", request.protocol).look_ahead()  # its turn has come
+        cast("_Connection", request.protocol).limit_read_ahead()  # its turn has come
         return self._proxy.handle(request)
 
     async def end(self) -> None:
@@ -193,7 +193,7 @@ class _Server(web.Server):
         self.pre_shutdown()  # those without a request
         await self.shutdown(_LAST_WORDS)
         for handler in handlers:
-            cast("_Handler", handler).abort()
+            cast("_Connection", handler).abort()
 
 
 def _over_tcp() -> aiohttp.BaseConnector:
@@ -219,11 +219,11 @@ class Gateway:
         settings: GatewaySettings,
         environment: Mapping[str, str] = os.environ,
         *,
-        connect: Callable[[], aiohttp.BaseConnector] = _over_tcp,
+        connector: Callable[[], aiohttp.BaseConnector] = _over_tcp,
     ) -> None:
         self.settings = settings
         self._environment = environment
-        self._connect = connect
+        self._connect = connector
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
 
@@ -233,8 +233,8 @@ class Gateway:
         )
         address = self.settings.address
         try:
-            self.proxy = Proxy(self.settings, self._environment, session=self._session)
-            self._web = _Server(self.proxy, self.settings)
+            self.forwarder = Forwarder(self.settings, self._environment, session=self._session)
+            self._web = _Server(self.forwarder, self.settings)
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
@@ -259,12 +259,12 @@ class Gateway:
         self.drain()
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                await self.proxy.idle.wait()
+                await self.forwarder.idle.wait()
         except TimeoutError:
-            self.cut_off()
+            self.abort()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS):
-                    await self.proxy.idle.wait()
+                    await self.forwarder.idle.wait()
         finally:
             self._server.close()
             await self._web.end()
@@ -272,12 +272,12 @@ class Gateway:
 
     def drain(self) -> None:
         """Let nobody in any more; whoever comes is told so until the block is left."""
-        self.proxy.draining = True
+        self.forwarder.draining = True
 
-    def cut_off(self) -> None:
+    def abort(self) -> None:
         """End what is under way, without waiting for it."""
         self.drain()
-        self.proxy.cut_off()
+        self.forwarder.abort()
 
 
 class CannotListen(ForebayError, OSError):
@@ -304,7 +304,7 @@ async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) ->
 
     def asked_to_stop() -> None:
         if stop.is_set():
-            gateway.cut_off()  # the second time it is meant
+            gateway.abort()  # the second time it is meant
         stop.set()
 
     async with Gateway(settings) as gateway:

@@ -10,13 +10,13 @@ import msgspec
 from msgspec import field
 
 from forebay.errors import InvalidSetting
-from forebay.gateway.address import Address, problem_of_url, read_address
-from forebay.gateway.checks import check_positive, check_whole, is_positive, refuse
-from forebay.gateway.secret import read_key, read_secret
+from forebay.gateway.address import Address, parse_address, url_problem
+from forebay.gateway.secret import read_api_key, read_token
+from forebay.gateway.setting_checks import check_positive, check_positive_int, is_positive, reject_setting
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.upstream import Fallback, Upstream
-from forebay.upstream.rules import rules_for
+from forebay.upstream.providers import profile_for
 
 Trust = Literal["anyone", "token", "nobody"]
 
@@ -46,7 +46,7 @@ class QuotaSettings(msgspec.Struct, frozen=True, kw_only=True):
     tpm: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole(self, "rpm", "input_tpm", "output_tpm", "tpm", optional=True)
+        check_positive_int(self, "rpm", "input_tpm", "output_tpm", "tpm", optional=True)
 
     def quotas(self) -> list[Quota]:
         """The same as an upstream takes it."""
@@ -76,23 +76,25 @@ class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     target: str | None = None
     model: str | None = None
-    when: float = 1.0
-    of: str = "*"
+    load_threshold: float = 1.0
+    models: str = "*"
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "model", "api_key_env"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                refuse(self, name, "a name")
+                reject_setting(self, name, "a name")
         if self.target is None and self.model is None:
-            refuse(self, "model", "given where no target is: calls go to another model, or elsewhere")
+            reject_setting(self, "model", "given where no target is: calls go to another model, or elsewhere")
         if self.target is None and self.api_key_env is not None:
-            refuse(self, "api_key_env", "left out where no target is given: the caller's own key is for it as well")
-        if not is_positive(self.when) or self.when > 1:
-            refuse(self, "when", "a load above 0, up to 1")
-        if not isinstance(self.of, str) or not self.of:
-            refuse(self, "of", "a pattern of models, such as 'gpt-4o*'")
+            reject_setting(
+                self, "api_key_env", "left out where no target is given: the caller's own key is for it as well"
+            )
+        if not is_positive(self.load_threshold) or self.load_threshold > 1:
+            reject_setting(self, "load_threshold", "a load above 0, up to 1")
+        if not isinstance(self.models, str) or not self.models:
+            reject_setting(self, "models", "a pattern of models, such as 'gpt-4o*'")
 
     def api_key(self, environment: Mapping[str, str]) -> str | None:
         """The key, read now; None if there is to be none.
@@ -100,7 +102,7 @@ class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             MissingKey: it is not there.
         """
-        return None if self.api_key_env is None else read_key(self.api_key_env, environment)
+        return None if self.api_key_env is None else read_api_key(self.api_key_env, environment)
 
 
 class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
@@ -138,7 +140,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     task_budget_usd: float | None = None
     prices: dict[str, Price] = field(default_factory=dict)
     share_keys: bool = False
-    longest_wait: float = 600.0
+    max_wait: float = 600.0
     max_attempts: int = 6
     weights: dict[str, float] = field(default_factory=dict)
     fallback: tuple[FallbackSettings, ...] = ()
@@ -147,47 +149,47 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         super().__post_init__()
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             expected = "up to 63 small letters, digits, dots, hyphens and underscores, a letter or digit first"
-            refuse(self, "name", expected)
+            reject_setting(self, "name", expected)
         if self.name == "v1":
-            refuse(self, "name", "another one: paths that begin with /v1 are for whoever speaks what they ask")
-        if problem := problem_of_url(self.url):
+            reject_setting(self, "name", "another one: paths that begin with /v1 are for whoever speaks what they ask")
+        if problem := url_problem(self.url):
             expected = f"the http:// or https:// address of the provider, such as https://api.openai.com: {problem}"
             shown = _PASSWORD.sub("://***@", self.url) if isinstance(self.url, str) else self.url
-            refuse(self, "url", expected, value=shown)
+            reject_setting(self, "url", expected, value=shown)
         if self.provider is not None:
             try:
-                rules_for(self.provider)
+                profile_for(self.provider)
             except InvalidSetting as error:
-                refuse(self, "provider", vars(error)["expected"])
-        check_whole(self, "max_concurrent", optional=True)
-        check_whole(self, "max_attempts")
-        check_positive(self, "budget_usd", "tenant_budget_usd", "task_budget_usd", of="US dollars", optional=True)
-        check_positive(self, "longest_wait", of="seconds")
+                reject_setting(self, "provider", vars(error)["expected"])
+        check_positive_int(self, "max_concurrent", optional=True)
+        check_positive_int(self, "max_attempts")
+        check_positive(self, "budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
+        check_positive(self, "max_wait", unit="seconds")
         for tenant, weight in self.weights.items():
             if not is_positive(weight):
-                refuse(self, f"weights.{tenant}", "a positive number", value=weight)
+                reject_setting(self, f"weights.{tenant}", "a positive number", value=weight)
         Prices(self.prices)
 
     @property
-    def rules(self) -> str:
+    def resolved_provider(self) -> str:
         """The provider whose rules hold."""
         if self.provider is not None:
             return self.provider
         try:
-            return rules_for(self.name).provider
+            return profile_for(self.name).provider
         except InvalidSetting:
             return _UNKNOWN_SERVER
 
     @property
     def retry(self) -> Retry:
         """How failed calls are tried again."""
-        return Retry(max_attempts=self.max_attempts, longest_wait=self.longest_wait)
+        return Retry(max_attempts=self.max_attempts, max_total_delay=self.max_wait)
 
     def upstream(self, fallbacks: Sequence[Fallback] = ()) -> Upstream:
         """A new upstream that keeps these terms, and sends calls on by `fallbacks`."""
         return Upstream(
             self.name,
-            provider=self.rules,
+            provider=self.resolved_provider,
             models={pattern: rates.quotas() for pattern, rates in self.models.items()},
             quotas=self.quotas(),
             budget=_budget(self.budget_usd, "day"),
@@ -195,7 +197,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             task_budget=_budget(self.task_budget_usd, None),
             max_concurrent=self.max_concurrent,
             retry=self.retry,
-            longest_wait=self.longest_wait,
+            max_wait=self.max_wait,
             weights=self.weights,
             prices=self.prices,
             fallback=fallbacks,
@@ -220,13 +222,13 @@ class ContextSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.trust not in ("anyone", "token", "nobody", None):
-            refuse(self, "trust", "'anyone', 'token' or 'nobody'")
+            reject_setting(self, "trust", "'anyone', 'token' or 'nobody'")
         for header in self.tenant_headers:
             if not isinstance(header, str) or not _HEADER.fullmatch(header):
-                refuse(self, "tenant_headers", "a list of header names, such as ['x-user-id']", value=header)
+                reject_setting(self, "tenant_headers", "a list of header names, such as ['x-user-id']", value=header)
             if header.lower() in _SECRET_HEADERS:
                 expected = "headers that hold no secret: tenants are shown in readings and logs"
-                refuse(self, "tenant_headers", expected, value=header)
+                reject_setting(self, "tenant_headers", expected, value=header)
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -269,36 +271,40 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         self._check_targets()
         self._check_fallbacks()
-        address = read_address(self.listen)
+        address = parse_address(self.listen)
         if address is None:
-            refuse(self, "listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
-        check_whole(self, "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_connections")
+            reject_setting(self, "listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
+        check_positive_int(self, "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_connections")
         if self.max_held_bytes < self.max_body_bytes:
-            refuse(self, "max_held_bytes", f"at least max_body_bytes, {self.max_body_bytes:,}, or no such body passes")
-        check_positive(self, "idle_timeout", "body_timeout", "send_timeout", "drain_timeout", of="seconds")
+            reject_setting(
+                self, "max_held_bytes", f"at least max_body_bytes, {self.max_body_bytes:,}, or no such body passes"
+            )
+        check_positive(self, "idle_timeout", "body_timeout", "send_timeout", "drain_timeout", unit="seconds")
         self._check_token(address)
 
     def _check_targets(self) -> None:
         if not self.targets:
-            refuse(self, "targets", "at least one, by --target NAME=URL or a table [targets.NAME]", value="none")
+            reject_setting(
+                self, "targets", "at least one, by --target NAME=URL or a table [targets.NAME]", value="none"
+            )
         names = [target.name for target in self.targets]
         for name in names:
             if names.count(name) > 1:
-                refuse(self, "targets", "targets of different names", value=name)
+                reject_setting(self, "targets", "targets of different names", value=name)
 
     def _check_fallbacks(self) -> None:
         leads = {target.name: [to.target for to in target.fallback if to.target is not None] for target in self.targets}
         for target in self.targets:
             for name in leads[target.name]:
                 if name not in leads:
-                    refuse(
+                    reject_setting(
                         self,
                         f"targets.{target.name}.fallback",
                         f"to a target that there is: {', '.join(leads)}",
                         value=name,
                     )
                 if target.name in _reached(leads, name):
-                    refuse(
+                    reject_setting(
                         self, f"targets.{target.name}.fallback", "to a target that does not lead back to it", value=name
                     )
 
@@ -306,9 +312,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("token_env", "token_file"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                refuse(self, name, "a name, of an environment variable or a file")
+                reject_setting(self, name, "a name, of an environment variable or a file")
         if self.token_env is not None and self.token_file is not None:
-            refuse(self, "token_file", "left out where token_env is given: the token has one place")
+            reject_setting(self, "token_file", "left out where token_env is given: the token has one place")
         if self.has_token:
             return
         if not address.loopback:
@@ -316,15 +322,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
                 "an address of loopback, such as 127.0.0.1:8787; to be reached from elsewhere, callers need a token:"
                 " give --token-env VARIABLE or --token-file FILE"
             )
-            refuse(self, "listen", expected)
+            reject_setting(self, "listen", expected)
         if self.context.trust == "token":
             expected = "'anyone' or 'nobody' where there is no token; or give token_env or token_file"
-            refuse(self, "context.trust", expected, value=self.context.trust)
+            reject_setting(self, "context.trust", expected, value=self.context.trust)
 
     @property
     def address(self) -> Address:
         """Where it listens."""
-        address = read_address(self.listen)
+        address = parse_address(self.listen)
         assert address is not None  # noqa: S101 - checked when it was made
         return address
 
@@ -344,7 +350,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidSecret: it is not there, or is not fit for one.
         """
-        return None if not self.has_token else read_secret(self.token_env, self.token_file, environment)
+        return None if not self.has_token else read_token(self.token_env, self.token_file, environment)
 
 
 def _reached(leads: Mapping[str, Sequence[str]], name: str) -> set[str]:

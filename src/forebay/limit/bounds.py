@@ -7,16 +7,18 @@ import math
 from forebay.errors import InvalidSetting
 
 
-def check_bounds(owner: str, start: int, largest: int) -> None:
+def check_bounds(owner: str, initial_limit: int, max_limit: int) -> None:
     """Two whole numbers, 1 <= start <= largest.
 
     Raises:
         InvalidSetting: they are not.
     """
-    check_count(owner, "largest", largest)
-    check_count(owner, "start", start)
-    if start > largest:
-        raise InvalidSetting(owner=owner, name="start", value=start, expected=f"at most largest, which is {largest}")
+    check_count(owner, "max_limit", max_limit)
+    check_count(owner, "initial_limit", initial_limit)
+    if initial_limit > max_limit:
+        raise InvalidSetting(
+            owner=owner, name="initial_limit", value=initial_limit, expected=f"at most max_limit, which is {max_limit}"
+        )
 
 
 def check_count(owner: str, name: str, value: object) -> None:

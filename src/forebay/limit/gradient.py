@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from forebay.interfaces import Grant, Outcome
 from forebay.limit.bounds import check_between, check_bounds
-from forebay.typing import Grant, Outcome
 
 _WINDOW: Final = 1.0  # seconds of answers that make one sample, at least
 _SAMPLES: Final = 10  # answers that make one sample, at least
@@ -38,20 +38,20 @@ class GradientLimit:
         self,
         *,
         tolerance: float = 1.5,
-        queue: float = 4.0,
+        queue_size: float = 4.0,
         smoothing: float = 0.2,
-        start: int = 20,
-        largest: int = 1000,
+        initial_limit: int = 20,
+        max_limit: int = 1000,
     ) -> None:
-        check_bounds("GradientLimit", start, largest)
+        check_bounds("GradientLimit", initial_limit, max_limit)
         check_between("GradientLimit", "tolerance", tolerance, 0.0, math.inf)
-        check_between("GradientLimit", "queue", queue, 0.0, math.inf)
+        check_between("GradientLimit", "queue_size", queue_size, 0.0, math.inf)
         check_between("GradientLimit", "smoothing", smoothing, 0.0, math.nextafter(1.0, 2.0))
         self._tolerance = tolerance
-        self._queue = queue
+        self._queue = queue_size
         self._smoothing = smoothing
-        self._largest = float(largest)
-        self._level = float(start)
+        self._largest = float(max_limit)
+        self._level = float(initial_limit)
         self._long = 0.0  # seconds of a call, by its long average
         self._samples = 0
         self._opened = 0.0  # the window, in the clock's seconds
@@ -63,7 +63,7 @@ class GradientLimit:
         """Calls that may be in flight."""
         return int(self._level)
 
-    def next_change(self, now: float) -> float | None:  # noqa: ARG002 - the seam's
+    def reopens_at(self, now: float) -> float | None:  # noqa: ARG002 - the seam's
         """Never: the limit is never 0."""
         return None
 
@@ -74,11 +74,11 @@ class GradientLimit:
     def accepted(self, now: float, grant: Grant) -> None:
         """Nothing follows from it."""
 
-    def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:  # noqa: ARG002
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:  # noqa: ARG002
         """Its call has ended; only the time of a success counts."""
         if outcome is not Outcome.SUCCESS:
             return
-        self._time += now - grant.at
+        self._time += now - grant.granted_at
         self._calls += 1
         self._most = max(self._most, grant.in_flight)
         if self._calls >= _SAMPLES and now - self._opened >= _WINDOW:

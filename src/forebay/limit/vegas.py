@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from forebay.interfaces import Grant, Outcome
 from forebay.limit.bounds import check_bounds
-from forebay.typing import Grant, Outcome
 
 _RENEWS: Final = 30  # times the limit: after so many answers the least latency is measured anew
 
@@ -29,10 +29,10 @@ class VegasLimit:
         InvalidSetting: not 1 <= start <= largest, whole numbers.
     """
 
-    def __init__(self, *, start: int = 20, largest: int = 1000) -> None:
-        check_bounds("VegasLimit", start, largest)
-        self._largest = float(largest)
-        self._level = float(start)
+    def __init__(self, *, initial_limit: int = 20, max_limit: int = 1000) -> None:
+        check_bounds("VegasLimit", initial_limit, max_limit)
+        self._largest = float(max_limit)
+        self._level = float(initial_limit)
         self._least = math.inf  # seconds of the fastest call
         self._answers = 0  # since it was measured
 
@@ -40,24 +40,24 @@ class VegasLimit:
         """Calls that may be in flight."""
         return int(self._level)
 
-    def next_change(self, now: float) -> float | None:  # noqa: ARG002 - the seam's
+    def reopens_at(self, now: float) -> float | None:  # noqa: ARG002 - the seam's
         """Never: the limit is never 0."""
         return None
 
     def grant(self, now: float, in_flight: int) -> Grant:
         """Mark a slot that is taken now."""
-        return Grant(now, in_flight, full=2 * in_flight >= int(self._level))
+        return Grant(now, in_flight, at_limit=2 * in_flight >= int(self._level))
 
     def accepted(self, now: float, grant: Grant) -> None:
         """Nothing follows from it."""
 
-    def observe(self, now: float, grant: Grant, outcome: Outcome, *, stretch: float | None = None) -> None:  # noqa: ARG002
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:  # noqa: ARG002
         """Its call has ended: a refusal lowers the limit a little, the time of a success either way."""
         unit = max(1.0, math.log10(self._level))
         if outcome is Outcome.OVERLOAD:
             self._move(-unit)
         elif outcome is Outcome.SUCCESS:
-            self._answered(now - grant.at, unit, full=grant.full)
+            self._answered(now - grant.granted_at, unit, full=grant.at_limit)
 
     def _answered(self, took: float, unit: float, *, full: bool) -> None:
         self._answers += 1

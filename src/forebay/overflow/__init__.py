@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from forebay.errors import InvalidOverflowUrl
+from forebay.interfaces import TaskStore
 from forebay.overflow.envelope import (
     EnvelopeDamaged,
     EnvelopeTooNew,
@@ -11,27 +12,26 @@ from forebay.overflow.envelope import (
     encode_result,
     encode_task,
 )
-from forebay.overflow.memory import MemoryLedger
-from forebay.overflow.pacing import Pacing
-from forebay.overflow.sqlite import SqliteLedger
+from forebay.overflow.memory import MemoryTaskStore
+from forebay.overflow.refill_policy import RefillPolicy
+from forebay.overflow.sqlite import SqliteTaskStore
 from forebay.storage.url import parse_url
-from forebay.typing import Ledger
 
 __all__ = [
     "EnvelopeDamaged",
     "EnvelopeTooNew",
-    "MemoryLedger",
-    "Pacing",
-    "SqliteLedger",
+    "MemoryTaskStore",
+    "RefillPolicy",
+    "SqliteTaskStore",
     "decode_result",
     "decode_task",
     "encode_result",
     "encode_task",
-    "open_ledger",
+    "open_task_store",
 ]
 
 
-def open_ledger(overflow: str | Ledger) -> Ledger:
+def open_task_store(overflow: str | TaskStore) -> TaskStore:
     """The ledger that a URL names, yet to be opened; a ledger as it is.
 
     Args:
@@ -47,5 +47,5 @@ def open_ledger(overflow: str | Ledger) -> Ledger:
         return overflow
     store = parse_url(overflow)
     if store.path is None:
-        return MemoryLedger(bound=store.bound)
-    return SqliteLedger(store.path, bound=store.bound, synchronous=store.synchronous)
+        return MemoryTaskStore(bound=store.bound)
+    return SqliteTaskStore(store.path, bound=store.bound, synchronous=store.synchronous)

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from forebay.errors import ForebayError, NotPortable, PayloadTooLarge
+from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
+from forebay.interfaces import path_segment
 from forebay.task import Deadline, Estimate, Priority, Task
-from forebay.typing import step
 
 VERSION = 1  # raised when a reader of the one before would misread it; a field added at the end is not that
 
@@ -17,7 +17,7 @@ _DEEPEST = 100  # containers within containers; also what ends a payload that ho
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, TypeError)  # the last for a key that is a map
 _LEAST, _MOST = -(2**63), 2**64 - 1  # the whole numbers that MessagePack can hold
 _PLAIN = frozenset({type(None), bool, float})
-_NAMES = ("task_type", "task_id", "key", "tenant", "thread")
+_NAMES = ("task_type", "task_id", "key", "tenant", "thread_id")
 _TUPLE = 1  # MessagePack's extension type that holds a tuple, as an array; lists are arrays as they are
 
 
@@ -55,7 +55,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     durable: bool
     key: str | None
     tenant: str
-    thread: str | None
+    thread_id: str | None
     estimate: tuple[int, int, int] | None
 
 
@@ -97,27 +97,27 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
         NotPortable: the payload holds something else, at ``path``.
         PayloadTooLarge: it takes more than `bound` bytes; ``size`` is at least what it takes.
     """
-    encoded = _portable(payload, "payload", task.task_id, bound)
+    encoded = _encode_plain(payload, "payload", task.task_id, bound)
     estimate = task.estimate
     envelope = _Envelope(
         version=VERSION,
-        task_type=_text(task.task_type),
+        task_type=_exact_str(task.task_type),
         payload=msgspec.Raw(encoded),
-        task_id=_text(task.task_id),
+        task_id=_exact_str(task.task_id),
         priority=task.priority,
         timeout=None if task.timeout is None else float(task.timeout),
         deadline=None if task.deadline is None else float(task.deadline.at),
         spill=bool(task.spill),
         durable=bool(task.durable),
-        key=None if task.key is None else _text(task.key),
-        tenant=_text(task.tenant),
-        thread=None if task.thread is None else _text(task.thread),
+        key=None if task.key is None else _exact_str(task.key),
+        tenant=_exact_str(task.tenant),
+        thread_id=None if task.thread_id is None else _exact_str(task.thread_id),
         estimate=None if estimate is None else (estimate.calls, estimate.input_tokens, estimate.output_tokens),
     )
     try:
         return _encode(envelope)
     except (UnicodeEncodeError, OverflowError):
-        raise _blame(task) from None
+        raise _unencodable_field(task) from None
 
 
 def decode_task(envelope: bytes) -> Task:
@@ -139,7 +139,7 @@ def decode_task(envelope: bytes) -> Task:
             durable=stored.durable,
             key=stored.key,
             tenant=stored.tenant,
-            thread=stored.thread,
+            thread_id=stored.thread_id,
             estimate=stored.estimate and _estimate(stored.estimate),
         )
         if stored.deadline is not None:  # a Task refuses to be made too late, but a stored one has to end as EXPIRED
@@ -155,7 +155,7 @@ def encode_result(value: Any, *, task_id: str, bound: int) -> bytes:
     Raises:
         NotPortable, PayloadTooLarge: it cannot be, as with `encode_task`.
     """
-    encoded = _portable(value, "result", task_id, bound)
+    encoded = _encode_plain(value, "result", task_id, bound)
     return _encode(_Result(version=VERSION, value=msgspec.Raw(encoded)))
 
 
@@ -192,39 +192,39 @@ def _estimate(figures: tuple[int, int, int]) -> Estimate:
     return Estimate(calls=calls, input_tokens=input_tokens, output_tokens=output_tokens)
 
 
-def _portable(value: Any, name: str, task_id: str, bound: int) -> bytes:
+def _encode_plain(value: Any, name: str, task_id: str, bound: int) -> bytes:
     """The encoded value, or why it cannot travel."""
-    walk = _Walk(bound)
+    walk = _PlainDataCheck(bound)
     try:
-        culprit = walk.culprit(value, 0)
-    except _TooMuch:
+        culprit = walk.find_unsupported(value, 0)
+    except _BoundExceeded:
         raise PayloadTooLarge(task_id=task_id, size=bound - walk.left, bound=bound) from None
     if culprit is not None:
         path, kind = culprit
-        raise NotPortable(task_id=task_id, path=name + path, type=kind)
-    encoded = _encode(_marked(value) if walk.tuples else value)
+        raise NotSerializable(task_id=task_id, path=name + path, type=kind)
+    encoded = _encode(_mark_tuples(value) if walk.tuples else value)
     if len(encoded) > bound:
         raise PayloadTooLarge(task_id=task_id, size=len(encoded), bound=bound)
     return encoded
 
 
-def _marked(value: Any) -> Any:
+def _mark_tuples(value: Any) -> Any:
     """The value with its tuples told from lists. It has been walked, so it ends."""
     kind = type(value)
     if kind is dict:
-        return {name: _marked(item) for name, item in value.items()}
+        return {name: _mark_tuples(item) for name, item in value.items()}
     if kind is list:
-        return [_marked(item) for item in value]
+        return [_mark_tuples(item) for item in value]
     if kind is tuple:
-        return msgspec.msgpack.Ext(_TUPLE, _encode([_marked(item) for item in value]))
+        return msgspec.msgpack.Ext(_TUPLE, _encode([_mark_tuples(item) for item in value]))
     return value
 
 
-class _TooMuch(Exception):
+class _BoundExceeded(Exception):
     """The walk has met more than the bound allows."""
 
 
-class _Walk:
+class _PlainDataCheck:
     """A walk over a value, looking for what would not come back equal.
 
     Every item and every character takes at least a byte, so once more of them were met than the bound has bytes the
@@ -237,7 +237,7 @@ class _Walk:
         self.left = bound
         self.tuples = False  # whether it met any
 
-    def culprit(self, value: Any, depth: int) -> tuple[str, str] | None:
+    def find_unsupported(self, value: Any, depth: int) -> tuple[str, str] | None:
         """Where in the value the first culprit is and what it is, or None."""
         kind = type(value)
         if kind is dict:
@@ -246,7 +246,7 @@ class _Walk:
             self.tuples |= kind is tuple
             items = enumerate(value)
         else:
-            return self._bare(value, kind)
+            return self._check_scalar(value, kind)
         if depth == _DEEPEST:
             return "", f"{kind.__name__} more than {_DEEPEST} deep, or within itself"
         self._spend(len(value))
@@ -254,16 +254,16 @@ class _Walk:
             if kind is dict:
                 if type(name) is not str:
                     return "", f"dict with a key of type {type(name).__qualname__}"
-                if self._bare(name, str) is not None:
+                if self._check_scalar(name, str) is not None:
                     return "", "dict with a key that is not valid Unicode"
             if type(item) in _PLAIN:
                 continue
-            found = self.culprit(item, depth + 1)
+            found = self.find_unsupported(item, depth + 1)
             if found is not None:
-                return step(name) + found[0], found[1]
+                return path_segment(name) + found[0], found[1]
         return None
 
-    def _bare(self, value: Any, kind: type) -> tuple[str, str] | None:
+    def _check_scalar(self, value: Any, kind: type) -> tuple[str, str] | None:
         if kind is str:
             self._spend(len(value))
             return None if value.isascii() or _is_unicode(value) else ("", "str that is not valid Unicode")
@@ -277,7 +277,7 @@ class _Walk:
     def _spend(self, size: int) -> None:
         self.left -= size
         if self.left < 0:
-            raise _TooMuch
+            raise _BoundExceeded
 
 
 def _is_unicode(text: str) -> bool:
@@ -288,14 +288,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _text(name: str) -> str:
+def _exact_str(name: str) -> str:
     return str.__str__(name)  # of a subclass, such as an enum of strings, the text alone
 
 
-def _blame(task: Task) -> NotPortable:
+def _unencodable_field(task: Task) -> NotSerializable:
     """Which of the task's own fields cannot travel."""
     for field in _NAMES:
         name = getattr(task, field)
         if name is not None and not _is_unicode(name):
-            return NotPortable(task_id=task.task_id, path=field, type="str that is not valid Unicode")
-    return NotPortable(task_id=task.task_id, path="estimate", type="int beyond 64 bits")
+            return NotSerializable(task_id=task.task_id, path=field, type="str that is not valid Unicode")
+    return NotSerializable(task_id=task.task_id, path="estimate", type="int beyond 64 bits")

@@ -17,21 +17,21 @@ from typing import Any, TypeAlias
 import msgspec
 
 from forebay.clock import new_id
-from forebay.errors import LedgerUnusable
-from forebay.overflow.lapse import lapsed
-from forebay.overflow.schema import SCHEMA, STATES
-from forebay.storage.rows import Rows
-from forebay.storage.sqlite import SqliteWriter
+from forebay.errors import StoreUnavailable
+from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
+from forebay.overflow.lease_expiry import completion_after_expiry
+from forebay.overflow.sqlite_schema import SCHEMA, STATES
+from forebay.storage.batch_statement import BatchStatement
+from forebay.storage.sqlite_writer import SqliteWriter
 from forebay.storage.url import DEFAULT_BOUND, Synchronous
 from forebay.task import Priority
-from forebay.typing import Completion, DeadRow, Lease, Put, Row, RowState
 
 _BATCH = 500  # rows that reap and prune take at once, so that nobody waits long behind them
 
 _ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts"
 
 # Not INSERT OR IGNORE: that would also govern what the triggers do.
-_PUT = Rows(
+_PUT = BatchStatement(
     f"""
     INSERT INTO task ({_ROW}, state, fence, until)
     SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
@@ -51,11 +51,11 @@ WHERE turn IN (
 RETURNING {_ROW}, fence, turn
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
-_START = Rows(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
-_RENEW = Rows(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
-_RELEASE = Rows(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
+_START = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
+_RENEW = BatchStatement(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
+_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
 # A row that waits has no fence, so that IS finds it for who gave none.
-_FINISH = Rows(
+_FINISH = BatchStatement(
     """
     UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x''
     FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence IS column2 AND state < 2
@@ -94,14 +94,16 @@ _FIND_KEY = "SELECT task_id FROM task WHERE key = ?"
 _DEPTHS = "SELECT task_type, priority, waiting FROM depth WHERE waiting > 0"
 _FORGET_TYPES = "DELETE FROM depth WHERE waiting = 0"
 
-_Offer: TypeAlias = tuple[Row, str | None, float]  # a row; its fence and how long that holds, if it is put leased
+_Offer: TypeAlias = tuple[
+    TaskRecord, str | None, float
+]  # a row; its fence and how long that holds, if it is put leased
 _Ending: TypeAlias = tuple[str, str | None, float, bytes]  # task id, fence, when, encoded completion
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
 
 
-class SqliteLedger:
+class SqliteTaskStore:
     """A ledger of rows in a SQLite file, safe to share between processes on one machine.
 
     Args:
@@ -126,15 +128,17 @@ class SqliteLedger:
         """Finish what was asked for and close the file."""
         await self._writer.close()
 
-    async def put(self, row: Row, *, fence: str | None = None, until: float = 0.0) -> Put:
+    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         """Store `row`."""
-        return await self._writer.run_batched(self._put, (row, fence, until))
+        return await self._writer.run_batched(self._put, (record, fence, until))
 
-    async def lease(self, task_type: str, limit: int, *, until: float, rung: Priority | None = None) -> Sequence[Lease]:
+    async def lease(
+        self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
+    ) -> Sequence[Lease]:
         """Lease the best waiting rows of a type. Cancelled, it gives back what it leased after all."""
         if limit <= 0:
             return ()
-        rungs = (min(Priority), max(Priority)) if rung is None else (rung, rung)
+        rungs = (min(Priority), max(Priority)) if priority is None else (priority, priority)
         leasing = self._writer.run(partial(_lease, task_type, rungs, limit, until))
         try:
             return await asyncio.shield(leasing)
@@ -145,12 +149,12 @@ class SqliteLedger:
     def _give_back(self, leasing: asyncio.Future[Sequence[Lease]]) -> None:
         if leasing.cancelled() or leasing.exception() is not None or not leasing.result():
             return
-        with suppress(LedgerUnusable):  # closed meanwhile: they lapse
+        with suppress(StoreUnavailable):  # closed meanwhile: they lapse
             self._writer.run(partial(_release, leasing.result()))
 
-    async def start(self, lease: Lease) -> bool:
+    async def begin_attempt(self, lease: Lease) -> bool:
         """Count a start."""
-        return await self._writer.run_batched(_start, lease)
+        return await self._writer.run_batched(_begin_attempt, lease)
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
         """Extend leases, and return the lost ones. Blocks; from any thread."""
@@ -165,9 +169,9 @@ class SqliteLedger:
         ending = (task_id, fence, completion.finished_at, _encode(completion))
         return await self._writer.run_batched(self._finish, ending)
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRow]:
+    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
         """Take back lapsed rows, and return those that became DEAD."""
-        dead: list[DeadRow] = []
+        dead: list[DeadRecord] = []
         while True:
             count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
             dead += more
@@ -183,23 +187,23 @@ class SqliteLedger:
             if count < _BATCH:
                 return total
 
-    async def bury(self, lease: Lease, completion: Completion) -> bool:
+    async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
         """Mark a row DEAD."""
-        return await self._writer.run(partial(_bury, self._bound, lease, completion))
+        return await self._writer.run(partial(_mark_dead, self._bound, lease, completion))
 
-    async def dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRow]:
+    async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
         """A page of the rows that are DEAD."""
-        return await self._writer.run(partial(_dead, limit, after), writes=False)
+        return await self._writer.run(partial(_list_dead, limit, after), writes=False)
 
-    async def requeue(self, task_id: str) -> Put | None:
+    async def requeue(self, task_id: str) -> PutResult | None:
         """Let a DEAD row wait again."""
         return await self._writer.run(partial(_requeue, self._bound, task_id))
 
-    async def drop(self, task_id: str) -> bool:
+    async def delete_dead(self, task_id: str) -> bool:
         """Drop a DEAD row."""
-        return await self._writer.run(partial(_drop, task_id))
+        return await self._writer.run(partial(_delete_dead, task_id))
 
-    async def find(self, task_id: str) -> tuple[RowState, Row, Completion | None] | None:
+    async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
         """A row by its id."""
         return await self._writer.run(partial(_find, task_id), writes=False)
 
@@ -212,10 +216,10 @@ class SqliteLedger:
         return await self._writer.run(_depths, writes=False)
 
 
-_STORED_OR_NOT = (Put.DUPLICATE, Put.STORED)
+_STORED_OR_NOT = (PutResult.DUPLICATE, PutResult.STORED)
 
 
-def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[Put]:
+def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[PutResult]:
     (held,) = connection.execute(_HELD).fetchone()
     room = bound - held
     rows = [
@@ -238,25 +242,25 @@ def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -
         outcomes = [_STORED_OR_NOT[stored] for stored in _PUT.run(connection, rows)]
     else:
         outcomes = _put_one_by_one(room, connection, rows)
-    stored = [values for values, outcome in zip(rows, outcomes, strict=True) if outcome is Put.STORED]
+    stored = [values for values, outcome in zip(rows, outcomes, strict=True) if outcome is PutResult.STORED]
     waiting = Counter([values[1:3] for values in stored if not values[8]])  # by task type and priority
     connection.executemany(_ENTERED, [(*place, count) for place, count in waiting.items()])
     connection.execute(_STORED, (len(stored),))
     return outcomes
 
 
-def _put_one_by_one(room: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[Put]:
+def _put_one_by_one(room: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[PutResult]:
     """Where room for all is not certain, each has to see what became of the one before."""
     outcomes = []
     for row in rows:
         if room > 0:
             (stored,) = _PUT.run(connection, [row])
             room -= stored
-            outcomes.append(Put.STORED if stored else Put.DUPLICATE)
+            outcomes.append(PutResult.STORED if stored else PutResult.DUPLICATE)
         else:
             task_id, key = row[0], row[6]
             (taken,) = connection.execute(_TAKEN, (task_id, key)).fetchone()
-            outcomes.append(Put.DUPLICATE if taken else Put.FULL)
+            outcomes.append(PutResult.DUPLICATE if taken else PutResult.FULL)
     return outcomes
 
 
@@ -265,20 +269,20 @@ def _lease(
 ) -> Sequence[Lease]:
     found = connection.execute(_LEASE, (until, new_id(), task_type, *rungs, limit)).fetchall()
     found.sort(key=lambda record: (record[2], record[5], record[4], record[-1]))  # RETURNING promises no order
-    return [Lease(row=_row(record), fence=record[-2], until=until) for record in found]
+    return [Lease(record=_record(record), fence=record[-2], until=until) for record in found]
 
 
-def _start(connection: sqlite3.Connection, leases: Sequence[Lease]) -> Sequence[bool]:
-    return _START.run(connection, [(lease.row.task_id, lease.fence) for lease in leases])
+def _begin_attempt(connection: sqlite3.Connection, leases: Sequence[Lease]) -> Sequence[bool]:
+    return _START.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
 
 
 def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection) -> Sequence[Lease]:
-    renewed = _RENEW.run(connection, [(lease.row.task_id, lease.fence, until) for lease in leases])
+    renewed = _RENEW.run(connection, [(lease.record.task_id, lease.fence, until) for lease in leases])
     return [lease for lease, done in zip(leases, renewed, strict=True) if not done]
 
 
 def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
-    _RELEASE.run(connection, [(lease.row.task_id, lease.fence) for lease in leases])
+    _RELEASE.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
 
 
 def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Ending]) -> Sequence[bool]:
@@ -287,18 +291,20 @@ def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Endin
     return finished
 
 
-def _reap(now: float, max_attempts: int, bound: int, connection: sqlite3.Connection) -> tuple[int, Sequence[DeadRow]]:
+def _reap(
+    now: float, max_attempts: int, bound: int, connection: sqlite3.Connection
+) -> tuple[int, Sequence[DeadRecord]]:
     """How many had lapsed, at most a batch, and those of them that became DEAD."""
     found = connection.execute(_LAPSED, (now, _BATCH)).fetchall()
     dead = []
     for record in found:
-        row, turn = _row(record), record[-1]
-        completion = lapsed(row, now=now, max_attempts=max_attempts)
+        row, turn = _record(record), record[-1]
+        completion = completion_after_expiry(row, now=now, max_attempts=max_attempts)
         if completion is None:
             connection.execute(_TAKE_BACK, (turn,))
         else:
             connection.execute(_BURY, (completion.finished_at, _encode(completion), turn))
-            dead.append(DeadRow(row=row, completion=completion))
+            dead.append(DeadRecord(record=row, completion=completion))
     if dead:
         connection.execute(_TRIM_DEAD, (bound,))
     return len(found), dead
@@ -309,38 +315,38 @@ def _prune(before: float, connection: sqlite3.Connection) -> int:
     return connection.execute(_PRUNE, (before, _BATCH)).rowcount
 
 
-def _bury(bound: int, lease: Lease, completion: Completion, connection: sqlite3.Connection) -> bool:
-    values = (completion.finished_at, _encode(completion), lease.row.task_id, lease.fence)
+def _mark_dead(bound: int, lease: Lease, completion: Completion, connection: sqlite3.Connection) -> bool:
+    values = (completion.finished_at, _encode(completion), lease.record.task_id, lease.fence)
     buried = connection.execute(_BURY_HELD, values).rowcount > 0
     connection.execute(_TRIM_DEAD, (bound,))
     return buried
 
 
-def _dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.Connection) -> Sequence[DeadRow]:
+def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.Connection) -> Sequence[DeadRecord]:
     records = connection.execute(_DEAD, (*(after or (-inf, "")), max(0, limit))).fetchall()
-    return [DeadRow(row=_row(record), completion=_decode_completion(record[-1])) for record in records]
+    return [DeadRecord(record=_record(record), completion=_decode_completion(record[-1])) for record in records]
 
 
-def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> Put | None:
+def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> PutResult | None:
     if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
         return None
     (held,) = connection.execute(_HELD).fetchone()
     if held >= bound:
-        return Put.FULL
+        return PutResult.FULL
     connection.execute(_REQUEUE, (task_id,))
-    return Put.STORED
+    return PutResult.STORED
 
 
-def _drop(task_id: str, connection: sqlite3.Connection) -> bool:
+def _delete_dead(task_id: str, connection: sqlite3.Connection) -> bool:
     return connection.execute(_DROP, (task_id,)).rowcount > 0
 
 
-def _find(task_id: str, connection: sqlite3.Connection) -> tuple[RowState, Row, Completion | None] | None:
+def _find(task_id: str, connection: sqlite3.Connection) -> tuple[RecordState, TaskRecord, Completion | None] | None:
     record = connection.execute(_FIND, (task_id,)).fetchone()
     if record is None:
         return None
     *_, state, completion = record
-    return STATES[state], _row(record), None if completion is None else _decode_completion(completion)
+    return STATES[state], _record(record), None if completion is None else _decode_completion(completion)
 
 
 def _find_key(key: str, connection: sqlite3.Connection) -> str | None:
@@ -353,9 +359,9 @@ def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority], int
     return {(task_type, Priority(priority)): waiting for task_type, priority, waiting in records}
 
 
-def _row(record: Sequence[Any]) -> Row:
+def _record(record: Sequence[Any]) -> TaskRecord:
     task_id, task_type, priority, envelope, enqueued_at, due, key, attempts = record[:8]
-    return Row(
+    return TaskRecord(
         task_id=task_id,
         task_type=task_type,
         priority=Priority(priority),

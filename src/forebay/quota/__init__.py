@@ -1,21 +1,21 @@
 """Quotas and money: rates that refill, budgets that run out, and prices; reserved before a call, settled after it."""
 
-from forebay.quota.budget import Budget, Purse, Sum, check_dollars
+from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import Price, Prices
 from forebay.quota.quota import Quota
-from forebay.quota.quotas import Delay, Level, Quotas, Reservation, Spare
+from forebay.quota.rate_limiter import QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
 
 __all__ = [
     "Budget",
-    "Delay",
-    "Level",
+    "BudgetReservation",
+    "BudgetTracker",
     "Price",
     "Prices",
-    "Purse",
     "Quota",
-    "Quotas",
-    "Reservation",
-    "Spare",
-    "Sum",
+    "QuotaDelay",
+    "QuotaHeadroom",
+    "QuotaLevel",
+    "QuotaReservation",
+    "RateLimiter",
     "check_dollars",
 ]

@@ -30,15 +30,15 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
     usd: float
     per: Literal["hour", "day", "month"] | None = None
-    reserve: float = 0.0
+    reserved_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not _number(self.usd) or not 0 < self.usd < math.inf:
             self._refuse("usd", "a positive number of US dollars; where nothing may be spent, do not call")
         if self.per not in _PERIODS:
             self._refuse("per", "'hour', 'day', 'month', or None for a budget that never comes back")
-        if not _number(self.reserve) or not 0 <= self.reserve < 1:
-            self._refuse("reserve", "a share from 0 up to but not including 1, such as 0.1")
+        if not _number(self.reserved_share) or not 0 <= self.reserved_share < 1:
+            self._refuse("reserved_share", "a share from 0 up to but not including 1, such as 0.1")
 
     def _refuse(self, name: str, expected: str) -> None:
         raise InvalidBudget(name=name, value=getattr(self, name), expected=expected)
@@ -57,18 +57,18 @@ class _Page:
         self.into: _Page | None = None  # where it was carried over to
 
 
-class Sum:
+class BudgetReservation:
     """Dollars that a call holds of a purse until they are settled or released: one of them, once."""
 
-    __slots__ = ("open", "page", "usd")
+    __slots__ = ("open", "period", "usd")
 
     def __init__(self, usd: float, page: _Page) -> None:
         self.usd = usd
-        self.page = page
+        self.period = page
         self.open = True
 
 
-class Purse:
+class BudgetTracker:
     """Keeps a budget: of an account, a tenant or a task.
 
     Pure. Its holder brings the time, in epoch seconds, and where threads share it the lock. What is spent counts in the
@@ -84,14 +84,14 @@ class Purse:
         self._page = _Page(-math.inf)
         self._before: _Page | None = None  # the last period with a page of its own
 
-    def affords(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
+    def can_afford(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
         """Whether so much may be reserved, what is reserved for others counted as spent; nothing may, once all is."""
         page = self._turn(now)
-        share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserve
+        share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserved_share
         left = self.budget.usd * share - page.spent - page.reserved
         return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
 
-    def reserve(self, now: float, usd: float) -> Sum:
+    def reserve(self, now: float, usd: float) -> BudgetReservation:
         """Set aside what a call will cost at most; its holder has asked `affords`.
 
         Raises:
@@ -100,9 +100,9 @@ class Purse:
         page = self._turn(now)
         page.reserved += check_dollars(usd)
         page.open += 1
-        return Sum(usd, page)
+        return BudgetReservation(usd, page)
 
-    def settle(self, now: float, held: Sum, usd: float) -> None:
+    def settle(self, now: float, reservation: BudgetReservation, usd: float) -> None:
         """The call cost this, more than was reserved perhaps.
 
         Raises:
@@ -110,21 +110,21 @@ class Purse:
             ReservationClosed: it was settled or released before.
         """
         cost = check_dollars(usd)
-        self._close(now, held).spent += cost
+        self._close(now, reservation).spent += cost
 
-    def release(self, now: float, held: Sum) -> None:
+    def release(self, now: float, reservation: BudgetReservation) -> None:
         """The call never left: it cost nothing.
 
         Raises:
             ReservationClosed: it was settled or released before.
         """
-        self._close(now, held)
+        self._close(now, reservation)
 
     def spent(self, now: float) -> float:
         """US dollars spent in the present period."""
         return self._turn(now).spent
 
-    def left(self, now: float) -> float:
+    def remaining(self, now: float) -> float:
         """US dollars that are neither spent nor reserved; less than 0 if calls cost more than was thought."""
         page = self._turn(now)
         return self.budget.usd - page.spent - page.reserved
@@ -141,12 +141,12 @@ class Purse:
         self._turn(now)
         return _end(self.budget.per, self._page.start) - now
 
-    def _close(self, now: float, held: Sum) -> _Page:
+    def _close(self, now: float, held: BudgetReservation) -> _Page:
         if not held.open:
             raise ReservationClosed
         self._turn(now)
         held.open = False
-        page = held.page
+        page = held.period
         while page.into is not None:
             page = page.into
         page.open -= 1

@@ -78,7 +78,7 @@ class Prices:
         cost = self._find(provider, model)
         return None if cost is None else cost(*tokens)
 
-    def known(self, provider: str, model: str) -> bool:
+    def has_price(self, provider: str, model: str) -> bool:
         """Whether a price is known for the model."""
         return self.usd(provider, model, 0, 0) is not None
 
@@ -91,7 +91,7 @@ class Prices:
         return self._listed[key]
 
 
-def listed() -> bool:
+def price_list_installed() -> bool:
     """Whether the list of prices is installed."""
     return _list() is not None
 

@@ -1,7 +1,7 @@
 """Retries: how long one waits, whether there may be one, and how many all callers together may make."""
 
-from forebay.retry.attempts import Attempts
 from forebay.retry.backoff import Retry
-from forebay.retry.budget import Leave, RetryBudget, RetryBudgets
+from forebay.retry.retry_budget import RetryBudget, RetryBudgets, RetryPermission
+from forebay.retry.retry_state import RetryState
 
-__all__ = ["Attempts", "Leave", "Retry", "RetryBudget", "RetryBudgets"]
+__all__ = ["Retry", "RetryBudget", "RetryBudgets", "RetryPermission", "RetryState"]

@@ -29,25 +29,25 @@ class Retry:
     """
 
     max_attempts: int = 6
-    base: float = 0.5
-    ceiling: float = 60.0
-    longest_wait: float = 60.0
+    base_delay: float = 0.5
+    max_delay: float = 60.0
+    max_total_delay: float = 60.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_attempts, int) or isinstance(self.max_attempts, bool) or self.max_attempts < 1:
             self._refuse("max_attempts", "a whole number of at least 1; 1 is no retry")
-        if not 0 < self.base < math.inf:
-            self._refuse("base", "a positive number of seconds")
-        if not self.base <= self.ceiling < math.inf:
-            self._refuse("ceiling", "a number of seconds, not below base")
-        if not self.longest_wait >= 0:
-            self._refuse("longest_wait", "a number of seconds of at least 0; 0 waits for nothing")
+        if not 0 < self.base_delay < math.inf:
+            self._refuse("base_delay", "a positive number of seconds")
+        if not self.base_delay <= self.max_delay < math.inf:
+            self._refuse("max_delay", "a number of seconds, not below base_delay")
+        if not self.max_total_delay >= 0:
+            self._refuse("max_total_delay", "a number of seconds of at least 0; 0 waits for nothing")
 
     def _refuse(self, name: str, expected: str) -> None:
         raise InvalidSetting(owner="Retry", name=name, value=getattr(self, name), expected=expected)
 
     def delay(
-        self, retry: int, *, chance: float, retry_after: float | None = None, left: float = math.inf
+        self, retry: int, *, draw: float, retry_after: float | None = None, time_left: float = math.inf
     ) -> float | None:
         """Seconds to wait before retry number `retry` (1 is the first); None is to give up, for it would be too late.
 
@@ -63,8 +63,8 @@ class Retry:
                 in time, if only just.
         """
         asked = max(0.0, retry_after or 0.0)
-        bound = min(left, self.longest_wait)
+        bound = min(time_left, self.max_total_delay)
         if not asked < bound:
             return None
-        spread = max(min(self.ceiling, self.base * 2.0 ** min(retry - 1, 64)), _SPREAD * asked)
-        return asked + chance * min(spread, bound - asked)
+        spread = max(min(self.max_delay, self.base_delay * 2.0 ** min(retry - 1, 64)), _SPREAD * asked)
+        return asked + draw * min(spread, bound - asked)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from forebay.errors import LedgerUnusable
+from forebay.errors import StoreUnavailable
 from forebay.storage.url import Synchronous
 
 _OLDEST = (3, 35, 0)  # UPDATE ... RETURNING
@@ -61,7 +61,7 @@ class Schema:
         migrations: scripts, the n-th of which leads from version n to n + 1. What was once released is never edited.
     """
 
-    application: int
+    application_id: int
     migrations: tuple[tuple[str, ...], ...]
 
     @property
@@ -70,7 +70,7 @@ class Schema:
         return len(self.migrations)
 
 
-def open_file(path: Path, schema: Schema, synchronous: Synchronous, patience: float) -> sqlite3.Connection:
+def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float) -> sqlite3.Connection:
     """A connection to the file at `path`, made if need be, with its schema up to date. Blocks.
 
     Raises:
@@ -78,24 +78,24 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, patience: fl
     """
     if sqlite3.sqlite_version_info < _OLDEST:
         why = f"this Python's SQLite is {sqlite3.sqlite_version}, and 3.35 is needed"
-        raise LedgerUnusable(where=str(path), why=why, advice="Use a newer Python, or another overflow.")
+        raise StoreUnavailable(where=str(path), why=why, advice="Use a newer Python, or another overflow.")
     if not path.parent.is_dir():
-        raise LedgerUnusable(
+        raise StoreUnavailable(
             where=str(path), why="its directory is not there", advice=f"Make it: mkdir -p {path.parent}"
         )
-    kind = filesystem(path.parent.resolve(), _mounts())
+    kind = filesystem_type(path.parent.resolve(), _mounts())
     if _NETWORK.fullmatch(kind):
         why = f"it lies on a network filesystem ({kind}), where a write-ahead log gets damaged"
-        raise LedgerUnusable(
+        raise StoreUnavailable(
             where=str(path), why=why, advice="Put it on a local disk, or share an overflow over Redis."
         )
     try:
         # Statements are kept prepared. Transactions are the writer's to begin, hence no isolation level.
         connection = sqlite3.connect(
-            path, timeout=patience, isolation_level=None, check_same_thread=False, cached_statements=256
+            path, timeout=busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=256
         )
         try:
-            _prepare(connection, path, schema, synchronous, patience)
+            _prepare(connection, path, schema, synchronous, busy_timeout)
         except BaseException:
             connection.close()
             raise
@@ -112,7 +112,7 @@ def _prepare(
     mode = _write_ahead(connection, patience)
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
-        raise LedgerUnusable(where=str(path), why=why, advice="Put it on a local disk.")
+        raise StoreUnavailable(where=str(path), why=why, advice="Put it on a local disk.")
     connection.execute(f"PRAGMA synchronous = {synchronous.value}")
     connection.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE}")
@@ -152,15 +152,15 @@ def _check_ours(connection: sqlite3.Connection, path: Path, schema: Schema) -> i
     """The schema's version in the file; 0 if it is new."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if application == schema.application:
+    if application == schema.application_id:
         if version > schema.version:
             why = f"a newer Forebay wrote it (schema {version}; this one knows {schema.version})"
-            raise LedgerUnusable(where=str(path), why=why, advice="Upgrade Forebay here, or name another file.")
+            raise StoreUnavailable(where=str(path), why=why, advice="Upgrade Forebay here, or name another file.")
         return int(version)
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application or version or tables:
         why = "it is a database of something else"
-        raise LedgerUnusable(where=str(path), why=why, advice="Name another file; Forebay makes it.")
+        raise StoreUnavailable(where=str(path), why=why, advice="Name another file; Forebay makes it.")
     return 0
 
 
@@ -171,7 +171,7 @@ def _migrate(connection: sqlite3.Connection, path: Path, schema: Schema) -> None
     for script in schema.migrations[version:]:
         for statement in script:
             connection.execute(statement)
-    connection.execute(f"PRAGMA application_id = {schema.application}")
+    connection.execute(f"PRAGMA application_id = {schema.application_id}")
     connection.execute(f"PRAGMA user_version = {schema.version}")
 
 
@@ -181,7 +181,7 @@ def diagnose(error: BaseException, path: Path) -> BaseException:
     if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, own):
         return error
     why, advice = _ADVICE.get(_code(error), (str(error), "Look at the file with the sqlite3 command."))
-    unusable = LedgerUnusable(where=str(path), why=why, advice=advice)
+    unusable = StoreUnavailable(where=str(path), why=why, advice=advice)
     unusable.__cause__ = error
     return unusable
 
@@ -191,7 +191,7 @@ def _code(error: sqlite3.DatabaseError) -> int:
     return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
 
 
-def filesystem(directory: Path, mounts: str) -> str:
+def filesystem_type(directory: Path, mounts: str) -> str:
     """The kind of filesystem that holds `directory`, by the text of /proc/mounts; empty if it does not say."""
     best, found = -1, ""
     for line in mounts.splitlines():

@@ -1,9 +1,9 @@
 """The task plane: admits, lines up, routes, runs, times out, spills and refills agent runs."""
 
-from forebay.supervisor.dead_letters import DeadLetter, DeadLetters
 from forebay.supervisor.drain import DrainReport
 from forebay.supervisor.portal import Portal, PortalTicket
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill.dead_letters import DeadLetter, DeadLetters
 from forebay.supervisor.statistics import Statistics, WorkerStatistics
 from forebay.supervisor.supervisor import BackpressureSupervisor
 from forebay.supervisor.ticket import Ticket

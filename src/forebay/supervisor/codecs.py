@@ -12,15 +12,15 @@ import msgspec
 
 from forebay.adapters import Handler, codec_for, type_name
 from forebay.errors import InvalidPayload, InvalidResult, InvalidSetting
+from forebay.interfaces import Codec, TypeMismatch
 from forebay.task import Task
-from forebay.typing import Codec, Misfit
 
 if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Side:
+class _TypeDeclaration:
     """The payloads, or the results, of one task type."""
 
     declared: Any = None  # the type, or None
@@ -28,17 +28,17 @@ class _Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
+class _TaskTypeCodecs:
     worker: str  # who came first
-    payload: _Side
-    result: _Side
+    payload: _TypeDeclaration
+    result: _TypeDeclaration
 
 
-class Codecs:
+class TaskCodecs:
     """The codecs of a house, by task type."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _TaskTypeCodecs] = {}
 
     def declare(self, worker: WorkerAgent, *, payload: Any, result: Any) -> None:
         """Take in what a worker declares, and have what its handler returns checked.
@@ -48,29 +48,29 @@ class Codecs:
         Raises:
             InvalidSetting: a type that is none, or another one than before.
         """
-        own = _Entry(
+        own = _TaskTypeCodecs(
             worker=worker.name,
-            payload=_side(worker, "payload", payload),
-            result=_side(worker, "result", result),
+            payload=_declaration(worker, "payload", payload),
+            result=_declaration(worker, "result", result),
         )
-        entries = {task_type: self._agreed(task_type, own) for task_type in worker.task_types}
+        entries = {task_type: self._merge(task_type, own) for task_type in worker.task_types}
         self._entries.update(entries)
         if any(entry.result.declared is not None for entry in entries.values()):
             worker.handler = replace(worker.handler, call=self._checked(worker.name, worker.handler))
 
-    def _agreed(self, task_type: str, own: _Entry) -> _Entry:
+    def _merge(self, task_type: str, own: _TaskTypeCodecs) -> _TaskTypeCodecs:
         """What holds for a task type once another of its workers has spoken."""
         first = self._entries.get(task_type)
         if first is None:
             return own
         where = f"worker {first.worker!r}, which serves task type {task_type!r} too"
-        return _Entry(
+        return _TaskTypeCodecs(
             worker=first.worker,
-            payload=_both("payload", first.payload, own.payload, own.worker, where),
-            result=_both("result", first.result, own.result, own.worker, where),
+            payload=_merge_declarations("payload", first.payload, own.payload, own.worker, where),
+            result=_merge_declarations("result", first.result, own.result, own.worker, where),
         )
 
-    def fitted(self, task: Task) -> Task:
+    def fit_payload(self, task: Task) -> Task:
         """The task as its handler gets it: with a payload of the declared type.
 
         Raises:
@@ -79,16 +79,16 @@ class Codecs:
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
             return task
-        return _with_payload(task, _through(entry.payload.codec.fit, task, entry.payload))
+        return _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))
 
-    def plain(self, task: Task) -> Any:
+    def dump_payload(self, task: Task) -> Any:
         """The payload of a fitted task as plain data."""
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
             return task.payload
-        return _through(entry.payload.codec.dump, task, entry.payload)
+        return _convert(entry.payload.codec.dump, task, entry.payload)
 
-    def loaded(self, task: Task) -> Task:
+    def load_payload(self, task: Task) -> Task:
         """The task as its handler gets it, its payload made of plain data that were stored.
 
         Raises:
@@ -97,9 +97,9 @@ class Codecs:
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
             return task
-        return _with_payload(task, _through(entry.payload.codec.load, task, entry.payload))
+        return _with_payload(task, _convert(entry.payload.codec.load, task, entry.payload))
 
-    def result(self, task_type: str) -> Codec | None:
+    def result_codec(self, task_type: str) -> Codec | None:
         """The codec of its results; None: they are plain data."""
         entry = self._entries.get(task_type)
         return None if entry is None else entry.result.codec
@@ -119,26 +119,28 @@ class Codecs:
             if side.declared is None or side.codec is None:
                 return value
             try:
-                return side.codec.fit(value)
-            except Misfit as misfit:
+                return side.codec.coerce(value)
+            except TypeMismatch as misfit:
                 raise InvalidResult(
                     worker_id=worker,
                     task_type=task.task_type,
                     type=type_name(side.declared),
                     path="result" + misfit.path,
-                    why=misfit.why,
+                    why=misfit.reason,
                 ) from None
 
         return call
 
 
-def _side(worker: WorkerAgent, name: str, declared: Any) -> _Side:
+def _declaration(worker: WorkerAgent, name: str, declared: Any) -> _TypeDeclaration:
     if declared is None:
-        return _Side(codec=worker.handler.codec)
-    return _Side(declared=declared, codec=codec_for(declared, owner=f"worker {worker.name!r}", name=name))
+        return _TypeDeclaration(codec=worker.handler.codec)
+    return _TypeDeclaration(declared=declared, codec=codec_for(declared, owner=f"worker {worker.name!r}", name=name))
 
 
-def _both(name: str, first: _Side, own: _Side, worker: str, where: str) -> _Side:
+def _merge_declarations(
+    name: str, first: _TypeDeclaration, own: _TypeDeclaration, worker: str, where: str
+) -> _TypeDeclaration:
     """What two workers of a task type declare: the same, or the second nothing.
 
     Raises:
@@ -157,7 +159,7 @@ def _both(name: str, first: _Side, own: _Side, worker: str, where: str) -> _Side
     return own  # to a framework's codec plain data are plain data too
 
 
-def _through(function: Callable[[Any], Any], task: Task, side: _Side) -> Any:
+def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration) -> Any:
     """What `function`, of a codec, makes of the payload.
 
     Raises:
@@ -165,8 +167,8 @@ def _through(function: Callable[[Any], Any], task: Task, side: _Side) -> Any:
     """
     try:
         return function(task.payload)
-    except Misfit as misfit:
-        path, why = misfit.path, misfit.why
+    except TypeMismatch as misfit:
+        path, why = misfit.path, misfit.reason
     except Exception as error:  # noqa: BLE001 - a codec may be the user's own
         path, why = "", f"its codec raised {type(error).__name__}"
     kind = "payload of its framework" if side.declared is None else type_name(side.declared)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.errors import InvalidSetting, LedgerUnusable, NotPortable, PayloadTooLarge
+from forebay.errors import InvalidSetting, NotSerializable, PayloadTooLarge, StoreUnavailable
 from forebay.events import log
-from forebay.supervisor import records
-from forebay.supervisor.run import Run
+from forebay.interfaces import PutResult
+from forebay.supervisor.runs.run import Run
+from forebay.supervisor.spill import records
 from forebay.task import TaskStatus
-from forebay.typing import Put
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatch import Dispatcher
-    from forebay.supervisor.refill import Overflow
+    from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.ticket import Ticket
 
 
@@ -41,131 +41,137 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
 class Drain:
     """One draining of a house that admits nothing any more. There may be several at a time."""
 
-    def __init__(self, house: Dispatcher, *, grace: float) -> None:
-        self._house = house
+    def __init__(self, dispatcher: Dispatcher, *, grace: float) -> None:
+        self._dispatcher = dispatcher
         self._grace = grace  # seconds that a cancelled handler has to stop
-        self._stirred = asyncio.Event()
+        self._progress = asyncio.Event()
 
     async def run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Finish what is inside, for at most `timeout` seconds, then cancel."""
-        self._house.watchers.append(self._stirred.set)
+        self._dispatcher.progress_listeners.append(self._progress.set)
         try:
             return await self._run(timeout)
         finally:
-            self._house.watchers.remove(self._stirred.set)
+            self._dispatcher.progress_listeners.remove(self._progress.set)
 
     async def _run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - as above
-        house = self._house
+        house = self._dispatcher
         spilled = 0
-        if house.overflow is not None and house.overflow.durable:
-            house.overflow.stop_pulling()
-            spilled = await self._take_out(house.overflow)
-        inside = self._inside()
+        if house.spill is not None and house.spill.durable:
+            house.spill.stop_refilling()
+            spilled = await self._spill_waiting(house.spill)
+        inside = self._unfinished_tickets()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._until_empty()
-        left = self._inside()
-        spilled += self._cut(left)
-        await self._settle()
-        if late := self._inside():  # on their way in or out when the rest was cut
-            spilled += self._cut(late)
-            await self._settle()
-        orphans = tuple(run.task.task_id for run in self._runs())
+                await self._wait_until_empty()
+        left = self._unfinished_tickets()
+        spilled += self._cancel(left)
+        await self._wait_for_handlers()
+        if late := self._unfinished_tickets():  # on their way in or out when the rest was cut
+            spilled += self._cancel(late)
+            await self._wait_for_handlers()
+        orphans = tuple(run.task.task_id for run in self._active_runs())
         cancelled = sum(1 for ticket in left if ticket.status is TaskStatus.CANCELLED and ticket.task_id not in orphans)
         return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
 
-    async def _take_out(self, overflow: Overflow) -> int:
+    async def _spill_waiting(self, overflow: Spill) -> int:
         """Spill what waits inside; return how many went out."""
         out = 0
-        for ticket in self._waiting():
-            if ticket.status is not TaskStatus.WAITING or ticket.undecided:
+        for ticket in self._waiting_tickets():
+            if ticket.status is not TaskStatus.WAITING or ticket.pending_store_calls:
                 continue  # it has ended, or is about to, while others were put out
-            if ticket.occupant or not (ticket.task.spill or ticket.stored):
+            if ticket.slot or not (ticket.task.spill or ticket.stored):
                 continue
             if isinstance(ticket.parent, Run) and not ticket.parent.ended:
                 continue  # what runs inside may wait for it
-            self._house.leave_line(ticket)  # first, or a worker might start it meanwhile
+            self._dispatcher.dequeue(ticket)  # first, or a worker might start it meanwhile
             ticket.status = TaskStatus.SPILLED
             if ticket.stored:
-                overflow.leave(ticket)
+                overflow.release(ticket)
             else:
-                ticket.undecided += 1
-                await asyncio.shield(self._house.finish_anyway(self._put_out(ticket, overflow)))
+                ticket.pending_store_calls += 1
+                await asyncio.shield(self._dispatcher.run_to_completion(self._spill_one(ticket, overflow)))
             out += ticket.stored
         return out
 
-    async def _put_out(self, ticket: Ticket, overflow: Overflow) -> None:
+    async def _spill_one(self, ticket: Ticket, overflow: Spill) -> None:
         try:
-            put = await overflow.ledger.put(records.row(ticket, overflow.encode(ticket.task)))
-            ticket.stored = put is Put.STORED
-        except (LedgerUnusable, NotPortable, PayloadTooLarge) as exc:  # a payload may have changed since it was checked
+            put = await overflow.store.put(records.record_of_ticket(ticket, overflow.encode(ticket.task)))
+            ticket.stored = put is PutResult.STORED
+        except (
+            StoreUnavailable,
+            NotSerializable,
+            PayloadTooLarge,
+        ) as exc:  # a payload may have changed since it was checked
             log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
-        ticket.undecided -= 1
+        ticket.pending_store_calls -= 1
         if ticket.done():
             return
-        if ticket.unwanted is not None:
-            overflow.give_up(ticket, ticket.unwanted)
+        if ticket.cancel_reason is not None:
+            overflow.cancel(ticket, ticket.cancel_reason)
         elif ticket.stored:
-            overflow.leave(ticket)
+            overflow.release(ticket)
         else:
-            pool = self._house.pools[ticket.task.task_type]
-            self._house.enter(ticket, pool, self._house.start_gate.pick(pool, ticket.task.priority))
+            pool = self._dispatcher.pools[ticket.task.task_type]
+            self._dispatcher.start_or_queue(ticket, pool, self._dispatcher.start_gate.pick(pool, ticket.task.priority))
 
-    def cut(self) -> None:
+    def cancel_all(self) -> None:
         """Cancel everything inside, at once."""
-        self._cut(self._inside())
+        self._cancel(self._unfinished_tickets())
 
-    def _cut(self, tickets: list[Ticket]) -> int:
+    def _cancel(self, tickets: list[Ticket]) -> int:
         """Cancel these; what is stored for good goes back to the overflow instead. Return how many did."""
         back = 0
         for ticket in tickets:
             if ticket.done():
                 continue
-            if ticket.lease is not None and self._house.overflow is not None and self._house.overflow.durable:
-                self._house.overflow.put_back(ticket)
+            if ticket.lease is not None and self._dispatcher.spill is not None and self._dispatcher.spill.durable:
+                self._dispatcher.spill.requeue(ticket)
                 back += 1
             else:
                 ticket.cancel("the supervisor stopped before it was done")
         return back
 
-    async def _settle(self) -> None:
+    async def _wait_for_handlers(self) -> None:
         """Wait for handlers to stop and for the store to hear of it, as long as the grace."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
-                while self._runs() or self._house.chores:
-                    await self._next_stir()
+                while self._active_runs() or self._dispatcher.background_tasks:
+                    await self._wait_for_progress()
 
-    async def _until_empty(self) -> None:
-        while (inside := self._inside()) and (self._runs() or any(self._may_run(ticket) for ticket in inside)):
-            await self._next_stir()
+    async def _wait_until_empty(self) -> None:
+        while (inside := self._unfinished_tickets()) and (
+            self._active_runs() or any(self._may_run(ticket) for ticket in inside)
+        ):
+            await self._wait_for_progress()
 
-    async def _next_stir(self) -> None:
-        self._stirred.clear()
-        await self._stirred.wait()
+    async def _wait_for_progress(self) -> None:
+        self._progress.clear()
+        await self._progress.wait()
 
     def _may_run(self, ticket: Ticket) -> bool:
         """Whether a worker could still take it: one that stays FAILED until revived would hold up the end for ever."""
-        pool = self._house.pools.get(ticket.task.task_type)
-        now = self._house.loop.time()
-        return pool is not None and any(worker.breaker.remaining(now) is not None for worker in pool.workers)
+        pool = self._dispatcher.pools.get(ticket.task.task_type)
+        now = self._dispatcher.loop.time()
+        return pool is not None and any(worker.breaker.retry_after(now) is not None for worker in pool.workers)
 
-    def _inside(self) -> list[Ticket]:
+    def _unfinished_tickets(self) -> list[Ticket]:
         """Tickets that have not ended and are this house's to end."""
-        overflow = self._house.overflow
-        tickets = self._house.tickets.values()
+        overflow = self._dispatcher.spill
+        tickets = self._dispatcher.tickets.values()
         if overflow is None or not overflow.durable:
             return list(tickets)
         return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]
 
-    def _waiting(self) -> list[Ticket]:
-        tickets = self._house.tickets.values()
-        return [ticket for ticket in tickets if ticket.status is TaskStatus.WAITING and not ticket.undecided]
+    def _waiting_tickets(self) -> list[Ticket]:
+        tickets = self._dispatcher.tickets.values()
+        return [ticket for ticket in tickets if ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls]
 
-    def _runs(self) -> list[Run]:
-        return [run for worker in self._house.workers.values() for run in worker.runs]
+    def _active_runs(self) -> list[Run]:
+        return [run for worker in self._dispatcher.workers.values() for run in worker.runs]
 
 
-def check_limit(timeout: float | None) -> None:
+def check_drain_timeout(timeout: float | None) -> None:
     """Pass `timeout` if it can be meant.
 
     Raises:

@@ -26,7 +26,7 @@ class PortalTicket:
         self.task_id: str = ticket.task_id
         self.verdict: Verdict = ticket.verdict
         self.reason: str | None = ticket.reason
-        self.binding: str | None = ticket.binding
+        self.limited_by: str | None = ticket.limited_by
         self.load: float | None = ticket.load
         self.retry_after: float | None = ticket.retry_after
 
@@ -79,7 +79,7 @@ class Portal:
         self._supervisor = supervisor
         self._loop: asyncio.AbstractEventLoop | None = None  # the one in the thread of our own
         self._thread: threading.Thread | None = None
-        self._leave: asyncio.Event | None = None
+        self._stop_requested: asyncio.Event | None = None
         self._failure: BaseException | None = None
         self._abort = False
 
@@ -127,9 +127,9 @@ class Portal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._thread is not None and self._loop is not None and self._leave is not None:
+        if self._thread is not None and self._loop is not None and self._stop_requested is not None:
             self._abort = kind is not None
-            self._loop.call_soon_threadsafe(self._leave.set)
+            self._loop.call_soon_threadsafe(self._stop_requested.set)
             self._thread.join()
             self._loop = None
             if self._failure is not None and kind is None:
@@ -137,11 +137,11 @@ class Portal:
 
     def _serve(self, ready: threading.Event) -> None:
         async def main() -> None:
-            self._leave = asyncio.Event()
+            self._stop_requested = asyncio.Event()
             await self._supervisor.start()
             self._loop = asyncio.get_running_loop()
             ready.set()
-            await self._leave.wait()
+            await self._stop_requested.wait()
             if not self._abort:
                 await self._supervisor.drain()
             await self._supervisor.close()

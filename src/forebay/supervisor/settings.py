@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forebay.admission import Ladder
+from forebay.admission import PriorityThresholds
 from forebay.errors import InvalidSetting
 from forebay.events import Sink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class SupervisorSettings:
     """As ``BackpressureSupervisor`` describes them.
 
     Raises:
@@ -29,25 +29,25 @@ class Settings:
     lag_bound: float | None
 
     def __post_init__(self) -> None:
-        Ladder(self.backpressure_threshold)
+        PriorityThresholds(self.backpressure_threshold)
         for name in ("lease", "zombie_grace", "lag_bound"):
             value = getattr(self, name)
             if value is None and name == "lag_bound":
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                self._refuse(name, "a positive number of seconds")
+                self._reject(name, "a positive number of seconds")
         for name, least in (("max_queue_size", 0), ("max_payload_bytes", 1), ("max_attempts", 1), ("keep_results", 0)):
             value = getattr(self, name)
             if value is None and name == "max_queue_size":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                self._refuse(name, f"a whole number of at least {least}")
+                self._reject(name, f"a whole number of at least {least}")
 
-    def _refuse(self, name: str, expected: str) -> None:
+    def _reject(self, name: str, expected: str) -> None:
         raise InvalidSetting(owner="BackpressureSupervisor", name=name, value=getattr(self, name), expected=expected)
 
 
-def sinks_of(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
+def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
     """The sinks that were given, one or several.
 
     Raises:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Self
 
 from forebay import context
 from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
-from forebay.supervisor.run import Run
+from forebay.supervisor.runs.run import Run
 from forebay.supervisor.ticket import as_error
 from forebay.task import TaskResult
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatch import Dispatcher
-    from forebay.supervisor.lend import Loan
+    from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.runs.nested import SlotLoan
     from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
 
@@ -32,17 +32,17 @@ class Slot:
         TaskTimedOut, TaskCancelled: on leaving, if it took too long or the supervisor stopped.
     """
 
-    def __init__(self, house: Dispatcher, ticket: Ticket, offer: Callable[[Ticket], None]) -> None:
-        self._house = house
+    def __init__(self, dispatcher: Dispatcher, ticket: Ticket, try_admit: Callable[[Ticket], None]) -> None:
+        self._dispatcher = dispatcher
         self._ticket = ticket
-        self._offer = offer
-        self._granted: asyncio.Future[Run] = house.loop.create_future()
+        self._try_admit = try_admit
+        self._granted: asyncio.Future[Run] = dispatcher.loop.create_future()
         self._run: Run | None = None
         self._owner: asyncio.Task[object] | None = None
         self._cancelling = 0  # cancellations of the owner that were under way on entering
         self._timeout: asyncio.Timeout | None = None
-        self._before: context.RunningTask | None = None
-        self._loan: Loan | None = None
+        self._outer_run: context.RunningTask | None = None
+        self._loan: SlotLoan | None = None
         self._stopped = False
 
     @property
@@ -56,22 +56,22 @@ class Slot:
         return self._entered().worker
 
     async def __aenter__(self) -> Self:
-        house, ticket = self._house, self._ticket
-        if ticket.occupant is not None:
+        house, ticket = self._dispatcher, self._ticket
+        if ticket.slot is not None:
             raise SlotMisused(why="was entered twice")
-        self._before = context.current()
+        self._outer_run = context.running_task()
         self._owner = asyncio.current_task()
         self._cancelling = self._owner.cancelling() if self._owner is not None else 0
-        ticket.occupant = self
-        self._offer(ticket)
+        ticket.slot = self
+        self._try_admit(ticket)
         if not ticket:
             raise ticket.refusal()
-        self._loan = house.lend(ticket.parent)  # for as long as the body runs: it may need that very slot
+        self._loan = house.lend_slots(ticket.parent)  # for as long as the body runs: it may need that very slot
         try:
             run = await self._granted
         except asyncio.CancelledError:
             if self._run is not None:  # granted in the same turn of the loop
-                house.ended(self._run, None, asyncio.CancelledError())
+                house.handler_ended(self._run, None, asyncio.CancelledError())
             else:
                 ticket.cancel("its caller has gone")
             await self._return_loan()
@@ -82,7 +82,7 @@ class Slot:
         # asyncio's own machinery cancels the body in time, and tells that cancellation from others
         self._timeout = asyncio.timeout_at(house.ends_at(run))
         await self._timeout.__aenter__()
-        context.enter(run)
+        context.set_running_task(run)
         return self
 
     async def __aexit__(
@@ -90,18 +90,18 @@ class Slot:
     ) -> None:
         run = self._entered()
         assert self._timeout is not None  # noqa: S101 - entered
-        context.enter(self._before)  # no token: an async generator may be closed from another context
+        context.set_running_task(self._outer_run)  # no token: an async generator may be closed from another context
         facts = {"task_id": self.task_id, "worker_id": run.worker.name}
         try:
             await self._timeout.__aexit__(kind, cause, trace)
         except TimeoutError:
-            self._house.endings.out_of_time(run)
+            self._dispatcher.completion.time_out(run)
             result = self._ticket.result
             raise (TaskTimedOut(error="its time was up", **facts) if result is None else as_error(result)) from None
         finally:
             # a generator closed by its reader is a caller who has gone, and no fault of the worker's
             gone = isinstance(cause, GeneratorExit)
-            self._house.ended(run, None, asyncio.CancelledError() if gone else cause)
+            self._dispatcher.handler_ended(run, None, asyncio.CancelledError() if gone else cause)
             await self._return_loan()
         if self._stopped and isinstance(cause, asyncio.CancelledError) and self._owner is not None:
             if self._owner.uncancel() > self._cancelling:
@@ -116,17 +116,17 @@ class Slot:
     async def _return_loan(self) -> None:
         if self._loan is not None:
             loan, self._loan = self._loan, None
-            await loan.take_back()
+            await loan.reclaim()
 
     # --- what the dispatcher tells it ---
 
-    def granted(self, run: Run) -> None:
+    def grant(self, run: Run) -> None:
         """The slot is there. If its caller was cancelled in this very turn of the loop, it gives it back itself."""
         self._run = run
         if not self._granted.done():
             self._granted.set_result(run)
 
-    def resolved(self, outcome: TaskResult | ForebayError) -> None:
+    def resolve(self, outcome: TaskResult | ForebayError) -> None:
         """Its ticket has ended; if that came before the slot, there will be none."""
         if not self._granted.done():
             self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else outcome)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.typing import Reading, WorkerState
+from forebay.interfaces import Reading, WorkerState
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.dispatcher import Dispatcher
     from forebay.supervisor.worker import WorkerAgent
 
 
@@ -26,7 +26,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     avg_duration_ms: float
 
 
-class Counts(msgspec.Struct, kw_only=True):
+class Counters(msgspec.Struct, kw_only=True):
     """Running totals since the start."""
 
     submitted: int = 0
@@ -81,24 +81,26 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     outside: int
     load: float
-    binding: str | None
+    limited_by: str | None
     utilization: float
     workers: tuple[WorkerStatistics, ...]
 
 
-def snapshot(house: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading]) -> Statistics:
+def snapshot(
+    dispatcher: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading]
+) -> Statistics:
     """What a supervisor is and has counted; without a house, it has not started."""
     highest = max(readings, key=lambda reading: reading.load)
-    cause = highest.resource if house is None else house.pressure.cause(highest.resource)
+    cause = highest.resource if dispatcher is None else dispatcher.load.limiting_resource(highest.resource)
     return Statistics(
-        **msgspec.structs.asdict(Counts() if house is None else house.counts),
+        **msgspec.structs.asdict(Counters() if dispatcher is None else dispatcher.counts),
         running=sum(worker.current_tasks for worker in workers.values()),
-        waiting=0 if house is None else sum(pool.waiting for pool in house.pools.values()),
-        outside=0 if house is None or house.overflow is None else house.overflow.outside,
+        waiting=0 if dispatcher is None else sum(pool.waiting for pool in dispatcher.pools.values()),
+        outside=0 if dispatcher is None or dispatcher.spill is None else dispatcher.spill.stored_tasks,
         load=highest.load,
-        binding=cause if highest.load else None,
+        limited_by=cause if highest.load else None,
         utilization=utilization(workers),
-        workers=tuple(_of_worker(worker) for worker in workers.values()),
+        workers=tuple(_worker_statistics(worker) for worker in workers.values()),
     )
 
 
@@ -109,7 +111,7 @@ def utilization(workers: Mapping[str, WorkerAgent]) -> float:
     return taken / slots if slots else 0.0
 
 
-def _of_worker(worker: WorkerAgent) -> WorkerStatistics:
+def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
     return WorkerStatistics(
         name=worker.name,
         state=worker.state,

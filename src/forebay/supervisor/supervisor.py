@@ -9,8 +9,8 @@ from typing import Any, Self, TypeVar
 
 from forebay import clock, context
 from forebay.adapters import Handler
-from forebay.adapters.recognise import Config
-from forebay.engine import Engine, Threads
+from forebay.adapters.detect import Config
+from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
     AlreadyStarted,
     DrainInside,
@@ -20,26 +20,26 @@ from forebay.errors import (
     SupervisorClosed,
     WrongLoop,
 )
-from forebay.events import Bus, Sink, Subscription
-from forebay.overflow import open_ledger
-from forebay.supervisor.admit import Door
-from forebay.supervisor.codecs import Codecs
-from forebay.supervisor.dead_letters import DeadLetters
-from forebay.supervisor.dispatch import Dispatcher
-from forebay.supervisor.drain import Drain, DrainReport, check_limit
-from forebay.supervisor.lend import held_slots
-from forebay.supervisor.life import let_in, shut_down, start_up
-from forebay.supervisor.nested import as_worker, holds, load_below
+from forebay.events import EventBus, Sink, Subscription
+from forebay.interfaces import Reading, TaskStore
+from forebay.overflow import open_task_store
+from forebay.supervisor.admission_controller import AdmissionController
+from forebay.supervisor.codecs import TaskCodecs
+from forebay.supervisor.dispatcher import Dispatcher
+from forebay.supervisor.drain import Drain, DrainReport, check_drain_timeout
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
+from forebay.supervisor.loop_monitor import LoopMonitor, monitor_loop
+from forebay.supervisor.nested_supervisor import as_handler, contains, load_of_nested
 from forebay.supervisor.portal import Portal
-from forebay.supervisor.registry import check_decorator, make_worker
-from forebay.supervisor.settings import Settings, sinks_of
+from forebay.supervisor.registration import check_decorator_arguments, make_worker
+from forebay.supervisor.runs.nested import active_runs
+from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill.dead_letters import DeadLetters
 from forebay.supervisor.statistics import Statistics, snapshot, utilization
 from forebay.supervisor.ticket import Ticket
-from forebay.supervisor.watch import Watch, watch_over
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
-from forebay.typing import Ledger, Reading
 from forebay.upstream import Upstream
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,7 +73,7 @@ class BackpressureSupervisor:
         *,
         backpressure_threshold: float = 0.8,
         max_queue_size: int | None = None,
-        overflow: str | Ledger | None = None,
+        overflow: str | TaskStore | None = None,
         lease: float = 30.0,
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
@@ -82,7 +82,7 @@ class BackpressureSupervisor:
         lag_bound: float | None = 1.0,
         on_event: Sink | Sequence[Sink] = (),
     ) -> None:
-        self._settings = Settings(
+        self._settings = SupervisorSettings(
             backpressure_threshold=backpressure_threshold,
             max_queue_size=max_queue_size,
             lease=lease,
@@ -92,15 +92,15 @@ class BackpressureSupervisor:
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
         )
-        self._ledger = None if overflow is None else open_ledger(overflow)
-        self._bus = Bus(sinks_of(on_event))
-        self._draw: Callable[[], float] = clock.chance().random
+        self._store = None if overflow is None else open_task_store(overflow)
+        self._bus = EventBus(event_sinks(on_event))
+        self._draw: Callable[[], float] = clock.new_random().random
         self._workers: dict[str, WorkerAgent] = {}
-        self._codecs = Codecs()
-        self._house: Dispatcher | None = None
-        self._door: Door | None = None
-        self._threads = Threads()
-        self._watch: Watch | None = None
+        self._codecs = TaskCodecs()
+        self._dispatcher: Dispatcher | None = None
+        self._admission: AdmissionController | None = None
+        self._threads = DaemonThreadExecutor()
+        self._loop_monitor: LoopMonitor | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
 
@@ -120,7 +120,7 @@ class BackpressureSupervisor:
         config: Config | None = None,
         engine: str | Engine | None = None,
         on_cancel: Callable[[Task], object] | None = None,
-        cool_off: float | None = 10.0,
+        reset_timeout: float | None = 10.0,
         upstreams: Iterable[Upstream | tuple[Upstream, str]] = (),
     ) -> WorkerAgent:
         """Register a worker, before the start or after it.
@@ -146,7 +146,7 @@ class BackpressureSupervisor:
         """
         if self._closing is not None:
             raise SupervisorClosed(state="closed")
-        if isinstance(handler, BackpressureSupervisor) and holds(handler, self):
+        if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
             raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would hold itself")
         worker = make_worker(
             name,
@@ -158,7 +158,7 @@ class BackpressureSupervisor:
             config=config,
             engine=engine,
             on_cancel=on_cancel,
-            cool_off=cool_off,
+            reset_timeout=reset_timeout,
             upstreams=upstreams,
             draw=lambda: self._draw(),  # noqa: PLW0108 - the start replaces it
             on_revive=self._revive,
@@ -167,8 +167,8 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._house is not None:
-            let_in(self._house, worker)
+        if self._dispatcher is not None:
+            add_running_worker(self._dispatcher, worker)
         return worker
 
     def worker(self, *task_types: str, name: str | None = None, **settings: Any) -> Callable[[F], F]:
@@ -176,7 +176,7 @@ class BackpressureSupervisor:
 
         Takes the settings of `register_worker`, and gives the callable back as it was.
         """
-        check_decorator(task_types)
+        check_decorator_arguments(task_types)
 
         def register(handler: F) -> F:
             title = name or str(getattr(handler, "__name__", "worker"))
@@ -191,8 +191,8 @@ class BackpressureSupervisor:
         return MappingProxyType(self._workers)
 
     def _revive(self, worker: WorkerAgent) -> None:
-        if self._house is not None:
-            self._house.endings.revive(worker)
+        if self._dispatcher is not None:
+            self._dispatcher.completion.revive(worker)
 
     # --- work ---
 
@@ -207,7 +207,7 @@ class BackpressureSupervisor:
                 OverflowRequired: the mistake that each describes.
             NotStarted, SupervisorClosed, WrongLoop: it is not the time or the place.
         """
-        return await self._at_door().submit(task)
+        return await self._admission_here().submit(task)
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Offer a task to the gate without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
@@ -216,7 +216,7 @@ class BackpressureSupervisor:
             OverflowRequired: the task is durable, and a record takes time: use `submit`.
             Others: as `submit`.
         """
-        return self._at_door().submit_nowait(task)
+        return self._admission_here().submit_nowait(task)
 
     async def run(self, task: Task) -> Any:
         """Submit a task and return its value; a spilled one is waited for, to its deadline.
@@ -228,7 +228,7 @@ class BackpressureSupervisor:
             TaskFailed, TaskTimedOut: it ended so (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
-        return await self._at_door().run(task)
+        return await self._admission_here().run(task)
 
     def slot(  # noqa: PLR0913 - a task's fields
         self,
@@ -238,7 +238,7 @@ class BackpressureSupervisor:
         timeout: float | None = None,
         deadline: Deadline | None = None,
         tenant: str = "default",
-        thread: str | None = None,
+        thread_id: str | None = None,
     ) -> Slot:
         """A slot of a worker of `task_type` for the caller's own code: ``async with supervisor.slot("write"): ...``.
 
@@ -247,9 +247,15 @@ class BackpressureSupervisor:
             Overloaded: on entering, if the gate refuses.
         """
         task = Task(
-            task_type, priority=priority, timeout=timeout, deadline=deadline, tenant=tenant, thread=thread, spill=False
+            task_type,
+            priority=priority,
+            timeout=timeout,
+            deadline=deadline,
+            tenant=tenant,
+            thread_id=thread_id,
+            spill=False,
         )
-        return self._at_door().slot(task)
+        return self._admission_here().slot(task)
 
     def ticket(self, task_id: str) -> Ticket:
         """The ticket of a task that is under way, ended lately, or is stored in the overflow.
@@ -264,7 +270,7 @@ class BackpressureSupervisor:
     @property
     def dead_letters(self) -> DeadLetters:
         """Stored tasks that nobody will try again by itself, for a person to look at."""
-        return DeadLetters(lambda: self._at_door().house)
+        return DeadLetters(lambda: self._admission_here().dispatcher)
 
     def portal(self) -> Portal:
         """Blocking access for threads and programs without an event loop: ``with supervisor.portal() as portal:``."""
@@ -278,7 +284,7 @@ class BackpressureSupervisor:
 
     def readings(self) -> tuple[Reading, ...]:
         """What each resource holds against what it may hold."""
-        return (Reading("host", 0.0),) if self._house is None else self._house.pressure.readings()
+        return (Reading("host", 0.0),) if self._dispatcher is None else self._dispatcher.load.readings()
 
     def utilization(self) -> float:
         """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
@@ -286,7 +292,7 @@ class BackpressureSupervisor:
 
     def statistics(self) -> Statistics:
         """A snapshot of what was counted and of what is."""
-        return snapshot(self._house, self._workers, self.readings())
+        return snapshot(self._dispatcher, self._workers, self.readings())
 
     def events(self, *, bound: int = 1000) -> Subscription:
         """Everything that happens from now on, as an async iterator; the newest `bound` are kept until read."""
@@ -295,7 +301,7 @@ class BackpressureSupervisor:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that it runs on, while it runs."""
-        return self._house.loop if self._house is not None and self._closing is None else None
+        return self._dispatcher.loop if self._dispatcher is not None and self._closing is None else None
 
     # --- its life ---
 
@@ -306,18 +312,18 @@ class BackpressureSupervisor:
             AlreadyStarted: it has been started before.
             LedgerUnusable: the overflow cannot be opened.
         """
-        if self._house is not None:
+        if self._dispatcher is not None:
             raise AlreadyStarted
         loop = asyncio.get_running_loop()
-        self._draw = clock.draws_of(loop)
+        self._draw = clock.draw_function(loop)
         house = Dispatcher(loop, self._settings, threads=self._threads, bus=self._bus, draw=self._draw)
-        house.codecs, self._house, self._door = self._codecs, house, Door(house)
+        house.codecs, self._dispatcher, self._admission = self._codecs, house, AdmissionController(house)
         try:
-            await start_up(house, self._workers, self._ledger, self._settings)
+            await start_up(house, self._workers, self._store, self._settings)
         except BaseException:
-            self._house = self._door = None
+            self._dispatcher = self._admission = None
             raise
-        self._watch = watch_over(house, bound=self._settings.lag_bound)
+        self._loop_monitor = monitor_loop(house, bound=self._settings.lag_bound)
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting and let what is inside finish, for at most `timeout` seconds; the rest is cancelled.
@@ -328,11 +334,11 @@ class BackpressureSupervisor:
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
         """
-        check_limit(timeout)
+        check_drain_timeout(timeout)
         house = self._running()
-        for run in held_slots(context.current(), house):
+        for run in active_runs(context.running_task(), house):
             raise DrainInside(task_id=run.task.task_id)
-        self._at_door().shut()
+        self._admission_here().stop_admitting()
         try:
             return await Drain(house, grace=self._settings.zombie_grace).run(timeout)
         finally:
@@ -343,20 +349,20 @@ class BackpressureSupervisor:
 
         Cancelling this leaves nothing half closed: it goes on in the background.
         """
-        if self._house is None:
+        if self._dispatcher is None:
             return
         if self._closing is None:
-            self._closing = asyncio.ensure_future(self._close(self._house))
+            self._closing = asyncio.ensure_future(self._close(self._dispatcher))
         await asyncio.shield(self._closing)
 
-    async def _close(self, house: Dispatcher) -> None:
+    async def _close(self, dispatcher: Dispatcher) -> None:
         try:
-            self._at_door().close()
+            self._admission_here().close()
             grace = 0.0 if self._drained else self._settings.zombie_grace  # what had it once does not get it twice
-            await shut_down(house, self._workers, grace=grace)
+            await shut_down(dispatcher, self._workers, grace=grace)
         finally:
-            if self._watch is not None:
-                self._watch.stop()
+            if self._loop_monitor is not None:
+                self._loop_monitor.stop()
             self._threads.shutdown()
             self._bus.close()
 
@@ -373,26 +379,26 @@ class BackpressureSupervisor:
 
     def __forebay_handler__(self) -> Handler:
         """This supervisor as a worker of another, which starts it, feels its load and closes it."""
-        return as_worker(self)
+        return as_handler(self)
 
     @property
     def started(self) -> bool:
         """Whether it has been started; it may have closed since."""
-        return self._house is not None
+        return self._dispatcher is not None
 
     def load_of(self, task_type: str) -> float:
         """The load on the path of a task of `task_type`, as its gate reads it; 1.0 if nobody here serves it."""
-        return load_below(self, self._house, task_type)
+        return load_of_nested(self, self._dispatcher, task_type)
 
     # --- inside ---
 
     def _running(self) -> Dispatcher:
-        if self._house is None:
+        if self._dispatcher is None:
             raise NotStarted
-        return self._house
+        return self._dispatcher
 
-    def _at_door(self) -> Door:
-        if (door := self._door) is None:
+    def _admission_here(self) -> AdmissionController:
+        if (door := self._admission) is None:
             raise NotStarted
         if asyncio._get_running_loop() is not door.loop:  # noqa: SLF001 - documented; None in a thread
             raise WrongLoop(what="The supervisor")

@@ -12,27 +12,27 @@ from forebay import context
 from forebay.errors import (
     ForebayError,
     Overloaded,
-    ResultNotKept,
+    ResultUnavailable,
     TaskCancelled,
     TaskExpired,
     TaskFailed,
     TaskTimedOut,
     WrongLoop,
 )
-from forebay.events import Bus, Event, Finished, Started, Subscription
+from forebay.events import Event, EventBus, Subscription, TaskFinished, TaskStarted
 from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
-    from forebay.admission import Place
+    from forebay.admission import QueueEntry
     from forebay.context import RunningTask
-    from forebay.supervisor.dispatch import Dispatcher
-    from forebay.supervisor.lend import Loan
-    from forebay.supervisor.run import Run
+    from forebay.interfaces import Lease
+    from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.runs.nested import SlotLoan
+    from forebay.supervisor.runs.run import Run
+    from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.slot import Slot
-    from forebay.supervisor.timers import Timer
-    from forebay.typing import Lease
 
-EVENT_BOUND = 1000  # and the end
+MAX_UNREAD_EVENTS = 1000  # and the end
 
 
 class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is made in C
@@ -52,30 +52,30 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         deadline: its own deadline or its parent's, whichever is earlier.
     """
 
-    _house: Dispatcher
+    _dispatcher: Dispatcher
     task: Task
     deadline: Deadline | None
     parent: RunningTask | None  # the run that submitted it: such work goes before newer work of its rung
     verdict: Verdict = Verdict.ADMITTED
     status: TaskStatus = TaskStatus.WAITING
     reason: str | None = None
-    binding: str | None = None
+    limited_by: str | None = None
     load: float | None = None
     retry_after: float | None = None
     # the dispatcher's own notes
-    occupant: Slot | None = None  # who runs in it, if that is no handler
-    place: Place | None = None  # where it waits in the line
-    expiry: Timer | None = None  # ends it at its deadline while it waits
+    slot: Slot | None = None  # who runs in it, if that is no handler
+    queue_entry: QueueEntry | None = None  # where it waits in the line
+    expiry_timer: Timer | None = None  # ends it at its deadline while it waits
     run: Run | None = None  # while its handler runs
     lease: Lease | None = None  # this process's right to its stored row
-    came_at: float | None = None  # epoch seconds, with a deadline or an overflow, where it is its place outside
+    submitted_at: float | None = None  # epoch seconds, with a deadline or an overflow, where it is its place outside
     stored: bool = False  # the ledger has a row of it, so its end must be written there first
     attempts: int = 0
-    unwanted: str | None = None  # why it was cancelled, while that cannot be done yet
-    undecided: int = 0  # answers of the store that what becomes of it hangs on
+    cancel_reason: str | None = None  # why it was cancelled, while that cannot be done yet
+    pending_store_calls: int = 0  # answers of the store that what becomes of it hangs on
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
-    _bus: Bus | None = None
+    _bus: EventBus | None = None
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -113,7 +113,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         """
         if self.done():
             return False
-        self._house.cancel(self, reason)
+        self._dispatcher.cancel(self, reason)
         return True
 
     def __await__(self) -> Generator[Any, None, TaskResult]:
@@ -123,24 +123,24 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
 
     async def _wait(self, *, abandon: bool = False) -> TaskResult:
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
-            if asyncio.get_running_loop() is not self._house.loop:
+            if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
-            loan: Loan | None = self._house.lend(context.current())
+            loan: SlotLoan | None = self._dispatcher.lend_slots(context.running_task())
             try:
                 if self._outcome is None:  # the slot that was lent may have gone to it, or its turn come too late
-                    await self._resolved()
+                    await self._wait_until_resolved()
             except asyncio.CancelledError:
-                if abandon and not self.awaited:  # before the slot comes back: the task may be what holds it
+                if abandon and not self.has_waiters:  # before the slot comes back: the task may be what holds it
                     self.cancel("its caller has gone")
                 raise
             finally:
                 if loan is not None:
-                    await loan.take_back()
-        return self._answer()
+                    await loan.reclaim()
+        return self._result_or_raise()
 
-    async def _resolved(self) -> None:
-        waiter = self._house.loop.create_future()
-        self._hold()
+    async def _wait_until_resolved(self) -> None:
+        waiter = self._dispatcher.loop.create_future()
+        self._hold_strongly()
         if self._waiters is None:
             self._waiters = []
         self._waiters.append(waiter)
@@ -150,7 +150,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
             if self._waiters is not None:
                 self._waiters.remove(waiter)
 
-    def _answer(self) -> TaskResult:
+    def _result_or_raise(self) -> TaskResult:
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
         if isinstance(self._outcome, ForebayError):
@@ -160,7 +160,9 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
 
     def refusal(self) -> Overloaded:
         """The rejection as an exception."""
-        return Overloaded(self.reason or "rejected", binding=self.binding, load=self.load, retry_after=self.retry_after)
+        return Overloaded(
+            self.reason or "rejected", limited_by=self.limited_by, load=self.load, retry_after=self.retry_after
+        )
 
     async def value(self, *, abandon: bool = False) -> Any:
         """The handler's value.
@@ -176,7 +178,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         """
         result = await self._wait(abandon=abandon)
         if result.status is TaskStatus.SUCCEEDED:
-            if isinstance(result.cause, ResultNotKept):
+            if isinstance(result.cause, ResultUnavailable):
                 raise result.cause
             return result.result
         raise as_error(result) from result.cause
@@ -190,58 +192,58 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
         if self._outcome is None:
-            async with self._listen().subscribe(bound=EVENT_BOUND + 1) as subscription:
+            async with self._event_bus().subscribe(bound=MAX_UNREAD_EVENTS + 1) as subscription:
                 if self.run is not None:
-                    yield self._started(self.run)
-                while (event := await self._next(subscription)) is not None:
+                    yield self._started_event(self.run)
+                while (event := await self._next_event(subscription)) is not None:
                     yield event
         elif isinstance(self._outcome, ForebayError):
             raise self._outcome
         else:
-            yield Finished(at=self._house.loop.time(), task_id=self.task_id, result=self._outcome)
+            yield TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=self._outcome)
 
-    async def _next(self, events: Subscription) -> Event | None:
+    async def _next_event(self, events: Subscription) -> Event | None:
         """The next event. Whoever waits for it in a run lends its slot: it may be what the task needs to start."""
-        loan = self._house.lend(context.current()) if events.empty else None
+        loan = self._dispatcher.lend_slots(context.running_task()) if events.empty else None
         try:
             return await anext(events, None)
         finally:
             if loan is not None:
-                await loan.take_back()
+                await loan.reclaim()
 
-    def _listen(self) -> Bus:
-        self._hold()
+    def _event_bus(self) -> EventBus:
+        self._hold_strongly()
         if self._bus is None:
-            self._bus = Bus()
+            self._bus = EventBus()
         return self._bus
 
-    def _hold(self) -> None:
+    def _hold_strongly(self) -> None:
         """Have the house hold it, though its task is outside: somebody waits for it."""
-        if self.status is TaskStatus.SPILLED and self._house.overflow is not None:
-            self._house.overflow.tighten(self.task_id)
+        if self.status is TaskStatus.SPILLED and self._dispatcher.spill is not None:
+            self._dispatcher.spill.hold_strongly(self.task_id)
 
-    def _started(self, run: Run) -> Started:
+    def _started_event(self, run: Run) -> TaskStarted:
         worker_id = run.worker.name
-        return Started(at=run.began_at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
+        return TaskStarted(at=run.started_at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
 
     # --- what the dispatcher tells it ---
 
     @property
-    def awaited(self) -> bool:
+    def has_waiters(self) -> bool:
         """Whether anyone waits for its end."""
         return bool(self._waiters)
 
     @property
-    def listened(self) -> bool:
+    def has_listeners(self) -> bool:
         """Whether anyone listens to its events."""
         return self._bus is not None
 
-    def hear(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Pass `event` to those who listen to this ticket."""
         if self._bus is not None:
             self._bus.emit(event)
 
-    def refused(self) -> None:
+    def wake_waiters(self) -> None:
         """It was rejected; whoever got it by its key before that need not wait."""
         self._wake()
 
@@ -258,10 +260,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         self._outcome = outcome
         if isinstance(outcome, TaskResult):
             self.status = outcome.status
-        if self.occupant is not None:
-            self.occupant.resolved(outcome)
+        if self.slot is not None:
+            self.slot.resolve(outcome)
         if self._bus is not None and isinstance(outcome, TaskResult):
-            self._bus.emit(Finished(at=self._house.loop.time(), task_id=self.task_id, result=outcome))
+            self._bus.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
         if self._waiters is not None or self._bus is not None:
             self._wake()
 

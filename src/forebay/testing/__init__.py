@@ -1,75 +1,75 @@
 """For tests of agents: virtual time, a simulated provider, handlers that do as told, overload to order, checkers.
 
 What pytest offers as fixtures is made of these, and they work without it. What a simulated provider is like is told in
-the words of `forebay.sim`.
+the words of `forebay.simulation`.
 """
 
-from forebay.sim import Simulation, simulate, start_plant
-from forebay.testing.handlers import (
+from forebay.simulation import Simulation, simulate, start_provider
+from forebay.testing.event_record import EventRecord, LimitExcess
+from forebay.testing.handler_doubles import (
     PAYLOAD,
-    Blocking,
-    Double,
-    Flaky,
-    Hangs,
-    Held,
-    Reporting,
-    Scripted,
-    ScriptEnded,
-    Slow,
-    Stubborn,
+    BlockingHandler,
+    FlakyHandler,
+    HandlerDouble,
+    HangingHandler,
+    HeldHandler,
+    ProgressHandler,
+    ScriptedHandler,
+    ScriptExhausted,
+    SlowHandler,
+    UncancellableHandler,
 )
 from forebay.testing.leaks import no_leaks
-from forebay.testing.overload import Refused, overload
-from forebay.testing.passthrough import Passthrough
+from forebay.testing.overload import RefusedTasks, overload
+from forebay.testing.passthrough import PassthroughSupervisor
 from forebay.testing.promises import (
     BrokenPromise,
     check_counts,
-    check_endings,
-    check_leftovers,
     check_limits,
+    check_nothing_left,
     check_priorities,
     check_promises,
     check_spills,
+    check_task_ends,
 )
-from forebay.testing.provider import QUICK, PlantNotInstalled, ProviderDouble
-from forebay.testing.record import Excess, Record
+from forebay.testing.provider_double import FAST_PROVIDER, ProviderDouble, SimulatedProviderNotInstalled
 from forebay.testing.upstreams import check_upstream
-from forebay.testing.virtual import now, turns, virtual
+from forebay.testing.virtual_time import now, run_ready, virtual
 
 __all__ = [
+    "FAST_PROVIDER",
     "PAYLOAD",
-    "QUICK",
-    "Blocking",
+    "BlockingHandler",
     "BrokenPromise",
-    "Double",
-    "Excess",
-    "Flaky",
-    "Hangs",
-    "Held",
-    "Passthrough",
-    "PlantNotInstalled",
+    "EventRecord",
+    "FlakyHandler",
+    "HandlerDouble",
+    "HangingHandler",
+    "HeldHandler",
+    "LimitExcess",
+    "PassthroughSupervisor",
+    "ProgressHandler",
     "ProviderDouble",
-    "Record",
-    "Refused",
-    "Reporting",
-    "ScriptEnded",
-    "Scripted",
+    "RefusedTasks",
+    "ScriptExhausted",
+    "ScriptedHandler",
+    "SimulatedProviderNotInstalled",
     "Simulation",
-    "Slow",
-    "Stubborn",
+    "SlowHandler",
+    "UncancellableHandler",
     "check_counts",
-    "check_endings",
-    "check_leftovers",
     "check_limits",
+    "check_nothing_left",
     "check_priorities",
     "check_promises",
     "check_spills",
+    "check_task_ends",
     "check_upstream",
     "no_leaks",
     "now",
     "overload",
+    "run_ready",
     "simulate",
-    "start_plant",
-    "turns",
+    "start_provider",
     "virtual",
 ]

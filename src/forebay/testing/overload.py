@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from forebay.errors import NotStarted
 from forebay.supervisor import BackpressureSupervisor
-from forebay.supervisor.admit import Refusal
+from forebay.supervisor.admission_controller import Refusal
 from forebay.task import Priority, Task
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatch import Dispatcher
+    from forebay.supervisor.dispatcher import Dispatcher
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.ticket import Ticket
 
 
-class Refused:
+class RefusedTasks:
     """What `overload` has refused so far.
 
     Attributes:
@@ -39,10 +39,10 @@ def overload(  # noqa: PLR0913 - each a word with a default
     priorities: Priority | Collection[Priority] | None = None,
     spill: bool = True,
     reason: str | None = None,
-    binding: str | None = None,
+    limited_by: str | None = None,
     load: float = 1.0,
     retry_after: float | None = None,
-) -> Iterator[Refused]:
+) -> Iterator[RefusedTasks]:
     """While the block lasts, the gate of a started supervisor refuses tasks, as it does when it is full.
 
     ``submit`` answers SPILLED if the supervisor has an overflow and the task may wait, else REJECTED; ``run`` and
@@ -65,40 +65,40 @@ def overload(  # noqa: PLR0913 - each a word with a default
     """
     kinds = {task_types} if isinstance(task_types, str) else task_types
     rungs = {priorities} if isinstance(priorities, Priority) else priorities
-    door, house = supervisor._door, supervisor._house  # noqa: SLF001 - the gate is inside
+    door, house = supervisor._admission, supervisor._dispatcher  # noqa: SLF001 - the gate is inside
     if door is None or house is None:
         raise NotStarted
-    refused, before = Refused(), door.offer
+    refused, before = RefusedTasks(), door.try_admit
 
     def offer(ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
         task = ticket.task
         if (kinds is not None and task.task_type not in kinds) or (rungs is not None and task.priority not in rungs):
             return before(ticket, pool, may_spill=may_spill)
         refused.tasks.append(task)
-        name = pool.resource if binding is None else binding
+        name = pool.resource if limited_by is None else limited_by
         why = f"{name} is at {load:.0%}, and {task.priority.name} is refused" if reason is None else reason
         return Refusal(why, name, load, may_spill and spill, retry_after)
 
-    with _kept_outside(house, kinds):
-        door.offer = offer
+    with _refill_paused(house, kinds):
+        door.try_admit = offer
         try:
             yield refused
         finally:
-            door.offer = before
+            door.try_admit = before
 
 
 @contextmanager
-def _kept_outside(house: Dispatcher, kinds: Collection[str] | None) -> Iterator[None]:
+def _refill_paused(house: Dispatcher, kinds: Collection[str] | None) -> Iterator[None]:
     """Nothing of these task types comes in from the overflow: it counts as coming in already."""
-    overflow = house.overflow
+    overflow = house.spill
     if overflow is None:
         yield
         return
-    held = {pool for kind, pool in house.pools.items() if kinds is None or kind in kinds} - overflow.intake.pulling
-    overflow.intake.pulling |= held
+    held = {pool for kind, pool in house.pools.items() if kinds is None or kind in kinds} - overflow.refiller.refilling
+    overflow.refiller.refilling |= held
     try:
         yield
     finally:
-        overflow.intake.pulling -= held
+        overflow.refiller.refilling -= held
         for pool in held:
-            overflow.pull(pool)
+            overflow.refill(pool)

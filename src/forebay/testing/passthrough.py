@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from forebay.admission import Ladder
+from forebay.admission import PriorityThresholds
 from forebay.events import Event, WorkerFailed
 from forebay.supervisor import BackpressureSupervisor
 from forebay.task import Priority
-from forebay.testing.record import Record
+from forebay.testing.event_record import EventRecord
 
 
-class Passthrough(BackpressureSupervisor):
+class PassthroughSupervisor(BackpressureSupervisor):
     """A supervisor that admits everything, whatever its load, and records what happens.
 
     It is a real one otherwise: workers keep their limits and what does not fit waits in line; timeouts, deadlines,
@@ -25,26 +25,26 @@ class Passthrough(BackpressureSupervisor):
 
     def __init__(self, *, lag_bound: float | None = None, **settings: Any) -> None:
         super().__init__(lag_bound=lag_bound, **settings)
-        self.record = Record(self)
-        self._bus.listen(self._keep_alive)
+        self.record = EventRecord(self)
+        self._bus.add_sink(self._revive_failed_worker)
 
     async def start(self) -> None:
         """Start here, on the running event loop, with an open gate."""
         await super().start()
-        self._running().ladder = _OpenLadder(1.0)
+        self._running().thresholds = _NoThresholds(1.0)
 
-    def _keep_alive(self, event: Event) -> None:
+    def _revive_failed_worker(self, event: Event) -> None:
         if isinstance(event, WorkerFailed) and self.loop is not None:
             self.loop.call_soon(self.workers[event.worker_id].revive)
 
 
-class _OpenLadder(Ladder):
+class _NoThresholds(PriorityThresholds):
     """Refuses nobody."""
 
     __slots__ = ()
 
-    def of(self, priority: Priority) -> float:  # noqa: ARG002 - the same for all
+    def threshold_for(self, priority: Priority) -> float:  # noqa: ARG002 - the same for all
         return math.inf
 
-    def refuses(self, priority: Priority, load: float) -> bool:  # noqa: ARG002 - as above
+    def rejects(self, priority: Priority, load: float) -> bool:  # noqa: ARG002 - as above
         return False

@@ -11,13 +11,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from forebay.errors import ForebayError
-from forebay.events import Event, Finished, Refilled, Started, Submitted
+from forebay.events import Event, TaskFinished, TaskRefilled, TaskStarted, TaskSubmitted
 from forebay.supervisor import BackpressureSupervisor, Ticket
 from forebay.task import TaskStatus, Verdict
-from forebay.testing.priorities import inversions
-from forebay.testing.record import Record
+from forebay.testing.event_record import EventRecord
+from forebay.testing.priorities import priority_inversions
 
-ENDINGS = (TaskStatus.SUCCEEDED, TaskStatus.FAILED, TaskStatus.TIMED_OUT, TaskStatus.CANCELLED, TaskStatus.EXPIRED)
+FINAL_STATUSES = (
+    TaskStatus.SUCCEEDED,
+    TaskStatus.FAILED,
+    TaskStatus.TIMED_OUT,
+    TaskStatus.CANCELLED,
+    TaskStatus.EXPIRED,
+)
 _SHOWN = 10  # of what is wrong
 
 
@@ -29,7 +35,7 @@ class BrokenPromise(ForebayError, AssertionError):
 
 
 def check_promises(
-    record: Record, *, tickets: Iterable[Ticket] = (), nested: bool = False, zombies: bool = False
+    record: EventRecord, *, tickets: Iterable[Ticket] = (), nested: bool = False, zombies: bool = False
 ) -> None:
     """All of the checks below on one record.
 
@@ -42,15 +48,15 @@ def check_promises(
     Raises:
         BrokenPromise: the first that was.
     """
-    check_endings(record, tickets=tickets)
+    check_task_ends(record, tickets=tickets)
     check_counts(record)
     check_limits(record, nested=nested)
     check_priorities(record)
     check_spills(record)
-    check_leftovers(record.supervisor, zombies=zombies)
+    check_nothing_left(record.supervisor, zombies=zombies)
 
 
-def check_endings(*records: Record, tickets: Iterable[Ticket] = (), kept: int | None = None) -> None:
+def check_task_ends(*records: EventRecord, tickets: Iterable[Ticket] = (), kept: int | None = None) -> None:
     """Every task that was not rejected ended exactly once; none began twice as the same attempt, or after its end.
 
     Args:
@@ -61,33 +67,33 @@ def check_endings(*records: Record, tickets: Iterable[Ticket] = (), kept: int | 
     Raises:
         BrokenPromise: a task was lost, ended twice, or began when it must not.
     """
-    wrong = [line for record in records for line in _endings_of(record)]
+    wrong = [line for record in records for line in _wrong_ends(record)]
     ended = Counter(task_id for record in records for task_id in record.results)
     wrong += [f"task {task_id!r} ended under {times} supervisors" for task_id, times in ended.items() if times > 1]
     lost = [
-        f"{_name(record, task_id)} was {_verdict(lives)} and has not ended"
+        f"{_task_name(record, task_id)} was {_taken_text(lives)} and has not ended"
         for record in records
-        for task_id, lives in _lives(record).items()
-        if task_id not in ended and _taken(lives)
+        for task_id, lives in _events_by_task(record).items()
+        if task_id not in ended and _was_taken(lives)
     ]
     if kept is None:
-        kept = len(lost) if any(_outlives(record.supervisor) for record in records) else 0
+        kept = len(lost) if any(_has_durable_overflow(record.supervisor) for record in records) else 0
     if len(lost) > kept:
         wrong += lost
     wrong += [f"{ticket!r} has not been resolved" for ticket in tickets if not ticket.done()]
-    judge("Every task that is not rejected ends exactly once", wrong)
+    fail_if_wrong("Every task that is not rejected ends exactly once", wrong)
 
 
-def check_counts(record: Record) -> None:
+def check_counts(record: EventRecord) -> None:
     """What a supervisor has counted since the record began is what it told.
 
     Raises:
         BrokenPromise: a count is another.
     """
-    judge("What is counted is what has happened", [*_miscounts(record)])
+    fail_if_wrong("What is counted is what has happened", [*_miscounts(record)])
 
 
-def check_limits(record: Record, *, nested: bool = False) -> None:
+def check_limits(record: EventRecord, *, nested: bool = False) -> None:
     """No worker held more tasks than its limit, at any event; nor, without an overflow, were more begun than had ended.
 
     Args:
@@ -98,16 +104,16 @@ def check_limits(record: Record, *, nested: bool = False) -> None:
         BrokenPromise: one did.
     """
     wrong = [
-        f"at {excess.at:.3f} s, after {_of(record, excess.after)}, worker {excess.worker_id!r} held"
+        f"at {excess.at:.3f} s, after {_event_name(record, excess.after)}, worker {excess.worker_id!r} held"
         f" {excess.current_tasks} of {excess.max_concurrent}"
         for excess in record.excesses
     ]
-    if not nested and not _stores(record.supervisor):  # else an end is told only once it is stored
-        wrong += _crowds(record)
-    judge("Nothing runs above a limit", wrong)
+    if not nested and not _has_overflow(record.supervisor):  # else an end is told only once it is stored
+        wrong += _over_limits(record)
+    fail_if_wrong("Nothing runs above a limit", wrong)
 
 
-def check_priorities(record: Record) -> None:
+def check_priorities(record: EventRecord) -> None:
     """No task was begun while one of a better priority of its type waited inside, but in its turn: one in twenty-one.
 
     Tasks of a thread (a conversation) wait for each other, and are not compared. Where the overflow outlives the
@@ -116,16 +122,16 @@ def check_priorities(record: Record) -> None:
     Raises:
         BrokenPromise: one was.
     """
-    if _outlives(record.supervisor):
+    if _has_durable_overflow(record.supervisor):
         return
     wrong = [
-        f"{_name(record, hasty.began)} began at {hasty.at:.3f} s, while {_name(record, hasty.waited)} waited"
-        for hasty in inversions(record, stored=_stores(record.supervisor))
+        f"{_task_name(record, hasty.began)} began at {hasty.at:.3f} s, while {_task_name(record, hasty.waited)} waited"
+        for hasty in priority_inversions(record, stored=_has_overflow(record.supervisor))
     ]
-    judge("The most important work goes first", wrong)
+    fail_if_wrong("The most important work goes first", wrong)
 
 
-def check_spills(record: Record) -> None:
+def check_spills(record: EventRecord) -> None:
     """What was spilled came back, ended outside, or is still there; and nothing began without coming back.
 
     Raises:
@@ -133,24 +139,26 @@ def check_spills(record: Record) -> None:
     """
     wrong: list[str] = []
     missing: list[str] = []
-    for task_id, life in _lives(record).items():
+    for task_id, life in _events_by_task(record).items():
         spilled = next((event for event in life if _is_spill(event)), None)
         if spilled is None:
             continue
-        back = next((event for event in life if isinstance(event, Refilled)), None)
-        began = next((event for event in life if isinstance(event, Started)), None)
+        back = next((event for event in life if isinstance(event, TaskRefilled)), None)
+        began = next((event for event in life if isinstance(event, TaskStarted)), None)
         if began is not None and (back is None or life.index(back) > life.index(began)):
-            wrong.append(f"{_name(record, task_id)} was SPILLED, and began at {began.at:.3f} s without coming back")
-        elif back is None and not any(isinstance(event, Finished) for event in life):
-            missing.append(f"{_name(record, task_id)} was SPILLED at {spilled.at:.3f} s, and is nowhere")
+            wrong.append(
+                f"{_task_name(record, task_id)} was SPILLED, and began at {began.at:.3f} s without coming back"
+            )
+        elif back is None and not any(isinstance(event, TaskFinished) for event in life):
+            missing.append(f"{_task_name(record, task_id)} was SPILLED at {spilled.at:.3f} s, and is nowhere")
     outside = record.supervisor.statistics().outside
-    if len(missing) > outside and not (_outlives(record.supervisor) and record.supervisor.loop is None):
+    if len(missing) > outside and not (_has_durable_overflow(record.supervisor) and record.supervisor.loop is None):
         wrong.append(f"{len(missing)} have neither come back nor ended, and {outside} are outside")
         wrong += missing
-    judge("What is spilled comes back, or ends outside", wrong)
+    fail_if_wrong("What is spilled comes back, or ends outside", wrong)
 
 
-def check_leftovers(supervisor: BackpressureSupervisor, *, zombies: bool = False) -> None:
+def check_nothing_left(supervisor: BackpressureSupervisor, *, zombies: bool = False) -> None:
     """A supervisor at rest holds nothing: no slot, place, ticket or chore, and once it has closed no timer.
 
     Args:
@@ -165,39 +173,43 @@ def check_leftovers(supervisor: BackpressureSupervisor, *, zombies: bool = False
         held = [run.task.task_id for run in worker.runs if not (zombies and run.abandoned_at is not None)]
         if held:
             wrong.append(f"worker {worker.name!r} still runs {held}")
-        if worker.returning:
-            wrong.append(f"on worker {worker.name!r} {len(worker.returning)} runs wait for the slot that they lent")
+        if worker.slot_claims:
+            wrong.append(f"on worker {worker.name!r} {len(worker.slot_claims)} runs wait for the slot that they lent")
         if worker.current_tasks != len(worker.runs):
             wrong.append(f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(worker.runs)} runs")
-    house = supervisor._house  # noqa: SLF001 - what is left behind is inside
+    house = supervisor._dispatcher  # noqa: SLF001 - what is left behind is inside
     if house is not None:
         for pool in house.pools.values():
-            waiting = [ticket.task_id for ticket in pool.line]
-            if waiting or pool.parked or pool.reserved or any(pool.arriving.values()):
+            waiting = [ticket.task_id for ticket in pool.queue]
+            if waiting or pool.parked or pool.reserved or any(pool.spilling.values()):
                 seats = f"{pool.parked} behind their thread, {pool.reserved} seats reserved"
-                arriving = f"{sum(pool.arriving.values())} on their way out"
+                arriving = f"{sum(pool.spilling.values())} on their way out"
                 wrong.append(f"in the line of {pool.task_type!r} are {waiting}, {seats}, {arriving}")
         inside = [ticket for ticket in house.tickets.values() if ticket.status is not TaskStatus.SPILLED]
         wrong += [f"{ticket!r} has not been resolved" for ticket in inside]
-        wrong += [f"{len(talk)} tasks hold thread {name!r}" for name, talk in house.talks.items() if not zombies]
-        if house.chores:
-            wrong.append(f"{len(house.chores)} chores are under way: {sorted(map(repr, house.chores))}")
+        wrong += [
+            f"{len(talk)} tasks hold thread {name!r}" for name, talk in house.conversations.items() if not zombies
+        ]
+        if house.background_tasks:
+            wrong.append(
+                f"{len(house.background_tasks)} chores are under way: {sorted(map(repr, house.background_tasks))}"
+            )
         if supervisor.loop is None and house.timers.armed:
             wrong.append("timers are set, though it has closed")
-    judge("A supervisor at rest holds nothing", wrong)
+    fail_if_wrong("A supervisor at rest holds nothing", wrong)
 
 
 # --- what they look at -----------------------------------------------------------------------------------------------
 
 
-def judge(promise: str, wrong: list[str]) -> None:
+def fail_if_wrong(promise: str, wrong: list[str]) -> None:
     """Raise BrokenPromise if anything is wrong."""
     if wrong:
         shown = [*wrong[:_SHOWN], f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else wrong
         raise BrokenPromise(promise=promise, listing="".join(f"\n  {line}" for line in shown), wrong=tuple(wrong))
 
 
-def _lives(record: Record) -> dict[str, list[Event]]:
+def _events_by_task(record: EventRecord) -> dict[str, list[Event]]:
     """The events of each task, in order."""
     lives: dict[str, list[Event]] = defaultdict(list)
     for event in record.events:
@@ -206,18 +218,20 @@ def _lives(record: Record) -> dict[str, list[Event]]:
     return lives
 
 
-def _endings_of(record: Record) -> Iterator[str]:
-    for task_id, life in _lives(record).items():
-        name = _name(record, task_id)
-        ends = [event for event in life if isinstance(event, Finished)]
+def _wrong_ends(record: EventRecord) -> Iterator[str]:
+    for task_id, life in _events_by_task(record).items():
+        name = _task_name(record, task_id)
+        ends = [event for event in life if isinstance(event, TaskFinished)]
         if len(ends) > 1:
             told = ", ".join(f"{end.result.status.name} at {end.at:.3f} s" for end in ends)
             yield f"{name} ended {len(ends)} times: {told}"
         if any(end.result.task_id != task_id for end in ends):
             yield f"{name} ended with the result of another task"
-        if not _taken(life) and (begun := [event for event in life if isinstance(event, Started | Finished)]):
+        if not _was_taken(life) and (
+            begun := [event for event in life if isinstance(event, TaskStarted | TaskFinished)]
+        ):
             yield f"{name} was REJECTED, and yet {begun[0].kind} at {begun[0].at:.3f} s"
-        starts = [event for event in life if isinstance(event, Started)]
+        starts = [event for event in life if isinstance(event, TaskStarted)]
         if ends:
             over = life.index(ends[0])
             yield from (
@@ -231,32 +245,36 @@ def _endings_of(record: Record) -> Iterator[str]:
                 yield f"{name} began {count} times as attempt {attempt}: at {when}"
 
 
-def _miscounts(record: Record) -> Iterator[str]:
+def _miscounts(record: EventRecord) -> Iterator[str]:
     statistics = record.supervisor.statistics()
-    verdicts = Counter(event.verdict for event in record.of(Submitted))
-    statuses = Counter(event.result.status for event in record.of(Finished))
-    told = {"started": len(record.of(Started)), "refilled": len(record.of(Refilled)), "submitted": verdicts.total()}
+    verdicts = Counter(event.verdict for event in record.of_type(TaskSubmitted))
+    statuses = Counter(event.result.status for event in record.of_type(TaskFinished))
+    told = {
+        "started": len(record.of_type(TaskStarted)),
+        "refilled": len(record.of_type(TaskRefilled)),
+        "submitted": verdicts.total(),
+    }
     told |= {verdict.value: verdicts[verdict] for verdict in Verdict}
-    told |= {status.value: statuses[status] for status in ENDINGS}
+    told |= {status.value: statuses[status] for status in FINAL_STATUSES}
     for name, count in told.items():
-        if (counted := getattr(statistics, name) - getattr(record.before, name)) != count:
+        if (counted := getattr(statistics, name) - getattr(record.baseline, name)) != count:
             yield f"{count} were told as {name}, and {counted} counted"
 
 
-def _crowds(record: Record) -> Iterator[str]:
+def _over_limits(record: EventRecord) -> Iterator[str]:
     """Moments at which more had begun on a worker than it may run."""
     limits = {worker.name: worker.max_concurrent for worker in record.supervisor.workers.values()}
     where: dict[str, str] = {}
     inside: dict[str, set[str]] = defaultdict(set)
     for event in record.events:
-        if isinstance(event, Finished | Refilled) and (left := where.pop(event.task_id, None)) is not None:
+        if isinstance(event, TaskFinished | TaskRefilled) and (left := where.pop(event.task_id, None)) is not None:
             inside[left].discard(event.task_id)
-        elif isinstance(event, Started):
+        elif isinstance(event, TaskStarted):
             where[event.task_id] = event.worker_id
             crowd = inside[event.worker_id]
             crowd.add(event.task_id)
             if len(crowd) > limits.get(event.worker_id, math.inf):
-                name = _name(record, event.task_id)
+                name = _task_name(record, event.task_id)
                 others = sorted(crowd - {event.task_id})
                 yield (
                     f"{name} began at {event.at:.3f} s on worker {event.worker_id!r}, which runs"
@@ -265,41 +283,41 @@ def _crowds(record: Record) -> Iterator[str]:
                 )
 
 
-def _taken(life: list[Event]) -> bool:
+def _was_taken(life: list[Event]) -> bool:
     """Whether it was let in, or came in from an earlier process; what was not announced here was so before."""
-    verdicts = [event.verdict for event in life if isinstance(event, Submitted)]
+    verdicts = [event.verdict for event in life if isinstance(event, TaskSubmitted)]
     return not verdicts or any(verdict is not Verdict.REJECTED for verdict in verdicts)
 
 
-def _verdict(life: list[Event]) -> str:
+def _taken_text(life: list[Event]) -> str:
     for event in life:
-        if isinstance(event, Submitted) and event.verdict is not Verdict.REJECTED:
+        if isinstance(event, TaskSubmitted) and event.verdict is not Verdict.REJECTED:
             return f"{event.verdict.name} at {event.at:.3f} s"
     return f"there at {life[0].at:.3f} s"
 
 
 def _is_spill(event: Event) -> bool:
-    return isinstance(event, Submitted) and event.verdict is Verdict.SPILLED
+    return isinstance(event, TaskSubmitted) and event.verdict is Verdict.SPILLED
 
 
-def _stores(supervisor: BackpressureSupervisor) -> bool:
+def _has_overflow(supervisor: BackpressureSupervisor) -> bool:
     """Whether it has an overflow."""
-    return supervisor._ledger is not None  # noqa: SLF001 - nothing public says it
+    return supervisor._store is not None  # noqa: SLF001 - nothing public says it
 
 
-def _outlives(supervisor: BackpressureSupervisor) -> bool:
+def _has_durable_overflow(supervisor: BackpressureSupervisor) -> bool:
     """Whether its overflow survives its process."""
-    ledger = supervisor._ledger  # noqa: SLF001 - nothing public says it
+    ledger = supervisor._store  # noqa: SLF001 - nothing public says it
     return ledger is not None and ledger.durable
 
 
-def _of(record: Record, event: Event) -> str:
+def _event_name(record: EventRecord, event: Event) -> str:
     task_id = getattr(event, "task_id", None)
-    return event.kind if task_id is None else f"{event.kind} of {_name(record, task_id)}"
+    return event.kind if task_id is None else f"{event.kind} of {_task_name(record, task_id)}"
 
 
-def _name(record: Record, task_id: str) -> str:
-    for event in record.about(task_id):
-        if isinstance(event, Submitted):
+def _task_name(record: EventRecord, task_id: str) -> str:
+    for event in record.for_task(task_id):
+        if isinstance(event, TaskSubmitted):
             return f"task {task_id!r} ({event.task_type}, {event.priority.name})"
     return f"task {task_id!r}"

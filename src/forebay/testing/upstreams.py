@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forebay.testing.promises import judge
+from forebay.testing.promises import fail_if_wrong
 from forebay.upstream import Upstream
-from forebay.upstream.books import Till
-from forebay.upstream.desk import Desk
+from forebay.upstream.account_registry import SharedBudget
+from forebay.upstream.shared_account import SharedAccount
 
 _DUST = 1e-9  # dollars
 
@@ -23,32 +23,32 @@ def check_upstream(upstream: Upstream) -> None:
     Raises:
         BrokenPromise: it holds something, or held too much.
     """
-    wrong = [line for desk in upstream.books for line in _held(desk)]
-    wrong += [line for till in upstream.books.money.tills() for line in _reserved(till)]
-    judge("An upstream at rest holds nothing", wrong)
-    most = upstream.books.terms.max_concurrent
-    crowds = [(desk.name, desk.account.peak) for desk in upstream.books]
-    judge(
+    wrong = [line for desk in upstream.accounts for line in _held(desk)]
+    wrong += [line for till in upstream.accounts.budgets.all_budgets() for line in _reserved(till)]
+    fail_if_wrong("An upstream at rest holds nothing", wrong)
+    most = upstream.accounts.settings.max_concurrent
+    crowds = [(desk.name, desk.account.peak_in_flight) for desk in upstream.accounts]
+    fail_if_wrong(
         "Nothing is granted while in flight is at a limit",
         [f"{name} had {peak} calls in flight of {most}" for name, peak in crowds if most is not None and peak > most],
     )
 
 
-def _held(desk: Desk) -> Iterator[str]:
+def _held(desk: SharedAccount) -> Iterator[str]:
     account = desk.account
     if account.in_flight:
         yield f"{desk.name} counts {account.in_flight} calls in flight"
-    if account.line:
-        yield f"in the line of {desk.name} wait {len(account.line)} calls"
+    if account.queue:
+        yield f"in the line of {desk.name} wait {len(account.queue)} calls"
     if reserved := account.quotas._open:  # noqa: SLF001 - what is left behind is inside
         yield f"{len(reserved)} calls hold quotas of {desk.name}"
     if probes := account.breaker._out:  # noqa: SLF001 - as above
         yield f"the breaker of {desk.name} waits for {probes} probes"
-    if account.coming:
-        yield f"{desk.name} expects {account.coming} runs"
+    if account.expected_calls:
+        yield f"{desk.name} expects {account.expected_calls} runs"
 
 
-def _reserved(till: Till) -> Iterator[str]:
+def _reserved(till: SharedBudget) -> Iterator[str]:
     count, usd = till.reserved()
     if count or abs(usd) > _DUST:
         yield f"{count} calls hold ${usd:.6g} of {till.name}"

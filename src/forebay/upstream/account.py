@@ -6,20 +6,29 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from forebay.admission import BookedSeats
+from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
-from forebay.quota import Quotas
+from forebay.interfaces import Limit, Outcome, RateLimitHeaders
+from forebay.quota import RateLimiter
 from forebay.task import Priority
-from forebay.typing import Limit, Notice, Outcome
-from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Purse, Wait, times
-from forebay.upstream.line import CallLine
-from forebay.upstream.order import Order
-from forebay.upstream.outage import Outage
-from forebay.upstream.pace import Pace
-from forebay.upstream.passing import first_to_pass
-from forebay.upstream.service import Service
-from forebay.upstream.tally import Tally
-from forebay.upstream.waiting import Waiter, Waiting
+from forebay.upstream.bypass import find_bypass
+from forebay.upstream.call_counts import CallCounts
+from forebay.upstream.call_durations import CallDurations
+from forebay.upstream.call_queue import CallQueue
+from forebay.upstream.call_request import (
+    Admitted,
+    CallBudget,
+    CallOutcome,
+    CallRequest,
+    Permit,
+    Queued,
+    Rejected,
+    scale_charge,
+)
+from forebay.upstream.fair_order import FairOrder
+from forebay.upstream.latency_model import LatencyModel
+from forebay.upstream.outage_detector import OutageDetector
+from forebay.upstream.waiters import QueuedCall, Waiter
 
 _LINE = 10_000  # calls that may wait, however short that is expected to be
 _SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
@@ -48,113 +57,113 @@ class Account:
         name: str,
         *,
         limit: Limit,
-        quotas: Quotas,
+        quotas: RateLimiter,
         breaker: Breaker,
-        purses: Callable[[Ask], Sequence[Purse]],
-        own: Purse | None = None,
-        longest_wait: float,
+        budgets: Callable[[CallRequest], Sequence[CallBudget]],
+        upstream_budget: CallBudget | None = None,
+        max_wait: float,
         draw: Callable[[], float],
     ) -> None:
         self.name = name
         self.limit = limit
         self.quotas = quotas
         self.breaker = breaker
-        self.order = Order()
-        self.pace = Pace()
+        self.order = FairOrder()
+        self.latency_model = LatencyModel()
         self.in_flight = 0
-        self.peak = 0
-        self.coming = 0  # runs that have begun, or are held back, and have not made their first call
-        self.service = Service()
-        self.tally = Tally()
-        self.line = CallLine(self.order)
-        self._purses = purses
-        self._own = own
-        self._longest_wait = longest_wait
+        self.peak_in_flight = 0
+        self.expected_calls = 0  # runs that have begun, or are held back, and have not made their first call
+        self.durations = CallDurations()
+        self.counts = CallCounts()
+        self.queue = CallQueue(self.order)
+        self._purses = budgets
+        self._own = upstream_budget
+        self._longest_wait = max_wait
         self._draw = draw
-        self._seats = BookedSeats()
+        self._seats = RetryAfterSchedule()
         self._stopped_until = -math.inf
-        self._outage = Outage(limit, longest_wait)
+        self._outage = OutageDetector(limit, max_wait)
         self._young: deque[Permit] = deque()  # given within the last second, and some that have ended since
 
     # --- a call comes ---
 
-    def admit(self, now: float, ask: Ask) -> Go | Wait | No:
+    def try_acquire(self, now: float, ask: CallRequest) -> Admitted | Queued | Rejected:
         """Let a call go, or say how long it would wait, or why it will not be let at all.
 
         Go has taken everything that the call needs. Wait has taken nothing: its caller may `join` the line.
         """
         self._ripen(now)
-        ask.since = min(ask.since, now)
-        at_once = not self.line.length and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0
+        ask.asked_at = min(ask.asked_at, now)
+        at_once = not self.queue.length and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0
         refusal = self._refusal(now, ask, fits=at_once)
         if refusal is not None:
             return refusal
         if at_once:
             return self._late(now, ask) or self._let_go(now, ask)
         seconds, binding = self.expected_wait(now, ask)
-        if len(self.line) >= _LINE:
-            return No(f"{_LINE} calls wait already", "line", 1.0, self._seat(now, ask, seconds))
+        if len(self.queue) >= _LINE:
+            return Rejected(f"{_LINE} calls wait already", "line", 1.0, self._seat(now, ask, seconds))
         if seconds > self._longest_wait:
             reason = (
                 f"a call would wait about {seconds:.3g} s for {binding}, and {self._longest_wait:g} s is the longest"
             )
-            return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
-        if seconds > self.service.bearable(now, ask):
+            return Rejected(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
+        if seconds > self.durations.acceptable_wait(now, ask):
             time = ask.deadline - now
             reason = f"it would wait about {seconds:.3g} s for {binding}, too much of the {time:.3g} s to its deadline"
-            return No(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
-        return Wait(seconds, binding)
+            return Rejected(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
+        return Queued(seconds, binding)
 
-    def join(self, now: float, ask: Ask, waiter: Waiter) -> Waiting:
+    def enqueue(self, now: float, ask: CallRequest, waiter: Waiter) -> QueuedCall:
         """Stand in the line."""
-        return self.line.stand(now, ask, waiter)
+        return self.queue.enqueue(now, ask, waiter)
 
-    def leave(self, waiting: Waiting) -> None:
+    def withdraw(self, waiting: QueuedCall) -> None:
         """Give a place in the line up. Leaving twice, or after the answer, does nothing."""
-        self.line.withdraw(waiting)
+        self.queue.withdraw(waiting)
 
-    def _refusal(self, now: float, ask: Ask, *, fits: bool = False) -> No | None:
+    def _refusal(self, now: float, ask: CallRequest, *, fits: bool = False) -> Rejected | None:
         """Why it is not let through, however long it waits; `fits`: no quota is too small for it."""
         if ask.deadline <= now:
-            return No("its deadline passed before it was sent: give a later one", "deadline", math.inf, None)
+            return Rejected("its deadline passed before it was sent: give a later one", "deadline", math.inf, None)
         for purse in self._purses(ask):
-            if not purse.affords(ask.usd, ask.priority):
-                return purse.refusal(ask.usd)
-        if not fits and (smaller := self.quotas.outgrown(now, ask.charge)) is not None:
+            if not purse.can_afford(ask.usd, ask.priority):
+                return purse.rejection(ask.usd)
+        if not fits and (smaller := self.quotas.quota_too_small_for(now, ask.charge)) is not None:
             reason = f"it is larger than {smaller} will ever be: ask for less (max_tokens counts), or raise that quota"
-            return No(reason, smaller, math.inf, None)
+            return Rejected(reason, smaller, math.inf, None)
         return self._closed(now, free=ask.free)
 
-    def _closed(self, now: float, *, free: bool = False) -> No | None:
+    def _closed(self, now: float, *, free: bool = False) -> Rejected | None:
         """Why its provider is not asked at all, whatever the call; `free`: it costs nothing there."""
         if now < self._stopped_until and not free:
-            return No("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
+            return Rejected("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
         if not self.breaker.ready(now):
-            again = self.breaker.remaining(now, probes_take=max(_PROBED, self.service.typical))
-            return No("its breaker is open", "breaker", 1.0, again)
-        if (seconds := self._outage.lasts(now)) is not None:
+            again = self.breaker.retry_after(now, probe_duration=max(_PROBED, self.durations.typical))
+            return Rejected("its breaker is open", "breaker", 1.0, again)
+        if (seconds := self._outage.duration(now)) is not None:
             reason = f"its provider has refused everything for {seconds:.0f} s"
-            return No(reason, "outage", 1.0, self._outage.again(now, self._draw()))
+            return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
         return None
 
-    def _late(self, now: float, ask: Ask) -> No | None:
-        if ask.deadline == math.inf or not self.service.hopeless(now, ask, contested=self.line.length > 0):
+    def _late(self, now: float, ask: CallRequest) -> Rejected | None:
+        if ask.deadline == math.inf or not self.durations.is_too_late(now, ask, contested=self.queue.length > 0):
             return None
         again = self._seat(now, ask, self.expected_wait(now, ask)[0])
-        return No("it could hardly be answered before its deadline any more", "deadline", 1.0, again)
+        return Rejected("it could hardly be answered before its deadline any more", "deadline", 1.0, again)
 
-    def _let_go(self, now: float, ask: Ask) -> Go:
-        self.order.served(self.order.rank(ask))
-        return Go(self._take(now, ask))
+    def _let_go(self, now: float, ask: CallRequest) -> Admitted:
+        self.order.record_served(self.order.rank(ask))
+        return Admitted(self._take(now, ask))
 
     def _room(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
-    def _take(self, now: float, ask: Ask) -> Permit:
+    def _take(self, now: float, ask: CallRequest) -> Permit:
         self.in_flight += 1
-        self.peak = max(self.peak, self.in_flight)
-        self.tally.sent += 1
-        self.tally.unattributed += ask.run is None
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        self.counts.sent += 1
+        self.counts.unattributed += ask.task_id is None
         reservation = self.quotas.reserve(now, ask.charge)
         sums = [purse.reserve(ask.usd) for purse in self._purses(ask)]
         grant = self.limit.grant(now, self.in_flight)
@@ -164,38 +173,38 @@ class Account:
 
     # --- the line moves ---
 
-    def pump(self, now: float) -> None:
+    def serve_queue(self, now: float) -> None:
         """Answer those in the line whose time has come, and have its head look again when time alone will move it."""
-        while self.line.length and (when := self._pump(now)) is not None:
-            place = self.line.head()
-            if place is None or place[2].waiter.look_at(when):
+        while self.queue.length and (when := self._pump(now)) is not None:
+            place = self.queue.head()
+            if place is None or place[2].waiter.wake_at(when):
                 return
-            self.leave(place[2])  # its event loop has closed: nobody waits
+            self.withdraw(place[2])  # its event loop has closed: nobody waits
 
     def _pump(self, now: float) -> float | None:
         ripe = self._ripen(now)
-        while (gone := self.line.overdue(now)) is not None:
-            seconds = self.expected_wait(now, gone.ask)[0]
-            again = self._seat(now, gone.ask, seconds)
-            self._answer(gone, No("its deadline passed while it waited", "line", 1.0, again))
-        if not self.line:
+        while (gone := self.queue.pop_overdue(now)) is not None:
+            seconds = self.expected_wait(now, gone.request)[0]
+            again = self._seat(now, gone.request, seconds)
+            self._answer(gone, Rejected("its deadline passed while it waited", "line", 1.0, again))
+        if not self.queue:
             return None
-        self.line.promote(now, self.service.typical_or_guess)
-        while (place := self.line.head()) is not None:
-            waiting: Waiting = place[2]
-            refusal = self._refusal(now, waiting.ask)
+        self.queue.promote(now, self.durations.typical_or_guess)
+        while (place := self.queue.head()) is not None:
+            waiting: QueuedCall = place[2]
+            refusal = self._refusal(now, waiting.request)
             if refusal is not None:
                 self._answer(waiting, refusal)
                 continue
             if not self._room(now):
-                return _earliest(self.limit.next_change(now), self.line.next_deadline(), ripe)
-            seconds, _ = self.quotas.wait(now, waiting.ask.charge)
+                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), ripe)
+            seconds, _ = self.quotas.wait(now, waiting.request.charge)
             if seconds > 0.0:
                 passed = self._let_pass(now)
                 if passed > 0.0:
-                    return _earliest(now + min(seconds, passed), self.line.next_deadline(), ripe)
+                    return _earliest(now + min(seconds, passed), self.queue.next_deadline(), ripe)
                 continue
-            self._go(now, self.line.send(now, place))
+            self._go(now, self.queue.serve_head(now, place))
         return None
 
     def _let_pass(self, now: float) -> float:
@@ -205,40 +214,40 @@ class Account:
             0 if one was sent; else seconds until one could be, or infinity.
         """
         slots = self.limit.limit(now) - self.in_flight
-        if slots == 1 or len(self.line) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
+        if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
             return math.inf  # the only slot is the head's, and so is a probe
-        seconds, waiting = first_to_pass(now, self.line.row(), self.quotas, self._purses, slots=slots)
+        seconds, waiting = find_bypass(now, self.queue.in_order(), self.quotas, self._purses, slots=slots)
         if waiting is not None and not seconds:
             self._go(now, waiting)
         return seconds
 
-    def _go(self, now: float, waiting: Waiting) -> None:
-        if (late := self._late(now, waiting.ask)) is not None:
+    def _go(self, now: float, waiting: QueuedCall) -> None:
+        if (late := self._late(now, waiting.request)) is not None:
             self._answer(waiting, late)
             return
-        permit = self._take(now, waiting.ask)
-        if not self._answer(waiting, Go(permit)):
-            self.never_sent(now, permit)
+        permit = self._take(now, waiting.request)
+        if not self._answer(waiting, Admitted(permit)):
+            self.release_unsent(now, permit)
 
-    def _answer(self, waiting: Waiting, answer: Go | No) -> bool:
-        self.line.withdraw(waiting)
-        return waiting.waiter.answer(answer)
+    def _answer(self, waiting: QueuedCall, answer: Admitted | Rejected) -> bool:
+        self.queue.withdraw(waiting)
+        return waiting.waiter.resolve(answer)
 
-    def refuse_all(self, now: float) -> None:
+    def reject_queued(self, now: float) -> None:
         """The breaker has opened: nobody need wait any longer."""
-        for waiting in list(self.line):
-            refusal = self._refusal(now, waiting.ask)
+        for waiting in list(self.queue):
+            refusal = self._refusal(now, waiting.request)
             if refusal is not None:
                 self._answer(waiting, refusal)
 
     # --- a call ends ---
 
-    def began(self, now: float, permit: Permit, notices: Sequence[Notice] = ()) -> None:
+    def answer_began(self, now: float, permit: Permit, notices: Sequence[RateLimitHeaders] = ()) -> None:
         """A call was not refused: its answer has begun, and its headers say this of the quotas."""
         if not permit.closed:
             self._accept(now, permit)
-        self._outage.over()
-        self.quotas.hear(now, notices, permit.reservation)
+        self._outage.record_accepted()
+        self.quotas.update_from_headers(now, notices, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
         if not permit.accepted:
@@ -251,13 +260,13 @@ class Account:
         while young:
             permit = young[0]
             if not (permit.closed or permit.accepted):
-                if now < permit.at + _SILENCE:
-                    return permit.at + _SILENCE
+                if now < permit.granted_at + _SILENCE:
+                    return permit.granted_at + _SILENCE
                 self._accept(now, permit)
             young.popleft()
         return None
 
-    def settle(self, now: float, permit: Permit, ended: Ended) -> None:
+    def settle(self, now: float, permit: Permit, ended: CallOutcome) -> None:
         """Take the end of a call: its slot, and what it reserved beyond its use, are free.
 
         Raises:
@@ -265,25 +274,25 @@ class Account:
         """
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
-        ask, outcome, tally, stretch = permit.ask, ended.outcome, self.tally, None
-        if outcome is Outcome.SUCCESS and ended.seconds is not None:
-            stretch = self.paced(now, permit, ended.made, ended.seconds)
+        ask, outcome, tally, stretch = permit.request, ended.kind, self.counts, None
+        if outcome is Outcome.SUCCESS and ended.latency is not None:
+            stretch = self.observe_latency(now, permit, ended.output_tokens, ended.latency)
         if outcome is Outcome.SUCCESS:
             tally.succeeded += 1
-            self._outage.over()
+            self._outage.record_accepted()
             self._accept(now, permit)
         elif outcome is Outcome.OVERLOAD:
-            tally.turned_away += 1
-            self._outage.refused(now)
+            tally.throttled += 1
+            self._outage.record_throttled(now)
         elif outcome is Outcome.FAULT:
             tally.failed += 1
         self.in_flight -= 1
-        self.limit.observe(now, permit.grant, outcome, stretch=stretch)
-        if ended.notices and not ended.rate:
-            self.quotas.hear(now, ended.notices, permit.reservation)
-        if ended.rate:
-            tally.turned_away += 1
-            self.quotas.refused(now, permit.reservation, ended.retry_after, ended.notices)
+        self.limit.observe(now, permit.grant, outcome, slowdown=stretch)
+        if ended.rate_limit_headers and not ended.rate_limited:
+            self.quotas.update_from_headers(now, ended.rate_limit_headers, permit.reservation)
+        if ended.rate_limited:
+            tally.throttled += 1
+            self.quotas.record_throttled(now, permit.reservation, ended.retry_after, ended.rate_limit_headers)
         elif ended.released:
             self.quotas.release(now, permit.reservation)
         else:
@@ -291,26 +300,26 @@ class Account:
             tally.input_tokens += used.input_tokens
             tally.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for held in permit.sums:
+        for held in permit.spend:
             held.settle(ask.usd if ended.usd is None else ended.usd)
-        took = now - permit.at if ended.seconds is None else ended.seconds
+        took = now - permit.granted_at if ended.latency is None else ended.latency
         late = outcome is Outcome.IGNORED and now > ask.deadline - _PUNCTUAL
-        self.service.ended(took, ended, stretch=stretch, slots=self.limit.limit(now), late=late)
+        self.durations.observe(took, ended, stretch=stretch, slots=self.limit.limit(now), late=late)
         judged = outcome if ended.final else Outcome.IGNORED
-        if self.breaker.record(now, judged, permit.era) is not None:
-            self.refuse_all(now)
+        if self.breaker.record(now, judged, permit.breaker_epoch) is not None:
+            self.reject_queued(now)
 
-    def never_sent(self, now: float, permit: Permit) -> None:
+    def release_unsent(self, now: float, permit: Permit) -> None:
         """Give everything back: nothing has left."""
-        self.tally.sent -= 1
-        self.tally.unattributed -= permit.ask.run is None
-        self.settle(now, permit, Ended(outcome=Outcome.IGNORED, released=True, usd=0.0))
+        self.counts.sent -= 1
+        self.counts.unattributed -= permit.request.task_id is None
+        self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
-    def stop(self, now: float, seconds: float) -> None:
+    def suspend(self, now: float, seconds: float) -> None:
         """Its provider says that its money is spent: ask it no more for a while, for it would only refuse."""
         self._stopped_until = now + seconds
 
-    def paced(self, now: float, permit: Permit, tokens: int, seconds: float) -> float | None:
+    def observe_latency(self, now: float, permit: Permit, tokens: int, seconds: float) -> float | None:
         """A success took so long for its output tokens; returns its stretch, if it made any and that is known.
 
         Only with at most half of the limit in flight is it taken for normal: else our own load would be.
@@ -318,69 +327,69 @@ class Account:
         if not tokens:
             return None
         light = max(permit.grant.in_flight, self.in_flight) <= max(1, self.limit.limit(now) // 2)
-        return self.pace.stretch(tokens, seconds, light=light)
+        return self.latency_model.observe(tokens, seconds, light=light)
 
     # --- what presses ---
 
-    def expected_wait(self, now: float, ask: Ask, *, others: int = 0, guess: float = 0.0) -> tuple[float, str]:
+    def expected_wait(self, now: float, ask: CallRequest, *, others: int = 0, guess: float = 0.0) -> tuple[float, str]:
         """Seconds until a call like this would be sent, and what it waits for.
 
         While no call has ended yet, nothing is known of how long a slot is held, and `guess` is what is feared.
         """
         self._ripen(now)
-        ahead = self.line.ahead(ask.priority) + others
-        delay = self.quotas.wait(now, ask.charge, ahead=times(ask.charge, ahead))
-        seconds, binding = delay.seconds, delay.binding or "nothing"
+        ahead = self.queue.ahead(ask.priority) + others
+        delay = self.quotas.wait(now, ask.charge, ahead=scale_charge(ask.charge, ahead))
+        seconds, binding = delay.seconds, delay.limited_by or "nothing"
         limit = self.limit.limit(now)
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
-            slot = rounds * (self.service.held or guess)
+            slot = rounds * (self.durations.held or guess)
             if slot > seconds:
                 return slot, "concurrency"
         return seconds, binding
 
-    def shut(self, now: float, usd: float, rung: Priority) -> No | None:
+    def blocking_reason(self, now: float, usd: float, rung: Priority) -> Rejected | None:
         """Why no call of that price and rung is let through, however long it waits; None if one is."""
-        if self._own is not None and not self._own.affords(usd, rung):
-            return self._own.refusal(usd)
+        if self._own is not None and not self._own.can_afford(usd, rung):
+            return self._own.rejection(usd)
         return self._closed(now)
 
-    def load_for(self, now: float, ask: Ask) -> float:
+    def load_for(self, now: float, ask: CallRequest) -> float:
         """Expected wait of this very call over the longest wait allowed; 1.0 or more if it would be refused."""
         refusal = self._refusal(now, ask)
         if refusal is not None:
             return max(1.0, refusal.load)
         seconds, _ = self.expected_wait(now, ask)
-        return math.inf if seconds > self.service.bearable(now, ask) else seconds / self._longest_wait
+        return math.inf if seconds > self.durations.acceptable_wait(now, ask) else seconds / self._longest_wait
 
-    def load(self, now: float, ask: Ask, rung: Priority) -> tuple[float, str]:
+    def load(self, now: float, ask: CallRequest, rung: Priority) -> tuple[float, str]:
         """Expected wait of the next typical call over the longest wait allowed, and what binds; 1.0 while shut."""
-        if (no := self.shut(now, ask.usd, rung)) is not None:
-            return 1.0, no.binding
-        seconds, binding = self.expected_wait(now, ask, others=self.coming)
+        if (no := self.blocking_reason(now, ask.usd, rung)) is not None:
+            return 1.0, no.limited_by
+        seconds, binding = self.expected_wait(now, ask, others=self.expected_calls)
         return seconds / self._longest_wait, binding
 
-    def room(self, now: float, ask: Ask, load: float) -> tuple[float, float]:
+    def time_until_below(self, now: float, ask: CallRequest, load: float) -> tuple[float, float]:
         """Seconds until the load will have fallen to that if no more come; and how many one call more adds to it."""
-        seconds, _ = self.expected_wait(now, ask, others=self.coming)
+        seconds, _ = self.expected_wait(now, ask, others=self.expected_calls)
         if seconds == math.inf:
             return math.inf, 0.0
-        return max(0.0, seconds - load * self._longest_wait), self._each(now, ask, seconds, others=self.coming)
+        return max(0.0, seconds - load * self._longest_wait), self._each(now, ask, seconds, others=self.expected_calls)
 
-    def _each(self, now: float, ask: Ask, seconds: float, *, others: int = 0) -> float:
+    def _each(self, now: float, ask: CallRequest, seconds: float, *, others: int = 0) -> float:
         """What one call more adds to a wait of so many `seconds`; 0 if that is not known."""
         each = self.expected_wait(now, ask, others=others + 1)[0] - seconds
-        return each if each > 0.0 else self.service.held / max(1, self.limit.limit(now))
+        return each if each > 0.0 else self.durations.held / max(1, self.limit.limit(now))
 
-    def _seat(self, now: float, ask: Ask, seconds: float) -> float | None:
+    def _seat(self, now: float, ask: CallRequest, seconds: float) -> float | None:
         """When one who would wait `seconds` may come again: not before that has fallen to what it may be."""
         if seconds == math.inf:
             return None  # it has become larger than its bucket: no seat for it, nor a hole before everybody else's
         early = max(0.0, seconds - self._longest_wait)
         each = self._each(now, ask, seconds)
-        seat = self._seats.book(now + early, 1.0 / each if each else None, self._draw())
-        return max(early + (seat or 0.0), seconds - self.service.bearable(ask.since, ask)) or None
+        seat = self._seats.reserve(now + early, 1.0 / each if each else None, self._draw())
+        return max(early + (seat or 0.0), seconds - self.durations.acceptable_wait(ask.asked_at, ask)) or None
 
 
 def _earliest(*times: float | None) -> float | None:

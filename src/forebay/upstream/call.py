@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Self
 
 from forebay import clock
 from forebay.errors import CallMisused, InvalidAmount, Overloaded
+from forebay.interfaces import Charge, Outcome
 from forebay.quota import check_dollars
-from forebay.typing import Charge, Outcome
-from forebay.upstream.ask import Ask, Ended, Permit
-from forebay.upstream.attempt import Tried
-from forebay.upstream.desk import Desk
-from forebay.upstream.journey import Bare, Journey, journey_of, travel, travel_blocking
-from forebay.upstream.stops import Stop
+from forebay.upstream.call_flow import AttemptResult
+from forebay.upstream.call_request import CallOutcome, CallRequest, Permit
+from forebay.upstream.fallback_chain import FallbackChain, PlainRoute, make_chain, run_chain, run_chain_blocking
+from forebay.upstream.fallback_routes import FallbackRoute
+from forebay.upstream.shared_account import SharedAccount
 
 if TYPE_CHECKING:
     from forebay.upstream.upstream import Upstream
@@ -36,10 +36,10 @@ class UpstreamCall:
         ask: what it asks of the account of a model, of whatever upstream.
     """
 
-    def __init__(self, upstream: Upstream, model: str, ask: Callable[[Upstream, str], Ask]) -> None:
+    def __init__(self, upstream: Upstream, model: str, ask: Callable[[Upstream, str], CallRequest]) -> None:
         self.upstream = upstream
         self.model = model
-        self._desk: Desk = upstream.books.desk(model)
+        self._desk: SharedAccount = upstream.accounts.account(model)
         self._make = ask
         self._ask = ask(upstream, model)
         self._permit: Permit | None = None
@@ -51,17 +51,17 @@ class UpstreamCall:
     async def __aenter__(self) -> Self:
         self._enter_once()
         if (journey := self._journey()) is None:
-            self._permit = await self._desk.enter(self._ask)
+            self._permit = await self._desk.acquire(self._ask)
         else:
-            await travel(journey, self._enter)
+            await run_chain(journey, self._enter)
         return self
 
     def __enter__(self) -> Self:
         self._enter_once()
         if (journey := self._journey()) is None:
-            self._permit = self._desk.enter_blocking(self._ask)
+            self._permit = self._desk.acquire_blocking(self._ask)
         else:
-            travel_blocking(journey, self._enter_blocking)
+            run_chain_blocking(journey, self._enter_blocking)
         return self
 
     async def __aexit__(
@@ -82,7 +82,7 @@ class UpstreamCall:
         """
         cost = None if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        self._usd = self.upstream.dollars(self.model, self._used) if cost is None else cost
+        self._usd = self.upstream.cost(self.model, self._used) if cost is None else cost
 
     def overloaded(self) -> None:
         """Say that it was refused for congestion: fewer will be let through for a while."""
@@ -92,23 +92,23 @@ class UpstreamCall:
         """Say that how it ends says nothing of the upstream: a request of ours that was wrong, for example."""
         self._outcome = Outcome.IGNORED
 
-    def _journey(self) -> Journey[Bare] | None:
+    def _journey(self) -> FallbackChain[PlainRoute] | None:
         if not self.upstream.fallbacks:
             return None
-        return journey_of(Bare(self.upstream, self._desk, self._ask), self._elsewhere)
+        return make_chain(PlainRoute(self.upstream, self._desk, self._ask), self._elsewhere)
 
-    def _elsewhere(self, stop: Stop, desk: Desk) -> Bare:
-        return Bare(stop.upstream, desk, self._make(stop.upstream, stop.model))
+    def _elsewhere(self, stop: FallbackRoute, desk: SharedAccount) -> PlainRoute:
+        return PlainRoute(stop.upstream, desk, self._make(stop.upstream, stop.model))
 
-    async def _enter(self, leg: Bare) -> Tried:
-        return self._taken(leg, await leg.desk.enter(leg.ask, alone=False))
+    async def _enter(self, leg: PlainRoute) -> AttemptResult:
+        return self._taken(leg, await leg.account.acquire(leg.call_request, sole_account=False))
 
-    def _enter_blocking(self, leg: Bare) -> Tried:
-        return self._taken(leg, leg.desk.enter_blocking(leg.ask, alone=False))
+    def _enter_blocking(self, leg: PlainRoute) -> AttemptResult:
+        return self._taken(leg, leg.account.acquire_blocking(leg.call_request, sole_account=False))
 
-    def _taken(self, leg: Bare, permit: Permit) -> Tried:
-        self.upstream, self.model, self._desk, self._permit = leg.upstream, leg.ask.model, leg.desk, permit
-        return Tried(ended=Ended(outcome=Outcome.SUCCESS), open=True)
+    def _taken(self, leg: PlainRoute, permit: Permit) -> AttemptResult:
+        self.upstream, self.model, self._desk, self._permit = leg.upstream, leg.call_request.model, leg.account, permit
+        return AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS), streaming=True)
 
     def _enter_once(self) -> None:
         if self._entered:
@@ -125,7 +125,7 @@ class UpstreamCall:
             else:
                 fault = isinstance(cause, Exception) and not isinstance(cause, (Overloaded, InvalidAmount))
                 outcome = Outcome.FAULT if fault else Outcome.IGNORED
-        seconds = clock.now() - permit.at
+        seconds = clock.now() - permit.granted_at
         tokens = self._used.output_tokens if self._used is not None else 0
-        ended = Ended(outcome=outcome, used=self._used, usd=self._usd, seconds=seconds, made=tokens)
+        ended = CallOutcome(kind=outcome, used=self._used, usd=self._usd, latency=seconds, output_tokens=tokens)
         self._desk.settle(permit, ended)

@@ -11,41 +11,47 @@ import msgspec
 
 from forebay import clock, context
 from forebay.errors import Overloaded
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.task import Priority
-from forebay.typing import Charge, Notice, Outcome
-from forebay.upstream.ask import Ended, Permit
-from forebay.upstream.attempt import Tried
-from forebay.upstream.readdress import Readdressed, may_leave, readdress
-from forebay.upstream.reader import Reader
-from forebay.upstream.rules import (
-    Meaning,
-    Meter,
-    Plain,
-    Route,
+from forebay.upstream.call_flow import AttemptResult
+from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.metered_stream import MeteredStream
+from forebay.upstream.providers import (
+    Endpoint,
+    ErrorKind,
+    Headers,
     Usage,
     UsageFilter,
-    meaning_of,
-    notices,
-    read_whole,
-    retry_after,
-    wants_retry,
+    UsageMeter,
+    classify,
+    read_rate_limits,
+    read_response,
+    read_retry_after,
+    read_should_retry,
 )
+from forebay.upstream.reroute import ReroutedRequest, can_reroute, reroute_request
 
 if TYPE_CHECKING:
-    from forebay.upstream.stops import Stop
+    from forebay.upstream.fallback_routes import FallbackRoute
     from forebay.upstream.upstream import Upstream
 
 ERRORS: Final = 400
 REDIRECTS: Final = 300
 _NOT_NOW: Final = frozenset(
-    {Meaning.RATE, Meaning.CONCURRENCY, Meaning.ACCELERATION, Meaning.OVERLOADED, Meaning.SPEND_CAP}
+    {
+        ErrorKind.RATE_LIMIT,
+        ErrorKind.CONCURRENCY_LIMIT,
+        ErrorKind.ACCELERATION_LIMIT,
+        ErrorKind.OVERLOADED,
+        ErrorKind.SPEND_CAP,
+    }
 )
 _COUNTED: Final = Charge()
 _STOP: Final = 60.0  # seconds that an account rests when its provider says that its money is spent
 _LONGEST_STOP: Final = 3_600.0  # ... however long it says that this lasts: money may be paid in at any time
 
 
-class Sender(msgspec.Struct, frozen=True, kw_only=True):
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """On whose behalf a request is sent, where it does not come from a task that runs here.
 
     Attributes:
@@ -59,8 +65,8 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority = Priority.NORMAL
     deadline: float = float("inf")
     tenant: str = "default"
-    run: str | None = None
-    key: str | None = None
+    task_id: str | None = None
+    api_key: str | None = None
 
 
 class Exchange:
@@ -85,7 +91,17 @@ class Exchange:
     """
 
     __slots__ = (
-        "_after", "_content", "_path", "_status", "ask", "changed", "desk", "key", "meaning", "read", "upstream",
+        "_after",
+        "_content",
+        "_path",
+        "_status",
+        "account",
+        "api_key",
+        "call_request",
+        "changed_body",
+        "error_kind",
+        "parsed",
+        "upstream",
     )  # fmt: skip
 
     def __init__(  # noqa: PLR0913 - the parts of a request
@@ -94,135 +110,152 @@ class Exchange:
         *,
         method: str,
         path: str,
-        headers: Plain,
+        headers: Headers,
         body: bytes | None,
-        sender: Sender | None = None,
+        caller: Caller | None = None,
     ) -> None:
-        rules = upstream.rules
+        rules = upstream.profile
         self.upstream = upstream
         self._path = path
         self._content = body
         body = body or b""
-        self.read = rules.read(method, path, headers, body)
-        model = self.read.model or ""
-        self.key = _key(headers) if sender is None or sender.key is None else sender.key
-        self.desk = upstream.books.desk(model, self.key)
-        if self.read.websocket:
+        self.parsed = rules.read_request(method, path, headers, body)
+        model = self.parsed.model or ""
+        self.api_key = _key(headers) if caller is None or caller.api_key is None else caller.api_key
+        self.account = upstream.accounts.account(model, self.api_key)
+        if self.parsed.websocket:
             upstream.warn_unmetered()
-        known = self.desk.experience
-        charge = rules.reserve(self.read, output_tokens=known.output_tokens, input_ratio=known.ratio.value)
-        free = self.read.free
-        if sender is None:
-            self.ask = upstream.ask(model, charge, free=free)
+        known = self.account.token_estimates
+        charge = rules.estimate_charge(
+            self.parsed, output_tokens=known.output_tokens, input_ratio=known.input_ratio.value
+        )
+        free = self.parsed.free
+        if caller is None:
+            self.call_request = upstream.request(model, charge, free=free)
         else:
-            self.ask = upstream.ask_for(sender, model, charge, free=free)
-        self.changed = rules.add_usage(self.read, body)
-        self.meaning = Meaning.SUCCESS
+            self.call_request = upstream.request_for(caller, model, charge, free=free)
+        self.changed_body = rules.with_include_usage(self.parsed, body)
+        self.error_kind = ErrorKind.SUCCESS
         self._after: float | None = None
         self._status: int | None = None
 
-    def finish(self) -> None:
+    def report_throttling(self) -> None:
         """The last answer goes to the caller; if it is *not now*, the run that is under way hears of it."""
-        if self.meaning is Meaning.SUCCESS:
+        if self.error_kind is ErrorKind.SUCCESS:
             return
-        refusal = self.turned_away()
-        if refusal is not None and (running := context.drawing()) is not None:
-            running.refused(self.desk, refusal)
+        refusal = self.throttled_error()
+        if refusal is not None and (running := context.call_observer()) is not None:
+            running.record_rejection(self.account, refusal)
 
     # --- where else it may go ---
 
-    def may_leave(self, stop: Stop) -> bool:
+    def can_reroute(self, stop: FallbackRoute) -> bool:
         """Whether another account could serve it, as far as that is cheap to tell."""
-        return self._content is not None and may_leave(stop, self.read, self.ask.model)
+        return self._content is not None and can_reroute(stop, self.parsed, self.call_request.model)
 
-    def readdressed(self, stop: Stop) -> Readdressed | None:
+    def reroute(self, stop: FallbackRoute) -> ReroutedRequest | None:
         """The request as it is sent there; None if it cannot be answered there."""
         assert self._content is not None  # noqa: S101 - else it may not leave
-        return readdress(stop, self._path, self.read, self._content, self.key)
+        return reroute_request(stop, self._path, self.parsed, self._content, self.api_key)
 
-    def turned_away(self) -> Overloaded | None:
+    def throttled_error(self) -> Overloaded | None:
         """What its provider's latest answer comes to, if that was *not now*."""
-        if self.meaning not in _NOT_NOW:
+        if self.error_kind not in _NOT_NOW:
             return None
-        return Overloaded(self.words(), binding=self.desk.name, retry_after=self._after)
+        return Overloaded(self.describe_failure(), limited_by=self.account.name, retry_after=self._after)
 
-    def words(self) -> str:
+    def describe_failure(self) -> str:
         """What its latest attempt came to, for a person."""
         if self._status is None:
             return f"{self.upstream.name}: its provider could not be reached"
-        return f"{self.upstream.name}: its provider answered {self._status} ({self.meaning.value})"
+        return f"{self.upstream.name}: its provider answered {self._status} ({self.error_kind.value})"
 
     # --- an answer that is still coming ---
 
-    def is_open(self, status: int, kind: str) -> bool:
+    def is_streamed(self, status: int, kind: str) -> bool:
         """Whether the answer is passed on while it comes: events, or what nothing is known of.
 
         Args:
             status: of the answer.
             kind: its Content-Type.
         """
-        return status < REDIRECTS and (self.read.route is Route.OTHER or _is_events(kind))
+        return status < REDIRECTS and (self.parsed.endpoint is Endpoint.OTHER or _is_events(kind))
 
-    def reader(self, permit: Permit, headers: Plain) -> Reader:
+    def metered_stream(self, permit: Permit, headers: Headers) -> MeteredStream:
         """What meters an open answer, and closes its permit."""
-        self.desk.began(permit, self._notices(headers))
+        self.account.answer_began(permit, self._notices(headers))
         meter = None
-        made = not self.read.free  # else it is fetched, and was metered when it was made
+        made = not self.parsed.free  # else it is fetched, and was metered when it was made
         if made and _is_events(headers.get("content-type", "")):
-            meter = Meter(stream=True, input_tokens=self.ask.charge.input_tokens)
-        keep = None if self.changed is None else UsageFilter()
-        return Reader(self, permit, meter, keep, judged=self.read.makes_tokens)
+            meter = UsageMeter(stream=True, input_tokens=self.call_request.charge.input_tokens)
+        keep = None if self.changed_body is None else UsageFilter()
+        return MeteredStream(self, permit, meter, keep, detects_truncation=self.parsed.generates_tokens)
 
-    def open(self) -> Tried:
+    def stream_result(self) -> AttemptResult:
         """The answer has begun; whoever reads it closes the permit."""
-        self.meaning = Meaning.SUCCESS
-        return Tried(ended=Ended(outcome=Outcome.SUCCESS), open=True)
+        self.error_kind = ErrorKind.SUCCESS
+        return AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS), streaming=True)
 
     # --- what an attempt comes to ---
 
-    def whole(self, permit: Permit, status: int, headers: Plain, body: bytes) -> Tried:
+    def judge_answer(self, permit: Permit, status: int, headers: Headers, body: bytes) -> AttemptResult:
         """The answer is all there; its body without the Content-Encoding."""
         heard = self._notices(headers, always=status >= ERRORS)
-        self.meaning = Meaning.SUCCESS
+        self.error_kind = ErrorKind.SUCCESS
         self._status = status
         if status >= ERRORS:
-            meaning = self.meaning = meaning_of(status, headers, body)
-            self._after = retry_after(headers, body, wall=clock.wall_time())
+            meaning = self.error_kind = classify(status, headers, body)
+            self._after = read_retry_after(headers, body, wall=clock.wall_time())
             if meaning in _NOT_NOW:
                 return self._not_now(headers, heard)
-            seconds = clock.now() - permit.at
-            ended = Ended(outcome=meaning.outcome, used=_COUNTED, usd=0.0, seconds=seconds, notices=heard)
+            seconds = clock.now() - permit.granted_at
+            ended = CallOutcome(kind=meaning.outcome, used=_COUNTED, usd=0.0, latency=seconds, rate_limit_headers=heard)
             return self._tried(headers, ended)
         if status >= REDIRECTS:
-            return Tried(ended=Ended(outcome=Outcome.IGNORED, used=_COUNTED, usd=0.0, notices=heard))
-        read = read_whole(body)
-        outcome = Outcome.SUCCESS if read.error is None else read.error.outcome
-        return Tried(ended=self.ended(permit, outcome, read.usage, heard))
+            return AttemptResult(
+                outcome=CallOutcome(kind=Outcome.IGNORED, used=_COUNTED, usd=0.0, rate_limit_headers=heard)
+            )
+        read = read_response(body)
+        outcome = Outcome.SUCCESS if read.error_kind is None else read.error_kind.outcome
+        return AttemptResult(outcome=self.call_outcome(permit, outcome, read.usage, heard))
 
-    def _notices(self, headers: Plain, *, always: bool = False) -> tuple[Notice, ...]:
+    def _notices(self, headers: Headers, *, always: bool = False) -> tuple[RateLimitHeaders, ...]:
         """What the headers of an answer say of the quotas, if that may matter, as it `always` does for a refusal."""
-        return notices(headers, wall=clock.wall_time()) if always or self.desk.listens() else ()
+        return read_rate_limits(headers, wall=clock.wall_time()) if always or self.account.needs_headers() else ()
 
-    def _not_now(self, headers: Plain, heard: tuple[Notice, ...]) -> Tried:
+    def _not_now(self, headers: Headers, heard: tuple[RateLimitHeaders, ...]) -> AttemptResult:
         """It was refused at the provider's door: nothing was used."""
-        meaning, after = self.meaning, self._after
-        if meaning is Meaning.SPEND_CAP:
-            self.desk.stop(_STOP if after is None else min(after, _LONGEST_STOP))
-        rate = meaning is Meaning.RATE
-        ended = Ended(outcome=meaning.outcome, released=not rate, rate=rate, retry_after=after, notices=heard, usd=0.0)
+        meaning, after = self.error_kind, self._after
+        if meaning is ErrorKind.SPEND_CAP:
+            self.account.suspend(_STOP if after is None else min(after, _LONGEST_STOP))
+        rate = meaning is ErrorKind.RATE_LIMIT
+        ended = CallOutcome(
+            kind=meaning.outcome,
+            released=not rate,
+            rate_limited=rate,
+            retry_after=after,
+            rate_limit_headers=heard,
+            usd=0.0,
+        )
         return self._tried(headers, ended)
 
-    def _tried(self, headers: Plain, ended: Ended) -> Tried:
+    def _tried(self, headers: Headers, ended: CallOutcome) -> AttemptResult:
         """An attempt that did not succeed; whether there may be another, the provider may say itself."""
-        meaning = self.meaning
-        told = None if meaning is Meaning.SPEND_CAP else wants_retry(headers)
-        again = self._content is not None and (meaning.retried if told is None else told)
-        elsewhere = meaning in _NOT_NOW or meaning is Meaning.FAULT
-        return Tried(
-            ended=ended, again=again, counts=meaning.uses_attempt, retry_after=self._after, elsewhere=elsewhere
+        meaning = self.error_kind
+        told = None if meaning is ErrorKind.SPEND_CAP else read_should_retry(headers)
+        again = self._content is not None and (meaning.retryable if told is None else told)
+        elsewhere = meaning in _NOT_NOW or meaning is ErrorKind.FAULT
+        return AttemptResult(
+            outcome=ended,
+            retryable=again,
+            uses_attempt=meaning.uses_attempt,
+            retry_after=self._after,
+            can_fall_back=elsewhere,
         )
 
-    def broke(self, permit: Permit, error: Exception, *, sent: bool = True, ours: bool = False) -> Tried:
+    def connection_failed(
+        self, permit: Permit, error: Exception, *, sent: bool = True, local: bool = False
+    ) -> AttemptResult:
         """The connection failed, before the answer or within it.
 
         Args:
@@ -231,40 +264,48 @@ class Exchange:
             sent: whether a byte may have left.
             ours: the provider had no part in it, and another attempt would not help.
         """
-        self.meaning = Meaning.FAULT
+        self.error_kind = ErrorKind.FAULT
         self._status = None
-        outcome = Outcome.IGNORED if ours else Outcome.FAULT
-        if sent and not ours:
-            ended = Ended(outcome=outcome, seconds=clock.now() - permit.at)
+        outcome = Outcome.IGNORED if local else Outcome.FAULT
+        if sent and not local:
+            ended = CallOutcome(kind=outcome, latency=clock.now() - permit.granted_at)
         else:
-            ended = Ended(outcome=outcome, released=True, usd=0.0)
-        return Tried(error=error, ended=ended, again=self._content is not None and not ours, elsewhere=not ours)
+            ended = CallOutcome(kind=outcome, released=True, usd=0.0)
+        return AttemptResult(
+            error=error, outcome=ended, retryable=self._content is not None and not local, can_fall_back=not local
+        )
 
     # --- what the account hears ---
 
-    def ended(self, permit: Permit, outcome: Outcome, usage: Usage | None, heard: tuple[Notice, ...] = ()) -> Ended:
+    def call_outcome(
+        self,
+        permit: Permit,
+        outcome: Outcome,
+        usage: Usage | None,
+        rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
+    ) -> CallOutcome:
         """How a call ended that was answered, with what it used."""
-        seconds = clock.now() - permit.at
+        seconds = clock.now() - permit.granted_at
         if usage is None:
-            return Ended(outcome=outcome, seconds=seconds, notices=heard)
-        used = self.upstream.rules.settle(self.ask.charge, usage)
+            return CallOutcome(kind=outcome, latency=seconds, rate_limit_headers=rate_limit_headers)
+        used = self.upstream.profile.final_charge(self.call_request.charge, usage)
         usd = 0.0
-        if self.upstream.counts_money:
+        if self.upstream.has_budgets:
             made = Charge(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
-            usd = self.upstream.dollars(self.ask.model, made, cached_tokens=usage.cache_read_tokens)
+            usd = self.upstream.cost(self.call_request.model, made, cached_tokens=usage.cache_read_tokens)
         told = outcome is Outcome.SUCCESS and not usage.estimated
-        return Ended(
-            outcome=outcome,
+        return CallOutcome(
+            kind=outcome,
             used=used,
             usd=usd,
-            seconds=seconds,
-            made=usage.output_tokens,
-            foreseen=self.read.input_tokens if told else None,
-            notices=heard,
+            latency=seconds,
+            output_tokens=usage.output_tokens,
+            estimated_input_tokens=self.parsed.input_tokens if told else None,
+            rate_limit_headers=rate_limit_headers,
         )
 
 
-def _key(headers: Plain) -> str:
+def _key(headers: Headers) -> str:
     """The API key of a request, or nothing."""
     for name in ("authorization", "x-api-key", "api-key"):
         if key := headers.get(name):

@@ -42,16 +42,20 @@ class Fallback:
 
     to: str | Upstream
     _: KW_ONLY
-    when: float = 1.0
-    of: str = "*"
+    load_threshold: float = 1.0
+    models: str = "*"
     model: str | None = None
     base_url: str | None = None
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.when, bool) or not isinstance(self.when, int | float) or not 0 < self.when <= 1:
-            _refuse("when", self.when, "a load above 0, up to 1")
-        for name in ("to", "of", "model", "api_key"):
+        if (
+            isinstance(self.load_threshold, bool)
+            or not isinstance(self.load_threshold, int | float)
+            or not 0 < self.load_threshold <= 1
+        ):
+            _refuse("load_threshold", self.load_threshold, "a load above 0, up to 1")
+        for name in ("to", "models", "model", "api_key"):
             value = getattr(self, name)
             if value == "" or (name != "to" and value is not None and not isinstance(value, str)):
                 _refuse(name, "***" if name == "api_key" else value, "a string that is not empty")
@@ -64,22 +68,22 @@ class Fallback:
         if self.base_url is not None and (problem := _problem(self.base_url)):
             _refuse("base_url", "***", f"the http:// or https:// address of an API: {problem}")
 
-    def serves(self, model: str) -> bool:
+    def applies_to(self, model: str) -> bool:
         """Whether it is for calls of this model."""
-        return fnmatchcase(model, self.of) and (bool(model) or not isinstance(self.to, str))
+        return fnmatchcase(model, self.models) and (bool(model) or not isinstance(self.to, str))
 
     @property
     def names_models(self) -> bool:
         """Whether it is for particular models."""
-        return self.of != "*"
+        return self.models != "*"
 
     @property
-    def reaches(self) -> bool:
+    def is_reachable(self) -> bool:
         """Whether it says how a request can be sent there."""
         return isinstance(self.to, str) or self.base_url is not None or self.api_key is not None
 
 
-def fallbacks_of(
+def check_fallbacks(
     upstream: Upstream, given: Fallback | Sequence[Fallback] | None, group: Callable[[str], str]
 ) -> tuple[Fallback, ...]:
     """What an upstream was given as `fallback`, checked against it.
@@ -102,7 +106,9 @@ def fallbacks_of(
             _refuse_of(upstream, fallback, "a Fallback or a sequence of them, such as Fallback(to='gpt-4o-mini')")
         to = fallback.to
         if isinstance(to, str):
-            own = "" if _WILD.search(fallback.of) else group(fallback.of)  # "" is that of all, where there is but one
+            own = (
+                "" if _WILD.search(fallback.models) else group(fallback.models)
+            )  # "" is that of all, where there is but one
             if group(to) == own:
                 expected = (
                     f"a model with an account of its own: {to!r} shares that of the calls which would be sent on."
@@ -116,20 +122,20 @@ def fallbacks_of(
     return fallbacks
 
 
-def check_reached(upstream: Upstream) -> None:
+def check_reachable(upstream: Upstream) -> None:
     """Check that requests can be sent on to wherever the fallbacks of an upstream lead.
 
     Raises:
         InvalidSetting: one says neither where that is nor as whom to call it.
     """
     for fallback in upstream.fallbacks:
-        if not fallback.reaches and not isinstance(fallback.to, str):
+        if not fallback.is_reachable and not isinstance(fallback.to, str):
             expected = "given a base_url= or an api_key= (or both): else its requests would be the very same"
             _refuse_of(upstream, fallback.to.name, expected)
 
 
 def _check_protocol(upstream: Upstream, to: Upstream) -> None:
-    ours, theirs = upstream.rules.protocol, to.rules.protocol
+    ours, theirs = upstream.profile.protocol, to.profile.protocol
     if ours is not None and theirs is not None and ours != theirs:
         expected = (
             f"an upstream of the same protocol: calls of {upstream.provider!r} cannot be sent to {to.provider!r} as"

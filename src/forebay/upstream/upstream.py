@@ -11,25 +11,25 @@ from forebay import clock, context
 from forebay.breaker import BreakerRules
 from forebay.errors import InvalidSetting
 from forebay.events import log
+from forebay.interfaces import Charge, Reading
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
-from forebay.typing import Charge, Reading
-from forebay.upstream.ask import Ask
-from forebay.upstream.books import Books, Money, Terms
+from forebay.upstream.account_registry import AccountRegistry, UpstreamBudgets, UpstreamSettings
 from forebay.upstream.call import UpstreamCall
-from forebay.upstream.checks import check_kind
-from forebay.upstream.desk import Desk
-from forebay.upstream.drive import Driver, Retries
-from forebay.upstream.exchange import Sender
-from forebay.upstream.fallback import Fallback, check_reached, fallbacks_of
-from forebay.upstream.foretold import Foretold
-from forebay.upstream.guard import guarded
-from forebay.upstream.kept import Kept
-from forebay.upstream.rules import rules_for
-from forebay.upstream.statistics import UpstreamStatistics, snapshot
-from forebay.upstream.stops import Detours
-from forebay.upstream.transport import bind_client
+from forebay.upstream.call_drivers import CallDriver, UpstreamRetries
+from forebay.upstream.call_request import CallRequest
+from forebay.upstream.declared_upstream import DeclaredUpstream
+from forebay.upstream.exchange import Caller
+from forebay.upstream.fallback import Fallback, check_fallbacks, check_reachable
+from forebay.upstream.fallback_routes import FallbackResolver
+from forebay.upstream.guarded_function import guarded
+from forebay.upstream.httpx_binding import bind_client
+from forebay.upstream.providers import profile_for
+from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.upstream_settings import check_kind
+from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
+from forebay.upstream.weak_lru import WeakLRU
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,8 +82,8 @@ class Upstream:
         retry: Retry | None = None,
         breaker: BreakerRules | None = None,
         fallback: Fallback | Sequence[Fallback] | None = None,
-        longest_wait: float = 60.0,
-        start_wait: float | None = None,
+        max_wait: float = 60.0,
+        max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
     ) -> None:
@@ -94,25 +94,25 @@ class Upstream:
         check_kind(f"Upstream {name!r}", "retry", retry, Retry, "Retry(max_attempts=3)")
         self.name = name
         self.provider = provider
-        self.rules = rules_for(provider)
-        terms = Terms(
+        self.profile = profile_for(provider)
+        terms = UpstreamSettings(
             name,
             models=models,
             quotas=quotas,
             max_concurrent=max_concurrent,
             breaker=breaker,
-            longest_wait=longest_wait,
-            start_wait=start_wait,
+            max_wait=max_wait,
+            max_start_wait=max_start_wait,
             weights=weights,
         )
-        self.fallbacks = fallbacks_of(self, fallback, terms.group)
-        self.detours = Detours(self)
-        self._foretold: Kept[str, Foretold] = Kept(_KEPT)
-        self._money = Money(name, budget, tenant_budget, task_budget)
-        self.counts_money = self._money.any
-        self.books = Books(terms, self._money, draw=clock.draw)
+        self.fallbacks = check_fallbacks(self, fallback, terms.model_group)
+        self.fallback_resolver = FallbackResolver(self)
+        self._foretold: WeakLRU[str, DeclaredUpstream] = WeakLRU(_KEPT)
+        self._money = UpstreamBudgets(name, budget, tenant_budget, task_budget)
+        self.has_budgets = self._money.has_budgets
+        self.accounts = AccountRegistry(terms, self._money, draw=clock.draw)
         self.retry = retry or Retry()
-        self._retries = Retries(self.retry, draw=clock.draw)
+        self._retries = UpstreamRetries(self.retry, draw=clock.draw)
         self.prices = Prices(prices)
         self._unpriced: set[str] = set()
         self._unpriced_calls = 0
@@ -153,8 +153,8 @@ class Upstream:
         """
         charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
 
-        def ask(upstream: Upstream, model: str) -> Ask:
-            return upstream.ask(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+        def ask(upstream: Upstream, model: str) -> CallRequest:
+            return upstream.request(model, charge, priority=priority, deadline=deadline, tenant=tenant)
 
         return UpstreamCall(self, model, ask)
 
@@ -184,10 +184,10 @@ class Upstream:
             AlreadyBound: it is bound to another upstream.
             InvalidSetting: a fallback to another upstream does not say where that is, or as whom to call it.
         """
-        check_reached(self)
+        check_reachable(self)
         return bind_client(self, client)
 
-    def ask(  # noqa: PLR0913 - what a call may say of itself
+    def request(  # noqa: PLR0913 - what a call may say of itself
         self,
         model: str,
         charge: Charge,
@@ -196,36 +196,36 @@ class Upstream:
         priority: Priority | None = None,
         deadline: Deadline | None = None,
         tenant: str | None = None,
-    ) -> Ask:
+    ) -> CallRequest:
         """What a call asks, with what the task that runs here adds to it."""
-        running = context.current()
+        running = context.running_task()
         task = None if running is None else running.task
         by = deadline if deadline is not None or running is None else running.deadline
-        return Ask(
+        return CallRequest(
             charge=charge,
-            usd=self._expected(model, charge) if self.counts_money and not free else 0.0,
+            usd=self._expected(model, charge) if self.has_budgets and not free else 0.0,
             priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
-            run=None if task is None else task.task_id,
+            task_id=None if task is None else task.task_id,
             model=model,
             free=free,
         )
 
-    def ask_for(self, sender: Sender, model: str, charge: Charge, *, free: bool = False) -> Ask:
+    def request_for(self, sender: Caller, model: str, charge: Charge, *, free: bool = False) -> CallRequest:
         """What a call asks that is made on behalf of somebody elsewhere."""
-        return Ask(
+        return CallRequest(
             charge=charge,
-            usd=self._expected(model, charge) if self.counts_money and not free else 0.0,
+            usd=self._expected(model, charge) if self.has_budgets and not free else 0.0,
             priority=sender.priority,
             deadline=sender.deadline,
             tenant=sender.tenant,
-            run=sender.run,
+            task_id=sender.task_id,
             model=model,
             free=free,
         )
 
-    def dollars(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:
+    def cost(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:
         """What a call costs; 0.0 for a model whose price is not known.
 
         Args:
@@ -250,7 +250,7 @@ class Upstream:
         return usd or 0.0
 
     def _usd(self, model: str, charge: Charge, cached_tokens: int = 0) -> float | None:
-        if not self.counts_money:
+        if not self.has_budgets:
             return 0.0
         return self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
 
@@ -265,20 +265,20 @@ class Upstream:
                 self,
             )
 
-    def driver(self, desk: Desk, hurries: Callable[[], bool] | None = None) -> Driver:
-        """What tries calls of one account, under the retries of this upstream. `hurries`: see `Driver`."""
-        return Driver(desk, self._retries, hurries)
+    def driver(self, desk: SharedAccount, hurries: Callable[[], bool] | None = None) -> CallDriver:
+        """What tries calls of one account, under the retries of this upstream. `hurries`: see `CallDriver`."""
+        return CallDriver(desk, self._retries, hurries)
 
-    def foretold(self, model: str = "") -> Foretold:
+    def declared(self, model: str = "") -> DeclaredUpstream:
         """What a worker is said to draw on whose calls will be for `model`, or for any if that is not said."""
-        return self._foretold.get(model, lambda model: Foretold(self, model))
+        return self._foretold.get(model, lambda model: DeclaredUpstream(self, model))
 
     # --- what can be read ---
 
     def readings(self) -> tuple[Reading, ...]:
         """One reading an account: the expected wait of its next typical call over the longest allowed."""
-        return tuple(Reading(desk.name, desk.load()[0]) for desk in self.books)
+        return tuple(Reading(desk.name, desk.load()[0]) for desk in self.accounts)
 
     def statistics(self) -> UpstreamStatistics:
         """A snapshot."""
-        return snapshot(self.name, self.books, self._money, unpriced=self._unpriced_calls)
+        return snapshot(self.name, self.accounts, self._money, unpriced=self._unpriced_calls)

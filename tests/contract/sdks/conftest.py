@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from llmock.pytest_plugin import LLMock
 from llmock.testing import LLMockServer
-from tests.contract.sdks.house import SDKS, WAYS, House, Sdk
+from tests.contract.sdks.sdk_harness import CALL_PATHS, SDKS, Sdk, SdkHarness
 
-from forebay.sim import ProviderConfig, RunningPlant, start_plant
+from forebay.simulation import ProviderConfig, ProviderProcess, start_provider
 
 
 def config(**rest: Any) -> ProviderConfig:
-    return ProviderConfig(**({"ttft": 0.005, "tpot": 0.0002, "noise": 0.0, "slots": 100, "refuse_after": 0.0} | rest))
+    return ProviderConfig(**({"ttft": 0.005, "tpot": 0.0002, "noise": 0.0, "slots": 100, "refusal_delay": 0.0} | rest))
 
 
 @pytest.fixture(params=SDKS, ids=str)
@@ -24,22 +24,22 @@ def sdk(request: pytest.FixtureRequest) -> Sdk:
     return chosen
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: way.name)
-def house(request: pytest.FixtureRequest, sdk: Sdk) -> Iterator[House]:
+@pytest.fixture(params=CALL_PATHS, ids=lambda way: way.name)
+def house(request: pytest.FixtureRequest, sdk: Sdk) -> Iterator[SdkHarness]:
     with contextlib.ExitStack() as stack:
-        yield House(request.param, sdk, stack)
+        yield SdkHarness(request.param, sdk, stack)
 
 
 @pytest.fixture(scope="session")
-def process() -> Iterator[RunningPlant]:
-    with start_plant(config()) as plant:
+def process() -> Iterator[ProviderProcess]:
+    with start_provider(config()) as plant:
         yield plant
 
 
 class Plant:
     """The simulated provider of a test, which is as it is made to be."""
 
-    def __init__(self, process: RunningPlant) -> None:
+    def __init__(self, process: ProviderProcess) -> None:
         self._process = process
         self.url = process.url
         self.be()
@@ -59,7 +59,7 @@ class Plant:
 
 
 @pytest.fixture
-def plant(process: RunningPlant) -> Plant:
+def plant(process: ProviderProcess) -> Plant:
     return Plant(process)
 
 

@@ -13,7 +13,7 @@ from forebay.gateway.server import Gateway
 
 
 @contextlib.contextmanager
-def serving(settings: GatewaySettings) -> Iterator[Gateway]:
+def run_gateway(settings: GatewaySettings) -> Iterator[Gateway]:
     """A gateway that runs on a loop in a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gateway")

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 import pytest
 from llmock.pytest_plugin import LLMock
-from tests.contract.sdks.house import House, Sdk
+from tests.contract.sdks.sdk_harness import Sdk, SdkHarness
 
 OPENAI: Final = [Sdk("openai", awaits=False), Sdk("openai", awaits=True)]
 WEATHER: Final[dict[str, Any]] = {"type": "object", "properties": {"city": {"type": "string"}}}
 
 
-def test_answers_come_whole_and_in_pieces(house: House, mock: LLMock, mock_url: str) -> None:
+def test_answers_come_whole_and_in_pieces(house: SdkHarness, mock: LLMock, mock_url: str) -> None:
     mock.reply("The Danube.", times=2)
     way = house.open(mock_url)
     answer = way.caller.create()
@@ -21,18 +21,18 @@ def test_answers_come_whole_and_in_pieces(house: House, mock: LLMock, mock_url: 
         answer.choices[0].message.content if house.sdk.name == "openai" else answer.content[0].text
     ) == "The Danube."
     assert house.sdk.text(way.caller.parts()) == "The Danube."
-    assert way.nothing_is_left()
+    assert way.is_idle()
     assert {account.breaker.state(0.0).value for account in way.accounts} == {"closed"}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_tools_are_called(house: House, mock: LLMock, mock_url: str, stream: bool) -> None:  # noqa: FBT001
+def test_tools_are_called(house: SdkHarness, mock: LLMock, mock_url: str, stream: bool) -> None:  # noqa: FBT001
     mock.call_tool("weather", {"city": "Paris"})
     way = house.open(mock_url)
     ask: Any = {"tools": [tool_of(house.sdk)]}
     answer = way.caller.parts(**ask) if stream else way.caller.create(**ask)
     assert tool_called(house.sdk, answer) == ("weather", {"city": "Paris"})
-    assert way.nothing_is_left()
+    assert way.is_idle()
 
 
 def tool_of(sdk: Sdk) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def tool_called(sdk: Sdk, answer: Any) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize("sdk", OPENAI, ids=str)
-def test_responses_come_whole_and_in_pieces(house: House, mock: LLMock, mock_url: str) -> None:
+def test_responses_come_whole_and_in_pieces(house: SdkHarness, mock: LLMock, mock_url: str) -> None:
     mock.reply("The Danube.", times=2)
     way = house.open(mock_url)
     ask: dict[str, Any] = {"model": "gpt-4o", "input": "Rivers?"}
@@ -71,11 +71,11 @@ def test_responses_come_whole_and_in_pieces(house: House, mock: LLMock, mock_url
     parts = way.caller.read(lambda client: client.responses.create(stream=True, **ask))
     assert "".join(part.delta for part in parts if part.type == "response.output_text.delta") == "The Danube."
     assert parts[-1].type == "response.completed"
-    assert way.nothing_is_left()
+    assert way.is_idle()
 
 
 @pytest.mark.parametrize("sdk", OPENAI, ids=str)
-def test_embeddings_come(house: House, mock: LLMock, mock_url: str) -> None:
+def test_embeddings_come(house: SdkHarness, mock: LLMock, mock_url: str) -> None:
     way, bare = house.open(mock_url), house.bare(mock_url)
     ask: dict[str, Any] = {"model": "text-embedding-3-small", "input": ["Rivers?", "Lakes?"]}
     answers = [caller.do(lambda client: client.embeddings.create(**ask)) for caller in (way.caller, bare)]
@@ -83,4 +83,4 @@ def test_embeddings_come(house: House, mock: LLMock, mock_url: str) -> None:
     assert vectors[0] == vectors[1]
     assert len(vectors[0]) == len(mock.requests) == 2
     assert answers[0].usage.prompt_tokens > 0
-    assert way.nothing_is_left()
+    assert way.is_idle()

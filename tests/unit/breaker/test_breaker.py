@@ -14,18 +14,25 @@ from forebay.breaker import (
     Breaker,
     BreakerRules,
     BreakerState,
-    FaultsAmong,
-    FewCalls,
-    consecutive,
+    FaultCountTrigger,
+    MinimumSampleTrigger,
+    consecutive_faults,
 )
 from forebay.errors import InvalidSetting
-from forebay.typing import Outcome
+from forebay.interfaces import Outcome
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 SUCCESS, OVERLOAD, FAULT, IGNORED = Outcome.SUCCESS, Outcome.OVERLOAD, Outcome.FAULT, Outcome.IGNORED
 
 #: Sleeps last exactly what the rules say at most; the first is 10 s.
-RULES = BreakerRules(arms=(consecutive(5),), cool_off=10.0, ceiling=60.0, probes=1, successes=2, probe_time=30.0)
+RULES = BreakerRules(
+    triggers=(consecutive_faults(5),),
+    reset_timeout=10.0,
+    max_reset_timeout=60.0,
+    probes=1,
+    successes=2,
+    probe_timeout=30.0,
+)
 
 
 def always_longest() -> float:
@@ -50,7 +57,7 @@ def opened(rules: BreakerRules = RULES, *, now: float = 0.0) -> Breaker:
 
 
 def left(breaker: Breaker, now: float) -> float:
-    remaining = breaker.remaining(now)
+    remaining = breaker.retry_after(now)
     assert remaining is not None
     return remaining
 
@@ -82,7 +89,7 @@ def test_four_faults_open_it_as_long_as_chance_does_not_explain_them(calls: int,
 
 
 def test_faults_older_than_the_window_are_no_longer_few_calls_evidence() -> None:
-    breaker = make(BreakerRules(arms=(FewCalls(seconds=10),)))
+    breaker = make(BreakerRules(triggers=(MinimumSampleTrigger(seconds=10),)))
     for _ in range(4):
         call(breaker, 0.9, FAULT)
     assert call(breaker, 10.0, FAULT) is None, "the bucket of second 0 has left"
@@ -118,7 +125,7 @@ def test_six_percent_is_found_within_about_800_calls_in_the_median() -> None:
 
 
 def test_one_percent_on_a_busy_upstream_is_left_alone() -> None:
-    draws = clock.chance(1)
+    draws = clock.new_random(1)
     breaker = make(UPSTREAM_RULES)
     for n in range(50_000):
         call(breaker, n / 50.0, FAULT if draws.random() < 0.01 else SUCCESS)
@@ -128,7 +135,7 @@ def test_one_percent_on_a_busy_upstream_is_left_alone() -> None:
 def _median_calls_until_open(*, share: float, per_second: float) -> int:
     needed = []
     for seed in range(41):
-        draws = clock.chance(seed)
+        draws = clock.new_random(seed)
         breaker = make(UPSTREAM_RULES)
         calls = 0
         while breaker.ready(calls / per_second):
@@ -211,8 +218,8 @@ def test_the_sleep_doubles_up_to_the_ceiling_and_closing_resets_it() -> None:
 @pytest.mark.parametrize("opening", [1, 2, 5, 5000])
 def test_jitter_takes_from_the_upper_half_of_the_sleep(opening: int) -> None:
     longest = min(60.0, 10.0 * 2.0 ** min(opening - 1, 10))
-    assert RULES.sleep(opening, chance=0.0) == longest / 2
-    assert longest / 2 < RULES.sleep(opening, chance=0.999) < longest
+    assert RULES.open_duration(opening, draw=0.0) == longest / 2
+    assert longest / 2 < RULES.open_duration(opening, draw=0.999) < longest
 
 
 def test_it_draws_once_for_each_opening_and_never_otherwise() -> None:
@@ -226,13 +233,13 @@ def test_it_draws_once_for_each_opening_and_never_otherwise() -> None:
 
 
 def test_without_a_cool_off_it_stays_open_until_reset() -> None:
-    breaker = opened(BreakerRules(cool_off=None))
+    breaker = opened(BreakerRules(reset_timeout=None))
     assert breaker.state(1e12) is OPEN
     assert breaker.allow(1e12) == 0
-    assert breaker.remaining(1e12) is None
+    assert breaker.retry_after(1e12) is None
     breaker.reset()
     assert breaker.allow(0.0)
-    assert breaker.remaining(0.0) == 0.0
+    assert breaker.retry_after(0.0) == 0.0
 
 
 # --- half-open -----------------------------------------------------------------------------------------------------
@@ -299,7 +306,7 @@ def test_half_open_without_a_probe_out_waits_for_traffic_as_long_as_it_takes() -
 
 
 def test_one_hanging_probe_is_noticed_though_others_are_cancelled_all_the_time() -> None:
-    breaker = opened(BreakerRules(probes=2, probe_time=30.0))
+    breaker = opened(BreakerRules(probes=2, probe_timeout=30.0))
     breaker.allow(10.0)
     for second in range(10, 40):
         call(breaker, second, IGNORED)
@@ -405,11 +412,11 @@ def test_eras_are_true_and_never_come_back() -> None:
     "settings",
     [
         {"arms": ()},
-        {"cool_off": 0.0},
-        {"cool_off": -1.0},
-        {"cool_off": math.inf},
-        {"cool_off": math.nan},
-        {"cool_off": 120.0},
+        {"reset_timeout": 0.0},
+        {"reset_timeout": -1.0},
+        {"reset_timeout": math.inf},
+        {"reset_timeout": math.nan},
+        {"reset_timeout": 120.0},
         {"ceiling": math.inf},
         {"ceiling": math.nan},
         {"probes": 0},
@@ -429,10 +436,10 @@ def test_a_rule_that_makes_no_sense_is_refused_by_name(settings: dict[str, objec
 @pytest.mark.parametrize("settings", [{"least_calls": 0}, {"least_faults": 0}, {"seconds": 0}, {"share": 1.0}])
 def test_an_arm_that_makes_no_sense_is_refused_by_name(settings: dict[str, float]) -> None:
     with pytest.raises(InvalidSetting, match=next(iter(settings))):
-        FewCalls(**settings)  # type: ignore[arg-type]
+        MinimumSampleTrigger(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("faults", "calls"), [(0, 5), (6, 5), (1, 0), (2.5, 5)])
 def test_more_faults_than_calls_cannot_be_asked_for(faults: int, calls: int) -> None:
-    with pytest.raises(InvalidSetting, match="FaultsAmong"):
-        FaultsAmong(faults=faults, calls=calls)
+    with pytest.raises(InvalidSetting, match="FaultCountTrigger"):
+        FaultCountTrigger(faults=faults, calls=calls)

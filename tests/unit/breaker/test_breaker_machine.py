@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forebay.breaker import Breaker, BreakerRules, BreakerState, FaultsAmong, consecutive
-from forebay.typing import Outcome
+from forebay.breaker import Breaker, BreakerRules, BreakerState, FaultCountTrigger, consecutive_faults
+from forebay.interfaces import Outcome
 
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 
@@ -24,12 +24,12 @@ class BreakerMachine(RuleBasedStateMachine):
     )
     def build(self, probes: int, successes: int, chance: float) -> None:
         self.terms = BreakerRules(
-            arms=(consecutive(3), FaultsAmong(faults=5, calls=20)),
-            cool_off=8.0,
-            ceiling=32.0,
+            triggers=(consecutive_faults(3), FaultCountTrigger(faults=5, calls=20)),
+            reset_timeout=8.0,
+            max_reset_timeout=32.0,
             probes=probes,
             successes=successes,
-            probe_time=16.0,
+            probe_timeout=16.0,
         )
         self.breaker = Breaker(self.terms, draw=lambda: chance)
         self.now = 0.0
@@ -38,7 +38,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @property
     def probes_out(self) -> int:
-        return Counter(self.out)[self.breaker._era]
+        return Counter(self.out)[self.breaker._epoch]
 
     @rule()
     def call(self) -> None:
@@ -54,7 +54,7 @@ class BreakerMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.out) - 1))
         before = self.breaker.state(self.now)
         era = self.out.pop(index)
-        current = era == self.breaker._era
+        current = era == self.breaker._epoch
         changed = self.breaker.record(self.now, outcome, era)
         assert changed is None or changed is self.breaker.state(self.now) is not before
         if not current and outcome is not Outcome.SUCCESS:
@@ -73,7 +73,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def wait_as_told(self) -> None:
-        remaining = self.breaker.remaining(self.now)
+        remaining = self.breaker.retry_after(self.now)
         assert remaining is not None
         state = self.breaker.state(self.now)
         self.now += remaining * (1 + 1e-9)
@@ -102,18 +102,18 @@ class BreakerMachine(RuleBasedStateMachine):
     @invariant()
     def what_it_says_agrees(self) -> None:
         state = self.breaker.state(self.now)
-        remaining = self.breaker.remaining(self.now)
+        remaining = self.breaker.retry_after(self.now)
         assert remaining is not None
         assert (remaining == 0.0) == self.breaker.ready(self.now)
         assert self.breaker.ready(self.now) == (state is CLOSED or (state is HALF_OPEN and remaining == 0.0))
-        assert remaining <= max(self.terms.ceiling, self.terms.probe_time)
+        assert remaining <= max(self.terms.max_reset_timeout, self.terms.probe_timeout)
 
     def teardown(self) -> None:
         """Though all that is out hangs for ever, it closes once calls succeed again."""
         if not hasattr(self, "breaker"):
             return
         for _ in range(2 + self.terms.successes):
-            remaining = self.breaker.remaining(self.now)
+            remaining = self.breaker.retry_after(self.now)
             assert remaining is not None
             self.now += remaining * (1 + 1e-9)
             era = self.breaker.allow(self.now)

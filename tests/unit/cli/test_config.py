@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from forebay.cli.config import gateway_settings
-from forebay.cli.document import InvalidConfiguration
+from forebay.cli.config import load_gateway_settings
+from forebay.cli.toml_document import InvalidConfiguration
 from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
-from forebay.gateway.route import make_targets
+from forebay.gateway.targets import make_targets
 from forebay.quota import Price
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "forebay.toml"
@@ -25,13 +25,13 @@ def problems(text: str, tmp_path: Path, **options: Any) -> list[str]:
     file = tmp_path / "forebay.toml"
     file.write_text(textwrap.dedent(text))
     with pytest.raises(InvalidConfiguration) as refused:
-        gateway_settings(file, **options)
+        load_gateway_settings(file, **options)
     return str(refused.value).replace(str(file), "f").splitlines()
 
 
 def refusal(**options: Any) -> str:
     with pytest.raises(InvalidConfiguration) as refused:
-        gateway_settings(None, **options)
+        load_gateway_settings(None, **options)
     return str(refused.value)
 
 
@@ -39,7 +39,7 @@ def refusal(**options: Any) -> str:
 
 
 def test_the_example_says_what_it_seems_to_say() -> None:
-    assert gateway_settings(EXAMPLE) == GatewaySettings(
+    assert load_gateway_settings(EXAMPLE) == GatewaySettings(
         listen="127.0.0.1:8787",
         max_connections=2000,
         drain_timeout=60.0,
@@ -57,8 +57,8 @@ def test_the_example_says_what_it_seems_to_say() -> None:
                     "o3*": QuotaSettings(rpm=100, tpm=100_000),
                 },
                 fallback=(
-                    FallbackSettings(of="gpt-4o", model="gpt-4o-mini"),
-                    FallbackSettings(target="llama", model="llama-3.3-70b", when=0.9),
+                    FallbackSettings(models="gpt-4o", model="gpt-4o-mini"),
+                    FallbackSettings(target="llama", model="llama-3.3-70b", load_threshold=0.9),
                 ),
             ),
             TargetSettings(name="anthropic", url="https://api.anthropic.com", budget_usd=25.0),
@@ -67,7 +67,7 @@ def test_the_example_says_what_it_seems_to_say() -> None:
                 url="http://127.0.0.1:8000",
                 provider="vllm",
                 max_concurrent=16,
-                longest_wait=20.0,
+                max_wait=20.0,
                 prices={"*": Price(input=0.1, output=0.2)},
                 weights={"acme": 3.0},
             ),
@@ -76,17 +76,17 @@ def test_the_example_says_what_it_seems_to_say() -> None:
 
 
 def test_every_target_of_the_example_makes_an_upstream() -> None:
-    names = [target.upstream.name for target in make_targets(gateway_settings(EXAMPLE), {})]
+    names = [target.upstream.name for target in make_targets(load_gateway_settings(EXAMPLE), {})]
     assert sorted(names) == sorted(["openai", "anthropic", "llama"])
 
 
 def test_a_token_file_is_looked_for_beside_the_file_that_names_it(tmp_path: Path) -> None:
     file = tmp_path / "forebay.toml"
     file.write_text(f'gateway.token_file = "token"\ntargets.openai.url = "{URL}"\n')
-    assert gateway_settings(file).token_file == str(tmp_path / "token")
-    assert gateway_settings(file, gateway={"token_file": "other"}).token_file == "other"
+    assert load_gateway_settings(file).token_file == str(tmp_path / "token")
+    assert load_gateway_settings(file, gateway={"token_file": "other"}).token_file == "other"
     file.write_text(f'gateway.token_file = "/run/token"\ntargets.openai.url = "{URL}"\n')
-    assert gateway_settings(file).token_file == "/run/token"
+    assert load_gateway_settings(file).token_file == "/run/token"
 
 
 # --- mistakes in a file ---
@@ -105,7 +105,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         [targets.openai.models."gpt-4o*"]
         rpm = 0
         [targets.b]
-        longest_wait = 5
+        max_wait = 5
     """
     assert problems(text, tmp_path) == [
         "f:2: gateway.max_body is no setting; did you mean max_body_bytes?",
@@ -251,7 +251,9 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_options_alone_will_do() -> None:
-    settings = gateway_settings(None, targets=[OPENAI, ANTHROPIC], gateway={"listen": "[::1]:80", "token_env": None})
+    settings = load_gateway_settings(
+        None, targets=[OPENAI, ANTHROPIC], gateway={"listen": "[::1]:80", "token_env": None}
+    )
     assert settings == GatewaySettings(
         listen="[::1]:80",
         targets=(
@@ -263,14 +265,14 @@ def test_options_alone_will_do() -> None:
 
 def test_a_limit_is_for_every_target_and_a_named_one_for_one() -> None:
     limits = {"rpm": ["openai=50", "500"], "budget_usd": ["anthropic=2.5"]}
-    openai, anthropic = gateway_settings(None, targets=[OPENAI, ANTHROPIC], limits=limits, share_keys=True).targets
+    openai, anthropic = load_gateway_settings(None, targets=[OPENAI, ANTHROPIC], limits=limits, share_keys=True).targets
     assert (openai.rpm, openai.budget_usd, openai.share_keys) == (50, None, True)
     assert (anthropic.rpm, anthropic.budget_usd, anthropic.share_keys) == (500, 2.5, True)
 
 
 def test_every_limit_may_be_said(tmp_path: Path) -> None:
     limits = {"rpm": 1, "input_tpm": 2, "output_tpm": 3, "tpm": 4, "max_concurrent": 5, "budget_usd": 6.5}
-    (openai,) = gateway_settings(
+    (openai,) = load_gateway_settings(
         None, targets=[OPENAI], limits={name: [str(value)] for name, value in limits.items()}
     ).targets
     assert openai == TargetSettings(name="openai", url=URL, **limits)  # type: ignore[arg-type]
@@ -278,7 +280,7 @@ def test_every_limit_may_be_said(tmp_path: Path) -> None:
     file.write_text(
         f"[targets.openai]\nurl = '{URL}'\n" + "\n".join(f"{name} = {value}" for name, value in limits.items())
     )
-    assert gateway_settings(file).targets == (openai,)
+    assert load_gateway_settings(file).targets == (openai,)
 
 
 def test_an_option_goes_before_the_file(tmp_path: Path) -> None:
@@ -292,7 +294,7 @@ def test_an_option_goes_before_the_file(tmp_path: Path) -> None:
         tpm = 7
         share_keys = true
     """)
-    settings = gateway_settings(
+    settings = load_gateway_settings(
         file,
         targets=["openai=http://127.0.0.1:9", ANTHROPIC],
         limits={"rpm": ["6"]},

@@ -17,7 +17,7 @@ from forebay.gateway import (
     QuotaSettings,
     TargetSettings,
 )
-from forebay.gateway.route import make_targets
+from forebay.gateway.targets import make_targets
 from forebay.quota import Price, Quota
 
 URL = "https://api.openai.com"
@@ -49,7 +49,7 @@ def gateway(**changes: Any) -> GatewaySettings:
 def test_a_target_keeps_the_rules_of_its_provider(name: str, provider: str | None, rules: str) -> None:
     upstream = target(name=name, provider=provider).upstream()
     assert upstream.name == name
-    assert upstream.rules.provider == rules
+    assert upstream.profile.provider == rules
 
 
 def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
@@ -61,11 +61,11 @@ def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
         tenant_budget_usd=5.0,
         task_budget_usd=0.5,
         prices={"mine": Price(input=1, output=2)},
-        longest_wait=20,
+        max_wait=20,
         max_attempts=2,
         weights={"acme": 3.0},
     ).upstream()
-    terms = upstream.books.terms
+    terms = upstream.accounts.settings
     assert terms.quotas == (Quota(requests=500, per="minute"),)
     assert terms.models == {
         "gpt-4o*": (
@@ -76,8 +76,8 @@ def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
         ),
         "o3": (),
     }
-    assert (terms.max_concurrent, terms.longest_wait, terms.weights) == (7, 20, {"acme": 3.0})
-    assert (upstream.retry.max_attempts, upstream.retry.longest_wait) == (2, 20)
+    assert (terms.max_concurrent, terms.max_wait, terms.weights) == (7, 20, {"acme": 3.0})
+    assert (upstream.retry.max_attempts, upstream.retry.max_total_delay) == (2, 20)
     assert upstream.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
 
 
@@ -85,15 +85,15 @@ async def test_the_budgets_of_a_target_are_those_of_a_day_of_a_tenant_and_of_a_t
     spend = target(budget_usd=25, tenant_budget_usd=5, prices={"*": Price(input=1, output=1)}).upstream()
     async with spend.call("m", input_tokens=1_000_000, tenant="acme") as call:
         call.settle(input_tokens=1_000_000, output_tokens=0)
-    money = spend.books.money
-    assert money.own is not None
-    assert money.own.spent() == 1.0
-    assert 0 < (money.own.resets_in() or 0) <= 86_400
-    assert target(task_budget_usd=1).upstream().books.money.any
+    money = spend.accounts.budgets
+    assert money.upstream_budget is not None
+    assert money.upstream_budget.spent() == 1.0
+    assert 0 < (money.upstream_budget.resets_in() or 0) <= 86_400
+    assert target(task_budget_usd=1).upstream().accounts.budgets.has_budgets
 
 
 def test_a_target_without_limits_is_learned() -> None:
-    terms = target().upstream().books.terms
+    terms = target().upstream().accounts.settings
     assert (terms.quotas, terms.models, terms.max_concurrent) == ((), {}, None)
 
 
@@ -117,8 +117,8 @@ def test_a_target_without_limits_is_learned() -> None:
         ({"budget_usd": math.inf}, "budget_usd"),
         ({"tenant_budget_usd": math.nan}, "tenant_budget_usd"),
         ({"task_budget_usd": -1.0}, "task_budget_usd"),
-        ({"longest_wait": 0.0}, "longest_wait"),
-        ({"longest_wait": None}, "longest_wait"),
+        ({"max_wait": 0.0}, "max_wait"),
+        ({"max_wait": None}, "max_wait"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"weights": {"acme": 0}}, "weights.acme"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from forebay.typing import Grant, Limit, Outcome
+from forebay.interfaces import Grant, Limit, Outcome
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Server:
     limit: Limit
     capacity: int
     stray: int = 0
-    stretch: float | None = 1.0
+    slowdown: float | None = 1.0
     now: float = 0.0
     flying: list[Grant] = field(default_factory=list)
     refused: int = 0
@@ -30,7 +30,7 @@ class Server:
         done, self.flying = self.flying, []
         for grant in done:
             self.limit.accepted(self.now, grant)
-            self.limit.observe(self.now, grant, Outcome.SUCCESS, stretch=self.stretch)
+            self.limit.observe(self.now, grant, Outcome.SUCCESS, slowdown=self.slowdown)
         for _ in range(3 * self.capacity + 3):  # more at once is refused, and comes back in the next second
             if len(self.flying) >= self.limit.limit(self.now):
                 break

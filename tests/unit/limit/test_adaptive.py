@@ -7,9 +7,9 @@ from collections import deque
 import pytest
 from tests.unit.limit.server import Server
 
-from forebay.limit import AdaptiveLimit, AdaptiveState
-from forebay.typing import Grant, Outcome
-from forebay.upstream.pace import Pace
+from forebay.interfaces import Grant, Outcome
+from forebay.limit import AdaptiveLimit, AdaptiveLimitState
+from forebay.upstream.latency_model import LatencyModel
 
 
 def settled(capacity: int = 50, stray: int = 0) -> Server:
@@ -25,7 +25,7 @@ def adaptive(server: Server) -> AdaptiveLimit:
 
 
 def test_it_finds_the_capacity_by_doubling_and_stays_there() -> None:
-    server = Server(AdaptiveLimit(start=1), 50)
+    server = Server(AdaptiveLimit(initial_limit=1), 50)
     server.run(60)
     server.run(300)
     assert 49 <= min(server.seen[60:]) <= max(server.seen[60:]) <= 52
@@ -67,7 +67,7 @@ def test_when_all_is_refused_it_knocks_and_then_returns_to_what_held() -> None:
     server.capacity = 0
     server.run(20)
     limit = adaptive(server)
-    assert limit.state(server.now) is AdaptiveState.KNOCKING
+    assert limit.state(server.now) is AdaptiveLimitState.BACKING_OFF
     knocked = server.sent
     server.run(60)
     assert 10 <= server.sent - knocked <= 20  # a lone call in five seconds, about
@@ -86,7 +86,7 @@ def test_a_passing_spell_is_forgotten_in_a_few_seconds() -> None:
 
 
 def test_a_call_of_an_earlier_epoch_says_nothing() -> None:
-    limit = AdaptiveLimit(start=20)
+    limit = AdaptiveLimit(initial_limit=20)
     old = [limit.grant(0.0, 20) for _ in range(40)]
     for grant in old[:10]:
         limit.observe(0.1, grant, Outcome.OVERLOAD)
@@ -116,7 +116,7 @@ def test_it_grows_no_further_than_it_is_used() -> None:
 
 
 def test_it_never_passes_its_largest() -> None:
-    server = Server(AdaptiveLimit(largest=30), 1000)
+    server = Server(AdaptiveLimit(max_limit=30), 1000)
     server.run(60)
     assert max(server.seen) == 30
 
@@ -125,7 +125,7 @@ def shared(server: Server, slots: int, seconds: int) -> None:
     """Let the server share so many slots: more calls in flight are slower ones, none is refused."""
     server.capacity = 10_000
     for _ in range(seconds):
-        server.stretch = max(1.0, len(server.flying) / slots)
+        server.slowdown = max(1.0, len(server.flying) / slots)
         server.second()
 
 
@@ -145,11 +145,11 @@ def test_one_that_shares_is_not_waited_for() -> None:
 
 def test_what_was_learned_under_a_flood_is_not_believed() -> None:
     """There are three slots, and from the first call on there are ten in flight."""
-    server, pace = Server(AdaptiveLimit(), 10_000, stretch=None), Pace()
+    server, pace = Server(AdaptiveLimit(), 10_000, slowdown=None), LatencyModel()
     for _ in range(300):
         took = max(1.0, len(server.flying) / 3)
         for _ in server.flying:
-            server.stretch = pace.stretch(100, took, light=False)
+            server.slowdown = pace.observe(100, took, light=False)
         server.second()
     assert max(server.seen[100:]) <= 15
     assert sorted(server.seen[100:])[100] <= 5
@@ -157,16 +157,16 @@ def test_what_was_learned_under_a_flood_is_not_believed() -> None:
 
 def test_a_slow_down_that_passes_is_waited_for() -> None:
     server = settled()
-    server.stretch = 2.5
+    server.slowdown = 2.5
     server.run(55)
-    server.stretch = 1.0
+    server.slowdown = 1.0
     server.run(20)
     assert min(server.seen[120:]) >= 48
 
 
 def test_a_slow_down_that_is_not_ours_is_left_alone() -> None:
     server = settled()
-    server.stretch = 2.5
+    server.slowdown = 2.5
     server.run(100)
     low = min(server.seen[120:])
     assert low < 40  # it tried
@@ -176,17 +176,17 @@ def test_a_slow_down_that_is_not_ours_is_left_alone() -> None:
 
 def test_a_slow_down_that_passes_in_a_trial_leaves_nothing_behind() -> None:
     server = settled()
-    server.stretch = 2.5
+    server.slowdown = 2.5
     while server.limit.limit(server.now) >= 40:
         server.second()
-    server.stretch = 1.0
+    server.slowdown = 1.0
     server.run(3)
     assert server.seen[-1] >= 48
 
 
 def test_nothing_raises_it_in_a_trial() -> None:
     server = settled()
-    server.stretch = 2.5
+    server.slowdown = 2.5
     while server.limit.limit(server.now) >= 40:
         server.second()
     lowered = server.limit.limit(server.now)
@@ -197,18 +197,18 @@ def test_nothing_raises_it_in_a_trial() -> None:
 
 def test_a_trial_without_answers_is_given_up() -> None:
     server = settled()
-    server.stretch = 2.5
-    while adaptive(server).state(server.now) is not AdaptiveState.TRIAL:
+    server.slowdown = 2.5
+    while adaptive(server).state(server.now) is not AdaptiveLimitState.EXPERIMENT:
         server.second()
-    server.stretch = None
+    server.slowdown = None
     server.run(130)
-    assert adaptive(server).state(server.now) is not AdaptiveState.TRIAL
+    assert adaptive(server).state(server.now) is not AdaptiveLimitState.EXPERIMENT
     server.run(60)
     assert server.seen[-1] >= 48
 
 
 def test_an_expectation_that_is_too_short_does_not_keep_it_down() -> None:
-    server = Server(AdaptiveLimit(), 5, stretch=1.3)
+    server = Server(AdaptiveLimit(), 5, slowdown=1.3)
     server.run(60)
     server.capacity = 50
     server.run(400)
@@ -223,8 +223,8 @@ def test_it_names_what_it_does() -> None:
         for _ in range(60):
             server.second()
             seen.add(adaptive(server).state(server.now))
-    server.stretch = 3.0
+    server.slowdown = 3.0
     for _ in range(30):
         server.second()
         seen.add(adaptive(server).state(server.now))
-    assert seen == set(AdaptiveState)
+    assert seen == set(AdaptiveLimitState)

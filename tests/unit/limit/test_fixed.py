@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from forebay.interfaces import Grant, Outcome
 from forebay.limit import FixedLimit
-from forebay.typing import Grant, Outcome
 
 
 def refuse(limit: FixedLimit, now: float, times: int = 1) -> None:
@@ -29,7 +29,7 @@ def test_refusals_in_a_row_are_an_outage_and_no_fewer(n: int, row: int) -> None:
     assert limit.limit(0.0) == n
     refuse(limit, 0.0)
     assert limit.limit(0.0) == 0
-    assert limit.next_change(0.0) == 1.0
+    assert limit.reopens_at(0.0) == 1.0
 
 
 def test_a_success_among_refusals_shows_that_it_is_none() -> None:
@@ -43,7 +43,7 @@ def test_a_success_among_refusals_shows_that_it_is_none() -> None:
 def test_it_knocks_after_silences_that_double_to_five_seconds() -> None:
     limit, now, silences = shut(), 0.0, []
     for _ in range(5):
-        when = limit.next_change(now)
+        when = limit.reopens_at(now)
         assert when is not None
         silences.append(when - now)
         now = when
@@ -60,7 +60,7 @@ def test_one_knocks_at_a_time_and_brings_all_back() -> None:
     refuse(limit, 3.0, 9)
     assert limit.limit(3.0) == 3  # the row has begun anew, and so has the silence
     refuse(limit, 3.0)
-    assert limit.next_change(3.0) == 4.0
+    assert limit.reopens_at(3.0) == 4.0
 
 
 def test_one_that_is_let_in_is_followed_by_another() -> None:
@@ -79,7 +79,7 @@ def test_who_was_let_in_and_is_refused_all_the_same_has_ended_no_outage() -> Non
     knock = limit.grant(1.0, 1)
     limit.accepted(2.0, knock)  # nothing came for a second
     limit.observe(4.0, knock, Outcome.OVERLOAD)
-    assert limit.next_change(4.0) == 6.0
+    assert limit.reopens_at(4.0) == 6.0
 
 
 def test_a_long_call_from_before_does_not_keep_others_from_knocking() -> None:
@@ -95,4 +95,4 @@ def test_a_knock_that_says_nothing_is_followed_by_another(outcome: Outcome) -> N
     knock: Grant = limit.grant(1.0, 1)
     limit.observe(1.5, knock, outcome)
     assert limit.limit(1.5) == 1
-    assert limit.next_change(1.5) is None
+    assert limit.reopens_at(1.5) is None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from forebay.limit import AimdByTimeout, EpochAimd, FixedLimit, GradientLimit, VegasLimit
-from forebay.typing import Limit, Outcome
+from forebay.interfaces import Limit, Outcome
+from forebay.limit import AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
 
 
 def rounds(limit: Limit, took: Callable[[int], float], count: int) -> int:
@@ -29,23 +29,23 @@ def test_a_queue_at_the_other_side_holds_it(make: Callable[[], Limit]) -> None:
     assert 25 <= rounds(make(), queueing(30), 3000) <= 120
 
 
-@pytest.mark.parametrize("make", [GradientLimit, VegasLimit, AimdByTimeout], ids=["gradient", "vegas", "timeout"])
+@pytest.mark.parametrize("make", [GradientLimit, VegasLimit, TimeoutAimdLimit], ids=["gradient", "vegas", "timeout"])
 def test_calls_that_get_no_slower_let_it_grow(make: Callable[[], Limit]) -> None:
     assert rounds(make(), lambda _: 1.0, 20_000) > 100
 
 
 def test_the_timeout_is_what_holds_aimd() -> None:
-    assert 100 <= rounds(AimdByTimeout(timeout=5.0), queueing(30), 20_000) <= 160
+    assert 100 <= rounds(TimeoutAimdLimit(timeout=5.0), queueing(30), 20_000) <= 160
 
 
 def test_a_late_answer_lowers_aimd_whatever_it_was() -> None:
-    limit = AimdByTimeout(timeout=5.0, start=20)
+    limit = TimeoutAimdLimit(timeout=5.0, initial_limit=20)
     limit.observe(6.0, limit.grant(0.0, 20), Outcome.IGNORED)
     assert limit.limit(6.0) == 18
 
 
 def test_epoch_aimd_doubles_until_its_first_refusal_and_creeps_after_it() -> None:
-    limit = EpochAimd(start=10)
+    limit = AimdLimit(initial_limit=10)
     assert rounds(limit, lambda _: 1.0, 30) >= 13
     limit.observe(9.0, limit.grant(9.0, limit.limit(9.0)), Outcome.OVERLOAD)
     cut = limit.limit(9.0)
@@ -53,7 +53,7 @@ def test_epoch_aimd_doubles_until_its_first_refusal_and_creeps_after_it() -> Non
 
 
 def test_a_refusal_lowers_vegas() -> None:
-    limit = VegasLimit(start=20)
+    limit = VegasLimit(initial_limit=20)
     for _ in range(5):
         limit.observe(0.1, limit.grant(0.0, 20), Outcome.OVERLOAD)
     assert limit.limit(0.1) == 13
@@ -64,4 +64,4 @@ def test_a_fixed_limit_is_fixed() -> None:
     assert rounds(limit, lambda _: 1000.0, 10) == 7
     limit.observe(0.0, limit.grant(0.0, 7), Outcome.OVERLOAD)
     assert limit.limit(0.0) == 7
-    assert limit.next_change(0.0) is None
+    assert limit.reopens_at(0.0) is None

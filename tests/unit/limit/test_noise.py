@@ -6,23 +6,23 @@ import itertools
 
 import pytest
 
-from forebay.limit.noise import Noise
+from forebay.limit.adaptive.refusal_detector import RefusalDetector
 
 
-def used_to(one_in: int | None, answers: int = 2000) -> Noise:
-    noise = Noise()
+def used_to(one_in: int | None, answers: int = 2000) -> RefusalDetector:
+    noise = RefusalDetector()
     for n in range(1, answers + 1):
         if one_in is not None and n % one_in == 0:
-            noise.refused()
+            noise.record_refusal()
         else:
-            noise.accepted()
+            noise.record_accepted()
     return noise
 
 
-def until_convinced(noise: Noise, *, suspect: bool = False) -> int:
+def until_convinced(noise: RefusalDetector, *, suspect: bool = False) -> int:
     for n in itertools.count(1):
-        noise.refused()
-        if noise.convinces(suspect=suspect):
+        noise.record_refusal()
+        if noise.is_overload(expected=suspect):
             return n
     raise AssertionError
 
@@ -42,10 +42,10 @@ def test_regular_strays_never_convince_and_become_the_background(one_in: int) ->
     noise = used_to(one_in, 1000)
     for n in range(1, 5000):
         if n % one_in == 0:
-            noise.refused()
+            noise.record_refusal()
         else:
-            noise.accepted()
-        assert not noise.convinces(suspect=False)
+            noise.record_accepted()
+        assert not noise.is_overload(expected=False)
     assert noise.background == pytest.approx(1 / one_in, rel=0.5)
 
 
@@ -53,5 +53,5 @@ def test_what_convinced_is_no_background() -> None:
     noise = used_to(None)
     before = noise.background
     until_convinced(noise)
-    noise.forget()
+    noise.reset()
     assert noise.background == before

@@ -45,7 +45,7 @@ def test_cached_tokens_without_a_price_cost_what_the_others_cost() -> None:
 @pytest.mark.parametrize(("provider", "model"), [("openai", "no-such-model"), ("my-vllm", "gpt-4o"), ("", "")])
 def test_what_has_no_price_says_so(provider: str, model: str) -> None:
     assert Prices().usd(provider, model, 10, 10) is None
-    assert not Prices().known(provider, model)
+    assert not Prices().has_price(provider, model)
 
 
 def test_counts_from_the_wire_that_make_no_sense_cost_nothing_less() -> None:
@@ -60,8 +60,8 @@ def test_without_the_list_only_ones_own_prices_are_known(monkeypatch: pytest.Mon
     try:
         table = Prices({"m": Price(input=1, output=1)})
         assert table.usd("openai", "gpt-4o", 10, 10) is None
-        assert table.known("openai", "m")
-        assert not prices.listed()
+        assert table.has_price("openai", "m")
+        assert not prices.price_list_installed()
     finally:
         prices._list.cache_clear()
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from forebay.errors import InvalidQuota, InvalidSetting
-from forebay.quota import Quota, Quotas
+from forebay.quota import Quota, RateLimiter
 
 
 def test_a_quota_knows_its_unit_amount_and_period() -> None:
@@ -46,4 +46,4 @@ def test_a_quota_does_not_change() -> None:
 
 def test_what_is_no_quota_is_refused_at_once() -> None:
     with pytest.raises(InvalidSetting, match="made of Quota objects"):
-        Quotas([500])  # type: ignore[list-item]
+        RateLimiter([500])  # type: ignore[list-item]

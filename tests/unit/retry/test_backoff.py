@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from forebay.errors import InvalidSetting
-from forebay.retry import Attempts, Retry
+from forebay.retry import Retry, RetryState
 
 CHANCE = st.floats(0, 1, exclude_max=True)
 NEARLY_ONE = math.nextafter(1.0, 0.0)
@@ -17,27 +17,27 @@ NEARLY_ONE = math.nextafter(1.0, 0.0)
 
 @pytest.mark.parametrize(("retry", "longest"), [(1, 0.5), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (100_000, 60.0)])
 def test_it_waits_up_to_twice_as_long_each_time(retry: int, longest: float) -> None:
-    rule = Retry(longest_wait=math.inf)
-    assert rule.delay(retry, chance=0.0) == 0.0
-    assert rule.delay(retry, chance=NEARLY_ONE) == pytest.approx(longest)
+    rule = Retry(max_total_delay=math.inf)
+    assert rule.delay(retry, draw=0.0) == 0.0
+    assert rule.delay(retry, draw=NEARLY_ONE) == pytest.approx(longest)
 
 
 def test_what_the_provider_asks_for_is_waited_and_those_who_were_told_the_same_come_back_apart() -> None:
     rule = Retry()
-    assert rule.delay(1, chance=0.0, retry_after=40.0) == 40.0
-    assert rule.delay(1, chance=0.5, retry_after=40.0) == pytest.approx(44.0)
-    assert rule.delay(1, chance=NEARLY_ONE, retry_after=40.0) == pytest.approx(48.0)
+    assert rule.delay(1, draw=0.0, retry_after=40.0) == 40.0
+    assert rule.delay(1, draw=0.5, retry_after=40.0) == pytest.approx(44.0)
+    assert rule.delay(1, draw=NEARLY_ONE, retry_after=40.0) == pytest.approx(48.0)
 
 
 def test_a_day_is_not_waited_for() -> None:
-    assert Retry().delay(1, chance=0.0, retry_after=86_400.0) is None
+    assert Retry().delay(1, draw=0.0, retry_after=86_400.0) is None
 
 
 def test_a_retry_at_the_deadline_or_later_is_none() -> None:
     rule = Retry()
-    assert rule.delay(1, chance=0.0, retry_after=5.0, left=5.0) is None
-    assert rule.delay(1, chance=0.0, left=0.0) is None
-    assert rule.delay(1, chance=0.0, left=-1.0) is None
+    assert rule.delay(1, draw=0.0, retry_after=5.0, time_left=5.0) is None
+    assert rule.delay(1, draw=0.0, time_left=0.0) is None
+    assert rule.delay(1, draw=0.0, time_left=-1.0) is None
 
 
 @given(
@@ -49,7 +49,7 @@ def test_a_retry_at_the_deadline_or_later_is_none() -> None:
 def test_a_delay_is_no_shorter_than_asked_for_and_within_what_is_left(
     retry: int, chance: float, asked: float | None, left: float
 ) -> None:
-    delay = Retry().delay(retry, chance=chance, retry_after=asked, left=left)
+    delay = Retry().delay(retry, draw=chance, retry_after=asked, time_left=left)
     if delay is None:
         assert max(0.0, asked or 0.0) >= min(left, 60.0)
     else:
@@ -66,8 +66,8 @@ def test_a_delay_is_no_shorter_than_asked_for_and_within_what_is_left(
         {"base": math.nan},
         {"base": 2.0, "ceiling": 1.0},
         {"ceiling": math.inf},
-        {"longest_wait": -1.0},
-        {"longest_wait": math.nan},
+        {"max_wait": -1.0},
+        {"max_wait": math.nan},
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, float]) -> None:
@@ -79,26 +79,26 @@ def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, float]) -> No
 
 
 def test_a_fault_is_tried_six_times_in_all() -> None:
-    attempts = Attempts(Retry())
-    delays = [attempts.next(counts=True, chance=0.5) for _ in range(6)]
+    attempts = RetryState(Retry())
+    delays = [attempts.next_delay(uses_attempt=True, draw=0.5) for _ in range(6)]
     assert delays == [0.25, 0.5, 1.0, 2.0, 4.0, None]
 
 
 def test_refusals_use_up_no_attempt_but_the_wait_bounds_them() -> None:
-    attempts = Attempts(Retry(longest_wait=100.0))
+    attempts = RetryState(Retry(max_total_delay=100.0))
     waits = []
-    while (wait := attempts.next(counts=False, chance=0.0, retry_after=3.0)) is not None:
+    while (wait := attempts.next_delay(uses_attempt=False, draw=0.0, retry_after=3.0)) is not None:
         waits.append(wait)
     assert len(waits) == 33
     assert attempts.failed == 0
-    assert [attempts.next(counts=True, chance=0.0) for _ in range(6)] == [0.0] * 5 + [None]
+    assert [attempts.next_delay(uses_attempt=True, draw=0.0) for _ in range(6)] == [0.0] * 5 + [None]
 
 
 def test_a_refusal_after_faults_backs_off_as_a_first_one() -> None:
-    attempts = Attempts(Retry())
+    attempts = RetryState(Retry())
     for _ in range(4):
-        attempts.next(counts=True, chance=0.0)
-    delay = attempts.next(counts=False, chance=NEARLY_ONE)
+        attempts.next_delay(uses_attempt=True, draw=0.0)
+    delay = attempts.next_delay(uses_attempt=False, draw=NEARLY_ONE)
     assert delay == pytest.approx(0.5)
 
 
@@ -106,10 +106,10 @@ def test_a_refusal_after_faults_backs_off_as_a_first_one() -> None:
 def test_a_call_never_waits_longer_than_it_may_and_faults_end_it(
     events: list[tuple[bool, float, float | None]],
 ) -> None:
-    attempts = Attempts(Retry(longest_wait=50.0))
+    attempts = RetryState(Retry(max_total_delay=50.0))
     waited = faults = 0.0
     for counts, chance, asked in events:
-        delay = attempts.next(counts=counts, chance=chance, retry_after=asked)
+        delay = attempts.next_delay(uses_attempt=counts, draw=chance, retry_after=asked)
         faults += counts
         if counts and faults >= 6:
             assert delay is None

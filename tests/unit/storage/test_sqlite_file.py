@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from forebay.errors import LedgerUnusable
+from forebay.errors import StoreUnavailable
 from forebay.storage import Schema, Synchronous
 from forebay.storage import sqlite_file as room
-from forebay.storage.sqlite_file import diagnose, filesystem, open_file
+from forebay.storage.sqlite_file import diagnose, filesystem_type, open_file
 
 ONE = ("CREATE TABLE one (n INTEGER)",)
 TWO = ("CREATE TABLE two (n INTEGER)", "INSERT INTO two VALUES (2)")
-SCHEMA = Schema(application=7, migrations=(ONE,))
+SCHEMA = Schema(application_id=7, migrations=(ONE,))
 
 
 def opened(path: Path, schema: Schema = SCHEMA, synchronous: Synchronous = Synchronous.FULL) -> sqlite3.Connection:
     return open_file(path, schema, synchronous, 0.05)
 
 
-def refusal(path: Path, schema: Schema = SCHEMA) -> LedgerUnusable:
-    with pytest.raises(LedgerUnusable) as caught:
+def refusal(path: Path, schema: Schema = SCHEMA) -> StoreUnavailable:
+    with pytest.raises(StoreUnavailable) as caught:
         opened(path, schema).close()
     assert str(path) in str(caught.value)
     return caught.value
@@ -134,11 +134,11 @@ short
     ],
 )
 def test_the_nearest_mount_says_what_a_directory_lies_on(directory: str, kind: str) -> None:
-    assert filesystem(Path(directory), MOUNTS) == kind
+    assert filesystem_type(Path(directory), MOUNTS) == kind
 
 
 def test_nothing_is_known_without_mounts() -> None:
-    assert filesystem(Path("/home"), "") == ""
+    assert filesystem_type(Path("/home"), "") == ""
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def failed(code: int, kind: type[sqlite3.Error] = sqlite3.OperationalError) -> s
 def test_a_failure_of_the_file_is_explained(code: int, why: str) -> None:
     error = failed(code)
     found = diagnose(error, Path("/a.db"))
-    assert isinstance(found, LedgerUnusable)
+    assert isinstance(found, StoreUnavailable)
     assert re.search(f"/a.db cannot be used: .*{why}", str(found))
     assert found.__cause__ is error
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from forebay.errors import LedgerUnusable
+from forebay.errors import StoreUnavailable
 from forebay.storage import Schema, SqliteWriter, Synchronous
-from forebay.storage import sqlite as room
+from forebay.storage import sqlite_writer as room
 
-SCHEMA = Schema(application=1, migrations=(("CREATE TABLE number (n INTEGER PRIMARY KEY)",),))
+SCHEMA = Schema(application_id=1, migrations=(("CREATE TABLE number (n INTEGER PRIMARY KEY)",),))
 INSERT = "INSERT INTO number VALUES (?)"
 
 
@@ -40,7 +40,7 @@ def boom(connection: sqlite3.Connection) -> None:
 
 @pytest.fixture
 async def writer(tmp_path: Path) -> AsyncIterator[SqliteWriter]:
-    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF, patience=0.05)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF, busy_timeout=0.05)
     await writer.open()
     yield writer
     await writer.close()
@@ -177,7 +177,7 @@ async def test_a_full_disk_keeps_nothing_and_says_so(writer: SqliteWriter) -> No
     await writer.run(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone())
     outcomes = await asyncio.gather(writer.run(partial(add, -1)), writer.run(fill), return_exceptions=True)
     for outcome in outcomes:
-        assert isinstance(outcome, LedgerUnusable)
+        assert isinstance(outcome, StoreUnavailable)
         assert "disk is full" in str(outcome)
     assert await writer.run(numbers) == []
     assert await writer.run(partial(add, 1)) == 1
@@ -186,7 +186,7 @@ async def test_a_full_disk_keeps_nothing_and_says_so(writer: SqliteWriter) -> No
 async def test_another_process_that_writes_too_long_is_named(writer: SqliteWriter, tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "numbers.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(LedgerUnusable, match="another process"):
+    with pytest.raises(StoreUnavailable, match="another process"):
         await writer.run(partial(add, 1))
     assert await writer.run(numbers, writes=False) == []  # reading goes on
     other.execute("ROLLBACK")
@@ -264,7 +264,7 @@ async def test_what_fails_at_once_raises_and_leaves_nothing(writer: SqliteWriter
 
 async def test_closed_it_runs_nothing_at_once(writer: SqliteWriter) -> None:
     await writer.close()
-    with pytest.raises(LedgerUnusable, match="not open"):
+    with pytest.raises(StoreUnavailable, match="not open"):
         writer.run_now(numbers)
 
 
@@ -325,13 +325,13 @@ async def test_a_cancelled_open_leaves_nothing_open(tmp_path: Path, monkeypatch:
     may_go.set()
     async with asyncio.timeout(10):
         await closed.wait()
-    with pytest.raises(LedgerUnusable):
+    with pytest.raises(StoreUnavailable):
         writer.run(numbers)
 
 
 async def test_it_opens_in_the_place_of_one_that_failed_to(tmp_path: Path) -> None:
     writer = SqliteWriter(tmp_path / "missing" / "numbers.db", SCHEMA)
-    with pytest.raises(LedgerUnusable, match="mkdir"):
+    with pytest.raises(StoreUnavailable, match="mkdir"):
         await writer.open()
     await writer.close()
     (tmp_path / "missing").mkdir()

@@ -8,14 +8,14 @@ import threading
 import pytest
 
 from forebay import BackpressureSupervisor, Task
-from forebay.testing import BrokenPromise, Slow, no_leaks, virtual
+from forebay.testing import BrokenPromise, SlowHandler, no_leaks, virtual
 
 pytestmark = pytest.mark.blocks  # it waits for threads
 
 
 async def test_a_supervisor_leaves_nothing() -> None:
     async with no_leaks(), BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("w", handler=Slow(0.0), task_types=["work"])
+        supervisor.register_worker("w", handler=SlowHandler(0.0), task_types=["work"])
         supervisor.register_worker("threaded", handler=lambda _: None, task_types=["block"])
         await supervisor.run(Task("work"))
         await supervisor.run(Task("block"))

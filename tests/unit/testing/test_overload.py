@@ -19,12 +19,23 @@ from forebay import (
     WorkerState,
 )
 from forebay.errors import NotStarted
-from forebay.testing import Flaky, Held, Passthrough, Slow, check_promises, no_leaks, now, overload, turns, virtual
+from forebay.testing import (
+    FlakyHandler,
+    HeldHandler,
+    PassthroughSupervisor,
+    SlowHandler,
+    check_promises,
+    no_leaks,
+    now,
+    overload,
+    run_ready,
+    virtual,
+)
 
 
 def house(**settings: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**settings)
-    supervisor.register_worker("w", handler=Slow(1.0), task_types=["work", "play"], max_concurrent=10)
+    supervisor.register_worker("w", handler=SlowHandler(1.0), task_types=["work", "play"], max_concurrent=10)
     return supervisor
 
 
@@ -39,7 +50,7 @@ async def test_everything_is_rejected_while_it_lasts() -> None:
             ticket = await supervisor.submit(task)
             assert not ticket
             assert (ticket.verdict, ticket.status, ticket.load) == (Verdict.REJECTED, TaskStatus.REJECTED, 1.0)
-            assert (ticket.binding, ticket.retry_after) == ("pool:work", None)
+            assert (ticket.limited_by, ticket.retry_after) == ("pool:work", None)
             assert ticket.reason == "pool:work is at 100%, and NORMAL is refused"
             assert not supervisor.submit_nowait(Task("play", priority=Priority.CRITICAL))
             with pytest.raises(Overloaded, match="pool:play"):
@@ -57,11 +68,11 @@ async def test_everything_is_rejected_while_it_lasts() -> None:
 async def test_what_the_ticket_says_can_be_said() -> None:
     async with house() as supervisor:
         with (
-            overload(supervisor, reason="the key is spent", binding="openai", load=1.5, retry_after=7.0),
+            overload(supervisor, reason="the key is spent", limited_by="openai", load=1.5, retry_after=7.0),
             pytest.raises(Overloaded, match=r"the key is spent; come back in 7 s") as refused,
         ):
             await supervisor.run(Task("work"))
-        assert (refused.value.binding, refused.value.load, refused.value.retry_after) == ("openai", 1.5, 7.0)
+        assert (refused.value.limited_by, refused.value.load, refused.value.retry_after) == ("openai", 1.5, 7.0)
 
 
 @virtual
@@ -103,7 +114,7 @@ async def test_with_an_overflow_it_spills_and_the_work_comes_back_afterwards(ove
     async with house(overflow=url) as supervisor:
         with overload(supervisor, task_types="work"):
             ticket = await supervisor.submit(Task("work", "later"))
-            assert (ticket.verdict, ticket.binding) == (Verdict.SPILLED, "pool:work")
+            assert (ticket.verdict, ticket.limited_by) == (Verdict.SPILLED, "pool:work")
             assert not await supervisor.submit(Task("work", spill=False))
             assert await supervisor.run(Task("play")) is None
             await asyncio.sleep(100.0)
@@ -149,8 +160,8 @@ def test_a_supervisor_that_has_not_started_has_no_gate_yet() -> None:
 
 @virtual
 async def test_passthrough_admits_everything_and_keeps_the_limits() -> None:
-    slow = Slow(1.0)
-    async with no_leaks(), Passthrough(max_queue_size=1) as supervisor:
+    slow = SlowHandler(1.0)
+    async with no_leaks(), PassthroughSupervisor(max_queue_size=1) as supervisor:
         supervisor.register_worker("w", handler=slow, task_types=["work"], max_concurrent=2)
         tickets = [supervisor.submit_nowait(Task("work", n, priority=Priority(n % 4))) for n in range(200)]
         assert all(ticket.verdict is Verdict.ADMITTED for ticket in tickets)
@@ -162,8 +173,8 @@ async def test_passthrough_admits_everything_and_keeps_the_limits() -> None:
 
 @virtual
 async def test_passthrough_keeps_no_worker_failed() -> None:
-    async with Passthrough() as supervisor:
-        supervisor.register_worker("w", handler=Flaky(50), task_types=["work"], cool_off=None)
+    async with PassthroughSupervisor() as supervisor:
+        supervisor.register_worker("w", handler=FlakyHandler(50), task_types=["work"], reset_timeout=None)
         for _ in range(50):
             assert not (await (await supervisor.submit(Task("work")))).success
         assert await supervisor.submit(Task("work"))
@@ -177,8 +188,8 @@ async def test_passthrough_records_what_a_users_code_submitted() -> None:
         notes = await supervisor.run(Task("research", "rivers", priority=Priority.HIGH))
         return f"{notes}!"
 
-    passthrough = Passthrough()
-    passthrough.register_worker("w", handler=Slow(result="notes"), task_types=["research"])
+    passthrough = PassthroughSupervisor()
+    passthrough.register_worker("w", handler=SlowHandler(result="notes"), task_types=["research"])
     async with passthrough:
         assert await agents_code(passthrough) == "notes!"
     (submitted,) = passthrough.record.submitted
@@ -188,13 +199,13 @@ async def test_passthrough_records_what_a_users_code_submitted() -> None:
 
 @virtual
 async def test_passthrough_is_a_supervisor_in_all_else() -> None:
-    held = Held()
-    async with Passthrough() as supervisor:
+    held = HeldHandler()
+    async with PassthroughSupervisor() as supervisor:
         supervisor.register_worker("w", handler=held, task_types=["work"])
         late = await supervisor.submit(Task("work", deadline=Deadline.within(1.0)))
         assert (await late).status is TaskStatus.EXPIRED
         cancelled = await supervisor.submit(Task("work"))
-        await turns()
+        await run_ready()
         cancelled.cancel()
         assert (await cancelled).status is TaskStatus.CANCELLED
         with pytest.raises(ForebayError, match="No worker is registered for task type 'paint'"):

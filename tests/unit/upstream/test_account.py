@@ -11,35 +11,35 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forebay.breaker import UPSTREAM_RULES, Breaker
 from forebay.errors import ReservationClosed
+from forebay.interfaces import Charge, Outcome
 from forebay.limit import FixedLimit
-from forebay.quota import Quota, Quotas
+from forebay.quota import Quota, RateLimiter
 from forebay.task import Priority
-from forebay.typing import Charge, Outcome
 from forebay.upstream.account import Account
-from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
-from forebay.upstream.waiting import Waiting
+from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
+from forebay.upstream.waiters import QueuedCall
 
 SLOTS = 3
 TOKENS = 1_000  # a minute
 
 
-class Listener:
+class ListeningWaiter:
     """A waiter that only remembers."""
 
     def __init__(self) -> None:
-        self.given: Go | No | None = None
+        self.decision: Admitted | Rejected | None = None
         self.gone = False
 
-    def answer(self, answer: Go | No) -> bool:
-        self.given = answer
+    def resolve(self, decision: Admitted | Rejected) -> bool:
+        self.decision = decision
         return not self.gone
 
-    def look_at(self, when: float) -> bool:
+    def wake_at(self, when: float) -> bool:
         self.when = when
         return not self.gone
 
 
-class Money:
+class EndlessBudget:
     """A purse without end that counts what it holds."""
 
     name = "the budget"
@@ -48,19 +48,19 @@ class Money:
         self.held = 0.0
         self.spent = 0.0
 
-    def affords(self, usd: float, priority: Priority) -> bool:
+    def can_afford(self, usd: float, priority: Priority) -> bool:
         return usd >= 0 and priority in Priority
 
-    def reserve(self, usd: float) -> Sum:
+    def reserve(self, usd: float) -> EndlessReservation:
         self.held += usd
-        return Sum(self, usd)
+        return EndlessReservation(self, usd)
 
-    def refusal(self, usd: float) -> No:
-        return No(f"{usd} is too much", "budget", 0.0, None)
+    def rejection(self, usd: float) -> Rejected:
+        return Rejected(f"{usd} is too much", "budget", 0.0, None)
 
 
-class Sum:
-    def __init__(self, money: Money, usd: float) -> None:
+class EndlessReservation:
+    def __init__(self, money: EndlessBudget, usd: float) -> None:
         self.money = money
         self.usd: float | None = usd
 
@@ -75,18 +75,18 @@ class AccountMachine(RuleBasedStateMachine):
     @initialize()
     def build(self) -> None:
         self.now = 0.0
-        self.money = Money()
+        self.money = EndlessBudget()
         self.account = Account(
             "upstream:test",
             limit=FixedLimit(SLOTS),
-            quotas=Quotas([Quota(tokens=TOKENS, per="minute")]),
+            quotas=RateLimiter([Quota(tokens=TOKENS, per="minute")]),
             breaker=Breaker(UPSTREAM_RULES, draw=lambda: 0.5),
-            purses=lambda _: (self.money,),
-            longest_wait=1_000.0,
+            budgets=lambda _: (self.money,),
+            max_wait=1_000.0,
             draw=lambda: 0.5,
         )
         self.permits: list[Permit] = []
-        self.waiting: list[tuple[Waiting, Listener]] = []
+        self.waiting: list[tuple[QueuedCall, ListeningWaiter]] = []
         self.given = 0.0  # tokens
 
     @rule(
@@ -96,26 +96,28 @@ class AccountMachine(RuleBasedStateMachine):
         patience=st.sampled_from([1.0, 50.0, math.inf]),
     )
     def come(self, tokens: int, rung: Priority, run: str | None, patience: float) -> None:
-        ask = Ask(charge=Charge(tokens=tokens), usd=1.0, priority=rung, run=run, deadline=self.now + patience)
-        answer = self.account.admit(self.now, ask)
-        if isinstance(answer, Go):
+        ask = CallRequest(
+            charge=Charge(tokens=tokens), usd=1.0, priority=rung, task_id=run, deadline=self.now + patience
+        )
+        answer = self.account.try_acquire(self.now, ask)
+        if isinstance(answer, Admitted):
             self.permits.append(answer.permit)
             self.given += tokens
-        elif isinstance(answer, Wait):
-            listener = Listener()
-            self.waiting.append((self.account.join(self.now, ask, listener), listener))
+        elif isinstance(answer, Queued):
+            listener = ListeningWaiter()
+            self.waiting.append((self.account.enqueue(self.now, ask, listener), listener))
             self.pump()
         elif tokens > TOKENS:
             assert answer.retry_after is None
 
     def pump(self) -> None:
-        self.account.pump(self.now)
+        self.account.serve_queue(self.now)
         for waiting, listener in [*self.waiting]:
-            if listener.given is not None:
+            if listener.decision is not None:
                 self.waiting.remove((waiting, listener))
-                if isinstance(listener.given, Go) and not listener.gone:
-                    self.permits.append(listener.given.permit)
-                    self.given += waiting.ask.charge.tokens
+                if isinstance(listener.decision, Admitted) and not listener.gone:
+                    self.permits.append(listener.decision.permit)
+                    self.given += waiting.request.charge.tokens
 
     @rule(seconds=st.floats(0.01, 90.0))
     def wait(self, seconds: float) -> None:
@@ -127,7 +129,7 @@ class AccountMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject, *, tells: bool) -> None:
         waiting, listener = data.draw(st.sampled_from(self.waiting))
         if tells:
-            self.account.leave(waiting)
+            self.account.withdraw(waiting)
             self.waiting.remove((waiting, listener))
         else:
             listener.gone = True  # its loop has closed
@@ -138,16 +140,16 @@ class AccountMachine(RuleBasedStateMachine):
     def end(self, data: st.DataObject, outcome: Outcome, how: str) -> None:
         permit = data.draw(st.sampled_from(self.permits))
         self.permits.remove(permit)
-        ended = Ended(
-            outcome=outcome,
-            used=Charge(tokens=permit.ask.charge.tokens + 10) if how == "more" else None,
+        ended = CallOutcome(
+            kind=outcome,
+            used=Charge(tokens=permit.request.charge.tokens + 10) if how == "more" else None,
             released=how == "released",
-            rate=how == "rate",
+            rate_limited=how == "rate",
             usd=0.0 if how == "released" else None,
-            seconds=1.0,
+            latency=1.0,
         )
         if how in ("released", "rate"):  # it was not counted
-            self.given -= permit.ask.charge.tokens
+            self.given -= permit.request.charge.tokens
         self.account.settle(self.now, permit, ended)
         with pytest.raises(ReservationClosed):
             self.account.quotas.release(self.now, permit.reservation)
@@ -164,24 +166,24 @@ class AccountMachine(RuleBasedStateMachine):
         if hasattr(self, "account"):
             assert self.money.held == len(self.permits)
             alive = sum(not listener.gone for _, listener in self.waiting)
-            assert alive <= len(self.account.line)
+            assert alive <= len(self.account.queue)
 
     @invariant()
     def who_heads_the_line_knows_when_to_look(self) -> None:
         """Else it would wait for ever: nothing is in flight whose end could move the line."""
-        if hasattr(self, "account") and self.account.line and not self.permits:
-            place = self.account.line.head()
+        if hasattr(self, "account") and self.account.queue and not self.permits:
+            place = self.account.queue.head()
             assert place is not None
             assert getattr(place[2].waiter, "when", None) is not None
 
     def teardown(self) -> None:
         if hasattr(self, "account"):
             for permit in self.permits:
-                self.account.never_sent(self.now, permit)
+                self.account.release_unsent(self.now, permit)
             for waiting, _ in self.waiting:
-                self.account.leave(waiting)
+                self.account.withdraw(waiting)
             assert not self.account.in_flight
-            assert not self.account.line
+            assert not self.account.queue
             assert self.money.held == 0
 
 

@@ -7,107 +7,107 @@ import math
 import pytest
 
 from forebay.breaker import Breaker, BreakerRules, BreakerState
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit
-from forebay.quota import Budget, Purse, Quota, Quotas, Sum
+from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.task import Priority
-from forebay.typing import Charge, Notice, Outcome
 from forebay.upstream.account import Account
-from forebay.upstream.ask import Ask, Ended, Go, No, Permit, Wait
-from forebay.upstream.books import Books, Money, Terms
-from forebay.upstream.deadlines import Deadlines
-from forebay.upstream.waiting import Waiting
+from forebay.upstream.account_registry import AccountRegistry, UpstreamBudgets, UpstreamSettings
+from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
+from forebay.upstream.deadline_heap import DeadlineHeap
+from forebay.upstream.waiters import QueuedCall
 
-FAULT = Ended(outcome=Outcome.FAULT)
-SUCCESS = Ended(outcome=Outcome.SUCCESS)
+FAULT = CallOutcome(kind=Outcome.FAULT)
+SUCCESS = CallOutcome(kind=Outcome.SUCCESS)
 NORMAL = Priority.NORMAL
 
 
-class Caller:
+class RecordingWaiter:
     """Waits in a line and remembers what it is told."""
 
     def __init__(self) -> None:
-        self.given: Go | No | None = None
+        self.decision: Admitted | Rejected | None = None
         self.looks_at: float | None = None
         self.gone = False
 
-    def answer(self, answer: Go | No) -> bool:
-        self.given = answer
+    def resolve(self, decision: Admitted | Rejected) -> bool:
+        self.decision = decision
         return not self.gone
 
-    def look_at(self, when: float) -> bool:
+    def wake_at(self, when: float) -> bool:
         self.looks_at = when
         return not self.gone
 
 
-class Till:
+class NoonBudget:
     """A purse that is asked at noon of the first day."""
 
     name = "the budget"
 
     def __init__(self, usd: float) -> None:
-        self.purse = Purse(Budget(usd=usd))
+        self.purse = BudgetTracker(Budget(usd=usd))
 
-    def affords(self, usd: float, priority: Priority) -> bool:
-        return self.purse.affords(43_200.0, usd, priority)
+    def can_afford(self, usd: float, priority: Priority) -> bool:
+        return self.purse.can_afford(43_200.0, usd, priority)
 
-    def reserve(self, usd: float) -> Held:
-        return Held(self.purse, self.purse.reserve(43_200.0, usd))
+    def reserve(self, usd: float) -> NoonReservation:
+        return NoonReservation(self.purse, self.purse.reserve(43_200.0, usd))
 
-    def refusal(self, usd: float) -> No:
-        return No(f"{usd} is too much", "budget", 1.0, None)
+    def rejection(self, usd: float) -> Rejected:
+        return Rejected(f"{usd} is too much", "budget", 1.0, None)
 
 
-class Held:
-    def __init__(self, purse: Purse, held: Sum) -> None:
+class NoonReservation:
+    def __init__(self, purse: BudgetTracker, held: BudgetReservation) -> None:
         self.purse, self.held = purse, held
 
     def settle(self, usd: float) -> None:
         self.purse.settle(43_200.0, self.held, usd)
 
 
-class House:
+class AccountHarness:
     """An account, and the words for what is done to it."""
 
-    def __init__(self, slots: int = 1, *quotas: Quota, usd: float | None = None, longest_wait: float = 60.0) -> None:
-        self.till = Till(usd) if usd is not None else None
+    def __init__(self, slots: int = 1, *quotas: Quota, usd: float | None = None, max_wait: float = 60.0) -> None:
+        self.till = NoonBudget(usd) if usd is not None else None
         self.account = Account(
             "upstream:test",
             limit=FixedLimit(slots),
-            quotas=Quotas(quotas),
-            breaker=Breaker(BreakerRules(cool_off=10.0), draw=lambda: 0.0),
-            purses=lambda _: () if self.till is None else (self.till,),
-            longest_wait=longest_wait,
+            quotas=RateLimiter(quotas),
+            breaker=Breaker(BreakerRules(reset_timeout=10.0), draw=lambda: 0.0),
+            budgets=lambda _: () if self.till is None else (self.till,),
+            max_wait=max_wait,
             draw=lambda: 0.0,
         )
 
     def go(self, now: float = 0.0, **how: object) -> Permit:
         """A call that is let go at once."""
-        answer = self.account.admit(now, Ask(**how))  # type: ignore[arg-type]
-        assert isinstance(answer, Go), answer
+        answer = self.account.try_acquire(now, CallRequest(**how))  # type: ignore[arg-type]
+        assert isinstance(answer, Admitted), answer
         return answer.permit
 
-    def no(self, now: float = 0.0, **how: object) -> No:
+    def no(self, now: float = 0.0, **how: object) -> Rejected:
         """A call that is refused at once."""
-        answer = self.account.admit(now, Ask(**how))  # type: ignore[arg-type]
-        assert isinstance(answer, No), answer
+        answer = self.account.try_acquire(now, CallRequest(**how))  # type: ignore[arg-type]
+        assert isinstance(answer, Rejected), answer
         return answer
 
-    def wait(self, now: float = 0.0, **how: object) -> tuple[Waiting, Caller]:
+    def wait(self, now: float = 0.0, **how: object) -> tuple[QueuedCall, RecordingWaiter]:
         """A call that has to wait, and does."""
-        ask, caller = Ask(**how), Caller()  # type: ignore[arg-type]
-        assert isinstance(self.account.admit(now, ask), Wait)
-        waiting = self.account.join(now, ask, caller)
-        self.account.pump(now)
+        ask, caller = CallRequest(**how), RecordingWaiter()  # type: ignore[arg-type]
+        assert isinstance(self.account.try_acquire(now, ask), Queued)
+        waiting = self.account.enqueue(now, ask, caller)
+        self.account.serve_queue(now)
         return waiting, caller
 
-    def end(self, now: float, permit: Permit, ended: Ended = SUCCESS) -> None:
+    def end(self, now: float, permit: Permit, ended: CallOutcome = SUCCESS) -> None:
         """A call ends."""
         self.account.settle(now, permit, ended)
-        self.account.pump(now)
+        self.account.serve_queue(now)
 
     def take(self, now: float, seconds: float = 1.0) -> None:
         """A call that took so long is seen from its start to its end."""
-        self.end(now, self.go(now), Ended(outcome=Outcome.SUCCESS, seconds=seconds))
+        self.end(now, self.go(now), CallOutcome(kind=Outcome.SUCCESS, latency=seconds))
 
     def break_down(self, now: float = 0.0) -> None:
         """Five calls fail."""
@@ -120,60 +120,60 @@ class House:
 
 
 def test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up() -> None:
-    house = House()
+    house = AccountHarness()
     house.take(0.0, seconds=1.0)
     permit = house.go(0.0)
     _, low = house.wait(0.0, priority=Priority.LOW)
-    flood: list[Caller] = []
+    flood: list[RecordingWaiter] = []
     for second in range(1, 15):  # at each a HIGH call more; by the floor alone it would take 21
         _, high = house.wait(second, priority=Priority.HIGH)
         house.end(second, permit)
-        if isinstance(low.given, Go):
+        if isinstance(low.decision, Admitted):
             return
         flood.append(high)
-        permit = next(caller.given.permit for caller in flood if isinstance(caller.given, Go))
-        flood = [caller for caller in flood if caller.given is None]
+        permit = next(caller.decision.permit for caller in flood if isinstance(caller.decision, Admitted))
+        flood = [caller for caller in flood if caller.decision is None]
     pytest.fail("under a flood of HIGH calls the LOW one waited for more than four typical times")
 
 
 def test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over() -> None:
-    house = House()
+    house = AccountHarness()
     permit = house.go()
     _, low = house.wait(priority=Priority.LOW)
     flood = [house.wait(priority=Priority.HIGH)[1] for _ in range(30)]
-    served: list[Caller] = []
+    served: list[RecordingWaiter] = []
     for _ in range(31):
         house.end(0.0, permit)  # in no time, so none of them goes a rung up
-        served += [caller for caller in (low, *flood) if isinstance(caller.given, Go) and caller not in served]
-        permit = served[-1].given.permit  # type: ignore[union-attr]
+        served += [caller for caller in (low, *flood) if isinstance(caller.decision, Admitted) and caller not in served]
+        permit = served[-1].decision.permit  # type: ignore[union-attr]
     assert served.index(low) == 20
 
 
 def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -> None:
-    house = House()
+    house = AccountHarness()
     house.go(0.0)
     _, head = house.wait(0.0, priority=Priority.HIGH)
     _, behind = house.wait(0.0, deadline=5.0)
-    house.account.pump(2.0)
+    house.account.serve_queue(2.0)
     assert head.looks_at == 5.0
     head.looks_at = None
-    house.account.pump(5.0)
-    assert isinstance(behind.given, No)
-    assert "deadline" in behind.given.reason
-    assert head.given is None
+    house.account.serve_queue(5.0)
+    assert isinstance(behind.decision, Rejected)
+    assert "deadline" in behind.decision.reason
+    assert head.decision is None
     assert head.looks_at is None, "a deadline that has passed is looked at again and again"
 
 
 def test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nobody_elses_seat() -> None:
-    house = House(10)
+    house = AccountHarness(10)
     permit = house.go(charge=Charge(tokens=500))
-    house.account.began(0.1, permit, [Notice(unit="tokens", limit=1_000, remaining=500, reset=30.0)])
+    house.account.answer_began(0.1, permit, [RateLimitHeaders(unit="tokens", limit=1_000, remaining=500, reset=30.0)])
     _, caller = house.wait(0.2, charge=Charge(tokens=550), deadline=100.0)
     for _ in range(2):  # a limit that differs must be said twice
-        house.account.began(1.0, permit, [Notice(unit="tokens", limit=400, remaining=0, reset=60.0)])
-    house.account.pump(100.0)
-    assert isinstance(caller.given, No)
-    assert caller.given.retry_after is None
+        house.account.answer_began(1.0, permit, [RateLimitHeaders(unit="tokens", limit=400, remaining=0, reset=60.0)])
+    house.account.serve_queue(100.0)
+    assert isinstance(caller.decision, Rejected)
+    assert caller.decision.retry_after is None
     house.go(100.0, charge=Charge(tokens=390))
     again = house.no(100.0, charge=Charge(tokens=390), deadline=120.0).retry_after
     assert again is not None
@@ -181,22 +181,22 @@ def test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nob
 
 
 def test_a_call_whose_deadline_has_passed_is_not_sent_though_there_is_room() -> None:
-    assert "deadline" in House().no(9.0, deadline=9.0).reason
+    assert "deadline" in AccountHarness().no(9.0, deadline=9.0).reason
 
 
 def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_once() -> None:
-    house = House()
+    house = AccountHarness()
     house.take(0.0, seconds=8.0)
     house.go(0.0)
     refused = house.no(0.0, deadline=15.0)
     assert "wait about 8 s" in refused.reason
     assert "too much of the 15 s to its deadline" in refused.reason
-    assert refused.binding == "concurrency"  # what would have to grow
+    assert refused.limited_by == "concurrency"  # what would have to grow
     house.wait(0.0, deadline=17.0)
 
 
 def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_enough() -> None:
-    house = House()
+    house = AccountHarness()
     house.take(0.0, seconds=8.0)
     house.go(0.0)
     house.wait(0.0)
@@ -207,91 +207,98 @@ def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_e
 
 
 def test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_every_call() -> None:
-    house = House()
+    house = AccountHarness()
     for seconds in (16.0, *(4.0 for _ in range(19))):
         house.take(0.0, seconds=seconds)
-    house.account.service.held = 8.0
+    house.account.durations.held = 8.0
     house.go(0.0)
-    assert house.no(0.0, deadline=27.0).binding == "concurrency"  # it would have 19 left, and one call took 16
+    assert house.no(0.0, deadline=27.0).limited_by == "concurrency"  # it would have 19 left, and one call took 16
     house.wait(0.0, deadline=29.0)  # a quarter more than that
 
 
 def test_however_long_calls_take_one_may_wait_for_an_eighth_of_its_time() -> None:
-    house = House()
+    house = AccountHarness()
     for _ in range(20):
         house.take(0.0, seconds=60.0)
-    house.account.service.held = 2.0
+    house.account.durations.held = 2.0
     house.go(0.0)
     house.no(0.0, deadline=15.0)
     house.wait(0.0, deadline=17.0)
 
 
-@pytest.mark.parametrize(("left_at", "answer"), [(10.0, No), (9.0, Wait)], ids=["at its deadline", "before"])
+@pytest.mark.parametrize(("left_at", "answer"), [(10.0, Rejected), (9.0, Queued)], ids=["at its deadline", "before"])
 def test_calls_that_are_cut_off_at_their_deadline_are_known_to_take_longer(left_at: float, answer: type) -> None:
-    house = House()
+    house = AccountHarness()
     for _ in range(20):
         permit = house.go(0.0, deadline=10.0)
-        house.end(left_at, permit, Ended(outcome=Outcome.IGNORED))
-    house.account.service.held = 9.0
+        house.end(left_at, permit, CallOutcome(kind=Outcome.IGNORED))
+    house.account.durations.held = 9.0
     house.go(0.0)
-    assert isinstance(house.account.admit(0.0, Ask(deadline=20.0)), answer)  # half of it would do, but for the cut-off
+    assert isinstance(
+        house.account.try_acquire(0.0, CallRequest(deadline=20.0)), answer
+    )  # half of it would do, but for the cut-off
 
 
-def late(house: House, now: float, *, seconds: float) -> Go | No | None:
+def late(house: AccountHarness, now: float, *, seconds: float) -> Admitted | Rejected | None:
     """What a call is told whose turn comes when two of its ten seconds are left, by those that took `seconds`."""
     for _ in range(20):
         house.take(now, seconds=seconds)
     holder = house.go(now)
     _, caller = house.wait(now, deadline=now + 10.0)
     house.end(now + 8.0, holder)
-    if isinstance(caller.given, Go):
-        house.end(now + 8.0, caller.given.permit)
-    return caller.given
+    if isinstance(caller.decision, Admitted):
+        house.end(now + 8.0, caller.decision.permit)
+    return caller.decision
 
 
 def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it() -> None:
-    house = House()
-    assert isinstance(late(house, 0.0, seconds=2.1), Go)  # one in ten seconds shows whether the estimate is right
+    house = AccountHarness()
+    assert isinstance(late(house, 0.0, seconds=2.1), Admitted)  # one in ten seconds shows whether the estimate is right
     given = late(house, 9.0, seconds=2.1)
-    assert isinstance(given, No)
-    assert given.binding == "deadline"
-    assert isinstance(late(house, 9.5, seconds=1.9), Go)
-    assert isinstance(late(house, 18.0, seconds=2.1), Go)
+    assert isinstance(given, Rejected)
+    assert given.limited_by == "deadline"
+    assert isinstance(late(house, 9.5, seconds=1.9), Admitted)
+    assert isinstance(late(house, 18.0, seconds=2.1), Admitted)
 
 
 def test_where_others_wait_who_have_more_time_a_late_call_has_to_be_likely_to_make_it() -> None:
-    house = House()
+    house = AccountHarness()
     for number in range(20):
         house.take(0.0, seconds=1.0 if number % 2 else 3.0)
-    for now, others, answer in ((0.0, 0, Go), (20.0, 1, Go), (29.0, 1, No), (30.0, 0, Go)):  # one in ten seconds
-        house.account.service.held = 1.0
+    for now, others, answer in (
+        (0.0, 0, Admitted),
+        (20.0, 1, Admitted),
+        (29.0, 1, Rejected),
+        (30.0, 0, Admitted),
+    ):  # one in ten seconds
+        house.account.durations.held = 1.0
         holder = house.go(now)
         _, caller = house.wait(now, deadline=now + 10.0)
         waiting = [house.wait(now)[0] for _ in range(others)]
         house.end(now + 8.0, holder)
-        assert isinstance(caller.given, answer)
-        if isinstance(caller.given, Go):
-            house.end(now + 8.0, caller.given.permit)
+        assert isinstance(caller.decision, answer)
+        if isinstance(caller.decision, Admitted):
+            house.end(now + 8.0, caller.decision.permit)
         for other in waiting:
-            if isinstance(given := other.waiter.given, Go):
+            if isinstance(given := other.waiter.decision, Admitted):
                 house.end(now + 8.0, given.permit)
 
 
 def test_a_call_is_not_held_to_times_of_which_too_few_are_known() -> None:
-    house = House()
+    house = AccountHarness()
     for _ in range(7):
         house.take(0.0, seconds=5.0)
-    house.account.service.held = 0.1
+    house.account.durations.held = 0.1
     for second in (0.0, 1.0):
         holder = house.go(second)
         _, caller = house.wait(second, deadline=second + 10.0)
-        house.end(second + 8.0, holder, Ended(outcome=Outcome.IGNORED))
-        assert isinstance(caller.given, Go)
-        house.end(second + 8.0, caller.given.permit, FAULT)
+        house.end(second + 8.0, holder, CallOutcome(kind=Outcome.IGNORED))
+        assert isinstance(caller.decision, Admitted)
+        house.end(second + 8.0, caller.decision.permit, FAULT)
 
 
 def test_a_call_with_little_time_from_the_first_is_let_go_at_once() -> None:
-    house = House(9)
+    house = AccountHarness(9)
     for _ in range(20):
         house.take(0.0, seconds=5.0)
     for _ in range(3):
@@ -299,49 +306,54 @@ def test_a_call_with_little_time_from_the_first_is_let_go_at_once() -> None:
 
 
 def test_a_call_that_is_tried_again_late_is_judged_by_the_time_it_had_at_first() -> None:
-    house = House(9)
+    house = AccountHarness(9)
     for _ in range(20):
         house.take(0.0, seconds=5.0)
-    ask = Ask(deadline=10.0)
-    for now, answer in ((0.0, Go), (6.0, Go), (8.0, Go), (8.1, No)):  # of the last quarter one in ten seconds
-        assert isinstance(house.account.admit(now, ask), answer)
+    ask = CallRequest(deadline=10.0)
+    for now, answer in (
+        (0.0, Admitted),
+        (6.0, Admitted),
+        (8.0, Admitted),
+        (8.1, Rejected),
+    ):  # of the last quarter one in ten seconds
+        assert isinstance(house.account.try_acquire(now, ask), answer)
 
 
 # --- how long it takes ---
 
 
 def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> None:
-    house = House()
+    house = AccountHarness()
     for tokens in range(100, 112):
-        house.account.pace.learn(tokens, 0.02 * tokens)
-    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.SUCCESS, seconds=6.0, made=100))
-    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, seconds=60.0, made=100))
-    assert house.account.service.typical == pytest.approx(2.0)
+        house.account.latency_model.learn(tokens, 0.02 * tokens)
+    house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.SUCCESS, latency=6.0, output_tokens=100))
+    house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.FAULT, latency=60.0, output_tokens=100))
+    assert house.account.durations.typical == pytest.approx(2.0)
 
 
 def test_a_slot_is_held_by_calls_that_were_cut_short_too_and_not_by_those_turned_away() -> None:
-    house = House()
-    house.end(30.0, house.go(0.0), Ended(outcome=Outcome.IGNORED))
+    house = AccountHarness()
+    house.end(30.0, house.go(0.0), CallOutcome(kind=Outcome.IGNORED))
     for _ in range(9):  # of ten in a row it makes an outage
-        house.end(31.0, house.go(31.0), Ended(outcome=Outcome.OVERLOAD, released=True))
-    assert house.account.service.held == pytest.approx(30.0)
+        house.end(31.0, house.go(31.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
+    assert house.account.durations.held == pytest.approx(30.0)
     house.go(31.0)
-    assert house.account.expected_wait(31.0, Ask())[0] == pytest.approx(30.0)
+    assert house.account.expected_wait(31.0, CallRequest())[0] == pytest.approx(30.0)
 
 
 def test_a_stretch_is_taken_for_normal_only_with_half_of_the_limit_in_flight() -> None:
-    house = House(8)
+    house = AccountHarness(8)
     alone = house.go(0.0)
     for tokens in range(100, 112):
-        house.account.paced(0.0, alone, tokens, 0.01 * tokens)
+        house.account.observe_latency(0.0, alone, tokens, 0.01 * tokens)
     for _ in range(4):
         fifth = house.go(0.0)
     for _ in range(100):
-        assert house.account.paced(0.0, fifth, 100, 3.0) == pytest.approx(3.0)
+        assert house.account.observe_latency(0.0, fifth, 100, 3.0) == pytest.approx(3.0)
 
 
 def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() -> None:
-    house = House(1000, Quota(requests=6, per="minute"), longest_wait=60.0)
+    house = AccountHarness(1000, Quota(requests=6, per="minute"), max_wait=60.0)
     for _ in range(6):
         house.take(0.0, seconds=0.1)
     for _ in range(6):
@@ -354,91 +366,91 @@ def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() 
 
 
 def test_a_small_call_does_not_pass_those_who_wait_for_tokens() -> None:
-    house = House(9, Quota(tokens=100, per="minute"))
+    house = AccountHarness(9, Quota(tokens=100, per="minute"))
     house.go(0.0, charge=Charge(tokens=90))
     house.wait(0.0, charge=Charge(tokens=90))
     house.wait(0.0, charge=Charge(tokens=1))
 
 
 def test_those_who_wait_are_sent_away_as_soon_as_the_breaker_opens() -> None:
-    house = House(5)
+    house = AccountHarness(5)
     permits = [house.go() for _ in range(5)]
     _, caller = house.wait()
     for permit in permits:  # its holder looks at the line only later
         house.account.settle(0.0, permit, FAULT)
-    assert isinstance(caller.given, No)
-    assert caller.given.binding == "breaker"
+    assert isinstance(caller.decision, Rejected)
+    assert caller.decision.limited_by == "breaker"
 
 
 def test_a_caller_whose_loop_has_closed_does_not_keep_what_it_was_given() -> None:
-    house = House(1, Quota(requests=10, per="minute"), usd=9.0)
+    house = AccountHarness(1, Quota(requests=10, per="minute"), usd=9.0)
     holder = house.go(0.0)
     _, caller = house.wait(0.0, usd=1.0)
     caller.gone = True
     house.end(0.0, holder)
     assert house.account.in_flight == 0
     assert house.till is not None
-    assert house.till.purse.left(43_200.0) == 9.0
-    assert house.account.quotas.levels(0.0)[0].left == 9.0
+    assert house.till.purse.remaining(43_200.0) == 9.0
+    assert house.account.quotas.levels(0.0)[0].remaining == 9.0
 
 
 # --- ends ---
 
 
 def test_what_was_refused_for_its_rate_takes_nothing_and_holds_everybody() -> None:
-    house = House(9, Quota(requests=10, per="minute"))
-    house.end(0.0, house.go(0.0), Ended(outcome=Outcome.IGNORED, rate=True, retry_after=7.0, usd=0.0))
-    answer = house.account.admit(0.0, Ask())
-    assert isinstance(answer, Wait)
+    house = AccountHarness(9, Quota(requests=10, per="minute"))
+    house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=7.0, usd=0.0))
+    answer = house.account.try_acquire(0.0, CallRequest())
+    assert isinstance(answer, Queued)
     assert answer.seconds == pytest.approx(7.0)
 
 
 def test_a_call_that_cost_more_than_was_thought_costs_that() -> None:
-    house = House(9, usd=9.0)
-    house.end(0.0, house.go(0.0, usd=1.0), Ended(outcome=Outcome.SUCCESS, usd=3.0))
+    house = AccountHarness(9, usd=9.0)
+    house.end(0.0, house.go(0.0, usd=1.0), CallOutcome(kind=Outcome.SUCCESS, usd=3.0))
     assert house.till is not None
     assert house.till.purse.spent(43_200.0) == 3.0
 
 
 def test_what_failed_midway_costs_what_was_reserved() -> None:
-    house = House(9, usd=9.0)
+    house = AccountHarness(9, usd=9.0)
     house.end(0.0, house.go(0.0, usd=2.0), FAULT)
     assert house.till is not None
     assert house.till.purse.spent(43_200.0) == 2.0
-    assert house.till.purse.left(43_200.0) == 7.0
+    assert house.till.purse.remaining(43_200.0) == 7.0
 
 
 def test_what_is_reserved_is_no_longer_there_for_others() -> None:
-    house = House(9, usd=3.0)
+    house = AccountHarness(9, usd=3.0)
     house.go(0.0, usd=2.0)
-    assert house.no(0.0, usd=2.0).binding == "budget"
+    assert house.no(0.0, usd=2.0).limited_by == "budget"
 
 
 def test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither() -> None:
-    house = House(100)
+    house = AccountHarness(100)
     for _ in range(50):
-        house.end(0.0, house.go(0.0), Ended(outcome=Outcome.OVERLOAD, released=True))
-        house.end(0.0, house.go(0.0), Ended(outcome=Outcome.FAULT, final=False))
+        house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
+        house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.FAULT, final=False))
     assert house.account.breaker.state(0.0) is BreakerState.CLOSED
 
 
 def test_a_probe_that_is_cancelled_is_given_back() -> None:
-    house = House(9)
+    house = AccountHarness(9)
     house.break_down()
     probe = house.go(11.0)
-    assert house.no(11.0).binding == "breaker"
-    house.account.never_sent(11.0, probe)
+    assert house.no(11.0).limited_by == "breaker"
+    house.account.release_unsent(11.0, probe)
     house.go(11.0)
 
 
 def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
-    house = House(1)
+    house = AccountHarness(1)
     holder = house.go(0.0)
     _, caller = house.wait(0.0)
     caller.gone = True
     house.account.breaker.trip(0.0)
     house.end(11.0, holder)  # half-open by now, so the call that waits is the probe
-    assert isinstance(caller.given, Go)
+    assert isinstance(caller.decision, Admitted)
     house.go(11.0)
 
 
@@ -446,91 +458,91 @@ def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
 
 
 def test_the_load_is_full_while_the_provider_says_that_its_money_is_spent() -> None:
-    house = House()
-    house.account.stop(0.0, 3_600.0)
-    assert house.account.load(3_599.0, Ask(), NORMAL) == (1.0, "budget")
-    assert house.account.load(3_600.0, Ask(), NORMAL) == (0.0, "nothing")
+    house = AccountHarness()
+    house.account.suspend(0.0, 3_600.0)
+    assert house.account.load(3_599.0, CallRequest(), NORMAL) == (1.0, "budget")
+    assert house.account.load(3_600.0, CallRequest(), NORMAL) == (0.0, "nothing")
 
 
 def test_the_load_counts_what_is_coming() -> None:
-    house = House(1)
+    house = AccountHarness(1)
     house.take(0.0, seconds=6.0)
-    house.account.coming = 5
-    assert house.account.load(0.0, Ask(), NORMAL)[0] == pytest.approx(5 * 6.0 / 60.0)
+    house.account.expected_calls = 5
+    assert house.account.load(0.0, CallRequest(), NORMAL)[0] == pytest.approx(5 * 6.0 / 60.0)
 
 
 # --- whose account ---
 
 
 def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
-    terms = Terms(
+    terms = UpstreamSettings(
         "llm",
         models=None,
         quotas=(),
         max_concurrent=None,
         breaker=None,
-        longest_wait=60.0,
-        start_wait=None,
+        max_wait=60.0,
+        max_start_wait=None,
         weights=None,
     )
-    books = Books(terms, Money("llm", None, None, None), draw=lambda: 0.0)
-    assert books.desk("gpt", "sk-one") is books.desk("gpt", "sk-one")
-    assert len({books.desk("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
+    books = AccountRegistry(terms, UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
+    assert books.account("gpt", "sk-one") is books.account("gpt", "sk-one")
+    assert len({books.account("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
 
 
 # --- deadlines ---
 
 
-class Stander:
-    stands = True
+class FakeEntry:
+    is_queued = True
 
 
 def test_deadlines_forget_who_has_left_and_keep_no_more_than_a_few_of_them() -> None:
-    deadlines = Deadlines[Stander]()
-    staying = Stander()
+    deadlines = DeadlineHeap[FakeEntry]()
+    staying = FakeEntry()
     deadlines.add(1e9, staying, length=1)
     for moment in range(1000):
-        left = Stander()
+        left = FakeEntry()
         deadlines.add(moment, left, length=1)
-        left.stands = False
+        left.is_queued = False
     assert len(deadlines) < 100
-    assert deadlines.next() == 1e9
-    assert deadlines.passed(1e9 - 1) is None
-    assert deadlines.passed(1e9) is staying
-    assert deadlines.next() is None
+    assert deadlines.next_deadline() == 1e9
+    assert deadlines.pop_overdue(1e9 - 1) is None
+    assert deadlines.pop_overdue(1e9) is staying
+    assert deadlines.next_deadline() is None
 
 
 def test_who_may_wait_for_ever_has_no_deadline() -> None:
-    deadlines = Deadlines[Stander]()
-    deadlines.add(math.inf, Stander(), length=1)
-    assert deadlines.next() is None
+    deadlines = DeadlineHeap[FakeEntry]()
+    deadlines.add(math.inf, FakeEntry(), length=1)
+    assert deadlines.next_deadline() is None
 
 
 def test_who_comes_while_the_probes_of_a_breaker_are_out_is_not_sent_away_for_as_long_as_they_may_take() -> None:
-    house = House(5)
+    house = AccountHarness(5)
     for permit in [house.go(1.0) for _ in range(5)]:
         house.end(1.0, permit, FAULT)
-    assert house.no(1.0).binding == "breaker"
+    assert house.no(1.0).limited_by == "breaker"
     probe = house.go(20.0)
     assert house.no(20.0).retry_after == 1.0  # and not after a minute, in which the probe must be answered
     house.end(21.0, probe)
 
 
-REFUSED = Ended(outcome=Outcome.OVERLOAD, released=True, usd=0.0)
+REFUSED = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
 
 
 def test_while_all_is_refused_for_longer_than_anybody_waits_nobody_waits() -> None:
-    house = House(2, longest_wait=30.0)
+    house = AccountHarness(2, max_wait=30.0)
     for _ in range(10):
         house.end(0.0, house.go(0.0), REFUSED)
     _, caller = house.wait(0.5)
     now = 0.0
-    while caller.given is None or isinstance(caller.given, Go):
-        now = house.account.limit.next_change(now) or now + 0.1
-        house.account.pump(now)
-        if isinstance(caller.given, Go):  # it knocks in vain, and comes again
-            permit = caller.given.permit
-            caller.given = None
+    while caller.decision is None or isinstance(caller.decision, Admitted):
+        now = house.account.limit.reopens_at(now) or now + 0.1
+        house.account.serve_queue(now)
+        if isinstance(caller.decision, Admitted):  # it knocks in vain, and comes again
+            permit = caller.decision.permit
+            caller.decision = None
             house.end(now, permit, REFUSED)
             if now < 30.0:
                 _, caller = house.wait(now)
@@ -538,11 +550,11 @@ def test_while_all_is_refused_for_longer_than_anybody_waits_nobody_waits() -> No
                 break
     assert 30.0 <= now <= 35.0
     refusal = house.no(now)
-    assert refusal.binding == "outage"
-    assert house.account.load(now, Ask(), NORMAL) == (1.0, "outage")
-    when = house.account.limit.next_change(now)
+    assert refusal.limited_by == "outage"
+    assert house.account.load(now, CallRequest(), NORMAL) == (1.0, "outage")
+    when = house.account.limit.reopens_at(now)
     assert when is not None
     assert refusal.retry_after == pytest.approx(when - now)
-    assert house.account.load(when, Ask(), NORMAL)[0] < 1.0  # the next may knock
+    assert house.account.load(when, CallRequest(), NORMAL)[0] < 1.0  # the next may knock
     house.end(when, house.go(when))
     house.go(when)

@@ -1,0 +1,141 @@
+"""The same callers through a whole `Upstream`: its line, deadlines, retries and retry budget, in virtual time.
+
+What is offered depends on the seed alone, as in the plant, so that it meets the same. Each caller says by when it needs
+its answer, and hangs up then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Final
+
+from bench.calls.simulated_key import Callers, RunRecord
+from forebay import Deadline, Overloaded, clock
+from forebay.interfaces import Charge, Outcome
+from forebay.simulation import Traffic, simulate
+from forebay.simulation.provider.provider_config import ProviderConfig
+from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
+from forebay.upstream import Upstream
+from forebay.upstream.call_flow import AttemptResult
+from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.providers import ErrorKind, classify, read_rate_limits
+from forebay.upstream.shared_account import SharedAccount
+
+MODEL: Final = "gpt-4o-mini"
+EXPECTED: Final = 200  # tokens of output, as callers expect who cannot know
+
+
+async def asked(
+    provider: SimulatedProvider, desk: SharedAccount, permit: Permit, tokens: tuple[int, int]
+) -> AttemptResult:
+    """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
+    incoming, outgoing = tokens
+    try:
+        answer = await provider.call(model=MODEL, input_tokens=incoming, output_tokens=outgoing)
+    except ProviderRefusal as refusal:
+        meaning = classify(refusal.status, refusal.headers, refusal.body)
+        rate, after = meaning is ErrorKind.RATE_LIMIT, refusal.retry_after
+        heard = read_rate_limits(refusal.headers, wall=clock.wall_time())
+        ended = CallOutcome(
+            kind=meaning.outcome,
+            released=not rate,
+            rate_limited=rate,
+            retry_after=after,
+            rate_limit_headers=heard,
+            usd=0.0,
+        )
+        error = ConnectionError(str(refusal))
+        return AttemptResult(
+            error=error,
+            retryable=meaning.retryable,
+            uses_attempt=meaning.uses_attempt,
+            retry_after=after,
+            outcome=ended,
+        )
+    except AnswerCut as broken:
+        return AttemptResult(
+            error=broken,
+            retryable=True,
+            outcome=CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at),
+        )
+    heard = read_rate_limits(answer.headers, wall=clock.wall_time()) if desk.needs_headers() else ()
+    seconds = clock.now() - permit.granted_at
+    used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
+    return AttemptResult(
+        outcome=CallOutcome(
+            kind=Outcome.SUCCESS, used=used, latency=seconds, output_tokens=outgoing, rate_limit_headers=heard
+        )
+    )
+
+
+class UpstreamRun:
+    """One run of callers on one key; `tells`: whether they say by when they need their answer."""
+
+    def __init__(self, config: ProviderConfig, callers: Callers, *, seed: int = 0, tells: bool = True) -> None:
+        self.config, self.callers, self.seed = config, callers, seed
+        self.record = RunRecord()
+        self._tells = tells
+        self.upstream = Upstream("key", provider="openai")
+        self.desk = self.upstream.accounts.account(MODEL)
+        self.provider: SimulatedProvider
+
+    def run(self) -> RunRecord:
+        """Let the minutes pass, and what was begun end."""
+        simulate(self._main, seed=self.seed)
+        return self.record
+
+    async def _main(self) -> None:
+        self.provider = SimulatedProvider(self.config, seed=self.seed)
+        self._draws = random.Random(f"{self.seed}/retries")
+        rng, traffic = random.Random(f"{self.seed}/arrivals"), Traffic.conversation()
+        loop = asyncio.get_running_loop()
+        end = 60 * self.callers.minutes
+        async with asyncio.TaskGroup() as group:
+            looking = group.create_task(self._look())
+            while loop.time() < end:
+                rate = self.callers.rate(loop.time())
+                if rate > 0:
+                    group.create_task(self._caller(traffic.lengths(rng)))
+                await asyncio.sleep(traffic.interarrival(rng, rate) if rate > 0 else 1.0)
+            looking.cancel()
+
+    async def _caller(self, tokens: tuple[int, int]) -> None:
+        loop = asyncio.get_running_loop()
+        for again in range(self.callers.resubmissions, -1, -1):
+            after = self._draws.uniform(0.5, 1.5)
+            try:
+                async with asyncio.timeout(self.callers.patience):
+                    await self._call(tokens)
+            except Overloaded as refusal:
+                after = refusal.retry_after or after
+            except (TimeoutError, ConnectionError, AnswerCut):
+                pass
+            else:
+                alone = self.config.ttft + max(1, tokens[1]) * self.config.tpot
+                self.record.done.append((loop.time(), alone))
+                return
+            if not again or loop.time() + after >= 60 * self.callers.minutes:
+                return
+            await asyncio.sleep(after)
+
+    async def _call(self, tokens: tuple[int, int]) -> None:
+        charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED, tokens=tokens[0] + EXPECTED)
+        deadline = Deadline.within(self.callers.patience) if self._tells else None
+        ask = self.upstream.request(MODEL, charge, deadline=deadline)
+
+        async def attempt(permit: Permit) -> AttemptResult:
+            self.record.sent.append(clock.now())
+            tried = await asked(self.provider, self.desk, permit, tokens)
+            if tried.outcome.kind is Outcome.OVERLOAD:
+                self.record.refused.append(clock.now())
+            return tried
+
+        await self.upstream.driver(self.desk).run(ask, attempt)
+
+    async def _look(self) -> None:
+        account = self.desk.account
+        while True:
+            now = clock.now()
+            self.record.levels.append((now, account.limit.limit(now), account.in_flight))
+            await asyncio.sleep(1.0)

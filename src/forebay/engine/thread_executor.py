@@ -1,0 +1,96 @@
+"""Threads of our own for plain callables.
+
+asyncio's pool has a few threads for everybody, queues behind them without a bound, and is joined at exit. Here the
+slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot hold up the
+interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_IDLE = 30.0  # seconds after which a thread without a job ends
+
+
+class DaemonThreadExecutor(Executor):
+    """An executor that starts a daemon thread whenever none is idle. It never queues and never joins.
+
+    It is handed to ``loop.run_in_executor``, the one seam through which blocking work goes; a virtual-time loop runs
+    the job inline there.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._free = 0  # threads that wait for a job, less the jobs that wait for a thread
+        self._closed = False
+        self._names = itertools.count(1)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run ``fn(*args, **kwargs)`` in a thread at once.
+
+        Raises:
+            RuntimeError: it has been shut down, or no thread can be started; then `fn` never runs.
+        """
+        future: Future[T] = Future()
+
+        def job() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn(*args, **kwargs))
+                except BaseException as exc:  # noqa: BLE001 - it is the future's now
+                    future.set_exception(exc)
+
+        with self._lock:
+            if self._closed:
+                message = "these threads have been shut down"
+                raise RuntimeError(message)
+            self._jobs.put(job)
+            self._free -= 1
+            missing = self._free < 0
+            if missing:
+                self._free += 1  # the one that starts now
+        if missing:
+            thread = threading.Thread(target=self._work, name=f"forebay-{next(self._names)}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more
+                with self._lock:
+                    self._free -= 1
+                if future.cancel():  # else a thread that fell idle has taken it
+                    raise
+        return future
+
+    def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
+        """Let idle threads end; those that still run a job end after it. Never waits."""
+        with self._lock:
+            self._closed = True
+            for _ in range(self._free):
+                self._jobs.put(None)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=_IDLE)
+            except queue.Empty:
+                with self._lock:
+                    if self._free > 0:  # nobody has counted on this thread meanwhile
+                        self._free -= 1
+                        return
+                continue
+            if job is None:
+                return
+            job()
+            del job  # a payload must not live on in an idle thread
+            with self._lock:
+                if self._closed:
+                    return
+                self._free += 1

@@ -1,0 +1,76 @@
+"""How the ledger lies in a SQLite file.
+
+Whatever is asked of it often is found at the end of an index: the best waiting row of a type, the lease that lapses
+first, the ended row that is oldest. Rows are counted as they go in, where they all go in (`put`); after that triggers
+keep the counts true, whatever moves or drops a row.
+"""
+
+from __future__ import annotations
+
+from forebay.interfaces import RecordState
+from forebay.storage.sqlite_file import Schema
+
+# As stored. The first two are held against the bound, the last two have ended.
+STATES = (RecordState.WAITING, RecordState.LEASED, RecordState.DONE, RecordState.DEAD)
+
+_TASK = """
+CREATE TABLE task (
+    turn        INTEGER PRIMARY KEY,  -- grows with each row stored
+    task_id     TEXT NOT NULL UNIQUE,
+    task_type   TEXT NOT NULL,
+    state       INTEGER NOT NULL,     -- 0 waiting, 1 leased, 2 done, 3 dead
+    priority    INTEGER NOT NULL,
+    due         REAL NOT NULL,        -- the deadline; infinity if there is none, which sorts last
+    key         TEXT,
+    attempts    INTEGER NOT NULL,
+    enqueued_at REAL NOT NULL,        -- its place among those of its priority and deadline
+    fence       TEXT,                 -- while leased
+    until       REAL,                 -- while leased
+    finished_at REAL,                 -- once ended
+    completion  BLOB,                 -- once ended, in MessagePack
+    envelope    BLOB NOT NULL         -- last: a large one spills onto further pages; empty once done
+)
+"""
+
+_INDEXES = (
+    "CREATE UNIQUE INDEX task_key ON task (key) WHERE key IS NOT NULL",
+    "CREATE INDEX task_waiting ON task (task_type, priority, due, enqueued_at, turn) WHERE state = 0",
+    "CREATE INDEX task_leased ON task (until) WHERE state = 1",
+    "CREATE INDEX task_done ON task (finished_at, turn) WHERE state = 2",
+    "CREATE INDEX task_dead ON task (finished_at, task_id) WHERE state = 3",
+)
+
+_COUNTS = (
+    "CREATE TABLE size (kind INTEGER PRIMARY KEY, tasks INTEGER NOT NULL)",  # 0: held, 1: done, 2: dead
+    "INSERT INTO size VALUES (0, 0), (1, 0), (2, 0)",
+    """
+    CREATE TABLE depth (
+        task_type TEXT NOT NULL, priority INTEGER NOT NULL, waiting INTEGER NOT NULL, PRIMARY KEY (task_type, priority)
+    ) WITHOUT ROWID
+    """,
+)
+
+_ENTERS_QUEUE = """
+    INSERT INTO depth VALUES (new.task_type, new.priority, 1)
+    ON CONFLICT DO UPDATE SET waiting = waiting + 1;
+"""
+_LEAVES_QUEUE = "UPDATE depth SET waiting = waiting - 1 WHERE task_type = old.task_type AND priority = old.priority;"
+
+_OLD, _NEW = "max(old.state - 1, 0)", "max(new.state - 1, 0)"  # the kind that a row was of, and is of
+_CHANGES = f"UPDATE size SET tasks = tasks + iif(kind = {_NEW}, 1, -1) WHERE kind IN ({_OLD}, {_NEW});"  # noqa: S608
+
+_TRIGGERS = tuple(
+    f"CREATE TRIGGER {name} AFTER {when} BEGIN {what} END"
+    for name, when, what in (
+        ("task_dropped", "DELETE ON task", f"UPDATE size SET tasks = tasks - 1 WHERE kind = {_OLD};"),  # noqa: S608
+        ("task_changes", f"UPDATE OF state ON task WHEN {_OLD} <> {_NEW}", _CHANGES),
+        ("task_dropped_waiting", "DELETE ON task WHEN old.state = 0", _LEAVES_QUEUE),
+        ("task_waits", "UPDATE OF state ON task WHEN old.state <> 0 AND new.state = 0", _ENTERS_QUEUE),
+        ("task_waited", "UPDATE OF state ON task WHEN old.state = 0 AND new.state <> 0", _LEAVES_QUEUE),
+    )
+)
+
+SCHEMA = Schema(
+    application_id=0x464F5242,  # "FORB"
+    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS),),
+)

@@ -1,0 +1,237 @@
+"""What a call looks like on the wire when all goes well: requests read, answers written, whole or as events.
+
+Shapes of OpenAI's chat completions and of Anthropic's messages, as their SDKs read them. Pure, and made to be cheap: a
+plant on half a processor should not be what limits a bench.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Final
+
+import msgspec
+
+Body = dict[str, Any]
+
+_CHARACTERS = 4  # to a token, as everybody estimates
+_PER_MESSAGE = 4  # tokens, for its role and its borders
+_WORDS: Final = [
+    *("river", "water", "stone", "gate", "valley", "meadow", "spring", "channel", "bridge", "turbine", "lake"),
+    *("shore", "cloud", "rain", "delta", "bank", "reed", "current", "pool", "weir", "source", "mill", "rapid"),
+    *("heron", "silt", "estuary", "tide", "canal", "harbour", "lock", "basin", "brook"),
+]
+_TEXT_WORDS: Final = 4096
+
+
+def _lorem() -> tuple[str, list[int]]:
+    """A text, and where in it each word begins: word i depends on nothing but i, so a test can foretell it."""
+    words = [" " + _WORDS[(i * i + 7 * i // 3) % len(_WORDS)] for i in range(_TEXT_WORDS)]
+    return "".join(words), [0, *itertools.accumulate(len(word) for word in words)]
+
+
+_LOREM, _BEGINS = _lorem()
+
+
+def answer_text(first: int, tokens: int) -> str:
+    """`tokens` words of an answer, from word `first` on; a word stands for a token."""
+    parts, first_word = [], first == 0
+    while tokens > 0:
+        begin = first % _TEXT_WORDS
+        end = min(_TEXT_WORDS, begin + tokens)
+        parts.append(_LOREM[_BEGINS[begin] : _BEGINS[end]])
+        first, tokens = first + end - begin, tokens - (end - begin)
+    return "".join(parts).lstrip() if first_word else "".join(parts)
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+class ChatMessage(msgspec.Struct):
+    """One message of a conversation; what it says may be text or a list of parts."""
+
+    role: str
+    content: Any = None
+
+
+class StreamOptions(msgspec.Struct):
+    """How OpenAI is to stream."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(msgspec.Struct):
+    """A chat completion or a message: what the plant reads of either. Everything else is let pass."""
+
+    model: str
+    messages: list[ChatMessage]
+    stream: bool | None = False
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream_options: StreamOptions | None = None
+    system: Any = None
+    tools: Any = None
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """The bound on output tokens, whatever it is called."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """A stream is to end with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def input_tokens(self) -> int:
+        """An estimate from the characters, as nobody here has a tokenizer."""
+        characters = sum(_length(message.content) for message in self.messages) + _length(self.system)
+        if self.tools:
+            characters += len(msgspec.json.encode(self.tools))
+        return -(-characters // _CHARACTERS) + _PER_MESSAGE * len(self.messages)
+
+
+_decoder: Final = msgspec.json.Decoder(ChatRequest)
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """Read a request.
+
+    Raises:
+        msgspec.MsgspecError: it is not one; the message says where.
+    """
+    return _decoder.decode(body)
+
+
+def _length(content: Any) -> int:
+    """Characters of text in a content: a string, or parts that may hold one."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, list):
+        return sum(_length(part.get("text") or part.get("content")) for part in content if isinstance(part, dict))
+    return 0
+
+
+def model_list(names: list[str]) -> bytes:
+    """The list of models, in a shape that both SDKs read."""
+    both = {"object": "model", "created": 0, "owned_by": "plant", "type": "model", "created_at": "2026-01-01T00:00:00Z"}
+    data = [both | {"id": name, "display_name": name} for name in names]
+    ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+    return msgspec.json.encode({"object": "list", "data": data} | ends)
+
+
+# --- answers of OpenAI ----------------------------------------------------------------------------------------------
+
+
+class OpenAIWriter:
+    """One chat completion, whole or as server-sent events."""
+
+    def __init__(self, call_id: int, model: str, created: int, *, include_usage: bool = False) -> None:
+        self._base = {"id": f"chatcmpl-{call_id:029d}", "created": created, "model": model}
+        self._include_usage = include_usage
+
+    def response(self, usage: tuple[int, int], reason: str) -> bytes:
+        """The answer in one piece; `usage` is input and output tokens, `reason` why it ended."""
+        message: Body = {"role": "assistant", "content": answer_text(0, usage[1]), "refusal": None, "annotations": []}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        body = self._base | {"object": "chat.completion", "choices": [choice], "usage": self._usage(usage)}
+        return msgspec.json.encode(body | {"service_tier": "default", "system_fingerprint": "fp_plant"})
+
+    def stream_start(self, input_tokens: int) -> bytes:  # noqa: ARG002 - Anthropic's needs it
+        """The events before the first token."""
+        return self._chunk({"role": "assistant", "content": "", "refusal": None})
+
+    def stream_tokens(self, first: int, tokens: int) -> bytes:
+        """The event that brings so many tokens."""
+        return self._chunk({"content": answer_text(first, tokens)})
+
+    def stream_end(self, usage: tuple[int, int], reason: str) -> bytes:
+        """The events after the last token."""
+        events = [self._chunk({}, reason)]
+        if self._include_usage:
+            usage_chunk = {"object": "chat.completion.chunk", "choices": [], "usage": self._usage(usage)}
+            events.append(_data(self._base | usage_chunk))
+        return b"".join((*events, b"data: [DONE]\n\n"))
+
+    def stream_error(self, body: Body) -> bytes:
+        """The event that reports a breakdown."""
+        return _data(body)
+
+    @staticmethod
+    def finish_reason(*, stopped: bool) -> str:
+        """Why it ended: by itself, or at its bound."""
+        return "stop" if stopped else "length"
+
+    def _chunk(self, delta: Body, reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        chunk = self._base | {"object": "chat.completion.chunk", "choices": [choice], "system_fingerprint": "fp_plant"}
+        return _data(chunk | {"usage": None} if self._include_usage else chunk)
+
+    @staticmethod
+    def _usage(usage: tuple[int, int]) -> Body:
+        details: Body = {
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+        tokens: Body = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": usage[0] + usage[1]}
+        return tokens | details
+
+
+def _data(body: Body) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+# --- answers of Anthropic -------------------------------------------------------------------------------------------
+
+
+class AnthropicWriter:
+    """One message, whole or as server-sent events."""
+
+    def __init__(self, call_id: int, model: str) -> None:
+        self._base = {"id": f"msg_{call_id:024d}", "type": "message", "role": "assistant", "model": model}
+
+    def response(self, usage: tuple[int, int], reason: str) -> bytes:
+        """The answer in one piece; `usage` is input and output tokens, `reason` why it ended."""
+        content = [{"type": "text", "text": answer_text(0, usage[1])}]
+        ending = {"content": content, "stop_reason": reason, "stop_sequence": None, "usage": self._usage(usage)}
+        return msgspec.json.encode(self._base | ending)
+
+    def stream_start(self, input_tokens: int) -> bytes:
+        """The events before the first token."""
+        empty: Body = {
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage((input_tokens, 1)),
+        }
+        block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+        start = {"type": "message_start", "message": self._base | empty}
+        return _event(start) + _event(block) + _event({"type": "ping"})
+
+    def stream_tokens(self, first: int, tokens: int) -> bytes:
+        """The event that brings so many tokens."""
+        delta = {"type": "text_delta", "text": answer_text(first, tokens)}
+        return _event({"type": "content_block_delta", "index": 0, "delta": delta})
+
+    def stream_end(self, usage: tuple[int, int], reason: str) -> bytes:
+        """The events after the last token."""
+        delta = {"stop_reason": reason, "stop_sequence": None}
+        ending = {"type": "message_delta", "delta": delta, "usage": {"output_tokens": usage[1]}}
+        stop = _event({"type": "content_block_stop", "index": 0})
+        return stop + _event(ending) + _event({"type": "message_stop"})
+
+    def stream_error(self, body: Body) -> bytes:
+        """The event that reports a breakdown."""
+        return _event(body)
+
+    @staticmethod
+    def finish_reason(*, stopped: bool) -> str:
+        """Why it ended: by itself, or at its bound."""
+        return "end_turn" if stopped else "max_tokens"
+
+    @staticmethod
+    def _usage(usage: tuple[int, int]) -> Body:
+        cache = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+        return {"input_tokens": usage[0], "output_tokens": usage[1], "service_tier": "standard"} | cache
+
+
+def _event(body: Body) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (str(body["type"]).encode(), msgspec.json.encode(body))

@@ -1,0 +1,144 @@
+"""From what `register_worker` is given to a worker."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from forebay.adapters.detect import Config
+from forebay.adapters.handler_spec import HandlerSpec
+from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
+from forebay.engine import Engine, ProcessEngine, resolve_engine
+from forebay.errors import InvalidSetting, InvalidTimeout
+from forebay.supervisor.worker import WorkerAgent
+from forebay.task import Task
+from forebay.upstream import Upstream
+from forebay.upstream.declared_upstream import DeclaredUpstream
+
+_PAIR: Final = 2
+
+
+def make_worker(  # noqa: PLR0913 - what register_worker takes
+    name: str,
+    *,
+    handler: Any,
+    factory: Callable[[], Any] | str | None,
+    task_types: Sequence[str],
+    max_concurrent: int,
+    timeout: float,
+    config: Config | None,
+    engine: str | Engine | None,
+    on_cancel: Callable[[Task], object] | None,
+    reset_timeout: float | None,
+    upstreams: Any,
+    draw: Callable[[], float],
+    on_revive: Callable[[WorkerAgent], None],
+) -> WorkerAgent:
+    """A worker, checked.
+
+    Raises:
+        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
+    """
+    kinds = _check(name, task_types, max_concurrent, timeout)
+    owner = f"worker {name!r}"
+    if on_cancel is not None and not callable(on_cancel):
+        raise InvalidSetting(owner=owner, name="on_cancel", value=on_cancel, expected="a callable that takes the Task")
+    if reset_timeout is not None and not _positive(reset_timeout):
+        expected = "a positive number of seconds, or None to stay FAILED until revive()"
+        raise InvalidSetting(owner=owner, name="reset_timeout", value=reset_timeout, expected=expected)
+    where = resolve_engine(engine)
+    if where is None:
+        expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
+        raise InvalidSetting(owner=owner, name="engine", value=engine, expected=expected)
+    foretold = _declared_upstreams(owner, upstreams, where)
+    recipe = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
+    bound = where.build_handler(recipe, slots=max_concurrent)
+    rules = _breaker_rules(reset_timeout, float(timeout))
+    return WorkerAgent(
+        name,
+        bound,
+        task_types=kinds,
+        max_concurrent=max_concurrent,
+        timeout=float(timeout),
+        breaker=Breaker(rules, draw=draw),
+        probes=rules.probes,
+        declared=foretold,
+        on_revive=on_revive,
+    )
+
+
+@functools.lru_cache(maxsize=100)
+def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
+    """A worker's rules; workers alike share them, for there may be ten thousand."""
+    longest = (
+        WORKER_RULES.max_reset_timeout if reset_timeout is None else max(WORKER_RULES.max_reset_timeout, reset_timeout)
+    )
+    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
+    return BreakerRules(
+        triggers=WORKER_RULES.triggers,
+        reset_timeout=reset_timeout,
+        max_reset_timeout=longest,
+        probe_timeout=2 * timeout,
+    )
+
+
+def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:
+    """What a worker is said to draw on.
+
+    Raises:
+        InvalidSetting: it cannot be meant.
+    """
+    expected = 'a list of what its calls draw on, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
+    if isinstance(upstreams, str | Mapping) or not isinstance(upstreams, Iterable):
+        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+    found = []
+    for said in upstreams:
+        upstream, model = said if isinstance(said, tuple) and len(said) == _PAIR else (said, None)
+        if not isinstance(upstream, Upstream) or (model is not None and not (isinstance(model, str) and model)):
+            raise InvalidSetting(owner=owner, name="upstreams", value=said, expected=expected)
+        found.append(upstream.declared(model or ""))
+    if found and isinstance(engine, ProcessEngine):
+        expected = (
+            'left out with engine="process": calls made there are seen here only if they go through a gateway, and'
+            " then by the gateway alone"
+        )
+        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+    return tuple(dict.fromkeys(found))
+
+
+def check_decorator_arguments(task_types: Sequence[object]) -> None:
+    """Pass what ``@supervisor.worker(...)`` was given, unless it was given the function itself.
+
+    Raises:
+        InvalidSetting: it was.
+    """
+    if any(callable(task_type) for task_type in task_types):
+        expected = 'written as @supervisor.worker("research"), with the task types that it takes'
+        raise InvalidSetting(owner="supervisor.worker", name="task_types", value=task_types, expected=expected)
+
+
+def _check(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
+    """The task types of a worker that can be meant.
+
+    Raises:
+        InvalidSetting, InvalidTimeout: one of the four cannot.
+    """
+    owner = f"worker {name!r}"
+    if not isinstance(name, str) or not name:
+        raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
+    if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
+        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
+    if not task_types or not all(isinstance(kind, str) and kind for kind in task_types):
+        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
+    if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
+        expected = "a whole number of at least 1"
+        raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
+    if not _positive(timeout):
+        raise InvalidTimeout(value=timeout)
+    return tuple(dict.fromkeys(task_types))
+
+
+def _positive(seconds: object) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf

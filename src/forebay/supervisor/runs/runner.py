@@ -1,0 +1,193 @@
+"""Runners: asyncio tasks that are kept, and run one handler after another, each in a context of its own.
+
+To make an asyncio task, to have it called back and to let go of it costs more than all else that a supervised task
+needs. So a slot's next handler is run by the asyncio task that ran the last: it is stepped by hand within a fresh
+context. Handlers see an ordinary ``asyncio.current_task()``; and one that anybody else still knows of, by a reference,
+a weak one or a callback, or that was ever cancelled, is not used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Coroutine, Generator
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any
+
+from forebay import context
+from forebay.events import log
+from forebay.supervisor.runs.run import StopIterationCarrier
+
+if TYPE_CHECKING:
+    from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.runs.run import Run
+
+_MAX_BURST = 16  # handlers that end without ever waiting, before the loop gets a turn
+
+
+class RunnerPool:
+    """The runners of a house. Their contexts are copies of the one in which the house was made."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.base_context: Context = copy_context()
+        self.idle: list[Runner] = []  # at most as many as have run at a time
+        self.reusable: Runner | None = None  # whose handler has just ended: it can go on with the next at once
+        self.closed = False
+
+    def start(self, run: Run) -> None:
+        """Run the handler of `run`, though not within this call."""
+        runner = self.reusable
+        if runner is not None:
+            self.reusable = None
+        elif self.idle:
+            runner = self.idle.pop()
+            runner.wake()
+        else:
+            runner = Runner(self)
+        runner.next_run = run
+        run.runner = runner
+
+    def close(self) -> None:
+        """Let the idle ones go; the others go once their handler has ended."""
+        self.closed = True
+        while self.idle:
+            self.idle.pop().wake()
+
+
+class Runner:
+    """One asyncio task that runs handlers, of one crew."""
+
+    __slots__ = ("_pool", "_wakeup", "aio", "next_run", "run")
+
+    def __init__(self, pool: RunnerPool) -> None:
+        self._pool = pool
+        self._wakeup: asyncio.Future[None] | None = None
+        self.next_run: Run | None = None  # what it is to run next
+        self.run: Run | None = None  # whose handler is under way
+        self.aio: asyncio.Task[None] | None = None
+        self.aio = pool.dispatcher.loop.create_task(self._main(), context=pool.base_context.copy())
+
+    def wake(self) -> None:
+        """It has something to do, or may go."""
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    def stop(self, run: Run) -> None:
+        """Cancel the handler of `run`. If it has not begun, it will not."""
+        if self.run is run and self.aio is not None:
+            self.aio.cancel()
+
+    def handles(self, run: Run, aio: asyncio.Task[Any] | None) -> bool:
+        """Whether the handler of `run` is under way, in `aio`."""
+        return self.run is run and self.aio is not None and self.aio is aio
+
+    async def _main(self) -> None:
+        try:
+            await self._work()
+        finally:
+            if self in self._pool.idle:
+                self._pool.idle.remove(self)
+            if (run := self.next_run) is not None:  # the loop is being shut down
+                self._pool.dispatcher.completion.handler_ended(run, None, asyncio.CancelledError())
+
+    @types.coroutine
+    def _work(self) -> Generator[Any, None, None]:
+        """Run one handler after another, until there is a reason to leave it to a new task."""
+        crew, in_a_row = self._pool, 0
+        loop, ended = crew.dispatcher.loop, crew.dispatcher.completion.handler_ended
+        if self.aio is None:
+            yield  # an eager task factory begins before the task is known
+        aio: Any = self.aio
+        known = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # of another kind nothing can be said
+        while (run := self.next_run) is not None:
+            self.next_run = None
+            self.run = run
+            if run.abandoned_at is None:
+                value, cause, waited = yield from _step(run, crew.base_context.copy())
+            else:
+                value, cause, waited = None, asyncio.CancelledError(), False
+            self.run = None
+            again = (
+                _reference_count(aio) == known
+                and not (aio.cancelling() or aio._must_cancel or aio._callbacks)  # noqa: SLF001 - no public way to ask
+                and not crew.closed
+            )
+            if again:
+                crew.reusable = self
+            try:
+                ended(run, value, cause)
+            except Exception:  # noqa: BLE001 - the runner has others to run
+                log.exception("the end of task %r could not be dealt with", run.task.task_id)
+            crew.reusable = run = value = cause = None
+            if not again:
+                return
+            in_a_row = 0 if waited else in_a_row + 1
+            if self.next_run is None:
+                crew.idle.append(self)
+                self._wakeup = loop.create_future()
+                yield from self._wakeup
+                in_a_row = 0
+            elif in_a_row >= _MAX_BURST:
+                yield
+                in_a_row = 0
+
+
+def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
+    """Run a handler to its end in `own`.
+
+    Returns:
+        Its value, or the exception that ended it; and whether it waited for anything.
+    """
+    waited = forsaken = False
+    try:
+        coroutine, awaited = own.run(_start_handler, run)
+        while True:
+            waited, thrown = True, None
+            try:
+                yield awaited
+            except GeneratorExit:  # the loop has gone
+                forsaken = True
+                raise
+            except BaseException as exc:  # noqa: BLE001 - the handler's affair
+                thrown = exc
+            awaited = own.run(coroutine.send, None) if thrown is None else own.run(coroutine.throw, thrown)
+    except StopIteration as end:
+        return end.value, None, waited
+    except StopIterationCarrier as carrier:
+        return None, carrier.cause, waited
+    except BaseException as exc:  # a SystemExit must not end the loop and all other tasks
+        if forsaken:
+            raise
+        return None, exc, waited
+
+
+def _reference_count(aio: asyncio.Task[None]) -> int:
+    """How many references there are to it."""
+    return sys.getrefcount(aio) + weakref.getweakrefcount(aio)
+
+
+def _start_handler(run: Run) -> tuple[Coroutine[Any, Any, Any], Any]:
+    """Call the handler in the context that is its own, and take its first step.
+
+    Raises:
+        StopIteration: it has ended, with this value.
+    """
+    context.set_running_task(run)
+    handler = run.worker.handler
+    try:
+        value = run.call_in_thread() if handler.blocking else handler.call(run.task)
+    except StopIteration as exc:
+        raise StopIterationCarrier(exc) from None
+    if type(value) is not types.CoroutineType:
+        if not inspect.isawaitable(value):
+            raise StopIteration(value)
+        value = _awaiting(value)
+    return value, value.send(None)
+
+
+async def _awaiting(value: Any) -> Any:
+    return await value

@@ -1,0 +1,99 @@
+"""Timers: one heap and one armed handle of the loop for all tasks, instead of a handle for each."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from typing import TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
+
+# [due, order, callback, arguments]: a list, so that cancelling is one assignment and the heap finds out later
+_CALLBACK, _ARGUMENTS = 2, 3
+_MAX_LATENESS = 0.1  # seconds after which the loop must have been held up
+_MIN_CANCELLED = 64
+
+
+class Timer(list):  # type: ignore[type-arg]
+    """One timer; its heap's business only."""
+
+    __slots__ = ()
+
+
+class Timers:
+    """Callbacks at a loop time, in seconds.
+
+    Timers that fell due while something held up the loop give it one turn before they fire: what they are about to
+    cancel may be ready to finish.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._heap: list[Timer] = []
+        self._order = 0
+        self._cancelled = 0
+        self._armed: asyncio.TimerHandle | None = None
+        self._armed_for = 0.0
+
+    def at(self, when: float, callback: Callable[[*Ts], object], *arguments: *Ts) -> Timer:
+        """Call ``callback(*arguments)`` at loop time `when`."""
+        self._order += 1
+        timer = Timer((when, self._order, callback, arguments))
+        heapq.heappush(self._heap, timer)
+        if self._armed is None or when < self._armed_for:
+            self._arm(when)
+        return timer
+
+    def cancel(self, timer: Timer) -> None:
+        """Forget `timer`; if it has fired or was cancelled, nothing happens."""
+        if timer[_CALLBACK] is not None:
+            timer[_CALLBACK] = timer[_ARGUMENTS] = None
+            self._cancelled += 1
+            if self._cancelled > _MIN_CANCELLED and 2 * self._cancelled > len(self._heap):
+                self._heap = [live for live in self._heap if live[_CALLBACK] is not None]
+                heapq.heapify(self._heap)
+                self._cancelled = 0
+
+    @property
+    def armed(self) -> bool:
+        """Whether the loop is asked to call."""
+        return self._armed is not None
+
+    def close(self) -> None:
+        """Forget all."""
+        self._heap.clear()
+        if self._armed is not None:
+            self._armed.cancel()
+            self._armed = None
+
+    def _arm(self, when: float) -> None:
+        if self._armed is not None:
+            self._armed.cancel()
+        self._armed_for = when
+        self._armed = self._loop.call_at(when, self._on_due)
+
+    def _on_due(self) -> None:
+        if self._loop.time() - self._armed_for > _MAX_LATENESS:
+            self._loop.call_soon(self._fire)
+        else:
+            self._fire()
+
+    def _fire(self) -> None:
+        self._armed = None
+        heap = self._heap
+        now = self._loop.time()
+        try:
+            while heap and (heap[0][_CALLBACK] is None or heap[0][0] <= now):
+                timer = heapq.heappop(heap)
+                callback = timer[_CALLBACK]
+                if callback is None:
+                    self._cancelled -= 1
+                else:
+                    timer[_CALLBACK] = None
+                    callback(*timer[_ARGUMENTS])
+                heap = self._heap  # a callback that cancels may have swept it into a new one
+        finally:
+            # a callback that set a timer has armed for that one, though others may come sooner
+            if self._heap and (self._armed is None or self._heap[0][0] < self._armed_for):
+                self._arm(self._heap[0][0])

@@ -1,0 +1,1 @@
+"""Spilling tasks to the overflow store and refilling from it."""

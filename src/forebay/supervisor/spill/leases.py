@@ -1,0 +1,122 @@
+"""The leases that this house holds: timed rights to stored tasks, and the heartbeat that keeps them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Sequence
+
+from forebay import clock
+from forebay.events import log
+from forebay.interfaces import Lease, TaskStore
+
+
+class _HeldLease:
+    """A lease, and until when it lasts: in one object, since the heartbeat's thread writes what the loop reads."""
+
+    __slots__ = ("lease", "until")
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.until = lease.until
+
+
+class HeldLeases:
+    """Leases by task id. All but `renew` belongs to the loop's thread."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _HeldLease] = {}
+
+    def hold(self, lease: Lease) -> None:
+        """Take note of a lease."""
+        self._held[lease.record.task_id] = _HeldLease(lease)
+
+    def drop(self, task_id: str) -> str | None:
+        """Forget a lease; return its fence, if there was one."""
+        held = self._held.pop(task_id, None)
+        return None if held is None else held.lease.fence
+
+    def is_valid(self, task_id: str, now: float) -> bool:
+        """Whether the lease on a task has neither lapsed at `now`, in epoch seconds, nor been lost."""
+        held = self._held.get(task_id)
+        return held is not None and now < held.until
+
+    def take_all(self) -> Sequence[Lease]:
+        """Every lease, forgotten here."""
+        leases = [held.lease for held in self._held.values()]
+        self._held.clear()
+        return leases
+
+    def renew(self, store: TaskStore, *, until: float) -> None:
+        """Make all of them last until `until`, in epoch seconds. Blocks; from any thread."""
+        held = list(self._held.values())
+        lost = {lease.fence for lease in store.renew([each.lease for each in held], until=until)}
+        for each in held:
+            if each.lease.fence not in lost:
+                each.until = until
+            elif self._held.get(each.lease.record.task_id) is each:  # else it was given back meanwhile
+                each.until = -math.inf
+                task_id = each.lease.record.task_id
+                log.warning("the lease on task %r was lost: what its handler returns will be refused", task_id)
+
+
+class Heartbeat:
+    """Calls `beat` every `interval` seconds from a thread of its own, and then `beaten` in the loop.
+
+    A handler that blocks the loop holds up `beaten`, but no beat. In virtual time, beats are jobs of the loop.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        interval: float,
+        beat: Callable[[], None],
+        after_beat: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._interval = interval
+        self._beat = beat
+        self._after_beat = after_beat
+        self._stopped = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        if clock.is_virtual(self._loop):
+            self._arm()
+        else:
+            threading.Thread(target=self._run, name="forebay-heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        """End. Does not wait for a beat that is under way."""
+        self._stopped.set()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._try_beat()
+            try:
+                self._loop.call_soon_threadsafe(self._beat_done)
+            except RuntimeError:  # the loop is closed
+                return
+
+    def _arm(self) -> None:
+        self._timer = self._loop.call_later(self._interval, self._beat_in_loop)
+
+    def _beat_in_loop(self) -> None:
+        self._loop.run_in_executor(None, self._try_beat).add_done_callback(lambda _: self._beat_done())
+        self._arm()
+
+    def _try_beat(self) -> None:
+        try:
+            self._beat()
+        except Exception:  # noqa: BLE001 - the next beat may succeed, and until then leases are lost at worst
+            if not self._stopped.is_set():
+                log.exception("leases on stored tasks could not be renewed")
+
+    def _beat_done(self) -> None:
+        if not self._stopped.is_set():
+            self._after_beat()

@@ -1,0 +1,110 @@
+"""Between tickets and rows of the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from forebay import clock
+from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
+from forebay.events import log
+from forebay.interfaces import Codec, Completion, TaskRecord, TypeMismatch
+from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result, decode_task, encode_result
+from forebay.task import Task, TaskResult, TaskStatus
+
+if TYPE_CHECKING:
+    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.ticket import Ticket
+
+
+def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
+    """The row of a task; its deadline is the ticket's, which may have been inherited."""
+    task = ticket.task
+    return TaskRecord(
+        task_id=task.task_id,
+        task_type=task.task_type,
+        priority=task.priority,
+        envelope=envelope,
+        enqueued_at=clock.wall_time() if ticket.submitted_at is None else ticket.submitted_at,
+        deadline=None if ticket.deadline is None else ticket.deadline.at,
+        key=task.key,
+    )
+
+
+def task_of_record(record: TaskRecord, codecs: TaskCodecs) -> Task:
+    """The task of a row, its payload as its handler gets it.
+
+    Raises:
+        EnvelopeTooNew: a newer version of Forebay stored it.
+        EnvelopeDamaged, InvalidPayload: it cannot be read.
+    """
+    return codecs.load_payload(decode_task(record.envelope))
+
+
+def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int) -> tuple[TaskResult, Completion]:
+    """A result as it is given here, and as it is stored.
+
+    A value that cannot be stored within `bound` bytes is left out there, and marked in both.
+    """
+    encoded, error = None, result.error
+    if result.success:
+        try:
+            plain = result.result if codec is None else codec.dump(result.result)
+            encoded = encode_result(plain, task_id=result.task_id, bound=bound)
+        except Exception as exc:  # noqa: BLE001 - whatever a codec may raise, the task succeeded
+            error = f"only the process that ran it has its value, which cannot be stored: {_why_unstorable(exc)}"
+            log.warning("task %r succeeded, but %s", result.task_id, error)
+            result = msgspec.structs.replace(result, error=error)
+    return result, Completion(
+        status=result.status.value,
+        worker_id=result.worker_id,
+        result=encoded,
+        error=error,
+        duration_ms=result.duration_ms,
+        attempts=result.attempts,
+        finished_at=clock.wall_time(),
+    )
+
+
+def _why_unstorable(error: Exception) -> str:
+    match error:
+        case EnvelopeDamaged() | EnvelopeTooNew():
+            return str(error)
+        case NotSerializable():
+            return f"at {error.path} it holds a {error.type}"
+        case PayloadTooLarge():
+            return f"it takes {error.size} bytes encoded and the bound is {error.bound}"
+        case TypeMismatch():
+            return f"at result{error.path}: {error.reason}"
+    return f"its codec raised {type(error).__name__}"
+
+
+def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs) -> TaskResult:
+    """A stored completion as the result that its ticket gives. A value that cannot be had is no silent None."""
+    status = TaskStatus(stored.status)
+    value, error, cause = None, stored.error, None
+    if status is TaskStatus.SUCCEEDED:
+        try:
+            value = _stored_value(record, stored, codecs)
+        except Exception as exc:  # noqa: BLE001 - whatever a codec may raise, the ticket must end
+            error = stored.error or f"it cannot be read: {_why_unstorable(exc)}"
+            cause = ResultUnavailable(task_id=record.task_id, error=error)
+    return TaskResult(
+        task_id=record.task_id,
+        worker_id=stored.worker_id,
+        success=status is TaskStatus.SUCCEEDED,
+        status=status,
+        result=value,
+        error=error,
+        duration_ms=stored.duration_ms,
+        attempts=stored.attempts,
+        cause=cause,
+    )
+
+
+def _stored_value(record: TaskRecord, stored: Completion, codecs: TaskCodecs) -> Any:
+    if stored.result is None:
+        raise EnvelopeDamaged(why="it was left out")
+    plain, codec = decode_result(stored.result), codecs.result_codec(record.task_type)
+    return plain if codec is None else codec.load(plain)

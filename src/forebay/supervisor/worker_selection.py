@@ -1,0 +1,96 @@
+"""The router: of the workers that can accept, the one with the least expected finish, in O(log workers)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from forebay.supervisor.worker import WorkerAgent
+
+_Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
+
+
+class WorkerSelector:
+    """Workers by score, in heaps that are mended lazily.
+
+    A score that has *risen* since its entry was pushed (the worker took a task) is found when the entry reaches the
+    top; one that has *fallen* must be announced by `lowered`, or a better worker would lie buried.
+
+    Those whose pace is not known yet go by the pool's typical one. When that falls they all get better at once, so they
+    have a heap of their own, in which it is left out.
+
+    Args:
+        task_type: whose pace counts.
+        typical: the pool's typical seconds for a task.
+    """
+
+    __slots__ = ("_current", "_heaps", "_idle", "_stamp", "_task_type", "_typical")
+
+    def __init__(self, task_type: str, typical: Callable[[], float]) -> None:
+        self._task_type = task_type
+        self._typical = typical
+        self._heaps: tuple[_Heap, _Heap] = ([], [])  # of those with a pace of their own; of those without
+        # the stamp of the entry that counts; without one, the worker is in neither heap
+        self._current: dict[WorkerAgent, int] = {}
+        self._idle: dict[WorkerAgent, None] = {}  # in the order in which they fell idle
+        self._stamp = 0
+
+    def update(self, worker: WorkerAgent) -> None:
+        """`worker` may have become a better choice: it finished something, came, or came back."""
+        if not worker.current_tasks and worker.can_accept():
+            self._idle[worker] = None
+        self._push(worker)
+        if sum(map(len, self._heaps)) > 2 * len(self._current) + 16:
+            self._compact()
+
+    def mark_busy(self, worker: WorkerAgent) -> None:
+        """`worker` took a task, or left: it is not idle."""
+        self._idle.pop(worker, None)
+
+    def pick(self, *, idle_first: bool = False) -> WorkerAgent | None:
+        """The best worker that can accept, or None. With `idle_first`, an IDLE one goes before all others."""
+        best = self._best()
+        if idle_first and best is not None and best.current_tasks:
+            for worker in self._idle:
+                if worker.can_accept():
+                    return worker
+        return best
+
+    def _best(self) -> WorkerAgent | None:
+        paced, fresh = self._top(0), self._top(1)
+        if paced is None or fresh is None:
+            return paced or fresh
+        typical = self._typical()
+        return min(paced, fresh, key=lambda worker: worker.score(self._task_type, typical))
+
+    def _top(self, which: int) -> WorkerAgent | None:
+        heap = self._heaps[which]
+        while heap:
+            score, stamp, worker = heap[0]
+            if self._current.get(worker) != stamp:
+                heapq.heappop(heap)
+            elif not worker.can_accept():
+                heapq.heappop(heap)
+                del self._current[worker]  # `lowered` brings it back
+            elif which != self._heap_index(worker) or self._score(worker) > score:
+                heapq.heappop(heap)
+                self._push(worker)
+            else:
+                return worker
+        return None
+
+    def _heap_index(self, worker: WorkerAgent) -> int:
+        return 0 if worker.has_duration(self._task_type) else 1
+
+    def _score(self, worker: WorkerAgent) -> float:
+        return worker.score(self._task_type, 1.0)
+
+    def _push(self, worker: WorkerAgent) -> None:
+        self._stamp += 1
+        self._current[worker] = self._stamp
+        heapq.heappush(self._heaps[self._heap_index(worker)], (self._score(worker), self._stamp, worker))
+
+    def _compact(self) -> None:
+        for heap in self._heaps:
+            heap[:] = [entry for entry in heap if self._current.get(entry[2]) == entry[1]]
+            heapq.heapify(heap)

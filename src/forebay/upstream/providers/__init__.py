@@ -1,0 +1,34 @@
+"""What is known of providers: how they are asked, how they count, and how they say no. Garbage makes nothing fail."""
+
+from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error
+from forebay.upstream.providers.http_headers import Headers
+from forebay.upstream.providers.include_usage import UsageFilter
+from forebay.upstream.providers.profiles import ProviderProfile, TokenCounting, profile_for
+from forebay.upstream.providers.rate_limit_headers import read_rate_limits, read_retry_after, read_should_retry
+from forebay.upstream.providers.request import Endpoint, ProviderRequest
+from forebay.upstream.providers.rewrite import depends_on_stored_state, path_with_model, with_model
+from forebay.upstream.providers.usage import InputTokenRatio, Usage
+from forebay.upstream.providers.usage_meter import UsageMeter, read_response
+
+__all__ = [
+    "Endpoint",
+    "ErrorKind",
+    "Headers",
+    "InputTokenRatio",
+    "ProviderProfile",
+    "ProviderRequest",
+    "TokenCounting",
+    "Usage",
+    "UsageFilter",
+    "UsageMeter",
+    "classify",
+    "classify_stream_error",
+    "depends_on_stored_state",
+    "path_with_model",
+    "profile_for",
+    "read_rate_limits",
+    "read_response",
+    "read_retry_after",
+    "read_should_retry",
+    "with_model",
+]

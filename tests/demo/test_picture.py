@@ -1,0 +1,48 @@
+"""The picture can be drawn of whatever came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from demo.child import Ending
+from demo.kept import Kept
+from demo.picture import draw
+from demo.report import Played, report
+from demo.sample import Sample
+from demo.settings import Settings
+
+PNG = b"\x89PNG\r\n\x1a\n"
+SETTINGS = Settings(tasks=100, seconds=30.0)
+
+
+def played(*, done: int, ending: Ending = Ending.TIME_UP, kept: Kept | None = None) -> Played:
+    seconds = range(30)
+    samples = [Sample(t=float(t), stage="surge", done=done * t, waiting=90, spilled=5, usd=0.1 * t) for t in seconds]
+    memory = [(float(t), 100.0 + t) for t in seconds]
+    return Played(
+        samples=tuple(samples),
+        latencies=(),
+        memory=tuple(memory),
+        peak_rss_mb=130.0,
+        ending=ending,
+        ended_at=30.0,
+        kept=kept,
+    )
+
+
+EMPTY = Played(samples=(), latencies=(), memory=(), peak_rss_mb=70.0, ending=Ending.OUT_OF_MEMORY, ended_at=0.0)
+
+
+@pytest.mark.parametrize(
+    "classic",
+    [played(done=1), played(done=0), played(done=1, ending=Ending.OUT_OF_MEMORY), EMPTY],
+    ids=["survived", "did nothing", "killed", "killed at once"],
+)
+@pytest.mark.parametrize("forebay", [played(done=2, kept=Kept(waiting=42, done=58)), EMPTY], ids=["usual", "nothing"])
+@pytest.mark.blocks
+def test_it_is_a_png_whatever_there_is_to_draw(tmp_path: Path, classic: Played, forebay: Played) -> None:
+    path = tmp_path / "surge.png"
+    draw(classic, forebay, report(classic, forebay, SETTINGS, "plant"), SETTINGS, path)
+    assert path.read_bytes().startswith(PNG)

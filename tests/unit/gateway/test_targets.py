@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from forebay.gateway import TargetSettings
+from forebay.gateway.targets import Target, detect_protocol, find_destination
+
+TARGETS = [
+    Target(TargetSettings(name="openai", url="https://api.openai.test/")),
+    Target(TargetSettings(name="anthropic", url="https://api.anthropic.test")),
+    Target(TargetSettings(name="local", url="http://localhost:8000/llm")),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "url"),
+    [
+        ("/v1/chat/completions", {}, "https://api.openai.test/v1/chat/completions"),
+        ("/v1/messages?beta=true", {}, "https://api.anthropic.test/v1/messages?beta=true"),
+        ("/v1/messages/count_tokens", {}, "https://api.anthropic.test/v1/messages/count_tokens"),
+        ("/v1/models", {"authorization": "Bearer k"}, "https://api.openai.test/v1/models"),
+        ("/v1/models", {"x-api-key": "k"}, "https://api.anthropic.test/v1/models"),
+        ("/v1/models/a%2Fb", {}, "https://api.openai.test/v1/models/a%2Fb"),
+        ("/local/v1/chat/completions", {}, "http://localhost:8000/llm/v1/chat/completions"),
+        ("/local/api/tags", {}, "http://localhost:8000/llm/api/tags"),
+        ("/anthropic/v1/models", {}, "https://api.anthropic.test/v1/models"),
+    ],
+)
+def test_a_request_goes_where_its_path_says(path: str, headers: dict[str, str], url: str) -> None:
+    place = find_destination(TARGETS, path, headers)
+    assert place is not None
+    assert place.url == url
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "", "/v1", "/v1/", "/local", "/nobody/v1/models", "/local/../admin", "/v1/../x", "/v2/models"]
+)
+def test_what_is_nowhere_goes_nowhere(path: str) -> None:
+    assert find_destination(TARGETS, path, {}) is None
+
+
+def test_nobody_speaks_it() -> None:
+    assert find_destination(TARGETS[:1], "/v1/messages", {}) is None
+
+
+def test_what_is_spoken() -> None:
+    assert detect_protocol("/v1/messages", {}) == "anthropic"
+    assert detect_protocol("/v1/models", {"anthropic-version": "2023-06-01"}) == "anthropic"
+    assert detect_protocol("/v1/responses", {}) == "openai"

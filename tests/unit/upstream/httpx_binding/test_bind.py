@@ -1,0 +1,184 @@
+"""What is bound: copies that keep what they were given, of clients that stay as they were."""
+
+from __future__ import annotations
+
+import gc
+import operator
+from types import ModuleType
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import openai
+import pytest
+from langchain_anthropic import ChatAnthropic
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Script
+
+from forebay.errors import AlreadyBound, NotBindable
+from forebay.upstream import Upstream
+
+LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
+
+
+def is_bound(client: Any) -> bool:
+    return hasattr(client._transport, "binding")
+
+
+@LIBRARIES
+def test_a_copy_keeps_what_the_client_was_given(http: ModuleType) -> None:
+    seen: list[Any] = []
+    script, proxied = Script(http), Script(http)
+    client = http.Client(
+        transport=script.blocking(),
+        mounts={"all://proxied.test": proxied.blocking(), "all://direct.test": None},
+        base_url="https://provider.test/v1",
+        auth=("name", "word"),
+        headers={"x-mine": "1"},
+        cookies={"crumb": "2"},
+        params={"api-version": "3"},
+        timeout=7.0,
+        follow_redirects=True,
+        max_redirects=4,
+        event_hooks={"request": [seen.append], "response": []},
+    )
+    bound = Upstream("key").bind(client)
+    assert type(bound) is type(client)
+    assert bound.base_url == client.base_url
+    assert bound.timeout == client.timeout
+    assert (bound.follow_redirects, bound.max_redirects) == (True, 4)
+    bound.post("/chat/completions", json=REQUEST)
+    (request,) = script.requests
+    assert request is seen[0]
+    assert str(request.url) == URL + "?api-version=3"
+    assert request.headers["x-mine"] == "1"
+    assert request.headers["cookie"] == "crumb=2"
+    assert request.headers["authorization"].startswith("Basic ")
+    bound.get("https://proxied.test/")
+    bound.get("https://direct.test/")
+    assert (len(proxied.requests), len(script.requests)) == (1, 2)
+    bound.headers["x-mine"] = "changed"
+    bound.event_hooks = {}
+    assert client.headers["x-mine"] == "1"
+    assert client.event_hooks["request"] == [seen.append]
+    assert not is_bound(client)
+
+
+@LIBRARIES
+def test_binding_twice_does_nothing_twice_and_to_two_upstreams_is_an_error(http: ModuleType) -> None:
+    upstream = Upstream("key")
+    bound = upstream.bind(http.Client())
+    assert upstream.bind(bound) is bound
+    with pytest.raises(AlreadyBound, match=r"'key'.*'other'"):
+        Upstream("other").bind(bound)
+
+
+def test_so_it_is_with_sdks_and_models() -> None:
+    upstream = Upstream("key", provider="openai")
+    clients: list[Any] = [
+        openai.AsyncOpenAI(api_key="k"),
+        anthropic.Anthropic(api_key="k"),
+        ChatOpenAI(api_key="k"),  # type: ignore[arg-type]
+        ChatAnthropic(api_key="k", model="claude-x"),  # type: ignore[arg-type,call-arg]
+    ]
+    for client in clients:
+        bound = upstream.bind(client)
+        assert bound is not client
+        assert upstream.bind(bound) is bound
+        with pytest.raises(AlreadyBound):
+            Upstream("other").bind(bound)
+
+
+def test_an_sdk_client_keeps_what_it_was_given_and_its_copies_stay_bound() -> None:
+    client = openai.AsyncOpenAI(
+        api_key="k", organization="o", base_url="https://x.test/v1", timeout=7.0, default_headers={"x-mine": "1"}
+    )
+    bound = Upstream("key", provider="openai").bind(client)
+    assert isinstance(bound, openai.AsyncOpenAI)
+    assert (bound.api_key, bound.organization, bound.timeout) == ("k", "o", 7.0)
+    assert str(bound.base_url) == "https://x.test/v1/"
+    assert bound.default_headers["x-mine"] == "1"
+    assert client.max_retries == 2
+    assert not is_bound(client._client)
+    for copy in (bound, bound.with_options(timeout=3), bound.copy(api_key="other")):
+        assert is_bound(copy._client)
+        assert copy.max_retries == 0
+
+
+def test_it_is_said_once_that_a_websocket_goes_past_the_upstream(caplog: pytest.LogCaptureFixture) -> None:
+    upstream = Upstream("key", provider="openai")
+    bound = upstream.bind(openai.AsyncOpenAI(api_key="k"))
+    for over_http in (bound.chat.completions.create, bound.responses.create, bound.realtime.client_secrets.create):
+        assert callable(over_http)  # nothing to say of it
+    assert not caplog.records
+    for client in (bound, bound, bound.with_options(timeout=3)):
+        client.realtime.connect(model="gpt-realtime")
+    (record,) = caplog.records
+    assert "WebSocket" in record.message
+    assert "'key'" in record.message
+    assert "over HTTP" in record.message
+
+
+@pytest.mark.parametrize("kind", [openai.OpenAI, openai.AsyncOpenAI])
+@pytest.mark.parametrize("where", ["responses", "realtime", "beta.responses", "beta.realtime", "realtime.translations"])
+def test_so_it_is_wherever_the_sdk_opens_one(kind: Any, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    bound = Upstream("key", provider="openai").bind(kind(api_key="k"))
+    operator.attrgetter(where)(bound).connect(**({"model": "gpt-realtime"} if "realtime" in where else {}))
+    assert len(caplog.records) == 1
+
+
+def test_a_copy_with_an_http_client_of_its_own_is_not_bound_and_nothing_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bound: Any = Upstream("key", provider="openai").bind(openai.OpenAI(api_key="k"))
+    with httpx2.Client() as http:
+        bound.with_options(http_client=http).realtime.connect(model="gpt-realtime")
+    assert not caplog.records
+
+
+def test_the_connections_of_a_client_that_is_dropped_stay_open() -> None:
+    script = Script(httpx2)
+    closed: list[bool] = []
+    transport = script.blocking()
+    transport.close = lambda: closed.append(True)
+    client: Any = openai.OpenAI(api_key="k")
+    client._client._transport = transport
+    bound = Upstream("key", provider="openai").bind(client)
+    of_the_client = client._client
+    del client
+    gc.collect()
+    bound.chat.completions.create(**REQUEST)
+    assert not closed
+    del bound  # what is left is the client that was there before: it is not closed for its copy's sake
+    gc.collect()
+    assert not closed
+    of_the_client.close()
+    assert closed
+
+
+def test_models_of_langchain_are_bound_in_all_their_parts() -> None:
+    upstream = Upstream("key", provider="openai")
+    chat = ChatOpenAI(api_key="k")  # type: ignore[arg-type]
+    bound = upstream.bind(chat)
+    assert type(bound) is ChatOpenAI
+    for part in (bound.root_client, bound.root_async_client, bound.client._client, bound.async_client._client):
+        assert is_bound(part._client)
+    assert bound.client._client is bound.root_client
+    assert not is_bound(chat.root_client._client)
+    embeddings = upstream.bind(OpenAIEmbeddings(api_key="k"))  # type: ignore[arg-type]
+    assert is_bound(embeddings.client._client._client)
+    assert is_bound(embeddings.async_client._client._client)
+    claude: Any = upstream.bind(ChatAnthropic(api_key="k", model="claude-x"))  # type: ignore[arg-type,call-arg]
+    assert is_bound(claude._client._client)
+    assert is_bound(claude._async_client._client)
+
+
+@pytest.mark.parametrize(
+    "thing", [object(), "client", None, DeterministicFakeEmbedding(size=3), httpx2.HTTPTransport()]
+)
+def test_what_is_no_client_is_an_error_that_names_the_gateway(thing: Any) -> None:
+    with pytest.raises(NotBindable, match="forebay gateway") as told:
+        Upstream("key").bind(thing)
+    assert isinstance(told.value, TypeError)

@@ -1,0 +1,589 @@
+"""Calls of bound httpx clients: what passes, what is tried again, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import gzip
+import json
+import pickle
+import threading
+from types import ModuleType
+from typing import Any
+
+import httpx
+import httpx2
+import pytest
+from tests.support.task_plane import approximately, now, virtual
+from tests.unit.upstream.httpx_binding.wire import (
+    CHAT,
+    DONE,
+    NOTHING,
+    REQUEST,
+    STOP,
+    STREAM,
+    URL,
+    Says,
+    Script,
+    left,
+    words,
+)
+
+from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus
+from forebay.breaker import BreakerState
+from forebay.quota import Budget, Price, Quota
+from forebay.retry import Retry
+from forebay.upstream import Upstream
+from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.token_estimates import TokenEstimates
+
+LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
+
+
+def upstream(**how: Any) -> Upstream:
+    return Upstream("key", **{"provider": "openai", **how})
+
+
+def only(up: Upstream) -> SharedAccount:
+    (desk,) = up.accounts
+    return desk
+
+
+async def ask(client: Any, **body: Any) -> Any:
+    return await client.post(URL, json={**REQUEST, **body}, headers={"authorization": "Bearer sk-secret"})
+
+
+async def pieces(client: Any, **body: Any) -> list[bytes]:
+    async with client.stream("POST", URL, json={**REQUEST, "stream": True, **body}) as response:
+        return [piece async for piece in response.aiter_raw()]
+
+
+# --- what passes ---
+
+
+@LIBRARIES
+@virtual
+async def test_an_answer_passes_as_it_is_and_nothing_is_left_behind(http: ModuleType) -> None:
+    up = upstream()
+    script = Script(http, Says(headers={"x-request-id": "req_7"}))
+    response = await ask(script.client(up))
+    assert response.json() == CHAT
+    assert response.headers["x-request-id"] == "req_7"
+    assert response.headers["x-should-retry"] == "false"
+    assert script.closed == 1
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
+    up = upstream()
+    script = Script(http)
+    client = script.blocking_client(up)
+    assert client.post(URL, json=REQUEST).json() == CHAT
+    script.answers = [Says.stream()]
+    with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
+        assert b"".join(response.iter_raw()) == b"".join([*words("The ", "Danube."), STOP, DONE])
+    assert script.closed == 2
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
+async def test_usage_is_asked_for_in_a_stream_and_kept_from_whoever_did_not_ask(http: ModuleType) -> None:
+    up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=1e5)})
+    script = Script(http, Says.stream(*STREAM))
+    client = script.client(up)
+    assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
+    assert json.loads(script.requests[0].content)["stream_options"] == {"include_usage": True}
+    assert up.statistics().spent_usd == 30 * 1.0 + 20 * 0.1
+
+
+@LIBRARIES
+@virtual
+async def test_who_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
+    script = Script(http, Says.stream(*STREAM))
+    client = script.client(upstream())
+    asked = {"stream_options": {"include_usage": True}}
+    assert await pieces(client, **asked) == STREAM
+    assert script.requests[0].content == http.Request("POST", URL, json={**REQUEST, "stream": True, **asked}).content
+
+
+@LIBRARIES
+@virtual
+async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
+    up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=0)})
+    zipped = {"content-encoding": "gzip"}
+    whole = Says(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
+    stream = Says.stream(gzip.compress(b"".join(STREAM)))
+    stream.headers |= zipped
+    client = Script(http, whole, stream).client(up)
+    response = await ask(client)
+    assert response.json() == CHAT
+    assert response.headers["content-encoding"] == "gzip"
+    assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
+    assert up.statistics().spent_usd == 60.0
+
+
+@virtual
+async def test_what_is_signed_is_sent_as_it_is() -> None:
+    script = Script(httpx2, Says.stream(*STREAM))
+    client = script.client(upstream())
+    signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
+    body = json.dumps({**REQUEST, "stream": True}).encode()
+    async with client.stream("POST", URL, content=body, headers=signed) as response:
+        assert b"".join([piece async for piece in response.aiter_raw()]) == b"".join(STREAM)
+    assert script.requests[0].content == body
+
+
+@virtual
+async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
+    up = upstream(models={"gpt-4o*": [], "o3": []})
+    client = Script(httpx2).client(up)
+    for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
+        await client.post(URL, json={**REQUEST, "model": model}, headers={header: "sk-secret"})
+    names = {desk.name for desk in up.accounts}
+    assert {name.rpartition(":")[2] for name in names} == {"gpt-4o*", "o3"}
+    assert len(names) == 2  # the two headers bear the same key
+    assert "secret" not in repr(names) + repr(up.statistics())
+
+
+@virtual
+async def test_headers_teach_the_account_its_quotas() -> None:
+    told = {
+        "x-ratelimit-limit-requests": "2",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "60s",
+    }
+    up = upstream()
+    client = Script(httpx2, Says(headers=told), Says()).client(up)
+    began = now()
+    await ask(client)
+    await ask(client)
+    assert now() - began > 20.0
+
+
+def quota_left(up: Upstream) -> float:
+    (level,) = only(up).account.quotas.levels(now())
+    return level.remaining
+
+
+def limits(remaining: int) -> dict[str, str]:
+    return {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": f"{remaining}"}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@virtual
+async def test_what_a_neighbour_takes_is_heard_of_a_moment_later_at_most(streamed: bool) -> None:  # noqa: FBT001
+    up = upstream()
+    answers = [Says.stream() if streamed else Says() for _ in range(4)]
+    for says, remaining in zip(answers, (99, 70, 60, 50), strict=True):
+        says.headers.update(limits(remaining))
+    client = Script(httpx2, *answers).client(up)
+    call = pieces if streamed else ask
+    await call(client)
+    await call(client)
+    assert quota_left(up) == pytest.approx(98, abs=0.1)  # ours alone: the second was not read
+    await asyncio.sleep(0.1)
+    await call(client)
+    assert quota_left(up) == pytest.approx(60, abs=0.1)
+
+
+@virtual
+async def test_the_headers_of_a_refusal_are_always_heard() -> None:
+    up = upstream(retry=Retry(max_attempts=1))
+    refused = Says.error(400)
+    refused.headers.update(limits(40))
+    client = Script(httpx2, Says(headers=limits(99)), refused).client(up)
+    await ask(client)
+    await ask(client)
+    assert quota_left(up) == pytest.approx(40, abs=0.1)
+
+
+# --- what is tried again ---
+
+
+@LIBRARIES
+@virtual
+async def test_faults_are_tried_again_until_one_attempt_succeeds(http: ModuleType) -> None:
+    up = upstream()
+    script = Script(http, Says.error(500), http.ConnectError("no route"), Says.error(502), Says())
+    assert (await ask(script.client(up))).json() == CHAT
+    assert len(script.requests) == 4
+    assert left(up) == NOTHING
+
+
+@virtual
+async def test_a_body_that_breaks_off_is_asked_for_again() -> None:
+    up = upstream()
+    script = Script(httpx2, Says(body=[b'{"id":', httpx2.ReadError("cut")]), Says())
+    assert (await ask(script.client(up))).json() == CHAT
+    assert script.closed == 2
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
+async def test_in_the_end_the_caller_gets_what_the_provider_said(http: ModuleType) -> None:
+    up = upstream(retry=Retry(max_attempts=3))
+    script = Script(http, Says.error(500, "boom"))
+    response = await ask(script.client(up))
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "boom"
+    assert response.headers["x-should-retry"] == "false"
+    assert len(script.requests) == 3
+    script = Script(http, http.ReadTimeout("slow"))
+    with pytest.raises(http.ReadTimeout):
+        await ask(script.client(up))
+    assert len(script.requests) == 3
+    assert left(up) == NOTHING
+
+
+@virtual
+async def test_what_is_wrong_with_the_request_is_not_tried_again() -> None:
+    for answer in (Says.error(400), Says.error(401), Says.error(404), Says.error(500, x_should_retry="false")):
+        script = Script(httpx2, answer)
+        await ask(script.client(upstream()))
+        assert len(script.requests) == 1
+
+
+@virtual
+async def test_a_body_that_is_read_as_it_is_sent_is_sent_once() -> None:
+    async def body() -> Any:
+        yield b"x"
+
+    script = Script(httpx2, Says.error(500))
+    response = await script.client(upstream()).post("https://provider.test/v1/files", content=body())
+    assert response.status_code == 500
+    assert len(script.requests) == 1
+
+
+@virtual
+async def test_not_now_is_waited_for_and_uses_up_no_attempt() -> None:
+    up = upstream(retry=Retry(max_attempts=2))
+    refusals = [Says.error(429, "tokens per min", retry_after="2") for _ in range(4)]
+    script = Script(httpx2, *refusals, Says())
+    began = now()
+    assert (await ask(script.client(up))).status_code == 200
+    assert now() - began >= 8.0
+    assert left(up) == NOTHING
+
+
+@virtual
+async def test_while_one_call_waits_for_its_rate_the_others_do_too() -> None:
+    up = upstream()
+    client = Script(httpx2, Says.error(429, "requests per min", retry_after="5"), Says()).client(up)
+    began = now()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(ask(client))
+        await asyncio.sleep(1.0)
+        await ask(client)
+        assert now() - began >= 5.0
+    assert first.result().status_code == 200
+    assert left(up) == NOTHING
+
+
+@virtual
+async def test_a_retry_after_of_a_day_is_not_slept() -> None:
+    up = upstream()
+    script = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"))
+    began = now()
+    response = await ask(script.client(up))
+    assert response.status_code == 429
+    assert now() == approximately(began)
+    assert len(script.requests) == 1
+
+
+@virtual
+async def test_where_the_money_is_spent_nobody_asks_again() -> None:
+    up = upstream()
+    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"))
+    client = script.client(up)
+    assert (await ask(client)).status_code == 429
+    with pytest.raises(Overloaded) as refused:
+        await ask(client)
+    assert refused.value.retry_after == approximately(60.0)
+    assert len(script.requests) == 1
+
+
+@virtual
+async def test_but_what_costs_nothing_is_asked() -> None:
+    up = upstream()
+    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"), Says())
+    client = script.client(up)
+    assert (await ask(client)).status_code == 429
+    assert (await client.get("https://provider.test/v1/models")).status_code == 200
+    with pytest.raises(Overloaded):
+        await ask(client)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@virtual
+async def test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_make(*, stream: bool) -> None:
+    up = upstream()
+    client = Script(httpx2, *[Says.stream() if stream else Says()] * 20).client(up)
+    for _ in range(20):
+        assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
+    (desk,) = up.accounts
+    assert desk.account.latency_model.expected(100) is None
+    assert desk.token_estimates.output_tokens == TokenEstimates().output_tokens
+
+
+@virtual
+async def test_what_costs_nothing_says_nothing_of_what_a_call_costs() -> None:
+    up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
+    client = Script(httpx2, *[Says()] * 21).client(up)
+    await ask(client)
+    (desk,) = up.accounts
+    typical = desk._typical.usd
+    assert typical > 0
+    for _ in range(20):
+        await client.get("https://provider.test/v1/models")
+    assert desk._typical.usd == typical
+
+
+@virtual
+async def test_but_for_an_hour_at_most_whatever_the_provider_says() -> None:
+    client = Script(httpx2, Says.error(402, "no", retry_after="9" * 40), Says()).client(upstream())
+    assert (await ask(client)).status_code == 402
+    with pytest.raises(Overloaded) as refused:
+        await ask(client)
+    assert refused.value.retry_after == approximately(3600.0)
+    await asyncio.sleep(3600.0)
+    assert (await ask(client)).status_code == 200
+
+
+@virtual
+async def test_too_many_at_once_lowers_the_limit() -> None:
+    up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
+    client = Script(httpx2, Says(), *[Says.error(429, "too many concurrent requests")] * 9).client(up)
+    await ask(client)
+    before = only(up).account.limit.limit(now())
+    for _ in range(8):
+        await ask(client)
+    assert only(up).account.limit.limit(now()) < before
+
+
+# --- streams ---
+
+
+@virtual
+async def test_a_stream_holds_its_permit_until_it_ends() -> None:
+    up = upstream()
+    client = Script(httpx2, Says.stream(pause=1.0)).client(up)
+    async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
+        assert {only(up).account.in_flight async for _ in response.aiter_raw()} == {1}
+    assert left(up) == NOTHING
+    assert only(up).account.durations.typical == approximately(5.0)
+
+
+@virtual
+async def test_who_hangs_up_pays_for_what_came() -> None:
+    up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
+    script = Script(httpx2, Says.stream(*words(*["word"] * 50)))
+    async with script.client(up).stream("POST", URL, json={**REQUEST, "stream": True}) as response:
+        async for _ in response.aiter_raw():
+            break
+    assert left(up) == NOTHING
+    assert script.closed == 1
+    assert 0 < (up.statistics().spent_usd or 0) <= 3.0
+
+
+@virtual
+async def test_a_stream_that_breaks_is_a_fault_and_the_caller_sees_how() -> None:
+    up = upstream(retry=Retry(max_attempts=1))
+    client = Script(httpx2, Says.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
+    for _ in range(5):
+        with pytest.raises(httpx2.RemoteProtocolError, match="cut"):
+            await pieces(client)
+    assert left(up) == NOTHING
+    assert only(up).account.breaker.state(now()) is BreakerState.OPEN
+
+
+@virtual
+async def test_so_is_one_that_ends_too_early_or_tells_of_an_error() -> None:
+    error = b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "x"}}\n\n'
+    for end in ([], [error]):
+        up = upstream(retry=Retry(max_attempts=1))
+        client = Script(httpx2, Says.stream(*words("a"), *end)).client(up)
+        for _ in range(5):
+            assert await pieces(client) == [*words("a"), *end]
+        assert only(up).account.breaker.state(now()) is BreakerState.OPEN
+        assert left(up) == NOTHING
+
+
+@virtual
+async def test_garbage_passes_and_settles_as_it_was_reserved() -> None:
+    up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
+    client = Script(httpx2, Says(body=[b"\xff\x00garbage"]), Says.stream(b"\xffgarbage\n\n", b"data: {\n\n")).client(up)
+    assert (await ask(client)).content == b"\xff\x00garbage"
+    assert up.statistics().spent_usd == 100.0  # max_tokens
+    assert b"".join(await pieces(client)) == b"\xffgarbage\n\ndata: {\n\n"
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
+async def test_a_stream_that_is_thrown_away_gives_its_permit_back(http: ModuleType) -> None:
+    up = upstream()
+    client = Script(http, Says.stream()).client(up)
+    request = client.build_request("POST", URL, json={**REQUEST, "stream": True})
+    response = await client.send(request, stream=True)
+    assert only(up).account.in_flight == 1
+    del response
+    gc.collect()
+    await asyncio.sleep(0)
+    assert left(up) == NOTHING
+
+
+def test_so_it_does_in_a_thread() -> None:
+    up = upstream()
+    client = Script(httpx2, Says.stream()).blocking_client(up)
+    response = client.send(client.build_request("POST", URL, json={**REQUEST, "stream": True}), stream=True)
+    settled = threading.Event()
+    settle = only(up).settle
+
+    def watched(*given: Any) -> None:
+        settle(*given)
+        settled.set()
+
+    only(up).settle = watched  # type: ignore[method-assign,assignment]
+    del response
+    gc.collect()
+    assert settled.wait(5.0)
+    assert left(up) == NOTHING
+
+
+@pytest.mark.parametrize("says", [Says(), Says.stream(), Says.error(500)], ids=["whole", "stream", "error"])
+def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -> None:
+    @virtual
+    async def cancelled_after(turns: int) -> None:
+        up = upstream(quotas=[Quota(requests=100, per="minute")], retry=Retry(base_delay=0.001, max_attempts=3))
+        script = Script(httpx2, says)
+        client = script.client(up)
+        task = asyncio.create_task(pieces(client) if says.headers else ask(client))
+        for turn in range(turns):
+            await asyncio.sleep(0 if turn < 12 else 0.0002)  # retries wait for a time, all else for turns
+        ended.append(task.done())
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+        assert left(up) == NOTHING
+        assert script.closed == script.opened
+
+    ended: list[bool] = []
+    while not ended or not ended[-1]:
+        cancelled_after(len(ended))
+    assert len(ended) > 3
+
+
+# --- refusals ---
+
+
+@LIBRARIES
+@virtual
+async def test_a_refusal_of_a_bare_client_is_both_ours_and_the_librarys(http: ModuleType) -> None:
+    up = upstream(quotas=[Quota(requests=1, per="day")])
+    script = Script(http)
+    client = script.client(up)
+    await ask(client)
+    with pytest.raises(Overloaded) as refused:
+        await ask(client)
+    error = refused.value
+    assert isinstance(error, http.HTTPError)
+    assert not isinstance(error, http.TransportError)
+    assert error.request.url == URL
+    assert error.__cause__ is None
+    assert error.__suppress_context__
+    assert not hasattr(error, "status_code")
+    assert len(script.requests) == 1
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert (type(again), str(again), again.retry_after) == (Overloaded, str(error), error.retry_after)
+
+
+@virtual
+async def test_a_run_that_is_refused_ends_as_overloaded_whatever_is_made_of_the_exception() -> None:
+    up = upstream(quotas=[Quota(requests=1, per="day")])
+    script = Script(httpx2)
+    client = script.client(up)
+
+    async def agent(_: Task) -> None:
+        try:
+            await ask(client)
+        except httpx2.HTTPError:
+            raise ValueError("what now") from None
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("agent", handler=agent, task_types=["ask"])
+        assert (await (await supervisor.submit(Task("ask")))).status is TaskStatus.SUCCEEDED
+        with pytest.raises(Overloaded):
+            await supervisor.run(Task("ask"))
+        assert worker.sources
+
+
+@virtual
+async def test_a_run_that_the_provider_refuses_for_good_ends_as_overloaded() -> None:
+    up = upstream()
+    client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400")).client(up)
+
+    async def agent(_: Task) -> None:
+        (await ask(client)).raise_for_status()
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("agent", handler=agent, task_types=["ask"])
+        with pytest.raises(Overloaded) as refused:
+            await supervisor.run(Task("ask"))
+        assert refused.value.retry_after == 86400.0
+
+
+@virtual
+async def test_a_call_outside_of_a_task_is_counted_and_nobodys() -> None:
+    up = upstream(task_budget=Budget(usd=1e-9, per="day"))
+    client = Script(httpx2, Says(pause=1.0)).client(up)
+    assert (await ask(client)).status_code == 200
+    assert only(up).account.durations.typical > 0
+
+
+def test_threads_and_loops_share_one_account() -> None:
+    up = upstream(max_concurrent=2)
+    script = Script(httpx2)
+    blocking = script.blocking_client(up)
+
+    async def ten() -> None:
+        client = script.client(up)
+        await asyncio.gather(*[ask(client) for _ in range(10)])
+
+    threads = [threading.Thread(target=asyncio.run, args=(ten(),)) for _ in range(3)]
+    threads += [
+        threading.Thread(target=lambda: [blocking.post(URL, json=REQUEST) for _ in range(10)]) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(script.requests) == 60
+    assert left(up) == NOTHING
+    assert max(desk.account.peak_in_flight for desk in up.accounts) <= 2
+
+
+@virtual
+async def test_an_sdk_that_calls_again_what_was_given_up_is_told_the_same_at_once() -> None:
+    up = upstream(retry=Retry(max_attempts=2))
+    script = Script(httpx2, httpx2.ConnectError("no route"))
+    client = script.client(up)
+    for count in ("0", "1", "2"):
+        with pytest.raises(httpx2.ConnectError, match="no route"):
+            await client.post(URL, json=REQUEST, headers={"x-stainless-retry-count": count})
+    assert len(script.requests) == 2
+    with pytest.raises(httpx2.ConnectError):
+        await client.post(URL, json=REQUEST)
+    assert len(script.requests) == 4
+
+
+@virtual
+async def test_what_came_from_the_providers_cache_costs_what_that_costs() -> None:
+    price = Price(input=1e6, output=0, cached_input=1e5)
+    up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": price})
+    usage = {**CHAT["usage"], "prompt_tokens_details": {"cached_tokens": 10}}
+    client = Script(httpx2, Says(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
+    await ask(client)
+    assert up.statistics().spent_usd == 20 * 1.0 + 10 * 0.1

@@ -1,0 +1,159 @@
+"""Providers without a network: they answer by a script, to httpx and to httpx2."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from forebay.upstream import Upstream
+
+URL = "https://provider.test/v1/chat/completions"
+USAGE = {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50}
+CHAT: dict[str, Any] = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "gpt-4o",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "The Danube."}}],
+    "usage": USAGE,
+}
+REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 100}
+
+
+def chunk(**fields: Any) -> bytes:
+    """One event of a chat stream."""
+    return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", **fields}).encode() + b"\n\n"
+
+
+def words(*texts: str) -> list[bytes]:
+    return [chunk(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": None}]) for text in texts]
+
+
+STOP = chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
+TOLD = chunk(choices=[], usage=USAGE)
+DONE = b"data: [DONE]\n\n"
+STREAM = [*words("The ", "Danube."), STOP, TOLD, DONE]
+
+
+@dataclass
+class Says:
+    """One answer.
+
+    Attributes:
+        body: its pieces; each takes `pause` seconds, or a turn of the loop. An exception is raised in its place.
+    """
+
+    status: int = 200
+    body: list[bytes | Exception] = field(default_factory=lambda: [json.dumps(CHAT).encode()])
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
+
+    @classmethod
+    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Says:
+        return cls(body=list(pieces or STREAM), headers={"content-type": "text/event-stream"}, **rest)
+
+    @classmethod
+    def error(cls, status: int, message: str = "no", **headers: str) -> Says:
+        body = json.dumps({"error": {"message": message, "type": "x", "code": None}}).encode()
+        return cls(status=status, body=[body], headers={name.replace("_", "-"): told for name, told in headers.items()})
+
+
+class Script:
+    """What a provider answers, call by call; the last answer is repeated.
+
+    Attributes:
+        requests: that it got.
+        opened: answers that were begun.
+        closed: those of them that were closed, whoever did it.
+    """
+
+    def __init__(self, http: ModuleType, *answers: Says | Exception) -> None:
+        self.http = http
+        self.answers = list(answers) or [Says()]
+        self.requests: list[Any] = []
+        self.opened = 0
+        self.closed = 0
+
+    def next(self, request: Any) -> Says:
+        self.requests.append(request)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def asynchronous(self) -> Any:
+        script, http = self, self.http
+
+        class Pieces(http.AsyncByteStream):  # type: ignore[name-defined,misc]
+            def __init__(self, says: Says) -> None:
+                self.says = says
+
+            async def __aiter__(self) -> AsyncIterator[bytes]:
+                for piece in self.says.body:
+                    await asyncio.sleep(self.says.pause)
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
+
+            async def aclose(self) -> None:
+                script.closed += 1
+
+        class Provider(http.AsyncBaseTransport):  # type: ignore[name-defined,misc]
+            async def handle_async_request(self, request: Any) -> Any:
+                await asyncio.sleep(0)
+                says = script.next(request)
+                script.opened += 1
+                return http.Response(says.status, headers=says.headers, stream=Pieces(says))
+
+        return Provider()
+
+    def blocking(self) -> Any:
+        script, http = self, self.http
+
+        class Pieces(http.SyncByteStream):  # type: ignore[name-defined,misc]
+            def __init__(self, says: Says) -> None:
+                self.says = says
+
+            def __iter__(self) -> Iterator[bytes]:
+                for piece in self.says.body:
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
+
+            def close(self) -> None:
+                script.closed += 1
+
+        class Provider(http.BaseTransport):  # type: ignore[name-defined,misc]
+            def handle_request(self, request: Any) -> Any:
+                says = script.next(request)
+                script.opened += 1
+                return http.Response(says.status, headers=says.headers, stream=Pieces(says))
+
+        return Provider()
+
+    def client(self, upstream: Upstream | None = None, **how: Any) -> Any:
+        """An asynchronous client of this provider, bound if there is an upstream."""
+        client = self.http.AsyncClient(transport=self.asynchronous(), **how)
+        return client if upstream is None else upstream.bind(client)
+
+    def blocking_client(self, upstream: Upstream | None = None, **how: Any) -> Any:
+        """The same for plain threads."""
+        client = self.http.Client(transport=self.blocking(), **how)
+        return client if upstream is None else upstream.bind(client)
+
+
+def left(upstream: Upstream) -> dict[str, float]:
+    """What the calls of an upstream have left behind; all of it should be 0."""
+    accounts = [desk.account for desk in upstream.accounts]
+    return {
+        "in_flight": sum(account.in_flight for account in accounts),
+        "waiting": sum(len(account.queue) for account in accounts),
+        "reserved": sum(sum(account.quotas._under_way.values()) for account in accounts),
+    }
+
+
+NOTHING = {"in_flight": 0, "waiting": 0, "reserved": 0.0}

@@ -1,0 +1,154 @@
+"""Usage asked for in a stream, and kept from who had not asked."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from tests.unit.upstream.providers import streams
+
+from forebay.upstream.providers import UsageFilter, profile_for
+
+SAY = [{"role": "user", "content": "Tell me of rivers."}]
+CHAT = "/v1/chat/completions"
+
+
+def filtered(data: bytes, cuts: list[int] | None = None) -> bytes:
+    usage_filter = UsageFilter()
+    out = b"".join(usage_filter.feed(data[begin:end]) for begin, end in pairwise([0, *sorted(cuts or []), len(data)]))
+    return out + usage_filter.end()
+
+
+def changed(body: dict[str, Any] | bytes, *, provider: str = "openai", path: str = CHAT) -> Any:
+    rules = profile_for(provider)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    more = rules.with_include_usage(rules.read_request("POST", path, {}, data), data)
+    return None if more is None else json.loads(more)
+
+
+# --- the request ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": None}, {"stream_options": {"include_usage": False}}])
+def test_a_stream_that_does_not_ask_for_usage_is_made_to(options: dict[str, Any]) -> None:
+    body = {"model": "m", "messages": SAY, "stream": True} | options
+    assert changed(body) == body | {"stream_options": {"include_usage": True}}
+
+
+def test_other_options_stay_and_other_values_keep_their_bytes() -> None:
+    body = (
+        b'{"temperature": 1.0, "seed": 9007199254740993, "stream":true,"stream_options":{"include_obfuscation":false}}'
+    )
+    rules = profile_for("openai")
+    more = rules.with_include_usage(rules.read_request("POST", CHAT, {}, body), body)
+    assert more is not None
+    assert json.loads(more)["stream_options"] == {"include_obfuscation": False, "include_usage": True}
+    assert b'"temperature":1.0,"seed":9007199254740993' in more
+
+
+@pytest.mark.parametrize(
+    ("provider", "path", "rest"),
+    [
+        ("openai", CHAT, {"stream": False}),
+        ("openai", CHAT, {"stream": True, "stream_options": {"include_usage": True}}),
+        ("openai", CHAT, {"stream": True, "stream_options": 7}),
+        ("openai", "/v1/responses", {"stream": True}),
+        ("anthropic", "/v1/messages", {"stream": True}),
+        ("openai-compatible", CHAT, {"stream": True}),
+        ("generic", CHAT, {"stream": True}),
+        ("azure", "/openai/deployments/d/chat/completions?api-version=2024-02-01", {"stream": True}),
+    ],
+)
+def test_where_it_may_not_be_added_the_body_stays(provider: str, path: str, rest: dict[str, Any]) -> None:
+    assert changed({"model": "m", "messages": SAY} | rest, provider=provider, path=path) is None
+
+
+@pytest.mark.parametrize(
+    ("provider", "path"),
+    [
+        ("vllm", CHAT),
+        ("ollama", CHAT),
+        ("llama.cpp", CHAT),
+        ("openai", "/v1/completions"),
+        ("azure", "/openai/deployments/d/chat/completions?api-version=2024-10-21"),
+        ("azure", "/openai/v1/chat/completions?api-version=preview"),
+        ("azure", "/openai/v1/chat/completions"),
+    ],
+)
+def test_where_it_may_be_added_it_is(provider: str, path: str) -> None:
+    assert changed({"model": "m", "messages": SAY, "stream": True}, provider=provider, path=path) is not None
+
+
+# --- the answer -----------------------------------------------------------------------------------------------------
+
+
+def test_the_chunk_of_usage_is_kept_back_and_every_other_byte_passes() -> None:
+    usage = streams.sse(streams.USAGE_CHUNK)
+    assert usage in streams.CHAT_WITH_USAGE
+    assert filtered(streams.CHAT_WITH_USAGE) == streams.CHAT_WITH_USAGE.replace(usage, b"")
+
+
+@pytest.mark.parametrize("name", sorted(set(streams.ALL) - {"chat with usage"}))
+def test_what_holds_no_such_chunk_passes_as_it_is(name: str) -> None:
+    assert filtered(streams.ALL[name]) == streams.ALL[name]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        streams.sse(streams.chunk({}, "stop", usage=streams.CHAT_USAGE)),  # llama.cpp of old: usage beside a choice
+        streams.sse({"choices": [], "prompt_filter_results": [{}], "usage": None}),  # Azure's first
+        streams.sse({"choices": []}),
+        b'data: {"choices": [], "usage": {}\n\n',
+        b": a comment\n\n",
+        b'data: "usage"',
+        b"\r\n\r\r\n\n",
+    ],
+)
+def test_what_only_looks_like_it_passes(event: bytes) -> None:
+    for cut in range(len(event)):
+        assert filtered(event + b"data: [DONE]\n\n", [cut]) == event + b"data: [DONE]\n\n"
+
+
+@given(
+    name=st.sampled_from(sorted(streams.ALL)),
+    cuts=st.lists(st.integers(0, 1500), max_size=20),
+    end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+)
+def test_it_does_not_matter_in_which_pieces_the_stream_comes(name: str, cuts: list[int], end: bytes) -> None:
+    data = streams.ALL[name].replace(b"\n", end)
+    usage = streams.sse(streams.USAGE_CHUNK).replace(b"\n", end)
+    assert filtered(data, [min(cut, len(data)) for cut in cuts]) == data.replace(usage, b"")
+
+
+@given(chunks=st.lists(st.binary(max_size=40) | st.sampled_from([b"data: {", b"\n", b"\r", b'"usage"']), max_size=30))
+def test_bytes_that_are_no_such_chunk_come_out_as_they_went_in(chunks: list[bytes]) -> None:
+    usage_filter = UsageFilter()
+    out = b"".join(map(usage_filter.feed, chunks)) + usage_filter.end()
+    assert out == b"".join(chunks)
+
+
+def test_the_end_of_a_chunk_that_was_kept_back_is_kept_back_too() -> None:
+    usage = streams.sse(streams.USAGE_CHUNK).replace(b"\n", b"\r\n")
+    assert filtered(usage + b"data: [DONE]\r\n\r\n", [len(usage) - 1]) == b"data: [DONE]\r\n\r\n"
+
+
+def test_an_event_is_passed_on_as_soon_as_it_has_ended() -> None:
+    usage_filter = UsageFilter()
+    event = streams.sse(streams.CHAT_PARTS[1])
+    assert usage_filter.feed(event) == event
+
+
+def test_a_line_of_a_hundred_megabytes_passes_in_bounded_memory() -> None:
+    usage_filter = UsageFilter()
+    piece = b"x" * 65_536
+    for number in range(1600):
+        out = usage_filter.feed(piece)
+        assert len(usage_filter._held) <= 65_536
+        assert number < 2 or out == piece
+    assert usage_filter.feed(b'\n\ndata: {"choices": [], "usage": {}}\n\nrest') == b"\n\n"
+    assert usage_filter.end() == b"rest"

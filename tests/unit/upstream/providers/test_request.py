@@ -1,0 +1,351 @@
+"""What a request asks for, and what it is to reserve."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from forebay.errors import InvalidSetting
+from forebay.interfaces import Charge
+from forebay.upstream.providers import Endpoint, InputTokenRatio, ProviderRequest, Usage, profile_for
+
+PROVIDERS = ["openai", "azure", "anthropic", "vllm", "ollama", "llama.cpp", "openai-compatible", "generic"]
+OPENAI, ANTHROPIC, AZURE = profile_for("openai"), profile_for("anthropic"), profile_for("azure")
+SAY = [{"role": "user", "content": "x" * 400}]
+JSON_TYPE = {"content-type": "application/json"}
+
+
+def ask(path: str, body: Any, *, provider: str = "openai", **headers: str) -> ProviderRequest:
+    data = body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
+    return profile_for(provider).read_request("POST", path, JSON_TYPE | headers, data)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "route"),
+    [
+        ("POST", "/v1/chat/completions", Endpoint.CHAT),
+        ("POST", "/v1/chat/completions?x=1", Endpoint.CHAT),
+        ("POST", "https://api.openai.com/v1/chat/completions", Endpoint.CHAT),
+        ("POST", "/openai/deployments/mine/chat/completions?api-version=2024-10-21", Endpoint.CHAT),
+        ("POST", "/v1/completions", Endpoint.COMPLETIONS),
+        ("POST", "/v1/responses", Endpoint.RESPONSES),
+        ("GET", "/v1/responses/resp_1", Endpoint.OTHER),
+        ("POST", "/v1/responses/resp_1/cancel", Endpoint.OTHER),
+        ("POST", "/v1/embeddings", Endpoint.EMBEDDINGS),
+        ("POST", "/v1/messages", Endpoint.MESSAGES),
+        ("POST", "/v1/messages/", Endpoint.MESSAGES),
+        ("POST", "/v1/messages?beta=true", Endpoint.MESSAGES),
+        ("POST", "/v1/messages/count_tokens", Endpoint.COUNT_TOKENS),
+        ("POST", "/v1/messages/batches", Endpoint.OTHER),
+        ("POST", "/v1/threads/thread_1/messages", Endpoint.OTHER),
+        ("GET", "/v1/models", Endpoint.MODELS),
+        ("GET", "/v1/models/gpt-4o", Endpoint.MODELS),
+        ("POST", "/v1/audio/transcriptions", Endpoint.OTHER),
+        ("GET", "/v1/chat/completions", Endpoint.OTHER),
+        ("POST", "", Endpoint.OTHER),
+        ("POST", "http://[", Endpoint.OTHER),
+    ],
+)
+def test_the_path_says_what_is_asked_for(method: str, path: str, route: Endpoint) -> None:
+    assert OPENAI.read_request(method, path, {}, b"{}").endpoint is route
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "free"),
+    [
+        ("GET", "/v1/models", True),
+        ("get", "/v1/models/gpt-4o", True),
+        ("HEAD", "/v1/models", True),
+        ("GET", "/v1/responses/resp_1", True),
+        ("DELETE", "/v1/files/file_1", True),
+        ("POST", "/v1/messages/count_tokens", True),
+        ("POST", "/v1/chat/completions", False),
+        ("POST", "/v1/responses/resp_1/cancel", False),
+        ("POST", "/v1/images/generations", False),
+        ("GET", "/v1/realtime?model=gpt-realtime", False),
+        ("GET", "wss://api.openai.com/v1/responses", False),
+    ],
+)
+def test_what_only_looks_costs_nothing(method: str, path: str, *, free: bool) -> None:
+    assert OPENAI.read_request(method, path, {}, b"{}").free is free
+
+
+def test_a_websocket_is_not_free_though_it_begins_with_a_get() -> None:
+    assert not OPENAI.read_request("GET", "/v1/responses", {"upgrade": "websocket"}, b"").free
+
+
+def test_a_chat_completion_is_read() -> None:
+    body = {"model": "gpt-4o", "messages": SAY, "stream": True, "max_tokens": 300, "n": 2}
+    request = ask("/v1/chat/completions", body)
+    assert request.model == "gpt-4o"
+    assert request.stream
+    assert request.max_output_tokens == 300
+    assert request.choices == 2
+    assert not request.include_usage
+    assert 100 <= request.input_tokens <= 110
+    assert ask("/v1/chat/completions", body | {"stream_options": {"include_usage": True}}).include_usage
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most"),
+    [
+        ({"max_tokens": 7}, 7),
+        ({"max_completion_tokens": 8, "max_tokens": 7}, 8),
+        ({"max_completion_tokens": None, "max_tokens": 7}, 7),
+        ({"max_output_tokens": 9}, 9),
+        ({"max_tokens": 0}, 0),
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": "7"}, None),
+        ({"max_tokens": True}, None),
+        ({"max_tokens": 1e300}, None),
+        ({}, None),
+    ],
+)
+def test_the_bound_on_the_output_has_many_names(bounds: dict[str, Any], most: int | None) -> None:
+    assert ask("/v1/chat/completions", {"model": "m", "messages": SAY} | bounds).max_output_tokens == most
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tokens"),
+    [
+        ("/v1/completions", {"prompt": "x" * 400}, 101),
+        ("/v1/completions", {"prompt": [1, 2, 3, 4, 5]}, 5),
+        ("/v1/embeddings", {"input": ["x" * 400, "y" * 400]}, 202),
+        ("/v1/embeddings", {"input": [[1, 2, 3], [4, 5]]}, 5),
+        ("/v1/responses", {"input": "x" * 400, "instructions": "y" * 400}, 201),
+        ("/v1/responses", {"input": 100 * '"\t\n '}, 101),
+        ("/v1/responses", {"input": 100 * "\u4e2d"}, 76),
+        ("/v1/chat/completions", {"messages": None}, 0),
+        ("/v1/chat/completions", {}, 0),
+    ],
+)
+def test_input_is_estimated_from_its_bytes(path: str, body: dict[str, Any], tokens: int) -> None:
+    assert ask(path, body).input_tokens == tokens
+
+
+def test_tools_are_input_too() -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+    without = ask("/v1/chat/completions", {"messages": SAY}).input_tokens
+    assert ask("/v1/chat/completions", {"messages": SAY, "tools": tools}).input_tokens - without == pytest.approx(
+        len(json.dumps(tools, separators=(",", ":"))) / 4, abs=1
+    )
+
+
+def test_an_image_costs_what_it_is_scaled_to_and_not_its_base64() -> None:
+    data = "A" * 1_000_000
+    url = {"url": f"data:image/png;base64,{data}"}
+    text = {"type": "text", "text": "what is this?"}
+    for image, tokens in (
+        ({"type": "image_url", "image_url": url}, 765),
+        ({"type": "image_url", "image_url": url | {"detail": "low"}}, 85),
+    ):
+        body = {"messages": [{"role": "user", "content": [text, image]}]}
+        assert tokens < ask("/v1/chat/completions", body).input_tokens < tokens + 40
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+    body = {"messages": [{"role": "user", "content": [text, image]}]}
+    assert 1600 < ask("/v1/messages", body, provider="anthropic").input_tokens < 1640
+
+
+def test_documents_and_sound_cost_a_fraction_of_their_base64() -> None:
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "A" * 200_000}}
+    body = {"messages": [{"role": "user", "content": [pdf]}]}
+    assert 4000 <= ask("/v1/messages", body, provider="anthropic").input_tokens < 4040
+    sound = {"type": "input_audio", "input_audio": {"data": "A" * 200_000, "format": "mp3"}}
+    body = {"messages": [{"role": "user", "content": [sound]}]}
+    assert 100 <= ask("/v1/chat/completions", body).input_tokens < 140
+    plain = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "x" * 4000}}
+    body = {"messages": [{"role": "user", "content": [plain]}]}
+    assert 1100 < ask("/v1/messages", body, provider="anthropic").input_tokens < 1250
+
+
+def test_words_about_images_are_words() -> None:
+    talk = [{"role": "user", "content": 'he said "image_url" ' * 100}]
+    assert 500 < ask("/v1/chat/completions", {"messages": talk}).input_tokens < 620
+
+
+def test_azure_names_the_model_in_the_path() -> None:
+    path = "/openai/deployments/my%20gpt/chat/completions?api-version=2024-10-21"
+    request = ask(path, {"messages": SAY})
+    assert request.model == "my gpt"
+    assert request.api_version == "2024-10-21"
+    assert ask(path, {"messages": SAY, "model": "gpt-4o"}).model == "gpt-4o"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-type": "multipart/form-data; boundary=x"}, {"content-encoding": "gzip"}],
+)
+def test_a_form_and_what_is_compressed_ask_for_a_request_only(headers: dict[str, str]) -> None:
+    request = ask("/v1/chat/completions", {"model": "m", "messages": SAY}, **headers)
+    assert (request.model, request.input_tokens) == (None, 0)
+
+
+# --- what cannot be metered, what may not be touched ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/v1/realtime?model=gpt-realtime", {}),
+        ("wss://api.openai.com/v1/responses", {}),
+        ("/v1/anything", {"Upgrade": "websocket", "Connection": "Upgrade"}),
+        ("/v1/anything", {"Sec-WebSocket-Key": "x"}),
+    ],
+)
+def test_a_websocket_is_known(path: str, headers: dict[str, str]) -> None:
+    assert OPENAI.read_request("GET", path, headers, b"").websocket
+    assert not OPENAI.read_request("GET", "/v1/models", {}, b"").websocket
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        ("", {"Authorization": "AWS4-HMAC-SHA256 Credential=AKIA/20260401/us-east-1/bedrock/aws4_request"}),
+        ("", {"X-Amz-Date": "20260401T120000Z"}),
+        ("?X-Amz-Signature=abc", {}),
+        ("", {"Signature-Input": 'sig1=("@method")'}),
+        ("", {"Content-Digest": "sha-256=:x:"}),
+    ],
+)
+def test_a_signed_body_is_known_and_never_changed(query: str, headers: dict[str, str]) -> None:
+    body = json.dumps({"model": "m", "messages": SAY, "stream": True}).encode()
+    request = OPENAI.read_request("POST", "/v1/chat/completions" + query, headers, body)
+    assert request.signed
+    assert OPENAI.with_include_usage(request, body) is None
+    bearer = OPENAI.read_request("POST", "/v1/chat/completions", {"authorization": "Bearer sk-x"}, body)
+    assert not bearer.signed
+
+
+# --- charges --------------------------------------------------------------------------------------------------------
+
+
+def chat(provider: str, **body: Any) -> ProviderRequest:
+    path = "/v1/messages" if provider == "anthropic" else "/v1/chat/completions"
+    return ask(path, {"model": "m", "messages": SAY} | body, provider=provider)
+
+
+def test_openai_charges_the_larger_of_bound_and_input_and_keeps_it() -> None:
+    request = chat("openai", max_tokens=1000)
+    sent = request.input_tokens
+    reserved = OPENAI.estimate_charge(request, output_tokens=50)
+    assert reserved == Charge(input_tokens=sent, output_tokens=50, tokens=1000)
+    usage = Usage(input_tokens=90, output_tokens=40, cache_read_tokens=64)
+    assert OPENAI.final_charge(reserved, usage) == Charge(input_tokens=90, output_tokens=40, tokens=1000)
+    assert OPENAI.estimate_charge(chat("openai", max_tokens=10)).tokens == sent
+    assert OPENAI.estimate_charge(chat("openai")).tokens == sent
+
+
+def test_azure_charges_the_sum_for_each_answer() -> None:
+    request = chat("azure", max_tokens=1000, best_of=3)
+    assert AZURE.estimate_charge(request).tokens == request.input_tokens + 3000
+
+
+def test_anthropic_charges_uncached_input_and_what_is_made() -> None:
+    request = chat("anthropic", max_tokens=4096)
+    reserved = ANTHROPIC.estimate_charge(request, output_tokens=200)
+    sent = request.input_tokens
+    assert reserved == Charge(input_tokens=sent, output_tokens=200, tokens=sent + 200)
+    usage = Usage(input_tokens=1000, output_tokens=70, cache_read_tokens=900, cache_write_tokens=50)
+    assert ANTHROPIC.final_charge(reserved, usage) == Charge(input_tokens=100, output_tokens=70, tokens=170)
+
+
+def test_counting_tokens_takes_nothing_from_the_quotas_of_messages() -> None:
+    request = ask("/v1/messages/count_tokens", {"model": "m", "messages": SAY}, provider="anthropic")
+    assert ANTHROPIC.estimate_charge(request) == Charge(requests=0)
+
+
+def test_without_usage_a_call_settles_as_it_reserved() -> None:
+    reserved = OPENAI.estimate_charge(chat("openai", max_tokens=10))
+    assert OPENAI.final_charge(reserved, None) == reserved
+
+
+def test_the_output_reserved_is_what_is_typical_within_its_bound() -> None:
+    rules = profile_for("vllm")
+    assert rules.estimate_charge(chat("vllm", max_tokens=100), output_tokens=300).output_tokens == 100
+    assert rules.estimate_charge(chat("vllm", max_tokens=100), output_tokens=30).output_tokens == 30
+    assert rules.estimate_charge(chat("vllm", max_tokens=100)).output_tokens == 100
+    assert rules.estimate_charge(chat("vllm")).output_tokens == 500
+    assert rules.estimate_charge(chat("vllm", n=3, max_tokens=100)).output_tokens == 300
+
+
+def test_embeddings_make_no_tokens_and_an_unknown_path_takes_a_request() -> None:
+    request = ask("/v1/embeddings", {"input": "x" * 400, "model": "m"})
+    assert OPENAI.estimate_charge(request) == Charge(input_tokens=101, tokens=101)
+    assert OPENAI.estimate_charge(ask("/v1/files", b"...")) == Charge()
+
+
+def test_an_estimate_is_corrected_by_what_was_observed() -> None:
+    ratio = InputTokenRatio()
+    assert ratio.value == 1.0
+    for _ in range(200):
+        ratio.observe(100, 150)
+    assert ratio.value == pytest.approx(1.5, abs=0.01)
+    request = chat("vllm")
+    corrected = profile_for("vllm").estimate_charge(request, input_ratio=ratio.value).input_tokens
+    assert corrected == pytest.approx(1.5 * request.input_tokens, abs=2)
+    ratio.observe(0, 10)
+    ratio.observe(10, 0)
+    ratio.observe(1, 10**9)
+    assert ratio.value < 2.0
+
+
+@given(observed=st.lists(st.tuples(st.integers(-5, 10**9), st.integers(-5, 10**9)), max_size=50))
+def test_a_ratio_stays_within_reason(observed: list[tuple[int, int]]) -> None:
+    ratio = InputTokenRatio()
+    for estimated, counted in observed:
+        ratio.observe(estimated, counted)
+    assert 0.1 - 1e-9 <= ratio.value <= 10.0 + 1e-9
+
+
+def test_each_provider_has_its_row_and_another_is_an_error_that_names_them() -> None:
+    assert [profile_for(name).provider for name in PROVIDERS] == PROVIDERS
+    with pytest.raises(InvalidSetting, match="'openai', 'azure', 'anthropic'"):
+        profile_for("opanai")
+
+
+# --- garbage --------------------------------------------------------------------------------------------------------
+
+FIELDS = ["model", "messages", "stream", "n", "max_tokens", "tools", "input", "prompt", "system", "stream_options"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "data", *FIELDS]), inner),
+    max_leaves=20,
+)
+BODIES = st.binary(max_size=200) | st.dictionaries(st.sampled_from(FIELDS), JSON).map(lambda v: json.dumps(v).encode())
+
+
+@given(
+    method=st.sampled_from(["POST", "GET", "x"]) | st.text(max_size=5),
+    path=st.sampled_from(["/v1/chat/completions", "/v1/messages", "/v1/embeddings"]) | st.text(max_size=60),
+    headers=st.dictionaries(st.sampled_from(["content-type", "upgrade", "authorization"]), st.text(max_size=20)),
+    body=BODIES,
+    provider=st.sampled_from(PROVIDERS),
+)
+def test_no_request_makes_it_fail(method: str, path: str, headers: dict[str, str], body: bytes, provider: str) -> None:
+    rules = profile_for(provider)
+    request = rules.read_request(method, path, headers, body)
+    charge = rules.estimate_charge(request)
+    assert min(charge.requests, charge.input_tokens, charge.output_tokens, charge.tokens) >= 0
+    assert rules.final_charge(charge, None) == charge
+    assert rules.with_include_usage(request, body) is None or request.stream
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":' + b"[" * 100_000,
+        b'{"messages":[{"type":"image","x":' + b"[" * 900 + b"]" * 900 + b"}]}",
+        b'{"messages":"\xff\xfe"}',
+        b'{"stream": 1, "n": [], "max_tokens": {}, "model": 7, "messages": 3}',
+        b'{"messages":"' + b"x" * 10_000_000 + b'"}',
+    ],
+    ids=["deep", "deep media", "not utf-8", "wrong types", "long"],
+)
+def test_no_body_is_too_deep_or_too_long(body: bytes) -> None:
+    request = OPENAI.read_request("POST", "/v1/chat/completions", JSON_TYPE, body)
+    assert request.endpoint is Endpoint.CHAT
+    assert not request.stream

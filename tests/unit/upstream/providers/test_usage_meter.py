@@ -1,0 +1,329 @@
+"""What a meter makes of the bytes of an answer, in whatever pieces they come."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from tests.unit.upstream.providers import streams
+from tests.unit.upstream.providers.streams import INPUT
+
+from forebay.upstream.providers import ErrorKind, Usage, UsageMeter
+from forebay.upstream.providers.content_encoding import Decompressor
+
+
+def metered(data: bytes, *, stream: bool = True, cuts: list[int] | None = None) -> UsageMeter:
+    meter = UsageMeter(stream=stream, input_tokens=INPUT)
+    for begin, end in pairwise([0, *sorted(cuts or []), len(data)]):
+        meter.feed(data[begin:end])
+    meter.end()
+    return meter
+
+
+def said(meter: UsageMeter) -> tuple[Any, ...]:
+    return meter.usage, meter.started, meter.complete, meter.error_kind, meter.output_tokens
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stream", "usage"),
+    [
+        ("chat with usage", Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)),
+        ("chat", Usage(input_tokens=INPUT, output_tokens=2, estimated=True)),
+        ("chat tools", Usage(input_tokens=INPUT, output_tokens=4, estimated=True)),
+        ("vllm", Usage(input_tokens=8, output_tokens=3)),
+        ("completion", Usage(input_tokens=INPUT, output_tokens=2, estimated=True)),
+        ("responses", Usage(input_tokens=37, output_tokens=11, cache_read_tokens=5)),
+        ("messages", Usage(input_tokens=145, output_tokens=15, cache_read_tokens=100, cache_write_tokens=20)),
+    ],
+)
+def test_the_usage_of_a_stream_is_read_or_else_estimated(stream: str, usage: Usage) -> None:
+    meter = metered(streams.ALL[stream])
+    assert meter.usage == usage
+    assert meter.started
+    assert meter.complete
+    assert meter.error_kind is None
+
+
+def test_an_error_in_the_middle_is_noticed_and_what_came_before_it_is_estimated() -> None:
+    meter = metered(streams.MESSAGES_OVERLOADED)
+    assert meter.error_kind is ErrorKind.OVERLOADED
+    assert not meter.complete
+    expected = Usage(
+        input_tokens=145, output_tokens=3, cache_read_tokens=100, cache_write_tokens=20, estimated=True
+    )  # fifteen characters
+    assert meter.usage == expected
+    failed = metered(streams.RESPONSES_FAILED)
+    assert failed.error_kind is ErrorKind.FAULT
+    told = metered(streams.sse(streams.chunk({"content": "a"}), {"error": {"code": "slow_down", "message": "..."}}))
+    assert told.error_kind is ErrorKind.ACCELERATION_LIMIT
+
+
+def test_a_stream_that_is_cut_is_not_complete_and_its_usage_is_estimated() -> None:
+    cut = streams.CHAT_WITH_USAGE[: streams.CHAT_WITH_USAGE.index(b" there")]
+    meter = metered(cut)
+    assert not meter.complete
+    assert meter.usage == Usage(input_tokens=INPUT, output_tokens=1, estimated=True)
+    assert metered(b"").usage is None
+
+
+def test_a_stream_of_several_answers_is_complete_when_all_have_ended() -> None:
+    def part(index: int, reason: str | None = None) -> dict[str, Any]:
+        return {"choices": [{"index": index, "delta": {"content": "x"}, "finish_reason": reason}]}
+
+    one = streams.sse(part(0), part(1), part(0, "stop"))
+    assert not metered(one).complete
+    assert metered(one + streams.sse(part(1, "stop"))).complete
+    assert not metered(streams.sse(part(0, "stop"), part(1))).complete
+
+
+def test_a_total_without_the_cache_does_not_make_what_was_told_of_it_forgotten() -> None:
+    late = {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 25, "output_tokens": 9}}
+    meter = metered(streams.sse(*streams.MESSAGES_PARTS, late, {"type": "message_stop"}))
+    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
+
+
+def test_totals_never_go_back() -> None:
+    told = [
+        {"type": "message_delta", "delta": {}, "usage": usage} for usage in ({"output_tokens": 9}, {"input_tokens": 1})
+    ]
+    meter = metered(streams.sse(*streams.MESSAGES_PARTS, *told, {"type": "message_stop"}))
+    assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
+
+
+def test_the_first_token_is_known_from_what_comes_before_it() -> None:
+    meter = UsageMeter(stream=True)
+    for event in streams.MESSAGES_PARTS[:3]:
+        meter.feed(streams.sse(event, named=True))
+        assert not meter.started
+    meter.feed(streams.sse(streams.MESSAGES_PARTS[3], named=True))
+    assert meter.started
+    chat = UsageMeter(stream=True)
+    chat.feed(streams.sse(streams.CHAT_PARTS[0]))
+    assert not chat.started
+    chat.feed(streams.sse(streams.CHAT_PARTS[1]))
+    assert chat.started
+
+
+def test_a_long_piece_is_more_than_a_token() -> None:
+    assert metered(streams.sse(streams.chunk({"content": "x" * 400}), "[DONE]")).output_tokens == 100
+
+
+def test_a_last_event_without_its_empty_line_counts() -> None:
+    assert metered(streams.CHAT_WITH_USAGE.removesuffix(b"data: [DONE]\n\n").rstrip()).usage == Usage(
+        input_tokens=19, output_tokens=10, cache_read_tokens=12
+    )
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("stream", streams.ALL)
+def test_lines_may_end_as_the_standard_allows(stream: str, end: str) -> None:
+    data = streams.ALL[stream]
+    other = data.replace(b"\n", end.encode())
+    assert said(metered(other)) == said(metered(data))
+
+
+@given(
+    stream=st.sampled_from(sorted(streams.ALL)), cuts=st.lists(st.integers(0, 1500), max_size=20), crlf=st.booleans()
+)
+def test_it_does_not_matter_in_which_pieces_a_stream_comes(stream: str, cuts: list[int], *, crlf: bool) -> None:
+    data = streams.ALL[stream]
+    data = data.replace(b"\n", b"\r\n") if crlf else data
+    assert said(metered(data, cuts=[min(cut, len(data)) for cut in cuts])) == said(metered(data))
+
+
+def test_lines_split_within_their_ends_are_one() -> None:
+    two_lines = b'data: {"usage":\r\ndata: {"prompt_tokens": 3, "completion_tokens": 4}}\r\n\r\ndata: [DONE]\r\n\r\n'
+    meter = metered(two_lines, cuts=list(range(len(two_lines))))
+    assert meter.usage == Usage(input_tokens=3, output_tokens=4)
+
+
+@pytest.mark.parametrize("stream", streams.ALL)
+def test_a_stream_may_come_byte_by_byte(stream: str) -> None:
+    data = streams.ALL[stream]
+    assert said(metered(data, cuts=list(range(len(data))))) == said(metered(data))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b": a comment\n\n",
+        b"event: x\nid: 7\nretry: 10\n\n",
+        b"data: not json\n\n",
+        b"data: [1, 2]\n\n",
+        b'data: {"choices": 3, "usage": []}\n\n',
+        b'data: {"choices": [7, {"delta": 4, "text": 5}], "type": 3}\n\n',
+        b'data: {"type": "message_start", "message": 4}\n\n',
+        b'data: {"type": "message_delta", "usage": {"output_tokens": -5}}\n\n',
+        b"data: " + b"[" * 100_000 + b"\n\n",
+        b"data: " + b"x" * 3_000_000 + b"\n\n",
+        b"\xff\xfe\x00\n\n",
+    ],
+)
+def test_noise_between_events_changes_nothing(noise: bytes) -> None:
+    assert said(metered(noise + streams.CHAT_WITH_USAGE)) == said(metered(streams.CHAT_WITH_USAGE))
+
+
+# --- whole ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "usage"),
+    [
+        ({"usage": streams.CHAT_USAGE}, Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)),
+        ({"usage": streams.RESPONSES_USAGE}, Usage(input_tokens=37, output_tokens=11, cache_read_tokens=5)),
+        (
+            {"usage": streams.MESSAGE_USAGE},
+            Usage(input_tokens=145, output_tokens=1, cache_read_tokens=100, cache_write_tokens=20),
+        ),
+        (
+            {"usage": {"prompt_tokens": 10, "completion_tokens": 2, "prompt_cache_hit_tokens": 4}},
+            Usage(input_tokens=10, output_tokens=2, cache_read_tokens=4),
+        ),
+        ({"usage": {"prompt_tokens": 8, "total_tokens": 8}}, Usage(input_tokens=8, output_tokens=0)),
+        ({"usage": {"prompt_tokens": 8.0, "completion_tokens": 0.0}}, Usage(input_tokens=8, output_tokens=0)),
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 10**8}}, Usage(input_tokens=8, output_tokens=10**8)),
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 1e300}}, None),  # what no call can use: that was reserved
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 10**8 + 1}}, None),
+        ({"usage": {"prompt_tokens": -8, "completion_tokens": 1}}, None),
+        ({"usage": {"input_tokens": 8, "output_tokens": 1, "cache_read_input_tokens": 10**9}}, None),
+        ({"usage": {"prompt_tokens": "8"}}, None),
+        ({"usage": {"total_tokens": 8}}, None),
+        ({"usage": None}, None),
+        ({"usage": [1]}, None),
+        ({"input_tokens": 2095}, None),  # what counting tokens answers
+        ({}, None),
+    ],
+)
+def test_the_usage_of_a_body_is_read(body: dict[str, Any], usage: Usage | None) -> None:
+    meter = metered(json.dumps({"id": "x", "choices": []} | body).encode(), stream=False)
+    assert meter.usage == usage
+    assert meter.complete
+    assert meter.started
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b'{"usage": {"prompt_tok', b"[" * 100_000, b"3", b"\xff"])
+def test_a_body_that_is_no_answer_tells_nothing(body: bytes) -> None:
+    meter = metered(body, stream=False)
+    assert meter.usage is None
+    assert not meter.complete
+
+
+def test_the_usage_of_an_enormous_body_is_found_at_its_end() -> None:
+    embedding = b'{"object":"list","data":[' + b"0.123456789," * 1_000_000 + b'0],"usage":{"prompt_tokens":812}}'
+    meter = metered(embedding, stream=False, cuts=list(range(0, len(embedding), 65_536)))
+    assert meter.usage == Usage(input_tokens=812, output_tokens=0)
+    assert meter.complete
+
+
+@given(cuts=st.lists(st.integers(0, 400), max_size=20))
+def test_it_does_not_matter_in_which_pieces_a_body_comes(cuts: list[int]) -> None:
+    body = json.dumps({"choices": [{"message": {"content": "x" * 100}}], "usage": streams.CHAT_USAGE}).encode()
+    assert said(metered(body, stream=False, cuts=[min(cut, len(body)) for cut in cuts])) == said(
+        metered(body, stream=False)
+    )
+
+
+# --- packed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"),
+    [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), ("", bytes)],
+)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_a_packed_answer_is_unpacked(encoding: str, pack: Callable[[bytes], bytes], size: int) -> None:
+    packed = pack(streams.CHAT_WITH_USAGE)
+    meter = UsageMeter(stream=True, encoding=encoding)
+    for begin in range(0, len(packed), size):
+        meter.feed(packed[begin : begin + size])
+    meter.end()
+    assert said(meter) == said(metered(streams.CHAT_WITH_USAGE))
+
+
+@pytest.mark.parametrize(("encoding", "data"), [("br", streams.CHAT), ("gzip", b"no gzip"), ("gzip, br", b"x")])
+def test_of_what_cannot_be_unpacked_nothing_is_known(encoding: str, data: bytes) -> None:
+    for stream in (True, False):
+        meter = UsageMeter(stream=stream, encoding=encoding)
+        meter.feed(data)
+        meter.feed(data)
+        meter.end()
+        assert meter.usage is None
+        assert not meter.complete
+
+
+def test_a_small_answer_that_unpacks_to_a_hundred_megabytes_takes_no_room() -> None:
+    packer = zlib.compressobj()
+    packed = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
+    assert len(packed) < 200_000
+    pieces = [len(piece) for piece in Decompressor("deflate").feed(packed)]
+    assert max(pieces) <= 1 << 16
+    assert sum(pieces) == 100 << 20
+    for stream in (True, False):
+        meter = UsageMeter(stream=stream, encoding="deflate")
+        meter.feed(packed)
+        assert len(meter._whole) <= 1 << 21
+        meter.end()
+        assert meter.usage is None
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("piece", "megabytes"),
+    [(b"x" * 65_536, 100), (b"data: " + b"x" * 65_530, 100), (b"data: x\n" * 8192, 4), (b"\n\r" * 32_768, 2)],
+    ids=["one line", "one line of data", "one event of many lines", "empty lines"],
+)
+def test_memory_is_bounded_whatever_is_fed(piece: bytes, megabytes: int, *, stream: bool) -> None:
+    meter = UsageMeter(stream=stream)
+    largest = 0
+    for _ in range((megabytes << 20) // len(piece)):
+        meter.feed(piece)
+        events = meter._events
+        kept = len(meter._whole) if events is None else len(events._line) + sum(map(len, events._data))
+        largest = max(largest, kept)
+    meter.end()
+    assert 0 < largest <= 1 << 21 or piece.isspace()
+    assert meter.usage is None
+
+
+def test_of_an_event_that_is_too_long_nothing_is_read() -> None:
+    meter = UsageMeter(stream=True)
+    meter.feed(b"data: " + b"x" * (1 << 21))
+    meter.feed(b'\ndata: {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n\n')
+    meter.end()
+    assert meter.usage is None
+
+
+def test_after_an_event_that_was_too_long_the_next_is_read() -> None:
+    meter = UsageMeter(stream=True)
+    for _ in range(40):
+        meter.feed(b"x" * 65_536)
+    meter.feed(b"\n\n" + streams.CHAT_WITH_USAGE)
+    meter.end()
+    assert meter.usage == Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)
+
+
+@given(
+    chunks=st.lists(
+        st.binary(max_size=60) | st.sampled_from([b"data: {", b"\n\n", b"}\r\n", b'"usage":{}']), max_size=20
+    )
+)
+def test_no_bytes_make_it_fail(chunks: list[bytes]) -> None:
+    for stream in (True, False):
+        meter = UsageMeter(stream=stream)
+        for part in chunks:
+            meter.feed(part)
+        meter.end()
+        assert meter.usage is None or meter.usage.output_tokens >= 0

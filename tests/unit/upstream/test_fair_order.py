@@ -1,0 +1,74 @@
+"""The order of calls: runs begun earlier first, tenants in turns, retries at the head."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from forebay.upstream.call_request import CallRequest
+from forebay.upstream.fair_order import FairOrder
+
+
+def test_calls_of_runs_begun_earlier_go_first_however_late_they_come() -> None:
+    order = FairOrder()
+    first = order.rank(CallRequest(task_id="first"))
+    second = order.rank(CallRequest(task_id="second"))
+    order.record_served(first)
+    order.record_served(second)
+    third, again = order.rank(CallRequest(task_id="third")), order.rank(CallRequest(task_id="second"))
+    assert order.rank(CallRequest(task_id="first")) < again < third
+
+
+def test_a_retry_goes_to_the_head() -> None:
+    order = FairOrder()
+    assert order.rank(CallRequest(task_id="old")) > order.rank(CallRequest(task_id="young", retries=1))
+
+
+def test_within_a_run_the_earlier_deadline_goes_first() -> None:
+    order = FairOrder()
+    assert (
+        order.rank(CallRequest(task_id="a", deadline=5.0))
+        < order.rank(CallRequest(task_id="a", deadline=9.0))
+        < order.rank(CallRequest(task_id="a"))
+    )
+
+
+def test_a_tenant_with_many_runs_leaves_the_next_turn_to_one_with_few() -> None:
+    order = FairOrder()
+    many = [order.rank(CallRequest(task_id=f"many-{n}", tenant="many")) for n in range(100)]
+    for rank in many[:10]:
+        order.record_served(rank)
+    few = order.rank(CallRequest(task_id="few", tenant="few"))
+    assert sum(rank < few for rank in many[10:]) <= 1
+
+
+def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
+    order = FairOrder()
+    for n in range(100):
+        order.record_served(order.rank(CallRequest(task_id=f"here-{n}", tenant="here")))
+    back = [order.rank(CallRequest(task_id=f"back-{n}", tenant="back")) for n in range(3)]
+    here = [order.rank(CallRequest(task_id=f"more-{n}", tenant="here")) for n in range(3)]
+    assert [sum(rank < other for rank in here) for other in back] == [0, 1, 2]
+
+
+@given(st.lists(st.sampled_from(["light", "heavy"]), min_size=20, max_size=60))
+def test_turns_follow_the_weights(arrivals: list[str]) -> None:
+    order = FairOrder()
+    order.weights = {"heavy": 2.0}
+    ranks = sorted(
+        (order.rank(CallRequest(task_id=f"{n}", tenant=tenant)), tenant) for n, tenant in enumerate(arrivals)
+    )
+    served = {"light": 0, "heavy": 0}
+    total = {tenant: arrivals.count(tenant) for tenant in served}
+    for _, tenant in ranks:
+        served[tenant] += 1
+        if all(served[who] < total[who] for who in served):  # both still wait
+            assert abs(served["heavy"] - 2 * served["light"]) <= 2
+
+
+def test_what_belongs_to_no_run_is_a_run_of_its_own() -> None:
+    order = FairOrder()
+    assert order.rank(CallRequest()) < order.rank(CallRequest())
+    assert order.rank(CallRequest())[1] == math.inf
