@@ -47,7 +47,7 @@ bench: install ## measure against what is run beside it: NAME=surge JSON=file
 	@$(RUN) bench $(NAME) $(if $(JSON),--json $(JSON)) $(ARGS)
 
 docs: install packages ## the documentation as a site in build/site, built strictly
-	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
 	@echo 'build/site/index.html'
 
 lock: install ## pin requirements/dev.in anew: ARGS=--upgrade for the newest versions
