@@ -1,6 +1,6 @@
 """Kill an agent that hangs in C code, where neither a cancellation nor a signal reaches it, at its timeout.
 
-Its slot serves the next task. In the event loop it would stop the whole process; in a thread it would never free its slot.
+Its slot serves the next task. In the event loop it would stop the process; in a thread it would never free its slot.
 """
 
 import asyncio

@@ -158,7 +158,8 @@ def test_the_suites_of_the_page_on_testing_pass_as_they_stand(pytester: pytest.P
     alone = ("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:langsmith_plugin")
     result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", "--timeout", "100", "-v", *alone)
     for block in SUITE:
-        passed = len(re.findall(rf"^test_{Path(block.page).stem}_{block.line}\.py::.* PASSED", result.stdout.str(), re.MULTILINE))
+        passes = rf"^test_{Path(block.page).stem}_{block.line}\.py::.* PASSED"
+        passed = len(re.findall(passes, result.stdout.str(), re.MULTILINE))
         assert block.printed == f"{passed} passed\n", block
     assert set(result.parseoutcomes()) == {"passed"}
 
@@ -217,7 +218,9 @@ def test_the_settings_are_those_of_in_process() -> None:
 def test_the_settings_are_those_of_retries_and_breakers() -> None:
     check_settings(rows(BLOCKS, "| `Retry` |"), defaults(Retry.__init__))
     triggers, *others = rows(BLOCKS, "| `BreakerRules` |")
-    check_settings(others, {name: value for name, value in defaults(BreakerRules.__init__).items() if name != "triggers"})
+    expected = defaults(BreakerRules.__init__)
+    del expected["triggers"]
+    check_settings(others, expected)
     assert eval(names(triggers[1])[0], vars(breaker)) == BreakerRules().triggers  # noqa: S307 - the page is ours
 
 
