@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import logging
 import os
@@ -20,6 +21,7 @@ import _forebay_pytest as plugin
 from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing
 from forebay.breaker import BreakerRules
 from forebay.engine import ProcessEngine
+from forebay.quota import RateLimiter
 from forebay.retry import Retry
 
 ROOT = Path(__file__).parents[2]
@@ -304,6 +306,25 @@ def test_every_value_of_limited_by_has_a_page() -> None:
     listed = set(re.findall(r"\]\(([\w-]+)\.md\)", index))
     assert parts | {"pool", "worker", "upstream", "quota"} <= listed
     assert listed == {path.stem for path in OPERATE.glob("*.md")} - {"index"}
+
+
+def test_the_methods_of_a_rate_limiter_are_those_that_there_are() -> None:
+    for row in rows(DOCS / "quotas.md", "| method |"):
+        name, arguments = re.fullmatch(r"(\w+)\((.*)\)", names(row[0])[0]).groups()  # type: ignore[union-attr]
+        parameters = inspect.signature(getattr(RateLimiter, name)).parameters
+        assert {re.split(r"=", argument)[0] for argument in arguments.split(", ")} <= set(parameters), name
+
+
+def test_the_glossary_and_the_design_name_what_there_is() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "forebay").rglob("*.py"))
+    classes = set(re.findall(r"^class (\w+)", source, re.MULTILINE))
+    for page in (DOCS / "glossary.md", DESIGN):
+        told = set(re.findall(r"`([A-Z][a-z]\w+)(?:\(.*?\))?`", ANY_BLOCK.sub("", page.read_text())))
+        assert told - classes - vars(builtins).keys() == set(), page.name
+    modules = re.findall(r"^`([\w.`, ]+)`$", DESIGN.read_text(), re.MULTILINE)
+    for module in re.split(r"`, `", "`, `".join(modules)):
+        path = ROOT / "src" / "forebay" / module.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), module
 
 
 @pytest.mark.slow
