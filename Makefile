@@ -9,7 +9,7 @@ export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # else every process that pytest starts compiles every library anew
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-quick mutation sim check format bench lock clean
+.PHONY: help install packages demo test test-quick mutation sim check format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ format: install ## let ruff fix what it can
 
 bench: install ## measure against what is run beside it: NAME=surge JSON=file
 	@$(RUN) bench $(NAME) $(if $(JSON),--json $(JSON)) $(ARGS)
+
+docs: install packages ## the documentation as a site in build/site, built strictly
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
+	@echo 'build/site/index.html'
 
 LOCK := uv pip compile --quiet --no-header --no-emit-index-url --universal --python-version 3.11
 lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest versions
