@@ -101,7 +101,9 @@ async def test_retry_after_is_by_default_the_estimate_of_admission() -> None:
 async def test_task_types_and_priorities_can_be_chosen(chosen: dict[str, Any], refused: set[tuple[str, str]]) -> None:
     async with make_supervisor() as supervisor:
         with overload(supervisor, **chosen):
-            tasks = [Task(kind, priority=priority) for kind in ("work", "play") for priority in (Priority.LOW, Priority.HIGH)]
+            tasks = [
+                Task(kind, priority=priority) for kind in ("work", "play") for priority in (Priority.LOW, Priority.HIGH)
+            ]
             tickets = [await supervisor.submit(task) for task in tasks]
     assert {(ticket.task.task_type, ticket.priority.name) for ticket in tickets if not ticket} == refused
 
