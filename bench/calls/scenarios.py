@@ -9,7 +9,7 @@ from typing import Final
 
 from bench.calls.limits import SEMAPHORE, Oracle
 from bench.calls.simulated_key import Callers, LimitRun, QuotaPacer, RunRecord
-from forebay.interfaces import Limit
+from forebay.limit import Limit
 from forebay.simulation import Traffic
 from forebay.simulation.provider.provider_config import (
     AccelerationLimit,

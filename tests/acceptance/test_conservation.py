@@ -137,7 +137,7 @@ class Offer:
     priority: Priority
     timeout: float | None
     deadline: float | None
-    thread: str | None
+    thread_id: str | None
     key: str | None
     leaves_after: float | None  # cancels itself
     cancels_after: float | None  # cancels the ticket
@@ -192,7 +192,7 @@ SCRIPTS = st.builds(
 
 async def come(supervisor: BackpressureSupervisor, offer: Offer, tickets: list[Ticket]) -> None:
     await asyncio.sleep(offer.at)
-    options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread": offer.thread}
+    options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread_id": offer.thread_id}
     if offer.deadline is not None:
         options["deadline"] = Deadline.within(offer.deadline)
     task = Task(offer.kind, offer.plan, key=offer.key, **options)

@@ -25,7 +25,8 @@ from tests.support.upstream_checks import check_upstream
 
 from forebay import BackpressureSupervisor, Budget, Deadline, ForebayError, Priority, Quota, Task, Ticket, Upstream
 from forebay.errors import DeadlinePassed
-from forebay.interfaces import Charge, Grant, Limit, Outcome
+from forebay.interfaces import Charge, Outcome
+from forebay.limit import Grant, Limit
 from forebay.quota import Price
 from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
@@ -119,10 +120,11 @@ def _provider(rng: random.Random, slots: int, rate: int | None) -> ProviderConfi
     )
 
 
-class WatchedLimit:
+class WatchedLimit(Limit):
     """A limit that checks every permit that another limit grants."""
 
     def __init__(self, limit: Limit) -> None:
+        super().__init__()
         self._limit = limit
         self.violations: list[str] = []
 

@@ -15,8 +15,8 @@ from bench import recovery
 from bench.calls.limits import LIMITS, OURS
 from bench.calls.scenarios import SCENARIOS
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit import AdaptiveLimit
+from forebay.interfaces import Outcome
+from forebay.limit import AdaptiveLimit, Grant
 
 MIN_SHARES = {  # of the ideal scheduler's work; slightly less than measured, because these are single runs
     "steady": 0.97,

@@ -185,28 +185,30 @@ def check_nothing_left(supervisor: BackpressureSupervisor, *, zombies: bool = Fa
 
 
 def _held_by_workers(supervisor: BackpressureSupervisor, *, zombies: bool) -> Iterator[str]:
+    dispatcher = supervisor._dispatcher
     for worker in supervisor.workers.values():
-        held = [run.task.task_id for run in worker.runs if not (zombies and run.abandoned_at is not None)]
+        runs = [] if dispatcher is None else dispatcher.runs.on(worker)
+        held = [run.task.task_id for run in runs if not (zombies and run.abandoned_at is not None)]
         if held:
             yield f"worker {worker.name!r} still runs {held}"
-        if worker.slot_claims:
-            yield f"on worker {worker.name!r} {len(worker.slot_claims)} runs wait for the slot that they lent"
-        if worker.current_tasks != len(worker.runs):
-            yield f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(worker.runs)} runs"
+        if worker.pending_claims:
+            yield f"on worker {worker.name!r} {worker.pending_claims} runs wait for the slot that they lent"
+        if worker.current_tasks != len(runs):
+            yield f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(runs)} runs"
 
 
 def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) -> Iterator[str]:
     dispatcher = supervisor._dispatcher
     if dispatcher is None:
         return
-    for pool in dispatcher.pools.values():
+    for pool in dispatcher.pools.by_type.values():
         queued = [ticket.task_id for ticket in pool.queue]
         if queued or pool.parked or pool.reserved or any(pool.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"
                 f" {pool.reserved} retry slots, {sum(pool.spilling.values())} tasks being spilled"
             )
-    unresolved = [ticket for ticket in dispatcher.tickets.values() if ticket.status is not TaskStatus.SPILLED]
+    unresolved = [ticket for ticket in dispatcher.registry.live.values() if ticket.status is not TaskStatus.SPILLED]
     yield from (f"{ticket!r} has not been resolved" for ticket in unresolved)
     if not zombies:
         yield from (f"{len(tasks)} tasks hold thread {name!r}" for name, tasks in dispatcher.conversations.items())

@@ -100,7 +100,7 @@ class EventRecord:
         if dispatcher is None:
             return
         for task_id in self._unseen_ids:
-            ticket = dispatcher.tickets.get(task_id) or dispatcher.ended_tickets.get(task_id)
+            ticket = dispatcher.registry.get(task_id)
             if ticket is not None:
                 self.tasks[task_id] = ticket.task
         self._unseen_ids.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from forebay.errors import NotStarted
 from forebay.supervisor import BackpressureSupervisor
-from forebay.supervisor.admission_controller import Refusal
+from forebay.supervisor.ticket import Refusal
 from forebay.task import Priority, Task
 
 if TYPE_CHECKING:
@@ -95,12 +95,9 @@ def _refill_paused(dispatcher: Dispatcher, types: Collection[str] | None) -> Ite
     if spill is None:
         yield
         return
-    pools = {pool for task_type, pool in dispatcher.pools.items() if types is None or task_type in types}
-    paused = pools - spill.refiller.refilling
-    spill.refiller.refilling |= paused
+    pools = (pool for task_type, pool in dispatcher.pools.by_type.items() if types is None or task_type in types)
+    paused = spill.refiller.pause(pools)
     try:
         yield
     finally:
-        spill.refiller.refilling -= paused
-        for pool in paused:
-            spill.refill(pool)
+        spill.refiller.resume(paused)

@@ -31,7 +31,7 @@ class PassthroughSupervisor(BackpressureSupervisor):
     async def start(self) -> None:
         """Start on the running event loop, without priority thresholds."""
         await super().start()
-        self._running().thresholds = _NoThresholds(1.0)
+        self._admission_here().thresholds = _NoThresholds(1.0)
 
     def _revive_failed_worker(self, event: Event) -> None:
         if isinstance(event, WorkerFailed) and self.loop is not None:
