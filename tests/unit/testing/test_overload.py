@@ -51,7 +51,7 @@ async def test_all_tasks_are_rejected_inside_the_block() -> None:
             assert not ticket
             assert (ticket.verdict, ticket.status, ticket.load) == (Verdict.REJECTED, TaskStatus.REJECTED, 1.0)
             assert (ticket.limited_by, ticket.retry_after) == ("pool:work", None)
-            assert ticket.reason == "pool:work is at 100%, and NORMAL is refused"
+            assert ticket.reason == "pool:work is at 100%, and NORMAL is rejected"
             assert not supervisor.submit_nowait(Task("play", priority=Priority.CRITICAL))
             with pytest.raises(Overloaded, match="pool:play"):
                 await supervisor.run(Task("play"))
