@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from forebay import clock
-from forebay._validate import is_positive, is_whole, renamed
+from forebay._renamed import renamed
+from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 
 
