@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from forebay._renamed import renamed_arguments
 from forebay.breaker.fault_window import FaultWindow
 from forebay.breaker.triggers import FaultCountTrigger, MinimumSampleTrigger, Trigger, consecutive_faults
 from forebay.errors import InvalidSetting
@@ -24,6 +25,7 @@ class BreakerState(Enum):
     HALF_OPEN = "half_open"
 
 
+@renamed_arguments(arms="triggers", cool_off="reset_timeout", ceiling="max_reset_timeout", probe_time="probe_timeout")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakerRules:
     """When a breaker opens, how long it stays open, and what closes it again.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from typing import Final, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Final, Literal
 
 import msgspec
 
+from forebay._renamed import RenamedStructMeta
 from forebay.errors import InvalidAmount, InvalidBudget, ReservationClosed
 from forebay.task import Priority
 
@@ -16,7 +18,13 @@ _DAY: Final = 86400.0
 _PERIODS: Final = ("hour", "day", "month", None)
 
 
-class Budget(msgspec.Struct, frozen=True, kw_only=True):
+class _BudgetMeta(RenamedStructMeta):
+    """The metaclass of Budget: it explains the old name of an argument."""
+
+    renames: ClassVar[Mapping[str, str]] = {"reserve": "reserved_share"}
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True, metaclass=_BudgetMeta):
     """An amount of US dollars that runs out.
 
     Attributes:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from forebay._renamed import renamed_arguments
 from forebay.errors import InvalidSetting
 
 _SPREAD = 0.2  # of a Retry-After, over which the callers that got the same one are spread
 
 
+@renamed_arguments(base="base_delay", ceiling="max_delay", longest_wait="max_total_delay")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
     """A retry policy: exponential backoff with full jitter.
