@@ -291,9 +291,9 @@ class StillSpilled(ForebayError):
 
 
 class NotBindable(ForebayError, TypeError):
-    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and their kin,
-    LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway (`forebay gateway`), and
-    set its address as the base URL.
+    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and of their
+    subclasses, LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway
+    (`forebay gateway`), and set its address as the base URL.
     """
 
     kind: str
