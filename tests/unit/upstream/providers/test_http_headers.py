@@ -60,7 +60,7 @@ class Asked(Headers):
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(Asked, "names", set())
-    monkeypatch.setattr(Headers, "heeded", Asked.from_wire)
+    monkeypatch.setattr(Headers, "relevant", Asked.from_wire)
     return Asked.names
 
 
