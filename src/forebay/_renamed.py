@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-import msgspec
+from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -48,31 +46,3 @@ def _rejecting(function: Callable[..., Any], renames: Mapping[str, str]) -> Call
         return function(*args, **kwargs)
 
     return wrapper
-
-
-class RenamedStructMeta(msgspec.StructMeta):
-    """The metaclass of Structs with renamed arguments: a Struct is made in C, so that no ``__init__`` can be wrapped.
-
-    Attributes:
-        renames: of the class, the new names by the old ones, as for `renamed_arguments`.
-    """
-
-    renames: ClassVar[Mapping[str, str]] = {}
-
-    if not TYPE_CHECKING:  # type checkers are to see the signature that the fields make
-
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a metaclass
-            try:
-                return super().__call__(*args, **kwargs)
-            except TypeError:
-                explanation = cls._explain(args, kwargs)
-                if explanation is None:
-                    raise
-                raise TypeError(explanation) from None
-
-    def _explain(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:  # noqa: ARG002, N805 - for subclasses
-        """Return what is wrong with the arguments, or None if it is not known here."""
-        for name in kwargs:
-            if name in cls.renames:
-                return renamed(cls.__name__, name, cls.renames[name])
-        return None

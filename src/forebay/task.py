@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from forebay import clock
-from forebay._renamed import RenamedStructMeta
+from forebay._renamed import renamed
 from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 
@@ -103,28 +103,46 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 _POSITIONAL = 2  # task_type and payload
 
+#: The names of arguments in an earlier Forebay and in other supervisors, and what to pass instead.
+_OTHER_NAMES = {
+    "thread": "thread_id",
+    "timeout_seconds": "timeout",
+    "deadline_seconds": "pass deadline=Deadline.within(seconds)",
+    "type": "task_type",
+    "id": "task_id",
+    "data": "payload",
+}
 
-class _TaskMeta(RenamedStructMeta):
-    """The metaclass of Task: it explains arguments that Task does not have, which msgspec at most names."""
 
-    # Of an earlier Forebay, and of other supervisors.
-    renames: ClassVar[Mapping[str, str]] = {
-        "thread": "thread_id",
-        "timeout_seconds": "timeout",
-        "deadline_seconds": "pass deadline=Deadline.within(seconds)",
-        "type": "task_type",
-        "id": "task_id",
-        "data": "payload",
-    }
+class _TaskMeta(msgspec.StructMeta):
+    """The metaclass of Task: it explains arguments that Task does not have, which msgspec at most names.
 
-    def _explain(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:  # noqa: N805 - a metaclass
-        explanation = super()._explain(args, kwargs)
-        if explanation is None and len(args) > _POSITIONAL:
-            return (
-                f"Task takes two positional arguments, task_type and payload, and was given {len(args)}: pass the"
-                ' others by name, such as Task("research", {"topic": "rivers"}, task_id="1", priority=Priority.HIGH)'
-            )
-        return explanation
+    A Struct is made in C, so that there is no ``__init__`` to wrap.
+    """
+
+    if not TYPE_CHECKING:  # type checkers are to see the signature that the fields make
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a metaclass
+            try:
+                return super().__call__(*args, **kwargs)
+            except TypeError:
+                explanation = _explain(args, kwargs)
+                if explanation is None:
+                    raise
+                raise TypeError(explanation) from None
+
+
+def _explain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the arguments of a Task; None if it is not one of the usual mistakes."""
+    for name in kwargs:
+        if name in _OTHER_NAMES:
+            return renamed("Task", name, _OTHER_NAMES[name])
+    if len(args) > _POSITIONAL:
+        return (
+            f"Task takes two positional arguments, task_type and payload, and was given {len(args)}: pass the others by"
+            ' name, such as Task("research", {"topic": "rivers"}, task_id="1", priority=Priority.HIGH)'
+        )
+    return None
 
 
 class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
