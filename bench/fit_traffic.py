@@ -1,13 +1,13 @@
-"""Fit token lengths and gaps between arrivals to the Azure LLM inference traces; print `traffic_quantiles.py`.
+"""Fit token lengths and gaps between arrivals to the Azure LLM inference traces; print a module of quantiles.
 
-    .venv/bin/python bench/fit_traffic.py --data ../shared/data > src/forebay/simulation/provider/traffic_quantiles.py
+    .venv/bin/python bench/fit_traffic.py --data DIR > src/forebay/simulation/provider/traffic_quantiles.py
 
-The fit uses order statistics only:
+The fit consists of order statistics alone:
 
-- input tokens: a table of quantiles, more of them in the tails;
-- output tokens: one such table for each of several equally large classes of input, because in conversations the output
-  depends on the input;
-- gaps: a table of quantiles of the gap divided by the mean gap.
+- input tokens: a table of quantiles, denser in the tails;
+- output tokens: one such table for each of several classes of input of equal size, because in conversations long
+  questions get long answers;
+- gaps: a table of quantiles of the gap over the mean gap.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Row = tuple[dt.datetime, int, int]
 
 
 def read(path: Path) -> list[Row]:
-    """Return arrival, input and output tokens of each request, in order of arrival."""
+    """Return the arrival, input and output tokens of each request, in order of arrival."""
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         return sorted(
@@ -73,14 +73,14 @@ def quantiles(values: Sequence[float], chances: Sequence[float]) -> list[float]:
 
 
 def gaps(rows: Sequence[Row]) -> list[float]:
-    """Return the gaps between arrivals, divided by their mean."""
+    """Return the gaps between arrivals over their mean."""
     between = [(b[0] - a[0]).total_seconds() for a, b in itertools.pairwise(rows)]
     mean = sum(between) / len(between)
     return [max(gap / mean, 1e-6) for gap in between]
 
 
 def classes(rows: Sequence[Row], count: int) -> Iterator[list[int]]:
-    """Yield the outputs of `count` classes of input of equal size."""
+    """Yield the output tokens of `count` classes of equal size, from the shortest inputs to the longest."""
     by_input = sorted((r[1], r[2]) for r in rows)
     for n in range(count):
         part = by_input[n * len(by_input) // count : (n + 1) * len(by_input) // count]
@@ -88,7 +88,7 @@ def classes(rows: Sequence[Row], count: int) -> Iterator[list[int]]:
 
 
 def table(before: str, values: Sequence[float], form: str = ".0f", after: str = "") -> str:
-    """Return a tuple of numbers as wrapped source text, between `before` and `after`."""
+    """Return a tuple of numbers as source code, with `before` and `after` around it, in lines that fit."""
     text = f"{before}({', '.join(format(value, form) for value in values)}){after}"
     indent = " " * (len(before) - len(before.lstrip()) + 4)
     return textwrap.fill(text, 118, subsequent_indent=indent, drop_whitespace=True)

@@ -10,7 +10,7 @@ import asyncio
 import random
 from typing import Final
 
-from bench.calls.simulated_key import Callers, RunRecord
+from bench.calls.limit_run import Callers, RunRecord
 from forebay import Deadline, Overloaded, clock
 from forebay.interfaces import Charge, Outcome
 from forebay.simulation import Traffic, simulate

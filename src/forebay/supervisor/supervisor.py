@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from forebay import clock, context
-from forebay.adapters import Handler
-from forebay.adapters import Config
+from forebay._renamed import renamed_arguments
+from forebay.adapters import Config, Handler
 from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
     AlreadyStarted,
@@ -107,6 +107,7 @@ class BackpressureSupervisor:
 
     # --- workers ---
 
+    @renamed_arguments(cool_off="reset_timeout")
     def register_worker(  # noqa: PLR0913 - every property of a worker has a name
         self,
         name: str,
@@ -233,6 +234,7 @@ class BackpressureSupervisor:
         """
         return await self._admission_here().run(task)
 
+    @renamed_arguments(thread="thread_id")
     def slot(  # noqa: PLR0913 - a task's fields
         self,
         task_type: str,

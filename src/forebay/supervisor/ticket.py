@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 
 from forebay import context
+from forebay._renamed import renamed
 from forebay.errors import (
     ForebayError,
     Overloaded,
@@ -239,6 +240,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             raise self._outcome
         assert self._outcome is not None  # noqa: S101 - only called once it is resolved
         return self._outcome
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "binding":
+            raise AttributeError(renamed("Ticket", name, "limited_by"))
+        return super().__getattribute__(name)  # raises the usual AttributeError
 
     def refusal(self) -> Overloaded:
         """Return the rejection as an exception."""
