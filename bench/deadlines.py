@@ -25,7 +25,7 @@ MINUTES: Final = 3.0
 PROVIDERS: Final[dict[str, ProviderConfig]] = {
     "refuses": provider(),
     "shares": provider(overcommit=None),
-    "shares, works on": provider(overcommit=None, run_on=True),
+    "shares, works on": provider(overcommit=None, finish_abandoned=True),
 }
 PATIENCE: Final = (20.0, 30.0, 60.0)  # seconds
 LOADS: Final = (1.5, 3.0, 10.0)  # times the capacity

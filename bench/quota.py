@@ -219,7 +219,7 @@ def cases() -> dict[str, Case]:
                 for headers in ("first", "end"):
                     given = (Quota(**{unit.value: amount}, per="minute"),) if known == "given" else ()
                     found[f"{dialect.value} {unit.value} {shape} {known} {headers}"] = Case(
-                        _provider(dialect, unit, amount, window=shape == "window"),
+                        _provider(dialect, unit, amount, fixed_window=shape == "window"),
                         unit.value,
                         given,
                         headers,

@@ -35,8 +35,8 @@ def one(case: tuple[str, int, bool]) -> RunRecord:
     name, seed, shares = case
     config = provider(
         overcommit=None if shares else 1.0,
-        run_on=shares,
-        steps=steps((TRIGGER[0], 0), (TRIGGER[1], SLOTS)),
+        finish_abandoned=shares,
+        capacity_steps=steps((TRIGGER[0], 0), (TRIGGER[1], SLOTS)),
     )
     wild = name == CONTROL
     callers = Callers(

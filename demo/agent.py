@@ -52,7 +52,7 @@ def agent(client: AsyncOpenAI, provider: Provider, meter: Meter) -> Graph:
 
     async def ask(state: State, step: int, about: str) -> tuple[str, int, int]:
         length = state["lengths"][step]
-        headers = {"x-plant-output-tokens": str(length), "x-plant-run": state["task_id"]}
+        headers = {"x-simulated-output-tokens": str(length), "x-simulated-run": state["task_id"]}
         completion = await client.chat.completions.create(
             model=provider.model,
             messages=[{"role": "system", "content": _ROLE}, {"role": "user", "content": _ASK[step].format(about)}],

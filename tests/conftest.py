@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Explore where a person looks on, repeat where a machine decides, hurry in the inner loop. A failure prints its blob.
 settings.register_profile("explore", print_blob=True, deadline=None)
@@ -16,6 +16,9 @@ settings.register_profile(
     "ci", derandomize=True, print_blob=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("quick", settings.get_profile("explore"), max_examples=15)
+# For mutants: it is enough to find one failure, and the same one each time.
+_FIND = (Phase.explicit, Phase.generate)
+settings.register_profile("mutation", settings.get_profile("ci"), phases=_FIND, max_examples=20, database=None)
 settings.load_profile("ci" if "CI" in os.environ else "explore")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; programs of tests inherit it

@@ -6,14 +6,24 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from forebay.interfaces import Grant, Limit, Outcome
-from forebay.limit import AdaptiveLimit, AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
+from forebay.interfaces import Outcome
+from forebay.limit import (
+    AdaptiveLimit,
+    AimdLimit,
+    FixedLimit,
+    GradientLimit,
+    Grant,
+    Limit,
+    TimeoutAimdLimit,
+    VegasLimit,
+)
 
 
-class Oracle:
+class Oracle(Limit):
     """Knows at every moment how many calls the provider bears."""
 
     def __init__(self, capacity: Callable[[float], int]) -> None:
+        super().__init__()
         self._capacity = capacity
 
     def limit(self, now: float) -> int:

@@ -9,7 +9,7 @@ from typing import Final
 
 from bench.calls.limits import SEMAPHORE, Oracle
 from bench.calls.simulated_key import Callers, LimitRun, QuotaPacer, RunRecord
-from forebay.interfaces import Limit
+from forebay.limit import Limit
 from forebay.simulation import Traffic
 from forebay.simulation.provider.provider_config import (
     AccelerationLimit,
@@ -147,7 +147,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
         config=provider(rate_limits=(SimulatedRateLimit(unit=Unit.REQUESTS, amount=200),)),
         pace=lambda _: EvenPacer(60 / 200),
     ),
-    "concurrency-bound": Scenario(config=provider(slots=8, busy=BusyReason.CONCURRENCY)),
+    "concurrency-bound": Scenario(config=provider(slots=8, busy_reason=BusyReason.CONCURRENCY)),
     "acceleration limit": Scenario(
         config=provider(acceleration=AccelerationLimit(unit=Unit.REQUESTS, start=100, growth=60))
     ),
@@ -155,7 +155,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     "3 % stray": Scenario(config=provider(faults=Faults(stray=0.03))),
     "outage of a minute": Scenario(config=provider(capacity_steps=steps((200, 0), (260, SLOTS)))),
     "outage of five minutes": Scenario(config=provider(capacity_steps=steps((150, 0), (450, SLOTS)))),
-    "slow, not through us": Scenario(config=provider(slow=(Slowdown(at=200, seconds=200, factor=2.0),))),
+    "slow, not through us": Scenario(config=provider(slowdowns=(Slowdown(at=200, seconds=200, factor=2.0),))),
     "noisy neighbours": Scenario(config=provider(capacity_steps=_neighbours())),
     "bursts of 529": Scenario(config=provider(faults=Faults(bursts=Bursts(every=60, seconds=3)))),
     "half refused, 5 s a minute": Scenario(

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from forebay.interfaces import Grant, Limit, Outcome
+from forebay.interfaces import Outcome
+from forebay.limit import Grant, Limit
 from forebay.simulation import Traffic
 from forebay.simulation.provider.fault_plan import RefusalReason
 from forebay.simulation.provider.provider_config import ProviderConfig

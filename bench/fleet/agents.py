@@ -66,8 +66,8 @@ async def run_fleet(case: Case, url: str, client: Callable[[], httpx2.AsyncClien
 def _sdk(dialect: Dialect, url: str, client: httpx2.AsyncClient | None) -> Any:
     """As its user makes it: two retries, ten minutes."""
     if dialect is Dialect.OPENAI:
-        return openai.AsyncOpenAI(api_key="sk-plant", base_url=f"{url}/v1", http_client=client)
-    return anthropic.AsyncAnthropic(api_key="sk-plant", base_url=url, http_client=client)
+        return openai.AsyncOpenAI(api_key="sk-simulated", base_url=f"{url}/v1", http_client=client)
+    return anthropic.AsyncAnthropic(api_key="sk-simulated", base_url=url, http_client=client)
 
 
 async def _call(sdk: Any, dialect: Dialect, turn: Turn, *, streams: bool) -> None:
@@ -76,7 +76,7 @@ async def _call(sdk: Any, dialect: Dialect, turn: Turn, *, streams: bool) -> Non
         "model": MODELS[dialect],
         "max_tokens": MOST,
         "messages": [{"role": "user", "content": turn.text()}],
-        "extra_headers": {"x-plant-output-tokens": str(turn.output_tokens)},
+        "extra_headers": {"x-simulated-output-tokens": str(turn.output_tokens)},
     }
     if not streams:
         await create(**asked)

@@ -142,16 +142,16 @@ _TROUBLE: Final = Faults(
 def _stress(dialect: Dialect, *, streams: bool) -> Case:
     """Rates, slots, bursts of overload, calls cut off, refusals without a reason and a slow spell, all at once."""
     rates = {Unit.REQUESTS: 40, Unit.TOKENS if dialect is Dialect.OPENAI else Unit.INPUT_TOKENS: 60_000}
-    full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy": BusyReason.CONCURRENCY}
+    full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy_reason": BusyReason.CONCURRENCY}
     slow = Slowdown(at=60, seconds=30, factor=3.0)
-    config = _provider(dialect, rates, faults=_TROUBLE, slow=(slow,), **full)
+    config = _provider(dialect, rates, faults=_TROUBLE, slowdowns=(slow,), **full)
     return Case(config=config, agents=20, streams=streams)
 
 
 def _spike() -> Case:
     """For a minute everything takes six times as long, at a provider that refuses what exceeds its slots."""
     slow = (Slowdown(at=15, seconds=60, factor=6.0),)
-    config = _provider(Dialect.ANTHROPIC, {Unit.REQUESTS: 200}, slots=12, overcommit=1.0, slow=slow)
+    config = _provider(Dialect.ANTHROPIC, {Unit.REQUESTS: 200}, slots=12, overcommit=1.0, slowdowns=slow)
     return Case(config=config, agents=20)
 
 

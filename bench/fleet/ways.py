@@ -86,7 +86,7 @@ async def _virtually(case: Case, way: str) -> Measured:
             )
             url = f"http://127.0.0.1:{gateway.port}"
         outcome = await run_fleet(case, url, lambda: httpx2.AsyncClient(transport=OverAiohttp(session), timeout=600.0))
-        async with session.get(f"{plant}/plant/statistics") as answer:
+        async with session.get(f"{plant}/simulation/statistics") as answer:
             counted = msgspec.json.decode(await answer.read(), type=Counted)
     return counted.measured(outcome.failed, outcome.seconds, outcome.whys)
 

@@ -123,7 +123,7 @@ async def test_a_deadline_that_has_passed_by_the_time_of_submitting(*, nowait: b
         ("tenant", "", "non-empty string"),
         ("tenant", None, "non-empty string"),
         ("key", "", "non-empty string"),
-        ("thread", 7, "non-empty string"),
+        ("thread_id", 7, "non-empty string"),
         ("estimate", 3, "an Estimate"),
     ],
 )
@@ -528,7 +528,7 @@ def test_a_handler_that_takes_no_task_is_refused_when_it_is_registered() -> None
 def test_supervisors_that_would_hold_each_other() -> None:
     one, other = BackpressureSupervisor(), BackpressureSupervisor()
     other.register_worker("one", handler=one, task_types=["work"])
-    with pytest.raises(InvalidHandler, match="hold itself"):
+    with pytest.raises(InvalidHandler, match="contain itself"):
         one.register_worker("other", handler=other, task_types=["work"])
 
 

@@ -46,7 +46,7 @@ def test_neither_its_message_nor_its_class_uses_a_word_that_a_framework_retries_
 
 
 def test_its_message_says_what_binds_and_when_to_come_back(overloaded: Overloaded) -> None:
-    assert str(overloaded).startswith("Not now: pool:work is at 100%, and NORMAL is refused from 80%; come back in ")
+    assert str(overloaded).startswith("Not now: pool:work is at 100%, and NORMAL is rejected from 80%; come back in ")
     assert str(overloaded).endswith(" s. Nothing was begun.")
 
 

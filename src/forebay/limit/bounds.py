@@ -1,4 +1,4 @@
-"""What every limit checks of the numbers that it is made with."""
+"""Argument checks that the limits share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from forebay.errors import InvalidSetting
 
 
 def check_bounds(owner: str, initial_limit: int, max_limit: int) -> None:
-    """Two whole numbers, 1 <= start <= largest.
+    """Raise unless both are whole numbers with 1 <= initial_limit <= max_limit.
 
     Raises:
         InvalidSetting: they are not.
@@ -16,13 +16,12 @@ def check_bounds(owner: str, initial_limit: int, max_limit: int) -> None:
     check_count(owner, "max_limit", max_limit)
     check_count(owner, "initial_limit", initial_limit)
     if initial_limit > max_limit:
-        raise InvalidSetting(
-            owner=owner, name="initial_limit", value=initial_limit, expected=f"at most max_limit, which is {max_limit}"
-        )
+        expected = f"at most max_limit, which is {max_limit}"
+        raise InvalidSetting(owner=owner, name="initial_limit", value=initial_limit, expected=expected)
 
 
 def check_count(owner: str, name: str, value: object) -> None:
-    """A whole number of at least 1.
+    """Raise unless `value` is a whole number of at least 1.
 
     Raises:
         InvalidSetting: it is not.
@@ -32,7 +31,7 @@ def check_count(owner: str, name: str, value: object) -> None:
 
 
 def check_between(owner: str, name: str, value: float, low: float, high: float) -> None:
-    """A number strictly between two others.
+    """Raise unless `value` is above `low` and below `high`.
 
     Raises:
         InvalidSetting: it is not.

@@ -1,4 +1,4 @@
-"""From what `register_worker` is given to a worker."""
+"""Registration: from the arguments of `register_worker` to a worker, checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from forebay.adapters.detect import Config
+from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine
@@ -36,10 +36,10 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
 ) -> WorkerAgent:
-    """A worker, checked.
+    """Return a worker.
 
     Raises:
-        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
+        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid, as each says.
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
@@ -52,30 +52,30 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     if where is None:
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
         raise InvalidSetting(owner=owner, name="engine", value=engine, expected=expected)
-    foretold = _declared_upstreams(owner, upstreams, where)
-    recipe = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
-    bound = where.build_handler(recipe, slots=max_concurrent)
+    declared = _declared_upstreams(owner, upstreams, where)
+    spec = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
+    built = where.build_handler(spec, slots=max_concurrent)
     rules = _breaker_rules(reset_timeout, float(timeout))
     return WorkerAgent(
         name,
-        bound,
+        built,
         task_types=kinds,
         max_concurrent=max_concurrent,
         timeout=float(timeout),
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
-        declared=foretold,
+        declared=declared,
         on_revive=on_revive,
     )
 
 
 @functools.lru_cache(maxsize=100)
 def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
-    """A worker's rules; workers alike share them, for there may be ten thousand."""
-    longest = (
-        WORKER_RULES.max_reset_timeout if reset_timeout is None else max(WORKER_RULES.max_reset_timeout, reset_timeout)
-    )
-    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
+    """Return the rules of a worker's breaker; equal workers share them, because there may be ten thousand."""
+    longest = WORKER_RULES.max_reset_timeout
+    if reset_timeout is not None:
+        longest = max(longest, reset_timeout)
+    # A probe is a whole run, so it is overdue only after it has timed out, which is a fault anyway.
     return BreakerRules(
         triggers=WORKER_RULES.triggers,
         reset_timeout=reset_timeout,
@@ -85,34 +85,35 @@ def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
 
 
 def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:
-    """What a worker is said to draw on.
+    """Return the upstreams that a worker's calls are declared to use.
 
     Raises:
-        InvalidSetting: it cannot be meant.
+        InvalidSetting: `upstreams` is not a list of upstreams, or the worker runs in another process.
     """
-    expected = 'a list of what its calls draw on, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
+    expected = (
+        'a list of the upstreams that its calls use, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
+    )
     if isinstance(upstreams, str | Mapping) or not isinstance(upstreams, Iterable):
         raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
     found = []
-    for said in upstreams:
-        upstream, model = said if isinstance(said, tuple) and len(said) == _PAIR else (said, None)
+    for entry in upstreams:
+        upstream, model = entry if isinstance(entry, tuple) and len(entry) == _PAIR else (entry, None)
         if not isinstance(upstream, Upstream) or (model is not None and not (isinstance(model, str) and model)):
-            raise InvalidSetting(owner=owner, name="upstreams", value=said, expected=expected)
+            raise InvalidSetting(owner=owner, name="upstreams", value=entry, expected=expected)
         found.append(upstream.declared(model or ""))
     if found and isinstance(engine, ProcessEngine):
         expected = (
-            'left out with engine="process": calls made there are seen here only if they go through a gateway, and'
-            " then by the gateway alone"
+            'left out with engine="process": the calls are made in another process, where only a gateway can count them'
         )
         raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
     return tuple(dict.fromkeys(found))
 
 
 def check_decorator_arguments(task_types: Sequence[object]) -> None:
-    """Pass what ``@supervisor.worker(...)`` was given, unless it was given the function itself.
+    """Return if ``@supervisor.worker(...)`` was given task types, and not the function itself.
 
     Raises:
-        InvalidSetting: it was.
+        InvalidSetting: it was given a callable.
     """
     if any(callable(task_type) for task_type in task_types):
         expected = 'written as @supervisor.worker("research"), with the task types that it takes'
@@ -120,10 +121,10 @@ def check_decorator_arguments(task_types: Sequence[object]) -> None:
 
 
 def _check(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
-    """The task types of a worker that can be meant.
+    """Check the arguments, and return the task types of a worker without duplicates.
 
     Raises:
-        InvalidSetting, InvalidTimeout: one of the four cannot.
+        InvalidSetting, InvalidTimeout: one of the four is invalid.
     """
     owner = f"worker {name!r}"
     if not isinstance(name, str) or not name:

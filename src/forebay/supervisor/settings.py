@@ -1,4 +1,4 @@
-"""The numbers that a supervisor is made with, checked."""
+"""The settings of a supervisor, checked."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from forebay.events import Sink
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorSettings:
-    """As ``BackpressureSupervisor`` describes them.
+    """The settings that ``BackpressureSupervisor`` describes.
 
     Raises:
-        InvalidThreshold, InvalidSetting: one cannot be meant.
+        InvalidThreshold, InvalidSetting: one of them is invalid.
     """
 
     backpressure_threshold: float
@@ -48,13 +48,13 @@ class SupervisorSettings:
 
 
 def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
-    """The sinks that were given, one or several.
+    """Return the sinks that were given, one or several.
 
     Raises:
-        InvalidSetting: it is neither.
+        InvalidSetting: `on_event` is neither a callable nor a sequence of them.
     """
     sinks = (on_event,) if callable(on_event) else tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)
     if not all(map(callable, sinks)):
-        expected = "a callable that takes an Event, or a list of such"
+        expected = "a callable that takes an Event, or a list of such callables"
         raise InvalidSetting(owner="BackpressureSupervisor", name="on_event", value=on_event, expected=expected)
     return sinks

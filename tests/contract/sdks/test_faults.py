@@ -13,7 +13,7 @@ from tests.contract.sdks.sdk_harness import BoundClient, SdkCaller, SdkHarness
 from forebay import Overloaded
 from forebay.simulation import Faults
 
-LONG: Any = {"extra_headers": {"x-plant-output-tokens": "200"}, "max_tokens": 200}
+LONG: Any = {"extra_headers": {"x-simulated-output-tokens": "200"}, "max_tokens": 200}
 
 
 def error_of(ask: Callable[[], object]) -> Any:
