@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.support.task_plane import approximately, now, virtual
-from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Reply, Script, left
 
 from forebay import Overloaded, clock
 from forebay.errors import InvalidQuota, NotGuardable
@@ -142,7 +142,7 @@ async def test_a_reset_in_the_past_holds_nobody(reset: str) -> None:
         "x-ratelimit-reset-requests": reset,
         "retry-after": "Wed, 21 Oct 2015 07:28:00 GMT",
     }
-    client = Script(httpx2, Says.error(429, "requests per min", **told), Says(headers=told)).client(upstream)
+    client = Script(httpx2, Reply.error(429, "requests per min", **told), Reply(headers=told)).client(upstream)
     began = now()
     for _ in range(5):
         assert (await client.post(URL, json=REQUEST)).status_code == 200
@@ -152,7 +152,7 @@ async def test_a_reset_in_the_past_holds_nobody(reset: str) -> None:
 @virtual
 async def test_who_is_told_to_come_again_in_a_day_is_told_so_and_others_are_held_for_a_period_at_most() -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
-    client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"), Says()).client(upstream)
+    client = Script(httpx2, Reply.error(429, "requests per day", retry_after="86400"), Reply()).client(upstream)
     assert (await client.post(URL, json=REQUEST)).headers["retry-after"] == "86400"
     began = now()
     assert (await client.post(URL, json=REQUEST)).status_code == 200

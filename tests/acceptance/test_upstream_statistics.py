@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.support.task_plane import virtual
-from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, USAGE, Says, Script
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, USAGE, Reply, Script
 
 from forebay import BackpressureSupervisor, Overloaded, Quota, Retry, Task, Upstream
 from forebay.upstream.upstream_statistics import AccountStatistics
@@ -32,8 +32,8 @@ def counts(upstream: Upstream) -> dict[str, int]:
 @virtual
 async def test_each_attempt_is_counted_by_what_became_of_it() -> None:
     upstream = Upstream("llm", provider="openai", retry=Retry(base_delay=0.001))
-    limited = Says.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
-    client = Script(httpx2, Says.error(500), limited, Says.error(529), Says(), Says.error(400)).client(upstream)
+    limited = Reply.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
+    client = Script(httpx2, Reply.error(500), limited, Reply.error(529), Reply(), Reply.error(400)).client(upstream)
     await ask(client)
     assert counts(upstream) == {"sent": 4, "succeeded": 1, "throttled": 2, "failed": 1, "unattributed": 4}
     await ask(client)  # what is our own mistake has failed through no fault of theirs
@@ -86,7 +86,7 @@ async def test_a_permit_that_came_too_late_for_its_caller_was_not_sent() -> None
 async def test_what_quotas_have_left_is_told_whoever_set_them() -> None:
     upstream = Upstream("llm", provider="openai", quotas=[Quota(input_tokens=1000, per="minute")])
     told = {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "80"}
-    await ask(Script(httpx2, Says(headers=told)).client(upstream))
+    await ask(Script(httpx2, Reply(headers=told)).client(upstream))
     given, learned = only(upstream).quotas
     assert (given.name, given.amount, given.learned) == ("input tokens per minute", 1000, False)
     assert given.remaining == pytest.approx(1000 - USAGE["prompt_tokens"], abs=1)

@@ -9,7 +9,7 @@ import anthropic
 import httpx2
 import openai
 import pytest
-from tests.unit.upstream.httpx_binding.wire import STREAM, Says, Script
+from tests.unit.upstream.httpx_binding.wire import STREAM, Reply, Script
 
 from forebay import Fallback, Overloaded, Quota, Retry, Upstream
 
@@ -27,7 +27,7 @@ MESSAGE = {
 }
 
 
-def script(*answers: Says) -> Script:
+def script(*answers: Reply) -> Script:
     return Script(httpx2, *answers)
 
 
@@ -48,7 +48,7 @@ async def test_of_openais_sdk_a_stream_goes_to_a_server_of_ones_own() -> None:
     spare = Upstream("spare", provider="vllm")
     fallback = Fallback(to=spare, model="llama", base_url="http://spare.test:8000/v1")
     up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback)
-    scripted = script(Says(), Says.stream(*STREAM))
+    scripted = script(Reply(), Reply.stream(*STREAM))
     async with openai.AsyncOpenAI(
         api_key="sk-1", organization="org", http_client=httpx2.AsyncClient(transport=scripted.asynchronous())
     ) as bare:
@@ -90,7 +90,7 @@ def test_of_anthropics_it_goes_under_the_other_key() -> None:
     spare = Upstream("spare", provider="anthropic")
     fallback = Fallback(to=spare, model="claude-haiku", api_key="sk-2")
     up = Upstream("anthropic", provider="anthropic", quotas=ONCE, fallback=fallback)
-    scripted = script(Says(body=[json.dumps(MESSAGE).encode()]))
+    scripted = script(Reply(body=[json.dumps(MESSAGE).encode()]))
     with anthropic.Anthropic(api_key="sk-1", http_client=httpx2.Client(transport=scripted.blocking())) as bare:
         client = up.bind(bare)
         for _ in range(2):
@@ -103,7 +103,7 @@ def test_where_none_can_the_sdk_gets_the_refusal_or_the_answer_of_the_first() ->
     spare = Upstream("spare", provider="openai")
     fallback = Fallback(to=spare, base_url="https://spare.test/v1", api_key="sk-2")
     up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback, retry=Retry(max_attempts=1))
-    scripted = script(Says.error(500, "mine"), Says.error(404, "theirs"))
+    scripted = script(Reply.error(500, "mine"), Reply.error(404, "theirs"))
     with openai.OpenAI(api_key="sk-1", http_client=httpx2.Client(transport=scripted.blocking())) as bare:
         client = up.bind(bare)
         with pytest.raises(openai.InternalServerError, match="mine"):

@@ -17,7 +17,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_openai.chat_models import _client_utils
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
-from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Reply, Script, left
 
 from forebay import BackpressureSupervisor, Overloaded, Task
 from forebay.quota import Quota
@@ -145,7 +145,7 @@ def test_embeddings_are_counted() -> None:
         "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}],
         "usage": {"prompt_tokens": 7, "total_tokens": 7},
     }
-    script = Script(httpx2, Says(body=[json.dumps(vector).encode()]))
+    script = Script(httpx2, Reply(body=[json.dumps(vector).encode()]))
     upstream = Upstream("key", provider="openai", quotas=[Quota(input_tokens=1000, per="day")])
     bare = OpenAIEmbeddings(
         api_key="k",  # type: ignore[arg-type]

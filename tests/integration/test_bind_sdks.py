@@ -12,7 +12,7 @@ import anthropic
 import openai
 import pytest
 from tests.contract.sdks.sdk_harness import SAY, Sdk
-from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Reply, Script, left
 
 from forebay import Overloaded
 from forebay.quota import Quota
@@ -99,7 +99,7 @@ def test_kin_of_the_sdks_are_bound() -> None:
         http_client=script.blocking_client(),
     )
     message = {"id": "m", "type": "message", "role": "assistant", "model": "c", "content": [], "usage": {}}
-    script.answers = [Says(body=[str(message).replace("'", '"').encode()])]
+    script.replies = [Reply(body=[str(message).replace("'", '"').encode()])]
     at_vertex: Any = Upstream("vertex", provider="anthropic").bind(vertex)
     assert at_vertex.messages.create(model="claude-x", max_tokens=9, messages=SAY).id == "m"
 
