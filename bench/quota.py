@@ -10,11 +10,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from forebay.interfaces import Charge, RateLimitHeaders
@@ -22,33 +20,11 @@ from forebay.quota import Quota, QuotaReservation, RateLimiter
 from forebay.simulation.provider.provider_config import Dialect, ProviderConfig, SimulatedRateLimit, Unit
 from forebay.simulation.provider.provider_model import EPOCH, ProviderModel
 from forebay.simulation.provider.simulated_call import CallAccepted, CallCompleted, CallCut, FirstToken, SimulatedCall
+from forebay.upstream.providers import read_rate_limits, read_retry_after
 
 WARM_UP, MEASURED = 60.0, 600.0  # seconds
 MOST_IN_FLIGHT = 2_000
 MOST_UNHEARD = 20  # in flight before the first headers: who knows no quota must begin slowly
-_UNITS = ("requests", "input_tokens", "output_tokens", "tokens")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def notices(dialect: Dialect, headers: dict[str, str], wall: float) -> list[RateLimitHeaders]:
-    """The limits that headers tell of."""
-    told = []
-    for unit in _UNITS:
-        kind = unit.replace("_", "-")
-        if dialect is Dialect.OPENAI:
-            names = [f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset")]
-        else:
-            names = [f"anthropic-ratelimit-{kind}-{what}" for what in ("limit", "remaining", "reset")]
-        if names[0] not in headers or (dialect is Dialect.ANTHROPIC and unit == "tokens"):
-            continue
-        limit, remaining, reset = (headers[name] for name in names)
-        if dialect is Dialect.OPENAI:
-            seconds = sum(float(n) * _SECONDS[u] for n, u in _DURATION.findall(reset))
-        else:
-            seconds = max(0.0, datetime.fromisoformat(reset).timestamp() - wall)
-        told.append(RateLimitHeaders(unit=unit, limit=int(limit), remaining=int(remaining), reset=seconds))
-    return told
 
 
 @dataclass
@@ -139,8 +115,7 @@ class Driver:
         self.refused += now >= self.began
         self.in_flight -= 1
         told = self.told(answer.headers, now)
-        after = answer.headers.get("retry-after-ms")
-        wait = float(after) / 1000 if after else float(answer.headers.get("retry-after", 0)) or None
+        wait = read_retry_after(answer.headers, b"", wall=EPOCH + now)
         self.later(now, lambda at: self.quotas.record_throttled(at, held, wait, told))
 
     def charge(self, now: float, call: SimulatedCall) -> None:
@@ -152,9 +127,9 @@ class Driver:
                 "tokens": max(call.input_tokens, call.max_tokens or 0),
             }.get(self.case.unit, 0)
 
-    def told(self, headers: dict[str, str], now: float) -> list[RateLimitHeaders]:
+    def told(self, headers: dict[str, str], now: float) -> Sequence[RateLimitHeaders]:
         """What headers say, where they come at all."""
-        return [] if self.case.headers == "never" else notices(self.case.config.dialect, headers, EPOCH + now)
+        return () if self.case.headers == "never" else read_rate_limits(headers, wall=EPOCH + now)
 
     def hear(self, now: float, headers: dict[str, str], held: QuotaReservation) -> None:
         """The headers of an answer are here."""

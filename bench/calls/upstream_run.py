@@ -17,9 +17,10 @@ from forebay.simulation import Traffic, simulate
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.providers import ErrorKind, classify, read_rate_limits
+from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
+from forebay.upstream.exchange import judge_error
+from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.providers import classify, read_rate_limits
 from forebay.upstream.shared_account import SharedAccount
 
 MODEL: Final = "gpt-4o-mini"
@@ -27,46 +28,29 @@ EXPECTED: Final = 200  # tokens of output, as callers expect who cannot know
 
 
 async def asked(
-    provider: SimulatedProvider, desk: SharedAccount, permit: Permit, tokens: tuple[int, int]
+    provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
-    """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
-    incoming, outgoing = tokens
+    """Send one call of so many input and output tokens, and return its result, judged as a bound client's."""
+    input_tokens, output_tokens = tokens
     try:
-        answer = await provider.call(model=MODEL, input_tokens=incoming, output_tokens=outgoing)
+        answer = await provider.call(model=MODEL, input_tokens=input_tokens, output_tokens=output_tokens)
     except ProviderRefusal as refusal:
-        meaning = classify(refusal.status, refusal.headers, refusal.body)
-        rate, after = meaning is ErrorKind.RATE_LIMIT, refusal.retry_after
-        heard = read_rate_limits(refusal.headers, wall=clock.wall_time())
-        ended = CallOutcome(
-            kind=meaning.outcome,
-            released=not rate,
-            rate_limited=rate,
-            retry_after=after,
-            rate_limit_headers=heard,
-            usd=0.0,
-        )
-        error = ConnectionError(str(refusal))
-        return AttemptResult(
-            error=error,
-            retryable=meaning.retryable,
-            uses_attempt=meaning.uses_attempt,
-            retry_after=after,
-            outcome=ended,
-        )
-    except AnswerCut as broken:
-        return AttemptResult(
-            error=broken,
-            retryable=True,
-            outcome=CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at),
-        )
-    heard = read_rate_limits(answer.headers, wall=clock.wall_time()) if desk.needs_headers() else ()
-    seconds = clock.now() - permit.granted_at
-    used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
-    return AttemptResult(
-        outcome=CallOutcome(
-            kind=Outcome.SUCCESS, used=used, latency=seconds, output_tokens=outgoing, rate_limit_headers=heard
-        )
+        kind = classify(refusal.status, refusal.headers, refusal.body)
+        rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
+        result = judge_error(permit, kind, retry_after=refusal.retry_after, rate_limits=rate_limits)
+        result.error = ConnectionError(str(refusal))
+        return result
+    except AnswerCut as error:
+        outcome = CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at)
+        return AttemptResult(error=error, retryable=True, outcome=outcome)
+    outcome = CallOutcome(
+        kind=Outcome.SUCCESS,
+        used=Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens),
+        latency=clock.now() - permit.granted_at,
+        output_tokens=output_tokens,
+        rate_limit_headers=read_rate_limits(answer.headers, wall=clock.wall_time()) if account.needs_headers() else (),
     )
+    return AttemptResult(outcome=outcome)
 
 
 class UpstreamRun:
@@ -77,7 +61,7 @@ class UpstreamRun:
         self.record = RunRecord()
         self._tells = tells
         self.upstream = Upstream("key", provider="openai")
-        self.desk = self.upstream.accounts.account(MODEL)
+        self.desk = self.upstream.core.accounts.account(MODEL)
         self.provider: SimulatedProvider
 
     def run(self) -> RunRecord:
@@ -122,16 +106,16 @@ class UpstreamRun:
     async def _call(self, tokens: tuple[int, int]) -> None:
         charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED, tokens=tokens[0] + EXPECTED)
         deadline = Deadline.within(self.callers.patience) if self._tells else None
-        ask = self.upstream.request(MODEL, charge, deadline=deadline)
+        ask = self.upstream.core.request(MODEL, charge, deadline=deadline)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.record.sent.append(clock.now())
             tried = await asked(self.provider, self.desk, permit, tokens)
             if tried.outcome.kind is Outcome.OVERLOAD:
                 self.record.refused.append(clock.now())
             return tried
 
-        await self.upstream.driver(self.desk).run(ask, attempt)
+        await self.upstream.runner.run(PlainRoute(self.upstream, self.desk, ask), attempt)
 
     async def _look(self) -> None:
         account = self.desk.account

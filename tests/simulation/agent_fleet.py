@@ -16,8 +16,8 @@ from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import BusyReason, ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import Permit
+from forebay.upstream.call_request import AttemptResult, Permit
+from forebay.upstream.fallback_chain import PlainRoute
 
 CALLS = 4  # of a run
 PATIENCE = 60.0  # seconds after which a run's result is worthless to its caller
@@ -76,7 +76,7 @@ class AgentFleet:
     def _unlimited_upstream(self) -> Upstream:
         retry = Retry(max_attempts=1000, max_delay=1.0, max_total_delay=1e6)
         upstream = Upstream("key", provider="openai", retry=retry, max_concurrent=100_000, max_start_wait=1e9)
-        budgets = upstream._retries.budgets  # nobody may set them: this is the control
+        budgets = upstream.core.retries._budgets  # nobody may set them: this is the control
         budgets.faults = budgets.throttles = RetryBudget(share=1000.0, extra=1_000_000)
         return upstream
 
@@ -115,15 +115,16 @@ class AgentFleet:
 
     async def _limited_call(self) -> None:
         charge = Charge(input_tokens=INPUT, output_tokens=OUTPUT, tokens=INPUT + OUTPUT)
-        desk = self.upstream.accounts.account(MODEL)
+        desk = self.upstream.core.accounts.account(MODEL)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.calls += 1
             tried = await asked(self.provider, desk, permit, (INPUT, OUTPUT))
             self.refusals += tried.outcome.usd == 0.0
             return tried
 
-        await self.upstream.driver(desk).run(self.upstream.request(MODEL, charge), attempt)
+        request = self.upstream.core.request(MODEL, charge)
+        await self.upstream.runner.run(PlainRoute(self.upstream, desk, request), attempt)
 
     def per_second(self, since: float = 60.0, until: float = math.inf) -> float:
         """Runs that ended in time, a second."""

@@ -40,8 +40,8 @@ from forebay.simulation.provider.provider_config import (
 from forebay.simulation.provider.simulated_provider import SimulatedProvider
 from forebay.simulation.provider.traffic import Traffic
 from forebay.testing import EventRecord, check_upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import Permit
+from forebay.upstream.call_request import AttemptResult, Permit
+from forebay.upstream.fallback_chain import PlainRoute
 
 COUNTED = ("admitted", "spilled", "rejected", "succeeded", "failed", "timed_out", "cancelled", "expired")
 CALL_ENDS = ("answered", "refused by the provider", "broke", "cut short", "refused by the upstream")
@@ -161,7 +161,7 @@ class CallSurge:
             max_wait=script.max_wait,
             prices={MODEL: PRICE},
         )
-        self.desk = self.upstream.accounts.account(MODEL)
+        self.desk = self.upstream.core.accounts.account(MODEL)
         self.limit = self.desk.account.limit = WatchedLimit(self.desk.account.limit)
         self.sent = 0  # calls under way, as those who send them count
         self.spent = 0.0  # dollars, likewise
@@ -193,13 +193,13 @@ class CallSurge:
         incoming, outgoing = self.lengths.lengths(self.rng)
         tokens = incoming, min(outgoing, 300)
         expected = Charge(input_tokens=incoming, output_tokens=100, tokens=incoming + 100)
-        ask = self.upstream.request(MODEL, expected)
+        ask = self.upstream.core.request(MODEL, expected)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             return await self.send(permit, tokens, ask.usd)
 
         try:
-            await self.upstream.driver(self.desk).run(ask, attempt)
+            await self.upstream.runner.run(PlainRoute(self.upstream, self.desk, ask), attempt)
         except ForebayError as refusal:
             self.happened["refused by the upstream"] += not isinstance(refusal, ConnectionError)
             raise
@@ -217,7 +217,7 @@ class CallSurge:
             tried = await asked(self.provider, self.desk, permit, tokens)
             if tried.outcome.kind is Outcome.SUCCESS:
                 used = Charge(input_tokens=tokens[0], output_tokens=tokens[1])
-                cost, what = self.upstream.cost(MODEL, used), "answered"
+                cost, what = self.upstream.core.cost(MODEL, used), "answered"
                 tried.outcome = msgspec.structs.replace(tried.outcome, usd=cost)
             elif tried.outcome.usd == 0.0:
                 cost, what = 0.0, "refused by the provider"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from forebay.testing.promises import fail_if_wrong
 from forebay.upstream import Upstream
-from forebay.upstream.account_registry import SharedBudget
 from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.spend import SharedBudget
 
 _DUST = 1e-9  # dollars
 
@@ -23,11 +23,11 @@ def check_upstream(upstream: Upstream) -> None:
     Raises:
         BrokenPromise: it holds something, or held too much.
     """
-    wrong = [line for desk in upstream.accounts for line in _held(desk)]
-    wrong += [line for till in upstream.accounts.budgets.all_budgets() for line in _reserved(till)]
+    wrong = [line for desk in upstream.core.accounts for line in _held(desk)]
+    wrong += [line for till in upstream.core.accounts.budgets.all_budgets() for line in _reserved(till)]
     fail_if_wrong("An upstream at rest holds nothing", wrong)
-    most = upstream.accounts.settings.max_concurrent
-    crowds = [(desk.name, desk.account.peak_in_flight) for desk in upstream.accounts]
+    most = upstream.core.settings.max_concurrent
+    crowds = [(desk.name, desk.account.peak_in_flight) for desk in upstream.core.accounts]
     fail_if_wrong(
         "Nothing is granted while in flight is at a limit",
         [f"{name} had {peak} calls in flight of {most}" for name, peak in crowds if most is not None and peak > most],

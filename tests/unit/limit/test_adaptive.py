@@ -9,7 +9,7 @@ from tests.unit.limit.server import Server
 
 from forebay.interfaces import Grant, Outcome
 from forebay.limit import AdaptiveLimit, AdaptiveLimitState
-from forebay.upstream.latency_model import LatencyModel
+from forebay.upstream.latency import LatencyModel
 
 
 def settled(capacity: int = 50, stray: int = 0) -> Server:

@@ -478,7 +478,7 @@ async def test_what_an_upstream_holds_is_named() -> None:
         budget=Budget(usd=9.0),
         prices={"": Price(input=1e6, output=1e6)},
     )
-    desk = upstream.accounts.account("")
+    desk = upstream.core.accounts.account("")
     desk.account.breaker.trip(-100.0)
     desk.add_expected_calls(1)
     async with upstream.call(input_tokens=2):
@@ -509,5 +509,5 @@ async def test_a_call_in_line_and_a_crowd_are_named() -> None:
         assert "in the line of upstream:llm wait 1 calls" in wrong(lambda: check_upstream(upstream))
     await waiting
     check_upstream(upstream)
-    upstream.accounts.account("").account.peak_in_flight = 2
+    upstream.core.accounts.account("").account.peak_in_flight = 2
     assert wrong(lambda: check_upstream(upstream)) == "upstream:llm had 2 calls in flight of 1"
