@@ -502,7 +502,7 @@ async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run
         return read(row, codecs)
 
     ids = await leave_outside(file, *range(30))
-    monkeypatch.setattr(records, "task", task)
+    monkeypatch.setattr(records, "task_of_record", task)
     async with old:
         await asyncio.sleep(2.0)
         async with new:

@@ -207,7 +207,7 @@ async def test_a_zombie_is_logged_with_its_name(caplog: pytest.LogCaptureFixture
         supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"])
         await supervisor.submit_nowait(Task("work", "a secret", timeout=2.0, task_id="z"))
         await asyncio.sleep(2.0)
-    assert "task 'z' ended, but its handler on worker 'worker' did not stop" in caplog.text
+    assert "task 'z' has ended, but its handler on worker 'worker' did not stop" in caplog.text
     assert "a secret" not in caplog.text
 
 

@@ -254,7 +254,7 @@ async def test_a_line_that_is_full_for_the_sake_of_a_source_names_the_source() -
         held = supervisor.submit_nowait(Task("work"))
         assert (held.verdict, held.load) == (Verdict.REJECTED, full.load)
         assert held.limited_by == supervisor.statistics().limited_by == "upstream:key"
-        assert "for want of upstream:key" in (held.reason or "")
+        assert "because of upstream:key" in (held.reason or "")
         supervisor.register_worker("local", handler=Agent(), task_types=["work"])
         assert supervisor.statistics().limited_by == "pool:work", "who draws on nothing would bear more"
         key.relieve()

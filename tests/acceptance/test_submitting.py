@@ -97,7 +97,7 @@ async def test_a_rejected_ticket_is_false_and_says_why_and_when_to_come_back() -
         assert ticket.status is TaskStatus.REJECTED
         assert ticket.limited_by == "pool:work"
         assert ticket.load == 1.0
-        assert ticket.reason == "pool:work is at 100%, and NORMAL is refused from 80%"
+        assert ticket.reason == "pool:work is at 100%, and NORMAL is rejected from 80%"
         assert ticket.retry_after is not None
         assert ticket.retry_after > 0
 

@@ -318,7 +318,7 @@ async def test_a_handler_that_blocks_the_loop_is_detected_and_named(caplog: pyte
     assert (stall.task_id, stall.worker_id) == ("culprit", "blocker")
     assert 0.1 <= stall.seconds <= 5.0
     assert "in block" in stall.where
-    (line,) = [record.getMessage() for record in caplog.records if "stood still" in record.getMessage()][:1]
+    (line,) = [record.getMessage() for record in caplog.records if "was blocked" in record.getMessage()][:1]
     assert "task 'culprit' on worker 'blocker'" in line
     assert "in block" in line
     assert "a secret" not in caplog.text
@@ -350,7 +350,7 @@ async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host(monkeypatch: p
 
     def watched(*what: Any, **how: Any) -> asyncio.Handle:
         handle = ask(*what, **how)
-        if threading.current_thread().name == "forebay-watch":
+        if threading.current_thread().name == "forebay-loop-monitor":
             asked.set()
         return handle
 

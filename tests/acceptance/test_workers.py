@@ -486,7 +486,7 @@ async def test_a_worker_that_fails_and_recovers_says_so(caplog: pytest.LogCaptur
     assert failed.retry_in <= 10.0
     assert [event.worker_id for event in events if isinstance(event, WorkerRecovered)][:1] == ["worker"]
     assert "worker 'worker' is FAILED for" in caplog.text
-    assert "worker 'worker' takes work again" in caplog.text
+    assert "worker 'worker' accepts tasks again" in caplog.text
 
 
 @virtual

@@ -1,4 +1,4 @@
-"""The task plane: admits, lines up, routes, runs, times out, spills and refills agent runs."""
+"""The task plane: admits, queues, runs, times out, spills and refills agent runs."""
 
 from forebay.supervisor.drain import DrainReport
 from forebay.supervisor.portal import Portal, PortalTicket

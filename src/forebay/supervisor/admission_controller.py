@@ -1,14 +1,15 @@
-"""The door: a task's way from `submit` to its verdict."""
+"""Admission control: the way of a task from `submit` to its verdict."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from forebay import clock, context
+from forebay.admission import PriorityThresholds
 from forebay.context import RunningTask
 from forebay.errors import (
     DeadlinePassed,
@@ -20,38 +21,79 @@ from forebay.errors import (
     SupervisorClosed,
     UnknownTaskType,
 )
-from forebay.events import TaskSubmitted, log
+from forebay.events import EventBus, TaskSubmitted, log
 from forebay.interfaces import PutResult
-from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.runs.nested import active_runs
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.slot import Slot
-from forebay.supervisor.ticket import Ticket
-from forebay.task import Priority, Task, TaskStatus, Verdict
+from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
+from forebay.task import Priority, Task
 
 if TYPE_CHECKING:
-    from forebay.supervisor.pool import Pool
+    from collections.abc import Container
+
+    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.load import SystemLoad
+    from forebay.supervisor.pool import Pool, Pools
     from forebay.supervisor.spill.spill import Spill
+    from forebay.supervisor.start_gate import StartGate
+    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
 
+T = TypeVar("T")
 
-_WATERFALL_PRIORITY = Priority.HIGH  # it and better go to an idle worker first
-
-
-class Refusal(NamedTuple):
-    """Why a task was not let in."""
-
-    reason: str
-    limited_by: str | None
-    load: float
-    may_spill: bool
-    retry_after: float | None = None  # seconds, infinity where that is not known; None: ask the house for a seat
+_WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
 class TryAdmit(Protocol):
-    """Lets a task in, to run or to wait, or says why not."""
+    """Starts or queues a task, or returns why it is not admitted."""
 
     def __call__(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None: ...  # noqa: D102 - above
+
+
+class AdmissionDispatcher(TicketOwner, Protocol):
+    """The dispatcher, as far as admission needs it."""
+
+    @property
+    def registry(self) -> TicketRegistry:
+        """Its tickets."""
+
+    @property
+    def pools(self) -> Pools:
+        """Its pools."""
+
+    @property
+    def load(self) -> SystemLoad:
+        """The load of each resource."""
+
+    @property
+    def start_gate(self) -> StartGate:
+        """What decides whether a run may start."""
+
+    @property
+    def conversations(self) -> Container[str]:
+        """The threads of which a task is inside."""
+
+    @property
+    def spill(self) -> Spill | None:
+        """The way out to the overflow, if there is one."""
+
+    @property
+    def codecs(self) -> TaskCodecs:
+        """The declared types of payloads and results."""
+
+    @property
+    def bus(self) -> EventBus:
+        """Where it sends events."""
+
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
+        """Start a task on `worker`, or queue it."""
+
+    def run_in_background(self, work: Awaitable[Any]) -> None:
+        """Await `work`, and log it if it fails."""
+
+    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
+        """Await `work` to its end, even if the caller is cancelled."""
 
 
 class _State(Enum):
@@ -60,92 +102,301 @@ class _State(Enum):
     CLOSED = "closed"
 
 
-_OPEN = _State.OPEN  # an enum's attribute is dear on the hot path
+_OPEN = _State.OPEN  # attribute access on an enum is slow on the hot path
 
 
 class AdmissionController:
-    """Checks what is submitted, asks the dispatcher, and sends the refused outside or away."""
+    """Checks what is submitted; admits it, stores it in the overflow, or rejects it.
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    Attributes:
+        thresholds: the loads from which each priority is rejected.
+        submitted, spilled, rejected: how many tasks, since the start.
+    """
+
+    def __init__(self, dispatcher: AdmissionDispatcher, *, threshold: float, draw: Callable[[], float]) -> None:
         self._dispatcher = dispatcher
+        self._registry = dispatcher.registry
+        self._live: Mapping[str, Ticket] = dispatcher.registry.live
+        self._pools: Mapping[str, Pool] = dispatcher.pools.by_type
+        self._load = dispatcher.load
+        self._codecs = dispatcher.codecs
+        self._bus = dispatcher.bus
+        self._draw = draw
         self.loop = dispatcher.loop
+        self.thresholds = PriorityThresholds(threshold)
+        self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
         self._keys: dict[str, Ticket] = {}
         self._store_answers: dict[str, asyncio.Future[Ticket]] = {}  # by key, while the store has not answered
-        self.try_admit: TryAdmit = self._try_admit  # forebay.testing stands in front of it
+        self.try_admit: TryAdmit = self._try_admit  # forebay.testing replaces it
 
     @property
-    def dispatcher(self) -> Dispatcher:
-        """What it is the door of."""
-        return self._dispatcher
+    def admitted(self) -> int:
+        """How many tasks have been admitted, since the start."""
+        return self.submitted - self.spilled - self.rejected
 
     def stop_admitting(self) -> None:
-        """Take work only from what is inside already."""
+        """Admit only what the tasks inside submit."""
         if self._state is _State.OPEN:
             self._state = _State.DRAINING
 
     def close(self) -> None:
-        """Take no more work."""
+        """Admit nothing any more."""
         self._state = _State.CLOSED
 
+    # --- the ways to submit ---
+
     async def submit(self, task: Task) -> Ticket:
-        """As ``BackpressureSupervisor.submit``."""
-        return await self._submit(self._with_typed_payload(task))
+        """Submit a task: see ``BackpressureSupervisor.submit``."""
+        return await self._submit(self._codecs.fit_payload(task))
 
     async def run(self, task: Task) -> Any:
-        """As ``BackpressureSupervisor.run``."""
-        task = self._with_typed_payload(task)
+        """Submit a task and return its value: see ``BackpressureSupervisor.run``."""
+        task = self._codecs.fit_payload(task)
         ticket = await self._submit(task)
-        return await ticket.value(abandon=ticket.task is task)  # not what another submitted under the same key
+        return await ticket.value(abandon=ticket.task is task)  # not what someone else submitted under the same key
 
-    def _with_typed_payload(self, task: Task) -> Task:
-        """The task with a payload of the declared type, if one is declared."""
-        return self._dispatcher.codecs.fit_payload(task) if isinstance(task, Task) else task
+    def submit_nowait(self, task: Task) -> Ticket:
+        """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
+        task = self._codecs.fit_payload(task)
+        pool, parent = self._check(task)
+        if task.durable:
+            advice = "use `await submit(...)`"
+            raise OverflowRequired(task_id=task.task_id, why="submit_nowait cannot wait for its record", advice=advice)
+        if task.key is not None and (known := self._keys.get(task.key)) is not None:
+            return known
+        spill = self._dispatcher.spill
+        if spill is not None and task.spill:
+            spill.encode(task)  # draining may store it: a task that cannot be stored is rejected now
+        ticket = self._new_ticket(task, parent)
+        refusal = self.try_admit(ticket, pool, may_spill=False)
+        return ticket if refusal is None else self._reject(ticket, pool, refusal)
+
+    def slot(self, task: Task) -> Slot:
+        """Return a slot for the caller's own code: see ``BackpressureSupervisor.slot``."""
+        pool, parent = self._check(task)
+
+        def try_admit(ticket: Ticket) -> None:
+            self._check(task)
+            refusal = self.try_admit(ticket, pool, may_spill=False)
+            if refusal is not None:
+                self._reject(ticket, pool, refusal)
+
+        return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
     async def _submit(self, task: Task) -> Ticket:
         pool, parent = self._check(task)
-        overflow = self._dispatcher.spill
-        if task.durable and overflow is None:
-            advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
-            raise OverflowRequired(task_id=task.task_id, why="there is no overflow to record it in", advice=advice)
-        if task.durable and overflow is not None and not overflow.durable:
-            advice = 'use one that does, for example overflow="sqlite:///spill.db"'
-            raise OverflowRequired(task_id=task.task_id, why="the overflow does not survive its process", advice=advice)
+        spill = self._dispatcher.spill
+        if task.durable:
+            if spill is None:
+                advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
+                _require_overflow(task, "there is no overflow to record it in", advice)
+            if not spill.stored.durable:
+                advice = 'use one that does, for example overflow="sqlite:///spill.db"'
+                _require_overflow(task, "the overflow does not survive its process", advice)
         if task.key is not None:
             if (known := await self._find_by_key(task.key)) is not None:
                 return known
             self._check(task)  # again: much may have happened during the await
-        if overflow is None or not (task.spill or task.durable):
+        if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
-            return self._conclude(ticket, pool, self.try_admit(ticket, pool, may_spill=False))
-        envelope = overflow.encode(task)
+            refusal = self.try_admit(ticket, pool, may_spill=False)
+            return ticket if refusal is None else self._reject(ticket, pool, refusal)
+        envelope = spill.encode(task)
         ticket = self._new_ticket(task, parent)
         if task.durable:
-            return await self._await_store(ticket, self._admit_durable(ticket, envelope, pool, overflow))
-        refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, overflow))
-        if refusal is not None and refusal.may_spill:
-            return await self._await_store(ticket, self._spill(ticket, refusal, envelope, pool, overflow))
-        return self._conclude(ticket, pool, refusal)
+            return await self._await_store(ticket, self._admit_durable(ticket, envelope, pool, spill))
+        refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
+        if refusal is None:
+            return ticket
+        if refusal.may_spill:
+            return await self._await_store(ticket, self._spill(ticket, refusal, envelope, pool, spill))
+        return self._reject(ticket, pool, refusal)
+
+    # --- checks ---
+
+    def _check(self, task: Task) -> tuple[Pool, RunningTask | None]:
+        """Return the pool and the parent of a task that may be submitted now."""
+        if not isinstance(task, Task):
+            raise InvalidTask(
+                field="itself", value=type(task).__name__, expected='a Task, such as Task("research", {...})'
+            )
+        parent = context.running_task()
+        if self._state is not _OPEN:
+            inside = next(active_runs(parent, self._dispatcher), None) is not None
+            if self._state is _State.CLOSED or not inside:
+                raise SupervisorClosed(state=self._state.value)
+        pool = self._pools.get(task.task_type)
+        if pool is None:
+            known = ", ".join(sorted(self._pools)) or "none yet"
+            raise UnknownTaskType(task_type=task.task_type, known=known)
+        twin = self._live.get(task.task_id)
+        if twin is None and self._dispatcher.spill is not None:
+            twin = self._registry.weak.get(task.task_id)
+        if twin is not None and (task.key is None or self._keys.get(task.key) is not twin):
+            raise DuplicateTask(task_id=task.task_id)
+        if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
+            raise DeadlinePassed(task_id=task.task_id, late=-remaining)
+        return pool, parent
+
+    # --- keys ---
+
+    async def _find_by_key(self, key: str) -> Ticket | None:
+        """Return the ticket of the same work, if it was submitted before."""
+        while (answer := self._store_answers.get(key)) is not None:
+            await asyncio.wait([answer])  # it may be rejected
+        if key not in self._keys and self._dispatcher.spill is not None:
+            found = await self._dispatcher.spill.lookup.by_key(key)
+            if key in self._keys:
+                return await self._find_by_key(key)  # submitted meanwhile
+            if found is not None:
+                self._keys[key] = found
+        return self._keys.get(key)
+
+    def _remember_key(self, key: str, ticket: Ticket) -> None:
+        live, ended = self._registry.live, self._registry.ended
+        if len(self._keys) > 2 * (len(live) + self._registry.keep) + 16:
+            self._keys = {
+                key: known for key, known in self._keys.items() if known.task_id in live or known.task_id in ended
+            }
+        self._keys[key] = ticket
+
+    def _forget_key(self, ticket: Ticket) -> None:
+        if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
+            del self._keys[ticket.task.key]
+
+    # --- the decision ---
+
+    def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
+        deadline = task.deadline
+        if parent is not None and parent.deadline is not None:
+            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
+        submitted_at = None
+        if self._dispatcher.spill is not None:
+            submitted_at = self._dispatcher.spill.submission_time()
+        elif deadline is not None:
+            submitted_at = clock.wall_time()
+        ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        if task.key is not None:
+            self._remember_key(task.key, ticket)
+        return ticket
+
+    def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
+        """Start or queue a task, or return why it is not admitted. What was decided has happened on return."""
+        priority = ticket.task.priority
+        remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
+        path_load, resource = self._load.on_path(pool, priority)
+        if may_spill and pool.spilled_ahead(priority):
+            worth = self._worth_storing(pool, priority, remaining)
+            cause = self._load.limiting_resource(resource)
+            return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
+        load = path_load
+        worker = self._free_worker(ticket, pool)
+        if worker is not None:
+            load, resource = self._load.beyond_pool(pool, priority)
+        if self.thresholds.rejects(priority, load):
+            cause = self._load.limiting_resource(resource)
+            reason = self._refusal_reason(pool, resource, cause, load, priority)
+            worth = may_spill and self._worth_storing(pool, priority, remaining)
+            return Refusal(reason, cause, load, may_spill=worth)
+        if remaining < math.inf:
+            wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
+            if remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining):
+                return Refusal(f"its deadline in {remaining:.3g} s cannot be met", resource, load, may_spill=False)
+        ticket.admit(path_load)
+        self.submitted += 1
+        if self._bus.active:
+            self._emit_submitted(ticket)  # first that it was admitted, then that it started
+        self._dispatcher.start_or_queue(ticket, pool, worker)
+        return None
+
+    def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
+        """Return the worker that would run a task at once, or None if it would wait."""
+        if ticket.task.thread_id is not None and ticket.task.thread_id in self._dispatcher.conversations:
+            return None
+        priority = ticket.task.priority
+        waterfall = priority <= _WATERFALL_PRIORITY
+        ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
+        return None if ahead else self._dispatcher.start_gate.pick(pool, priority, idle_first=waterfall)
+
+    def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
+        if not pool.slots:
+            return f"every worker for {pool.task_type!r} is FAILED"
+        full = f"{resource} is at {load:.0%}"
+        if cause != resource:
+            full += f" because of {cause}"
+        return f"{full}, and {priority.name} is rejected from {self.thresholds.threshold_for(priority):.0%}"
+
+    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
+        """Return whether a task that waits in the overflow can still meet its deadline."""
+        if remaining == math.inf:
+            return True
+        wait = pool.expected_wait(priority, spilled=True)
+        return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
+
+    # --- the verdict ---
+
+    def _reject(self, ticket: Ticket, pool: Pool, refusal: Refusal) -> Ticket:
+        retry_after = refusal.retry_after
+        if retry_after is None:
+            retry_after = self._retry_after(pool, ticket.task.priority)
+        ticket.reject(refusal, None if retry_after == math.inf else retry_after)
+        self._forget_key(ticket)
+        self.rejected += 1
+        self._submitted(ticket)
+        return ticket
+
+    def _retry_after(self, pool: Pool, priority: Priority) -> float | None:
+        """Return the seconds after which a rejected task would be admitted, or None if unknown."""
+        now = self.loop.time()
+        if not pool.slots:
+            known = (worker.breaker.retry_after(now) for worker in pool.workers)
+            return min((seconds for seconds in known if seconds is not None), default=None)
+        threshold = self.thresholds.threshold_for(priority)
+        source_wait = self._load.time_until_below(pool, priority, threshold)
+        return pool.next_retry_slot(now, self._draw(), source_wait=source_wait)
+
+    def _submitted(self, ticket: Ticket) -> None:
+        """Count and report a verdict."""
+        self.submitted += 1
+        if self._bus.active:
+            self._emit_submitted(ticket)
+
+    def _emit_submitted(self, ticket: Ticket) -> None:
+        task = ticket.task
+        self._bus.emit(
+            TaskSubmitted(
+                at=self.loop.time(),
+                task_id=task.task_id,
+                task_type=task.task_type,
+                priority=task.priority,
+                verdict=ticket.verdict,
+                reason=ticket.reason,
+                limited_by=ticket.limited_by,
+                load=ticket.load,
+            )
+        )
+
+    # --- the overflow ---
 
     async def _await_store(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
-        """Let the store answer, though whoever waits for it may leave; then the task is cancelled once that may be."""
-        ticket.pending_store_calls += 1
-        self._dispatcher.tickets[ticket.task_id] = ticket  # before any await, so that no other takes its id
+        """Wait for the store even if the caller is cancelled; then cancel the task once the store has answered."""
+        ticket.begin_store_call()
+        self._registry.add(ticket)  # before any await, so that no other task takes its id
 
-        def decided(answer: asyncio.Future[Ticket]) -> None:
-            ticket.pending_store_calls -= 1
+        def answered(answer: asyncio.Future[Ticket]) -> None:
+            ticket.end_store_call()
             self._store_answers.pop(ticket.task.key or "", None)
             self._resolve_key_waiters(ticket, answer)
             if answer.cancelled() or answer.exception() is not None or answer.result() is not ticket or not ticket:
-                if self._dispatcher.tickets.get(ticket.task_id) is ticket:
-                    del self._dispatcher.tickets[ticket.task_id]
+                self._registry.discard(ticket)
             elif ticket.cancel_reason is not None:
                 ticket.cancel(ticket.cancel_reason)
 
         answer = self._dispatcher.run_to_completion(deciding)
         if ticket.task.key:
             self._store_answers[ticket.task.key] = answer
-        answer.add_done_callback(decided)
+        answer.add_done_callback(answered)
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
@@ -153,7 +404,7 @@ class AdmissionController:
             raise
 
     def _resolve_key_waiters(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
-        """Answer those who got the ticket by its key before it was decided, if it is not to be."""
+        """Answer whoever got the ticket by its key before the store answered, if it was not stored."""
         if answer.cancelled():
             return
         error = answer.exception()
@@ -166,222 +417,57 @@ class AdmissionController:
         elif (other := answer.result()) is not ticket and not ticket.done():
             self._dispatcher.run_in_background(ticket.follow(other))
 
-    def submit_nowait(self, task: Task) -> Ticket:
-        """As ``BackpressureSupervisor.submit_nowait``."""
-        task = self._with_typed_payload(task)
-        pool, parent = self._check(task)
-        if task.durable:
-            advice = "use `await submit(...)`"
-            raise OverflowRequired(task_id=task.task_id, why="submit_nowait cannot wait for its record", advice=advice)
-        if task.key is not None and (known := self._keys.get(task.key)) is not None:
-            return known
-        if self._dispatcher.spill is not None and task.spill:
-            self._dispatcher.spill.encode(task)  # draining may put it there: what cannot travel is refused now
-        ticket = self._new_ticket(task, parent)
-        return self._conclude(ticket, pool, self.try_admit(ticket, pool, may_spill=False))
-
-    def slot(self, task: Task) -> Slot:
-        """As ``BackpressureSupervisor.slot``."""
-        pool, parent = self._check(task)
-
-        def offer(ticket: Ticket) -> None:
-            self._check(task)
-            self._conclude(ticket, pool, self.try_admit(ticket, pool, may_spill=False))
-
-        return Slot(self._dispatcher, self._new_ticket(task, parent), offer)
-
-    def _check(self, task: Task) -> tuple[Pool, RunningTask | None]:
-        if not isinstance(task, Task):
-            raise InvalidTask(
-                field="itself", value=type(task).__name__, expected='a Task, such as Task("research", {...})'
-            )
-        parent = context.running_task()
-        if self._state is not _OPEN:
-            inside = next(active_runs(parent, self._dispatcher), None) is not None
-            if self._state is _State.CLOSED or not inside:
-                raise SupervisorClosed(state=self._state.value)
-        pool = self._dispatcher.pools.get(task.task_type)
-        if pool is None:
-            known = ", ".join(sorted(self._dispatcher.pools)) or "none yet"
-            raise UnknownTaskType(task_type=task.task_type, known=known)
-        twin = self._dispatcher.tickets.get(task.task_id)
-        if twin is None and self._dispatcher.spill is not None:
-            twin = self._dispatcher.spill.weak_tickets.get(task.task_id)
-        if twin is not None and (task.key is None or self._keys.get(task.key) is not twin):
-            raise DuplicateTask(task_id=task.task_id)
-        if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
-            raise DeadlinePassed(task_id=task.task_id, late=-remaining)
-        return pool, parent
-
-    async def _find_by_key(self, key: str) -> Ticket | None:
-        """The ticket of the same work, if it was submitted before."""
-        while (deciding := self._store_answers.get(key)) is not None:
-            await asyncio.wait([deciding])  # it may be refused
-        if key not in self._keys and self._dispatcher.spill is not None:
-            found = await self._dispatcher.spill.lookup.by_key(key)
-            if key in self._keys:
-                return await self._find_by_key(key)  # submitted meanwhile
-            if found is not None:
-                self._keys[key] = found
-        return self._keys.get(key)
-
-    def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
-        deadline = task.deadline
-        if parent is not None and parent.deadline is not None:
-            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
-        ticket = Ticket(self._dispatcher, task, deadline, parent)
-        if self._dispatcher.spill is not None:
-            ticket.submitted_at = self._dispatcher.spill.submission_time()
-        elif deadline is not None:
-            ticket.submitted_at = clock.wall_time()
-        if task.key is not None:
-            self._remember_key(task.key, ticket)
-        return ticket
-
-    def _remember_key(self, key: str, ticket: Ticket) -> None:
-        if len(self._keys) > 2 * (len(self._dispatcher.tickets) + self._dispatcher.keep_results) + 16:
-            live = {**self._dispatcher.tickets, **self._dispatcher.ended_tickets}
-            self._keys = {key: known for key, known in self._keys.items() if known.task_id in live}
-        self._keys[key] = ticket
-
-    def _forget_key(self, ticket: Ticket) -> None:
-        if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
-            del self._keys[ticket.task.key]
-
-    def _conclude(self, ticket: Ticket, pool: Pool, refusal: Refusal | None) -> Ticket:
-        """Let in, or rejected."""
-        if refusal is None:
-            self._dispatcher.counts.admitted += 1
-        else:
-            self._reject(ticket, pool, refusal)
-            self._emit_submitted(ticket)
-        return ticket
-
-    def _reject(self, ticket: Ticket, pool: Pool, refusal: Refusal) -> None:
-        ticket.verdict = Verdict.REJECTED
-        ticket.status = TaskStatus.REJECTED
-        _explain(ticket, refusal)
-        known = refusal.retry_after
-        if known is None:
-            known = self._dispatcher.retry_after(pool, ticket.task.priority)
-        ticket.retry_after = None if known == math.inf else known
-        self._forget_key(ticket)
-        self._dispatcher.counts.rejected += 1
-
-    def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
-        """Let the task in, to run or to wait; or say why not. Whatever is decided has happened on return."""
-        priority = ticket.task.priority
-        remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        load, binding = self._dispatcher.load.on_path(pool, priority)
-        ticket.load = load
-        if may_spill and pool.spilled_ahead(priority):
-            worth = self._worth_storing(pool, priority, remaining)
-            cause = self._dispatcher.load.limiting_resource(binding)
-            return Refusal("earlier work of its kind waits in the overflow", cause, load, may_spill=worth)
-        worker = self._free_worker(ticket, pool)
-        if worker is not None:
-            load, binding = self._dispatcher.load.beyond_pool(pool, priority)
-        if self._dispatcher.thresholds.rejects(priority, load):
-            cause = self._dispatcher.load.limiting_resource(binding)
-            reason = self._refusal_reason(pool, binding, cause, load, priority)
-            worth = may_spill and self._worth_storing(pool, priority, remaining)
-            return Refusal(reason, cause, load, may_spill=worth)
-        if remaining < math.inf:
-            wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
-            if remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining):
-                return Refusal(f"its deadline in {remaining:.3g} s cannot be met", binding, load, may_spill=False)
-        self._emit_submitted(ticket)  # first that it came in, then that it started
-        self._dispatcher.start_or_queue(ticket, pool, worker)
-        return None
-
-    def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
-        """The worker that would run it at once."""
-        if ticket.task.thread_id is not None and ticket.task.thread_id in self._dispatcher.conversations:
-            return None
-        priority = ticket.task.priority
-        waterfall = priority <= _WATERFALL_PRIORITY
-        before = pool.queue.ahead(priority) if waterfall else pool.queue.length
-        return None if before else self._dispatcher.start_gate.pick(pool, priority, idle_first=waterfall)
-
-    def _refusal_reason(self, pool: Pool, binding: str, cause: str, load: float, priority: Priority) -> str:
-        if not pool.slots:
-            return f"every worker for {pool.task_type!r} is FAILED"
-        full = f"{binding} is at {load:.0%}" if cause == binding else f"{binding} is at {load:.0%} for want of {cause}"
-        return f"{full}, and {priority.name} is refused from {self._dispatcher.thresholds.threshold_for(priority):.0%}"
-
-    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
-        if remaining == math.inf:
-            return True
-        wait = pool.expected_wait(priority, spilled=True)
-        return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
-
-    async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, overflow: Spill) -> Ticket:
-        _explain(ticket, refusal)
+    async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
+        ticket.explain(refusal)
         try:
-            put = await overflow.spill(ticket, envelope, pool)
+            put = await spill.spill(ticket, envelope, pool)
         except StoreUnavailable as exc:
             log.error("task %r could not be spilled: %s", ticket.task_id, exc)
-            return self._conclude(
-                ticket, pool, Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False)
-            )
+            refusal = Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False)
+            return self._reject(ticket, pool, refusal)
         if put is PutResult.STORED:
-            self._dispatcher.counts.spilled += 1
-            self._emit_submitted(ticket)
+            self.spilled += 1
+            self._submitted(ticket)
             return ticket
-        return await self._not_stored(ticket, put, pool, overflow)
+        return await self._not_stored(ticket, put, pool, spill)
 
-    async def _admit_durable(self, ticket: Ticket, envelope: bytes, pool: Pool, overflow: Spill) -> Ticket:
-        put = await overflow.record(ticket, envelope)
+    async def _admit_durable(self, ticket: Ticket, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
+        put = await spill.record(ticket, envelope)
         if put is not PutResult.STORED:
-            return await self._not_stored(ticket, put, pool, overflow)
+            return await self._not_stored(ticket, put, pool, spill)
         if self._state is _State.CLOSED:
             refusal: Refusal | None = Refusal("the supervisor has closed", None, 1.0, may_spill=True)
         else:
-            refusal = self.try_admit(ticket, pool, may_spill=ticket.task.spill and _may_spill(ticket, overflow))
+            refusal = self.try_admit(ticket, pool, may_spill=ticket.task.spill and _may_spill(ticket, spill))
         if refusal is None:
-            return self._conclude(ticket, pool, None)
+            return ticket
         if not refusal.may_spill:
-            await overflow.remove_record(ticket)
-            return self._conclude(ticket, pool, refusal)
-        _explain(ticket, refusal)
-        await overflow.spill_recorded(ticket, pool)
-        self._dispatcher.counts.spilled += 1
-        self._emit_submitted(ticket)
+            await spill.remove_record(ticket)
+            return self._reject(ticket, pool, refusal)
+        ticket.explain(refusal)
+        await spill.spill_recorded(ticket, pool)
+        self.spilled += 1
+        self._submitted(ticket)
         return ticket
 
-    async def _not_stored(self, ticket: Ticket, put: PutResult, pool: Pool, overflow: Spill) -> Ticket:
+    async def _not_stored(self, ticket: Ticket, put: PutResult, pool: Pool, spill: Spill) -> Ticket:
         if put is PutResult.FULL:
             refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
-            return self._conclude(ticket, pool, refusal)
+            return self._reject(ticket, pool, refusal)
         self._forget_key(ticket)
-        if ticket.task.key is not None and (known := await overflow.lookup.by_key(ticket.task.key)) is not None:
+        if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:
             self._remember_key(ticket.task.key, known)
             return known
         raise DuplicateTask(task_id=ticket.task_id)
 
-    def _emit_submitted(self, ticket: Ticket) -> None:
-        self._dispatcher.counts.submitted += 1
-        if not self._dispatcher.bus.active:
-            return
-        task = ticket.task
-        self._dispatcher.bus.emit(
-            TaskSubmitted(
-                at=self._dispatcher.loop.time(),
-                task_id=task.task_id,
-                task_type=task.task_type,
-                priority=task.priority,
-                verdict=ticket.verdict,
-                reason=ticket.reason,
-                limited_by=ticket.limited_by,
-                load=ticket.load,
-            )
-        )
+
+def _may_spill(ticket: Ticket, spill: Spill) -> bool:
+    """Return whether a task may wait in the overflow.
+
+    Once nothing comes back from there, a task that a run inside may wait for must stay inside.
+    """
+    return not spill.stored.stays_stored or not isinstance(ticket.parent, Run) or ticket.parent.ended
 
 
-def _may_spill(ticket: Ticket, overflow: Spill) -> bool:
-    """Whether it may wait outside: once nothing comes back in, what a task inside may wait for stays inside."""
-    return not overflow.refill_stopped or not isinstance(ticket.parent, Run) or ticket.parent.ended
-
-
-def _explain(ticket: Ticket, refusal: Refusal) -> None:
-    ticket.reason, ticket.limited_by, ticket.load = refusal.reason, refusal.limited_by, refusal.load
+def _require_overflow(task: Task, why: str, advice: str) -> NoReturn:
+    raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)

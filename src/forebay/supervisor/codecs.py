@@ -1,11 +1,11 @@
-"""How the payloads and results of each task type travel: what its workers declared, and agree on."""
+"""The types of the payloads and results of each task type: what its workers declare, and agree on."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TypeDeclaration:
-    """The payloads, or the results, of one task type."""
+    """The type of the payloads, or of the results, of one task type."""
 
     declared: Any = None  # the type, or None
-    codec: Codec | None = None  # of that type; without one, of the framework whose agents serve it
+    codec: Codec | None = None  # of that type; without one, of the framework of its agents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TaskTypeCodecs:
-    worker: str  # who came first
+    worker: str  # the first one
     payload: _TypeDeclaration
     result: _TypeDeclaration
 
 
 class TaskCodecs:
-    """The codecs of a house, by task type."""
+    """The codecs of a supervisor, by task type."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _TaskTypeCodecs] = {}
 
     def declare(self, worker: WorkerAgent, *, payload: Any, result: Any) -> None:
-        """Take in what a worker declares, and have what its handler returns checked.
+        """Add what a worker declares, and have what its handler returns checked.
 
         The first worker of a task type decides; those after it declare the same, or nothing.
 
         Raises:
-            InvalidSetting: a type that is none, or another one than before.
+            InvalidSetting: what is declared is no type, or another one than before.
         """
         own = _TaskTypeCodecs(
             worker=worker.name,
@@ -56,10 +56,10 @@ class TaskCodecs:
         entries = {task_type: self._merge(task_type, own) for task_type in worker.task_types}
         self._entries.update(entries)
         if any(entry.result.declared is not None for entry in entries.values()):
-            worker.handler = replace(worker.handler, call=self._checked(worker.name, worker.handler))
+            worker.replace_call(self._checked(worker.name, worker.handler))
 
     def _merge(self, task_type: str, own: _TaskTypeCodecs) -> _TaskTypeCodecs:
-        """What holds for a task type once another of its workers has spoken."""
+        """Return what holds for a task type together with what another of its workers declares."""
         first = self._entries.get(task_type)
         if first is None:
             return own
@@ -71,28 +71,29 @@ class TaskCodecs:
         )
 
     def fit_payload(self, task: Task) -> Task:
-        """The task as its handler gets it: with a payload of the declared type.
+        """Return the task as its handler gets it: with a payload of the declared type.
 
         Raises:
-            InvalidPayload: it is not of that type.
+            InvalidPayload: the payload is not of that type.
         """
-        entry = self._entries.get(task.task_type)
+        # Admission rejects what is not a Task, with the right error.
+        entry = self._entries.get(task.task_type) if isinstance(task, Task) else None
         if entry is None or entry.payload.codec is None:
             return task
         return _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))
 
     def dump_payload(self, task: Task) -> Any:
-        """The payload of a fitted task as plain data."""
+        """Return the payload of a task as plain data; `fit_payload` has given it its type."""
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
             return task.payload
         return _convert(entry.payload.codec.dump, task, entry.payload)
 
     def load_payload(self, task: Task) -> Task:
-        """The task as its handler gets it, its payload made of plain data that were stored.
+        """Return the task as its handler gets it, with a payload made of the plain data that were stored.
 
         Raises:
-            InvalidPayload: they do not make the declared type.
+            InvalidPayload: the data do not make the declared type.
         """
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
@@ -100,12 +101,12 @@ class TaskCodecs:
         return _with_payload(task, _convert(entry.payload.codec.load, task, entry.payload))
 
     def result_codec(self, task_type: str) -> Codec | None:
-        """The codec of its results; None: they are plain data."""
+        """Return the codec of the results of a task type; None if they are plain data."""
         entry = self._entries.get(task_type)
         return None if entry is None else entry.result.codec
 
     def _checked(self, worker: str, handler: Handler) -> Any:
-        """What the handler is called by, so that what it returns is of the declared type, or fails its task."""
+        """Return a callable that calls the handler, and raises if what it returns is not of the declared type."""
 
         def call(task: Task) -> Any:
             value = handler.call(task)
@@ -120,13 +121,13 @@ class TaskCodecs:
                 return value
             try:
                 return side.codec.coerce(value)
-            except TypeMismatch as misfit:
+            except TypeMismatch as mismatch:
                 raise InvalidResult(
                     worker_id=worker,
                     task_type=task.task_type,
                     type=type_name(side.declared),
-                    path="result" + misfit.path,
-                    why=misfit.reason,
+                    path="result" + mismatch.path,
+                    why=mismatch.reason,
                 ) from None
 
         return call
@@ -141,10 +142,10 @@ def _declaration(worker: WorkerAgent, name: str, declared: Any) -> _TypeDeclarat
 def _merge_declarations(
     name: str, first: _TypeDeclaration, own: _TypeDeclaration, worker: str, where: str
 ) -> _TypeDeclaration:
-    """What two workers of a task type declare: the same, or the second nothing.
+    """Return what two workers of a task type declare together: the same, or the second one nothing.
 
     Raises:
-        InvalidSetting: something else.
+        InvalidSetting: the second one declares something else.
     """
     owner = f"worker {worker!r}"
     if own.declared is not None and own.declared != first.declared:
@@ -156,19 +157,19 @@ def _merge_declarations(
     if first.codec is not None:
         expected = f"an agent of the same framework as that of {where}"
         raise InvalidSetting(owner=owner, name="handler", value="an agent of another framework", expected=expected)
-    return own  # to a framework's codec plain data are plain data too
+    return own  # a framework's codec leaves plain data as they are
 
 
 def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration) -> Any:
-    """What `function`, of a codec, makes of the payload.
+    """Return what `function`, of a codec, makes of the payload.
 
     Raises:
-        InvalidPayload: it cannot.
+        InvalidPayload: it fails.
     """
     try:
         return function(task.payload)
-    except TypeMismatch as misfit:
-        path, why = misfit.path, misfit.reason
+    except TypeMismatch as mismatch:
+        path, why = mismatch.path, mismatch.reason
     except Exception as error:  # noqa: BLE001 - a codec may be the user's own
         path, why = "", f"its codec raised {type(error).__name__}"
     kind = "payload of its framework" if side.declared is None else type_name(side.declared)
@@ -176,7 +177,7 @@ def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration)
 
 
 def _with_payload(task: Task, payload: Any) -> Task:
-    """The same task with another payload; unlike a new one, it may be past its deadline."""
+    """Return the same task with another payload; unlike a new one, it may be past its deadline."""
     if payload is task.payload:
         return task
     same = copy(task)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from forebay.errors import InvalidSetting, NotSerializable, PayloadTooLarge, StoreUnavailable
-from forebay.events import log
-from forebay.interfaces import PutResult
+from forebay._validate import check_not_negative
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.spill import records
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.pool import Pool, Pools
+    from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.spill.spill import Spill
+    from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.ticket_registry import TicketRegistry
+    from forebay.supervisor.worker import WorkerAgent
+
+T = TypeVar("T")
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +31,7 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         finished: how many ended by themselves: succeeded, failed, timed out or expired.
         spilled: how many went out to the overflow, to be run later.
-        cancelled: how many were cancelled at the limit, and stopped.
+        cancelled: how many were cancelled when the time was up, and stopped.
         orphans: ids of those whose handler did not stop and may still be running.
     """
 
@@ -38,28 +41,81 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
     orphans: tuple[str, ...]
 
 
-class Drain:
-    """One draining of a house that admits nothing any more. There may be several at a time."""
+class DrainDispatcher(Protocol):
+    """The dispatcher, as far as draining needs it."""
 
-    def __init__(self, dispatcher: Dispatcher, *, grace: float) -> None:
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it runs on."""
+
+    @property
+    def registry(self) -> TicketRegistry:
+        """Its tickets."""
+
+    @property
+    def pools(self) -> Pools:
+        """Its pools."""
+
+    @property
+    def runs(self) -> ActiveRuns:
+        """Its runs in progress."""
+
+    @property
+    def start_gate(self) -> StartGate:
+        """What decides whether a run may start."""
+
+    @property
+    def spill(self) -> Spill | None:
+        """The way out to the overflow, if there is one."""
+
+    @property
+    def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
+        """What runs in the background."""
+
+    def dequeue(self, ticket: Ticket) -> None:
+        """Take a waiting ticket out of the queue."""
+
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
+        """Start a task on `worker`, or queue it."""
+
+    def can_requeue(self, ticket: Ticket) -> bool:
+        """Return whether a task is stored so that the next process finds it."""
+
+    def requeue(self, ticket: Ticket) -> None:
+        """Stop a stored task, so that the next process runs it again."""
+
+    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
+        """Await `work` to its end, even if the caller is cancelled."""
+
+
+class Drain:
+    """One draining of a supervisor that admits nothing any more. Several may run at a time.
+
+    Args:
+        dispatcher: the dispatcher.
+        grace: seconds that a cancelled handler has to stop.
+    """
+
+    def __init__(self, dispatcher: DrainDispatcher, *, grace: float) -> None:
         self._dispatcher = dispatcher
-        self._grace = grace  # seconds that a cancelled handler has to stop
+        self._registry = dispatcher.registry
+        self._grace = grace
         self._progress = asyncio.Event()
 
     async def run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Finish what is inside, for at most `timeout` seconds, then cancel."""
-        self._dispatcher.progress_listeners.append(self._progress.set)
+        self._registry.add_listener(self._progress.set)
         try:
             return await self._run(timeout)
         finally:
-            self._dispatcher.progress_listeners.remove(self._progress.set)
+            self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - as above
-        house = self._dispatcher
+        spill = self._dispatcher.spill
         spilled = 0
-        if house.spill is not None and house.spill.durable:
-            house.spill.stop_refilling()
-            spilled = await self._spill_waiting(house.spill)
+        if spill is not None and spill.stored.durable:
+            spill.stored.stop_refilling()
+            spilled = await self._spill_waiting(spill)
         inside = self._unfinished_tickets()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -67,81 +123,74 @@ class Drain:
         left = self._unfinished_tickets()
         spilled += self._cancel(left)
         await self._wait_for_handlers()
-        if late := self._unfinished_tickets():  # on their way in or out when the rest was cut
+        if late := self._unfinished_tickets():  # on their way in or out when the rest was cancelled
             spilled += self._cancel(late)
             await self._wait_for_handlers()
-        orphans = tuple(run.task.task_id for run in self._active_runs())
+        orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
         cancelled = sum(1 for ticket in left if ticket.status is TaskStatus.CANCELLED and ticket.task_id not in orphans)
         return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
 
-    async def _spill_waiting(self, overflow: Spill) -> int:
+    async def _spill_waiting(self, spill: Spill) -> int:
         """Spill what waits inside; return how many went out."""
         out = 0
         for ticket in self._waiting_tickets():
             if ticket.status is not TaskStatus.WAITING or ticket.pending_store_calls:
-                continue  # it has ended, or is about to, while others were put out
+                continue  # it has ended, or is about to, while others were spilled
             if ticket.slot or not (ticket.task.spill or ticket.stored):
                 continue
             if isinstance(ticket.parent, Run) and not ticket.parent.ended:
-                continue  # what runs inside may wait for it
+                continue  # a run inside may wait for it
             self._dispatcher.dequeue(ticket)  # first, or a worker might start it meanwhile
-            ticket.status = TaskStatus.SPILLED
+            ticket.move_to_store()
             if ticket.stored:
-                overflow.release(ticket)
+                spill.stored.release(ticket)
             else:
-                ticket.pending_store_calls += 1
-                await asyncio.shield(self._dispatcher.run_to_completion(self._spill_one(ticket, overflow)))
+                ticket.begin_store_call()
+                await asyncio.shield(self._dispatcher.run_to_completion(self._spill_one(ticket, spill)))
             out += ticket.stored
         return out
 
-    async def _spill_one(self, ticket: Ticket, overflow: Spill) -> None:
-        try:
-            put = await overflow.store.put(records.record_of_ticket(ticket, overflow.encode(ticket.task)))
-            ticket.stored = put is PutResult.STORED
-        except (
-            StoreUnavailable,
-            NotSerializable,
-            PayloadTooLarge,
-        ) as exc:  # a payload may have changed since it was checked
-            log.error("task %r could not be spilled at the end: %s", ticket.task_id, exc)
-        ticket.pending_store_calls -= 1
+    async def _spill_one(self, ticket: Ticket, spill: Spill) -> None:
+        await spill.spill_waiting(ticket)
+        ticket.end_store_call()
         if ticket.done():
             return
         if ticket.cancel_reason is not None:
-            overflow.cancel(ticket, ticket.cancel_reason)
+            spill.stored.cancel(ticket, ticket.cancel_reason)
         elif ticket.stored:
-            overflow.release(ticket)
+            spill.stored.release(ticket)
         else:
-            pool = self._dispatcher.pools[ticket.task.task_type]
-            self._dispatcher.start_or_queue(ticket, pool, self._dispatcher.start_gate.pick(pool, ticket.task.priority))
+            pool = self._dispatcher.pools.by_type[ticket.task.task_type]
+            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority)
+            self._dispatcher.start_or_queue(ticket, pool, worker)
 
     def cancel_all(self) -> None:
         """Cancel everything inside, at once."""
         self._cancel(self._unfinished_tickets())
 
     def _cancel(self, tickets: list[Ticket]) -> int:
-        """Cancel these; what is stored for good goes back to the overflow instead. Return how many did."""
-        back = 0
+        """Cancel these; leave stored ones to the next process instead. Return how many were left to it."""
+        requeued = 0
         for ticket in tickets:
             if ticket.done():
                 continue
-            if ticket.lease is not None and self._dispatcher.spill is not None and self._dispatcher.spill.durable:
-                self._dispatcher.spill.requeue(ticket)
-                back += 1
+            if self._dispatcher.can_requeue(ticket):
+                self._dispatcher.requeue(ticket)
+                requeued += 1
             else:
                 ticket.cancel("the supervisor stopped before it was done")
-        return back
+        return requeued
 
     async def _wait_for_handlers(self) -> None:
-        """Wait for handlers to stop and for the store to hear of it, as long as the grace."""
+        """Wait for handlers to stop and for the store to answer, as long as the grace."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
-                while self._active_runs() or self._dispatcher.background_tasks:
+                while self._dispatcher.runs.all() or self._dispatcher.background_tasks:
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
         while (inside := self._unfinished_tickets()) and (
-            self._active_runs() or any(self._may_run(ticket) for ticket in inside)
+            self._dispatcher.runs.all() or any(self._may_run(ticket) for ticket in inside)
         ):
             await self._wait_for_progress()
 
@@ -150,32 +199,32 @@ class Drain:
         await self._progress.wait()
 
     def _may_run(self, ticket: Ticket) -> bool:
-        """Whether a worker could still take it: one that stays FAILED until revived would hold up the end for ever."""
-        pool = self._dispatcher.pools.get(ticket.task.task_type)
+        """Return whether a worker could still take a task.
+
+        A worker that stays FAILED until it is revived would delay the end without limit.
+        """
+        pools: Mapping[str, Pool] = self._dispatcher.pools.by_type
+        pool = pools.get(ticket.task.task_type)
         now = self._dispatcher.loop.time()
         return pool is not None and any(worker.breaker.retry_after(now) is not None for worker in pool.workers)
 
     def _unfinished_tickets(self) -> list[Ticket]:
-        """Tickets that have not ended and are this house's to end."""
-        overflow = self._dispatcher.spill
-        tickets = self._dispatcher.tickets.values()
-        if overflow is None or not overflow.durable:
+        """Return the tickets that have not ended and that this supervisor has to end."""
+        spill = self._dispatcher.spill
+        tickets = self._registry.live.values()
+        if spill is None or not spill.stored.durable:
             return list(tickets)
         return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]
 
     def _waiting_tickets(self) -> list[Ticket]:
-        tickets = self._dispatcher.tickets.values()
+        tickets = self._registry.live.values()
         return [ticket for ticket in tickets if ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls]
-
-    def _active_runs(self) -> list[Run]:
-        return [run for worker in self._dispatcher.workers.values() for run in worker.runs]
 
 
 def check_drain_timeout(timeout: float | None) -> None:
-    """Pass `timeout` if it can be meant.
+    """Return if `timeout` is valid.
 
     Raises:
-        InvalidSetting: it cannot.
+        InvalidSetting: it is neither None nor a number of seconds.
     """
-    if timeout is not None and not (isinstance(timeout, int | float) and 0 <= timeout < math.inf):
-        raise InvalidSetting(owner="drain", name="timeout", value=timeout, expected="None or seconds, at least 0")
+    check_not_negative("drain", "timeout", timeout, unit="seconds", none="for no limit")

@@ -1,4 +1,4 @@
-"""Watching the event loop from outside: how late it is, and whose code holds it up."""
+"""The loop monitor: how late the event loop is, and which code blocks it, measured from a thread."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from forebay import clock
-from forebay.events import LoopStalled, log
+from forebay.events import EventBus, LoopStalled, log
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.runs.run import Run
+    from forebay.supervisor.load import SystemLoad
+    from forebay.supervisor.runs.run import ActiveRuns, Run
 
 _INTERVAL = 0.25  # seconds between two beats
 _SAMPLES = 4
 
 
 class Stall(NamedTuple):
-    """Code held the loop: for how long in seconds, in which run, if in any, and where."""
+    """Code that blocked the loop: for how long in seconds, in which run, if in any, and where."""
 
     seconds: float
     run: Run | None
@@ -31,40 +30,44 @@ class Stall(NamedTuple):
 
 
 class LoopMonitor:
-    """A thread that asks the loop for a beat now and then, and times the answer.
+    """A thread that asks the loop for a beat now and then, and measures how long the answer takes.
 
-    `on_lag` gets the least of the last four answers, in seconds: a single blip says nothing, a standing delay is
-    overload. It is called in the thread.
-    A beat that takes longer than `bound` is a stall: the loop's stack is read while it lasts, and `on_stall` is called
-    in the loop once it is over.
+    The load of the host is the least of the last four answers over `bound`: a single slow answer says nothing, a
+    standing delay is overload. A beat that takes longer than `bound` is a stall: the stack of the loop's thread is
+    sampled while it lasts, and it is counted and reported once it is over.
+
+    Args:
+        loop: the loop to monitor.
+        bound: seconds of lag that read 1.0.
+        runs: the runs in progress.
+        load: where the lag is recorded.
+        bus: where stalls are reported.
+
+    Attributes:
+        stalls: how many stalls there have been.
     """
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        bound: float,
-        run_of: Callable[[asyncio.Task[object] | None], Run | None],
-        on_lag: Callable[[float], None],
-        on_stall: Callable[[Stall], None],
+        self, loop: asyncio.AbstractEventLoop, *, bound: float, runs: ActiveRuns, load: SystemLoad, bus: EventBus
     ) -> None:
         self._loop = loop
-        self._run_of = run_of
         self._bound = bound
-        self._on_lag = on_lag
-        self._on_stall = on_stall
+        self._runs = runs
+        self._load = load
+        self._bus = bus
+        self.stalls = 0
         self._stopped = threading.Event()
         self._beat = threading.Event()
         self._lags: deque[float] = deque([0.0] * _SAMPLES, maxlen=_SAMPLES)
         self._ident = threading.get_ident()
 
     def start(self) -> None:
-        """Begin; to be called in the loop's own thread."""
+        """Start the thread; to be called in the loop's own thread."""
         self._ident = threading.get_ident()
-        threading.Thread(target=self._watch, name="forebay-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="forebay-loop-monitor", daemon=True).start()
 
     def stop(self) -> None:
-        """End. Does not wait for the thread, which touches nothing any more."""
+        """Stop. Does not wait for the thread, which does nothing any more."""
         self._stopped.set()
         self._beat.set()
 
@@ -83,11 +86,11 @@ class LoopMonitor:
                 culprit = culprit or self._sample_stack()
             lag = clock.monotonic() - asked
             self._lags.append(lag)
-            self._on_lag(min(self._lags))
+            self._load.record_host(min(self._lags) / self._bound)
             if culprit is not None and not self._stopped.is_set():
                 stall = Stall(lag, *culprit)
                 try:
-                    self._loop.call_soon_threadsafe(self._on_stall, stall)
+                    self._loop.call_soon_threadsafe(self.report_stall, stall)
                 except RuntimeError:
                     return
 
@@ -95,47 +98,28 @@ class LoopMonitor:
         frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way
         stack = traceback.extract_stack(frame) if frame is not None else []
         where = " < ".join(f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in reversed(stack[-3:]))
-        return self._run_of(asyncio.current_task(self._loop)), where
+        return self._find_run(asyncio.current_task(self._loop)), where
 
-
-def monitor_loop(dispatcher: Dispatcher, *, bound: float | None) -> LoopMonitor | None:
-    """Watch the loop of `house` and let it read how late it is; None if it is not to be, or its time is not real."""
-    if bound is None or clock.is_virtual(dispatcher.loop):
-        return None
-
-    def whose(aio: asyncio.Task[object] | None) -> Run | None:
-        # Asked by the watching thread while the loop stands still: nothing is likely to change under it.
+    def _find_run(self, aio: asyncio.Task[object] | None) -> Run | None:
+        """Return the run whose handler is running in `aio`."""
+        # Called in the monitoring thread while the loop is blocked: nothing is likely to change meanwhile.
         with contextlib.suppress(RuntimeError):
-            runs = [run for worker in dispatcher.workers.values() for run in worker.runs]
-            return next((run for run in runs if run.runner is not None and run.runner.handles(run, aio)), None)
+            return next((run for run in self._runs.all() if run.is_handled_in(aio)), None)
         return None
 
-    def on_lag(lag: float) -> None:
-        dispatcher.load.host = lag / bound
-
-    watch = LoopMonitor(
-        dispatcher.loop,
-        bound=bound,
-        run_of=whose,
-        on_lag=on_lag,
-        on_stall=lambda stall: report_stall(dispatcher, stall),
-    )
-    watch.start()
-    return watch
-
-
-def report_stall(dispatcher: Dispatcher, stall: Stall) -> None:
-    """Count a stall, name whose code it was, and tell."""
-    dispatcher.counts.stalls += 1
-    culprit = stall.run
-    task_id = None if culprit is None else culprit.task.task_id
-    worker_id = None if culprit is None else culprit.worker.name
-    log.warning(
-        "the event loop stood still for %.2f s in %s (%s): blocking code belongs in a plain callable, for a thread",
-        stall.seconds,
-        "code outside of any task" if culprit is None else f"task {task_id!r} on worker {worker_id!r}",
-        stall.where,
-    )
-    if dispatcher.bus.active:
-        at, seconds, where = dispatcher.loop.time(), stall.seconds, stall.where
-        dispatcher.bus.emit(LoopStalled(at=at, seconds=seconds, task_id=task_id, worker_id=worker_id, where=where))
+    def report_stall(self, stall: Stall) -> None:
+        """Count a stall, and report which code blocked the loop."""
+        self.stalls += 1
+        culprit = stall.run
+        task_id = None if culprit is None else culprit.task.task_id
+        worker_id = None if culprit is None else culprit.worker.name
+        log.warning(
+            "the event loop was blocked for %.2f s by %s (%s): make blocking code a plain function, which runs in a"
+            " thread",
+            stall.seconds,
+            "code outside of any task" if culprit is None else f"task {task_id!r} on worker {worker_id!r}",
+            stall.where,
+        )
+        if self._bus.active:
+            at, seconds, where = self._loop.time(), stall.seconds, stall.where
+            self._bus.emit(LoopStalled(at=at, seconds=seconds, task_id=task_id, worker_id=worker_id, where=where))

@@ -1,8 +1,9 @@
-"""A pool: everything of one task type, that is its workers, its line, its pace."""
+"""Pools: everything of one task type, that is its workers, its queue and its pace."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forebay.admission import EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
@@ -16,35 +17,17 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
 
 DEFAULT_QUEUE_SIZE = 100
-_CALLS_GAIN = 0.1  # weight of the newest run in how often runs call
+_CALLS_GAIN = 0.1  # weight of the newest run in the average number of its calls
 _MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
 
 
 class Pool:
-    """The workers and the line of one task type, and what is known of its pace. Pure: it is told, and answers."""
+    """The workers and the queue of one task type, and its measured pace. Pure: it is called, and answers."""
 
     __slots__ = (
-        "blocked_workers",
-        "calls_per_run",
-        "estimate_bypass",
-        "max_queue_size",
-        "nested_supervisors",
-        "parked",
-        "queue",
-        "refill_pacing",
-        "reserved",
-        "resource",
-        "retry_schedule",
-        "running",
-        "selector",
-        "service_times",
-        "slots",
-        "source_paths",
-        "spilled",
-        "spilling",
-        "task_type",
-        "times_passed_over",
-        "workers",
+        "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested_supervisors", "parked",
+        "queue", "refill_policy", "reserved", "resource", "retry_schedule", "running", "selector", "service_times",
+        "slots", "source_paths", "spilled", "spilling", "task_type", "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
@@ -52,71 +35,63 @@ class Pool:
         self.resource = f"pool:{task_type}"
         self.max_queue_size = max_queue_size
         self.workers: list[WorkerAgent] = []
-        self.nested_supervisors: list[WorkerAgent] = []  # those whose handler is a supervisor with a load of its own
-        self.source_paths: dict[
-            tuple[LoadSource, ...], int
-        ] = {}  # how many workers draw on the same; empty if none draws on any
-        self.calls_per_run: dict[LoadSource, float] = {}  # how often a run calls each of what it draws on
+        self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
+        # How many workers use the same load sources; empty if none uses any.
+        self.source_paths: dict[tuple[LoadSource, ...], int] = {}
+        self.calls_per_run: dict[LoadSource, float] = {}
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
-        self.parked = 0  # waiting behind another task of their thread: they take room in the line, but not a turn yet
-        self.times_passed_over = 0  # times that a shared worker served another pool while someone waited here
-        self.reserved = 0  # seats kept for rows that are being leased from the overflow
+        self.parked = 0  # tasks behind another one of their thread: they take room in the queue, but have no entry yet
+        self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
+        self.reserved = 0  # room kept for records that are being leased from the overflow
         self.running = 0  # slots taken on workers that are not FAILED
         self.slots = 0  # slots of workers that are not FAILED
-        self.blocked_workers: dict[
-            WorkerAgent, None
-        ] = {}  # workers that the start gate keeps from using all their slots
-        self.spilling = dict.fromkeys(Priority, 0)  # rows on their way out to the overflow, by rung
-        self.spilled = dict.fromkeys(Priority, 0)  # rows of this type that wait in the overflow, by rung
-        self.refill_pacing = RefillPolicy()
+        self.blocked_workers: dict[WorkerAgent, None] = {}  # those that the start gate keeps from using all their slots
+        self.spilling = dict.fromkeys(Priority, 0)  # tasks on their way to the overflow, by priority
+        self.spilled = dict.fromkeys(Priority, 0)  # records of this type that wait in the overflow, by priority
+        self.refill_policy = RefillPolicy()
         self.service_times = ServiceTimes()
         self.retry_schedule = RetryAfterSchedule()
         self.estimate_bypass = EstimateBypass()
         self.selector = WorkerSelector(task_type, lambda: self.service_times.median() or 1.0)
 
+    # --- room and load ---
+
     @property
     def queue_bound(self) -> int:
-        """How many may wait: `max_queue_size`; if that was not given 100, or the slots if they are more."""
+        """How many tasks may wait: `max_queue_size`; by default 100, or the number of slots if that is larger."""
         return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_QUEUE_SIZE, self.usable_slots)
 
     @property
     def usable_slots(self) -> int:
-        """Slots that are of use now: what a run would draw on may bear no more of them."""
+        """The slots that a run could take now, without those that the start gate keeps free."""
         idle = sum(worker.slots - worker.current_tasks for worker in self.blocked_workers if worker.slots)
         return self.slots - max(0, idle)
 
     @property
     def waiting(self) -> int:
-        """Tasks in the line, parked behind their thread, or on their way in from the overflow."""
+        """Tasks in the queue, parked behind their thread, or on their way in from the overflow."""
         return len(self.queue) + self.parked + self.reserved
 
     @property
     def has_waiting(self) -> bool:
-        """Whether somebody waits, inside or outside."""
+        """Whether a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or any(self.spilled.values())
 
     def load(self) -> float:
-        """What the pool holds against what it may hold, waiting room included; 1.0 without a slot."""
+        """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot."""
         if not self.slots:
             return 1.0
         waiting = self.queue.length + self.parked + self.reserved
         bound, slots = self.max_queue_size, self.usable_slots if self.blocked_workers else self.slots
         return (self.running + waiting) / (slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound))
 
-    def spilled_ahead(self, priority: Priority) -> int:
-        """Rows of `rung` or better that wait in the overflow: nothing of that rung may overtake them."""
-        return sum(self.spilled[better] + self.spilling[better] for better in Priority if better <= priority)
-
-    def update_source_paths(self) -> None:
-        """Sort the workers by what they draw on."""
-        paths: dict[tuple[LoadSource, ...], int] = {}
-        for worker in self.workers:
-            path = tuple(worker.sources)
-            paths[path] = paths.get(path, 0) + 1
-        self.source_paths = paths if any(paths) else {}
+    # --- estimates ---
 
     def expected_wait(self, priority: Priority, *, spilled: bool = False) -> float | None:
-        """Seconds until a newcomer of `rung` would start; None if unknown. `outside`: behind the overflow."""
+        """Return the seconds until a new task of `priority` would start, or None if unknown.
+
+        With `spilled`, it would wait behind what is in the overflow.
+        """
         ahead = self.queue.ahead(priority) + self.parked + (self.spilled_ahead(priority) if spilled else 0)
         if not ahead and self.running < self.slots:
             return 0.0
@@ -124,10 +99,17 @@ class Pool:
         return None if rate is None else ahead / rate if rate else math.inf
 
     def cannot_meet_deadline(self, now: float, wait: float, remaining: float, *, time: float | None = None) -> bool:
-        """Whether a task that waits `wait` seconds comes too late to end within `remaining`, as far as one may say so.
+        """Return whether a task that waits `wait` seconds ends too late, as far as the measured times tell.
 
-        If nearly any task would fit into what is left after the wait it is judged kindly, by what the fastest quarter
-        took. `time`: that it had in all, if others wait who have more than remains: then it has to be likely.
+        If nearly any task would fit into the time that is left after the wait, the task is given the benefit of the
+        doubt: it is expected to take as long as the fastest quarter did.
+
+        Args:
+            now: the present, in seconds of the loop's clock.
+            wait: seconds until it would start.
+            remaining: seconds until its deadline.
+            time: the seconds that it had in all, if others wait who have more time left than it: then it must be likely
+                to end in time.
         """
         times = self.service_times
         service = times.optimistic() if time is None else times.required_time(time)
@@ -136,13 +118,13 @@ class Pool:
         return bool(service) and self.estimate_bypass.should_reject(now, needed=wait + service, remaining=remaining)
 
     def next_retry_slot(self, now: float, draw: float, *, source_wait: tuple[float, float]) -> float | None:
-        """Seconds after which someone who is refused now would find a seat, or None if unknown.
+        """Reserve the next slot of the retry schedule; return the seconds until then, or None if unknown.
 
         Args:
-            now: the present.
-            chance: a draw from [0, 1).
-            room: when what a worker draws on has some, and how far apart runs fit in then: see `SystemLoad.time_until_below`. Runs
-                that ended before it began to bind say nothing of that.
+            now: the present, in seconds of the loop's clock.
+            draw: uniform in [0, 1).
+            source_wait: when the sources of a worker allow another run, and the seconds between two runs then: see
+                `SystemLoad.time_until_below`. Runs that ended before a source became the limit do not tell that pace.
         """
         early, each = source_wait
         rate = self.service_times.drain_rate(self.usable_slots)
@@ -150,34 +132,150 @@ class Pool:
             return None if early == math.inf else early
         if each:
             rate = min(1 / each, rate or math.inf)
-        seat = self.retry_schedule.reserve(now + early, rate, draw)
-        return None if seat is None else early + seat
+        slot = self.retry_schedule.reserve(now + early, rate, draw)
+        return None if slot is None else early + slot
 
-    def record_run(self, seconds: float, calls: dict[LoadSource, int] | None, *, success: bool) -> None:
-        """A run has ended after so many seconds, and has called what it draws on so often."""
-        self.service_times.record(seconds, success=success)
-        if calls is not None and success:
-            for source, count in calls.items():
-                mean = self.calls_per_run.get(source, float(count))
-                self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
+    def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
+        """Record how often a successful run called each of its sources."""
+        for source, count in calls.items():
+            mean = self.calls_per_run.get(source, float(count))
+            self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
+
+    # --- workers ---
+
+    def add_worker(self, worker: WorkerAgent) -> None:
+        """Add a worker; `count_slots` adds its slots."""
+        self.workers.append(worker)
+        self.update_source_paths()
+        if worker.handler.load is not None:
+            self.nested_supervisors.append(worker)
+
+    def update_source_paths(self) -> None:
+        """Group the workers by the load sources that they use."""
+        paths: dict[tuple[LoadSource, ...], int] = {}
+        for worker in self.workers:
+            path = tuple(worker.sources)
+            paths[path] = paths.get(path, 0) + 1
+        self.source_paths = paths if any(paths) else {}
+
+    def count_slots(self, worker: WorkerAgent, before: int) -> None:
+        """Count the slots of `worker` after a change; `before` is how many were counted for it."""
+        now = worker.counted_slots
+        self.slots += now - before
+        if before and not now:
+            self.running -= worker.current_tasks
+        elif now and not before:
+            self.running += worker.current_tasks
+
+    def slot_taken(self, worker: WorkerAgent) -> None:
+        """Take note that `worker` has taken one more slot."""
+        if worker.counted_slots:
+            self.running += 1
+        if worker.current_tasks == 1:  # otherwise it was not idle
+            self.selector.mark_busy(worker)
+
+    def slot_returned(self, worker: WorkerAgent) -> None:
+        """Take note that `worker` has one slot less taken."""
+        if worker.counted_slots:
+            self.running -= 1
+
+    def block_worker(self, worker: WorkerAgent) -> None:
+        """Stop counting the free slots of `worker` as usable: the start gate holds runs back."""
+        self.blocked_workers[worker] = None
+
+    def unblock_worker(self, worker: WorkerAgent) -> None:
+        """Count the free slots of `worker` as usable again."""
+        self.blocked_workers.pop(worker, None)
+
+    def pass_over(self, *, served: bool) -> None:
+        """Count how often in a row a shared worker has served another pool."""
+        self.times_passed_over = 0 if served else self.times_passed_over + 1
+
+    # --- tasks that wait elsewhere ---
+
+    def park(self) -> None:
+        """Count a task that waits behind another one of its thread."""
+        self.parked += 1
+
+    def unpark(self) -> None:
+        """Stop counting a task that waited behind another one of its thread."""
+        self.parked -= 1
+
+    def reserve(self, room: int) -> None:
+        """Keep room for records that are being leased."""
+        self.reserved += room
+
+    def unreserve(self, room: int) -> None:
+        """Free the room that was kept for records."""
+        self.reserved -= room
+
+    def spilled_ahead(self, priority: Priority) -> int:
+        """Return how many records of `priority` or better wait in the overflow: no new task may overtake them."""
+        return sum(self.spilled[better] + self.spilling[better] for better in Priority if better <= priority)
+
+    def begin_spill(self, priority: Priority) -> None:
+        """Count a task that is on its way to the overflow."""
+        self.spilling[priority] += 1
+
+    def end_spill(self, priority: Priority) -> None:
+        """Stop counting a task as on its way to the overflow."""
+        self.spilling[priority] -= 1
+
+    def add_spilled(self, priority: Priority) -> None:
+        """Count one more record that waits in the overflow."""
+        self.spilled[priority] += 1
+
+    def remove_spilled(self, priority: Priority) -> None:
+        """Count one record less that waits in the overflow; there may have been fewer than counted."""
+        self.spilled[priority] = max(0, self.spilled[priority] - 1)
+
+    def set_spilled(self, priority: Priority, count: int) -> None:
+        """Replace the count of records that wait in the overflow by what the store says."""
+        self.spilled[priority] = count
 
 
-def next_pool(worker: WorkerAgent) -> Pool | None:
-    """The pool whose head goes first: by priority, rank and turn; one that was passed over too often goes before."""
-    if len(worker.pools) == 1:
-        pool = worker.pools[0]
+class Pools:
+    """The pools of a supervisor, by task type and by worker.
+
+    Attributes:
+        by_type: the pool of each task type.
+        by_worker: the pools that each worker serves.
+    """
+
+    def __init__(self, max_queue_size: int | None) -> None:
+        self._max_queue_size = max_queue_size
+        self.by_type: dict[str, Pool] = {}
+        self.by_worker: dict[WorkerAgent, list[Pool]] = {}
+
+    def add_worker(self, worker: WorkerAgent) -> list[Pool]:
+        """Add a worker to the pools of its task types, and return the pools that are new."""
+        added = [Pool(kind, self._max_queue_size) for kind in worker.task_types if kind not in self.by_type]
+        self.by_type.update((pool.task_type, pool) for pool in added)
+        self.by_worker[worker] = [self.by_type[task_type] for task_type in worker.task_types]
+        for pool in self.by_worker[worker]:
+            pool.add_worker(worker)
+        return added
+
+
+def next_pool(pools: Sequence[Pool]) -> Pool | None:
+    """Return the pool whose head a shared worker takes next, or None if no task waits.
+
+    The best priority goes first, then rank, then sequence number; a pool that was passed over too often goes before.
+    """
+    if len(pools) == 1:
+        pool = pools[0]
         return pool if pool.queue.length else None
-    waiting = [pool for pool in worker.pools if pool.queue]
+    waiting = [pool for pool in pools if pool.queue]
     if not waiting:
         return None
     chosen = min(waiting, key=_urgency)
     for pool in waiting:
-        pool.times_passed_over = 0 if pool is chosen else pool.times_passed_over + 1
+        pool.pass_over(served=pool is chosen)
     return chosen
 
 
 def _urgency(pool: Pool) -> tuple[int, Any, int]:
-    place = pool.queue.head()
-    assert place is not None  # noqa: S101 - only asked of lines in which someone waits
-    rank, turn, _, rung = place
-    return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else rung), rank, turn
+    entry = pool.queue.head()
+    assert entry is not None  # noqa: S101 - only called for queues in which a task waits
+    rank, sequence, _, priority = entry
+    return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else priority), rank, sequence

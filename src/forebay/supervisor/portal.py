@@ -1,24 +1,51 @@
-"""Portal: the supervisor for programs and threads without an event loop of their own."""
+"""Portal: blocking access to a supervisor, for programs and threads without an event loop of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from forebay.errors import NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
-    from forebay.supervisor.supervisor import BackpressureSupervisor
+    from forebay.supervisor.drain import DrainReport
     from forebay.supervisor.ticket import Ticket
 
 T = TypeVar("T")
 
 
+class PortalSupervisor(Protocol):
+    """The supervisor, as far as a portal needs it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it runs on, while it runs."""
+
+    @property
+    def started(self) -> bool:
+        """Whether it has been started."""
+
+    async def run(self, task: Task) -> Any:
+        """Run a task and return its value."""
+
+    async def submit(self, task: Task) -> Ticket:
+        """Submit a task."""
+
+    async def start(self) -> None:
+        """Start it."""
+
+    async def drain(self) -> DrainReport:
+        """Finish what is inside."""
+
+    async def close(self) -> None:
+        """Stop it."""
+
+
 class PortalTicket:
-    """A ticket for threads: the same facts, and a `result` that blocks."""
+    """A ticket for threads, with a `result` that blocks."""
 
     def __init__(self, portal: Portal, ticket: Ticket) -> None:
         self._portal = portal
@@ -54,37 +81,37 @@ class PortalTicket:
                 return await self._ticket
 
         try:
-            return self._portal._call(ended(), "result")  # noqa: SLF001 - two halves of one thing
+            return self._portal._call(ended(), "result")  # noqa: SLF001 - a portal and its tickets are one thing
         except TimeoutError:
             message = f"task {self.task_id!r} is {self.status.name} and has not ended within {timeout:g} s; it goes on"
             raise TimeoutError(message) from None
 
     def cancel(self) -> bool:
-        """Cancel the task; False if it had ended already."""
+        """Cancel the task; return False if it had ended already."""
 
         async def cancel() -> bool:
             return self._ticket.cancel()
 
-        return self._portal._call(cancel(), "cancel")  # noqa: SLF001 - two halves of one thing
+        return self._portal._call(cancel(), "cancel")  # noqa: SLF001 - a portal and its tickets are one thing
 
 
 class Portal:
     """Blocking access to a supervisor, from any thread but its loop's.
 
-    Of a supervisor that runs, it is ready at once. Of one that has not been started, it is a context manager that runs
-    an event loop in a thread of its own, starts the supervisor there, and on leaving drains it.
+    If the supervisor runs, the portal is ready at once. If it has not been started, the portal is a context manager: it
+    runs an event loop in a thread of its own, starts the supervisor there, and drains it on leaving.
     """
 
-    def __init__(self, supervisor: BackpressureSupervisor) -> None:
+    def __init__(self, supervisor: PortalSupervisor) -> None:
         self._supervisor = supervisor
-        self._loop: asyncio.AbstractEventLoop | None = None  # the one in the thread of our own
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one in the portal's thread
         self._thread: threading.Thread | None = None
         self._stop_requested: asyncio.Event | None = None
         self._failure: BaseException | None = None
         self._abort = False
 
     def run(self, task: Task) -> Any:
-        """As ``supervisor.run``: the value, or Overloaded, TaskFailed, TaskTimedOut.
+        """Run a task and return its value: see ``supervisor.run``.
 
         Raises:
             WouldDeadlock: it was called on the supervisor's own loop.
@@ -92,7 +119,7 @@ class Portal:
         return self._call(self._supervisor.run(task), "run")
 
     def submit(self, task: Task) -> PortalTicket:
-        """As ``supervisor.submit``.
+        """Submit a task: see ``supervisor.submit``.
 
         Raises:
             WouldDeadlock: it was called on the supervisor's own loop.
@@ -107,12 +134,12 @@ class Portal:
         if asyncio._get_running_loop() is loop:  # noqa: SLF001 - documented for such use; None in a thread
             work.close()
             raise WouldDeadlock(call=name)
-        # The caller's context goes along, so that a nested task knows its parent.
+        # The caller's context is copied, so that a nested task knows its parent.
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # the caller has gone (Ctrl-C): end what it waited for; no effect if it has ended
+            future.cancel()  # the caller has gone (Ctrl-C); no effect if the work has ended
             raise
 
     def __enter__(self) -> Self:
@@ -148,7 +175,7 @@ class Portal:
 
         try:
             asyncio.run(main())
-        except BaseException as exc:  # noqa: BLE001 - raised again in the thread that asked
+        except BaseException as exc:  # noqa: BLE001 - raised again in the thread that entered the portal
             self._failure = exc
         finally:
             ready.set()

@@ -1,17 +1,17 @@
-"""From what `register_worker` is given to a worker."""
+"""Registration: from the arguments of `register_worker` to a worker, checked."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from forebay.adapters.detect import Config
+from forebay._validate import check_name, check_positive, check_whole, is_positive, reject
+from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine
-from forebay.errors import InvalidSetting, InvalidTimeout
+from forebay.errors import InvalidTimeout
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
 from forebay.upstream import Upstream
@@ -36,46 +36,44 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
 ) -> WorkerAgent:
-    """A worker, checked.
+    """Return a worker.
 
     Raises:
-        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
+        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid, as each says.
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
     if on_cancel is not None and not callable(on_cancel):
-        raise InvalidSetting(owner=owner, name="on_cancel", value=on_cancel, expected="a callable that takes the Task")
-    if reset_timeout is not None and not _positive(reset_timeout):
-        expected = "a positive number of seconds, or None to stay FAILED until revive()"
-        raise InvalidSetting(owner=owner, name="reset_timeout", value=reset_timeout, expected=expected)
+        reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
+    check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
     where = resolve_engine(engine)
     if where is None:
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
-        raise InvalidSetting(owner=owner, name="engine", value=engine, expected=expected)
-    foretold = _declared_upstreams(owner, upstreams, where)
-    recipe = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
-    bound = where.build_handler(recipe, slots=max_concurrent)
+        reject(owner, "engine", engine, expected)
+    declared = _declared_upstreams(owner, upstreams, where)
+    spec = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
+    built = where.build_handler(spec, slots=max_concurrent)
     rules = _breaker_rules(reset_timeout, float(timeout))
     return WorkerAgent(
         name,
-        bound,
+        built,
         task_types=kinds,
         max_concurrent=max_concurrent,
         timeout=float(timeout),
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
-        declared=foretold,
+        declared=declared,
         on_revive=on_revive,
     )
 
 
 @functools.lru_cache(maxsize=100)
 def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
-    """A worker's rules; workers alike share them, for there may be ten thousand."""
-    longest = (
-        WORKER_RULES.max_reset_timeout if reset_timeout is None else max(WORKER_RULES.max_reset_timeout, reset_timeout)
-    )
-    # A probe is a whole run: it is given up only after it has timed out, which is a fault anyway.
+    """Return the rules of a worker's breaker; equal workers share them, because there may be ten thousand."""
+    longest = WORKER_RULES.max_reset_timeout
+    if reset_timeout is not None:
+        longest = max(longest, reset_timeout)
+    # A probe is a whole run, so it is overdue only after it has timed out, which is a fault anyway.
     return BreakerRules(
         triggers=WORKER_RULES.triggers,
         reset_timeout=reset_timeout,
@@ -85,60 +83,54 @@ def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
 
 
 def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[DeclaredUpstream, ...]:
-    """What a worker is said to draw on.
+    """Return the upstreams that a worker's calls are declared to use.
 
     Raises:
-        InvalidSetting: it cannot be meant.
+        InvalidSetting: `upstreams` is not a list of upstreams, or the worker runs in another process.
     """
-    expected = 'a list of what its calls draw on, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
+    expected = (
+        'a list of the upstreams that its calls use, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
+    )
     if isinstance(upstreams, str | Mapping) or not isinstance(upstreams, Iterable):
-        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+        reject(owner, "upstreams", upstreams, expected)
     found = []
-    for said in upstreams:
-        upstream, model = said if isinstance(said, tuple) and len(said) == _PAIR else (said, None)
+    for entry in upstreams:
+        upstream, model = entry if isinstance(entry, tuple) and len(entry) == _PAIR else (entry, None)
         if not isinstance(upstream, Upstream) or (model is not None and not (isinstance(model, str) and model)):
-            raise InvalidSetting(owner=owner, name="upstreams", value=said, expected=expected)
+            reject(owner, "upstreams", entry, expected)
         found.append(upstream.declared(model or ""))
     if found and isinstance(engine, ProcessEngine):
         expected = (
-            'left out with engine="process": calls made there are seen here only if they go through a gateway, and'
-            " then by the gateway alone"
+            'left out with engine="process": the calls are made in another process, where only a gateway can count them'
         )
-        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+        reject(owner, "upstreams", upstreams, expected)
     return tuple(dict.fromkeys(found))
 
 
 def check_decorator_arguments(task_types: Sequence[object]) -> None:
-    """Pass what ``@supervisor.worker(...)`` was given, unless it was given the function itself.
+    """Return if ``@supervisor.worker(...)`` was given task types, and not the function itself.
 
     Raises:
-        InvalidSetting: it was.
+        InvalidSetting: it was given a callable.
     """
     if any(callable(task_type) for task_type in task_types):
         expected = 'written as @supervisor.worker("research"), with the task types that it takes'
-        raise InvalidSetting(owner="supervisor.worker", name="task_types", value=task_types, expected=expected)
+        reject("supervisor.worker", "task_types", task_types, expected)
 
 
 def _check(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
-    """The task types of a worker that can be meant.
+    """Check the arguments, and return the task types of a worker without duplicates.
 
     Raises:
-        InvalidSetting, InvalidTimeout: one of the four cannot.
+        InvalidSetting, InvalidTimeout: one of the four is invalid.
     """
     owner = f"worker {name!r}"
-    if not isinstance(name, str) or not name:
-        raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
+    check_name("register_worker", "name", name)
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
-        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
+        reject(owner, "task_types", task_types, 'a list, such as ["research"]')
     if not task_types or not all(isinstance(kind, str) and kind for kind in task_types):
-        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
-    if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
-        expected = "a whole number of at least 1"
-        raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
-    if not _positive(timeout):
+        reject(owner, "task_types", task_types, "a list of non-empty strings")
+    check_whole(owner, "max_concurrent", max_concurrent)
+    if not is_positive(timeout):
         raise InvalidTimeout(value=timeout)
     return tuple(dict.fromkeys(task_types))
-
-
-def _positive(seconds: object) -> bool:
-    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf

@@ -1,4 +1,4 @@
-"""Slot: the caller's own code, in its own coroutine, admitted as a task would be."""
+"""Slot: the caller's own code, in its own coroutine, admitted as a task is."""
 
 from __future__ import annotations
 
@@ -9,40 +9,36 @@ from typing import TYPE_CHECKING, Self
 
 from forebay import context
 from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
-from forebay.supervisor.runs.run import Run
-from forebay.supervisor.ticket import as_error
+from forebay.supervisor.ticket import Loan, Ticket, TicketOwner, TicketRun, as_error
 from forebay.task import TaskResult
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.runs.nested import SlotLoan
-    from forebay.supervisor.ticket import Ticket
     from forebay.supervisor.worker import WorkerAgent
 
 
 class Slot:
     """An async context manager that holds a worker's slot while its body runs.
 
-    Entering waits in the line. The body may run as long as a handler's attempt may; then it is cancelled, and
+    Entering waits in the queue. The body may run as long as an attempt of a handler may; then it is cancelled, and
     ``TaskTimedOut`` leaves the block.
 
     Raises:
-        Overloaded: on entering, if the gate refuses. A slot never waits in the overflow.
+        Overloaded: on entering, if the task is not admitted. A slot never waits in the overflow.
         TaskExpired: on entering, if the deadline passed first.
-        TaskTimedOut, TaskCancelled: on leaving, if it took too long or the supervisor stopped.
+        TaskTimedOut, TaskCancelled: on leaving, if the body took too long or the supervisor stopped.
     """
 
-    def __init__(self, dispatcher: Dispatcher, ticket: Ticket, try_admit: Callable[[Ticket], None]) -> None:
+    def __init__(self, dispatcher: TicketOwner, ticket: Ticket, try_admit: Callable[[Ticket], None]) -> None:
         self._dispatcher = dispatcher
         self._ticket = ticket
         self._try_admit = try_admit
-        self._granted: asyncio.Future[Run] = dispatcher.loop.create_future()
-        self._run: Run | None = None
+        self._granted: asyncio.Future[TicketRun] = dispatcher.loop.create_future()
+        self._run: TicketRun | None = None
         self._owner: asyncio.Task[object] | None = None
-        self._cancelling = 0  # cancellations of the owner that were under way on entering
+        self._cancelling = 0  # cancellations of the owner that were pending on entering
         self._timeout: asyncio.Timeout | None = None
         self._outer_run: context.RunningTask | None = None
-        self._loan: SlotLoan | None = None
+        self._loan: Loan | None = None
         self._stopped = False
 
     @property
@@ -52,26 +48,27 @@ class Slot:
 
     @property
     def worker(self) -> WorkerAgent:
-        """The worker whose slot it is, inside the block."""
+        """The worker whose slot it holds, inside the block."""
         return self._entered().worker
 
     async def __aenter__(self) -> Self:
-        house, ticket = self._dispatcher, self._ticket
+        ticket = self._ticket
         if ticket.slot is not None:
             raise SlotMisused(why="was entered twice")
         self._outer_run = context.running_task()
         self._owner = asyncio.current_task()
         self._cancelling = self._owner.cancelling() if self._owner is not None else 0
-        ticket.slot = self
+        ticket.occupy(self)
         self._try_admit(ticket)
         if not ticket:
             raise ticket.refusal()
-        self._loan = house.lend_slots(ticket.parent)  # for as long as the body runs: it may need that very slot
+        # Lent for as long as the body runs, because the body may need the slot of the outer run.
+        self._loan = self._dispatcher.lend_slots(ticket.parent)
         try:
             run = await self._granted
         except asyncio.CancelledError:
             if self._run is not None:  # granted in the same turn of the loop
-                house.handler_ended(self._run, None, asyncio.CancelledError())
+                self._run.handler_ended(None, asyncio.CancelledError())
             else:
                 ticket.cancel("its caller has gone")
             await self._return_loan()
@@ -79,8 +76,8 @@ class Slot:
         except ForebayError:
             await self._return_loan()
             raise
-        # asyncio's own machinery cancels the body in time, and tells that cancellation from others
-        self._timeout = asyncio.timeout_at(house.ends_at(run))
+        # asyncio itself cancels the body in time, and distinguishes that cancellation from others.
+        self._timeout = asyncio.timeout_at(run.ends_at())
         await self._timeout.__aenter__()
         context.set_running_task(run)
         return self
@@ -90,25 +87,27 @@ class Slot:
     ) -> None:
         run = self._entered()
         assert self._timeout is not None  # noqa: S101 - entered
-        context.set_running_task(self._outer_run)  # no token: an async generator may be closed from another context
+        context.set_running_task(
+            self._outer_run
+        )  # no token, because an async generator may be closed from another context
         facts = {"task_id": self.task_id, "worker_id": run.worker.name}
         try:
             await self._timeout.__aexit__(kind, cause, trace)
         except TimeoutError:
-            self._dispatcher.completion.time_out(run)
+            run.time_out()
             result = self._ticket.result
             raise (TaskTimedOut(error="its time was up", **facts) if result is None else as_error(result)) from None
         finally:
-            # a generator closed by its reader is a caller who has gone, and no fault of the worker's
+            # A generator that its reader closes is a caller that has gone, and no fault of the worker.
             gone = isinstance(cause, GeneratorExit)
-            self._dispatcher.handler_ended(run, None, asyncio.CancelledError() if gone else cause)
+            run.handler_ended(None, asyncio.CancelledError() if gone else cause)
             await self._return_loan()
         if self._stopped and isinstance(cause, asyncio.CancelledError) and self._owner is not None:
             if self._owner.uncancel() > self._cancelling:
                 return  # someone else has cancelled it too
             raise TaskCancelled(error="its slot was ended from outside", **facts) from None
 
-    def _entered(self) -> Run:
+    def _entered(self) -> TicketRun:
         if self._run is None:
             raise SlotMisused(why="was asked for its worker outside of its block")
         return self._run
@@ -118,16 +117,16 @@ class Slot:
             loan, self._loan = self._loan, None
             await loan.reclaim()
 
-    # --- what the dispatcher tells it ---
+    # --- what its ticket and its run call ---
 
-    def grant(self, run: Run) -> None:
-        """The slot is there. If its caller was cancelled in this very turn of the loop, it gives it back itself."""
+    def grant(self, run: TicketRun) -> None:
+        """Let the body run. If its caller was cancelled in this very turn of the loop, it returns the slot itself."""
         self._run = run
         if not self._granted.done():
             self._granted.set_result(run)
 
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
-        """Its ticket has ended; if that came before the slot, there will be none."""
+        """Take note that its ticket has ended; if it has no slot yet, it will get none."""
         if not self._granted.done():
             self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else outcome)
 

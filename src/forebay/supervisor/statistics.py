@@ -1,21 +1,24 @@
-"""What the task plane counts, and the frozen snapshot of it."""
+"""The frozen snapshot of what a supervisor counts and holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from forebay.interfaces import Reading, WorkerState
+from forebay.interfaces import WorkerState
+from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.admission_controller import AdmissionController
     from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.loop_monitor import LoopMonitor
     from forebay.supervisor.worker import WorkerAgent
 
 
 class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker, at one moment. Durations in milliseconds."""
+    """One worker at one moment. Durations are in milliseconds."""
 
     name: str
     state: WorkerState
@@ -26,8 +29,26 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     avg_duration_ms: float
 
 
-class Counters(msgspec.Struct, kw_only=True):
-    """Running totals since the start."""
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of a supervisor.
+
+    Attributes:
+        submitted, admitted, spilled, rejected: verdicts since the start; a task that was in the overflow at the start
+            counts in none of them.
+        refilled: spilled tasks that came back inside.
+        started: starts of handlers.
+        succeeded, failed, timed_out, cancelled, expired: how many tasks ended in each way.
+        zombies: handlers that outlived their timeout or cancellation and the grace after it, since the start.
+        stalls: how often code blocked the event loop beyond its bound.
+        running: slots taken now.
+        waiting: tasks in the queues now.
+        outside: tasks in the overflow now, as far as this process knows.
+        load: `system_load()`.
+        limited_by: the resource with the highest reading or, if its runs wait for another one, that one; None if all
+            read 0.
+        utilization: slots taken over slots.
+        workers: each worker.
+    """
 
     submitted: int = 0
     admitted: int = 0
@@ -42,70 +63,57 @@ class Counters(msgspec.Struct, kw_only=True):
     expired: int = 0
     zombies: int = 0
     stalls: int = 0
-
-
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of a supervisor.
-
-    Attributes:
-        submitted, admitted, spilled, rejected: verdicts since the start; a task found spilled at the start counts in
-            none of them.
-        refilled: spilled tasks that came back inside.
-        started: starts of handlers.
-        succeeded, failed, timed_out, cancelled, expired: endings.
-        zombies: handlers that outlived their timeout or cancellation and the grace after it, since the start.
-        stalls: times that code held up the event loop beyond its bound.
-        running: slots taken now.
-        waiting: tasks in the lines now.
-        outside: tasks in the overflow now, as far as this process knows.
-        load: `system_load()`.
-        binding: the resource that reads highest; what its runs wait for, if that is why; None if all read 0.
-        utilization: slots taken over slots.
-        workers: each worker.
-    """
-
-    submitted: int
-    admitted: int
-    spilled: int
-    rejected: int
-    refilled: int
-    started: int
-    succeeded: int
-    failed: int
-    timed_out: int
-    cancelled: int
-    expired: int
-    zombies: int
-    stalls: int
-    running: int
-    waiting: int
-    outside: int
-    load: float
-    limited_by: str | None
-    utilization: float
-    workers: tuple[WorkerStatistics, ...]
+    running: int = 0
+    waiting: int = 0
+    outside: int = 0
+    load: float = 0.0
+    limited_by: str | None = None
+    utilization: float = 0.0
+    workers: tuple[WorkerStatistics, ...] = ()
 
 
 def snapshot(
-    dispatcher: Dispatcher | None, workers: Mapping[str, WorkerAgent], readings: Sequence[Reading]
+    dispatcher: Dispatcher,
+    admission: AdmissionController,
+    monitor: LoopMonitor | None,
+    workers: Mapping[str, WorkerAgent],
 ) -> Statistics:
-    """What a supervisor is and has counted; without a house, it has not started."""
-    highest = max(readings, key=lambda reading: reading.load)
-    cause = highest.resource if dispatcher is None else dispatcher.load.limiting_resource(highest.resource)
+    """Return what a supervisor that has been started has counted, and what it holds."""
+    highest = max(dispatcher.load.readings(), key=lambda reading: reading.load)
+    ends, spill = dispatcher.registry.ends, dispatcher.spill
     return Statistics(
-        **msgspec.structs.asdict(Counters() if dispatcher is None else dispatcher.counts),
-        running=sum(worker.current_tasks for worker in workers.values()),
-        waiting=0 if dispatcher is None else sum(pool.waiting for pool in dispatcher.pools.values()),
-        outside=0 if dispatcher is None or dispatcher.spill is None else dispatcher.spill.stored_tasks,
+        submitted=admission.submitted,
+        admitted=admission.admitted,
+        spilled=admission.spilled,
+        rejected=admission.rejected,
+        refilled=0 if spill is None else spill.refiller.refilled,
+        started=dispatcher.started,
+        succeeded=dispatcher.registry.succeeded,
+        failed=ends[TaskStatus.FAILED],
+        timed_out=ends[TaskStatus.TIMED_OUT],
+        cancelled=ends[TaskStatus.CANCELLED],
+        expired=ends[TaskStatus.EXPIRED],
+        zombies=dispatcher.completion.zombies,
+        stalls=0 if monitor is None else monitor.stalls,
+        waiting=sum(pool.waiting for pool in dispatcher.pools.by_type.values()),
+        outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
-        limited_by=cause if highest.load else None,
-        utilization=utilization(workers),
-        workers=tuple(_worker_statistics(worker) for worker in workers.values()),
+        limited_by=dispatcher.load.limiting_resource(highest.resource) if highest.load else None,
+        **worker_statistics(workers),
     )
 
 
+def worker_statistics(workers: Mapping[str, WorkerAgent]) -> dict[str, Any]:
+    """Return the fields of `Statistics` that only the workers tell."""
+    return {
+        "running": sum(worker.current_tasks for worker in workers.values()),
+        "utilization": utilization(workers),
+        "workers": tuple(_worker_statistics(worker) for worker in workers.values()),
+    }
+
+
 def utilization(workers: Mapping[str, WorkerAgent]) -> float:
-    """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
+    """Return the slots taken over the slots, of all workers that are not FAILED; 0.0 if there are none."""
     slots = sum(worker.slots for worker in workers.values())
     taken = sum(worker.current_tasks for worker in workers.values() if not worker.failed)
     return taken / slots if slots else 0.0

@@ -1,4 +1,4 @@
-"""BackpressureSupervisor: the task plane's public face."""
+"""BackpressureSupervisor: the public face of the task plane."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from forebay import clock, context
-from forebay.adapters import Handler
-from forebay.adapters.detect import Config
+from forebay._renamed import renamed_arguments
+from forebay.adapters import Config, Handler
 from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
     AlreadyStarted,
@@ -28,15 +28,15 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_drain_timeout
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
-from forebay.supervisor.loop_monitor import LoopMonitor, monitor_loop
-from forebay.supervisor.nested_supervisor import as_handler, contains, load_of_nested
+from forebay.supervisor.loop_monitor import LoopMonitor
+from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
 from forebay.supervisor.registration import check_decorator_arguments, make_worker
 from forebay.supervisor.runs.nested import active_runs
 from forebay.supervisor.settings import SupervisorSettings, event_sinks
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.dead_letters import DeadLetters
-from forebay.supervisor.statistics import Statistics, snapshot, utilization
+from forebay.supervisor.statistics import Statistics, snapshot, utilization, worker_statistics
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Deadline, Priority, Task
@@ -46,26 +46,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class BackpressureSupervisor:
-    """Stands between tasks and workers: admits, spills or rejects; gives each task to the least loaded worker.
+    """Admits, spills or rejects agent tasks by priority, and gives each to the worker that would finish it first.
 
     An async context manager: leaving it drains; leaving it by an error or a cancellation stops the handlers. Either way
     every ticket ends.
 
     Args:
-        backpressure_threshold: the load from which NORMAL tasks are refused, in (0, 1]. LOW is refused from 0.75 of it,
-            HIGH from half way between it and 1, CRITICAL at 1.
+        backpressure_threshold: the load from which NORMAL tasks are rejected, in (0, 1]. LOW is rejected from 0.75 of
+            it, HIGH from half way between it and 1, CRITICAL at 1.
         max_queue_size: tasks of each type that may wait inside; by default 100, or as many as the type has slots.
-        overflow: where refused tasks wait: ``sqlite:///spill.db``, ``memory://``, a Ledger, or None for nowhere.
-        lease: seconds that a right to stored work lasts unless renewed.
-        max_payload_bytes: bound of an encoded payload or result.
+        overflow: where tasks wait that are not admitted: ``sqlite:///spill.db``, ``memory://``, a TaskStore, or None:
+            they are rejected.
+        lease: seconds that a lease on a stored task lasts unless renewed.
+        max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler, over lost leases, after which it is dead.
-        keep_results: ended tickets that `ticket` still finds.
+        keep_results: how many ended tickets `ticket` still finds.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
-        lag_bound: event-loop lag in seconds that reads 1.0; longer is reported as a stall. None: do not watch.
+        lag_bound: event-loop lag in seconds that reads 1.0; longer is reported as a stall. None: not measured.
         on_event: sinks that are called with each event, in the loop.
 
     Raises:
-        InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting cannot be meant.
+        InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
     """
 
     def __init__(  # noqa: PLR0913 - every bound is set where a user can see it
@@ -106,7 +107,8 @@ class BackpressureSupervisor:
 
     # --- workers ---
 
-    def register_worker(  # noqa: PLR0913 - one word each for what a worker is
+    @renamed_arguments(cool_off="reset_timeout")
+    def register_worker(  # noqa: PLR0913 - every property of a worker has a name
         self,
         name: str,
         *,
@@ -129,25 +131,26 @@ class BackpressureSupervisor:
             name: unique among the workers.
             handler: a callable, an agent of a known framework, a supervisor, or the path of one, ``"module:name"``.
             factory: instead of a handler: makes a fresh agent for each task.
-            task_types: the types that it takes.
-            max_concurrent: tasks at a time.
-            timeout: seconds that an attempt may run, where the task does not say.
+            task_types: the task types that it accepts.
+            max_concurrent: how many tasks it runs at a time.
+            timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             payload: the type of its payloads, checked at `submit`. The workers of a task type agree on it.
-            result: the type of what it returns. What is not of it ends the task FAILED.
+            result: the type of what it returns. A task whose handler returns something else ends FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
-            engine: ``"loop"``, ``"thread"``, ``"process"`` or an Engine; by default what is plain has a thread.
+            engine: ``"loop"``, ``"thread"``, ``"process"`` or an Engine; by default a plain function runs in a thread.
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
-            cool_off: seconds for which it first stays FAILED after five failures in a row (or 5 % of a thousand tasks)
-                before it is tried again; the next times it is longer. None: until ``revive()``.
-            upstreams: what its calls draw on, with the model if it is known, so that this is felt before the first.
+            reset_timeout: seconds for which it stays FAILED after five failures in a row (or 5 % of a thousand tasks)
+                before it is tried again; longer each time that it fails again. None: until ``revive()``.
+            upstreams: the upstreams that its calls use, each alone or in a pair with the model, so that their load
+                counts before the first call.
 
         Raises:
-            DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: as each says.
+            DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
         """
         if self._closing is not None:
             raise SupervisorClosed(state="closed")
         if isinstance(handler, BackpressureSupervisor) and contains(handler, self):
-            raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would hold itself")
+            raise InvalidHandler(worker=name, type=type(self).__name__, hint="it would contain itself")
         worker = make_worker(
             name,
             handler=handler,
@@ -174,7 +177,7 @@ class BackpressureSupervisor:
     def worker(self, *task_types: str, name: str | None = None, **settings: Any) -> Callable[[F], F]:
         """Register the decorated callable as a worker, named after it unless `name` is given.
 
-        Takes the settings of `register_worker`, and gives the callable back as it was.
+        It takes the settings of `register_worker`, and returns the callable as it was.
         """
         check_decorator_arguments(task_types)
 
@@ -197,20 +200,22 @@ class BackpressureSupervisor:
     # --- work ---
 
     async def submit(self, task: Task) -> Ticket:
-        """Offer a task to the gate.
+        """Submit a task to admission control.
 
         Returns:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload is never an exception here.
 
         Raises:
-            UnknownTaskType, DuplicateTask, DeadlinePassed, InvalidPayload, NotPortable, PayloadTooLarge,
-                OverflowRequired: the mistake that each describes.
-            NotStarted, SupervisorClosed, WrongLoop: it is not the time or the place.
+            UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid, as each describes.
+            InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid, as each describes.
+            OverflowRequired: it is durable, and there is no overflow that survives the process.
+            NotStarted, SupervisorClosed: the supervisor is not running.
+            WrongLoop: it runs on another event loop.
         """
         return await self._admission_here().submit(task)
 
     def submit_nowait(self, task: Task) -> Ticket:
-        """Offer a task to the gate without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
+        """Submit a task without waiting for anything: it can be ADMITTED or REJECTED, not spilled.
 
         Raises:
             OverflowRequired: the task is durable, and a record takes time: use `submit`.
@@ -219,17 +224,18 @@ class BackpressureSupervisor:
         return self._admission_here().submit_nowait(task)
 
     async def run(self, task: Task) -> Any:
-        """Submit a task and return its value; a spilled one is waited for, to its deadline.
+        """Submit a task and return its value; wait for a spilled one until its deadline.
 
         Cancelling this cancels the task, unless others wait for the same work by its key.
 
         Raises:
-            Overloaded: it was rejected; ``retry_after`` says when to come back.
-            TaskFailed, TaskTimedOut: it ended so (TaskCancelled and TaskExpired are their subclasses).
+            Overloaded: it was rejected; ``retry_after`` says when to try again.
+            TaskFailed, TaskTimedOut: it ended that way (TaskCancelled and TaskExpired are their subclasses).
             Others: as `submit`.
         """
         return await self._admission_here().run(task)
 
+    @renamed_arguments(thread="thread_id")
     def slot(  # noqa: PLR0913 - a task's fields
         self,
         task_type: str,
@@ -240,11 +246,11 @@ class BackpressureSupervisor:
         tenant: str = "default",
         thread_id: str | None = None,
     ) -> Slot:
-        """A slot of a worker of `task_type` for the caller's own code: ``async with supervisor.slot("write"): ...``.
+        """Return a slot of a worker for the caller's own code: ``async with supervisor.slot("write"): ...``.
 
         Raises:
             UnknownTaskType, InvalidTask, DeadlinePassed, NotStarted, SupervisorClosed: at once.
-            Overloaded: on entering, if the gate refuses.
+            Overloaded: on entering, if it is not admitted.
         """
         task = Task(
             task_type,
@@ -258,9 +264,9 @@ class BackpressureSupervisor:
         return self._admission_here().slot(task)
 
     def ticket(self, task_id: str) -> Ticket:
-        """The ticket of a task that is under way, ended lately, or is stored in the overflow.
+        """Return the ticket of a task that is inside, has ended lately, or is stored in the overflow.
 
-        Whether the overflow knows it is found out when the ticket is awaited: it raises UnknownTask if not.
+        The overflow is asked only when the ticket is awaited: that raises UnknownTask if the task is not there.
 
         Raises:
             UnknownTask: there is no such task, and no overflow to ask.
@@ -270,32 +276,34 @@ class BackpressureSupervisor:
     @property
     def dead_letters(self) -> DeadLetters:
         """Stored tasks that nobody will try again by itself, for a person to look at."""
-        return DeadLetters(lambda: self._admission_here().dispatcher)
+        return DeadLetters(lambda: self._dispatcher_here().spill)
 
     def portal(self) -> Portal:
-        """Blocking access for threads and programs without an event loop: ``with supervisor.portal() as portal:``."""
+        """Return blocking access for threads and programs without an event loop: ``with supervisor.portal(): ...``."""
         return Portal(self)
 
     # --- what can be read ---
 
     def system_load(self) -> float:
-        """The highest reading: what the fullest resource holds against what it may hold, waiting room included."""
+        """Return the highest reading: how full the fullest resource is, room in its queue included."""
         return max(reading.load for reading in self.readings())
 
     def readings(self) -> tuple[Reading, ...]:
-        """What each resource holds against what it may hold."""
+        """Return how full each resource is."""
         return (Reading("host", 0.0),) if self._dispatcher is None else self._dispatcher.load.readings()
 
     def utilization(self) -> float:
-        """Slots taken over slots, of all workers that are not FAILED; 0.0 if there are none."""
+        """Return the slots taken over the slots, of all workers that are not FAILED; 0.0 if there are none."""
         return utilization(self._workers)
 
     def statistics(self) -> Statistics:
-        """A snapshot of what was counted and of what is."""
-        return snapshot(self._dispatcher, self._workers, self.readings())
+        """Return a snapshot of what was counted and of what is inside."""
+        if self._dispatcher is None or self._admission is None:
+            return Statistics(**worker_statistics(self._workers))
+        return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
 
     def events(self, *, bound: int = 1000) -> Subscription:
-        """Everything that happens from now on, as an async iterator; the newest `bound` are kept until read."""
+        """Return everything that happens from now on, as an async iterator that keeps the newest `bound` unread."""
         return self._bus.subscribe(bound=bound)
 
     @property
@@ -303,49 +311,58 @@ class BackpressureSupervisor:
         """The event loop that it runs on, while it runs."""
         return self._dispatcher.loop if self._dispatcher is not None and self._closing is None else None
 
-    # --- its life ---
+    # --- start and end ---
 
     async def start(self) -> None:
-        """Start here, on the running event loop.
+        """Start on the running event loop.
 
         Raises:
             AlreadyStarted: it has been started before.
-            LedgerUnusable: the overflow cannot be opened.
+            StoreUnavailable: the overflow cannot be opened.
         """
         if self._dispatcher is not None:
             raise AlreadyStarted
         loop = asyncio.get_running_loop()
         self._draw = clock.draw_function(loop)
-        house = Dispatcher(loop, self._settings, threads=self._threads, bus=self._bus, draw=self._draw)
-        house.codecs, self._dispatcher, self._admission = self._codecs, house, AdmissionController(house)
+        settings = self._settings
+        dispatcher = Dispatcher(
+            loop, settings, threads=self._threads, bus=self._bus, codecs=self._codecs, store=self._store
+        )
+        self._dispatcher = dispatcher
+        self._admission = AdmissionController(dispatcher, threshold=settings.backpressure_threshold, draw=self._draw)
         try:
-            await start_up(house, self._workers, self._store, self._settings)
+            await start_up(dispatcher, self._workers)
         except BaseException:
             self._dispatcher = self._admission = None
             raise
-        self._loop_monitor = monitor_loop(house, bound=self._settings.lag_bound)
+        if settings.lag_bound is not None and not clock.is_virtual(loop):
+            self._loop_monitor = LoopMonitor(
+                loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
+            )
+            self._loop_monitor.start()
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
-        """Stop admitting and let what is inside finish, for at most `timeout` seconds; the rest is cancelled.
+        """Stop admitting and let what is inside finish, for at most `timeout` seconds; cancel the rest.
 
-        With an overflow that survives its process, waiting tasks go out to it, and so do stored ones that are cut off.
-        What runs inside may still submit tasks of its own. Draining twice is the same as once.
+        If there is an overflow that survives its process, waiting tasks go out to it, and so do stored ones that run
+        when the time is up. What runs inside may still submit tasks of its own. Draining twice is the same as once.
 
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
+            DrainInside: it was called by a task that runs inside.
         """
         check_drain_timeout(timeout)
-        house = self._running()
-        for run in active_runs(context.running_task(), house):
+        dispatcher = self._running()
+        for run in active_runs(context.running_task(), dispatcher):
             raise DrainInside(task_id=run.task.task_id)
         self._admission_here().stop_admitting()
         try:
-            return await Drain(house, grace=self._settings.zombie_grace).run(timeout)
+            return await Drain(dispatcher, grace=self._settings.zombie_grace).run(timeout)
         finally:
             self._drained = True
 
     async def close(self) -> None:
-        """Stop now: cancel what runs, end every ticket, let the overflow go. Idempotent.
+        """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent.
 
         Cancelling this leaves nothing half closed: it goes on in the background.
         """
@@ -358,7 +375,7 @@ class BackpressureSupervisor:
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
             self._admission_here().close()
-            grace = 0.0 if self._drained else self._settings.zombie_grace  # what had it once does not get it twice
+            grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has granted it already
             await shut_down(dispatcher, self._workers, grace=grace)
         finally:
             if self._loop_monitor is not None:
@@ -377,8 +394,10 @@ class BackpressureSupervisor:
         finally:
             await self.close()
 
+    # --- as a worker of another supervisor ---
+
     def __forebay_handler__(self) -> Handler:
-        """This supervisor as a worker of another, which starts it, feels its load and closes it."""
+        """Return the handler with which another supervisor starts this one, reads its load and closes it."""
         return as_handler(self)
 
     @property
@@ -387,8 +406,12 @@ class BackpressureSupervisor:
         return self._dispatcher is not None
 
     def load_of(self, task_type: str) -> float:
-        """The load on the path of a task of `task_type`, as its gate reads it; 1.0 if nobody here serves it."""
-        return load_of_nested(self, self._dispatcher, task_type)
+        """Return the load on the path of a task of `task_type`; 1.0 if no worker here accepts it."""
+        if not any(task_type in worker.task_types for worker in self._workers.values()):
+            return 1.0
+        dispatcher = self._dispatcher
+        pool = None if dispatcher is None else dispatcher.pools.by_type.get(task_type)
+        return 0.0 if dispatcher is None or pool is None else dispatcher.load.on_path(pool)[0]  # None: about to start
 
     # --- inside ---
 
@@ -398,8 +421,12 @@ class BackpressureSupervisor:
         return self._dispatcher
 
     def _admission_here(self) -> AdmissionController:
-        if (door := self._admission) is None:
+        if (admission := self._admission) is None:
             raise NotStarted
-        if asyncio._get_running_loop() is not door.loop:  # noqa: SLF001 - documented; None in a thread
+        if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
             raise WrongLoop(what="The supervisor")
-        return door
+        return admission
+
+    def _dispatcher_here(self) -> Dispatcher:
+        self._admission_here()
+        return self._running()

@@ -1,14 +1,15 @@
-"""Ticket: what `submit` returns."""
+"""Ticket: what `submit` returns, and the states of a task from its verdict to its result."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Generator, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from forebay import context
+from forebay._renamed import renamed
 from forebay.errors import (
     ForebayError,
     Overloaded,
@@ -26,59 +27,141 @@ if TYPE_CHECKING:
     from forebay.admission import QueueEntry
     from forebay.context import RunningTask
     from forebay.interfaces import Lease
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.runs.nested import SlotLoan
-    from forebay.supervisor.runs.run import Run
     from forebay.supervisor.runs.timers import Timer
-    from forebay.supervisor.slot import Slot
+    from forebay.supervisor.worker import WorkerAgent
 
-MAX_UNREAD_EVENTS = 1000  # and the end
+MAX_UNREAD_EVENTS = 1000  # of `Ticket.events`, besides the last one
+
+_RUNNING, _WAITING = TaskStatus.RUNNING, TaskStatus.WAITING  # attribute access on an enum is slow on the hot path
 
 
-class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is made in C
-    """The gate's answer to one task and, unless it was REJECTED, an awaitable ``TaskResult``.
+class Refusal(NamedTuple):
+    """Why a task was not admitted."""
 
-    False if rejected. Awaiting a rejected ticket raises ``Overloaded``; awaiting any other never raises for how the
-    task ended. Cancelling an await leaves the task running: `cancel` ends it.
+    reason: str
+    limited_by: str | None
+    load: float
+    may_spill: bool
+    retry_after: float | None = None  # seconds, infinity if unknown; None: take the next slot of the retry schedule
+
+
+class TicketRun(Protocol):
+    """The run of a ticket's handler, as far as the ticket and its slot know it."""
+
+    task: Task
+    deadline: Deadline | None
+    worker: WorkerAgent
+    started_at: float
+    abandoned_at: float | None
+
+    @property
+    def attempt(self) -> int:
+        """Which start of the task's handler this is, from 1."""
+
+    def report(self, value: Any) -> None:
+        """Send `value` to the listeners of the task's events."""
+
+    def ends_at(self) -> float:
+        """Return the loop time at which the run is ended: its timeout or its deadline."""
+
+    def time_out(self) -> None:
+        """End the ticket because its time is up, and ask the handler to stop."""
+
+    def end_early(self, status: TaskStatus, error: str) -> None:
+        """End the ticket now and ask the handler to stop."""
+
+    def abandon(self) -> None:
+        """Ask the handler to stop without ending the ticket."""
+
+    def handler_ended(self, value: Any, cause: BaseException | None) -> None:
+        """Finish the run: its handler returned `value`, or raised `cause`."""
+
+
+class TicketSlot(Protocol):
+    """The `Slot` whose body runs in place of a handler."""
+
+    def grant(self, run: TicketRun) -> None:
+        """Let the body run."""
+
+    def resolve(self, outcome: TaskResult | ForebayError) -> None:
+        """Take note that the ticket has ended."""
+
+    def stop(self) -> None:
+        """Cancel the body."""
+
+
+class Loan(Protocol):
+    """Slots that were lent for the time of an await."""
+
+    async def reclaim(self) -> None:
+        """Wait until the run that awaited has a slot again."""
+
+
+class TicketOwner(Protocol):
+    """The dispatcher, as far as a ticket needs it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop on which tickets are awaited."""
+
+    def cancel(self, ticket: Ticket, reason: str) -> None:
+        """End a ticket that has not ended."""
+
+    def lend_slots(self, running: RunningTask | None) -> Loan | None:
+        """Lend the slot of `running` while it awaits a task."""
+
+    def hold_strongly(self, task_id: str) -> Ticket | None:
+        """Hold the ticket of a spilled task, because somebody waits for it."""
+
+
+class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is made in C
+    """The answer of admission control to one task and, unless it is REJECTED, an awaitable ``TaskResult``.
+
+    False if rejected. Awaiting a rejected ticket raises ``Overloaded``. Awaiting any other returns its result however
+    the task ended. Cancelling an await leaves the task running; `cancel` ends it.
 
     Attributes:
-        task: what was submitted.
+        task: the task that was submitted.
         verdict: ADMITTED, SPILLED or REJECTED.
-        reason: why it was not admitted, else None.
-        binding: the resource that refused it, else None.
-        load: the load that the gate saw, of the resource that bound on the task's path.
-        retry_after: if rejected, seconds after which a seat is expected, if that is known.
+        reason: why it was not admitted, otherwise None.
+        limited_by: the resource because of which it was not admitted, otherwise None.
+        load: the load that admission control read, of the fullest resource on the task's path.
+        retry_after: if rejected, seconds after which to try again, or None if unknown.
         status: where the task is now.
         deadline: its own deadline or its parent's, whichever is earlier.
     """
 
-    _dispatcher: Dispatcher
+    _dispatcher: TicketOwner
     task: Task
     deadline: Deadline | None
-    parent: RunningTask | None  # the run that submitted it: such work goes before newer work of its rung
+    parent: RunningTask | None  # the run that submitted it: such work goes before newer work of its priority
+    submitted_at: float | None = None  # epoch seconds, if it has a deadline or there is an overflow, which orders by it
     verdict: Verdict = Verdict.ADMITTED
     status: TaskStatus = TaskStatus.WAITING
     reason: str | None = None
     limited_by: str | None = None
     load: float | None = None
     retry_after: float | None = None
-    # the dispatcher's own notes
-    slot: Slot | None = None  # who runs in it, if that is no handler
-    queue_entry: QueueEntry | None = None  # where it waits in the line
+    # Kept for the dispatcher, and changed only by the methods below.
+    slot: TicketSlot | None = None  # runs instead of a handler
+    queue_entry: QueueEntry | None = None  # its entry in the queue of its pool
     expiry_timer: Timer | None = None  # ends it at its deadline while it waits
-    run: Run | None = None  # while its handler runs
-    lease: Lease | None = None  # this process's right to its stored row
-    submitted_at: float | None = None  # epoch seconds, with a deadline or an overflow, where it is its place outside
-    stored: bool = False  # the ledger has a row of it, so its end must be written there first
+    run: TicketRun | None = None  # while its handler runs
+    lease: Lease | None = None  # this process's right to its stored record
+    stored: bool = False  # the task store has a record of it, so its end must be written there first
     attempts: int = 0
-    cancel_reason: str | None = None  # why it was cancelled, while that cannot be done yet
-    pending_store_calls: int = 0  # answers of the store that what becomes of it hangs on
+    cancel_reason: str | None = None  # why it was cancelled, while the answer of the store is outstanding
+    pending_store_calls: int = 0  # calls of the store on whose answers its fate depends
+    listeners: EventBus | None = None  # None if nobody listens to its events
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
-    _bus: EventBus | None = None
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
+
+    def __dir__(self) -> Iterable[str]:
+        """List what is documented; the rest is for the dispatcher."""
+        return _DOCUMENTED
 
     def __bool__(self) -> bool:
         return self.verdict is not Verdict.REJECTED
@@ -95,18 +178,18 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
 
     @property
     def result(self) -> TaskResult | None:
-        """How it ended, once it has."""
+        """How the task ended; None while it has not."""
         return self._outcome if isinstance(self._outcome, TaskResult) else None
 
     def done(self) -> bool:
-        """Whether awaiting it returns at once."""
+        """Return whether awaiting it returns at once."""
         return self._outcome is not None or self.verdict is Verdict.REJECTED
 
     def cancel(self, reason: str = "cancelled by its submitter") -> bool:
-        """End the task: out of the line, out of the overflow, or by cancelling its handler.
+        """End the task: take it out of the queue or the overflow, or cancel its handler.
 
-        The ticket ends CANCELLED at once; a handler that does not stop holds its slot until it really ends. A task in
-        the overflow ends once its row is marked; if another process has begun it, it goes on there.
+        The ticket ends CANCELLED at once. A handler that does not stop holds its slot until it really ends. A task in
+        the overflow ends once its record is marked; if another process has started it, it goes on there.
 
         Returns:
             False if the task had ended already.
@@ -125,9 +208,9 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
-            loan: SlotLoan | None = self._dispatcher.lend_slots(context.running_task())
+            loan = self._dispatcher.lend_slots(context.running_task())
             try:
-                if self._outcome is None:  # the slot that was lent may have gone to it, or its turn come too late
+                if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
                     await self._wait_until_resolved()
             except asyncio.CancelledError:
                 if abandon and not self.has_waiters:  # before the slot comes back: the task may be what holds it
@@ -155,26 +238,31 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
             raise self.refusal()
         if isinstance(self._outcome, ForebayError):
             raise self._outcome
-        assert self._outcome is not None  # noqa: S101 - only reached once resolved
+        assert self._outcome is not None  # noqa: S101 - only called once it is resolved
         return self._outcome
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "binding":
+            raise AttributeError(renamed("Ticket", name, "limited_by"))
+        return super().__getattribute__(name)  # raises the usual AttributeError
+
     def refusal(self) -> Overloaded:
-        """The rejection as an exception."""
+        """Return the rejection as an exception."""
         return Overloaded(
             self.reason or "rejected", limited_by=self.limited_by, load=self.load, retry_after=self.retry_after
         )
 
     async def value(self, *, abandon: bool = False) -> Any:
-        """The handler's value.
+        """Wait for the task and return its handler's value.
 
         Args:
             abandon: cancelling this await cancels the task too, unless others wait for it.
 
         Raises:
-            Overloaded: it was rejected, or its handler met an overload further on.
-            TaskFailed: its handler raised; the handler's exception is its cause. TaskCancelled if it was cancelled.
+            Overloaded: it was rejected, or a call of its handler was.
+            TaskFailed: its handler raised; the handler's exception is the cause. TaskCancelled if it was cancelled.
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
-            ResultNotKept: it succeeded, and only the process that ran it has its value.
+            ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
         result = await self._wait(abandon=abandon)
         if result.status is TaskStatus.SUCCEEDED:
@@ -184,10 +272,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
         raise as_error(result) from result.cause
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield what happens to the task from now on: Started, Progress, and last Finished.
+        """Yield what happens to the task from now on: TaskStarted, TaskProgress, and last TaskFinished.
 
-        A Started or Finished that has already been is told again. Of progress that nobody reads the newest 1,000 are
-        kept.
+        A TaskStarted or TaskFinished that has already happened is yielded again. Of events that nobody reads the newest
+        1,000 are kept.
         """
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
@@ -203,7 +291,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
             yield TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=self._outcome)
 
     async def _next_event(self, events: Subscription) -> Event | None:
-        """The next event. Whoever waits for it in a run lends its slot: it may be what the task needs to start."""
+        """Wait for the next event. A run that waits for it lends its slot, because the task may need it to start."""
         loan = self._dispatcher.lend_slots(context.running_task()) if events.empty else None
         try:
             return await anext(events, None)
@@ -213,58 +301,182 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
 
     def _event_bus(self) -> EventBus:
         self._hold_strongly()
-        if self._bus is None:
-            self._bus = EventBus()
-        return self._bus
+        if self.listeners is None:
+            self.listeners = EventBus()
+        return self.listeners
 
     def _hold_strongly(self) -> None:
-        """Have the house hold it, though its task is outside: somebody waits for it."""
-        if self.status is TaskStatus.SPILLED and self._dispatcher.spill is not None:
-            self._dispatcher.spill.hold_strongly(self.task_id)
+        """Have the dispatcher hold a spilled ticket, because somebody waits for it."""
+        if self.status is TaskStatus.SPILLED:
+            self._dispatcher.hold_strongly(self.task_id)
 
-    def _started_event(self, run: Run) -> TaskStarted:
-        worker_id = run.worker.name
-        return TaskStarted(at=run.started_at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
+    def _started_event(self, run: TicketRun) -> TaskStarted:
+        return TaskStarted(at=run.started_at, task_id=self.task_id, worker_id=run.worker.name, attempt=self.attempts)
 
-    # --- what the dispatcher tells it ---
+    # --- what the dispatcher reads ---
 
     @property
     def has_waiters(self) -> bool:
         """Whether anyone waits for its end."""
         return bool(self._waiters)
 
-    @property
-    def has_listeners(self) -> bool:
-        """Whether anyone listens to its events."""
-        return self._bus is not None
-
     def emit(self, event: Event) -> None:
-        """Pass `event` to those who listen to this ticket."""
-        if self._bus is not None:
-            self._bus.emit(event)
+        """Send `event` to the listeners of this ticket."""
+        if self.listeners is not None:
+            self.listeners.emit(event)
+
+    # --- the verdict ---
+
+    def admit(self, load: float) -> None:
+        """Record the load at which the task was admitted."""
+        self.load = load
+
+    def explain(self, refusal: Refusal) -> None:
+        """Record why the task was not admitted."""
+        self.reason, self.limited_by, self.load = refusal.reason, refusal.limited_by, refusal.load
+
+    def reject(self, refusal: Refusal, retry_after: float | None) -> None:
+        """Make it REJECTED; `retry_after` is in seconds, or None if unknown."""
+        self.verdict = Verdict.REJECTED
+        self.status = TaskStatus.REJECTED
+        self.explain(refusal)
+        self.retry_after = retry_after
 
     def wake_waiters(self) -> None:
-        """It was rejected; whoever got it by its key before that need not wait."""
+        """Wake whoever got this ticket by its key before it was rejected."""
         self._wake()
 
+    # --- the queue ---
+
+    def wait(self) -> None:
+        """Make it WAITING, without an entry in the queue: behind another task of its thread."""
+        self.status = _WAITING
+
+    def enqueue(self, entry: QueueEntry) -> None:
+        """Make it WAITING in the queue."""
+        self.status = _WAITING
+        self.queue_entry = entry
+
+    def leave_queue(self) -> QueueEntry | None:
+        """Forget its entry in the queue, and return it if it had one."""
+        entry, self.queue_entry = self.queue_entry, None
+        return entry
+
+    def set_expiry(self, timer: Timer) -> None:
+        """Keep the timer that ends it at its deadline."""
+        self.expiry_timer = timer
+
+    def clear_expiry(self) -> Timer | None:
+        """Forget the timer of its deadline, and return it if it had one: the caller cancels it."""
+        timer, self.expiry_timer = self.expiry_timer, None
+        return timer
+
+    # --- the run ---
+
+    def occupy(self, slot: TicketSlot) -> None:
+        """Have `slot` run instead of a handler."""
+        self.slot = slot
+
+    def start(self, run: TicketRun) -> None:
+        """Make it RUNNING, out of the queue, and count the attempt."""
+        self.run = run
+        self.status = _RUNNING
+        self.queue_entry = None
+        self.attempts += 1
+
+    def take_back_attempt(self) -> None:
+        """Stop counting an attempt that another process makes instead."""
+        self.attempts -= 1
+
+    def end_run(self) -> None:
+        """Forget the run, and the parent: what it knew of its ancestors must not keep them alive."""
+        self.run = None
+        self.parent = None
+
+    def forget_parent(self) -> None:
+        """Forget the parent, because the task has ended without a run."""
+        self.parent = None
+
+    # --- the task store ---
+
+    def begin_store_call(self) -> None:
+        """Count a call of the store whose answer decides what becomes of the task."""
+        self.pending_store_calls += 1
+
+    def end_store_call(self) -> None:
+        """Stop counting a call of the store."""
+        self.pending_store_calls -= 1
+
+    def cancel_later(self, reason: str) -> None:
+        """Remember to cancel it once the store has answered."""
+        self.cancel_reason = reason
+
+    def spill(self) -> None:
+        """Make it SPILLED: stored instead of admitted."""
+        self.verdict = Verdict.SPILLED
+        self.stored = True
+        self.status = TaskStatus.SPILLED
+
+    def confirm_spilled(self) -> None:
+        """Give the verdict SPILLED to a task that was refilled before the store's answer arrived."""
+        self.verdict = Verdict.SPILLED
+
+    def move_to_store(self) -> None:
+        """Make it SPILLED whatever its verdict was: it waits in the store, or another process has it."""
+        self.status = TaskStatus.SPILLED
+
+    def mark_stored(self) -> None:
+        """Remember that the store has a record of it."""
+        self.stored = True
+
+    def forget_record(self) -> None:
+        """Remember that the store has no record of it any more."""
+        self.stored = False
+
+    def hold_lease(self, lease: Lease) -> None:
+        """Take the right to its stored record."""
+        self.stored = True
+        self.lease = lease
+
+    def refill(self, lease: Lease) -> None:
+        """Take over a stored task, with the attempts that were made so far."""
+        self.hold_lease(lease)
+        self.attempts = lease.record.attempts
+
+    def adopt(self, lease: Lease) -> None:
+        """Take back the right to a task that still waits or runs here."""
+        self.hold_lease(lease)
+        self.status = TaskStatus.WAITING if self.run is None else TaskStatus.RUNNING
+
+    def drop_lease(self) -> None:
+        """Forget the right to its stored record."""
+        self.lease = None
+
+    def restore(self, task: Task, deadline: Deadline | None) -> None:
+        """Replace the task by what the store has of it."""
+        self.task = task
+        self.deadline = deadline
+
+    # --- the end ---
+
     async def follow(self, other: Ticket) -> None:
-        """End as `other` does: the same work, stored under the same key."""
+        """End as `other` does: it is the same work, stored under the same key."""
         try:
             self.resolve(await other)
         except ForebayError as error:
             self.resolve(error)
 
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
-        """End it, once: later calls are a bug of the caller's."""
+        """End it, exactly once: a second call is a bug of the caller."""
         assert self._outcome is None  # noqa: S101 - every ticket ends exactly once
         self._outcome = outcome
         if isinstance(outcome, TaskResult):
             self.status = outcome.status
         if self.slot is not None:
             self.slot.resolve(outcome)
-        if self._bus is not None and isinstance(outcome, TaskResult):
-            self._bus.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
-        if self._waiters is not None or self._bus is not None:
+        if self.listeners is not None and isinstance(outcome, TaskResult):
+            self.listeners.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
+        if self._waiters is not None or self.listeners is not None:
             self._wake()
 
     def _wake(self) -> None:
@@ -273,13 +485,20 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, since it is m
                 if not waiter.done():
                     waiter.set_result(None)
             self._waiters = None
-        if self._bus is not None:
-            self._bus.close()
-            self._bus = None
+        if self.listeners is not None:
+            self.listeners.close()
+            self.listeners = None
+
+
+_DOCUMENTED = (
+    *(name for name in dir(object) if name != "__dir__"),
+    "__await__", "__bool__", "cancel", "deadline", "done", "events", "limited_by", "load", "priority", "reason",
+    "refusal", "result", "retry_after", "status", "task", "task_id", "value", "verdict",
+)  # fmt: skip
 
 
 def as_error(result: TaskResult) -> ForebayError:
-    """The exception that stands for a result without success."""
+    """Return the exception that stands for a result without success."""
     facts = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
     match result.status:
         case TaskStatus.TIMED_OUT:
@@ -291,3 +510,33 @@ def as_error(result: TaskResult) -> ForebayError:
     if isinstance(result.cause, Overloaded):
         return result.cause
     return TaskFailed(**facts)
+
+
+def spilled_ticket(dispatcher: TicketOwner, task: Task, *, submitted_at: float | None = None) -> Ticket:
+    """Return a ticket for a task that the store has and this process did not submit."""
+    ticket = Ticket(dispatcher, task, None, None, submitted_at)
+    ticket.confirm_spilled()
+    ticket.mark_stored()
+    return ticket
+
+
+def unsuccessful_result(  # noqa: PLR0913 - the fields of a result
+    ticket: Ticket,
+    status: TaskStatus,
+    error: str,
+    *,
+    worker_id: str | None = None,
+    duration_ms: float = 0.0,
+    cause: BaseException | None = None,
+) -> TaskResult:
+    """Return the result of a task that did not succeed."""
+    return TaskResult(
+        task_id=ticket.task_id,
+        worker_id=worker_id,
+        success=False,
+        status=status,
+        error=error,
+        duration_ms=duration_ms,
+        attempts=ticket.attempts,
+        cause=cause,
+    )

@@ -1,23 +1,16 @@
-"""WorkerAgent: a registered handler, its slots, its pace and its breaker."""
+"""WorkerAgent: a registered handler, its slots, how fast it is, and its circuit breaker."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any
 
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
-
-if TYPE_CHECKING:
-    import asyncio
-
-    from forebay.supervisor.pool import Pool
-    from forebay.supervisor.runs.run import Run
-    from forebay.supervisor.runs.timers import Timer
-    from forebay.upstream.declared_upstream import DeclaredUpstream
+from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
 _PENALTY = 1.5  # a failure raises the score by half
@@ -25,13 +18,13 @@ _WORST_PENALTY = _PENALTY**5
 
 
 class WorkerAgent:
-    """One registered handler with its own concurrency.
+    """A registered handler with its own concurrency limit.
 
-    Its state: FAILED while its breaker is open, else OVERLOADED with every slot taken, BUSY with some, IDLE with none.
-    Made by ``supervisor.register_worker``; read it, and `revive` it.
+    Its state is FAILED while its circuit breaker is open, otherwise OVERLOADED when every slot is taken, BUSY when some
+    are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, and `revive` it.
     """
 
-    def __init__(  # noqa: PLR0913 - what register_worker takes, already checked there
+    def __init__(  # noqa: PLR0913 - the arguments of register_worker, checked there
         self,
         name: str,
         handler: Handler,
@@ -53,23 +46,17 @@ class WorkerAgent:
         self.current_tasks = 0  # slots taken, zombies included
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
-        self.failed = False  # the breaker is open; kept here because every decision asks
-        self.probing = False  # half-open: only as many slots as the breaker has probes
+        self.failed = False  # the breaker is open; a copy, because every decision reads it
+        self.probing = False  # the breaker is half-open: only as many slots as it allows probes
         self.probes = min(probes, max_concurrent)
-        self.breaker_phase = 0  # grows with each change of the two: which runs are probes
-        self.timeout_timer: Timer | None = None  # when the first of its runs is out of time; late if that one has ended
-        self.recheck_timer: Timer | None = None  # when a run that is held back may start whatever the pressure
-        self.breaker_timer: Timer | None = None  # when time alone changes its breaker
-        self.counted_slots = 0  # slots that its pools were told of
-        self.pools: list[Pool] = []
-        self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs draw on
-        self.declared = list(declared)  # those of them that no call has shown yet
-        self.runs: dict[Run, None] = {}  # in the order in which they began
-        self.slot_claims: deque[tuple[Run, asyncio.Future[None]]] = (
-            deque()
-        )  # runs that lent their slot and want it back
+        self.breaker_phase = 0  # grows with each change of `failed` or `probing`; the probes are the runs of this phase
+        self.counted_slots = 0  # the slots that its pools count for it
+        self.pending_claims = 0  # runs that lent their slot and wait to have it back
+        self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
+        self.declared = list(declared)  # those sources that no call has used yet
         self.penalty = 1.0
-        self._durations: dict[str, float] = {}  # seconds a success takes, by task type
+        self._probes_in_flight = 0  # probes that hold their slot
+        self._durations: dict[str, float] = {}  # average seconds of a success, by task type
         self._on_revive = on_revive
 
     def __repr__(self) -> str:
@@ -91,72 +78,138 @@ class WorkerAgent:
 
     @property
     def slots(self) -> int:
-        """How many tasks it may run now: none while FAILED, its probes while it is being tried again."""
+        """The number of tasks that may run now: none while FAILED, the breaker's probes while it is half-open."""
         if self.failed:
             return 0
         return self.probes if self.probing else self.max_concurrent
 
     @property
     def avg_duration_ms(self) -> float:
-        """Milliseconds that a successful task takes lately, over its task types; 0.0 before the first."""
-        paces = self._durations.values()
-        return 1000 * sum(paces) / len(paces) if paces else 0.0
+        """Recent milliseconds of a successful task, averaged over the task types; 0.0 before the first success."""
+        durations = self._durations.values()
+        return 1000 * sum(durations) / len(durations) if durations else 0.0
 
     def can_accept(self) -> bool:
-        """Whether a task could start on it now."""
-        if self.failed or self.slot_claims or self.current_tasks >= self.max_concurrent:
+        """Return whether a task could start on this worker now."""
+        if self.failed or self.pending_claims or self.current_tasks >= self.max_concurrent:
             return False
-        return not self.probing or self._probes_in_flight() < self.probes
+        # A probe that lent its slot waits for a task that may need to run here, so only those that hold one count.
+        return not self.probing or self._probes_in_flight < self.probes
 
     def revive(self) -> None:
-        """Close its breaker now, whatever made it FAILED."""
+        """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
 
-    # --- what the dispatcher tells it and asks it ---
+    # --- slots ---
 
-    def _probes_in_flight(self) -> int:
-        """Probes that hold their slot: what one of them waits for is part of it, and must not wait for its end."""
-        return sum(
-            run.breaker_phase == self.breaker_phase and run.holds_slot and run.abandoned_at is None for run in self.runs
-        )
+    def take_slot(self, *, probe: bool) -> None:
+        """Count one more slot as taken."""
+        self.current_tasks += 1
+        if probe:
+            self._probes_in_flight += 1
+
+    def return_slot(self, *, probe: bool) -> None:
+        """Count one slot less as taken."""
+        self.current_tasks -= 1
+        if probe:
+            self._probes_in_flight -= 1
+
+    def abandon_probe(self) -> None:
+        """Stop counting a probe whose run was abandoned; its slot stays taken."""
+        self._probes_in_flight -= 1
+
+    def count_slots(self) -> int:
+        """Set `counted_slots` to the slots that there are now; return what it was."""
+        before, self.counted_slots = self.counted_slots, self.slots
+        return before
 
     def has_free_slot(self) -> bool:
-        """Whether a slot is free for a run that has already begun, which a breaker does not stop."""
+        """Return whether a slot is free for a run that has already started, which the breaker does not stop."""
         return self.current_tasks < self.max_concurrent
 
-    def score(self, task_type: str, typical: float) -> float:
-        """Expected finish of one more task, in seconds; `typical` stands in for a pace not yet known.
+    def add_claim(self) -> None:
+        """Count a run that waits to have its slot back."""
+        self.pending_claims += 1
 
-        ``(current_tasks + 1) * avg_duration / max_concurrent``, raised by half for each recent failure: otherwise a
-        worker that fails in ten milliseconds draws all the work.
+    def remove_claim(self) -> None:
+        """Stop counting a run that waited to have its slot back."""
+        self.pending_claims -= 1
+
+    # --- how fast and how reliable it is ---
+
+    def score(self, task_type: str, typical: float) -> float:
+        """Return the expected seconds until one more task would finish.
+
+        ``(current_tasks + 1) * average duration / max_concurrent``, raised by half for each recent failure: without
+        the penalty, a worker that fails within ten milliseconds would attract all the work.
+
+        Args:
+            task_type: the type of the task.
+            typical: the duration to assume, in seconds, while this worker has not finished a task of the type.
         """
-        pace = self._durations.get(task_type, typical)
-        return (self.current_tasks + 1) * pace / self.max_concurrent * self.penalty
+        duration = self._durations.get(task_type, typical)
+        return (self.current_tasks + 1) * duration / self.max_concurrent * self.penalty
 
     def has_duration(self, task_type: str) -> bool:
-        """Whether it has finished a task of that type."""
+        """Return whether the worker has finished a task of that type."""
         return task_type in self._durations
 
     def record_success(self, task_type: str, seconds: float) -> None:
-        """Note how long a success took."""
-        pace = self._durations.get(task_type)
-        self._durations[task_type] = seconds if pace is None else pace + _DURATION_GAIN * (seconds - pace)
+        """Record how long a successful task took."""
+        duration = self._durations.get(task_type)
+        self._durations[task_type] = seconds if duration is None else duration + _DURATION_GAIN * (seconds - duration)
 
     def raise_penalty(self) -> None:
-        """Raise its score by half, up to a bound."""
+        """Raise the score by half, up to a bound."""
         self.penalty = min(self.penalty * _PENALTY, _WORST_PENALTY)
 
     def lower_penalty(self) -> bool:
-        """Take one failure off its score. True if there are more."""
+        """Take one failure off the score; return True if more are left."""
         self.penalty = max(1.0, self.penalty / _PENALTY)
         if math.isclose(self.penalty, 1.0):
             self.penalty = 1.0
         return self.penalty > 1.0
 
-    def update_from_breaker(self, now: float) -> bool:
-        """Bring `failed` and `probing` up to date with the breaker. True if either changed."""
+    # --- its breaker and its zombies ---
+
+    def update_from_breaker(self, now: float) -> None:
+        """Read `failed` and `probing` from the breaker; a change of either begins a new breaker phase."""
         state = self.breaker.state(now)
         before = (self.failed, self.probing)
         self.failed = state is BreakerState.OPEN
         self.probing = state is BreakerState.HALF_OPEN
-        return (self.failed, self.probing) != before
+        if (self.failed, self.probing) != before:
+            self.breaker_phase += 1
+            self._probes_in_flight = 0
+
+    def add_zombie(self) -> None:
+        """Count a run that was abandoned and has not stopped yet."""
+        self.zombies += 1
+
+    def remove_zombie(self) -> None:
+        """Stop counting an abandoned run, because it has stopped."""
+        self.zombies -= 1
+
+    def mark_stuck(self) -> None:
+        """Remember that the worker is FAILED only because zombies hold every slot."""
+        self.stuck = True
+
+    def close_breaker(self) -> None:
+        """Close the breaker; `update_from_breaker` makes the worker follow."""
+        self.stuck = False
+        self.breaker.reset()
+
+    # --- what its runs call ---
+
+    def add_source(self, source: LoadSource) -> None:
+        """Add something that the calls of its runs use."""
+        self.sources[source] = None
+
+    def remove_declared(self, declared: DeclaredUpstream) -> None:
+        """Remove a declared upstream, because the real one has been used."""
+        self.declared.remove(declared)
+        del self.sources[declared]
+
+    def replace_call(self, call: Any) -> None:
+        """Replace the callable of its handler."""
+        self.handler = replace(self.handler, call=call)

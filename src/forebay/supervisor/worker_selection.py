@@ -1,4 +1,4 @@
-"""The router: of the workers that can accept, the one with the least expected finish, in O(log workers)."""
+"""Worker selection: of the workers that can accept a task, the one that would finish it first, in O(log workers)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
 
 
 class WorkerSelector:
-    """Workers by score, in heaps that are mended lazily.
+    """The workers of one task type by score, in heaps that are corrected when they are read.
 
     A score that has *risen* since its entry was pushed (the worker took a task) is found when the entry reaches the
-    top; one that has *fallen* must be announced by `lowered`, or a better worker would lie buried.
+    top. A score that has *fallen* must be announced by `update`; without that the better worker would stay hidden.
 
-    Those whose pace is not known yet go by the pool's typical one. When that falls they all get better at once, so they
-    have a heap of their own, in which it is left out.
+    Workers whose duration is not known yet are scored with the pool's typical one. When that falls they all become
+    better at once, so they have a heap of their own whose scores leave it out.
 
     Args:
-        task_type: whose pace counts.
-        typical: the pool's typical seconds for a task.
+        task_type: the task type whose durations count.
+        typical: returns the pool's typical seconds for a task.
     """
 
     __slots__ = ("_current", "_heaps", "_idle", "_stamp", "_task_type", "_typical")
@@ -29,14 +29,14 @@ class WorkerSelector:
     def __init__(self, task_type: str, typical: Callable[[], float]) -> None:
         self._task_type = task_type
         self._typical = typical
-        self._heaps: tuple[_Heap, _Heap] = ([], [])  # of those with a pace of their own; of those without
-        # the stamp of the entry that counts; without one, the worker is in neither heap
+        self._heaps: tuple[_Heap, _Heap] = ([], [])  # workers with a duration of their own; workers without
+        # The stamp of the entry that counts. A worker without one is in neither heap.
         self._current: dict[WorkerAgent, int] = {}
-        self._idle: dict[WorkerAgent, None] = {}  # in the order in which they fell idle
+        self._idle: dict[WorkerAgent, None] = {}  # in the order in which they became idle
         self._stamp = 0
 
     def update(self, worker: WorkerAgent) -> None:
-        """`worker` may have become a better choice: it finished something, came, or came back."""
+        """Push `worker` again: it finished something, is new, or can accept tasks again."""
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
         self._push(worker)
@@ -44,11 +44,11 @@ class WorkerSelector:
             self._compact()
 
     def mark_busy(self, worker: WorkerAgent) -> None:
-        """`worker` took a task, or left: it is not idle."""
+        """Remove `worker` from the idle ones: it took a task."""
         self._idle.pop(worker, None)
 
     def pick(self, *, idle_first: bool = False) -> WorkerAgent | None:
-        """The best worker that can accept, or None. With `idle_first`, an IDLE one goes before all others."""
+        """Return the best worker that can accept a task, or None. With `idle_first`, prefer an IDLE one."""
         best = self._best()
         if idle_first and best is not None and best.current_tasks:
             for worker in self._idle:
@@ -57,11 +57,11 @@ class WorkerSelector:
         return best
 
     def _best(self) -> WorkerAgent | None:
-        paced, fresh = self._top(0), self._top(1)
-        if paced is None or fresh is None:
-            return paced or fresh
+        timed, fresh = self._top(0), self._top(1)
+        if timed is None or fresh is None:
+            return timed or fresh
         typical = self._typical()
-        return min(paced, fresh, key=lambda worker: worker.score(self._task_type, typical))
+        return min(timed, fresh, key=lambda worker: worker.score(self._task_type, typical))
 
     def _top(self, which: int) -> WorkerAgent | None:
         heap = self._heaps[which]
@@ -71,7 +71,7 @@ class WorkerSelector:
                 heapq.heappop(heap)
             elif not worker.can_accept():
                 heapq.heappop(heap)
-                del self._current[worker]  # `lowered` brings it back
+                del self._current[worker]  # `update` brings it back
             elif which != self._heap_index(worker) or self._score(worker) > score:
                 heapq.heappop(heap)
                 self._push(worker)

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from forebay._validate import reject
 from forebay.breaker import Breaker
 from forebay.quota import RateLimiter
 from forebay.upstream.account import Account
 from forebay.upstream.shared_account import SharedAccount
 from forebay.upstream.spend import UpstreamBudgets
-from forebay.upstream.upstream_settings import UpstreamSettings, reject
+from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 
 _CACHED: Final = 1_000  # accounts that nobody holds; the least recently used go first

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Final, NoReturn, Protocol
 from urllib.parse import urlsplit
 
-from forebay.errors import InvalidSetting
+from forebay._renamed import renamed_arguments
+from forebay._validate import reject
 from forebay.upstream.core import UpstreamCore
 
 _WILDCARD: Final = re.compile(r"[*?\[]")
@@ -33,6 +34,7 @@ class FallbackTarget(Protocol):
         """Its own fallbacks, in order."""
 
 
+@renamed_arguments(of="models", when="load_threshold")
 @dataclass(frozen=True, slots=True)
 class Fallback:
     """Sends a call to another model or upstream when its own account cannot serve it, or is above a load.
@@ -152,11 +154,11 @@ def _check_protocol(core: UpstreamCore, to: UpstreamCore) -> None:
 
 
 def _reject(name: str, value: Any, expected: str) -> NoReturn:
-    raise InvalidSetting(owner=_OWNER, name=name, value=value, expected=expected)
+    reject(_OWNER, name, value, expected)
 
 
 def _reject_fallback(core: UpstreamCore, value: Any, expected: str) -> NoReturn:
-    raise InvalidSetting(owner=f"Upstream {core.name!r}", name="fallback", value=value, expected=expected)
+    reject(f"Upstream {core.name!r}", "fallback", value, expected)
 
 
 def _url_problem(url: object) -> str | None:

@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from forebay import clock
+from forebay._renamed import renamed_arguments
+from forebay._validate import check_instance, check_name
 from forebay.breaker import BreakerRules
-from forebay.errors import InvalidSetting
-from forebay.interfaces import Charge, Limit, Reading
+from forebay.interfaces import Charge, Reading
+from forebay.limit import Limit
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
@@ -24,7 +26,7 @@ from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
 from forebay.upstream.spend import UpstreamBudgets
 from forebay.upstream.upstream_retries import UpstreamRetries
-from forebay.upstream.upstream_settings import UpstreamSettings, check_kind
+from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
 
@@ -73,6 +75,7 @@ class Upstream:
         InvalidSetting: a setting is invalid.
     """
 
+    @renamed_arguments(longest_wait="max_wait", start_wait="max_start_wait")
     def __init__(  # noqa: PLR0913 - every bound is a setting that a user can see
         self,
         name: str,
@@ -93,11 +96,11 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
     ) -> None:
-        if not isinstance(name, str) or not name:
-            raise InvalidSetting(owner="Upstream", name="name", value=name, expected="a non-empty string")
+        check_name("Upstream", "name", name)
+        owner = f"Upstream {name!r}"
         for setting, given in {"budget": budget, "tenant_budget": tenant_budget, "task_budget": task_budget}.items():
-            check_kind(f"Upstream {name!r}", setting, given, Budget, "Budget(usd=25, per='day')")
-        check_kind(f"Upstream {name!r}", "retry", retry, Retry, "Retry(max_attempts=3)")
+            check_instance(owner, setting, given, Budget, example="Budget(usd=25, per='day')", optional=True)
+        check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
         settings = UpstreamSettings(
             name,
             models=models,

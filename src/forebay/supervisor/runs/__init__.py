@@ -1,1 +1,1 @@
-"""Runs: one attempt at one task, from the slot it takes to the end of its handler."""
+"""Runs: one attempt at one task, from the slot that it takes to the moment its handler has really ended."""

@@ -1,78 +1,129 @@
-"""How tasks end: in the line, by their handler, or before their handler has (a zombie)."""
+"""How runs end: by their handler, or before their handler has (a zombie); and what that means for their worker."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay.errors import Overloaded, RemoteError, StillSpilled
-from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
+from forebay.events import EventBus, WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
-from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.run import ActiveRuns, Run
+from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.pool import Pool, Pools
+    from forebay.supervisor.runs.timers import Timer, Timers
+    from forebay.supervisor.start_gate import StartGate
+    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
 
-_SUCCESS, _SUCCEEDED = Outcome.SUCCESS, TaskStatus.SUCCEEDED  # an enum's attribute is dear on the hot path
-_CLOCK_TOLERANCE = 1e-3  # seconds; the loop's clock and the wall's may differ by so much when a timer fires
+# attribute access on an enum is slow on the hot path
+_SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
+    Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
+)  # fmt: skip
+_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and the wall clock may differ when a timer fires
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
+class CompletionDispatcher(Protocol):
+    """The dispatcher, as far as the end of a run needs it."""
+
+    @property
+    def pools(self) -> Pools:
+        """The pools of the supervisor."""
+
+    def finish(self, ticket: Ticket, result: TaskResult) -> None:
+        """Give a ticket its result; if it is stored, once the store has it."""
+
+    def can_requeue(self, ticket: Ticket) -> bool:
+        """Return whether a task is stored so that the next process finds it."""
+
+    def requeue(self, ticket: Ticket) -> None:
+        """Leave a stored task to the next process."""
+
+    def next_in_conversation(self, ticket: Ticket) -> None:
+        """Let the next task of its thread have its turn."""
+
+    def return_slot(self, run: Run, now: float | None = None) -> None:
+        """Return the slot of a run, and start what comes next."""
+
+    def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
+        """Start as many waiting tasks on `worker` as it has slots for."""
+
+    def update_slots(self, worker: WorkerAgent) -> None:
+        """Count the slots that `worker` has now, and dispatch to it."""
+
+
 class RunCompletion:
-    """The ways out. Each gives the ticket its result exactly once, and each slot back when its handler has ended."""
+    """The ways in which a run ends.
 
-    def __init__(self, dispatcher: Dispatcher, *, zombie_grace: float) -> None:
+    Each gives the ticket its result exactly once, and returns the slot once the handler has ended.
+
+    Attributes:
+        zombies: how many handlers have outlived their timeout or cancellation, and the grace after it.
+        timed_workers: workers with a timer for those of their runs that end at the worker's timeout.
+    """
+
+    def __init__(  # noqa: PLR0913 - its collaborators
+        self,
+        dispatcher: CompletionDispatcher,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        timers: Timers,
+        registry: TicketRegistry,
+        runs: ActiveRuns,
+        start_gate: StartGate,
+        bus: EventBus,
+        zombie_grace: float,
+    ) -> None:
         self._dispatcher = dispatcher
-        self._grace = zombie_grace
+        self._loop = loop
+        self._timers = timers
+        self._registry = registry
+        self._runs = runs
+        self._start_gate = start_gate
+        self._bus = bus
+        self._grace = zombie_grace  # seconds
+        self._pools: Mapping[str, Pool] = dispatcher.pools.by_type
+        self.zombies = 0
+        self.timed_workers: dict[WorkerAgent, Timer] = {}  # the timer may be late, if the run that it is for has ended
+        self._breaker_timers: dict[WorkerAgent, Timer] = {}  # when time alone changes a breaker
 
-    # --- before a handler began ---
-
-    def expire(self, ticket: Ticket, error: str) -> None:
-        """End a waiting ticket whose deadline cannot be met."""
-        self.end_waiting(ticket, TaskStatus.EXPIRED, error)
-
-    def end_waiting(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
-        """End a ticket that waits inside, and free its place."""
-        self._dispatcher.dequeue(ticket)
-        ticket.parent = None
-        self._dispatcher.finish(ticket, unsuccessful_result(ticket, status, error))
-
-    # --- before a handler ended ---
+    # --- before the handler has ended ---
 
     def time_out(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
         if run.deadline is not None and run.deadline.remaining() <= _CLOCK_TOLERANCE:
-            house = self._dispatcher
-            house.pools[run.task.task_type].service_times.record_timeout(house.loop.time() - run.started_at)
-            self.end_early(run, TaskStatus.EXPIRED, "its deadline passed while it ran")
+            self._pools[run.task.task_type].service_times.record_timeout(self._loop.time() - run.started_at)
+            self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
             timeout = run.task.timeout or run.worker.timeout
-            self.end_early(run, TaskStatus.TIMED_OUT, f"it ran longer than its timeout of {timeout:g} s")
+            self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {timeout:g} s")
 
     def arm_timeout(self, run: Run) -> None:
-        """End `run` in time.
+        """Set the timer that ends `run` when its time is up.
 
-        Those that may run as long as their worker says end in the order in which they began: one timer a worker will
-        do for them, and none has to be cancelled.
+        Runs that may take as long as their worker says end in the order in which they started. So one timer a worker is
+        enough for them, and none has to be cancelled.
         """
-        worker, timers = run.worker, self._dispatcher.timers
+        worker, timers = run.worker, self._timers
         if run.task.timeout is not None or run.deadline is not None:
-            run.timer = timers.at(self._dispatcher.ends_at(run), self.time_out, run)
-        elif worker.timeout_timer is None:
-            worker.timeout_timer = timers.at(run.started_at + worker.timeout, self._check_timeouts, worker)
+            run.set_timer(timers.at(run.ends_at(), self.time_out, run))
+        elif worker not in self.timed_workers:
+            self.timed_workers[worker] = timers.at(run.started_at + worker.timeout, self._check_timeouts, worker)
 
     def _check_timeouts(self, worker: WorkerAgent) -> None:
-        worker.timeout_timer = None
-        now = self._dispatcher.loop.time()
-        for run in list(worker.runs):
-            if run.timer is not None or run.abandoned_at is not None or run.ticket.slot is not None:
-                continue  # it has a timer of its own, or needs none any more
+        self.timed_workers.pop(worker, None)
+        now = self._loop.time()
+        for run in self._runs.on(worker):
+            if not run.ends_with_worker_timeout:
+                continue
             if (due := run.started_at + worker.timeout) > now:
-                if worker.timeout_timer is None:  # else another has begun, since one of these ended
-                    worker.timeout_timer = self._dispatcher.timers.at(due, self._check_timeouts, worker)
+                if worker not in self.timed_workers:  # otherwise another run has started, since one of these ended
+                    self.timed_workers[worker] = self._timers.at(due, self._check_timeouts, worker)
                 break
             self.time_out(run)
 
@@ -80,89 +131,86 @@ class RunCompletion:
         """End the ticket now and ask the handler to stop; until it does, the run is a zombie and holds its slot."""
         if run.abandoned_at is not None or run.ended:
             return
-        duration_ms = 1000 * (self._dispatcher.loop.time() - run.started_at)
-        self._detach(run, Outcome.FAULT if status is TaskStatus.TIMED_OUT else Outcome.IGNORED)
+        duration_ms = 1000 * (self._loop.time() - run.started_at)
+        self._detach(run, Outcome.FAULT if status is _TIMED_OUT else Outcome.IGNORED)
         result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
         self._dispatcher.finish(run.ticket, result)
-        self._stop_handler(run)
+        run.stop()
         if run.worker.probing:
-            self._dispatcher.dispatch(run.worker)  # the probe is returned, whether or not its handler stops
+            self._dispatcher.dispatch(run.worker)  # the probe is free again, whether or not its handler stops
 
     def abandon(self, run: Run) -> None:
-        """Ask the handler to stop without ending the ticket: the task is to be run again, elsewhere."""
+        """Ask the handler to stop without ending the ticket: the task is to run again, in another process."""
         if run.abandoned_at is None and not run.ended:
             self._detach(run, Outcome.IGNORED)
-            self._stop_handler(run)
-
-    def _detach(self, run: Run, outcome: Outcome) -> None:
-        """What the handler still does no longer matters to the ticket."""
-        house = self._dispatcher
-        now = run.abandoned_at = house.loop.time()
-        run.worker.zombies += 1
-        self._cancel_timer(run)
-        run.timer = house.timers.at(now + self._grace, self._mark_zombie, run)
-        self._record_outcome(run, outcome)
-
-    def _stop_handler(self, run: Run) -> None:
-        if run.ticket.slot is not None:
-            run.ticket.slot.stop()
-        else:
             run.stop()
 
+    def _detach(self, run: Run, outcome: Outcome) -> None:
+        """Make sure that nothing which the handler still does matters to the ticket."""
+        now = self._loop.time()
+        run.mark_abandoned(now)
+        self._timers.cancel(run.clear_timer())
+        run.set_timer(self._timers.at(now + self._grace, self._mark_zombie, run))
+        self._record_outcome(run, outcome)
+
     def _mark_zombie(self, run: Run) -> None:
-        house, worker = self._dispatcher, run.worker
-        run.zombie = True
-        house.counts.zombies += 1
+        worker = run.worker
+        run.mark_zombie()
+        self.zombies += 1
         task_id, name = run.task.task_id, worker.name
         log.warning(
-            "task %r ended, but its handler on worker %r did not stop: it keeps its slot until it does", task_id, name
+            "task %r has ended, but its handler on worker %r did not stop: it holds its slot until it does",
+            task_id,
+            name,
         )
-        house.emit(run.ticket, ZombieFound(at=house.loop.time(), task_id=task_id, worker_id=name))
-        if sum(other.zombie for other in worker.runs) >= worker.max_concurrent:
-            worker.stuck = (
-                self.trip_breaker(worker, "every slot is held by a handler that does not stop") or worker.stuck
-            )
+        self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
+        if sum(other.zombie for other in self._runs.on(worker)) >= worker.max_concurrent and self.trip_breaker(
+            worker, "every slot is held by a handler that does not stop"
+        ):
+            worker.mark_stuck()
 
-    # --- when a handler has ended ---
+    # --- when the handler has ended ---
 
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
-        """Take the end of a handler: result, pace, breaker; then its slot goes to whoever comes next."""
-        house, worker, ticket, task = self._dispatcher, run.worker, run.ticket, run.task
-        now = house.loop.time()
+        """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
+        worker, ticket, task = run.worker, run.ticket, run.task
+        now = self._loop.time()
         seconds = now - run.started_at
-        run.ended = True
-        worker.runs.pop(run, None)
+        holds_slot = run.end()
+        self._runs.remove(run)
         if run.timer is not None:
-            self._cancel_timer(run)
+            self._timers.cancel(run.clear_timer())
         if run.expected_sources:
-            house.start_gate.run_ended(run)
+            self._start_gate.run_ended(run)
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
-        house.pools[task.task_type].record_run(seconds, run.calls, success=success)
-        if ticket.run is run:  # else it has been begun again beside a handler that did not stop
-            ticket.run = None
-            ticket.parent = None  # what it knew of its ancestors must not keep them alive
+        pool = self._pools[task.task_type]
+        pool.service_times.record(seconds, success=success)
+        if ticket.run is run:  # otherwise it has been started again beside a handler that did not stop
+            ticket.end_run()
         if success:
-            self._succeeded(run, value, now, seconds)
+            self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
             self._failed(run, cause, 1000 * seconds)
         else:
             self._abandoned_run_stopped(run, now - run.abandoned_at)
         if task.thread_id is not None and ticket.run is None:
-            house.next_in_conversation(ticket)
-        if run.holds_slot:
-            house.return_slot(run, now)
-        if house.progress_listeners:
-            house.notify_progress()
+            self._dispatcher.next_in_conversation(ticket)
+        if holds_slot:
+            self._dispatcher.return_slot(run, now)
+        if self._registry.listeners:
+            self._registry.notify_progress()
 
-    def _succeeded(self, run: Run, value: Any, now: float, seconds: float) -> None:
-        worker, ticket = run.worker, run.ticket
-        worker.record_success(run.task.task_type, seconds)
+    def _succeeded(self, run: Run, value: Any, now: float, seconds: float, pool: Pool) -> None:
+        worker, ticket, task = run.worker, run.ticket, run.task
+        if run.calls is not None:
+            pool.record_calls(run.calls)
+        worker.record_success(task.task_type, seconds)
         if worker.breaker.record(now, _SUCCESS, run.breaker_epoch) is not None:
             self.update_breaker(worker, "")
         result = TaskResult(
-            task_id=run.task.task_id,
+            task_id=task.task_id,
             worker_id=worker.name,
             success=True,
             status=_SUCCEEDED,
@@ -173,32 +221,32 @@ class RunCompletion:
         if ticket.stored:
             self._dispatcher.finish(ticket, result)
         else:
-            self._dispatcher.settle(ticket, result)
+            self._registry.settle(ticket, result)
 
     def _abandoned_run_stopped(self, run: Run, after: float) -> None:
-        """The handler of a run that was abandoned `after` seconds ago is there no more."""
-        house, worker = self._dispatcher, run.worker
-        worker.zombies -= 1
+        """Process the end of a handler whose run was abandoned `after` seconds ago."""
+        worker = run.worker
+        worker.remove_zombie()
         if run.zombie:
             self._revive_if_stuck(worker)
-            task_id, now = run.task.task_id, house.loop.time()
-            house.emit(run.ticket, ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after))
+            task_id, now = run.task.task_id, self._loop.time()
+            event = ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after)
+            self._registry.emit(run.ticket, event)
 
     def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
-        overflow = self._dispatcher.spill
         if run.rejections and not isinstance(cause, Overloaded):
-            cause = next(reversed(run.rejections.values()))  # whatever its framework has made of that
-        if isinstance(cause, StillSpilled) and ticket.lease is not None and overflow is not None and overflow.durable:
+            cause = next(reversed(run.rejections.values()))  # whatever its framework has made of it
+        if isinstance(cause, StillSpilled) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
-            overflow.requeue(ticket)  # what it waited for is left to the next process, and so is it
+            self._dispatcher.requeue(ticket)  # what it waited for is left to the next process, and so is this task
             return
         if isinstance(cause, asyncio.CancelledError):
             status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
-            outcome = Outcome.IGNORED  # refused or put off further on: that says nothing about this worker
+            outcome = Outcome.IGNORED  # rejected or put off further on: that says nothing about this worker
             error = describe_error(cause)
         else:
             error = describe_error(cause)
@@ -211,105 +259,74 @@ class RunCompletion:
     # --- the worker's breaker ---
 
     def _record_outcome(self, run: Run, outcome: Outcome) -> None:
-        """Tell the worker's breaker and its score how a run went."""
+        """Record in the worker's breaker and in its score how a run went."""
         worker = run.worker
-        now = self._dispatcher.loop.time()
+        now = self._loop.time()
         if outcome is Outcome.FAULT:
             worker.raise_penalty()
-            self._dispatcher.timers.at(now + _PENALTY_LIFETIME, self._lower_penalty, worker)
+            self._timers.at(now + _PENALTY_LIFETIME, self._lower_penalty, worker)
         if worker.breaker.record(now, outcome, run.breaker_epoch) is not None:
             self.update_breaker(worker, "too many of its tasks failed")
 
     def _lower_penalty(self, worker: WorkerAgent) -> None:
         worker.lower_penalty()
-        for pool in worker.pools:
-            if worker.can_accept():
+        if worker.can_accept():
+            for pool in self._dispatcher.pools.by_worker[worker]:
                 pool.selector.update(worker)
 
     def trip_breaker(self, worker: WorkerAgent, reason: str) -> bool:
-        """Open a worker's breaker for a reason of our own. False: it was open already."""
-        opened = worker.breaker.trip(self._dispatcher.loop.time()) is not None
+        """Open the breaker of a worker for a reason other than faults. False: it was open already."""
+        opened = worker.breaker.trip(self._loop.time()) is not None
         if opened:
             self.update_breaker(worker, reason)
         return opened
 
     def _revive_if_stuck(self, worker: WorkerAgent) -> None:
-        """A zombie has ended: if zombies alone had made the worker FAILED, it can serve again, unless told to wait."""
-        if worker.stuck and worker.breaker.retry_after(self._dispatcher.loop.time()) is not None:
+        """Revive a worker that was FAILED only because of zombies, unless a person is to revive it."""
+        if worker.stuck and worker.breaker.retry_after(self._loop.time()) is not None:
             self.revive(worker)
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
-        worker.stuck = False
-        worker.breaker.reset()
+        worker.close_breaker()
         self.update_breaker(worker, "")
 
     def update_breaker(self, worker: WorkerAgent, reason: str) -> None:
-        """Bring the house up to date with a worker's breaker, and come back when it has slept."""
-        house = self._dispatcher
-        now = house.loop.time()
+        """Follow a change of a worker's breaker, and set the timer of the next one."""
+        now = self._loop.time()
         failed = worker.failed
-        if worker.update_from_breaker(now):
-            worker.breaker_phase += 1
+        worker.update_from_breaker(now)
         self.arm_breaker_timer(worker)
         if worker.failed and not failed:
-            sleep = worker.breaker.retry_after(now)
-            again = "until it is revived" if sleep is None else f"for {sleep:.1f} s"
-            log.warning("worker %r is FAILED %s: %s", worker.name, again, reason)
-            house.bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=sleep))
+            retry_in = worker.breaker.retry_after(now)
+            until = "until it is revived" if retry_in is None else f"for {retry_in:.1f} s"
+            log.warning("worker %r is FAILED %s: %s", worker.name, until, reason)
+            self._bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=retry_in))
         elif failed and not worker.failed:
-            log.info("worker %r takes work again", worker.name)
-            house.bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
-        house.update_slots(worker)
-        house.notify_progress()
+            log.info("worker %r accepts tasks again", worker.name)
+            self._bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
+        self._dispatcher.update_slots(worker)
+        self._registry.notify_progress()
 
     def arm_breaker_timer(self, worker: WorkerAgent) -> None:
-        """Come back when time alone will have changed a worker's breaker: it has slept, or a probe is overdue."""
-        timers, now = self._dispatcher.timers, self._dispatcher.loop.time()
-        if worker.breaker_timer is not None:
-            timers.cancel(worker.breaker_timer)
-            worker.breaker_timer = None
+        """Set the timer for when time alone changes a worker's breaker: it closes to a probe, or a probe is overdue."""
+        now = self._loop.time()
+        self._timers.cancel(self._breaker_timers.pop(worker, None))
         remaining = worker.breaker.retry_after(now)
-        if remaining:  # neither None nor nothing; a sum of floats may fall short of it by a hair
-            worker.breaker_timer = timers.at(now + remaining + 1e-6, self._breaker_timer_fired, worker)
+        if remaining:  # neither None nor 0; a sum of floats may fall short of it by a hair
+            due = now + remaining + 1e-6
+            self._breaker_timers[worker] = self._timers.at(due, self._breaker_timer_fired, worker)
 
     def _breaker_timer_fired(self, worker: WorkerAgent) -> None:
         self.update_breaker(worker, "a probe is overdue")
 
-    def _cancel_timer(self, run: Run) -> None:
-        if run.timer is not None:
-            self._dispatcher.timers.cancel(run.timer)
-            run.timer = None
-
-
-def unsuccessful_result(  # noqa: PLR0913 - the fields of a result
-    ticket: Ticket,
-    status: TaskStatus,
-    error: str,
-    *,
-    worker_id: str | None = None,
-    duration_ms: float = 0.0,
-    cause: BaseException | None = None,
-) -> TaskResult:
-    """The result of a task that did not succeed."""
-    return TaskResult(
-        task_id=ticket.task_id,
-        worker_id=worker_id,
-        success=False,
-        status=status,
-        error=error,
-        duration_ms=duration_ms,
-        attempts=ticket.attempts,
-        cause=cause,
-    )
-
 
 def describe_error(cause: BaseException | None) -> str:
-    """An exception as ``"ValueError: ..."``; its own ``str`` may fail."""
+    """Return an exception as ``"ValueError: ..."``; its own ``str`` may fail."""
     try:
         text = str(cause)
     except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
         text = "(its message cannot be shown)"
     if isinstance(cause, RemoteError):
-        return text  # the type is the first word of it
+        return text  # its first word is the type
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

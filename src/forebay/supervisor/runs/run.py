@@ -1,80 +1,136 @@
-"""One attempt at one task: from the slot it takes to the moment its handler has really ended."""
+"""A run: one attempt at one task, from the slot that it takes to the moment its handler has really ended."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 import msgspec
 
 from forebay.events import TaskProgress, log
-from forebay.task import Deadline, Task
+from forebay.task import Deadline, Task, TaskStatus
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.runs.runner import Runner
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.ticket import Ticket
+    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
 
 Ts = TypeVarTuple("Ts")
 
 
 class StopIterationCarrier(BaseException):
-    """Brings a handler's StopIteration out of a coroutine, which takes one for its own end."""
+    """Carries a handler's StopIteration out of a coroutine, which would take one for its own end."""
 
     def __init__(self, cause: StopIteration) -> None:
         self.cause = cause
 
 
-class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
-    """A task under way on a worker. It is what the task's own calls see as the running task."""
+class HandlerRunner(Protocol):
+    """The `Runner` that steps a handler."""
 
-    dispatcher: Dispatcher
+    def stop(self, run: Run) -> None:
+        """Cancel the handler of `run`."""
+
+    def handles(self, run: Run, aio: asyncio.Task[Any] | None) -> bool:
+        """Return whether the handler of `run` is running, in `aio`."""
+
+
+class RunEnder(Protocol):
+    """The `RunCompletion` of a dispatcher, as far as a run needs it."""
+
+    def time_out(self, run: Run) -> None:
+        """End a run whose time is up."""
+
+    def end_early(self, run: Run, status: TaskStatus, error: str) -> None:
+        """End the ticket of a run now, and ask the handler to stop."""
+
+    def abandon(self, run: Run) -> None:
+        """Ask the handler of a run to stop without ending the ticket."""
+
+    def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
+        """Finish a run whose handler has ended."""
+
+
+class RunOwner(Protocol):
+    """The dispatcher, as far as its runs need it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it runs on."""
+
+    @property
+    def threads(self) -> Executor:
+        """Where blocking handlers run."""
+
+    @property
+    def registry(self) -> TicketRegistry:
+        """The tickets, and the listeners to their events."""
+
+    @property
+    def completion(self) -> RunEnder:
+        """The ways in which a run can end."""
+
+    @property
+    def slot_claims(self) -> SlotClaims:
+        """The runs that lent their slot and wait to have it back."""
+
+    def take_slot(self, run: Run) -> None:
+        """Take a slot of the run's worker."""
+
+    def return_slot(self, run: Run) -> None:
+        """Return the slot of a run, and start what comes next."""
+
+    def source_used(self, run: Run, source: LoadSource) -> None:
+        """Take note that the run is the first of its worker to call `source`."""
+
+    def run_in_background(self, work: Awaitable[Any]) -> None:
+        """Await `work`, and log it if it fails."""
+
+
+class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
+    """A task in progress on a worker. The task's own calls see it as the running task."""
+
+    dispatcher: RunOwner
     ticket: Ticket
     task: Task
     deadline: Deadline | None
     worker: WorkerAgent
-    breaker_epoch: int  # of the worker's breaker
+    breaker_epoch: int
     breaker_phase: int
-    started_at: float
-    holds_slot: bool = False  # the slot is taken, not lent
-    runner: Runner | None = None  # what steps its handler
+    started_at: float  # loop time
+    holds_slot: bool = True  # False while the slot is lent, and after the end
+    runner: HandlerRunner | None = None
     timer: Timer | None = None
-    awaited_tasks: int = 0  # tasks of whatever house that it awaits
+    awaited_tasks: int = 0  # tasks, of any supervisor, that it awaits
     slot_loans: int = 0  # tasks that it, or a run below it, awaits and that may need its slot
-    abandoned_at: float | None = None  # when its ticket ended before its handler did
-    zombie: bool = False  # abandoned, and still there after the grace
+    abandoned_at: float | None = None  # loop time at which its ticket ended before its handler did
+    zombie: bool = False  # abandoned, and still running after the grace
     ended: bool = False
-    calls: dict[LoadSource, int] | None = None  # how often it has called what it draws on
-    expected_sources: dict[LoadSource, None] | None = None  # on which its first call is still to come
-    rejections: dict[object, Overloaded] | None = None  # of its calls, for good, by what refused them
-    upstream_failed: bool = False  # an upstream failed one of its calls
-    in_thread: bool = False  # what steps its handler only waits for a thread
+    calls: dict[LoadSource, int] | None = None  # how often it has called each source
+    expected_sources: dict[LoadSource, None] | None = None  # sources that it has not called yet and is expected to
+    rejections: dict[object, Overloaded] | None = None  # final rejections of its calls, by what rejected them
+    upstream_failed: bool = False  # one of its calls failed because of the upstream
+    in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
+
+    # --- what its calls and its listeners see ---
 
     @property
     def attempt(self) -> int:
-        """Which start of the task's handler this is."""
+        """Which start of the task's handler this is, from 1."""
         return self.ticket.attempts
 
-    @property
-    def lacks_slot(self) -> bool:
-        """Whether it goes on, and has no slot: it lent its own, and waits for nothing any more."""
-        return not (self.holds_slot or self.lends_slot or self.ended)
-
-    @property
-    def lends_slot(self) -> bool:
-        """Whether its slot is for others now: see `SlotLoan`."""
-        return self.awaited_tasks > 0 and self.slot_loans > 0
-
     def record_call(self, source: LoadSource) -> None:
-        """Its worker's runs draw on `source`. From any thread."""
+        """Count a call of `source`, which other runs of its worker will call too. Callable from any thread."""
         calls = self.calls
         if calls is None:
             calls = self.calls = {}
@@ -84,26 +140,20 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
         elif source not in self.worker.sources:
             self._in_loop(self.dispatcher.source_used, self, source)
 
-    def first_call_made(self, source: LoadSource) -> None:
-        """Its first call of `source` is there, or will never come."""
-        if self.expected_sources is not None and source in self.expected_sources:
-            del self.expected_sources[source]
-            source.add_expected_calls(-1)
-
     def record_rejection(self, by: object, error: Overloaded) -> None:
-        """A call was refused for good."""
+        """Record that a call was rejected for good."""
         self.rejections = {**(self.rejections or {}), by: error}
 
     def record_upstream_fault(self) -> None:
-        """An upstream failed one of its calls."""
+        """Record that a call failed because of its upstream."""
         self.upstream_failed = True
 
     def report(self, value: Any) -> None:
-        """Hand `value` to whoever listens; from any thread."""
+        """Send `value` to the listeners of the task's events. Callable from any thread."""
         self._in_loop(self._emit_progress, value)
 
     def _in_loop(self, callback: Callable[[*Ts], object], *arguments: *Ts) -> None:
-        if asyncio._get_running_loop() is self.dispatcher.loop:  # noqa: SLF001 - documented for such use; None in a thread
+        if asyncio._get_running_loop() is self.dispatcher.loop:  # noqa: SLF001 - documented; None in a thread
             callback(*arguments)
         else:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
@@ -111,13 +161,85 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
 
     def _emit_progress(self, value: Any) -> None:
         if not self.ended:
-            self.dispatcher.emit(
-                self.ticket, TaskProgress(at=self.dispatcher.loop.time(), task_id=self.task.task_id, value=value)
-            )
+            at = self.dispatcher.loop.time()
+            event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
+            self.dispatcher.registry.emit(self.ticket, event)
+
+    # --- calls that are expected of it ---
+
+    def expect_calls(self, sources: Mapping[LoadSource, None]) -> None:
+        """Expect a first call of each of these sources."""
+        self.expected_sources = dict(sources)
+        for source in sources:
+            source.add_expected_calls(1)
+
+    def expect_call(self, source: LoadSource) -> None:
+        """Expect a first call of `source`, unless it is expected already."""
+        if self.expected_sources is not None and source not in self.expected_sources:
+            self.expected_sources[source] = None
+            source.add_expected_calls(1)
+
+    def first_call_made(self, source: LoadSource) -> None:
+        """Stop expecting the first call of `source`: it was made, or never will be."""
+        if self.expected_sources is not None and source in self.expected_sources:
+            del self.expected_sources[source]
+            source.add_expected_calls(-1)
+
+    # --- its slot ---
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it is a probe of its worker's half-open breaker, and has not been abandoned."""
+        worker = self.worker
+        return worker.probing and self.breaker_phase == worker.breaker_phase and self.abandoned_at is None
+
+    @property
+    def lends_slot(self) -> bool:
+        """Whether others may use its slot now: see `SlotLoan`."""
+        return self.awaited_tasks > 0 and self.slot_loans > 0
+
+    @property
+    def lacks_slot(self) -> bool:
+        """Whether it goes on and has no slot: it lent its own, and waits for nothing any more."""
+        return not (self.holds_slot or self.lends_slot or self.ended)
+
+    def take_slot(self) -> None:
+        """Take a slot of its worker again."""
+        self.holds_slot = True
+
+    def give_slot(self) -> None:
+        """Give its slot away while it awaits a task."""
+        self.holds_slot = False
+
+    def begin_await(self) -> None:
+        """Count a task that it awaits."""
+        self.awaited_tasks += 1
+
+    def end_await(self) -> None:
+        """Stop counting a task that it awaited."""
+        self.awaited_tasks -= 1
+
+    def begin_loan(self) -> None:
+        """Count an await, here or below, that may need its slot."""
+        self.slot_loans += 1
+
+    def end_loan(self) -> None:
+        """Stop counting an await that might have needed its slot."""
+        self.slot_loans -= 1
+
+    # --- its handler ---
+
+    def attach(self, runner: HandlerRunner) -> None:
+        """Remember what steps its handler."""
+        self.runner = runner
+
+    def is_handled_in(self, aio: asyncio.Task[Any] | None) -> bool:
+        """Return whether its handler is running, in `aio`."""
+        return self.runner is not None and self.runner.handles(self, aio)
 
     async def call_in_thread(self) -> Any:
-        """Call the handler in a thread; its value."""
-        # The thread reports by value: no future can carry StopIteration.
+        """Call the handler in a thread, and return its value."""
+        # The thread returns an exception as a value, because no future can carry StopIteration.
         self.in_thread = True
         loop, work = self.dispatcher.loop, copy_context().run
         try:
@@ -133,10 +255,13 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
         return await value if inspect.isawaitable(value) else value
 
     def stop(self) -> None:
-        """Ask the handler to stop. It may not: then it is a zombie until it does.
+        """Ask the handler, or the body of the slot, to stop. It may not: then it is a zombie until it does.
 
-        A thread cannot be stopped; cancelling what waits for it would only hide it.
+        A thread cannot be stopped. Cancelling what waits for it would only hide it.
         """
+        if self.ticket.slot is not None:
+            self.ticket.slot.stop()
+            return
         on_cancel = self.worker.handler.on_cancel
         if on_cancel is not None:
             try:
@@ -148,9 +273,147 @@ class Run(msgspec.Struct, eq=False):  # a Struct, since it is made in C
         if self.runner is not None and not self.in_thread:
             self.runner.stop(self)
 
+    # --- its time ---
+
+    def restart_clock(self, now: float) -> None:
+        """Count its time from `now`: its start has been recorded, and its handler starts only now."""
+        self.started_at = now
+
+    def ends_at(self) -> float:
+        """Return the loop time at which it is ended: its timeout, or its deadline if that comes first."""
+        timeout = self.started_at + (self.task.timeout or self.worker.timeout)
+        return timeout if self.deadline is None else min(timeout, self.started_at + self.deadline.remaining())
+
+    def set_timer(self, timer: Timer) -> None:
+        """Keep a timer of its own: of its end or, once it is abandoned, of its grace."""
+        self.timer = timer
+
+    def clear_timer(self) -> Timer | None:
+        """Forget its timer, and return it if it had one: the caller cancels it."""
+        timer, self.timer = self.timer, None
+        return timer
+
+    @property
+    def ends_with_worker_timeout(self) -> bool:
+        """Whether the timer of its worker ends it, because it has none of its own."""
+        return self.timer is None and self.abandoned_at is None and self.ticket.slot is None
+
+    # --- its end ---
+
+    def time_out(self) -> None:
+        """End the ticket because its time is up, and ask the handler to stop."""
+        self.dispatcher.completion.time_out(self)
+
+    def end_early(self, status: TaskStatus, error: str) -> None:
+        """End the ticket now, and ask the handler to stop."""
+        self.dispatcher.completion.end_early(self, status, error)
+
+    def abandon(self) -> None:
+        """Ask the handler to stop without ending the ticket: the task is to run again."""
+        self.dispatcher.completion.abandon(self)
+
+    def handler_ended(self, value: Any, cause: BaseException | None) -> None:
+        """Finish the run: its handler returned `value`, or raised `cause`."""
+        self.dispatcher.completion.handler_ended(self, value, cause)
+
+    def mark_abandoned(self, now: float) -> None:
+        """Remember that nothing which its handler still does matters to the ticket."""
+        if self.holds_slot and self.is_probe:
+            self.worker.abandon_probe()
+        self.abandoned_at = now
+        self.worker.add_zombie()
+
+    def mark_zombie(self) -> None:
+        """Remember that its handler has not stopped within the grace."""
+        self.zombie = True
+
+    def end(self) -> bool:
+        """Remember that its handler has really ended; return whether it held a slot, which the caller now returns."""
+        self.ended = True
+        held, self.holds_slot = self.holds_slot, False
+        return held
+
 
 def _call_handler(call: Any, task: Task) -> tuple[Any, BaseException | None]:
     try:
         return call(task), None
-    except BaseException as exc:  # noqa: BLE001 - told to the loop as a value
+    except BaseException as exc:  # noqa: BLE001 - given to the loop as a value
         return None, exc
+
+
+class ActiveRuns:
+    """The runs in progress, zombies included, by worker."""
+
+    def __init__(self) -> None:
+        self._by_worker: dict[WorkerAgent, dict[Run, None]] = {}  # in the order in which their handlers started
+
+    def add_worker(self, worker: WorkerAgent) -> None:
+        """Make room for the runs of a worker."""
+        self._by_worker[worker] = {}
+
+    def add(self, run: Run) -> None:
+        """Add a run that starts now."""
+        self._by_worker[run.worker][run] = None
+
+    def move_to_end(self, run: Run) -> None:
+        """Make it the latest of its worker, because its handler starts only now."""
+        runs = self._by_worker[run.worker]
+        runs[run] = runs.pop(run)
+
+    def remove(self, run: Run) -> None:
+        """Remove a run whose handler has ended."""
+        self._by_worker[run.worker].pop(run, None)
+
+    def on(self, worker: WorkerAgent) -> list[Run]:
+        """Return the runs on a worker, in the order in which their handlers started."""
+        return list(self._by_worker.get(worker, ()))
+
+    def all(self) -> list[Run]:
+        """Return every run."""
+        return [run for runs in self._by_worker.values() for run in runs]
+
+
+class SlotClaims:
+    """The runs that lent their slot and wait to have it back, by worker, in the order in which they asked."""
+
+    def __init__(self) -> None:
+        self._claims: dict[WorkerAgent, deque[tuple[Run, asyncio.Future[None]]]] = {}
+
+    def claim(self, run: Run) -> asyncio.Future[None] | None:
+        """Take a slot for `run` if one is free.
+
+        Returns:
+            Otherwise a future that is done when it has one, or None if it need not wait: a run that is being cancelled
+            ends without a slot.
+        """
+        worker = run.worker
+        if worker.has_free_slot() and not worker.pending_claims:
+            run.dispatcher.take_slot(run)
+            return None
+        if run.abandoned_at is not None:
+            return None
+        granted: asyncio.Future[None] = run.dispatcher.loop.create_future()
+        self._claims.setdefault(worker, deque()).append((run, granted))
+        worker.add_claim()
+        return granted
+
+    def withdraw(self, run: Run, granted: asyncio.Future[None]) -> None:
+        """Remove a claim, if it is still there."""
+        self._remove(run.worker, [claim for claim in self._claims.get(run.worker, ()) if claim == (run, granted)])
+
+    def grant(self, worker: WorkerAgent) -> None:
+        """Give the free slots of `worker` to the runs that claim them, in order."""
+        while worker.pending_claims and worker.has_free_slot():
+            run, _ = self._claims[worker][0]
+            if run.lacks_slot:
+                run.dispatcher.take_slot(run)
+            answered = [claim for claim in self._claims[worker] if claim[0] is run]  # one slot answers them all
+            self._remove(worker, answered)
+            for _, granted in answered:
+                if not granted.done():
+                    granted.set_result(None)
+
+    def _remove(self, worker: WorkerAgent, claims: Iterable[tuple[Run, asyncio.Future[None]]]) -> None:
+        for claim in claims:
+            self._claims[worker].remove(claim)
+            worker.remove_claim()

@@ -1,9 +1,9 @@
 """Runners: asyncio tasks that are kept, and run one handler after another, each in a context of its own.
 
-To make an asyncio task, to have it called back and to let go of it costs more than all else that a supervised task
-needs. So a slot's next handler is run by the asyncio task that ran the last: it is stepped by hand within a fresh
-context. Handlers see an ordinary ``asyncio.current_task()``; and one that anybody else still knows of, by a reference,
-a weak one or a callback, or that was ever cancelled, is not used again.
+To create an asyncio task, to have it called back and to dispose of it costs more than everything else that a supervised
+task needs. So the asyncio task that ran the last handler of a slot runs the next one too: it steps the handler by hand
+within a fresh context. Handlers see an ordinary ``asyncio.current_task()``. A task that anybody else still knows of, by
+a reference, a weak reference or a callback, or that was ever cancelled, is not used again.
 """
 
 from __future__ import annotations
@@ -13,29 +13,33 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forebay import context
 from forebay.events import log
-from forebay.supervisor.runs.run import StopIterationCarrier
-
-if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.run import Run, StopIterationCarrier
 
 _MAX_BURST = 16  # handlers that end without ever waiting, before the loop gets a turn
 
+OnEnd = Callable[[Run, Any, BaseException | None], None]
+
 
 class RunnerPool:
-    """The runners of a house. Their contexts are copies of the one in which the house was made."""
+    """The runners of a dispatcher. Their contexts are copies of the one in which the pool was made.
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.dispatcher = dispatcher
+    Args:
+        loop: the event loop of the runners.
+        on_end: called with a run, and the value or the exception of its handler, when the handler has ended.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_end: OnEnd) -> None:
+        self.loop = loop
+        self.on_end = on_end
         self.base_context: Context = copy_context()
         self.idle: list[Runner] = []  # at most as many as have run at a time
-        self.reusable: Runner | None = None  # whose handler has just ended: it can go on with the next at once
+        self.reusable: Runner | None = None  # its handler has just ended: it can go on with the next at once
         self.closed = False
 
     def start(self, run: Run) -> None:
@@ -49,40 +53,40 @@ class RunnerPool:
         else:
             runner = Runner(self)
         runner.next_run = run
-        run.runner = runner
+        run.attach(runner)
 
     def close(self) -> None:
-        """Let the idle ones go; the others go once their handler has ended."""
+        """Let the idle runners end; the others end with their handler."""
         self.closed = True
         while self.idle:
             self.idle.pop().wake()
 
 
 class Runner:
-    """One asyncio task that runs handlers, of one crew."""
+    """One asyncio task of a pool, which runs handlers."""
 
     __slots__ = ("_pool", "_wakeup", "aio", "next_run", "run")
 
     def __init__(self, pool: RunnerPool) -> None:
         self._pool = pool
         self._wakeup: asyncio.Future[None] | None = None
-        self.next_run: Run | None = None  # what it is to run next
-        self.run: Run | None = None  # whose handler is under way
+        self.next_run: Run | None = None
+        self.run: Run | None = None  # its handler is running
         self.aio: asyncio.Task[None] | None = None
-        self.aio = pool.dispatcher.loop.create_task(self._main(), context=pool.base_context.copy())
+        self.aio = pool.loop.create_task(self._main(), context=pool.base_context.copy())
 
     def wake(self) -> None:
-        """It has something to do, or may go."""
+        """Wake it: it has something to do, or may end."""
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
     def stop(self, run: Run) -> None:
-        """Cancel the handler of `run`. If it has not begun, it will not."""
+        """Cancel the handler of `run`. If it has not started, it will not."""
         if self.run is run and self.aio is not None:
             self.aio.cancel()
 
     def handles(self, run: Run, aio: asyncio.Task[Any] | None) -> bool:
-        """Whether the handler of `run` is under way, in `aio`."""
+        """Return whether the handler of `run` is running, in `aio`."""
         return self.run is run and self.aio is not None and self.aio is aio
 
     async def _main(self) -> None:
@@ -92,42 +96,42 @@ class Runner:
             if self in self._pool.idle:
                 self._pool.idle.remove(self)
             if (run := self.next_run) is not None:  # the loop is being shut down
-                self._pool.dispatcher.completion.handler_ended(run, None, asyncio.CancelledError())
+                self._pool.on_end(run, None, asyncio.CancelledError())
 
     @types.coroutine
     def _work(self) -> Generator[Any, None, None]:
-        """Run one handler after another, until there is a reason to leave it to a new task."""
-        crew, in_a_row = self._pool, 0
-        loop, ended = crew.dispatcher.loop, crew.dispatcher.completion.handler_ended
+        """Run one handler after another, until there is a reason to leave the next one to a new task."""
+        pool, in_a_row = self._pool, 0
+        loop, on_end = pool.loop, pool.on_end
         if self.aio is None:
-            yield  # an eager task factory begins before the task is known
+            yield  # an eager task factory starts this before the task is known
         aio: Any = self.aio
-        known = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # of another kind nothing can be said
+        references = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # unknown for another kind of task
         while (run := self.next_run) is not None:
             self.next_run = None
             self.run = run
             if run.abandoned_at is None:
-                value, cause, waited = yield from _step(run, crew.base_context.copy())
+                value, cause, waited = yield from _step(run, pool.base_context.copy())
             else:
                 value, cause, waited = None, asyncio.CancelledError(), False
             self.run = None
-            again = (
-                _reference_count(aio) == known
+            reusable = (
+                _reference_count(aio) == references
                 and not (aio.cancelling() or aio._must_cancel or aio._callbacks)  # noqa: SLF001 - no public way to ask
-                and not crew.closed
+                and not pool.closed
             )
-            if again:
-                crew.reusable = self
+            if reusable:
+                pool.reusable = self
             try:
-                ended(run, value, cause)
+                on_end(run, value, cause)
             except Exception:  # noqa: BLE001 - the runner has others to run
-                log.exception("the end of task %r could not be dealt with", run.task.task_id)
-            crew.reusable = run = value = cause = None
-            if not again:
+                log.exception("the end of task %r could not be processed", run.task.task_id)
+            pool.reusable = run = value = cause = None
+            if not reusable:
                 return
             in_a_row = 0 if waited else in_a_row + 1
             if self.next_run is None:
-                crew.idle.append(self)
+                pool.idle.append(self)
                 self._wakeup = loop.create_future()
                 yield from self._wakeup
                 in_a_row = 0
@@ -137,22 +141,22 @@ class Runner:
 
 
 def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseException | None, bool]]:
-    """Run a handler to its end in `own`.
+    """Run a handler to its end in the context `own`.
 
     Returns:
         Its value, or the exception that ended it; and whether it waited for anything.
     """
-    waited = forsaken = False
+    waited = loop_gone = False
     try:
         coroutine, awaited = own.run(_start_handler, run)
         while True:
             waited, thrown = True, None
             try:
                 yield awaited
-            except GeneratorExit:  # the loop has gone
-                forsaken = True
+            except GeneratorExit:
+                loop_gone = True
                 raise
-            except BaseException as exc:  # noqa: BLE001 - the handler's affair
+            except BaseException as exc:  # noqa: BLE001 - for the handler to catch
                 thrown = exc
             awaited = own.run(coroutine.send, None) if thrown is None else own.run(coroutine.throw, thrown)
     except StopIteration as end:
@@ -160,13 +164,13 @@ def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseExcepti
     except StopIterationCarrier as carrier:
         return None, carrier.cause, waited
     except BaseException as exc:  # a SystemExit must not end the loop and all other tasks
-        if forsaken:
+        if loop_gone:
             raise
         return None, exc, waited
 
 
 def _reference_count(aio: asyncio.Task[None]) -> int:
-    """How many references there are to it."""
+    """Return how many references there are to an asyncio task."""
     return sys.getrefcount(aio) + weakref.getweakrefcount(aio)
 
 

@@ -1,4 +1,4 @@
-"""Timers: one heap and one armed handle of the loop for all tasks, instead of a handle for each."""
+"""Timers: one heap and one armed handle of the event loop for all tasks, instead of a handle for each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Ts = TypeVarTuple("Ts")
 
 # [due, order, callback, arguments]: a list, so that cancelling is one assignment and the heap finds out later
 _CALLBACK, _ARGUMENTS = 2, 3
-_MAX_LATENESS = 0.1  # seconds after which the loop must have been held up
-_MIN_CANCELLED = 64
+_MAX_LATENESS = 0.1  # seconds; if a timer fires later than that, something has blocked the loop
+_MIN_CANCELLED = 64  # fewer cancelled timers than that are not worth a sweep
 
 
 class Timer(list):  # type: ignore[type-arg]
-    """One timer; its heap's business only."""
+    """One timer, to be passed to `Timers.cancel`."""
 
     __slots__ = ()
 
@@ -24,7 +24,7 @@ class Timer(list):  # type: ignore[type-arg]
 class Timers:
     """Callbacks at a loop time, in seconds.
 
-    Timers that fell due while something held up the loop give it one turn before they fire: what they are about to
+    Timers that fell due while something blocked the loop give it one turn before they fire: what they are about to
     cancel may be ready to finish.
     """
 
@@ -45,9 +45,9 @@ class Timers:
             self._arm(when)
         return timer
 
-    def cancel(self, timer: Timer) -> None:
-        """Forget `timer`; if it has fired or was cancelled, nothing happens."""
-        if timer[_CALLBACK] is not None:
+    def cancel(self, timer: Timer | None) -> None:
+        """Cancel `timer`; None, or one that has fired or was cancelled, is ignored."""
+        if timer is not None and timer[_CALLBACK] is not None:
             timer[_CALLBACK] = timer[_ARGUMENTS] = None
             self._cancelled += 1
             if self._cancelled > _MIN_CANCELLED and 2 * self._cancelled > len(self._heap):
@@ -57,11 +57,11 @@ class Timers:
 
     @property
     def armed(self) -> bool:
-        """Whether the loop is asked to call."""
+        """Whether the loop has been asked to call."""
         return self._armed is not None
 
     def close(self) -> None:
-        """Forget all."""
+        """Cancel every timer."""
         self._heap.clear()
         if self._armed is not None:
             self._armed.cancel()
@@ -92,8 +92,8 @@ class Timers:
                 else:
                     timer[_CALLBACK] = None
                     callback(*timer[_ARGUMENTS])
-                heap = self._heap  # a callback that cancels may have swept it into a new one
+                heap = self._heap  # a callback that cancels a timer may have replaced it
         finally:
-            # a callback that set a timer has armed for that one, though others may come sooner
+            # A callback that set a timer has armed the loop for that one, though others may be due sooner.
             if self._heap and (self._armed is None or self._heap[0][0] < self._armed_for):
                 self._arm(self._heap[0][0])

@@ -1,1 +1,1 @@
-"""Spilling tasks to the overflow store and refilling from it."""
+"""Spill and refill: tasks out to the task store, back from it, and the leases on those of them that are inside."""

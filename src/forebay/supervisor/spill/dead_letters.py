@@ -15,7 +15,6 @@ from forebay.task import Priority, Task
 
 if TYPE_CHECKING:
     from forebay.interfaces import DeadRecord
-    from forebay.supervisor.dispatcher import Dispatcher
     from forebay.supervisor.spill.spill import Spill
 
 _MAX_PAGE = 1000
@@ -25,10 +24,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """A stored task that died.
 
     Attributes:
-        task_id: whose it is; `DeadLetters.task` has the task itself.
-        task_type: which workers could run it.
-        priority: its rung.
-        key: its idempotency key, or None. The same key stays the same work while the letter is there.
+        task_id: the task's id; `DeadLetters.task` returns the task itself.
+        task_type: the type of the task.
+        priority: the priority of the task.
+        key: its idempotency key, or None. The same key remains the same work while the letter is there.
         deadline: epoch seconds, or None.
         attempts: starts of its handler.
         error: why it died.
@@ -50,17 +49,18 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 class DeadLetters:
     """The dead letters of a supervisor's overflow, oldest first: ``async for letter in supervisor.dead_letters``.
 
-    A task dies if its process went silent in each of its `max_attempts` starts, or if what is stored cannot be read. A
-    letter stays until it is requeued or dropped; as many are kept as the overflow has bound, the youngest.
+    A task dies if its process was lost in each of its `max_attempts` starts, or if its record cannot be read. A letter
+    stays until it is requeued or dropped. As many are kept as the overflow's bound allows, the newest.
 
-    Every method raises LedgerUnusable if the overflow fails, and NotStarted or WrongLoop where that is so.
+    Every method raises StoreUnavailable if the overflow fails, NotStarted before the supervisor has started, and
+    WrongLoop on another event loop than the supervisor's.
     """
 
-    def __init__(self, dispatcher: Callable[[], Dispatcher]) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, spill: Callable[[], Spill | None]) -> None:
+        self._find_spill = spill
 
     async def page(self, *, limit: int = 100, after: DeadLetter | None = None) -> tuple[DeadLetter, ...]:
-        """Up to `limit` letters; those behind `after`, the last of the page before, if it is given.
+        """Return up to `limit` letters; those that follow `after`, the last one of the page before, if it is given.
 
         Raises:
             InvalidSetting: `limit` is not a whole number from 1 to 1000.
@@ -68,14 +68,14 @@ class DeadLetters:
         if type(limit) is not int or not 1 <= limit <= _MAX_PAGE:
             expected = f"a whole number from 1 to {_MAX_PAGE}"
             raise InvalidSetting(owner="DeadLetters.page", name="limit", value=limit, expected=expected)
-        overflow = self._dispatcher().spill
-        if overflow is None:
+        spill = self._find_spill()
+        if spill is None:
             return ()
-        place = None if after is None else (after.died_at, after.task_id)
-        return tuple(map(_letter, await overflow.store.list_dead(limit, after=place)))
+        last = None if after is None else (after.died_at, after.task_id)
+        return tuple(map(_letter, await spill.stored.store.list_dead(limit, after=last)))
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        """Every letter, read page by page."""
+        """Yield every letter, read page by page."""
         page = await self.page()
         while page:
             for letter in page:
@@ -83,63 +83,65 @@ class DeadLetters:
             page = await self.page(after=page[-1])
 
     async def task(self, task_id: str) -> Task:
-        """The task of a letter, with its payload; as plain data, if it is not of the type that is declared now.
+        """Return the task of a letter. Its payload is plain data if it does not have the type that is declared now.
 
         Raises:
             UnknownTask: there is no letter of that id.
             EnvelopeDamaged, EnvelopeTooNew: it cannot be read.
         """
-        found = await self._spill(task_id).store.find(task_id)
+        spill = self._spill(task_id)
+        found = await spill.stored.store.find(task_id)
         if found is None or found[0] is not RecordState.DEAD:
             raise UnknownTask(task_id=task_id)
         try:
-            return records.task_of_record(found[1], self._dispatcher().codecs)
+            return records.task_of_record(found[1], spill.codecs)
         except InvalidPayload:
             return decode_task(found[1].envelope)
 
     async def requeue(self, task_id: str) -> None:
-        """Let the task of a letter wait in the overflow again: where it stood, and with all its attempts.
+        """Put the task of a letter back into the overflow, at its old place and with all its attempts.
 
-        Its tickets have ended; ``supervisor.ticket(task_id)`` gives a new one. One whose deadline has passed expires.
+        Its tickets have ended; ``supervisor.ticket(task_id)`` returns a new one. A task whose deadline has passed
+        expires.
 
         Raises:
             UnknownTask: there is no letter of that id.
             Overloaded: the overflow is full.
         """
-        overflow = self._spill(task_id)
-        put = await overflow.store.requeue(task_id)
+        spill = self._spill(task_id)
+        put = await spill.stored.store.requeue(task_id)
         if put is None:
             raise UnknownTask(task_id=task_id)
         if put is PutResult.FULL:
             raise Overloaded("the overflow is full", limited_by="overflow", load=1.0, retry_after=None)
-        await overflow.refresh()
+        await spill.refiller.refresh()
 
     async def drop(self, task_id: str) -> None:
-        """Drop a letter for good, with its task; its id and its key are free then.
+        """Delete a letter with its task; its id and its key may be used again.
 
         Raises:
             UnknownTask: there is no letter of that id.
         """
-        if not await self._spill(task_id).store.delete_dead(task_id):
+        if not await self._spill(task_id).stored.store.delete_dead(task_id):
             raise UnknownTask(task_id=task_id)
 
     def _spill(self, task_id: str) -> Spill:
-        overflow = self._dispatcher().spill
-        if overflow is None:
+        spill = self._find_spill()
+        if spill is None:
             raise UnknownTask(task_id=task_id)
-        return overflow
+        return spill
 
 
 def _letter(dead: DeadRecord) -> DeadLetter:
-    row, completion = dead.record, dead.completion
+    record, completion = dead.record, dead.completion
     return DeadLetter(
-        task_id=row.task_id,
-        task_type=row.task_type,
-        priority=row.priority,
-        key=row.key,
-        deadline=row.deadline,
-        attempts=row.attempts,
+        task_id=record.task_id,
+        task_type=record.task_type,
+        priority=record.priority,
+        key=record.key,
+        deadline=record.deadline,
+        attempts=record.attempts,
         error=completion.error or "",
-        submitted_at=row.enqueued_at,
+        submitted_at=record.enqueued_at,
         died_at=completion.finished_at,
     )

@@ -1,4 +1,4 @@
-"""The leases that this house holds: timed rights to stored tasks, and the heartbeat that keeps them."""
+"""The leases that this supervisor holds: timed rights to stored tasks, and the heartbeat that renews them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forebay.interfaces import Lease, TaskStore
 
 
 class _HeldLease:
-    """A lease, and until when it lasts: in one object, since the heartbeat's thread writes what the loop reads."""
+    """A lease and its end, in one object, because the heartbeat's thread writes what the loop reads."""
 
     __slots__ = ("lease", "until")
 
@@ -21,15 +21,23 @@ class _HeldLease:
         self.lease = lease
         self.until = lease.until
 
+    def extend(self, until: float) -> None:
+        """Make it last until `until`."""
+        self.until = until
+
+    def lose(self) -> None:
+        """End it: another process has the task."""
+        self.until = -math.inf
+
 
 class HeldLeases:
-    """Leases by task id. All but `renew` belongs to the loop's thread."""
+    """Leases by task id. Only `renew` may be called outside the loop's thread."""
 
     def __init__(self) -> None:
         self._held: dict[str, _HeldLease] = {}
 
     def hold(self, lease: Lease) -> None:
-        """Take note of a lease."""
+        """Keep a lease and renew it from now on."""
         self._held[lease.record.task_id] = _HeldLease(lease)
 
     def drop(self, task_id: str) -> str | None:
@@ -38,33 +46,33 @@ class HeldLeases:
         return None if held is None else held.lease.fence
 
     def is_valid(self, task_id: str, now: float) -> bool:
-        """Whether the lease on a task has neither lapsed at `now`, in epoch seconds, nor been lost."""
+        """Return whether the lease on a task has neither lapsed at `now`, in epoch seconds, nor been lost."""
         held = self._held.get(task_id)
         return held is not None and now < held.until
 
     def take_all(self) -> Sequence[Lease]:
-        """Every lease, forgotten here."""
+        """Return every lease, and forget them."""
         leases = [held.lease for held in self._held.values()]
         self._held.clear()
         return leases
 
     def renew(self, store: TaskStore, *, until: float) -> None:
-        """Make all of them last until `until`, in epoch seconds. Blocks; from any thread."""
+        """Make all of them last until `until`, in epoch seconds. Blocks; callable from any thread."""
         held = list(self._held.values())
         lost = {lease.fence for lease in store.renew([each.lease for each in held], until=until)}
         for each in held:
             if each.lease.fence not in lost:
-                each.until = until
-            elif self._held.get(each.lease.record.task_id) is each:  # else it was given back meanwhile
-                each.until = -math.inf
+                each.extend(until)
+            elif self._held.get(each.lease.record.task_id) is each:  # otherwise it was given back meanwhile
+                each.lose()
                 task_id = each.lease.record.task_id
-                log.warning("the lease on task %r was lost: what its handler returns will be refused", task_id)
+                log.warning("the lease on task %r was lost: the result of its handler will not be stored", task_id)
 
 
 class Heartbeat:
-    """Calls `beat` every `interval` seconds from a thread of its own, and then `beaten` in the loop.
+    """Calls `beat` every `interval` seconds in a thread of its own, and then `after_beat` in the loop.
 
-    A handler that blocks the loop holds up `beaten`, but no beat. In virtual time, beats are jobs of the loop.
+    A handler that blocks the loop delays `after_beat`, but no beat. In virtual time, beats are jobs of the loop.
     """
 
     def __init__(
@@ -83,14 +91,14 @@ class Heartbeat:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Start beating."""
         if clock.is_virtual(self._loop):
             self._arm()
         else:
             threading.Thread(target=self._run, name="forebay-heartbeat", daemon=True).start()
 
     def stop(self) -> None:
-        """End. Does not wait for a beat that is under way."""
+        """Stop beating. Does not wait for a beat that is running."""
         self._stopped.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -113,7 +121,7 @@ class Heartbeat:
     def _try_beat(self) -> None:
         try:
             self._beat()
-        except Exception:  # noqa: BLE001 - the next beat may succeed, and until then leases are lost at worst
+        except Exception:  # noqa: BLE001 - the next beat may succeed; until then leases are lost at worst
             if not self._stopped.is_set():
                 log.exception("leases on stored tasks could not be renewed")
 

@@ -1,32 +1,71 @@
-"""Tending the overflow: keeping leases, taking in what lapsed, hearing of what other processes finished."""
+"""Maintenance of a task store that is shared with other processes: leases, counts, and what others finished."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay import clock
 from forebay.errors import StoreUnavailable
 from forebay.supervisor.spill.leases import Heartbeat
-from forebay.task import Priority, TaskStatus
+from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.pool import Pool
-    from forebay.supervisor.spill.spill import Spill
+    import asyncio
 
-_RESULT_RETENTION = 86_400.0  # seconds for which results are kept
+    from forebay.supervisor.pool import Pools
+    from forebay.supervisor.spill.refill import Refiller
+    from forebay.supervisor.spill.stored_tasks import StoredTasks
+    from forebay.supervisor.ticket_registry import TicketRegistry
+
+_RESULT_RETENTION = 86_400.0  # seconds for which the store keeps results
 _MAX_LOOKUPS = 1000  # tickets at a time
 
 
-class StoreMaintenance:
-    """What has to be done for a ledger that is shared with other processes, three times in each lease."""
+class MaintenanceDispatcher(Protocol):
+    """The dispatcher, as far as maintenance needs it."""
 
-    def __init__(self, dispatcher: Dispatcher, spill: Spill, *, lease: float, max_attempts: int) -> None:
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it runs on."""
+
+    @property
+    def registry(self) -> TicketRegistry:
+        """Its tickets."""
+
+    @property
+    def pools(self) -> Pools:
+        """Its pools."""
+
+    def run_in_background(self, work: Awaitable[Any]) -> None:
+        """Await `work`, and log it if it fails."""
+
+
+class StoreMaintenance:
+    """The chores of a shared store, three times in the duration of a lease.
+
+    Args:
+        dispatcher: the dispatcher.
+        stored: the tasks with a record in the store.
+        refiller: what counts the records that wait.
+        lease: seconds that a lease lasts unless renewed.
+        max_attempts: starts of a handler, over lost leases, after which a task is dead.
+    """
+
+    def __init__(
+        self,
+        dispatcher: MaintenanceDispatcher,
+        stored: StoredTasks,
+        refiller: Refiller,
+        *,
+        lease: float,
+        max_attempts: int,
+    ) -> None:
         self._dispatcher = dispatcher
-        self._spill = spill
-        self._lease = lease  # seconds
+        self._stored = stored
+        self._refiller = refiller
+        self._lease = lease
         self._max_attempts = max_attempts
         self._running = False
         self._stopped = False
@@ -35,62 +74,50 @@ class StoreMaintenance:
         )
 
     def start(self) -> None:
-        """Tend from now on."""
+        """Start the heartbeat."""
         self._heartbeat.start()
 
     def stop(self) -> None:
-        """Tend no more."""
+        """Stop the heartbeat."""
         self._stopped = True
         self._heartbeat.stop()
 
     def _renew_leases(self) -> None:
-        self._spill.leases.renew(self._spill.store, until=clock.wall_time() + self._lease)
+        self._stored.leases.renew(self._stored.store, until=clock.wall_time() + self._lease)
 
     def _on_heartbeat(self) -> None:
-        if not self._running:  # else it takes longer than a third of a lease, and the next beat will do
+        if not self._running:  # otherwise it takes longer than a third of a lease, and the next beat will do
             self._running = True
             self._dispatcher.run_in_background(self._maintain())
 
     async def _maintain(self) -> None:
-        overflow = self._spill
+        pools = self._dispatcher.pools.by_type
         try:
             await self.reap()
-            await self.recount(list(self._dispatcher.pools.values()))
+            await self._refiller.recount(list(pools.values()))
             await self._check_tasks_elsewhere()
-            await overflow.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
+            await self._stored.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
         except StoreUnavailable:
-            if not self._stopped:  # else it was closed in the midst of this
+            if not self._stopped:  # otherwise the store was closed in the middle of this
                 raise
         finally:
             self._running = False
-        for pool in self._dispatcher.pools.values():
-            overflow.refill(pool)
+        for pool in pools.values():
+            self._refiller.refill(pool)
 
     async def reap(self) -> None:
-        """Take in rows whose holder has let its lease lapse."""
-        for dead in await self._spill.store.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
-            self._spill.report_dead(dead.record, dead.completion)
-
-    async def recount(self, pools: Iterable[Pool], *, refilling: Pool | None = None) -> None:
-        """Believe the ledger on how much waits for `pools`: other processes put and lease too."""
-        depths = dict(await self._spill.store.depths())
-        for pool in pools:
-            if pool in self._spill.refiller.refilling and pool is not refilling:
-                continue  # what it has leased meanwhile may be counted in `depths`, or not
-            for rung in Priority:
-                pool.spilled[rung] = depths.get((pool.task_type, rung), 0)
-        self._spill.unserved_depths = {
-            key: depth for key, depth in depths.items() if key[0] not in self._dispatcher.pools
-        }
+        """Take back records whose holder has let its lease lapse, and report those that are dead."""
+        for dead in await self._stored.store.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
+            self._stored.report_dead(dead.record, dead.completion)
 
     async def _check_tasks_elsewhere(self) -> None:
-        """Ask after tasks that others may have run: those that lost their lease here, and those that are awaited."""
-        elsewhere = self._spill.leased_elsewhere
-        outside = (ticket for ticket in self._dispatcher.tickets.values() if ticket.status is TaskStatus.SPILLED)
-        awaited = (ticket for ticket in outside if ticket.has_waiters or ticket.has_listeners)
+        """Look up tasks that others may have run: those that lost their lease here, and those that are awaited."""
+        elsewhere = self._stored.leased_elsewhere
+        spilled = (ticket for ticket in self._dispatcher.registry.live.values() if ticket.status is TaskStatus.SPILLED)
+        awaited = (ticket for ticket in spilled if ticket.has_waiters or ticket.listeners is not None)
         for ticket in [*elsewhere.values(), *itertools.islice(awaited, _MAX_LOOKUPS)]:
-            found = await self._spill.store.find(ticket.task_id)
+            found = await self._stored.store.find(ticket.task_id)
             if found is None or found[2] is not None:
-                elsewhere.pop(ticket.task_id, None)
+                self._stored.forget_elsewhere(ticket.task_id)
             if found is not None and found[2] is not None and not ticket.done():
-                self._spill.apply_stored_completion(ticket, found[0], found[1], found[2])
+                self._stored.apply_stored_completion(ticket, found[0], found[1], found[2])

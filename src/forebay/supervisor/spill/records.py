@@ -1,4 +1,4 @@
-"""Between tickets and rows of the ledger."""
+"""Conversion between tickets and the records of the task store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
-    """The row of a task; its deadline is the ticket's, which may have been inherited."""
+    """Return the record of a task; its deadline is the ticket's, which may have been inherited."""
     task = ticket.task
     return TaskRecord(
         task_id=task.task_id,
@@ -33,7 +33,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
 
 
 def task_of_record(record: TaskRecord, codecs: TaskCodecs) -> Task:
-    """The task of a row, its payload as its handler gets it.
+    """Return the task of a record, with the payload that its handler gets.
 
     Raises:
         EnvelopeTooNew: a newer version of Forebay stored it.
@@ -43,9 +43,9 @@ def task_of_record(record: TaskRecord, codecs: TaskCodecs) -> Task:
 
 
 def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int) -> tuple[TaskResult, Completion]:
-    """A result as it is given here, and as it is stored.
+    """Return a result as its ticket gives it, and as it is stored.
 
-    A value that cannot be stored within `bound` bytes is left out there, and marked in both.
+    A value that cannot be stored within `bound` bytes is left out of the store, and both say so.
     """
     encoded, error = None, result.error
     if result.success:
@@ -81,7 +81,7 @@ def _why_unstorable(error: Exception) -> str:
 
 
 def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs) -> TaskResult:
-    """A stored completion as the result that its ticket gives. A value that cannot be had is no silent None."""
+    """Return a stored completion as the result that its ticket gives. A value that is missing is no silent None."""
     status = TaskStatus(stored.status)
     value, error, cause = None, stored.error, None
     if status is TaskStatus.SUCCEEDED:

@@ -1,58 +1,165 @@
-"""Refill: back from the ledger into the line, as seats fall free."""
+"""Refill: stored tasks come back into the queue as slots become free."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay import clock
 from forebay.errors import InvalidPayload
-from forebay.events import TaskRefilled, log
+from forebay.events import EventBus, TaskRefilled, log
 from forebay.interfaces import Completion, Lease
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
-from forebay.supervisor.runs.completion import describe_error, unsuccessful_result
+from forebay.supervisor.runs.completion import describe_error
 from forebay.supervisor.spill import records
-from forebay.supervisor.ticket import Ticket
-from forebay.task import Deadline, Priority, TaskStatus, Verdict
+from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket, unsuccessful_result
+from forebay.task import Deadline, Priority, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.dispatcher import Dispatcher
-    from forebay.supervisor.pool import Pool
-    from forebay.supervisor.spill.spill import Spill
+    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.pool import Pool, Pools
+    from forebay.supervisor.runs.timers import Timers
+    from forebay.supervisor.ticket_registry import TicketRegistry
+    from forebay.supervisor.worker import WorkerAgent
 
-_RTT_GAIN = 0.2
+_ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
+
+
+class RefillDispatcher(TicketOwner, Protocol):
+    """The dispatcher, as far as refilling needs it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it runs on."""
+
+    @property
+    def timers(self) -> Timers:
+        """Its timers."""
+
+    @property
+    def registry(self) -> TicketRegistry:
+        """Its tickets."""
+
+    @property
+    def pools(self) -> Pools:
+        """Its pools."""
+
+    @property
+    def bus(self) -> EventBus:
+        """Where it sends events."""
+
+    @property
+    def codecs(self) -> TaskCodecs:
+        """How payloads and results are stored."""
+
+    def run_in_background(self, work: Awaitable[Any]) -> None:
+        """Await `work`, and log it if it fails."""
+
+    def is_waiting(self, ticket: Ticket) -> bool:
+        """Return whether a task waits in the queue, or behind another one of its thread."""
+
+    def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
+        """Return why it is too late for a task to start, or None if it is not."""
+
+    def pick_worker(self, pool: Pool, priority: Priority) -> WorkerAgent | None:
+        """Return the worker on which a task may start now, if no other task waits for it."""
+
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
+        """Start a task on `worker`, or queue it."""
 
 
 class Refiller:
-    """Pull, not push: seats are reserved first, and then exactly that many rows leased.
+    """Pull, not push: room is reserved first, and then exactly that many records are leased.
 
-    A refilled task is not gated again.
+    A refilled task is not admitted a second time.
+
+    Attributes:
+        refilling: the pools for which records are being leased.
+        refilled: how many stored tasks have come back.
+        unreadable: leases on records that this version cannot read, kept from others like it until the end.
+        unserved_depths: how many records wait, by task type and priority, of types that nobody here serves.
     """
 
-    def __init__(self, dispatcher: Dispatcher, spill: Spill, *, lease: float) -> None:
+    def __init__(self, dispatcher: RefillDispatcher, stored: StoredTasks, *, lease: float) -> None:
         self._dispatcher = dispatcher
-        self._spill = spill
-        self._lease = lease  # seconds
+        self._registry = dispatcher.registry
+        self._stored = stored
+        self._lease = lease  # seconds that a lease lasts
         self.refilling: set[Pool] = set()
-        self.open = True
-        self.unreadable: dict[
-            str, Lease
-        ] = {}  # rows that this version cannot read: kept from others like it until close
-        self._round_trip = 0.0  # seconds that a lease takes
+        self.refilled = 0
+        self.unreadable: dict[str, Lease] = {}
+        self.unserved_depths: dict[tuple[str, Priority], int] = {}
+        self._round_trip = 0.0  # average seconds that leasing takes
+
+    # --- how much waits in the store ---
+
+    async def read_depths(self) -> None:
+        """Read how many records wait, before any pool is there."""
+        self.unserved_depths = dict(await self._stored.store.depths())
+
+    def add_pool(self, pool: Pool) -> None:
+        """Count the records of a task type that is served from now on."""
+        for priority in Priority:
+            pool.set_spilled(priority, self.unserved_depths.pop((pool.task_type, priority), 0))
+
+    async def recount(self, pools: Iterable[Pool], *, refilling: Pool | None = None) -> None:
+        """Replace the counts of `pools` by what the store says: other processes put and lease too.
+
+        A pool that is being refilled is left out, because its leases may be counted in the answer or not; unless it is
+        `refilling`, whose refill calls this.
+        """
+        depths = dict(await self._stored.store.depths())
+        for pool in pools:
+            if pool in self.refilling and pool is not refilling:
+                continue
+            for priority in Priority:
+                pool.set_spilled(priority, depths.get((pool.task_type, priority), 0))
+        served = self._dispatcher.pools.by_type
+        self.unserved_depths = {key: depth for key, depth in depths.items() if key[0] not in served}
+
+    async def refresh(self) -> None:
+        """Count what waits in the store now, and refill."""
+        pools = list(self._dispatcher.pools.by_type.values())
+        await self.recount(pools)
+        for pool in pools:
+            self.refill(pool)
+
+    @property
+    def spilled_tasks(self) -> int:
+        """How many records wait, as far as is known."""
+        pools = self._dispatcher.pools.by_type.values()
+        return sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
+
+    # --- back into the queue ---
 
     def refill(self, pool: Pool) -> None:
-        """See whether rows should come in, and fetch them if so."""
-        if self.open and pool not in self.refilling and self._demand(pool) is not None:
+        """Lease records of `pool` if there is room for them."""
+        if not self._stored.refill_stopped and pool not in self.refilling and self._demand(pool) is not None:
             self.refilling.add(pool)
             self._dispatcher.run_in_background(self._refill(pool))
 
+    def pause(self, pools: Iterable[Pool]) -> set[Pool]:
+        """Bring nothing back into `pools`; return those of them that `resume` has to resume."""
+        paused = set(pools) - self.refilling
+        self.refilling |= paused
+        return paused
+
+    def resume(self, pools: Iterable[Pool]) -> None:
+        """Bring tasks back into `pools` again."""
+        for pool in pools:
+            self.refilling.discard(pool)
+            self.refill(pool)
+
     def _demand(self, pool: Pool) -> tuple[Priority, int] | None:
-        """What to fetch: for each free slot one, and as many as drain in two round trips."""
+        """Return what to lease: one record for each free slot, and as many as drain within two round trips."""
         if not any(pool.spilled.values()):
             return None
         rate = pool.service_times.drain_rate(pool.usable_slots) or 0.0
         free = pool.usable_slots - pool.running
-        return pool.refill_pacing.next_batch(
+        return pool.refill_policy.next_batch(
             slots=max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound),
             capacity=pool.queue_bound + free - pool.waiting,
             queued=pool.queue.lengths,
@@ -60,106 +167,90 @@ class Refiller:
         )
 
     async def _refill(self, pool: Pool) -> None:
-        loop, ledger = self._dispatcher.loop, self._spill.store
+        loop, store = self._dispatcher.loop, self._stored.store
         try:
-            while self.open and (wish := self._demand(pool)) is not None:
-                rung, seats = wish
-                pool.reserved += seats
+            while not self._stored.refill_stopped and (demand := self._demand(pool)) is not None:
+                priority, room = demand
+                pool.reserve(room)
                 asked = loop.time()
                 try:
                     until = clock.wall_time() + self._lease
-                    leases = await ledger.lease(pool.task_type, seats, until=until, priority=rung)
+                    leases = await store.lease(pool.task_type, room, until=until, priority=priority)
                 finally:
-                    pool.reserved -= seats
-                if not self.open:
-                    await ledger.release(leases)
+                    pool.unreserve(room)
+                if self._stored.refill_stopped:
+                    await store.release(leases)
                     break
-                self._round_trip += _RTT_GAIN * (loop.time() - asked - self._round_trip)
-                pool.refill_pacing.record_fetch(rung, len(leases), pool.spilled)
+                self._round_trip += _ROUND_TRIP_GAIN * (loop.time() - asked - self._round_trip)
+                pool.refill_policy.record_fetch(priority, len(leases), pool.spilled)
                 for lease in leases:
                     await self._take_in(lease, pool)
-                if len(leases) < seats:
-                    await self._spill.recount(pool)
+                if len(leases) < room:
+                    await self.recount([pool], refilling=pool)
         finally:
             self.refilling.discard(pool)
 
     async def _take_in(self, lease: Lease, pool: Pool) -> None:
-        row, overflow = lease.record, self._spill
-        ticket = self._dispatcher.tickets.get(row.task_id) or overflow.hold_strongly(row.task_id)
-        if ticket is None or ticket.stored:  # else it is still counted as arriving
-            pool.spilled[row.priority] = max(0, pool.spilled[row.priority] - 1)
-        if (
-            ticket is None
-            and (ended := self._dispatcher.ended_tickets.get(row.task_id)) is not None
-            and ended.result is not None
-        ):
-            overflow.complete_again(ended, ended.result, lease)
+        record, stored, registry = lease.record, self._stored, self._registry
+        ticket = registry.live.get(record.task_id) or registry.hold_strongly(record.task_id)
+        if ticket is None or ticket.stored:  # otherwise it is still counted as on its way to the store
+            pool.remove_spilled(record.priority)
+        ended = registry.ended.get(record.task_id) if ticket is None else None
+        if ended is not None and ended.result is not None:
+            stored.complete_again(ended, ended.result, lease)
         elif ticket is not None and self._is_inside(ticket):
-            overflow.adopt(ticket, lease)
+            stored.adopt(ticket, lease)
         else:
-            if ticket is None or ticket.task.task_type != row.task_type:
+            if ticket is None or ticket.task.task_type != record.task_type:
                 ticket = await self._read_ticket(lease, ticket)
             if ticket is not None:
                 self._start_or_queue(ticket, lease, pool)
 
     def _is_inside(self, ticket: Ticket) -> bool:
-        """Whether a task waits here or runs here; one that was told to stop no longer counts."""
+        """Return whether a task waits or runs here; one that was told to stop does not count."""
         if ticket.run is not None:
             return ticket.run.abandoned_at is None
-        return ticket.queue_entry is not None or ticket in self._dispatcher.conversations.get(
-            ticket.task.thread_id or "", ()
-        )
+        return self._dispatcher.is_waiting(ticket)
 
     def _start_or_queue(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
-        row, overflow = lease.record, self._spill
-        ticket.stored = True
-        ticket.attempts = row.attempts
-        if ticket.expiry_timer is not None:
-            self._dispatcher.timers.cancel(ticket.expiry_timer)
-            ticket.expiry_timer = None
-        ticket.lease = lease
-        overflow.leases.hold(lease)
-        if ticket.done():  # ended meanwhile: its completion is on its way to the store
+        record, stored, dispatcher = lease.record, self._stored, self._dispatcher
+        ticket.refill(lease)
+        dispatcher.timers.cancel(ticket.clear_expiry())
+        stored.leases.hold(lease)
+        if ticket.done():  # it has ended meanwhile: its completion is on its way to the store
             return
-        self._dispatcher.counts.refilled += 1
-        if self._dispatcher.bus.active or ticket.has_listeners:
-            at = self._dispatcher.loop.time()
-            self._dispatcher.emit(ticket, TaskRefilled(at=at, task_id=row.task_id, task_type=row.task_type))
+        self.refilled += 1
+        if dispatcher.bus.active or ticket.listeners is not None:
+            event = TaskRefilled(at=dispatcher.loop.time(), task_id=record.task_id, task_type=record.task_type)
+            self._registry.emit(ticket, event)
         if ticket.cancel_reason is not None:
-            overflow.complete(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, ticket.cancel_reason))
-        elif (error := self._dispatcher.expiry_reason(ticket, pool)) is not None:
-            overflow.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, error))
+            stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, ticket.cancel_reason))
+        elif (error := dispatcher.expiry_reason(ticket, pool)) is not None:
+            stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, error))
         else:
-            start_gate = self._dispatcher.start_gate
-            self._dispatcher.start_or_queue(
-                ticket, pool, None if pool.queue else start_gate.pick(pool, ticket.task.priority)
-            )
+            dispatcher.start_or_queue(ticket, pool, dispatcher.pick_worker(pool, ticket.task.priority))
 
     async def _read_ticket(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
-        """The ticket of a row that another process stored, or None if this one cannot read it."""
-        row = lease.record
+        """Return the ticket of a record that another process stored, or None if this one cannot read it."""
+        record = lease.record
         try:
-            task = records.task_of_record(row, self._dispatcher.codecs)
+            task = records.task_of_record(record, self._dispatcher.codecs)
         except EnvelopeTooNew:
-            if row.task_id not in self.unreadable:  # else its lease had lapsed, and nobody newer was quicker
-                log.warning("task %r was stored by a newer version and is left for it", row.task_id)
-            self.unreadable[row.task_id] = lease
+            if record.task_id not in self.unreadable:  # otherwise its lease had lapsed, and no newer process took it
+                log.warning("task %r was stored by a newer version of Forebay and is left for it", record.task_id)
+            self.unreadable[record.task_id] = lease
             return None
         except (EnvelopeDamaged, InvalidPayload) as exc:
             completion = Completion(
                 status=TaskStatus.FAILED.value,
                 error=describe_error(exc),
-                attempts=row.attempts,
+                attempts=record.attempts,
                 finished_at=clock.wall_time(),
             )
-            if await self._spill.store.mark_dead(lease, completion):
-                self._spill.report_dead(row, completion)
+            if await self._stored.store.mark_dead(lease, completion):
+                self._stored.report_dead(record, completion)
             return None
         if ticket is None:
-            ticket = Ticket(self._dispatcher, task, None, None)
-            ticket.verdict = Verdict.SPILLED
-            ticket.stored = True
-            ticket.submitted_at = row.enqueued_at
-        ticket.task = task
-        ticket.deadline = None if row.deadline is None else Deadline(row.deadline)
+            ticket = spilled_ticket(self._dispatcher, task, submitted_at=record.enqueued_at)
+        ticket.restore(task, None if record.deadline is None else Deadline(record.deadline))
         return ticket

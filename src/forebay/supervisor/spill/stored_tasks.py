@@ -1,0 +1,307 @@
+"""The tasks inside that have a record in the task store: the right to them, how they start, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import ref
+
+from forebay import clock
+from forebay.errors import StillSpilled, StoreUnavailable
+from forebay.events import EventBus, TaskDeadLettered, log
+from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
+from forebay.supervisor.spill import records
+from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.ticket import Ticket, unsuccessful_result
+from forebay.task import TaskResult, TaskStatus
+
+if TYPE_CHECKING:
+    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.pool import Pools
+    from forebay.supervisor.runs.run import ActiveRuns, Run
+    from forebay.supervisor.runs.timers import Timers
+    from forebay.supervisor.ticket_registry import TicketRegistry
+
+
+class StoredTaskDispatcher(Protocol):
+    """The dispatcher, as far as stored tasks need it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it runs on."""
+
+    @property
+    def timers(self) -> Timers:
+        """Its timers."""
+
+    @property
+    def registry(self) -> TicketRegistry:
+        """Its tickets."""
+
+    @property
+    def pools(self) -> Pools:
+        """Its pools."""
+
+    @property
+    def runs(self) -> ActiveRuns:
+        """Its runs in progress."""
+
+    @property
+    def bus(self) -> EventBus:
+        """Where it sends events."""
+
+    @property
+    def codecs(self) -> TaskCodecs:
+        """How payloads and results are stored."""
+
+    def run_in_background(self, work: Awaitable[Any]) -> None:
+        """Await `work`, and log it if it fails."""
+
+    def dequeue(self, ticket: Ticket) -> None:
+        """Take a waiting ticket out of the queue."""
+
+    def next_in_conversation(self, ticket: Ticket) -> None:
+        """Let the next task of its thread have its turn."""
+
+    def start_handler(self, run: Run) -> None:
+        """Start the handler of a run."""
+
+
+class StoredTasks:
+    """The supervisor's side of the task store: tickets whose tasks have a record there.
+
+    Attributes:
+        store: the task store.
+        durable: whether it survives its process.
+        leases: the rights to records that this process holds.
+        leased_elsewhere: tickets whose records another process holds.
+        refill_stopped: whether tasks that are in the store will not come in any more.
+    """
+
+    def __init__(self, dispatcher: StoredTaskDispatcher, store: TaskStore, *, max_payload_bytes: int) -> None:
+        self._dispatcher = dispatcher
+        self._registry = dispatcher.registry
+        self._max_payload_bytes = max_payload_bytes
+        self.store = store
+        self.durable = store.durable
+        self.leases = HeldLeases()
+        self.leased_elsewhere: dict[str, Ticket] = {}
+        self.refill_stopped = False
+
+    @property
+    def stays_stored(self) -> bool:
+        """Whether tasks that are in the store will not come in any more, and survive this process."""
+        return self.durable and self.refill_stopped
+
+    # --- tickets of tasks that wait in the store ---
+
+    def wait_in_store(self, ticket: Ticket) -> None:
+        """Watch the deadline of a task that waits in the store, and hold its ticket no longer than needed."""
+        if ticket.deadline is not None and ticket.expiry_timer is None:
+            due = self._dispatcher.loop.time() + ticket.deadline.remaining()
+            error = "its deadline passed while it waited in the overflow"
+            expired = unsuccessful_result(ticket, TaskStatus.EXPIRED, error)
+            # A weak reference: the timer must not keep the ticket alive.
+            ticket.set_expiry(self._dispatcher.timers.at(due, self._end_spilled, ref(ticket), expired))
+        self.hold_weakly(ticket)
+
+    def hold_weakly(self, ticket: Ticket) -> None:
+        """Hold the ticket of a spilled task no longer than somebody else does, if that is possible.
+
+        In a store that ends with this process nothing is left to others, so its tickets are held. So are those that
+        somebody waits for, and the child of a run, whose place among its ancestors no record has.
+        """
+        spilled = ticket.status is TaskStatus.SPILLED and ticket.lease is None
+        if (
+            self.durable
+            and spilled
+            and ticket.parent is None
+            and not (ticket.has_waiters or ticket.listeners is not None)
+        ):
+            self._registry.hold_weakly(ticket)
+
+    # --- the right to a record ---
+
+    def hold_lease(self, ticket: Ticket, lease: Lease) -> None:
+        """Take the right to a record, and renew it from now on."""
+        ticket.hold_lease(lease)
+        self.leases.hold(lease)
+
+    def drop_lease(self, ticket: Ticket) -> str | None:
+        """Forget the right to a record; return its fence, if there was one."""
+        ticket.drop_lease()
+        return self.leases.drop(ticket.task_id)
+
+    def lease_is_valid(self, ticket: Ticket) -> bool:
+        """Return whether this process still has the right to start a task, as far as its clock tells."""
+        return ticket.lease is None or self.leases.is_valid(ticket.task_id, clock.wall_time())
+
+    def lease_lapsed(self, ticket: Ticket) -> None:
+        """Leave a task to another process, because the right to it lapsed before its turn came."""
+        ticket.leave_queue()
+        self.drop_lease(ticket)
+        self._dispatcher.next_in_conversation(ticket)
+        self.leave_to_other_process(ticket)
+
+    def leave_to_other_process(self, ticket: Ticket) -> None:
+        """Wait for what another process makes of a task."""
+        ticket.move_to_store()
+        self.leased_elsewhere[ticket.task_id] = ticket
+
+    def forget_elsewhere(self, task_id: str) -> None:
+        """Stop waiting for what another process makes of a task."""
+        self.leased_elsewhere.pop(task_id, None)
+
+    def adopt(self, ticket: Ticket, lease: Lease) -> None:
+        """Take back the right to a task that still waits or runs here, though it was lost meanwhile."""
+        self.forget_elsewhere(ticket.task_id)
+        ticket.adopt(lease)
+        self.leases.hold(lease)
+
+    # --- starts ---
+
+    def record_start(self, run: Run) -> None:
+        """Start the handler of a stored task once its start is on record.
+
+        Not before: a task that kills its process would be tried again without end.
+        """
+        lease = run.ticket.lease
+        assert lease is not None  # noqa: S101 - it is stored, and its lease is still valid
+        self._dispatcher.run_in_background(self._record_start(run, lease))
+
+    async def _record_start(self, run: Run, lease: Lease) -> None:
+        ticket = run.ticket
+        try:
+            held = await self.store.begin_attempt(lease)
+        except StoreUnavailable as exc:
+            log.error("the start of task %r could not be recorded, and it runs all the same: %s", ticket.task_id, exc)
+            held = True
+        if run.abandoned_at is None and held:
+            run.restart_clock(self._dispatcher.loop.time())
+            self._dispatcher.runs.move_to_end(run)
+            self._dispatcher.start_handler(run)
+            return
+        if run.abandoned_at is None:  # another process has it
+            ticket.take_back_attempt()
+            run.abandon()
+            self.drop_lease(ticket)
+            self.leave_to_other_process(ticket)
+        run.handler_ended(None, asyncio.CancelledError())
+
+    # --- ends ---
+
+    def complete(self, ticket: Ticket, result: TaskResult) -> None:
+        """Store how a task ended, and only then give its ticket the result."""
+        self._registry.hold_strongly(ticket.task_id)
+        self._dispatcher.timers.cancel(ticket.clear_expiry())
+        ticket.begin_store_call()
+        self._dispatcher.run_in_background(self._complete(ticket, result, self.drop_lease(ticket)))
+
+    def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
+        """Store under a new lease how a task ended, because the store did not learn it the first time."""
+        ended.begin_store_call()
+        self._dispatcher.run_in_background(self._complete(ended, result, lease.fence))
+
+    async def _complete(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
+        codec = self._dispatcher.codecs.result_codec(ticket.task.task_type)
+        result, completion = records.completion_of_result(result, codec, bound=self._max_payload_bytes)
+        try:
+            stored = await self.store.finish(ticket.task_id, completion, fence=fence)
+        except Exception:  # noqa: BLE001 - whatever is wrong with the store, the ticket must end
+            log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
+            stored = True
+        ticket.end_store_call()
+        if ticket.done():
+            return
+        if stored:
+            if fence is None:
+                self._uncount_spilled(ticket)
+            self._registry.settle(ticket, result)
+        elif ticket.pending_store_calls or ticket.lease is not None:
+            pass  # it came in meanwhile, and ends there
+        elif self.stays_stored:
+            self.release(ticket)
+        else:
+            self.leave_to_other_process(ticket)
+
+    def _uncount_spilled(self, ticket: Ticket) -> None:
+        pool = self._dispatcher.pools.by_type.get(ticket.task.task_type)
+        if pool is not None:
+            pool.remove_spilled(ticket.task.priority)
+
+    def apply_stored_completion(
+        self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion
+    ) -> None:
+        """End a ticket as the store says."""
+        self._registry.settle(ticket, records.result_of_record(record, completion, self._dispatcher.codecs))
+        if state is RecordState.DEAD:
+            self._registry.forget_end(ticket.task_id)  # it may be requeued, and end otherwise
+
+    def report_dead(self, record: TaskRecord, completion: Completion) -> None:
+        """Report a stored task that nobody will try again."""
+        error = completion.error or ""
+        log.error("task %r is dead, and kept among the dead letters: %s", record.task_id, completion.error)
+        if self._dispatcher.bus.active:
+            self._dispatcher.bus.emit(
+                TaskDeadLettered(
+                    at=self._dispatcher.loop.time(),
+                    task_id=record.task_id,
+                    task_type=record.task_type,
+                    attempts=record.attempts,
+                    error=error,
+                )
+            )
+
+    # --- the transitions of a stored task that does not run to its end here ---
+
+    def cancel(self, ticket: Ticket, reason: str) -> None:
+        """Cancel a task that waits in the store, or was to."""
+        ticket.cancel_later(reason)
+        result = unsuccessful_result(ticket, TaskStatus.CANCELLED, reason)
+        if ticket.stored:
+            self._end_spilled(ref(ticket), result)
+        else:
+            self._registry.settle(ticket, result)
+
+    def _end_spilled(self, known: ref[Ticket], result: TaskResult) -> None:
+        ticket = known()
+        if ticket is not None and ticket.status is TaskStatus.SPILLED and not ticket.done():
+            self.complete(ticket, result)
+
+    def requeue(self, ticket: Ticket) -> None:
+        """Stop a stored task, so that the next process runs it again; its lease is returned when the spill closes."""
+        if ticket.run is not None:
+            ticket.run.abandon()
+        else:
+            self._dispatcher.dequeue(ticket)
+        self.release(ticket)
+
+    def release(self, ticket: Ticket) -> None:
+        """End the ticket of a task that is left to the next process: nobody must wait for it here."""
+        self._dispatcher.timers.cancel(ticket.clear_expiry())
+        ticket.move_to_store()
+        self._registry.discard(ticket)
+        ticket.resolve(StillSpilled(task_id=ticket.task_id))
+        self._registry.notify_progress()
+
+    def stop_refilling(self) -> None:
+        """Release what waits in the store: it will not come in any more."""
+        self.refill_stopped = True
+        for ticket in self._registry.all_unfinished():
+            if (
+                self.durable
+                and ticket.stored
+                and ticket.status is TaskStatus.SPILLED
+                and not ticket.pending_store_calls
+            ):
+                self.release(ticket)
+
+    def end_tickets(self) -> None:
+        """End every ticket that is left: the supervisor stops."""
+        for ticket in self._registry.all_unfinished():
+            if ticket.stored and self.durable:
+                self.release(ticket)
+            else:
+                result = unsuccessful_result(ticket, TaskStatus.CANCELLED, "the supervisor stopped")
+                self._registry.settle(ticket, result)
