@@ -333,7 +333,7 @@ class WorkerMachine(RuleBasedStateMachine):
         statistics = self.house.statistics()
         assert statistics.waiting == len(model.line)
         assert statistics.zombies >= sum(being.zombie for being in model.inside)
-        pool = self.house._running().pools.by_type["work"]
+        pool = self.house._running().core.pools.by_type["work"]
         assert pool.slots == model.usable
         assert pool.running == (0 if model.gate is ModelBreakerState.OPEN else len(model.inside))
 

@@ -99,7 +99,7 @@ class EventRecord:
         if house is None:
             return
         for task_id in self._unseen_ids:
-            ticket = house.registry.get(task_id)
+            ticket = house.core.registry.get(task_id)
             if ticket is not None:
                 self.tasks[task_id] = ticket.task
         self._unseen_ids.clear()

@@ -94,7 +94,7 @@ def _refill_paused(house: Dispatcher, kinds: Collection[str] | None) -> Iterator
     if overflow is None:
         yield
         return
-    pools = (pool for kind, pool in house.pools.by_type.items() if kinds is None or kind in kinds)
+    pools = (pool for kind, pool in house.core.pools.by_type.items() if kinds is None or kind in kinds)
     held = overflow.refiller.pause(pools)
     try:
         yield

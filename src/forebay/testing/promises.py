@@ -180,22 +180,22 @@ def check_nothing_left(supervisor: BackpressureSupervisor, *, zombies: bool = Fa
         if worker.current_tasks != len(runs):
             wrong.append(f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(runs)} runs")
     if house is not None:
-        for pool in house.pools.by_type.values():
+        for pool in house.core.pools.by_type.values():
             waiting = [ticket.task_id for ticket in pool.queue]
             if waiting or pool.parked or pool.reserved or any(pool.spilling.values()):
                 seats = f"{pool.parked} behind their thread, {pool.reserved} seats reserved"
                 arriving = f"{sum(pool.spilling.values())} on their way out"
                 wrong.append(f"in the line of {pool.task_type!r} are {waiting}, {seats}, {arriving}")
-        inside = [ticket for ticket in house.registry.live.values() if ticket.status is not TaskStatus.SPILLED]
+        inside = [ticket for ticket in house.core.registry.live.values() if ticket.status is not TaskStatus.SPILLED]
         wrong += [f"{ticket!r} has not been resolved" for ticket in inside]
         wrong += [
             f"{len(talk)} tasks hold thread {name!r}" for name, talk in house.conversations.items() if not zombies
         ]
-        if house.background_tasks:
+        if house.core.background_tasks:
             wrong.append(
-                f"{len(house.background_tasks)} chores are under way: {sorted(map(repr, house.background_tasks))}"
+                f"{len(house.core.background_tasks)} chores are under way: {sorted(map(repr, house.core.background_tasks))}"
             )
-        if supervisor.loop is None and house.timers.armed:
+        if supervisor.loop is None and house.core.timers.armed:
             wrong.append("timers are set, though it has closed")
     fail_if_wrong("A supervisor at rest holds nothing", wrong)
 

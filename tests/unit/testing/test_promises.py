@@ -432,10 +432,10 @@ async def test_a_timer_and_a_chore_that_were_left_are_named() -> None:
     check_nothing_left(supervisor)
     house = supervisor._dispatcher
     assert house is not None
-    house.timers.at(1e6, lambda: None)
+    house.core.timers.at(1e6, lambda: None)
     assert wrong(lambda: check_nothing_left(supervisor)) == "timers are set, though it has closed"
-    house.timers.close()
-    house.run_in_background(asyncio.sleep(1.0))
+    house.core.timers.close()
+    house.core.run_in_background(asyncio.sleep(1.0))
     assert wrong(lambda: check_nothing_left(supervisor)).startswith("1 chores are under way")
     await asyncio.sleep(2.0)
 
