@@ -57,7 +57,7 @@ class AdmissionDispatcher(TicketOwner, Protocol):
 
     @property
     def start_gate(self) -> StartGate:
-        """What decides whether a run may start."""
+        """The gate that lets runs start."""
 
     @property
     def conversations(self) -> Container[str]:
@@ -110,7 +110,7 @@ class AdmissionController:
 
     @property
     def admitted(self) -> int:
-        """How many tasks have been admitted, since the start."""
+        """The number of tasks that have been admitted since the start."""
         return self.submitted - self.spilled - self.rejected
 
     def stop_admitting(self) -> None:

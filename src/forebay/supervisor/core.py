@@ -65,7 +65,7 @@ class Core:
 
     @property
     def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
-        """What runs in the background."""
+        """The work that runs in the background."""
         return frozenset(self._background_tasks)
 
 

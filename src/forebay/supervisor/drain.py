@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the tasks that were inside when draining began.
+    """The outcome of draining: what became of the tasks that were inside when it started.
 
     Attributes:
         finished: how many ended by themselves: succeeded, failed, timed out or expired.
@@ -49,7 +49,7 @@ class DrainDispatcher(Protocol):
 
     @property
     def start_gate(self) -> StartGate:
-        """What decides whether a run may start."""
+        """The gate that lets runs start."""
 
     @property
     def spill(self) -> Spill | None:

@@ -407,7 +407,7 @@ class BackpressureSupervisor:
 
     @property
     def started(self) -> bool:
-        """Whether it has been started; it may have closed since."""
+        """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
 
     def load_of(self, task_type: str) -> float:

@@ -35,7 +35,7 @@ _RUNNING, _WAITING = TaskStatus.RUNNING, TaskStatus.WAITING  # attribute access 
 
 
 class Refusal(NamedTuple):
-    """Why a task was not admitted."""
+    """The reason for not admitting a task, and what may be done instead."""
 
     reason: str
     limited_by: str | None
@@ -55,7 +55,7 @@ class TicketRun(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Which start of the task's handler this is, from 1."""
+        """The number of this start of the task's handler, from 1."""
 
     def report(self, value: Any) -> None:
         """Send `value` to the listeners of the task's events."""
@@ -177,7 +177,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     @property
     def result(self) -> TaskResult | None:
-        """How the task ended; None while it has not."""
+        """The result of the task; None while it has not ended."""
         return self._outcome if isinstance(self._outcome, TaskResult) else None
 
     def done(self) -> bool:
@@ -311,7 +311,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     @property
     def has_waiters(self) -> bool:
-        """Whether anyone waits for its end."""
+        """True if anyone waits for its end."""
         return bool(self._waiters)
 
     def emit(self, event: Event) -> None:

@@ -187,7 +187,7 @@ class RunCompletion:
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
-        if ticket.run is run:  # otherwise it has been started again beside a handler that did not stop
+        if ticket.run is run:  # otherwise it was started again while an earlier handler had not stopped
             ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)

@@ -64,7 +64,7 @@ class RunOwner(Protocol):
 
     @property
     def core(self) -> Core:
-        """What the parts of the supervisor share."""
+        """The objects that the parts of the supervisor share."""
 
     @property
     def completion(self) -> RunEnder:
@@ -113,7 +113,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def attempt(self) -> int:
-        """Which start of the task's handler this is, from 1."""
+        """The number of this start of the task's handler, from 1."""
         return self.ticket.attempts
 
     def record_call(self, source: LoadSource) -> None:
@@ -176,18 +176,18 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def is_probe(self) -> bool:
-        """Whether it is a probe of its worker's half-open breaker, and has not been abandoned."""
+        """True for a probe of its worker's half-open breaker that has not been abandoned."""
         worker = self.worker
         return worker.probing and self.breaker_phase == worker.breaker_phase and self.abandoned_at is None
 
     @property
     def lends_slot(self) -> bool:
-        """Whether others may use its slot now: see `SlotLoan`."""
+        """True while others may use its slot: see `SlotLoan`."""
         return self.awaited_tasks > 0 and self.slot_loans > 0
 
     @property
     def lacks_slot(self) -> bool:
-        """Whether it goes on and has no slot: it lent its own, and waits for nothing any more."""
+        """True if it goes on without a slot: it lent its own, and waits for nothing any more."""
         return not (self.holds_slot or self.lends_slot or self.ended)
 
     def take_slot(self) -> None:
@@ -282,7 +282,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def ends_with_worker_timeout(self) -> bool:
-        """Whether the timer of its worker ends it, because it has none of its own."""
+        """True if the timer of its worker ends it, because it has none of its own."""
         return self.timer is None and self.abandoned_at is None and self.ticket.slot is None
 
     # --- its end ---

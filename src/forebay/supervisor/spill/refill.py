@@ -100,7 +100,7 @@ class Refiller:
 
     @property
     def spilled_tasks(self) -> int:
-        """How many records wait, as far as is known."""
+        """The number of records that wait, as far as is known."""
         pools = self._core.pools.by_type.values()
         return sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
 

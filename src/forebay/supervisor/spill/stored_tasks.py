@@ -66,7 +66,7 @@ class StoredTasks:
 
     @property
     def stays_stored(self) -> bool:
-        """Whether tasks that are in the store will not come in any more, and survive this process."""
+        """True if tasks that are in the store will not come in any more, and survive this process."""
         return self.durable and self.refill_stopped
 
     # --- tickets of tasks that wait in the store ---
