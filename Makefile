@@ -1,15 +1,15 @@
-# The front door. Every target sets up what it needs, on a bare clone too.
-# PYTHON=python3.12 chooses the Python of .venv, ARGS="..." goes to the tool that the target runs.
+# Common tasks. Every target installs what it needs, in a fresh clone too.
+# PYTHON=python3.12 chooses the Python of .venv; ARGS="..." is passed to the tool that the target runs.
 
 VENV := .venv
 RUN  := $(VENV)/bin/python -m
 CODE := $(wildcard src tests demo bench examples)
 JOBS ?= 2
 export JOBS
-unexport PYTHONDONTWRITEBYTECODE    # else every process that pytest starts compiles every library anew
+unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again
 
 .DEFAULT_GOAL := help
-.PHONY: help install packages demo test test-quick sim check format bench lock clean
+.PHONY: help install packages demo test test-quick mutation sim check format bench docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,10 +30,15 @@ test: install packages ## every test, on each of Python 3.11 and 3.13 that is fo
 test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
 
-sim: install ## thousands of surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
+mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then inject the bugs that matter most
+	@$(RUN) uv pip install --quiet --python $(VENV) --constraint requirements/dev.txt --requirement requirements/mutation.txt
+	@$(RUN) tests.mutation $(ARGS)
+	@$(RUN) pytest --quiet --numprocesses $(JOBS) tests/mutation
+
+sim: install ## run thousands of random surges with faults, one for each seed: ARGS="--seeds 0:5000 --failures 1"
 	@$(RUN) tests.simulation.explore $(ARGS)
 
-check: install ## lint, format, types, and which room may import which
+check: install ## check lint, format, types, and the layers of imports
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy $(CODE)
@@ -46,9 +51,14 @@ format: install ## let ruff fix what it can
 bench: install ## measure against what is run beside it: NAME=surge JSON=file
 	@$(RUN) bench $(NAME) $(if $(JSON),--json $(JSON)) $(ARGS)
 
-lock: install ## pin requirements/dev.in anew: ARGS=--upgrade for the newest versions
-	$(RUN) uv pip compile requirements/dev.in --output-file requirements/dev.txt --quiet \
-		--no-header --no-emit-index-url --universal --python-version 3.11 $(ARGS)
+docs: install packages ## the documentation as a site in build/site, built strictly
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
+	@echo 'build/site/index.html'
+
+LOCK := uv pip compile --quiet --no-header --no-emit-index-url --universal --python-version 3.11
+lock: install ## pin requirements/*.in again: ARGS=--upgrade for the newest versions
+	$(RUN) $(LOCK) requirements/dev.in --output-file requirements/dev.txt $(ARGS)
+	$(RUN) $(LOCK) requirements/mutation.in --output-file requirements/mutation.txt --constraint requirements/dev.txt $(ARGS)
 
 clean: ## drop caches and what was built; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

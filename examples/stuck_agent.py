@@ -1,6 +1,6 @@
-"""An agent that hangs in C code, where neither a cancellation nor a signal reaches it, is killed at its timeout.
+"""Kill an agent that hangs in C code, where neither a cancellation nor a signal reaches it, at its timeout.
 
-Its slot serves the next task. In the event loop it would stop everything; in a thread it would hold its slot for ever.
+Its slot serves the next task. In the event loop it would stop the process; in a thread it would never free its slot.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from forebay.engine import ProcessEngine
 
 
 def looks_valid(task: Task) -> bool:
-    """Whether a text is made of words. The pattern is a trap: on some texts `re` would work on for centuries."""
+    """Return whether a text consists of words. The pattern is a trap: on some texts `re` takes centuries."""
     return re.fullmatch(r"(\w+\s?)+", task.payload) is not None
 
 
@@ -22,7 +22,7 @@ async def main() -> None:
         handler=looks_valid,
         task_types=["check"],
         timeout=3.0,  # seconds that a check may take
-        engine=ProcessEngine(grace=0.1),  # seconds more that it has to stop by itself
+        engine=ProcessEngine(grace=0.1),  # further seconds in which it may stop by itself
     )
     async with supervisor:  # starts the first process
         for text in ["a good text", "a" * 60 + "!", "another good text"]:
@@ -33,5 +33,5 @@ async def main() -> None:
                 print(f"{text[:20]!r}: {type(error).__name__}")
 
 
-if __name__ == "__main__":  # a process that runs the handler imports this file, and must not begin anew
+if __name__ == "__main__":  # a process that runs the handler imports this file, and must not start the program again
     asyncio.run(main())

@@ -1,7 +1,7 @@
-"""Loop time, wall time, chance and identity: the one door by which they enter.
+"""Loop time, wall time, random numbers and identifiers: the only module that takes them from the machine.
 
-Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for what travels or is stored.
-Under a virtual-time loop both are virtual, so nothing else may ask the machine.
+Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for times that are sent or stored.
+In an event loop in virtual time both are virtual, so no other module may ask the machine.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import random
 import time
 from collections.abc import Callable
 
-_running_loop = asyncio._get_running_loop  # noqa: SLF001 - public by `__all__`; raises nothing where there is none
+_running_loop = asyncio._get_running_loop  # noqa: SLF001 - public by `__all__`; returns None where there is no loop
 
 
 def wall_time() -> float:
-    """Epoch seconds: of the running event loop if it keeps its own (a virtual one), else of the machine."""
+    """Return epoch seconds: of the running event loop if it keeps its own (a virtual one), else of the machine."""
     loop = _running_loop()
     if loop is None:
         return time.time()
@@ -26,37 +26,37 @@ def wall_time() -> float:
 
 
 def is_virtual(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether `loop` keeps virtual time, so that no thread may watch it by real time."""
+    """Return whether `loop` keeps virtual time, so that no thread may watch it by real time."""
     return bool(getattr(loop, "virtual", False))
 
 
 def monotonic() -> float:
-    """Monotonic seconds of the machine, for threads that watch a loop from outside."""
+    """Return the machine's monotonic seconds, for threads that watch a loop from outside."""
     return time.monotonic()
 
 
 def now() -> float:
-    """Monotonic seconds: of the running event loop if it keeps time of its own (a virtual one), else of the machine.
+    """Return monotonic seconds: of the running event loop if it keeps virtual time, else of the machine.
 
-    So a thing that is shared by several loops and plain threads has one clock for all.
+    So an object that is shared by several loops and plain threads has one clock for all of them.
     """
     loop = _running_loop()
     if loop is None:
         return time.monotonic()
-    return loop.time() if getattr(loop, "virtual", False) else time.monotonic()  # `is_virtual`, and asked all the time
+    return loop.time() if getattr(loop, "virtual", False) else time.monotonic()  # `is_virtual` inlined: a hot path
 
 
 def new_random(seed: int | None = None) -> random.Random:
-    """A source of draws: seeded if asked, else from the operating system."""
+    """Return a generator of random numbers, seeded with `seed`, or by the operating system."""
     return random.Random(seed)  # noqa: S311 - jitter, not secrets
 
 
 _random = new_random()
-os.register_at_fork(after_in_child=_random.seed)  # a forked worker must not draw what its parent draws
+os.register_at_fork(after_in_child=_random.seed)  # a forked worker must not draw the same numbers as its parent
 
 
 def draw() -> float:
-    """A draw from [0, 1): of the running event loop if that has chance of its own (a virtual one), from its seed."""
+    """Return a random number in [0, 1), from the running event loop's own generator if it is virtual (seeded)."""
     loop = _running_loop()
     if loop is None:
         return _random.random()
@@ -64,14 +64,14 @@ def draw() -> float:
 
 
 def draw_function(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
-    """Draws from [0, 1) for what runs on `loop`: a virtual one has chance of its own, drawn from its seed."""
-    source = loop.random if is_virtual(loop) else new_random()  # type: ignore[attr-defined]
-    draw: Callable[[], float] = source.random
+    """Return a function that draws from [0, 1) for code that runs on `loop`; a virtual loop has a seeded generator."""
+    generator = loop.random if is_virtual(loop) else new_random()  # type: ignore[attr-defined]
+    draw: Callable[[], float] = generator.random
     return draw
 
 
 class _IdGenerator:
-    """Process-unique identifiers: a random prefix and a counter, a tenth of the price of a uuid4."""
+    """Process-unique identifiers: a random prefix and a counter, at a tenth of the cost of a uuid4."""
 
     def __init__(self) -> None:
         self.reset()

@@ -1,14 +1,18 @@
-"""One tree of errors; each class's docstring is its message, with the facts filled in.
+"""One tree of errors; the docstring of each class is its message, with the facts of the error filled in.
 
-A message says what happened, to what, and what to do next. It never echoes a payload.
+A message says what happened, to what, and what to do next. It never quotes a payload.
 """
 
 from __future__ import annotations
 
 import inspect
+import string
 from typing import Any, Self
 
-_LONGEST = 100  # characters of a value in a message
+from forebay._renamed import renamed, renamed_arguments
+from forebay._text import format_bytes, format_duration
+
+_MAX_SHOWN = 100  # characters of a value in a message
 
 
 class ForebayError(Exception):
@@ -17,7 +21,8 @@ class ForebayError(Exception):
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
         template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
-        super().__init__(template.format(**{name: _shown(name, fact) for name, fact in facts.items()}))
+        shown = {name: _shown(name, fact) for name, fact in facts.items()}
+        super().__init__(_formatter.vformat(template, (), shown))
         self._facts = facts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -28,8 +33,20 @@ class ForebayError(Exception):
         return cls(**facts)
 
 
+class _Formatter(string.Formatter):
+    """``str.format`` with two more format specs for numbers: ``{late:duration}`` (seconds) and ``{size:bytes}``."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if format_spec == "duration":
+            return format_duration(value)
+        return format_bytes(value) if format_spec == "bytes" else super().format_field(value, format_spec)
+
+
+_formatter = _Formatter()
+
+
 class _TypeName(str):
-    """A type's name that shows as it is, without quotes."""
+    """The name of a type, shown as it is, without quotes."""
 
     __slots__ = ()
 
@@ -38,19 +55,19 @@ class _TypeName(str):
 
 
 def _shown(name: str, fact: object) -> object:
-    """A fact as a message may show it: a value that is not plain, or too long to be meant, could be a payload."""
+    """Return a fact as a message may show it: of a value that is not plain, or is long, it could be a payload."""
     if fact is None or isinstance(fact, bool | int | float):
         return fact
     if isinstance(fact, str):
-        return fact if name != "value" or len(fact) <= _LONGEST else fact[:_LONGEST] + "..."
+        return fact if name != "value" or len(fact) <= _MAX_SHOWN else fact[:_MAX_SHOWN] + "..."
     return _TypeName(f"a {type(fact).__name__}")
 
 
 def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:
-    return kind._from(facts)  # noqa: SLF001 - pickle's way back in
+    return kind._from(facts)  # noqa: SLF001 - how pickle makes the error again
 
 
-# --- mistakes: raised at the call that made them -------------------------------------------------------------------
+# --- mistakes: raised by the call that made them -------------------------------------------------------------------
 
 
 class InvalidTask(ForebayError, ValueError):
@@ -58,7 +75,7 @@ class InvalidTask(ForebayError, ValueError):
 
 
 class DeadlinePassed(ForebayError, ValueError):
-    """The deadline of task {task_id!r} passed {late:.3f} s ago, so its result is already worthless: give it a later
+    """The deadline of task {task_id!r} passed {late:duration} ago, so its result is already worthless: give it a later
     one, for example Deadline.within(60), or do not submit it.
     """
 
@@ -77,12 +94,12 @@ class InvalidEstimate(ForebayError, ValueError):
 
 
 class InvalidTimeout(ForebayError, ValueError):
-    """A timeout of {value!r} cannot be met: it is how long one attempt may run, a positive number of seconds."""
+    """A timeout of {value!r} is invalid: it is how long one attempt may run, a positive number of seconds."""
 
 
 class InvalidThreshold(ForebayError, ValueError):
-    """A backpressure_threshold of {value!r} is outside (0, 1]: 0.8 refuses NORMAL tasks when the fullest resource
-    holds four fifths of what it may hold; 1 refuses only when it is full.
+    """A backpressure_threshold of {value!r} is outside (0, 1]: 0.8 rejects NORMAL tasks when the fullest resource is at
+    80% of its limit; 1 rejects only when it is full.
     """
 
 
@@ -91,13 +108,13 @@ class InvalidSetting(ForebayError, ValueError):
 
 
 class InvalidQuota(ForebayError, ValueError):
-    """This quota cannot be kept: {problem}. A quota is one amount in a period, for example
+    """This quota is invalid: {problem}. A quota is one amount in a period, for example
     Quota(requests=500, per="minute") or Quota(input_tokens=200_000, per="minute").
     """
 
 
 class InvalidBudget(ForebayError, ValueError):
-    """Budget {name} is {value!r}; it must be {expected}. For example Budget(usd=25, per="day", reserve=0.1)."""
+    """Budget {name} is {value!r}; it must be {expected}. For example Budget(usd=25, per="day", reserved_share=0.1)."""
 
 
 class InvalidPrice(ForebayError, ValueError):
@@ -107,11 +124,11 @@ class InvalidPrice(ForebayError, ValueError):
 
 
 class InvalidAmount(ForebayError, ValueError):
-    """A sum of {value!r} is not money: it must be a finite number of US dollars of at least 0."""
+    """An amount of {value!r} is not money: it must be a finite number of US dollars of at least 0."""
 
 
 class ReservationClosed(ForebayError, RuntimeError):
-    """What was reserved has been settled or released before: do one of the two, once."""
+    """This reservation was settled or released before: do one of the two, once."""
 
 
 class InvalidHandler(ForebayError, TypeError):
@@ -130,8 +147,8 @@ class InvalidHandler(ForebayError, TypeError):
 
 class NotImportable(ForebayError, TypeError):
     """Worker {worker!r} is to run in processes of its own, which import what they run, and its {what} is {got}: {why}.
-    Pass a function (or, for factory=, a function or class) that stands at the top of a module, or the import path of it
-    or of an agent, "package.module:name"; engine="thread" needs no import path.
+    Pass a function (or, for factory=, a function or class) that is defined at the top level of a module, or the import
+    path of it or of an agent, "package.module:name"; engine="thread" needs no import path.
     """
 
     worker: str
@@ -147,8 +164,8 @@ class DuplicateWorker(ForebayError, ValueError):
 
 
 class DuplicateTask(ForebayError, ValueError):
-    """A task with id {task_id!r} is already known, under way here or kept in the overflow: leave task_id out to have
-    one made, or use key= if the same work may be submitted twice.
+    """A task with id {task_id!r} is already known, running here or kept in the overflow: leave task_id out to have one
+    generated, or use key= if the same work may be submitted twice.
     """
 
     task_id: str
@@ -182,8 +199,9 @@ class NotSerializable(ForebayError, TypeError):
 
 
 class InvalidPayload(ForebayError, ValueError):
-    """The payload of task {task_id!r} is no {type}, the type that is declared for task type {task_type!r}: at {path}:
-    {why}. Correct it; or, if an earlier release stored it, give what was added to the type since a default.
+    """The payload of task {task_id!r} is not a valid {type}, the type that is declared for task type {task_type!r}: at
+    {path}: {why}. Correct it; or, if an earlier release stored it, give each field that was added to the type since
+    then a default.
     """
 
     task_id: str
@@ -208,12 +226,12 @@ class OverflowRequired(ForebayError, ValueError):
 class InvalidOverflowUrl(ForebayError, ValueError):
     """The overflow {url!r} cannot be opened: {why}. Known forms: sqlite:///relative.db, sqlite:////absolute.db,
     memory://, each with ?bound=ROWS if 100,000 rows are not what you want, and SQLite with synchronous=full, normal or
-    off. Of a path p: "sqlite:///" + str(p).
+    off. For a path p: "sqlite:///" + str(p).
     """
 
 
 class StoreUnavailable(ForebayError):
-    """The overflow at {where} cannot be used: {why}. {advice}"""
+    """The store at {where} cannot be used: {why}. {advice}"""
 
 
 class NotStarted(ForebayError, RuntimeError):
@@ -232,7 +250,7 @@ class SupervisorClosed(ForebayError, RuntimeError):
 
 class DrainInside(ForebayError, RuntimeError):
     """The supervisor was told to drain from inside task {task_id!r}, for which it would wait: drain it from outside of
-    its tasks, or have the task set an event that whoever started the supervisor waits for.
+    its tasks, or have the task set an event that the code which started the supervisor waits for.
     """
 
     task_id: str
@@ -249,8 +267,8 @@ class SlotMisused(ForebayError, RuntimeError):
 
 
 class NotGuardable(ForebayError, TypeError):
-    """What {function!r} does cannot be guarded: its call returns {made}, and nothing has been done by then. Guard the
-    function that does the work, `async def` or plain; for a stream hold a permit: `async with upstream.call(...):`.
+    """{function!r} cannot be guarded: calling it returns {made}, and its work is done only later. Guard the function
+    that does the work, `async def` or plain; for a stream hold a permit: `async with upstream.call(...):`.
     """
 
 
@@ -265,18 +283,17 @@ class WouldDeadlock(ForebayError, RuntimeError):
 
 
 class StillSpilled(ForebayError):
-    """Task {task_id!r} is kept in the overflow and this supervisor drains, or has closed, before its turn came: it is
-    not lost. It runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its
-    result.
+    """Task {task_id!r} is kept in the overflow, and this supervisor drained or closed before it ran: it is not lost. It
+    runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its result.
     """
 
     task_id: str
 
 
 class NotBindable(ForebayError, TypeError):
-    """{kind} is no client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and their kin,
-    LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway (`forebay gateway`), and
-    set its address as the base URL.
+    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and of their
+    subclasses, LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway
+    (`forebay gateway`), and set its address as the base URL.
     """
 
     kind: str
@@ -284,7 +301,7 @@ class NotBindable(ForebayError, TypeError):
 
 class AlreadyBound(ForebayError, ValueError):
     """A client that is bound to upstream {first!r} was to be bound to {second!r}: a call goes through one upstream.
-    Bind the client that was there before.
+    Bind the original client.
     """
 
     first: str
@@ -297,7 +314,7 @@ class AlreadyBound(ForebayError, ValueError):
 class RemoteError(ForebayError):
     """{type}: {message}"""
 
-    # What a handler raised in another process: no exception crosses, for that would take code on the wire.
+    # The handler raised this in another process. The exception itself is not sent: that would take code on the wire.
     type: str
     message: str
     traceback: str
@@ -324,40 +341,54 @@ class ProcessNotStarted(ForebayError):
 
 
 class NotTransferable(ForebayError, TypeError):
-    """The {what} of task {task_id!r} cannot pass between processes: {why}. Use None, booleans, numbers, strings, bytes,
-    lists and dicts with string keys, pass a reference to what is large, or run the worker with engine="thread".
+    """The {what} of task {task_id!r} cannot be sent between processes: {why}. Use None, booleans, numbers, strings,
+    bytes, lists and dicts with string keys, pass a reference to large data, or run the worker with engine="thread".
     """
 
     task_id: str
 
 
-# --- outcomes: what `run` and `slot` raise -------------------------------------------------------------------------
+# --- outcomes: raised by `run` and `slot` --------------------------------------------------------------------------
 
 
 class Overloaded(ForebayError):
-    """Not now: {reason}{hint}. Nothing was begun."""
+    """Rejected: {reason}{hint}. Nothing was started."""
 
-    # Worded so that no framework takes it for a provider's refusal and retries it (design 4).
+    # Worded so that no framework takes it for a provider's rejection and retries it (design 4).
     reason: str
     limited_by: str | None
     load: float | None
     retry_after: float | None
 
+    @renamed_arguments(binding="limited_by")
     def __init__(
         self, reason: str, *, limited_by: str | None = None, load: float | None = None, retry_after: float | None = None
     ) -> None:
-        back = "back off before you come back, for when there is room is not known yet"
+        """Make the error.
+
+        Args:
+            reason: what is overloaded, in words.
+            limited_by: the resource that decided, such as ``"pool:research"``, or None.
+            load: its load, where 1.0 is full; infinity if coming back cannot help; None if it is unknown.
+            retry_after: seconds after which there may be room, or None: unknown.
+        """
         if retry_after is not None:
-            seconds, hours = f"{retry_after:.3g} s", f"{retry_after / 3600:.3g} hours"
-            back = f"come back in {hours if 'e+' in seconds else seconds}"
-        hint = "" if retry_after is None and load == float("inf") else f"; {back}"  # never: the reason says what to do
+            hint = f"; come back in {format_duration(retry_after)}"
+        elif load == float("inf"):  # never: the reason says what to do
+            hint = ""
+        else:
+            hint = "; back off before you come back: it is not known when there will be room"
         super().__init__(reason=reason, limited_by=limited_by, load=load, retry_after=retry_after, hint=hint)
 
     @classmethod
     def _from(cls, facts: dict[str, Any]) -> Self:
-        return cls(
-            facts["reason"], limited_by=facts["limited_by"], load=facts["load"], retry_after=facts["retry_after"]
-        )
+        names = ("limited_by", "load", "retry_after")
+        return cls(facts["reason"], **{name: facts[name] for name in names})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "binding":
+            raise AttributeError(renamed("Overloaded", name, "limited_by"))
+        return super().__getattribute__(name)  # raises the usual AttributeError
 
 
 class TaskFailed(ForebayError):
@@ -369,8 +400,8 @@ class TaskFailed(ForebayError):
 
 
 class InvalidResult(ForebayError, ValueError):
-    """Worker {worker_id!r} returned what is no {type}, the type that is declared for the results of task type
-    {task_type!r}: at {path}: {why}.
+    """Worker {worker_id!r} returned a value that is not a valid {type}, the type that is declared for the results of
+    task type {task_type!r}: at {path}: {why}.
     """
 
     worker_id: str
@@ -380,7 +411,7 @@ class InvalidResult(ForebayError, ValueError):
 
 
 class ResultUnavailable(ForebayError):
-    """Task {task_id!r} succeeded, but its value cannot be had: {error}."""
+    """Task {task_id!r} succeeded, but its value is not available: {error}."""
 
     task_id: str
     error: str

@@ -1,4 +1,4 @@
-"""What happened, as frozen data, and the bounded ways to hear of it."""
+"""Events: what happened, as frozen data, and the bounded ways to receive it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 
-from forebay.errors import InvalidSetting
+from forebay._validate import check_whole
 from forebay.task import Priority, TaskResult, Verdict
 
 log = logging.getLogger("forebay")
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened. `at` is loop time in seconds; `kind` names it on any wire."""
+    """The base of every event. `at` is loop time in seconds; `kind` names the event when it is sent or printed."""
 
     kind: ClassVar[str]
     at: float
 
 
 class TaskSubmitted(Event, frozen=True, kw_only=True):
-    """The gate decided."""
+    """A task was admitted, spilled or rejected."""
 
     kind = "submitted"
     task_id: str
@@ -37,7 +37,7 @@ class TaskSubmitted(Event, frozen=True, kw_only=True):
 
 
 class TaskRefilled(Event, frozen=True, kw_only=True):
-    """A spilled task came back inside."""
+    """A spilled task came back into the queue."""
 
     kind = "refilled"
     task_id: str
@@ -45,7 +45,7 @@ class TaskRefilled(Event, frozen=True, kw_only=True):
 
 
 class TaskDeadLettered(Event, frozen=True, kw_only=True):
-    """A stored task will not be tried again: it is among the dead letters."""
+    """A stored task became a dead letter: it will not be tried again."""
 
     kind = "died"
     task_id: str
@@ -55,7 +55,7 @@ class TaskDeadLettered(Event, frozen=True, kw_only=True):
 
 
 class TaskStarted(Event, frozen=True, kw_only=True):
-    """A handler began."""
+    """A handler was started."""
 
     kind = "started"
     task_id: str
@@ -80,7 +80,7 @@ class TaskFinished(Event, frozen=True, kw_only=True):
 
 
 class WorkerFailed(Event, frozen=True, kw_only=True):
-    """A worker's breaker opened; `retry_in` is in seconds, None until it is revived."""
+    """A worker's breaker opened. `retry_in` is in seconds; None: it stays open until the worker is revived."""
 
     kind = "worker_failed"
     worker_id: str
@@ -89,7 +89,7 @@ class WorkerFailed(Event, frozen=True, kw_only=True):
 
 
 class WorkerRecovered(Event, frozen=True, kw_only=True):
-    """A worker's breaker let work through again: by probes, or revived."""
+    """A worker's breaker closed, because its probes succeeded or the worker was revived."""
 
     kind = "worker_recovered"
     worker_id: str
@@ -113,7 +113,7 @@ class ZombieEnded(Event, frozen=True, kw_only=True):
 
 
 class LoopStalled(Event, frozen=True, kw_only=True):
-    """Code held the event loop for `seconds`; `task_id` and `where` name it as far as they could be seen."""
+    """Code blocked the event loop for `seconds`; `task_id` and `where` name the code as far as it could be seen."""
 
     kind = "loop_stalled"
     seconds: float
@@ -126,9 +126,9 @@ Sink = Callable[[Event], None]
 
 
 class Subscription:
-    """Events as they come, in a bounded buffer: the oldest are dropped, and counted in `dropped`.
+    """A bounded buffer of events and an async iterator over them: the oldest are dropped, and counted in `dropped`.
 
-    An async iterator; it ends when its source closes, or by `close`.
+    It ends when its source closes, or by `close`.
     """
 
     def __init__(self, *, bound: int, on_close: Callable[[Subscription], None]) -> None:
@@ -140,18 +140,18 @@ class Subscription:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to be read at once."""
+        """Return whether reading would have to wait."""
         return not self._buffer and not self._closed
 
     def put(self, event: Event) -> None:
-        """Add an event, at the price of the oldest if there is no room."""
+        """Add an event, and drop the oldest if the buffer is full."""
         if len(self._buffer) == self._buffer.maxlen:
             self.dropped += 1
         self._buffer.append(event)
         self._wake()
 
     def close(self) -> None:
-        """End the iteration after what is buffered."""
+        """End the iteration after the events that are buffered."""
         if not self._closed:
             self._closed = True
             self._on_close(self)
@@ -183,16 +183,20 @@ class Subscription:
 
 
 class EventBus:
-    """Hands each event to sinks and subscriptions. Not thread-safe: it belongs to one loop."""
+    """Delivers each event to sinks and subscriptions. Not thread-safe: it belongs to one loop.
+
+    Attributes:
+        active: whether there is a sink or a subscription; a caller of `emit` asks first, and makes no event in vain.
+    """
 
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
         self._sinks = sinks
         self._subscriptions: list[Subscription] = []
         self._closed = False
-        self.active = bool(sinks)  # whether anyone listens: who emits asks first, and makes no event for nobody
+        self.active = bool(sinks)
 
     def emit(self, event: Event) -> None:
-        """Hand `event` to everyone. A sink that raises is logged, and harms nobody else."""
+        """Deliver `event`. A sink that raises is logged, and the others still get the event."""
         for sink in self._sinks:
             try:
                 sink(event)
@@ -202,32 +206,35 @@ class EventBus:
             subscription.put(event)
 
     def add_sink(self, sink: Sink) -> None:
-        """Call `sink` too, from now on; before the others, whose doing may be the next event."""
+        """Call `sink` for each event from now on; before the other sinks, whose actions may cause the next event."""
         self._sinks = (sink, *self._sinks)
         self.active = True
 
     def remove_sink(self, sink: Sink) -> None:
-        """Call `sink` no more."""
+        """Stop calling `sink`."""
         self._sinks = tuple(other for other in self._sinks if other != sink)
         self.active = bool(self._sinks or self._subscriptions)
 
     def subscribe(self, *, bound: int) -> Subscription:
-        """Everything from now on, the newest `bound` events kept until read."""
-        if not isinstance(bound, int) or bound < 1:
-            raise InvalidSetting(owner="events", name="bound", value=bound, expected="a whole number of at least 1")
-        subscription = Subscription(bound=bound, on_close=self._forget)
+        """Return a subscription to every event from now on, which keeps the newest `bound` events until they are read.
+
+        Raises:
+            InvalidSetting: `bound` is not a whole number of at least 1.
+        """
+        check_whole("events", "bound", bound)
+        subscription = Subscription(bound=bound, on_close=self._remove)
         self._subscriptions.append(subscription)
         self.active = True
-        if self._closed:  # nothing will happen any more
+        if self._closed:  # there will be no more events
             subscription.close()
         return subscription
 
-    def _forget(self, subscription: Subscription) -> None:
+    def _remove(self, subscription: Subscription) -> None:
         self._subscriptions.remove(subscription)
         self.active = bool(self._sinks or self._subscriptions)
 
     def close(self) -> None:
-        """End every subscription, those to come too."""
+        """End every subscription, present and future."""
         self._closed = True
         for subscription in list(self._subscriptions):
             subscription.close()

@@ -1,4 +1,4 @@
-"""The seams: Protocols, and the frozen data that crosses them."""
+"""The interfaces between packages: Protocols, and the frozen data that is passed through them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forebay.task import Priority, Task
 
 
 class WorkerState(Enum):
-    """What a worker is up to: FAILED is its breaker open, OVERLOADED is every slot taken."""
+    """The state of a worker: FAILED means that its breaker is open, OVERLOADED that every slot is taken."""
 
     IDLE = "idle"
     BUSY = "busy"
@@ -21,16 +21,16 @@ class WorkerState(Enum):
 
 
 class Outcome(Enum):
-    """What an ending says about the one that served it."""
+    """What the end of a call or a run says about the upstream or the worker that served it."""
 
     SUCCESS = "success"
     OVERLOAD = "overload"  # evidence of congestion
     FAULT = "fault"  # evidence of breakage
-    IGNORED = "ignored"  # says nothing
+    IGNORED = "ignored"  # no evidence of either
 
 
 class WorkerHandler(Protocol):
-    """What runs a task: anything callable with the Task that returns the value, or an awaitable of it.
+    """A callable that runs a task: it takes the Task and returns the value, or an awaitable of it.
 
     A plain callable runs in a thread and holds its slot until the thread ends.
     """
@@ -38,30 +38,30 @@ class WorkerHandler(Protocol):
     def __call__(self, task: Task, /) -> Any: ...  # noqa: D102 - the class says it
 
 
-# --- what travels ---------------------------------------------------------------------------------------------------
+# --- payloads and results ------------------------------------------------------------------------------------------
 
 
 class Codec(Protocol):
-    """Between the payloads (or the results) of a task type and plain data, which the overflow can store.
+    """Converts the payloads (or the results) of a task type to plain data, which the overflow can store, and back.
 
     Plain data: None, bool, int, float, str, bytes, and lists, tuples and dicts with str keys of these.
     """
 
     def coerce(self, value: Any) -> Any:
-        """The value as whoever asked for this type gets it, whether or not it goes through the overflow.
+        """Return `value` as a value of the codec's type; the same whether or not it goes through the overflow.
 
         Raises:
-            Misfit: it is not of the type.
+            TypeMismatch: it is not of the type.
         """
 
     def dump(self, value: Any) -> Any:
-        """What `fit` returned, as plain data. What it has no plain form of it leaves as it is: storing refuses that."""
+        """Return a coerced value as plain data. A part without a plain form may be left: encoding rejects it."""
 
     def load(self, plain: Any) -> Any:
-        """What `dump` was given, from what it returned; perhaps by an earlier release of the program.
+        """Return the value that `dump` turned into `plain`, perhaps in an earlier release of the program.
 
         Raises:
-            Misfit: it is not of the type.
+            TypeMismatch: it is not of the type.
         """
 
 
@@ -69,8 +69,8 @@ class TypeMismatch(Exception):
     """A value is not of the type that was declared for it.
 
     Attributes:
-        path: where in it, as ``".topic[0]"``; empty for the whole.
-        why: what is wrong there. Never the value.
+        path: the part that is wrong, as ``".topic[0]"``; empty for the whole value.
+        reason: what is wrong with it. Never the value.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -79,23 +79,23 @@ class TypeMismatch(Exception):
         self.reason = reason
 
 
-_NAME_SHOWN = 40  # characters of a key that a path shows: a longer one is no name but content
+_MAX_NAME = 40  # characters of a key that a path shows: a longer key is content rather than a name
 
 
 def path_segment(name: object) -> str:
-    """A step of a path. A key is shown if it looks like a name: a payload's content is never echoed."""
+    """Return an index, field or key as a segment of a path; a key only if it looks like a name, never as content."""
     if isinstance(name, int):
         return f"[{name}]"
-    named = isinstance(name, str) and name.isidentifier() and len(name) <= _NAME_SHOWN
-    return f".{name}" if named else "[...]"
+    is_name = isinstance(name, str) and name.isidentifier() and len(name) <= _MAX_NAME
+    return f".{name}" if is_name else "[...]"
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """What one resource holds against what it may hold.
+    """The load of one resource.
 
     Attributes:
         resource: its name, such as ``"pool:research"``.
-        load: the ratio; 1.0 is full, and more than full is possible.
+        load: its use over its capacity; 1.0 is full, and more is possible.
     """
 
     resource: str
@@ -135,44 +135,6 @@ class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     remaining: int | None = None
     reset: float | None = None
-
-
-class Grant(msgspec.Struct):
-    """One held slot of a limit, as the limit marked it when it was given.
-
-    Attributes:
-        at: seconds, of the clock that the holder brings.
-        in_flight: slots held at that moment, this one included.
-        epoch: which of the limit's epochs it belongs to.
-        full: whether the limit was as good as used up.
-    """
-
-    granted_at: float
-    in_flight: int
-    epoch: int = 0
-    at_limit: bool = False
-
-
-class Limit(Protocol):
-    """How many calls may be in flight. Implementations are pure: they see grants, outcomes and times, nothing else.
-
-    Times are seconds of one clock that does not go back. Each grant is given to `observe` exactly once.
-    """
-
-    def limit(self, now: float) -> int:
-        """How many may be in flight now; 0 while none may."""
-
-    def reopens_at(self, now: float) -> float | None:
-        """When time alone will raise `limit` from 0, in the clock's seconds; None if it will not."""
-
-    def grant(self, now: float, in_flight: int) -> Grant:
-        """Mark a slot that is taken now; `in_flight` counts it."""
-
-    def accepted(self, now: float, grant: Grant) -> None:
-        """Its call was not refused: the answer has begun, or none has come for a second. At most once for a grant."""
-
-    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
-        """Its call has ended. `stretch`: its time over the time expected for its output tokens, if that is known."""
 
 
 class LoadSource(Protocol):
@@ -215,11 +177,11 @@ class LoadSource(Protocol):
         """`who` has gone."""
 
 
-# --- the ledger of tasks -------------------------------------------------------------------------------------------
+# --- the task store ------------------------------------------------------------------------------------------------
 
 
 class RecordState(Enum):
-    """Where a stored task is: a spilled one WAITING, a durable one written already LEASED, a result DONE."""
+    """The state of a stored task: WAITING when spilled, LEASED when running or durable, then DONE or DEAD."""
 
     WAITING = "waiting"
     LEASED = "leased"
@@ -231,13 +193,13 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A task as it is stored.
 
     Attributes:
-        task_id: unique in the ledger.
-        task_type: which queue it stands in.
-        priority: its rung in that queue.
+        task_id: unique in the store.
+        task_type: the queue that it belongs to.
+        priority: its priority in that queue.
         deadline: epoch seconds, or None.
-        key: idempotency key, or None; unique in the ledger while its row is kept, ended or not.
+        key: idempotency key, or None; unique in the store while the record is kept, ended or not.
         envelope: the encoded task; empty once DONE.
-        enqueued_at: epoch seconds when it was first submitted: its place among those of its priority and deadline.
+        enqueued_at: epoch seconds when it was first submitted; orders records of the same priority and deadline.
         attempts: starts of the handler so far.
     """
 
@@ -252,12 +214,12 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """A timed right to a stored task.
+    """The exclusive right to a stored task for a limited time.
 
     Attributes:
-        row: the task.
-        fence: this lease's own id, compared for equality: a holder whose lease was given to another is refused.
-        until: epoch seconds at which it lapses unless renewed.
+        record: the task.
+        fence: the id of this lease, compared for equality: the store rejects a holder whose lease went to another.
+        until: epoch seconds at which it expires unless it is renewed.
     """
 
     record: TaskRecord
@@ -266,11 +228,11 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """How a stored task ended.
+    """The end of a stored task.
 
     Attributes:
         status: the value of its final TaskStatus, such as ``"succeeded"``.
-        worker_id: who ran it last, or None.
+        worker_id: the worker that ran it last, or None.
         result: the encoded value, or None if there is none or it could not be encoded.
         error: what went wrong, or None.
         duration_ms: milliseconds of the last attempt.
@@ -288,11 +250,11 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that is DEAD.
+    """A record that is DEAD.
 
     Attributes:
-        row: the task; a listing leaves its envelope out, which `Ledger.find` has.
-        completion: why it died, and when.
+        record: the task; in a listing without its envelope, which `TaskStore.find` returns.
+        completion: the reason and the time of its end.
     """
 
     record: TaskRecord
@@ -300,101 +262,106 @@ class DeadRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PutResult(Enum):
-    """What became of a row that was offered."""
+    """The result of storing a record."""
 
     STORED = "stored"
     FULL = "full"  # the bound is reached; nothing was written
-    DUPLICATE = "duplicate"  # its task_id or its key is there already; nothing was written
+    DUPLICATE = "duplicate"  # its task_id or its key is stored already; nothing was written
 
 
 class TaskStore(Protocol):
-    """The overflow: one ledger of rows, WAITING, LEASED, DONE or DEAD. Times are epoch seconds, given by the caller.
+    """A store of task records (the overflow), each WAITING, LEASED, DONE or DEAD.
 
-    A write has happened, at the ledger's durability, when its call returns; where that was cancelled, it may have. What
-    waits and what is leased counts against the ledger's bound. As many rows that are DONE are kept besides, and as many
-    that are DEAD; of each the oldest are dropped.
+    Times are epoch seconds, given by the caller. A write has happened, as durably as the store promises, when its call
+    returns; if the call was cancelled, it may have happened. Records that are WAITING or LEASED count towards the
+    store's bound. In addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
 
-    Raises:
-        LedgerUnusable: from any method, if the ledger is not open or has failed.
+    Every method raises StoreUnavailable if the store is not open or has failed.
     """
 
-    durable: bool  # whether what it holds survives its process
+    durable: bool  # whether its records survive the process
 
     async def open(self) -> None:
         """Connect and prepare.
 
         Raises:
-            LedgerUnusable: it cannot be; the message says why and what to do.
+            StoreUnavailable: it cannot be opened; the message says why and what to do.
         """
 
     async def close(self) -> None:
-        """Finish what is under way and let go. Idempotent."""
+        """Finish the pending operations and disconnect. Idempotent."""
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        """Store `row`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
+        """Store `record`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
 
-        What is a DUPLICATE is that also when the ledger is full.
+        Returns:
+            STORED; DUPLICATE, also if the store is full; or FULL.
         """
 
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
     ) -> Sequence[Lease]:
-        """Lease up to `limit` waiting rows of `task_type`, and of `rung` if it is given.
+        """Lease up to `limit` waiting records of `task_type`, and of `priority` if it is given.
 
-        By priority, then deadline (none last), then `enqueued_at`, then who was put first. Cancelled, it keeps none:
-        what it leased after all goes back to its place.
+        The order is by priority, then deadline (none last), then `enqueued_at`, then order of insertion. If the call is
+        cancelled, it holds no lease: what was leased after all is released.
         """
 
     async def begin_attempt(self, lease: Lease) -> bool:
-        """Count a start of the handler. False: the lease has been lost, so it must not be started."""
+        """Count a start of the handler. Return False if the lease is lost, so that the handler must not start."""
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
-        """Extend `leases` to `until`, and return those that have been lost. None becomes shorter.
+        """Extend `leases` to `until`, and return those that are lost. It shortens none.
 
-        It blocks, and may be called from any thread: whoever holds up the event loop must not lose leases by that.
+        It blocks, and may be called from any thread, so that a blocked event loop does not lose leases.
         """
 
     async def release(self, leases: Sequence[Lease]) -> None:
-        """Give rows back, WAITING at the place where they stood. Lost leases are passed over."""
+        """Make leased records WAITING again, in their old order. Lost leases are ignored."""
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
-        """Mark a row DONE. With a fence: only if LEASED under it; with None: only if WAITING (it was given up).
+        """Mark a record DONE. With a fence: only if LEASED under it; without one: only if WAITING (a cancelled task).
 
         Returns:
-            False if it was not so, and nothing was written.
+            False if it was in another state, and nothing was written.
         """
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        """Give LEASED rows that lapsed before `now` back, WAITING at their place.
+        """Release every lease that expired before `now`.
 
-        Once `max_attempts` starts were made they become DEAD instead, with a completion of status FAILED: these are
-        returned.
+        Returns:
+            The records with `max_attempts` starts: these became DEAD instead, with a completion of status FAILED.
         """
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE rows that ended before `before`; return how many."""
+        """Drop DONE records that ended before `before`, and return how many."""
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        """Mark a row DEAD that nobody can run. False: the lease has been lost, and nothing was written."""
+        """Mark a record DEAD that cannot be run. Return False if the lease is lost, and nothing was written."""
 
     async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """Up to `limit` DEAD rows by when they died, then by id; those behind `after`, such a pair, if it is given."""
+        """Return up to `limit` DEAD records, ordered by the time of their end, then by task id.
+
+        Args:
+            limit: the size of the page.
+            after: the end time and task id of the last record of the page before; None: the first page.
+        """
 
     async def requeue(self, task_id: str) -> PutResult | None:
-        """Make a DEAD row WAITING at the place where it stood, with no attempts made.
+        """Make a DEAD record WAITING again, in its old order and with no attempts counted.
 
         Returns:
             STORED; FULL if the bound is reached; None if it is not DEAD.
         """
 
     async def delete_dead(self, task_id: str) -> bool:
-        """Drop a DEAD row. False: there is none of that id."""
+        """Delete a DEAD record. Return False if there is none of that id."""
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
-        """The row of that id, with its completion if it is DONE or DEAD."""
+        """Return the record of that id, with its completion if it is DONE or DEAD; None if there is none."""
 
     async def find_key(self, key: str) -> str | None:
-        """The task id stored under an idempotency key, or None."""
+        """Return the task id stored under an idempotency key, or None."""
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
-        """How many rows are WAITING, by task type and priority."""
+        """Return how many records are WAITING, by task type and priority."""

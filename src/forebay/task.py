@@ -1,14 +1,17 @@
-"""What is handed in and what comes back: Task, its deadline and estimate, TaskResult."""
+"""Tasks and their results: Task, with its priority, deadline and estimate; TaskResult, with its status."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import Enum, IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from forebay import clock
+from forebay._renamed import renamed
+from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 
 
@@ -22,7 +25,7 @@ class Priority(IntEnum):
 
 
 class Verdict(Enum):
-    """The decision at the door."""
+    """The decision of admission."""
 
     ADMITTED = "admitted"
     SPILLED = "spilled"
@@ -30,7 +33,7 @@ class Verdict(Enum):
 
 
 class TaskStatus(Enum):
-    """Where a task is. The last five are final: every task that was not rejected ends in exactly one of them."""
+    """The state of a task. The last five are final: every task that was not rejected ends in exactly one of them."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -44,15 +47,15 @@ class TaskStatus(Enum):
 
     @property
     def final(self) -> bool:
-        """Whether it stays so."""
-        return self not in _UNDER_WAY
+        """Return whether a task in this status stays in it."""
+        return self not in _NOT_FINAL
 
 
-_UNDER_WAY = frozenset({TaskStatus.WAITING, TaskStatus.RUNNING, TaskStatus.SPILLED})
+_NOT_FINAL = frozenset({TaskStatus.WAITING, TaskStatus.RUNNING, TaskStatus.SPILLED})
 
 
 class Deadline(msgspec.Struct, frozen=True, order=True):
-    """When a result becomes worthless: absolute, in epoch seconds, so that it can travel and be stored.
+    """The time after which a result is worthless: absolute, in epoch seconds, so that it can be sent and stored.
 
     Raises:
         InvalidDeadline: `at` is not a finite number.
@@ -66,7 +69,7 @@ class Deadline(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def within(cls, seconds: float) -> Deadline:
-        """The deadline `seconds` from now.
+        """Return the deadline `seconds` from now.
 
         Raises:
             InvalidDeadline: `seconds` is not a positive, finite number.
@@ -76,12 +79,12 @@ class Deadline(msgspec.Struct, frozen=True, order=True):
         return cls(clock.wall_time() + seconds)
 
     def remaining(self) -> float:
-        """Seconds until it passes; negative once it has."""
+        """Return the seconds until it passes; negative once it has passed."""
         return self.at - clock.wall_time()
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run is expected to ask of its upstreams. Where absent, it is learned per task type.
+    """How many calls and LLM tokens one run is expected to need. Without one, it is learned per task type.
 
     Raises:
         InvalidEstimate: a figure is negative or not a whole number.
@@ -94,12 +97,56 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for field in self.__struct_fields__:
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if not is_whole(value, 0):
                 raise InvalidEstimate(field=field, value=value)
 
 
-class _Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a task may be given by name."""
+_POSITIONAL = 2  # task_type and payload
+
+#: The names of arguments in an earlier Forebay and in other supervisors, and what to pass instead.
+_OTHER_NAMES = {
+    "thread": "thread_id",
+    "timeout_seconds": "timeout",
+    "deadline_seconds": "pass deadline=Deadline.within(seconds)",
+    "type": "task_type",
+    "id": "task_id",
+    "data": "payload",
+}
+
+
+class _TaskMeta(msgspec.StructMeta):
+    """The metaclass of Task: it explains arguments that Task does not have, which msgspec at most names.
+
+    A Struct is made in C, so that there is no ``__init__`` to wrap.
+    """
+
+    if not TYPE_CHECKING:  # type checkers are to see the signature that the fields make
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a metaclass
+            try:
+                return super().__call__(*args, **kwargs)
+            except TypeError:
+                explanation = _explain(args, kwargs)
+                if explanation is None:
+                    raise
+                raise TypeError(explanation) from None
+
+
+def _explain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the arguments of a Task; None if it is not one of the usual mistakes."""
+    for name in kwargs:
+        if name in _OTHER_NAMES:
+            return renamed("Task", name, _OTHER_NAMES[name])
+    if len(args) > _POSITIONAL:
+        return (
+            f"Task takes two positional arguments, task_type and payload, and was given {len(args)}: pass the others by"
+            ' name, such as Task("research", {"topic": "rivers"}, task_id="1", priority=Priority.HIGH)'
+        )
+    return None
+
+
+class _Options(msgspec.Struct, frozen=True, kw_only=True, metaclass=_TaskMeta):
+    """The arguments of Task that are passed by name."""
 
     task_id: str = msgspec.field(default_factory=clock.new_id)
     priority: Priority = Priority.NORMAL
@@ -117,22 +164,24 @@ class Task(_Options, frozen=True):
     """One unit of agent work.
 
     Attributes:
-        task_type: which workers may run it.
-        payload: what the handler works on; an agent of a framework gets it as its own input.
-        task_id: unique; made if not given.
-        priority: who goes first, and who is refused last.
+        task_type: selects the workers that may run it.
+        payload: the input of the handler; an agent of a framework gets it as its own input.
+        task_id: unique; generated if not given.
+        priority: a task of a better priority is served earlier and rejected later.
         timeout: seconds that one attempt may run; by default the worker's.
-        deadline: when its result becomes worthless; covers waiting.
-        spill: whether it may wait outside, in the overflow. False means now or never.
-        durable: recorded before it is admitted, so that it survives its process.
-        key: idempotency key: the same key is the same work, in this process; and wherever the overflow is shared, for
-            work that is spilled or durable.
-        tenant: on whose behalf.
-        thread: one run at a time per thread (a conversation); also LangGraph's ``thread_id``.
-        estimate: what it will ask of its upstreams.
+        deadline: the time after which its result is worthless; waiting counts.
+        spill: whether it may wait in the overflow. False: it is admitted now or rejected.
+        durable: whether it is recorded before it is admitted, so that it survives its process.
+        key: idempotency key. Tasks with the same key are the same work: in this process, and, for spilled or durable
+            work, wherever the overflow is shared.
+        tenant: the customer, user or team that it belongs to.
+        thread_id: the conversation that it belongs to; one task of a conversation runs at a time. Also LangGraph's
+            ``thread_id``.
+        estimate: the calls and tokens that it will need.
 
     Raises:
-        InvalidTask, InvalidTimeout, DeadlinePassed: a field cannot be meant.
+        InvalidTask, InvalidTimeout, DeadlinePassed: an argument is invalid.
+        TypeError: an argument is unknown or missing.
     """
 
     task_type: str
@@ -141,7 +190,7 @@ class Task(_Options, frozen=True):
     def __post_init__(self) -> None:
         if self.deadline is not None:
             self._check_deadline(self.deadline)
-        if self.timeout is not None and not _is_positive(self.timeout):
+        if self.timeout is not None and not is_positive(self.timeout):
             raise InvalidTimeout(value=self.timeout)
         if type(self.priority) is not Priority:
             self._set_priority()
@@ -165,10 +214,13 @@ class Task(_Options, frozen=True):
             raise DeadlinePassed(task_id=self.task_id, late=-remaining)
 
     def _set_priority(self) -> None:
+        expected = "a Priority: CRITICAL, HIGH, NORMAL or LOW"
+        if self.priority == 0:  # elsewhere the default; here the highest, so that it is hardly meant
+            expected += "; 0 would be CRITICAL, so write Priority.CRITICAL if you mean it, or leave it out for NORMAL"
+            raise InvalidTask(field="priority", value=self.priority, expected=expected)
         try:
             msgspec.structs.force_setattr(self, "priority", Priority(self.priority))
         except ValueError:
-            expected = "a Priority: CRITICAL, HIGH, NORMAL or LOW"
             raise InvalidTask(field="priority", value=self.priority, expected=expected) from None
 
     def _check_names(self) -> None:
@@ -186,19 +238,19 @@ class Task(_Options, frozen=True):
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task ended.
+    """The outcome of a task.
 
     Attributes:
-        task_id: whose result this is.
+        task_id: the task's id.
         worker_id: the worker that ran it last; None if none did.
         success: whether it succeeded.
-        status: how it ended.
+        status: its final status.
         result: the handler's value if it succeeded.
         error: if it did not succeed, what happened, as ``"ValueError: ..."``; or why its value cannot be stored.
         duration_ms: milliseconds that the last attempt ran.
         attempts: starts of the handler.
-        cause: the handler's exception, where the task ran in this process; ResultNotKept if it succeeded and its value
-            cannot be had, `result` being None then.
+        cause: the handler's exception, where the task ran in this process; ResultUnavailable if it succeeded and its
+            value is not available, in which case `result` is None.
     """
 
     task_id: str
@@ -210,7 +262,3 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     duration_ms: float = 0.0
     attempts: int = 0
     cause: BaseException | None = None
-
-
-def _is_positive(seconds: object) -> bool:
-    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf

@@ -15,7 +15,9 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
+from tests.support.supervisor_checks import check_supervisor
 from tests.support.task_plane import now, run_ready
+from tests.support.upstream_checks import check_upstream
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
 from forebay.breaker import BreakerRules, consecutive_faults
@@ -23,7 +25,7 @@ from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
-from forebay.testing import EventRecord, check_promises, check_upstream
+from forebay.testing import EventRecord
 from forebay.upstream import Upstream
 from forebay.upstream.call_flow import AttemptResult
 from forebay.upstream.call_request import CallOutcome, Permit
@@ -275,7 +277,7 @@ async def play(script: Script) -> None:
         comers = [come(call, lambda call=call: calls.make(call)) for call in script.calls]  # type: ignore[misc]
         comers += [come(plan[0], lambda plan=plan: run(plan)) for plan in script.tasks]  # type: ignore[misc]
         await asyncio.gather(*comers)
-    check_promises(record)
+    check_supervisor(record)
     check_upstream(upstream)
     check_money(upstream, script)
     await check_it_still_serves(upstream, script)

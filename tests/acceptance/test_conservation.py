@@ -18,6 +18,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
+from tests.support.supervisor_checks import check_supervisor, check_task_ends
 from tests.support.task_plane import results, run_ready, virtual
 
 from forebay import (
@@ -31,7 +32,7 @@ from forebay import (
 )
 from forebay.errors import SupervisorClosed
 from forebay.simulation import simulate, virtual_loop
-from forebay.testing import EventRecord, SlowHandler, check_promises, check_task_ends
+from forebay.testing import EventRecord, SlowHandler
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -275,7 +276,7 @@ async def play(script: Script, directory: Path) -> None:
     await asyncio.wait(callers)
     await asyncio.sleep(30.0)  # whatever is stubborn ends
 
-    check_promises(record, tickets=tickets, nested=True)
+    check_supervisor(record, tickets=tickets, nested=True)
     if script.overflow == "sqlite":
         await check_the_rest_runs_next_time(str(overflow), record)
     assert virtual_loop().pending() == [asyncio.current_task()]
@@ -289,7 +290,7 @@ async def check_the_rest_runs_next_time(overflow: str, before: EventRecord) -> N
     async with supervisor:
         await asyncio.sleep(100.0)  # leases that nobody returned lapse
         assert supervisor.statistics().outside == 0
-    check_task_ends(before, record, kept=0)
+    check_task_ends(before, record, left=0)
     assert set(record.results) <= {event.task_id for event in before.submitted}
 
 
@@ -592,7 +593,7 @@ def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
         with contextlib.suppress(SupervisorClosed):  # it was drained or closed
             assert (await supervisor.submit_nowait(Task("work", 0.01))).success
         await supervisor.close()
-        check_promises(record, tickets=tickets, nested=True)
+        check_supervisor(record, tickets=tickets, nested=True)
         assert virtual_loop().pending() == [asyncio.current_task()]
 
     for moment in range(0, 40, 2):

@@ -371,9 +371,9 @@ async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full(
     "how",
     [
         {"to": ""},
-        {"to": "gpt-4o-mini", "when": 0.0},
-        {"to": "gpt-4o-mini", "when": 1.5},
-        {"to": "gpt-4o-mini", "of": ""},
+        {"to": "gpt-4o-mini", "load_threshold": 0.0},
+        {"to": "gpt-4o-mini", "load_threshold": 1.5},
+        {"to": "gpt-4o-mini", "models": ""},
         {"to": "gpt-4o-mini", "base_url": "https://a.test"},
         {"to": Upstream("a"), "base_url": "ftp://a.test"},
         {"to": Upstream("a"), "base_url": "https://me:sk-secret@a.test"},

@@ -78,7 +78,7 @@ async def test_a_body_beyond_what_all_may_take_is_not_read_and_its_caller_comes_
         assert error["code"] == "forebay_bodies"
         assert "max_held_bytes" in error["message"]
         assert gateway.forwarder.body_memory.held_bytes == 49_999
-        assert b'forebay_gateway_refusals_total{binding="bodies"' in gateway.forwarder.metrics.render()
+        assert b'forebay_gateway_rejections_total{limited_by="bodies"' in gateway.forwarder.metrics.render()
         assert (await raw(gateway, request_bytes(ask(50_000), b"connection: close"))).startswith(b"HTTP/1.1 200")
         writer.write(b" ")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")

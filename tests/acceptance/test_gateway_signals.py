@@ -86,7 +86,7 @@ async def until_one_waits(scene: GatewayHarness, running: Running) -> None:
     while True:
         async with scene.session.get(f"{running.url}/metrics") as answer:
             lines = (await answer.text()).splitlines()
-        if [line for line in lines if line.startswith("forebay_calls_waiting{") and line.endswith(" 1.0")]:
+        if [line for line in lines if line.startswith("forebay_calls_queued{") and line.endswith(" 1.0")]:
             return
 
 

@@ -67,7 +67,7 @@ class Caller:
         body = json.dumps(
             {"model": CHAT_REQUEST["model"], "messages": CHAT_REQUEST["messages"], "stream": True}
         ).encode()
-        self._request = request_bytes(body, b"x-plant-output-tokens: %d" % tokens, b"connection: close")
+        self._request = request_bytes(body, b"x-simulated-output-tokens: %d" % tokens, b"connection: close")
         self.status = 0
         self.told = b""
 

@@ -25,7 +25,7 @@ async def ask(client: Any) -> Any:
 
 def counts(upstream: Upstream) -> dict[str, int]:
     account = only(upstream)
-    names = ("sent", "succeeded", "turned_away", "failed", "unattributed", "refused", "in_flight")
+    names = ("sent", "succeeded", "throttled", "failed", "unattributed", "rejected", "in_flight")
     return {name: value for name in names if (value := getattr(account, name))}
 
 
@@ -35,9 +35,9 @@ async def test_each_attempt_is_counted_by_what_became_of_it() -> None:
     limited = Says.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
     client = Script(httpx2, Says.error(500), limited, Says.error(529), Says(), Says.error(400)).client(upstream)
     await ask(client)
-    assert counts(upstream) == {"sent": 4, "succeeded": 1, "turned_away": 2, "failed": 1, "unattributed": 4}
+    assert counts(upstream) == {"sent": 4, "succeeded": 1, "throttled": 2, "failed": 1, "unattributed": 4}
     await ask(client)  # what is our own mistake has failed through no fault of theirs
-    assert counts(upstream) == {"sent": 5, "succeeded": 1, "turned_away": 2, "failed": 1, "unattributed": 5}
+    assert counts(upstream) == {"sent": 5, "succeeded": 1, "throttled": 2, "failed": 1, "unattributed": 5}
 
 
 @virtual
@@ -66,7 +66,7 @@ async def test_what_was_not_let_go_was_not_sent() -> None:
     shut = Upstream("shut", quotas=[Quota(input_tokens=10, per="minute")])
     with pytest.raises(Overloaded):
         await shut.call(input_tokens=11).__aenter__()
-    assert counts(shut) == {"refused": 1}
+    assert counts(shut) == {"rejected": 1}
 
 
 @virtual

@@ -1,4 +1,4 @@
-"""The backends of each seam. A new one adds a line here, and every promise is asked of it."""
+"""The implementations of each interface. A new one adds a line here, and is tested for every promise."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from forebay.interfaces import Lease, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.task import Priority
 
-DURABLE = "durable"  # what it holds is there when it is opened again
-SHARED = "shared"  # several may have it open at once
+DURABLE = "durable"  # records survive close() and open()
+SHARED = "shared"  # several processes may have it open at once
 
 
 @dataclass(frozen=True)
 class StoreBackend:
-    """A kind of ledger, and which promises it makes beyond those that all make."""
+    """A kind of task store, and the promises that it makes beyond those that all make."""
 
     name: str
     url: str  # {path} is a fresh directory
@@ -34,13 +34,13 @@ class StoreBackend:
             pytest.skip(f"{self.name} is not {capability}")
 
 
-LEDGERS = [
+STORES = [
     StoreBackend("memory", "memory://?bound={bound}"),
-    StoreBackend("sqlite", "sqlite:///{path}/ledger.db?bound={bound}", frozenset({DURABLE, SHARED})),
+    StoreBackend("sqlite", "sqlite:///{path}/store.db?bound={bound}", frozenset({DURABLE, SHARED})),
 ]
 
 
-@pytest.fixture(params=LEDGERS, ids=lambda backend: backend.name)
+@pytest.fixture(params=STORES, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> StoreBackend:
     chosen: StoreBackend = request.param
     return chosen
@@ -50,33 +50,33 @@ OpenStore = Callable[..., Awaitable[TaskStore]]
 
 
 @pytest.fixture
-async def another(backend: StoreBackend, tmp_path: Path) -> AsyncIterator[OpenStore]:
-    """Opens the one place of this test, once more or with another bound."""
+async def open_store(backend: StoreBackend, tmp_path: Path) -> AsyncIterator[OpenStore]:
+    """Return a function that opens the one store of this test, again or with another bound."""
     opened: list[TaskStore] = []
 
     async def open_one(bound: int = 10_000) -> TaskStore:
-        ledger = open_task_store(backend.url.format(path=tmp_path, bound=bound))
-        opened.append(ledger)
-        await ledger.open()
-        return ledger
+        store = open_task_store(backend.url.format(path=tmp_path, bound=bound))
+        opened.append(store)
+        await store.open()
+        return store
 
     yield open_one
-    for ledger in opened:
-        await ledger.close()
+    for store in opened:
+        await store.close()
 
 
 @pytest.fixture
-async def ledger(another: OpenStore) -> TaskStore:
-    return await another()
+async def store(open_store: OpenStore) -> TaskStore:
+    return await open_store()
 
 
 @dataclass
 class MakeRecord:
-    """Makes rows that differ in what a test says, and takes what it leases down."""
+    """Makes records that differ only in what a test passes, and in their order."""
 
     count: itertools.count[int] = field(default_factory=itertools.count)
 
-    def __call__(  # noqa: PLR0913 - the fields of a row
+    def __call__(  # noqa: PLR0913 - the fields of a record
         self,
         task_id: str | None = None,
         *,
@@ -99,7 +99,7 @@ class MakeRecord:
 
 
 @pytest.fixture
-def row() -> MakeRecord:
+def record() -> MakeRecord:
     return MakeRecord()
 
 
@@ -107,26 +107,26 @@ Take = Callable[..., Awaitable[list[Lease]]]
 
 
 @pytest.fixture
-def take(ledger: TaskStore) -> Take:
-    """Leases from the ledger, by default all research until 100."""
+def take(store: TaskStore) -> Take:
+    """Return a function that leases from the store; by default all records of type research, until 100."""
 
     async def lease(limit: int = 10_000, *, of: str = "research", until: float = 100.0) -> list[Lease]:
-        return list(await ledger.lease(of, limit, until=until))
+        return list(await store.lease(of, limit, until=until))
 
     return lease
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
 
-KILLS = "kills"  # what does not stop is ended all the same
-SHARES = "shares"  # memory: what goes in and out is the object itself
-STOPS = "stops"  # a handler that waits stops when it is asked to
-ASIDE = "aside"  # a handler that blocks holds up nobody else
+KILLS = "kills"  # a handler that does not stop is killed
+SHARES = "shares"  # memory: a payload or result is the object itself
+STOPS = "stops"  # a waiting handler stops when it is cancelled
+ISOLATES = "isolates"  # a blocking handler delays no other task
 
 
 @dataclass(frozen=True)
 class EngineCase:
-    """An engine, a kind of handler, and which promises it makes beyond those that all make."""
+    """An engine with a kind of handler, and the promises that it makes beyond those that all make."""
 
     name: str
     engine: str | Engine
@@ -138,22 +138,22 @@ class EngineCase:
             pytest.skip(f"{self.name} lacks: {capability}")
 
     def register(self, supervisor: BackpressureSupervisor, **settings: Any) -> WorkerAgent:
-        """A worker there, of the name and the type "worker"."""
+        """Register a worker with this engine, of the name and the task type "worker"."""
         given = {"handler": getattr(engine_handlers, self.handler), "task_types": ["worker"], **settings}
         return supervisor.register_worker("worker", engine=self.engine, **given)
 
 
-IN_PROCESS = ProcessEngine(grace=0.2)
-PLACES = [
+PROCESSES = ProcessEngine(grace=0.2)
+ENGINES = [
     EngineCase("loop", "loop", "coroutine", frozenset({SHARES, STOPS})),
-    EngineCase("thread, plain", "thread", "plain", frozenset({SHARES, ASIDE})),
-    EngineCase("thread, async", "thread", "coroutine", frozenset({SHARES, STOPS, ASIDE})),
-    EngineCase("process, plain", IN_PROCESS, "plain", frozenset({KILLS, STOPS, ASIDE})),
-    EngineCase("process, async", IN_PROCESS, "coroutine", frozenset({KILLS, STOPS, ASIDE})),
+    EngineCase("thread, plain", "thread", "plain", frozenset({SHARES, ISOLATES})),
+    EngineCase("thread, async", "thread", "coroutine", frozenset({SHARES, STOPS, ISOLATES})),
+    EngineCase("process, plain", PROCESSES, "plain", frozenset({KILLS, STOPS, ISOLATES})),
+    EngineCase("process, async", PROCESSES, "coroutine", frozenset({KILLS, STOPS, ISOLATES})),
 ]
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: place.name)
-def place(request: pytest.FixtureRequest) -> EngineCase:
+@pytest.fixture(params=ENGINES, ids=lambda engine_case: engine_case.name)
+def engine_case(request: pytest.FixtureRequest) -> EngineCase:
     chosen: EngineCase = request.param
     return chosen

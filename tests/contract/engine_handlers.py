@@ -1,4 +1,4 @@
-"""What the engines are asked to run: the payload names a behaviour, and what it needs. Processes import this module."""
+"""The handlers of the engine tests: the payload names a behaviour and its arguments. Processes import this module."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from forebay import Overloaded, Task, context, progress
 note: contextvars.ContextVar[str] = contextvars.ContextVar("note", default="blank")
 
 
-class Odd(BaseException):
-    """No Exception."""
+class NotAnException(BaseException):
+    """An error that is not an Exception."""
 
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
@@ -27,7 +27,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "SystemExit": lambda: SystemExit(4),
     "KeyboardInterrupt": KeyboardInterrupt,
     "GeneratorExit": GeneratorExit,
-    "Odd": lambda: Odd("odd"),
+    "NotAnException": lambda: NotAnException("strange"),
     "StopIteration": lambda: StopIteration(1),
     "StopAsyncIteration": lambda: StopAsyncIteration(1),
     "TimeoutError": lambda: TimeoutError("mine"),
@@ -36,30 +36,30 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 
 
 def plain(task: Task) -> Any:
-    """The plain handler."""
+    """Run the behaviour that the payload names."""
     what, *rest = task.payload
-    return {**AT_ONCE, **PLAIN}[what](*rest)
+    return {**IMMEDIATE, **PLAIN}[what](*rest)
 
 
 async def coroutine(task: Task) -> Any:
-    """The async handler."""
+    """Run the behaviour that the payload names, in a coroutine."""
     await asyncio.sleep(0)
     what, *rest = task.payload
-    return AT_ONCE[what](*rest) if what in AT_ONCE else await ASYNC[what](*rest)
+    return IMMEDIATE[what](*rest) if what in IMMEDIATE else await ASYNC[what](*rest)
 
 
-class Talker:
+class StatefulAgent:
     """An agent that carries state from run to run, as a factory makes it."""
 
     def __init__(self) -> None:
-        self.said: list[Any] = []
+        self.payloads: list[Any] = []
 
     async def __call__(self, task: Task) -> list[Any]:
-        self.said.append(task.payload)
-        return self.said
+        self.payloads.append(task.payload)
+        return self.payloads
 
 
-# --- what neither waits nor blocks -----------------------------------------------------------------------------------
+# --- behaviours that neither wait nor block --------------------------------------------------------------------------
 
 
 def _raise(kind: str) -> None:
@@ -67,14 +67,14 @@ def _raise(kind: str) -> None:
     raise error
 
 
-def _tell(count: int) -> None:
+def _report(count: int) -> None:
     for number in range(count):
         progress(number)
 
 
-def _scribble() -> str:
+def _set_note() -> str:
     before = note.get()
-    note.set("scribbled")
+    note.set("changed")
     return before
 
 
@@ -92,15 +92,15 @@ def _context() -> dict[str, Any]:
 
 
 def _fork() -> Any:
-    return "of the copy" if os.fork() == 0 else os.wait()[1]
+    return "in the fork" if os.fork() == 0 else os.wait()[1]
 
 
-AT_ONCE: dict[str, Callable[..., Any]] = {
+IMMEDIATE: dict[str, Callable[..., Any]] = {
     "echo": lambda value: value,
     "raise": _raise,
-    "progress": _tell,
+    "progress": _report,
     "progress of": progress,
-    "scribble": _scribble,
+    "set note": _set_note,
     "context": _context,
     "object": object,
     "where": os.getpid,
@@ -111,11 +111,11 @@ AT_ONCE: dict[str, Callable[..., Any]] = {
 }
 
 
-# --- what does, in a plain handler -----------------------------------------------------------------------------------
+# --- behaviours that wait or block, in a plain handler ---------------------------------------------------------------
 
 
 def _read(fifo: str) -> str:
-    """Wait until somebody writes."""
+    """Wait until the test writes to the fifo."""
     return Path(fifo).read_text()
 
 
@@ -125,7 +125,7 @@ def _block(fifo: str) -> str:
 
 
 def _wait(mark: str) -> None:
-    """Wait to be stopped, and leave a mark that it was."""
+    """Wait until cancelled, and leave a mark."""
     try:
         progress("began")
         threading.Event().wait()
@@ -144,7 +144,7 @@ def _stubborn(fifo: str) -> str:
 
 
 def _hang() -> None:
-    """Hang as a library does in C: no signal reaches it."""
+    """Hang like a library written in C: no signal interrupts it."""
     progress("began")
     signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
     threading.Event().wait()
@@ -185,7 +185,7 @@ async def _waits(mark: str) -> None:
         progress("began")
         await asyncio.Event().wait()
     finally:
-        Path(mark).touch()  # noqa: ASYNC240 - a moment
+        Path(mark).touch()  # noqa: ASYNC240 - it is quick
 
 
 async def _is_stubborn(fifo: str) -> str:

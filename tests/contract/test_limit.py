@@ -1,4 +1,4 @@
-"""What every limit promises."""
+"""The contract of every limit. To add one, add a line to `LIMITS`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.limit.server import Server
+from tests.unit.limit.test_base import Halving
 
 from forebay.errors import InvalidSetting
-from forebay.interfaces import Grant, Limit, Outcome
-from forebay.limit import AdaptiveLimit, AimdLimit, FixedLimit, GradientLimit, TimeoutAimdLimit, VegasLimit
+from forebay.interfaces import Outcome
+from forebay.limit import (
+    AdaptiveLimit,
+    AimdLimit,
+    FixedLimit,
+    GradientLimit,
+    Grant,
+    Limit,
+    TimeoutAimdLimit,
+    VegasLimit,
+)
 
-LARGEST = 40
+MAX_LIMIT = 40
 CAPACITY = 8
 LIMITS: dict[str, Callable[[], Limit]] = {
-    "fixed": lambda: FixedLimit(LARGEST),
-    "adaptive": lambda: AdaptiveLimit(max_limit=LARGEST),
-    "timeout": lambda: TimeoutAimdLimit(max_limit=LARGEST),
-    "epoch": lambda: AimdLimit(max_limit=LARGEST),
-    "gradient": lambda: GradientLimit(max_limit=LARGEST),
-    "vegas": lambda: VegasLimit(max_limit=LARGEST),
+    "fixed": lambda: FixedLimit(MAX_LIMIT),
+    "adaptive": lambda: AdaptiveLimit(max_limit=MAX_LIMIT),
+    "timeout": lambda: TimeoutAimdLimit(max_limit=MAX_LIMIT),
+    "epoch": lambda: AimdLimit(max_limit=MAX_LIMIT),
+    "gradient": lambda: GradientLimit(max_limit=MAX_LIMIT),
+    "vegas": lambda: VegasLimit(max_limit=MAX_LIMIT),
+    "only observe": lambda: Halving(max_limit=MAX_LIMIT),
 }
 EVERY = pytest.mark.parametrize("make", LIMITS.values(), ids=LIMITS)
 
-# what happens: seconds that pass, how many calls are sent, which of those in flight is heard of, and what
+# Each event: seconds that pass, calls to send, the call in flight that something happens to, its outcome (None: it
+# is accepted), and its slowdown.
 EVENTS = st.lists(
     st.tuples(
         st.floats(0, 30),
@@ -40,41 +52,41 @@ EVENTS = st.lists(
 
 
 @dataclass
-class World:
-    """A user of a limit who keeps to the seam, and checks what it must hold at any moment."""
+class LimitUser:
+    """A user of a limit, which keeps to the interface and checks the invariants at every step."""
 
     limit: Limit
     now: float = 0.0
-    out: list[tuple[Grant, bool]] = field(default_factory=list)  # grants, and whether they were accepted
+    in_flight: list[tuple[Grant, bool]] = field(default_factory=list)  # grants, and whether they were accepted
 
     def play(self, events: list[tuple[float, int, int, Outcome | None, float | None]]) -> None:
         for seconds, calls, which, outcome, stretch in events:
             self.now += seconds
             for _ in range(calls):
-                if len(self.out) < self.limit.limit(self.now):
-                    self.out.append((self.limit.grant(self.now, len(self.out) + 1), False))
+                if len(self.in_flight) < self.limit.limit(self.now):
+                    self.in_flight.append((self.limit.grant(self.now, len(self.in_flight) + 1), False))
                     self.check()
-            if self.out:
-                self.hear(which % len(self.out), outcome, stretch)
+            if self.in_flight:
+                self.finish_or_accept(which % len(self.in_flight), outcome, stretch)
                 self.check()
 
-    def hear(self, which: int, outcome: Outcome | None, stretch: float | None) -> None:
-        grant, accepted = self.out.pop(which)
+    def finish_or_accept(self, which: int, outcome: Outcome | None, stretch: float | None) -> None:
+        grant, accepted = self.in_flight.pop(which)
         if outcome is not None:
             self.limit.observe(self.now, grant, outcome, slowdown=stretch)
             return
         if not accepted:
             self.limit.accepted(self.now, grant)
-        self.out.append((grant, True))
+        self.in_flight.append((grant, True))
 
     def finish(self, outcome: Outcome) -> None:
-        while self.out:
-            self.hear(0, outcome, None)
+        while self.in_flight:
+            self.finish_or_accept(0, outcome, None)
             self.check()
 
     def check(self) -> None:
         limit, change = self.limit.limit(self.now), self.limit.reopens_at(self.now)
-        assert 0 <= limit <= LARGEST
+        assert 0 <= limit <= MAX_LIMIT
         assert (limit == 0) == (change is not None)
         if change is not None:
             assert self.now < change <= self.now + 5
@@ -83,36 +95,36 @@ class World:
 
 @EVERY
 @given(EVENTS)
-def test_a_limit_stays_within_its_bounds_and_says_when_it_opens(
+def test_a_limit_stays_within_its_bounds_and_says_when_it_reopens(
     make: Callable[[], Limit], events: list[tuple[float, int, int, Outcome | None, float | None]]
 ) -> None:
-    world = World(make())
-    world.check()
-    world.play(events)
-    world.finish(Outcome.OVERLOAD)
+    user = LimitUser(make())
+    user.check()
+    user.play(events)
+    user.finish(Outcome.OVERLOAD)
 
 
 @EVERY
 @given(EVENTS, st.integers(0, 60), st.floats(1.0, 1.45))
-def test_whatever_has_happened_a_limit_finds_a_healthy_server_again(
+def test_a_limit_recovers_on_a_healthy_server_whatever_happened_before(
     make: Callable[[], Limit],
     events: list[tuple[float, int, int, Outcome | None, float | None]],
     refusals: int,
     stretch: float,
 ) -> None:
-    world = World(make())
-    world.play(events)
-    world.finish(Outcome.IGNORED)
+    user = LimitUser(make())
+    user.play(events)
+    user.finish(Outcome.IGNORED)
     for _ in range(refusals):
-        world.now = world.limit.reopens_at(world.now) or world.now
-        world.limit.observe(world.now, world.limit.grant(world.now, 1), Outcome.OVERLOAD)
-    server = Server(world.limit, CAPACITY, slowdown=stretch, now=world.now)
+        user.now = user.limit.reopens_at(user.now) or user.now
+        user.limit.observe(user.now, user.limit.grant(user.now, 1), Outcome.OVERLOAD)
+    server = Server(user.limit, CAPACITY, slowdown=stretch, now=user.now)
     server.run(1500)
     assert max(server.seen[-300:]) >= CAPACITY
 
 
 @EVERY
-def test_what_says_nothing_changes_nothing(make: Callable[[], Limit]) -> None:
+def test_faults_and_ignored_calls_do_not_change_a_limit(make: Callable[[], Limit]) -> None:
     limit = make()
     before = limit.limit(0.0)
     for _ in range(50):
@@ -124,7 +136,7 @@ def test_what_says_nothing_changes_nothing(make: Callable[[], Limit]) -> None:
 
 
 @pytest.mark.parametrize("kind", [AdaptiveLimit, AimdLimit])
-def test_refusals_of_one_epoch_are_answered_once(kind: type[AdaptiveLimit | AimdLimit]) -> None:
+def test_refusals_of_one_epoch_lower_a_limit_once(kind: type[AdaptiveLimit | AimdLimit]) -> None:
     limit = kind(initial_limit=20)
     together = [limit.grant(0.0, n) for n in range(1, 21)]
     for grant in together[10:]:
@@ -141,19 +153,19 @@ def test_refusals_of_one_epoch_are_answered_once(kind: type[AdaptiveLimit | Aimd
     [
         (FixedLimit, {"n": 0}),
         (FixedLimit, {"n": True}),
-        (AdaptiveLimit, {"start": 0}),
-        (AdaptiveLimit, {"start": 11, "largest": 10}),
-        (AdaptiveLimit, {"largest": 1.5}),
+        (AdaptiveLimit, {"initial_limit": 0}),
+        (AdaptiveLimit, {"initial_limit": 11, "max_limit": 10}),
+        (AdaptiveLimit, {"max_limit": 1.5}),
         (TimeoutAimdLimit, {"timeout": 0}),
-        (TimeoutAimdLimit, {"backoff": 1.0}),
+        (TimeoutAimdLimit, {"backoff_ratio": 1.0}),
         (AimdLimit, {"growth": 0.0}),
-        (AimdLimit, {"backoff": 0.0}),
+        (AimdLimit, {"backoff_ratio": 0.0}),
         (GradientLimit, {"tolerance": 0.0}),
-        (GradientLimit, {"queue": -1.0}),
+        (GradientLimit, {"queue_size": -1.0}),
         (GradientLimit, {"smoothing": 1.1}),
-        (VegasLimit, {"start": 5, "largest": 4}),
+        (VegasLimit, {"initial_limit": 5, "max_limit": 4}),
     ],
 )
-def test_a_number_that_makes_no_sense_is_refused_by_name(kind: type, settings: dict[str, object]) -> None:
+def test_an_invalid_setting_is_reported_by_name(kind: type, settings: dict[str, object]) -> None:
     with pytest.raises(InvalidSetting, match=rf"{kind.__name__}.*{next(iter(settings))}"):
         kind(**settings)

@@ -49,10 +49,10 @@ made: list[Any] = []
 
 def model(name: str, plant: ProviderProcess) -> Any:
     if name == "openai":
-        chat: Any = ChatOpenAI(model=GPT, api_key="sk-plant", base_url=plant.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        chat: Any = ChatOpenAI(model=GPT, api_key="sk-simulated", base_url=plant.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
         made.append(chat.root_async_client._client)
     else:
-        chat = ChatAnthropic(model=CLAUDE, api_key="sk-plant", base_url=plant.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        chat = ChatAnthropic(model=CLAUDE, api_key="sk-simulated", base_url=plant.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
         made.append(chat._async_client._client)
     return chat
 

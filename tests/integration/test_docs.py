@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import logging
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +21,24 @@ import _forebay_pytest as plugin
 from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing
 from forebay.breaker import BreakerRules
 from forebay.engine import ProcessEngine
+from forebay.quota import RateLimiter
 from forebay.retry import Retry
 
-HOUSE = Path(__file__).parents[2]
-README = HOUSE / "README.md"
-GUIDE = HOUSE / "docs" / "guide.md"
-TESTING = HOUSE / "docs" / "testing.md"
-QUOTAS = HOUSE / "docs" / "quotas.md"
-GATEWAY = HOUSE / "docs" / "gateway.md"
-DESIGN = HOUSE / "docs" / "design.md"
-PAGES = (README, GUIDE, TESTING, QUOTAS, GATEWAY, DESIGN)
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+SUBMITTING = DOCS / "guide" / "submitting.md"
+PRIORITIES = DOCS / "guide" / "priorities.md"
+EVENTS = DOCS / "guide" / "events.md"
+ENGINES = DOCS / "guide" / "engines.md"
+SETTINGS = DOCS / "reference" / "settings.md"
+ERRORS = DOCS / "reference" / "errors.md"
+BLOCKS = DOCS / "reference" / "blocks.md"
+OPERATE = DOCS / "operate"
+TESTING = DOCS / "testing.md"
+RECIPE = DOCS / "howto" / "tests.md"
+DESIGN = DOCS / "design.md"
+PAGES = (README, *sorted(DOCS.rglob("*.md")))
 
 BLOCK = re.compile(r"^```python( fragment| test)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -66,7 +78,7 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text()
     return [
         Block(
-            page=page.name,
+            page=str(page.relative_to(ROOT)),
             line=text.count("\n", 0, match.start(2)) + 1,
             code=match[2],
             printed=match[3],
@@ -110,9 +122,9 @@ def check_settings(table: list[list[str]], expected: dict[str, Any]) -> None:
             assert ast.literal_eval(told[0]) == default, row
 
 
-PROGRAMS = [block for page in (README, GUIDE, TESTING) for block in blocks(page) if not block.kind]
+PROGRAMS = [block for page in PAGES for block in blocks(page) if not block.kind]
 FRAGMENTS = [block for page in PAGES for block in blocks(page) if block.kind == "fragment"]
-SUITE = [block for block in blocks(TESTING) if block.kind == "test"]
+SUITE = [block for page in (TESTING, RECIPE) for block in blocks(page) if block.kind == "test"]
 
 
 @pytest.mark.blocks  # a program may do what it likes in its own loop, such as ask for the working directory
@@ -143,50 +155,52 @@ def test_a_fragment_is_python(block: Block) -> None:
 def test_the_suites_of_the_page_on_testing_pass_as_they_stand(pytester: pytest.Pytester) -> None:
     (briefs,) = (block.code for block in FRAGMENTS if block.code.startswith("# briefs.py"))
     for block in SUITE:
-        (pytester.path / f"test_line_{block.line}.py").write_text(block.code)
+        (pytester.path / f"test_{Path(block.page).stem}_{block.line}.py").write_text(block.code)
     (pytester.path / "briefs.py").write_text(briefs)
     alone = ("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:langsmith_plugin")
     result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", "--timeout", "100", "-v", *alone)
     for block in SUITE:
-        passed = len(re.findall(rf"^test_line_{block.line}\.py::.* PASSED", result.stdout.str(), re.MULTILINE))
+        passes = rf"^test_{Path(block.page).stem}_{block.line}\.py::.* PASSED"
+        passed = len(re.findall(passes, result.stdout.str(), re.MULTILINE))
         assert block.printed == f"{passed} passed\n", block
     assert set(result.parseoutcomes()) == {"passed"}
 
 
-def test_every_program_of_the_guide_says_what_it_prints() -> None:
-    assert [str(block) for block in PROGRAMS if block.page != README.name and not block.printed] == []
+def test_every_program_says_what_it_prints() -> None:
+    silent = {"README.md", "docs/traffic.md"}  # they print what they get: of a task, or by chance
+    assert [str(block) for block in PROGRAMS if block.page not in silent and not block.printed] == []
 
 
 def test_the_settings_are_those_of_the_supervisor() -> None:
-    check_settings(rows(GUIDE, "### BackpressureSupervisor"), defaults(BackpressureSupervisor.__init__))
+    check_settings(rows(SETTINGS, "## BackpressureSupervisor"), defaults(BackpressureSupervisor.__init__))
 
 
 def test_the_settings_are_those_of_register_worker() -> None:
-    check_settings(rows(GUIDE, "### register_worker"), defaults(BackpressureSupervisor.register_worker))
+    check_settings(rows(SETTINGS, "## register_worker"), defaults(BackpressureSupervisor.register_worker))
 
 
 def test_the_settings_are_those_of_an_upstream() -> None:
-    check_settings(rows(GUIDE, "### Upstream"), defaults(Upstream.__init__))
+    check_settings(rows(SETTINGS, "## Upstream"), defaults(Upstream.__init__))
 
 
 def test_the_settings_are_those_of_overload() -> None:
     check_settings(rows(TESTING, "| `overload(supervisor"), defaults(testing.overload))
 
 
-def test_the_checkers_and_the_handlers_are_those_that_there_are() -> None:
+def test_the_handlers_and_checks_are_those_of_forebay_testing() -> None:
     told = {re.split(r"\W", name)[0] for row in rows(TESTING, "| handler |") for name in names(row[0])}
     assert told == {
         name
         for name, kind in vars(testing).items()
         if inspect.isclass(kind) and issubclass(kind, testing.HandlerDouble)
     }
-    for row in rows(TESTING, "| checker |"):
+    for row in rows(TESTING, "| check |"):
         (name, signature) = re.fullmatch(r"(?:async with )?(\w+)(\(.*\))", names(row[0])[0]).groups()  # type: ignore[union-attr]
         expected = inspect.signature(getattr(testing, name))
         bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in expected.parameters.values()]
         assert signature == str(inspect.Signature(bare))
-    assert {name for name in testing.__all__ if name.startswith("check_")} < {
-        names(row[0])[0].partition("(")[0] for row in rows(TESTING, "| checker |")
+    assert {name for name in testing.__all__ if name.startswith(("check_", "no_"))} == {
+        re.split(r"\W", names(row[0])[0].removeprefix("async with "))[0] for row in rows(TESTING, "| check |")
     }
 
 
@@ -201,24 +215,26 @@ def test_the_fixtures_are_those_of_the_plugin() -> None:
 
 
 def test_the_settings_are_those_of_in_process() -> None:
-    check_settings(rows(GUIDE, "| of `ProcessEngine` |"), defaults(ProcessEngine.__init__))
+    check_settings(rows(ENGINES, "| of `ProcessEngine` |"), defaults(ProcessEngine.__init__))
 
 
 def test_the_settings_are_those_of_retries_and_breakers() -> None:
-    check_settings(rows(GUIDE, "| `Retry` |"), defaults(Retry.__init__))
-    arms, *others = rows(GUIDE, "| `BreakerRules` |")
-    check_settings(others, {name: value for name, value in defaults(BreakerRules.__init__).items() if name != "arms"})
-    assert eval(names(arms[1])[0], vars(breaker)) == BreakerRules().triggers  # noqa: S307 - the page is ours
+    check_settings(rows(BLOCKS, "| `Retry` |"), defaults(Retry.__init__))
+    triggers, *others = rows(BLOCKS, "| `BreakerRules` |")
+    expected = defaults(BreakerRules.__init__)
+    del expected["triggers"]
+    check_settings(others, expected)
+    assert eval(names(triggers[1])[0], vars(breaker)) == BreakerRules().triggers  # noqa: S307 - the page is ours
 
 
 def test_the_fields_are_those_of_a_task() -> None:
     expected = {field.name: field.default for field in msgspec.structs.fields(Task)}
-    table = {names(row[0])[0]: row[1] for row in rows(GUIDE, "## What a task may say")}
+    table = {names(row[0])[0]: row[1] for row in rows(SUBMITTING, "## A task's fields")}
     assert set(table) == set(expected)
     for name, told in table.items():
         default = expected[name]
         if name == "task_id":
-            assert told == "made"
+            assert told == "generated"
         elif default is msgspec.NODEFAULT:
             assert told == ""
         else:
@@ -228,7 +244,7 @@ def test_the_fields_are_those_of_a_task() -> None:
 
 def test_the_events_are_those_that_there_are() -> None:
     told = {
-        names(row[0])[0]: (names(row[1])[0], names(row[2])) for row in rows(GUIDE, "Every event has `kind` and `at`")
+        names(row[0])[0]: (names(row[1])[0], names(row[2])) for row in rows(EVENTS, "Every event has `kind` and `at`")
     }
     expected = {
         event.__name__: (event.kind, [name for name in event.__struct_fields__ if name != "at"])
@@ -239,7 +255,7 @@ def test_the_events_are_those_that_there_are() -> None:
 
 def test_the_errors_are_those_that_there_are() -> None:
     mistakes, outcomes, processes, store = (
-        {names(row[0])[0] for row in rows(GUIDE, heading)}
+        {names(row[0])[0] for row in rows(ERRORS, heading)}
         for heading in ("**Mistakes**", "**Outcomes**", "**In processes**", "**The store**")
     )
     expected = {
@@ -251,11 +267,11 @@ def test_the_errors_are_those_that_there_are() -> None:
 
 
 def test_the_counts_of_statistics_are_all_told() -> None:
-    (row,) = (row for row in rows(GUIDE, "| call | says |") if row[0] == "`statistics()`")
+    (row,) = (row for row in rows(PRIORITIES, "| call | returns |") if row[0] == "`statistics()`")
     assert set(names(row[1])) == set(supervisor.Statistics.__struct_fields__)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in LINK.findall(ANY_BLOCK.sub("", page.read_text())):
         if link.startswith("https://"):
@@ -270,13 +286,62 @@ def test_links_lead_somewhere(page: Path) -> None:
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as the usual hosts make them."""
     headings = re.findall(r"^#+ (.*)$", ANY_BLOCK.sub("", page.read_text()), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\- ]", "", heading.lower()).strip()) for heading in headings}
 
 
 def test_the_design_names_tests_that_there_are() -> None:
     cited = TEST.findall(DESIGN.read_text())
     assert cited
     for path, test in cited:
-        source = HOUSE / path
+        source = ROOT / path
         assert source.exists(), path
         assert not test or f"def {test}(" in source.read_text(), f"{path}::{test}"
+
+
+def test_every_value_of_limited_by_has_a_page() -> None:
+    parts = {"concurrency", "breaker", "outage", "budget", "deadline", "queue", "retry-after", "overflow", "host"}
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "forebay").rglob("*.py"))
+    assert {part for part in parts if f'"{part}"' not in source} == set()
+    index = (OPERATE / "index.md").read_text()
+    listed = set(re.findall(r"\]\(([\w-]+)\.md\)", index))
+    assert parts | {"pool", "worker", "upstream", "quota"} <= listed
+    assert listed == {path.stem for path in OPERATE.glob("*.md")} - {"index"}
+
+
+def test_the_methods_of_a_rate_limiter_are_those_that_there_are() -> None:
+    for row in rows(DOCS / "quotas.md", "| method |"):
+        name, arguments = re.fullmatch(r"(\w+)\((.*)\)", names(row[0])[0]).groups()  # type: ignore[union-attr]
+        parameters = inspect.signature(getattr(RateLimiter, name)).parameters
+        assert {re.split(r"=", argument)[0] for argument in arguments.split(", ")} <= set(parameters), name
+
+
+def test_the_glossary_and_the_design_name_what_there_is() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "forebay").rglob("*.py"))
+    classes = set(re.findall(r"^class (\w+)", source, re.MULTILINE))
+    for page in (DOCS / "glossary.md", DESIGN):
+        told = set(re.findall(r"`([A-Z][a-z]\w+)(?:\(.*?\))?`", ANY_BLOCK.sub("", page.read_text())))
+        assert told - classes - vars(builtins).keys() == set(), page.name
+    modules = re.findall(r"^`([\w.`, ]+)`$", DESIGN.read_text(), re.MULTILINE)
+    for module in re.split(r"`, `", "`, `".join(modules)):
+        path = ROOT / "src" / "forebay" / module.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").exists(), module
+
+
+@pytest.mark.slow
+@pytest.mark.blocks
+def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    pages = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.html")}
+    assert {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES[1:]} <= pages
+    for path in tmp_path.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe|link)\b[^>]*(?:src|href)="(https?:|//)[^"]*"', path.read_text())
+        assert loaded == [], path

@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle lose nothing that they acknowledged, and nothing is completed twice."""
+"""Killing processes at any moment: no acknowledged task is lost, and none is completed twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KILLS = 20
 WORKER = """
 import asyncio, os, sys
 from forebay import BackpressureSupervisor, Task
-from forebay.events import Finished
+from forebay.events import TaskFinished
 
 folder, role = sys.argv[1:]
 
@@ -25,9 +25,9 @@ def note(name, task_id):  # one write, which a kill leaves whole or undone
 files = {name: os.open(f"{folder}/{name}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
          for name in ("acknowledged", "completed", "started")}
 
-def hear(event):
-    # Its completion is stored. (Of a task that was only asked after, another process may tell too.)
-    if isinstance(event, Finished) and event.result.success and event.result.worker_id == role:
+def on_event(event):
+    # Its completion is stored. (If a task was only looked up here, another process may report it too.)
+    if isinstance(event, TaskFinished) and event.result.success and event.result.worker_id == role:
         note("completed", event.task_id)
         print("completed", flush=True)
 
@@ -37,7 +37,7 @@ async def work(task):
 
 async def main():
     supervisor = BackpressureSupervisor(
-        overflow=f"sqlite:///{folder}/spill.db", max_queue_size=5, lease=1.0, max_attempts=100, on_event=hear
+        overflow=f"sqlite:///{folder}/spill.db", max_queue_size=5, lease=1.0, max_attempts=100, on_event=on_event
     )
     supervisor.register_worker(role, handler=work, task_types=["work"], max_concurrent=4)
 
@@ -73,7 +73,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_what_was_acknowledged_survives_twenty_kills_and_is_completed_once(tmp_path: Path) -> None:
+def test_acknowledged_tasks_survive_twenty_kills_and_are_completed_once(tmp_path: Path) -> None:
     with start(tmp_path, "survivor") as survivor:
         try:
             assert survivor.stdout is not None
@@ -93,4 +93,4 @@ def test_what_was_acknowledged_survives_twenty_kills_and_is_completed_once(tmp_p
     assert len(acknowledged) > 100
     assert acknowledged <= set(started), sorted(acknowledged - set(started))
     assert max(completed.values()) == 1, completed.most_common(3)
-    assert sum(count > 1 for count in started.values()) > 0  # else no kill came in the middle of a run
+    assert sum(count > 1 for count in started.values()) > 0  # else no kill hit a running task

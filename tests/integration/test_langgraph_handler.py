@@ -267,7 +267,7 @@ async def test_two_tasks_of_one_thread_share_memory_and_another_thread_does_not(
 
 async def test_a_graph_with_memory_needs_a_thread_and_says_so() -> None:
     graph = graph_of(research).compile(checkpointer=InMemorySaver())
-    with pytest.raises(InvalidTask, match="Task thread is None; it must be set: the graph of worker 'writer'"):
+    with pytest.raises(InvalidTask, match="Task thread_id is None; it must be set: the graph of worker 'writer'"):
         await run(graph, {"topic": "rivers"})
 
 

@@ -1,4 +1,4 @@
-"""What runs handlers does not outlive the program, however that ends."""
+"""No process that runs a handler outlives the program, however the program ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def handler(task):
     match task.payload:
         case "waits":
             threading.Event().wait()
-        case "holds the lock":          # `re` does not let go of the interpreter's lock
+        case "holds the lock":          # `re` does not release the interpreter lock
             re.fullmatch(r"(\w+\s?)+", "a" * 60 + "!")
 
 async def main():
@@ -33,11 +33,11 @@ if __name__ == "__main__":
     asyncio.run(main())
 """
 
-PATIENCE = 60_000  # milliseconds
+TIMEOUT = 60_000  # milliseconds
 
 
 def over(pid: int) -> bool:
-    """Wait for the end of a process."""
+    """Wait for the end of a process, and return whether it came in time."""
     try:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -45,7 +45,7 @@ def over(pid: int) -> bool:
     poll = select.poll()
     poll.register(watched, select.POLLIN)
     try:
-        return bool(poll.poll(PATIENCE))
+        return bool(poll.poll(TIMEOUT))
     finally:
         os.close(watched)
 
@@ -57,8 +57,8 @@ def test_no_process_outlives_the_program(task: str, end: signal.Signals, tmp_pat
     program.write_text(PROGRAM)
     running = subprocess.Popen([sys.executable, str(program), task], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert running.stdout is not None
-    with running, running.stdout as told:
-        pids = [int(pid) for pid in told.readline().split()]
+    with running, running.stdout as output:
+        pids = [int(pid) for pid in output.readline().split()]
         assert len(pids) == 2
         family = [int(pid) for pid in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()]
         running.send_signal(end)
@@ -66,11 +66,11 @@ def test_no_process_outlives_the_program(task: str, end: signal.Signals, tmp_pat
     try:
         assert all(over(pid) for pid in {*pids, *family})
     except AssertionError:
-        os.killpg(pids[0], signal.SIGKILL)  # else a failure would leave it at work
+        os.killpg(pids[0], signal.SIGKILL)  # else a failure would leave it running
         raise
 
 
-def test_a_program_without_a_guard_is_told_so(tmp_path: Path) -> None:
+def test_a_program_without_a_main_guard_fails_with_advice(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace('if __name__ == "__main__":', "if True:"))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A task that kills its process is not tried for ever, and takes nobody with it."""
+"""A task that kills its process is tried a bounded number of times, and no other task is lost with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTEMPTS = 3
 WORKER = """
 import asyncio, os, signal, sys
 from forebay import BackpressureSupervisor, Priority, Task
-from forebay.events import Died
+from forebay.events import TaskDeadLettered
 
 url, way, first = sys.argv[1:]
 
@@ -22,20 +22,20 @@ async def work(task):
         os._exit(7) if way == "exit" else os.kill(os.getpid(), signal.SIGKILL)
 
 async def main():
-    died = asyncio.Event()
+    dead = asyncio.Event()
 
-    def hear(event):
-        if isinstance(event, Died):
-            died.set()
+    def on_event(event):
+        if isinstance(event, TaskDeadLettered):
+            dead.set()
 
-    async with BackpressureSupervisor(overflow=url, lease=0.5, max_attempts=3, on_event=hear) as supervisor:
+    async with BackpressureSupervisor(overflow=url, lease=0.5, max_attempts=3, on_event=on_event) as supervisor:
         supervisor.register_worker("w", handler=work, task_types=["work"])
         if first == "first":  # both are recorded under a lease, and only one can start
             await asyncio.gather(
                 supervisor.submit(Task("work", "poison", task_id="poison", durable=True, priority=Priority.CRITICAL)),
                 supervisor.submit(Task("work", "innocent", task_id="innocent", durable=True)),
             )
-        await died.wait()
+        await dead.wait()
         innocent = await supervisor.ticket("innocent")
         print("innocent", innocent.status.value, innocent.attempts)
         poison = await supervisor.ticket("poison")
@@ -53,7 +53,7 @@ def run(url: str, way: str, which: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("way", "code"), [("exit", 7), ("kill", -9)])
-def test_a_task_that_kills_its_process_ends_among_the_dead_letters(tmp_path: Path, way: str, code: int) -> None:
+def test_a_task_that_kills_its_process_becomes_a_dead_letter(tmp_path: Path, way: str, code: int) -> None:
     url = f"sqlite:///{tmp_path}/spill.db"
     for attempt in range(ATTEMPTS):
         assert run(url, way, "first" if attempt == 0 else "again").returncode == code

@@ -1,4 +1,4 @@
-"""The ledger in SQLite where it has to hold: a process killed in the middle, several processes on one file."""
+"""The task store in SQLite: a process killed during a write, several processes on one file."""
 
 from __future__ import annotations
 
@@ -17,46 +17,49 @@ from forebay.task import Priority
 
 PUTS = """
 import asyncio, sys
-from forebay.overflow import open_ledger
+from forebay.overflow import open_task_store
 from forebay.task import Priority
-from forebay.interfaces import Completion, Put, Row
+from forebay.interfaces import Completion, PutResult, TaskRecord
 
-async def put_for_ever(ledger, putter):
+async def put_forever(store, putter):
     number = 0
     while True:
         name = f"{putter}-{number}"
-        row = Row(task_id=name, task_type="t", priority=Priority.NORMAL, envelope=b"x" * 500, enqueued_at=0.0)
-        assert await ledger.put(row, fence="mine" if number % 2 else None, until=1.0) is Put.STORED
+        record = TaskRecord(
+            task_id=name, task_type="t", priority=Priority.NORMAL, envelope=b"x" * 500, enqueued_at=0.0
+        )
+        result = await store.put(record, fence="mine" if number % 2 else None, until=1.0)
+        assert result is PutResult.STORED
         print("put", name, flush=True)
         if number % 2:
             end = Completion(status="succeeded", result=name.encode())
-            assert await ledger.finish(name, end, fence="mine")
+            assert await store.finish(name, end, fence="mine")
             print("finished", name, flush=True)
         number += 1
 
 async def main():
-    ledger = open_ledger(sys.argv[1])
-    await ledger.open()
-    await asyncio.gather(*(put_for_ever(ledger, putter) for putter in range(20)))
+    store = open_task_store(sys.argv[1])
+    await store.open()
+    await asyncio.gather(*(put_forever(store, putter) for putter in range(20)))
 
 asyncio.run(main())
 """
 
 LEASES = """
 import asyncio, sys
-from forebay.overflow import open_ledger
+from forebay.overflow import open_task_store
 
 async def main():
-    ledger = open_ledger(sys.argv[1])
-    await ledger.open()
-    leases = await ledger.lease("t", 7, until=1e12)  # so that each has some, however late it comes to its turn
+    store = open_task_store(sys.argv[1])
+    await store.open()
+    leases = await store.lease("t", 7, until=1e12)  # before the start, so that each process gets some
     print("ready", flush=True)
     sys.stdin.readline()
     while leases:
         for lease in leases:
-            print(lease.row.task_id, flush=True)
-        leases = await ledger.lease("t", 7, until=1e12)
-    await ledger.close()
+            print(lease.record.task_id, flush=True)
+        leases = await store.lease("t", 7, until=1e12)
+    await store.close()
 
 asyncio.run(main())
 """
@@ -75,48 +78,48 @@ def child(code: str, url: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("synchronous", ["full", "normal", "off"])
-def test_what_was_acknowledged_survives_a_kill(tmp_path: Path, synchronous: str) -> None:
-    url = f"sqlite:///{tmp_path}/ledger.db?synchronous={synchronous}"
+def test_acknowledged_writes_survive_a_kill(tmp_path: Path, synchronous: str) -> None:
+    url = f"sqlite:///{tmp_path}/store.db?synchronous={synchronous}"
     with child(PUTS, url) as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(400)]
+        output = [process.stdout.readline() for _ in range(400)]
         process.kill()
-        said += process.stdout.readlines()  # what it had said when it died
+        output += process.stdout.readlines()  # what it had written when it died
 
     async def check() -> None:
-        ledger = open_task_store(url)
-        await ledger.open()
-        for line in said:
-            if not line.endswith("\n"):  # died in the middle of saying it
+        store = open_task_store(url)
+        await store.open()
+        for line in output:
+            if not line.endswith("\n"):  # killed while it wrote the line
                 continue
             what, name = line.split()
-            found = await ledger.find(name)
+            found = await store.find(name)
             assert found is not None, line
             if what == "finished":
                 assert found[0] is RecordState.DONE
                 assert found[2] is not None
                 assert found[2].result == name.encode()
-        depths = await ledger.depths()
-        leases = await ledger.lease("t", 1_000_000, until=10.0)
+        depths = await store.depths()
+        leases = await store.lease("t", 1_000_000, until=10.0)
         assert len(leases) == sum(depths.values())
-        await ledger.close()
+        await store.close()
 
-    assert len(said) >= 400
+    assert len(output) >= 400
     asyncio.run(check())
 
 
-def test_two_processes_never_lease_the_same_row(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/ledger.db?synchronous=off"
+def test_two_processes_never_lease_the_same_record(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/store.db?synchronous=off"
 
     async def fill() -> None:
-        ledger = open_task_store(url)
-        await ledger.open()
-        rows = [
+        store = open_task_store(url)
+        await store.open()
+        records = [
             TaskRecord(task_id=f"{number}", task_type="t", priority=Priority.NORMAL, envelope=b"", enqueued_at=0.0)
             for number in range(2_000)
         ]
-        assert set(await asyncio.gather(*map(ledger.put, rows))) == {PutResult.STORED}
-        await ledger.close()
+        assert set(await asyncio.gather(*map(store.put, records))) == {PutResult.STORED}
+        await store.close()
 
     asyncio.run(fill())
     with child(LEASES, url) as one, child(LEASES, url) as two:
@@ -137,13 +140,13 @@ def test_two_processes_never_lease_the_same_row(tmp_path: Path) -> None:
 
 
 def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
-    """The log is switched on and the schema made by whoever comes first, and the others wait for it."""
-    for turn in range(10):
-        url = f"sqlite:///{tmp_path}/ledger-{turn}.db"
+    """The first to come switches on the write-ahead log and creates the tables; the others wait for it."""
+    for attempt in range(10):
+        url = f"sqlite:///{tmp_path}/store-{attempt}.db"
 
         async def open_all(url: str = url) -> None:
-            ledgers = [open_task_store(url) for _ in range(8)]
-            await asyncio.gather(*(ledger.open() for ledger in ledgers))
-            await asyncio.gather(*(ledger.close() for ledger in ledgers))
+            stores = [open_task_store(url) for _ in range(8)]
+            await asyncio.gather(*(store.open() for store in stores))
+            await asyncio.gather(*(store.close() for store in stores))
 
         asyncio.run(open_all())

@@ -1,4 +1,4 @@
-"""A process that is stopped past its lease is refused when it comes back: its work is another's by then."""
+"""A process that is stopped past its lease: its late completion is rejected, because another process has the task."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ async def main():
 asyncio.run(main())
 """
 
-HEIR = """
+SUCCESSOR = """
 import asyncio, sys
 from forebay import BackpressureSupervisor, Task
 
 async def main():
     async with BackpressureSupervisor(overflow=sys.argv[1], lease=0.5) as supervisor:
-        @supervisor.worker("work", name="heir")
+        @supervisor.worker("work", name="successor")
         async def work(task):
             return "in time"
         result = await supervisor.ticket("the task")
@@ -51,30 +51,30 @@ def start(code: str, url: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_late_completion_of_a_stopped_process_is_refused(tmp_path: Path) -> None:
+def test_the_late_completion_of_a_stopped_process_is_rejected(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/spill.db"
     with start(HOLDER, url) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "began\n"
             holder.send_signal(signal.SIGSTOP)
-            with start(HEIR, url) as heir:
-                told, _ = heir.communicate(timeout=60)
-            assert told == "heir in time 2\n"
+            with start(SUCCESSOR, url) as successor:
+                output, _ = successor.communicate(timeout=60)
+            assert output == "successor in time 2\n"
             holder.send_signal(signal.SIGCONT)
             late, _ = holder.communicate("go on\n", timeout=60)
         finally:
             holder.kill()
-    assert late == "heir in time 2\n"  # its ticket has the result that counts
+    assert late == "successor in time 2\n"  # its ticket has the result that counts
 
     async def check() -> None:
-        ledger = SqliteTaskStore(tmp_path / "spill.db")
-        await ledger.open()
-        found = await ledger.find("the task")
-        await ledger.close()
+        store = SqliteTaskStore(tmp_path / "spill.db")
+        await store.open()
+        found = await store.find("the task")
+        await store.close()
         assert found is not None
-        state, row, completion = found
-        assert (state, row.attempts) == (RecordState.DONE, 2)
+        state, record, completion = found
+        assert (state, record.attempts) == (RecordState.DONE, 2)
         assert completion is not None
         assert completion.result is not None
         assert decode_result(completion.result) == "in time"

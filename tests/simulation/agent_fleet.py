@@ -1,4 +1,4 @@
-"""A house of agents on one simulated key: supervisor and upstream together, or either without the other."""
+"""Agents that share one simulated API key, with a supervisor and an upstream or with only one of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.calls.upstream_run import MODEL, asked
 
@@ -19,39 +20,40 @@ from forebay.upstream import Upstream
 from forebay.upstream.call_flow import AttemptResult
 from forebay.upstream.call_request import Permit
 
-CALLS = 4  # of a run
-PATIENCE = 60.0  # seconds after which a run's result is worthless to its caller
+CALLS = 4  # in a run
+CALLER_TIMEOUT = 60.0  # seconds after which the result of a run is worthless
 INPUT, OUTPUT = 500, 100  # tokens of a call
-ALONE = 0.5 + OUTPUT * 0.01  # seconds of a call, alone
+CALL_SECONDS = 0.5 + OUTPUT * 0.01  # duration of a call that runs alone
 
 
-def provider_config(slots: int = 20, **facts: object) -> ProviderConfig:
-    """A key whose provider refuses what finds too many others in flight."""
-    return ProviderConfig(slots=slots, ttft=0.5, tpot=0.01, busy_reason=BusyReason.CONCURRENCY, overcommit=1.0, **facts)  # type: ignore[arg-type]
+def provider_config(slots: int = 20, **fields: Any) -> ProviderConfig:
+    """Return a provider that refuses calls above its number of slots."""
+    defaults: dict[str, Any] = {"ttft": 0.5, "tpot": 0.01, "busy_reason": BusyReason.CONCURRENCY, "overcommit": 1.0}
+    return ProviderConfig(slots=slots, **defaults | fields)
 
 
 @dataclass
 class AgentFleet:
-    """Runs offered at a rate, by callers who lose patience; what became of them."""
+    """Runs at a constant average rate, by callers with a timeout, and their outcomes."""
 
     config: ProviderConfig
     offered_rate: float  # runs a second
     seed: int = 1
     minutes: float = 10.0
     workers: int = 100  # slots for runs
-    limited: bool = True  # calls go through an upstream
+    limited: bool = True  # calls use an upstream
     max_start_wait: float | None = None
     max_queue_size: int | None = None  # runs that may wait
-    unlimited: bool = False  # nothing is limited: neither calls in flight, nor runs, nor the line, nor retries
-    done: list[float] = field(default_factory=list)  # when each run ended that was in time
-    useful: list[float] = field(default_factory=list)  # when each call of those ended, also of runs that end later
-    refused: int = 0  # by the gate
+    unlimited: bool = False  # no limit on calls in flight, runs, the queue and retries
+    done: list[float] = field(default_factory=list)  # end times of runs that ended in time
+    useful: list[float] = field(default_factory=list)  # end times of the calls of runs that ended in time, at any time
+    rejected: int = 0  # by the supervisor
     failed: int = 0
     calls: int = 0  # sent
     refusals: int = 0  # by the provider
 
     def run(self) -> AgentFleet:
-        """Simulate."""
+        """Run the simulation."""
         simulate(self._main, seed=self.seed)
         return self
 
@@ -65,31 +67,33 @@ class AgentFleet:
         )
         rng = random.Random(self.seed)
         loop = asyncio.get_running_loop()
-        line = 100_000 if self.unlimited else self.max_queue_size
-        async with BackpressureSupervisor(max_queue_size=line) as house, asyncio.TaskGroup() as group:
-            house.register_worker("agents", handler=self._agent, task_types=["run"], max_concurrent=self.workers)
-            self.supervisor = house
+        max_queue_size = 100_000 if self.unlimited else self.max_queue_size
+        async with BackpressureSupervisor(max_queue_size=max_queue_size) as supervisor, asyncio.TaskGroup() as group:
+            supervisor.register_worker("agents", handler=self._agent, task_types=["run"], max_concurrent=self.workers)
+            self.supervisor = supervisor
             while loop.time() < 60 * self.minutes:
-                group.create_task(self._submit(house))
+                group.create_task(self._submit(supervisor))
                 await asyncio.sleep(rng.expovariate(self.offered_rate))
 
     def _unlimited_upstream(self) -> Upstream:
         retry = Retry(max_attempts=1000, max_delay=1.0, max_total_delay=1e6)
         upstream = Upstream("key", provider="openai", retry=retry, max_concurrent=100_000, max_start_wait=1e9)
-        budgets = upstream._retries.budgets  # nobody may set them: this is the control
+        budgets = upstream._retries.budgets  # not a public setting: this is the negative control
         budgets.faults = budgets.throttles = RetryBudget(share=1000.0, extra=1_000_000)
         return upstream
 
-    async def _submit(self, house: BackpressureSupervisor) -> None:
-        began = asyncio.get_running_loop().time()
-        ticket = await house.submit(Task("run", deadline=None if self.unlimited else Deadline.within(PATIENCE)))
-        if self.unlimited:  # who waits is not known to have a deadline either, and leaves
-            asyncio.get_running_loop().call_later(PATIENCE, ticket.cancel)
+    async def _submit(self, supervisor: BackpressureSupervisor) -> None:
+        start = asyncio.get_running_loop().time()
+        ticket = await supervisor.submit(
+            Task("run", deadline=None if self.unlimited else Deadline.within(CALLER_TIMEOUT))
+        )
+        if self.unlimited:  # the task has no deadline either, and its caller cancels it
+            asyncio.get_running_loop().call_later(CALLER_TIMEOUT, ticket.cancel)
         if not ticket:
-            self.refused += 1
+            self.rejected += 1
         elif (await ticket).success:
             now = asyncio.get_running_loop().time()
-            if now - began <= PATIENCE:
+            if now - start <= CALLER_TIMEOUT:
                 self.useful += self._ended.pop(ticket.task_id)
                 if now <= 60 * self.minutes:
                     self.done.append(now)
@@ -102,7 +106,7 @@ class AgentFleet:
             self._ended.setdefault(task.task_id, []).append(clock.now())
 
     async def _direct_call(self, task: Task) -> None:
-        for _ in range(6):  # as SDKs and frameworks do it
+        for _ in range(6):  # as SDKs and frameworks do
             self.calls += 1
             try:
                 await self.provider.call(model=MODEL, input_tokens=INPUT, output_tokens=OUTPUT, run=task.task_id)
@@ -115,30 +119,30 @@ class AgentFleet:
 
     async def _limited_call(self) -> None:
         charge = Charge(input_tokens=INPUT, output_tokens=OUTPUT, tokens=INPUT + OUTPUT)
-        desk = self.upstream.accounts.account(MODEL)
+        account = self.upstream.accounts.account(MODEL)
 
         async def attempt(permit: Permit) -> AttemptResult:
             self.calls += 1
-            tried = await asked(self.provider, desk, permit, (INPUT, OUTPUT))
-            self.refusals += tried.outcome.usd == 0.0
-            return tried
+            result = await asked(self.provider, account, permit, (INPUT, OUTPUT))
+            self.refusals += result.outcome.usd == 0.0
+            return result
 
-        await self.upstream.driver(desk).run(self.upstream.request(MODEL, charge), attempt)
+        await self.upstream.driver(account).run(self.upstream.request(MODEL, charge), attempt)
 
     def per_second(self, since: float = 60.0, until: float = math.inf) -> float:
-        """Runs that ended in time, a second."""
+        """Return the runs per second that ended in time."""
         until = min(until, 60 * self.minutes)
         return sum(since <= at < until for at in self.done) / (until - since)
 
     def share(self, since: float, until: float) -> float:
-        """Of the key's slots, those that calls of use held."""
+        """Return the share of the key's slots that calls of runs in time used."""
         ended = sum(since <= at < until for at in self.useful)
-        return ended * ALONE / (until - since) / self.config.slots
+        return ended * CALL_SECONDS / (until - since) / self.config.slots
 
 
 def capacity(config: ProviderConfig) -> float:
-    """Runs a second that an oracle gets out of a key."""
-    return config.slots / ALONE / CALLS
+    """Return the runs per second of an ideal scheduler on a key."""
+    return config.slots / CALL_SECONDS / CALLS
 
 
 __all__ = ["MODEL", "AgentFleet", "Overloaded", "capacity", "provider_config"]

@@ -1,8 +1,9 @@
-"""A whole house drawn from a seed: supervisor and upstream, one provider, all that goes wrong, and promises.
+"""A surge on a supervisor and an upstream, drawn from a seed, with the faults of a provider.
 
-Agents make their calls through the upstream; callers flood the house, set deadlines, leave and come back when told to.
-The provider refuses, errs, cuts, stands still, slows down, or works on for those who have left. What is checked is seen
-from outside: the provider's side of every call, the money of each as its own caller knows it, and how tasks ended.
+Agents make their calls through the upstream. Callers flood the supervisor, set deadlines, cancel, and retry when they
+are told to. The provider refuses, fails, drops connections, stops, slows down, or finishes calls whose client hung up.
+The checks use only what is visible from outside: the provider's side of every call, the cost of each call as its caller
+knows it, and the outcomes of the tasks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import Any
 import msgspec
 import pytest
 from bench.calls.upstream_run import MODEL, asked
-from tests.simulation.agent_fleet import ALONE, CALLS, AgentFleet, capacity
-from tests.support import run_checks as promises
-from tests.support.run_checks import InvariantViolation
+from tests.simulation.agent_fleet import CALL_SECONDS, CALLS, AgentFleet, capacity
+from tests.support import run_checks
+from tests.support.supervisor_checks import InvariantViolation
+from tests.support.upstream_checks import check_upstream
 
 from forebay import BackpressureSupervisor, Budget, Deadline, ForebayError, Priority, Quota, Task, Ticket, Upstream
 from forebay.errors import DeadlinePassed
-from forebay.interfaces import Charge, Grant, Limit, Outcome
+from forebay.interfaces import Charge, Outcome
+from forebay.limit import Grant, Limit
 from forebay.quota import Price
 from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
@@ -39,23 +42,23 @@ from forebay.simulation.provider.provider_config import (
 )
 from forebay.simulation.provider.simulated_provider import SimulatedProvider
 from forebay.simulation.provider.traffic import Traffic
-from forebay.testing import EventRecord, check_upstream
+from forebay.testing import EventRecord
 from forebay.upstream.call_flow import AttemptResult
 from forebay.upstream.call_request import Permit
 
 COUNTED = ("admitted", "spilled", "rejected", "succeeded", "failed", "timed_out", "cancelled", "expired")
-CALL_ENDS = ("answered", "refused by the provider", "broke", "cut short", "refused by the upstream")
+CALL_ENDS = ("answered", "refused by the provider", "call failed", "call cancelled", "rejected by the upstream")
 MINUTES = 3.0  # of a plateau
-WARM_UP = 60.0  # seconds that do not count, as in the benches: nothing is known of the key at first
+WARM_UP = 60.0  # seconds that do not count, as in the benchmarks: the limits of the key are unknown at first
 PRICE = Price(input=0.15, output=0.60)
 
 
 @dataclass
 class CallSurgeScript:
-    """What the seed has drawn."""
+    """The values that a seed draws."""
 
     provider: ProviderConfig
-    max_concurrent: int | None  # calls in flight, as the upstream is told
+    max_concurrent: int | None  # calls in flight; None: unknown to the upstream
     quotas: tuple[Quota, ...]
     usd: float | None
     max_wait: float
@@ -63,13 +66,13 @@ class CallSurgeScript:
     overflow: str | None
     tasks: int
     spread: float  # seconds over which the tasks come
-    deadline_share: float  # chances
+    deadline_share: float  # probabilities
     cancel_share: float
     misbehaving_share: float
 
     @classmethod
     def draw(cls, rng: random.Random) -> CallSurgeScript:
-        """A house, its key and a surge on both."""
+        """Draw a supervisor, a key and a surge on both."""
         slots = rng.choice((2, 4, 8))
         rate = rng.choice((None, None, 60, 200))
         return cls(
@@ -89,12 +92,12 @@ class CallSurgeScript:
 
 
 def _provider(rng: random.Random, slots: int, rate: int | None) -> ProviderConfig:
-    at, long = rng.uniform(2, 30), rng.uniform(3, 20)
-    trouble = rng.choice(("none", "slow", "outage", "cut", "bursts", "halved"))
+    at, seconds = rng.uniform(2, 30), rng.uniform(3, 20)
+    fault = rng.choice(("none", "slow", "outage", "cut", "bursts", "halved"))
     steps = {
-        "outage": (CapacityStep(at=at, slots=0), CapacityStep(at=at + long, slots=slots)),
-        "cut": (CapacityStep(at=at, slots=0, cut=True), CapacityStep(at=at + long, slots=slots)),
-        "halved": (CapacityStep(at=at, slots=slots // 2), CapacityStep(at=at + long, slots=slots)),
+        "outage": (CapacityStep(at=at, slots=0), CapacityStep(at=at + seconds, slots=slots)),
+        "cut": (CapacityStep(at=at, slots=0, cut=True), CapacityStep(at=at + seconds, slots=slots)),
+        "halved": (CapacityStep(at=at, slots=slots // 2), CapacityStep(at=at + seconds, slots=slots)),
     }
     return ProviderConfig(
         slots=slots,
@@ -105,22 +108,23 @@ def _provider(rng: random.Random, slots: int, rate: int | None) -> ProviderConfi
         busy_reason=rng.choice(list(BusyReason)),
         finish_abandoned=rng.random() < 0.5,
         rate_limits=() if rate is None else (SimulatedRateLimit(unit=Unit.REQUESTS, amount=rate),),
-        capacity_steps=steps.get(trouble, ()),
-        slowdowns=(Slowdown(at=at, seconds=long, factor=5),) if trouble == "slow" else (),
+        capacity_steps=steps.get(fault, ()),
+        slowdowns=(Slowdown(at=at, seconds=seconds, factor=5),) if fault == "slow" else (),
         faults=Faults(
             stray=rng.choice((0, 0.02)),
             error=rng.choice((0, 0.05)),
             cut=rng.choice((0, 0.05)),
             straggler=0.02,
-            bursts=Bursts(every=20, seconds=4) if trouble == "bursts" else None,
+            bursts=Bursts(every=20, seconds=4) if fault == "bursts" else None,
         ),
     )
 
 
-class WatchedLimit:
-    """A limit that is looked at from outside whenever a slot is granted."""
+class WatchedLimit(Limit):
+    """A limit that checks every permit that another limit grants."""
 
     def __init__(self, limit: Limit) -> None:
+        super().__init__()
         self._limit = limit
         self.violations: list[str] = []
 
@@ -143,7 +147,7 @@ class WatchedLimit:
 
 
 class CallSurge:
-    """One surge on a house whose agents share a key."""
+    """One surge on a supervisor whose agents share a key."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -161,22 +165,22 @@ class CallSurge:
             max_wait=script.max_wait,
             prices={MODEL: PRICE},
         )
-        self.desk = self.upstream.accounts.account(MODEL)
-        self.limit = self.desk.account.limit = WatchedLimit(self.desk.account.limit)
-        self.sent = 0  # calls under way, as those who send them count
-        self.spent = 0.0  # dollars, likewise
+        self.account = self.upstream.accounts.account(MODEL)
+        self.limit = self.account.account.limit = WatchedLimit(self.account.account.limit)
+        self.sent = 0  # calls in flight, as their senders count
+        self.spent = 0.0  # dollars, as the senders count
         self.tickets: list[Ticket] = []
         self.provider: SimulatedProvider
 
     # --- agents ---
 
     async def agent(self, task: Task) -> Any:
-        """A run of up to three calls, or of trouble, as its payload says."""
+        """Make up to three calls, or misbehave as the payload says."""
         mood = task.payload
         try:
-            if mood == "together":
+            if mood == "concurrent calls":
                 await asyncio.gather(*(self.call() for _ in range(3)), return_exceptions=True)
-            elif mood == "hasty":
+            elif mood == "short timeout":
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.rng.uniform(0, 3)):
                         await self.call()
@@ -185,65 +189,65 @@ class CallSurge:
         except asyncio.CancelledError:
             if mood != "swallow":
                 raise
-            await asyncio.sleep(self.rng.uniform(1, 20))  # as some agent teams do
+            await asyncio.sleep(self.rng.uniform(1, 20))  # as some agent frameworks do
         return task.task_id
 
     async def call(self) -> None:
-        """One call through the upstream, whose length nobody knows before."""
-        incoming, outgoing = self.lengths.lengths(self.rng)
-        tokens = incoming, min(outgoing, 300)
-        expected = Charge(input_tokens=incoming, output_tokens=100, tokens=incoming + 100)
-        ask = self.upstream.request(MODEL, expected)
+        """Make one call through the upstream; its length is not known before."""
+        input_tokens, output_tokens = self.lengths.lengths(self.rng)
+        tokens = input_tokens, min(output_tokens, 300)
+        expected = Charge(input_tokens=input_tokens, output_tokens=100, tokens=input_tokens + 100)
+        request = self.upstream.request(MODEL, expected)
 
         async def attempt(permit: Permit) -> AttemptResult:
-            return await self.send(permit, tokens, ask.usd)
+            return await self.send(permit, tokens, request.usd)
 
         try:
-            await self.upstream.driver(self.desk).run(ask, attempt)
-        except ForebayError as refusal:
-            self.happened["refused by the upstream"] += not isinstance(refusal, ConnectionError)
+            await self.upstream.driver(self.account).run(request, attempt)
+        except ForebayError as error:
+            self.happened["rejected by the upstream"] += not isinstance(error, ConnectionError)
             raise
 
     async def send(self, permit: Permit, tokens: tuple[int, int], reserved: float) -> AttemptResult:
-        """What goes over the wire, and what its sender knows of it: money above all."""
+        """Send one call to the provider, and count its cost as its sender knows it."""
         usd = self.script.usd
         if usd is not None and self.spent >= usd:
             raise InvariantViolation(f"a call is sent when ${self.spent:g} of ${usd:g} are spent")
         if self.script.max_concurrent is not None and self.sent >= self.script.max_concurrent:
-            raise InvariantViolation(f"a call is sent when {self.sent} are under way")
+            raise InvariantViolation(f"a call is sent when {self.sent} are in flight")
         self.sent += 1
-        cost, what = reserved, "cut short"  # what is known of a call that is cancelled
+        cost, end = reserved, "call cancelled"  # unless the call ends in another way
         try:
-            tried = await asked(self.provider, self.desk, permit, tokens)
-            if tried.outcome.kind is Outcome.SUCCESS:
+            result = await asked(self.provider, self.account, permit, tokens)
+            if result.outcome.kind is Outcome.SUCCESS:
                 used = Charge(input_tokens=tokens[0], output_tokens=tokens[1])
-                cost, what = self.upstream.cost(MODEL, used), "answered"
-                tried.outcome = msgspec.structs.replace(tried.outcome, usd=cost)
-            elif tried.outcome.usd == 0.0:
-                cost, what = 0.0, "refused by the provider"
+                cost, end = self.upstream.cost(MODEL, used), "answered"
+                result.outcome = msgspec.structs.replace(result.outcome, usd=cost)
+            elif result.outcome.usd == 0.0:
+                cost, end = 0.0, "refused by the provider"
             else:
-                what = "broke"
-            return tried
+                end = "call failed"
+            return result
         finally:
             self.sent -= 1
             self.spent += cost
-            self.happened[what] += 1
+            self.happened[end] += 1
 
     # --- callers ---
 
-    async def caller(self, house: BackpressureSupervisor, task: Task, at: float) -> None:
-        """Submit, and behave as the draw says."""
+    async def caller(self, supervisor: BackpressureSupervisor, task: Task, at: float) -> None:
+        """Submit, with the retries and the timeout that the seed draws."""
         await asyncio.sleep(at)
-        patience = self.rng.uniform(0, 20) if self.rng.random() < self.script.cancel_share else None
+        timeout = self.rng.uniform(0, 20) if self.rng.random() < self.script.cancel_share else None
         for _ in range(3):
             try:
-                ticket = await house.submit(task)
+                ticket = await supervisor.submit(task)
             except DeadlinePassed:
                 return
             if ticket:
                 self.tickets.append(ticket)
                 try:
-                    async with asyncio.timeout(patience):
+                    async with asyncio.timeout(timeout):
                         await ticket
                 except TimeoutError:
                     ticket.cancel()
@@ -253,9 +257,9 @@ class CallSurge:
             await asyncio.sleep(ticket.retry_after)
 
     def task(self, number: int) -> Task:
-        """One of the surge."""
+        """Draw one task of the surge."""
         rng, script = self.rng, self.script
-        moods = ("together", "hasty", "swallow")
+        moods = ("concurrent calls", "short timeout", "swallow")
         return Task(
             "run",
             rng.choice(moods) if rng.random() < script.misbehaving_share else "well",
@@ -270,60 +274,60 @@ class CallSurge:
         )
 
     async def main(self) -> None:
-        """The surge from the first task to the closed house, and what must hold then."""
+        """Run the surge until the supervisor is closed, and check the invariants."""
         script, rng = self.script, self.rng
         self.provider = SimulatedProvider(script.provider, seed=rng.randint(0, 1 << 30))
         tasks = [self.task(number) for number in range(script.tasks)]
-        async with BackpressureSupervisor(overflow=script.overflow) as house, asyncio.TaskGroup() as group:
-            record = EventRecord(house)
-            house.register_worker("agents", handler=self.agent, task_types=["run"], max_concurrent=script.workers)
+        async with BackpressureSupervisor(overflow=script.overflow) as supervisor, asyncio.TaskGroup() as group:
+            record = EventRecord(supervisor)
+            supervisor.register_worker("agents", handler=self.agent, task_types=["run"], max_concurrent=script.workers)
             for task in tasks:
-                group.create_task(self.caller(house, task, rng.uniform(0, script.spread)))
-        await asyncio.sleep(60.0)  # until the last handler that swallowed its cancellation has ended
-        promises.check_closed_supervisor(record)
-        promises.check_in_memory_run(record, self.tickets)
+                group.create_task(self.caller(supervisor, task, rng.uniform(0, script.spread)))
+        await asyncio.sleep(60.0)  # until handlers that swallowed their cancellation have ended
+        run_checks.check_closed_supervisor(record)
+        run_checks.check_in_memory_run(record, self.tickets)
         check_upstream(self.upstream)
         self.check()
-        self.happened.update({name: getattr(house.statistics(), name) for name in COUNTED})
+        self.happened.update({name: getattr(supervisor.statistics(), name) for name in COUNTED})
         if (left := virtual_loop().pending()) != [asyncio.current_task()]:
             raise InvariantViolation(f"asyncio tasks are left: {left}")
 
     def check(self) -> None:
-        """No limit was passed, and the money adds up."""
+        """Check that no limit was exceeded and that all costs add up."""
         if self.limit.violations:
             raise InvariantViolation("; ".join(self.limit.violations[:3]))
         counted = self.upstream.statistics().spent_usd
         if counted is not None and abs(counted - self.spent) > 1e-9:
-            raise InvariantViolation(f"${counted:g} count as spent, and its callers have spent ${self.spent:g}")
+            raise InvariantViolation(f"the upstream counts ${counted:g}, and its callers spent ${self.spent:g}")
 
 
 def run(seed: int) -> CallSurge:
-    """Run the surge of one seed; raises if a promise is broken, nothing is left to do, or an error reached nobody."""
+    """Run the surge of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error."""
     surge = CallSurge(seed)
-    with promises.fail_on_logged_errors():
+    with run_checks.fail_on_logged_errors():
         simulate(surge.main, seed=seed, max_time=36_000.0)
     return surge
 
 
 class GoodputPlateau:
-    """The same house on a small key, calmly and flooded, with and without an outage, and flooded with nothing limited.
+    """Simulations of a small key: at its capacity, flooded, flooded with an outage, and flooded without limits.
 
-    Each is over three minutes. What is got is in runs that ended in time, over what the key bears.
+    Each takes three minutes. Goodput is the share of the key's capacity that runs in time used.
     """
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"{seed}/plateau")
         self.seed = seed
         self.slots = rng.choice((3, 4, 6))
-        self.load_factor = rng.uniform(3, 10)  # the load of a flood
-        self.shares = rng.random() < 0.5
-        began = rng.uniform(10, 20)
-        self.outage = (CapacityStep(at=began, slots=0), CapacityStep(at=began + rng.uniform(3, 15), slots=self.slots))
-        self.back = self.outage[-1].at + 8 * CALLS * ALONE  # eight service times, which are less than 90 s
+        self.load_factor = rng.uniform(3, 10)  # load of a flood, divided by the capacity
+        self.shares_speed = rng.random() < 0.5
+        start = rng.uniform(10, 20)
+        self.outage = (CapacityStep(at=start, slots=0), CapacityStep(at=start + rng.uniform(3, 15), slots=self.slots))
+        self.recovered_at = self.outage[-1].at + 8 * CALLS * CALL_SECONDS  # eight service times: less than 90 s
 
-    def fleet(self, times: float, *, wild: bool = False, steps: tuple[CapacityStep, ...] = ()) -> AgentFleet:
-        """So many times what the key bears."""
-        overcommit = None if self.shares or wild else 1.0
+    def fleet(self, times: float, *, unlimited: bool = False, steps: tuple[CapacityStep, ...] = ()) -> AgentFleet:
+        """Simulate a load of `times` the capacity of the key."""
+        overcommit = None if self.shares_speed or unlimited else 1.0
         config = ProviderConfig(
             slots=self.slots,
             ttft=0.5,
@@ -333,46 +337,53 @@ class GoodputPlateau:
             finish_abandoned=True,
             capacity_steps=steps,
         )
-        workers, line = (1000, 100_000) if wild else (8 * self.slots, 4 * self.slots)
+        workers, max_queue_size = (1000, 100_000) if unlimited else (8 * self.slots, 4 * self.slots)
         offered = times * capacity(config)
         return AgentFleet(
-            config, offered, self.seed, minutes=MINUTES, workers=workers, max_queue_size=line, unlimited=wild
+            config,
+            offered,
+            self.seed,
+            minutes=MINUTES,
+            workers=workers,
+            max_queue_size=max_queue_size,
+            unlimited=unlimited,
         ).run()
 
     def goodput_share(self, fleet: AgentFleet, since: float) -> float:
-        """Of what the key bears."""
+        """Return the goodput from `since` on, as a share of the key's capacity."""
         return fleet.share(since, 60 * MINUTES)
 
     def check(self) -> None:
-        """Promise 3."""
-        calm, flooded = (self.goodput_share(self.fleet(times), WARM_UP) for times in (1.0, self.load_factor))
-        if flooded < 0.95 * calm or flooded < 0.9:
+        """Check that a flood does not reduce goodput, and that goodput recovers after an outage."""
+        at_capacity, flooded = (self.goodput_share(self.fleet(times), WARM_UP) for times in (1.0, self.load_factor))
+        if flooded < 0.95 * at_capacity or flooded < 0.9:
             raise InvariantViolation(
-                f"{self.load_factor:.1f} times the load gets {flooded:.2f} of the key, and once the load {calm:.2f}"
+                f"{self.load_factor:.1f} times the capacity uses {flooded:.2f} of the key,"
+                f" and a load of its capacity {at_capacity:.2f}"
             )
-        struck = self.fleet(self.load_factor, capacity_steps=self.outage)
-        check_upstream(struck.upstream)
-        after, window = self.goodput_share(struck, self.back), 60 * MINUTES - self.back
-        # the slots fall into step in the outage, so what ends within a window is known to one round of them only
-        least = 0.95 * flooded - CALLS * ALONE / window
+        interrupted = self.fleet(self.load_factor, steps=self.outage)
+        check_upstream(interrupted.upstream)
+        after, window = self.goodput_share(interrupted, self.recovered_at), 60 * MINUTES - self.recovered_at
+        # the outage synchronizes the slots: the calls that end in a window are known to one round of them only
+        least = 0.95 * flooded - CALLS * CALL_SECONDS / window
         if after < least:
-            raise InvariantViolation(f"{after:.2f} of the key is got after the outage, and {flooded:.2f} without one")
+            raise InvariantViolation(f"{after:.2f} of the key is used after the outage, and {flooded:.2f} without one")
 
 
 def run_with_plateau(seed: int) -> CallSurge:
-    """All that is promised of a seed."""
+    """Run the surge and the plateau of a seed, and check both."""
     surge = run(seed)
     GoodputPlateau(seed).check()
     return surge
 
 
-def seeds(past: int, quick: int) -> list[Any]:
-    """All in `make test`, the first few in `make test-quick`."""
-    return [seed if seed < quick else pytest.param(seed, marks=pytest.mark.slow) for seed in range(past)]
+def seeds(count: int, quick: int) -> list[Any]:
+    """Return test parameters for `count` seeds, of which `make test-quick` runs the first `quick`."""
+    return [seed if seed < quick else pytest.param(seed, marks=pytest.mark.slow) for seed in range(count)]
 
 
 SEEDS = seeds(100, 20)
-PLATEAUS = seeds(25, 5)  # `make sim` has one for every seed
+PLATEAUS = seeds(25, 5)  # `make sim` runs one for every seed
 
 if __name__ == "__main__":
     import sys

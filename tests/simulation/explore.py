@@ -1,4 +1,4 @@
-"""Seeds of surges on the planes, and scripts of whole houses, over all cores: ``make sim ARGS="--seeds 0:5000"``."""
+"""Surges and supervisor scripts for ranges of seeds, on all cores: ``make sim ARGS="--seeds 0:5000"``."""
 
 from __future__ import annotations
 
@@ -18,91 +18,95 @@ from typing import TypeAlias
 from hypothesis import HealthCheck, given, seed, settings
 from tests.simulation import call_surge, supervisor_scripts, surge
 
-PATIENCE = 300  # real seconds for one seed or batch
+TIMEOUT = 300  # real seconds for one seed or batch
 BATCH = 100  # scripts
 
-Outcome: TypeAlias = tuple[str, Counter[str]]  # what was broken, and how to repeat it, or nothing; what happened
-Job: TypeAlias = tuple[Callable[[int], Counter[str]], int, str]  # what to run, its number, how to repeat it
+Outcome: TypeAlias = tuple[str, Counter[str]]  # the violation and how to repeat it, or ""; counts of outcomes
+Job: TypeAlias = tuple[Callable[[int], Counter[str]], int, str]  # function, its number, the command that repeats it
 
 
 def numbers(text: str) -> range:
-    """A number, or a range of them ``first:past``."""
-    first, colon, past = text.partition(":")
-    return range(int(first), int(past)) if colon else range(int(first), int(first) + 1)
+    """Parse a number, or a range ``first:end``."""
+    first, colon, end = text.partition(":")
+    return range(int(first), int(end)) if colon else range(int(first), int(first) + 1)
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
-    parser.add_argument("--seeds", type=numbers, default=range(2000), help="of surges: FIRST:PAST, by default 0:2000")
-    parser.add_argument("--batches", type=numbers, default=range(40), help=f"of {BATCH} scripts, by default 0:40")
-    parser.add_argument("--failures", type=int, default=10, help="stop after so many")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one a core")
+    parser.add_argument(
+        "--seeds", type=numbers, default=range(2000), help="seeds of surges: FIRST:END, by default 0:2000"
+    )
+    parser.add_argument(
+        "--batches", type=numbers, default=range(40), help=f"batches of {BATCH} scripts, by default 0:40"
+    )
+    parser.add_argument("--failures", type=int, default=10, help="stop after that many failures")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one per core")
     return parser.parse_args()
 
 
 def one_surge(number: int) -> Counter[str]:
-    """The surge of a seed."""
+    """Run the surge of a seed."""
     return surge.run(number).happened
 
 
 def one_call_surge(number: int) -> Counter[str]:
-    """The surge of a seed on supervisor and upstream together, and its plateau."""
+    """Run the surge of a seed on a supervisor and an upstream, and its plateau."""
     return Counter({f"calls {what}": count for what, count in call_surge.run_with_plateau(number).happened.items()})
 
 
 def one_batch(number: int) -> Counter[str]:
-    """Scripts that hypothesis draws from the number of their batch; it notes the smallest that fails on the failure."""
+    """Run scripts that hypothesis draws from the batch's number; a failure names the smallest script that fails."""
     happened = Counter(scripts=BATCH)
 
     @seed(number)
     @settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(script=supervisor_scripts.SCRIPTS)
-    def play(script: supervisor_scripts.SupervisorScript) -> None:
+    def run(script: supervisor_scripts.SupervisorScript) -> None:
         supervisor_scripts.run_script(script)
 
-    play()
+    run()
     return happened
 
 
 def too_long(*_: object) -> None:
-    """Stop what does not come to an end: virtual time stands still in a loop without an await."""
-    message = f"it took longer than {PATIENCE} s"
+    """Stop a run that does not end: virtual time stands still in a loop without an await."""
+    message = f"it took longer than {TIMEOUT} s"
     raise TimeoutError(message)
 
 
 def run_job(job: Job) -> Outcome:
-    """Run a job, in a process of the pool."""
-    work, number, again = job
+    """Run a job in a process of the pool."""
+    work, number, command = job
     for name in ("asyncio", "forebay"):
         logging.getLogger(name).setLevel(logging.CRITICAL if name == "asyncio" else logging.ERROR)
     signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(PATIENCE)
+    signal.alarm(TIMEOUT)
     try:
         return "", work(number)
-    except BaseException as failure:  # noqa: BLE001 - told to the parent
+    except BaseException as failure:  # noqa: BLE001 - returned to the parent
         notes = "\n".join(getattr(failure, "__notes__", ()))
-        return f"{type(failure).__name__}: {failure}\n{notes}\n  Repeat it with: {again}", Counter()
+        return f"{type(failure).__name__}: {failure}\n{notes}\n  Repeat it with: {command}", Counter()
     finally:
         signal.alarm(0)
-        gc.collect()  # a simulation collects the young only
+        gc.collect()  # a simulation collects the young generation only
 
 
 def outcomes(pool: ProcessPoolExecutor, jobs: Iterator[Job], ahead: int) -> Iterator[Outcome]:
-    """As they come; so few are under way at a time that one can stop."""
-    under_way: set[Future[Outcome]] = set()
+    """Yield outcomes as jobs finish; only a few jobs are submitted ahead, so that the caller can stop."""
+    pending: set[Future[Outcome]] = set()
     while True:
-        under_way |= {pool.submit(run_job, job) for job in itertools.islice(jobs, ahead - len(under_way))}
-        if not under_way:
+        pending |= {pool.submit(run_job, job) for job in itertools.islice(jobs, ahead - len(pending))}
+        if not pending:
             return
-        done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
         yield from (future.result() for future in done)
 
 
 def main() -> int:
-    """Run all, print the command that repeats each failure, and sum up."""
+    """Run all jobs, print the command that repeats each failure, and print a summary."""
     options = arguments()
-    began = time.monotonic()
+    start = time.monotonic()
     failed, happened = 0, Counter[str]()
     scripts: Iterator[Job] = (
         (one_batch, number, f'make sim ARGS="--seeds 0:0 --batches {number}"') for number in options.batches
@@ -124,11 +128,8 @@ def main() -> int:
                 if failed >= options.failures:
                     break
         pool.shutdown(cancel_futures=True)
-    kept, seconds = (
-        f"{happened.pop('surges', 0)} surges and {happened.pop('scripts', 0)} scripts",
-        time.monotonic() - began,
-    )
-    print(f"{kept} keep every promise, {failed} failed, in {seconds:.0f} s. In the surges:")
+    passed = f"{happened.pop('surges', 0)} surges and {happened.pop('scripts', 0)} scripts"
+    print(f"{passed} passed and {failed} failed, in {time.monotonic() - start:.0f} s. In the surges:")
     print("  " + ", ".join(f"{count} {name}" for name, count in sorted(happened.items())))
     return 1 if failed else 0
 

@@ -1,5 +1,8 @@
-"""Scripts for whole houses: two supervisors, one of which may hold the other, whose tasks work on both and await each
-other; callers of every kind; and everything that may be done to a house, at instants that often coincide."""
+"""Random scripts for two supervisors.
+
+One supervisor may be a worker of the other, and tasks use both and await each other. Callers of every kind submit
+tasks, and every public operation is called, often at the same moment.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis.strategies as st
-from tests.support import run_checks as promises
-from tests.support.run_checks import InvariantViolation
+from tests.support import run_checks
+from tests.support.supervisor_checks import InvariantViolation, check_nothing_left, check_task_ends
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
 from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket, progress
@@ -21,18 +24,18 @@ from forebay.errors import SupervisorClosed
 from forebay.events import Event, TaskStarted
 from forebay.overflow import open_task_store
 from forebay.simulation import simulate, virtual_loop
-from forebay.testing import EventRecord, SlowHandler, check_nothing_left, check_task_ends
+from forebay.testing import EventRecord, SlowHandler
 
 KINDS = ("a", "b")
-TIMEOUT = 8.0  # seconds; tasks may await each other in a ring, which only this ends
-SHARES = st.sampled_from([0.0, 0.1, 0.5, 0.5, 1.0, 3.0])  # seconds
-INSTANTS = st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.5, 1.0, 1.0, 1.5, 2.0, 5.0, 9.0])  # seconds; many coincide
+TIMEOUT = 8.0  # seconds; tasks may await each other in a cycle, which only a timeout ends
+DELAYS = st.sampled_from([0.0, 0.1, 0.5, 0.5, 1.0, 3.0])  # seconds
+INSTANTS = st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.5, 1.0, 1.0, 1.5, 2.0, 5.0, 9.0])  # seconds; many are equal
 SUPERVISORS = st.integers(0, 1)
 
-# --- what handlers do ------------------------------------------------------------------------------------------------
+# --- what handlers do: plans -----------------------------------------------------------------------------------------
 
 LEAVES = st.one_of(
-    st.tuples(st.sampled_from(["sleep", "raise", "stubborn", "give up"]), SHARES),
+    st.tuples(st.sampled_from(["sleep", "raise", "ignore cancellation", "cancel itself"]), DELAYS),
     st.just(("progress",)),
     st.tuples(st.sampled_from(["await", "listen", "cancel"]), st.integers(0, 9)),
 )
@@ -41,10 +44,10 @@ LEAVES = st.one_of(
 def _nested(plans: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     kinds = st.sampled_from(KINDS)
     return st.one_of(
-        st.tuples(st.sampled_from(["run", "leave", "follow", "slot", "durably"]), SUPERVISORS, kinds, plans),
-        st.tuples(st.just("drop"), SHARES, SUPERVISORS, kinds, plans),
-        st.tuples(st.sampled_from(["together", "in turn", "either", "insist"]), plans, plans),
-        st.tuples(st.just("within"), SHARES, plans),
+        st.tuples(st.sampled_from(["run", "submit", "follow", "slot", "submit durably"]), SUPERVISORS, kinds, plans),
+        st.tuples(st.just("submit and cancel"), DELAYS, SUPERVISORS, kinds, plans),
+        st.tuples(st.sampled_from(["both", "in sequence", "first of", "on cancellation"]), plans, plans),
+        st.tuples(st.just("with timeout"), DELAYS, plans),
     )
 
 
@@ -55,64 +58,76 @@ PLANS = st.recursive(LEAVES, _nested, max_leaves=6)
 
 @dataclass(frozen=True)
 class Submission:
-    """A task, how it is offered, and when its caller loses patience."""
+    """A task, the method that submits it, and when its caller cancels itself."""
 
     supervisor: int
     kind: str
     plan: Any
     by: str
-    times: int  # at the same moment, each by a caller of its own
+    times: int  # at the same moment, each by a separate caller
     priority: Priority
     timeout: float | None
     deadline: float | None
-    thread: str | None
+    thread_id: str | None
     key: str | None
     spill: bool
-    cancel_after: float | None  # cancels itself
+    cancel_after: float | None  # seconds
 
 
 @dataclass(frozen=True)
 class Action:
-    """Something else that is done to a house."""
+    """Another operation on a supervisor."""
 
     what: str
     supervisor: int
-    which: int  # of the tickets or the callers so far, or of the workers
+    which: int  # index of a ticket, a caller or a worker
     seconds: float
 
 
 SUBMISSIONS = st.builds(
     Submission,
-    house=SUPERVISORS,
+    supervisor=SUPERVISORS,
     kind=st.sampled_from(KINDS),
     plan=PLANS,
     times=st.sampled_from([1, 1, 2, 5, 9]),
-    by=st.sampled_from(["submit", "submit", "durable", "nowait", "run", "slot", "follow"]),
+    by=st.sampled_from(["submit", "submit", "submit durably", "submit_nowait", "run", "slot", "follow"]),
     priority=st.sampled_from(Priority),
     timeout=st.sampled_from([None, None, 0.5, 1.0]),
     deadline=st.sampled_from([None, None, None, 0.5, 2.0]),
     thread_id=st.sampled_from([None, None, "t"]),
     key=st.sampled_from([None, None, None, "k"]),
     spill=st.sampled_from([True, True, False]),
-    leaves_after=st.sampled_from([None, None, None, 0.0, 0.5, 1.0]),
+    cancel_after=st.sampled_from([None, None, None, 0.0, 0.5, 1.0]),
 )
 ACTIONS = st.builds(
     Action,
     what=st.sampled_from(
-        ["cancel", "cancel", "leave", "leave", "revive", "register", "listen", "look", "drain", "close", "fail"]
+        [
+            "cancel",
+            "cancel",
+            "cancel caller",
+            "cancel caller",
+            "revive",
+            "register",
+            "events",
+            "statistics",
+            "drain",
+            "close",
+            "exit with error",
+        ]
     ),
-    house=SUPERVISORS,
+    supervisor=SUPERVISORS,
     which=st.integers(0, 9),
-    seconds=SHARES,
+    seconds=DELAYS,
 )
 
 
 @dataclass(frozen=True)
 class SupervisorSetup:
-    """What a house is like."""
+    """The settings of one supervisor."""
 
     slots: tuple[int, int]
-    shared: bool  # both workers take both kinds
+    shared: bool  # both workers take both task types
     max_queue_size: int | None
     overflow: str | None
     reset_timeout: float | None
@@ -124,7 +139,7 @@ SETUPS = st.builds(
     SupervisorSetup,
     slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     shared=st.booleans(),
-    room=st.sampled_from([0, 0, 1, 3, None]),
+    max_queue_size=st.sampled_from([0, 0, 1, 3, None]),
     overflow=st.sampled_from([None, None, "memory://", "memory://?bound=2", "sqlite"]),
     reset_timeout=st.sampled_from([None, 0.5, 10.0]),
     grace=st.sampled_from([0.5, 5.0]),
@@ -134,12 +149,12 @@ SETUPS = st.builds(
 
 @dataclass(frozen=True)
 class SupervisorScript:
-    """Two houses, and what happens to them when."""
+    """The settings of two supervisors, and a schedule of operations on them."""
 
     setups: tuple[SupervisorSetup, SupervisorSetup]
-    second_is_worker: bool  # the second is a worker of the first as well
+    second_is_worker: bool  # the second supervisor is also a worker of the first
     events: list[tuple[float, Submission | Action]]
-    cancel_every: int  # a sink cancels the task of every so manieth start; 0: it does not
+    cancel_every: int  # an event sink cancels every n-th task that starts; 0: none
     jitter: float
     seed: int
 
@@ -147,7 +162,7 @@ class SupervisorScript:
 SCRIPTS = st.builds(
     SupervisorScript,
     setups=st.tuples(SETUPS, SETUPS),
-    held=st.booleans(),
+    second_is_worker=st.booleans(),
     events=st.lists(st.tuples(INSTANTS, st.one_of(SUBMISSIONS, SUBMISSIONS, ACTIONS)), min_size=1, max_size=12),
     cancel_every=st.sampled_from([0, 0, 0, 2, 3]),
     jitter=st.sampled_from([0.0, 1e-6]),
@@ -156,12 +171,12 @@ SCRIPTS = st.builds(
 
 
 class PlannedFailure(Exception):
-    """What a handler raises on purpose."""
+    """An exception that a handler raises on purpose."""
 
 
 @dataclass
 class SupervisorRun:
-    """A supervisor with all that is seen of it."""
+    """A supervisor, its record and its tickets."""
 
     supervisor: BackpressureSupervisor
     record: EventRecord
@@ -171,7 +186,7 @@ class SupervisorRun:
 
 
 class ScriptRun:
-    """One script under way."""
+    """The execution of one script."""
 
     def __init__(self, script: SupervisorScript, directory: str) -> None:
         self.script = script
@@ -179,195 +194,197 @@ class ScriptRun:
         self.tickets: list[Ticket] = []
         self.callers: list[asyncio.Task[None]] = []
         self.closing: list[asyncio.Task[None]] = []
-        self.runs = [self.make(number, build) for number, build in enumerate(script.setups)]
+        self.runs = [self.make(number, setup) for number, setup in enumerate(script.setups)]
 
-    # --- houses ---
+    # --- supervisors ---
 
     def url(self, number: int) -> str:
         return f"sqlite:///{self.directory}/{number}.db?synchronous=off"
 
-    def make(self, number: int, build: SupervisorSetup) -> SupervisorRun:
-        score = AcknowledgedWrites()
-        overflow: Any = build.overflow
+    def make(self, number: int, setup: SupervisorSetup) -> SupervisorRun:
+        acknowledged = AcknowledgedWrites()
+        overflow: Any = setup.overflow
         if overflow == "sqlite":
-            overflow = UnreliableStore(open_task_store(self.url(number)), StoreFaults(), score, random.Random(0))
-        imp = itertools.count(1)
+            overflow = UnreliableStore(open_task_store(self.url(number)), StoreFaults(), acknowledged, random.Random(0))
+        starts = itertools.count(1)
 
         def cancel_some(event: Event) -> None:
-            if (
-                isinstance(event, TaskStarted)
-                and self.script.cancel_every
-                and next(imp) % self.script.cancel_every == 0
-            ):
+            every = self.script.cancel_every
+            if isinstance(event, TaskStarted) and every and next(starts) % every == 0:
                 supervisor.ticket(event.task_id).cancel()
 
         supervisor = BackpressureSupervisor(
-            backpressure_threshold=build.threshold,
-            max_queue_size=build.max_queue_size,
+            backpressure_threshold=setup.threshold,
+            max_queue_size=setup.max_queue_size,
             overflow=overflow,
-            zombie_grace=build.grace,
+            zombie_grace=setup.grace,
             keep_results=3,
             on_event=cancel_some,
         )
         record = EventRecord(supervisor)
-        first, second = (KINDS, KINDS) if build.shared else (KINDS[:1], KINDS[1:])
-        for name, kinds, slots in (("w1", first, build.slots[0]), ("w2", second, build.slots[1])):
+        first, second = (KINDS, KINDS) if setup.shared else (KINDS[:1], KINDS[1:])
+        for name, kinds, slots in (("w1", first, setup.slots[0]), ("w2", second, setup.slots[1])):
             supervisor.register_worker(
                 name,
                 handler=self.handler,
                 task_types=kinds,
                 max_concurrent=slots,
                 timeout=TIMEOUT,
-                reset_timeout=build.reset_timeout,
+                reset_timeout=setup.reset_timeout,
             )
-        return SupervisorRun(supervisor, record, build, score)
+        return SupervisorRun(supervisor, record, setup, acknowledged)
 
     async def handler(self, task: Task) -> None:
         await self.execute(task.payload)
 
     # --- plans ---
 
-    def known(self, which: int) -> Ticket | None:
+    def ticket(self, which: int) -> Ticket | None:
         return self.tickets[which % len(self.tickets)] if self.tickets else None
 
-    def keep(self, house: SupervisorRun, ticket: Ticket) -> Ticket:
+    def keep(self, run: SupervisorRun, ticket: Ticket) -> Ticket:
         if ticket:
-            house.tickets.append(ticket)
+            run.tickets.append(ticket)
             self.tickets.append(ticket)
         return ticket
 
-    async def execute(self, plan: Any) -> None:  # noqa: C901, PLR0912, PLR0915 - a small language
-        """Do what the plan says."""
-        again = self.execute
+    async def execute(self, plan: Any) -> None:  # noqa: C901, PLR0912, PLR0915 - one case for each word
+        """Execute a plan, a small language of nested tuples."""
         match plan:
             case ("sleep", seconds):
                 await asyncio.sleep(seconds)
             case ("raise", seconds):
                 await asyncio.sleep(seconds)
                 raise PlannedFailure
-            case ("stubborn", seconds):
+            case ("ignore cancellation", seconds):
                 due = asyncio.get_running_loop().time() + seconds
                 while (left := due - asyncio.get_running_loop().time()) > 0:
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.sleep(left)
-            case ("give up", seconds):
+            case ("cancel itself", seconds):
                 await asyncio.sleep(seconds)
                 raise asyncio.CancelledError
             case ("progress",):
-                progress("going on")
+                progress("running")
             case ("await", which):
-                if (ticket := self.known(which)) is not None:
+                if (ticket := self.ticket(which)) is not None:
                     await ticket
             case ("listen", which):
-                if (ticket := self.known(which)) is not None:
+                if (ticket := self.ticket(which)) is not None:
                     async for _ in ticket.events():
                         await asyncio.sleep(0.01)
             case ("cancel", which):
-                if (ticket := self.known(which)) is not None:
+                if (ticket := self.ticket(which)) is not None:
                     ticket.cancel()
             case ("run", number, kind, inner):
                 await self.runs[number].supervisor.run(Task(kind, inner))
-            case (("leave" | "durably" | "follow") as how, number, kind, inner):
-                house = self.runs[number]
-                durable = how == "durably" and house.build.overflow == "sqlite"
-                ticket = self.keep(house, await house.supervisor.submit(Task(kind, inner, durable=durable)))
+            case (("submit" | "submit durably" | "follow") as how, number, kind, inner):
+                run = self.runs[number]
+                durable = how == "submit durably" and run.setup.overflow == "sqlite"
+                ticket = self.keep(run, await run.supervisor.submit(Task(kind, inner, durable=durable)))
                 if how == "follow":
                     async for _ in ticket.events():
                         await asyncio.sleep(0.01)
             case ("slot", number, kind, inner):
                 async with self.runs[number].supervisor.slot(kind):
-                    await again(inner)
-            case ("drop", seconds, number, kind, inner):
-                house = self.runs[number]
-                ticket = self.keep(house, await house.supervisor.submit(Task(kind, inner)))
+                    await self.execute(inner)
+            case ("submit and cancel", seconds, number, kind, inner):
+                run = self.runs[number]
+                ticket = self.keep(run, await run.supervisor.submit(Task(kind, inner)))
                 await asyncio.sleep(seconds)
                 ticket.cancel()
                 await ticket
-            case ("together", first, second):
-                await asyncio.gather(again(first), again(second))
-            case ("in turn", first, second):
-                await again(first)
-                await again(second)
-            case ("either", first, second):
-                racing = [asyncio.ensure_future(again(one)) for one in (first, second)]
+            case ("both", first, second):
+                await asyncio.gather(self.execute(first), self.execute(second))
+            case ("in sequence", first, second):
+                await self.execute(first)
+                await self.execute(second)
+            case ("first of", first, second):
+                racing = [asyncio.ensure_future(self.execute(one)) for one in (first, second)]
                 try:
                     await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     for one in racing:
                         one.cancel()
                     await asyncio.gather(*racing, return_exceptions=True)
-            case ("insist", first, second):
+            case ("on cancellation", first, second):
                 try:
-                    await again(first)
+                    await self.execute(first)
                 except asyncio.CancelledError:
-                    await again(second)
-            case ("within", seconds, inner):
+                    await self.execute(second)
+            case ("with timeout", seconds, inner):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(seconds):
-                        await again(inner)
+                        await self.execute(inner)
 
     # --- callers ---
 
-    async def submit(self, offer: Submission) -> None:
-        house = self.runs[offer.supervisor]
-        options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread": offer.thread}
-        if offer.deadline is not None:
-            options["deadline"] = Deadline.within(offer.deadline)
-        durable = offer.by == "durable" and house.setup.overflow == "sqlite"
-        task = Task(offer.kind, offer.plan, key=offer.key, spill=offer.spill, durable=durable, **options)
+    async def submit(self, submission: Submission) -> None:
+        run = self.runs[submission.supervisor]
+        options: dict[str, Any] = {
+            "priority": submission.priority,
+            "timeout": submission.timeout,
+            "thread_id": submission.thread_id,
+        }
+        if submission.deadline is not None:
+            options["deadline"] = Deadline.within(submission.deadline)
+        durable = submission.by == "submit durably" and run.setup.overflow == "sqlite"
+        task = Task(
+            submission.kind, submission.plan, key=submission.key, spill=submission.spill, durable=durable, **options
+        )
         with contextlib.suppress(ForebayError, PlannedFailure, TimeoutError):
-            async with asyncio.timeout(offer.cancel_after):
-                match offer.by:
-                    case "nowait":
-                        await self.keep(house, house.supervisor.submit_nowait(task))
+            async with asyncio.timeout(submission.cancel_after):
+                match submission.by:
+                    case "submit_nowait":
+                        await self.keep(run, run.supervisor.submit_nowait(task))
                     case "run":
-                        await house.supervisor.run(task)
+                        await run.supervisor.run(task)
                     case "slot":
-                        async with house.supervisor.slot(offer.kind, **options):
-                            await self.execute(offer.plan)
+                        async with run.supervisor.slot(submission.kind, **options):
+                            await self.execute(submission.plan)
                     case "follow":
-                        async for _ in self.keep(house, await house.supervisor.submit(task)).events():
+                        async for _ in self.keep(run, await run.supervisor.submit(task)).events():
                             pass
                     case _:
-                        await self.keep(house, await house.supervisor.submit(task))
+                        await self.keep(run, await run.supervisor.submit(task))
 
-    async def perform(self, act: Action) -> None:  # noqa: C901 - one line a deed
-        house = self.runs[act.supervisor]
-        supervisor = house.supervisor
+    async def perform(self, action: Action) -> None:  # noqa: C901 - one case for each operation
+        run = self.runs[action.supervisor]
+        supervisor = run.supervisor
         with contextlib.suppress(SupervisorClosed):
-            match act.what:
+            match action.what:
                 case "cancel":
-                    if (ticket := self.known(act.which)) is not None:
+                    if (ticket := self.ticket(action.which)) is not None:
                         ticket.cancel()
-                case "leave":
+                case "cancel caller":
                     if self.callers:
-                        self.callers[act.which % len(self.callers)].cancel()
+                        self.callers[action.which % len(self.callers)].cancel()
                 case "revive":
-                    supervisor.workers[f"w{act.which % 2 + 1}"].revive()
+                    supervisor.workers[f"w{action.which % 2 + 1}"].revive()
                 case "register":
                     name = f"later{len(supervisor.workers)}"
                     supervisor.register_worker(name, handler=self.handler, task_types=["a"], timeout=TIMEOUT)
-                case "listen":
+                case "events":
                     async with supervisor.events(bound=5) as events:
                         async for _ in events:
                             await asyncio.sleep(0.1)
-                case "look":
+                case "statistics":
                     supervisor.statistics()
                 case "drain":
-                    await supervisor.drain(act.seconds or None)
+                    await supervisor.drain(action.seconds or None)
                 case "close":
                     await supervisor.close()
-                case "fail":
+                case "exit with error":
                     await supervisor.__aexit__(ValueError, ValueError(), None)
 
-    # --- all of it ---
+    # --- the whole script ---
 
     async def main(self) -> None:
-        """Play the script, close what is open, and see whether all is in order."""
-        first, second = (house.supervisor for house in self.runs)
+        """Execute the script, close both supervisors, and check the invariants."""
+        first, second = (run.supervisor for run in self.runs)
         await second.start()
         if self.script.second_is_worker:
-            first.register_worker("held", handler=second, task_types=KINDS, max_concurrent=2, timeout=TIMEOUT)
+            first.register_worker("second", handler=second, task_types=KINDS, max_concurrent=2, timeout=TIMEOUT)
         await first.start()
         jobs: list[asyncio.Task[None]] = []
         for due, what in sorted(self.script.events, key=lambda event: event[0]):
@@ -385,37 +402,37 @@ class ScriptRun:
             await supervisor.close()
         done, waiting = await asyncio.wait(jobs, timeout=60.0)
         if waiting:
-            raise InvariantViolation(f"these wait for ever: {waiting}")
+            raise InvariantViolation(f"these never ended: {waiting}")
         for job in done:
             if not job.cancelled() and (error := job.exception()) is not None:
                 raise error
-        await asyncio.sleep(60.0)  # what is stubborn ends
-        for number, house in enumerate(self.runs):
-            await self.check(number, house)
+        await asyncio.sleep(60.0)  # until handlers that ignore cancellation have ended
+        for number, run in enumerate(self.runs):
+            await self.check(number, run)
         if (left := virtual_loop().pending()) != [asyncio.current_task()]:
             raise InvariantViolation(f"asyncio tasks are left: {left}")
 
-    async def check(self, number: int, house: SupervisorRun) -> None:
-        promises.check_closed_supervisor(house.record)
-        check_nothing_left(house.supervisor)
-        if house.setup.overflow == "sqlite":
-            await self.inherit(number, house)
+    async def check(self, number: int, run: SupervisorRun) -> None:
+        run_checks.check_closed_supervisor(run.record)
+        check_nothing_left(run.supervisor)
+        if run.setup.overflow == "sqlite":
+            await self.finish_leftovers(number, run)
         else:
-            promises.check_in_memory_run(house.record, house.tickets)
+            run_checks.check_in_memory_run(run.record, run.tickets)
 
-    async def inherit(self, number: int, house: SupervisorRun) -> None:
-        """What the house took and did not end, the next one does: all of it, and nothing else."""
-        heir = BackpressureSupervisor(overflow=self.url(number), lease=3.0)
-        heir.register_worker("next", handler=SlowHandler(0.0), task_types=KINDS, max_concurrent=3)
-        record = EventRecord(heir)
-        async with heir:
+    async def finish_leftovers(self, number: int, run: SupervisorRun) -> None:
+        """Check that a new supervisor finishes all tasks that this one left in its store, and no others."""
+        successor = BackpressureSupervisor(overflow=self.url(number), lease=3.0)
+        successor.register_worker("next", handler=SlowHandler(0.0), task_types=KINDS, max_concurrent=3)
+        record = EventRecord(successor)
+        async with successor:
             await asyncio.sleep(100.0)
-            if heir.statistics().outside:
-                raise InvariantViolation(f"rows are left: {heir.statistics()}")
-        check_task_ends(house.record, record, tickets=house.tickets, kept=0)
+            if successor.statistics().outside:
+                raise InvariantViolation(f"records are left: {successor.statistics()}")
+        check_task_ends(run.record, record, tickets=run.tickets, left=0)
 
 
 def run_script(script: SupervisorScript) -> None:
-    """Play a script in virtual time; raises if a promise is broken, or somebody would wait for ever."""
-    with tempfile.TemporaryDirectory() as directory, promises.fail_on_logged_errors():
+    """Execute a script in virtual time; raise if an invariant is violated or a caller never returns."""
+    with tempfile.TemporaryDirectory() as directory, run_checks.fail_on_logged_errors():
         simulate(lambda: ScriptRun(script, directory).main(), seed=script.seed, jitter=script.jitter)

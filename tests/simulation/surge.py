@@ -1,9 +1,9 @@
-"""A surge drawn from a seed: its houses, its agents, its callers and what goes wrong; and the promises it must keep.
+"""A surge drawn from a seed: supervisors, agents, callers and faults, and the invariants that must hold.
 
-Everything runs in virtual time. The agents call the simulated provider; the callers flood the house, give up, cancel,
-set deadlines, come back when they are told to; handlers raise, hang, swallow cancellations, block threads and the loop,
-submit work of their own. Processes share a store that is slow, full or silent, and die at any moment; others start on
-what they left. Nothing here knows how the house decides: it sees what a user sees.
+Everything runs in virtual time. Agents call the simulated provider. Callers flood the supervisors, cancel, set
+deadlines and retry when they are told to. Handlers raise, hang, swallow cancellations, block threads and the loop, and
+submit tasks of tsuccessor own. Processes share a store that is slow, full or silent, and crash at any moment; others
+take over the tasks that they left. The checks use only what a user of the public interface can see.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript
-from tests.support import run_checks as promises
-from tests.support.run_checks import InvariantViolation
+from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript, WorkerPlan
+from tests.support import run_checks
+from tests.support.supervisor_checks import InvariantViolation
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
 
 from forebay import BackpressureSupervisor, ForebayError, Priority, Task, TaskFailed, TaskTimedOut, Ticket
@@ -39,21 +39,26 @@ COUNTED = (
 
 @dataclass(eq=False)
 class SurgeProcess:
-    """A house, its way to the store, and who waits for it."""
+    """A supervisor, its store, and its callers."""
 
     supervisor: BackpressureSupervisor
     record: EventRecord
-    ledger: UnreliableStore | None
+    store: UnreliableStore | None
     dead: bool = False
     tickets: list[Ticket] = field(default_factory=list)
     callers: set[asyncio.Task[None]] = field(default_factory=set)
 
+    async def is_busy(self) -> bool:
+        """Return True if tasks are stored, queued or running."""
+        statistics = self.supervisor.statistics()
+        return bool(statistics.running or statistics.waiting or (self.store and await self.store.depths()))
+
     async def crash(self) -> None:
-        """It is gone: no word of it reaches its store, its callers or anyone any more."""
+        """Crash: from now on nothing reaches the store or the callers."""
         self.dead = True
         self.record.stop()
-        if self.ledger is not None:
-            self.ledger.disconnect()
+        if self.store is not None:
+            self.store.disconnect()
         for caller in self.callers:
             caller.cancel()
         with contextlib.suppress(StoreUnavailable):
@@ -61,24 +66,24 @@ class SurgeProcess:
 
 
 class Surge:
-    """One surge on the houses that share a store."""
+    """One surge on supervisors that share a store."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.script = SurgeScript.draw(self.rng)
         self.acknowledged = AcknowledgedWrites()
-        self.processes: list[SurgeProcess] = []  # all that ever were
-        self.open: list[SurgeProcess] = []  # those that take work
+        self.processes: list[SurgeProcess] = []  # all that were started
+        self.open: list[SurgeProcess] = []  # those that accept tasks
         self.happened: Counter[str] = Counter()
         self.provider: SimulatedProvider
         self.lengths = Traffic.conversation()
         self.path = ""
         self.over: asyncio.Event
 
-    # --- the house's side ---
+    # --- handlers ---
 
-    async def agent(self, house: BackpressureSupervisor, task: Task) -> Any:
-        """A run of three calls, or of trouble, as the payload says."""
+    async def agent(self, supervisor: BackpressureSupervisor, task: Task) -> Any:
+        """Make three calls, or misbehave as the payload says."""
         mood = task.payload["mood"]
         try:
             if mood == "hang":
@@ -86,20 +91,20 @@ class Surge:
             for _ in range(3):
                 await self.call(task)
             if mood == "fail":
-                message = "the agent gave up"
+                message = "the agent failed"
                 raise ValueError(message)
             if mood == "nest" and task.payload["depth"] > 0:
                 child = {"mood": mood, "depth": task.payload["depth"] - 1}
                 kinds = [self.rng.choice(TYPES) for _ in range(self.rng.randint(1, 2))]
-                await asyncio.gather(*(house.run(Task(kind, child)) for kind in kinds), return_exceptions=True)
+                await asyncio.gather(*(supervisor.run(Task(kind, child)) for kind in kinds), return_exceptions=True)
         except asyncio.CancelledError:
             if mood != "swallow":
                 raise
-            await asyncio.sleep(self.rng.uniform(1, 30))  # as some agent teams do
+            await asyncio.sleep(self.rng.uniform(1, 30))  # as some agent frameworks do
         return task.task_id
 
     async def call(self, task: Task) -> None:
-        """One LLM call, tried up to three times."""
+        """Make one LLM call with up to three attempts."""
         for attempt in range(3):
             incoming, outgoing = self.lengths.lengths(self.rng)
             try:
@@ -113,21 +118,21 @@ class Surge:
             else:
                 return
 
-    def register_workers(self, house: BackpressureSupervisor) -> None:
-        """The script's workers."""
+    def register_workers(self, supervisor: BackpressureSupervisor) -> None:
+        """Register the script's workers."""
 
-        async def agent(task: Task, sick: float, well: float) -> Any:
-            if sick <= asyncio.get_running_loop().time() < well:
-                message = "the model is gone"
+        async def agent(task: Task, fails_from: float, fails_until: float) -> Any:
+            if fails_from <= asyncio.get_running_loop().time() < fails_until:
+                message = "the model is unavailable"
                 raise ConnectionError(message)
-            return await self.agent(house, task)
+            return await self.agent(supervisor, task)
 
         for plan in self.script.workers:
 
-            async def handler(task: Task, sick: float = plan.fails_from, well: float = plan.fails_until) -> Any:
-                return await agent(task, sick, well)
+            async def handler(task: Task, plan: WorkerPlan = plan) -> Any:
+                return await agent(task, plan.fails_from, plan.fails_until)
 
-            house.register_worker(
+            supervisor.register_worker(
                 plan.name,
                 handler=(lambda task: task.task_id) if plan.blocks else handler,
                 task_types=plan.kinds,
@@ -138,73 +143,73 @@ class Surge:
 
     # --- processes ---
 
-    def ledger(self, trouble: StoreFaults) -> TaskStore | str | None:
-        """What a process is given as its overflow."""
+    def overflow(self, faults: StoreFaults) -> TaskStore | str | None:
+        """Return the overflow of a new process."""
         if self.script.overflow != "sqlite":
             return self.script.overflow
-        ledger = open_task_store(f"sqlite:///{self.path}?synchronous=off")
-        return UnreliableStore(ledger, trouble, self.acknowledged, random.Random(self.rng.random()))
+        store = open_task_store(f"sqlite:///{self.path}?synchronous=off")
+        return UnreliableStore(store, faults, self.acknowledged, random.Random(self.rng.random()))
 
-    async def start(self, trouble: StoreFaults, *, lease: float = LEASE) -> SurgeProcess:
-        """A new process, when its store lets it start."""
+    async def start(self, faults: StoreFaults, *, lease: float = LEASE) -> SurgeProcess:
+        """Start a new process, as soon as its store is available."""
         while True:
-            overflow = self.ledger(trouble)
-            house = BackpressureSupervisor(
+            overflow = self.overflow(faults)
+            supervisor = BackpressureSupervisor(
                 backpressure_threshold=self.script.threshold,
                 max_queue_size=self.script.max_queue_size,
                 overflow=overflow,
                 lease=lease,
             )
-            record = EventRecord(house)
-            self.register_workers(house)
+            record = EventRecord(supervisor)
+            self.register_workers(supervisor)
             try:
-                await house.start()
+                await supervisor.start()
             except StoreUnavailable:
                 await asyncio.sleep(1.0)
                 continue
-            process = SurgeProcess(house, record, overflow if isinstance(overflow, UnreliableStore) else None)
+            process = SurgeProcess(supervisor, record, overflow if isinstance(overflow, UnreliableStore) else None)
             self.processes.append(process)
             return process
 
-    async def run_lifetimes(self, lives: list[ProcessLifetime]) -> None:
-        """One process after the other."""
-        for life in lives:
-            await asyncio.sleep(life.starts - asyncio.get_running_loop().time())
-            process = await self.start(life.faults)
+    async def run_lifetimes(self, lifetimes: list[ProcessLifetime]) -> None:
+        """Run one process after the other."""
+        for lifetime in lifetimes:
+            await asyncio.sleep(lifetime.starts - asyncio.get_running_loop().time())
+            process = await self.start(lifetime.faults)
             self.open.append(process)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(life.ends):
+                async with asyncio.timeout_at(lifetime.ends):
                     await self.over.wait()
             self.open.remove(process)
-            await self.end(process, life.end)
+            await self.end(process, lifetime.end)
 
     async def end(self, process: SurgeProcess, how: str) -> None:
-        """Leave, in the one way or the other."""
+        """End a process in the given way."""
         self.happened[how] += 1
-        house = process.supervisor
+        supervisor = process.supervisor
         with contextlib.suppress(StoreUnavailable):
             match how:
                 case "drain":
-                    await house.drain()
+                    await supervisor.drain()
                 case "drain within":
-                    await house.drain(1.0)
+                    await supervisor.drain(1.0)
                 case "fail":
-                    await house.__aexit__(ValueError, ValueError(), None)
+                    await supervisor.__aexit__(ValueError, ValueError(), None)
                 case "crash":
                     await process.crash()
-            await house.close()
+            await supervisor.close()
 
     async def stall(self, at: float, seconds: float) -> None:
-        """Code that blocks the loop."""
+        """Block the loop, as bad code does."""
         await asyncio.sleep(at)
         virtual_loop().stall(seconds)
 
-    # --- the callers' side ---
+    # --- callers ---
 
     async def caller(self, task: Task, at: float) -> None:
-        """Submit to a process that is there, and behave as the draw says."""
+        """Submit to an open process, with the retries and the timeout that the seed draws."""
         await asyncio.sleep(at)
-        patience = self.rng.uniform(0, 30) if self.rng.random() < self.script.cancel_share else None
+        timeout = self.rng.uniform(0, 30) if self.rng.random() < self.script.cancel_share else None
         me = asyncio.current_task()
         assert me is not None
         for _ in range(5):
@@ -214,7 +219,7 @@ class Surge:
             process = self.rng.choice(self.open)
             process.callers.add(me)
             try:
-                retry_after = await self.submit(process, task, patience)
+                retry_after = await self.submit(process, task, timeout)
             except (StoreUnavailable, SupervisorClosed):
                 retry_after = 5.0
             except (DeadlinePassed, DuplicateTask):
@@ -225,8 +230,8 @@ class Surge:
                 return
             await asyncio.sleep(retry_after)
 
-    async def submit(self, process: SurgeProcess, task: Task, patience: float | None) -> float | None:
-        """Submit once. Seconds after which to come back, or None if that is all."""
+    async def submit(self, process: SurgeProcess, task: Task, seconds: float | None) -> float | None:
+        """Submit once; return the seconds after which to retry, or None if the task is done."""
         if self.rng.random() < 0.1 and not task.durable:
             ticket = process.supervisor.submit_nowait(task)
         else:
@@ -235,7 +240,7 @@ class Surge:
             return ticket.retry_after
         process.tickets.append(ticket)
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(seconds):
                 await ticket.value()
         except TimeoutError:
             ticket.cancel()
@@ -246,7 +251,7 @@ class Surge:
         return None
 
     async def slot_or_events_caller(self, at: float) -> None:
-        """Somebody who streams from a slot, or listens to a task."""
+        """Use a slot, or follow the events of a task."""
         await asyncio.sleep(at)
         if not self.open:
             return
@@ -264,56 +269,54 @@ class Surge:
                     await asyncio.sleep(self.rng.uniform(0, 1))
         process.callers.discard(me)
 
-    # --- all of it ---
+    # --- the whole surge ---
 
     async def main(self) -> None:
-        """The surge from the first task to the last closed house, and what must hold then."""
+        """Run the surge until the last supervisor is closed, and check the invariants."""
         script, rng = self.script, self.rng
         self.over = asyncio.Event()
         self.provider = SimulatedProvider(script.provider, seed=rng.randint(0, 1 << 30))
         tasks = [script.task(rng, number) for number in range(script.tasks)]
         async with asyncio.TaskGroup() as group:
-            living = [group.create_task(self.run_lifetimes(lives)) for lives in script.lifetimes]
+            processes = [group.create_task(self.run_lifetimes(lifetimes)) for lifetimes in script.lifetimes]
             callers = [group.create_task(self.caller(task, rng.uniform(0, script.spread))) for task in tasks]
             callers += [group.create_task(self.slot_or_events_caller(rng.uniform(0, script.spread))) for _ in range(5)]
             for at, seconds in script.stalls:
                 group.create_task(self.stall(at, seconds))
             await asyncio.wait(callers)
             self.over.set()
-            await asyncio.wait(living)
+            await asyncio.wait(processes)
         if script.overflow == "sqlite":
             await self.finish_leftovers()
         self.check()
-        await asyncio.sleep(100.0)  # until the last handler that swallowed its cancellation has ended
+        await asyncio.sleep(100.0)  # until handlers that swallowed tsuccessor cancellation have ended
         if (left := virtual_loop().pending()) != [asyncio.current_task()]:
             raise InvariantViolation(f"asyncio tasks are left: {left}")
 
     async def finish_leftovers(self) -> None:
-        """A last process, whose store works, ends whatever the others left."""
-        heir = await self.start(StoreFaults(), lease=3.0)
+        """Start a last process, with a working store, that finishes all tasks that the others left."""
+        successor = await self.start(StoreFaults(), lease=3.0)
         await asyncio.sleep(2 * LEASE)
-        assert heir.ledger is not None
-        while (
-            await heir.ledger.depths() or heir.supervisor.statistics().running or heir.supervisor.statistics().waiting
-        ):
+        assert successor.store is not None
+        while await successor.is_busy():  # noqa: ASYNC110 - no event says that the store is empty
             await asyncio.sleep(5.0)
-        await heir.supervisor.drain()
-        if left := await heir.ledger.depths():
-            raise InvariantViolation(f"rows are left that nobody takes: {left}")
-        await heir.supervisor.close()
+        await successor.supervisor.drain()
+        if left := await successor.store.depths():
+            raise InvariantViolation(f"records are left that no process takes: {left}")
+        await successor.supervisor.close()
 
     def check(self) -> None:
-        """What the seed's draw promises."""
+        """Check the invariants that hold with the drawn overflow."""
         alive = [process for process in self.processes if not process.dead]
         for process in alive:
-            promises.check_closed_supervisor(process.record)
+            run_checks.check_closed_supervisor(process.record)
             self.happened.update({name: getattr(process.supervisor.statistics(), name) for name in COUNTED})
         if self.script.overflow == "sqlite":
             tickets = [ticket for process in alive for ticket in process.tickets]
-            promises.check_shared_store(self.acknowledged, [process.record for process in self.processes], tickets)
+            run_checks.check_shared_store(self.acknowledged, [process.record for process in self.processes], tickets)
         else:
             for process in alive:
-                promises.check_in_memory_run(process.record, process.tickets)
+                run_checks.check_in_memory_run(process.record, process.tickets)
 
 
 # all in `make test`, the first fifty in `make test-quick`
@@ -321,9 +324,9 @@ SEEDS = [seed if seed < 50 else pytest.param(seed, marks=pytest.mark.slow) for s
 
 
 def run(seed: int) -> Surge:
-    """Run the surge of one seed; raises if a promise is broken, nothing is left to do, or an error reached nobody."""
+    """Run the surge of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error."""
     surge = Surge(seed)
-    with tempfile.TemporaryDirectory() as directory, promises.fail_on_logged_errors():
+    with tempfile.TemporaryDirectory() as directory, run_checks.fail_on_logged_errors():
         surge.path = str(Path(directory, "spill.db"))
         simulate(surge.main, seed=seed, max_time=36_000.0)
     return surge

@@ -1,4 +1,4 @@
-"""What a surge's seed draws: processes and their workers, the tasks, and everything that goes wrong."""
+"""The random script of a surge: processes, workers, tasks and faults, all drawn from a seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEASE = 30.0  # seconds
 
 @dataclass(frozen=True)
 class ProcessLifetime:
-    """From the start of one process to its end, in seconds of the loop."""
+    """The start and the end of one process, in seconds of the loop."""
 
     starts: float
     ends: float
@@ -27,7 +27,7 @@ class ProcessLifetime:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """A worker: its handler is a plain callable if it blocks, and raises at once from `sick` to `well`."""
+    """A worker: its handler is a plain callable if it blocks, and raises from `fails_from` to `fails_until`."""
 
     name: str
     kinds: tuple[str, ...]
@@ -40,7 +40,7 @@ class WorkerPlan:
 
 @dataclass
 class SurgeScript:
-    """What the seed has drawn."""
+    """The values that a seed draws."""
 
     workers: list[WorkerPlan]
     overflow: str | None  # None, a memory:// URL or "sqlite"
@@ -50,12 +50,12 @@ class SurgeScript:
     tasks: int
     spread: float  # seconds over which the tasks come
     provider: ProviderConfig
-    stalls: list[tuple[float, float]]  # when code blocks the loop, and for how long
-    swallow: float  # chances of what a handler does
+    stalls: list[tuple[float, float]]  # start and duration of code that blocks the loop
+    swallow: float  # probabilities of a handler's behaviour
     hang: float
     fail: float
     nest: float
-    cancel_share: float  # chances of what a caller does
+    cancel_share: float  # probabilities of a caller's behaviour
     deadline_share: float
     durable_share: float
     key_share: float
@@ -63,7 +63,7 @@ class SurgeScript:
 
     @classmethod
     def draw(cls, rng: random.Random) -> SurgeScript:
-        """A house and a surge on it."""
+        """Draw a supervisor and a surge on it."""
         spread = rng.choice((0.0, 10.0, 60.0))
         overflow = rng.choice((None, "memory://", "memory://?bound=50", "sqlite", "sqlite"))
         workers = _workers(rng)
@@ -71,7 +71,7 @@ class SurgeScript:
             workers=workers,
             overflow=overflow,
             lifetimes=[
-                _lives(rng, overflow, spread) for _ in range(rng.choice((1, 1, 2)) if overflow == "sqlite" else 1)
+                _lifetimes(rng, overflow, spread) for _ in range(rng.choice((1, 1, 2)) if overflow == "sqlite" else 1)
             ],
             max_queue_size=rng.choice((None, 0, 3, 30)),
             threshold=rng.choice((0.5, 0.8, 1.0)),
@@ -91,7 +91,7 @@ class SurgeScript:
         )
 
     def task(self, rng: random.Random, number: int) -> Task:
-        """One task of the surge."""
+        """Draw one task of the surge."""
         moods = {"swallow": self.swallow, "hang": self.hang, "fail": self.fail, "nest": self.nest}
         mood = next((mood for mood, chance in moods.items() if rng.random() < chance), "well")
         durable = rng.random() < self.durable_share
@@ -105,17 +105,17 @@ class SurgeScript:
             spill=rng.random() < 0.8,
             durable=durable,
             key=f"key{rng.randint(0, 9)}" if rng.random() < self.key_share else None,
-            thread_id=f"talk{rng.randint(0, 3)}" if rng.random() < self.thread_share else None,
+            thread_id=f"thread{rng.randint(0, 3)}" if rng.random() < self.thread_share else None,
         )
 
 
 def _workers(rng: random.Random) -> list[WorkerPlan]:
-    block, ail = rng.choice((0, 0.1)), rng.choice((0, 0.3))
+    block, fail = rng.choice((0, 0.1)), rng.choice((0, 0.3))
 
-    def worker(name: str, kinds: tuple[str, ...], most: int) -> WorkerPlan:
-        sick = rng.uniform(0, 40) if rng.random() < ail else float("inf")
-        slots, blocks, well = rng.randint(1, most), rng.random() < block, sick + rng.uniform(5, 30)
-        return WorkerPlan(name, kinds, slots, blocks, sick, well, reset_timeout=rng.choice((1.0, 10.0)))
+    def worker(name: str, kinds: tuple[str, ...], max_slots: int) -> WorkerPlan:
+        fails_from = rng.uniform(0, 40) if rng.random() < fail else float("inf")
+        slots, blocks, fails_until = rng.randint(1, max_slots), rng.random() < block, fails_from + rng.uniform(5, 30)
+        return WorkerPlan(name, kinds, slots, blocks, fails_from, fails_until, reset_timeout=rng.choice((1.0, 10.0)))
 
     kinds = [tuple(rng.sample(TYPES, rng.randint(1, len(TYPES)))) for _ in range(rng.randint(2, 5))]
     missing = [kind for kind in TYPES if all(kind not in served for served in kinds)]
@@ -125,21 +125,21 @@ def _workers(rng: random.Random) -> list[WorkerPlan]:
     ]
 
 
-def _lives(rng: random.Random, overflow: str | None, spread: float) -> list[ProcessLifetime]:
-    """The lives of one process. All but the last end in the midst of things; the last ends when no caller is left."""
-    troubled = rng.random() < 0.5 and overflow == "sqlite"
-    lives = []
+def _lifetimes(rng: random.Random, overflow: str | None, spread: float) -> list[ProcessLifetime]:
+    """Draw the lifetimes of one process. All but the last end under load; the last ends when no caller is left."""
+    has_faults = rng.random() < 0.5 and overflow == "sqlite"
+    lifetimes = []
     at = rng.choice((0.0, 0.0, 5.0))
     for _ in range(rng.choice((0, 1, 2)) if overflow == "sqlite" else rng.choice((0, 0, 1))):
         ends = at + rng.uniform(1, 20 + spread)
         end = rng.choice(ENDS if overflow == "sqlite" else ENDS[:5])
-        lives.append(ProcessLifetime(at, ends, end, _trouble(rng) if troubled else StoreFaults()))
+        lifetimes.append(ProcessLifetime(at, ends, end, _store_faults(rng) if has_faults else StoreFaults()))
         at = ends + rng.uniform(0, 2 * LEASE)
-    lives.append(ProcessLifetime(at, float("inf"), "drain", _trouble(rng) if troubled else StoreFaults()))
-    return lives
+    lifetimes.append(ProcessLifetime(at, float("inf"), "drain", _store_faults(rng) if has_faults else StoreFaults()))
+    return lifetimes
 
 
-def _trouble(rng: random.Random) -> StoreFaults:
+def _store_faults(rng: random.Random) -> StoreFaults:
     at = rng.uniform(0, 60)
     return StoreFaults(
         slow=rng.choice((0.0, 0.05, 0.5)),

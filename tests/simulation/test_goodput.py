@@ -1,4 +1,4 @@
-"""Promise 3: overload degrades to a plateau, and when a trigger passes, service recovers by itself."""
+"""Goodput under overload does not fall, and recovers after an outage."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from forebay.simulation.provider.provider_config import CapacityStep, ProviderCo
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 
 SLOTS = 20  # what the provider serves at full speed
-CALL = 0.5 + 100 * 0.01  # seconds of one call, alone
-CAPACITY = SLOTS / (3 * CALL)  # runs a second
-FEW = 3  # slots of the small plant, of which there is one for every seed
-PATIENCE = 30.0  # seconds after which a result is worthless to its caller
+CALL_SECONDS = 0.5 + 100 * 0.01  # duration of a call that runs alone
+CAPACITY = SLOTS / (3 * CALL_SECONDS)  # runs a second
+FEW_SLOTS = 3  # of the small service that every seed simulates
+CALLER_TIMEOUT = 30.0  # seconds after which a result is worthless
 MINUTES = 5
 
 
 @dataclass
 class SimulatedService:
-    """A provider, its agents of three calls, and callers who lose patience."""
+    """A provider, agents that make three calls, and callers with a timeout."""
 
-    offered: float  # runs a second
+    offered_rate: float  # runs a second
     config: ProviderConfig
     seed: int
     minutes: float = MINUTES
-    done: list[float] = field(default_factory=list)  # when each result came in time
+    done: list[float] = field(default_factory=list)  # times of the results that came in time
 
     async def agent(self, task: Task) -> None:
         for _ in range(3):
             await self.call(task)
 
     async def call(self, task: Task) -> None:
-        for _ in range(6):  # retries as agents do them, whoever is in front of them
+        for _ in range(6):  # as agents retry, with any provider
             try:
                 await self.provider.call(model="gpt-4o-mini", input_tokens=500, output_tokens=100, run=task.task_id)
             except (ProviderRefusal, AnswerCut):
@@ -47,57 +47,57 @@ class SimulatedService:
                 return
 
     async def arrivals(self, serve: object) -> None:
-        """Offer runs for some minutes, each served by `serve`."""
+        """Start runs for some minutes; `serve` handles each of them."""
         rng = random.Random(self.seed)
         loop = asyncio.get_running_loop()
         self.provider = SimulatedProvider(self.config, seed=self.seed)
         async with asyncio.TaskGroup() as group:
             while loop.time() < 60 * self.minutes:
                 group.create_task(serve(Task("run")))  # type: ignore[operator]
-                await asyncio.sleep(rng.expovariate(self.offered))
+                await asyncio.sleep(rng.expovariate(self.offered_rate))
 
-    def note(self, began: float) -> None:
+    def record_result(self, start: float) -> None:
         now = asyncio.get_running_loop().time()
-        if now - began <= PATIENCE and now <= 60 * self.minutes:
+        if now - start <= CALLER_TIMEOUT and now <= 60 * self.minutes:
             self.done.append(now)
 
     def per_second(self, since: float, until: float = 60.0 * MINUTES) -> float:
         return sum(since <= at < until for at in self.done) / (until - since)
 
 
-async def forebay(plant: SimulatedService) -> None:
-    slots = plant.config.slots
-    house = BackpressureSupervisor(max_queue_size=2 * slots)
-    house.register_worker("agents", handler=plant.agent, task_types=["run"], max_concurrent=slots)
+async def forebay(service: SimulatedService) -> None:
+    slots = service.config.slots
+    supervisor = BackpressureSupervisor(max_queue_size=2 * slots)
+    supervisor.register_worker("agents", handler=service.agent, task_types=["run"], max_concurrent=slots)
 
     async def serve(task: Task) -> None:
-        began = asyncio.get_running_loop().time()
-        ticket: Ticket = await house.submit(task)
+        start = asyncio.get_running_loop().time()
+        ticket: Ticket = await supervisor.submit(task)
         if ticket and (await ticket).success:
-            plant.note(began)
+            service.record_result(start)
 
-    async with house:
-        await plant.arrivals(serve)
+    async with supervisor:
+        await service.arrivals(serve)
 
 
-async def classic(plant: SimulatedService) -> None:
-    """Without a gate: every run begins at once."""
+async def classic(service: SimulatedService) -> None:
+    """Serve without admission control: every run starts at once."""
 
     async def serve(task: Task) -> None:
-        began = asyncio.get_running_loop().time()
-        await plant.agent(task)
-        plant.note(began)
+        start = asyncio.get_running_loop().time()
+        await service.agent(task)
+        service.record_result(start)
 
-    await plant.arrivals(serve)
+    await service.arrivals(serve)
 
 
 def goodput(
     supervisor: object, times: float, *, config: ProviderConfig | None = None, seed: int = 1
 ) -> SimulatedService:
     config = config or ProviderConfig(slots=SLOTS, ttft=0.5, tpot=0.01)
-    plant = SimulatedService(times * CAPACITY, config, seed)
-    simulate(lambda: supervisor(plant), seed=seed)  # type: ignore[operator]
-    return plant
+    service = SimulatedService(times * CAPACITY, config, seed)
+    simulate(lambda: supervisor(service), seed=seed)  # type: ignore[operator]
+    return service
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -108,37 +108,37 @@ def test_goodput_never_falls_as_more_is_offered(seed: int) -> None:
     assert reached[-1] >= 0.95 * CAPACITY, reached
 
 
-def test_without_a_gate_the_same_plant_collapses() -> None:
-    """The negative control: a plant that bears anything would prove nothing."""
+def test_without_admission_control_goodput_collapses() -> None:
+    """The negative control: a service that cannot be overloaded would prove nothing."""
     assert goodput(classic, 3).per_second(60) < 0.2 * CAPACITY
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_service_recovers_by_itself_when_an_outage_has_passed(seed: int) -> None:
+def test_goodput_recovers_after_an_outage(seed: int) -> None:
     outage = (CapacityStep(at=90, slots=0), CapacityStep(at=150, slots=SLOTS))
-    plant = goodput(
+    service = goodput(
         forebay, 3, config=ProviderConfig(slots=SLOTS, ttft=0.5, tpot=0.01, capacity_steps=outage), seed=seed
     )
-    before, after = plant.per_second(60, 90), plant.per_second(150 + 90)
+    before, after = service.per_second(60, 90), service.per_second(150 + 90)
     assert after >= 0.95 * before, (before, after)
 
 
-def small(times: float, seed: int, **trouble: object) -> SimulatedService:
-    """Two minutes of a small plant at so many times its capacity."""
-    config = ProviderConfig(slots=FEW, ttft=0.5, tpot=0.01, **trouble)  # type: ignore[arg-type]
-    plant = SimulatedService(times * CAPACITY * FEW / SLOTS, config, seed, minutes=2)
-    simulate(lambda: forebay(plant), seed=seed)
-    return plant
+def small(times: float, seed: int, **fields: object) -> SimulatedService:
+    """Simulate two minutes of a small service at `times` its capacity."""
+    config = ProviderConfig(slots=FEW_SLOTS, ttft=0.5, tpot=0.01, **fields)  # type: ignore[arg-type]
+    service = SimulatedService(times * CAPACITY * FEW_SLOTS / SLOTS, config, seed, minutes=2)
+    simulate(lambda: forebay(service), seed=seed)
+    return service
 
 
 @pytest.mark.parametrize("seed", surge.SEEDS)
-def test_every_seed_has_its_plateau_and_its_recovery(seed: int) -> None:
+def test_every_seed_keeps_its_goodput_and_recovers(seed: int) -> None:
     rng = random.Random(seed)
-    times, began = rng.uniform(2, 6), rng.uniform(10, 20)
-    once, flooded = small(1, seed), small(times, seed)
-    assert flooded.per_second(20, 120) >= 0.95 * once.per_second(20, 120)
-    outage = (CapacityStep(at=began, slots=0), CapacityStep(at=began + rng.uniform(5, 20), slots=FEW))
-    struck = small(times, seed, capacity_steps=outage)
-    last = outage[-1].at + 8 * 3 * CALL  # eight service times, which are less than 90 s
-    # the slots fall into step in the outage, so what ends within a window is known to one round of them only
-    assert struck.per_second(last, 120) >= 0.95 * flooded.per_second(last, 120) - FEW / (120 - last)
+    times, start = rng.uniform(2, 6), rng.uniform(10, 20)
+    at_capacity, flooded = small(1, seed), small(times, seed)
+    assert flooded.per_second(20, 120) >= 0.95 * at_capacity.per_second(20, 120)
+    outage = (CapacityStep(at=start, slots=0), CapacityStep(at=start + rng.uniform(5, 20), slots=FEW_SLOTS))
+    interrupted = small(times, seed, capacity_steps=outage)
+    last = outage[-1].at + 8 * 3 * CALL_SECONDS  # eight service times: less than 90 s
+    # the outage synchronizes the slots: the calls that end in a window are known to one round of them only
+    assert interrupted.per_second(last, 120) >= 0.95 * flooded.per_second(last, 120) - FEW_SLOTS / (120 - last)

@@ -1,6 +1,6 @@
-"""Promise 3 on the call plane: the adaptive limit beside an oracle, and beside what collapses.
+"""The adaptive limit compared with an ideal scheduler, and with limits that collapse.
 
-The published figures come from `python -m bench goodput` and `recovery`; these are the same runs, fewer of them.
+The published numbers come from `python -m bench goodput` and `recovery`; these are the same runs, fewer of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from bench import recovery
 from bench.calls.limits import LIMITS, OURS
 from bench.calls.scenarios import SCENARIOS
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit import AdaptiveLimit
+from forebay.interfaces import Outcome
+from forebay.limit import AdaptiveLimit, Grant
 
-LEAST = {  # shares of the oracle's work; a little less than what is measured, since these are single runs
+MIN_SHARES = {  # of the ideal scheduler's work; slightly less than measured, because these are single runs
     "steady": 0.97,
     "burst": 0.97,
     "halved and back": 0.94,
@@ -38,13 +38,13 @@ def share(scenario: str, limit: str, *, seed: int = 5) -> float:
     return record.work(60, 600) / found.run("oracle", None, seed).work(60, 600)
 
 
-@pytest.mark.parametrize("scenario", LEAST)
-def test_it_gets_what_an_oracle_gets(scenario: str) -> None:
-    assert share(scenario, OURS) >= LEAST[scenario]
+@pytest.mark.parametrize("scenario", MIN_SHARES)
+def test_the_adaptive_limit_gets_the_goodput_of_an_oracle(scenario: str) -> None:
+    assert share(scenario, OURS) >= MIN_SHARES[scenario]
 
 
 @pytest.mark.slow
-def test_goodput_is_monotone_in_what_is_offered() -> None:
+def test_goodput_is_monotone_in_the_offered_load() -> None:
     shares = []
     for load in (1.0, 2.0, 4.0, 10.0):
         found = replace(SCENARIOS["steady"], offered=load)
@@ -55,52 +55,52 @@ def test_goodput_is_monotone_in_what_is_offered() -> None:
 
 
 @pytest.mark.parametrize("limit", ["vegas", "AIMD by timeout"])
-def test_latency_says_nothing_of_language_models(limit: str) -> None:
+def test_latency_based_limits_fail_on_language_models(limit: str) -> None:
     assert share("steady", limit) < 0.4
 
 
-def test_a_few_strays_ruin_plain_aimd() -> None:
+def test_a_few_stray_429s_ruin_plain_aimd() -> None:
     assert share("1 % stray", "epoch AIMD") < 0.7
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["sharing", "refusing"])
-def test_service_is_back_within_ninety_seconds(shares: bool) -> None:  # noqa: FBT001 - a parameter
+def test_goodput_recovers_within_ninety_seconds(shares: bool) -> None:  # noqa: FBT001 - a parameter
     assert recovery.seconds(recovery.one((OURS, 1, shares))) <= 90
 
 
 def test_a_semaphore_with_uncapped_retries_never_recovers() -> None:
-    """The negative control: a plant that bears anything would prove nothing."""
+    """The negative control: a provider that cannot be overloaded would prove nothing."""
     record = recovery.one((recovery.CONTROL, 1, True))
     assert recovery.seconds(record) == math.inf
     assert record.work(540, 660) < 0.2 * record.work(60, 120)
 
 
 class CountingLimit(AdaptiveLimit):
-    """Counts how often it hears of each grant."""
+    """A limit that counts how often each permit is reported to it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.given: list[Grant] = []
-        self.heard: Counter[int] = Counter()
-        self.let_in: Counter[int] = Counter()
+        self.observed: Counter[int] = Counter()
+        self.accepted_count: Counter[int] = Counter()
 
     def grant(self, now: float, in_flight: int) -> Grant:
         self.given.append(super().grant(now, in_flight))
         return self.given[-1]
 
     def accepted(self, now: float, grant: Grant) -> None:
-        self.let_in[id(grant)] += 1
+        self.accepted_count[id(grant)] += 1
         super().accepted(now, grant)
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
-        self.heard[id(grant)] += 1
+        self.observed[id(grant)] += 1
         super().observe(now, grant, outcome, slowdown=slowdown)
 
 
 @pytest.mark.parametrize("scenario", ["bursts of 529", "outage of a minute"])
-def test_every_grant_is_observed_once(scenario: str) -> None:
+def test_every_permit_is_observed_once(scenario: str) -> None:
     limit = CountingLimit()
     SCENARIOS[scenario].run(OURS, limit, 2)
-    assert max(limit.heard.values()) == 1
-    assert max(limit.let_in.values()) == 1
-    assert len(limit.given) - len(limit.heard) <= limit.limit(600.0)  # those that were still in flight
+    assert max(limit.observed.values()) == 1
+    assert max(limit.accepted_count.values()) == 1
+    assert len(limit.given) - len(limit.observed) <= limit.limit(600.0)  # permits of calls that were still in flight

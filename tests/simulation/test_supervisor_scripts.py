@@ -1,17 +1,17 @@
-"""Whatever is done to whole houses, in whatever order and at the same moment: they end in order, and nobody waits."""
+"""Random scripts of operations on supervisors: every task ends once, and no caller waits endlessly."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.simulation import supervisor_scripts as houses
+from tests.simulation import supervisor_scripts
 
-pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+pytestmark = pytest.mark.blocks  # in virtual time SQLite runs in the loop's own thread
 
 
 @settings(max_examples=2 * settings().max_examples, suppress_health_check=[HealthCheck.too_slow])
-@given(script=houses.SCRIPTS)
-def test_every_ticket_ends_once_every_slot_comes_back_and_nobody_waits_for_ever(
-    script: houses.SupervisorScript,
+@given(script=supervisor_scripts.SCRIPTS)
+def test_every_ticket_ends_once_every_slot_is_returned_and_no_caller_waits_endlessly(
+    script: supervisor_scripts.SupervisorScript,
 ) -> None:
-    houses.run_script(script)
+    supervisor_scripts.run_script(script)

@@ -1,4 +1,4 @@
-"""Three hundred surges with faults, each drawn from its seed: promises 1 and 2 of the design hold in all."""
+"""Three hundred random surges with faults: every task ends once, and no limit is exceeded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 from tests.simulation import surge
 from tests.simulation.surge_script import ENDS
 
-pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+pytestmark = pytest.mark.blocks  # in virtual time SQLite runs in the loop's own thread
 
 
 @pytest.mark.parametrize("seed", surge.SEEDS)
-def test_every_task_of_a_surge_ends_once_and_no_limit_is_passed(seed: int) -> None:
+def test_every_task_of_a_surge_ends_once_and_no_limit_is_exceeded(seed: int) -> None:
     try:
         surge.run(seed)
     except BaseException as failure:
@@ -18,8 +18,8 @@ def test_every_task_of_a_surge_ends_once_and_no_limit_is_passed(seed: int) -> No
         raise
 
 
-def test_the_surges_are_not_too_kind() -> None:
-    """What the promises are about must happen: else three hundred seeds prove nothing."""
+def test_the_surges_cover_all_outcomes() -> None:
+    """Otherwise three hundred seeds would prove nothing."""
     seen: set[str] = set()
     for seed in range(40):
         seen |= set(+surge.run(seed).happened)

@@ -1,7 +1,7 @@
-"""A worker inside a real supervisor, in virtual time, beside a model that knows only the words of the design.
+"""A worker of a real supervisor, compared with a model of it, in virtual time.
 
-Tasks come, succeed, raise, run out of time, are cancelled, do not stop; the worker is revived. After every step the
-model and the worker agree on its state, its slots, its zombies, who runs, who waits and how everything ended.
+Tasks arrive, succeed, raise, time out, are cancelled and ignore their cancellation; the worker is revived. After every
+step the model and the worker must agree on its state, its slots, its zombies, and the status of every task.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket, WorkerState
 from forebay.simulation import VirtualLoop
 
-TIMEOUT, GRACE, CEILING = 10.0, 5.0, 60.0  # seconds
-IN_A_ROW, PROBES_TO_CLOSE = 5, 2
-ROOM = 4  # tasks that may wait
-WAITS = st.sampled_from([0.0, 0.3, 1.1, 2.7, 5.3, 11.9, 31.7, 67.3])  # no sum of them meets a bound exactly
+TIMEOUT, GRACE, MAX_RESET_TIMEOUT = 10.0, 5.0, 60.0  # seconds
+FAULTS_TO_OPEN, PROBES_TO_CLOSE = 5, 2
+MAX_QUEUE_SIZE = 4  # tasks that may wait
+WAITS = st.sampled_from([0.0, 0.3, 1.1, 2.7, 5.3, 11.9, 31.7, 67.3])  # no sum of them equals a bound
 
 
 class ModelBreakerState(Enum):
@@ -32,44 +32,44 @@ class ModelBreakerState(Enum):
 
 @dataclass
 class ModelTask:
-    """A task as the model sees it."""
+    """A task in the model."""
 
     number: int
-    stubborn: bool
+    ignores_cancellation: bool
     status: TaskStatus = TaskStatus.WAITING
-    probe_of: int | None = None  # the era in which it began, if it was a probe
-    era: int = 0
-    leaving: bool = False  # told to stop, and still there
-    zombie: bool = False  # the same, beyond the grace
+    probe_of: int | None = None  # the breaker epoch in which it started, if it was a probe
+    epoch: int = 0
+    leaving: bool = False  # told to stop, and still running
+    zombie: bool = False  # the same, longer than the grace period
 
 
 @dataclass
 class WorkerModel:
-    """What the design says of one worker and its line."""
+    """A model of one worker and its queue."""
 
     slots: int
     reset_timeout: float | None
     now: float = 0.0
     gate: ModelBreakerState = ModelBreakerState.CLOSED
-    era: int = 0
+    epoch: int = 0
     faults: int = 0  # in a row
     passed: int = 0  # probes, since it was half open
     openings: int = 0  # since it was last closed
     stuck: bool = False
-    line: deque[ModelTask] = field(default_factory=deque)
-    inside: list[ModelTask] = field(default_factory=list)  # they hold a slot
-    agenda: list[tuple[float, int, str, ModelTask | int]] = field(default_factory=list)
+    queue: deque[ModelTask] = field(default_factory=deque)
+    running_tasks: list[ModelTask] = field(default_factory=list)  # tasks that hold a slot
+    timers: list[tuple[float, int, str, ModelTask | int]] = field(default_factory=list)
     order: int = 0
 
-    def plan(self, after: float, what: str, whom: ModelTask | int) -> None:
+    def plan(self, after: float, what: str, subject: ModelTask | int) -> None:
         self.order += 1
-        heapq.heappush(self.agenda, (self.now + after, self.order, what, whom))
+        heapq.heappush(self.timers, (self.now + after, self.order, what, subject))
 
-    # --- questions ---
+    # --- readings ---
 
     @property
     def probes(self) -> list[ModelTask]:
-        return [being for being in self.inside if being.probe_of == self.era and not being.leaving]
+        return [task for task in self.running_tasks if task.probe_of == self.epoch and not task.leaving]
 
     @property
     def usable(self) -> int:
@@ -78,7 +78,7 @@ class WorkerModel:
         ]
 
     def accepts(self) -> bool:
-        if self.gate is ModelBreakerState.OPEN or len(self.inside) >= self.slots:
+        if self.gate is ModelBreakerState.OPEN or len(self.running_tasks) >= self.slots:
             return False
         return self.gate is ModelBreakerState.CLOSED or not self.probes
 
@@ -86,39 +86,39 @@ class WorkerModel:
     def state(self) -> WorkerState:
         if self.gate is ModelBreakerState.OPEN:
             return WorkerState.FAILED
-        if len(self.inside) == self.slots:
+        if len(self.running_tasks) == self.slots:
             return WorkerState.OVERLOADED
-        return WorkerState.BUSY if self.inside else WorkerState.IDLE
+        return WorkerState.BUSY if self.running_tasks else WorkerState.IDLE
 
     def refuses(self) -> bool:
-        if self.line or not self.accepts():
-            return not self.usable or len(self.inside) + len(self.line) >= self.usable + ROOM
+        if self.queue or not self.accepts():
+            return not self.usable or len(self.running_tasks) + len(self.queue) >= self.usable + MAX_QUEUE_SIZE
         return False
 
-    # --- what happens ---
+    # --- events ---
 
-    def come(self, being: ModelTask) -> None:
+    def arrive(self, task: ModelTask) -> None:
         if self.refuses():
-            being.status = TaskStatus.REJECTED
+            task.status = TaskStatus.REJECTED
         else:
-            self.line.append(being)
+            self.queue.append(task)
             self.serve()
 
     def serve(self) -> None:
-        while self.line and self.accepts():
-            being = self.line.popleft()
-            being.status, being.era = TaskStatus.RUNNING, self.era
-            being.probe_of = self.era if self.gate is ModelBreakerState.HALF_OPEN else None
-            self.inside.append(being)
-            self.plan(TIMEOUT, "timeout", being)
+        while self.queue and self.accepts():
+            task = self.queue.popleft()
+            task.status, task.epoch = TaskStatus.RUNNING, self.epoch
+            task.probe_of = self.epoch if self.gate is ModelBreakerState.HALF_OPEN else None
+            self.running_tasks.append(task)
+            self.plan(TIMEOUT, "timeout", task)
 
-    def judge(self, being: ModelTask, *, fault: bool | None) -> None:
-        """Hear how a run went; None says nothing."""
-        if being.era != self.era or self.gate is ModelBreakerState.OPEN or fault is None:
+    def judge(self, task: ModelTask, *, fault: bool | None) -> None:
+        """Update the breaker with the outcome of a run; None is neutral."""
+        if task.epoch != self.epoch or self.gate is ModelBreakerState.OPEN or fault is None:
             return
         if self.gate is ModelBreakerState.CLOSED:
             self.faults = self.faults + 1 if fault else 0
-            if self.faults == IN_A_ROW:
+            if self.faults == FAULTS_TO_OPEN:
                 self.open()
         elif fault:
             self.open()
@@ -128,67 +128,75 @@ class WorkerModel:
                 self.close()
 
     def open(self) -> None:
-        self.gate, self.era, self.faults, self.passed = ModelBreakerState.OPEN, self.era + 1, 0, 0
+        self.gate, self.epoch, self.faults, self.passed = ModelBreakerState.OPEN, self.epoch + 1, 0, 0
         self.openings += 1
-        if self.reset_timeout is not None:  # with an even chance, three quarters of a time that doubles
-            self.plan(0.75 * min(CEILING, self.reset_timeout * 2 ** (self.openings - 1)) + 1e-6, "awake", self.era)
+        if self.reset_timeout is not None:  # a draw of 0.5 gives three quarters of the time, which doubles
+            self.plan(
+                0.75 * min(MAX_RESET_TIMEOUT, self.reset_timeout * 2 ** (self.openings - 1)) + 1e-6, "awake", self.epoch
+            )
 
     def close(self) -> None:
-        self.gate, self.era, self.faults, self.passed, self.openings = ModelBreakerState.CLOSED, self.era + 1, 0, 0, 0
+        self.gate, self.epoch, self.faults, self.passed, self.openings = (
+            ModelBreakerState.CLOSED,
+            self.epoch + 1,
+            0,
+            0,
+            0,
+        )
         self.stuck = False
         self.serve()
 
-    def leave(self, being: ModelTask) -> None:
-        """Its handler has really ended: the slot is free."""
-        self.inside.remove(being)
-        if being.zombie and self.stuck and self.reset_timeout is not None:
-            self.close()  # nothing but zombies had made it FAILED
+    def leave(self, task: ModelTask) -> None:
+        """Free the slot: the handler has ended."""
+        self.running_tasks.remove(task)
+        if task.zombie and self.stuck and self.reset_timeout is not None:
+            self.close()  # only zombies had made it FAILED
         self.serve()
 
-    def end(self, being: ModelTask, status: TaskStatus, *, fault: bool | None) -> None:
-        """The handler ends by itself."""
-        if being.leaving:
-            self.leave(being)
+    def end(self, task: ModelTask, status: TaskStatus, *, fault: bool | None) -> None:
+        """End a run whose handler returns or raises."""
+        if task.leaving:
+            self.leave(task)
             return
-        being.status = status
-        self.inside.remove(being)
-        self.judge(being, fault=fault)
+        task.status = status
+        self.running_tasks.remove(task)
+        self.judge(task, fault=fault)
         self.serve()
 
-    def stop(self, status: TaskStatus, *beings: ModelTask, fault: bool | None) -> None:
-        """The tickets end at the same moment, and their handlers are told to."""
-        told = []
-        for being in beings:
-            if being in self.line:
-                self.line.remove(being)
-                being.status = status
-            elif being in self.inside and not being.leaving:
-                being.status, being.leaving = status, True
-                self.judge(being, fault=fault)
-                told.append(being)
+    def stop(self, status: TaskStatus, *tasks: ModelTask, fault: bool | None) -> None:
+        """End tickets at the same moment, and cancel their handlers."""
+        cancelled = []
+        for task in tasks:
+            if task in self.queue:
+                self.queue.remove(task)
+                task.status = status
+            elif task in self.running_tasks and not task.leaving:
+                task.status, task.leaving = status, True
+                self.judge(task, fault=fault)
+                cancelled.append(task)
         self.serve()
-        for being in told:
-            if being.stubborn:
-                self.plan(GRACE, "zombie", being)
+        for task in cancelled:
+            if task.ignores_cancellation:
+                self.plan(GRACE, "zombie", task)
             else:
-                self.leave(being)
+                self.leave(task)
 
     def pass_time(self, until: float) -> None:
-        while self.agenda and self.agenda[0][0] <= until:
-            self.now = self.agenda[0][0]
+        while self.timers and self.timers[0][0] <= until:
+            self.now = self.timers[0][0]
             due = []
-            while self.agenda and self.agenda[0][0] == self.now:
-                due.append(heapq.heappop(self.agenda)[2:])
-            late = [whom for what, whom in due if what == "timeout" and isinstance(whom, ModelTask)]
-            self.stop(TaskStatus.TIMED_OUT, *(being for being in late if being in self.inside), fault=True)
-            for what, whom in due:
-                if what == "awake" and whom == self.era and self.gate is ModelBreakerState.OPEN:
-                    self.gate, self.era = ModelBreakerState.HALF_OPEN, self.era + 1
+            while self.timers and self.timers[0][0] == self.now:
+                due.append(heapq.heappop(self.timers)[2:])
+            late = [subject for what, subject in due if what == "timeout" and isinstance(subject, ModelTask)]
+            self.stop(TaskStatus.TIMED_OUT, *(task for task in late if task in self.running_tasks), fault=True)
+            for what, subject in due:
+                if what == "awake" and subject == self.epoch and self.gate is ModelBreakerState.OPEN:
+                    self.gate, self.epoch = ModelBreakerState.HALF_OPEN, self.epoch + 1
                     self.serve()
-                elif what == "zombie" and isinstance(whom, ModelTask) and whom in self.inside:
-                    whom.zombie = True
+                elif what == "zombie" and isinstance(subject, ModelTask) and subject in self.running_tasks:
+                    subject.zombie = True
                     if (
-                        sum(being.zombie for being in self.inside) == self.slots
+                        sum(task.zombie for task in self.running_tasks) == self.slots
                         and self.gate is not ModelBreakerState.OPEN
                     ):
                         self.open()
@@ -197,7 +205,7 @@ class WorkerModel:
 
 
 class WorkerMachine(RuleBasedStateMachine):
-    """Does the same to both."""
+    """A state machine that does the same to the worker and to the model."""
 
     @initialize(slots=st.integers(1, 3), reset_timeout=st.sampled_from([8.0, 8.0, 30.0, None]))
     def build(self, slots: int, reset_timeout: float | None) -> None:
@@ -206,8 +214,10 @@ class WorkerMachine(RuleBasedStateMachine):
         self.loop = VirtualLoop(0, jitter=0.0)
         self.orders: dict[int, asyncio.Future[None]] = {}
         self.tickets: list[tuple[ModelTask, Ticket]] = []
-        self.house = BackpressureSupervisor(backpressure_threshold=1.0, max_queue_size=ROOM, zombie_grace=GRACE)
-        self.worker = self.house.register_worker(
+        self.supervisor = BackpressureSupervisor(
+            backpressure_threshold=1.0, max_queue_size=MAX_QUEUE_SIZE, zombie_grace=GRACE
+        )
+        self.worker = self.supervisor.register_worker(
             "w",
             handler=self.handler,
             task_types=["work"],
@@ -215,22 +225,22 @@ class WorkerMachine(RuleBasedStateMachine):
             timeout=TIMEOUT,
             reset_timeout=reset_timeout,
         )
-        self.loop.run_until_complete(self.house.start())
-        self.house._draw = lambda: 0.5
+        self.loop.run_until_complete(self.supervisor.start())
+        self.supervisor._draw = lambda: 0.5
 
     async def handler(self, task: Task) -> None:
-        number, stubborn = task.payload
+        number, ignores_cancellation = task.payload
         while True:
             try:
                 await asyncio.shield(self.orders[number])
             except asyncio.CancelledError:
-                if not stubborn:
+                if not ignores_cancellation:
                     raise
             else:
                 return
 
-    def let(self, seconds: float = 0.0) -> None:
-        """Let time pass, and what is ready happen."""
+    def advance(self, seconds: float = 0.0) -> None:
+        """Advance the clock, and run all ready callbacks."""
 
         async def pause() -> None:
             await asyncio.sleep(seconds)
@@ -241,72 +251,72 @@ class WorkerMachine(RuleBasedStateMachine):
 
     @property
     def running(self) -> list[ModelTask]:
-        return [being for being, _ in self.tickets if being in self.model.inside]
+        return [task for task, _ in self.tickets if task in self.model.running_tasks]
 
-    # --- what may happen ---
+    # --- rules ---
 
-    @rule(stubborn=st.sampled_from([False, False, True]))
-    def come(self, *, stubborn: bool) -> None:
-        being = ModelTask(len(self.tickets), stubborn)
-        self.orders[being.number] = self.loop.create_future()
-        self.model.come(being)
+    @rule(ignores_cancellation=st.sampled_from([False, False, True]))
+    def arrive(self, *, ignores_cancellation: bool) -> None:
+        task = ModelTask(len(self.tickets), ignores_cancellation)
+        self.orders[task.number] = self.loop.create_future()
+        self.model.arrive(task)
 
         async def submit() -> Ticket:
-            return self.house.submit_nowait(Task("work", (being.number, stubborn)))
+            return self.supervisor.submit_nowait(Task("work", (task.number, ignores_cancellation)))
 
-        self.tickets.append((being, self.loop.run_until_complete(submit())))
-        self.let()
+        self.tickets.append((task, self.loop.run_until_complete(submit())))
+        self.advance()
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), raises=st.sampled_from([False, True, True]))
     def end(self, data: st.DataObject, *, raises: bool) -> None:
-        being = data.draw(st.sampled_from(self.running))
-        order = self.orders[being.number]
+        task = data.draw(st.sampled_from(self.running))
+        order = self.orders[task.number]
         if raises:
             order.set_exception(ValueError())
         else:
             order.set_result(None)
-        self.model.end(being, TaskStatus.FAILED if raises else TaskStatus.SUCCEEDED, fault=raises)
-        self.let()
+        self.model.end(task, TaskStatus.FAILED if raises else TaskStatus.SUCCEEDED, fault=raises)
+        self.advance()
 
     @rule(times=st.integers(1, 6))
     def fail_in_a_row(self, times: int) -> None:
         for _ in range(times):
-            self.come(stubborn=False)
-            if not (running := [being for being in self.running if not being.leaving]):
+            self.arrive(ignores_cancellation=False)
+            if not (running := [task for task in self.running if not task.leaving]):
                 break
             self.orders[running[0].number].set_exception(ValueError())
             self.model.end(running[0], TaskStatus.FAILED, fault=True)
-            self.let()
+            self.advance()
 
     @precondition(lambda self: self.model.reset_timeout is not None)
-    @rule(stubborn=st.booleans(), behind=st.integers(0, 2))
-    def become_half_open(self, behind: int, *, stubborn: bool) -> None:
+    @rule(ignores_cancellation=st.booleans(), behind=st.integers(0, 2))
+    def become_half_open(self, behind: int, *, ignores_cancellation: bool) -> None:
         self.revive()
-        self.wait(CEILING)  # what was there is gone, or a zombie
-        self.fail_in_a_row(IN_A_ROW)
-        self.wait(CEILING)
-        self.come(stubborn=stubborn)
+        self.wait(MAX_RESET_TIMEOUT)  # earlier runs have ended, or are zombies
+        self.fail_in_a_row(FAULTS_TO_OPEN)
+        self.wait(MAX_RESET_TIMEOUT)
+        self.arrive(ignores_cancellation=ignores_cancellation)
         for _ in range(behind):
-            self.come(stubborn=False)
+            self.arrive(ignores_cancellation=False)
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        alive = [pair for pair in self.tickets if pair[0] in self.model.inside or pair[0] in self.model.line]
-        being, ticket = data.draw(st.sampled_from(alive or self.tickets))
-        self.model.stop(TaskStatus.CANCELLED, being, fault=None)
+        alive = [pair for pair in self.tickets if pair[0] in self.model.running_tasks or pair[0] in self.model.queue]
+        task, ticket = data.draw(st.sampled_from(alive or self.tickets))
+        self.model.stop(TaskStatus.CANCELLED, task, fault=None)
 
         async def cancel() -> None:
             ticket.cancel()
 
         self.loop.run_until_complete(cancel())
-        self.let()
+        self.advance()
 
     @rule(seconds=WAITS)
     def wait(self, seconds: float) -> None:
         self.model.pass_time(self.model.now + seconds)
-        self.let(seconds)
+        self.advance(seconds)
 
     @rule()
     def revive(self) -> None:
@@ -316,37 +326,37 @@ class WorkerMachine(RuleBasedStateMachine):
             self.worker.revive()
 
         self.loop.run_until_complete(revive())
-        self.let()
+        self.advance()
 
-    # --- what must hold then ---
+    # --- invariants ---
 
     @invariant()
-    def they_agree(self) -> None:
+    def model_and_worker_agree(self) -> None:
         if not hasattr(self, "worker"):
             return
         model, worker = self.model, self.worker
         assert worker.state is model.state
-        assert worker.current_tasks == len(model.inside)
-        assert worker.zombies == sum(being.leaving for being in model.inside)
+        assert worker.current_tasks == len(model.running_tasks)
+        assert worker.zombies == sum(task.leaving for task in model.running_tasks)
         assert worker.can_accept() is model.accepts()
-        assert [ticket.status for _, ticket in self.tickets] == [being.status for being, _ in self.tickets]
-        statistics = self.house.statistics()
-        assert statistics.waiting == len(model.line)
-        assert statistics.zombies >= sum(being.zombie for being in model.inside)
-        pool = self.house._running().core.pools.by_type["work"]
+        assert [ticket.status for _, ticket in self.tickets] == [task.status for task, _ in self.tickets]
+        statistics = self.supervisor.statistics()
+        assert statistics.waiting == len(model.queue)
+        assert statistics.zombies >= sum(task.zombie for task in model.running_tasks)
+        pool = self.supervisor._running().core.pools.by_type["work"]
         assert pool.slots == model.usable
-        assert pool.running == (0 if model.gate is ModelBreakerState.OPEN else len(model.inside))
+        assert pool.running == (0 if model.gate is ModelBreakerState.OPEN else len(model.running_tasks))
 
     def teardown(self) -> None:
-        """It ends, whatever is under way; nothing is left."""
+        """Close the supervisor at any moment; nothing is left."""
         if not hasattr(self, "worker"):
             return
         try:
             for order in self.orders.values():
                 if not order.done():
                     order.set_result(None)
-            self.let()
-            self.loop.run_until_complete(self.house.close())
+            self.advance()
+            self.loop.run_until_complete(self.supervisor.close())
             assert self.worker.current_tasks == self.worker.zombies == 0
             assert all(ticket.done() for _, ticket in self.tickets)
             assert self.loop.pending() == []

@@ -1,4 +1,4 @@
-"""A ledger as one process has it: slow, broken for a while, cut off when its process dies; and what it has promised."""
+"""A task store with the faults of one process: slow, failing for a while, disconnected when the process crashes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ T = TypeVar("T")
 
 @dataclass
 class AcknowledgedWrites:
-    """What a store has acknowledged, to whichever process: kept apart from it, so that it cannot err with it."""
+    """The writes that a store acknowledged to any process, recorded independently of the store."""
 
     stored: set[str] = field(default_factory=set)
     ended: Counter[str] = field(default_factory=Counter)  # completions that were accepted
-    uncertain: set[str] = field(default_factory=set)  # it may have happened, and was not acknowledged
+    uncertain: set[str] = field(default_factory=set)  # ids of writes that were not acknowledged, but may have happened
 
 
 @dataclass(frozen=True)
 class StoreFaults:
-    """What is wrong with a process's way to its store.
+    """The faults between one process and its store.
 
     Attributes:
-        slow: seconds that an operation takes at most.
-        hangs: the chance that one takes up to `hang` seconds.
-        hang: more than a lease, or it would be no trouble.
-        forgets: the chance that one happens and an error says that it has not.
-        spells: times from and to which all that is asked for fails, as on a full disk; in seconds of the loop.
+        slow: maximum seconds of an operation.
+        hangs: probability that an operation takes up to `hang` seconds.
+        hang: seconds; longer than a lease.
+        loses_reply: probability that an operation succeeds and reports an error.
+        outages: (start, end) times in which all operations fail, as on a full disk; in seconds of the loop.
     """
 
     slow: float = 0.0
@@ -45,57 +45,59 @@ class StoreFaults:
 
 
 class UnreliableStore:
-    """A ledger in trouble."""
+    """A task store with faults."""
 
-    def __init__(self, inner: TaskStore, trouble: StoreFaults, score: AcknowledgedWrites, rng: random.Random) -> None:
+    def __init__(
+        self, inner: TaskStore, faults: StoreFaults, acknowledged: AcknowledgedWrites, rng: random.Random
+    ) -> None:
         self._inner = inner
-        self._faults = trouble
-        self._acknowledged = score
+        self._faults = faults
+        self._acknowledged = acknowledged
         self._rng = rng
-        self._is_cut = False
+        self._disconnected = False
         self.durable = inner.durable
 
     def disconnect(self) -> None:
-        """Its process dies: whatever is asked for from now on does not happen."""
-        self._is_cut = True
+        """Fail all operations from now on: the process has crashed."""
+        self._disconnected = True
 
     def repair(self) -> None:
-        """From now on it works."""
+        """Remove all faults."""
         self._faults = StoreFaults()
 
     def _fail(self, why: str) -> StoreUnavailable:
         return StoreUnavailable(where="the simulated disk", why=why, advice="It is part of the surge.")
 
-    async def _call(self, call: Coroutine[Any, Any, T], *concerns: str) -> T:
-        """Await `call` in trouble; `concerns` are the ids of which nobody can be sure if it is not acknowledged."""
+    async def _call(self, call: Coroutine[Any, Any, T], *task_ids: str) -> T:
+        """Await `call` with faults; the writes of `task_ids` are uncertain if it is not acknowledged."""
         try:
             await self._wait()
         except BaseException:
-            call.close()  # it was never begun
+            call.close()  # it was never started
             raise
         try:
             value = await call
         except asyncio.CancelledError:
-            self._acknowledged.uncertain.update(concerns)
+            self._acknowledged.uncertain.update(task_ids)
             raise
-        if self._is_cut or self._rng.random() < self._faults.loses_reply:
-            self._acknowledged.uncertain.update(concerns)
+        if self._disconnected or self._rng.random() < self._faults.loses_reply:
+            self._acknowledged.uncertain.update(task_ids)
             raise self._fail("the answer was lost")
         return value
 
     async def _wait(self) -> None:
-        trouble = self._faults
-        delay = self._rng.uniform(0, trouble.slow) if trouble.slow else 0.0
-        if self._rng.random() < trouble.hangs:
-            delay = self._rng.uniform(0, trouble.hang)
+        faults = self._faults
+        delay = self._rng.uniform(0, faults.slow) if faults.slow else 0.0
+        if self._rng.random() < faults.hangs:
+            delay = self._rng.uniform(0, faults.hang)
         if delay:
             await asyncio.sleep(delay)
         self._check()
 
     def _check(self) -> None:
         now = asyncio.get_running_loop().time()
-        if self._is_cut:
-            raise self._fail("its process is gone")
+        if self._disconnected:
+            raise self._fail("its process has crashed")
         if any(since <= now < until for since, until in self._faults.outages):
             raise self._fail("the disk is full")
 
@@ -122,7 +124,7 @@ class UnreliableStore:
         except StoreUnavailable:
             self._acknowledged.uncertain.add(lease.record.task_id)
             raise
-        if not counted:  # it came when the right had lapsed: that start has no number in the store
+        if not counted:  # the lease had expired: the store did not count this attempt
             self._acknowledged.uncertain.add(lease.record.task_id)
         return counted
 
@@ -141,7 +143,7 @@ class UnreliableStore:
         except StoreUnavailable:
             self._acknowledged.uncertain.add(task_id)
             raise
-        if finished and completion.status == "rejected":  # taken back, as if it had never been
+        if finished and completion.status == "rejected":  # withdrawn: the store forgets the task
             self._acknowledged.stored.discard(task_id)
         elif finished:
             self._acknowledged.ended[task_id] += 1
@@ -149,16 +151,16 @@ class UnreliableStore:
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
         dead = await self._call(self._inner.reap(now=now, max_attempts=max_attempts))
-        self._acknowledged.ended.update(each.record.task_id for each in dead)
+        self._acknowledged.ended.update(record.record.task_id for record in dead)
         return dead
 
     async def prune(self, *, before: float) -> int:
         return await self._call(self._inner.prune(before=before))
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        buried = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
-        self._acknowledged.ended[lease.record.task_id] += buried
-        return buried
+        marked = await self._call(self._inner.mark_dead(lease, completion), lease.record.task_id)
+        self._acknowledged.ended[lease.record.task_id] += marked
+        return marked
 
     async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
         return await self._call(self._inner.list_dead(limit, after=after))

@@ -1,9 +1,9 @@
-"""Agents as they are, made into handlers: one file for each framework, imported when one of its agents is met."""
+"""Adapters that turn agents into handlers: one file per framework, imported when one of its agents is met."""
 
-from forebay.adapters.detect import FRAMEWORKS, Config, as_handler
-from forebay.adapters.handler import Handler, SupportsHandler
+from forebay.adapters.declared_types import codec_for, type_name
+from forebay.adapters.detect import FRAMEWORKS, as_handler
+from forebay.adapters.handler import Config, Handler, SupportsHandler
 from forebay.adapters.object_codec import ObjectCodec, SerializableClass
-from forebay.adapters.typed_codec import codec_for, type_name
 
 __all__ = [
     "FRAMEWORKS",

@@ -1,12 +1,12 @@
-"""A fresh agent for each task, for frameworks whose agents carry state from run to run."""
+"""A new agent for each task, for frameworks whose agents carry state from run to run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from forebay.adapters.detect import Config, as_handler
-from forebay.adapters.handler import Handler
+from forebay.adapters.detect import as_handler
+from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler
 from forebay.task import Task
 
@@ -14,12 +14,17 @@ from forebay.task import Task
 def handler_from_factory(
     factory: Callable[[], Any], *, worker: str = "handler", config: Config | None = None
 ) -> Handler:
-    """A Handler that calls `factory` for each task and runs the task on what it makes.
+    """Return a Handler that calls `factory` for each task and runs the task on the agent that it returns.
 
-    It is called once at registration too, to learn whether what it makes runs in a thread, and to find mistakes then.
+    The factory is also called once here, to learn whether its agents need a thread, and to find mistakes early.
+
+    Args:
+        factory: makes an agent.
+        worker: the worker's name, for messages.
+        config: the framework's own configuration, or a callable that makes one for a task.
 
     Raises:
-        InvalidHandler: `factory` is not callable, or makes what cannot be run.
+        InvalidHandler: `factory` is not callable, or its agent cannot be run.
     """
     if not callable(factory):
         hint = "factory= takes a callable without arguments that makes an agent"

@@ -1,30 +1,35 @@
-"""Handler: what every agent is turned into before a worker runs it."""
+"""Handler: the form that every agent is given before a worker runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from forebay.interfaces import Codec
 from forebay.task import Task
 
+#: The configuration that a framework's agent is registered with: the framework's own, or a callable that makes one for
+#: each task.
+Config: TypeAlias = Mapping[str, Any] | Callable[[Task], Mapping[str, Any]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """What runs a task.
+    """The callables and properties by which a worker runs tasks.
 
     Attributes:
-        call: given the task, returns the value or an awaitable of it; the engine awaits what is awaitable.
-        blocking: whether `call` is to run in a thread of the engine's, since it does not yield to the loop.
-        on_cancel: how to stop a run that cancellation alone does not stop; called once, in the loop, just before the
-            run is cancelled. None: there is nothing more to be done, and a thread runs on to its end.
+        call: takes the task and returns its value or an awaitable of it; the engine awaits an awaitable.
+        blocking: whether `call` needs a thread of the engine's, because it does not yield to the event loop.
+        on_cancel: stops a run that cancellation alone does not stop; called once, in the loop, just before the run is
+            cancelled. None: nothing more can be done, and a thread runs on to its end.
         on_end: called in the loop once a run has really ended.
-        inner: the nested supervisor that it stands for, if it does.
-        load: for a handler with a gate of its own, such as a nested supervisor: its load for a task type, 1.0 is full.
+        nested_supervisor: the supervisor behind this handler, if there is one.
+        load: for a handler with admission of its own, such as a nested supervisor: its load for a task type, where 1.0
+            is full.
         start: awaited when the supervisor that it is registered with starts, or on registration after that.
         stop: awaited when that supervisor closes.
-        codec: how its payloads and results travel where no type is declared for them; None: as plain data.
+        codec: converts its payloads and results where no type is declared for them; None: they are plain data.
     """
 
     call: Callable[[Task], Any]
@@ -38,12 +43,12 @@ class Handler:
     codec: Codec | None = None
 
     def with_on_cancel(self, on_cancel: Callable[[Task], object]) -> Handler:
-        """The same, stopped by `on_cancel`."""
+        """Return the same handler, stopped by `on_cancel`."""
         return replace(self, on_cancel=on_cancel)
 
 
 class SupportsHandler(Protocol):
-    """An object that knows how to be a worker's handler: a nested supervisor, a saga, or one of yours."""
+    """An object that can be registered as a worker's handler: a nested supervisor, a saga, or one of yours."""
 
     def __forebay_handler__(self) -> Handler:
-        """The handler that runs tasks on this object."""
+        """Return the handler that runs tasks on this object."""

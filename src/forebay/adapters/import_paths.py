@@ -1,4 +1,4 @@
-"""Import paths: how an object is named so that another process finds it, ``"package.module:name"``."""
+"""Import paths, ``"package.module:name"``: how one process names an object so that another process can import it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 
 from forebay.errors import NotImportable
 
-#: What the program's own file is called where another process imports it, so that its ``__main__`` guard holds.
+#: The name under which another process imports the program's own file, so that its ``__main__`` guard holds there.
 GUEST_MAIN = "__forebay_main__"
 
 
 def import_path_of(obj: Any, *, worker: str, what: str) -> str:
-    """The import path of `obj`, a function or class of a module; a string is taken as one.
+    """Return the import path of `obj`, a function or class of a module; a string is taken as a path already.
 
     An object of the program's own file is named by that file: ``"/where/app.py:name"``.
 
     Args:
-        obj: what another process is to find.
-        worker: whose it is, for messages.
-        what: which setting of the worker's it is, for messages.
+        obj: the object that another process is to import.
+        worker: the worker's name, for messages.
+        what: the setting of the worker that holds `obj`, for messages.
 
     Raises:
-        NotImportable: it has none; the message says what to do.
+        NotImportable: it has no import path; the message says what to do.
     """
     if isinstance(obj, str):
         module, _, name = obj.rpartition(":")
@@ -38,7 +38,8 @@ def import_path_of(obj: Any, *, worker: str, what: str) -> str:
         return obj
     kind = type(obj).__name__
     if not (inspect.isfunction(obj) or inspect.isclass(obj)):
-        raise NotImportable(worker=worker, what=what, got=f"a {kind}", why="only functions and classes know theirs")
+        why = "only functions and classes have an import path"
+        raise NotImportable(worker=worker, what=what, got=f"a {kind}", why=why)
     module, name = obj.__module__, obj.__qualname__
     if name.endswith("<lambda>"):
         raise NotImportable(worker=worker, what=what, got="a lambda", why="it has no name")
@@ -49,7 +50,7 @@ def import_path_of(obj: Any, *, worker: str, what: str) -> str:
 
 
 def _check_found(obj: Any, module: str, name: str, *, worker: str, what: str) -> None:
-    """Whether the name leads to the very object. One that a decorator has yet to bind may lead nowhere for now."""
+    """Check that the name leads to this very object; a name that a decorator has yet to bind may not exist yet."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, obj)
@@ -67,33 +68,34 @@ def _module_path(module: str, *, worker: str, what: str, name: str) -> str:
         return str(spec.name)
     file = getattr(main, "__file__", None)
     if file is None or not Path(file).is_file():
-        why = "it was typed in, and stands in no file"
+        why = "it was defined at a prompt, in no file"
         raise NotImportable(worker=worker, what=what, got=f"{name!r}", why=why)
     return str(Path(file).resolve())
 
 
 def import_object(path: str) -> Any:
-    """The object that an import path names.
+    """Return the object that an import path names.
 
     Raises:
-        Whatever importing its module raises; AttributeError if there is no such name in it.
+        Exception: any exception that importing its module raises.
+        AttributeError: the module has no such name.
     """
     module_path, _, name = path.rpartition(":")
-    found: Any = _load_file(module_path) if module_path.endswith(".py") else importlib.import_module(module_path)
+    found: Any = _import_file(module_path) if module_path.endswith(".py") else importlib.import_module(module_path)
     for part in name.split("."):
         found = getattr(found, part)
     return found
 
 
-def _load_file(path: str) -> ModuleType:
+def _import_file(path: str) -> ModuleType:
     if GUEST_MAIN in sys.modules:
         return sys.modules[GUEST_MAIN]
     spec = spec_from_file_location(GUEST_MAIN, path)
     if spec is None or spec.loader is None:
-        message = f"{path} is no Python file"
+        message = f"{path} is not a Python file"
         raise ImportError(message)
     module = module_from_spec(spec)
-    # What the program's file defines calls itself a part of __main__, there and here.
+    # Objects that the program's file defines have __main__ as their module, there and here.
     sys.modules[GUEST_MAIN] = sys.modules["__main__"] = module
     spec.loader.exec_module(module)
     return module

@@ -29,26 +29,26 @@ _MODELS = (
 )
 
 
-def _fields_of_model(model: Any) -> dict[str, Any]:
-    # One level only: `model_dump` would turn objects in fields of type Any into dicts, and nobody would know.
+def _model_fields(model: Any) -> dict[str, Any]:
+    # One level only: `model_dump` would silently turn objects in fields of type Any into dicts.
     return {**model.__dict__, **(model.__pydantic_extra__ or {})}
 
 
-def _fields(thing: Any) -> dict[str, Any]:
+def _dataclass_fields(thing: Any) -> dict[str, Any]:
     return {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
 
 
-def _parts_of_send(send: Any) -> dict[str, Any]:
+def _send_fields(send: Any) -> dict[str, Any]:
     timeout = getattr(send, "timeout", None)  # since LangGraph 1.2; it has no plain form
     return {"node": send.node, "arg": send.arg, **({} if timeout is None else {"timeout": timeout})}
 
 
-#: Nothing else is ever made of what is stored: which class a name stands for is said here.
+#: The complete list of classes that stored data may name.
 CODEC = ObjectCodec(
     [
-        *(SerializableClass(model, _fields_of_model, model.model_validate) for model in _MODELS),
-        SerializableClass(Command, _fields, lambda parts: Command(**parts)),
-        SerializableClass(Interrupt, _fields, lambda parts: Interrupt(**parts)),
-        SerializableClass(Send, _parts_of_send, lambda parts: Send(**parts)),
+        *(SerializableClass(model, _model_fields, model.model_validate) for model in _MODELS),
+        SerializableClass(Command, _dataclass_fields, lambda fields: Command(**fields)),
+        SerializableClass(Interrupt, _dataclass_fields, lambda fields: Interrupt(**fields)),
+        SerializableClass(Send, _send_fields, lambda fields: Send(**fields)),
     ]
 )

@@ -1,12 +1,12 @@
 """A compiled LangGraph graph as a handler: its input is the payload, its result what ``ainvoke`` returns.
 
-What LangGraph does with a run, as far as a worker must know it (1.2):
+How LangGraph treats a run, as far as a worker must know it (1.2):
 
 - Cancelling the run cancels its async nodes and waits for them to end. A *plain* node runs in the event loop's default
   executor; cancelling leaves its thread running, and the run ends without it.
-- That executor is asyncio's own, of few threads (``min(32, cpus + 4)``), for all graphs together, and no config
-  chooses another: a graph of plain nodes runs no wider than that, whatever ``max_concurrent`` says, unless the loop was
-  given a larger one by ``loop.set_default_executor``.
+- That executor is asyncio's own, of few threads (``min(32, cpus + 4)``), shared by all graphs, and no config selects
+  another: a graph of plain nodes runs no wider than that, whatever ``max_concurrent`` says, unless the loop was given a
+  larger one by ``loop.set_default_executor``.
 - Context variables reach the nodes, plain ones too.
 """
 
@@ -22,28 +22,27 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
-from forebay.adapters.handler import Handler
+from forebay.adapters.handler import Config, Handler
 from forebay.adapters.langchain import CODEC
 from forebay.context import progress
 from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask
 
 if TYPE_CHECKING:
-    from forebay.adapters.detect import Config
     from forebay.task import Task
 
 _INTERRUPT = "__interrupt__"  # the key of interrupts, in updates and in results
 
 
 def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
-    """The handler that runs tasks on `graph`.
+    """Return the handler that runs tasks on `graph`.
 
-    `config` is a RunnableConfig, or a callable that makes one of the task; its key ``"context"``, if any, is the
-    graph's static context. ``configurable.thread_id`` is the task's thread, over a fixed config's own, under a
-    callable's. Metadata tells the task by ``forebay_task_id``, ``forebay_task_type``, ``forebay_tenant``,
-    ``forebay_priority``.
+    `config` is a RunnableConfig, or a callable that makes one for a task; its key ``"context"``, if any, is the graph's
+    static context. ``configurable.thread_id`` is the task's thread_id; it overrides that of a fixed config, and is
+    overridden by that of a callable. The run's metadata has ``forebay_task_id``, ``forebay_task_type``,
+    ``forebay_tenant``, ``forebay_priority``.
 
     Raises:
-        InvalidHandler: `graph` is no compiled graph.
+        InvalidHandler: `graph` is not a compiled graph.
     """
     if isinstance(graph, StateGraph):
         raise InvalidHandler(worker=worker, type=type(graph).__name__, hint="compile it first: graph.compile()")
@@ -55,7 +54,7 @@ def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
 
 async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task) -> Any:
     run_config, context = _configure(graph, worker, config, task)
-    # Submitted from inside a node of another graph, this run would else be taken for a subgraph of that one.
+    # Submitted from inside a node of another graph, this run would otherwise be treated as a subgraph of that one.
     outer = var_child_runnable_config.set(None)
     try:
         return await _stream(graph, task.payload, run_config, context)
@@ -64,7 +63,7 @@ async def _run(graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | 
 
 
 async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, config: Any, context: Any) -> Any:
-    """Do what ``ainvoke`` does with the stream, and pass its other chunks on as progress."""
+    """Return what ``ainvoke`` returns, and pass the other chunks of the stream on as progress."""
     latest: Any = None
     interrupts: list[Any] = []
     stream = graph.astream(
@@ -72,7 +71,7 @@ async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, config: Any, 
         config,
         context=context,
         stream_mode=["updates", "custom", "values"],
-        output_keys=graph.output_channels,  # else a private part of the state would come back with the result
+        output_keys=graph.output_channels,  # else a private part of the state would be in the result
     )
     async with aclosing(cast("AsyncGenerator[tuple[str, Any]]", stream)) as chunks:
         async for mode, chunk in chunks:
@@ -90,7 +89,7 @@ async def _stream(graph: Pregel[Any, Any, Any, Any], payload: Any, config: Any, 
 def _configure(
     graph: Pregel[Any, Any, Any, Any], worker: str, config: Config | None, task: Task
 ) -> tuple[dict[str, Any], Any]:
-    """The config and the static context of one run; what is made for the task outranks what is fixed."""
+    """Return the config and the static context of one run; a config made for the task overrides a fixed one."""
     made = callable(config)
     given = config(task) if callable(config) else config or {}
     if not isinstance(given, Mapping):
@@ -116,6 +115,6 @@ def _configure(
 
 
 def _requires_thread_id(graph: Pregel[Any, Any, Any, Any]) -> bool:
-    """Whether LangGraph would refuse a run of `graph` that names no thread."""
+    """Return whether LangGraph would reject a run of `graph` without a thread id."""
     bound = (graph.config or {}).get("configurable") or {}
     return isinstance(graph.checkpointer, BaseCheckpointSaver) and "thread_id" not in bound

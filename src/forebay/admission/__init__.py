@@ -1,4 +1,4 @@
-"""Who may come in: the gate's ladder, the line, the deadline check, the seats promised to those sent away."""
+"""Admission: priority thresholds, the priority queue, deadline feasibility and the Retry-After schedule."""
 
 from forebay.admission.feasibility import EstimateBypass, ServiceTimes
 from forebay.admission.priority_queue import RANK_LAST, PriorityQueue, QueueEntry

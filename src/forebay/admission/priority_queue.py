@@ -1,4 +1,4 @@
-"""The line: a waiting room ordered by priority, then rank and turn, in which nobody starves."""
+"""A priority queue that starves no priority."""
 
 from __future__ import annotations
 
@@ -13,34 +13,47 @@ from forebay.task import Priority
 
 T = TypeVar("T")
 
-# [rank, turn, item or None, rung]: a list, so that leaving is one assignment and the heap finds out later
+# [rank, sequence, item or None, priority]: a list, so that a removal is one assignment, which the heap finds later
 QueueEntry = list[Any]
-_TURN, _ITEM, _RUNG = 1, 2, 3
-_LEAST_DEAD = 64  # below that many, the dead are not worth a sweep
+_SEQUENCE, _ITEM, _PRIORITY = 1, 2, 3
+_MIN_SWEEP = 64  # removed entries below which a sweep does not pay
 
-RANK_LAST = (True, math.inf)  # the rank of those who go by their turn alone, behind all others
+RANK_LAST = (True, math.inf)  # the rank of items that go by their sequence number alone, behind all others
 
 
 class PriorityQueue(Generic[T]):
-    """Items by rung, then by `rank` (lowest first; a deadline for instance), then by `turn`: the order they came.
+    """A queue ordered by priority, then `rank` (lowest first; a deadline for instance), then `sequence` number.
 
-    `length` is how many wait, as `len` says, without a call.
+    A flood of better work cannot starve a priority: one that has been passed over `starvation_bound` times is served
+    next. The queue is unbounded: its owner keeps the bound.
 
-    Each rung is served at least once in `floor` dequeues for every better rung's pleasure: under a flood of CRITICAL
-    work LOW still moves. The line counts; whoever fills it keeps its bound.
+    Args:
+        starvation_bound: dequeues of better priorities after which a waiting priority is served.
+
+    Attributes:
+        length: the number of items, as `len` returns, without the cost of a call.
     """
 
-    __slots__ = ("_dead", "_floor", "_heaps", "_lengths", "_passed", "_queues", "_rung", "length")
+    __slots__ = (
+        "_fifos",
+        "_heaps",
+        "_last_served",
+        "_lengths",
+        "_passed_over",
+        "_removed",
+        "_starvation_bound",
+        "length",
+    )
 
     def __init__(self, *, starvation_bound: int = 20) -> None:
-        self._floor = starvation_bound
+        self._starvation_bound = starvation_bound
         self._heaps: tuple[list[QueueEntry], ...] = tuple([] for _ in Priority)
-        self._queues: tuple[deque[QueueEntry], ...] = tuple(deque() for _ in Priority)  # those of rank LAST, if in turn
-        self.length = 0  # items in all
+        self._fifos: tuple[deque[QueueEntry], ...] = tuple(deque() for _ in Priority)  # rank RANK_LAST, in sequence
+        self.length = 0
         self._lengths = [0] * len(Priority)
-        self._passed = [0] * len(Priority)  # dequeues that went to a better rung while this one waited
-        self._rung = 0  # which was served last
-        self._dead = 0
+        self._passed_over = [0] * len(Priority)  # dequeues of better priorities while this one waited
+        self._last_served = 0  # priority
+        self._removed = 0  # entries that are still in a heap or a FIFO
 
     def __len__(self) -> int:
         return self.length
@@ -49,150 +62,153 @@ class PriorityQueue(Generic[T]):
         return self.length > 0
 
     def __iter__(self) -> Iterator[T]:
-        """Every item, in no particular order."""
-        for place in chain(*self._heaps, *self._queues):
-            if place[_ITEM] is not None:
-                yield place[_ITEM]
+        """Iterate over all items in no particular order."""
+        for entry in chain(*self._heaps, *self._fifos):
+            if entry[_ITEM] is not None:
+                yield entry[_ITEM]
 
     @property
     def lengths(self) -> Sequence[int]:
-        """How many wait, by rung."""
+        """Return the number of items by priority."""
         return self._lengths
 
     def ahead(self, priority: Priority) -> int:
-        """How many would be served before a newcomer of `rung`."""
+        """Return how many items would be served before a new one of `priority`."""
         return sum(self._lengths[: priority + 1])
 
     def push(self, item: T, priority: Priority, rank: Any, sequence: int) -> QueueEntry:
-        """Take a place. Ranks must compare with one another and with LAST; turns must be unique."""
-        place: QueueEntry = [rank, sequence, item, priority]
-        queue = self._queues[priority]
-        if rank == RANK_LAST and (not queue or queue[-1][_TURN] < sequence):
-            queue.append(place)  # nearly all of them, and a queue is much cheaper than a heap
+        """Add an item; return its entry, for `remove`.
+
+        Ranks must be comparable with each other and with RANK_LAST, and sequence numbers unique.
+        """
+        entry: QueueEntry = [rank, sequence, item, priority]
+        fifo = self._fifos[priority]
+        if rank == RANK_LAST and (not fifo or fifo[-1][_SEQUENCE] < sequence):
+            fifo.append(entry)  # nearly all items, and a deque is much cheaper than a heap
         else:
-            heapq.heappush(self._heaps[priority], place)
+            heapq.heappush(self._heaps[priority], entry)
         self._lengths[priority] += 1
         self.length += 1
-        return place
+        return entry
 
     def remove(self, entry: QueueEntry) -> None:
-        """Give a place up before its turn. Leaving twice, or after being served, does nothing."""
+        """Remove an item before it is served. Do nothing if it was removed or served already."""
         if entry[_ITEM] is None:
             return
         entry[_ITEM] = None
-        self._shorten(entry[_RUNG])
-        self._dead += 1
-        if self._dead > _LEAST_DEAD and self._dead > self.length:
+        self._shorten(entry[_PRIORITY])
+        self._removed += 1
+        if self._removed > _MIN_SWEEP and self._removed > self.length:
             self._sweep()
 
     def head(self) -> QueueEntry | None:
-        """The place that `pop` would serve, or None."""
-        return self._head(self._next_rung()) if self.length else None
+        """Return the entry that `pop` would serve, or None."""
+        return self._first(self._next_priority()) if self.length else None
 
     def first_of(self, priority: Priority) -> QueueEntry | None:
-        """The first place of one rung, or None."""
-        return self._head(priority) if self._lengths[priority] else None
+        """Return the first entry of one priority, or None."""
+        return self._first(priority) if self._lengths[priority] else None
 
     def in_order(self) -> Iterator[T]:
-        """Every item, the head first, the others by rung, rank and turn; each is found when it is asked for.
+        """Iterate over all items: the head, then the others by priority, rank and sequence number.
 
-        The line must not change meanwhile.
+        Each item is found when it is asked for. The queue must not change meanwhile.
         """
         head = self.head()
         if head is not None:
             yield head[_ITEM]
-        for rung in Priority:
-            if self._lengths[rung]:
-                places, queue = _in_order(self._heaps[rung]), self._queues[rung]
-                for place in heapq.merge(places, queue) if queue else places:
-                    if place[_ITEM] is not None and place is not head:
-                        yield place[_ITEM]
+        for priority in Priority:
+            if self._lengths[priority]:
+                entries, fifo = _heap_in_order(self._heaps[priority]), self._fifos[priority]
+                for entry in heapq.merge(entries, fifo) if fifo else entries:
+                    if entry[_ITEM] is not None and entry is not head:
+                        yield entry[_ITEM]
 
     def pop(self) -> T:
-        """Serve the head.
+        """Serve the head and return its item.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: the queue is empty.
         """
-        place = self.head()
-        if place is None:
+        entry = self.head()
+        if entry is None:
             raise IndexError
-        item: T = place[_ITEM]
-        self.serve(place)
+        item: T = entry[_ITEM]
+        self.serve(entry)
         return item
 
     def serve(self, head: QueueEntry, joined_priority: Priority | None = None) -> None:
-        """Take the head off the line. It counts as served, which one that leaves does not.
+        """Remove the head as served, which counts against starvation; a removal by `remove` does not.
 
         Args:
-            head: the place.
-            came_on: the rung on which it came, if it has been put on a better one since: those there, or on rungs
-                between, are not passed over by it. Else its fellows would starve of one another, and the floor serve
-                the last of them first.
+            head: the entry that `head` returned.
+            joined_priority: the priority with which it was first pushed, if it has been promoted since. Only lower
+                priorities count as passed over by it: else promoted items would starve their own priority.
         """
-        rung: int = head[_RUNG]
-        self._rung = rung
-        heap = self._heaps[rung]
+        priority: int = head[_PRIORITY]
+        self._last_served = priority
+        heap = self._heaps[priority]
         if heap and heap[0] is head:
             heapq.heappop(heap)
         else:
-            self._queues[rung].popleft()
+            self._fifos[priority].popleft()
         head[_ITEM] = None
-        self._shorten(rung)
-        self._passed[rung] = 0
-        if self.length > self._lengths[rung]:
-            for lower in range((rung if joined_priority is None else joined_priority) + 1, len(Priority)):
+        self._shorten(priority)
+        self._passed_over[priority] = 0
+        if self.length > self._lengths[priority]:
+            for lower in range((priority if joined_priority is None else joined_priority) + 1, len(Priority)):
                 if self._lengths[lower]:
-                    self._passed[lower] += 1
+                    self._passed_over[lower] += 1
 
-    def _shorten(self, rung: int) -> None:
+    def _shorten(self, priority: int) -> None:
         self.length -= 1
-        self._lengths[rung] -= 1
-        if not self._lengths[rung]:
-            self._passed[rung] = 0  # who joins later has not waited
+        self._lengths[priority] -= 1
+        if not self._lengths[priority]:
+            self._passed_over[priority] = 0  # an item that is pushed later has not waited
 
-    def _next_rung(self) -> int:
+    def _next_priority(self) -> int:
         lengths = self._lengths
-        if lengths[self._rung] == self.length:
-            return self._rung  # nobody waits elsewhere
-        starving = (rung for rung, passed in enumerate(self._passed) if passed >= self._floor)
-        return next(starving, next(rung for rung, length in enumerate(lengths) if length))
+        if lengths[self._last_served] == self.length:
+            return self._last_served  # all items have this priority
+        starving = (priority for priority, passed in enumerate(self._passed_over) if passed >= self._starvation_bound)
+        return next(starving, next(priority for priority, length in enumerate(lengths) if length))
 
-    def _head(self, rung: int) -> QueueEntry:
-        """The first who waits on a rung, where somebody does. The dead before it are let go."""
-        heap, queue = self._heaps[rung], self._queues[rung]
+    def _first(self, priority: int) -> QueueEntry:
+        """Return the first entry of a priority that has one, and drop the removed entries before it."""
+        heap, fifo = self._heaps[priority], self._fifos[priority]
         while heap and heap[0][_ITEM] is None:
             heapq.heappop(heap)
-            self._dead -= 1
-        while queue and queue[0][_ITEM] is None:
-            queue.popleft()
-            self._dead -= 1
-        if heap and queue:
-            return min(heap[0], queue[0])
-        return heap[0] if heap else queue[0]
+            self._removed -= 1
+        while fifo and fifo[0][_ITEM] is None:
+            fifo.popleft()
+            self._removed -= 1
+        if heap and fifo:
+            return min(heap[0], fifo[0])
+        return heap[0] if heap else fifo[0]
 
     def _sweep(self) -> None:
+        """Drop all removed entries."""
         for heap in self._heaps:
-            heap[:] = [place for place in heap if place[_ITEM] is not None]
+            heap[:] = [entry for entry in heap if entry[_ITEM] is not None]
             heapq.heapify(heap)
-        for queue in self._queues:
-            live = [place for place in queue if place[_ITEM] is not None]
-            queue.clear()
-            queue.extend(live)
-        self._dead = 0
+        for fifo in self._fifos:
+            live = [entry for entry in fifo if entry[_ITEM] is not None]
+            fifo.clear()
+            fifo.extend(live)
+        self._removed = 0
 
 
-def _in_order(heap: list[QueueEntry]) -> Iterator[QueueEntry]:
-    """The places of a heap, lowest first, without taking it apart."""
+def _heap_in_order(heap: list[QueueEntry]) -> Iterator[QueueEntry]:
+    """Iterate over a heap, lowest first, without changing it."""
     length = len(heap)
-    coming = [(heap[0], 0)] if heap else []
-    while coming:
-        place, at = coming[0]
-        yield place
-        child = 2 * at + 1
+    frontier = [(heap[0], 0)] if heap else []
+    while frontier:
+        entry, index = frontier[0]
+        yield entry
+        child = 2 * index + 1
         if child < length:
-            heapq.heapreplace(coming, (heap[child], child))
+            heapq.heapreplace(frontier, (heap[child], child))
             if child + 1 < length:
-                heapq.heappush(coming, (heap[child + 1], child + 1))
+                heapq.heappush(frontier, (heap[child + 1], child + 1))
         else:
-            heapq.heappop(coming)
+            heapq.heappop(frontier)

@@ -1,4 +1,4 @@
-"""The breaker: after faults it refuses for a while, then asks carefully whether all is well again."""
+"""The circuit breaker: closed, open after faults, half-open to probe for recovery."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from forebay.breaker.triggers import FaultCountTrigger, FaultWindow, MinimumSampleTrigger, Trigger, consecutive_faults
-from forebay.errors import InvalidSetting
+from forebay._renamed import renamed_arguments
+from forebay._validate import check_positive, check_whole, is_number, reject
+from forebay.breaker.fault_window import FaultWindow
+from forebay.breaker.triggers import FaultCountTrigger, MinimumSampleTrigger, Trigger, consecutive_faults
 from forebay.interfaces import Outcome
 
-_SUCCESS = Outcome.SUCCESS  # a global is half the price of an enum's attribute, and this is asked for each task
+_SUCCESS = Outcome.SUCCESS  # a global costs half of an enum's attribute, and each task asks for it
 _FAULT = Outcome.FAULT
 
 
 class BreakerState(Enum):
-    """Whether calls are let through: all, none, or a few that find out."""
+    """The state of a circuit breaker: it lets all calls through, none, or a few probes."""
 
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half_open"
 
 
+@renamed_arguments(arms="triggers", cool_off="reset_timeout", ceiling="max_reset_timeout", probe_time="probe_timeout")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakerRules:
-    """When a breaker opens, how long it sleeps, and what it takes to close it.
+    """When a breaker opens, how long it stays open, and what closes it again.
 
-    The n-th opening in a row sleeps for between half and all of ``min(max_reset_timeout, reset_timeout * 2**(n - 1))`` seconds:
-    jitter, so that many breakers of one dependency do not wake together.
+    The n-th opening in a row lasts between half and all of ``min(max_reset_timeout, reset_timeout * 2**(n - 1))``
+    seconds. The jitter keeps the breakers of one dependency from probing it together.
 
     Attributes:
-        triggers: it opens as soon as one of these says so.
-        reset_timeout: seconds of the first sleep at most; None keeps it open until `Breaker.reset`.
-        max_reset_timeout: seconds of any sleep at most. What is well again waits up to so long to be found out.
+        triggers: the breaker opens as soon as one of these says so.
+        reset_timeout: seconds for which it is open at most, the first time; None keeps it open until `Breaker.reset`.
+        max_reset_timeout: seconds for which it is open at most, any time. A recovery is noticed up to so much later.
         probes: calls let through at a time while half-open.
         successes: probes that must succeed, with no fault in between, for it to close. One fault opens it again.
-        probe_timeout: seconds in which an answer must come while probes are out, else it opens again: a probe that hangs
-            says what a fault says. Its success still counts when it comes late.
+        probe_timeout: seconds in which a probe must answer, else the breaker opens again. The success of a late probe
+            still counts.
 
     Raises:
-        InvalidSetting: a number makes no sense.
+        InvalidSetting: a setting is invalid; the message names it.
     """
 
     triggers: tuple[Trigger, ...] = (MinimumSampleTrigger(), FaultCountTrigger(faults=50, calls=1000))
@@ -52,23 +55,17 @@ class BreakerRules:
 
     def __post_init__(self) -> None:
         if not self.triggers:
-            self._refuse("triggers", "at least one trigger, for example consecutive(5)")
-        if self.reset_timeout is not None and not 0 < self.reset_timeout < math.inf:
-            self._refuse("reset_timeout", "a positive number of seconds, or None to stay open until reset")
-        if not (self.reset_timeout or 0.0) <= self.max_reset_timeout < math.inf:
-            self._refuse("max_reset_timeout", "a number of seconds, not below reset_timeout")
-        for name in ("probes", "successes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                self._refuse(name, "a whole number of at least 1")
-        if not 0 < self.probe_timeout < math.inf:
-            self._refuse("probe_timeout", "a positive number of seconds")
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise InvalidSetting(owner="BreakerRules", name=name, value=getattr(self, name), expected=expected)
+            reject("BreakerRules", "triggers", self.triggers, "at least one trigger, such as consecutive_faults(5)")
+        owner, longest = "BreakerRules", self.max_reset_timeout
+        check_positive(owner, "reset_timeout", self.reset_timeout, unit="seconds", none="to stay open until reset")
+        if not is_number(longest) or not (self.reset_timeout or 0.0) <= longest < math.inf:
+            reject(owner, "max_reset_timeout", longest, "a finite number of seconds, not below reset_timeout")
+        check_whole(owner, "probes", self.probes)
+        check_whole(owner, "successes", self.successes)
+        check_positive(owner, "probe_timeout", self.probe_timeout, unit="seconds")
 
     def open_duration(self, opening: int, *, draw: float) -> float:
-        """Seconds that the `opening`-th opening in a row sleeps (1 is the first); `chance` is a draw from [0, 1)."""
+        """Return for how many seconds the `opening`-th opening in a row lasts (1 is the first); `draw` is in [0, 1)."""
         if self.reset_timeout is None:
             return math.inf
         longest = min(self.max_reset_timeout, self.reset_timeout * 2.0 ** min(opening - 1, 64))
@@ -80,17 +77,17 @@ WORKER_RULES = BreakerRules(triggers=(consecutive_faults(5), FaultCountTrigger(f
 
 
 class Breaker:
-    """Lets calls through while all is well, none while it is open, and a few probes in between.
+    """A circuit breaker: it lets all calls through while closed, none while open, and a few probes in between.
 
-    A call is let through by `allow`, which answers with the *era*: a number, never 0, that changes whenever the breaker
-    changes. It is given back with the outcome, exactly once for each call let through, cancelled ones too (IGNORED). By
-    it the breaker knows a probe from a call begun in an earlier era, whose outcome no longer says anything.
+    `allow` lets a call through and returns the *epoch*: a number, never 0, that changes whenever the state changes. The
+    epoch is passed to `record` with the outcome, exactly once for each call let through, also for a cancelled one
+    (IGNORED). It tells the breaker a probe from a call of an earlier epoch, whose outcome no longer counts.
 
-    Pure: its holder brings the time and, where it is shared by threads, the lock.
+    Pure: the caller passes the time and, where threads share it, holds the lock.
 
     Args:
-        rules: when it opens, sleeps and closes.
-        draw: a source of draws from [0, 1), asked once for each opening.
+        rules: when it opens, for how long, and when it closes.
+        draw: returns a random number in [0, 1); called once for each opening.
     """
 
     __slots__ = (
@@ -113,25 +110,26 @@ class Breaker:
         self._passed: int
         self._rules = rules
         self._draw = draw
+        triggers = rules.triggers
         self._window = FaultWindow(
-            seconds=max(arm.seconds for arm in rules.triggers), span=max(arm.calls for arm in rules.triggers)
+            seconds=max(trigger.seconds for trigger in triggers), span=max(trigger.calls for trigger in triggers)
         )
         self._epoch = 0
         self.reset()
 
     def allow(self, now: float) -> int:
-        """Let a call through, if that may be.
+        """Let a call through if the state allows it.
 
         Returns:
-            The era, to be given to `record`; 0 if the call is refused.
+            The epoch, to be passed to `record`; 0 if the call is rejected.
         """
         return self._closed_epoch or self._allow_probe(now)
 
     def record(self, now: float, outcome: Outcome, epoch: int) -> BreakerState | None:
-        """Take the outcome of a call that `allow` let through under `era`.
+        """Record the outcome of a call that `allow` let through under `epoch`.
 
         Returns:
-            The new state if the breaker changed, else None.
+            The new state if it changed, else None.
         """
         if epoch == self._closed_epoch:
             window = self._window
@@ -139,15 +137,15 @@ class Breaker:
                 if now >= window.bucket_ends:
                     window.begin_bucket(now)
                 window.calls += 1
-            elif outcome is _FAULT and epoch:  # 0 was refused: there is nothing to take
+            elif outcome is _FAULT and epoch:  # epoch 0 is a rejected call: it counts for nothing
                 window.add_fault(now)
-                if any(arm.should_open(window) for arm in self._rules.triggers):
+                if any(trigger.should_open(window) for trigger in self._rules.triggers):
                     return self._open(now)
             return None
         return self._record_late_or_probe(now, outcome, epoch)
 
     def trip(self, now: float) -> BreakerState | None:
-        """Open it for a reason of the caller's. While it is open that changes nothing.
+        """Open it for a reason of the caller's; do nothing while it is open.
 
         Returns:
             OPEN if it was not open before, else None.
@@ -156,25 +154,25 @@ class Breaker:
         return None if self._state is BreakerState.OPEN else self._open(now)
 
     def reset(self) -> None:
-        """Close it and forget all that it saw; calls under way no longer count."""
+        """Close it and forget all faults; calls under way no longer count."""
         self._close()
 
     def ready(self, now: float) -> bool:
-        """Whether `allow` would let a call through; takes nothing."""
+        """Return whether `allow` would let a call through, without letting one through."""
         if self._closed_epoch:
             return True
         self._advance(now)
         return self._state is BreakerState.HALF_OPEN and self._out < self._rules.probes
 
     def state(self, now: float) -> BreakerState:
-        """The state at `now`; a breaker that has slept long enough is HALF_OPEN."""
+        """Return the state at `now`; a breaker whose reset timeout has passed is HALF_OPEN."""
         self._advance(now)
         return self._state
 
     def retry_after(self, now: float, *, probe_duration: float = math.inf) -> float | None:
-        """Seconds until a refused call may come again; 0 if it need not wait, None if only `reset` helps.
+        """Return the seconds until a rejected call may come again; 0 for now, None if only `reset` helps.
 
-        While all probes are out, that is when they are given up at the latest, or after `probes_take` seconds.
+        While all probes are out, that is when the oldest one times out, or after `probe_duration` seconds.
         """
         if self.ready(now):
             return 0.0
@@ -191,33 +189,33 @@ class Breaker:
         self._out += 1
         return self._epoch
 
-    def _record_late_or_probe(self, now: float, outcome: Outcome, era: int) -> BreakerState | None:
+    def _record_late_or_probe(self, now: float, outcome: Outcome, epoch: int) -> BreakerState | None:
         before = self._state
         self._advance(now)
-        if era == self._epoch and self._out:
+        if epoch == self._epoch and self._out:
             self._out -= 1
             if outcome is _FAULT:
                 self._open(now)
             elif outcome is _SUCCESS:
-                self._pass(now)
-        elif era == self._overdue_epoch and outcome is _SUCCESS:
-            # Given up too early: what serves is slow, not broken. Were it ignored, a dependency whose every answer
-            # takes longer than probe_time would stay refused for ever.
+                self._record_probe_success(now)
+        elif epoch == self._overdue_epoch and outcome is _SUCCESS:
+            # The probe timed out, but the dependency is slow, not broken. Without this, one whose every answer takes
+            # longer than probe_timeout would be rejected forever.
             if self._state is BreakerState.OPEN:
-                self._half_open()
-            self._pass(now)
+                self._enter(BreakerState.HALF_OPEN)
+            self._record_probe_success(now)
         return self._state if self._state is not before else None
 
     def _advance(self, now: float) -> None:
-        """Make the changes that time alone has brought."""
+        """Make the transitions that are due by time alone."""
         if self._state is BreakerState.HALF_OPEN and self._out and now >= self._answer_by:
             overdue, passed = self._epoch, self._passed
-            self._open(self._answer_by)  # when it fell due, not when somebody looked
-            self._overdue_epoch, self._passed = overdue, passed  # silence is no fault: what passed before still counts
+            self._open(self._answer_by)  # when the probe timed out, not when somebody looked
+            self._overdue_epoch, self._passed = overdue, passed  # a timeout is no fault: earlier successes still count
         if self._state is BreakerState.OPEN and now >= self._until:
-            self._half_open()
+            self._enter(BreakerState.HALF_OPEN)
 
-    def _pass(self, now: float) -> None:
+    def _record_probe_success(self, now: float) -> None:
         self._passed += 1
         self._answer_by = now + self._rules.probe_timeout
         if self._passed >= self._rules.successes:
@@ -231,9 +229,6 @@ class Breaker:
         self._until = now + self._rules.open_duration(self._openings, draw=self._draw())
         return self._state
 
-    def _half_open(self) -> None:
-        self._enter(BreakerState.HALF_OPEN)
-
     def _close(self) -> None:
         self._enter(BreakerState.CLOSED)
         self._closed_epoch = self._epoch
@@ -244,7 +239,7 @@ class Breaker:
 
     def _enter(self, state: BreakerState) -> None:
         self._state = state
-        self._epoch += 1  # what was let through before is late from now on
+        self._epoch += 1  # calls let through before are late from now on
         self._closed_epoch = 0
         self._out = 0
         self._answer_by = math.inf

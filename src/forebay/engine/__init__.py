@@ -1,4 +1,4 @@
-"""Where a handler runs: in the event loop, in a thread, or in a process of our own."""
+"""Engines: where a handler runs. In the event loop, in a thread, or in a process of the worker's own."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _BY_NAME: dict[str | None, type[Engine]] = {
 
 
 def resolve_engine(engine: Any) -> Engine | None:
-    """The engine of that name; None: what yields in the loop, what blocks in a thread. An engine as it is.
+    """Return the engine that a name stands for, or an engine as it is; None if it is neither.
 
-    Returns:
-        None if it is neither.
+    Args:
+        engine: ``"loop"``, ``"thread"``, ``"process"``, an Engine, or None: a handler that yields runs in the loop, one
+            that blocks in a thread.
     """
     if engine is None or isinstance(engine, str):
         kind = _BY_NAME.get(engine)
         return None if kind is None else kind()
-    known: Engine | None = (
-        engine if callable(getattr(engine, "build_handler", None)) and not isinstance(engine, type) else None
-    )
+    is_engine = callable(getattr(engine, "build_handler", None)) and not isinstance(engine, type)
+    known: Engine | None = engine if is_engine else None
     return known

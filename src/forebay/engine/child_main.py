@@ -1,8 +1,8 @@
-"""The inside of a process that runs one worker's handler: one task at a time, until its supervisor hangs up.
+"""The program of a worker's process: it runs one handler, one task at a time, until its supervisor closes the channel.
 
 The handler has the main thread, as in a program of its own: a coroutine in an event loop that lives as long as the
-process, a plain callable without one. A second thread listens, so that a cancellation or the end of the supervisor is
-heard while the handler works.
+process, a plain callable without a loop. A second thread listens to the channel, so that a cancellation or the end of
+the supervisor is noticed while the handler works.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from forebay import context
 from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_object
-from forebay.engine import messages as wire
+from forebay.engine import messages
 from forebay.errors import InvalidSetting, NotSerializable, Overloaded, PayloadTooLarge
 from forebay.events import log
 from forebay.overflow import decode_result, decode_task, encode_result
 from forebay.task import Deadline, Task
 
 _CHUNK = 1 << 16  # bytes read at a time
+_MAX_LOAD_BYTES = 1 << 30  # of the first message, whose content the supervisor has bounded already
 
 
 def main(fd: int) -> None:
     """Serve the supervisor at the other end of the socket `fd`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True)  # what is not written when it is killed is lost
-    line = socket.socket(fileno=fd)
-    line.set_inheritable(False)
-    ChildRuntime(line).serve()
+            stream.reconfigure(line_buffering=True)  # what is buffered when the process is killed is lost
+    channel = socket.socket(fileno=fd)
+    channel.set_inheritable(False)
+    ChildRuntime(channel).serve()
 
 
 class ChildTaskContext:
-    """The task that is running here, as its calls see it: what `forebay.context` knows."""
+    """The task that is running in this process, as `forebay.context` shows it to the handler's calls."""
 
     def __init__(self, task: Task, deadline: Deadline | None, attempt: int, report: Callable[[Any], None]) -> None:
         self.task = task
@@ -55,152 +56,152 @@ class ChildTaskContext:
 
 
 class ChildRuntime:
-    """The process: its line to the supervisor, its handler, the run under way."""
+    """The state of the process: its channel to the supervisor, its handler, the current run."""
 
-    def __init__(self, line: socket.socket) -> None:
-        self._channel: socket.socket | None = line
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel: socket.socket | None = channel
         self._pid = os.getpid()
-        self._inbox: queue.SimpleQueue[wire.RunTask | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[messages.RunTask | None] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._writing = False  # the main thread is in the middle of a message
         self._warned = False
         self._busy = True
-        self._grace = 1.0  # seconds; the supervisor says its own
+        self._grace = 1.0  # seconds; replaced by the supervisor's setting
         self._bound = 0
         self._handler = Handler(call=lambda _: None)
         self._runner = asyncio.Runner()
-        # of the run under way
+        # Of the current run; guarded by _state.
         self._state = threading.Lock()
         self._number = 0
         self._task: Task | None = None
-        self._cancel_requested = False  # to stop
-        self._interruptible = False  # a plain handler has the main thread
+        self._cancel_requested = False
+        self._interruptible = False  # a plain callable has the main thread, and may be interrupted by a signal
         self._running: asyncio.Task[Any] | None = None
 
     def serve(self) -> None:
-        """Load the handler, run what comes, end when the supervisor hangs up."""
+        """Load the handler, run the tasks that arrive, and return when the supervisor closes the channel."""
         os.register_at_fork(after_in_child=self._after_fork)
         signal.signal(signal.SIGTERM, self._on_term)
-        frames = wire.FrameDecoder(_BOUND_OF_LOAD)
-        loading = self._receive_load(frames)
-        if loading is None:
+        request = self._receive_load(messages.FrameDecoder(_MAX_LOAD_BYTES))
+        if request is None:
             return
         threading.Thread(
-            target=self._listen, args=(wire.FrameDecoder(loading.bound),), name="forebay-line", daemon=True
+            target=self._listen, args=(messages.FrameDecoder(request.bound),), name="forebay-channel", daemon=True
         ).start()
         try:
-            wire.ImportState.importing = True
-            self._load(loading)
-            wire.ImportState.importing = False
-        except BaseException as exc:  # noqa: BLE001 - told to the supervisor; this process ends
-            self._send(wire.HandlerNotLoaded(failure_of(exc)))
+            messages.ImportState.importing = True
+            self._load(request)
+            messages.ImportState.importing = False
+        except BaseException as exc:  # noqa: BLE001 - sent to the supervisor; this process ends
+            self._send(messages.HandlerNotLoaded(failure_of(exc)))
             return
         self._busy = False
-        self._send(wire.HandlerReady())
+        self._send(messages.HandlerReady())
         try:
-            while (begin := self._inbox.get()) is not None:
-                self._serve_one(begin)
+            while (run := self._inbox.get()) is not None:
+                self._serve_one(run)
         finally:
             if self._handler.stop is not None:
                 self._runner.run(_awaited(self._handler.stop()))
             self._runner.close()
 
-    def _receive_load(self, frames: wire.FrameDecoder) -> wire.LoadHandler | None:
-        assert self._channel is not None  # noqa: S101 - just made
+    def _receive_load(self, decoder: messages.FrameDecoder) -> messages.LoadHandler | None:
+        assert self._channel is not None  # noqa: S101 - just created
         while data := self._channel.recv(_CHUNK):
-            for body in frames.feed(data):
-                message = wire.decode_for_child(body)
-                assert isinstance(message, wire.LoadHandler)  # noqa: S101 - the first always is
+            for body in decoder.feed(data):
+                message = messages.decode_for_child(body)
+                assert isinstance(message, messages.LoadHandler)  # noqa: S101 - the first message always is
                 return message
         return None
 
-    def _load(self, loading: wire.LoadHandler) -> None:
-        if loading.version != wire.VERSION:
+    def _load(self, request: messages.LoadHandler) -> None:
+        if request.version != messages.VERSION:
             message = (
-                f"Forebay was upgraded on disk (version {loading.version} of the wire, here {wire.VERSION}): restart"
+                f"Forebay was upgraded on disk (the supervisor's messages have version {request.version}, this"
+                f" process's {messages.VERSION}): restart the program"
             )
             raise RuntimeError(message)
-        self._bound, self._grace = loading.bound, loading.grace
-        config: Any = None if loading.config is None else decode_result(loading.config)
-        if loading.config_path is not None:
-            config = import_object(loading.config_path)
-        recipe = HandlerSpec(worker=loading.worker, handler=loading.handler, factory=loading.factory, config=config)
-        handler = recipe.build()
+        self._bound, self._grace = request.bound, request.grace
+        config: Any = None if request.config is None else decode_result(request.config)
+        if request.config_path is not None:
+            config = import_object(request.config_path)
+        spec = HandlerSpec(worker=request.worker, handler=request.handler, factory=request.factory, config=config)
+        handler = spec.build()
         if handler.nested_supervisor is not None or handler.load is not None:
-            expected = "left out: a supervisor cannot be reached inside of another process"
-            raise InvalidSetting(owner=f"worker {loading.worker!r}", name="engine", value="process", expected=expected)
+            expected = "left out: a supervisor cannot be reached inside another process"
+            raise InvalidSetting(owner=f"worker {request.worker!r}", name="engine", value="process", expected=expected)
         self._handler = handler
         if handler.start is not None:
             self._runner.run(_awaited(handler.start()))
 
     # --- the listening thread ---
 
-    def _listen(self, frames: wire.FrameDecoder) -> None:
+    def _listen(self, decoder: messages.FrameDecoder) -> None:
         with contextlib.suppress(OSError):
             while self._channel is not None and (data := self._channel.recv(_CHUNK)):
-                for body in frames.feed(data):
-                    self._on_message(wire.decode_for_child(body))
-        # The supervisor has hung up, or is dead.
+                for body in decoder.feed(data):
+                    self._on_message(messages.decode_for_child(body))
+        # The supervisor has closed the channel, or is dead.
         self._inbox.put(None)
         if not self._busy:
             threading.Event().wait(self._grace)
         _kill_all()
 
-    def _on_message(self, message: wire.LoadHandler | wire.RunTask | wire.CancelRun) -> None:
-        if isinstance(message, wire.RunTask):
+    def _on_message(self, message: messages.LoadHandler | messages.RunTask | messages.CancelRun) -> None:
+        if isinstance(message, messages.RunTask):
             with self._state:
                 self._busy, self._number, self._cancel_requested = True, message.number, False
             self._inbox.put(message)
-        elif isinstance(message, wire.CancelRun):
+        elif isinstance(message, messages.CancelRun):
             with self._state:
                 if message.number != self._number or not self._busy:
                     return
                 self._cancel_requested = True
-                aio = self._running
-            if aio is not None:
+                running = self._running
+            if running is not None:
                 with contextlib.suppress(RuntimeError):
-                    aio.get_loop().call_soon_threadsafe(self._cancel_coroutine, aio)
+                    running.get_loop().call_soon_threadsafe(self._cancel_coroutine, running)
             else:
                 self._cancel_blocking()
 
-    def _cancel_coroutine(self, aio: asyncio.Task[Any]) -> None:
-        """In the loop: stop a coroutine."""
-        asked = self._call_on_cancel()
-        if inspect.isawaitable(asked):
-            asyncio.ensure_future(asked)  # noqa: RUF006 - the loop runs on at least until the run has ended
-        aio.cancel()
+    def _cancel_coroutine(self, running: asyncio.Task[Any]) -> None:
+        """Cancel a coroutine. Called in the loop."""
+        stopping = self._call_on_cancel()
+        if inspect.isawaitable(stopping):
+            asyncio.ensure_future(stopping)  # noqa: RUF006 - the loop runs at least until the run has ended
+        running.cancel()
 
     def _cancel_blocking(self) -> None:
-        """Stop a plain callable: raise in the main thread, which a signal reaches in most that it may wait for."""
-        asked = self._call_on_cancel()
-        if inspect.isawaitable(asked):
-            asyncio.run(_awaited(asked))
+        """Cancel a plain callable: a signal interrupts most calls that the main thread may block in, and raises."""
+        stopping = self._call_on_cancel()
+        if inspect.isawaitable(stopping):
+            asyncio.run(_awaited(stopping))
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _call_on_cancel(self) -> object:
         try:
             if self._handler.on_cancel is not None and self._task is not None:
                 return self._handler.on_cancel(self._task)
-        except Exception:  # noqa: BLE001 - it is the user's, and the run must be stopped all the same
+        except Exception:  # noqa: BLE001 - it is the user's, and the run must be cancelled anyway
             log.exception("on_cancel failed")
         return None
 
     def _on_term(self, *_: object) -> None:
-        """A signal without a request, such as one to a whole service that is to drain, is passed over."""
+        """Raise in a plain callable that is to be cancelled; ignore any other SIGTERM, such as a service manager's."""
         if self._cancel_requested and self._interruptible and not self._writing:
             self._interruptible = False
             raise asyncio.CancelledError
 
     # --- the main thread ---
 
-    def _serve_one(self, begin: wire.RunTask) -> None:
-        task = self._task = decode_task(begin.task)
-        deadline = None if begin.deadline is None else Deadline(begin.deadline)
-        visit = ChildTaskContext(task, deadline, begin.attempt, lambda value: self._report(begin.number, value))
+    def _serve_one(self, run: messages.RunTask) -> None:
+        task = self._task = decode_task(run.task)
+        deadline = None if run.deadline is None else Deadline(run.deadline)
+        task_context = ChildTaskContext(task, deadline, run.attempt, lambda value: self._report(run.number, value))
         own = contextvars.copy_context()
-        own.run(context.set_running_task, visit)
+        own.run(context.set_running_task, task_context)
         value, cause = self._run(own, task)
-        if os.getpid() != self._pid:  # the handler forked, and its copy has come back here
+        if os.getpid() != self._pid:  # the handler forked, and its copy has returned to this point
             os._exit(0)
         with self._state:
             self._busy, self._task, self._cancel_requested = False, None, False
@@ -212,8 +213,9 @@ class ChildRuntime:
             try:
                 encoded = encode_result(value, task_id=task.task_id, bound=self._bound)
             except (NotSerializable, PayloadTooLarge) as error:
-                failure = wire.RemoteFailure(wire.NOT_TRANSFERABLE, wire.why_not_transferable(error), "")
-        self._send(wire.RunFinished(begin.number, encoded, failure))
+                why = messages.why_not_transferable(error)
+                failure = messages.RemoteFailure(messages.NOT_TRANSFERABLE, why, "")
+        self._send(messages.RunFinished(run.number, encoded, failure))
 
     def _run(self, own: contextvars.Context, task: Task) -> tuple[Any, BaseException | None]:
         if not self._handler.blocking:
@@ -232,7 +234,7 @@ class ChildRuntime:
                 return own.run(self._handler.call, task), None
             finally:
                 self._interruptible = False
-        except BaseException as exc:  # noqa: BLE001 - told to the supervisor
+        except BaseException as exc:  # noqa: BLE001 - sent to the supervisor
             return None, exc
 
     def _run_in_loop(self, own: contextvars.Context, begin: Callable[[], Any]) -> tuple[Any, BaseException | None]:
@@ -246,55 +248,54 @@ class ChildRuntime:
 
         try:
             return self._runner.run(run(), context=own), None
-        except BaseException as exc:  # noqa: BLE001 - told to the supervisor
+        except BaseException as exc:  # noqa: BLE001 - sent to the supervisor
             return None, exc
         finally:
             with self._state:
                 self._running = None
 
-    # --- the line ---
+    # --- the channel ---
 
     def _report(self, number: int, value: Any) -> None:
         try:
-            self._send(wire.ProgressMessage(number, encode_result(value, task_id="", bound=self._bound)))
+            self._send(messages.ProgressMessage(number, encode_result(value, task_id="", bound=self._bound)))
         except (NotSerializable, PayloadTooLarge) as error:
             if not self._warned:
                 self._warned = True
-                log.warning("progress that cannot leave its process is dropped: %s", wire.why_not_transferable(error))
-        if self._cancel_requested and self._interruptible and threading.current_thread() is threading.main_thread():
-            self._interruptible = False  # the signal came while the message was written
+                why = messages.why_not_transferable(error)
+                log.warning("a progress value that cannot be sent to the supervisor's process is dropped: %s", why)
+        main_thread = threading.current_thread() is threading.main_thread()
+        if self._cancel_requested and self._interruptible and main_thread:
+            self._interruptible = False  # the signal arrived while the message was being written
             raise asyncio.CancelledError
 
     def _send(self, message: Any) -> None:
-        line = self._channel
-        if line is None:
+        channel = self._channel
+        if channel is None:
             return
-        here = threading.current_thread() is threading.main_thread()
+        main_thread = threading.current_thread() is threading.main_thread()
         try:
-            if here:
+            if main_thread:
                 self._writing = True
-            with self._sending, contextlib.suppress(OSError):  # the listening thread sees to the end of the supervisor
-                line.sendall(wire.encode_frame(message))
+            with self._sending, contextlib.suppress(OSError):  # the listening thread handles the supervisor's end
+                channel.sendall(messages.encode_frame(message))
         finally:
-            if here:
+            if main_thread:
                 self._writing = False
 
     def _after_fork(self) -> None:
-        """In a process that the handler forked: the line is not its to use, nor to hold open."""
-        line, self._channel = self._channel, None
-        if line is not None:
-            line.close()
-
-
-_BOUND_OF_LOAD = 1 << 30  # bytes; what the supervisor itself has bound already
+        """Close the channel in a process that the handler forked: it must neither use it nor keep it open."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
 
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
-def failure_of(exc: BaseException) -> wire.RemoteFailure:
-    """An exception, as it travels."""
+def failure_of(exc: BaseException) -> messages.RemoteFailure:
+    """Return an exception in the form in which it is sent."""
     try:
         message = str(exc)
     except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
@@ -307,14 +308,13 @@ def failure_of(exc: BaseException) -> wire.RemoteFailure:
     if isinstance(exc, Overloaded):
         overloaded = (exc.reason, exc.limited_by, exc.load, exc.retry_after)
     cancelled = isinstance(exc, asyncio.CancelledError)
-    kind = type(exc).__name__
-    return wire.RemoteFailure.truncated(
-        type=kind, message=message, traceback=trace, cancelled=cancelled, overloaded=overloaded
+    return messages.RemoteFailure.truncated(
+        type=type(exc).__name__, message=message, traceback=trace, cancelled=cancelled, overloaded=overloaded
     )
 
 
 def _kill_all() -> None:
-    """End this process and whatever it started, at once."""
+    """Kill this process and everything that it has started, at once."""
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

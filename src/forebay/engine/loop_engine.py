@@ -1,4 +1,4 @@
-"""In the event loop of the supervisor."""
+"""The engines that run handlers in the supervisor's own event loop."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from forebay.adapters.handler_spec import HandlerSpec
 
 
 class AutoEngine:
-    """The default: what yields to the loop runs in it, what blocks runs in a thread."""
+    """The default engine: a handler that yields to the loop runs in it, one that blocks runs in a thread."""
 
-    def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:  # noqa: ARG002 - the seam's
-        """Take it as it is."""
+    def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:  # noqa: ARG002 - the interface's
+        """Return the handler as it is."""
         return spec.build()
 
 
 class LoopEngine:
-    """Everything in the loop, plain callables too: without a thread's price, for those that never block."""
+    """An engine that runs everything in the loop, without threads: for plain callables that never block."""
 
-    def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:  # noqa: ARG002 - the seam's
-        """Take it, and call it in the loop whatever it is."""
+    def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:  # noqa: ARG002 - the interface's
+        """Return the handler, to be called in the loop in any case."""
         handler = spec.build()
         return replace(handler, blocking=False) if handler.blocking else handler

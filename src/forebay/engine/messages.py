@@ -1,7 +1,7 @@
-"""What a supervisor and the processes of its workers say to each other: MessagePack in frames, and no code.
+"""The messages between a supervisor and the processes of its workers: MessagePack in frames, and no code.
 
-A frame is its length, four bytes, and a message. Both ends come from one installation, yet not always from one version
-of it: an upgrade may lie between the start of a supervisor and that of a process.
+A frame is a length of four bytes and a message. Both ends run from one installation, but not always from one version of
+it: an upgrade may happen between the start of a supervisor and the start of a process.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import msgspec
 from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
 
 VERSION = 1
-NOT_TRANSFERABLE = "forebay:cannot-cross"  # as the type of a failure: what was returned; no exception has such a name
+NOT_TRANSFERABLE = "forebay:not-transferable"  # the `type` of a failure: the result; no exception has such a name
 
 _LENGTH = struct.Struct(">I")
-_OVERHEAD = 100_000  # bytes that a message takes beside its content, failures and their tracebacks included
-_TEXT, _TRACE = 10_000, 50_000  # characters of an exception's message and of its traceback that travel
+_OVERHEAD = 100_000  # bytes that a message may take beyond its content, failures and their tracebacks included
+_MAX_TEXT, _MAX_TRACEBACK = 10_000, 50_000  # characters sent of an exception's message, and of its traceback
 
 
 class ImportState:
-    """Whether this process is one of those that run a handler, and is still importing it."""
+    """Whether this process is a worker's process that is still importing its handler."""
 
     importing = False
 
@@ -33,14 +33,14 @@ class FrameTooLarge(ForebayError, ValueError):
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Names itself by its class."""
+    """A message, tagged with its kind."""
 
 
 # --- to the process ---
 
 
 class LoadHandler(_Message, frozen=True, array_like=True, tag="load"):
-    """The first: what to run."""
+    """The first message: the handler to load."""
 
     version: int
     worker: str
@@ -48,12 +48,12 @@ class LoadHandler(_Message, frozen=True, array_like=True, tag="load"):
     factory: str | None
     config: bytes | None  # an encoded mapping
     config_path: str | None
-    bound: int  # bytes of what travels
-    grace: float  # seconds from the end of its work to its end
+    bound: int  # bytes of an encoded payload, result or progress value
+    grace: float  # seconds between the end of its work and its end
 
 
 class RunTask(_Message, frozen=True, array_like=True, tag="begin"):
-    """Run a task; `number` tells the runs of a process apart."""
+    """The request to run a task; `number` identifies the run within the process."""
 
     number: int
     task: bytes
@@ -62,7 +62,7 @@ class RunTask(_Message, frozen=True, array_like=True, tag="begin"):
 
 
 class CancelRun(_Message, frozen=True, array_like=True, tag="cancel"):
-    """Stop the run of that number, if it is under way."""
+    """The request to cancel the run of that number, if it is still running."""
 
     number: int
 
@@ -71,7 +71,7 @@ class CancelRun(_Message, frozen=True, array_like=True, tag="cancel"):
 
 
 class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
-    """An exception: its type's name, its message, its traceback as text; and the facts of an Overloaded."""
+    """An exception: the name of its type, its message, its traceback as text; and the facts of an Overloaded."""
 
     type: str
     message: str
@@ -81,30 +81,30 @@ class RemoteFailure(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def truncated(cls, *, type: str, message: str, traceback: str, **rest: Any) -> RemoteFailure:  # noqa: A002 - the field's name
-        """One whose texts are no longer than may travel: of a traceback, its end tells most."""
+        """Return a failure whose texts are cut to the length that is sent; of a traceback, the end tells most."""
         clean = [text.encode(errors="replace").decode() for text in (type, message, traceback)]
-        return cls(clean[0][:_TEXT], clean[1][:_TEXT], clean[2][-_TRACE:], **rest)
+        return cls(clean[0][:_MAX_TEXT], clean[1][:_MAX_TEXT], clean[2][-_MAX_TRACEBACK:], **rest)
 
 
 class HandlerReady(_Message, frozen=True, array_like=True, tag="ready"):
-    """It has loaded what it is to run."""
+    """The process has loaded its handler."""
 
 
 class HandlerNotLoaded(_Message, frozen=True, array_like=True, tag="unready"):
-    """It has not, and ends."""
+    """The process has failed to load its handler, and ends."""
 
     failure: RemoteFailure
 
 
-class ProgressMessage(_Message, frozen=True, array_like=True, tag="told"):
-    """What the handler passed to ``progress``."""
+class ProgressMessage(_Message, frozen=True, array_like=True, tag="progress"):
+    """A value that the handler passed to ``progress``, encoded."""
 
     number: int
     value: bytes
 
 
 class RunFinished(_Message, frozen=True, array_like=True, tag="ended"):
-    """How a run ended: with an encoded value, or by a failure."""
+    """The end of a run: an encoded value, or a failure."""
 
     number: int
     value: bytes | None
@@ -112,7 +112,7 @@ class RunFinished(_Message, frozen=True, array_like=True, tag="ended"):
 
 
 def why_not_transferable(error: NotSerializable | PayloadTooLarge) -> str:
-    """Why a value cannot go over the wire."""
+    """Return why a value cannot be sent to another process."""
     if isinstance(error, NotSerializable):
         return f"at {error.path} it holds a {error.type}"
     return f"it takes at least {error.size} bytes, and max_message_bytes is {error.bound}"
@@ -124,16 +124,16 @@ decode_from_child = msgspec.msgpack.Decoder(HandlerReady | HandlerNotLoaded | Pr
 
 
 def encode_frame(message: _Message) -> bytes:
-    """A message as it goes over the wire."""
+    """Return a message as a frame."""
     body = _encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 class FrameDecoder:
-    """Takes bytes as they come, and gives back the messages that are whole.
+    """Splits a stream of bytes into messages.
 
     Raises:
-        FrameTooLarge: one is announced with more than `bound` bytes of content; there is no going on after that.
+        FrameTooLarge: a message with more than `bound` bytes of content is announced; the stream cannot be read on.
     """
 
     def __init__(self, bound: int) -> None:
@@ -141,7 +141,7 @@ class FrameDecoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take `data`; yield each message that it completes."""
+        """Take `data`, and yield each message that it completes."""
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer)

@@ -1,7 +1,8 @@
-"""Nothing that runs a handler outlives this process, not even its ``kill -9``: one small process sees to it.
+"""The orphan reaper: no process that runs a handler outlives this process, not even when this one gets ``kill -9``.
 
-The kernel could kill a child whose parent dies, but neither what the child started, nor on every system, nor unless the
-very thread lives on that made the child. A closed pipe is seen by everyone.
+One small process does it. The kernel could kill a child whose parent dies, but not the processes that the child
+started, not on every system, and only while the thread that started the child lives. The end of this process closes a
+pipe, which the reaper always notices.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ _PROGRAM = Path(__file__).with_name("reaper_main.py")
 
 
 class OrphanReaper:
-    """The groups of processes that are watched over; the process that does it runs while there are any.
+    """The process groups to kill when this process ends. The reaper's process runs while there are any.
 
-    Blocks: for threads.
+    Its methods block, so they are called in threads.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class OrphanReaper:
         self._process: subprocess.Popen[bytes] | None = None
 
     def after_fork(self) -> None:
-        """In a fork of this process: what is watched over is not its own, nor is the pipe its to hold open."""
+        """Forget the parent's groups and close the parent's pipe. Called in a fork of this process."""
         process = self._process
         self._reset()
         if process is not None and process.stdin is not None:
@@ -39,10 +40,10 @@ class OrphanReaper:
                 process.stdin.close()
 
     def watch(self, pid: int) -> None:
-        """From now on the group of `pid` ends with this process.
+        """Kill the process group `pid` when this process ends.
 
         Raises:
-            OSError: the system has no more processes or descriptors; nothing is watched over that was not before.
+            OSError: the system has no more processes or descriptors; `pid` is not watched.
         """
         with self._lock:
             if self._process is None or not _write(self._process, f"+{pid}\n"):
@@ -50,26 +51,26 @@ class OrphanReaper:
             self._groups.add(pid)
 
     def forget(self, pid: int) -> None:
-        """The group of `pid` has ended."""
+        """Stop watching the process group `pid`, because it has ended."""
         with self._lock:
             self._groups.discard(pid)
             if self._process is None:
                 return
             if not self._groups:
                 process, self._process = self._process, None
-                _end(process)
-            elif not _write(self._process, f"-{pid}\n"):  # somebody has ended it
-                with contextlib.suppress(OSError):  # then the next to be watched has another try
+                _stop(process)
+            elif not _write(self._process, f"-{pid}\n"):  # the reaper was killed
+                with contextlib.suppress(OSError):  # then the next `watch` tries again
                     self._start_reaper(self._groups)
 
     def _start_reaper(self, groups: set[int]) -> None:
         if self._process is not None:
             process, self._process = self._process, None
-            _end(process)
+            _stop(process)
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and file
             [sys.executable, "-I", "-S", str(_PROGRAM)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # whoever reads ours is not to wait for its end
+            stdout=subprocess.DEVNULL,  # a reader of our output must not wait for the end of the reaper
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             bufsize=0,
@@ -78,7 +79,7 @@ class OrphanReaper:
 
 
 def _write(process: subprocess.Popen[bytes], lines: str) -> bool:
-    assert process.stdin is not None  # noqa: S101 - it has a pipe
+    assert process.stdin is not None  # noqa: S101 - it was started with a pipe
     try:
         process.stdin.write(lines.encode())
     except BrokenPipeError:
@@ -86,8 +87,8 @@ def _write(process: subprocess.Popen[bytes], lines: str) -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None  # noqa: S101 - it has a pipe
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None  # noqa: S101 - it was started with a pipe
     with contextlib.suppress(OSError):
         process.stdin.close()
     process.wait()

@@ -1,19 +1,20 @@
-"""In processes of our own: what is stuck there is really killed, and what crashes there harms nobody else."""
+"""The engine that runs every task in a process: a stuck handler is really killed, and a crash affects no other task."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from forebay import clock, context
+from forebay._text import format_duration
+from forebay._validate import check_positive, check_whole
 from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_path_of
-from forebay.engine import messages as wire
+from forebay.engine import messages
 from forebay.engine.child_process import ChildProcess, spawn
 from forebay.engine.thread_executor import DaemonThreadExecutor
 from forebay.errors import (
@@ -27,25 +28,26 @@ from forebay.errors import (
 from forebay.overflow import encode_result, encode_task
 from forebay.task import Task
 
-_LARGEST = 1 << 30  # bytes of a message
+_MAX_MESSAGE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessEngine:
-    """Every run in a process of a worker's own, one task at a time in each, `max_concurrent` processes at most.
+    """An engine that runs every task in a process of its worker, one task at a time per process.
 
-    They are started as they are needed, the first with the supervisor, and used again. The handler is named by its
-    import path; payload, result and progress travel as those of stored tasks do.
+    At most `max_concurrent` processes of a worker are started, the first with the supervisor, the others when they are
+    needed; they are reused. The handler is named by its import path; payload, result and progress are sent as plain
+    data, like those of stored tasks.
 
     Args:
-        grace: seconds that a handler has to stop once it was asked; then its process is killed, and all it started.
+        grace: seconds that a cancelled handler has to stop; then its process is killed, with all that it started.
         max_tasks: runs after which a process is replaced by a new one, for handlers that leak; None: never.
-        idle: seconds after which a process without work is ended.
-        start_within: seconds in which a process must have loaded its handler.
-        max_message_bytes: bound of an encoded payload, result or value of progress.
+        idle_timeout: seconds after which a process without work is ended.
+        start_timeout: seconds in which a process must have loaded its handler.
+        max_message_bytes: bytes that an encoded payload, result or progress value may take.
 
     Raises:
-        InvalidSetting: one cannot be meant.
+        InvalidSetting: a setting is out of range.
     """
 
     grace: float = 2.0
@@ -56,37 +58,26 @@ class ProcessEngine:
 
     def __post_init__(self) -> None:
         for name in ("grace", "idle_timeout", "start_timeout"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                self._refuse(name, "a positive number of seconds")
-        if self.max_tasks is not None and not _whole(self.max_tasks):
-            self._refuse("max_tasks", "a whole number of at least 1, or None")
-        if not _whole(self.max_message_bytes) or self.max_message_bytes > _LARGEST:
-            self._refuse("max_message_bytes", f"a whole number from 1 to {_LARGEST}")
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise InvalidSetting(owner="InProcess", name=name, value=getattr(self, name), expected=expected)
+            check_positive("ProcessEngine", name, getattr(self, name), unit="seconds")
+        check_whole("ProcessEngine", "max_tasks", self.max_tasks, none="for no limit")
+        check_whole("ProcessEngine", "max_message_bytes", self.max_message_bytes, maximum=_MAX_MESSAGE_BYTES)
 
     def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:
-        """Take a worker that runs up to `slots` tasks at a time.
+        """Return the handler of a worker that runs up to `slots` tasks at a time, each in a process.
 
         Raises:
-            NotImportable: its handler, factory or config cannot be named for another process.
+            NotImportable: another process cannot import its handler, factory or config.
             InvalidHandler, InvalidSetting: it cannot be run at all.
         """
-        pool = _ProcessPool(self, _load_message(self, spec), slots)
+        pool = _ProcessPool(self, _load_request(self, spec), slots)
         return Handler(call=pool.call, on_cancel=spec.on_cancel, start=pool.start, stop=pool.stop)
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _load_message(engine: ProcessEngine, recipe: HandlerSpec) -> wire.LoadHandler:
-    """What a process is told to run; what can be checked without importing or making anything is checked here."""
-    worker, handler, factory, config = recipe.worker, recipe.handler, recipe.factory, recipe.config
+def _load_request(engine: ProcessEngine, spec: HandlerSpec) -> messages.LoadHandler:
+    """Return the request to load a handler, after every check that needs no import and makes no agent."""
+    worker, handler, factory, config = spec.worker, spec.handler, spec.factory, spec.config
     if factory is None and not isinstance(handler, str):
-        recipe.build()
+        spec.build()
     elif factory is not None and not isinstance(factory, str) and not callable(factory):
         hint = "factory= takes a callable without arguments that makes an agent"
         raise InvalidHandler(worker=worker, type=type(factory).__name__, hint=hint)
@@ -95,39 +86,38 @@ def _load_message(engine: ProcessEngine, recipe: HandlerSpec) -> wire.LoadHandle
         try:
             encoded = encode_result(dict(config), task_id="", bound=engine.max_message_bytes)
         except (NotSerializable, PayloadTooLarge):
-            expected = "plain data, or a function of a module that makes it of the Task: it goes to other processes"
+            expected = "plain data, or a function of a module that makes it of the Task: it is sent to other processes"
             raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=config, expected=expected) from None
-    return wire.LoadHandler(
-        version=wire.VERSION,
+    path_of = partial(import_path_of, worker=worker)
+    return messages.LoadHandler(
+        version=messages.VERSION,
         worker=worker,
-        handler=None if factory is not None else import_path_of(handler, worker=worker, what="handler"),
-        factory=None if factory is None else import_path_of(factory, worker=worker, what="factory"),
+        handler=None if factory is not None else path_of(handler, what="handler"),
+        factory=None if factory is None else path_of(factory, what="factory"),
         config=encoded,
-        config_path=None
-        if config is None or encoded is not None
-        else import_path_of(config, worker=worker, what="config"),
+        config_path=None if config is None or encoded is not None else path_of(config, what="config"),
         bound=engine.max_message_bytes,
         grace=engine.grace,
     )
 
 
 class _ProcessPool:
-    """The processes of one worker. It belongs to the event loop that it is first used on."""
+    """The processes of one worker. It belongs to the event loop that first uses it."""
 
-    def __init__(self, engine: ProcessEngine, loading: wire.LoadHandler, slots: int) -> None:
+    def __init__(self, engine: ProcessEngine, load: messages.LoadHandler, slots: int) -> None:
         self._engine = engine
-        self._loading = loading
+        self._load = load
         self._slots = slots
         self._threads = DaemonThreadExecutor()
-        self._children: set[ChildProcess] = set()  # all that may still be there
+        self._children: set[ChildProcess] = set()  # all that may not have ended yet
         self._idle: list[ChildProcess] = []
         self._starting: set[asyncio.Task[ChildProcess]] = set()
-        self._unclaimed: set[asyncio.Task[ChildProcess]] = set()  # of these, those that nobody waits for by name
+        self._unclaimed: set[asyncio.Task[ChildProcess]] = set()  # those of _starting that no particular task waits for
         self._waiters: list[asyncio.Future[None]] = []
         self._closed = False
 
     async def start(self) -> None:
-        """Start one process, so that a handler that cannot be imported shows now.
+        """Start one process, so that a handler that cannot be imported is found out now.
 
         Raises:
             ProcessNotStarted: it does not start.
@@ -136,7 +126,7 @@ class _ProcessPool:
             self._check_open()
             if self._has_room():
                 await asyncio.shield(self._start_spare())
-        except asyncio.CancelledError:  # nobody will use what is being started, nor end it
+        except asyncio.CancelledError:  # otherwise nobody would use or end the process that is starting
             await self.stop()
             raise
 
@@ -144,32 +134,34 @@ class _ProcessPool:
         """Run a task in a process.
 
         Raises:
-            CannotCross, ProcessNotStarted: nothing was begun.
-            Others: as `ChildProcess.run`.
+            NotTransferable: its payload cannot be sent between processes; nothing was begun.
+            ProcessNotStarted: no process could be started; nothing was begun.
+            RemoteError, Overloaded, CancelledError, WorkerDied: as `ChildProcess.run`.
         """
-        begin = self._run_message(task)
+        request = self._run_request(task)
         running = context.running_task()
         child = await self._acquire()
         try:
             report = _ignore_progress if running is None else running.report
-            return await child.run(begin, task_id=task.task_id, report=report, grace=self._engine.grace)
+            return await child.run(request, task_id=task.task_id, report=report, grace=self._engine.grace)
         finally:
             self._release(child)
             if not child.usable and not self._idle and not self._starting and self._has_room():
-                self._start_spare()  # the next task's time is not to pass with its start
+                self._start_spare()  # now, so that the next task does not wait for the start
 
-    def _run_message(self, task: Task) -> wire.RunTask:
+    def _run_request(self, task: Task) -> messages.RunTask:
         running = context.running_task()
         deadline = task.deadline if running is None else running.deadline
         try:
             encoded = encode_task(task, task.payload, bound=self._engine.max_message_bytes)
         except (NotSerializable, PayloadTooLarge) as error:
-            raise NotTransferable(what="payload", task_id=task.task_id, why=wire.why_not_transferable(error)) from None
+            why = messages.why_not_transferable(error)
+            raise NotTransferable(what="payload", task_id=task.task_id, why=why) from None
         attempt = 1 if running is None else running.attempt
-        return wire.RunTask(0, encoded, None if deadline is None else deadline.at, attempt)
+        return messages.RunTask(0, encoded, None if deadline is None else deadline.at, attempt)
 
     async def stop(self) -> None:
-        """End every process: those without work by hanging up, the others at once."""
+        """End every process: the idle ones by closing their channels, the others by killing them."""
         self._closed = True
         self._wake_waiters()
         await asyncio.gather(*self._starting, return_exceptions=True)
@@ -181,10 +173,10 @@ class _ProcessPool:
         await asyncio.gather(*(child.gone for child in self._children))
         self._threads.shutdown()
 
-    # --- who has which process ---
+    # --- acquiring and releasing ---
 
     async def _acquire(self) -> ChildProcess:
-        """A process that runs nothing, started if need be; it is the caller's until it is put back."""
+        """Return a process that runs nothing, started if necessary; the caller has it until `_release`."""
         while True:
             self._check_open()
             while self._idle:
@@ -197,7 +189,7 @@ class _ProcessPool:
                 try:
                     return await asyncio.shield(starting)
                 except asyncio.CancelledError:
-                    self._keep_when_started(starting)  # it goes on, for the next
+                    self._keep_when_started(starting)  # the next task uses it
                     raise
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -224,6 +216,8 @@ class _ProcessPool:
     def _has_room(self) -> bool:
         return not self._closed and len(self._children) + len(self._starting) < self._slots
 
+    # --- starting ---
+
     def _start_one(self) -> asyncio.Task[ChildProcess]:
         starting = asyncio.ensure_future(self._start_child())
         self._starting.add(starting)
@@ -235,7 +229,7 @@ class _ProcessPool:
         self._wake_waiters()  # if it failed, there is room again
 
     def _start_spare(self) -> asyncio.Task[ChildProcess]:
-        """Start one for whoever comes."""
+        """Start a process that no particular task waits for."""
         starting = self._start_one()
         self._keep_when_started(starting)
         return starting
@@ -250,9 +244,9 @@ class _ProcessPool:
             self._release(starting.result())
 
     async def _start_child(self) -> ChildProcess:
-        """A new process that has loaded its handler."""
+        """Return a new process that has loaded its handler."""
         loop = asyncio.get_running_loop()
-        worker = self._loading.worker
+        worker = self._load.worker
         try:
             spawned = await loop.run_in_executor(self._threads, spawn)
         except OSError as error:
@@ -264,24 +258,23 @@ class _ProcessPool:
         reaping = loop.run_in_executor(self._threads, child.reap)
         reaping.add_done_callback(lambda done: child.on_exit(done.result()))
         await loop.create_unix_connection(lambda: child, sock=spawned.channel)
-        child.load(self._loading)
-        failure: wire.RemoteFailure | None
+        child.load(self._load)
+        failure: messages.RemoteFailure | None
         try:
             async with asyncio.timeout(self._engine.start_timeout):
                 failure = await asyncio.shield(child.ready)
         except TimeoutError:
-            failure = wire.RemoteFailure(
-                "", f"it had not loaded its handler after {self._engine.start_timeout:g} s", ""
-            )
+            limit = format_duration(self._engine.start_timeout)
+            failure = messages.RemoteFailure("", f"it had not loaded its handler after {limit}", "")
         if failure is None:
             return child
         child.kill()
         await child.gone
         why = f"{failure.type}: {failure.message}" if failure.type else failure.message
-        unready = ProcessNotStarted(worker=worker, why=why, advice="Its handler is imported there anew.")
+        not_started = ProcessNotStarted(worker=worker, why=why, advice="Each process imports the handler itself.")
         if failure.traceback:
-            unready.add_note(f"In its process:\n{failure.traceback.rstrip()}")
-        raise unready
+            not_started.add_note(f"In its process:\n{failure.traceback.rstrip()}")
+        raise not_started
 
     def _on_gone(self, child: ChildProcess, _: object) -> None:
         self._children.discard(child)
@@ -290,16 +283,19 @@ class _ProcessPool:
         self._wake_waiters()
 
     def _check_open(self) -> None:
-        worker = self._loading.worker
+        worker = self._load.worker
         if self._closed:
-            raise ProcessNotStarted(worker=worker, why="its supervisor has closed", advice="Make a new one.")
-        if wire.ImportState.importing:
-            advice = 'Begin what your program does below `if __name__ == "__main__":`.'
-            raise ProcessNotStarted(worker=worker, why="its own handler is only just being imported", advice=advice)
+            raise ProcessNotStarted(
+                worker=worker, why="its supervisor is closed", advice="Make a new BackpressureSupervisor."
+            )
+        if messages.ImportState.importing:
+            advice = 'Put what your program starts below `if __name__ == "__main__":`.'
+            why = "this is a worker's process that is still importing its handler"
+            raise ProcessNotStarted(worker=worker, why=why, advice=advice)
         if clock.is_virtual(asyncio.get_running_loop()):
-            advice = 'In a simulation register it with engine="thread", or without one.'
-            raise ProcessNotStarted(worker=worker, why="virtual time has no processes", advice=advice)
+            advice = 'In a simulation register it with engine="thread", or without an engine.'
+            raise ProcessNotStarted(worker=worker, why="there are no processes in virtual time", advice=advice)
 
 
 def _ignore_progress(_: Any) -> None:
-    """Nobody listens."""
+    """Drop a progress value, because no task listens."""

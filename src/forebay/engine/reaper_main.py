@@ -1,7 +1,7 @@
-"""A process that outlives its parent by a moment: it kills the process groups that the parent has left behind.
+"""The program of the orphan reaper: it outlives its parent for a moment and kills the process groups left behind.
 
-A program of its own, which imports nothing of Forebay: it is to be small and to start fast. On its standard input come
-lines, ``+PID`` when a group has begun and ``-PID`` when it is over; at their end the parent is gone, however it went.
+It imports nothing of Forebay, so that it is small and starts fast. It reads lines from its standard input: ``+PID``
+when a process group has started, ``-PID`` when it has ended. End of input means that the parent has ended in some way.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import signal
 
 
 def main() -> None:
-    """Watch until the end."""
+    """Read until the end of input, then kill the groups that are left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a service that is to drain sends them to all its processes
+        signal.signal(number, signal.SIG_IGN)  # a service manager sends them to every process of a service that drains
     groups: set[int] = set()
     with open(0, "rb", buffering=0, closefd=False) as lines:
         rest = b""
         while data := lines.read(4096):
-            *whole, rest = (rest + data).split(b"\n")
-            for line in whole:
+            *complete, rest = (rest + data).split(b"\n")
+            for line in complete:
                 (groups.add if line[:1] == b"+" else groups.discard)(int(line[1:]))
     for pid in groups:
         try:

@@ -1,4 +1,4 @@
-"""In a thread of our own: a plain callable as it is, a coroutine in an event loop that the thread runs for it."""
+"""The engine that runs every task in a thread: a plain callable directly, a coroutine in an event loop of its own."""
 
 from __future__ import annotations
 
@@ -17,65 +17,65 @@ from forebay.task import Task
 
 
 class ThreadEngine:
-    """Every run in a thread, so that a coroutine that blocks holds up nobody but itself.
+    """An engine that runs every task in a thread, so that a coroutine that blocks delays no other task.
 
-    An async handler gets an event loop for each run: what it keeps from run to run, such as connections, must
-    not belong to one. In virtual time everything runs in the one loop, as all threads do there.
+    An async handler gets a new event loop for each run: objects that it keeps between runs, such as connections, must
+    not belong to a loop. In virtual time everything runs in the one loop, as all threads do there.
     """
 
-    def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:  # noqa: ARG002 - the seam's
-        """Take it.
+    def build_handler(self, spec: HandlerSpec, *, slots: int) -> Handler:  # noqa: ARG002 - the interface's
+        """Return the handler, to be run in threads.
 
         Raises:
-            InvalidSetting: it lives in the supervisor's own loop: a nested supervisor, or what is started and stopped.
+            InvalidSetting: it belongs to the supervisor's own loop: a nested supervisor, or a handler with start and
+                stop.
         """
         handler = spec.build()
         if handler.nested_supervisor is not None or handler.load is not None or handler.start is not None:
-            expected = "left out: what it was registered with lives in the supervisor's own loop"
+            expected = "left out: this handler belongs to the supervisor's own event loop"
             raise InvalidSetting(owner=f"worker {spec.worker!r}", name="engine", value="thread", expected=expected)
         runs = _ThreadRuns(handler)
         return replace(handler, call=runs.call, blocking=True, on_cancel=runs.on_cancel, on_end=runs.on_end)
 
 
 class _ThreadRuns:
-    """The runs of one handler, each in a loop of its own if it needs one."""
+    """The runs of one handler in threads, each in an event loop of its own if it needs one."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
-        # By the task's identity: a task that is run again while its first run will not stop keeps its id.
-        self._private: dict[int, _LoopInThread] = {}
+        # By the identity of the Task: a task that is run again while its first run does not stop keeps its task_id.
+        self._loops: dict[int, _LoopInThread] = {}
 
-    def _of(self, task: Task) -> _LoopInThread:
-        return self._private.setdefault(
-            id(task), _LoopInThread()
-        )  # whoever comes first: the thread, or its cancellation
+    def _loop_of(self, task: Task) -> _LoopInThread:
+        # The thread and a cancellation may both come first; setdefault is atomic.
+        return self._loops.setdefault(id(task), _LoopInThread())
 
     def call(self, task: Task) -> Any:
-        """In a thread: run the handler to its end."""
-        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - documented for such use: a virtual loop is in line
+        """Run the handler to its end. Called in a thread."""
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - public by `__all__`; a virtual loop runs us inline
             return self._handler.call(task)
         if not self._handler.blocking:
-            return self._of(task).run(lambda: self._handler.call(task))
+            return self._loop_of(task).run(lambda: self._handler.call(task))
         value = self._handler.call(task)
         if not inspect.isawaitable(value):
             return value
         try:
-            return self._of(task).run(lambda: value)
+            return self._loop_of(task).run(lambda: value)
         finally:
             if inspect.iscoroutine(value):
-                value.close()  # cancelled before it began, it would be missed; once it has run this does nothing
+                value.close()  # no effect on a finished one; else Python warns of one that never began
 
     def on_cancel(self, task: Task) -> object:
-        """In the supervisor's loop: stop a run, if there is a way."""
+        """Stop a run as far as possible. Called in the supervisor's loop."""
         own = self._handler.on_cancel
         try:
             return None if own is None else own(task)
         finally:
-            self._of(task).cancel()
+            self._loop_of(task).cancel()
 
     def on_end(self, task: Task) -> None:
-        """In the supervisor's loop: a run is over."""
-        self._private.pop(id(task), None)
+        """Forget a run that has ended. Called in the supervisor's loop."""
+        self._loops.pop(id(task), None)
         if self._handler.on_end is not None:
             self._handler.on_end(task)
 
@@ -89,7 +89,7 @@ class _LoopInThread:
         self._cancelled = False
 
     def run(self, begin: Callable[[], Any]) -> Any:
-        """Run what `begin` returns, once it is awaited, to its end."""
+        """Return what `begin` returns, awaited if it is awaitable."""
         with asyncio.Runner() as runner:
             return runner.run(self._run(begin))
 
@@ -103,7 +103,7 @@ class _LoopInThread:
         return await value if inspect.isawaitable(value) else value
 
     def cancel(self) -> None:
-        """Cancel it, from any thread; before it has begun too."""
+        """Cancel the coroutine, even before it has begun. From any thread."""
         with self._lock:
             self._cancelled = True
             if self._running is not None:

@@ -1,8 +1,8 @@
-"""Threads of our own for plain callables.
+"""An executor of daemon threads for plain callables, without a queue.
 
-asyncio's pool has a few threads for everybody, queues behind them without a bound, and is joined at exit. Here the
-slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot hold up the
-interpreter.
+asyncio's default executor has few threads, shared by everyone, an unbounded queue before them, and is joined at exit.
+Here the slots of the workers are the bound, so every job starts at once; and a handler that never ends cannot keep the
+interpreter from exiting.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_IDLE = 30.0  # seconds after which a thread without a job ends
+_IDLE_TIMEOUT = 30.0  # seconds after which a thread without a job ends
 
 
 class DaemonThreadExecutor(Executor):
     """An executor that starts a daemon thread whenever none is idle. It never queues and never joins.
 
-    It is handed to ``loop.run_in_executor``, the one seam through which blocking work goes; a virtual-time loop runs
-    the job inline there.
+    It is passed to ``loop.run_in_executor``, the only way that blocking work takes; a virtual-time loop runs the job
+    inline there.
     """
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._free = 0  # threads that wait for a job, less the jobs that wait for a thread
+        self._free = 0  # threads that wait for a job, minus jobs that wait for a thread
         self._closed = False
-        self._names = itertools.count(1)
+        self._numbers = itertools.count(1)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` in a thread at once.
 
         Raises:
-            RuntimeError: it has been shut down, or no thread can be started; then `fn` never runs.
+            RuntimeError: the executor was shut down, or no thread can be started; `fn` is not run then.
         """
         future: Future[T] = Future()
 
@@ -46,31 +46,31 @@ class DaemonThreadExecutor(Executor):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(fn(*args, **kwargs))
-                except BaseException as exc:  # noqa: BLE001 - it is the future's now
+                except BaseException as exc:  # noqa: BLE001 - it is delivered through the future
                     future.set_exception(exc)
 
         with self._lock:
             if self._closed:
-                message = "these threads have been shut down"
+                message = "this executor was shut down"
                 raise RuntimeError(message)
             self._jobs.put(job)
             self._free -= 1
             missing = self._free < 0
             if missing:
-                self._free += 1  # the one that starts now
+                self._free += 1  # the thread that is started below
         if missing:
-            thread = threading.Thread(target=self._work, name=f"forebay-{next(self._names)}", daemon=True)
+            thread = threading.Thread(target=self._work, name=f"forebay-{next(self._numbers)}", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # the system has no more
+            except RuntimeError:  # the system has no more threads
                 with self._lock:
                     self._free -= 1
-                if future.cancel():  # else a thread that fell idle has taken it
+                if future.cancel():  # else a thread that became idle has taken the job
                     raise
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
-        """Let idle threads end; those that still run a job end after it. Never waits."""
+        """End the idle threads; a thread that runs a job ends after it. Never waits."""
         with self._lock:
             self._closed = True
             for _ in range(self._free):
@@ -79,17 +79,17 @@ class DaemonThreadExecutor(Executor):
     def _work(self) -> None:
         while True:
             try:
-                job = self._jobs.get(timeout=_IDLE)
+                job = self._jobs.get(timeout=_IDLE_TIMEOUT)
             except queue.Empty:
                 with self._lock:
-                    if self._free > 0:  # nobody has counted on this thread meanwhile
+                    if self._free > 0:  # no job has counted on this thread in the meantime
                         self._free -= 1
                         return
                 continue
             if job is None:
                 return
             job()
-            del job  # a payload must not live on in an idle thread
+            del job  # an idle thread must not keep a payload alive
             with self._lock:
                 if self._closed:
                     return

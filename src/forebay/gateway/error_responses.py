@@ -111,7 +111,7 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     back = status not in (402, 413) and after is not None and after <= _LONGEST_COMEBACK
     headers = [("content-type", JSON), ("x-should-retry", "true" if back else "false")]
     if error.limited_by:
-        headers.append(("x-forebay-binding", error.limited_by))
+        headers.append(("x-forebay-limited-by", error.limited_by))
     if after is not None and status != 413:  # noqa: PLR2004
         headers.extend(_after(after))
     return GatewayResponse(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))

@@ -163,9 +163,9 @@ class ForwardedCall(Exchange):
         asked = self._asked
         kept = [pair for pair in asked.raw_headers if pair[0].decode("latin-1").lower() not in sent.dropped_headers]
         extra = [(name.encode(), value.encode()) for name, value in sent.added_headers.items()]
-        sender = msgspec.structs.replace(asked.caller, deadline=self.call_request.deadline, key=None)
+        sender = msgspec.structs.replace(asked.caller, deadline=self.call_request.deadline, api_key=None)
         moved = msgspec.structs.replace(
-            asked, told=(*kept, *extra), headers=sent.headers(asked.headers), body=sent.body, sender=sender
+            asked, raw_headers=(*kept, *extra), headers=sent.headers(asked.headers), body=sent.body, caller=sender
         )
         return ForwardedCall(
             stop.upstream, origin + path, sent.path, moved, client=self._outgoing, metrics=self._counts

@@ -33,7 +33,10 @@ class GatewayMetrics:
             "forebay_gateway_requests", "Answers given, by status.", ["target", "status"], registry=self._registry
         )
         self._refusals = Counter(
-            "forebay_gateway_refusals", "Calls refused, by what binds.", ["target", "binding"], registry=self._registry
+            "forebay_gateway_rejections",
+            "Calls rejected, by the limit that rejected them.",
+            ["target", "limited_by"],
+            registry=self._registry,
         )
         self._seconds = Histogram(
             "forebay_gateway_seconds",
@@ -86,7 +89,7 @@ class _AccountCollector(Collector):
         gauges = {
             "in_flight": GaugeMetricFamily("forebay_calls_in_flight", "Calls under way.", labels=labels),
             "limit": GaugeMetricFamily("forebay_calls_limit", "Calls that may be under way.", labels=labels),
-            "queued": GaugeMetricFamily("forebay_calls_waiting", "Calls in line.", labels=labels),
+            "queued": GaugeMetricFamily("forebay_calls_queued", "Calls in the queue.", labels=labels),
             "load": GaugeMetricFamily(
                 "forebay_account_load", "Expected wait of the next call over the longest allowed.", labels=labels
             ),

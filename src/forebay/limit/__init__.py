@@ -1,11 +1,12 @@
-"""Limits: how many calls may be in flight at one upstream; each pure, and usable alone.
+"""Concurrency limits: how many calls may be in flight at one account of a provider.
 
-A limit is told what happens (`grant`, `accepted`, `observe`) and answers with a number (`limit`); see
-`forebay.interfaces.Limit`. It holds no slots, no line and no clock: whoever uses one counts what is in flight.
+A limit learns from outcomes (`Limit.observe`) and answers with a number (`Limit.limit`). It is pure and can be used
+alone: it has no queue and no clock, and its owner counts the calls in flight.
 """
 
-from forebay.limit.adaptive.adaptive_limit import AdaptiveLimit, AdaptiveLimitState
+from forebay.limit.adaptive import AdaptiveLimit, AdaptiveLimitState
 from forebay.limit.aimd import AimdLimit, TimeoutAimdLimit
+from forebay.limit.base import Grant, Limit
 from forebay.limit.fixed import FixedLimit
 from forebay.limit.gradient import GradientLimit
 from forebay.limit.vegas import VegasLimit
@@ -16,6 +17,8 @@ __all__ = [
     "AimdLimit",
     "FixedLimit",
     "GradientLimit",
+    "Grant",
+    "Limit",
     "TimeoutAimdLimit",
     "VegasLimit",
 ]

@@ -1,18 +1,18 @@
-"""When even a single call is refused: knock now and then, do not hammer."""
+"""Exponential backoff while a provider refuses even a single call."""
 
 from __future__ import annotations
 
 from typing import Final
 
-_FIRST: Final = 1.0  # seconds without a call after the first refusal of a lone call
-_LONGEST: Final = 5.0  # seconds; each further refusal doubles the silence up to this
+_FIRST_SILENCE: Final = 1.0  # seconds without a call after the first refusal of a lone call
+_MAX_SILENCE: Final = 5.0  # seconds; each further refusal doubles the silence up to this
 
 
 class OutageBackoff:
-    """Silences between lone calls, until one is let in.
+    """The silences between trial calls during an outage.
 
     Attributes:
-        until: no call before then, in the clock's seconds.
+        silent_until: no call may be sent before this time, in the clock's seconds.
     """
 
     def __init__(self) -> None:
@@ -20,10 +20,10 @@ class OutageBackoff:
         self._silence = 0.0
 
     def record_refusal(self, now: float) -> None:
-        """A lone call was refused."""
-        self._silence = min(_LONGEST, 2 * self._silence) if self._silence else _FIRST
+        """Begin the next silence: a lone call was refused."""
+        self._silence = min(_MAX_SILENCE, 2 * self._silence) if self._silence else _FIRST_SILENCE
         self.silent_until = now + self._silence
 
     def reset(self) -> None:
-        """A call was let in."""
+        """End the outage: a call was accepted."""
         self.silent_until = self._silence = 0.0

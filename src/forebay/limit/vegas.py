@@ -1,8 +1,8 @@
-"""A limit that estimates the queue at the other side from latency, for calls that all cost the same.
+"""A limit that estimates the provider's queue from latency, for calls that all cost the same.
 
 Sources: L. S. Brakmo and L. L. Peterson, "TCP Vegas: End to End Congestion Avoidance on a Global Internet", 1995;
-`VegasLimit` of Netflix's concurrency-limits, from which the steps are taken. Theirs draws when to measure the least
-latency anew; here that is at fixed intervals, since a limit has no chance of its own.
+`VegasLimit` of Netflix's concurrency-limits, from which the steps are taken. Theirs measures the least latency again at
+random intervals; here the intervals are fixed, because a limit draws no random numbers.
 """
 
 from __future__ import annotations
@@ -10,69 +10,54 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit.bounds import check_bounds
+from forebay.interfaces import Outcome
+from forebay.limit.base import Grant, Limit
 
-_RENEWS: Final = 30  # times the limit: after so many answers the least latency is measured anew
+_REMEASURE_AFTER: Final = 30  # times the limit: after so many answers the least latency is measured again
 
 
-class VegasLimit:
-    """Keeps the calls that wait at the other side, estimated as ``limit * (1 - least latency / latency)``, at a few.
+class VegasLimit(Limit):
+    """A limit that keeps the provider's queue, ``limit * (1 - least latency / latency)``, at a few calls.
 
-    Not for language models: there the least latency is that of the shortest answer, and every other looks like a queue.
+    It does not suit language models: the least latency is that of the shortest answer, and every longer answer looks
+    like a queue.
 
     Args:
-        start: calls in flight to begin with.
-        largest: calls in flight at most.
+        initial_limit: calls in flight to begin with.
+        max_limit: most calls that may ever be in flight.
 
     Raises:
-        InvalidSetting: not 1 <= start <= largest, whole numbers.
+        InvalidSetting: not two whole numbers with 1 <= initial_limit <= max_limit.
     """
 
     def __init__(self, *, initial_limit: int = 20, max_limit: int = 1000) -> None:
-        check_bounds("VegasLimit", initial_limit, max_limit)
-        self._largest = float(max_limit)
-        self._level = float(initial_limit)
-        self._least = math.inf  # seconds of the fastest call
-        self._answers = 0  # since it was measured
-
-    def limit(self, now: float) -> int:  # noqa: ARG002 - the seam's
-        """Calls that may be in flight."""
-        return int(self._level)
-
-    def reopens_at(self, now: float) -> float | None:  # noqa: ARG002 - the seam's
-        """Never: the limit is never 0."""
-        return None
+        super().__init__(initial_limit=initial_limit, max_limit=max_limit)
+        self._least_latency = math.inf  # seconds
+        self._answers = 0  # since the least latency was measured
 
     def grant(self, now: float, in_flight: int) -> Grant:
-        """Mark a slot that is taken now."""
+        """Return the grant of a slot that is taken now; `in_flight` includes it."""
         return Grant(now, in_flight, at_limit=2 * in_flight >= int(self._level))
 
-    def accepted(self, now: float, grant: Grant) -> None:
-        """Nothing follows from it."""
-
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:  # noqa: ARG002
-        """Its call has ended: a refusal lowers the limit a little, the time of a success either way."""
-        unit = max(1.0, math.log10(self._level))
+        """Lower the limit a little for a refusal, and move it by the estimated queue for a success."""
+        step = max(1.0, math.log10(self._level))
         if outcome is Outcome.OVERLOAD:
-            self._move(-unit)
+            self._set_level(self._level - step)
         elif outcome is Outcome.SUCCESS:
-            self._answered(now - grant.granted_at, unit, full=grant.at_limit)
+            self._record_success(now - grant.granted_at, step, at_limit=grant.at_limit)
 
-    def _answered(self, took: float, unit: float, *, full: bool) -> None:
+    def _record_success(self, latency: float, step: float, *, at_limit: bool) -> None:
         self._answers += 1
-        if self._answers >= _RENEWS * self._level or took < self._least:
-            self._least, self._answers = took, 0
+        if self._answers >= _REMEASURE_AFTER * self._level or latency < self._least_latency:
+            self._least_latency, self._answers = latency, 0
             return
-        if not full:
+        if not at_limit:
             return
-        queue = math.ceil(self._level * (1 - self._least / took)) if took > 0 else 0
-        if queue <= unit:
-            self._move(6 * unit)
-        elif queue < 3 * unit:
-            self._move(unit)
-        elif queue > 6 * unit:
-            self._move(-unit)
-
-    def _move(self, by: float) -> None:
-        self._level = max(1.0, min(self._largest, self._level + by))
+        queue = math.ceil(self._level * (1 - self._least_latency / latency)) if latency > 0 else 0
+        if queue <= step:
+            self._set_level(self._level + 6 * step)
+        elif queue < 3 * step:
+            self._set_level(self._level + step)
+        elif queue > 6 * step:
+            self._set_level(self._level - step)

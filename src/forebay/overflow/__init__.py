@@ -1,4 +1,4 @@
-"""The ledger of tasks: where they wait outside, where durable ones are on record, and where results are kept."""
+"""The task store (the overflow): spilled tasks wait in it, durable ones are recorded in it, results are kept in it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ __all__ = [
 
 
 def open_task_store(overflow: str | TaskStore) -> TaskStore:
-    """The ledger that a URL names, yet to be opened; a ledger as it is.
+    """Return the task store that a URL names, not opened yet; a task store is returned as it is.
 
     Args:
-        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``) or ``memory://``,
-            each with ``?bound=ROWS`` for how many tasks may wait and run in it, 100,000 unless told otherwise.
+        overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``) or
+            ``memory://``, each with ``?bound=ROWS`` for how many tasks may wait or run in it (100,000 by default).
 
     Raises:
-        InvalidOverflowUrl: it is neither.
+        InvalidOverflowUrl: it is neither a known URL nor a task store.
     """
     if not isinstance(overflow, str):
         if not hasattr(overflow, "lease"):
-            raise InvalidOverflowUrl(url=overflow, why=f"it is a {type(overflow).__name__}, not a URL or a ledger")
+            why = f"it is a {type(overflow).__name__}, not a URL or a task store"
+            raise InvalidOverflowUrl(url=overflow, why=why)
         return overflow
     store = parse_url(overflow)
     if store.path is None:

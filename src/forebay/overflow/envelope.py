@@ -1,4 +1,4 @@
-"""A task or a result as bytes: what goes in comes back equal and of the same types, or is refused."""
+"""A task or a result as bytes: a value is decoded equal and of the same types, or it is not encoded at all."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
 from forebay.interfaces import path_segment
 from forebay.task import Deadline, Estimate, Priority, Task
 
-VERSION = 1  # raised when a reader of the one before would misread it; a field added at the end is not that
+VERSION = 1  # raised when an older reader would misread an envelope; a field added at the end does not raise it
 
-_DEEPEST = 100  # containers within containers; also what ends a payload that holds itself
-_UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, TypeError)  # the last for a key that is a map
-_LEAST, _MOST = -(2**63), 2**64 - 1  # the whole numbers that MessagePack can hold
-_PLAIN = frozenset({type(None), bool, float})
+_MAX_DEPTH = 100  # containers within containers; also what stops at a payload that contains itself
+_DECODE_ERRORS = (msgspec.DecodeError, RecursionError, UnicodeDecodeError, TypeError)  # the last: a map as a key
+_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the whole numbers that MessagePack can hold
+_FIXED_SIZE = frozenset({type(None), bool, float})
 _NAMES = ("task_type", "task_id", "key", "tenant", "thread_id")
-_TUPLE = 1  # MessagePack's extension type that holds a tuple, as an array; lists are arrays as they are
+_TUPLE = 1  # MessagePack's extension type for a tuple, encoded as an array; lists are plain arrays
 
 
 class EnvelopeTooNew(ForebayError, ValueError):
@@ -36,13 +36,13 @@ class EnvelopeDamaged(ForebayError, ValueError):
 
 
 class _Versioned(msgspec.Struct, frozen=True, array_like=True):
-    """What every version begins with."""
+    """The first field of an envelope of any version."""
 
     version: int
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """A task. An array, so that names cost nothing; readers pass over fields added at the end."""
+    """A task. An array, so that field names take no space; readers ignore fields added at the end."""
 
     version: int
     task_type: str
@@ -60,7 +60,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Result(msgspec.Struct, frozen=True, array_like=True):
-    """What a handler returned."""
+    """The value that a handler returned."""
 
     version: int
     value: Any
@@ -83,19 +83,19 @@ _decode_result = msgspec.msgpack.Decoder(_Result, ext_hook=_extension).decode
 
 
 def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
-    """The task as bytes.
+    """Return the task as bytes.
 
-    What can travel is plain data: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with
-    str keys of them, of these very types and at most 100 deep.
+    A payload may hold plain data: None, bool, int within 64 bits, float, str, bytes, and lists, tuples and dicts with
+    str keys of these; of exactly these types, at most 100 deep.
 
     Args:
-        task: what is to be stored.
-        payload: its payload as plain data: what a codec made of it, or, without one, the payload itself.
-        bound: bytes that the payload may take.
+        task: the task to store.
+        payload: its payload as plain data: the output of its codec, or, without a codec, the payload itself.
+        bound: bytes that the encoded payload may take.
 
     Raises:
-        NotPortable: the payload holds something else, at ``path``.
-        PayloadTooLarge: it takes more than `bound` bytes; ``size`` is at least what it takes.
+        NotSerializable: the payload holds something else, at ``path``.
+        PayloadTooLarge: the payload takes more than `bound` bytes; ``size`` is a lower bound of what it takes.
     """
     encoded = _encode_plain(payload, "payload", task.task_id, bound)
     estimate = task.estimate
@@ -121,13 +121,13 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
 
 
 def decode_task(envelope: bytes) -> Task:
-    """The task in an envelope, also if its deadline has passed meanwhile.
+    """Return the task in an envelope, even if its deadline has passed since.
 
     Raises:
         EnvelopeTooNew: a newer Forebay wrote it.
-        EnvelopeDamaged: it is no envelope.
+        EnvelopeDamaged: it is not a valid envelope.
     """
-    stored = _open(_decode_envelope, envelope)
+    stored = _decode(_decode_envelope, envelope)
     try:
         task = Task(
             stored.task_type,
@@ -142,7 +142,7 @@ def decode_task(envelope: bytes) -> Task:
             thread_id=stored.thread_id,
             estimate=stored.estimate and _estimate(stored.estimate),
         )
-        if stored.deadline is not None:  # a Task refuses to be made too late, but a stored one has to end as EXPIRED
+        if stored.deadline is not None:  # a Task rejects a deadline in the past, but a stored one has to end EXPIRED
             msgspec.structs.force_setattr(task, "deadline", Deadline(stored.deadline))
     except ValueError as error:
         raise EnvelopeDamaged(why=type(error).__name__) from None
@@ -150,33 +150,33 @@ def decode_task(envelope: bytes) -> Task:
 
 
 def encode_result(value: Any, *, task_id: str, bound: int) -> bytes:
-    """A handler's value, as plain data, as bytes.
+    """Return a handler's value, which is plain data, as bytes.
 
     Raises:
-        NotPortable, PayloadTooLarge: it cannot be, as with `encode_task`.
+        NotSerializable, PayloadTooLarge: as for `encode_task`.
     """
     encoded = _encode_plain(value, "result", task_id, bound)
     return _encode(_Result(version=VERSION, value=msgspec.Raw(encoded)))
 
 
 def decode_result(encoded: bytes) -> Any:
-    """The value in an encoded result.
+    """Return the value in an encoded result.
 
     Raises:
         EnvelopeTooNew: a newer Forebay wrote it.
-        EnvelopeDamaged: it is no result.
+        EnvelopeDamaged: it is not a valid result.
     """
-    return _open(_decode_result, encoded).value
+    return _decode(_decode_result, encoded).value
 
 
-def _open(decode: Callable[[bytes], _Stored], data: bytes) -> _Stored:
+def _decode(decode: Callable[[bytes], _Stored], data: bytes) -> _Stored:
     try:
         stored = decode(data)
-    except _UNREADABLE as error:
+    except _DECODE_ERRORS as error:
         why = type(error).__name__  # its text might quote the content
         try:
             version = _decode_version(data).version
-        except _UNREADABLE:
+        except _DECODE_ERRORS:
             raise EnvelopeDamaged(why=why) from None
     else:
         version, why = stored.version, f"version {stored.version}"
@@ -193,23 +193,23 @@ def _estimate(figures: tuple[int, int, int]) -> Estimate:
 
 
 def _encode_plain(value: Any, name: str, task_id: str, bound: int) -> bytes:
-    """The encoded value, or why it cannot travel."""
-    walk = _PlainDataCheck(bound)
+    """Return plain data encoded; raise NotSerializable or PayloadTooLarge, where `name` is the root of the path."""
+    check = _PlainDataCheck(bound)
     try:
-        culprit = walk.find_unsupported(value, 0)
+        unsupported = check.find_unsupported(value, 0)
     except _BoundExceeded:
-        raise PayloadTooLarge(task_id=task_id, size=bound - walk.left, bound=bound) from None
-    if culprit is not None:
-        path, kind = culprit
+        raise PayloadTooLarge(task_id=task_id, size=bound - check.left, bound=bound) from None
+    if unsupported is not None:
+        path, kind = unsupported
         raise NotSerializable(task_id=task_id, path=name + path, type=kind)
-    encoded = _encode(_mark_tuples(value) if walk.tuples else value)
+    encoded = _encode(_mark_tuples(value) if check.tuples else value)
     if len(encoded) > bound:
         raise PayloadTooLarge(task_id=task_id, size=len(encoded), bound=bound)
     return encoded
 
 
 def _mark_tuples(value: Any) -> Any:
-    """The value with its tuples told from lists. It has been walked, so it ends."""
+    """Return the value with its tuples encoded as such, unlike lists. It was checked before, so it is finite."""
     kind = type(value)
     if kind is dict:
         return {name: _mark_tuples(item) for name, item in value.items()}
@@ -221,24 +221,24 @@ def _mark_tuples(value: Any) -> Any:
 
 
 class _BoundExceeded(Exception):
-    """The walk has met more than the bound allows."""
+    """The value takes more bytes than the bound allows."""
 
 
 class _PlainDataCheck:
-    """A walk over a value, looking for what would not come back equal.
+    """A depth-first search for the first part of a value that would not be decoded equal.
 
-    Every item and every character takes at least a byte, so once more of them were met than the bound has bytes the
-    value is too large, and one that fans out without end, by holding one list many times over, ends there too.
+    Every item and every character takes at least one byte. So once more of them were seen than the bound has bytes, the
+    value is too large; this also stops at a value that grows without end because it holds one list many times over.
     """
 
     __slots__ = ("left", "tuples")
 
     def __init__(self, bound: int) -> None:
         self.left = bound
-        self.tuples = False  # whether it met any
+        self.tuples = False  # whether it has seen a tuple
 
     def find_unsupported(self, value: Any, depth: int) -> tuple[str, str] | None:
-        """Where in the value the first culprit is and what it is, or None."""
+        """Return the path and the kind of the first unsupported part, or None."""
         kind = type(value)
         if kind is dict:
             items = value.items()
@@ -247,16 +247,16 @@ class _PlainDataCheck:
             items = enumerate(value)
         else:
             return self._check_scalar(value, kind)
-        if depth == _DEEPEST:
-            return "", f"{kind.__name__} more than {_DEEPEST} deep, or within itself"
-        self._spend(len(value))
+        if depth == _MAX_DEPTH:
+            return "", f"{kind.__name__} more than {_MAX_DEPTH} deep, or within itself"
+        self._count_bytes(len(value))
         for name, item in items:
             if kind is dict:
                 if type(name) is not str:
                     return "", f"dict with a key of type {type(name).__qualname__}"
                 if self._check_scalar(name, str) is not None:
                     return "", "dict with a key that is not valid Unicode"
-            if type(item) in _PLAIN:
+            if type(item) in _FIXED_SIZE:
                 continue
             found = self.find_unsupported(item, depth + 1)
             if found is not None:
@@ -265,16 +265,16 @@ class _PlainDataCheck:
 
     def _check_scalar(self, value: Any, kind: type) -> tuple[str, str] | None:
         if kind is str:
-            self._spend(len(value))
+            self._count_bytes(len(value))
             return None if value.isascii() or _is_unicode(value) else ("", "str that is not valid Unicode")
         if kind is int:
-            return None if _LEAST <= value <= _MOST else ("", "int beyond 64 bits")
+            return None if _MIN_INT <= value <= _MAX_INT else ("", "int beyond 64 bits")
         if kind is bytes:
-            self._spend(len(value))
+            self._count_bytes(len(value))
             return None
-        return None if kind in _PLAIN else ("", kind.__qualname__)
+        return None if kind in _FIXED_SIZE else ("", kind.__qualname__)
 
-    def _spend(self, size: int) -> None:
+    def _count_bytes(self, size: int) -> None:
         self.left -= size
         if self.left < 0:
             raise _BoundExceeded
@@ -293,7 +293,7 @@ def _exact_str(name: str) -> str:
 
 
 def _unencodable_field(task: Task) -> NotSerializable:
-    """Which of the task's own fields cannot travel."""
+    """Return the error that names the field of the task, other than its payload, that cannot be encoded."""
     for field in _NAMES:
         name = getattr(task, field)
         if name is not None and not _is_unicode(name):

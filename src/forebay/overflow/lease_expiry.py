@@ -1,4 +1,4 @@
-"""What becomes of a task whose holder let its lease lapse."""
+"""What happens to a task whose lease has expired because its holder went silent. Every store applies this rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from forebay.task import TaskStatus
 
 
 def completion_after_expiry(record: TaskRecord, *, now: float, max_attempts: int) -> Completion | None:
-    """The end of a task that has been started often enough without one; None if it is to wait for another start."""
+    """Return the completion of a task whose attempts are used up; None if the task waits for another attempt.
+
+    Args:
+        record: the task whose lease has expired.
+        now: epoch seconds.
+        max_attempts: starts of the handler that a task may have.
+    """
     if record.attempts < max_attempts:
         return None
     return Completion(

@@ -1,4 +1,4 @@
-"""The ledger in memory: tasks wait outside the line, and are gone with their process."""
+"""The task store in memory: tasks wait outside the queue, and are lost with their process."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from forebay.overflow.lease_expiry import completion_after_expiry
 from forebay.storage.url import DEFAULT_BOUND
 from forebay.task import Priority
 
-_MIN_STALE = 64  # dead items that a heap may hold, however few live ones it has
+_MIN_STALE = 64  # stale items that a heap may hold however few current ones it has
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A row, and where it is."""
+    """A record, and its state."""
 
     record: TaskRecord
-    sequence: int  # grows with each row stored; kept for life
-    version: int = 0  # changes with its state: items of a heap that bear an older one are dead
+    sequence: int  # grows with each record stored; never changes
+    version: int = 0  # changes with the state: an item of a heap with an older version is stale
     state: RecordState = RecordState.WAITING
     fence: str | None = None
     until: float = 0.0
@@ -36,19 +36,19 @@ class _Entry:
 
 
 class _Heap:
-    """Entries in the order of their keys. What died in it goes when it comes up, or when it is the larger part."""
+    """Entries in the order of their keys. Stale items are removed at the top, or once they are more than half."""
 
     __slots__ = ("_items", "_stale")
 
     def __init__(self) -> None:
-        self._items: list[tuple[Any, int, _Entry]] = []  # stamps are unique, so entries are never compared
+        self._items: list[tuple[Any, int, _Entry]] = []  # versions are unique, so entries are never compared
         self._stale = 0
 
     def push(self, key: Any, entry: _Entry) -> None:
         heapq.heappush(self._items, (key, entry.version, entry))
 
     def mark_stale(self) -> None:
-        """Take note that an entry in it has changed its stamp."""
+        """Count an entry of this heap whose version has changed."""
         self._stale += 1
         if self._stale > _MIN_STALE and self._stale * 2 > len(self._items):
             self._items = [item for item in self._items if item[1] == item[2].version]
@@ -56,29 +56,29 @@ class _Heap:
             self._stale = 0
 
     def peek(self) -> tuple[Any, _Entry] | None:
-        """The first live entry with its key."""
+        """Return the first current entry with its key."""
         while self._items:
-            key, stamp, entry = self._items[0]
-            if stamp == entry.version:
+            key, version, entry = self._items[0]
+            if version == entry.version:
                 return key, entry
             heapq.heappop(self._items)
             self._stale -= 1
         return None
 
     def live(self) -> Iterator[tuple[Any, _Entry]]:
-        """The live entries with their keys, in no particular order."""
-        return ((key, entry) for key, stamp, entry in self._items if stamp == entry.version)
+        """Return the current entries with their keys, in no particular order."""
+        return ((key, entry) for key, version, entry in self._items if version == entry.version)
 
     def pop(self) -> None:
-        """Drop what `first` returned."""
+        """Remove the entry that `peek` returned."""
         heapq.heappop(self._items)
 
 
 class MemoryTaskStore:
-    """A ledger of rows in memory. It keeps them through close() and open(), as long as it lives itself.
+    """A task store in memory. It keeps its records through close() and open(), as long as the object itself lives.
 
     Args:
-        bound: rows that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+        bound: records that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
     """
 
     durable = False
@@ -91,20 +91,20 @@ class MemoryTaskStore:
         self._queues: defaultdict[tuple[str, Priority], _Heap] = defaultdict(_Heap)
         self._leased = _Heap()
         self._ended = {RecordState.DONE: _Heap(), RecordState.DEAD: _Heap()}
-        self._sizes = Counter[RecordState]()  # of those
+        self._sizes = Counter[RecordState]()  # of the ended records
         self._depths: Counter[tuple[str, Priority]] = Counter()
         self._next_number = itertools.count().__next__
 
     async def open(self) -> None:
-        """Let it be used."""
+        """Allow operations."""
         self._is_open = True
 
     async def close(self) -> None:
-        """Let it be used no more."""
+        """Reject further operations."""
         self._is_open = False
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        """Store `row`."""
+        """Store `record`."""
         self._check_open()
         if record.task_id in self._entries or (record.key is not None and record.key in self._keys):
             return PutResult.DUPLICATE
@@ -122,23 +122,23 @@ class MemoryTaskStore:
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
     ) -> Sequence[Lease]:
-        """Lease the best waiting rows of a type."""
+        """Lease the best waiting records of a task type."""
         self._check_open()
         leases: list[Lease] = []
-        for place in [(task_type, each) for each in (Priority if priority is None else (priority,))]:
-            queue = self._queues.get(place)
+        for key in [(task_type, each) for each in (Priority if priority is None else (priority,))]:
+            queue = self._queues.get(key)
             while queue is not None and len(leases) < limit and (best := queue.peek()) is not None:
                 entry = best[1]
                 queue.pop()
-                self._leave_queue(entry)
+                self._count_left(entry)
                 self._lease(entry, new_id(), until)
                 leases.append(Lease(record=entry.record, fence=str(entry.fence), until=until))
             if queue is not None and queue.peek() is None:
-                del self._queues[place]  # task types come and go
+                del self._queues[key]  # task types come and go
         return leases
 
     async def begin_attempt(self, lease: Lease) -> bool:
-        """Count a start."""
+        """Count a start of the handler."""
         self._check_open()
         entry = self._leased_entry(lease)
         if entry is None:
@@ -155,11 +155,11 @@ class MemoryTaskStore:
             if entry is None:
                 lost.append(lease)
             else:
-                entry.until = max(entry.until, until)  # its item in the heap comes up too early, and is put back then
+                entry.until = max(entry.until, until)  # its item in the heap comes up too early; reap pushes it again
         return lost
 
     async def release(self, leases: Sequence[Lease]) -> None:
-        """Put rows back where they stood."""
+        """Make leased records WAITING again, in their old order."""
         self._check_open()
         for lease in leases:
             entry = self._leased_entry(lease)
@@ -168,14 +168,14 @@ class MemoryTaskStore:
                 self._enqueue(entry)
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
-        """Mark a row DONE."""
+        """Mark a record DONE."""
         self._check_open()
         entry = self._entries.get(task_id)
         if entry is None or entry.fence != fence or entry.state not in (RecordState.WAITING, RecordState.LEASED):
             return False
         if entry.state is RecordState.WAITING:
             queue = self._queues[entry.record.task_type, entry.record.priority]
-            self._leave_queue(entry)
+            self._count_left(entry)
             self._end(entry, RecordState.DONE, completion)
             queue.mark_stale()
         else:
@@ -184,7 +184,7 @@ class MemoryTaskStore:
         return True
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        """Take back lapsed rows, and return those that became DEAD."""
+        """Release expired leases, and return the records that became DEAD."""
         self._check_open()
         dead = []
         while (first := self._leased.peek()) is not None and first[0] < now:
@@ -192,7 +192,9 @@ class MemoryTaskStore:
             self._leased.pop()
             if entry.until >= now:
                 self._leased.push(entry.until, entry)
-            elif (completion := completion_after_expiry(entry.record, now=now, max_attempts=max_attempts)) is None:
+                continue
+            completion = completion_after_expiry(entry.record, now=now, max_attempts=max_attempts)
+            if completion is None:
                 self._enqueue(entry)
             else:
                 self._end(entry, RecordState.DEAD, completion)
@@ -200,7 +202,7 @@ class MemoryTaskStore:
         return dead
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE rows that are old enough."""
+        """Drop DONE records that ended before `before`."""
         self._check_open()
         done, count = self._ended[RecordState.DONE], 0
         while (oldest := done.peek()) is not None and oldest[0][0] < before:
@@ -209,7 +211,7 @@ class MemoryTaskStore:
         return count
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        """Mark a row DEAD."""
+        """Mark a leased record DEAD."""
         self._check_open()
         entry = self._leased_entry(lease)
         if entry is None:
@@ -219,7 +221,7 @@ class MemoryTaskStore:
         return True
 
     async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """A page of the rows that are DEAD."""
+        """Return a page of the DEAD records."""
         self._check_open()
         behind = (item for item in self._ended[RecordState.DEAD].live() if after is None or item[0] > after)
         page = heapq.nsmallest(limit, behind, key=lambda item: item[0])
@@ -230,7 +232,7 @@ class MemoryTaskStore:
         ]
 
     async def requeue(self, task_id: str) -> PutResult | None:
-        """Let a DEAD row wait again."""
+        """Make a DEAD record WAITING again."""
         self._check_open()
         entry = self._entries.get(task_id)
         if entry is None or entry.state is not RecordState.DEAD:
@@ -245,7 +247,7 @@ class MemoryTaskStore:
         return PutResult.STORED
 
     async def delete_dead(self, task_id: str) -> bool:
-        """Drop a DEAD row."""
+        """Delete a DEAD record."""
         self._check_open()
         entry = self._entries.get(task_id)
         if entry is None or entry.state is not RecordState.DEAD:
@@ -256,18 +258,18 @@ class MemoryTaskStore:
         return True
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
-        """A row by its id."""
+        """Return a record by its task id."""
         self._check_open()
         entry = self._entries.get(task_id)
         return None if entry is None else (entry.state, entry.record, entry.completion)
 
     async def find_key(self, key: str) -> str | None:
-        """The id stored under a key."""
+        """Return the task id stored under a key."""
         self._check_open()
         return self._keys.get(key)
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
-        """How many rows wait."""
+        """Return how many records are WAITING."""
         self._check_open()
         return dict(self._depths)
 
@@ -284,24 +286,27 @@ class MemoryTaskStore:
         return entry if entry is not None and entry.fence == lease.fence else None
 
     def _enqueue(self, entry: _Entry) -> None:
-        row = entry.record
+        record = entry.record
         entry.state, entry.fence, entry.version = RecordState.WAITING, None, self._next_number()
-        self._depths[row.task_type, row.priority] += 1
-        due = inf if row.deadline is None else row.deadline
-        self._queues[row.task_type, row.priority].push((due, row.enqueued_at, entry.sequence), entry)
+        self._depths[record.task_type, record.priority] += 1
+        due = inf if record.deadline is None else record.deadline
+        self._queues[record.task_type, record.priority].push((due, record.enqueued_at, entry.sequence), entry)
 
-    def _leave_queue(self, entry: _Entry) -> None:
-        place = (entry.record.task_type, entry.record.priority)
-        self._depths[place] -= 1
-        if not self._depths[place]:
-            del self._depths[place]
+    def _count_left(self, entry: _Entry) -> None:
+        """Count that `entry` has left its queue."""
+        key = (entry.record.task_type, entry.record.priority)
+        self._depths[key] -= 1
+        if not self._depths[key]:
+            del self._depths[key]
 
     def _lease(self, entry: _Entry, fence: str, until: float) -> None:
-        entry.state, entry.fence, entry.until, entry.version = RecordState.LEASED, fence, until, self._next_number()
+        entry.state, entry.fence, entry.until = RecordState.LEASED, fence, until
+        entry.version = self._next_number()
         self._leased.push(until, entry)
 
     def _end(self, entry: _Entry, state: RecordState, completion: Completion) -> None:
-        entry.state, entry.fence, entry.version, entry.completion = state, None, self._next_number(), completion
+        entry.state, entry.fence, entry.completion = state, None, completion
+        entry.version = self._next_number()
         if state is RecordState.DONE:
             entry.record = msgspec.structs.replace(entry.record, envelope=b"")
         order = entry.sequence if state is RecordState.DONE else entry.record.task_id
@@ -317,7 +322,7 @@ class MemoryTaskStore:
             self._remove(oldest[1])
 
     def _remove(self, entry: _Entry) -> None:
-        """Drop an entry that has ended."""
+        """Remove an entry that has ended."""
         self._sizes[entry.state] -= 1
         del self._entries[entry.record.task_id]
         if entry.record.key is not None:

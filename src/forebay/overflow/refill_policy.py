@@ -1,4 +1,4 @@
-"""Which of the tasks that wait outside are to come back next, and how many."""
+"""Which stored tasks come back into the queue next, and how many. A pure decision."""
 
 from __future__ import annotations
 
@@ -6,46 +6,50 @@ from collections.abc import Mapping, Sequence
 
 from forebay.task import Priority
 
-_MAX_SKIPPED = 20  # rows of better rungs after which one of a rung that was passed over comes back
+_MAX_SKIPPED = 20  # records of better priorities after which one of a priority that was skipped comes back
 
 
 class RefillPolicy:
-    """Decides for one task type. Pure: it is told, and answers.
+    """Decides which stored tasks of one task type come back into the queue.
 
-    The best rung outside comes first. What waits inside counts only as far as it would be served before: a better task
-    outside does not wait until a line of worse ones is empty. And under a flood of better work every rung still moves.
+    The best stored priority comes first. Queued tasks count only as far as they would be served before it: a better
+    task in the store does not wait until a queue of worse ones is empty. And even under a flood of better work every
+    priority makes progress.
+
+    Args:
+        max_skipped: records of better priorities that may come back before one record of a worse priority does.
     """
 
     def __init__(self, *, max_skipped: int = _MAX_SKIPPED) -> None:
         self._max_skipped = max_skipped
-        self._skipped = dict.fromkeys(Priority, 0)  # rows of better rungs that came back while this one waited
+        self._skipped = dict.fromkeys(Priority, 0)  # records of better priorities fetched while this one waited
 
     def next_batch(
         self, *, slots: int, capacity: int, queued: Sequence[int], stored: Mapping[Priority, int]
     ) -> tuple[Priority, int] | None:
-        """The rung to fetch from and how many; None if nothing should come in now.
+        """Return the priority to fetch and how many records of it; None if none should come back now.
 
         Args:
-            seats: how many could start soon: free slots, and what drains while rows are fetched.
-            room: how many the line can take.
-            inside: how many wait inside, by rung.
-            outside: how many wait outside, by rung.
+            slots: how many tasks could start soon: free slots, and those that become free during the fetch.
+            capacity: how many more tasks the queue can take.
+            queued: how many tasks are queued, by priority.
+            stored: how many tasks wait in the store, by priority.
         """
-        best = next((rung for rung in Priority if stored[rung]), None)
+        best = next((priority for priority in Priority if stored[priority]), None)
         if best is None or capacity <= 0:
             return None
         if any(queued):
-            slots = max(slots, 1)  # who waits at the head must not be worse than who waits outside
+            slots = max(slots, 1)  # the head of the queue must not be worse than the best task in the store
         count = min(slots - sum(queued[: best + 1]), stored[best], capacity)
         if count <= 0:
             return None
-        for rung in reversed(Priority):
-            if rung > best and stored[rung] and self._skipped[rung] >= self._max_skipped:
-                return rung, 1
+        for priority in reversed(Priority):
+            if priority > best and stored[priority] and self._skipped[priority] >= self._max_skipped:
+                return priority, 1
         return best, count
 
     def record_fetch(self, priority: Priority, count: int, stored: Mapping[Priority, int]) -> None:
-        """Take note that `count` rows of `rung` came in while `outside` waited."""
+        """Record that `count` records of `priority` were fetched while `stored` waited."""
         self._skipped[priority] = 0
         for worse in Priority:
             if worse > priority:

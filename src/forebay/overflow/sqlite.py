@@ -1,6 +1,6 @@
-"""The ledger in a SQLite file: tasks survive their process, and processes on one machine share them."""
+"""The task store in a SQLite file: tasks survive their process, and processes on one machine share them."""
 
-# ruff: noqa: S608 - statements are built of constants; every value is a parameter
+# ruff: noqa: S608 - statements are built from constants; every value is a parameter
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from forebay.storage.sqlite_writer import SqliteWriter
 from forebay.storage.url import DEFAULT_BOUND, Synchronous
 from forebay.task import Priority
 
-_BATCH = 500  # rows that reap and prune take at once, so that nobody waits long behind them
+_BATCH = 500  # rows that reap and prune take at once, so that no other operation waits long behind them
 
 _ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts"
 
-# Not INSERT OR IGNORE: that would also govern what the triggers do.
+# Not INSERT OR IGNORE: that would also apply to the statements of the triggers.
 _PUT = BatchStatement(
     f"""
     INSERT INTO task ({_ROW}, state, fence, until)
@@ -43,18 +43,18 @@ _HELD = "SELECT tasks FROM size WHERE kind = 0"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
 _ENTERED = "INSERT INTO depth VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting"
 _LEASE = f"""
-UPDATE task SET state = 1, until = ?, fence = ? || '-' || turn
-WHERE turn IN (
-    SELECT turn FROM task WHERE state = 0 AND task_type = ? AND priority BETWEEN ? AND ?
-    ORDER BY priority, due, enqueued_at, turn LIMIT ?
+UPDATE task SET state = 1, until = ?, fence = ? || '-' || sequence
+WHERE sequence IN (
+    SELECT sequence FROM task WHERE state = 0 AND task_type = ? AND priority BETWEEN ? AND ?
+    ORDER BY priority, due, enqueued_at, sequence LIMIT ?
 )
-RETURNING {_ROW}, fence, turn
+RETURNING {_ROW}, fence, sequence
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
-_START = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
+_BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
 _RENEW = BatchStatement(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
 _RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
-# A row that waits has no fence, so that IS finds it for who gave none.
+# A waiting row has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
     """
     UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x''
@@ -62,25 +62,27 @@ _FINISH = BatchStatement(
     """,
     4,
 )
-_BURY = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE turn = ?"
-_LAPSED = f"SELECT {_ROW}, turn FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
-_TAKE_BACK = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE turn = ?"
-_OLDEST_DONE = "SELECT turn FROM task WHERE state = 2 ORDER BY finished_at, turn"
-_OLDEST_DEAD = "SELECT turn FROM task WHERE state = 3 ORDER BY finished_at, task_id"
+_MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE sequence = ?"
+_EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
+_REQUEUE_EXPIRED = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE sequence = ?"
+_OLDEST_DONE = "SELECT sequence FROM task WHERE state = 2 ORDER BY finished_at, sequence"
+_OLDEST_DEAD = "SELECT sequence FROM task WHERE state = 3 ORDER BY finished_at, task_id"
 _TRIM_DONE = (
-    f"DELETE FROM task WHERE turn IN ({_OLDEST_DONE} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 1) - ?))"
+    f"DELETE FROM task WHERE sequence IN ({_OLDEST_DONE} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 1) - ?))"
 )
 _TRIM_DEAD = (
-    f"DELETE FROM task WHERE turn IN ({_OLDEST_DEAD} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 2) - ?))"
+    f"DELETE FROM task WHERE sequence IN ({_OLDEST_DEAD} LIMIT max(0, (SELECT tasks FROM size WHERE kind = 2) - ?))"
 )
 _PRUNE = """
-DELETE FROM task WHERE turn IN (SELECT turn FROM task WHERE state = 2 AND finished_at < ? ORDER BY finished_at LIMIT ?)
+DELETE FROM task WHERE sequence IN (
+    SELECT sequence FROM task WHERE state = 2 AND finished_at < ? ORDER BY finished_at LIMIT ?
+)
 """
-_BURY_HELD = """
+_MARK_LEASED_DEAD = """
 UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ?
 WHERE task_id = ? AND fence = ? AND state = 1
 """
-_DEAD = f"""
+_LIST_DEAD = f"""
 SELECT {_ROW.replace("envelope", "x''")}, completion FROM task
 WHERE state = 3 AND (finished_at, task_id) > (?, ?) ORDER BY finished_at, task_id LIMIT ?
 """
@@ -88,27 +90,25 @@ _IS_DEAD = "SELECT 1 FROM task WHERE task_id = ? AND state = 3"
 _REQUEUE = """
 UPDATE task SET state = 0, attempts = 0, finished_at = NULL, completion = NULL WHERE task_id = ? AND state = 3
 """
-_DROP = "DELETE FROM task WHERE task_id = ? AND state = 3"
+_DELETE_DEAD = "DELETE FROM task WHERE task_id = ? AND state = 3"
 _FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
 _FIND_KEY = "SELECT task_id FROM task WHERE key = ?"
 _DEPTHS = "SELECT task_type, priority, waiting FROM depth WHERE waiting > 0"
-_FORGET_TYPES = "DELETE FROM depth WHERE waiting = 0"
+_DELETE_EMPTY_DEPTHS = "DELETE FROM depth WHERE waiting = 0"
 
-_Offer: TypeAlias = tuple[
-    TaskRecord, str | None, float
-]  # a row; its fence and how long that holds, if it is put leased
-_Ending: TypeAlias = tuple[str, str | None, float, bytes]  # task id, fence, when, encoded completion
+_PutItem: TypeAlias = tuple[TaskRecord, str | None, float]  # a record; its fence and until when, if it is put LEASED
+_FinishItem: TypeAlias = tuple[str, str | None, float, bytes]  # task id, fence, epoch seconds, encoded completion
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_completion = msgspec.msgpack.Decoder(Completion).decode
 
 
 class SqliteTaskStore:
-    """A ledger of rows in a SQLite file, safe to share between processes on one machine.
+    """A task store in a SQLite file, safe to share between processes on one machine.
 
     Args:
-        path: the file; made if it is not there.
-        bound: rows that may wait or be leased; as many ended ones are kept, the oldest dropped first.
+        path: the file; it is created if missing.
+        bound: records that may wait or be leased; as many ended ones are kept, the oldest dropped first.
         synchronous: what an acknowledged write survives, see `Synchronous`.
     """
 
@@ -125,35 +125,35 @@ class SqliteTaskStore:
         await self._writer.open()
 
     async def close(self) -> None:
-        """Finish what was asked for and close the file."""
+        """Finish the pending operations and close the file."""
         await self._writer.close()
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        """Store `row`."""
+        """Store `record`."""
         return await self._writer.run_batched(self._put, (record, fence, until))
 
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
     ) -> Sequence[Lease]:
-        """Lease the best waiting rows of a type. Cancelled, it gives back what it leased after all."""
+        """Lease the best waiting records of a task type. Cancelled, release what was leased after all."""
         if limit <= 0:
             return ()
-        rungs = (min(Priority), max(Priority)) if priority is None else (priority, priority)
-        leasing = self._writer.run(partial(_lease, task_type, rungs, limit, until))
+        priorities = (min(Priority), max(Priority)) if priority is None else (priority, priority)
+        leasing = self._writer.run(partial(_lease, task_type, priorities, limit, until))
         try:
             return await asyncio.shield(leasing)
         except asyncio.CancelledError:
-            leasing.add_done_callback(self._give_back)
+            leasing.add_done_callback(self._release_late_leases)
             raise
 
-    def _give_back(self, leasing: asyncio.Future[Sequence[Lease]]) -> None:
+    def _release_late_leases(self, leasing: asyncio.Future[Sequence[Lease]]) -> None:
         if leasing.cancelled() or leasing.exception() is not None or not leasing.result():
             return
-        with suppress(StoreUnavailable):  # closed meanwhile: they lapse
+        with suppress(StoreUnavailable):  # closed in the meantime: the leases expire
             self._writer.run(partial(_release, leasing.result()))
 
     async def begin_attempt(self, lease: Lease) -> bool:
-        """Count a start."""
+        """Count a start of the handler."""
         return await self._writer.run_batched(_begin_attempt, lease)
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
@@ -161,16 +161,16 @@ class SqliteTaskStore:
         return self._writer.run_now(partial(_renew, leases, until))
 
     async def release(self, leases: Sequence[Lease]) -> None:
-        """Put rows back where they stood."""
+        """Make leased records WAITING again, in their old order."""
         await self._writer.run(partial(_release, leases))
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
-        """Mark a row DONE."""
-        ending = (task_id, fence, completion.finished_at, _encode(completion))
-        return await self._writer.run_batched(self._finish, ending)
+        """Mark a record DONE."""
+        item = (task_id, fence, completion.finished_at, _encode(completion))
+        return await self._writer.run_batched(self._finish, item)
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        """Take back lapsed rows, and return those that became DEAD."""
+        """Release expired leases, and return the records that became DEAD."""
         dead: list[DeadRecord] = []
         while True:
             count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
@@ -179,7 +179,7 @@ class SqliteTaskStore:
                 return dead
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE rows that are old enough."""
+        """Drop DONE records that ended before `before`."""
         total = 0
         while True:
             count = await self._writer.run(partial(_prune, before))
@@ -188,92 +188,92 @@ class SqliteTaskStore:
                 return total
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
-        """Mark a row DEAD."""
+        """Mark a leased record DEAD."""
         return await self._writer.run(partial(_mark_dead, self._bound, lease, completion))
 
     async def list_dead(self, limit: int, *, after: tuple[float, str] | None = None) -> Sequence[DeadRecord]:
-        """A page of the rows that are DEAD."""
+        """Return a page of the DEAD records."""
         return await self._writer.run(partial(_list_dead, limit, after), writes=False)
 
     async def requeue(self, task_id: str) -> PutResult | None:
-        """Let a DEAD row wait again."""
+        """Make a DEAD record WAITING again."""
         return await self._writer.run(partial(_requeue, self._bound, task_id))
 
     async def delete_dead(self, task_id: str) -> bool:
-        """Drop a DEAD row."""
+        """Delete a DEAD record."""
         return await self._writer.run(partial(_delete_dead, task_id))
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
-        """A row by its id."""
+        """Return a record by its task id."""
         return await self._writer.run(partial(_find, task_id), writes=False)
 
     async def find_key(self, key: str) -> str | None:
-        """The id stored under a key."""
+        """Return the task id stored under a key."""
         return await self._writer.run(partial(_find_key, key), writes=False)
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
-        """How many rows wait."""
+        """Return how many records are WAITING."""
         return await self._writer.run(_depths, writes=False)
 
 
-_STORED_OR_NOT = (PutResult.DUPLICATE, PutResult.STORED)
+_DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)
 
 
-def _put(bound: int, connection: sqlite3.Connection, offers: Sequence[_Offer]) -> Sequence[PutResult]:
+def _put(bound: int, connection: sqlite3.Connection, items: Sequence[_PutItem]) -> Sequence[PutResult]:
     (held,) = connection.execute(_HELD).fetchone()
-    room = bound - held
+    capacity = bound - held
     rows = [
         (
-            row.task_id,
-            row.task_type,
-            int(row.priority),  # sqlite3 is slow to find that it is one
-            row.envelope,
-            row.enqueued_at,
-            inf if row.deadline is None else row.deadline,
-            row.key,
-            row.attempts,
+            record.task_id,
+            record.task_type,
+            int(record.priority),  # sqlite3 is slow to find out that it is an int
+            record.envelope,
+            record.enqueued_at,
+            inf if record.deadline is None else record.deadline,
+            record.key,
+            record.attempts,
             0 if fence is None else 1,
             fence,
             None if fence is None else until,
         )
-        for row, fence, until in offers
+        for record, fence, until in items
     ]
-    if len(rows) <= room:
-        outcomes = [_STORED_OR_NOT[stored] for stored in _PUT.run(connection, rows)]
+    if len(rows) <= capacity:
+        results = [_DUPLICATE_OR_STORED[stored] for stored in _PUT.run(connection, rows)]
     else:
-        outcomes = _put_one_by_one(room, connection, rows)
-    stored = [values for values, outcome in zip(rows, outcomes, strict=True) if outcome is PutResult.STORED]
-    waiting = Counter([values[1:3] for values in stored if not values[8]])  # by task type and priority
-    connection.executemany(_ENTERED, [(*place, count) for place, count in waiting.items()])
-    connection.execute(_STORED, (len(stored),))
-    return outcomes
+        results = _put_one_by_one(capacity, connection, rows)
+    inserted = [values for values, result in zip(rows, results, strict=True) if result is PutResult.STORED]
+    waiting = Counter([values[1:3] for values in inserted if not values[8]])  # by task type and priority
+    connection.executemany(_ENTERED, [(*queue, count) for queue, count in waiting.items()])
+    connection.execute(_STORED, (len(inserted),))
+    return results
 
 
-def _put_one_by_one(room: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[PutResult]:
-    """Where room for all is not certain, each has to see what became of the one before."""
-    outcomes = []
+def _put_one_by_one(capacity: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[PutResult]:
+    """Insert `rows` where not all may fit: whether one fits depends on the result of those before it."""
+    results = []
     for row in rows:
-        if room > 0:
+        if capacity > 0:
             (stored,) = _PUT.run(connection, [row])
-            room -= stored
-            outcomes.append(PutResult.STORED if stored else PutResult.DUPLICATE)
+            capacity -= stored
+            results.append(PutResult.STORED if stored else PutResult.DUPLICATE)
         else:
             task_id, key = row[0], row[6]
             (taken,) = connection.execute(_TAKEN, (task_id, key)).fetchone()
-            outcomes.append(PutResult.DUPLICATE if taken else PutResult.FULL)
-    return outcomes
+            results.append(PutResult.DUPLICATE if taken else PutResult.FULL)
+    return results
 
 
 def _lease(
-    task_type: str, rungs: tuple[Priority, Priority], limit: int, until: float, connection: sqlite3.Connection
+    task_type: str, priorities: tuple[Priority, Priority], limit: int, until: float, connection: sqlite3.Connection
 ) -> Sequence[Lease]:
-    found = connection.execute(_LEASE, (until, new_id(), task_type, *rungs, limit)).fetchall()
-    found.sort(key=lambda record: (record[2], record[5], record[4], record[-1]))  # RETURNING promises no order
-    return [Lease(record=_record(record), fence=record[-2], until=until) for record in found]
+    rows = connection.execute(_LEASE, (until, new_id(), task_type, *priorities, limit)).fetchall()
+    rows.sort(key=lambda row: (row[2], row[5], row[4], row[-1]))  # RETURNING guarantees no order
+    return [Lease(record=_record(row), fence=row[-2], until=until) for row in rows]
 
 
 def _begin_attempt(connection: sqlite3.Connection, leases: Sequence[Lease]) -> Sequence[bool]:
-    return _START.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
+    return _BEGIN_ATTEMPT.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
 
 
 def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection) -> Sequence[Lease]:
@@ -285,8 +285,8 @@ def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
     _RELEASE.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
 
 
-def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Ending]) -> Sequence[bool]:
-    finished = _FINISH.run(connection, endings)
+def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishItem]) -> Sequence[bool]:
+    finished = _FINISH.run(connection, items)
     connection.execute(_TRIM_DONE, (bound,))
     return finished
 
@@ -294,37 +294,37 @@ def _finish(bound: int, connection: sqlite3.Connection, endings: Sequence[_Endin
 def _reap(
     now: float, max_attempts: int, bound: int, connection: sqlite3.Connection
 ) -> tuple[int, Sequence[DeadRecord]]:
-    """How many had lapsed, at most a batch, and those of them that became DEAD."""
-    found = connection.execute(_LAPSED, (now, _BATCH)).fetchall()
+    """Release a batch of expired leases; return how many there were, and the records that became DEAD."""
+    rows = connection.execute(_EXPIRED, (now, _BATCH)).fetchall()
     dead = []
-    for record in found:
-        row, turn = _record(record), record[-1]
-        completion = completion_after_expiry(row, now=now, max_attempts=max_attempts)
+    for row in rows:
+        record, sequence = _record(row), row[-1]
+        completion = completion_after_expiry(record, now=now, max_attempts=max_attempts)
         if completion is None:
-            connection.execute(_TAKE_BACK, (turn,))
+            connection.execute(_REQUEUE_EXPIRED, (sequence,))
         else:
-            connection.execute(_BURY, (completion.finished_at, _encode(completion), turn))
-            dead.append(DeadRecord(record=row, completion=completion))
+            connection.execute(_MARK_DEAD, (completion.finished_at, _encode(completion), sequence))
+            dead.append(DeadRecord(record=record, completion=completion))
     if dead:
         connection.execute(_TRIM_DEAD, (bound,))
-    return len(found), dead
+    return len(rows), dead
 
 
 def _prune(before: float, connection: sqlite3.Connection) -> int:
-    connection.execute(_FORGET_TYPES)
+    connection.execute(_DELETE_EMPTY_DEPTHS)
     return connection.execute(_PRUNE, (before, _BATCH)).rowcount
 
 
 def _mark_dead(bound: int, lease: Lease, completion: Completion, connection: sqlite3.Connection) -> bool:
     values = (completion.finished_at, _encode(completion), lease.record.task_id, lease.fence)
-    buried = connection.execute(_BURY_HELD, values).rowcount > 0
+    marked = connection.execute(_MARK_LEASED_DEAD, values).rowcount > 0
     connection.execute(_TRIM_DEAD, (bound,))
-    return buried
+    return marked
 
 
 def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.Connection) -> Sequence[DeadRecord]:
-    records = connection.execute(_DEAD, (*(after or (-inf, "")), max(0, limit))).fetchall()
-    return [DeadRecord(record=_record(record), completion=_decode_completion(record[-1])) for record in records]
+    rows = connection.execute(_LIST_DEAD, (*(after or (-inf, "")), max(0, limit))).fetchall()
+    return [DeadRecord(record=_record(row), completion=_decode_completion(row[-1])) for row in rows]
 
 
 def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> PutResult | None:
@@ -338,29 +338,29 @@ def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> PutRes
 
 
 def _delete_dead(task_id: str, connection: sqlite3.Connection) -> bool:
-    return connection.execute(_DROP, (task_id,)).rowcount > 0
+    return connection.execute(_DELETE_DEAD, (task_id,)).rowcount > 0
 
 
 def _find(task_id: str, connection: sqlite3.Connection) -> tuple[RecordState, TaskRecord, Completion | None] | None:
-    record = connection.execute(_FIND, (task_id,)).fetchone()
-    if record is None:
+    row = connection.execute(_FIND, (task_id,)).fetchone()
+    if row is None:
         return None
-    *_, state, completion = record
-    return STATES[state], _record(record), None if completion is None else _decode_completion(completion)
+    *_, state, completion = row
+    return STATES[state], _record(row), None if completion is None else _decode_completion(completion)
 
 
 def _find_key(key: str, connection: sqlite3.Connection) -> str | None:
-    record = connection.execute(_FIND_KEY, (key,)).fetchone()
-    return None if record is None else str(record[0])
+    row = connection.execute(_FIND_KEY, (key,)).fetchone()
+    return None if row is None else str(row[0])
 
 
 def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority], int]:
-    records = connection.execute(_DEPTHS).fetchall()
-    return {(task_type, Priority(priority)): waiting for task_type, priority, waiting in records}
+    rows = connection.execute(_DEPTHS).fetchall()
+    return {(task_type, Priority(priority)): waiting for task_type, priority, waiting in rows}
 
 
-def _record(record: Sequence[Any]) -> TaskRecord:
-    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts = record[:8]
+def _record(row: Sequence[Any]) -> TaskRecord:
+    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts = row[:8]
     return TaskRecord(
         task_id=task_id,
         task_type=task_type,

@@ -1,8 +1,8 @@
-"""How the ledger lies in a SQLite file.
+"""The tables, indexes and triggers of a task store in a SQLite file.
 
-Whatever is asked of it often is found at the end of an index: the best waiting row of a type, the lease that lapses
-first, the ended row that is oldest. Rows are counted as they go in, where they all go in (`put`); after that triggers
-keep the counts true, whatever moves or drops a row.
+Frequent queries are answered from the end of an index: the best waiting record of a type, the lease that expires first,
+the oldest ended record. `put` counts the records that it inserts, being the only statement that does; after that,
+triggers keep the counts right, whichever statement moves or deletes a record.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from forebay.interfaces import RecordState
 from forebay.storage.sqlite_file import Schema
 
-# As stored. The first two are held against the bound, the last two have ended.
+# By stored number. The first two count towards the bound, the last two have ended.
 STATES = (RecordState.WAITING, RecordState.LEASED, RecordState.DONE, RecordState.DEAD)
 
 _TASK = """
 CREATE TABLE task (
-    turn        INTEGER PRIMARY KEY,  -- grows with each row stored
+    sequence    INTEGER PRIMARY KEY,  -- grows with each record stored
     task_id     TEXT NOT NULL UNIQUE,
     task_type   TEXT NOT NULL,
     state       INTEGER NOT NULL,     -- 0 waiting, 1 leased, 2 done, 3 dead
@@ -23,7 +23,7 @@ CREATE TABLE task (
     due         REAL NOT NULL,        -- the deadline; infinity if there is none, which sorts last
     key         TEXT,
     attempts    INTEGER NOT NULL,
-    enqueued_at REAL NOT NULL,        -- its place among those of its priority and deadline
+    enqueued_at REAL NOT NULL,        -- orders records of the same priority and deadline
     fence       TEXT,                 -- while leased
     until       REAL,                 -- while leased
     finished_at REAL,                 -- once ended
@@ -34,14 +34,14 @@ CREATE TABLE task (
 
 _INDEXES = (
     "CREATE UNIQUE INDEX task_key ON task (key) WHERE key IS NOT NULL",
-    "CREATE INDEX task_waiting ON task (task_type, priority, due, enqueued_at, turn) WHERE state = 0",
+    "CREATE INDEX task_waiting ON task (task_type, priority, due, enqueued_at, sequence) WHERE state = 0",
     "CREATE INDEX task_leased ON task (until) WHERE state = 1",
-    "CREATE INDEX task_done ON task (finished_at, turn) WHERE state = 2",
+    "CREATE INDEX task_done ON task (finished_at, sequence) WHERE state = 2",
     "CREATE INDEX task_dead ON task (finished_at, task_id) WHERE state = 3",
 )
 
 _COUNTS = (
-    "CREATE TABLE size (kind INTEGER PRIMARY KEY, tasks INTEGER NOT NULL)",  # 0: held, 1: done, 2: dead
+    "CREATE TABLE size (kind INTEGER PRIMARY KEY, tasks INTEGER NOT NULL)",  # 0: waiting or leased, 1: done, 2: dead
     "INSERT INTO size VALUES (0, 0), (1, 0), (2, 0)",
     """
     CREATE TABLE depth (
@@ -56,7 +56,7 @@ _ENTERS_QUEUE = """
 """
 _LEAVES_QUEUE = "UPDATE depth SET waiting = waiting - 1 WHERE task_type = old.task_type AND priority = old.priority;"
 
-_OLD, _NEW = "max(old.state - 1, 0)", "max(new.state - 1, 0)"  # the kind that a row was of, and is of
+_OLD, _NEW = "max(old.state - 1, 0)", "max(new.state - 1, 0)"  # the `kind` in table `size`, before and after
 _CHANGES = f"UPDATE size SET tasks = tasks + iif(kind = {_NEW}, 1, -1) WHERE kind IN ({_OLD}, {_NEW});"  # noqa: S608
 
 _TRIGGERS = tuple(

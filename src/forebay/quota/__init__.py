@@ -1,4 +1,4 @@
-"""Quotas and money: rates that refill, budgets that run out, and prices; reserved before a call, settled after it."""
+"""Quotas and budgets: rates that refill, money that runs out, and prices. Reserved before a call, settled after it."""
 
 from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import Price, Prices

@@ -1,6 +1,6 @@
-"""One quota as a level that falls and refills: a bucket that refills all the time, or a window that turns.
+"""The level of one quota: a token bucket that refills all the time, or a fixed window that resets.
 
-Pure; a clock that goes back is followed, and refills nothing by that.
+Pure. If the clock goes back, the bucket follows it and refills nothing.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 from typing import Final
 
-EPSILON: Final = 1e-9  # relative: who waits exactly as long as it was told must get in
+EPSILON: Final = 1e-9  # relative: a call that waits exactly as long as it was told must pass
 
 
 class Bucket:
     """How much of a quota is left.
 
-    Below zero is a debt, of one whole amount at most: what used more than two is an exception, or a lie.
+    A level below zero is a debt, of one whole amount at most: a call that used more than twice the amount is an error
+    in the numbers.
 
     Args:
         amount: granted in each period.
-        per: seconds of a period.
-        now: the present; the bucket is full.
+        period: seconds.
+        now: the present, in the clock's seconds; the bucket starts full.
     """
 
     __slots__ = (
@@ -36,26 +37,26 @@ class Bucket:
         "window_number",
     )
 
-    def __init__(self, amount: float, per: float, now: float) -> None:
+    def __init__(self, amount: float, period: float, now: float) -> None:
         self.level = amount
         self.updated_at = now
         self.window_end: float | None = None  # None: it refills all the time
-        self.window_number = 0  # which window it is
-        self.window_delay = 0.0  # seconds of each window in which nothing is taken
+        self.window_number = 0  # counts the windows
+        self.window_delay = 0.0  # seconds at the start of each window in which nothing is taken
         self.usable_from = -math.inf  # when the present window may be used
-        self.margin_share = 0.0  # share of the amount that stays where there is no window
-        self.resize(amount, per)
+        self.margin_share = 0.0  # share of the amount that is never taken, where there is no window
+        self.resize(amount, period)
 
-    def resize(self, amount: float, per: float) -> None:
-        """Grant `amount` in each `per` seconds from now on."""
+    def resize(self, amount: float, period: float) -> None:
+        """Grant `amount` in each `period` seconds from now on."""
         self.amount = amount
-        self.period = per
-        self.capacity = amount  # the most that it holds
-        self.rate = amount / per
+        self.period = period
+        self.capacity = amount  # most that it holds
+        self.rate = amount / period
         self.level = max(-amount, min(self.level, amount))
 
     def refill(self, now: float) -> None:
-        """Let time pass until `now`."""
+        """Refill for the time until `now`."""
         passed = now - self.updated_at
         if not passed:  # one call looks ten times at the same moment
             return
@@ -74,18 +75,18 @@ class Bucket:
 
     @property
     def margin(self) -> float:
-        """What is never drained."""
+        """Return the part of the level that is never taken."""
         return self.margin_share * self.amount if self.window_end is None else 0.0
 
     def wait(self, now: float, amount: float, ahead: float = 0.0) -> float:
-        """Seconds until `amount` can be taken once `ahead` is through: 0 is now, infinity never, for it is too much."""
+        """Return the seconds until `amount` can be taken after `ahead` has been; infinity if it is too large."""
         if amount > self.amount:
             return math.inf
         seconds = self.time_until(now, min(amount + self.margin, self.capacity)) if amount else 0.0
         return seconds if not ahead else max(seconds, self.time_until(now, ahead + amount + self.margin))
 
     def time_until(self, now: float, amount: float) -> float:
-        """Seconds until `amount` in all, which may be more than it can hold at once, will have been there."""
+        """Return the seconds until `amount` has become available, even if that is more than the bucket holds."""
         self.refill(now)
         missing = amount - self.level
         if missing <= EPSILON * self.amount:
@@ -95,20 +96,20 @@ class Bucket:
         return self.window_end + self.window_delay - now + self.period * (math.ceil(missing / self.amount) - 1)
 
     def level_in(self, now: float, seconds: float) -> float:
-        """What is left in `seconds`, were it to grow without a bound; infinity if a window has turned by then."""
+        """Return the level in `seconds` without the bound of its capacity; infinity if the window resets before."""
         self.refill(now)
         if self.window_end is None:
             return self.level + seconds * self.rate
         return self.level if now + seconds < self.window_end else math.inf
 
     def take(self, now: float, amount: float) -> None:
-        """Take `amount`, into debt if it must be."""
+        """Take `amount`, into debt if necessary."""
         if now != self.updated_at:
             self.refill(now)
         self.level = max(self.level - amount, -self.amount)
 
     def refund(self, now: float, amount: float) -> None:
-        """Return `amount`; what does not fit is lost."""
+        """Return `amount` to the bucket; what exceeds its capacity is lost."""
         if now != self.updated_at:
             self.refill(now)
         self.level = min(self.capacity, self.level + amount)

@@ -1,13 +1,14 @@
-"""Money: a budget that runs out, by the calendar in UTC, and the purse that keeps it."""
+"""Budgets in US dollars that run out and renew by the calendar in UTC, and the tracker of what is spent."""
 
 from __future__ import annotations
 
 import datetime as dt
 import math
+from dataclasses import dataclass
 from typing import Final, Literal
 
-import msgspec
-
+from forebay._renamed import renamed_arguments
+from forebay._validate import is_number, is_positive
 from forebay.errors import InvalidAmount, InvalidBudget, ReservationClosed
 from forebay.task import Priority
 
@@ -16,13 +17,15 @@ _DAY: Final = 86400.0
 _PERIODS: Final = ("hour", "day", "month", None)
 
 
-class Budget(msgspec.Struct, frozen=True, kw_only=True):
+@renamed_arguments(reserve="reserved_share")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
     """An amount of US dollars that runs out.
 
     Attributes:
         usd: how much may be spent in each period.
-        per: ``"hour"``, ``"day"`` or ``"month"`` of the calendar in UTC; None: once and for all.
-        reserve: the share kept for HIGH and CRITICAL, from 0 up to but not including 1.
+        per: ``"hour"``, ``"day"`` or ``"month"`` of the calendar in UTC; None for a budget that never renews.
+        reserved_share: the share kept for HIGH and CRITICAL, from 0 up to but not including 1.
 
     Raises:
         InvalidBudget: an amount that is not positive, a share out of range, or an unknown period.
@@ -33,87 +36,87 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     reserved_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not _number(self.usd) or not 0 < self.usd < math.inf:
-            self._refuse("usd", "a positive number of US dollars; where nothing may be spent, do not call")
+        if not is_positive(self.usd):
+            self._reject("usd", "a positive number of US dollars; to spend nothing, do not call")
         if self.per not in _PERIODS:
-            self._refuse("per", "'hour', 'day', 'month', or None for a budget that never comes back")
-        if not _number(self.reserved_share) or not 0 <= self.reserved_share < 1:
-            self._refuse("reserved_share", "a share from 0 up to but not including 1, such as 0.1")
+            self._reject("per", "'hour', 'day', 'month', or None for a budget that never renews")
+        if not is_number(self.reserved_share) or not 0 <= self.reserved_share < 1:
+            self._reject("reserved_share", "a share from 0 up to but not including 1, such as 0.1")
 
-    def _refuse(self, name: str, expected: str) -> None:
+    def _reject(self, name: str, expected: str) -> None:
         raise InvalidBudget(name=name, value=getattr(self, name), expected=expected)
 
 
-class _Page:
-    """What was spent and is reserved in one period."""
+class _BudgetPeriod:
+    """The dollars spent and reserved in one period."""
 
-    __slots__ = ("into", "open", "reserved", "spent", "start")
+    __slots__ = ("merged_into", "open", "reserved", "spent", "start")
 
     def __init__(self, start: float) -> None:
         self.start = start
         self.spent = 0.0
         self.reserved = 0.0
         self.open = 0  # reservations
-        self.into: _Page | None = None  # where it was carried over to
+        self.merged_into: _BudgetPeriod | None = None  # the period that took it over when the clock went back
 
 
 class BudgetReservation:
-    """Dollars that a call holds of a purse until they are settled or released: one of them, once."""
+    """Dollars that a call holds of a budget. It is settled or released exactly once."""
 
     __slots__ = ("open", "period", "usd")
 
-    def __init__(self, usd: float, page: _Page) -> None:
+    def __init__(self, usd: float, period: _BudgetPeriod) -> None:
         self.usd = usd
-        self.period = page
+        self.period = period
         self.open = True
 
 
 class BudgetTracker:
-    """Keeps a budget: of an account, a tenant or a task.
+    """The spend of one budget: of an account, a tenant or a task.
 
-    Pure. Its holder brings the time, in epoch seconds, and where threads share it the lock. What is spent counts in the
-    period in which it was reserved. A clock that goes back takes what was spent meanwhile with it, so it neither gives
-    money for nothing nor keeps any locked beyond the end of the period that it goes back to.
+    Pure. The caller passes the time in epoch seconds and, where threads share it, holds the lock. A cost counts in the
+    period in which it was reserved. If the clock goes back, what was spent meanwhile goes back with it: that neither
+    gives money away nor keeps any locked beyond the end of the period that the clock went back to.
 
     Args:
-        budget: how much, how often.
+        budget: the amount and its period.
     """
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self._page = _Page(-math.inf)
-        self._before: _Page | None = None  # the last period with a page of its own
+        self._period = _BudgetPeriod(-math.inf)
+        self._previous: _BudgetPeriod | None = None
 
     def can_afford(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
-        """Whether so much may be reserved, what is reserved for others counted as spent; nothing may, once all is."""
-        page = self._turn(now)
+        """Return whether `usd` may be reserved. Reserved dollars count as spent; once all is spent nothing may be."""
+        period = self._present(now)
         share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserved_share
-        left = self.budget.usd * share - page.spent - page.reserved
+        left = self.budget.usd * share - period.spent - period.reserved
         return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
 
     def reserve(self, now: float, usd: float) -> BudgetReservation:
-        """Set aside what a call will cost at most; its holder has asked `affords`.
+        """Reserve the most that a call can cost; the caller has checked `can_afford`.
 
         Raises:
             InvalidAmount: not a number of dollars of at least 0.
         """
-        page = self._turn(now)
-        page.reserved += check_dollars(usd)
-        page.open += 1
-        return BudgetReservation(usd, page)
+        period = self._present(now)
+        period.reserved += check_dollars(usd)
+        period.open += 1
+        return BudgetReservation(usd, period)
 
     def settle(self, now: float, reservation: BudgetReservation, usd: float) -> None:
-        """The call cost this, more than was reserved perhaps.
+        """Replace a reservation by the cost of the call, which may be higher.
 
         Raises:
-            InvalidAmount: not a number of dollars of at least 0; the sum stays reserved.
+            InvalidAmount: not a number of dollars of at least 0; the dollars stay reserved.
             ReservationClosed: it was settled or released before.
         """
         cost = check_dollars(usd)
         self._close(now, reservation).spent += cost
 
     def release(self, now: float, reservation: BudgetReservation) -> None:
-        """The call never left: it cost nothing.
+        """Return the dollars of a call that was never sent.
 
         Raises:
             ReservationClosed: it was settled or released before.
@@ -121,63 +124,63 @@ class BudgetTracker:
         self._close(now, reservation)
 
     def spent(self, now: float) -> float:
-        """US dollars spent in the present period."""
-        return self._turn(now).spent
+        """Return the US dollars spent in the present period."""
+        return self._present(now).spent
 
     def remaining(self, now: float) -> float:
-        """US dollars that are neither spent nor reserved; less than 0 if calls cost more than was thought."""
-        page = self._turn(now)
-        return self.budget.usd - page.spent - page.reserved
+        """Return the US dollars that are neither spent nor reserved; below 0 if calls cost more than was reserved."""
+        period = self._present(now)
+        return self.budget.usd - period.spent - period.reserved
 
     def reserved(self) -> tuple[int, float]:
-        """How many sums are open, and how many US dollars they hold; of the present period and the one before."""
-        pages = [self._page] if self._before is None else [self._page, self._before]
-        return sum(page.open for page in pages), sum(page.reserved for page in pages)
+        """Return the number of open reservations and their US dollars, of the present and the previous period."""
+        periods = [self._period] if self._previous is None else [self._period, self._previous]
+        return sum(period.open for period in periods), sum(period.reserved for period in periods)
 
     def resets_in(self, now: float) -> float | None:
-        """Seconds until the whole budget is there again; None for never."""
+        """Return the seconds until the budget renews; None for never."""
         if self.budget.per is None:
             return None
-        self._turn(now)
-        return _end(self.budget.per, self._page.start) - now
+        self._present(now)
+        return _period_end(self.budget.per, self._period.start) - now
 
-    def _close(self, now: float, held: BudgetReservation) -> _Page:
-        if not held.open:
+    def _close(self, now: float, reservation: BudgetReservation) -> _BudgetPeriod:
+        if not reservation.open:
             raise ReservationClosed
-        self._turn(now)
-        held.open = False
-        page = held.period
-        while page.into is not None:
-            page = page.into
-        page.open -= 1
-        page.reserved = page.reserved - held.usd if page.open else 0.0  # no dust of roundings
-        return page
+        self._present(now)
+        reservation.open = False
+        period = reservation.period
+        while period.merged_into is not None:
+            period = period.merged_into
+        period.open -= 1
+        period.reserved = period.reserved - reservation.usd if period.open else 0.0  # drop rounding errors
+        return period
 
-    def _turn(self, now: float) -> _Page:
-        """The page of the present period."""
-        start = _start(self.budget.per, now)
-        page = self._page
-        if start == page.start:
-            return page
-        if start > page.start:
-            self._page, self._before = _Page(start), page
+    def _present(self, now: float) -> _BudgetPeriod:
+        """Return the present period, and begin it if it is new."""
+        start = _period_start(self.budget.per, now)
+        period = self._period
+        if start == period.start:
+            return period
+        if start > period.start:
+            self._period, self._previous = _BudgetPeriod(start), period
         else:
             self._go_back(start)
-        return self._page
+        return self._period
 
     def _go_back(self, start: float) -> None:
-        """The clock was wrong before, or is now: what was spent on the later page was spent on this one."""
-        later, before = self._page, self._before
-        page = before if before is not None and before.start == start else _Page(start)
-        page.spent += later.spent
-        page.reserved += later.reserved
-        page.open += later.open
-        later.into = page
-        self._page, self._before = page, None
+        """Merge the later period into the one that begins at `start`: the clock was wrong before, or is now."""
+        later, previous = self._period, self._previous
+        period = previous if previous is not None and previous.start == start else _BudgetPeriod(start)
+        period.spent += later.spent
+        period.reserved += later.reserved
+        period.open += later.open
+        later.merged_into = period
+        self._period, self._previous = period, None
 
 
-def _start(per: str | None, now: float) -> float:
-    """When the period of `now` began, in epoch seconds."""
+def _period_start(per: str | None, now: float) -> float:
+    """Return when the period of `now` began, in epoch seconds."""
     if per is None:
         return 0.0
     if per == "month":
@@ -187,23 +190,19 @@ def _start(per: str | None, now: float) -> float:
     return math.floor(now / length) * length
 
 
-def _end(per: str, start: float) -> float:
-    """When the period that began at `start` ends."""
+def _period_end(per: str, start: float) -> float:
+    """Return when the period that began at `start` ends, in epoch seconds."""
     if per == "month":
-        return _start(per, start + 32 * _DAY)
+        return _period_start(per, start + 32 * _DAY)
     return start + (_HOUR if per == "hour" else _DAY)
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def check_dollars(usd: float) -> float:
-    """The sum, if it can be one of money.
+    """Return `usd` if it can be an amount of money.
 
     Raises:
         InvalidAmount: not a number of dollars of at least 0.
     """
-    if not _number(usd) or not 0 <= usd < math.inf:
+    if not is_number(usd) or not 0 <= usd < math.inf:
         raise InvalidAmount(value=usd)
     return usd

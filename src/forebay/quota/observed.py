@@ -1,7 +1,8 @@
-"""A provider's quota as its headers tell it: what they say is followed where what we know does not explain it.
+"""Rate limits observed from a provider's headers.
 
-A header speaks of a moment between the sending of its call and its arrival here. Calls sent in between may have been
-counted or not, output under way in part: that is a range in which every number is explained, and corrects nothing.
+The headers correct our own count only where it does not explain them. A header describes a moment between the sending
+of its call and its arrival here. Calls sent in between may have been counted or not, and output under way in part. That
+leaves a range of numbers that our count explains, and a number in that range corrects nothing.
 """
 
 from __future__ import annotations
@@ -13,72 +14,73 @@ from forebay.interfaces import RateLimitHeaders
 from forebay.quota.bucket import Bucket
 from forebay.quota.quota import PERIODS
 
-_TOLERANCE: Final = 0.02  # of a period: what rounding and the network do to a reset
-_CUSHION: Final = 0.01  # of a bucket that is never drained: estimates err, calls overtake. It costs no throughput
-_ROUNDED: Final = 1.0  # units less than this: a bucket's fraction, which headers leave out
-_LATE: Final = 0.2  # seconds of a window that are let pass: clocks differ, and who comes early is refused
-_SOON: Final = 1.0  # seconds until a window ends whose end has passed by our clock, but not by the provider's
-_LEAST_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
-_FORGET_AFTER: Final = 2.0  # periods without a word
-_LEAST_MEMORY: Final = 60.0  # seconds
+_TOLERANCE: Final = 0.02  # of a period: error of a reset through rounding and the network
+_MARGIN: Final = 0.01  # of a bucket that is never taken, because estimates err and calls overtake each other; it costs
+# no throughput
+_ROUNDING: Final = 1.0  # units: headers leave out the fraction of a bucket
+_WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing is sent, because clocks differ
+_LATE_WINDOW_WAIT: Final = (
+    1.0  # seconds to wait for a window that should have reset, but has not by the provider's clock
+)
+_MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
+_STALE_PERIODS: Final = 2.0  # periods without headers after which a limit is stale
+_MIN_STALE: Final = 60.0  # seconds
 
 
 class QuotaSnapshot(NamedTuple):
-    """How a heard quota stood when a call was sent, the call itself taken off."""
+    """The state of an observed limit when a call was sent, with the call itself taken off."""
 
     level: float
     corrected: float
     window_number: int
-    reserved: (
-        float  # what calls under way had reserved, this one too: of it the provider may have counted less, or more
-    )
+    reserved: float  # by all calls under way, this one included: the provider may have counted any part of it
 
 
-class _Sighting(NamedTuple):
-    """What a header said of when it will be full, for comparison with the next."""
+class _ResetObservation(NamedTuple):
+    """What a header said about the reset, for comparison with the next one."""
 
     sent: float
-    full_at: tuple[float, float]  # it will be full between these, in seconds of our clock
-    holds: tuple[float, float]  # if it refills all the time, what it holds when full
+    full_at: tuple[float, float]  # range of the moment when the limit is full, in seconds of our clock
+    holds: tuple[float, float]  # if it refills all the time, the range of what it holds when full
 
 
 class ObservedLimit:
-    """One quota of a provider, learned from its headers.
+    """One rate limit of a provider, learned from its headers.
 
     Args:
         limit: what it grants in a period.
-        per: seconds of its period, until the headers tell of another.
-        now: the present.
-        level: what is left by now.
+        period: seconds, until the headers show another.
+        now: the present, in the clock's seconds.
+        level: what is left now.
     """
 
-    __slots__ = ("_anchor", "_candidate", "_limit_seen", "bucket", "corrected", "latest_sent", "updated_at")
+    __slots__ = ("_candidate", "_last_limit", "_reset", "bucket", "corrected", "latest_sent", "updated_at")
 
-    def __init__(self, limit: int, per: float, now: float, level: float) -> None:
-        self.bucket = Bucket(float(limit), per, now)
+    def __init__(self, limit: int, period: float, now: float, level: float) -> None:
+        self.bucket = Bucket(float(limit), period, now)
         self.bucket.level = max(-float(limit), min(level, float(limit)))
-        self.bucket.margin_share = _CUSHION
-        self.bucket.window_delay = _LATE
-        self.corrected = 0.0  # all that headers and refusals have added, so that older marks can be compared
+        self.bucket.margin_share = _MARGIN
+        self.bucket.window_delay = _WINDOW_DELAY
+        self.corrected = 0.0  # sum of all corrections, so that older snapshots can be compared
         self.updated_at = now
-        self.latest_sent = -math.inf  # when the latest call was sent whose headers have come
-        self._limit_seen = limit  # a limit that differs must be said twice: one slip must not lock an account
-        self._candidate: tuple[float, _Sighting] | None = None  # a period that differs, likewise, and who said so first
-        self._anchor: _Sighting | None = None
+        self.latest_sent = -math.inf  # when the latest call was sent whose headers have arrived
+        self._last_limit = limit  # a new limit must be seen twice: one wrong header must not block an account
+        self._candidate: tuple[float, _ResetObservation] | None = None  # a new period, likewise, and its first header
+        self._reset: _ResetObservation | None = None
 
     def is_stale(self, now: float) -> bool:
-        """Whether nothing was heard for so long that it need not be true any more."""
-        return abs(now - self.updated_at) > max(_LEAST_MEMORY, _FORGET_AFTER * self.bucket.period)
+        """Return whether the last headers are so old that the limit may have changed."""
+        return abs(now - self.updated_at) > max(_MIN_STALE, _STALE_PERIODS * self.bucket.period)
 
     def shift_clock(self, by: float) -> None:
-        """The clock has gone back: keep the distances."""
+        """Move all times by `by` seconds, because the clock has gone back."""
         self.updated_at += by
         self.latest_sent += by
-        self._anchor = None
+        self._reset = None
 
-    def snapshot(self, under_way: float) -> QuotaSnapshot:
-        """How it stands; to be kept with a call that is sent now, and has been taken off."""
-        return QuotaSnapshot(self.bucket.level, self.corrected, self.bucket.window_number, under_way)
+    def snapshot(self, reserved: float) -> QuotaSnapshot:
+        """Return the present state, to be kept with a call that is sent now and has been taken off."""
+        return QuotaSnapshot(self.bucket.level, self.corrected, self.bucket.window_number, reserved)
 
     def update_from_headers(
         self,
@@ -89,38 +91,36 @@ class ObservedLimit:
         snapshot: QuotaSnapshot | None,
         returned: float = 0.0,
     ) -> None:
-        """Take what the answer to a call said.
+        """Correct the limit by the headers of one answer.
 
         Args:
-            now: when its headers came.
-            notice: what they said, within reason.
+            now: when they arrived.
+            headers: what they say, without impossible values.
             sent: when the call was sent.
-            mark: from then; None if this quota was not known yet.
-            refused: what was taken for this call and has come back, if it was refused and so not counted.
+            snapshot: from that moment; None if this limit was not known yet.
+            returned: what was taken for this call and has been refunded, if it was throttled and so not counted.
         """
         bucket = self.bucket
         bucket.refill(now)
         self.updated_at = now
         self.latest_sent = max(self.latest_sent, sent)
         if headers.limit is not None:
-            self._hear_limit(headers.limit)
+            self._update_limit(headers.limit)
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
-            return  # of a window that has passed
+            return  # of a window that is over
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
             if returned:
-                bucket.window_end = min(bucket.window_end, now + _SOON)
-            return  # of a window that should have passed
-        since = (
-            0.0 if snapshot is None else snapshot.level + self.corrected - snapshot.corrected + returned - bucket.level
-        )
+                bucket.window_end = min(bucket.window_end, now + _LATE_WINDOW_WAIT)
+            return  # of a window that should be over
+        since = 0.0
+        if snapshot is not None:
+            since = snapshot.level + self.corrected - snapshot.corrected + returned - bucket.level
         if headers.reset and remaining < bucket.amount:
-            self._hear_reset(now, sent, remaining, headers.reset)
+            self._update_reset(now, sent, remaining, headers.reset)
         if snapshot is None:
             return
-        if (
-            snapshot.window_number != bucket.window_number
-        ):  # the reset has told that another window began before this call
+        if snapshot.window_number != bucket.window_number:  # the reset showed that another window began before the call
             bucket.level = remaining - max(0.0, since)
         else:
             self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
@@ -131,86 +131,87 @@ class ObservedLimit:
         self.bucket.level = max(before - by, -self.bucket.amount)
         self.corrected += self.bucket.level - before
 
-    def _correct(self, late: float, remaining: float, then: float, under_way: float) -> None:
-        """Follow what is left as far as nothing that we know explains it.
+    def _correct(self, age: float, remaining: float, level_then: float, reserved: float) -> None:
+        """Move the level to the nearest one that explains `remaining`.
 
         Args:
-            late: seconds since the call was sent; the header may be from any moment in between.
-            remaining: what it said.
-            then: what we thought was left when the call was sent.
-            under_way: what open calls had reserved at that time, and the provider need not have counted.
+            age: seconds since the call was sent; the header may be from any moment in between.
+            remaining: what the header said.
+            level_then: our level when the call was sent.
+            reserved: what open calls had reserved at that time, and the provider need not have counted.
         """
         bucket = self.bucket
         refills = bucket.window_end is None
-        refilled = late * bucket.rate if refills else 0.0
-        lowest = min(then, bucket.level) - (_ROUNDED if refills else 0.0)
-        highest = max(then + refilled, bucket.level) + under_way
+        refilled = age * bucket.rate if refills else 0.0
+        lowest = min(level_then, bucket.level) - (_ROUNDING if refills else 0.0)
+        highest = max(level_then + refilled, bucket.level) + reserved
         if remaining < lowest:
-            self.lower(min(then, bucket.level) - remaining)
+            self.lower(min(level_then, bucket.level) - remaining)
         elif remaining > highest:
             raised = min(bucket.capacity - bucket.level, remaining - highest)
             bucket.level += raised
             self.corrected += raised
 
-    def _hear_limit(self, limit: int) -> None:
-        if limit != self.bucket.amount and limit == self._limit_seen:
+    def _update_limit(self, limit: int) -> None:
+        if limit != self.bucket.amount and limit == self._last_limit:
             gained = limit - self.bucket.amount
             self.bucket.resize(float(limit), self.bucket.period)
-            if gained > 0:  # what it gained is there, as a header will confirm
+            if gained > 0:  # the gain is available at once, as a header will confirm
                 self.bucket.level += gained
                 self.corrected += gained
-        self._limit_seen = limit
+        self._last_limit = limit
 
-    def _hear_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
+    def _update_reset(self, now: float, sent: float, remaining: float, reset: float) -> None:
         bucket = self.bucket
-        if not self._plausible(now, sent, remaining, reset):
+        if not self._is_plausible(now, sent, remaining, reset):
             return
-        anchor = self._anchor
-        if anchor is None or sent - anchor.sent >= 3 * _TOLERANCE * bucket.period:  # else too soon to tell them apart
-            seen = self._anchor = self._sighting(now, sent, remaining, reset)
-            if anchor is not None:
-                self._compare(anchor, seen)
+        last = self._reset
+        if last is None or sent - last.sent >= 3 * _TOLERANCE * bucket.period:  # else too soon to tell them apart
+            seen = self._reset = self._reset_observation(now, sent, remaining, reset)
+            if last is not None:
+                self._tell_bucket_from_window(last, seen)
         if bucket.window_end is not None:
-            self._follow(sent + reset, now + reset)
+            self._follow_window_end(sent + reset, now + reset)
 
-    def _sighting(self, now: float, sent: float, remaining: float, reset: float) -> _Sighting:
+    def _reset_observation(self, now: float, sent: float, remaining: float, reset: float) -> _ResetObservation:
         rate = self.bucket.rate
         holds = remaining + reset * rate
-        return _Sighting(sent, (sent + reset, now + reset), (holds, holds + (now - sent) * rate))
+        return _ResetObservation(sent, (sent + reset, now + reset), (holds, holds + (now - sent) * rate))
 
-    def _plausible(self, now: float, sent: float, remaining: float, reset: float) -> bool:
-        """Whether a reset fits the period; if two in a row fit another one, that is the period from now on."""
+    def _is_plausible(self, now: float, sent: float, remaining: float, reset: float) -> bool:
+        """Return whether a reset fits the period; two in a row that fit another period make that the period."""
         bucket = self.bucket
         fits = reset <= bucket.period * (1 + _TOLERANCE) + 1
-        other = _period(bucket.amount, bucket.amount - remaining, reset, now - sent, bucket.period if fits else 0.0)
+        present = bucket.period if fits else 0.0
+        other = _only_period(bucket.amount, bucket.amount - remaining, reset, now - sent, present)
         if other is None and not fits:
-            other = next((per for per in PERIODS.values() if reset <= per), None)
+            other = next((period for period in PERIODS.values() if reset <= period), None)
         if other is None or other == bucket.period:
             self._candidate = None
             return fits
-        seen = self._sighting(now, sent, remaining, reset)
+        seen = self._reset_observation(now, sent, remaining, reset)
         if self._candidate is None or self._candidate[0] != other:
             self._candidate = other, seen
-        elif not self._explained(self._candidate[1], seen):
+        elif not self._explains(self._candidate[1], seen):
             bucket.resize(bucket.amount, other)
-            self._candidate = self._anchor = None
+            self._candidate = self._reset = None
             if bucket.window_end is not None:
                 bucket.window_end = bucket.updated_at + reset
             return True
         return fits
 
-    def _explained(self, one: _Sighting, other: _Sighting) -> bool:
-        """Whether a bucket of this period explains two sightings: one that holds less than it grants in a period."""
-        rounding = self.bucket.rate  # of resets to whole seconds
+    def _explains(self, one: _ResetObservation, other: _ResetObservation) -> bool:
+        """Return whether a bucket of this period, holding less than it grants in one, explains two observations."""
+        rounding = self.bucket.rate  # resets may be rounded to whole seconds
         holds = max(one.holds[0], other.holds[0])
         return holds <= self.bucket.amount + rounding and _gap(one.holds, other.holds) <= rounding
 
-    def _compare(self, anchor: _Sighting, seen: _Sighting) -> None:
-        """Bucket or window? The first keeps what it holds when full, the second the moment when it is full."""
+    def _tell_bucket_from_window(self, last: _ResetObservation, seen: _ResetObservation) -> None:
+        """Tell a bucket, which holds the same when full, from a window, which is full at the same moment."""
         bucket = self.bucket
         tolerance = _TOLERANCE * bucket.period
-        moved = _gap(anchor.full_at, seen.full_at, bucket.period) > tolerance
-        changed = _gap(anchor.holds, seen.holds) - _ROUNDED > tolerance * bucket.rate
+        moved = _gap(last.full_at, seen.full_at, bucket.period) > tolerance
+        changed = _gap(last.holds, seen.holds) - _ROUNDING > tolerance * bucket.rate
         if changed and not moved:
             if bucket.window_end is None:
                 bucket.window_end = seen.full_at[1]
@@ -220,8 +221,8 @@ class ObservedLimit:
             bucket.capacity = min(bucket.amount, max(1.0, seen.holds[1]))
             bucket.level = min(bucket.level, bucket.capacity)
 
-    def _follow(self, earliest: float, latest: float) -> None:
-        """Keep the end of the window where the headers say that it can be; late rather than early."""
+    def _follow_window_end(self, earliest: float, latest: float) -> None:
+        """Keep the end of the window in the range that the headers allow; late rather than early."""
         bucket = self.bucket
         ends = bucket.window_end or latest
         if not earliest <= ends <= latest:
@@ -230,23 +231,23 @@ class ObservedLimit:
             bucket.window_end = latest
 
 
-def _gap(one: tuple[float, float], other: tuple[float, float], period: float = math.inf) -> float:
-    """How far apart two ranges are, at least; around a circle of `period` if that is given."""
+def _gap(one: tuple[float, float], other: tuple[float, float], circle: float = math.inf) -> float:
+    """Return the least distance between two ranges, on a circle of the given length if it is finite."""
     middle = (other[0] + other[1]) / 2 - (one[0] + one[1]) / 2
-    apart = abs(middle) if period == math.inf else abs(math.remainder(middle, period))
+    apart = abs(middle) if circle == math.inf else abs(math.remainder(middle, circle))
     return max(0.0, apart - (one[1] - one[0] + other[1] - other[0]) / 2)
 
 
-def _period(limit: float, spent: float, reset: float, late: float, present: float) -> float | None:
-    """The only period in which `spent` of `limit` comes back in `reset` seconds, as written; None: cannot tell.
+def _only_period(limit: float, spent: float, reset: float, age: float, present: float) -> float | None:
+    """Return the only period in which `spent` of `limit` comes back in `reset` seconds; None if there is not just one.
 
-    Where the present one explains it nothing need be told: another one would have to be the only one.
+    Also None if the present period explains it.
     """
-    if spent < _LEAST_SPENT:
+    if spent < _MIN_SPENT:
         return None
-    slowest = (reset + late) * limit / spent
-    fastest = (reset - 1.0) * limit / (spent + 1)  # resets may be written in whole seconds, and what is left rounded
+    slowest = (reset + age) * limit / spent
+    fastest = (reset - 1.0) * limit / (spent + 1)  # resets may be in whole seconds, and what is left rounded
     if fastest <= present <= slowest:
         return None
-    fitting = [per for per in PERIODS.values() if fastest <= per <= slowest]
+    fitting = [period for period in PERIODS.values() if fastest <= period <= slowest]
     return fitting[0] if len(fitting) == 1 else None

@@ -1,4 +1,4 @@
-"""What a user says of a rate: so much of one thing, in a period."""
+"""A quota as its user writes it: an amount of one unit in a period."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from forebay._validate import is_whole
 from forebay.errors import InvalidQuota
 
 Period = Literal["second", "minute", "hour", "day"]
@@ -16,20 +17,20 @@ PERIODS: Final[Mapping[str, float]] = MappingProxyType({"second": 1.0, "minute":
 """Seconds in each period, the shortest first."""
 
 UNITS: Final = ("requests", "input_tokens", "output_tokens", "tokens")
-"""What can be counted: the fields of a `Charge`."""
+"""The units that can be counted: the fields of a `Charge`."""
 
 
 class Quota(msgspec.Struct, frozen=True, kw_only=True):
-    """A rate that a provider grants, or that you allow: so many requests or LLM tokens in a period.
+    """A rate limit, set by the provider or by you: an amount of requests or LLM tokens in a period.
 
-    It refills all the time. Not used for a while it holds at most the whole amount, so over any span of t seconds it
-    lets through no more than ``amount + amount * t / period``.
+    It refills all the time and holds at most the whole amount. Over any span of t seconds it lets through at most
+    ``amount + amount * t / period``.
 
     Attributes:
         requests: calls.
         input_tokens: tokens sent.
         output_tokens: tokens received.
-        tokens: of the quotas that count both together.
+        tokens: for a quota that counts both together.
         per: ``"second"``, ``"minute"``, ``"hour"`` or ``"day"``.
 
     Raises:
@@ -46,10 +47,10 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
         given = [unit for unit in UNITS if getattr(self, unit) is not None]
         if len(given) != 1:
             named = " and ".join(given) or "none"
-            problem = f"it needs exactly one amount and has {named}; give a list of quotas if several hold at once"
+            problem = f"it needs exactly one amount and has {named}; pass a list of quotas if several hold at once"
             raise InvalidQuota(problem=problem)
         amount = getattr(self, given[0])
-        if not isinstance(amount, int) or isinstance(amount, bool) or amount < 1:
+        if not is_whole(amount):
             problem = (
                 f"{given[0]}={amount!r} is not a whole number of at least 1; to let nothing through, leave the upstream"
                 " out, and for no limit leave the quota out"
@@ -60,16 +61,16 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unit(self) -> str:
-        """What it counts, a field of `Charge`."""
+        """Return the unit that it counts, a field of `Charge`."""
         return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def amount(self) -> int:
-        """How much of it a period grants."""
+        """Return the amount that a period grants."""
         amount: int = getattr(self, self.unit)
         return amount
 
     @property
     def seconds(self) -> float:
-        """The length of its period."""
+        """Return the length of its period in seconds."""
         return PERIODS[self.per]

@@ -1,4 +1,4 @@
-"""Retries: how long one waits, whether there may be one, and how many all callers together may make."""
+"""Retries: how long one waits, whether there is one, and how many all callers together may make."""
 
 from forebay.retry.backoff import Retry
 from forebay.retry.retry_budget import RetryBudget, RetryBudgets, RetryPermission

@@ -1,31 +1,33 @@
-"""How long a retry waits."""
+"""Exponential backoff: how often a failed call is retried, and how long each retry waits."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from forebay.errors import InvalidSetting
+from forebay._renamed import renamed_arguments
+from forebay._validate import check_not_negative, check_positive, check_whole, is_number, reject
 
-_SPREAD = 0.2  # of what a provider asks for: those whom it told the same come back apart
+_SPREAD = 0.2  # of a Retry-After, over which the callers that got the same one are spread
 
 
+@renamed_arguments(base="base_delay", ceiling="max_delay", longest_wait="max_total_delay")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """How often something that failed is tried again, and how long each retry waits: full-jitter exponential backoff.
+    """A retry policy: exponential backoff with full jitter.
 
     Source: M. Brooker, "Exponential Backoff And Jitter", 2015.
 
     Attributes:
-        max_attempts: how often it is tried, the first time included, while it fails. Where a provider answers *not now*
-            (429, 529) no attempt is used up; the deadline and `longest_wait` bound those.
-        base: seconds; the first retry waits for at most so long.
-        ceiling: seconds that any backoff is at most, what a provider asks for apart.
-        longest_wait: seconds that one call waits for all its retries together, at most. A provider that asks for more
-            is not waited for.
+        max_attempts: attempts at one call, the first included; 1 is no retry. An attempt that the provider throttles
+            (429, 529) uses up none; those are bounded by the deadline and by `max_total_delay`.
+        base_delay: seconds; the first retry waits at most so long.
+        max_delay: seconds that one backoff lasts at most. A longer Retry-After of the provider still counts.
+        max_total_delay: seconds that one call waits for all its retries together, at most. The call is not retried if
+            the provider asks for more.
 
     Raises:
-        InvalidSetting: a number makes no sense.
+        InvalidSetting: a setting is invalid; the message names it.
     """
 
     max_attempts: int = 6
@@ -34,33 +36,27 @@ class Retry:
     max_total_delay: float = 60.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_attempts, int) or isinstance(self.max_attempts, bool) or self.max_attempts < 1:
-            self._refuse("max_attempts", "a whole number of at least 1; 1 is no retry")
-        if not 0 < self.base_delay < math.inf:
-            self._refuse("base_delay", "a positive number of seconds")
-        if not self.base_delay <= self.max_delay < math.inf:
-            self._refuse("max_delay", "a number of seconds, not below base_delay")
-        if not self.max_total_delay >= 0:
-            self._refuse("max_total_delay", "a number of seconds of at least 0; 0 waits for nothing")
-
-    def _refuse(self, name: str, expected: str) -> None:
-        raise InvalidSetting(owner="Retry", name=name, value=getattr(self, name), expected=expected)
+        check_whole("Retry", "max_attempts", self.max_attempts)
+        check_positive("Retry", "base_delay", self.base_delay, unit="seconds")
+        if not is_number(self.max_delay) or not self.base_delay <= self.max_delay < math.inf:
+            reject("Retry", "max_delay", self.max_delay, "a finite number of seconds, not below base_delay")
+        check_not_negative("Retry", "max_total_delay", self.max_total_delay, unit="seconds", infinite=True)
 
     def delay(
         self, retry: int, *, draw: float, retry_after: float | None = None, time_left: float = math.inf
     ) -> float | None:
-        """Seconds to wait before retry number `retry` (1 is the first); None is to give up, for it would be too late.
+        """Return the seconds to wait before a retry; None to give up, because it would be too late.
 
-        Drawn uniformly from zero to ``min(ceiling, base * 2**(retry - 1))``. Where the provider asked for a wait, the
-        draw comes on top of that, and spreads over at least a fifth of it: everybody was told the same, and must not
-        come back as a herd.
+        The delay is uniform in ``[0, min(max_delay, base_delay * 2**(retry - 1))]``. A Retry-After is added to it, and
+        the delay is then drawn from at least a fifth of that: all callers got the same one and must not return
+        together.
 
         Args:
-            retry: its number.
-            chance: a draw from [0, 1).
+            retry: its number; 1 is the first.
+            draw: a random number in [0, 1).
             retry_after: seconds that the provider asked for, or None.
-            left: seconds until the result is worthless. A shorter rest draws from what is left, so that the retry is
-                in time, if only just.
+            time_left: seconds until the result is worthless. The delay is drawn from what is left, so that the retry is
+                in time.
         """
         asked = max(0.0, retry_after or 0.0)
         bound = min(time_left, self.max_total_delay)

@@ -1,4 +1,4 @@
-"""How many retries all callers of one dependency may make together."""
+"""Retry budgets: how many retries all callers of one dependency may make together."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import math
 from collections import deque
 from enum import Enum
 
-from forebay.errors import InvalidSetting
+from forebay._validate import check_not_negative, check_positive
 
-_SLOTS = 10  # parts of the window in which is counted; what is older than the window leaves it a part at a time
+_SLOTS = 10  # parts of the window; the oldest leaves as a whole
 
-_KNOCK = 5.0  # seconds without a retry after which one goes, whatever the budget
+_PERIOD = 5.0  # seconds without a retry of a throttled call after which one may go, whatever the budget
 
 
 class RetryBudget:
-    """An amount that runs out: retries are at most a share of recent first attempts, and a few more.
+    """A budget of retries: a share of the recent first attempts, and a few more.
 
-    If each call had retries of its own, a dependency that fails would get six times its load, just when it bears least.
-    Here the retries of a storm are bounded by what went before it, and what was saved up in an hour of peace is
-    forgotten after `window` seconds, so it funds no storm. The few more are for those who call rarely.
+    If each call had retries of its own, a failing dependency would get six times its load just when it can serve the
+    least. Here the first attempts before an outage bound the retries in it, and what was saved up before counts for
+    `window` seconds only. The few more are for callers that call rarely.
 
     In any `window` seconds there are at most ``share * first + extra`` retries, where `first` are the first attempts of
-    those seconds and the tenth of a window before. A retry budget alone does not end an overload that feeds itself; a
-    concurrency limit does.
+    those seconds and of the tenth of a window before. A retry budget alone does not end an overload that feeds itself;
+    a concurrency limit does.
 
     Source: Finagle's ``RetryBudget`` (``percentCanRetry`` 0.2, a leaky bucket with a time to live) and, after it,
     ``tower::retry::budget::TpsBudget`` of Rust's tower.
@@ -33,129 +33,123 @@ class RetryBudget:
         window: seconds for which a first attempt, or a retry, counts.
 
     Raises:
-        InvalidSetting: a number makes no sense.
+        InvalidSetting: a setting is invalid; the message names it.
     """
 
-    __slots__ = ("_extra", "_first", "_retries", "_share", "_slot", "_slots")
+    __slots__ = ("_extra", "_first", "_retries", "_share", "_slot_seconds", "_slots")
 
     def __init__(self, *, share: float = 0.2, extra: int = 10, window: float = 60.0) -> None:
-        if not 0 <= share < math.inf:
-            self._refuse("share", share, "a number of at least 0: 0.2 is a retry for every five first attempts")
-        if not 0 <= extra < math.inf:
-            self._refuse("extra", extra, "a number of at least 0")
-        if not 0 < window < math.inf:
-            self._refuse("window", window, "a positive number of seconds")
+        check_not_negative("RetryBudget", "share", share, unit="retries for each first attempt")
+        check_not_negative("RetryBudget", "extra", extra, unit="retries")
+        check_positive("RetryBudget", "window", window, unit="seconds")
         self._share = share
         self._extra = extra
-        self._slot = window / _SLOTS
+        self._slot_seconds = window / _SLOTS
         self._slots: deque[list[float]] = deque()  # each: when it began, first attempts, retries
         self._first = 0
         self._retries = 0
 
-    def _refuse(self, name: str, value: float, expected: str) -> None:
-        raise InvalidSetting(owner="RetryBudget", name=name, value=value, expected=expected)
-
     def deposit(self, now: float) -> None:
-        """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
+        """Count a first attempt at `now`, in seconds of a clock that does not go back."""
         slots = self._slots
-        slot = slots[-1] if slots and now < slots[-1][0] + self._slot else self._slot_of(now)
+        slot = slots[-1] if slots and now < slots[-1][0] + self._slot_seconds else self._slot_at(now)
         slot[1] += 1
         self._first += 1
 
     def withdraw(self, now: float) -> bool:
-        """Take one retry, if there is one left; False: there may be none now."""
-        slot = self._slot_of(now)
+        """Take one retry; return False if none is left."""
+        slot = self._slot_at(now)
         if self._balance() < 1:
             return False
         slot[2] += 1
         self._retries += 1
         return True
 
-    def refund(self, taken: float) -> None:
-        """The retry that was withdrawn at `taken` was no load too many after all."""
-        slot = next((slot for slot in reversed(self._slots) if slot[0] <= taken), None)
-        if slot is not None and slot[2]:  # else it has left the window, and the count with it
+    def refund(self, withdrawn_at: float) -> None:
+        """Return the retry that was withdrawn at `withdrawn_at`."""
+        slot = next((slot for slot in reversed(self._slots) if slot[0] <= withdrawn_at), None)
+        if slot is not None and slot[2]:  # else it has left the window, and its count with it
             slot[2] -= 1
             self._retries -= 1
 
     def balance(self, now: float) -> float:
-        """How many retries could be taken now."""
-        self._slot_of(now)
+        """Return how many retries are left now."""
+        self._slot_at(now)
         return max(0.0, self._balance())
 
     def _balance(self) -> float:
-        # A thousandth of a thousandth: 0.2 * 5 must be a whole retry on every machine.
+        # Plus a millionth: 0.2 * 5 must be a whole retry on every machine.
         return self._extra + self._share * self._first - self._retries + 1e-6
 
-    def _slot_of(self, now: float) -> list[float]:
-        """The part of the window that `now` is in, after what is older than the window has left."""
+    def _slot_at(self, now: float) -> list[float]:
+        """Drop the slots older than the window, and return the slot of `now`."""
         slots = self._slots
-        while slots and slots[0][0] + (_SLOTS + 1) * self._slot <= now:
+        while slots and slots[0][0] + (_SLOTS + 1) * self._slot_seconds <= now:
             _, first, retries = slots.popleft()
             self._first -= int(first)
             self._retries -= int(retries)
-        if not slots or slots[-1][0] + self._slot <= now:
+        if not slots or slots[-1][0] + self._slot_seconds <= now:
             slots.append([now, 0, 0])
         return slots[-1]
 
 
 class RetryPermission(Enum):
-    """Whether a call that was refused may be tried again."""
+    """Whether a throttled call may be retried now."""
 
-    DENIED = "no"  # not yet
-    FREE = "free"  # others are let in
-    FROM_BUDGET = "drawn"  # at the price of a retry, which comes back if this one is let in
-    PERIODIC = "knock"  # none is let in, and nobody has found out for long
+    DENIED = "denied"  # not yet
+    FREE = "free"  # the provider accepts other calls
+    FROM_BUDGET = "from_budget"  # it uses up a retry of the budget, which is refunded if the call is accepted
+    PERIODIC = "periodic"  # the provider accepts no call, and none was retried for a while
 
 
 class RetryBudgets:
-    """What the retries of one dependency are drawn from: of calls that failed, and of calls that were refused.
+    """The retry budgets of one dependency: one for failed calls, one for throttled calls (429, 529).
 
-    A refusal (429, 529) costs the side that refuses next to nothing, and says nothing against the call. So what is
-    refused uses up no retry of what fails; and where it may not be tried again yet it can wait for that, rather than
-    give up. While all are refused, retries are few: those of a `RetryBudget`, and one every five seconds to find out.
-    A retry that is let in was none too many, and once a call is let in, those that were refused before it may return.
+    Refusing a call costs the provider next to nothing, and says nothing against the call. So a throttled call uses up
+    no retry of the failed ones, and one that may not be retried yet can wait instead of giving up. While every call is
+    throttled, retries are few: those of its `RetryBudget`, and one every five seconds. The retry of a call that is then
+    accepted is refunded, and once a call is accepted, those that were throttled before it may return.
 
     Attributes:
-        faults: of calls that failed.
-        refusals: of calls that were refused, and would be again for all that is known.
+        faults: the budget of failed calls.
+        throttles: the budget of throttled calls while no call is accepted.
     """
 
-    __slots__ = ("_knocked", "_let_in", "faults", "throttles")
+    __slots__ = ("_accepted_at", "_retried_at", "faults", "throttles")
 
     def __init__(self) -> None:
         self.faults = RetryBudget()
         self.throttles = RetryBudget()
-        self._let_in = -math.inf  # when the latest call was sent that was not refused
-        self._knocked = -math.inf  # when a refused call was last tried again
+        self._accepted_at = -math.inf  # when the latest accepted call was sent
+        self._retried_at = -math.inf  # when a throttled call was last retried
 
     def deposit(self, now: float) -> None:
-        """A call makes its first attempt at `now`, in seconds of a clock that does not go back."""
+        """Count a first attempt at `now`, in seconds of a clock that does not go back."""
         self.faults.deposit(now)
         self.throttles.deposit(now)
 
     def record_accepted(self, sent: float, withdrawn_at: float | None = None) -> None:
-        """A call sent at `sent` was not refused; `drawn`: when it was drawn from the budget, if it was a retry."""
-        self._let_in = max(self._let_in, sent)
+        """Note that the call sent at `sent` was accepted, and refund its retry if it was withdrawn from the budget."""
+        self._accepted_at = max(self._accepted_at, sent)
         if withdrawn_at is not None:
             self.throttles.refund(withdrawn_at)
 
     def request_retry(self, now: float, *, throttled_at: float) -> RetryPermission:
-        """Whether a call that was refused at `refused` may be tried again."""
-        if self._let_in > throttled_at:
+        """Return whether a call that was throttled at `throttled_at` may be retried, and count the retry."""
+        if self._accepted_at > throttled_at:
             return RetryPermission.FREE
-        leave = RetryPermission.DENIED
+        permission = RetryPermission.DENIED
         if self.throttles.withdraw(now):
-            leave = RetryPermission.FROM_BUDGET
-        elif now - self._knocked >= _KNOCK:
-            leave = RetryPermission.PERIODIC
-        if leave is not RetryPermission.DENIED:
-            self._knocked = now
-        return leave
+            permission = RetryPermission.FROM_BUDGET
+        elif now - self._retried_at >= _PERIOD:
+            permission = RetryPermission.PERIODIC
+        if permission is not RetryPermission.DENIED:
+            self._retried_at = now
+        return permission
 
     def return_unused(self, permission: RetryPermission, at: float) -> None:
-        """A retry that was given leave at `at` has not been sent: it comes back, and another may knock."""
+        """Return the permission given at `at`: its retry was not sent."""
         if permission is RetryPermission.FROM_BUDGET:
             self.throttles.refund(at)
-        elif permission is RetryPermission.PERIODIC and self._knocked == at:
-            self._knocked = -math.inf
+        elif permission is RetryPermission.PERIODIC and self._retried_at == at:
+            self._retried_at = -math.inf

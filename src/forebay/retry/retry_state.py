@@ -1,4 +1,4 @@
-"""What one call has tried so far, and whether it may try again."""
+"""The retry state of one call: the attempts it has made, and whether it may make another."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from forebay.retry.backoff import Retry
 
 
 class RetryState:
-    """Counts the attempts of one call.
+    """The attempts of one call.
 
-    Faults and refusals are counted apart: a provider that answers *not now* is well, and its answer uses up none of
-    the attempts that are kept for faults. Each kind backs off by its own number: a refusal after a fault is a first.
+    Faults and throttled attempts (429, 529) are counted apart: a provider that throttles is healthy, so its answer uses
+    up none of the attempts that are kept for faults. Each kind backs off by its own count: the first throttled attempt
+    after a fault waits like a first retry.
 
     Attributes:
         failed: attempts that were used up.
-        refused: attempts that were answered *not now*.
-        waited: seconds that were given out as waits.
+        throttled: attempts that the provider throttled.
+        total_delay: seconds of all delays so far.
     """
 
     __slots__ = ("_retry", "failed", "throttled", "total_delay")
@@ -30,13 +31,13 @@ class RetryState:
     def next_delay(
         self, *, uses_attempt: bool, draw: float, retry_after: float | None = None, time_left: float = math.inf
     ) -> float | None:
-        """An attempt has failed: seconds to wait before the next one, or None to give up.
+        """Count a failed attempt; return the seconds to wait before the next one, or None to give up.
 
         Args:
-            counts: whether it uses up an attempt. False for *not now* (429, 529).
-            chance: a draw from [0, 1).
+            uses_attempt: whether it uses up an attempt; False for a throttled one.
+            draw: a random number in [0, 1).
             retry_after: seconds that the provider asked for, or None.
-            left: seconds until the result is worthless.
+            time_left: seconds until the result is worthless.
         """
         if uses_attempt:
             self.failed += 1
@@ -45,14 +46,14 @@ class RetryState:
         else:
             self.throttled += 1
         number = self.failed if uses_attempt else self.throttled
-        rest = min(time_left, self._retry.max_total_delay - self.total_delay)
-        delay = self._retry.delay(number, draw=draw, retry_after=retry_after, time_left=rest)
+        left = min(time_left, self._retry.max_total_delay - self.total_delay)
+        delay = self._retry.delay(number, draw=draw, retry_after=retry_after, time_left=left)
         if delay is not None:
             self.total_delay += delay
         return delay
 
     def add_delay(self, seconds: float, *, time_left: float = math.inf) -> bool:
-        """Whether it may wait `seconds` longer for its turn to be tried again; if so, they count as given out."""
+        """Return whether the call may wait `seconds` longer for its retry; if so, count them."""
         if seconds >= min(time_left, self._retry.max_total_delay - self.total_delay):
             return False
         self.total_delay += seconds

@@ -1,7 +1,7 @@
-"""``python -m forebay.simulation``: the simulated provider as a process of its own, on the loopback interface.
+"""``python -m forebay.simulation``: the simulated LLM provider as a process of its own, on the loopback interface.
 
-Prints one line of JSON when it is ready, ``{"url": ..., "pid": ...}``, and serves until SIGTERM or SIGINT; with
-``--attached`` also no longer than its standard input is open, so that it never outlives the program that started it.
+When it is ready it prints one line of JSON, ``{"url": ..., "pid": ...}``. It serves until SIGTERM or SIGINT; with
+``--attached`` it also ends when its standard input is closed, so that it never outlives the program that started it.
 """
 
 from __future__ import annotations
@@ -19,46 +19,50 @@ from forebay.simulation.provider.provider_config import Dialect, InvalidProvider
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     command = argparse.ArgumentParser(
-        prog="python -m forebay.simulation", description="A simulated LLM provider over HTTP."
+        prog="python -m forebay.simulation", description="Serve a simulated LLM provider over HTTP."
     )
-    command.add_argument("--port", type=int, default=0, help="on 127.0.0.1; 0 takes a free one (default)")
-    command.add_argument("--seed", type=int, default=0, help="all chance comes from it")
-    command.add_argument("--config", help="a ProviderConfig in JSON; the options below change it")
+    command.add_argument("--port", type=int, default=0, help="port on 127.0.0.1; 0 takes a free one (default)")
+    command.add_argument("--seed", type=int, default=0, help="seed of all randomness (default 0)")
+    command.add_argument("--config", help="a ProviderConfig as JSON; the options below change it")
     command.add_argument("--dialect", choices=[*Dialect])
     command.add_argument("--slots", type=int, help="calls at full speed")
     command.add_argument("--ttft", type=float, help="seconds to the first token")
-    command.add_argument("--tpot", type=float, help="seconds for each output token")
+    command.add_argument("--tpot", type=float, help="seconds per output token")
     command.add_argument("--rpm", type=int, help="requests a minute")
     command.add_argument("--tpm", type=int, help="tokens a minute")
     command.add_argument("--itpm", type=int, help="input tokens a minute")
     command.add_argument("--otpm", type=int, help="output tokens a minute")
     command.add_argument(
-        "--traffic", choices=["conversation", "code"], default="conversation", help="how long answers are"
+        "--traffic",
+        choices=["conversation", "code"],
+        default="conversation",
+        help="traffic whose output lengths are drawn (default conversation)",
     )
-    command.add_argument("--attached", action="store_true", help="end when standard input does")
+    command.add_argument("--attached", action="store_true", help="end when standard input is closed")
     return command
 
 
 def config_from_options(options: argparse.Namespace) -> ProviderConfig:
-    """The provider that the command line describes.
+    """Return the configuration that the command line describes.
 
     Raises:
-        InvalidProvider: it describes none.
+        InvalidProviderConfig: a value is unknown or out of range.
     """
     raw = json.loads(options.config) if options.config else {}
     raw |= {n: v for n in ("dialect", "slots", "ttft", "tpot") if (v := getattr(options, n)) is not None}
     units = {"rpm": "requests", "tpm": "tokens", "itpm": "input_tokens", "otpm": "output_tokens"}
-    rates = [{"unit": units[n], "amount": v} for n in units if (v := getattr(options, n)) is not None]
-    if rates:
-        raw["rate_limits"] = [*raw.get("rate_limits", []), *rates]
+    limits = [{"unit": units[n], "amount": v} for n in units if (v := getattr(options, n)) is not None]
+    if limits:
+        raw["rate_limits"] = [*raw.get("rate_limits", []), *limits]
     return ProviderConfig.from_json(json.dumps(raw))
 
 
 async def serve(options: argparse.Namespace, config: ProviderConfig) -> None:
-    """Serve until told to stop."""
-    from forebay.simulation.provider.http_server import ProviderServer, start_server  # noqa: PLC0415 - a wrong option is told before a web server is loaded
+    """Serve until a signal, or until standard input is closed."""
+    # imported here, so that an invalid option is reported before a web server is loaded
+    from forebay.simulation.provider.http_server import ProviderServer, start_server  # noqa: PLC0415
     from forebay.simulation.provider.traffic import Traffic  # noqa: PLC0415
 
     loop = asyncio.get_running_loop()
@@ -66,7 +70,8 @@ async def serve(options: argparse.Namespace, config: ProviderConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     traffic = Traffic.code() if options.traffic == "code" else Traffic.conversation()
-    runner, url = await start_server(ProviderServer(config, seed=options.seed, traffic=traffic), port=options.port)
+    server = ProviderServer(config, seed=options.seed, traffic=traffic)
+    runner, url = await start_server(server, port=options.port)
     try:
         print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)  # noqa: T201 - the parent reads it
         if options.attached:
@@ -78,7 +83,7 @@ async def serve(options: argparse.Namespace, config: ProviderConfig) -> None:
 
 
 def _stop_at_end_of_input(stop: asyncio.Event) -> None:
-    """Standard input has something to say, or has ended."""
+    """Read standard input, which is ready; set `stop` if it is closed."""
     if not os.read(sys.stdin.fileno(), 4096):
         stop.set()
 

@@ -1,6 +1,7 @@
-"""Many rows in one statement, so that its price is paid once.
+"""One SQL statement for many rows, so that the cost of a statement is paid once.
 
-Nor is the interpreter's lock given up and regained for every row, which beside a busy event loop can take milliseconds.
+It also avoids releasing and re-acquiring the interpreter lock for every row, which can take milliseconds next to a busy
+event loop.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-_SIZES = [2**power for power in range(11)]  # rows in a statement: few, so that all stay prepared
+_SIZES = [2**power for power in range(11)]  # rows in a statement: few sizes, so that all of them stay prepared
 
 
 class BatchStatement:
-    """A statement that does for many rows what it does for one.
+    """A SQL statement that is written for one row and run for many.
 
     Args:
-        template: the statement, with ``{rows}`` where the rows go in as ``(?, ?), (?, ?)``. For each of them it must
-            change one row of a table, or nothing; nothing for a row of NULLs, which fills a statement up.
+        template: the statement, with ``{rows}`` where the rows are inserted as ``(?, ?), (?, ?)``. For each row it must
+            change exactly one row of a table or none; a row of NULLs, which pads the statement, must change none.
         width: values in a row.
     """
 
@@ -28,15 +29,18 @@ class BatchStatement:
         self._width = width
 
     def run(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> list[bool]:
-        """Do it for `rows`, as if one after the other; whether each changed something."""
+        """Run the statement for `rows` as if one after the other, and return for each whether it changed something."""
         changed: list[bool] = []
         while len(changed) < len(rows):
-            some = rows[len(changed) : len(changed) + _SIZES[-1]]
-            changed += [True] * len(some) if self._run_together(connection, some) else self._run_each(connection, some)
+            batch = rows[len(changed) : len(changed) + _SIZES[-1]]
+            if self._run_together(connection, batch):
+                changed += [True] * len(batch)
+            else:
+                changed += self._run_each(connection, batch)
         return changed
 
     def _run_together(self, connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> bool:
-        """Do it for all of them, or, if it changed nothing for one, for none: which one that was it does not say."""
+        """Run it for all `rows`; if a row changed nothing, undo all: the count alone does not tell which row it was."""
         if len(rows) == 1:
             return False
         size = next(size for size in _SIZES if size >= len(rows))

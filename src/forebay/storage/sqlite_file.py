@@ -1,4 +1,4 @@
-"""A SQLite file: opening it, knowing it for ours, and saying what is wrong with it."""
+"""A SQLite file: open it, check that it is ours, migrate it, and say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pathlib import Path
 from forebay.errors import StoreUnavailable
 from forebay.storage.url import Synchronous
 
-_OLDEST = (3, 35, 0)  # UPDATE ... RETURNING
-_LOG_KEPT = 64 << 20  # bytes of write-ahead log that stay on disk after a checkpoint
-_CACHE = 32 << 10  # KiB of pages kept in memory
-_PAUSE = 0.01  # seconds between two tries at what SQLite itself does not wait for
+_MIN_SQLITE = (3, 35, 0)  # UPDATE ... RETURNING
+_MAX_WAL_BYTES = 64 << 20  # of the write-ahead log, kept on disk after a checkpoint
+_CACHE_KIB = 32 << 10  # of pages, kept in memory
+_RETRY_INTERVAL = 0.01  # seconds between attempts at what SQLite itself does not wait for
 
-# Where a write-ahead log breaks: its index is shared memory, which two machines do not share.
-_NETWORK = re.compile(
+# Filesystems where a write-ahead log gets damaged: its index is shared memory, which two machines do not share.
+_NETWORK_FILESYSTEM = re.compile(
     r"nfs\d?|cifs|smb\w*|9p|afs|ceph|glusterfs|lustre|fuse\.(sshfs|ceph\S*|glusterfs|s3\S*|gcsfuse|rclone)"
 )
 _MOUNTS = Path("/proc/mounts")
 
-# By primary result code: why, and what to do.
+# By primary result code: why the file cannot be used, and what to do.
 _ADVICE = {
     sqlite3.SQLITE_BUSY: (
         "another process has been writing to it for too long",
-        "Find who holds it (fuser FILE), or give each process a file of its own.",
+        "Find the process that holds it (fuser FILE), or give each process a file of its own.",
     ),
     sqlite3.SQLITE_CANTOPEN: (
         "it cannot be opened",
@@ -36,9 +36,9 @@ _ADVICE = {
     ),
     sqlite3.SQLITE_CORRUPT: (
         "the file is damaged",
-        "Move it and its -wal and -shm aside; `sqlite3 FILE .recover` saves what can be saved.",
+        "Move it and its -wal and -shm files aside; `sqlite3 FILE .recover` saves what can be saved.",
     ),
-    sqlite3.SQLITE_FULL: ("the disk is full", "Make room, or move the file to a larger disk."),
+    sqlite3.SQLITE_FULL: ("the disk is full", "Free some space, or move the file to a larger disk."),
     sqlite3.SQLITE_IOERR: (
         "the disk failed to read or write",
         "Look into the system's log, and move the file to a sound disk.",
@@ -54,11 +54,11 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """What stands in a file.
+    """The tables of a file, and how they came to be.
 
     Attributes:
-        application: the number in the file's header that says whose it is.
-        migrations: scripts, the n-th of which leads from version n to n + 1. What was once released is never edited.
+        application_id: the number in the file's header that says which application owns it.
+        migrations: scripts; the n-th leads from version n to n + 1. A released script is never edited.
     """
 
     application_id: int
@@ -66,31 +66,29 @@ class Schema:
 
     @property
     def version(self) -> int:
-        """The version that this code writes."""
+        """Return the version that this code writes."""
         return len(self.migrations)
 
 
 def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float) -> sqlite3.Connection:
-    """A connection to the file at `path`, made if need be, with its schema up to date. Blocks.
+    """Return a connection to the file at `path`, created if missing, with its schema up to date. Blocks.
 
     Raises:
-        LedgerUnusable: it cannot be had.
+        StoreUnavailable: the file cannot be opened; the message says why and what to do.
     """
-    if sqlite3.sqlite_version_info < _OLDEST:
+    if sqlite3.sqlite_version_info < _MIN_SQLITE:
         why = f"this Python's SQLite is {sqlite3.sqlite_version}, and 3.35 is needed"
         raise StoreUnavailable(where=str(path), why=why, advice="Use a newer Python, or another overflow.")
     if not path.parent.is_dir():
-        raise StoreUnavailable(
-            where=str(path), why="its directory is not there", advice=f"Make it: mkdir -p {path.parent}"
-        )
+        advice = f"Create it: mkdir -p {path.parent}"
+        raise StoreUnavailable(where=str(path), why="its directory does not exist", advice=advice)
     kind = filesystem_type(path.parent.resolve(), _mounts())
-    if _NETWORK.fullmatch(kind):
-        why = f"it lies on a network filesystem ({kind}), where a write-ahead log gets damaged"
-        raise StoreUnavailable(
-            where=str(path), why=why, advice="Put it on a local disk, or share an overflow over Redis."
-        )
+    if _NETWORK_FILESYSTEM.fullmatch(kind):
+        why = f"it is on a network filesystem ({kind}), where a write-ahead log gets damaged"
+        advice = "Put it on a local disk, or share an overflow over Redis."
+        raise StoreUnavailable(where=str(path), why=why, advice=advice)
     try:
-        # Statements are kept prepared. Transactions are the writer's to begin, hence no isolation level.
+        # Statements are kept prepared. The writer begins transactions itself, so there is no isolation level.
         connection = sqlite3.connect(
             path, timeout=busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=256
         )
@@ -105,34 +103,34 @@ def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout
 
 
 def _prepare(
-    connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous, patience: float
+    connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float
 ) -> None:
-    with _transaction(connection, "BEGIN"):  # before anything is changed in a file that may be somebody else's
+    with _transaction(connection, "BEGIN"):  # before changing anything in a file that may belong to another program
         _check_ours(connection, path, schema)
-    mode = _write_ahead(connection, patience)
+    mode = _enable_wal(connection, busy_timeout)
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
         raise StoreUnavailable(where=str(path), why=why, advice="Put it on a local disk.")
     connection.execute(f"PRAGMA synchronous = {synchronous.value}")
-    connection.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
-    connection.execute(f"PRAGMA cache_size = -{_CACHE}")
+    connection.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES}")
+    connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     with _transaction(connection, "BEGIN IMMEDIATE"):
         _migrate(connection, path, schema)
 
 
-def _write_ahead(connection: sqlite3.Connection, patience: float) -> str:
-    """Ask for a write-ahead log; the kind of journal that there is then.
+def _enable_wal(connection: sqlite3.Connection, busy_timeout: float) -> str:
+    """Switch to a write-ahead log, and return the journal mode that is then in force.
 
-    The switch wants the file to itself, and two that want it at once would wait for each other: so SQLite fails one of
-    them without a wait.
+    The switch needs the file exclusively, and two connections that switch at once would wait for each other. So SQLite
+    fails one of them without waiting, and that one tries again.
     """
-    for _ in range(int(patience / _PAUSE)):
+    for _ in range(int(busy_timeout / _RETRY_INTERVAL)):
         try:
             return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
         except sqlite3.OperationalError as error:
             if _code(error) != sqlite3.SQLITE_BUSY:
                 raise
-        threading.Event().wait(_PAUSE)
+        threading.Event().wait(_RETRY_INTERVAL)
     return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
 
 
@@ -149,23 +147,23 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
 
 
 def _check_ours(connection: sqlite3.Connection, path: Path, schema: Schema) -> int:
-    """The schema's version in the file; 0 if it is new."""
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    """Return the version of the schema in the file; 0 if the file is new."""
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if application == schema.application_id:
+    if application_id == schema.application_id:
         if version > schema.version:
             why = f"a newer Forebay wrote it (schema {version}; this one knows {schema.version})"
             raise StoreUnavailable(where=str(path), why=why, advice="Upgrade Forebay here, or name another file.")
         return int(version)
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if application or version or tables:
-        why = "it is a database of something else"
-        raise StoreUnavailable(where=str(path), why=why, advice="Name another file; Forebay makes it.")
+    if application_id or version or tables:
+        why = "it is a database of another program"
+        raise StoreUnavailable(where=str(path), why=why, advice="Name another file; Forebay creates it.")
     return 0
 
 
 def _migrate(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
-    version = _check_ours(connection, path, schema)  # again: now nobody else can be at it
+    version = _check_ours(connection, path, schema)  # again: now no other process can change it
     if version == schema.version:
         return
     for script in schema.migrations[version:]:
@@ -176,35 +174,40 @@ def _migrate(connection: sqlite3.Connection, path: Path, schema: Schema) -> None
 
 
 def diagnose(error: BaseException, path: Path) -> BaseException:
-    """What to raise: LedgerUnusable with advice if the file failed, the error itself if the operation did."""
-    own = sqlite3.IntegrityError | sqlite3.ProgrammingError
-    if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, own):
+    """Return what to raise: StoreUnavailable with advice if the file failed, `error` itself if the operation did."""
+    operation_errors = sqlite3.IntegrityError | sqlite3.ProgrammingError
+    if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, operation_errors):
         return error
-    why, advice = _ADVICE.get(_code(error), (str(error), "Look at the file with the sqlite3 command."))
-    unusable = StoreUnavailable(where=str(path), why=why, advice=advice)
-    unusable.__cause__ = error
-    return unusable
+    why, advice = _ADVICE.get(_code(error), (str(error), "Inspect the file with the sqlite3 command."))
+    unavailable = StoreUnavailable(where=str(path), why=why, advice=advice)
+    unavailable.__cause__ = error
+    return unavailable
 
 
 def _code(error: sqlite3.DatabaseError) -> int:
-    """The primary result code, which extended ones keep in their lowest byte."""
+    """Return the primary result code, which extended codes keep in their lowest byte."""
     return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
 
 
 def filesystem_type(directory: Path, mounts: str) -> str:
-    """The kind of filesystem that holds `directory`, by the text of /proc/mounts; empty if it does not say."""
+    """Return the type of the filesystem that holds `directory`; empty if `mounts` does not say.
+
+    Args:
+        directory: an absolute path.
+        mounts: the text of /proc/mounts.
+    """
     best, found = -1, ""
     for line in mounts.splitlines():
         fields = line.split(" ")
-        if len(fields) < 3:  # noqa: PLR2004 - device, mount point, kind
+        if len(fields) < 3:  # noqa: PLR2004 - device, mount point, type
             continue
         point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1]))
-        if len(point.parts) >= best and directory.is_relative_to(point):  # a later mount lies over an earlier one
+        if len(point.parts) >= best and directory.is_relative_to(point):  # a later mount hides an earlier one
             best, found = len(point.parts), fields[2]
     return found
 
 
 def _mounts() -> str:
-    with contextlib.suppress(OSError):  # not Linux: nothing is known, and nothing refused
+    with contextlib.suppress(OSError):  # not Linux: nothing is known, so nothing is rejected
         return _MOUNTS.read_text(errors="surrogateescape")
     return ""

@@ -1,4 +1,4 @@
-"""One writer for a SQLite file: what is asked for while a commit is under way goes into the next one, together."""
+"""The single writer of a SQLite file, with group commit: operations that arrive during a commit share the next one."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from forebay.errors import StoreUnavailable
 from forebay.storage.sqlite_file import Schema, diagnose, open_file
 from forebay.storage.url import Synchronous
 
-_GROUP = 1_000  # operations in one transaction: more would keep the last of them, and other processes, waiting
+_MAX_GROUP = 1_000  # operations in one transaction: more would delay the last of them, and other processes
 
 _I = TypeVar("_I")
 _T = TypeVar("_T")
 
 _Operation: TypeAlias = Callable[[sqlite3.Connection, Sequence[Any]], Sequence[Any]]
-_Work: TypeAlias = tuple[_Operation, Any, bool]  # what is to be done, with what; whether it writes
-_Pending: TypeAlias = tuple[asyncio.Future[Any], _Work]  # who waits for it
+_Work: TypeAlias = tuple[_Operation, Any, bool]  # the operation, its item, whether it writes
+_Pending: TypeAlias = tuple[asyncio.Future[Any], _Work]  # the caller's future, and its work
 
 
 class _OperationError(NamedTuple):
-    """What an operation raised."""
+    """The exception that an operation raised, in place of its value."""
 
     error: BaseException
 
 
 class SqliteWriter:
-    """The one writer of a SQLite file within this process, with a thread of its own and group commit.
+    """The single writer of a SQLite file in this process, with a thread of its own and group commit.
 
-    An operation is a plain function of the connection. It runs in a transaction that it shares with its neighbours, and
-    may run twice: when one of them raises, all is undone and run again, each fenced off by a savepoint. It must begin,
-    commit and remember nothing itself. Its caller gets its value after the commit.
+    An operation is a plain function of the connection. It shares a transaction with the operations that arrived with
+    it, and may run twice: if one of them raises, the transaction is rolled back and each is run again in a savepoint of
+    its own. So an operation must not begin, commit or keep any state. Its caller gets the value after the commit.
 
-    All that blocks goes through ``loop.run_in_executor``, but for `run_now`, which blocks its caller's thread. Other
-    processes may have the same file open.
+    Everything that blocks goes through ``loop.run_in_executor``, except `run_now`, which blocks its caller's thread.
+    Other processes may have the same file open.
 
     Args:
-        path: the file; it is made if it is not there, its directory is not.
-        schema: what stands in it.
-        synchronous: what a commit survives.
-        patience: seconds to wait for another process that is writing.
+        path: the file; it is created if missing, its directory is not.
+        schema: the tables of the file.
+        synchronous: what a committed write survives.
+        busy_timeout: seconds to wait while another process is writing.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class SqliteWriter:
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._connection: sqlite3.Connection | None = None
-        self._connection_lock = threading.Lock()  # whoever has it uses the connection
+        self._connection_lock = threading.Lock()  # held by the thread that uses the connection
         self._pending: deque[_Pending] = deque()
         self._flushing = False
-        self._closed: asyncio.Future[None] | None = None  # there once close() was called, done once it is so
+        self._closed: asyncio.Future[None] | None = None  # set by close(), done once the file is closed
 
     async def open(self) -> None:
         """Open the file and bring its schema up to date. Idempotent.
 
         Raises:
-            LedgerUnusable: it cannot be; the message says why and what to do.
+            StoreUnavailable: the file cannot be opened; the message says why and what to do.
         """
         if self._closed is not None and not self._closed.done():
             await asyncio.shield(self._closed)
@@ -78,7 +78,7 @@ class SqliteWriter:
         try:
             self._connection = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(self._close_late_connection)  # a file that opens after all must not stay open
+            opening.add_done_callback(self._close_late_connection)
             raise
         except BaseException:
             self._executor.shutdown(wait=False)
@@ -86,12 +86,13 @@ class SqliteWriter:
         self._closed = None
 
     def _close_late_connection(self, opening: asyncio.Future[sqlite3.Connection]) -> None:
+        """Close a file that was opened after `open` had been cancelled."""
         if not opening.cancelled() and opening.exception() is None:
             self._run_in_thread(opening.result().close)
-        self._executor.shutdown(wait=False)  # what it was given it still does
+        self._executor.shutdown(wait=False)  # jobs that were already submitted still run
 
     async def close(self) -> None:
-        """Finish what was asked for, and close the file. Idempotent."""
+        """Finish the pending operations and close the file. Idempotent."""
         if self._connection is None:
             return
         if self._closed is None:
@@ -100,26 +101,26 @@ class SqliteWriter:
         await asyncio.shield(self._closed)
 
     def run(self, op: Callable[[sqlite3.Connection], _T], *, writes: bool = True) -> asyncio.Future[_T]:
-        """Run `op` in the next transaction; the future has its value once that is committed.
+        """Run `op` in the next transaction; the future gets its value once that is committed.
 
-        Cancelled before its transaction has begun, the future takes its operation with it; after that it happens.
+        Cancelling the future before its transaction has begun cancels the operation; later it happens anyway.
 
         Raises:
-            LedgerUnusable: the file is not open; or, by the future, it failed and nothing was kept.
+            StoreUnavailable: the file is not open; or, through the future, the file failed and nothing was written.
         """
         return self._submit(_run_each, op, writes=writes)
 
     def run_batched(
         self, op: Callable[[sqlite3.Connection, Sequence[_I]], Sequence[_T]], item: _I
     ) -> asyncio.Future[_T]:
-        """Like `run`, for an operation that is cheaper for many items at once: it gets those asked for together."""
+        """Do as `run` does, for an operation that is cheaper for many items at once: it gets all that are pending."""
         return self._submit(op, item, writes=True)
 
     def run_now(self, op: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Run `op` in a transaction of its own, and return its value once that is committed. Blocks; from any thread.
+        """Run `op` in a transaction of its own and return its value after the commit. Blocks; from any thread.
 
         Raises:
-            LedgerUnusable: the file is not open, or it failed and nothing was kept.
+            StoreUnavailable: the file is not open, or it failed and nothing was written.
         """
         with self._connection_lock:
             if (connection := self._connection) is None or self._closed is not None:
@@ -149,18 +150,19 @@ class SqliteWriter:
     def _schedule_flush(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)  # not at once: who else is awake in this turn comes along
+            self._loop.call_soon(self._flush)  # not at once: callers that run in this turn of the loop join the group
 
     def _flush(self) -> None:
         pending, group = self._pending, list[_Pending]()
         while pending and not group:
-            some = [pending.popleft() for _ in range(min(_GROUP, len(pending)))]
-            group = [wish for wish in some if not wish[0].cancelled()]
+            some = [pending.popleft() for _ in range(min(_MAX_GROUP, len(pending)))]
+            group = [each for each in some if not each[0].cancelled()]
         if self._connection is None or not (group or self._closed):
             self._flushing = False
         elif group:
             works = [work for _, work in group]
-            self._run_in_thread(self._commit, self._connection, works).add_done_callback(partial(self._deliver, group))
+            committing = self._run_in_thread(self._commit, self._connection, works)
+            committing.add_done_callback(partial(self._deliver, group))
         else:
             self._run_in_thread(self._close_connection, self._connection).add_done_callback(self._on_closed)
 
@@ -181,15 +183,16 @@ class SqliteWriter:
             return job
 
     def _deliver(self, group: Sequence[_Pending], job: asyncio.Future[Sequence[Any]]) -> None:
+        """Give each caller its value or its error, and start the next group."""
         outcomes = _outcomes(job, len(group))
         for (future, _), outcome in zip(group, outcomes, strict=True):
-            if future.done():  # its caller has gone
+            if future.done():  # its caller was cancelled
                 continue
             if isinstance(outcome, _OperationError):
                 future.set_exception(diagnose(outcome.error, self._path))
             else:
                 future.set_result(outcome)
-        self._loop.call_soon(self._flush)  # behind those just woken, so that what they ask for next is in it
+        self._loop.call_soon(self._flush)  # after the callers just woken, so that their next operations join the group
 
     def _on_closed(self, closing: asyncio.Future[None]) -> None:
         self._connection = None
@@ -204,9 +207,9 @@ class SqliteWriter:
 
 
 def _outcomes(job: asyncio.Future[Sequence[Any]], count: int) -> Sequence[Any]:
-    """What each of a group gets: its value, or what it or all of them failed by."""
+    """Return the value or the error of each of the `count` operations of a group."""
     if job.cancelled():
-        return [_OperationError(RuntimeError("the event loop gave up the write before it was done"))] * count
+        return [_OperationError(RuntimeError("the event loop cancelled the write before it was done"))] * count
     error = job.exception()
     return job.result() if error is None else [_OperationError(error)] * count
 
@@ -216,14 +219,14 @@ def _run_each(connection: sqlite3.Connection, ops: Sequence[Callable[[sqlite3.Co
 
 
 def _run_transaction(connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
-    """Run them as one transaction; raise if all of it failed and nothing was kept."""
+    """Run `works` in one transaction; raise if the transaction failed and nothing was written."""
     begin = "BEGIN IMMEDIATE" if any(writes for *_, writes in works) else "BEGIN"
     connection.execute(begin)
     try:
         try:
             outcomes = _run_batches(connection, works)
-        except Exception:  # noqa: BLE001 - whatever it was, it comes again below and goes to whom it concerns
-            if connection.in_transaction:  # a full disk, say, has rolled it back by itself
+        except Exception:  # noqa: BLE001 - whatever it was, it is raised again below, by the operation that caused it
+            if connection.in_transaction:  # SQLite rolls some errors back itself, such as a full disk
                 connection.execute("ROLLBACK")
             connection.execute(begin)
             outcomes = [_run_in_savepoint(connection, op, item) for op, item, _ in works]
@@ -236,7 +239,10 @@ def _run_transaction(connection: sqlite3.Connection, works: Sequence[_Work]) -> 
 
 
 def _run_batches(connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
-    """Run them by operation: nobody in a group has seen another's outcome, so between operations no order is due."""
+    """Run `works`, one batch for each operation.
+
+    The order between operations is free: no caller in the group has seen the outcome of another.
+    """
     batches: dict[_Operation, list[Any]] = {}
     for op, item, _ in works:
         batches.setdefault(op, []).append(item)
@@ -248,14 +254,14 @@ def _run_batches(connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequ
 
 
 def _run_in_savepoint(connection: sqlite3.Connection, op: _Operation, item: Any) -> Any:
-    connection.execute("SAVEPOINT fenced")
+    connection.execute("SAVEPOINT one")
     try:
         (value,) = op(connection, [item])
     except Exception as error:
         if not connection.in_transaction:
-            raise  # SQLite rolled back all of it: the neighbours' work is gone too
-        connection.execute("ROLLBACK TO fenced")
+            raise  # SQLite rolled back the whole transaction, the other operations included
+        connection.execute("ROLLBACK TO one")
         # A future cannot carry a StopIteration.
         value = _OperationError(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
-    connection.execute("RELEASE fenced")
+    connection.execute("RELEASE one")
     return value

@@ -1,4 +1,4 @@
-"""The URL by which a user names a store, read into what it says."""
+"""The URL by which a user names a store, and its options."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from forebay.errors import InvalidOverflowUrl
 DEFAULT_BOUND = 100_000  # rows
 
 _COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
-_PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put one into a log
+_PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put a password into a log
 
 
 class Synchronous(Enum):
-    """How hard SQLite presses a commit onto the disk before it is acknowledged.
+    """How far SQLite writes a commit towards the disk before it is acknowledged.
 
-    What then survives:
+    An acknowledged write then survives:
 
     ========  =====================  ==================================  ==========================================
     value     the process is killed  the machine loses power             costs
     ========  =====================  ==================================  ==========================================
-    FULL      everything             everything                          one fsync per group of writes (the default)
-    NORMAL    everything             the file, but not the last moments  an fsync per checkpoint of the log
-    OFF       everything             perhaps nothing: the file may be    none
-                                     damaged
+    FULL      yes                    yes                                 one fsync per group of writes (the default)
+    NORMAL    yes                    all but the last moments            an fsync per checkpoint of the log
+    OFF       yes                    no, and the file may be damaged     none
     ========  =====================  ==================================  ==========================================
     """
 
@@ -42,9 +41,9 @@ class StoreUrl:
 
     Attributes:
         scheme: ``"sqlite"`` or ``"memory"``.
-        path: the file, absolute; None if there is none.
-        bound: rows that it may hold.
-        synchronous: what a commit survives, in SQLite.
+        path: the file, absolute; None if the store has none.
+        bound: how many tasks may wait or be leased in it.
+        synchronous: for SQLite, what a committed write survives.
     """
 
     scheme: str
@@ -54,10 +53,10 @@ class StoreUrl:
 
 
 def parse_url(url: str) -> StoreUrl:
-    """Read a store's URL. A relative path is taken from where the process stands now.
+    """Parse the URL of a store. A relative path is resolved against the current directory.
 
     Raises:
-        InvalidOverflowUrl: it is none of the known forms, or an option is unknown or out of range.
+        InvalidOverflowUrl: the URL has none of the known forms, or an option is unknown or out of range.
     """
     try:
         return _parse(urlsplit(url))
@@ -73,7 +72,7 @@ def _parse(parts: SplitResult) -> StoreUrl:
     match parts.scheme:
         case "memory":
             if parts.netloc or parts.path:
-                raise ValueError("a ledger in memory has no name or path")
+                raise ValueError("a store in memory has no name or path")
             store = StoreUrl(scheme="memory", bound=_bound(options))
         case "sqlite":
             path, synchronous = _path(parts), _synchronous(options)
@@ -94,7 +93,7 @@ def _path(parts: SplitResult) -> Path:
         raise ValueError("a '#' in a path is written %23")
     path = unquote(parts.path.removeprefix("/"))
     if path == ":memory:":
-        raise ValueError("a ledger in memory is memory://")
+        raise ValueError("a store in memory is memory://")
     if not path or path.endswith("/") or "\0" in path:
         raise ValueError("it names no file")
     return Path(path).absolute()
@@ -103,7 +102,7 @@ def _path(parts: SplitResult) -> Path:
 def _bound(options: dict[str, str]) -> int:
     text = options.pop("bound", str(DEFAULT_BOUND))
     if not _COUNT.fullmatch(text):
-        raise ValueError(f"bound={text} is not a number of rows, at least 1")
+        raise ValueError(f"bound={text} is not a whole number of rows of at least 1")
     return int(text)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
 from forebay import context
+from forebay._renamed import renamed
 from forebay.errors import (
     ForebayError,
     Overloaded,
@@ -179,6 +180,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     def result(self) -> TaskResult | None:
         """The result of the task; None while it has not ended."""
         return self._outcome if isinstance(self._outcome, TaskResult) else None
+
+    @property
+    def binding(self) -> NoReturn:
+        """The old name of `limited_by`."""  # a property, because __getattr__ would slow down every attribute
+        raise AttributeError(renamed("Ticket", "binding", "limited_by"))
 
     def done(self) -> bool:
         """Return whether awaiting it returns at once."""

@@ -1,4 +1,4 @@
-"""Record: what a supervisor did, event by event, as the checkers of its promises read it."""
+"""The events of a supervisor, recorded for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ E = TypeVar("E", bound=Event)
 
 
 class LimitExcess(NamedTuple):
-    """A worker that held more slots than it has, or fewer than none."""
+    """A moment at which a worker held more slots than it has, or fewer than none."""
 
     at: float  # loop time
     worker_id: str
@@ -23,14 +23,14 @@ class LimitExcess(NamedTuple):
 
 
 class EventRecord:
-    """Everything that a supervisor tells from now on. It may not have started yet.
+    """A record of all events that a supervisor publishes from now on. The supervisor need not be started.
 
     Attributes:
-        supervisor: whose record it is.
+        supervisor: the supervisor.
         events: all events, in order.
-        tasks: the tasks that came in, by id.
-        excesses: moments at which a worker was seen to hold more than its limit.
-        before: what had been counted when it began.
+        tasks: the submitted and refilled tasks, by id.
+        excesses: moments at which a worker held more tasks than its limit.
+        baseline: the supervisor's statistics at the start of the record.
     """
 
     def __init__(self, supervisor: BackpressureSupervisor) -> None:
@@ -39,12 +39,13 @@ class EventRecord:
         self.tasks: dict[str, Task] = {}
         self.excesses: list[LimitExcess] = []
         self.baseline = supervisor.statistics()
-        self._unseen_ids: list[str] = []  # ids of tasks that were announced, and have not been seen yet
-        supervisor._bus.add_sink(self._on_event)  # noqa: SLF001 - the public subscription is bounded, and read by a coroutine
+        self._unseen_ids: list[str] = []  # ids in events, of tasks that are not in `tasks` yet
+        # The public subscription is bounded and asynchronous; a record must not miss an event.
+        supervisor._bus.add_sink(self._on_event)  # noqa: SLF001 - see above
 
     def stop(self) -> None:
-        """Hear no more."""
-        self.supervisor._bus.remove_sink(self._on_event)  # noqa: SLF001 - as above
+        """Stop recording."""
+        self.supervisor._bus.remove_sink(self._on_event)  # noqa: SLF001 - see __init__
 
     def __enter__(self) -> Self:
         return self
@@ -55,31 +56,31 @@ class EventRecord:
         self.stop()
 
     def of_type(self, kind: type[E]) -> list[E]:
-        """The events of one kind, in order."""
+        """Return the events of one type, in order."""
         return [event for event in self.events if isinstance(event, kind)]
 
     def for_task(self, task_id: str) -> list[Event]:
-        """The events of one task, in order."""
+        """Return the events of one task, in order."""
         return [event for event in self.events if getattr(event, "task_id", None) == task_id]
 
     @property
     def submitted(self) -> list[TaskSubmitted]:
-        """Every decision of the gate."""
+        """All admission decisions, in order."""
         return self.of_type(TaskSubmitted)
 
     @property
     def started(self) -> list[str]:
-        """The ids of tasks in the order in which their handlers began."""
+        """The ids of tasks, in the order in which their handlers started."""
         return [event.task_id for event in self.of_type(TaskStarted)]
 
     @property
     def results(self) -> dict[str, TaskResult]:
-        """How tasks ended, by id."""
+        """The results of finished tasks, by id."""
         return {event.task_id: event.result for event in self.of_type(TaskFinished)}
 
     @property
     def statuses(self) -> dict[str, TaskStatus]:
-        """How tasks ended in a word, by id."""
+        """The statuses of finished tasks, by id."""
         return {task_id: result.status for task_id, result in self.results.items()}
 
     def _on_event(self, event: Event) -> None:
@@ -94,12 +95,12 @@ class EventRecord:
                 self.excesses.append(excess)
 
     def _collect_tasks(self) -> None:
-        """Note the tasks of what was told before: an event comes before its task can be found."""
-        house = self.supervisor._dispatcher  # noqa: SLF001 - to ask by `ticket` would make tickets of strangers
-        if house is None:
+        """Look up the tasks of earlier events: the supervisor registers a task only after its first event."""
+        dispatcher = self.supervisor._dispatcher  # noqa: SLF001 - the public `ticket` would create tickets
+        if dispatcher is None:
             return
         for task_id in self._unseen_ids:
-            ticket = house.core.registry.get(task_id)
+            ticket = dispatcher.core.registry.get(task_id)
             if ticket is not None:
                 self.tasks[task_id] = ticket.task
         self._unseen_ids.clear()

@@ -1,4 +1,4 @@
-"""Whether a block leaves asyncio tasks or threads behind."""
+"""A check that a block leaves no asyncio tasks and no threads behind."""
 
 from __future__ import annotations
 
@@ -9,39 +9,45 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from forebay import clock
-from forebay.testing.promises import BrokenPromise
+from forebay.errors import ForebayError
 
-_TURNS = 20  # of the loop, in which what was let go may end
+_ITERATIONS = 20  # of the event loop, in which cancelled tasks may end
+
+
+class LeakFound(ForebayError, AssertionError):
+    """The block left these running:{listing}"""  # noqa: D415 - the listing ends it
+
+    leaks: tuple[str, ...]
 
 
 @asynccontextmanager
 async def no_leaks(grace: float = 1.0) -> AsyncIterator[None]:
-    """An async context that fails if its block leaves asyncio tasks or threads that were not there before.
+    """Fail if the block leaves asyncio tasks or threads that did not run before it.
 
     Args:
-        grace: real seconds that threads which were told to end are waited for.
+        grace: real seconds to wait for threads that are ending.
 
     Raises:
-        BrokenPromise: what is left, by name and place.
+        LeakFound: tasks or threads are left; `leaks` describes each of them.
     """
     tasks, threads = asyncio.all_tasks(), set(threading.enumerate())
     yield
-    for _ in range(_TURNS):
+    for _ in range(_ITERATIONS):
         if not asyncio.all_tasks() - tasks:
             break
         await asyncio.sleep(0)
-    left = [_described(task) for task in asyncio.all_tasks() - tasks]
+    leaks = [_describe(task) for task in asyncio.all_tasks() - tasks]
     until = clock.monotonic() + grace
     for thread in set(threading.enumerate()) - threads:
         thread.join(max(0.0, until - clock.monotonic()))
         if thread.is_alive():
-            left.append(f"thread {thread.name!r}")
-    if left:
-        listing = "".join(f"\n  {line}" for line in sorted(left))
-        raise BrokenPromise(promise="Nothing is left behind", listing=listing, wrong=tuple(left))
+            leaks.append(f"thread {thread.name!r}")
+    if leaks:
+        listing = "".join(f"\n  {line}" for line in sorted(leaks))
+        raise LeakFound(listing=listing, leaks=tuple(leaks))
 
 
-def _described(task: asyncio.Task[Any]) -> str:
+def _describe(task: asyncio.Task[Any]) -> str:
     stack = task.get_stack(limit=1)
     where = f" at {stack[-1].f_code.co_filename}:{stack[-1].f_lineno}" if stack else ""
     return f"asyncio task {task.get_name()!r}, {getattr(task.get_coro(), '__qualname__', task.get_coro())}{where}"

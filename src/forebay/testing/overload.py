@@ -1,4 +1,4 @@
-"""Overload by order of a test: to see what one's own code does when it is refused."""
+"""Overload on demand: tests of code whose tasks are refused."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class RefusedTasks:
-    """What `overload` has refused so far.
+    """The tasks that `overload` has refused.
 
     Attributes:
-        tasks: them, in order.
+        tasks: the tasks, in order.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class RefusedTasks:
 
 
 @contextmanager
-def overload(  # noqa: PLR0913 - each a word with a default
+def overload(  # noqa: PLR0913 - each is a word with a default
     supervisor: BackpressureSupervisor,
     *,
     task_types: str | Collection[str] | None = None,
@@ -43,60 +43,61 @@ def overload(  # noqa: PLR0913 - each a word with a default
     load: float = 1.0,
     retry_after: float | None = None,
 ) -> Iterator[RefusedTasks]:
-    """While the block lasts, the gate of a started supervisor refuses tasks, as it does when it is full.
+    """Make a started supervisor refuse tasks inside the block, as it does when it is full.
 
-    ``submit`` answers SPILLED if the supervisor has an overflow and the task may wait, else REJECTED; ``run`` and
-    ``slot`` raise ``Overloaded`` for the latter. What is spilled stays outside until the block is left. Everything else
-    goes on as ever.
+    ``submit`` returns a ticket that is SPILLED if the supervisor has an overflow and the task may be spilled, otherwise
+    REJECTED. For a rejected task, ``run`` and ``slot`` raise ``Overloaded``. Spilled tasks stay in the overflow until
+    the block ends. Nothing else changes.
 
     Args:
-        supervisor: whose gate.
-        task_types: which are refused; None: all.
-        priorities: which are refused; None: all.
-        spill: whether they may be spilled. False: REJECTED in any case.
-        reason: what the ticket gives as its reason; None: what the gate would say.
-        binding: the resource that the ticket names; None: the pool of the task's type.
-        load: what the ticket gives as its load.
-        retry_after: seconds after which the rejected are to come back; None: what the gate would say, which is None
-            until the first handler has ended.
+        supervisor: the supervisor.
+        task_types: task types to refuse; None: all.
+        priorities: priorities to refuse; None: all.
+        spill: True: spill refused tasks if the supervisor has an overflow; False: reject them.
+        reason: the ticket's reason; None: the usual text.
+        limited_by: the resource that the ticket names; None: the pool of the task's type.
+        load: the ticket's load.
+        retry_after: seconds after which rejected callers should retry; None: the supervisor's estimate, which is None
+            until a task has finished.
 
     Raises:
         NotStarted: the supervisor has not been started.
     """
-    kinds = {task_types} if isinstance(task_types, str) else task_types
-    rungs = {priorities} if isinstance(priorities, Priority) else priorities
-    door, house = supervisor._admission, supervisor._dispatcher  # noqa: SLF001 - the gate is inside
-    if door is None or house is None:
+    types = {task_types} if isinstance(task_types, str) else task_types
+    refused_priorities = {priorities} if isinstance(priorities, Priority) else priorities
+    admission, dispatcher = supervisor._admission, supervisor._dispatcher  # noqa: SLF001 - there is no public hook
+    if admission is None or dispatcher is None:
         raise NotStarted
-    refused, before = RefusedTasks(), door.try_admit
+    refused, original = RefusedTasks(), admission.try_admit
 
-    def offer(ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
+    def try_admit(ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
         task = ticket.task
-        if (kinds is not None and task.task_type not in kinds) or (rungs is not None and task.priority not in rungs):
-            return before(ticket, pool, may_spill=may_spill)
+        type_admitted = types is not None and task.task_type not in types
+        if type_admitted or (refused_priorities is not None and task.priority not in refused_priorities):
+            return original(ticket, pool, may_spill=may_spill)
         refused.tasks.append(task)
         name = pool.resource if limited_by is None else limited_by
-        why = f"{name} is at {load:.0%}, and {task.priority.name} is refused" if reason is None else reason
-        return Refusal(why, name, load, may_spill and spill, retry_after)
+        text = f"{name} is at {load:.0%}, and {task.priority.name} is rejected" if reason is None else reason
+        return Refusal(text, name, load, may_spill and spill, retry_after)
 
-    with _refill_paused(house, kinds):
-        door.try_admit = offer
+    with _refill_paused(dispatcher, types):
+        admission.try_admit = try_admit
         try:
             yield refused
         finally:
-            door.try_admit = before
+            admission.try_admit = original
 
 
 @contextmanager
-def _refill_paused(house: Dispatcher, kinds: Collection[str] | None) -> Iterator[None]:
-    """Nothing of these task types comes in from the overflow: it counts as coming in already."""
-    overflow = house.spill
-    if overflow is None:
+def _refill_paused(dispatcher: Dispatcher, types: Collection[str] | None) -> Iterator[None]:
+    """Refill no tasks of these types inside the block: their pools are marked as being refilled."""
+    spill = dispatcher.spill
+    if spill is None:
         yield
         return
-    pools = (pool for kind, pool in house.core.pools.by_type.items() if kinds is None or kind in kinds)
-    held = overflow.refiller.pause(pools)
+    pools = (pool for task_type, pool in dispatcher.core.pools.by_type.items() if types is None or task_type in types)
+    paused = spill.refiller.pause(pools)
     try:
         yield
     finally:
-        overflow.refiller.resume(held)
+        spill.refiller.resume(paused)

@@ -13,14 +13,14 @@ from forebay.testing.event_record import EventRecord
 
 
 class PassthroughSupervisor(BackpressureSupervisor):
-    """A supervisor that admits everything, whatever its load, and records what happens.
+    """A supervisor that admits every task at any load, and records its events.
 
-    It is a real one otherwise: workers keep their limits and what does not fit waits in line; timeouts, deadlines,
-    cancellation and nested work are as ever. No worker stays FAILED. It takes the settings of a
-    `BackpressureSupervisor`, and does not watch the event loop unless told to.
+    Otherwise it is a real supervisor: workers keep their limits, other tasks wait in the queue, and timeouts,
+    deadlines, cancellation and nested tasks work as usual. A worker that becomes FAILED is revived at once. It takes
+    the settings of a `BackpressureSupervisor`; by default it does not monitor the event loop.
 
     Attributes:
-        record: everything that happened, see `Record`.
+        record: the record of its events.
     """
 
     def __init__(self, *, lag_bound: float | None = None, **settings: Any) -> None:
@@ -29,7 +29,7 @@ class PassthroughSupervisor(BackpressureSupervisor):
         self._bus.add_sink(self._revive_failed_worker)
 
     async def start(self) -> None:
-        """Start here, on the running event loop, with an open gate."""
+        """Start on the running event loop, without priority thresholds."""
         await super().start()
         self._admission_here().thresholds = _NoThresholds(1.0)
 
@@ -39,7 +39,7 @@ class PassthroughSupervisor(BackpressureSupervisor):
 
 
 class _NoThresholds(PriorityThresholds):
-    """Refuses nobody."""
+    """Priority thresholds that reject nothing."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""A simulated provider for one test: over HTTP, or as a model inside the event loop."""
+"""A simulated LLM provider for one test: over HTTP, or in the event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay.errors import ForebayError
-from forebay.simulation import (
+from forebay.simulation.provider import (
     Bill,
     CompletedCall,
     ProviderConfig,
@@ -24,29 +24,28 @@ from forebay.simulation import (
 )
 
 FAST_PROVIDER: Final = ProviderConfig(ttft=0.01, tpot=0.0001, noise=0.0)
-"""What a test meets unless it says otherwise: fifty calls at a time, each in some hundredths of a second; no limits, no
-faults."""
+"""The default of a test: fifty calls at a time, each in some hundredths of a second, without limits and faults."""
 
 _UNITS: Final = {"rpm": Unit.REQUESTS, "tpm": Unit.TOKENS, "itpm": Unit.INPUT_TOKENS, "otpm": Unit.OUTPUT_TOKENS}
 
 
 class SimulatedProviderNotInstalled(ForebayError, ImportError):
-    """The simulated provider speaks HTTP by aiohttp, which is not installed: pip install 'forebay[testing]'."""
+    """The simulated provider needs aiohttp to serve HTTP, and it is not installed: pip install 'forebay[testing]'."""
 
 
 class SharedProviderProcess:
-    """One plant's process, started when it is first asked for, and lent to one test after the other."""
+    """One process of the simulated provider, started on first use and lent to one test after the other."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._process: ProviderProcess | None = None
 
     def start(self, config: ProviderConfig) -> ProviderProcess:
-        """The plant, from its second 0, as `config` says.
+        """Return the process with a provider at second 0, configured by `config`.
 
         Raises:
-            PlantNotInstalled: aiohttp is not there.
-            PlantFailed: it did not start.
+            SimulatedProviderNotInstalled: aiohttp is missing.
+            ProviderProcessFailed: the process did not start.
         """
         if self._process is None:
             if find_spec("aiohttp") is None:
@@ -57,48 +56,48 @@ class SharedProviderProcess:
         return self._process
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process = None
         self._stack.close()
 
 
 class ProviderDouble:
-    """A simulated LLM provider for one test, with limits and faults to order.
+    """A simulated LLM provider for one test, with configurable limits and faults.
 
-    A test uses one of two ways:
+    A test uses it in one of two ways:
 
     - over HTTP, for real SDKs in real time: `openai_url` and `anthropic_url`, served by a process of its own;
     - in the event loop, for virtual time: `call`, or `model` itself.
 
     Attributes:
-        config: what it is like.
+        config: its current configuration.
     """
 
-    def __init__(self, plants: SharedProviderProcess) -> None:
+    def __init__(self, shared_process: SharedProviderProcess) -> None:
         self.config = FAST_PROVIDER
-        self._shared_process = plants
+        self._shared_process = shared_process
         self._process: ProviderProcess | None = None
         self._model: SimulatedProvider | None = None
         self._seed = 0
 
     def configure(self, config: ProviderConfig | None = None, /, *, seed: int = 0, **fields: Any) -> None:
-        """Say what it is like; if it is in use already, it begins anew.
+        """Change the configuration; a provider that is in use restarts at second 0.
 
         Args:
-            config: all of it; None: what it is now.
-            seed: what the chance of the model in the loop is drawn from.
-            **fields: of a `ProviderConfig`, such as ``slots=5`` or ``faults=Faults(error=0.1)``; and in short `rpm`,
-                `tpm`, `itpm` and `otpm`: requests, tokens, input tokens and output tokens a minute.
+            config: a whole configuration; None: the current one.
+            seed: seeds the randomness of the provider in the event loop.
+            **fields: fields of `ProviderConfig` to change, such as ``slots=5`` or ``faults=Faults(error=0.1)``; also
+                `rpm`, `tpm`, `itpm` and `otpm`: requests, tokens, input tokens and output tokens a minute.
 
         Raises:
-            InvalidProvider: a value is out of its range.
+            InvalidProviderConfig: a value is out of range.
             TypeError: there is no such field.
         """
-        rates = [
+        limits = [
             SimulatedRateLimit(unit=unit, amount=fields.pop(name)) for name, unit in _UNITS.items() if name in fields
         ]
-        if rates:
-            fields["rate_limits"] = (*fields.get("rate_limits", ()), *rates)
+        if limits:
+            fields["rate_limits"] = (*fields.get("rate_limits", ()), *limits)
         self.config = replace(self.config if config is None else config, **fields)
         self._seed = seed
         self._model = None
@@ -109,11 +108,11 @@ class ProviderDouble:
 
     @property
     def process(self) -> ProviderProcess:
-        """The provider as a process, started when first asked for: half a second, once in a run of tests.
+        """The provider's process. The first use in a test session starts it, in about half a second.
 
         Raises:
-            PlantNotInstalled: aiohttp is not there.
-            PlantFailed: it did not start.
+            SimulatedProviderNotInstalled: aiohttp is missing.
+            ProviderProcessFailed: the process did not start.
         """
         if self._process is None:
             self._process = self._shared_process.start(self.config)
@@ -121,19 +120,19 @@ class ProviderDouble:
 
     @property
     def openai_url(self) -> str:
-        """For ``OpenAIWriter(base_url=...)`` and its kin."""
+        """The URL for ``OpenAI(base_url=...)`` and similar clients."""
         return self.process.openai_url
 
     @property
     def anthropic_url(self) -> str:
-        """For ``AnthropicWriter(base_url=...)``."""
+        """The URL for ``Anthropic(base_url=...)``."""
         return self.process.url
 
     # --- in the event loop ---
 
     @property
     def model(self) -> SimulatedProvider:
-        """The provider inside the running event loop, made when first asked for."""
+        """The provider in the running event loop, created on first use."""
         if self._model is None:
             self._model = SimulatedProvider(self.config, self._seed)
         return self._model
@@ -144,23 +143,23 @@ class ProviderDouble:
         """Make one call and wait for its end, as `SimulatedProvider.call` does.
 
         Raises:
-            Refusal: the provider would not; it has status, headers, body and retry_after as they go over the wire.
-            Broken: it broke off in the middle.
+            ProviderRefusal: the provider refused the call; it has the status, headers and body of the HTTP response.
+            AnswerCut: the provider ended the answer early.
         """
         return await self.model.call(model=model, input_tokens=input_tokens, output_tokens=output_tokens, **rest)
 
-    # --- what it saw ---
+    # --- readings ---
 
     def statistics(self) -> ProviderStatistics:
-        """Calls, refusals, tokens and dollars until now."""
+        """Return the calls, refusals, tokens and dollars until now."""
         if self._process is not None:
             return msgspec.convert(self._process.statistics(), ProviderStatistics, strict=False)
         if self._model is not None:
             return self._model.statistics()
-        return ProviderModel(self.config).statistics()  # of one that nobody has called
+        return ProviderModel(self.config).statistics()  # of a provider that got no call
 
     def bills(self) -> dict[str, Bill]:
-        """The same for each run that calls named: by ``run=``, or by the header ``x-plant-run``."""
+        """Return the bill of each run that calls named with ``run=`` or the header ``x-simulated-run``."""
         if self._process is not None:
             return msgspec.convert(self._process.runs(), dict[str, Bill])
         return {} if self._model is None else self._model.bills()

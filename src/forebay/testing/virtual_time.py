@@ -1,4 +1,4 @@
-"""Tests in virtual time: minutes pass in milliseconds, and a deadlock is an error."""
+"""Tests in virtual time without pytest: minutes pass in milliseconds, and a deadlock is an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, overload
 
-from forebay.simulation import simulate
+from forebay.simulation.loop import simulate
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,10 +22,10 @@ def virtual(*, seed: int = 0, **settings: Any) -> Callable[[Callable[P, Coroutin
 
 
 def virtual(test: Callable[..., Coroutine[Any, Any, Any]] | None = None, /, *, seed: int = 0, **settings: Any) -> Any:
-    """Make a plain function of an async one, which runs it in virtual time to a clean end.
+    """Turn an async function into a plain one that runs it in virtual time, for any test framework.
 
-    For any test framework, and for none; with arguments, ``@virtual(seed=3)``, they are those of
-    `forebay.simulation.simulate`. What that raises, a call raises.
+    With arguments, as in ``@virtual(seed=3)``, they are those of `forebay.simulation.simulate`. A call raises what
+    `simulate` raises.
     """
     if test is None:
         return functools.partial(virtual, seed=seed, **settings)
@@ -38,11 +38,11 @@ def virtual(test: Callable[..., Coroutine[Any, Any, Any]] | None = None, /, *, s
 
 
 def now() -> float:
-    """Seconds on the running loop's clock: in virtual time, since the test began."""
+    """Return the time of the running loop, in seconds: in virtual time, since the test began."""
     return asyncio.get_running_loop().time()
 
 
 async def run_ready(iterations: int = 10) -> None:
-    """Let everything that is ready happen, for so many turns of the loop; no time passes."""
+    """Run all ready callbacks, for that many iterations of the event loop; no time passes."""
     for _ in range(iterations):
         await asyncio.sleep(0)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
-from forebay.interfaces import Limit, Outcome, RateLimitHeaders
+from forebay.interfaces import Outcome, RateLimitHeaders
+from forebay.limit import Limit
 from forebay.quota import RateLimiter
 from forebay.task import Priority
 from forebay.upstream.bypass import find_bypass

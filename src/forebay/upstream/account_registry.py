@@ -10,8 +10,7 @@ from fnmatch import fnmatchcase
 
 from forebay import clock
 from forebay.breaker import UPSTREAM_RULES, Breaker, BreakerRules
-from forebay.interfaces import Limit
-from forebay.limit import AdaptiveLimit, FixedLimit
+from forebay.limit import AdaptiveLimit, FixedLimit, Limit
 from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.account import Account

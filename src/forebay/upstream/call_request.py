@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from forebay.interfaces import Charge, Grant, Outcome, RateLimitHeaders
+from forebay.interfaces import Charge, Outcome, RateLimitHeaders
+from forebay.limit import Grant
 from forebay.quota import QuotaReservation
 from forebay.task import Priority
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from forebay.interfaces import Limit
+from forebay.limit import Limit
 
 _SPREAD: Final = 10.0  # seconds over which those come again who were sent away
 _FORGET: Final = 60.0  # seconds without a refusal, for nobody asked: how it was meanwhile is not known

@@ -345,7 +345,7 @@ class ThroughGateway(CallPath):
         classes = {429: sdk.RateLimitError, 503: sdk.InternalServerError}  # each SDK has others for the rest
         assert isinstance(error, classes.get(status, sdk.APIStatusError))
         assert error.status_code == status
-        assert error.response.headers["x-forebay-binding"].rpartition(":")[2] == limited_by
+        assert error.response.headers["x-forebay-limited-by"].rpartition(":")[2] == limited_by
         assert isinstance(error.body, dict)
         told = error.body if self.sdk.name == "openai" else error.body["error"]
         assert told["message"]

@@ -26,14 +26,14 @@ def plain(thing: Any) -> Any:
 def test_answers_are_the_providers_own(house: SdkHarness, plant: Plant) -> None:
     way, bare = house.open(plant.url), house.bare(plant.url)
     assert isinstance(way.caller.client, type(bare.client))
-    exactly: Any = {"extra_headers": {"x-plant-output-tokens": "30"}}
+    exactly: Any = {"extra_headers": {"x-simulated-output-tokens": "30"}}
     assert plain(way.caller.create(**exactly)) == plain(bare.create(**exactly))
     assert way.is_idle()
 
 
 def test_so_are_streams_part_by_part(house: SdkHarness, plant: Plant) -> None:
     way, bare = house.open(plant.url), house.bare(plant.url)
-    exactly: Any = {"extra_headers": {"x-plant-output-tokens": "30"}}
+    exactly: Any = {"extra_headers": {"x-simulated-output-tokens": "30"}}
     parts = way.caller.parts(**exactly)
     assert [plain(part) for part in parts] == [plain(part) for part in bare.parts(**exactly)]
     assert len(house.sdk.text(parts).split()) == 30
@@ -64,7 +64,7 @@ def test_raw_answers_name_the_request_and_are_not_to_be_repeated(house: SdkHarne
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "stream"])
 def test_what_is_metered_is_what_the_caller_is_told(house: SdkHarness, plant: Plant, whole: bool) -> None:  # noqa: FBT001
     way = house.open(plant.url, budget_usd=1e6, prices=A_DOLLAR_EACH)
-    ask: Any = {"extra_headers": {"x-plant-output-tokens": "30"}}
+    ask: Any = {"extra_headers": {"x-simulated-output-tokens": "30"}}
     if whole:
         used = house.sdk.used(way.caller.create(**ask))
     else:
@@ -93,7 +93,12 @@ def test_usage_of_openai_streams_is_seen_by_those_who_asked(house: SdkHarness, p
 
 def test_the_streaming_helpers_work(house: SdkHarness, plant: Plant) -> None:
     way, sdk = house.open(plant.url), house.sdk
-    ask: Any = {"model": sdk.model, "messages": SAY, "max_tokens": 40, "extra_headers": {"x-plant-output-tokens": "20"}}
+    ask: Any = {
+        "model": sdk.model,
+        "messages": SAY,
+        "max_tokens": 40,
+        "extra_headers": {"x-simulated-output-tokens": "20"},
+    }
 
     def streaming(client: Any) -> Any:
         return (client.chat.completions if sdk.name == "openai" else client.messages).stream(**ask)

@@ -13,7 +13,7 @@ from tests.contract.sdks.sdk_harness import BoundClient, SdkCaller, SdkHarness
 from forebay import Overloaded
 from forebay.simulation import Faults
 
-LONG: Any = {"extra_headers": {"x-plant-output-tokens": "200"}, "max_tokens": 200}
+LONG: Any = {"extra_headers": {"x-simulated-output-tokens": "200"}, "max_tokens": 200}
 
 
 def error_of(ask: Callable[[], object]) -> Any:
@@ -73,7 +73,9 @@ def test_a_long_retry_after_is_kept(house: SdkHarness, mock: LLMock, mock_url: s
     assert isinstance(error_of(way.caller.create), house.sdk.module.RateLimitError)
     error = error_of(way.caller.with_options(max_retries=0).create)  # else a caller of the gateway would come back
     assert (
-        isinstance(error, Overloaded) if isinstance(way, BoundClient) else "x-forebay-binding" in error.response.headers
+        isinstance(error, Overloaded)
+        if isinstance(way, BoundClient)
+        else "x-forebay-limited-by" in error.response.headers
     )
     assert len(mock.requests) == 1
     assert way.is_idle()

@@ -10,7 +10,7 @@ from tests.contract.sdks.conftest import Plant
 from tests.contract.sdks.sdk_harness import SDKS, SdkHarness, until
 from tests.contract.sdks.test_faults import error_of
 
-ENDLESS: Any = {"extra_headers": {"x-plant-output-tokens": "1000000"}, "max_tokens": 1_000_000}
+ENDLESS: Any = {"extra_headers": {"x-simulated-output-tokens": "1000000"}, "max_tokens": 1_000_000}
 
 
 def test_a_stream_is_given_up_half_way(house: SdkHarness, plant: Plant) -> None:

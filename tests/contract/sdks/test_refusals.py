@@ -12,7 +12,7 @@ from tests.contract.sdks.test_faults import error_of
 
 from forebay.quota import Price
 
-LONG: Any = {"extra_headers": {"x-plant-output-tokens": "100000"}, "max_tokens": 100_000}
+LONG: Any = {"extra_headers": {"x-simulated-output-tokens": "100000"}, "max_tokens": 100_000}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -95,7 +95,7 @@ def test_and_comes_back_by_itself(house: SdkHarness, plant: Plant) -> None:
     plant.be(tpot=0.001)
     way = house.open(plant.url, max_concurrent=1)
     way.caller.create()
-    three_seconds: Any = {"extra_headers": {"x-plant-output-tokens": "3000"}, "max_tokens": 3000}
+    three_seconds: Any = {"extra_headers": {"x-simulated-output-tokens": "3000"}, "max_tokens": 3000}
     with ThreadPoolExecutor(1) as pool:
         holder = pool.submit(way.caller.create, **three_seconds)
         until(lambda: plant.told()["in_flight"] == 1)

@@ -1,4 +1,4 @@
-"""What may be registered as a handler, and what is said to the rest."""
+"""as_handler: the objects that may be registered, and the advice for the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from forebay.adapters import FRAMEWORKS, Handler, as_handler, recognise
+from forebay.adapters import FRAMEWORKS, Handler, as_handler, detect
 from forebay.errors import InvalidHandler, InvalidSetting
 from forebay.task import Task
 
@@ -31,7 +31,7 @@ class Service:
     async def answer(self, task: Task) -> object:
         return task.payload
 
-    def look_up(self, task: Task) -> object:
+    def answer_plainly(self, task: Task) -> object:
         return task.payload
 
     @staticmethod
@@ -57,7 +57,7 @@ def returns_an_awaitable(task: Task) -> Awaitable[object]:
     return in_the_loop(task)
 
 
-# --- what can be run -----------------------------------------------------------------------------------------------
+# --- accepted ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,25 +78,27 @@ async def test_an_async_callable_runs_in_the_loop(obj: Any) -> None:
     assert await handler.call(TASK) in ({"n": 1}, ("small", {"n": 1}))
 
 
-@pytest.mark.parametrize("obj", [in_a_thread, Service().look_up, PlainAgent(), functools.partial(in_a_thread), len])
+@pytest.mark.parametrize(
+    "obj", [in_a_thread, Service().answer_plainly, PlainAgent(), functools.partial(in_a_thread), len]
+)
 def test_any_other_callable_runs_in_a_thread(obj: Any) -> None:
     handler = as_handler(obj)
     assert handler.blocking
     assert handler.call is obj
 
 
-async def test_a_callable_that_turns_out_to_return_an_awaitable_is_left_to_the_engine() -> None:
+async def test_a_plain_callable_that_returns_an_awaitable_is_left_to_the_engine() -> None:
     handler = as_handler(returns_an_awaitable)
     assert handler.blocking
     assert await handler.call(TASK) == {"n": 1}
 
 
-def test_a_handler_stays_what_it_is() -> None:
+def test_a_handler_is_returned_as_it_is() -> None:
     handler = Handler(call=in_a_thread, on_cancel=print)
     assert as_handler(handler) is handler
 
 
-def test_an_object_that_says_how_to_be_handled_is_asked() -> None:
+def test_an_object_with_the_hook_is_asked_for_its_handler() -> None:
     handler = Handler(call=in_the_loop)
 
     class Fleet:
@@ -108,7 +110,7 @@ def test_an_object_that_says_how_to_be_handled_is_asked() -> None:
     assert as_handler(Fleet()) is handler
 
 
-def test_saying_how_to_be_handled_outranks_the_framework_it_is_made_with() -> None:
+def test_the_hook_outranks_the_framework_of_the_class() -> None:
     handler = Handler(call=in_the_loop)
 
     class Graph:
@@ -121,7 +123,7 @@ def test_saying_how_to_be_handled_outranks_the_framework_it_is_made_with() -> No
     assert as_handler(Wrapped()) is handler
 
 
-# --- what cannot ---------------------------------------------------------------------------------------------------
+# --- rejected ------------------------------------------------------------------------------------------------------
 
 
 async def many(task: Task) -> AsyncIterator[object]:
@@ -150,7 +152,7 @@ class Streams:
         (object(), "object", "takes the Task"),
     ],
 )
-def test_what_cannot_be_run_is_told_what_to_pass_instead(obj: Any, type_name: str, advice: str) -> None:
+def test_an_object_that_cannot_be_run_is_rejected_with_advice(obj: Any, type_name: str, advice: str) -> None:
     with pytest.raises(InvalidHandler) as caught:
         as_handler(obj, worker="writer")
     message = str(caught.value)
@@ -158,17 +160,17 @@ def test_what_cannot_be_run_is_told_what_to_pass_instead(obj: Any, type_name: st
     assert advice in message
 
 
-def test_a_coroutine_is_told_from_its_function_and_leaves_no_warning() -> None:
+def test_a_coroutine_is_rejected_without_a_warning_that_it_was_never_awaited() -> None:
     with pytest.raises(InvalidHandler, match="without parentheses"):
         as_handler(in_the_loop(TASK))
 
 
-async def test_a_task_under_way_is_no_handler() -> None:
+async def test_a_running_asyncio_task_is_rejected() -> None:
     with pytest.raises(InvalidHandler, match="the function that was called"):
         as_handler(asyncio.ensure_future(in_the_loop(TASK)))
 
 
-def test_an_object_that_says_something_else_is_told_so() -> None:
+def test_a_hook_that_returns_something_else_is_rejected() -> None:
     class Fleet:
         def __forebay_handler__(self) -> object:
             return in_the_loop
@@ -177,7 +179,7 @@ def test_an_object_that_says_something_else_is_told_so() -> None:
         as_handler(Fleet())
 
 
-def test_the_refusal_survives_the_way_between_processes() -> None:
+def test_the_error_survives_pickling() -> None:
     with pytest.raises(InvalidHandler) as caught:
         as_handler(7, worker="writer")
     copy = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
@@ -186,7 +188,7 @@ def test_the_refusal_survives_the_way_between_processes() -> None:
 
 
 @pytest.mark.parametrize("obj", [in_the_loop, in_a_thread, Handler(call=in_the_loop)])
-def test_a_config_for_what_takes_none_is_refused_and_not_shown(obj: Any) -> None:
+def test_a_config_for_a_handler_that_takes_none_is_rejected_and_not_shown(obj: Any) -> None:
     with pytest.raises(InvalidSetting, match="config='dict'") as caught:
         as_handler(obj, config={"configurable": {"api_key": "hush"}})
     assert "hush" not in str(caught.value)
@@ -195,7 +197,7 @@ def test_a_config_for_what_takes_none_is_refused_and_not_shown(obj: Any) -> None
 # --- frameworks ----------------------------------------------------------------------------------------------------
 
 
-def test_an_agent_is_known_by_where_its_class_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_is_detected_by_the_package_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     class Adapter:
@@ -212,14 +214,14 @@ def test_an_agent_is_known_by_where_its_class_comes_from(monkeypatch: pytest.Mon
     class MyAgent(Agent): ...
 
     monkeypatch.setitem(FRAMEWORKS, "crew", "forebay.adapters.crew")
-    monkeypatch.setattr(recognise, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
+    monkeypatch.setattr(detect, "import_module", {"forebay.adapters.crew": Adapter}.__getitem__)
     agent = MyAgent()
     as_handler(agent, worker="writer", config={"verbose": False})
     assert made == [(agent, "writer", {"verbose": False})]
 
 
 @pytest.mark.parametrize("config", [7, "fast", in_the_loop])
-def test_a_config_that_is_neither_a_mapping_nor_a_plain_callable_is_refused(config: Any) -> None:
+def test_a_config_that_is_neither_a_mapping_nor_a_plain_callable_is_rejected(config: Any) -> None:
     class Agent:
         __module__ = "langgraph.somewhere"
 

@@ -1,4 +1,4 @@
-"""A declared type: what comes back is what went in, or it is refused where it can still be mended."""
+"""Declared types: a value is loaded as it was, or it is rejected at submit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from forebay.interfaces import Codec, TypeMismatch
 from forebay.overflow import decode_task, encode_task
 from forebay.task import Task
 
-ROOM = 1 << 20
+BOUND = 1 << 20
 T = TypeVar("T")
 Metres = NewType("Metres", int)
 
@@ -35,15 +35,15 @@ def codec(declared: Any) -> Codec:
     return codec_for(declared, owner="worker 'w'", name="payload")
 
 
-def through(declared: Any, value: Any) -> tuple[Any, Any]:
-    """The value as a handler gets it: at once, and from the overflow, by way of bytes and a codec of its own."""
+def round_trip(declared: Any, value: Any) -> tuple[Any, Any]:
+    """Return the value as a handler gets it: directly, and from the overflow, through bytes and a codec of its own."""
     here, there = codec(declared), codec(declared)
-    fitted = here.coerce(value)
-    envelope = encode_task(Task("work"), here.dump(fitted), bound=ROOM)
-    return fitted, there.load(decode_task(envelope).payload)
+    coerced = here.coerce(value)
+    envelope = encode_task(Task("work"), here.dump(coerced), bound=BOUND)
+    return coerced, there.load(decode_task(envelope).payload)
 
 
-def misfit(declared: Any, value: Any) -> tuple[str, str]:
+def mismatch(declared: Any, value: Any) -> tuple[str, str]:
     with pytest.raises(TypeMismatch) as caught:
         codec(declared).coerce(value)
     return caught.value.path, caught.value.reason
@@ -121,7 +121,7 @@ EVERYTHING = st.builds(
 
 
 def kinds(value: Any) -> Any:
-    """The types of a value, all the way down."""
+    """Return the types of a value and of all its parts."""
     if dataclasses.is_dataclass(value):
         return type(value), [kinds(getattr(value, field.name)) for field in dataclasses.fields(value)]
     if isinstance(value, dict):
@@ -131,14 +131,14 @@ def kinds(value: Any) -> Any:
     return type(value)
 
 
-# --- there and back --------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
 @given(value=EVERYTHING)
-def test_a_value_comes_back_equal_and_of_the_same_types(value: Everything) -> None:
-    fitted, loaded = through(Everything, value)
-    assert fitted == loaded == value
-    assert kinds(fitted) == kinds(loaded) == kinds(value)
+def test_a_value_is_loaded_equal_and_of_the_same_types(value: Everything) -> None:
+    coerced, loaded = round_trip(Everything, value)
+    assert coerced == loaded == value
+    assert kinds(coerced) == kinds(loaded) == kinds(value)
     assert loaded.when.utcoffset() == value.when.utcoffset()
 
 
@@ -269,28 +269,28 @@ BERLIN = dt.datetime(2025, 7, 1, 9, tzinfo=dt.timezone(dt.timedelta(hours=2)))
     ],
     ids=str,
 )
-def test_every_kind_of_type_travels(declared: Any, value: Any) -> None:
-    fitted, loaded = through(declared, value)
-    assert fitted == loaded == value
-    assert type(fitted) is type(loaded) is type(value)
+def test_a_value_of_every_kind_of_type_is_loaded_as_it_was(declared: Any, value: Any) -> None:
+    coerced, loaded = round_trip(declared, value)
+    assert coerced == loaded == value
+    assert type(coerced) is type(loaded) is type(value)
 
 
-def test_what_equals_nothing_travels_too() -> None:
+def test_a_value_that_does_not_equal_itself_is_loaded_too() -> None:
     for declared, value in (
         (Box[float], Box(math.nan)),
         (decimal.Decimal, decimal.Decimal("NaN")),
         (Model, Model(ratio=math.nan)),
         (Unequal, Unequal(1)),
     ):
-        fitted, loaded = through(declared, value)
-        assert repr(fitted) == repr(loaded) != ""
+        coerced, loaded = round_trip(declared, value)
+        assert repr(coerced) == repr(loaded) != ""
 
 
-def test_what_is_fitted_is_made_anew() -> None:
+def test_a_coerced_value_is_a_copy() -> None:
     value = Struct(1, Inner("a"))
-    fitted = codec(Struct).coerce(value)
+    coerced = codec(Struct).coerce(value)
     value.x = 2
-    assert fitted == Struct(1, Inner("a"))
+    assert coerced == Struct(1, Inner("a"))
 
 
 @pytest.mark.parametrize(
@@ -305,11 +305,11 @@ def test_what_is_fitted_is_made_anew() -> None:
         (Aliased, {"theTopic": "rivers"}, Aliased(theTopic="rivers")),
     ],
 )
-def test_plain_data_are_read_as_the_type(declared: Any, plain: Any, value: Any) -> None:
-    assert through(declared, plain) == (value, value)
+def test_plain_data_are_coerced_to_the_type(declared: Any, plain: Any, value: Any) -> None:
+    assert round_trip(declared, plain) == (value, value)
 
 
-# --- misfits ---------------------------------------------------------------------------------------------------------
+# --- mismatches ------------------------------------------------------------------------------------------------------
 
 
 class Derived(Struct):
@@ -324,8 +324,8 @@ class Excluding(pydantic.BaseModel):
     x: int = pydantic.Field(default=1, exclude=True)
 
 
-class Shouting(pydantic.BaseModel):
-    """Its validator does something else each time."""
+class Unstable(pydantic.BaseModel):
+    """A model whose validator changes the value each time."""
 
     text: str
 
@@ -369,8 +369,8 @@ class Secret(pydantic.BaseModel):
         (Literal["a"], "sk-secret", "", "it is not valid"),
         (Choosy, {"x": "sk-secret"}, "", "it is not valid"),
         (Choosy, {"x": "k-sk-secret"}, "", "its type raised KeyError"),
-        (Box[Any], Box([1, object()]), ".content[1]", "nothing tells how a object is written"),
-        (Box[Any], Box({(1, 2): 3}), ".content", "nothing tells how a dict is written"),
+        (Box[Any], Box([1, object()]), ".content[1]", "a object has no plain form"),
+        (Box[Any], Box({(1, 2): 3}), ".content", "a dict has no plain form"),
         (Model, {"x": "sk-secret"}, ".x", "pydantic finds int parsing"),
         (Model, {"pair": [1, ["sk-secret"]]}, ".pair[1]", "pydantic finds string type"),
         (dict[str, Model], {"sk secret": {"x": "sk-secret"}}, "[...].x", "pydantic finds int parsing"),
@@ -378,8 +378,8 @@ class Secret(pydantic.BaseModel):
         (Aliased, {}, ".theTopic", "pydantic finds missing"),
     ],
 )
-def test_a_misfit_names_the_place_and_never_the_value(declared: Any, value: Any, path: str, why: str) -> None:
-    assert misfit(declared, value) == (path, why)
+def test_a_mismatch_names_the_path_and_never_the_value(declared: Any, value: Any, path: str, why: str) -> None:
+    assert mismatch(declared, value) == (path, why)
 
 
 @pytest.mark.parametrize(
@@ -399,35 +399,35 @@ def test_a_misfit_names_the_place_and_never_the_value(declared: Any, value: Any,
         (str, Colour.RED, ""),
         (Excluding, Excluding(x=2), ".x"),
         (Secret, Secret(key=pydantic.SecretStr("sk-secret")), ".key"),
-        (Shouting, Shouting(text="a"), ".text"),
-        (Shouting, {"text": "a"}, ".text"),
+        (Unstable, Unstable(text="a"), ".text"),
+        (Unstable, {"text": "a"}, ".text"),
         (Growing, {"x": 1}, ".x"),
     ],
 )
-def test_what_would_come_back_as_something_else_is_refused(declared: Any, value: Any, path: str) -> None:
-    where, why = misfit(declared, value)
+def test_a_value_that_would_be_loaded_as_something_else_is_rejected(declared: Any, value: Any, path: str) -> None:
+    where, why = mismatch(declared, value)
     assert where == path
     assert "would come back as" in why
     assert "secret" not in why
 
 
-def test_what_holds_itself_is_refused() -> None:
-    knot: list[Any] = []
-    knot.append(knot)
-    assert misfit(list[Any], knot)[1] == "it is too deep, or holds itself"
+def test_a_value_that_contains_itself_is_rejected() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    assert mismatch(list[Any], cycle)[1] == "it is nested too deeply, or contains itself"
 
 
-READERS = [codec(declared) for declared in (Everything, Cat | Dog, Model, list[Strict], Box[int], Named)]
+CODECS = [codec(declared) for declared in (Everything, Cat | Dog, Model, list[Strict], Box[int], Named)]
 
 
 @given(data=PLAIN | st.fixed_dictionaries({"x": PLAIN, "type": PLAIN, "pair": PLAIN, "inner": PLAIN}))
-def test_whatever_is_stored_is_read_or_called_a_misfit(data: Any) -> None:
-    for reader in READERS:
+def test_any_stored_data_are_loaded_or_rejected_as_a_mismatch(data: Any) -> None:
+    for each in CODECS:
         with contextlib.suppress(TypeMismatch):
-            assert reader.coerce(reader.load(data)) is not None
+            assert each.coerce(each.load(data)) is not None
 
 
-# --- what is declared ------------------------------------------------------------------------------------------------
+# --- declaring a type ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -436,14 +436,14 @@ class HoldsComplex:
 
 
 class Forward(msgspec.Struct):
-    later: NotThere  # type: ignore[name-defined] # noqa: F821 - that is the point
+    later: NotThere  # type: ignore[name-defined] # noqa: F821 - missing on purpose
 
 
 class MixesThem(msgspec.Struct):
     model: Model
 
 
-def in_a_body() -> Any:
+def in_a_function() -> Any:
     class Hidden(msgspec.Struct):
         x: int
 
@@ -459,7 +459,7 @@ def in_a_body() -> Any:
         (complex, "complex"),
         (HoldsComplex, "complex"),
         (Forward, "NotThere"),
-        (in_a_body(), "Hidden"),
+        (in_a_function(), "Hidden"),
         (list["Struct"], "not supported"),
         ("Struct", "not supported"),
         (5, "not supported"),
@@ -470,20 +470,20 @@ def in_a_body() -> Any:
     ],
     ids=str,
 )
-def test_what_cannot_be_a_declared_type_is_told_at_once(declared: Any, why: str) -> None:
+def test_a_type_that_cannot_be_declared_is_rejected_at_once(declared: Any, why: str) -> None:
     with pytest.raises(InvalidSetting, match=r"worker 'w' was given payload=.*must be a type") as caught:
         codec(declared)
     assert why in str(caught.value)
 
 
-def test_a_private_class_that_needs_no_other_may_stand_in_a_body() -> None:
+def test_a_class_defined_in_a_function_may_be_declared_if_it_needs_no_other() -> None:
     class Private(msgspec.Struct):
         x: int
 
-    assert through(Private, {"x": 1}) == (Private(1), Private(1))
+    assert round_trip(Private, {"x": 1}) == (Private(1), Private(1))
 
 
-def test_pydantic_is_imported_only_once_a_type_of_its_own_is_met() -> None:
+def test_pydantic_is_imported_only_when_one_of_its_types_is_declared() -> None:
     program = """
 import sys, dataclasses
 import forebay
@@ -501,7 +501,7 @@ assert "pydantic" not in sys.modules
 
 
 def release(base: type, **fields: Any) -> Any:
-    """A release of one type, of each kind."""
+    """Return one release of a type, of the kind of `base`."""
     hints = {name: hint for name, (hint, *_) in fields.items()}
     defaults = {name: default for name, (_, *default) in fields.items() if default}
     if base is pydantic.BaseModel:

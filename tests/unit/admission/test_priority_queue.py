@@ -1,4 +1,4 @@
-"""The line against a list that is searched from end to end, whatever joins, leaves and is served, in whatever order."""
+"""The priority queue beside a plain list, under pushes, removals and dequeues in any order."""
 
 from __future__ import annotations
 
@@ -16,148 +16,150 @@ RANKS = [(False, 1.0), (True, 1.0), (True, 2.0), RANK_LAST, RANK_LAST, RANK_LAST
 
 
 @dataclass(frozen=True)
-class Guest:
-    rung: Priority
+class Item:
+    priority: Priority
     rank: tuple[bool, float]
-    turn: int
+    sequence: int
 
 
-class LineMachine(RuleBasedStateMachine):
-    """A line beside its naive model: a list, and how often each rung was passed over."""
+class QueueMachine(RuleBasedStateMachine):
+    """A queue beside its naive model: a list, and how often each priority was passed over."""
 
-    @initialize(floor=st.integers(1, 5))
-    def build(self, floor: int) -> None:
-        self.floor = floor
-        self.line: PriorityQueue[Guest] = PriorityQueue(starvation_bound=floor)
-        self.waiting: dict[Guest, QueueEntry] = {}
-        self.gone: list[QueueEntry] = []
+    @initialize(bound=st.integers(1, 5))
+    def build(self, bound: int) -> None:
+        self.bound = bound
+        self.queue: PriorityQueue[Item] = PriorityQueue(starvation_bound=bound)
+        self.waiting: dict[Item, QueueEntry] = {}
+        self.removed: list[QueueEntry] = []
         self.passed = dict.fromkeys(Priority, 0)
-        self.turn = 0
+        self.sequence = 0
 
-    def forget(self) -> None:
-        """Who joins a rung where nobody waits has not waited."""
-        for rung in Priority:
-            if all(guest.rung is not rung for guest in self.waiting):
-                self.passed[rung] = 0
+    def reset_empty_priorities(self) -> None:
+        """Reset the count of each priority without items: an item that is pushed later has not waited."""
+        for priority in Priority:
+            if all(item.priority is not priority for item in self.waiting):
+                self.passed[priority] = 0
 
-    def next_guest(self) -> Guest:
-        rungs = {guest.rung for guest in self.waiting}
-        starving = [rung for rung in sorted(rungs) if self.passed[rung] >= self.floor]
-        rung = starving[0] if starving else min(rungs)
-        return min((guest for guest in self.waiting if guest.rung is rung), key=lambda guest: (guest.rank, guest.turn))
+    def next_item(self) -> Item:
+        priorities = {item.priority for item in self.waiting}
+        starving = [priority for priority in sorted(priorities) if self.passed[priority] >= self.bound]
+        priority = starving[0] if starving else min(priorities)
+        return min(
+            (item for item in self.waiting if item.priority is priority), key=lambda item: (item.rank, item.sequence)
+        )
 
-    @rule(rung=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
-    def join(self, rung: Priority, rank: tuple[bool, float]) -> None:
-        self.turn += 1
-        guest = Guest(rung, rank, self.turn)
-        self.waiting[guest] = self.line.push(guest, rung, rank, self.turn)
+    @rule(priority=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
+    def push(self, priority: Priority, rank: tuple[bool, float]) -> None:
+        self.sequence += 1
+        item = Item(priority, rank, self.sequence)
+        self.waiting[item] = self.queue.push(item, priority, rank, self.sequence)
 
-    @rule(count=st.integers(1, 80), rung=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
-    def crowd(self, count: int, rung: Priority, rank: tuple[bool, float]) -> None:
+    @rule(count=st.integers(1, 80), priority=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
+    def push_many(self, count: int, priority: Priority, rank: tuple[bool, float]) -> None:
         for _ in range(count):
-            self.join(rung, rank)
+            self.push(priority, rank)
 
-    @rule(rung=st.sampled_from(Priority))
-    def come_back(self, rung: Priority) -> None:
-        """Join with a turn from before: whoever gives turns may do so."""
-        self.turn += 1
-        guest = Guest(rung, RANK_LAST, -self.turn)
-        self.waiting[guest] = self.line.push(guest, rung, RANK_LAST, -self.turn)
+    @rule(priority=st.sampled_from(Priority))
+    def push_with_an_early_sequence_number(self, priority: Priority) -> None:
+        """Push with a smaller sequence number than those before, which is allowed."""
+        self.sequence += 1
+        item = Item(priority, RANK_LAST, -self.sequence)
+        self.waiting[item] = self.queue.push(item, priority, RANK_LAST, -self.sequence)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
-    def leave(self, data: st.DataObject) -> None:
-        guest = data.draw(st.sampled_from(list(self.waiting)))
-        place = self.waiting.pop(guest)
-        self.line.remove(place)
-        self.gone.append(place)
+    def remove(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(list(self.waiting)))
+        entry = self.waiting.pop(item)
+        self.queue.remove(entry)
+        self.removed.append(entry)
 
     @precondition(lambda self: self.waiting)
     @rule(share=st.integers(1, 4))
-    def disperse(self, share: int) -> None:
-        for guest in list(self.waiting)[::share]:
-            self.line.remove(self.waiting.pop(guest))
-        assert len(self.line) == len(self.waiting)
+    def remove_many(self, share: int) -> None:
+        for item in list(self.waiting)[::share]:
+            self.queue.remove(self.waiting.pop(item))
+        assert len(self.queue) == len(self.waiting)
 
-    @precondition(lambda self: self.gone)
+    @precondition(lambda self: self.removed)
     @rule(data=st.data())
-    def leave_again(self, data: st.DataObject) -> None:
-        self.line.remove(data.draw(st.sampled_from(self.gone)))
+    def remove_again(self, data: st.DataObject) -> None:
+        self.queue.remove(data.draw(st.sampled_from(self.removed)))
 
     @precondition(lambda self: self.waiting)
     @rule(times=st.integers(1, 30))
     def serve(self, times: int) -> None:
         for _ in range(min(times, len(self.waiting))):
-            self.forget()
-            expected = self.next_guest()
-            head = self.line.head()
+            self.reset_empty_priorities()
+            expected = self.next_item()
+            head = self.queue.head()
             assert head is not None
             assert head[2] is expected
-            assert self.line.pop() is expected
-            self.gone.append(self.waiting.pop(expected))
-            self.passed[expected.rung] = 0
-            for rung in Priority:
-                if rung > expected.rung and any(guest.rung is rung for guest in self.waiting):
-                    self.passed[rung] += 1
+            assert self.queue.pop() is expected
+            self.removed.append(self.waiting.pop(expected))
+            self.passed[expected.priority] = 0
+            for priority in Priority:
+                if priority > expected.priority and any(item.priority is priority for item in self.waiting):
+                    self.passed[priority] += 1
 
     @precondition(lambda self: self.waiting)
     @rule(times=st.integers(1, 30), data=st.data())
-    def serve_who_was_moved_up(self, times: int, data: st.DataObject) -> None:
-        """Only those are passed over who are of lower rungs than the one on which it came."""
+    def serve_a_promoted_item(self, times: int, data: st.DataObject) -> None:
+        """Check that only priorities below the one that the item joined with are passed over."""
         for _ in range(min(times, len(self.waiting))):
-            self.forget()
-            expected = self.next_guest()
-            came_on = data.draw(st.sampled_from(list(Priority)[expected.rung :]))
-            head = self.line.head()
+            self.reset_empty_priorities()
+            expected = self.next_item()
+            joined_priority = data.draw(st.sampled_from(list(Priority)[expected.priority :]))
+            head = self.queue.head()
             assert head is not None
             assert head[2] is expected
-            self.line.serve(head, came_on)
-            self.gone.append(self.waiting.pop(expected))
-            self.passed[expected.rung] = 0
-            for rung in Priority:
-                if rung > came_on and any(guest.rung is rung for guest in self.waiting):
-                    self.passed[rung] += 1
+            self.queue.serve(head, joined_priority)
+            self.removed.append(self.waiting.pop(expected))
+            self.passed[expected.priority] = 0
+            for priority in Priority:
+                if priority > joined_priority and any(item.priority is priority for item in self.waiting):
+                    self.passed[priority] += 1
 
     @precondition(lambda self: not self.waiting)
     @rule()
-    def nobody(self) -> None:
-        assert self.line.head() is None
+    def an_empty_queue_has_no_head(self) -> None:
+        assert self.queue.head() is None
         with pytest.raises(IndexError):
-            self.line.pop()
+            self.queue.pop()
 
     @invariant()
-    def counts(self) -> None:
-        self.forget()
-        assert len(self.line) == len(self.waiting)
-        assert bool(self.line) == bool(self.waiting)
-        assert set(self.line) == set(self.waiting)
-        row = sorted(self.waiting, key=lambda guest: (guest.rung, guest.rank, guest.turn))
-        if row:
-            row.insert(0, row.pop(row.index(self.next_guest())))
-        assert list(self.line.in_order()) == row
-        for rung in Priority:
-            assert self.line.ahead(rung) == sum(guest.rung <= rung for guest in self.waiting)
+    def the_queue_equals_the_model(self) -> None:
+        self.reset_empty_priorities()
+        assert len(self.queue) == len(self.waiting)
+        assert bool(self.queue) == bool(self.waiting)
+        assert set(self.queue) == set(self.waiting)
+        order = sorted(self.waiting, key=lambda item: (item.priority, item.rank, item.sequence))
+        if order:
+            order.insert(0, order.pop(order.index(self.next_item())))
+        assert list(self.queue.in_order()) == order
+        for priority in Priority:
+            assert self.queue.ahead(priority) == sum(item.priority <= priority for item in self.waiting)
 
 
-TestLine = LineMachine.TestCase
-TestLine.settings = settings(max_examples=40, stateful_step_count=40)
+TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(max_examples=40, stateful_step_count=40)
 
 
-@given(rungs=st.lists(st.sampled_from(Priority), min_size=1, max_size=200), floor=st.integers(1, 20))
-def test_under_a_flood_of_better_work_each_rung_is_served_within_its_floor(rungs: list[Priority], floor: int) -> None:
-    line: PriorityQueue[str] = PriorityQueue(starvation_bound=floor)
-    line.push("low", Priority.LOW, RANK_LAST, 0)
-    for turn, rung in enumerate(rungs, start=1):
-        line.push("other", min(rung, Priority.NORMAL), RANK_LAST, turn)
-        if line.pop() == "low":
+@given(priorities=st.lists(st.sampled_from(Priority), min_size=1, max_size=200), bound=st.integers(1, 20))
+def test_each_priority_is_served_within_the_starvation_bound(priorities: list[Priority], bound: int) -> None:
+    queue: PriorityQueue[str] = PriorityQueue(starvation_bound=bound)
+    queue.push("low", Priority.LOW, RANK_LAST, 0)
+    for sequence, priority in enumerate(priorities, start=1):
+        queue.push("other", min(priority, Priority.NORMAL), RANK_LAST, sequence)
+        if queue.pop() == "low":
             return
-        assert turn <= 3 * floor + 3  # one better rung may take its own floor first
-    assert "low" in set(line)
+        assert sequence <= 3 * bound + 3  # one higher priority may use up its own bound first
+    assert "low" in set(queue)
 
 
 @pytest.mark.parametrize("rank", [(True, 1.0), RANK_LAST])
-def test_those_who_left_are_not_kept(rank: tuple[bool, float]) -> None:
-    line: PriorityQueue[int] = PriorityQueue()
-    for turn in range(10_000):
-        line.remove(line.push(turn, Priority.NORMAL, rank, turn))
-    assert sum(map(len, [*line._heaps, *line._queues])) < 200
+def test_removed_entries_are_not_kept(rank: tuple[bool, float]) -> None:
+    queue: PriorityQueue[int] = PriorityQueue()
+    for sequence in range(10_000):
+        queue.remove(queue.push(sequence, Priority.NORMAL, rank, sequence))
+    assert sum(map(len, [*queue._heaps, *queue._fifos])) < 200

@@ -1,4 +1,4 @@
-"""The ladder."""
+"""The priority thresholds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from forebay.task import Priority
 THRESHOLDS = st.floats(0.01, 1.0)
 
 
-def test_its_numbers() -> None:
-    ladder = PriorityThresholds(0.8)
-    assert {rung.name: ladder.threshold_for(rung) for rung in Priority} == {
+def test_the_thresholds_for_a_threshold_of_0_8() -> None:
+    thresholds = PriorityThresholds(0.8)
+    assert {priority.name: thresholds.threshold_for(priority) for priority in Priority} == {
         "CRITICAL": 1.0,
         "HIGH": 0.9,
         "NORMAL": 0.8,
@@ -26,25 +26,25 @@ def test_its_numbers() -> None:
 
 
 @given(THRESHOLDS)
-def test_better_work_is_never_refused_sooner(threshold: float) -> None:
-    rungs = [PriorityThresholds(threshold).threshold_for(rung) for rung in Priority]
-    assert rungs == sorted(rungs, reverse=True)
-    assert all(0 < rung <= 1 for rung in rungs)
+def test_a_higher_priority_is_never_rejected_sooner(threshold: float) -> None:
+    loads = [PriorityThresholds(threshold).threshold_for(priority) for priority in Priority]
+    assert loads == sorted(loads, reverse=True)
+    assert all(0 < load <= 1 for load in loads)
 
 
 @given(THRESHOLDS, st.sampled_from(Priority), st.floats(0, 2))
-def test_it_refuses_from_its_load_on_and_not_below(threshold: float, rung: Priority, load: float) -> None:
-    ladder = PriorityThresholds(threshold)
-    assert ladder.rejects(rung, load) == (load >= ladder.threshold_for(rung))
-    assert ladder.rejects(rung, ladder.threshold_for(rung))
+def test_a_priority_is_rejected_from_its_threshold_on(threshold: float, priority: Priority, load: float) -> None:
+    thresholds = PriorityThresholds(threshold)
+    assert thresholds.rejects(priority, load) == (load >= thresholds.threshold_for(priority))
+    assert thresholds.rejects(priority, thresholds.threshold_for(priority))
 
 
 @given(st.integers(1, 100))
-def test_a_load_that_is_exactly_three_quarters_of_the_threshold_refuses_low(percent: int) -> None:
+def test_a_load_of_exactly_three_quarters_of_the_threshold_rejects_low(percent: int) -> None:
     assert PriorityThresholds(percent / 100).rejects(Priority.LOW, 3 * percent / 400)
 
 
 @pytest.mark.parametrize("threshold", [0, -1, 1.0001, float("nan"), "0.8", None, True])
-def test_a_threshold_that_cannot_be_meant(threshold: Any) -> None:
+def test_an_invalid_threshold_is_rejected(threshold: Any) -> None:
     with pytest.raises(InvalidThreshold):
         PriorityThresholds(threshold)

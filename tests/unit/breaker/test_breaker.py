@@ -1,4 +1,4 @@
-"""What a breaker promises, one promise a test."""
+"""The circuit breaker: when it opens, for how long, and what closes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from forebay.interfaces import Outcome
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 SUCCESS, OVERLOAD, FAULT, IGNORED = Outcome.SUCCESS, Outcome.OVERLOAD, Outcome.FAULT, Outcome.IGNORED
 
-#: Sleeps last exactly what the rules say at most; the first is 10 s.
+#: With `always_longest`, an opening lasts exactly its maximum; the first is 10 s.
 RULES = BreakerRules(
     triggers=(consecutive_faults(5),),
     reset_timeout=10.0,
@@ -44,10 +44,10 @@ def make(rules: BreakerRules = RULES) -> Breaker:
 
 
 def call(breaker: Breaker, now: float, outcome: Outcome) -> BreakerState | None:
-    """One call that is let through and ends at once."""
-    era = breaker.allow(now)
-    assert era
-    return breaker.record(now, outcome, era)
+    """Make one call that ends at once."""
+    epoch = breaker.allow(now)
+    assert epoch
+    return breaker.record(now, outcome, epoch)
 
 
 def opened(rules: BreakerRules = RULES, *, now: float = 0.0) -> Breaker:
@@ -56,13 +56,13 @@ def opened(rules: BreakerRules = RULES, *, now: float = 0.0) -> Breaker:
     return breaker
 
 
-def left(breaker: Breaker, now: float) -> float:
+def seconds_left(breaker: Breaker, now: float) -> float:
     remaining = breaker.retry_after(now)
     assert remaining is not None
     return remaining
 
 
-# --- when it opens -------------------------------------------------------------------------------------------------
+# --- when it opens ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rules", [UPSTREAM_RULES, WORKER_RULES])
@@ -81,14 +81,14 @@ def test_one_fault_of_twenty_does_not_open_it(rules: BreakerRules, at: int) -> N
 
 
 @pytest.mark.parametrize(("calls", "verdict"), [(31, OPEN), (32, None)])
-def test_four_faults_open_it_as_long_as_chance_does_not_explain_them(calls: int, verdict: BreakerState | None) -> None:
+def test_four_faults_open_it_unless_chance_explains_them(calls: int, verdict: BreakerState | None) -> None:
     breaker = make(UPSTREAM_RULES)
     for n in range(calls - 1):
         call(breaker, 0.1 * n, FAULT if n < 3 else SUCCESS)
     assert call(breaker, 5.0, FAULT) is verdict
 
 
-def test_faults_older_than_the_window_are_no_longer_few_calls_evidence() -> None:
+def test_faults_older_than_the_window_do_not_count() -> None:
     breaker = make(BreakerRules(triggers=(MinimumSampleTrigger(seconds=10),)))
     for _ in range(4):
         call(breaker, 0.9, FAULT)
@@ -98,13 +98,13 @@ def test_faults_older_than_the_window_are_no_longer_few_calls_evidence() -> None
     assert call(breaker, 19.9, FAULT) is OPEN, "the bucket of second 10 has not"
 
 
-def test_slow_calls_four_a_minute_are_enough_to_find_an_outage() -> None:
+def test_four_slow_calls_a_minute_are_enough_to_open_it() -> None:
     breaker = make(UPSTREAM_RULES)
     verdicts = [call(breaker, 14.0 * n, FAULT) for n in range(5)]
     assert verdicts[-1] is OPEN
 
 
-def test_fifty_faults_among_the_last_thousand_open_it_however_thinly_spread() -> None:
+def test_fifty_faults_among_the_last_thousand_calls_open_it_however_old() -> None:
     breaker = make(UPSTREAM_RULES)
     for n in range(49):
         call(breaker, 3600.0 * n, FAULT)
@@ -120,11 +120,11 @@ def test_one_fault_in_twenty_one_calls_never_opens_it() -> None:
     assert breaker.state(210.0) is CLOSED
 
 
-def test_six_percent_is_found_within_about_800_calls_in_the_median() -> None:
+def test_six_percent_of_faults_open_it_within_about_800_calls_in_the_median() -> None:
     assert _median_calls_until_open(share=0.06, per_second=50.0) <= 850
 
 
-def test_one_percent_on_a_busy_upstream_is_left_alone() -> None:
+def test_one_percent_of_faults_on_a_busy_upstream_does_not_open_it() -> None:
     draws = clock.new_random(1)
     breaker = make(UPSTREAM_RULES)
     for n in range(50_000):
@@ -147,7 +147,7 @@ def _median_calls_until_open(*, share: float, per_second: float) -> int:
 
 @pytest.mark.parametrize("rules", [UPSTREAM_RULES, WORKER_RULES])
 @pytest.mark.parametrize("outcome", [OVERLOAD, IGNORED])
-def test_neither_a_refusal_nor_a_cancellation_is_counted(rules: BreakerRules, outcome: Outcome) -> None:
+def test_neither_overload_nor_cancellation_is_counted(rules: BreakerRules, outcome: Outcome) -> None:
     breaker = make(rules)
     for n in range(2000):
         assert call(breaker, 0.001 * n, outcome) is None
@@ -163,7 +163,7 @@ def test_a_success_ends_a_run_of_faults() -> None:
     assert breaker.state(0.0) is CLOSED
 
 
-def test_closing_forgets_the_faults_from_before() -> None:
+def test_closing_forgets_earlier_faults() -> None:
     breaker = make(UPSTREAM_RULES)
     for _ in range(5):
         call(breaker, 0.0, FAULT)
@@ -174,49 +174,49 @@ def test_closing_forgets_the_faults_from_before() -> None:
     assert breaker.state(10.0) is CLOSED
 
 
-def test_tripping_opens_it_at_once_and_once() -> None:
+def test_tripping_an_open_breaker_changes_nothing() -> None:
     breaker = make()
     assert breaker.trip(1.0) is OPEN
     assert breaker.trip(5.0) is None
-    assert left(breaker, 5.0) == pytest.approx(6.0), "the second trip neither doubled nor restarted the sleep"
+    assert seconds_left(breaker, 5.0) == pytest.approx(6.0), "the second trip neither doubled nor restarted the timeout"
 
 
-def test_tripping_in_half_open_doubles_the_sleep() -> None:
+def test_tripping_a_half_open_breaker_doubles_the_timeout() -> None:
     breaker = opened()
     assert breaker.state(10.0) is HALF_OPEN
     assert breaker.trip(10.0) is OPEN
-    assert left(breaker, 10.0) == pytest.approx(20.0)
+    assert seconds_left(breaker, 10.0) == pytest.approx(20.0)
 
 
-# --- how long it sleeps --------------------------------------------------------------------------------------------
+# --- how long it is open ---------------------------------------------------------------------------------------------
 
 
-def test_an_open_breaker_refuses_and_says_how_long() -> None:
+def test_an_open_breaker_rejects_and_says_for_how_long() -> None:
     breaker = opened(now=100.0)
     assert breaker.allow(104.0) == 0
     assert not breaker.ready(104.0)
-    assert left(breaker, 104.0) == pytest.approx(6.0)
+    assert seconds_left(breaker, 104.0) == pytest.approx(6.0)
 
 
-def test_the_sleep_doubles_up_to_the_ceiling_and_closing_resets_it() -> None:
+def test_the_timeout_doubles_up_to_its_maximum_and_closing_resets_it() -> None:
     breaker = opened()
     now = 0.0
-    sleeps = []
+    timeouts = []
     for _ in range(5):
-        sleeps.append(left(breaker, now))
-        now += sleeps[-1]
+        timeouts.append(seconds_left(breaker, now))
+        now += timeouts[-1]
         call(breaker, now, FAULT)
-    assert sleeps == pytest.approx([10.0, 20.0, 40.0, 60.0, 60.0])
+    assert timeouts == pytest.approx([10.0, 20.0, 40.0, 60.0, 60.0])
 
-    now += left(breaker, now)
+    now += seconds_left(breaker, now)
     call(breaker, now, SUCCESS)
     assert call(breaker, now, SUCCESS) is CLOSED
     breaker.trip(now)
-    assert left(breaker, now) == pytest.approx(10.0)
+    assert seconds_left(breaker, now) == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("opening", [1, 2, 5, 5000])
-def test_jitter_takes_from_the_upper_half_of_the_sleep(opening: int) -> None:
+def test_jitter_draws_from_the_upper_half_of_the_timeout(opening: int) -> None:
     longest = min(60.0, 10.0 * 2.0 ** min(opening - 1, 10))
     assert RULES.open_duration(opening, draw=0.0) == longest / 2
     assert longest / 2 < RULES.open_duration(opening, draw=0.999) < longest
@@ -232,7 +232,7 @@ def test_it_draws_once_for_each_opening_and_never_otherwise() -> None:
     assert len(drawn) == 1
 
 
-def test_without_a_cool_off_it_stays_open_until_reset() -> None:
+def test_without_a_reset_timeout_it_stays_open_until_reset() -> None:
     breaker = opened(BreakerRules(reset_timeout=None))
     assert breaker.state(1e12) is OPEN
     assert breaker.allow(1e12) == 0
@@ -242,10 +242,10 @@ def test_without_a_cool_off_it_stays_open_until_reset() -> None:
     assert breaker.retry_after(0.0) == 0.0
 
 
-# --- half-open -----------------------------------------------------------------------------------------------------
+# --- half-open -------------------------------------------------------------------------------------------------------
 
 
-def test_after_its_sleep_one_probe_is_let_through_at_a_time() -> None:
+def test_after_the_timeout_one_probe_is_let_through_at_a_time() -> None:
     breaker = opened()
     assert breaker.state(10.0) is HALF_OPEN
     assert breaker.allow(10.0)
@@ -258,18 +258,18 @@ def test_two_probes_must_succeed_for_it_to_close() -> None:
     assert call(breaker, 10.0, SUCCESS) is None
     assert call(breaker, 11.0, SUCCESS) is CLOSED
     assert breaker.allow(11.0)
-    assert breaker.allow(11.0), "no bound any more"
+    assert breaker.allow(11.0), "there is no bound any more"
 
 
 def test_one_faulty_probe_opens_it_again_even_after_a_success() -> None:
     breaker = opened()
     call(breaker, 10.0, SUCCESS)
     assert call(breaker, 11.0, FAULT) is OPEN
-    assert left(breaker, 11.0) == pytest.approx(20.0)
+    assert seconds_left(breaker, 11.0) == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize("outcome", [OVERLOAD, IGNORED])
-def test_a_cancelled_probe_is_given_back_and_says_nothing(outcome: Outcome) -> None:
+def test_a_cancelled_probe_changes_nothing(outcome: Outcome) -> None:
     breaker = opened()
     for _ in range(10):
         assert call(breaker, 10.0, outcome) is None
@@ -278,34 +278,34 @@ def test_a_cancelled_probe_is_given_back_and_says_nothing(outcome: Outcome) -> N
     assert call(breaker, 10.0, SUCCESS) is CLOSED
 
 
-def test_a_refusal_while_a_probe_is_out_says_when_it_is_given_up() -> None:
+def test_a_call_rejected_during_a_probe_waits_for_the_probe_timeout() -> None:
     breaker = opened()
     breaker.allow(12.0)
-    assert left(breaker, 20.0) == pytest.approx(22.0)
+    assert seconds_left(breaker, 20.0) == pytest.approx(22.0)
 
 
-def test_a_probe_that_hangs_opens_it_again_with_a_doubled_sleep() -> None:
+def test_a_probe_that_hangs_opens_it_again_with_a_doubled_timeout() -> None:
     breaker = opened()
     breaker.allow(12.0)
     assert breaker.state(41.9) is HALF_OPEN
     assert breaker.state(42.0) is OPEN
-    assert left(breaker, 42.0) == pytest.approx(20.0)
+    assert seconds_left(breaker, 42.0) == pytest.approx(20.0)
 
 
-def test_a_hanging_probe_is_given_up_when_it_fell_due_not_when_somebody_looked() -> None:
+def test_a_hanging_probe_times_out_when_it_is_due_not_when_somebody_looks() -> None:
     breaker = opened()
     breaker.allow(12.0)
-    assert breaker.state(62.0) is HALF_OPEN, "due at 42, slept 20"
+    assert breaker.state(62.0) is HALF_OPEN, "timed out at 42, open for 20"
 
 
-def test_half_open_without_a_probe_out_waits_for_traffic_as_long_as_it_takes() -> None:
+def test_half_open_without_a_probe_has_no_timeout() -> None:
     breaker = opened()
     call(breaker, 10.0, SUCCESS)
     assert breaker.state(1e6) is HALF_OPEN
     assert call(breaker, 1e6, SUCCESS) is CLOSED
 
 
-def test_one_hanging_probe_is_noticed_though_others_are_cancelled_all_the_time() -> None:
+def test_a_hanging_probe_times_out_though_others_are_cancelled_meanwhile() -> None:
     breaker = opened(BreakerRules(probes=2, probe_timeout=30.0))
     breaker.allow(10.0)
     for second in range(10, 40):
@@ -313,34 +313,34 @@ def test_one_hanging_probe_is_noticed_though_others_are_cancelled_all_the_time()
     assert breaker.state(40.0) is OPEN
 
 
-def test_an_overdue_probe_that_succeeds_after_all_ends_the_sleep() -> None:
+def test_the_late_success_of_an_overdue_probe_half_opens_it() -> None:
     breaker = opened()
     slow = breaker.allow(10.0)
     assert breaker.state(40.0) is OPEN
     assert breaker.record(45.0, SUCCESS, slow) is HALF_OPEN
-    assert call(breaker, 45.0, SUCCESS) is CLOSED, "and it counted as the first of two"
+    assert call(breaker, 45.0, SUCCESS) is CLOSED, "the late success counted as the first of two"
 
 
-def test_a_dependency_slower_than_the_probe_time_is_not_refused_for_ever() -> None:
+def test_a_dependency_slower_than_the_probe_timeout_is_not_rejected_forever() -> None:
     breaker = opened()
     now = 10.0
     for _ in range(4):
-        era = breaker.allow(now)
-        now += 50.0  # probe_time is 30
-        breaker.record(now, SUCCESS, era)
-        now += left(breaker, now)
+        epoch = breaker.allow(now)
+        now += 50.0  # probe_timeout is 30
+        breaker.record(now, SUCCESS, epoch)
+        now += seconds_left(breaker, now)
     assert breaker.state(now) is CLOSED
 
 
-def test_an_overdue_probe_that_fails_changes_nothing_any_more() -> None:
+def test_the_late_fault_of_an_overdue_probe_changes_nothing() -> None:
     breaker = opened()
     slow = breaker.allow(10.0)
-    sleep = left(breaker, 40.0)
+    timeout = seconds_left(breaker, 40.0)
     assert breaker.record(41.0, FAULT, slow) is None
-    assert left(breaker, 40.0) == sleep
+    assert seconds_left(breaker, 40.0) == timeout
 
 
-def test_an_overdue_success_means_nothing_once_a_fault_has_spoken() -> None:
+def test_a_late_success_does_not_count_after_a_fault() -> None:
     breaker = opened()
     slow = breaker.allow(10.0)
     assert breaker.state(40.0) is OPEN
@@ -349,19 +349,19 @@ def test_an_overdue_success_means_nothing_once_a_fault_has_spoken() -> None:
     assert breaker.state(61.0) is OPEN
 
 
-# --- calls from before ---------------------------------------------------------------------------------------------
+# --- late calls ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
-def test_calls_begun_before_it_opened_say_nothing_about_the_probes(outcome: Outcome) -> None:
+def test_calls_begun_before_it_opened_do_not_count_as_probes(outcome: Outcome) -> None:
     breaker = make()
     late = [breaker.allow(0.0) for _ in range(10)]
     breaker.trip(0.0)
     probe = breaker.allow(10.0)
-    for era in late:
-        assert breaker.record(10.0, outcome, era) is None
+    for epoch in late:
+        assert breaker.record(10.0, outcome, epoch) is None
     assert breaker.state(10.0) is HALF_OPEN
-    assert breaker.allow(10.0) == 0, "the probe is still out"
+    assert breaker.allow(10.0) == 0, "the probe is still in flight"
     breaker.record(10.0, SUCCESS, probe)
     assert call(breaker, 10.0, SUCCESS) is CLOSED
 
@@ -372,74 +372,82 @@ def test_calls_begun_before_it_opened_do_not_count_after_it_closed() -> None:
     breaker.trip(0.0)
     call(breaker, 10.0, SUCCESS)
     call(breaker, 10.0, SUCCESS)
-    for era in late:
-        breaker.record(10.0, FAULT, era)
+    for epoch in late:
+        breaker.record(10.0, FAULT, epoch)
     assert breaker.state(10.0) is CLOSED
 
 
-def test_calls_that_fail_while_it_sleeps_do_not_prolong_the_sleep() -> None:
+def test_calls_that_fail_while_it_is_open_do_not_prolong_the_timeout() -> None:
     breaker = make()
     late = [breaker.allow(0.0) for _ in range(10)]
     breaker.trip(0.0)
-    for era in late:
-        breaker.record(5.0, FAULT, era)
-    assert left(breaker, 5.0) == pytest.approx(5.0)
+    for epoch in late:
+        breaker.record(5.0, FAULT, epoch)
+    assert seconds_left(breaker, 5.0) == pytest.approx(5.0)
 
 
-def test_a_refused_call_that_is_recorded_by_mistake_counts_for_nothing() -> None:
+def test_a_rejected_call_that_is_recorded_by_mistake_counts_for_nothing() -> None:
     breaker = opened()
     for _ in range(10):
         breaker.record(5.0, FAULT, breaker.allow(5.0))
-    assert left(breaker, 5.0) == pytest.approx(5.0)
+    assert seconds_left(breaker, 5.0) == pytest.approx(5.0)
 
 
-def test_eras_are_true_and_never_come_back() -> None:
+def test_epochs_are_never_zero_and_never_repeat() -> None:
     breaker = make()
-    eras = []
+    epochs = []
     for n in range(5):
-        eras.append(breaker.allow(100.0 * n))
+        epochs.append(breaker.allow(100.0 * n))
         breaker.trip(100.0 * n)
-        eras.append(breaker.allow(100.0 * n + 60.0))
+        epochs.append(breaker.allow(100.0 * n + 60.0))
         breaker.reset()
-    assert all(eras)
-    assert all(earlier < later for earlier, later in pairwise(eras))
+    assert all(epochs)
+    assert all(earlier < later for earlier, later in pairwise(epochs))
 
 
-# --- settings ------------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"arms": ()},
+        {"triggers": ()},
         {"reset_timeout": 0.0},
         {"reset_timeout": -1.0},
         {"reset_timeout": math.inf},
         {"reset_timeout": math.nan},
         {"reset_timeout": 120.0},
-        {"ceiling": math.inf},
-        {"ceiling": math.nan},
+        {"max_reset_timeout": math.inf},
+        {"max_reset_timeout": math.nan},
         {"probes": 0},
         {"probes": 1.5},
         {"probes": True},
         {"successes": 0},
-        {"probe_time": 0.0},
-        {"probe_time": math.nan},
+        {"probe_timeout": 0.0},
+        {"probe_timeout": math.nan},
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused_by_name(settings: dict[str, object]) -> None:
+def test_an_invalid_rule_is_reported_by_name(settings: dict[str, object]) -> None:
     with pytest.raises(InvalidSetting, match=next(reversed(settings))) as caught:
         BreakerRules(**settings)  # type: ignore[arg-type]
     assert "BreakerRules" in str(caught.value) or caught.value.__dict__["name"] in settings
 
 
-@pytest.mark.parametrize("settings", [{"least_calls": 0}, {"least_faults": 0}, {"seconds": 0}, {"share": 1.0}])
-def test_an_arm_that_makes_no_sense_is_refused_by_name(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize("settings", [{"min_calls": 0}, {"min_faults": 0}, {"seconds": 0}, {"share": 1.0}])
+def test_an_invalid_trigger_setting_is_reported_by_name(settings: dict[str, float]) -> None:
     with pytest.raises(InvalidSetting, match=next(iter(settings))):
         MinimumSampleTrigger(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("faults", "calls"), [(0, 5), (6, 5), (1, 0), (2.5, 5)])
-def test_more_faults_than_calls_cannot_be_asked_for(faults: int, calls: int) -> None:
+def test_a_trigger_cannot_need_more_faults_than_calls(faults: int, calls: int) -> None:
     with pytest.raises(InvalidSetting, match="FaultCountTrigger"):
         FaultCountTrigger(faults=faults, calls=calls)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("cool_off", "reset_timeout"), ("ceiling", "max_reset_timeout"), ("arms", "triggers")]
+)
+def test_an_old_name_gives_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"BreakerRules: {old} is now {new}"):
+        BreakerRules(**{old: 30.0})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Whatever happens to a breaker, in whatever order: its probes are bounded and conserved, and it can always recover."""
+"""The breaker as a state machine: its probes are bounded and conserved, and it can always recover."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.H
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Calls come and go beside a model that knows only which calls are out, and under which era."""
+    """Calls on a breaker, beside a model that knows only which calls are in flight, and under which epoch."""
 
     @initialize(
         probes=st.integers(1, 3),
         successes=st.integers(1, 3),
-        chance=st.floats(0, 1, exclude_max=True),
+        draw=st.floats(0, 1, exclude_max=True),
     )
-    def build(self, probes: int, successes: int, chance: float) -> None:
-        self.terms = BreakerRules(
+    def build(self, probes: int, successes: int, draw: float) -> None:
+        self.breaker_rules = BreakerRules(
             triggers=(consecutive_faults(3), FaultCountTrigger(faults=5, calls=20)),
             reset_timeout=8.0,
             max_reset_timeout=32.0,
@@ -31,7 +31,7 @@ class BreakerMachine(RuleBasedStateMachine):
             successes=successes,
             probe_timeout=16.0,
         )
-        self.breaker = Breaker(self.terms, draw=lambda: chance)
+        self.breaker = Breaker(self.breaker_rules, draw=lambda: draw)
         self.now = 0.0
         self.out: list[int] = []
         self.faults_since_closed = 0
@@ -43,27 +43,27 @@ class BreakerMachine(RuleBasedStateMachine):
     @rule()
     def call(self) -> None:
         expected = self.breaker.ready(self.now)
-        era = self.breaker.allow(self.now)
-        assert bool(era) == expected
-        if era:
-            self.out.append(era)
+        epoch = self.breaker.allow(self.now)
+        assert bool(epoch) == expected
+        if epoch:
+            self.out.append(epoch)
 
     @precondition(lambda self: self.out)
     @rule(data=st.data(), outcome=st.sampled_from(Outcome))
     def end(self, data: st.DataObject, outcome: Outcome) -> None:
         index = data.draw(st.integers(0, len(self.out) - 1))
         before = self.breaker.state(self.now)
-        era = self.out.pop(index)
-        current = era == self.breaker._epoch
-        changed = self.breaker.record(self.now, outcome, era)
+        epoch = self.out.pop(index)
+        current = epoch == self.breaker._epoch
+        changed = self.breaker.record(self.now, outcome, epoch)
         assert changed is None or changed is self.breaker.state(self.now) is not before
         if not current and outcome is not Outcome.SUCCESS:
-            assert changed is None, "a late outcome has no say, but for an overdue probe that succeeds"
+            assert changed is None, "a late outcome changes nothing, except an overdue probe that succeeds"
         if before is CLOSED and not current:
             assert changed is None
         if outcome in (Outcome.IGNORED, Outcome.OVERLOAD):
             assert changed is None
-            assert before is OPEN or self.breaker.ready(self.now) or self.probes_out == self.terms.probes
+            assert before is OPEN or self.breaker.ready(self.now) or self.probes_out == self.breaker_rules.probes
         if before is HALF_OPEN and current and outcome is Outcome.FAULT:
             assert changed is OPEN
 
@@ -72,11 +72,11 @@ class BreakerMachine(RuleBasedStateMachine):
         self.now += seconds
 
     @rule()
-    def wait_as_told(self) -> None:
-        remaining = self.breaker.retry_after(self.now)
-        assert remaining is not None
+    def wait_until_retry(self) -> None:
+        retry_after = self.breaker.retry_after(self.now)
+        assert retry_after is not None
         state = self.breaker.state(self.now)
-        self.now += remaining * (1 + 1e-9)
+        self.now += retry_after * (1 + 1e-9)
         if state is OPEN:
             assert self.breaker.ready(self.now)
 
@@ -94,31 +94,31 @@ class BreakerMachine(RuleBasedStateMachine):
     def probes_are_bounded_and_conserved(self) -> None:
         state = self.breaker.state(self.now)
         if state is HALF_OPEN:
-            assert self.probes_out == self.breaker._out <= self.terms.probes
-            assert self.breaker.ready(self.now) == (self.probes_out < self.terms.probes)
+            assert self.probes_out == self.breaker._out <= self.breaker_rules.probes
+            assert self.breaker.ready(self.now) == (self.probes_out < self.breaker_rules.probes)
         else:
             assert self.breaker._out == 0
 
     @invariant()
-    def what_it_says_agrees(self) -> None:
+    def its_answers_agree(self) -> None:
         state = self.breaker.state(self.now)
-        remaining = self.breaker.retry_after(self.now)
-        assert remaining is not None
-        assert (remaining == 0.0) == self.breaker.ready(self.now)
-        assert self.breaker.ready(self.now) == (state is CLOSED or (state is HALF_OPEN and remaining == 0.0))
-        assert remaining <= max(self.terms.max_reset_timeout, self.terms.probe_timeout)
+        retry_after = self.breaker.retry_after(self.now)
+        assert retry_after is not None
+        assert (retry_after == 0.0) == self.breaker.ready(self.now)
+        assert self.breaker.ready(self.now) == (state is CLOSED or (state is HALF_OPEN and retry_after == 0.0))
+        assert retry_after <= max(self.breaker_rules.max_reset_timeout, self.breaker_rules.probe_timeout)
 
     def teardown(self) -> None:
-        """Though all that is out hangs for ever, it closes once calls succeed again."""
+        """Check that it closes once calls succeed again, even if all calls in flight hang forever."""
         if not hasattr(self, "breaker"):
             return
-        for _ in range(2 + self.terms.successes):
-            remaining = self.breaker.retry_after(self.now)
-            assert remaining is not None
-            self.now += remaining * (1 + 1e-9)
-            era = self.breaker.allow(self.now)
-            if era:
-                self.breaker.record(self.now, Outcome.SUCCESS, era)
+        for _ in range(2 + self.breaker_rules.successes):
+            retry_after = self.breaker.retry_after(self.now)
+            assert retry_after is not None
+            self.now += retry_after * (1 + 1e-9)
+            epoch = self.breaker.allow(self.now)
+            if epoch:
+                self.breaker.record(self.now, Outcome.SUCCESS, epoch)
         assert self.breaker.state(self.now) is CLOSED
 
 

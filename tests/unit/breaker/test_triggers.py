@@ -1,4 +1,4 @@
-"""What a window counts, checked against counting it the long way."""
+"""The fault window beside a plain count of all calls, and the Wilson bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CALLS = st.lists(st.tuples(st.floats(0, 4), st.booleans()), max_size=200)  # sec
 
 
 @given(calls=CALLS, seconds=st.integers(1, 12), span=st.integers(1, 40))
-def test_it_counts_what_counting_all_calls_would(calls: list[tuple[float, bool]], seconds: int, span: int) -> None:
+def test_the_window_counts_like_a_list_of_all_calls(calls: list[tuple[float, bool]], seconds: int, span: int) -> None:
     window = FaultWindow(seconds=seconds, span=span)
     now, history = 1000.0, []
     for pause, faulty in calls:
@@ -31,17 +31,17 @@ def test_it_counts_what_counting_all_calls_would(calls: list[tuple[float, bool]]
 
 
 @given(calls=CALLS)
-def test_it_keeps_no_more_than_its_bounds(calls: list[tuple[float, bool]]) -> None:
+def test_the_window_keeps_no_more_than_its_bounds(calls: list[tuple[float, bool]]) -> None:
     window = FaultWindow(seconds=5, span=10)
     now = 0.0
     for pause, faulty in calls:
         now += pause
         (window.add_fault if faulty else window.add_success)(now)
-        assert len(window._marks) <= 5
+        assert len(window._buckets) <= 5
         assert len(window._faulty) <= 10
 
 
-def test_a_clock_that_steps_back_a_little_does_no_harm() -> None:
+def test_a_clock_that_goes_back_a_little_loses_no_fault() -> None:
     window = FaultWindow(seconds=2, span=10)
     for now in (5.0, 4.0, 5.5, 4.9):
         window.add_fault(now)
@@ -52,5 +52,5 @@ def test_a_clock_that_steps_back_a_little_does_no_harm() -> None:
     ("faults", "calls", "expected"),
     [(0, 10, 0.0), (5, 5, 0.5655), (1, 20, 0.0089), (4, 5, 0.3755), (50, 1000, 0.0381), (10, 10, 0.7225)],
 )
-def test_the_wilson_bound_is_the_published_one(faults: int, calls: int, expected: float) -> None:
+def test_the_wilson_bound_has_the_published_values(faults: int, calls: int, expected: float) -> None:
     assert wilson_lower_bound(faults, calls) == pytest.approx(expected, abs=1e-4)

@@ -156,19 +156,19 @@ def test_a_mistake_in_a_fallback_is_told_with_its_own_line(tmp_path: Path) -> No
         [[targets.a.fallback]]
         [[targets.a.fallback]]
         model = "m"
-        when = "2"
+        load_threshold = "2"
         [[targets.a.fallback]]
         model = "m"
-        when = 2
+        load_threshold = 2
     """
     assert problems(text, tmp_path) == [
-        "f:6: targets.a.fallback.to is no setting; there are target, model, when, of, api_key_env",
+        "f:6: targets.a.fallback.to is no setting; there are target, model, load_threshold, models, api_key_env",
         (
             "f:8: targets.a.fallback.model is not given; it must be given where no target is: calls go to another"
             " model, or elsewhere"
         ),
-        "f:11: targets.a.fallback.when is a string; it must be a number",
-        "f:14: targets.a.fallback.when is 2.0; it must be a load above 0, up to 1",
+        "f:11: targets.a.fallback.load_threshold is a string; it must be a number",
+        "f:14: targets.a.fallback.load_threshold is 2.0; it must be a load above 0, up to 1",
     ]
 
 

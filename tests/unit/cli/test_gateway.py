@@ -37,7 +37,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
         ready(SimpleNamespace(port=4242))
         return 7
 
-    monkeypatch.setattr(gateway, "absent", list)
+    monkeypatch.setattr(gateway, "missing_libraries", list)
     monkeypatch.setattr(gateway, "serve", serve)
     return settings
 
@@ -122,7 +122,7 @@ def test_a_check_fails_where_something_is_wrong() -> None:
 
 @pytest.mark.usefixtures("served")
 def test_what_is_not_installed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway, "absent", lambda: ["aiohttp"])
+    monkeypatch.setattr(gateway, "missing_libraries", lambda: ["aiohttp"])
     done = run(*OPENAI)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == 'forebay: this needs aiohttp, not installed here: pip install "forebay[gateway]"\n'
@@ -134,7 +134,7 @@ def test_why_it_could_not_be_started_is_told_in_one_line(monkeypatch: pytest.Mon
         settings.token({})
         return 0
 
-    monkeypatch.setattr(gateway, "absent", list)
+    monkeypatch.setattr(gateway, "missing_libraries", list)
     monkeypatch.setattr(gateway, "serve", serve)
     done = run(*OPENAI, "--token-env", "MINE")
     assert (done.exit_code, done.stdout) == (1, "")

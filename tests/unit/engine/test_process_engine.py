@@ -1,4 +1,4 @@
-"""Processes of a worker: how they are started, used again, ended, and what becomes of a task whose process dies."""
+"""The process engine: how processes are started, reused and ended, and what happens to a task whose process dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tests.contract import engine_handlers
 from tests.contract.engine_handlers import plain
-from tests.contract.test_engines import PATIENCE, children, descriptors, over
+from tests.contract.test_engines import TIMEOUT, children, descriptors, over
 
 from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, progress
 from forebay.engine import ProcessEngine, ThreadEngine
@@ -32,14 +32,14 @@ ENGINE = ProcessEngine(grace=0.2)
 
 @pytest.fixture(autouse=True)
 async def hurry() -> AsyncIterator[None]:
-    async with asyncio.timeout(2 * PATIENCE):
+    async with asyncio.timeout(2 * TIMEOUT):
         yield
 
 
 @pytest.fixture
 async def supervisor() -> AsyncIterator[BackpressureSupervisor]:
-    async with BackpressureSupervisor(backpressure_threshold=1.0, max_queue_size=1000) as house:
-        yield house
+    async with BackpressureSupervisor(backpressure_threshold=1.0, max_queue_size=1000) as running:
+        yield running
     assert children() == []
 
 
@@ -60,27 +60,27 @@ async def pid_of(supervisor: BackpressureSupervisor) -> int:
 # --- handlers of these tests -----------------------------------------------------------------------------------------
 
 
-def line() -> Any:
-    """The process's own line to its supervisor, as no handler should know it."""
-    inside = next(thing for thing in gc.get_objects() if type(thing).__name__ == "Inside")
-    return inside._line
+def channel() -> Any:
+    """Return the process's own channel to its supervisor, which no handler should know."""
+    runtime = next(thing for thing in gc.get_objects() if type(thing).__name__ == "ChildRuntime")
+    return runtime._channel
 
 
-def garble(task: Task) -> None:
-    """Say on the line what is no message, then hang."""
-    line().sendall(task.payload)
+def send_garbage(task: Task) -> None:
+    """Send bytes on the channel that are not a message, then hang."""
+    channel().sendall(task.payload)
     signal.pause()
 
 
 def die_in_the_middle(_: Task) -> None:
     """Die while a message is half written."""
-    line().sendall(struct.pack(">I", 1000) + b"half")
+    channel().sendall(struct.pack(">I", 1000) + b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hang_up(_: Task) -> None:
-    """Close the line, and stay."""
-    line().shutdown(socket.SHUT_WR)
+def disconnect(_: Task) -> None:
+    """Close the channel, and hang."""
+    channel().shutdown(socket.SHUT_WR)
     signal.pause()
 
 
@@ -98,7 +98,7 @@ def misbehave(task: Task) -> Any:
 
 def outer() -> Callable[[Task], None]:
     def inner(_: Task) -> None:
-        """Stands inside of a function."""
+        """Is defined inside of a function."""
 
     return inner
 
@@ -107,15 +107,15 @@ def configured(task: Task) -> dict[str, Any]:
     return {"configurable": {"thread_id": task.task_id}}
 
 
-# --- their life ------------------------------------------------------------------------------------------------------
+# --- the life of a process -------------------------------------------------------------------------------------------
 
 
-async def test_a_process_is_used_again_and_no_other_is_started(supervisor: BackpressureSupervisor) -> None:
+async def test_a_process_is_reused_and_no_other_is_started(supervisor: BackpressureSupervisor) -> None:
     register(supervisor, max_concurrent=4)
     assert len({await pid_of(supervisor) for _ in range(20)}) == 1
 
 
-async def test_a_process_is_replaced_after_so_many_tasks(supervisor: BackpressureSupervisor) -> None:
+async def test_a_process_is_replaced_after_max_tasks(supervisor: BackpressureSupervisor) -> None:
     register(supervisor, engine=ProcessEngine(max_tasks=2))
     pids = [await pid_of(supervisor) for _ in range(6)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 2]
@@ -128,17 +128,17 @@ async def test_an_idle_process_is_ended(supervisor: BackpressureSupervisor) -> N
     assert await pid_of(supervisor) != first
 
 
-async def test_a_process_that_dies_idle_is_missed_by_nobody(supervisor: BackpressureSupervisor) -> None:
+async def test_an_idle_process_that_dies_is_replaced(supervisor: BackpressureSupervisor) -> None:
     register(supervisor)
     first = await pid_of(supervisor)
     os.kill(first, signal.SIGKILL)
     await over(first)
     result = await ended(supervisor, "where")
-    assert result.success or isinstance(result.cause, WorkerDied)  # it may have been given the task before the news
+    assert result.success or isinstance(result.cause, WorkerDied)  # its death may not have been noticed yet
     assert await pid_of(supervisor) != first
 
 
-async def test_a_signal_to_all_of_a_service_does_not_end_what_runs(supervisor: BackpressureSupervisor) -> None:
+async def test_a_signal_to_the_whole_service_does_not_end_a_run(supervisor: BackpressureSupervisor) -> None:
     register(supervisor)
     pid = await pid_of(supervisor)
     result = await ended(supervisor, "signal", int(signal.SIGTERM))
@@ -146,13 +146,13 @@ async def test_a_signal_to_all_of_a_service_does_not_end_what_runs(supervisor: B
     assert await pid_of(supervisor) == pid
 
 
-async def test_a_process_does_not_hear_the_terminals_interrupt(supervisor: BackpressureSupervisor) -> None:
+async def test_a_process_does_not_get_the_interrupt_of_the_terminal(supervisor: BackpressureSupervisor) -> None:
     register(supervisor)
     pid = await pid_of(supervisor)
     assert os.getsid(pid) == os.getpgid(pid) == pid
 
 
-# --- deaths ----------------------------------------------------------------------------------------------------------
+# --- its death -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ async def test_a_process_does_not_hear_the_terminals_interrupt(supervisor: Backp
         (("exit", 3), "it exited with code 3"),
         (("exit", 0), "it exited with code 0"),
         (("signal", int(signal.SIGSEGV)), "it was ended by SIGSEGV"),
-        (("signal", int(signal.SIGKILL)), "it was ended by SIGKILL. If nobody ended it, the system may have"),
+        (("signal", int(signal.SIGKILL)), "it was ended by SIGKILL. If nobody killed it, the system may have run out"),
     ],
 )
-async def test_a_task_whose_process_dies_fails_and_says_how(
+async def test_a_task_whose_process_dies_fails_and_says_how_it_died(
     supervisor: BackpressureSupervisor, payload: tuple[Any, ...], how: str
 ) -> None:
     register(supervisor)
@@ -178,35 +178,35 @@ async def test_a_task_whose_process_dies_fails_and_says_how(
 
 
 @pytest.mark.parametrize(
-    ("said", "what"),
+    ("sent", "what"),
     [
-        (struct.pack(">I", 3) + b"\xff\xff\xff", "what is no message"),
-        (struct.pack(">I", 4) + b"\x93\xa4evil"[:4], "what is no message"),
+        (struct.pack(">I", 3) + b"\xff\xff\xff", "it sent an invalid message"),
+        (struct.pack(">I", 4) + b"\x93\xa4evil"[:4], "it sent an invalid message"),
         (b"GET / HTTP/1.1\r\n", "a message of 1195725856 bytes was announced"),
     ],
 )
-async def test_a_process_that_speaks_no_sense_is_killed(
-    supervisor: BackpressureSupervisor, said: bytes, what: str
+async def test_a_process_that_sends_an_invalid_message_is_killed(
+    supervisor: BackpressureSupervisor, sent: bytes, what: str
 ) -> None:
-    register(supervisor, garble)
-    result = await (await supervisor.submit(Task("worker", said)))
+    register(supervisor, send_garbage)
+    result = await (await supervisor.submit(Task("worker", sent)))
     assert isinstance(result.cause, WorkerDied)
     assert what in str(result.cause)
 
 
-async def test_a_process_that_dies_in_the_middle_of_a_message_is_dead_and_no_more(
+async def test_a_process_that_dies_in_the_middle_of_a_message_is_reported_as_dead(
     supervisor: BackpressureSupervisor,
 ) -> None:
     register(supervisor, die_in_the_middle)
     assert isinstance((await ended(supervisor)).cause, WorkerDied)
 
 
-async def test_a_process_that_hangs_up_is_killed(supervisor: BackpressureSupervisor) -> None:
-    register(supervisor, hang_up)
+async def test_a_process_that_closes_its_channel_is_killed(supervisor: BackpressureSupervisor) -> None:
+    register(supervisor, disconnect)
     assert isinstance((await ended(supervisor)).cause, WorkerDied)
 
 
-async def test_what_a_handler_prints_does_not_disturb(
+async def test_output_of_a_handler_does_not_disturb_the_channel(
     supervisor: BackpressureSupervisor, capfd: pytest.CaptureFixture[str]
 ) -> None:
     register(supervisor)
@@ -214,26 +214,26 @@ async def test_what_a_handler_prints_does_not_disturb(
     assert capfd.readouterr().out == "\x00\x01 garbage\n"
 
 
-async def test_the_copy_that_a_handler_forks_ends_where_the_handler_does(supervisor: BackpressureSupervisor) -> None:
+async def test_a_fork_made_by_a_handler_ends_where_the_handler_ends(supervisor: BackpressureSupervisor) -> None:
     register(supervisor)
     assert (await ended(supervisor, "fork")).result == 0
     assert (await ended(supervisor, "echo", 1)).result == 1
 
 
-async def test_progress_that_cannot_travel_is_dropped_and_the_run_goes_on(
+async def test_a_progress_value_that_cannot_be_sent_is_dropped_and_the_run_goes_on(
     supervisor: BackpressureSupervisor, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    register(supervisor, f"{__name__}:tell_an_object")
+    register(supervisor, f"{__name__}:report_an_object")
     ticket = await supervisor.submit(Task("worker"))
     values = [event.value async for event in ticket.events() if event.kind == "progress"]  # type: ignore[attr-defined]
-    assert values == ["told"]
-    assert capfd.readouterr().err.count("progress that cannot leave its process") == 1
+    assert values == ["sent"]
+    assert capfd.readouterr().err.count("a progress value that cannot be sent to the supervisor's process") == 1
 
 
-def tell_an_object(_: Task) -> None:
+def report_an_object(_: Task) -> None:
     progress(object())
     progress(object())
-    progress("told")
+    progress("sent")
 
 
 async def test_two_hundred_tasks_over_four_processes_that_crash_all_end() -> None:
@@ -268,25 +268,25 @@ async def test_two_hundred_tasks_over_four_processes_that_crash_all_end() -> Non
     [
         (lambda _: None, "is a lambda: it has no name"),
         (outer(), "it was made inside of a function"),
-        (partial(plain), "only functions and classes know theirs"),
-        (engine_handlers.Talker(), "is a Talker: only functions and classes know theirs"),
+        (partial(plain), "only functions and classes have an import path"),
+        (engine_handlers.StatefulAgent(), "is a StatefulAgent: only functions and classes have an import path"),
         ("engine_handlers", "not of the form"),
     ],
 )
-def test_what_no_process_could_import_is_refused_at_registration(handler: Any, why: str) -> None:
+def test_a_handler_that_no_process_could_import_is_rejected_at_registration(handler: Any, why: str) -> None:
     with pytest.raises(NotImportable) as caught:
         register(BackpressureSupervisor(), handler)
     assert why in str(caught.value)
     assert "or its import path" in str(caught.value) or "the import path of it" in str(caught.value)
 
 
-def test_what_a_decorator_has_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_hidden_by_a_decorator_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_handlers, "plain", lambda _: None)
     with pytest.raises(NotImportable, match="is another object"):
         register(BackpressureSupervisor(), plain)
 
 
-def test_what_cannot_be_called_with_a_task_is_refused_as_everywhere() -> None:
+def test_a_handler_that_cannot_take_a_task_is_rejected_as_by_other_engines() -> None:
     for handler in (outer, None, 7):
         with pytest.raises(InvalidHandler):
             register(BackpressureSupervisor(), handler)
@@ -295,7 +295,7 @@ def test_what_cannot_be_called_with_a_task_is_refused_as_everywhere() -> None:
 
 
 @pytest.mark.parametrize("engine", ["fork", 7, ProcessEngine, ThreadEngine, object()])
-def test_an_engine_that_is_none_is_refused(engine: Any) -> None:
+def test_an_invalid_engine_is_rejected(engine: Any) -> None:
     with pytest.raises(InvalidSetting, match='"process"'):
         register(BackpressureSupervisor(), engine=engine)
 
@@ -303,17 +303,17 @@ def test_an_engine_that_is_none_is_refused(engine: Any) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        {"grace": 0}, {"grace": "1"}, {"grace": float("inf")}, {"idle": 0}, {"start_within": -1}, {"max_tasks": 0},
-        {"max_tasks": True}, {"max_message_bytes": 0}, {"max_message_bytes": 2**31},
+        {"grace": 0}, {"grace": "1"}, {"grace": float("inf")}, {"idle_timeout": 0}, {"start_timeout": -1},
+        {"max_tasks": 0}, {"max_tasks": True}, {"max_message_bytes": 0}, {"max_message_bytes": 2**31},
     ],
     ids=str,
 )  # fmt: skip
-def test_a_setting_that_cannot_be_meant_is_refused(setting: dict[str, Any]) -> None:
+def test_an_invalid_setting_is_rejected(setting: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting, match=f"ProcessEngine was given {next(iter(setting))}"):
         ProcessEngine(**setting)
 
 
-async def test_a_supervisor_keeps_to_its_own_loop() -> None:
+async def test_a_nested_supervisor_is_rejected_outside_its_own_loop() -> None:
     for engine in ("thread", "process"):
         with pytest.raises((InvalidSetting, NotImportable)):
             register(BackpressureSupervisor(), BackpressureSupervisor(), engine=engine)
@@ -328,7 +328,7 @@ async def test_a_supervisor_keeps_to_its_own_loop() -> None:
         ("tests.contract.engine_handlers:ERRORS", "a handler of type dict"),
     ],
 )
-async def test_a_handler_that_cannot_be_loaded_shows_at_the_start(path: str, why: str) -> None:
+async def test_a_handler_that_cannot_be_loaded_fails_the_start_of_the_supervisor(path: str, why: str) -> None:
     supervisor = BackpressureSupervisor()
     register(supervisor, path)
     with pytest.raises(ProcessNotStarted, match="could not be started") as caught:
@@ -338,10 +338,10 @@ async def test_a_handler_that_cannot_be_loaded_shows_at_the_start(path: str, why
     assert children() == []
 
 
-async def test_a_handler_that_takes_too_long_to_load_is_given_up() -> None:
+async def test_a_handler_that_takes_too_long_to_load_is_abandoned() -> None:
     supervisor = BackpressureSupervisor()
     register(supervisor, "tests.unit.engine.hangs_at_import:handler", engine=ProcessEngine(start_timeout=0.5))
-    with pytest.raises(ProcessNotStarted, match=r"not loaded its handler after 0\.5 s"):
+    with pytest.raises(ProcessNotStarted, match=r"not loaded its handler after 500 ms"):
         await supervisor.start()
     assert children() == []
 
@@ -354,23 +354,23 @@ async def test_a_process_that_does_not_start_fails_the_task_and_no_other(supervi
         assert "No module named 'no'" in str(result.cause)
 
 
-@pytest.mark.parametrize("fails", [1, 2], ids=["the process", "what watches over it"])
-async def test_what_the_system_refuses_fails_the_task_and_the_next_has_another_try(
+@pytest.mark.parametrize("fails", [1, 2], ids=["the process", "the orphan reaper"])
+async def test_a_start_that_the_system_refuses_fails_the_task_and_the_next_one_tries_again(
     supervisor: BackpressureSupervisor, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    begin, begun = subprocess.Popen, itertools.count(1)
+    popen, started = subprocess.Popen, itertools.count(1)
 
-    def refuse(*args: Any, **options: Any) -> Any:
-        if next(begun) == fails:
+    def fail(*args: Any, **options: Any) -> Any:
+        if next(started) == fails:
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        return begin(*args, **options)
+        return popen(*args, **options)
 
     before = descriptors()
     register(supervisor, engine=ProcessEngine(idle_timeout=0.001))
     await over(await pid_of(supervisor))  # the one that was started with the worker
-    await asyncio.get_running_loop().run_in_executor(None, until_nobody_is_watched)
+    await asyncio.get_running_loop().run_in_executor(None, wait_for_the_end_of_the_reaper)
     with monkeypatch.context() as patched:
-        patched.setattr(subprocess, "Popen", refuse)
+        patched.setattr(subprocess, "Popen", fail)
         result = await ended(supervisor, "echo", 1)
         assert isinstance(result.cause, ProcessNotStarted)
         assert "the system refused: [Errno 11]" in str(result.cause)
@@ -379,13 +379,13 @@ async def test_what_the_system_refuses_fails_the_task_and_the_next_has_another_t
         assert (await ended(supervisor, "echo", 1)).result == 1
 
 
-def until_nobody_is_watched() -> None:
-    """Wait for the end of what watches, which comes when the last process has been reaped."""
+def wait_for_the_end_of_the_reaper() -> None:
+    """Wait until the reaper has ended, which it does when the last process has been reaped."""
     while orphan_reaper._process is not None:
         threading.Event().wait(0.001)
 
 
-async def test_what_watches_over_the_processes_is_replaced_if_somebody_ends_it(
+async def test_an_orphan_reaper_that_was_killed_is_replaced(
     supervisor: BackpressureSupervisor,
 ) -> None:
     register(supervisor, max_concurrent=2)
@@ -403,7 +403,7 @@ async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
     supervisor = BackpressureSupervisor()
     register(supervisor, "tests.unit.engine.hangs_at_import:handler", engine=ProcessEngine(start_timeout=1.0))
     starting = asyncio.ensure_future(supervisor.start())
-    for _ in range(5):  # a thread is at it by then
+    for _ in range(5):  # by then a thread is starting the process
         await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -411,18 +411,18 @@ async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
     assert children() == []
 
 
-def test_virtual_time_has_no_processes() -> None:
+def test_there_are_no_processes_in_virtual_time() -> None:
     async def main() -> None:
         supervisor = BackpressureSupervisor()
         register(supervisor)
-        with pytest.raises(ProcessNotStarted, match="virtual time has no processes"):
+        with pytest.raises(ProcessNotStarted, match="there are no processes in virtual time"):
             await supervisor.start()
 
     simulate(main)
 
 
 @pytest.mark.parametrize("engine", ["loop", "thread"])
-def test_in_virtual_time_the_other_engines_run_in_line(engine: str) -> None:
+def test_in_virtual_time_the_other_engines_run_inline(engine: str) -> None:
     async def main() -> None:
         async with BackpressureSupervisor() as supervisor:
             register(supervisor, engine_handlers.coroutine, engine=engine)
@@ -435,7 +435,7 @@ def test_in_virtual_time_the_other_engines_run_in_line(engine: str) -> None:
     simulate(main)
 
 
-def test_a_config_goes_along_if_it_is_plain_or_has_a_name() -> None:
+def test_a_config_is_sent_if_it_is_plain_data_or_has_an_import_path() -> None:
     graph = "my_agents:graph"
     with pytest.raises(InvalidSetting, match="plain data"):
         register(BackpressureSupervisor(), graph, config={"callbacks": [object()]})

@@ -1,4 +1,4 @@
-"""Threads of our own: they never queue, never join, and are used again."""
+"""The executor of daemon threads: it never queues, never joins, and reuses its threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from forebay.engine import DaemonThreadExecutor
 
-PATIENCE = 20.0  # seconds that nothing here takes
+TIMEOUT = 20.0  # seconds; nothing here takes as long
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def threads() -> Iterator[DaemonThreadExecutor]:
 
 
 def idle(threads: DaemonThreadExecutor, count: int) -> None:
-    """Wait until so many threads are idle."""
+    """Wait until `count` threads are idle."""
     for _ in range(20_000):
         with threads._lock:
             if threads._free == count:
@@ -35,10 +35,10 @@ def idle(threads: DaemonThreadExecutor, count: int) -> None:
     pytest.fail(f"{threads._free} are idle, not {count}")
 
 
-def test_a_job_gives_its_value_or_its_exception(threads: DaemonThreadExecutor) -> None:
-    assert threads.submit(pow, 2, 10).result(PATIENCE) == 1024
-    assert threads.submit(int, "11", base=2).result(PATIENCE) == 3
-    assert isinstance(threads.submit(lambda: 1 / 0).exception(PATIENCE), ZeroDivisionError)
+def test_a_job_returns_its_value_or_its_exception(threads: DaemonThreadExecutor) -> None:
+    assert threads.submit(pow, 2, 10).result(TIMEOUT) == 1024
+    assert threads.submit(int, "11", base=2).result(TIMEOUT) == 3
+    assert isinstance(threads.submit(lambda: 1 / 0).exception(TIMEOUT), ZeroDivisionError)
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit(), StopIteration()])
@@ -46,52 +46,52 @@ def test_a_job_may_raise_anything_and_its_thread_goes_on(threads: DaemonThreadEx
     def fail() -> None:
         raise error
 
-    assert threads.submit(fail).exception(PATIENCE) is error
+    assert threads.submit(fail).exception(TIMEOUT) is error
     idle(threads, 1)
-    first = threads.submit(threading.get_ident).result(PATIENCE)
+    first = threads.submit(threading.get_ident).result(TIMEOUT)
     idle(threads, 1)
-    assert threads.submit(threading.get_ident).result(PATIENCE) == first
+    assert threads.submit(threading.get_ident).result(TIMEOUT) == first
 
 
 def test_no_job_waits_for_another(threads: DaemonThreadExecutor) -> None:
     together = threading.Barrier(100)
-    jobs = [threads.submit(together.wait, PATIENCE) for _ in range(100)]
-    assert sorted(job.result(PATIENCE) for job in jobs) == list(range(100))
+    jobs = [threads.submit(together.wait, TIMEOUT) for _ in range(100)]
+    assert sorted(job.result(TIMEOUT) for job in jobs) == list(range(100))
 
 
-def test_a_thread_is_used_again(threads: DaemonThreadExecutor) -> None:
+def test_an_idle_thread_is_reused(threads: DaemonThreadExecutor) -> None:
     seen = set()
     for _ in range(50):
-        seen.add(threads.submit(threading.get_ident).result(PATIENCE))
+        seen.add(threads.submit(threading.get_ident).result(TIMEOUT))
         idle(threads, 1)
     assert len(seen) == 1
 
 
-def test_there_are_never_more_threads_than_jobs_at_a_time(threads: DaemonThreadExecutor) -> None:
+def test_there_are_never_more_threads_than_simultaneous_jobs(threads: DaemonThreadExecutor) -> None:
     seen = set()
     for _ in range(20):
         together = threading.Barrier(5)
 
         def job(together: threading.Barrier = together) -> int:
-            together.wait(PATIENCE)
+            together.wait(TIMEOUT)
             return threading.get_ident()
 
-        seen |= {one.result(PATIENCE) for one in [threads.submit(job) for _ in range(5)]}
+        seen |= {one.result(TIMEOUT) for one in [threads.submit(job) for _ in range(5)]}
         idle(threads, 5)
     assert len(seen) == 5
 
 
 def test_its_threads_are_daemons(threads: DaemonThreadExecutor) -> None:
-    assert threads.submit(lambda: threading.current_thread().daemon).result(PATIENCE)
-    assert threads.submit(lambda: threading.current_thread().name).result(PATIENCE).startswith("forebay-")
+    assert threads.submit(lambda: threading.current_thread().daemon).result(TIMEOUT)
+    assert threads.submit(lambda: threading.current_thread().name).result(TIMEOUT).startswith("forebay-")
 
 
-def test_a_job_that_never_ends_does_not_hold_up_the_interpreter() -> None:
+def test_a_job_that_never_ends_does_not_keep_the_interpreter_from_exiting() -> None:
     program = """
 import threading
-from forebay.engine import Threads
+from forebay.engine import DaemonThreadExecutor
 began = threading.Event()
-Threads().submit(lambda: (began.set(), threading.Event().wait()))
+DaemonThreadExecutor().submit(lambda: (began.set(), threading.Event().wait()))
 began.wait()
 print("at the end", flush=True)
 """
@@ -117,39 +117,39 @@ def test_a_job_cancelled_before_it_began_never_runs(
     assert ran == []
 
 
-def test_after_its_shutdown_it_takes_nothing(threads: DaemonThreadExecutor) -> None:
+def test_after_shutdown_it_takes_no_job(threads: DaemonThreadExecutor) -> None:
     threads.shutdown()
     with pytest.raises(RuntimeError, match="shut down"):
         threads.submit(int)
     threads.shutdown()
 
 
-def test_its_shutdown_ends_idle_threads_and_lets_the_others_finish(threads: DaemonThreadExecutor) -> None:
+def test_shutdown_ends_idle_threads_and_lets_the_others_finish(threads: DaemonThreadExecutor) -> None:
     began, go_on = threading.Event(), threading.Event()
 
     def job() -> threading.Thread:
         began.set()
-        assert go_on.wait(PATIENCE)
+        assert go_on.wait(TIMEOUT)
         return threading.current_thread()
 
-    spare = threads.submit(threading.current_thread).result(PATIENCE)
+    spare = threads.submit(threading.current_thread).result(TIMEOUT)
     idle(threads, 1)
     running = threads.submit(job)
-    assert began.wait(PATIENCE)
-    resting = threads.submit(threading.current_thread).result(PATIENCE)
+    assert began.wait(TIMEOUT)
+    resting = threads.submit(threading.current_thread).result(TIMEOUT)
     idle(threads, 1)
-    threads.shutdown(wait=True)  # does not
-    resting.join(PATIENCE)
+    threads.shutdown(wait=True)  # which it does not do
+    resting.join(TIMEOUT)
     assert not resting.is_alive()
     assert not running.done()
     go_on.set()
-    worker = running.result(PATIENCE)
-    worker.join(PATIENCE)
+    worker = running.result(TIMEOUT)
+    worker.join(TIMEOUT)
     assert not worker.is_alive()
     assert spare in (worker, resting)
 
 
-def test_a_thread_that_cannot_start_is_told_to_who_asked_and_the_job_never_runs(
+def test_a_thread_that_cannot_start_raises_in_submit_and_the_job_never_runs(
     threads: DaemonThreadExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
@@ -162,26 +162,26 @@ def test_a_thread_that_cannot_start_is_told_to_who_asked_and_the_job_never_runs(
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start"):
             threads.submit(ran.append, 1)
-    assert threads.submit(pow, 2, 3).result(PATIENCE) == 8
-    assert threads.submit(pow, 2, 4).result(PATIENCE) == 16
+    assert threads.submit(pow, 2, 3).result(TIMEOUT) == 8
+    assert threads.submit(pow, 2, 4).result(TIMEOUT) == 16
     assert ran == []
 
 
 class Large:
-    """Something worth freeing."""
+    """An object whose release the test can observe."""
 
 
-def test_what_a_job_worked_on_is_not_kept_by_its_thread(threads: DaemonThreadExecutor) -> None:
+def test_the_arguments_of_a_job_are_not_kept_by_its_thread(threads: DaemonThreadExecutor) -> None:
     thing = Large()
     gone = weakref.ref(thing)
-    threads.submit(id, thing).result(PATIENCE)
+    threads.submit(id, thing).result(TIMEOUT)
     idle(threads, 1)
     del thing
     gc.collect()
     assert gone() is None
 
 
-def test_it_stands_up_to_many_who_submit_at_once(threads: DaemonThreadExecutor) -> None:
+def test_many_threads_may_submit_at_once(threads: DaemonThreadExecutor) -> None:
     jobs: list[Future[Any]] = []
     lock = threading.Lock()
 
@@ -191,9 +191,9 @@ def test_it_stands_up_to_many_who_submit_at_once(threads: DaemonThreadExecutor) 
             with lock:
                 jobs.append(job)
 
-    crowd = [threading.Thread(target=submit) for _ in range(8)]
-    for one in crowd:
+    submitters = [threading.Thread(target=submit) for _ in range(8)]
+    for one in submitters:
         one.start()
-    for one in crowd:
-        one.join(PATIENCE)
-    assert sum(job.result(PATIENCE) for job in jobs) == 8 * sum(number * number for number in range(200))
+    for one in submitters:
+        one.join(TIMEOUT)
+    assert sum(job.result(TIMEOUT) for job in jobs) == 8 * sum(number * number for number in range(200))

@@ -269,9 +269,9 @@ def test_no_secret_becomes_a_tenant(header: str) -> None:
         ({}, "model"),
         ({"model": ""}, "model"),
         ({"model": "m", "api_key_env": "KEY"}, "api_key_env"),
-        ({"target": "t", "when": 0}, "when"),
-        ({"target": "t", "when": 1.5}, "when"),
-        ({"target": "t", "of": ""}, "of"),
+        ({"target": "t", "load_threshold": 0}, "load_threshold"),
+        ({"target": "t", "load_threshold": 1.5}, "load_threshold"),
+        ({"target": "t", "models": ""}, "models"),
         ({"target": 7}, "target"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The adaptive limit, on a server that is easy to follow."""
+"""The adaptive limit, on a server whose calls all take a second."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import deque
 import pytest
 from tests.unit.limit.server import Server
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit import AdaptiveLimit, AdaptiveLimitState
+from forebay.interfaces import Outcome
+from forebay.limit import AdaptiveLimit, AdaptiveLimitState, Grant
 from forebay.upstream.latency_model import LatencyModel
 
 
-def settled(capacity: int = 50, stray: int = 0) -> Server:
-    """A server whose limit has found it."""
+def settled_server(capacity: int = 50, stray: int = 0) -> Server:
+    """Return a server whose limit has found its capacity."""
     server = Server(AdaptiveLimit(), capacity, stray=stray)
     server.run(120)
     return server
@@ -24,36 +24,36 @@ def adaptive(server: Server) -> AdaptiveLimit:
     return server.limit
 
 
-def test_it_finds_the_capacity_by_doubling_and_stays_there() -> None:
+def test_the_limit_doubles_up_to_the_capacity_and_stays_there() -> None:
     server = Server(AdaptiveLimit(initial_limit=1), 50)
     server.run(60)
     server.run(300)
     assert 49 <= min(server.seen[60:]) <= max(server.seen[60:]) <= 52
 
 
-def test_it_is_refused_no_more_than_a_few_times_a_minute_when_settled() -> None:
-    server = settled()
+def test_a_settled_limit_is_refused_only_a_few_times_a_minute() -> None:
+    server = settled_server()
     before = server.refused
     server.run(300)
     assert server.refused - before <= 20
 
 
 @pytest.mark.parametrize("one_in", [100, 33])
-def test_stray_refusals_do_not_lower_it(one_in: int) -> None:
-    server = settled(stray=one_in)
+def test_stray_refusals_do_not_lower_the_limit(one_in: int) -> None:
+    server = settled_server(stray=one_in)
     server.run(300)
     assert min(server.seen[120:]) >= 45
 
 
-def test_a_stray_refusal_of_a_lone_call_does_not_lower_it() -> None:
-    server = settled()
+def test_a_stray_refusal_of_a_lone_call_does_not_lower_the_limit() -> None:
+    server = settled_server()
     limit = server.limit
     limit.observe(server.now, limit.grant(server.now, 1), Outcome.OVERLOAD)
     assert limit.limit(server.now) >= 49
 
 
-def test_it_falls_with_the_capacity_and_comes_back_with_it() -> None:
-    server = settled()
+def test_the_limit_follows_the_capacity_down_and_up() -> None:
+    server = settled_server()
     server.capacity = 20
     server.run(60)
     assert 18 <= server.seen[-1] <= 23
@@ -62,22 +62,22 @@ def test_it_falls_with_the_capacity_and_comes_back_with_it() -> None:
     assert server.seen[-1] >= 48
 
 
-def test_when_all_is_refused_it_knocks_and_then_returns_to_what_held() -> None:
-    server = settled()
+def test_in_an_outage_it_sends_trial_calls_and_then_returns_to_the_best_limit() -> None:
+    server = settled_server()
     server.capacity = 0
     server.run(20)
     limit = adaptive(server)
     assert limit.state(server.now) is AdaptiveLimitState.BACKING_OFF
-    knocked = server.sent
+    before = server.sent
     server.run(60)
-    assert 10 <= server.sent - knocked <= 20  # a lone call in five seconds, about
+    assert 10 <= server.sent - before <= 20  # about one trial call in five seconds
     server.capacity = 50
     server.run(20)
     assert server.seen[-1] >= 45
 
 
-def test_a_passing_spell_is_forgotten_in_a_few_seconds() -> None:
-    server = settled()
+def test_the_limit_is_back_seconds_after_a_short_drop_of_capacity() -> None:
+    server = settled_server()
     server.capacity = 25
     server.run(2)
     server.capacity = 50
@@ -85,7 +85,7 @@ def test_a_passing_spell_is_forgotten_in_a_few_seconds() -> None:
     assert server.seen[-1] >= 45
 
 
-def test_a_call_of_an_earlier_epoch_says_nothing() -> None:
+def test_a_call_of_an_earlier_epoch_changes_nothing() -> None:
     limit = AdaptiveLimit(initial_limit=20)
     old = [limit.grant(0.0, 20) for _ in range(40)]
     for grant in old[:10]:
@@ -98,65 +98,65 @@ def test_a_call_of_an_earlier_epoch_says_nothing() -> None:
     assert (limit.limit(0.3), limit.epoch) == (level, 2)
 
 
-def test_it_does_not_grow_while_it_is_not_used() -> None:
+def test_the_limit_does_not_grow_while_it_is_not_used_up() -> None:
     limit = AdaptiveLimit()
     for second in range(100):
         limit.observe(second + 1.0, limit.grant(float(second), 3), Outcome.SUCCESS)
     assert limit.limit(100.0) == 10
 
 
-def test_it_grows_no_further_than_it_is_used() -> None:
-    """Twenty-four callers: each call began when all of them had one under way."""
-    limit, flying = AdaptiveLimit(), deque[Grant]()
+def test_the_limit_grows_no_further_than_it_is_used() -> None:
+    """With twenty-four callers, each call begins while all of them have one in flight."""
+    limit, in_flight = AdaptiveLimit(), deque[Grant]()
     for second in range(200):
-        while len(flying) < min(24, limit.limit(float(second))):
-            flying.append(limit.grant(float(second), len(flying) + 1))
-        limit.observe(second + 1.0, flying.popleft(), Outcome.SUCCESS)
+        while len(in_flight) < min(24, limit.limit(float(second))):
+            in_flight.append(limit.grant(float(second), len(in_flight) + 1))
+        limit.observe(second + 1.0, in_flight.popleft(), Outcome.SUCCESS)
     assert limit.limit(200.0) <= 28
 
 
-def test_it_never_passes_its_largest() -> None:
+def test_the_limit_never_exceeds_max_limit() -> None:
     server = Server(AdaptiveLimit(max_limit=30), 1000)
     server.run(60)
     assert max(server.seen) == 30
 
 
-def shared(server: Server, slots: int, seconds: int) -> None:
-    """Let the server share so many slots: more calls in flight are slower ones, none is refused."""
+def run_shared(server: Server, slots: int, seconds: int) -> None:
+    """Run a server that shares `slots`: it refuses nothing, and slows down with the calls in flight."""
     server.capacity = 10_000
     for _ in range(seconds):
-        server.slowdown = max(1.0, len(server.flying) / slots)
+        server.slowdown = max(1.0, len(server.in_flight) / slots)
         server.second()
 
 
-def test_a_slow_down_by_our_load_lowers_it() -> None:
-    server = settled()
-    shared(server, 25, 200)
+def test_a_slowdown_caused_by_our_load_lowers_the_limit() -> None:
+    server = settled_server()
+    run_shared(server, 25, 200)
     assert 20 <= server.seen[-1] <= 40
 
 
-def test_one_that_shares_is_not_waited_for() -> None:
-    server = settled()
-    shared(server, 25, 200)
+def test_a_second_slowdown_of_a_sharing_server_is_acted_on_at_once() -> None:
+    server = settled_server()
+    run_shared(server, 25, 200)
     assert server.seen[-1] >= 20
-    shared(server, 10, 30)
+    run_shared(server, 10, 30)
     assert server.seen[-1] <= 15
 
 
-def test_what_was_learned_under_a_flood_is_not_believed() -> None:
-    """There are three slots, and from the first call on there are ten in flight."""
+def test_an_expectation_learned_under_a_flood_does_not_hide_our_load() -> None:
+    """The server has three slots, and ten calls are in flight from the start."""
     server, pace = Server(AdaptiveLimit(), 10_000, slowdown=None), LatencyModel()
     for _ in range(300):
-        took = max(1.0, len(server.flying) / 3)
-        for _ in server.flying:
-            server.slowdown = pace.observe(100, took, light=False)
+        seconds = max(1.0, len(server.in_flight) / 3)
+        for _ in server.in_flight:
+            server.slowdown = pace.observe(100, seconds, light=False)
         server.second()
     assert max(server.seen[100:]) <= 15
     assert sorted(server.seen[100:])[100] <= 5
 
 
-def test_a_slow_down_that_passes_is_waited_for() -> None:
-    server = settled()
+def test_a_slowdown_that_passes_does_not_lower_the_limit() -> None:
+    server = settled_server()
     server.slowdown = 2.5
     server.run(55)
     server.slowdown = 1.0
@@ -164,18 +164,18 @@ def test_a_slow_down_that_passes_is_waited_for() -> None:
     assert min(server.seen[120:]) >= 48
 
 
-def test_a_slow_down_that_is_not_ours_is_left_alone() -> None:
-    server = settled()
+def test_a_slowdown_not_caused_by_our_load_restores_the_limit() -> None:
+    server = settled_server()
     server.slowdown = 2.5
     server.run(100)
     low = min(server.seen[120:])
-    assert low < 40  # it tried
+    assert low < 40  # the experiment
     server.run(60)
-    assert sorted(server.seen[220:])[10] >= 48  # and went back
+    assert sorted(server.seen[220:])[10] >= 48  # and the limit after it
 
 
-def test_a_slow_down_that_passes_in_a_trial_leaves_nothing_behind() -> None:
-    server = settled()
+def test_a_slowdown_that_passes_during_an_experiment_restores_the_limit() -> None:
+    server = settled_server()
     server.slowdown = 2.5
     while server.limit.limit(server.now) >= 40:
         server.second()
@@ -184,8 +184,8 @@ def test_a_slow_down_that_passes_in_a_trial_leaves_nothing_behind() -> None:
     assert server.seen[-1] >= 48
 
 
-def test_nothing_raises_it_in_a_trial() -> None:
-    server = settled()
+def test_nothing_raises_the_limit_during_an_experiment() -> None:
+    server = settled_server()
     server.slowdown = 2.5
     while server.limit.limit(server.now) >= 40:
         server.second()
@@ -195,8 +195,8 @@ def test_nothing_raises_it_in_a_trial() -> None:
     assert server.limit.limit(server.now) == lowered
 
 
-def test_a_trial_without_answers_is_given_up() -> None:
-    server = settled()
+def test_an_experiment_without_samples_times_out() -> None:
+    server = settled_server()
     server.slowdown = 2.5
     while adaptive(server).state(server.now) is not AdaptiveLimitState.EXPERIMENT:
         server.second()
@@ -207,7 +207,7 @@ def test_a_trial_without_answers_is_given_up() -> None:
     assert server.seen[-1] >= 48
 
 
-def test_an_expectation_that_is_too_short_does_not_keep_it_down() -> None:
+def test_too_short_an_expectation_does_not_keep_the_limit_down() -> None:
     server = Server(AdaptiveLimit(), 5, slowdown=1.3)
     server.run(60)
     server.capacity = 50
@@ -215,7 +215,7 @@ def test_an_expectation_that_is_too_short_does_not_keep_it_down() -> None:
     assert server.seen[-1] >= 45
 
 
-def test_it_names_what_it_does() -> None:
+def test_every_state_is_reached() -> None:
     server = Server(AdaptiveLimit(), 50)
     seen = set()
     for capacity in (50, 0, 50, 20, 50):

@@ -1,38 +1,38 @@
-"""A fixed limit before a provider that refuses everything: it knocks, and is back with the first success."""
+"""A fixed limit in an outage: it sends trial calls, and the first success restores it."""
 
 from __future__ import annotations
 
 import pytest
 
-from forebay.interfaces import Grant, Outcome
-from forebay.limit import FixedLimit
+from forebay.interfaces import Outcome
+from forebay.limit import FixedLimit, Grant
 
 
 def refuse(limit: FixedLimit, now: float, times: int = 1) -> None:
-    """So many calls that are refused, one after another."""
+    """Send `times` calls that are refused, one after another."""
     for _ in range(times):
         assert limit.limit(now) >= 1
         limit.observe(now, limit.grant(now, 1), Outcome.OVERLOAD)
 
 
-def shut(n: int = 3, now: float = 0.0) -> FixedLimit:
-    """One that has been refused everything."""
+def limit_in_outage(n: int = 3, now: float = 0.0) -> FixedLimit:
+    """Return a limit after an outage has begun."""
     limit = FixedLimit(n)
     refuse(limit, now, max(10, n))
     return limit
 
 
-@pytest.mark.parametrize(("n", "row"), [(3, 10), (25, 25)])
-def test_refusals_in_a_row_are_an_outage_and_no_fewer(n: int, row: int) -> None:
+@pytest.mark.parametrize(("n", "refusals"), [(3, 10), (25, 25)])
+def test_enough_refusals_in_a_row_are_an_outage(n: int, refusals: int) -> None:
     limit = FixedLimit(n)
-    refuse(limit, 0.0, row - 1)
+    refuse(limit, 0.0, refusals - 1)
     assert limit.limit(0.0) == n
     refuse(limit, 0.0)
     assert limit.limit(0.0) == 0
     assert limit.reopens_at(0.0) == 1.0
 
 
-def test_a_success_among_refusals_shows_that_it_is_none() -> None:
+def test_a_success_among_refusals_prevents_an_outage() -> None:
     limit = FixedLimit(3)
     for _ in range(5):
         refuse(limit, 0.0, 9)
@@ -40,8 +40,8 @@ def test_a_success_among_refusals_shows_that_it_is_none() -> None:
     assert limit.limit(0.0) == 3
 
 
-def test_it_knocks_after_silences_that_double_to_five_seconds() -> None:
-    limit, now, silences = shut(), 0.0, []
+def test_the_silence_between_trial_calls_doubles_to_five_seconds() -> None:
+    limit, now, silences = limit_in_outage(), 0.0, []
     for _ in range(5):
         when = limit.reopens_at(now)
         assert when is not None
@@ -51,22 +51,22 @@ def test_it_knocks_after_silences_that_double_to_five_seconds() -> None:
     assert silences == [1.0, 2.0, 4.0, 5.0, 5.0]
 
 
-def test_one_knocks_at_a_time_and_brings_all_back() -> None:
-    limit = shut()
-    knock = limit.grant(1.0, 1)
-    assert limit.limit(1.0) == 1  # which is out
-    limit.observe(3.0, knock, Outcome.SUCCESS)
+def test_one_trial_call_goes_at_a_time_and_its_success_restores_the_limit() -> None:
+    limit = limit_in_outage()
+    trial = limit.grant(1.0, 1)
+    assert limit.limit(1.0) == 1  # the trial call
+    limit.observe(3.0, trial, Outcome.SUCCESS)
     assert limit.limit(3.0) == 3
     refuse(limit, 3.0, 9)
-    assert limit.limit(3.0) == 3  # the row has begun anew, and so has the silence
+    assert limit.limit(3.0) == 3  # the count starts again, and so does the silence
     refuse(limit, 3.0)
     assert limit.reopens_at(3.0) == 4.0
 
 
-def test_one_that_is_let_in_is_followed_by_another() -> None:
-    limit = shut()
-    knock = limit.grant(1.0, 1)
-    limit.accepted(2.0, knock)
+def test_an_accepted_trial_call_is_followed_by_another() -> None:
+    limit = limit_in_outage()
+    trial = limit.grant(1.0, 1)
+    limit.accepted(2.0, trial)
     assert limit.limit(2.0) == 2
     limit.accepted(2.0, limit.grant(2.0, 2))
     assert limit.limit(2.0) == 3
@@ -74,15 +74,15 @@ def test_one_that_is_let_in_is_followed_by_another() -> None:
     assert limit.limit(2.0) == 3  # n
 
 
-def test_who_was_let_in_and_is_refused_all_the_same_has_ended_no_outage() -> None:
-    limit = shut()
-    knock = limit.grant(1.0, 1)
-    limit.accepted(2.0, knock)  # nothing came for a second
-    limit.observe(4.0, knock, Outcome.OVERLOAD)
+def test_a_late_refusal_of_an_accepted_trial_call_prolongs_the_outage() -> None:
+    limit = limit_in_outage()
+    trial = limit.grant(1.0, 1)
+    limit.accepted(2.0, trial)  # no refusal within a second
+    limit.observe(4.0, trial, Outcome.OVERLOAD)
     assert limit.reopens_at(4.0) == 6.0
 
 
-def test_a_long_call_from_before_does_not_keep_others_from_knocking() -> None:
+def test_a_long_call_from_before_the_outage_does_not_block_trial_calls() -> None:
     limit = FixedLimit(3)
     limit.grant(0.0, 1)
     refuse(limit, 0.0, 10)
@@ -90,9 +90,9 @@ def test_a_long_call_from_before_does_not_keep_others_from_knocking() -> None:
 
 
 @pytest.mark.parametrize("outcome", [Outcome.FAULT, Outcome.IGNORED])
-def test_a_knock_that_says_nothing_is_followed_by_another(outcome: Outcome) -> None:
-    limit = shut()
-    knock: Grant = limit.grant(1.0, 1)
-    limit.observe(1.5, knock, outcome)
+def test_a_trial_call_without_a_signal_is_followed_by_another(outcome: Outcome) -> None:
+    limit = limit_in_outage()
+    trial: Grant = limit.grant(1.0, 1)
+    limit.observe(1.5, trial, outcome)
     assert limit.limit(1.5) == 1
     assert limit.reopens_at(1.5) is None

@@ -1,4 +1,4 @@
-"""What goes into an envelope comes back equal, or is refused where it can still be mended."""
+"""Envelopes: a value is decoded equal and of the same types, or its encoding is rejected at submit."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from forebay.overflow import encode_task as encode_task_of
 from forebay.overflow.envelope import VERSION, _Envelope
 from forebay.task import Deadline, Estimate, Priority, Task
 
-ROOM = 1 << 20  # bytes
+BOUND = 1 << 20  # bytes
 
-BARE = (
+SCALARS = (
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**64 - 1)
@@ -34,8 +34,8 @@ BARE = (
     | st.text(st.characters(exclude_categories=["Cs"]))
     | st.binary()
 )
-PORTABLE = st.recursive(
-    BARE,
+PLAIN_DATA = st.recursive(
+    SCALARS,
     lambda inner: (
         st.lists(inner)
         | st.lists(inner).map(tuple)
@@ -47,12 +47,12 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 def encode_task(task: Task, *, bound: int) -> bytes:
-    """As a house without a codec does it."""
+    """Encode a task as a supervisor does without a codec."""
     return encode_task_of(task, task.payload, bound=bound)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal, and of the same types: 1, 1.0 and True are three things."""
+    """Return whether they are equal and of the same types: 1, 1.0 and True differ."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
@@ -62,19 +62,19 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def refusal(payload: Any, *, bound: int = ROOM) -> NotSerializable:
+def rejection(payload: Any, *, bound: int = BOUND) -> NotSerializable:
     with pytest.raises(NotSerializable) as caught:
         encode_task(Task("research", payload, task_id="t"), bound=bound)
     return caught.value
 
 
-# --- there and back --------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
-@given(payload=PORTABLE)
-def test_a_payload_comes_back_equal(payload: Any) -> None:
+@given(payload=PLAIN_DATA)
+def test_a_payload_is_decoded_equal(payload: Any) -> None:
     task = Task("research", payload)
-    assert same(decode_task(encode_task(task, bound=ROOM)).payload, payload)
+    assert same(decode_task(encode_task(task, bound=BOUND)).payload, payload)
 
 
 @given(
@@ -99,27 +99,27 @@ def test_a_payload_comes_back_equal(payload: Any) -> None:
         ),
     )
 )
-def test_every_field_of_a_task_comes_back_equal(task: Task) -> None:
-    assert decode_task(encode_task(task, bound=ROOM)) == task
+def test_every_field_of_a_task_is_decoded_equal(task: Task) -> None:
+    assert decode_task(encode_task(task, bound=BOUND)) == task
 
 
-def test_no_field_of_a_task_is_forgotten() -> None:
+def test_the_envelope_has_every_field_of_a_task() -> None:
     assert set(Task.__struct_fields__) == set(_Envelope.__struct_fields__) - {"version"}
 
 
-def test_tuples_are_told_from_lists() -> None:
-    assert same(decode_task(encode_task(Task("research", (1, [(2,)])), bound=ROOM)).payload, (1, [(2,)]))
+def test_tuples_and_lists_are_decoded_as_such() -> None:
+    assert same(decode_task(encode_task(Task("research", (1, [(2,)])), bound=BOUND)).payload, (1, [(2,)]))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, -0.0])
-def test_odd_floats_come_back_as_they_were(number: float) -> None:
-    (back,) = decode_task(encode_task(Task("research", [number]), bound=ROOM)).payload
+def test_special_floats_are_decoded_as_they_were(number: float) -> None:
+    (back,) = decode_task(encode_task(Task("research", [number]), bound=BOUND)).payload
     assert msgspec.msgpack.encode(back) == msgspec.msgpack.encode(number)
 
 
-def test_a_task_whose_deadline_has_passed_meanwhile_comes_back() -> None:
+def test_a_task_whose_deadline_has_passed_since_is_decoded() -> None:
     task = Task("research", deadline=Deadline.within(60))
-    envelope = encode_task(task, bound=ROOM)
+    envelope = encode_task(task, bound=BOUND)
     with mock.patch.object(clock, "wall_time", return_value=clock.wall_time() + 3600):
         late = decode_task(envelope)
         assert late == task
@@ -127,16 +127,16 @@ def test_a_task_whose_deadline_has_passed_meanwhile_comes_back() -> None:
         assert late.deadline.remaining() < 0
 
 
-def test_names_that_are_enums_travel_as_their_text() -> None:
+def test_a_name_that_is_an_enum_is_encoded_as_its_text() -> None:
     class Kind(enum.StrEnum):
         RESEARCH = "research"
 
-    task = decode_task(encode_task(Task(Kind.RESEARCH), bound=ROOM))
+    task = decode_task(encode_task(Task(Kind.RESEARCH), bound=BOUND))
     assert task.task_type == "research"
     assert type(task.task_type) is str
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- rejections ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -179,30 +179,30 @@ Pair = namedtuple("Pair", "x y")  # noqa: PYI024 - the plain kind is what people
         ({"\ud800": "x"}, "dict with a key that is not valid Unicode"),
     ],
 )
-def test_what_would_not_come_back_equal_is_refused(value: Any, kind: str) -> None:
-    refused = refusal({"messages": [0, {"content": value}]})
-    assert refused.task_id == "t"
-    assert refused.path == "payload.messages[1].content"
-    assert refused.__dict__["type"] == kind
-    assert refusal(value).path == "payload"
+def test_a_value_that_would_not_be_decoded_equal_is_rejected(value: Any, kind: str) -> None:
+    rejected = rejection({"messages": [0, {"content": value}]})
+    assert rejected.task_id == "t"
+    assert rejected.path == "payload.messages[1].content"
+    assert rejected.__dict__["type"] == kind
+    assert rejection(value).path == "payload"
     with pytest.raises(NotSerializable) as caught:
-        encode_result([value], task_id="t", bound=ROOM)
+        encode_result([value], task_id="t", bound=BOUND)
     assert (caught.value.path, caught.value.type) == ("result[0]", kind)
 
 
-def test_a_path_shows_names_and_no_content() -> None:
-    assert refusal({"a b": [object()]}).path == "payload[...][0]"
-    assert refusal({"s" * 41: object()}).path == "payload[...]"
-    assert "secret" not in str(refusal({"x": [object(), "secret"], "sk-secret": 1}))
+def test_a_path_shows_names_but_no_content() -> None:
+    assert rejection({"a b": [object()]}).path == "payload[...][0]"
+    assert rejection({"s" * 41: object()}).path == "payload[...]"
+    assert "secret" not in str(rejection({"x": [object(), "secret"], "sk-secret": 1}))
 
 
-def test_a_payload_that_holds_itself_is_refused() -> None:
-    knot: list[Any] = []
-    knot.append({"deeper": knot})
-    assert "within itself" in refusal(knot).__dict__["type"]
+def test_a_payload_that_contains_itself_is_rejected() -> None:
+    cycle: list[Any] = []
+    cycle.append({"deeper": cycle})
+    assert "within itself" in rejection(cycle).__dict__["type"]
     wide: list[Any] = [0] * 1000
     wide.append(wide)
-    assert "within itself" in refusal(wide).__dict__["type"]
+    assert "within itself" in rejection(wide).__dict__["type"]
 
 
 def nested(depth: int) -> list[Any]:
@@ -213,8 +213,8 @@ def nested(depth: int) -> list[Any]:
 
 
 def test_nesting_is_bounded() -> None:
-    assert decode_task(encode_task(Task("research", nested(100)), bound=ROOM)).payload == nested(100)
-    assert refusal(nested(101)).path == "payload" + "[0]" * 100
+    assert decode_task(encode_task(Task("research", nested(100)), bound=BOUND)).payload == nested(100)
+    assert rejection(nested(101)).path == "payload" + "[0]" * 100
 
 
 def test_a_payload_is_bounded_in_bytes() -> None:
@@ -227,37 +227,37 @@ def test_a_payload_is_bounded_in_bytes() -> None:
 
 
 @pytest.mark.timeout(5)
-def test_a_payload_that_fans_out_without_end_is_too_large_and_not_walked_to_its_end() -> None:
-    laugh: list[Any] = ["ha"]
+def test_a_payload_with_exponentially_many_references_is_too_large_and_not_walked_to_its_end() -> None:
+    shared: list[Any] = ["ha"]
     for _ in range(60):
-        laugh = [laugh, laugh]  # 2**60 of them
+        shared = [shared, shared]  # 2**60 of them
     with pytest.raises(PayloadTooLarge):
-        encode_task(Task("research", laugh), bound=10_000)
+        encode_task(Task("research", shared), bound=10_000)
 
 
-@pytest.mark.parametrize("field", ["task_type", "task_id", "key", "tenant", "thread"])
-def test_a_name_that_is_not_unicode_is_refused(field: str) -> None:
+@pytest.mark.parametrize("field", ["task_type", "task_id", "key", "tenant", "thread_id"])
+def test_a_name_that_is_not_unicode_is_rejected(field: str) -> None:
     fields: dict[str, Any] = {"task_type": "research", field: "\ud800"}
     with pytest.raises(NotSerializable) as caught:
-        encode_task(Task(**fields), bound=ROOM)
+        encode_task(Task(**fields), bound=BOUND)
     assert caught.value.path == field
 
 
-def test_an_estimate_beyond_64_bits_is_refused() -> None:
+def test_an_estimate_beyond_64_bits_is_rejected() -> None:
     with pytest.raises(NotSerializable) as caught:
-        encode_task(Task("research", estimate=Estimate(input_tokens=2**64)), bound=ROOM)
+        encode_task(Task("research", estimate=Estimate(input_tokens=2**64)), bound=BOUND)
     assert caught.value.path == "estimate"
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-@given(value=PORTABLE)
-def test_a_result_comes_back_equal(value: Any) -> None:
-    assert same(decode_result(encode_result(value, task_id="t", bound=ROOM)), value)
+@given(value=PLAIN_DATA)
+def test_a_result_is_decoded_equal(value: Any) -> None:
+    assert same(decode_result(encode_result(value, task_id="t", bound=BOUND)), value)
 
 
-# --- other versions, and none ----------------------------------------------------------------------------------------
+# --- other versions, damage ------------------------------------------------------------------------------------------
 
 
 def rewritten(envelope: bytes, **changes: Any) -> bytes:
@@ -267,8 +267,8 @@ def rewritten(envelope: bytes, **changes: Any) -> bytes:
     return msgspec.msgpack.encode(items + changes.get("more", []))
 
 
-TASK = encode_task(Task("research", {"topic": "rivers"}), bound=ROOM)
-RESULT = encode_result({"topic": "rivers"}, task_id="t", bound=ROOM)
+TASK = encode_task(Task("research", {"topic": "rivers"}), bound=BOUND)
+RESULT = encode_result({"topic": "rivers"}, task_id="t", bound=BOUND)
 
 
 def test_a_newer_version_is_named() -> None:
@@ -284,7 +284,7 @@ def test_a_newer_version_is_named_however_different_it_is() -> None:
             decode(msgspec.msgpack.encode([VERSION + 1, {"all": "else"}]))
 
 
-def test_fields_added_at_the_end_are_passed_over() -> None:
+def test_fields_added_at_the_end_are_ignored() -> None:
     assert decode_task(rewritten(TASK, more=["new", 1])) == decode_task(TASK)
     assert decode_result(rewritten(RESULT, more=["new", 1])) == decode_result(RESULT)
 
@@ -296,13 +296,13 @@ def test_fields_added_at_the_end_are_passed_over() -> None:
 @example(msgspec.msgpack.encode({"version": VERSION}))
 @example(b"\x91" * 100_000)
 @example(b"\x92\x01" + b"\x91" * 100_000)
-def test_garbage_is_called_damaged(data: bytes) -> None:
+def test_garbage_is_reported_as_damaged(data: bytes) -> None:
     for decode in (decode_task, decode_result):
         with contextlib.suppress(EnvelopeDamaged, EnvelopeTooNew):
             decode(data)
 
 
-def test_a_damaged_envelope_says_nothing_of_its_content() -> None:
+def test_the_error_for_a_damaged_envelope_shows_no_content() -> None:
     items = msgspec.msgpack.decode(TASK)
     items[1] = ""  # no task type
     items[2] = "secret"

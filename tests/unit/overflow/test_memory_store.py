@@ -1,4 +1,4 @@
-"""What only the ledger in memory has to see to: that nothing of what is gone stays behind."""
+"""The task store in memory: it keeps nothing of records, leases and task types that are gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from forebay.task import Priority
 END = Completion(status="cancelled", finished_at=1.0)
 
 
-def row(number: int, task_type: str = "t") -> TaskRecord:
+def record(number: int, task_type: str = "t") -> TaskRecord:
     return TaskRecord(
         task_id=f"{number}",
         task_type=task_type,
@@ -20,39 +20,39 @@ def row(number: int, task_type: str = "t") -> TaskRecord:
     )
 
 
-def size(ledger: MemoryTaskStore) -> int:
-    heaps = [*ledger._queues.values(), ledger._leased, *ledger._ended.values()]
-    return sum(len(heap._items) for heap in heaps) + len(ledger._entries) + len(ledger._keys) + len(ledger._queues)
+def size(store: MemoryTaskStore) -> int:
+    heaps = [*store._queues.values(), store._leased, *store._ended.values()]
+    return sum(len(heap._items) for heap in heaps) + len(store._entries) + len(store._keys) + len(store._queues)
 
 
-async def test_what_is_given_up_leaves_nothing_behind() -> None:
-    ledger = MemoryTaskStore()
-    await ledger.open()
+async def test_finished_records_leave_nothing_behind() -> None:
+    store = MemoryTaskStore()
+    await store.open()
     for number in range(5_000):
-        await ledger.put(row(number))
-        await ledger.finish(f"{number}", END, fence=None)
-        await ledger.prune(before=2.0)
-    assert size(ledger) < 200
+        await store.put(record(number))
+        await store.finish(f"{number}", END, fence=None)
+        await store.prune(before=2.0)
+    assert size(store) < 200
 
 
-async def test_leases_that_come_and_go_leave_nothing_behind() -> None:
-    ledger = MemoryTaskStore()
-    await ledger.open()
-    await ledger.put(row(0))
+async def test_released_leases_leave_nothing_behind() -> None:
+    store = MemoryTaskStore()
+    await store.open()
+    await store.put(record(0))
     for _ in range(5_000):
-        leases = await ledger.lease("t", 1, until=1e9)
-        ledger.renew(leases, until=1e10)
-        await ledger.release(leases)
-    assert size(ledger) < 200
+        leases = await store.lease("t", 1, until=1e9)
+        store.renew(leases, until=1e10)
+        await store.release(leases)
+    assert size(store) < 200
 
 
-async def test_task_types_that_come_and_go_leave_nothing_behind() -> None:
-    ledger = MemoryTaskStore()
-    await ledger.open()
+async def test_task_types_without_records_leave_nothing_behind() -> None:
+    store = MemoryTaskStore()
+    await store.open()
     for number in range(1_000):
-        await ledger.put(row(number, f"type {number}"))
-        (lease,) = await ledger.lease(f"type {number}", 1, until=1e9)
-        await ledger.finish(lease.record.task_id, END, fence=lease.fence)
-        await ledger.prune(before=2.0)
-    assert size(ledger) < 200
-    assert await ledger.depths() == {}
+        await store.put(record(number, f"type {number}"))
+        (lease,) = await store.lease(f"type {number}", 1, until=1e9)
+        await store.finish(lease.record.task_id, END, fence=lease.fence)
+        await store.prune(before=2.0)
+    assert size(store) < 200
+    assert await store.depths() == {}

@@ -1,4 +1,4 @@
-"""From what a user hands in to a ledger."""
+"""open_task_store: from the setting `overflow` to a task store."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from forebay.interfaces import TaskStore
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, open_task_store
 
 
-def test_a_url_names_a_kind_of_ledger() -> None:
+def test_a_url_selects_the_kind_of_store() -> None:
     assert isinstance(open_task_store("memory://"), MemoryTaskStore)
     assert isinstance(open_task_store("sqlite:///never-opened.db"), SqliteTaskStore)
     assert not Path("never-opened.db").exists()
 
 
-def test_a_ledger_is_taken_as_it_is() -> None:
-    ledger = MemoryTaskStore()
-    assert open_task_store(ledger) is ledger
+def test_a_task_store_is_returned_as_it_is() -> None:
+    store = MemoryTaskStore()
+    assert open_task_store(store) is store
 
 
 @pytest.mark.parametrize("value", [None, 7, Path("spill.db")])
-def test_what_is_neither_is_refused(value: object) -> None:
-    with pytest.raises(InvalidOverflowUrl, match="not a URL or a ledger"):
+def test_any_other_value_is_rejected(value: object) -> None:
+    with pytest.raises(InvalidOverflowUrl, match="not a URL or a task store"):
         open_task_store(cast("TaskStore", value))

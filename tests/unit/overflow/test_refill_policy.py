@@ -1,4 +1,4 @@
-"""What comes back from the overflow next: the best, but nobody starves."""
+"""Which stored tasks come back next: those of the best priority, but no priority starves."""
 
 from __future__ import annotations
 
@@ -10,67 +10,71 @@ from forebay.overflow import RefillPolicy
 from forebay.task import Priority
 
 CRITICAL, HIGH, NORMAL, LOW = Priority
-NOBODY = (0, 0, 0, 0)
+NONE_QUEUED = (0, 0, 0, 0)
 
 
 def waiting(critical: int = 0, high: int = 0, normal: int = 0, low: int = 0) -> dict[Priority, int]:
     return dict(zip(Priority, (critical, high, normal, low), strict=True))
 
 
-def wish(
-    outside: dict[Priority, int], *, seats: int = 5, room: int = 100, inside: tuple[int, ...] = NOBODY
+def next_batch(
+    stored: dict[Priority, int], *, slots: int = 5, capacity: int = 100, queued: tuple[int, ...] = NONE_QUEUED
 ) -> tuple[Priority, int] | None:
-    return RefillPolicy().next_batch(slots=seats, capacity=room, queued=inside, stored=outside)
+    return RefillPolicy().next_batch(slots=slots, capacity=capacity, queued=queued, stored=stored)
 
 
-def test_the_best_rung_outside_comes_first() -> None:
-    assert wish(waiting(high=2, normal=9)) == (HIGH, 2)
-    assert wish(waiting(normal=9, low=9)) == (NORMAL, 5)
+def test_the_best_stored_priority_comes_first() -> None:
+    assert next_batch(waiting(high=2, normal=9)) == (HIGH, 2)
+    assert next_batch(waiting(normal=9, low=9)) == (NORMAL, 5)
 
 
-def test_as_many_as_there_are_seats_room_and_rows() -> None:
-    assert wish(waiting(normal=9), seats=3) == (NORMAL, 3)
-    assert wish(waiting(normal=9), room=2) == (NORMAL, 2)
-    assert wish(waiting(normal=1)) == (NORMAL, 1)
+def test_a_batch_is_bounded_by_slots_capacity_and_stored_records() -> None:
+    assert next_batch(waiting(normal=9), slots=3) == (NORMAL, 3)
+    assert next_batch(waiting(normal=9), capacity=2) == (NORMAL, 2)
+    assert next_batch(waiting(normal=1)) == (NORMAL, 1)
 
 
-@pytest.mark.parametrize(("seats", "room"), [(0, 9), (9, 0), (-1, 9), (9, -1)])
-def test_without_a_seat_or_room_nothing_comes(seats: int, room: int) -> None:
-    assert wish(waiting(critical=9), seats=seats, room=room) is None
+@pytest.mark.parametrize(("slots", "capacity"), [(0, 9), (9, 0), (-1, 9), (9, -1)])
+def test_without_a_slot_or_capacity_nothing_comes_back(slots: int, capacity: int) -> None:
+    assert next_batch(waiting(critical=9), slots=slots, capacity=capacity) is None
 
 
-def test_with_nothing_outside_nothing_comes() -> None:
-    assert wish(waiting()) is None
+def test_with_nothing_stored_nothing_comes_back() -> None:
+    assert next_batch(waiting()) is None
 
 
-def test_seats_that_others_inside_will_take_are_not_given_twice() -> None:
-    assert wish(waiting(normal=9), inside=(0, 1, 2, 0)) == (NORMAL, 2)
-    assert wish(waiting(normal=9), inside=(0, 0, 5, 0)) is None
+def test_slots_that_queued_tasks_will_take_are_not_used_twice() -> None:
+    assert next_batch(waiting(normal=9), queued=(0, 1, 2, 0)) == (NORMAL, 2)
+    assert next_batch(waiting(normal=9), queued=(0, 0, 5, 0)) is None
 
 
-def test_a_better_task_outside_does_not_wait_for_a_line_of_worse_ones() -> None:
-    assert wish(waiting(critical=9), inside=(0, 0, 50, 0)) == (CRITICAL, 5)
-    assert wish(waiting(critical=9), seats=0, inside=(0, 0, 50, 0)) == (CRITICAL, 1)  # it heads the line, then
-    assert wish(waiting(critical=9), seats=0, inside=(1, 0, 50, 0)) is None
-    assert wish(waiting(normal=9), seats=0, inside=(0, 0, 50, 0)) is None
+def test_a_better_stored_task_does_not_wait_for_a_queue_of_worse_ones() -> None:
+    assert next_batch(waiting(critical=9), queued=(0, 0, 50, 0)) == (CRITICAL, 5)
+    assert next_batch(waiting(critical=9), slots=0, queued=(0, 0, 50, 0)) == (
+        CRITICAL,
+        1,
+    )  # it becomes the head of the queue
+    assert next_batch(waiting(critical=9), slots=0, queued=(1, 0, 50, 0)) is None
+    assert next_batch(waiting(normal=9), slots=0, queued=(0, 0, 50, 0)) is None
 
 
-def test_under_a_flood_of_better_work_every_rung_still_moves() -> None:
-    pacing, outside = RefillPolicy(max_skipped=20), waiting(critical=10_000, normal=1_000, low=1_000)
+def test_under_a_flood_of_better_work_every_priority_still_makes_progress() -> None:
+    policy, stored = RefillPolicy(max_skipped=20), waiting(critical=10_000, normal=1_000, low=1_000)
     came = Counter[Priority]()
     for _ in range(1_000):
-        wished = pacing.next_batch(slots=4, capacity=9, queued=NOBODY, stored=outside)
-        assert wished is not None
-        rung, count = wished
-        pacing.record_fetch(rung, count, outside)
-        came[rung] += count
+        batch = policy.next_batch(slots=4, capacity=9, queued=NONE_QUEUED, stored=stored)
+        assert batch is not None
+        priority, count = batch
+        policy.record_fetch(priority, count, stored)
+        came[priority] += count
     assert came[LOW] == pytest.approx(came[CRITICAL] / 20, rel=0.3)
     assert came[NORMAL] == pytest.approx(came[CRITICAL] / 20, rel=0.3)
     assert came[HIGH] == 0
 
 
-def test_who_has_just_come_has_not_been_passed_over_yet() -> None:
-    pacing, alone = RefillPolicy(max_skipped=2), waiting(critical=9)
+def test_a_priority_that_has_just_been_stored_has_not_been_skipped_yet() -> None:
+    policy, alone = RefillPolicy(max_skipped=2), waiting(critical=9)
     for _ in range(10):
-        pacing.record_fetch(CRITICAL, 1, alone)
-    assert pacing.next_batch(slots=1, capacity=1, queued=NOBODY, stored=waiting(critical=9, low=1)) == (CRITICAL, 1)
+        policy.record_fetch(CRITICAL, 1, alone)
+    stored = waiting(critical=9, low=1)
+    assert policy.next_batch(slots=1, capacity=1, queued=NONE_QUEUED, stored=stored) == (CRITICAL, 1)

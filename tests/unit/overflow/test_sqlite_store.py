@@ -1,4 +1,4 @@
-"""What only the ledger in SQLite has: a plan for every statement, and virtual time."""
+"""The task store in SQLite: every statement uses an index; it works in virtual time; acknowledged means committed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from forebay.task import Priority
 
 @pytest.fixture
 def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    connection = open_file(tmp_path / "ledger.db", SCHEMA, Synchronous.OFF, 1.0)
+    connection = open_file(tmp_path / "store.db", SCHEMA, Synchronous.OFF, 1.0)
     yield connection
     connection.close()
 
 
 def sql() -> dict[str, str]:
-    """Every statement of the room, those of many rows with one and with many."""
+    """Return every statement of the module, those for many rows with one row and with many."""
     found: dict[str, str] = {}
     for name, value in vars(statements).items():
         if isinstance(value, BatchStatement):
@@ -39,50 +39,50 @@ def sql() -> dict[str, str]:
     return found
 
 
-# What goes through a whole table or index, and why that is no matter.
-SHORT = {
+# The statements that scan a whole table or index, and why that is acceptable.
+SCANS = {
     "_DEPTHS": "as many rows as types and priorities",
-    "_FORGET_TYPES": "as many rows as types and priorities",
+    "_DELETE_EMPTY_DEPTHS": "as many rows as types and priorities",
     "_OLDEST_DONE": "a part of _TRIM_DONE, and not run by itself",
     "_OLDEST_DEAD": "a part of _TRIM_DEAD, and not run by itself",
-    "_TRIM_DONE": "in order, and only as far as it drops",
-    "_TRIM_DEAD": "in order, and only as far as it drops",
+    "_TRIM_DONE": "in order, and only as far as it deletes",
+    "_TRIM_DEAD": "in order, and only as far as it deletes",
 }
 
 
 @pytest.mark.parametrize("name", sql())
-def test_no_statement_looks_through_the_table(connection: sqlite3.Connection, name: str) -> None:
+def test_no_statement_scans_the_table(connection: sqlite3.Connection, name: str) -> None:
     statement = sql()[name]
     plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}", [None] * statement.count("?")).fetchall()
     steps = [step for *_, step in plan]
     scans = [step for step in steps if step.startswith("SCAN") and not re.search(r"VALUES|CONSTANT|given", step)]
     assert not [step for step in steps if "TEMP B-TREE" in step]
-    assert bool(scans) is (name in SHORT), steps
+    assert bool(scans) is (name in SCANS), steps
 
 
-@pytest.mark.blocks  # the virtual loop runs in line what would run in a thread
+@pytest.mark.blocks  # a virtual loop runs inline what would run in a thread
 def test_it_works_in_virtual_time(tmp_path: Path) -> None:
     async def main() -> list[str]:
-        ledger = SqliteTaskStore(tmp_path / "ledger.db", synchronous=Synchronous.OFF)
-        await ledger.open()
+        store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+        await store.open()
         for name in "ab":
             now = clock.wall_time()
-            row = TaskRecord(task_id=name, task_type="t", priority=Priority.NORMAL, envelope=b"", enqueued_at=now)
-            assert await ledger.put(row) is PutResult.STORED
-        leases = await ledger.lease("t", 2, until=clock.wall_time() + 30)
-        await ledger.close()
+            record = TaskRecord(task_id=name, task_type="t", priority=Priority.NORMAL, envelope=b"", enqueued_at=now)
+            assert await store.put(record) is PutResult.STORED
+        leases = await store.lease("t", 2, until=clock.wall_time() + 30)
+        await store.close()
         return [lease.record.task_id for lease in leases]
 
     assert simulate(main, seed=1) == ["a", "b"]
 
 
-async def test_what_was_acknowledged_is_committed(tmp_path: Path) -> None:
-    ledger = SqliteTaskStore(tmp_path / "ledger.db", synchronous=Synchronous.OFF)
-    await ledger.open()
+async def test_an_acknowledged_write_is_committed(tmp_path: Path) -> None:
+    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    await store.open()
     for number in range(3):
-        row = TaskRecord(task_id=f"{number}", task_type="t", priority=Priority.LOW, envelope=b"", enqueued_at=0.0)
-        assert await ledger.put(row) is PutResult.STORED
-        other = sqlite3.connect(tmp_path / "ledger.db")
+        record = TaskRecord(task_id=f"{number}", task_type="t", priority=Priority.LOW, envelope=b"", enqueued_at=0.0)
+        assert await store.put(record) is PutResult.STORED
+        other = sqlite3.connect(tmp_path / "store.db")
         assert other.execute("SELECT count(*) FROM task").fetchone() == (number + 1,)
         other.close()
-    await ledger.close()
+    await store.close()

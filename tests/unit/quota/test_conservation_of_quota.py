@@ -1,4 +1,4 @@
-"""Whatever comes: nothing that is reserved is lost or given twice, and no span of time gets more than was granted."""
+"""Conservation: no reservation is lost or refunded twice, and no span of time gets more than its quota."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def test_no_span_gets_more_than_amount_and_amount_times_t_over_period(
     amount: int, per: str, calls: list[tuple[float, int, float]]
 ) -> None:
     quota = Quota(input_tokens=amount, per=per)  # type: ignore[arg-type]
-    quotas, now = RateLimiter([quota]), 0.0
+    limiter, now = RateLimiter([quota]), 0.0
     granted: list[tuple[float, int]] = []
     for step, tokens, share in calls:
         now += step * quota.seconds / 60
         charge = Charge(input_tokens=tokens)
-        delay = quotas.wait(now, charge)
+        delay = limiter.wait(now, charge)
         if math.isinf(delay.seconds):
             assert tokens > amount
             continue
         if share < 0.5:
-            now += delay.seconds  # as patient as it was told to be: it must get in then
-            assert quotas.wait(now, charge).seconds == 0
+            now += delay.seconds  # it waits as long as it was told, and must pass then
+            assert limiter.wait(now, charge).seconds == 0
         elif delay.seconds:
             continue
         used = int(tokens * min(1.0, 0.3 + share))
-        quotas.settle(now, quotas.reserve(now, charge), Charge(input_tokens=used))
+        limiter.settle(now, limiter.reserve(now, charge), Charge(input_tokens=used))
         granted.append((now, used))
     for begin in range(len(granted)):
         total = 0
@@ -49,13 +49,13 @@ def test_no_span_gets_more_than_amount_and_amount_times_t_over_period(
             assert total <= (amount + amount * (at - granted[begin][0]) / quota.seconds) * (1 + 1e-6)
 
 
-class QuotasMachine(RuleBasedStateMachine):
-    """Calls reserve, and end in every way at any point, beside a model that keeps exact accounts."""
+class RateLimiterMachine(RuleBasedStateMachine):
+    """Calls that reserve and end in every way, beside a model that counts exactly."""
 
     @initialize(requests=st.integers(1, 50), tokens=st.integers(1, 500))
     def build(self, requests: int, tokens: int) -> None:
         self.size = {"requests": requests, "input_tokens": tokens}
-        self.quotas = RateLimiter([Quota(requests=requests, per="minute"), Quota(input_tokens=tokens, per="minute")])
+        self.limiter = RateLimiter([Quota(requests=requests, per="minute"), Quota(input_tokens=tokens, per="minute")])
         self.now = 0.0
         self.held: list[QuotaReservation] = []
         self.level = {unit: float(size) for unit, size in self.size.items()}
@@ -71,15 +71,15 @@ class QuotasMachine(RuleBasedStateMachine):
 
     @rule(back=st.floats(0, 1e6))
     def the_clock_goes_back(self, back: float) -> None:
-        self.quotas.wait(self.now, Charge())  # it has seen the time
+        self.limiter.wait(self.now, Charge())  # it has seen the present time
         self.now -= back
-        assert self.quotas.wait(self.now, Charge()).seconds <= 60 * (2 + 1 / self.size["requests"])
+        assert self.limiter.wait(self.now, Charge()).seconds <= 60 * (2 + 1 / self.size["requests"])
 
     @rule(tokens=st.integers(0, 500))
     def reserve(self, tokens: int) -> None:
         charge = Charge(input_tokens=tokens)
-        if self.quotas.wait(self.now, charge).seconds == 0:
-            self.held.append(self.quotas.reserve(self.now, charge))
+        if self.limiter.wait(self.now, charge).seconds == 0:
+            self.held.append(self.limiter.reserve(self.now, charge))
             self.move("requests", -1)
             self.move("input_tokens", -tokens)
 
@@ -87,33 +87,33 @@ class QuotasMachine(RuleBasedStateMachine):
     @rule(data=st.data(), used=st.integers(-5, 700))
     def settle(self, data: st.DataObject, used: int) -> None:
         held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.quotas.settle(self.now, held, Charge(input_tokens=used))
+        self.limiter.settle(self.now, held, Charge(input_tokens=used))
         self.move("input_tokens", held.charge.input_tokens - max(0, used))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.quotas.release(self.now, held)
+        self.limiter.release(self.now, held)
         self.move("requests", 1)
         self.move("input_tokens", held.charge.input_tokens)
 
     @invariant()
-    def the_accounts_agree(self) -> None:
-        if not hasattr(self, "quotas"):
+    def the_levels_agree(self) -> None:
+        if not hasattr(self, "limiter"):
             return
-        for level, (unit, expected) in zip(self.quotas.levels(self.now), self.level.items(), strict=True):
+        for level, (unit, expected) in zip(self.limiter.levels(self.now), self.level.items(), strict=True):
             assert math.isclose(level.remaining, expected, abs_tol=1e-6 * self.size[unit]), unit
-        assert len(self.quotas._open) == len(self.held)
-        assert self.quotas._under_way["input_tokens"] == sum(held.charge.input_tokens for held in self.held)
+        assert len(self.limiter._open) == len(self.held)
+        assert self.limiter._under_way["input_tokens"] == sum(held.charge.input_tokens for held in self.held)
 
 
-class LiarMachine(RuleBasedStateMachine):
-    """Headers say anything, calls end anyhow, the clock leaps: it always ends well within two days, and by itself."""
+class LyingHeadersMachine(RuleBasedStateMachine):
+    """Impossible headers and a leaping clock: every wait ends within three days by itself."""
 
     @initialize()
     def build(self) -> None:
-        self.quotas = RateLimiter()
+        self.limiter = RateLimiter()
         self.now = 0.0
         self.held: list[QuotaReservation] = []
         self.ended: list[QuotaReservation] = []
@@ -124,7 +124,7 @@ class LiarMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(0, 10_000))
     def reserve(self, tokens: int) -> None:
-        self.held.append(self.quotas.reserve(self.now, Charge(input_tokens=tokens)))
+        self.held.append(self.limiter.reserve(self.now, Charge(input_tokens=tokens)))
 
     @precondition(lambda self: self.held or self.ended)
     @rule(
@@ -133,10 +133,10 @@ class LiarMachine(RuleBasedStateMachine):
         limit=st.none() | st.integers(-5, 10**15),
         remaining=st.none() | st.integers(-5, 10**15),
         reset=st.none() | st.floats(),
-        how=st.sampled_from(["hear", "refused"]),
+        how=st.sampled_from(["update_from_headers", "record_throttled"]),
         retry_after=st.none() | st.floats(),
     )
-    def answer(  # noqa: PLR0913, PLR0917 - all that an answer can say
+    def answer(  # noqa: PLR0913, PLR0917 - all that an answer can contain
         self,
         data: st.DataObject,
         unit: str,
@@ -146,94 +146,93 @@ class LiarMachine(RuleBasedStateMachine):
         how: str,
         retry_after: float | None,
     ) -> None:
-        notice = RateLimitHeaders(unit=unit, limit=limit, remaining=remaining, reset=reset)
-        if how == "refused" and self.held:
+        headers = RateLimitHeaders(unit=unit, limit=limit, remaining=remaining, reset=reset)
+        if how == "record_throttled" and self.held:
             held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-            self.quotas.record_throttled(self.now, held, retry_after, [notice])
+            self.limiter.record_throttled(self.now, held, retry_after, [headers])
         else:
             held = data.draw(st.sampled_from(self.held + self.ended))
-            self.quotas.update_from_headers(self.now, [notice], held)
+            self.limiter.update_from_headers(self.now, [headers], held)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), used=st.integers(0, 10**15))
     def settle(self, data: st.DataObject, used: int) -> None:
         held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.quotas.settle(self.now, held, Charge(input_tokens=used, output_tokens=used))
+        self.limiter.settle(self.now, held, Charge(input_tokens=used, output_tokens=used))
         self.ended.append(held)
 
     @invariant()
-    def it_is_never_locked_and_never_beyond_what_it_holds(self) -> None:
-        if not hasattr(self, "quotas"):
+    def waits_are_bounded_and_levels_within_their_capacity(self) -> None:
+        if not hasattr(self, "limiter"):
             return
-        seconds = self.quotas.wait(self.now, Charge()).seconds
+        seconds = self.limiter.wait(self.now, Charge()).seconds
         assert 0 <= seconds < 3 * 86_400
-        assert self.quotas.wait(self.now, Charge()).seconds == seconds, "asking changes nothing"
-        for level in self.quotas.levels(self.now):
+        assert self.limiter.wait(self.now, Charge()).seconds == seconds, "asking changes nothing"
+        for level in self.limiter.levels(self.now):
             assert -level.amount <= level.remaining <= level.amount
-        assert sum(held.charge.input_tokens for held in self.held) == self.quotas._under_way["input_tokens"]
+        assert sum(held.charge.input_tokens for held in self.held) == self.limiter._under_way["input_tokens"]
 
 
-class PurseMachine(RuleBasedStateMachine):
-    """Money is reserved, settled and released in any order, while days pass and the clock is put back."""
+class BudgetTrackerMachine(RuleBasedStateMachine):
+    """Dollars are reserved, settled and released in any order, while days pass and the clock goes back."""
 
     @initialize(reserve=st.floats(0, 0.9))
     def build(self, reserve: float) -> None:
-        self.purse = BudgetTracker(Budget(usd=10, per="day", reserved_share=reserve))
+        self.tracker = BudgetTracker(Budget(usd=10, per="day", reserved_share=reserve))
         self.now = 1_000_000 * 86_400.0
         self.held: list[BudgetReservation] = []
         self.settled = 0.0
-        self.turned = 0.0  # what was settled on days that are over
 
     @rule(usd=st.floats(0, 4), priority=st.sampled_from(Priority))
     def take(self, usd: float, priority: Priority) -> None:
-        before = self.purse.remaining(self.now)
-        if self.purse.can_afford(self.now, usd, priority):
-            self.held.append(self.purse.reserve(self.now, usd))
-            assert self.purse.remaining(self.now) >= -1e-9
+        before = self.tracker.remaining(self.now)
+        if self.tracker.can_afford(self.now, usd, priority):
+            self.held.append(self.tracker.reserve(self.now, usd))
+            assert self.tracker.remaining(self.now) >= -1e-9
             if priority > Priority.HIGH:
-                assert self.purse.remaining(self.now) >= 10 * self.purse.budget.reserved_share - 1e-9
+                assert self.tracker.remaining(self.now) >= 10 * self.tracker.budget.reserved_share - 1e-9
         else:
-            assert usd > before - 10 * self.purse.budget.reserved_share - 1e-6 or before <= 1e-9
+            assert usd > before - 10 * self.tracker.budget.reserved_share - 1e-6 or before <= 1e-9
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), share=st.floats(0, 1))
     def settle(self, data: st.DataObject, share: float) -> None:
         held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.purse.settle(self.now, held, held.usd * share)
+        self.tracker.settle(self.now, held, held.usd * share)
         self.settled += held.usd * share
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.purse.release(self.now, self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+        self.tracker.release(self.now, self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @rule(hours=st.floats(0, 30))
     def time_passes(self, hours: float) -> None:
         self.now += hours * 3600
 
     @rule(hours=st.floats(0, 30))
-    def the_clock_is_put_back(self, hours: float) -> None:
-        before = self.purse.remaining(self.now)
+    def the_clock_goes_back(self, hours: float) -> None:
+        before = self.tracker.remaining(self.now)
         self.now -= hours * 3600
-        assert self.purse.remaining(self.now) <= before + 1e-9, "no money for nothing"
+        assert self.tracker.remaining(self.now) <= before + 1e-9, "no money is given away"
 
     @invariant()
-    def it_does_not_stay_locked(self) -> None:
-        if hasattr(self, "purse"):
-            resets_in = self.purse.resets_in(self.now)
+    def it_renews_within_a_day(self) -> None:
+        if hasattr(self, "tracker"):
+            resets_in = self.tracker.resets_in(self.now)
             assert resets_in is not None
             assert 0 < resets_in <= 86_400
-            assert self.purse.spent(self.now) <= self.settled + 1e-6
+            assert self.tracker.spent(self.now) <= self.settled + 1e-6
 
     def teardown(self) -> None:
-        if hasattr(self, "purse"):
+        if hasattr(self, "tracker"):
             tomorrow = self.now + 86_400
-            assert self.purse.remaining(tomorrow) == 10
+            assert self.tracker.remaining(tomorrow) == 10
             for held in self.held:
-                self.purse.release(tomorrow, held)
-            assert self.purse._page.reserved == 0
+                self.tracker.release(tomorrow, held)
+            assert self.tracker._period.reserved == 0
 
 
-TestQuotasMachine = QuotasMachine.TestCase
-TestLiarMachine = LiarMachine.TestCase
-TestPurseMachine = PurseMachine.TestCase
+TestRateLimiterMachine = RateLimiterMachine.TestCase
+TestLyingHeadersMachine = LyingHeadersMachine.TestCase
+TestBudgetTrackerMachine = BudgetTrackerMachine.TestCase

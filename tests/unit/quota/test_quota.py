@@ -1,4 +1,4 @@
-"""What may be said of a quota, and what is answered to what cannot be meant."""
+"""Quotas as users write them, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def test_a_quota_knows_its_unit_amount_and_period() -> None:
         ({"requests": 5, "per": 60}, "not a period"),
     ],
 )
-def test_a_quota_that_cannot_be_meant_says_what_to_do(given: dict[str, Any], says: str) -> None:
+def test_an_invalid_quota_says_what_to_do(given: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidQuota) as caught:
         Quota(**({"per": "minute"} | given))
     assert says in str(caught.value)
     assert 'Quota(requests=500, per="minute")' in str(caught.value)
 
 
-def test_a_quota_does_not_change() -> None:
+def test_a_quota_is_immutable_and_can_be_encoded() -> None:
     with pytest.raises(AttributeError):
         Quota(requests=1, per="second").requests = 5  # type: ignore[misc]
     assert msgspec.json.decode(msgspec.json.encode(Quota(tokens=9, per="day")), type=Quota).tokens == 9
 
 
-def test_what_is_no_quota_is_refused_at_once() -> None:
+def test_a_rate_limiter_takes_only_quotas() -> None:
     with pytest.raises(InvalidSetting, match="made of Quota objects"):
         RateLimiter([500])  # type: ignore[list-item]

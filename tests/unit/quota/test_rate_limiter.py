@@ -1,4 +1,4 @@
-"""What is reserved, settled and released, one promise a test."""
+"""The rate limiter of given limiter: waits, reservations, throttled calls and clocks."""
 
 from __future__ import annotations
 
@@ -18,98 +18,98 @@ def tokens(amount: int) -> Charge:
     return Charge(input_tokens=amount)
 
 
-def spent(quotas: RateLimiter, charge: Charge = ONE, *, now: float = 0.0, times: int = 60) -> RateLimiter:
+def used_up(limiter: RateLimiter, charge: Charge = ONE, *, now: float = 0.0, times: int = 60) -> RateLimiter:
     for _ in range(times):
-        assert quotas.wait(now, charge).seconds == 0
-        quotas.settle(now, quotas.reserve(now, charge), charge)
-    return quotas
+        assert limiter.wait(now, charge).seconds == 0
+        limiter.settle(now, limiter.reserve(now, charge), charge)
+    return limiter
 
 
-def left(quotas: RateLimiter, now: float) -> float:
-    return quotas.levels(now)[0].remaining
+def remaining(limiter: RateLimiter, now: float) -> float:
+    return limiter.levels(now)[0].remaining
 
 
 def test_a_whole_amount_can_go_at_once_and_then_as_it_refills() -> None:
-    quotas = spent(RateLimiter([PER_MINUTE]))
-    assert quotas.wait(0.0, ONE) == (1.0, "requests per minute")
-    assert quotas.wait(0.25, ONE).seconds == pytest.approx(0.75)
+    limiter = used_up(RateLimiter([PER_MINUTE]))
+    assert limiter.wait(0.0, ONE) == (1.0, "requests per minute")
+    assert limiter.wait(0.25, ONE).seconds == pytest.approx(0.75)
 
 
-def test_who_waits_as_long_as_it_was_told_gets_in() -> None:
-    quotas, now = RateLimiter([Quota(requests=7, per="minute"), Quota(input_tokens=1013, per="minute")]), 0.1
+def test_a_call_that_waits_as_long_as_it_was_told_passes() -> None:
+    limiter, now = RateLimiter([Quota(requests=7, per="minute"), Quota(input_tokens=1013, per="minute")]), 0.1
     for _ in range(500):
-        now += quotas.wait(now, Charge(input_tokens=131)).seconds
-        assert quotas.wait(now, Charge(input_tokens=131)).seconds == 0
-        quotas.reserve(now, Charge(input_tokens=131))
+        now += limiter.wait(now, Charge(input_tokens=131)).seconds
+        assert limiter.wait(now, Charge(input_tokens=131)).seconds == 0
+        limiter.reserve(now, Charge(input_tokens=131))
 
 
-def test_of_several_quotas_the_slowest_binds_and_is_named() -> None:
-    quotas = RateLimiter([PER_MINUTE, Quota(input_tokens=100, per="hour"), Quota(requests=1000, per="day")])
-    quotas.reserve(0.0, tokens(100))
-    assert quotas.wait(0.0, tokens(1)) == (36.0, "input tokens per hour")
+def test_the_quota_with_the_longest_wait_limits_and_is_named() -> None:
+    limiter = RateLimiter([PER_MINUTE, Quota(input_tokens=100, per="hour"), Quota(requests=1000, per="day")])
+    limiter.reserve(0.0, tokens(100))
+    assert limiter.wait(0.0, tokens(1)) == (36.0, "input tokens per hour")
 
 
-def test_a_call_larger_than_a_bucket_never_goes() -> None:
-    quotas = RateLimiter([PER_MINUTE, Quota(input_tokens=100, per="minute")])
-    assert quotas.wait(0.0, tokens(101)) == (math.inf, "input tokens per minute")
-    assert quotas.wait(0.0, tokens(101), ahead=tokens(50)).seconds == math.inf
-    assert quotas.wait(0.0, tokens(100)).seconds == 0
+def test_a_call_larger_than_a_quota_waits_forever() -> None:
+    limiter = RateLimiter([PER_MINUTE, Quota(input_tokens=100, per="minute")])
+    assert limiter.wait(0.0, tokens(101)) == (math.inf, "input tokens per minute")
+    assert limiter.wait(0.0, tokens(101), ahead=tokens(50)).seconds == math.inf
+    assert limiter.wait(0.0, tokens(100)).seconds == 0
 
 
-def test_a_quota_of_something_else_does_not_bind() -> None:
-    quotas = RateLimiter([Quota(output_tokens=10, per="minute")])
-    quotas.reserve(0.0, Charge(output_tokens=10))
-    assert quotas.wait(0.0, tokens(1000)) == (0.0, None)
+def test_a_quota_of_another_unit_does_not_limit() -> None:
+    limiter = RateLimiter([Quota(output_tokens=10, per="minute")])
+    limiter.reserve(0.0, Charge(output_tokens=10))
+    assert limiter.wait(0.0, tokens(1000)) == (0.0, None)
 
 
-def test_what_was_reserved_too_much_comes_back() -> None:
-    quotas = RateLimiter([Quota(input_tokens=100, per="minute")])
-    quotas.settle(0.0, quotas.reserve(0.0, tokens(100)), tokens(30))
-    assert left(quotas, 0.0) == 70
+def test_an_unused_part_of_a_reservation_is_refunded() -> None:
+    limiter = RateLimiter([Quota(input_tokens=100, per="minute")])
+    limiter.settle(0.0, limiter.reserve(0.0, tokens(100)), tokens(30))
+    assert remaining(limiter, 0.0) == 70
 
 
-def test_what_was_used_too_much_is_a_debt() -> None:
-    quotas = RateLimiter([Quota(input_tokens=60, per="minute")])
-    quotas.settle(0.0, quotas.reserve(0.0, tokens(50)), tokens(90))
-    assert quotas.wait(0.0, tokens(10)).seconds == pytest.approx(40.0)
+def test_use_beyond_the_reservation_is_a_debt() -> None:
+    limiter = RateLimiter([Quota(input_tokens=60, per="minute")])
+    limiter.settle(0.0, limiter.reserve(0.0, tokens(50)), tokens(90))
+    assert limiter.wait(0.0, tokens(10)).seconds == pytest.approx(40.0)
 
 
-def test_usage_beyond_belief_does_not_lock_for_ever() -> None:
-    quotas = RateLimiter([Quota(input_tokens=60, per="minute")])
-    quotas.settle(0.0, quotas.reserve(0.0, tokens(50)), tokens(10**18))
-    assert quotas.wait(0.0, tokens(60)).seconds == pytest.approx(120.0)
+def test_impossible_usage_does_not_block_forever() -> None:
+    limiter = RateLimiter([Quota(input_tokens=60, per="minute")])
+    limiter.settle(0.0, limiter.reserve(0.0, tokens(50)), tokens(10**18))
+    assert limiter.wait(0.0, tokens(60)).seconds == pytest.approx(120.0)
 
 
-def test_negative_numbers_from_the_wire_refill_nothing() -> None:
-    quotas = RateLimiter([Quota(input_tokens=100, per="minute")])
-    quotas.reserve(0.0, tokens(100))
-    quotas.settle(0.0, quotas.reserve(0.0, Charge(requests=-5, input_tokens=-100)), tokens(-100))
-    assert left(quotas, 0.0) == 0
+def test_negative_usage_refills_nothing() -> None:
+    limiter = RateLimiter([Quota(input_tokens=100, per="minute")])
+    limiter.reserve(0.0, tokens(100))
+    limiter.settle(0.0, limiter.reserve(0.0, Charge(requests=-5, input_tokens=-100)), tokens(-100))
+    assert remaining(limiter, 0.0) == 0
 
 
-def test_a_call_that_never_left_gives_everything_back() -> None:
-    quotas = RateLimiter([PER_MINUTE, Quota(tokens=100, per="minute")])
-    quotas.release(0.0, quotas.reserve(0.0, Charge(tokens=70)))
-    assert [level.remaining for level in quotas.levels(0.0)] == [60, 100]
+def test_a_released_call_is_refunded_in_full() -> None:
+    limiter = RateLimiter([PER_MINUTE, Quota(tokens=100, per="minute")])
+    limiter.release(0.0, limiter.reserve(0.0, Charge(tokens=70)))
+    assert [level.remaining for level in limiter.levels(0.0)] == [60, 100]
 
 
-@pytest.mark.parametrize("first", ["settle", "release", "refused"])
-@pytest.mark.parametrize("second", ["settle", "release", "refused"])
+@pytest.mark.parametrize("first", ["settle", "release", "record_throttled"])
+@pytest.mark.parametrize("second", ["settle", "release", "record_throttled"])
 def test_a_reservation_is_closed_once(first: str, second: str) -> None:
-    quotas = RateLimiter([PER_MINUTE])
-    held = quotas.reserve(0.0, ONE)
+    limiter = RateLimiter([PER_MINUTE])
+    held = limiter.reserve(0.0, ONE)
     for name, again in ((first, False), (second, True)):
         arguments = (0.0, held, ONE) if name == "settle" else (0.0, held)
         if again:
-            before = left(quotas, 0.0)
+            before = remaining(limiter, 0.0)
             with pytest.raises(ReservationClosed):
-                getattr(quotas, name)(*arguments)
-            assert left(quotas, 0.0) == before
+                getattr(limiter, name)(*arguments)
+            assert remaining(limiter, 0.0) == before
         else:
-            getattr(quotas, name)(*arguments)
+            getattr(limiter, name)(*arguments)
 
 
-def test_a_reservation_of_other_quotas_is_not_taken() -> None:
+def test_a_reservation_of_another_limiter_is_rejected() -> None:
     one, other = RateLimiter([PER_MINUTE]), RateLimiter([PER_MINUTE])
     held = one.reserve(0.0, ONE)
     other.reserve(0.0, ONE)
@@ -117,60 +117,60 @@ def test_a_reservation_of_other_quotas_is_not_taken() -> None:
         other.release(0.0, held)
 
 
-def test_the_expected_wait_counts_those_ahead_also_beyond_a_whole_bucket() -> None:
-    quotas = RateLimiter([PER_MINUTE])
-    assert quotas.wait(0.0, ONE, ahead=Charge(requests=59)).seconds == 0
-    assert quotas.wait(0.0, ONE, ahead=Charge(requests=119)).seconds == pytest.approx(60.0)
+def test_the_wait_counts_calls_ahead_even_beyond_a_whole_amount() -> None:
+    limiter = RateLimiter([PER_MINUTE])
+    assert limiter.wait(0.0, ONE, ahead=Charge(requests=59)).seconds == 0
+    assert limiter.wait(0.0, ONE, ahead=Charge(requests=119)).seconds == pytest.approx(60.0)
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------
+# --- throttled -------------------------------------------------------------------------------------------------------
 
 
-def test_a_refusal_holds_everything_until_then_and_gives_the_reservation_back() -> None:
-    quotas = RateLimiter([PER_MINUTE])
-    quotas.record_throttled(0.0, quotas.reserve(0.0, ONE), 5.0)
-    assert quotas.wait(0.0, ONE) == (5.0, "retry-after")
-    assert quotas.wait(5.0, ONE).seconds == 0
+def test_a_retry_after_holds_all_calls_and_refunds_the_throttled_one() -> None:
+    limiter = RateLimiter([PER_MINUTE])
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0)
+    assert limiter.wait(0.0, ONE) == (5.0, "retry-after")
+    assert limiter.wait(5.0, ONE).seconds == 0
 
 
-def test_a_refusal_says_that_there_is_less_than_we_thought() -> None:
-    quotas = RateLimiter([PER_MINUTE, Quota(input_tokens=10**6, per="minute")])
-    quotas.record_throttled(0.0, quotas.reserve(0.0, ONE), 5.0)
-    quotas.reserve(5.0, ONE)
-    assert quotas.wait(5.0, ONE).seconds == pytest.approx(1.0), "it goes on at the rate, not with a burst"
+def test_a_throttled_call_lowers_the_tightest_quota() -> None:
+    limiter = RateLimiter([PER_MINUTE, Quota(input_tokens=10**6, per="minute")])
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0)
+    limiter.reserve(5.0, ONE)
+    assert limiter.wait(5.0, ONE).seconds == pytest.approx(1.0), "calls go on at the rate, not in a burst"
 
 
 @pytest.mark.parametrize("retry_after", [86_400.0 * 400, math.inf])
-def test_a_retry_after_beyond_the_longest_period_is_not_believed(retry_after: float) -> None:
-    quotas = RateLimiter([PER_MINUTE])
-    quotas.record_throttled(0.0, quotas.reserve(0.0, ONE), retry_after)
-    assert quotas.wait(0.0, ONE).seconds == 60.0
+def test_a_retry_after_is_bounded_by_the_longest_period(retry_after: float) -> None:
+    limiter = RateLimiter([PER_MINUTE])
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), retry_after)
+    assert limiter.wait(0.0, ONE).seconds == 60.0
 
 
 @pytest.mark.parametrize("retry_after", [None, 0.0, -5.0, math.nan])
-def test_a_refusal_without_a_time_holds_nobody(retry_after: float | None) -> None:
-    quotas = RateLimiter()
-    quotas.record_throttled(0.0, quotas.reserve(0.0, ONE), retry_after)
-    assert quotas.wait(0.0, ONE) == (0.0, None)
+def test_a_throttled_call_without_retry_after_holds_no_other(retry_after: float | None) -> None:
+    limiter = RateLimiter()
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), retry_after)
+    assert limiter.wait(0.0, ONE) == (0.0, None)
 
 
-# --- clocks --------------------------------------------------------------------------------------------------------
+# --- clocks ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_clock_that_goes_back_neither_refills_nor_locks() -> None:
+def test_a_clock_that_goes_back_neither_refills_nor_blocks() -> None:
     day = 86_400.0
-    quotas = spent(RateLimiter([PER_MINUTE]), now=day)
-    assert quotas.wait(0.0, ONE).seconds == pytest.approx(1.0)
-    assert quotas.wait(1.0, ONE).seconds == 0
+    limiter = used_up(RateLimiter([PER_MINUTE]), now=day)
+    assert limiter.wait(0.0, ONE).seconds == pytest.approx(1.0)
+    assert limiter.wait(1.0, ONE).seconds == 0
 
 
-def test_a_hold_is_as_long_when_the_clock_goes_back() -> None:
-    quotas = RateLimiter([PER_MINUTE])
-    quotas.record_throttled(86_400.0, quotas.reserve(86_400.0, ONE), 5.0)
-    assert quotas.wait(10.0, ONE) == (5.0, "retry-after")
+def test_a_retry_after_is_as_long_when_the_clock_goes_back() -> None:
+    limiter = RateLimiter([PER_MINUTE])
+    limiter.record_throttled(86_400.0, limiter.reserve(86_400.0, ONE), 5.0)
+    assert limiter.wait(10.0, ONE) == (5.0, "retry-after")
 
 
-def test_a_clock_that_leaps_a_day_fills_one_bucket_and_no_more() -> None:
-    quotas = spent(RateLimiter([PER_MINUTE]))
-    spent(quotas, now=86_400.0)
-    assert quotas.wait(86_400.0, ONE).seconds == pytest.approx(1.0)
+def test_a_clock_that_leaps_a_day_fills_one_amount_and_no_more() -> None:
+    limiter = used_up(RateLimiter([PER_MINUTE]))
+    used_up(limiter, now=86_400.0)
+    assert limiter.wait(86_400.0, ONE).seconds == pytest.approx(1.0)

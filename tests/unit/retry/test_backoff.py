@@ -1,4 +1,4 @@
-"""How long a retry waits, and when there is none."""
+"""Exponential backoff, and the retry state of one call."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from hypothesis import given
 from forebay.errors import InvalidSetting
 from forebay.retry import Retry, RetryState
 
-CHANCE = st.floats(0, 1, exclude_max=True)
-NEARLY_ONE = math.nextafter(1.0, 0.0)
+DRAW = st.floats(0, 1, exclude_max=True)
+ALMOST_ONE = math.nextafter(1.0, 0.0)
 
 
 @pytest.mark.parametrize(("retry", "longest"), [(1, 0.5), (2, 1.0), (3, 2.0), (7, 32.0), (8, 60.0), (100_000, 60.0)])
-def test_it_waits_up_to_twice_as_long_each_time(retry: int, longest: float) -> None:
-    rule = Retry(max_total_delay=math.inf)
-    assert rule.delay(retry, draw=0.0) == 0.0
-    assert rule.delay(retry, draw=NEARLY_ONE) == pytest.approx(longest)
+def test_the_longest_delay_doubles_up_to_max_delay(retry: int, longest: float) -> None:
+    policy = Retry(max_total_delay=math.inf)
+    assert policy.delay(retry, draw=0.0) == 0.0
+    assert policy.delay(retry, draw=ALMOST_ONE) == pytest.approx(longest)
 
 
-def test_what_the_provider_asks_for_is_waited_and_those_who_were_told_the_same_come_back_apart() -> None:
-    rule = Retry()
-    assert rule.delay(1, draw=0.0, retry_after=40.0) == 40.0
-    assert rule.delay(1, draw=0.5, retry_after=40.0) == pytest.approx(44.0)
-    assert rule.delay(1, draw=NEARLY_ONE, retry_after=40.0) == pytest.approx(48.0)
+def test_a_retry_after_is_waited_for_and_spread_by_a_fifth() -> None:
+    policy = Retry()
+    assert policy.delay(1, draw=0.0, retry_after=40.0) == 40.0
+    assert policy.delay(1, draw=0.5, retry_after=40.0) == pytest.approx(44.0)
+    assert policy.delay(1, draw=ALMOST_ONE, retry_after=40.0) == pytest.approx(48.0)
 
 
-def test_a_day_is_not_waited_for() -> None:
+def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
     assert Retry().delay(1, draw=0.0, retry_after=86_400.0) is None
 
 
-def test_a_retry_at_the_deadline_or_later_is_none() -> None:
-    rule = Retry()
-    assert rule.delay(1, draw=0.0, retry_after=5.0, time_left=5.0) is None
-    assert rule.delay(1, draw=0.0, time_left=0.0) is None
-    assert rule.delay(1, draw=0.0, time_left=-1.0) is None
+def test_there_is_no_retry_at_the_deadline_or_later() -> None:
+    policy = Retry()
+    assert policy.delay(1, draw=0.0, retry_after=5.0, time_left=5.0) is None
+    assert policy.delay(1, draw=0.0, time_left=0.0) is None
+    assert policy.delay(1, draw=0.0, time_left=-1.0) is None
 
 
 @given(
     retry=st.integers(1, 10_000),
-    chance=CHANCE,
+    draw=DRAW,
     asked=st.none() | st.floats(-10, 1e6),
-    left=st.floats(-10, 1e6) | st.just(math.inf),
+    time_left=st.floats(-10, 1e6) | st.just(math.inf),
 )
-def test_a_delay_is_no_shorter_than_asked_for_and_within_what_is_left(
-    retry: int, chance: float, asked: float | None, left: float
+def test_a_delay_is_at_least_retry_after_and_within_the_time_left(
+    retry: int, draw: float, asked: float | None, time_left: float
 ) -> None:
-    delay = Retry().delay(retry, draw=chance, retry_after=asked, time_left=left)
+    delay = Retry().delay(retry, draw=draw, retry_after=asked, time_left=time_left)
     if delay is None:
-        assert max(0.0, asked or 0.0) >= min(left, 60.0)
+        assert max(0.0, asked or 0.0) >= min(time_left, 60.0)
     else:
-        assert max(0.0, asked or 0.0) <= delay <= min(left, 60.0)
+        assert max(0.0, asked or 0.0) <= delay <= min(time_left, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -62,56 +62,64 @@ def test_a_delay_is_no_shorter_than_asked_for_and_within_what_is_left(
         {"max_attempts": 0},
         {"max_attempts": True},
         {"max_attempts": 1.5},
-        {"base": 0.0},
-        {"base": math.nan},
-        {"base": 2.0, "ceiling": 1.0},
-        {"ceiling": math.inf},
-        {"max_wait": -1.0},
-        {"max_wait": math.nan},
+        {"base_delay": 0.0},
+        {"base_delay": math.nan},
+        {"base_delay": 2.0, "max_delay": 1.0},
+        {"max_delay": math.inf},
+        {"max_total_delay": -1.0},
+        {"max_total_delay": math.nan},
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, float]) -> None:
+def test_an_invalid_setting_is_reported_by_name(numbers: dict[str, float]) -> None:
     with pytest.raises(InvalidSetting, match=rf"Retry was given {list(numbers)[-1]}="):
         Retry(**numbers)  # type: ignore[arg-type]
 
 
-# --- one call -------------------------------------------------------------------------------------------------------
+# --- one call --------------------------------------------------------------------------------------------------------
 
 
-def test_a_fault_is_tried_six_times_in_all() -> None:
-    attempts = RetryState(Retry())
-    delays = [attempts.next_delay(uses_attempt=True, draw=0.5) for _ in range(6)]
+def test_a_failing_call_gets_six_attempts() -> None:
+    state = RetryState(Retry())
+    delays = [state.next_delay(uses_attempt=True, draw=0.5) for _ in range(6)]
     assert delays == [0.25, 0.5, 1.0, 2.0, 4.0, None]
 
 
-def test_refusals_use_up_no_attempt_but_the_wait_bounds_them() -> None:
-    attempts = RetryState(Retry(max_total_delay=100.0))
+def test_throttled_attempts_use_up_no_attempt_and_are_bounded_by_the_total_delay() -> None:
+    state = RetryState(Retry(max_total_delay=100.0))
     waits = []
-    while (wait := attempts.next_delay(uses_attempt=False, draw=0.0, retry_after=3.0)) is not None:
+    while (wait := state.next_delay(uses_attempt=False, draw=0.0, retry_after=3.0)) is not None:
         waits.append(wait)
     assert len(waits) == 33
-    assert attempts.failed == 0
-    assert [attempts.next_delay(uses_attempt=True, draw=0.0) for _ in range(6)] == [0.0] * 5 + [None]
+    assert state.failed == 0
+    assert [state.next_delay(uses_attempt=True, draw=0.0) for _ in range(6)] == [0.0] * 5 + [None]
 
 
-def test_a_refusal_after_faults_backs_off_as_a_first_one() -> None:
-    attempts = RetryState(Retry())
+def test_a_throttled_attempt_after_faults_backs_off_like_a_first_one() -> None:
+    state = RetryState(Retry())
     for _ in range(4):
-        attempts.next_delay(uses_attempt=True, draw=0.0)
-    delay = attempts.next_delay(uses_attempt=False, draw=NEARLY_ONE)
+        state.next_delay(uses_attempt=True, draw=0.0)
+    delay = state.next_delay(uses_attempt=False, draw=ALMOST_ONE)
     assert delay == pytest.approx(0.5)
 
 
-@given(events=st.lists(st.tuples(st.booleans(), CHANCE, st.none() | st.floats(0, 100)), max_size=300))
-def test_a_call_never_waits_longer_than_it_may_and_faults_end_it(
+@given(events=st.lists(st.tuples(st.booleans(), DRAW, st.none() | st.floats(0, 100)), max_size=300))
+def test_a_call_never_waits_longer_than_max_total_delay_and_six_faults_end_it(
     events: list[tuple[bool, float, float | None]],
 ) -> None:
-    attempts = RetryState(Retry(max_total_delay=50.0))
+    state = RetryState(Retry(max_total_delay=50.0))
     waited = faults = 0.0
-    for counts, chance, asked in events:
-        delay = attempts.next_delay(uses_attempt=counts, draw=chance, retry_after=asked)
-        faults += counts
-        if counts and faults >= 6:
+    for uses_attempt, draw, asked in events:
+        delay = state.next_delay(uses_attempt=uses_attempt, draw=draw, retry_after=asked)
+        faults += uses_attempt
+        if uses_attempt and faults >= 6:
             assert delay is None
         waited += delay or 0.0
     assert waited <= 50.0 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("base", "base_delay"), ("ceiling", "max_delay"), ("longest_wait", "max_total_delay")]
+)
+def test_an_old_name_gives_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"Retry: {old} is now {new}"):
+        Retry(**{old: 1.0})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How many retries there are for everybody together."""
+"""The retry budget that all callers share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from forebay.errors import InvalidSetting
 from forebay.retry import RetryBudget
 
 
-def taken(budget: RetryBudget, now: float) -> int:
-    """How many retries can be had at once; beyond ten thousand, there is no end to them."""
+def withdraw_all(budget: RetryBudget, now: float) -> int:
+    """Withdraw all retries at once, up to ten thousand; return how many there were."""
     count = 0
     while count < 10_000 and budget.withdraw(now):
         count += 1
     return count
 
 
-def test_who_has_called_nobody_yet_has_the_extra_retries() -> None:
-    assert taken(RetryBudget(), 0.0) == 10
+def test_without_a_first_attempt_there_are_the_extra_retries() -> None:
+    assert withdraw_all(RetryBudget(), 0.0) == 10
 
 
 @pytest.mark.parametrize("first", [1, 5, 49, 50, 1000])
@@ -30,24 +30,24 @@ def test_a_fifth_of_the_first_attempts_may_be_retried_and_ten_more(first: int) -
     for _ in range(first):
         budget.deposit(0.0)
     assert budget.balance(0.0) == pytest.approx(10 + 0.2 * first, abs=1e-3)
-    assert taken(budget, 0.0) == 10 + first // 5
+    assert withdraw_all(budget, 0.0) == 10 + first // 5
 
 
-def test_an_old_surplus_funds_no_storm() -> None:
+def test_an_old_surplus_does_not_count() -> None:
     budget = RetryBudget()
     for _ in range(10_000):
         budget.deposit(0.0)
-    assert taken(budget, 67.0) == 10
+    assert withdraw_all(budget, 67.0) == 10
 
 
-def test_what_was_taken_comes_back_when_its_window_has_passed() -> None:
+def test_a_retry_counts_for_one_window() -> None:
     budget = RetryBudget()
-    assert taken(budget, 0.0) == 10
-    assert taken(budget, 60.0) == 0
-    assert taken(budget, 66.0) == 10
+    assert withdraw_all(budget, 0.0) == 10
+    assert withdraw_all(budget, 60.0) == 0
+    assert withdraw_all(budget, 66.0) == 10
 
 
-def test_without_extra_there_is_no_retry_before_five_calls() -> None:
+def test_without_extra_there_is_no_retry_before_five_first_attempts() -> None:
     budget = RetryBudget(extra=0)
     for _ in range(4):
         budget.deposit(0.0)
@@ -80,7 +80,7 @@ def test_retries_never_exceed_the_budget_in_any_window(
 
 
 @given(steps=STEPS)
-def test_it_keeps_no_more_than_its_parts(steps: list[tuple[float, bool]]) -> None:
+def test_no_more_slots_are_kept_than_the_window_has(steps: list[tuple[float, bool]]) -> None:
     budget = RetryBudget(window=10.0)
     now = 0.0
     for pause, is_first in steps:
@@ -95,29 +95,29 @@ def test_it_keeps_no_more_than_its_parts(steps: list[tuple[float, bool]]) -> Non
 @pytest.mark.parametrize(
     "numbers", [{"share": -0.1}, {"share": math.nan}, {"extra": -1}, {"extra": math.inf}, {"window": 0.0}]
 )
-def test_numbers_that_make_no_sense_are_refused(numbers: dict[str, float]) -> None:
+def test_an_invalid_setting_is_reported_by_name(numbers: dict[str, float]) -> None:
     with pytest.raises(InvalidSetting, match=rf"RetryBudget was given {next(iter(numbers))}="):
         RetryBudget(**numbers)  # type: ignore[arg-type]
 
 
-def test_a_retry_that_was_none_too_many_comes_back() -> None:
+def test_a_refunded_retry_can_be_withdrawn_again() -> None:
     budget = RetryBudget()
-    taken(budget, 0.0)
+    withdraw_all(budget, 0.0)
     budget.refund(0.0)
-    assert taken(budget, 1.0) == 1
+    assert withdraw_all(budget, 1.0) == 1
 
 
-def test_what_comes_back_from_a_window_that_has_passed_comes_back_once() -> None:
+def test_a_refund_after_its_window_changes_nothing() -> None:
     budget = RetryBudget(window=10.0)
-    taken(budget, 0.0)
-    assert taken(budget, 20.0) == 10
+    withdraw_all(budget, 0.0)
+    assert withdraw_all(budget, 20.0) == 10
     budget.refund(0.0)
-    assert taken(budget, 20.0) == 0
+    assert withdraw_all(budget, 20.0) == 0
 
 
-def test_no_more_comes_back_than_was_taken() -> None:
+def test_no_more_is_refunded_than_was_withdrawn() -> None:
     budget = RetryBudget()
     budget.withdraw(0.0)
     for _ in range(5):
         budget.refund(0.0)
-    assert taken(budget, 0.0) == 10
+    assert withdraw_all(budget, 0.0) == 10

@@ -1,4 +1,4 @@
-"""A file that cannot serve is refused with the reason, and left as it was."""
+"""Opening a SQLite file: an unusable file is rejected with the reason, and left as it was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from forebay.errors import StoreUnavailable
-from forebay.storage import Schema, Synchronous
-from forebay.storage import sqlite_file as room
+from forebay.storage import Schema, Synchronous, sqlite_file
 from forebay.storage.sqlite_file import diagnose, filesystem_type, open_file
 
 ONE = ("CREATE TABLE one (n INTEGER)",)
@@ -23,7 +22,7 @@ def opened(path: Path, schema: Schema = SCHEMA, synchronous: Synchronous = Synch
     return open_file(path, schema, synchronous, 0.05)
 
 
-def refusal(path: Path, schema: Schema = SCHEMA) -> StoreUnavailable:
+def rejection(path: Path, schema: Schema = SCHEMA) -> StoreUnavailable:
     with pytest.raises(StoreUnavailable) as caught:
         opened(path, schema).close()
     assert str(path) in str(caught.value)
@@ -36,7 +35,7 @@ def make(path: Path, *statements: str) -> None:
             connection.execute(statement)
 
 
-def test_a_new_file_gets_the_schema_and_a_log(tmp_path: Path) -> None:
+def test_a_new_file_gets_the_schema_and_a_write_ahead_log(tmp_path: Path) -> None:
     with closing(opened(tmp_path / "a.db", synchronous=Synchronous.NORMAL)) as connection:
         answers = [
             connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -46,65 +45,65 @@ def test_a_new_file_gets_the_schema_and_a_log(tmp_path: Path) -> None:
         assert connection.execute("SELECT * FROM one").fetchall() == []
 
 
-def test_an_older_schema_is_brought_up_to_date_and_kept(tmp_path: Path) -> None:
+def test_an_older_schema_is_migrated_and_its_rows_kept(tmp_path: Path) -> None:
     with closing(opened(tmp_path / "a.db")) as connection:
         connection.execute("INSERT INTO one VALUES (1)")
     with closing(opened(tmp_path / "a.db", Schema(7, (ONE, TWO)))) as connection:
         assert connection.execute("SELECT one.n, two.n FROM one, two").fetchall() == [(1, 2)]
 
 
-def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_migration_leaves_the_file_unchanged(tmp_path: Path) -> None:
     opened(tmp_path / "a.db").close()
-    refusal(tmp_path / "a.db", Schema(7, (ONE, ("CREATE TABLE two (n INTEGER)", "CREATE TABLE one (n INTEGER)"))))
+    rejection(tmp_path / "a.db", Schema(7, (ONE, ("CREATE TABLE two (n INTEGER)", "CREATE TABLE one (n INTEGER)"))))
     opened(tmp_path / "a.db", Schema(7, (ONE, TWO))).close()
 
 
-def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+def test_a_newer_schema_is_rejected(tmp_path: Path) -> None:
     opened(tmp_path / "a.db", Schema(7, (ONE, TWO))).close()
-    assert "newer Forebay" in str(refusal(tmp_path / "a.db"))
+    assert "newer Forebay" in str(rejection(tmp_path / "a.db"))
 
 
 @pytest.mark.parametrize(
     "statement", ["CREATE TABLE theirs (n INTEGER)", "PRAGMA user_version = 1", "PRAGMA application_id = 8"]
 )
-def test_a_database_of_something_else_is_refused_and_untouched(tmp_path: Path, statement: str) -> None:
+def test_a_database_of_another_program_is_rejected_and_unchanged(tmp_path: Path, statement: str) -> None:
     path = tmp_path / "a.db"
     make(path, statement)
     before = path.read_bytes()
-    assert "something else" in str(refusal(path))
+    assert "another program" in str(rejection(path))
     assert path.read_bytes() == before
 
 
-def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     path.write_text("dear diary, " * 100)
-    assert "not a SQLite database" in str(refusal(path))
+    assert "not a SQLite database" in str(rejection(path))
 
 
-def test_a_directory_is_refused(tmp_path: Path) -> None:
-    assert "cannot be opened" in str(refusal(tmp_path))
+def test_a_directory_is_rejected(tmp_path: Path) -> None:
+    assert "cannot be opened" in str(rejection(tmp_path))
 
 
-def test_a_missing_directory_is_refused_with_how_to_make_it(tmp_path: Path) -> None:
-    assert f"mkdir -p {tmp_path}/no/such" in str(refusal(tmp_path / "no" / "such" / "a.db"))
+def test_a_missing_directory_is_rejected_with_the_command_that_creates_it(tmp_path: Path) -> None:
+    assert f"mkdir -p {tmp_path}/no/such" in str(rejection(tmp_path / "no" / "such" / "a.db"))
 
 
-def test_an_empty_file_is_a_new_one(tmp_path: Path) -> None:
+def test_an_empty_file_is_treated_as_new(tmp_path: Path) -> None:
     (tmp_path / "a.db").touch()
     opened(tmp_path / "a.db").close()
 
 
-def test_a_file_that_is_locked_is_refused_in_time(tmp_path: Path) -> None:
+def test_a_locked_file_is_rejected_after_the_busy_timeout(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     opened(path).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        assert "another process" in str(refusal(path))
+        assert "another process" in str(rejection(path))
 
 
-def test_an_old_sqlite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_sqlite_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
-    assert "3.35" in str(refusal(tmp_path / "a.db"))
+    assert "3.35" in str(rejection(tmp_path / "a.db"))
 
 
 # --- network filesystems ---------------------------------------------------------------------------------------------
@@ -133,11 +132,11 @@ short
         ("/over", "tmpfs"),
     ],
 )
-def test_the_nearest_mount_says_what_a_directory_lies_on(directory: str, kind: str) -> None:
+def test_the_nearest_mount_gives_the_filesystem_of_a_directory(directory: str, kind: str) -> None:
     assert filesystem_type(Path(directory), MOUNTS) == kind
 
 
-def test_nothing_is_known_without_mounts() -> None:
+def test_without_mounts_the_filesystem_is_unknown() -> None:
     assert filesystem_type(Path("/home"), "") == ""
 
 
@@ -158,15 +157,15 @@ def test_nothing_is_known_without_mounts() -> None:
         "afs",
     ],
 )
-def test_a_network_filesystem_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(room, "_mounts", lambda: f"x / {kind} rw 0 0\n")
-    assert f"network filesystem ({kind})" in str(refusal(tmp_path / "a.db"))
+def test_a_network_filesystem_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(sqlite_file, "_mounts", lambda: f"x / {kind} rw 0 0\n")
+    assert f"network filesystem ({kind})" in str(rejection(tmp_path / "a.db"))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "apfs", "fuse.gocryptfs", ""])
-def test_a_local_filesystem_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(room, "_mounts", lambda: f"x / {kind} rw 0 0\n")
+def test_a_local_filesystem_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(sqlite_file, "_mounts", lambda: f"x / {kind} rw 0 0\n")
     opened(tmp_path / "a.db").close()
 
 
@@ -174,7 +173,7 @@ def test_a_local_filesystem_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def failed(code: int, kind: type[sqlite3.Error] = sqlite3.OperationalError) -> sqlite3.Error:
-    error = kind("as SQLite words it")
+    error = kind("the message of SQLite")
     error.sqlite_errorcode = code
     return error
 
@@ -189,7 +188,7 @@ def failed(code: int, kind: type[sqlite3.Error] = sqlite3.OperationalError) -> s
         (sqlite3.SQLITE_READONLY_DBMOVED, "may not be written"),
         (sqlite3.SQLITE_CORRUPT, "damaged"),
         (sqlite3.SQLITE_PERM, "refused"),
-        (sqlite3.SQLITE_ERROR, "as SQLite words it"),
+        (sqlite3.SQLITE_ERROR, "the message of SQLite"),
     ],
 )
 def test_a_failure_of_the_file_is_explained(code: int, why: str) -> None:
@@ -200,6 +199,6 @@ def test_a_failure_of_the_file_is_explained(code: int, why: str) -> None:
     assert found.__cause__ is error
 
 
-def test_a_failure_of_the_operation_stays_its_own() -> None:
+def test_an_error_of_the_operation_is_returned_as_it_is() -> None:
     for error in (ValueError(), failed(sqlite3.SQLITE_CONSTRAINT, sqlite3.IntegrityError)):
         assert diagnose(error, Path("/a.db")) is error

@@ -1,4 +1,4 @@
-"""One writer: groups commit together, and nobody in a group hurts another."""
+"""The single writer of a SQLite file: operations commit in groups, and none in a group affects another."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from forebay.errors import StoreUnavailable
-from forebay.storage import Schema, SqliteWriter, Synchronous
-from forebay.storage import sqlite_writer as room
+from forebay.storage import Schema, SqliteWriter, Synchronous, sqlite_writer
 
 SCHEMA = Schema(application_id=1, migrations=(("CREATE TABLE number (n INTEGER PRIMARY KEY)",),))
 INSERT = "INSERT INTO number VALUES (?)"
@@ -29,13 +28,13 @@ def numbers(connection: sqlite3.Connection) -> list[int]:
     return [number for (number,) in connection.execute("SELECT n FROM number ORDER BY n")]
 
 
-class Boom(Exception):
-    """What an operation of these tests raises."""
+class OperationFailed(Exception):
+    """An error that an operation of these tests raises."""
 
 
-def boom(connection: sqlite3.Connection) -> None:
+def fail(connection: sqlite3.Connection) -> None:
     connection.execute(INSERT, (666,))
-    raise Boom
+    raise OperationFailed
 
 
 @pytest.fixture
@@ -48,57 +47,55 @@ async def writer(tmp_path: Path) -> AsyncIterator[SqliteWriter]:
 
 @pytest.fixture
 async def statements(writer: SqliteWriter) -> list[str]:
-    """What SQLite is told to do from now on."""
-    said: list[str] = []
-    await writer.run(lambda connection: connection.set_trace_callback(said.append))
-    said.clear()
-    return said
+    """Return the statements that SQLite executes, in a list that grows."""
+    executed: list[str] = []
+    await writer.run(lambda connection: connection.set_trace_callback(executed.append))
+    executed.clear()
+    return executed
 
 
-class Gate:
-    """Holds the writer's thread inside an operation until it is opened."""
+class BlockedOperation:
+    """Blocks the writer's thread inside an operation until it is opened."""
 
     def __init__(self, writer: SqliteWriter) -> None:
         self._entered = asyncio.Event()
-        self._may_go = threading.Event()
+        self._proceed = threading.Event()
         self._loop = asyncio.get_running_loop()
         self.done = writer.run(self._pass)
 
     def _pass(self, _: sqlite3.Connection) -> None:
         self._loop.call_soon_threadsafe(self._entered.set)
-        self._may_go.wait(10)
+        self._proceed.wait(10)
 
     async def reached(self) -> None:
         await self._entered.wait()
 
     def open(self) -> None:
-        self._may_go.set()
+        self._proceed.set()
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_asked_for_together_is_committed_once(writer: SqliteWriter, statements: list[str]) -> None:
+async def test_operations_submitted_together_are_committed_once(writer: SqliteWriter, statements: list[str]) -> None:
     values = await asyncio.gather(*(writer.run(partial(add, number)) for number in range(100)))
     assert values == list(range(100))
     assert statements.count("COMMIT") == 1
 
 
-async def test_what_is_asked_for_during_a_commit_goes_into_the_next(
-    writer: SqliteWriter, statements: list[str]
-) -> None:
-    gate = Gate(writer)
-    await gate.reached()
+async def test_operations_submitted_during_a_commit_share_the_next(writer: SqliteWriter, statements: list[str]) -> None:
+    blocked = BlockedOperation(writer)
+    await blocked.reached()
     later = []
     for number in range(100):
         later.append(asyncio.ensure_future(writer.run(partial(add, number))))
         await asyncio.sleep(0)
-    gate.open()
-    await asyncio.gather(gate.done, *later)
+    blocked.open()
+    await asyncio.gather(blocked.done, *later)
     assert statements.count("COMMIT") == 2
 
 
-async def test_those_just_served_share_the_next_commit(writer: SqliteWriter, statements: list[str]) -> None:
+async def test_callers_woken_by_a_commit_share_the_next(writer: SqliteWriter, statements: list[str]) -> None:
     async def three(first: int) -> None:
         for number in range(first, first + 3):
             await writer.run(partial(add, number))
@@ -108,7 +105,7 @@ async def test_those_just_served_share_the_next_commit(writer: SqliteWriter, sta
 
 
 async def test_a_group_is_bounded(writer: SqliteWriter, statements: list[str]) -> None:
-    await asyncio.gather(*(writer.run(partial(add, number)) for number in range(room._GROUP + 1)))
+    await asyncio.gather(*(writer.run(partial(add, number)) for number in range(sqlite_writer._MAX_GROUP + 1)))
     assert statements.count("COMMIT") == 2
 
 
@@ -119,7 +116,7 @@ async def test_reading_takes_no_write_lock(writer: SqliteWriter, statements: lis
     assert "BEGIN IMMEDIATE" in statements
 
 
-async def test_a_batched_operation_gets_what_was_asked_for_together(writer: SqliteWriter) -> None:
+async def test_a_batched_operation_gets_the_items_submitted_together(writer: SqliteWriter) -> None:
     batches = []
 
     def double(_: sqlite3.Connection, items: Sequence[int]) -> list[int]:
@@ -136,22 +133,22 @@ async def test_a_batched_operation_gets_what_was_asked_for_together(writer: Sqli
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-async def test_an_operation_that_fails_leaves_its_neighbours(writer: SqliteWriter) -> None:
+async def test_a_failed_operation_does_not_undo_the_others_of_its_group(writer: SqliteWriter) -> None:
     one, failed, two = await asyncio.gather(
-        writer.run(partial(add, 1)), writer.run(boom), writer.run(partial(add, 2)), return_exceptions=True
+        writer.run(partial(add, 1)), writer.run(fail), writer.run(partial(add, 2)), return_exceptions=True
     )
     assert (one, two) == (1, 2)
-    assert isinstance(failed, Boom)
+    assert isinstance(failed, OperationFailed)
     assert await writer.run(numbers) == [1, 2]
 
 
-async def test_a_broken_constraint_is_told_to_who_broke_it(writer: SqliteWriter) -> None:
+async def test_a_violated_constraint_is_raised_to_the_caller_that_violated_it(writer: SqliteWriter) -> None:
     outcomes = await asyncio.gather(*(writer.run(partial(add, n)) for n in (1, 2, 1, 3)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [int, int, sqlite3.IntegrityError, int]
     assert await writer.run(numbers) == [1, 2, 3]
 
 
-async def test_an_item_that_fails_leaves_the_rest_of_its_batch(writer: SqliteWriter) -> None:
+async def test_a_failed_item_does_not_undo_the_rest_of_its_batch(writer: SqliteWriter) -> None:
     def insert(connection: sqlite3.Connection, items: Sequence[int]) -> Sequence[int]:
         return [add(item, connection) for item in items]
 
@@ -159,7 +156,7 @@ async def test_an_item_that_fails_leaves_the_rest_of_its_batch(writer: SqliteWri
     assert [type(outcome) for outcome in outcomes] == [int, sqlite3.IntegrityError, int]
 
 
-async def test_an_error_that_no_future_can_carry_is_still_told(writer: SqliteWriter) -> None:
+async def test_a_stop_iteration_which_no_future_can_carry_is_still_raised(writer: SqliteWriter) -> None:
     def stop(_: sqlite3.Connection) -> None:
         raise StopIteration
 
@@ -168,7 +165,7 @@ async def test_an_error_that_no_future_can_carry_is_still_told(writer: SqliteWri
     assert one == 1
 
 
-async def test_a_full_disk_keeps_nothing_and_says_so(writer: SqliteWriter) -> None:
+async def test_a_full_disk_writes_nothing_and_says_so(writer: SqliteWriter) -> None:
     def fill(connection: sqlite3.Connection) -> None:
         for number in range(10_000):
             connection.execute(INSERT, (number,))
@@ -183,7 +180,7 @@ async def test_a_full_disk_keeps_nothing_and_says_so(writer: SqliteWriter) -> No
     assert await writer.run(partial(add, 1)) == 1
 
 
-async def test_another_process_that_writes_too_long_is_named(writer: SqliteWriter, tmp_path: Path) -> None:
+async def test_a_wait_for_another_process_is_bounded_and_explained(writer: SqliteWriter, tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "numbers.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable, match="another process"):
@@ -197,45 +194,43 @@ async def test_another_process_that_writes_too_long_is_named(writer: SqliteWrite
 # --- cancelling ------------------------------------------------------------------------------------------------------
 
 
-async def test_cancelled_before_its_turn_it_does_not_happen(writer: SqliteWriter) -> None:
+async def test_an_operation_cancelled_before_its_transaction_does_not_happen(writer: SqliteWriter) -> None:
     one, two = writer.run(partial(add, 1)), writer.run(partial(add, 2))
     one.cancel()
     assert await two == 2
     assert await writer.run(numbers) == [2]
 
 
-async def test_cancelled_under_way_it_happens_and_its_neighbours_live(writer: SqliteWriter) -> None:
-    gate = Gate(writer)
-    waiter = asyncio.ensure_future(
-        asyncio.wait([writer.run(partial(add, 1)), neighbour := writer.run(partial(add, 2))])
-    )
-    await gate.reached()
-    gate.done.cancel()
-    gate.open()
+async def test_an_operation_cancelled_during_its_transaction_happens_with_its_group(writer: SqliteWriter) -> None:
+    blocked = BlockedOperation(writer)
+    waiter = asyncio.ensure_future(asyncio.wait([writer.run(partial(add, 1)), other := writer.run(partial(add, 2))]))
+    await blocked.reached()
+    blocked.done.cancel()
+    blocked.open()
     await waiter
-    assert neighbour.result() == 2
+    assert other.result() == 2
     assert await writer.run(numbers) == [1, 2]
 
 
-async def test_when_all_are_cancelled_it_goes_on(writer: SqliteWriter) -> None:
+async def test_the_writer_goes_on_after_all_operations_are_cancelled(writer: SqliteWriter) -> None:
     for future in [writer.run(partial(add, number)) for number in range(5)]:
         future.cancel()
     assert await writer.run(numbers) == []
 
 
-async def test_who_comes_behind_a_crowd_that_left_is_served(writer: SqliteWriter) -> None:
-    left = [writer.run(partial(add, number)) for number in range(room._GROUP + 1)]
-    for wish in left:
-        wish.cancel()
+async def test_an_operation_behind_a_whole_group_of_cancelled_ones_runs(writer: SqliteWriter) -> None:
+    left = [writer.run(partial(add, number)) for number in range(sqlite_writer._MAX_GROUP + 1)]
+    for future in left:
+        future.cancel()
     await writer.run(partial(add, -1))
     assert await writer.run(numbers) == [-1]
 
 
-# --- at once, from any thread ----------------------------------------------------------------------------------------
+# --- run_now, from any thread ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.blocks
-async def test_a_thread_need_not_wait_for_a_loop_that_stands_still(writer: SqliteWriter) -> None:
+async def test_run_now_does_not_wait_for_a_blocked_event_loop(writer: SqliteWriter) -> None:
     queued = writer.run(partial(add, 1))
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(writer.run_now, partial(add, 2)).result(timeout=10) == 2
@@ -245,24 +240,24 @@ async def test_a_thread_need_not_wait_for_a_loop_that_stands_still(writer: Sqlit
 
 
 async def test_two_threads_never_use_the_connection_at_once(writer: SqliteWriter) -> None:
-    gate = Gate(writer)
-    await gate.reached()
+    blocked = BlockedOperation(writer)
+    await blocked.reached()
     with ThreadPoolExecutor(1) as thread:
         adding = thread.submit(writer.run_now, partial(add, 1))
         with pytest.raises(TimeoutError):
             adding.result(timeout=0.05)
-        gate.open()
+        blocked.open()
         assert adding.result(timeout=10) == 1
-    await gate.done
+    await blocked.done
 
 
-async def test_what_fails_at_once_raises_and_leaves_nothing(writer: SqliteWriter) -> None:
-    with pytest.raises(Boom):
-        await asyncio.get_running_loop().run_in_executor(None, writer.run_now, boom)
+async def test_a_failure_in_run_now_raises_and_writes_nothing(writer: SqliteWriter) -> None:
+    with pytest.raises(OperationFailed):
+        await asyncio.get_running_loop().run_in_executor(None, writer.run_now, fail)
     assert await writer.run(numbers) == []
 
 
-async def test_closed_it_runs_nothing_at_once(writer: SqliteWriter) -> None:
+async def test_run_now_raises_once_the_writer_is_closed(writer: SqliteWriter) -> None:
     await writer.close()
     with pytest.raises(StoreUnavailable, match="not open"):
         writer.run_now(numbers)
@@ -271,40 +266,40 @@ async def test_closed_it_runs_nothing_at_once(writer: SqliteWriter) -> None:
 # --- opening and closing ---------------------------------------------------------------------------------------------
 
 
-async def test_closing_finishes_what_was_asked_for(writer: SqliteWriter, tmp_path: Path) -> None:
-    asked = [writer.run(partial(add, number)) for number in range(room._GROUP * 2)]
+async def test_close_finishes_the_pending_operations(writer: SqliteWriter, tmp_path: Path) -> None:
+    asked = [writer.run(partial(add, number)) for number in range(sqlite_writer._MAX_GROUP * 2)]
     await writer.close()
     assert all(future.done() for future in asked)
     other = sqlite3.connect(tmp_path / "numbers.db")
-    assert len(numbers(other)) == room._GROUP * 2
+    assert len(numbers(other)) == sqlite_writer._MAX_GROUP * 2
     other.close()
 
 
-async def test_a_cancelled_close_closes_all_the_same(writer: SqliteWriter, tmp_path: Path) -> None:
-    gate = Gate(writer)
-    await gate.reached()
+async def test_a_cancelled_close_still_closes(writer: SqliteWriter, tmp_path: Path) -> None:
+    blocked = BlockedOperation(writer)
+    await blocked.reached()
     closing = asyncio.ensure_future(writer.close())
     await asyncio.sleep(0)
     closing.cancel()
-    gate.open()
+    blocked.open()
     await writer.close()
-    assert not (tmp_path / "numbers.db-wal").exists()  # who is last to close folds the log back
+    assert not (tmp_path / "numbers.db-wal").exists()  # the last connection to close checkpoints the log
 
 
-async def test_opened_while_it_closes_it_is_open_afterwards(writer: SqliteWriter) -> None:
-    gate = Gate(writer)
-    await gate.reached()
+async def test_open_during_close_leaves_it_open(writer: SqliteWriter) -> None:
+    blocked = BlockedOperation(writer)
+    await blocked.reached()
     closing = asyncio.ensure_future(writer.close())
     opening = asyncio.ensure_future(writer.open())
     await asyncio.sleep(0)
-    gate.open()
+    blocked.open()
     await asyncio.gather(closing, opening)
     assert await writer.run(partial(add, 1)) == 1
 
 
-async def test_a_cancelled_open_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancelled_open_leaves_no_connection_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    entered, closed, may_go = asyncio.Event(), asyncio.Event(), threading.Event()
+    entered, closed, proceed = asyncio.Event(), asyncio.Event(), threading.Event()
 
     class Opened:
         def close(self) -> None:
@@ -312,24 +307,24 @@ async def test_a_cancelled_open_leaves_nothing_open(tmp_path: Path, monkeypatch:
 
     def slow(*_: object) -> Opened:
         loop.call_soon_threadsafe(entered.set)
-        may_go.wait(10)
+        proceed.wait(10)
         return Opened()
 
-    monkeypatch.setattr(room, "open_file", slow)
+    monkeypatch.setattr(sqlite_writer, "open_file", slow)
     writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA)
     opening = asyncio.ensure_future(writer.open())
     await entered.wait()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    may_go.set()
+    proceed.set()
     async with asyncio.timeout(10):
         await closed.wait()
     with pytest.raises(StoreUnavailable):
         writer.run(numbers)
 
 
-async def test_it_opens_in_the_place_of_one_that_failed_to(tmp_path: Path) -> None:
+async def test_open_works_after_a_failed_open(tmp_path: Path) -> None:
     writer = SqliteWriter(tmp_path / "missing" / "numbers.db", SCHEMA)
     with pytest.raises(StoreUnavailable, match="mkdir"):
         await writer.open()

@@ -1,4 +1,4 @@
-"""A store's URL says one thing or is refused."""
+"""The URL of a store: each known form is parsed, anything else is rejected with the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from forebay.storage import StoreUrl, Synchronous, parse_url
         ),
     ],
 )
-def test_a_known_form_is_read(url: str, store: StoreUrl) -> None:
+def test_a_known_form_is_parsed(url: str, store: StoreUrl) -> None:
     assert parse_url(url) == store
 
 
@@ -56,18 +56,18 @@ def test_a_known_form_is_read(url: str, store: StoreUrl) -> None:
         ("sqlite:///a.db?bound=-1", "bound=-1"),
         ("sqlite:///a.db?bound=1e5", "bound=1e5"),
         ("sqlite:///a.db?bound=", "bound= is"),
-        ("sqlite:///a.db?bound=99999999999999999999", "is not a number of rows"),
+        ("sqlite:///a.db?bound=99999999999999999999", "is not a whole number of rows"),
         ("sqlite:///a.db?synchronous=on", "none of full, normal, off"),
         ("sqlite://[/a.db", "Invalid IPv6"),
     ],
 )
-def test_anything_else_is_refused_with_the_reason(url: str, why: str) -> None:
+def test_anything_else_is_rejected_with_the_reason(url: str, why: str) -> None:
     with pytest.raises(InvalidOverflowUrl) as caught:
         parse_url(url)
     assert why in str(caught.value)
 
 
-def test_a_refusal_shows_no_password() -> None:
+def test_a_rejection_shows_no_password() -> None:
     with pytest.raises(InvalidOverflowUrl) as caught:
         parse_url("rediss://user:secret@host:6379/0")
     assert "secret" not in str(caught.value)

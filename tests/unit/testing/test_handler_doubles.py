@@ -1,4 +1,4 @@
-"""Handlers that do as a test says, in virtual time and in real time."""
+"""Handler doubles, in virtual time and in real time."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from forebay.testing import (
 )
 
 
-def house(handler: Any, slots: int = 10, **options: Any) -> PassthroughSupervisor:
+def started_supervisor(handler: Any, slots: int = 10, **options: Any) -> PassthroughSupervisor:
     supervisor = PassthroughSupervisor(zombie_grace=0.5)
     supervisor.register_worker("w", handler=handler, task_types=["work"], max_concurrent=slots, **options)
     return supervisor
 
 
 async def ran(handler: Any, count: int = 1, **options: Any) -> list[TaskResult]:
-    """How so many tasks ended that were given to it at once, their payloads 0, 1, ..."""
-    async with house(handler, **options) as supervisor:
+    """Run `count` tasks at once, with the payloads 0, 1, ..., and return their results."""
+    async with started_supervisor(handler, **options) as supervisor:
         return [await ticket for ticket in [await supervisor.submit(Task("work", n)) for n in range(count)]]
 
 
@@ -46,7 +46,7 @@ def values(results: list[TaskResult]) -> list[Any]:
 
 
 @virtual
-async def test_slow_takes_its_time_and_gives_the_payload_back() -> None:
+async def test_slow_handler_returns_the_payload_after_its_duration() -> None:
     slow = SlowHandler(2.0)
     assert values(await ran(slow, 3, slots=2)) == [0, 1, 2]
     assert now() == pytest.approx(4.0, abs=1e-3)
@@ -61,7 +61,7 @@ async def test_slow_takes_its_time_and_gives_the_payload_back() -> None:
 
 
 @virtual
-async def test_what_it_returns_or_raises_can_be_said_and_changed() -> None:
+async def test_result_and_error_can_be_set_and_changed() -> None:
     slow = SlowHandler(0.1, result=None)
     assert values(await ran(slow)) == [None]
     slow.error = KeyError
@@ -71,14 +71,14 @@ async def test_what_it_returns_or_raises_can_be_said_and_changed() -> None:
 
 
 @virtual
-async def test_flaky_fails_the_first() -> None:
+async def test_flaky_handler_fails_in_its_first_runs() -> None:
     flaky = FlakyHandler(2, error=OSError("down"))
     assert values(await ran(flaky, 4)) == ["OSError: down", "OSError: down", 2, 3]
-    assert values(await ran(FlakyHandler(), 2)) == ["RuntimeError: flaky, as the test asked for", 1]
+    assert values(await ran(FlakyHandler(), 2)) == ["RuntimeError: the failure that the test asked for", 1]
 
 
 @virtual
-async def test_flaky_fails_a_share_drawn_from_its_seed() -> None:
+async def test_flaky_handler_fails_in_a_share_drawn_from_its_seed() -> None:
     runs = [[result.success for result in await ran(FlakyHandler(chance=0.3, seed=seed), 100)] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     assert 15 < runs[0].count(False) < 45
@@ -86,39 +86,39 @@ async def test_flaky_fails_a_share_drawn_from_its_seed() -> None:
 
 
 @pytest.mark.parametrize("options", [{"failures": 1, "chance": 0.5}, {"chance": 1.5}, {"chance": -0.1}])
-def test_a_chance_is_a_share_and_stands_alone(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidSetting, match="a share from 0 to 1, instead of a number of failures"):
+def test_a_chance_is_a_probability_and_excludes_failures(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match="a probability from 0 to 1, and given without a number of failures"):
         FlakyHandler(**options)
 
 
 @virtual
-async def test_scripted_says_one_line_after_the_other() -> None:
+async def test_scripted_handler_returns_one_line_per_run() -> None:
     scripted = ScriptedHandler(["notes", ValueError("torn"), TimeoutError, None], seconds=1.0)
-    told = values(await ran(scripted, 5, slots=2))
-    assert told[:4] == ["notes", "ValueError: torn", "TimeoutError", None]
-    assert "ScriptEnded: The script has 4 lines, and task" in told[4]
+    results = values(await ran(scripted, 5, slots=2))
+    assert results[:4] == ["notes", "ValueError: torn", "TimeoutError", None]
+    assert "ScriptExhausted: The script has 4 lines, and task" in results[4]
 
 
 @virtual
-async def test_a_script_that_is_too_short_is_an_error_of_its_own() -> None:
-    async with house(ScriptedHandler([])) as supervisor:
+async def test_a_script_that_is_too_short_raises_script_exhausted() -> None:
+    async with started_supervisor(ScriptedHandler([])) as supervisor:
         with pytest.raises(TaskFailed) as failed:
             await supervisor.run(Task("work"))
     assert isinstance(failed.value.__cause__, ScriptExhausted)
 
 
 @virtual
-async def test_reporting_reports() -> None:
-    supervisor = house(ProgressHandler(["a", "b"], seconds=1.0, result="c"))
+async def test_progress_handler_reports_its_values() -> None:
+    supervisor = started_supervisor(ProgressHandler(["a", "b"], seconds=1.0, result="c"))
     async with supervisor:
         assert await supervisor.run(Task("work")) == "c"
     assert [(event.value, round(event.at)) for event in supervisor.record.of_type(TaskProgress)] == [("a", 1), ("b", 2)]
 
 
 @virtual
-async def test_held_waits_until_it_is_let_go_the_first_first() -> None:
+async def test_held_handler_releases_runs_in_order_of_their_start() -> None:
     held = HeldHandler()
-    async with house(held, slots=3) as supervisor:
+    async with started_supervisor(held, slots=3) as supervisor:
         tickets = [await supervisor.submit(Task("work", n)) for n in range(5)]
         await held.wait_for_calls(3)
         held.release(1)
@@ -132,7 +132,7 @@ async def test_held_waits_until_it_is_let_go_the_first_first() -> None:
 
 
 @virtual
-async def test_called_returns_at_once_for_what_has_been() -> None:
+async def test_wait_for_calls_returns_at_once_for_past_calls() -> None:
     slow = SlowHandler(0.1)
     await ran(slow, 2)
     await slow.wait_for_calls(2)
@@ -142,7 +142,7 @@ async def test_called_returns_at_once_for_what_has_been() -> None:
 
 
 @virtual
-async def test_hangs_ends_by_being_told_to() -> None:
+async def test_hanging_handler_ends_when_cancelled() -> None:
     hangs = HangingHandler()
     assert [result.status for result in await ran(hangs, timeout=5.0)] == [TaskStatus.TIMED_OUT]
     assert now() == pytest.approx(5.0, abs=1e-3)
@@ -150,9 +150,9 @@ async def test_hangs_ends_by_being_told_to() -> None:
 
 
 @virtual
-async def test_stubborn_makes_a_zombie_and_ends_in_its_own_time() -> None:
+async def test_uncancellable_handler_becomes_a_zombie_and_ends_after_its_duration() -> None:
     stubborn = UncancellableHandler(10.0)
-    async with house(stubborn, timeout=1.0) as supervisor:
+    async with started_supervisor(stubborn, timeout=1.0) as supervisor:
         assert (await (await supervisor.submit(Task("work")))).status is TaskStatus.TIMED_OUT
         await asyncio.sleep(1.0)
         assert supervisor.statistics().zombies == 1
@@ -162,9 +162,9 @@ async def test_stubborn_makes_a_zombie_and_ends_in_its_own_time() -> None:
 
 
 @virtual
-async def test_blocking_is_deaf_in_virtual_time_too() -> None:
+async def test_blocking_handler_ignores_cancellation_in_virtual_time() -> None:
     blocking = BlockingHandler(10.0, result="done")
-    async with house(blocking, timeout=1.0) as supervisor:
+    async with started_supervisor(blocking, timeout=1.0) as supervisor:
         assert (await (await supervisor.submit(Task("work")))).status is TaskStatus.TIMED_OUT
         await asyncio.sleep(5.0)
         assert supervisor.workers["w"].zombies == 1
@@ -185,7 +185,7 @@ class Own(HandlerDouble):
 
 
 @virtual
-async def test_a_double_of_ones_own_says_what_a_run_does() -> None:
+async def test_a_subclass_of_handler_double_defines_the_run() -> None:
     own = Own()
     assert values(await ran(own, 2)) == [1, 2]
     assert own.started == [0, 1]
@@ -195,21 +195,21 @@ async def test_a_double_of_ones_own_says_what_a_run_does() -> None:
 # --- real time --------------------------------------------------------------------------------------------------------
 
 
-async def test_in_real_time_they_do_the_same() -> None:
+async def test_handlers_work_in_real_time() -> None:
     held, flaky, scripted, slow = HeldHandler(), FlakyHandler(), ScriptedHandler([1]), SlowHandler(0.01)
-    assert values(await ran(flaky, 2)) == ["RuntimeError: flaky, as the test asked for", 1]
+    assert values(await ran(flaky, 2)) == ["RuntimeError: the failure that the test asked for", 1]
     assert values(await ran(scripted)) == [1]
     assert values(await ran(slow)) == [0]
     assert [result.status for result in await ran(HangingHandler(), timeout=0.02)] == [TaskStatus.TIMED_OUT]
     assert [result.status for result in await ran(UncancellableHandler(0.1), timeout=0.02)] == [TaskStatus.TIMED_OUT]
-    async with house(held) as supervisor:
+    async with started_supervisor(held) as supervisor:
         ticket = await supervisor.submit(Task("work", 7))
         await held.wait_for_calls()
         held.release()
         assert await ticket.value() == 7
 
 
-async def test_blocking_blocks_a_thread_until_it_is_released() -> None:
+async def test_blocking_handler_blocks_a_thread_until_released() -> None:
     blocking = BlockingHandler(60.0)
     threads = set()
 
@@ -217,7 +217,7 @@ async def test_blocking_blocks_a_thread_until_it_is_released() -> None:
         threads.add(threading.current_thread())
         return blocking(task)
 
-    async with house(block) as supervisor:
+    async with started_supervisor(block) as supervisor:
         tickets = [await supervisor.submit(Task("work", n)) for n in range(2)]
         async with asyncio.timeout(30.0):
             await blocking.wait_for_calls(2)

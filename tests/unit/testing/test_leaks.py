@@ -1,4 +1,4 @@
-"""What a block leaves behind is named."""
+"""Tasks and threads that a block leaves behind are named."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 import pytest
 
 from forebay import BackpressureSupervisor, Task
-from forebay.testing import BrokenPromise, SlowHandler, no_leaks, virtual
+from forebay.testing import LeakFound, SlowHandler, no_leaks, virtual
 
 pytestmark = pytest.mark.blocks  # it waits for threads
 
 
-async def test_a_supervisor_leaves_nothing() -> None:
+async def test_a_supervisor_leaves_no_tasks_and_threads() -> None:
     async with no_leaks(), BackpressureSupervisor() as supervisor:
         supervisor.register_worker("w", handler=SlowHandler(0.0), task_types=["work"])
         supervisor.register_worker("threaded", handler=lambda _: None, task_types=["block"])
@@ -22,23 +22,23 @@ async def test_a_supervisor_leaves_nothing() -> None:
 
 
 @virtual
-async def test_a_task_is_named_with_its_place() -> None:
-    with pytest.raises(BrokenPromise, match=r"asyncio task 'forgotten', sleep at .*tasks\.py:\d+"):
+async def test_a_leaked_task_is_named_with_its_position() -> None:
+    with pytest.raises(LeakFound, match=r"asyncio task 'forgotten', sleep at .*tasks\.py:\d+"):
         async with no_leaks():
             task = asyncio.create_task(asyncio.sleep(60.0), name="forgotten")
     task.cancel()
 
 
-async def test_a_thread_is_named() -> None:
+async def test_a_leaked_thread_is_named() -> None:
     go = threading.Event()
-    with pytest.raises(BrokenPromise, match="thread 'forgotten'"):
+    with pytest.raises(LeakFound, match="thread 'forgotten'"):
         async with no_leaks(grace=0.01):
             threading.Thread(target=go.wait, name="forgotten").start()
     go.set()
 
 
 @virtual
-async def test_what_was_there_before_is_not_its_affair() -> None:
+async def test_tasks_and_threads_from_before_the_block_are_ignored() -> None:
     task = asyncio.create_task(asyncio.sleep(60.0))
     async with no_leaks():
         pass
@@ -46,7 +46,7 @@ async def test_what_was_there_before_is_not_its_affair() -> None:
 
 
 @virtual
-async def test_an_error_of_the_block_is_raised_as_it_is() -> None:
+async def test_an_exception_of_the_block_is_raised_unchanged() -> None:
     with pytest.raises(KeyError):
         async with no_leaks():
             raise KeyError

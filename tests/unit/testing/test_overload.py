@@ -1,4 +1,4 @@
-"""Overload by order of a test, and a supervisor that knows none."""
+"""Overload on demand, and a supervisor without admission control."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from tests.support.supervisor_checks import check_supervisor
 
 from forebay import (
     BackpressureSupervisor,
@@ -24,7 +25,6 @@ from forebay.testing import (
     HeldHandler,
     PassthroughSupervisor,
     SlowHandler,
-    check_promises,
     no_leaks,
     now,
     overload,
@@ -33,7 +33,7 @@ from forebay.testing import (
 )
 
 
-def house(**settings: Any) -> BackpressureSupervisor:
+def make_supervisor(**settings: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**settings)
     supervisor.register_worker("w", handler=SlowHandler(1.0), task_types=["work", "play"], max_concurrent=10)
     return supervisor
@@ -43,15 +43,15 @@ def house(**settings: Any) -> BackpressureSupervisor:
 
 
 @virtual
-async def test_everything_is_rejected_while_it_lasts() -> None:
-    async with house() as supervisor:
+async def test_all_tasks_are_rejected_inside_the_block() -> None:
+    async with make_supervisor() as supervisor:
         task = Task("work")
         with overload(supervisor) as refused:
             ticket = await supervisor.submit(task)
             assert not ticket
             assert (ticket.verdict, ticket.status, ticket.load) == (Verdict.REJECTED, TaskStatus.REJECTED, 1.0)
             assert (ticket.limited_by, ticket.retry_after) == ("pool:work", None)
-            assert ticket.reason == "pool:work is at 100%, and NORMAL is refused"
+            assert ticket.reason == "pool:work is at 100%, and NORMAL is rejected"
             assert not supervisor.submit_nowait(Task("play", priority=Priority.CRITICAL))
             with pytest.raises(Overloaded, match="pool:play"):
                 await supervisor.run(Task("play"))
@@ -65,8 +65,8 @@ async def test_everything_is_rejected_while_it_lasts() -> None:
 
 
 @virtual
-async def test_what_the_ticket_says_can_be_said() -> None:
-    async with house() as supervisor:
+async def test_reason_limited_by_and_load_of_the_ticket_can_be_set() -> None:
+    async with make_supervisor() as supervisor:
         with (
             overload(supervisor, reason="the key is spent", limited_by="openai", load=1.5, retry_after=7.0),
             pytest.raises(Overloaded, match=r"the key is spent; come back in 7 s") as refused,
@@ -76,8 +76,8 @@ async def test_what_the_ticket_says_can_be_said() -> None:
 
 
 @virtual
-async def test_when_to_come_back_is_else_what_the_gate_would_say() -> None:
-    async with house() as supervisor:
+async def test_retry_after_is_by_default_the_estimate_of_admission() -> None:
+    async with make_supervisor() as supervisor:
         for _ in range(3):
             await supervisor.run(Task("work"))
         with overload(supervisor):
@@ -98,10 +98,12 @@ async def test_when_to_come_back_is_else_what_the_gate_would_say() -> None:
     ],
 )
 @virtual
-async def test_some_can_be_chosen(chosen: dict[str, Any], refused: set[tuple[str, str]]) -> None:
-    async with house() as supervisor:
+async def test_task_types_and_priorities_can_be_chosen(chosen: dict[str, Any], refused: set[tuple[str, str]]) -> None:
+    async with make_supervisor() as supervisor:
         with overload(supervisor, **chosen):
-            tasks = [Task(kind, priority=rung) for kind in ("work", "play") for rung in (Priority.LOW, Priority.HIGH)]
+            tasks = [
+                Task(kind, priority=priority) for kind in ("work", "play") for priority in (Priority.LOW, Priority.HIGH)
+            ]
             tickets = [await supervisor.submit(task) for task in tasks]
     assert {(ticket.task.task_type, ticket.priority.name) for ticket in tickets if not ticket} == refused
 
@@ -109,9 +111,9 @@ async def test_some_can_be_chosen(chosen: dict[str, Any], refused: set[tuple[str
 @pytest.mark.parametrize("overflow", ["memory://", "sqlite"])
 @pytest.mark.blocks
 @virtual
-async def test_with_an_overflow_it_spills_and_the_work_comes_back_afterwards(overflow: str, tmp_path: Any) -> None:
+async def test_with_an_overflow_tasks_are_spilled_and_refilled_afterwards(overflow: str, tmp_path: Any) -> None:
     url = f"sqlite:///{tmp_path}/spill.db?synchronous=off" if overflow == "sqlite" else overflow
-    async with house(overflow=url) as supervisor:
+    async with make_supervisor(overflow=url) as supervisor:
         with overload(supervisor, task_types="work"):
             ticket = await supervisor.submit(Task("work", "later"))
             assert (ticket.verdict, ticket.limited_by) == (Verdict.SPILLED, "pool:work")
@@ -124,15 +126,15 @@ async def test_with_an_overflow_it_spills_and_the_work_comes_back_afterwards(ove
 
 
 @virtual
-async def test_it_can_be_told_to_spill_nothing() -> None:
-    async with house(overflow="memory://") as supervisor:
+async def test_spilling_can_be_disabled() -> None:
+    async with make_supervisor(overflow="memory://") as supervisor:
         with overload(supervisor, spill=False):
             assert (await supervisor.submit(Task("work"))).verdict is Verdict.REJECTED
 
 
 @virtual
-async def test_one_inside_another_is_taken_off_alone() -> None:
-    async with house() as supervisor:
+async def test_nested_blocks_end_independently() -> None:
+    async with make_supervisor() as supervisor:
         with overload(supervisor, task_types="work", reason="outer"):
             with overload(supervisor, task_types="play", reason="inner"):
                 tickets = [await supervisor.submit(Task(kind)) for kind in ("work", "play")]
@@ -143,15 +145,15 @@ async def test_one_inside_another_is_taken_off_alone() -> None:
 
 
 @virtual
-async def test_an_error_in_the_block_restores_the_gate() -> None:
-    async with house() as supervisor:
+async def test_an_exception_in_the_block_restores_admission() -> None:
+    async with make_supervisor() as supervisor:
         with pytest.raises(KeyError), overload(supervisor):
             raise KeyError
         assert await supervisor.submit(Task("work"))
 
 
-def test_a_supervisor_that_has_not_started_has_no_gate_yet() -> None:
-    with pytest.raises(NotStarted), overload(house()):
+def test_overload_needs_a_started_supervisor() -> None:
+    with pytest.raises(NotStarted), overload(make_supervisor()):
         pass
 
 
@@ -159,7 +161,7 @@ def test_a_supervisor_that_has_not_started_has_no_gate_yet() -> None:
 
 
 @virtual
-async def test_passthrough_admits_everything_and_keeps_the_limits() -> None:
+async def test_passthrough_admits_every_task_and_keeps_worker_limits() -> None:
     slow = SlowHandler(1.0)
     async with no_leaks(), PassthroughSupervisor(max_queue_size=1) as supervisor:
         supervisor.register_worker("w", handler=slow, task_types=["work"], max_concurrent=2)
@@ -168,11 +170,11 @@ async def test_passthrough_admits_everything_and_keeps_the_limits() -> None:
         assert all([(await ticket).success for ticket in tickets])
     assert slow.peak == 2
     assert len(supervisor.record.results) == 200
-    check_promises(supervisor.record, tickets=tickets)
+    check_supervisor(supervisor.record, tickets=tickets)
 
 
 @virtual
-async def test_passthrough_keeps_no_worker_failed() -> None:
+async def test_passthrough_revives_failed_workers() -> None:
     async with PassthroughSupervisor() as supervisor:
         supervisor.register_worker("w", handler=FlakyHandler(50), task_types=["work"], reset_timeout=None)
         for _ in range(50):
@@ -183,7 +185,7 @@ async def test_passthrough_keeps_no_worker_failed() -> None:
 
 
 @virtual
-async def test_passthrough_records_what_a_users_code_submitted() -> None:
+async def test_passthrough_records_submitted_tasks() -> None:
     async def agents_code(supervisor: BackpressureSupervisor) -> str:
         notes = await supervisor.run(Task("research", "rivers", priority=Priority.HIGH))
         return f"{notes}!"
@@ -198,7 +200,7 @@ async def test_passthrough_records_what_a_users_code_submitted() -> None:
 
 
 @virtual
-async def test_passthrough_is_a_supervisor_in_all_else() -> None:
+async def test_passthrough_is_otherwise_an_ordinary_supervisor() -> None:
     held = HeldHandler()
     async with PassthroughSupervisor() as supervisor:
         supervisor.register_worker("w", handler=held, task_types=["work"])

@@ -1,10 +1,10 @@
-"""The pytest plugin as a user's suite meets it: alone, and beside the other plugins for async tests."""
+"""The pytest plugin in a user's test suite: alone, and with other plugins for async tests."""
 
 from __future__ import annotations
 
 import pytest
 
-pytestmark = pytest.mark.blocks  # it runs pytest inside pytest
+pytestmark = pytest.mark.blocks  # it runs pytest in pytest
 
 BARE = (
     "-W",
@@ -35,12 +35,12 @@ HOURS = """
     import asyncio
     import pytest
     from forebay import BackpressureSupervisor, Task
-    from forebay.testing import Slow, now
+    from forebay.testing import SlowHandler, now
 
     @pytest.fixture
     async def supervisor():
         async with BackpressureSupervisor() as supervisor:
-            supervisor.register_worker("w", handler=Slow(100.0), task_types=["work"])
+            supervisor.register_worker("w", handler=SlowHandler(100.0), task_types=["work"])
             yield supervisor
             await asyncio.sleep(3600.0)
 
@@ -99,7 +99,7 @@ def slowly(*values: object) -> object:
 
 
 @pytest.mark.parametrize("company", ["alone", "asyncio auto", slowly("asyncio strict"), slowly("anyio auto")])
-def test_async_tests_run_in_virtual_time_whatever_else_is_installed(pytester: pytest.Pytester, company: str) -> None:
+def test_async_tests_run_in_virtual_time_with_any_other_plugin(pytester: pytest.Pytester, company: str) -> None:
     pytester.makepyfile(HOURS)
     result = pytester.runpytest_subprocess(*BARE, *COMPANY[company])
     result.assert_outcomes(passed=10)
@@ -124,13 +124,13 @@ THEIRS = """
     ("company", "mark"), [("asyncio auto", ""), slowly("anyio auto", ""), slowly("anyio auto", "ours")]
 )
 def test_other_async_tests_are_left_to_other_plugins(pytester: pytest.Pytester, company: str, mark: str) -> None:
-    beside = "async def test_of_ours(virtual_time):\n        await asyncio.sleep(3600.0)\n" if mark else ""
-    pytester.makepyfile(THEIRS.format(mark=beside))
+    other_test = "async def test_of_ours(virtual_time):\n        await asyncio.sleep(3600.0)\n" if mark else ""
+    pytester.makepyfile(THEIRS.format(mark=other_test))
     result = pytester.runpytest_subprocess(*BARE, *COMPANY[company])
     result.assert_outcomes(passed=2 if mark else 1)
 
 
-def test_a_module_marked_for_asyncio_runs_in_virtual_time_where_that_is_asked_for(pytester: pytest.Pytester) -> None:
+def test_in_a_module_marked_asyncio_the_fixture_still_selects_virtual_time(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import asyncio
         import pytest
@@ -147,7 +147,7 @@ def test_a_module_marked_for_asyncio_runs_in_virtual_time_where_that_is_asked_fo
 
 
 @pytest.mark.parametrize("company", ["alone", slowly("asyncio auto"), slowly("anyio auto")])
-def test_every_example_of_hypothesis_begins_at_second_0(pytester: pytest.Pytester, company: str) -> None:
+def test_every_hypothesis_example_starts_at_second_0(pytester: pytest.Pytester, company: str) -> None:
     pytester.makepyfile("""
         import asyncio
         import pytest
@@ -170,7 +170,7 @@ def test_every_example_of_hypothesis_begins_at_second_0(pytester: pytest.Pyteste
     result.assert_outcomes(passed=2)
 
 
-def test_what_goes_wrong_is_told_by_the_test_itself(pytester: pytest.Pytester) -> None:
+def test_errors_of_the_simulation_fail_the_test_itself(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import asyncio
         import pytest
@@ -201,14 +201,14 @@ def test_what_goes_wrong_is_told_by_the_test_itself(pytester: pytest.Pytester) -
         [
             "*assert 1 == 2*",
             "*Deadlock at 0.000000 s of virtual time (seed 0)*",
-            "*Errors that reached nobody: 1*",
-            "*The simulation passed max_time=10*",
+            "*Unhandled errors: 1*",
+            "*The simulation exceeded max_time=10*",
             "*VirtualLoop was given jitter=-1*",
         ]
     )
 
 
-def test_what_is_left_at_the_end_is_cleaned_up_after_the_fixtures(pytester: pytest.Pytester) -> None:
+def test_remaining_tasks_are_cancelled_after_the_fixtures(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import asyncio
         import pytest
@@ -235,7 +235,7 @@ def test_what_is_left_at_the_end_is_cleaned_up_after_the_fixtures(pytester: pyte
     pytester.runpytest_subprocess(*BARE, *ALONE).assert_outcomes(passed=2)
 
 
-def test_an_async_fixture_yields_once(pytester: pytest.Pytester) -> None:
+def test_an_async_fixture_must_yield_once(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import pytest
 
@@ -249,25 +249,25 @@ def test_an_async_fixture_yields_once(pytester: pytest.Pytester) -> None:
     """)
     result = pytester.runpytest_subprocess(*BARE, *ALONE)
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*an async fixture yields once*"])
+    result.stdout.fnmatch_lines(["*an async fixture must yield once*"])
 
 
 ALL = """
     import asyncio
     import pytest
     from forebay import BackpressureSupervisor, Overloaded, Task
-    from forebay.testing import Slow, check_promises
+    from forebay.testing import SlowHandler
 
     async def test_passthrough(passthrough, virtual_time):
-        passthrough.register_worker("w", handler=Slow(), task_types=["work"])
+        passthrough.register_worker("w", handler=SlowHandler(), task_types=["work"])
         async with passthrough:
             for _ in range(300):
                 await passthrough.submit(Task("work"))
-        check_promises(passthrough.record)
+        assert len(passthrough.record.results) == 300
 
     async def test_overload(overload, virtual_time):
         async with BackpressureSupervisor() as supervisor:
-            supervisor.register_worker("w", handler=Slow(), task_types=["work"])
+            supervisor.register_worker("w", handler=SlowHandler(), task_types=["work"])
             with overload(supervisor), pytest.raises(Overloaded):
                 await supervisor.run(Task("work"))
 
@@ -293,7 +293,7 @@ def test_the_fixtures_are_there(pytester: pytest.Pytester, workers: tuple[str, .
     result.assert_outcomes(passed=7)
 
 
-def test_a_suite_that_does_not_use_it_does_not_pay_for_it(pytester: pytest.Pytester) -> None:
+def test_a_suite_that_does_not_use_the_plugin_does_not_import_forebay(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
         import sys
 

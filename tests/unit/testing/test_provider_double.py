@@ -1,4 +1,4 @@
-"""The simulated provider of a test: in the loop as a model, over HTTP as a process."""
+"""The simulated provider of a test: in the event loop, and over HTTP in a process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import anthropic
 import openai
 import pytest
 
-from forebay.simulation import AnswerCut, Dialect, Faults, InvalidProviderConfig, ProviderConfig, ProviderRefusal, Unit
-from forebay.testing import FAST_PROVIDER, ProviderDouble, SimulatedProviderNotInstalled, now, virtual
-from forebay.testing import provider_double as provider
-from forebay.testing.provider_double import SharedProviderProcess
+from forebay.simulation.provider import (
+    AnswerCut,
+    Dialect,
+    Faults,
+    InvalidProviderConfig,
+    ProviderConfig,
+    ProviderRefusal,
+    Unit,
+)
+from forebay.testing import ProviderDouble, now, provider_double, virtual
+from forebay.testing.provider_double import FAST_PROVIDER, SharedProviderProcess, SimulatedProviderNotInstalled
 
 
 @pytest.fixture(scope="module")
-def plants() -> Iterator[SharedProviderProcess]:
-    plants = SharedProviderProcess()
-    yield plants
-    plants.close()
+def shared_process() -> Iterator[SharedProviderProcess]:
+    shared_process = SharedProviderProcess()
+    yield shared_process
+    shared_process.close()
 
 
 @virtual
@@ -32,7 +39,7 @@ async def test_in_the_loop_a_call_takes_virtual_time() -> None:
 
 
 @virtual
-async def test_limits_and_faults_are_set_and_set_anew() -> None:
+async def test_limits_and_faults_can_be_configured_repeatedly() -> None:
     double = ProviderDouble(SharedProviderProcess())
     double.configure(rpm=1)
     await double.call()
@@ -51,23 +58,23 @@ async def test_limits_and_faults_are_set_and_set_anew() -> None:
 
 @virtual
 async def test_the_seed_decides_the_faults() -> None:
-    async def fates(seed: int) -> list[bool]:
+    async def outcomes(seed: int) -> list[bool]:
         double = ProviderDouble(SharedProviderProcess())
         double.configure(seed=seed, faults=Faults(error=0.5))
-        seen = []
+        succeeded = []
         for _ in range(20):
             try:
                 await double.call()
             except ProviderRefusal:
-                seen.append(False)
+                succeeded.append(False)
             else:
-                seen.append(True)
-        return seen
+                succeeded.append(True)
+        return succeeded
 
-    assert await fates(1) == await fates(1) != await fates(2)
+    assert await outcomes(1) == await outcomes(1) != await outcomes(2)
 
 
-def test_one_that_nobody_has_called_has_seen_nothing() -> None:
+def test_an_unused_provider_has_empty_statistics() -> None:
     double = ProviderDouble(SharedProviderProcess())
     assert (double.statistics().calls, double.bills()) == (0, {})
 
@@ -83,7 +90,7 @@ def test_limits_have_short_names() -> None:
     }
 
 
-def test_what_makes_no_sense_is_an_error() -> None:
+def test_an_invalid_configuration_is_an_error() -> None:
     double = ProviderDouble(SharedProviderProcess())
     with pytest.raises(InvalidProviderConfig, match="slots=-1"):
         double.configure(slots=-1)
@@ -92,9 +99,9 @@ def test_what_makes_no_sense_is_an_error() -> None:
     assert double.config is FAST_PROVIDER
 
 
-@pytest.mark.blocks  # it asks another process
-def test_over_http_both_sdks_find_it(plants: SharedProviderProcess) -> None:
-    double = ProviderDouble(plants)
+@pytest.mark.blocks  # it requests another process
+def test_over_http_both_sdks_work(shared_process: SharedProviderProcess) -> None:
+    double = ProviderDouble(shared_process)
     with openai.OpenAI(base_url=double.openai_url, api_key="none", max_retries=0) as gpt:
         gpt.chat.completions.create(model="gpt-4o-mini", messages=[{"role": "user", "content": "Rivers?"}])
     with anthropic.Anthropic(base_url=double.anthropic_url, api_key="none", max_retries=0) as claude:
@@ -102,15 +109,15 @@ def test_over_http_both_sdks_find_it(plants: SharedProviderProcess) -> None:
             model="claude-sonnet-5",
             max_tokens=20,
             messages=[{"role": "user", "content": "Rivers?"}],
-            extra_headers={"x-plant-run": "mine"},
+            extra_headers={"x-simulated-run": "mine"},
         )
     assert (double.statistics().finished, double.statistics().by_status) == (2, {200: 2})
     assert double.bills()["mine"].finished == 1
 
 
 @pytest.mark.blocks
-def test_over_http_it_is_as_configured_before_and_while_it_runs(plants: SharedProviderProcess) -> None:
-    double = ProviderDouble(plants)
+def test_over_http_it_can_be_configured_before_and_during_use(shared_process: SharedProviderProcess) -> None:
+    double = ProviderDouble(shared_process)
     double.configure(dialect=Dialect.OPENAI, faults=Faults(unavailable=1.0))
     with openai.OpenAI(base_url=double.openai_url, api_key="none", max_retries=0) as gpt:
 
@@ -127,8 +134,8 @@ def test_over_http_it_is_as_configured_before_and_while_it_runs(plants: SharedPr
 
 
 @pytest.mark.blocks
-def test_the_next_test_finds_it_as_new(plants: SharedProviderProcess) -> None:
-    first, second = ProviderDouble(plants), ProviderDouble(plants)
+def test_the_next_test_gets_a_new_provider(shared_process: SharedProviderProcess) -> None:
+    first, second = ProviderDouble(shared_process), ProviderDouble(shared_process)
     first.configure(rpm=1)
     assert first.process.statistics()["now"] >= 0
     assert second.openai_url == first.openai_url
@@ -138,7 +145,7 @@ def test_the_next_test_finds_it_as_new(plants: SharedProviderProcess) -> None:
             gpt.chat.completions.create(model="gpt-4o-mini", messages=[{"role": "user", "content": "Rivers?"}])
 
 
-def test_without_aiohttp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider, "find_spec", lambda _: None)
+def test_without_aiohttp_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider_double, "find_spec", lambda _: None)
     with pytest.raises(SimulatedProviderNotInstalled, match=r"pip install 'forebay\[testing\]'"):
         _ = ProviderDouble(SharedProviderProcess()).openai_url

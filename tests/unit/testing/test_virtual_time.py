@@ -1,4 +1,4 @@
-"""Virtual time for any test framework, and for none."""
+"""Virtual time without a pytest plugin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unittest
 
 import pytest
 
-from forebay.simulation import Deadlock, Simulation, UnhandledErrors, virtual_loop
+from forebay.simulation.loop import Deadlock, Simulation, UnhandledErrors, virtual_loop
 from forebay.testing import now, run_ready, virtual
 
 
@@ -40,7 +40,7 @@ def test_a_deadlock_is_an_error() -> None:
         wait()
 
 
-def test_unittest_takes_it() -> None:
+def test_unittest_runs_a_virtual_test() -> None:
     class Case(unittest.TestCase):
         @virtual
         async def test_hours(self) -> None:
@@ -53,7 +53,7 @@ def test_unittest_takes_it() -> None:
 
 
 @virtual
-async def test_turns_pass_no_time() -> None:
+async def test_run_ready_passes_no_time() -> None:
     seen = []
     task = asyncio.create_task(asyncio.sleep(0, "done"))
     task.add_done_callback(lambda task: seen.append(task.result()))
@@ -65,7 +65,7 @@ async def test_turns_pass_no_time() -> None:
 # --- one loop for several coroutines ----------------------------------------------------------------------------------
 
 
-def test_time_and_what_is_left_go_on_from_one_run_to_the_next() -> None:
+def test_time_and_tasks_continue_from_one_run_to_the_next() -> None:
     done = []
 
     async def later() -> None:
@@ -83,7 +83,7 @@ def test_time_and_what_is_left_go_on_from_one_run_to_the_next() -> None:
         assert (simulation.now, done, task.done()) == (11.0, [6.0], True)
 
 
-def test_leaving_cancels_what_is_left() -> None:
+def test_exit_cancels_remaining_tasks() -> None:
     ended = []
 
     async def forever() -> None:
@@ -108,7 +108,7 @@ async def _lose() -> None:
     await asyncio.sleep(1.0)
 
 
-def test_what_reached_nobody_is_told_once_by_a_check() -> None:
+def test_check_raises_unhandled_errors_once() -> None:
     with Simulation() as simulation:
         simulation.run(_lose)
         with pytest.raises(UnhandledErrors, match="no number"):
@@ -116,7 +116,7 @@ def test_what_reached_nobody_is_told_once_by_a_check() -> None:
         simulation.check()
 
 
-def test_what_reached_nobody_is_told_on_leaving_or_noted() -> None:
+def test_exit_raises_unhandled_errors_or_adds_them_as_notes() -> None:
     with pytest.raises(UnhandledErrors, match="no number"), Simulation() as simulation:
         simulation.run(_lose)
     with pytest.raises(KeyError) as raised, Simulation() as simulation:  # noqa: PT012 - both are the point

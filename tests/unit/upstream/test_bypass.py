@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given
 
 from forebay.breaker import UPSTREAM_RULES, Breaker
-from forebay.interfaces import Charge, Grant, Outcome
-from forebay.limit import FixedLimit
+from forebay.interfaces import Charge, Outcome
+from forebay.limit import FixedLimit, Grant
 from forebay.quota import Quota, RateLimiter
 from forebay.quota.observed import ObservedLimit
 from forebay.task import Priority
@@ -149,7 +149,7 @@ def account_of(slots: int, rules: list[Rule], usd: float = math.inf) -> BypassCo
     quotas = RateLimiter(Quota(**{rule.unit: rule.amount}, per="minute") for rule in rules if rule.turns is None)
     for rule in rules:
         if rule.turns is not None:  # as headers would have told
-            heard = quotas._heard[rule.unit] = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
+            heard = quotas._observed[rule.unit] = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
             heard.bucket.window_end, heard.bucket.window_delay = rule.turns, 0.0
     return BypassCountingAccount(
         "upstream:test",

@@ -1,1 +1,5 @@
-"""The adaptive limit: how many calls may be in flight, learned from outcomes and latency."""
+"""The adaptive limit, which finds the capacity of an LLM provider, and the parts that it decides with."""
+
+from forebay.limit.adaptive.adaptive_limit import AdaptiveLimit, AdaptiveLimitState
+
+__all__ = ["AdaptiveLimit", "AdaptiveLimitState"]

@@ -1,10 +1,10 @@
-"""What makes one run like the next where asyncio leaves the order to chance.
+"""Deterministic order where asyncio leaves it to memory addresses and to the garbage collector.
 
-asyncio keeps tasks in sets (``TaskGroup`` cancels from one), and so do its users. A set goes by hash and an object's
-hash is by default its address, which differs from run to run. Here the hash is a number, in order of making. (Bare
-coroutines cannot be numbered: give ``asyncio.as_completed``, which makes a set of what it gets, tasks.) And what a
-finalizer does (closing an abandoned async generator, reporting a lost exception) must not depend on when the cyclic
-garbage collector happens to come by.
+asyncio keeps tasks in sets (``TaskGroup`` cancels from one), and so does user code. Iteration over a set depends on
+hashes, and by default an object's hash is its address, which differs from run to run. Here the hash of a task or future
+is its sequence number. Bare coroutines cannot be numbered: pass tasks, not coroutines, to ``asyncio.as_completed``,
+which puts its arguments into a set. Finalizers (closing an abandoned async generator, reporting an unhandled exception)
+must not depend on when the cyclic garbage collector runs, so the loop runs it after a fixed number of steps.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ T = TypeVar("T")
 
 
 class NumberedTask(asyncio.Task[T]):
-    """A task that hashes to its number."""
+    """A task whose hash is its sequence number."""
 
     __slots__ = ("_number",)
 
     def __init__(self, coro: Generator[Any, None, T] | Coroutine[Any, Any, T], number: int, **options: Any) -> None:
-        self._number = number  # first: asyncio puts the task into a set while making it
+        self._number = number  # before the base class, which puts the task into a set
         super().__init__(coro, **options)
 
     def __hash__(self) -> int:
         return self._number
 
 
-NumberedTask.__name__ = "Task"  # by which asyncio's messages call it
+NumberedTask.__name__ = "Task"  # asyncio's messages print this name
 
 
 class NumberedFuture(asyncio.Future[T]):
-    """A future that hashes to its number, which its loop sets: an `__init__` here would cost as much as the rest."""
+    """A future whose hash is its sequence number.
+
+    The loop sets the number: an `__init__` here would double the cost of a future.
+    """
 
     __slots__ = ("number",)
     number: int
@@ -48,14 +51,14 @@ class NumberedFuture(asyncio.Future[T]):
 
 
 class OrderedWeakSet(weakref.WeakKeyDictionary[T, None]):
-    """A weak set that iterates in the order in which its members came."""
+    """A weak set that iterates in insertion order."""
 
     def add(self, item: T) -> None:
-        """Add `item`; one that is there keeps its place."""
+        """Add `item`; an item that is already present keeps its position."""
         self[item] = None
 
     def discard(self, item: T) -> None:
-        """Remove `item` if it is there."""
+        """Remove `item` if it is present."""
         self.pop(item, None)
 
 
@@ -64,7 +67,7 @@ NumberedFuture.__name__ = "Future"
 
 @contextlib.contextmanager
 def manual_gc() -> Iterator[None]:
-    """Keep the cyclic garbage collector still: `collect` is called after so many steps, the same in each run."""
+    """Disable the cyclic garbage collector in the block, so that only `collect_garbage` runs it."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -74,9 +77,9 @@ def manual_gc() -> Iterator[None]:
             gc.enable()
 
 
-def collect_garbage(turn: int) -> None:
-    """Collect what a run has left so far: mostly the young, every tenth turn the middle-aged, every hundredth all.
+def collect_garbage(call: int) -> None:
+    """Collect the young generation; on every tenth call also the middle one, on every hundredth all three.
 
-    Nothing grows old but by these calls, so the young are all that was made since the last one.
+    Objects are promoted by these calls only, so the young generation is all that was allocated since the last call.
     """
-    gc.collect(2 if turn % 100 == 0 else 1 if turn % 10 == 0 else 0)
+    gc.collect(2 if call % 100 == 0 else 1 if call % 10 == 0 else 0)

@@ -1,4 +1,4 @@
-"""From the first step of a simulation to its clean end."""
+"""Running coroutines on a virtual loop, and ending it cleanly."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LONG: Final = 100_000  # steps after which garbage of the run may have grown old
+_LONG_RUN: Final = 100_000  # steps after which garbage may be in the oldest generation
 
 
 class LoopSettings(TypedDict, total=False):
-    """What `VirtualLoop` takes beside the seed."""
+    """The settings of a `VirtualLoop` other than the seed."""
 
     jitter: float
     epoch: float
@@ -32,19 +32,19 @@ class LoopSettings(TypedDict, total=False):
 
 
 class Simulation:
-    """A virtual loop and what is run on it, one coroutine after the other, to a clean end: `asyncio.Runner` for it.
+    """A virtual loop on which coroutines run one after the other: what `asyncio.Runner` is for a real loop.
 
-    A context manager. Leaving it cancels, as ``asyncio.run`` does, the tasks left over, and closes what is open. The
+    A context manager. On exit it cancels the remaining tasks and closes async generators, as ``asyncio.run`` does. The
     same seed gives the same run.
 
     Args:
-        seed: what all chance is drawn from.
-        **settings: of the `VirtualLoop`.
+        seed: seeds all randomness.
+        **settings: settings of the `VirtualLoop`.
 
     Raises:
-        InvalidSetting: a setting is out of its bounds.
-        Deadlock, Endless: on leaving, a cancelled task did not end.
-        Unhandled: on leaving, an error reached nobody.
+        InvalidSetting: a setting is out of range.
+        Deadlock, SimulationBoundExceeded: on exit, a cancelled task did not end.
+        UnhandledErrors: on exit, an error had not been handled.
     """
 
     def __init__(self, seed: int = 0, **settings: Unpack[LoopSettings]) -> None:
@@ -53,21 +53,23 @@ class Simulation:
 
     @property
     def seed(self) -> int:
-        """What all chance is drawn from."""
+        """The seed of all randomness."""
         return self.loop.seed
 
     @property
     def now(self) -> float:
-        """Virtual seconds since it began."""
+        """Virtual seconds since the simulation began."""
         return self.loop.time()
 
     def run(self, main: Callable[[], Coroutine[Any, Any, T]] | Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine, or what makes one, to its end. What it leaves running goes on with the next one.
+        """Run a coroutine, or the coroutine that `main` returns, and return its result.
+
+        Tasks that it leaves running continue with the next call of `run`.
 
         Raises:
-            AlreadyRunning: this thread runs a loop already.
-            Deadlock: nothing was left to do, and it was not done.
-            Endless: it passed `max_time` or `max_steps`.
+            LoopAlreadyRunning: this thread already runs an event loop.
+            Deadlock: `main` is not done, and nothing is left that could continue it.
+            SimulationBoundExceeded: the run exceeded `max_time` or `max_steps`.
         """
         coro = main() if callable(main) else main
         try:
@@ -80,22 +82,22 @@ class Simulation:
             return self.loop.run_until_complete(task)
         finally:
             if task.done() and not task.cancelled():
-                task.exception()  # seen: one that stops the loop (SystemExit) comes out by itself
+                task.exception()  # mark as retrieved: an exception that stops the loop (SystemExit) is raised anyway
 
     def check(self) -> None:
-        """Pass if every error so far has reached somebody; those that did not are told once.
+        """Raise the errors that no code has handled so far, each of them once.
 
         Raises:
-            Unhandled: some did not.
+            UnhandledErrors: there are such errors.
         """
-        gc.collect(1 if self.loop.steps < _LONG else 2)  # what is lost reports when it is collected
-        self.loop.report_unretrieved()
+        gc.collect(1 if self.loop.steps < _LONG_RUN else 2)  # asyncio reports an unhandled error on collection
+        self.loop._report_unretrieved()  # noqa: SLF001 - the loop is made and owned here
         if self.loop.errors:
-            lost = tuple(self.loop.errors)
+            errors = tuple(self.loop.errors)
             self.loop.errors.clear()
-            listing = "".join(f"\n  {error}" for error in lost)
-            cause = next((error.exception for error in lost if error.exception), None)
-            raise UnhandledErrors(seed=self.seed, count=len(lost), lost=lost, listing=listing) from cause
+            listing = "".join(f"\n  {error}" for error in errors)
+            cause = next((error.exception for error in errors if error.exception), None)
+            raise UnhandledErrors(seed=self.seed, count=len(errors), errors=errors, listing=listing) from cause
 
     def __enter__(self) -> Self:
         self._manual_gc.__enter__()
@@ -106,16 +108,16 @@ class Simulation:
     ) -> None:
         try:
             self._end()
-        except SimulationError as trouble:
+        except SimulationError as error:
             if failure is None:
                 raise
-            failure.add_note(f"And at the end of the simulation: {trouble}")
+            failure.add_note(f"And at the end of the simulation: {error}")
         finally:
             self._manual_gc.__exit__(None, None, None)
 
     def _end(self) -> None:
         try:
-            self.loop.run_until_complete(self.loop.create_task(_cancel_remaining(self.loop), name="wind-up"))
+            self.loop.run_until_complete(self.loop.create_task(_cancel_remaining(self.loop), name="cancel-remaining"))
         finally:
             self.loop.close()
         self.check()
@@ -127,22 +129,22 @@ def simulate(
     seed: int = 0,
     **settings: Unpack[LoopSettings],
 ) -> T:
-    """Run `main` in virtual time to its end and return its result; the same seed gives the same run.
+    """Run `main` in virtual time and return its result; the same seed gives the same run.
 
-    Then, as ``asyncio.run`` does, cancel the tasks left over and close what is open. What `main` raises is raised; what
-    else went wrong is noted on it.
+    Afterwards cancel the remaining tasks and close async generators, as ``asyncio.run`` does. An exception of `main` is
+    raised; other errors are added to it as notes.
 
     Args:
-        main: a coroutine, or what makes one.
-        seed: what all chance is drawn from.
-        **settings: of the `VirtualLoop`.
+        main: a coroutine, or a function that returns one.
+        seed: seeds all randomness.
+        **settings: settings of the `VirtualLoop`.
 
     Raises:
-        AlreadyRunning: this thread runs a loop already.
-        Deadlock: nothing was left to do, and `main`, or a cancelled task after it, was not done.
-        Endless: `main`, or the end after it, passed `max_time` or `max_steps`.
-        Unhandled: `main` ended well, but an error reached nobody.
-        InvalidSetting: a setting is out of its bounds.
+        LoopAlreadyRunning: this thread already runs an event loop.
+        Deadlock: `main`, or a cancelled task after it, is not done, and nothing is left that could continue it.
+        SimulationBoundExceeded: `main`, or the cancellation after it, exceeded `max_time` or `max_steps`.
+        UnhandledErrors: `main` succeeded, but an error was not handled.
+        InvalidSetting: a setting is out of range.
     """
     coro = main() if callable(main) else main
     try:
@@ -164,19 +166,19 @@ def _check_no_loop() -> None:
 
 
 async def _cancel_remaining(loop: VirtualLoop) -> None:
-    rest = []
+    cancelled = []
     for task in loop.pending():
         if task is asyncio.current_task():
             continue
         try:
             task.cancel()
-        except RecursionError:  # tasks that wait for each other in a ring hand a cancellation round and round
-            loop.call_exception_handler({"message": "cannot be cancelled: it waits for a ring of tasks", "task": task})
+        except RecursionError:  # tasks that await each other in a cycle pass a cancellation on without end
+            loop.call_exception_handler({"message": "cannot be cancelled: it awaits a cycle of tasks", "task": task})
         else:
-            rest.append(task)
-    if rest:
-        await asyncio.wait(rest)
-    for task in rest:
+            cancelled.append(task)
+    if cancelled:
+        await asyncio.wait(cancelled)
+    for task in cancelled:
         if not task.cancelled() and (error := task.exception()):
             loop.call_exception_handler(
                 {"message": "failed when cancelled at the end", "exception": error, "task": task}

@@ -1,4 +1,4 @@
-"""What can go wrong with a simulation itself, as opposed to what is simulated."""
+"""Errors of a simulation itself, as opposed to errors of the code that it runs."""
 
 # ruff: noqa: D205, D415 - a docstring here is the message that a user reads
 from __future__ import annotations
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnhandledError:
-    """An error that reached nobody: what asyncio would have logged and forgotten."""
+    """An error that no code handled: asyncio would only have logged it."""
 
     at: float  # virtual seconds
-    task: str  # the task's name; empty if it was none
+    task: str  # name of the asyncio task; empty if no task raised it
     message: str
     exception: BaseException | None
 
     def __str__(self) -> str:
-        """Say who lost what, and when."""
-        who = f"{self.task}: " if self.task else ""
-        return f"at {self.at:.6f} s: {who}{self.message}" + (f": {self.exception!r}" if self.exception else "")
+        """Return the time, the task and the error in one line."""
+        task = f"{self.task}: " if self.task else ""
+        return f"at {self.at:.6f} s: {task}{self.message}" + (f": {self.exception!r}" if self.exception else "")
 
 
 class SimulationError(ForebayError):
-    """A simulation could not go on."""
+    """The simulation could not continue."""
 
 
 class Deadlock(SimulationError):
-    """Deadlock at {now:.6f} s of virtual time (seed {seed}): nothing is ready and no timer is set, so none of these can
-    ever go on. Find who should have woken them; the same seed gives the same run.{listing}
+    """Deadlock at {now:.6f} s of virtual time (seed {seed}): no callback is ready and no timer is set, so none of the
+    tasks below can continue. Find out which code should have woken them; the same seed repeats the run.{listing}
     """
 
     now: float
@@ -42,8 +42,8 @@ class Deadlock(SimulationError):
 
 
 class SimulationBoundExceeded(SimulationError):
-    """The simulation passed {bound} at {now:.6f} s of virtual time, after {steps} steps (seed {seed}): raise the bound
-    if it only needs longer; otherwise one of these does not end.{listing}
+    """The simulation exceeded {bound} at {now:.6f} s of virtual time, after {steps} steps (seed {seed}). Raise the
+    bound if the run only needs longer; otherwise one of the tasks below never ends.{listing}
     """
 
     bound: str
@@ -54,8 +54,8 @@ class SimulationBoundExceeded(SimulationError):
 
 
 class UnhandledErrors(SimulationError):
-    """Errors that reached nobody: {count} (seed {seed}). Await what raised, or look at its exception; one that a test
-    expects is to be taken out of the loop's `errors` before the end.{listing}
+    """Unhandled errors: {count} (seed {seed}). Await the task that raised, or read its exception. If a test expects an
+    error, remove it from the loop's `errors` before the simulation ends.{listing}
     """
 
     seed: int
@@ -64,36 +64,36 @@ class UnhandledErrors(SimulationError):
 
 
 class RealIO(SimulationError, NotImplementedError):
-    """loop.{what}() reaches outside, and a simulation has no outside: hand the code under test a simulated provider or
-    store, or, for work that blocks and returns, go through loop.run_in_executor, which runs it in line.
+    """loop.{what}() needs real input or output, which a simulation does not have. Give the code under test a simulated
+    provider or store; for blocking work that returns, use loop.run_in_executor, which a simulation runs inline.
     """
 
     what: str
 
 
 class RealThread(SimulationError, RuntimeError):
-    """loop.call_soon_threadsafe() was called from thread {thread!r}, but threads keep real time and no seed: under a
-    virtual loop, hand what the thread does to loop.run_in_executor, which runs it in line.
+    """loop.call_soon_threadsafe() was called from thread {thread!r}. Threads run in real time, which no seed controls:
+    under a virtual loop, do the work in loop.run_in_executor, which a simulation runs inline.
     """
 
     thread: str
 
 
 class JobStopped(SimulationError):
-    """A job in run_in_executor raised {raised}, which no future can carry without stopping the loop or its reader: the
-    job should raise an ordinary exception.
+    """A job in run_in_executor raised {raised}. A future that carried it would stop the loop or the code that awaits
+    it: raise an ordinary exception in the job.
     """
 
     raised: str
 
 
 class VirtualLoopRequired(SimulationError, RuntimeError):
-    """{what} needs to run under a virtual loop: start it with forebay.simulation.simulate(main, seed=...)."""
+    """{what} needs a running virtual loop: start one with forebay.simulation.simulate(main, seed=...)."""
 
     what: str
 
 
 class LoopAlreadyRunning(SimulationError, RuntimeError):
-    """simulate() runs a loop of its own and was called from inside another one: call it from a plain function; a test
-    that uses it is a `def`, not an `async def`.
+    """simulate() runs its own event loop and was called while another one was running: call it from a plain function. A
+    test that uses it is a `def`, not an `async def`.
     """

@@ -1,8 +1,8 @@
-"""An event loop in virtual time: what takes minutes takes milliseconds, and one seed always gives the same run.
+"""An event loop in virtual time: minutes pass in milliseconds, and one seed always gives the same run.
 
-Time stands still while anything is ready, and jumps to the next timer when nothing is. Chance comes from the seed
-alone: it delays timers a little, so that those due at the same moment come out in another order for another seed.
-Callbacks given to ``call_soon`` keep their order, as asyncio promises.
+The clock stands still while a callback is ready, and jumps to the next timer when none is. All randomness comes from
+the seed. It delays timers by up to a microsecond, so that timers due at the same moment fire in another order for
+another seed. Callbacks given to ``call_soon`` keep their order, as asyncio promises.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ _COLLECT_EVERY: Final = 10_000  # steps
 
 
 class VirtualLoop(NoIOLoop):
-    """An asyncio event loop in virtual time, its chance drawn from `seed`. Run it with `simulate`.
+    """An asyncio event loop in virtual time. Run it with `simulate`.
 
     Args:
-        seed: what all chance is drawn from; the same seed gives the same run.
-        jitter: seconds by which a timer may come late, at most; never early. With 0 timers are exact, and those due at
-            the same moment come in one fixed order, not always the first first.
+        seed: seeds all randomness; the same seed gives the same run.
+        jitter: maximum delay of a timer, in seconds; a timer never fires early. With 0 timers are exact, and timers due
+            at the same moment fire in one fixed order, which is not always the order in which they were set.
         epoch: wall time at the loop's time 0, in epoch seconds.
-        executor_delay: the shortest and the longest that a job in `run_in_executor` takes, in virtual seconds.
-        max_time: virtual seconds that one run may take.
-        max_steps: callbacks that one run may make (timers that come due together count as one).
+        executor_delay: shortest and longest duration of a job in `run_in_executor`, in virtual seconds.
+        max_time: maximum virtual seconds of one run.
+        max_steps: maximum number of callbacks in one run (timers that come due together count as one).
 
     Attributes:
-        virtual: True, for those that must know that no thread may watch this loop by real time.
-        random: a source of draws for models; what the loop itself draws does not come from it.
-        errors: what reached nobody, in order: what asyncio would have logged and forgotten.
-        steps: callbacks made so far.
+        virtual: always True. Code that would watch the loop from a thread, in real time, checks it.
+        random: a generator for models; the loop draws from other generators.
+        errors: errors that no code handled, in order. asyncio only logs them.
+        steps: callbacks run so far.
 
     Raises:
-        InvalidSetting: a setting is out of its bounds.
+        InvalidSetting: a setting is out of range.
     """
 
     virtual: Final = True
 
-    # asyncio's own, which a loop without selector must know
-    _closed = True  # until made: what a wrong setting stops halfway has nothing to close
+    # attributes of asyncio's base class that a loop without a selector uses
+    _closed = True  # until __init__ succeeds: a loop that an invalid setting left half made needs no closing
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
 
-    def __init__(  # noqa: PLR0913 - each a number with a name and a default
+    def __init__(  # noqa: PLR0913 - each is a named number with a default
         self,
         seed: int = 0,
         *,
@@ -116,22 +116,23 @@ class VirtualLoop(NoIOLoop):
         self._task_numbers = itertools.count(1)
         self._future_numbers = itertools.count(1)
         self._tasks: OrderedWeakSet[asyncio.Task[Any]] = OrderedWeakSet()
-        self._asyncgens: OrderedWeakSet[Any] = OrderedWeakSet()  # asyncio keeps a WeakSet, closed in order of address
+        # asyncio keeps a WeakSet, which closes them in order of address
+        self._asyncgens: OrderedWeakSet[Any] = OrderedWeakSet()
         self._clock_resolution = math.ulp(0.0)
-        self._selector = self  # to wait is to move the clock
+        self._selector = self  # instead of waiting for I/O, `select` moves the clock
 
     # --- time -----------------------------------------------------------------------------------------------------
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Return the virtual seconds since the loop was created."""
         return self._now
 
     def wall_time(self) -> float:
-        """Virtual epoch seconds."""
+        """Return the virtual wall time, in epoch seconds."""
         return self._epoch + self._now
 
     def stall(self, seconds: float) -> None:
-        """Let time pass in which nothing runs, as code does that blocks the loop: timers that fall due come late."""
+        """Advance the clock by `seconds` without running callbacks, as code that blocks the loop does."""
         _check("stall", seconds, 0 <= seconds < math.inf, "a number of seconds, at least 0")
         self._now += seconds
 
@@ -147,18 +148,18 @@ class VirtualLoop(NoIOLoop):
         Raises:
             InvalidSetting: `when` is not a number.
         """
-        if math.isnan(when):  # it would derange the heap of timers, and with it time
+        if math.isnan(when):  # it would corrupt the order of the timer heap
             raise InvalidSetting(owner="loop.call_at", name="when", value=when, expected="a number of seconds")
         if self._jitter:
             when += self._jitter * self._timer_random()
         return super().call_at(when, callback, *args, context=context)
 
     def select(self, timeout: float | None) -> tuple[()]:
-        """Stand in for asyncio's selector, which it asks once a turn: instead of waiting for I/O, move the clock.
+        """Move the clock to the next timer. asyncio calls its selector once in each iteration to wait for I/O.
 
         Raises:
-            Deadlock: there is nothing left to wait for.
-            Endless: the run has passed `max_time` or `max_steps`.
+            Deadlock: nothing is ready and no timer is set.
+            SimulationBoundExceeded: the run exceeded `max_time` or `max_steps`.
         """
         self.steps += len(self._ready) or 1
         if self.steps >= self._next_check:
@@ -166,16 +167,16 @@ class VirtualLoop(NoIOLoop):
         if timeout != 0:  # nothing is ready
             when = self._scheduled[0].when() if self._scheduled else math.inf
             if when == math.inf:
-                waits = describe_waiting(self.pending())
-                raise Deadlock(now=self._now, seed=self.seed, waiting=waits, listing=format_waiting(waits))
+                waiting = describe_waiting(self.pending())
+                raise Deadlock(now=self._now, seed=self.seed, waiting=waiting, listing=format_waiting(waiting))
             if when > self._time_bound:
                 raise self._bound_exceeded(f"max_time={self.max_time:g}")
             self._now = when
-            self._clock_resolution = math.ulp(when)  # so that asyncio takes what is due, and nothing early
+            self._clock_resolution = math.ulp(when)  # asyncio then takes the timers that are due, and none early
         return ()
 
     def _process_events(self, event_list: tuple[()]) -> None:
-        """Nothing comes from outside."""
+        """Do nothing: there are no I/O events."""
 
     def _check_steps(self) -> None:
         if self.steps > self._step_bound:
@@ -185,13 +186,18 @@ class VirtualLoop(NoIOLoop):
         self._next_check = min(self.steps + _COLLECT_EVERY, self._step_bound + 1)
 
     def _bound_exceeded(self, bound: str) -> SimulationBoundExceeded:
-        waits = describe_waiting(self.pending())
+        waiting = describe_waiting(self.pending())
         return SimulationBoundExceeded(
-            bound=bound, now=self._now, seed=self.seed, steps=self.steps, waiting=waits, listing=format_waiting(waits)
+            bound=bound,
+            now=self._now,
+            seed=self.seed,
+            steps=self.steps,
+            waiting=waiting,
+            listing=format_waiting(waiting),
         )
 
     def run_forever(self) -> None:
-        """Run until stopped; the bounds count from here, so that what ended a run leaves it room to clean up."""
+        """Run until stopped. The bounds count from this call, so that a run that exceeded one can still clean up."""
         self._owner = threading.get_ident()
         self._time_bound = self._now + self.max_time
         self._step_bound = self.steps + self.max_steps
@@ -201,7 +207,7 @@ class VirtualLoop(NoIOLoop):
     # --- tasks and futures ----------------------------------------------------------------------------------------
 
     def create_future(self) -> asyncio.Future[Any]:
-        """Make a future whose place in a set is the same in each run."""
+        """Return a future whose position in a set is the same in each run."""
         future: NumberedFuture[Any] = NumberedFuture(loop=self)
         future.number = next(self._future_numbers)
         return future
@@ -214,7 +220,7 @@ class VirtualLoop(NoIOLoop):
         context: contextvars.Context | None = None,
         **options: Any,
     ) -> asyncio.Task[T]:
-        """Make a task whose default name and place in a set are the same in each run."""
+        """Start a task whose default name and position in a set are the same in each run."""
         number = next(self._task_numbers)
         name = f"task-{number}" if name is None else str(name)
         task: asyncio.Task[T]
@@ -226,29 +232,31 @@ class VirtualLoop(NoIOLoop):
         return task
 
     def pending(self) -> list[asyncio.Task[Any]]:
-        """The tasks that are not done, in order of making."""
+        """Return the tasks that are not done, in order of creation."""
         return [task for task in self._tasks if not task.done()]
 
     # --- errors ---------------------------------------------------------------------------------------------------
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Keep what reached nobody in `errors`, then handle it as asyncio does."""
+        """Add the error to `errors`, then handle it as asyncio does."""
         source = context.get("task") or context.get("future")
-        who = source.get_name() if isinstance(source, asyncio.Task) else ""
         self.errors.append(
             UnhandledError(
-                at=self._now, task=who, message=context.get("message", ""), exception=context.get("exception")
+                at=self._now,
+                task=source.get_name() if isinstance(source, asyncio.Task) else "",
+                message=context.get("message", ""),
+                exception=context.get("exception"),
             )
         )
         super().call_exception_handler(context)
 
-    def report_unretrieved(self) -> None:
-        """Report the failures of tasks that nobody has looked at, although somebody still holds the task.
+    def _report_unretrieved(self) -> None:
+        """Report failed tasks whose exception was never retrieved.
 
-        asyncio reports such a failure when the task is collected: too late, if what holds it outlives the run.
+        asyncio reports such a task when it is garbage collected: too late, if a reference to it outlives the run.
         """
         for task in list(self._tasks):
-            if task.done() and task._log_traceback:  # noqa: SLF001 - asyncio's own mark; reading the exception clears it
+            if task.done() and task._log_traceback:  # noqa: SLF001 - asyncio's own flag; reading the exception clears it
                 self.call_exception_handler(
                     {"message": "Task exception was never retrieved", "exception": task.exception(), "task": task}
                 )
@@ -257,19 +265,19 @@ class VirtualLoop(NoIOLoop):
 
     def run_in_executor(
         self,
-        executor: Executor | None,  # noqa: ARG002 - all jobs run here
+        executor: Executor | None,  # noqa: ARG002 - all jobs run inline
         func: Callable[[*Ts], T],
         *args: *Ts,
     ) -> asyncio.Future[T]:
-        """Run a blocking job in line, after a drawn delay; `executor` is not used.
+        """Run a blocking job inline, after a random delay; `executor` is not used.
 
-        The job sees the running loop, and its time. Cancelling the future stops a thread no more than it does in life:
-        by the draw, the job still waited for a thread and is dropped, or it runs and its result is.
+        The job sees the running loop and its clock. Cancelling the future does not stop a real thread either: at even
+        odds the job was still queued and never runs, or it runs and its result is discarded.
         """
         low, high = self.executor_delay
         delay = low + (high - low) * self._executor_random()
         future: asyncio.Future[T] = self.create_future()
-        # A thread starts with an empty context.
+        # An executor's thread starts with an empty context.
         self.call_later(delay, self._run_job, future, func, args, context=contextvars.Context())
         self._jobs += 1
         return future
@@ -284,17 +292,17 @@ class VirtualLoop(NoIOLoop):
             wrapped = JobStopped(raised=repr(stop))
             wrapped.__cause__ = stop
             _fail(future, wrapped)
-        except BaseException as error:  # noqa: BLE001 - it is for whoever awaits the job, as from a real executor
+        except BaseException as error:  # noqa: BLE001 - passed to the code that awaits the job, as a real executor does
             _fail(future, error)
         else:
             if not future.done():
                 future.set_result(result)
         finally:
-            del future  # which holds the error, which holds this frame
+            del future  # it holds the error, which holds this frame
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ARG002, ASYNC109 - asyncio's
-        """Wait for the jobs under way, as asyncio waits for its threads."""
-        while self._jobs:  # noqa: ASYNC110 - a job ends when its time has come, and by nothing else
+        """Wait for the running jobs, as asyncio waits for its threads."""
+        while self._jobs:  # noqa: ASYNC110 - a job ends when its delay has passed, and nothing announces it
             await asyncio.sleep(self.executor_delay[1])
 
     def call_soon_threadsafe(
@@ -303,21 +311,21 @@ class VirtualLoop(NoIOLoop):
         """Call `callback` soon, from the loop's own thread.
 
         Raises:
-            RealThread: it came from another thread, whose time no seed rules.
+            RealThread: the call came from another thread, whose timing no seed controls.
         """
         if threading.get_ident() != self._owner:
             raise RealThread(thread=threading.current_thread().name)
         return super().call_soon_threadsafe(callback, *args, context=context)
 
     def _write_to_self(self) -> None:
-        """Nobody sleeps who would have to be woken."""
+        """Do nothing: this loop never blocks, so it need not be woken."""
 
 
 def virtual_loop() -> VirtualLoop:
-    """The running loop, for a model that draws from its `random` or a test that reads its `errors`.
+    """Return the running virtual loop: models draw from its `random`, tests read its `errors`.
 
     Raises:
-        NotVirtual: no loop is running, or it is not a virtual one.
+        VirtualLoopRequired: no loop is running, or it is not a virtual one.
     """
     try:
         loop = asyncio.get_running_loop()
@@ -333,6 +341,6 @@ def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
         future.set_exception(error)
 
 
-def _check(name: str, value: object, good: bool, expected: str) -> None:  # noqa: FBT001 - a verdict
-    if not good:
+def _check(name: str, value: object, valid: bool, expected: str) -> None:  # noqa: FBT001 - the condition itself
+    if not valid:
         raise InvalidSetting(owner="VirtualLoop", name=name, value=value, expected=expected)

@@ -1,4 +1,4 @@
-"""Where tasks wait: what a deadlock has to say for itself."""
+"""Source positions at which tasks wait, for the messages of `Deadlock` and `SimulationBoundExceeded`."""
 
 from __future__ import annotations
 
@@ -14,86 +14,86 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _ASYNCIO: Final = Path(asyncio.__file__).parent
-_NAMED: Final = 20  # tasks named for each place in a message; the error's `waiting` has them all
-_DEPTH: Final = 1_000  # awaits followed; deeper is a recursion, and its end says no more than this
+_MAX_NAMES: Final = 20  # task names printed for one position; the error's `waiting` holds all of them
+_MAX_DEPTH: Final = 1_000  # awaits followed; a deeper chain is a recursion, whose end adds nothing to the message
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingTask:
-    """A task that is not done, and the place where it waits."""
+    """A task that is not done, and the source position at which it waits."""
 
     task: str
     where: str
 
 
 def describe_waiting(tasks: Iterable[asyncio.Task[Any]]) -> tuple[WaitingTask, ...]:
-    """Say for each of `tasks` where it waits."""
-    return tuple(WaitingTask(task.get_name(), _where(task)) for task in tasks)
+    """Return each of `tasks` with the position at which it waits."""
+    return tuple(WaitingTask(task.get_name(), _position(task)) for task in tasks)
 
 
-def format_waiting(waits: Iterable[WaitingTask]) -> str:
-    """Text of `waits`, a line for each place."""
-    places: dict[str, list[str]] = {}
-    for wait in waits:
-        places.setdefault(wait.where, []).append(wait.task)
-    lines = [f"\n  {_names(names)} {where}" for where, names in places.items()]
+def format_waiting(waiting: Iterable[WaitingTask]) -> str:
+    """Return `waiting` as text, one line for each position."""
+    names_at: dict[str, list[str]] = {}
+    for task in waiting:
+        names_at.setdefault(task.where, []).append(task.task)
+    lines = [f"\n  {_join(names)} {where}" for where, names in names_at.items()]
     return "".join(lines) or "\n  (no task: the run waits for a bare future)"
 
 
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _join(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _where(task: asyncio.Task[Any]) -> str:
-    """The innermost line of `task` that is not asyncio's own, then asyncio's, then the task that it waits for."""
-    mine: FrameType | None = None
-    inner: FrameType | None = None
+def _position(task: asyncio.Task[Any]) -> str:
+    """Return the innermost line of `task` outside asyncio, then asyncio's own line, then the task that it awaits."""
+    outside_asyncio: FrameType | None = None
+    innermost: FrameType | None = None
     awaited = ""
-    for step in _awaits(task.get_coro()):
-        if isinstance(step, asyncio.Task):
-            awaited = f", for {step.get_name()}"
-        elif (frame := _frame(step)) is not None:
-            inner = frame
+    for awaitable in _await_chain(task.get_coro()):
+        if isinstance(awaitable, asyncio.Task):
+            awaited = f", for {awaitable.get_name()}"
+        elif (frame := _frame(awaitable)) is not None:
+            innermost = frame
             if Path(frame.f_code.co_filename).parent != _ASYNCIO:
-                mine = frame
-    if inner is None:
-        return f"at an unknown place{awaited}"
-    if mine is None or mine is inner:
-        return f"at {_line(inner)}{awaited}"
-    return f"at {_line(mine)}, inside {_line(inner)}{awaited}"
+                outside_asyncio = frame
+    if innermost is None:
+        return f"at an unknown position{awaited}"
+    if outside_asyncio is None or outside_asyncio is innermost:
+        return f"at {_line(innermost)}{awaited}"
+    return f"at {_line(outside_asyncio)}, inside {_line(innermost)}{awaited}"
 
 
 def _line(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
 
 
-def _awaits(step: object) -> Iterator[object]:
-    """Follow a chain of awaits from the outermost coroutine to what it waits for in the end."""
-    for _ in range(_DEPTH):
-        if step is None:
+def _await_chain(awaitable: object) -> Iterator[object]:
+    """Yield `awaitable`, the object that it awaits, and so on to the innermost one."""
+    for _ in range(_MAX_DEPTH):
+        if awaitable is None:
             return
-        yield step
-        step = _next(step)
+        yield awaitable
+        awaitable = _awaited_by(awaitable)
 
 
-def _next(step: object) -> object:
+def _awaited_by(awaitable: object) -> object:
     for attribute in ("cr_await", "gi_yieldfrom", "ag_await"):
-        if hasattr(step, attribute):
-            return getattr(step, attribute)
-    if isinstance(step, asyncio.Future):
+        if hasattr(awaitable, attribute):
+            return getattr(awaitable, attribute)
+    if isinstance(awaitable, asyncio.Future):
         return None
-    # An iterator that stands between two of the chain, such as of `async for`: it shows its next only to the collector.
-    return next(filter(_waits, gc.get_referents(step)), None)
+    # An iterator in the middle of the chain (as in `async for`) shows the next awaitable to the garbage collector only.
+    return next(filter(_is_awaitable, gc.get_referents(awaitable)), None)
 
 
-def _waits(thing: object) -> bool:
+def _is_awaitable(thing: object) -> bool:
     return inspect.iscoroutine(thing) or inspect.isasyncgen(thing) or isinstance(thing, asyncio.Future)
 
 
-def _frame(step: object) -> FrameType | None:
+def _frame(awaitable: object) -> FrameType | None:
     for attribute in ("cr_frame", "gi_frame", "ag_frame"):
-        frame: FrameType | None = getattr(step, attribute, None)
+        frame: FrameType | None = getattr(awaitable, attribute, None)
         if frame is not None:
             return frame
     return None

@@ -1,4 +1,4 @@
-"""What a provider has done and billed: counts for everything, and for each run."""
+"""Counts and bills of a simulated provider: in total, and for each run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 OTHER_RUNS: Final = "(other)"
-"""Under this name stand all runs beyond the bound."""
+"""The name of the bill that all runs above the bound share."""
 
 
 @dataclass(frozen=True, slots=True)
 class BilledUsage:
-    """The tokens of one call, and what they cost."""
+    """The tokens of one call and their cost."""
 
     input_tokens: int
     output_tokens: int
@@ -21,7 +21,7 @@ class BilledUsage:
 
 @dataclass(slots=True)
 class Bill:
-    """Calls and tokens of one run, or of all; `wasted` is the part that reached nobody."""
+    """The calls and tokens of one run, or of all runs. `wasted_*` is the part for calls without a complete answer."""
 
     calls: int = 0
     refused: int = 0
@@ -34,7 +34,7 @@ class Bill:
     wasted_usd: float = 0.0
 
     def charge(self, usage: BilledUsage, *, wasted: bool) -> None:
-        """Bill a call that has ended."""
+        """Add a call that has ended."""
         self.input_tokens += usage.input_tokens
         self.output_tokens += usage.output_tokens
         self.usd += usage.usd
@@ -48,35 +48,35 @@ class Bill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderStatistics:
-    """A snapshot of a provider; times in seconds since it began, tokens and dollars as billed.
+    """A snapshot of a simulated provider. Times are in seconds since it started; tokens and dollars are as billed.
 
-    ``calls = refused + finished + cut + hung_up + in_flight``: each arrival is in exactly one of them.
-    A call is billed when it ends: its input, and the output made until then.
+    ``calls = refused + finished + cut + hung_up + in_flight``: each call is counted in exactly one of them.
+    A call is billed when it ends: its input, and the output produced by then.
     """
 
     now: float
-    calls: int  # that arrived
+    calls: int  # all that arrived
     refused: int
-    finished: int  # answered whole
-    cut: int  # ended by the provider in the middle
-    hung_up: int  # whose client left
-    in_flight: int  # whose client waits
-    abandoned: int  # hung up, and yet in flight: see `ProviderConfig.finish_abandoned`
+    finished: int  # with a complete answer
+    cut: int  # ended early by the provider
+    hung_up: int  # abandoned by the client
+    in_flight: int  # with a client that waits
+    abandoned: int  # hung up and still running: see `ProviderConfig.finish_abandoned`
     peak_in_flight: int
-    by_status: dict[int, int]  # of the answers that have begun: 200 for every call let in
-    by_reason: dict[str, int]  # of the refusals
+    by_status: dict[int, int]  # answers by HTTP status: 200 for every accepted call
+    by_reason: dict[str, int]  # refusals by reason
     input_tokens: int
     output_tokens: int
     usd: float
     wasted_input_tokens: int  # billed for calls that were cut or hung up
     wasted_output_tokens: int
     wasted_usd: float
-    busy_slot_seconds: float  # slot-seconds of work done; over now * slots, the utilization
+    busy_slot_seconds: float  # work done; divided by now * slots, the utilization
 
 
 @dataclass(slots=True)
 class BillingLedger:
-    """Keeps the counts; `runs` bounds how many runs are told apart."""
+    """The owner of all counts of a provider; `max_runs` bounds the number of separate bills."""
 
     max_runs: int
     total: Bill = field(default_factory=Bill)
@@ -88,26 +88,34 @@ class BillingLedger:
     bills: dict[str, Bill] = field(default_factory=dict)
 
     def record_arrival(self, run: str | None) -> None:
-        """A call has come."""
+        """Count a call that arrived."""
         for bill in self._bills(run):
             bill.calls += 1
 
     def record_refusal(self, run: str | None, status: int, reason: str) -> None:
-        """It was refused."""
+        """Count a refused call."""
         self.by_status[status] += 1
         self.by_reason[reason] += 1
         for bill in self._bills(run):
             bill.refused += 1
 
     def record_acceptance(self, in_flight: int) -> None:
-        """It was let in, and now so many are in flight."""
+        """Count an accepted call; `in_flight` includes it."""
         self.by_status[200] += 1
         self.peak_in_flight = max(self.peak_in_flight, in_flight)
 
     def record_end(self, run: str | None, usage: BilledUsage, *, wasted: bool) -> None:
-        """It is over: billed, and of use to somebody or not."""
+        """Bill a call that has ended; `wasted` if the client did not get a complete answer."""
         for bill in self._bills(run):
             bill.charge(usage, wasted=wasted)
+
+    def record_cut(self) -> None:
+        """Count a call that the provider ended early."""
+        self.cut += 1
+
+    def record_hang_up(self) -> None:
+        """Count a call that its client abandoned."""
+        self.hung_up += 1
 
     def _bills(self, run: str | None) -> tuple[Bill, ...]:
         if run is None or not self.max_runs:
@@ -119,11 +127,11 @@ class BillingLedger:
         return self.total, bill
 
     def copy_bills(self) -> dict[str, Bill]:
-        """The bill of each run."""
+        """Return a copy of the bill of each run."""
         return {run: replace(bill) for run, bill in self.bills.items()}
 
-    def snapshot(self, now: float, in_flight: int, abandoned: int, busy: float) -> ProviderStatistics:
-        """All of it, frozen."""
+    def snapshot(self, now: float, in_flight: int, abandoned: int, busy_slot_seconds: float) -> ProviderStatistics:
+        """Return all counts as frozen statistics."""
         total = self.total
         return ProviderStatistics(
             now=now,
@@ -143,5 +151,5 @@ class BillingLedger:
             wasted_input_tokens=total.wasted_input_tokens,
             wasted_output_tokens=total.wasted_output_tokens,
             wasted_usd=total.wasted_usd,
-            busy_slot_seconds=busy,
+            busy_slot_seconds=busy_slot_seconds,
         )

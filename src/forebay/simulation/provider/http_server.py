@@ -1,11 +1,12 @@
-"""The simulated provider over HTTP: what OpenAI's and Anthropic's clients expect to find, and a window for the tests.
+"""The simulated provider over HTTP, with the routes that OpenAI's and Anthropic's clients use and some for tests.
 
-- ``POST /v1/chat/completions`` and ``POST /v1/messages``, streaming and not; ``GET /v1/models``.
-- ``GET /plant/statistics``, ``GET /plant/runs``, ``POST /plant/reset`` (an empty body begins anew as configured, a JSON
-  body is another `ProviderConfig`).
+- ``POST /v1/chat/completions`` and ``POST /v1/messages``, streaming or not; ``GET /v1/models``.
+- ``GET /simulation/statistics``, ``GET /simulation/runs``; ``POST /simulation/reset`` restarts the provider at second
+  0, with another `ProviderConfig` if the body is its JSON.
 
-A call may fix what is otherwise estimated or drawn: the headers ``x-plant-input-tokens`` and ``x-plant-output-tokens``;
-``x-plant-run`` (else ``x-forebay-task``) names the run that its tokens are counted for.
+Headers of a call can fix what is otherwise estimated or drawn: ``x-simulated-input-tokens`` and
+``x-simulated-output-tokens``. ``x-simulated-run`` (otherwise ``x-forebay-task``) names the run that its tokens are
+billed to.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import msgspec
 from aiohttp import web
 
 from forebay import clock
-from forebay.simulation.provider import wire_errors as dialect
-from forebay.simulation.provider import wire_messages as wire
+from forebay.simulation.provider import wire_errors, wire_messages
 from forebay.simulation.provider.provider_config import Dialect, InvalidProviderConfig, ProviderConfig
 from forebay.simulation.provider.simulated_call import (
     CallCompleted,
@@ -34,86 +34,97 @@ from forebay.simulation.provider.simulated_provider import CallStream, Simulated
 from forebay.simulation.provider.traffic import Traffic
 
 _JSON: Final = "application/json"
-_MOST_BYTES: Final = 8 << 20  # of a request
+_MAX_REQUEST_BYTES: Final = 8 << 20
 _SSE: Final = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
 
 class ProviderServer:
-    """One simulated provider behind HTTP routes; made in the loop that serves it."""
+    """A simulated provider behind HTTP routes. Create it in the event loop that serves it.
+
+    Args:
+        config: its capacity, limits and faults.
+        seed: seeds all randomness.
+        traffic: the traffic whose output lengths are drawn; None: `Traffic.conversation()`.
+    """
 
     def __init__(self, config: ProviderConfig, *, seed: int = 0, traffic: Traffic | None = None) -> None:
         self._seed = seed
         self._traffic = traffic or Traffic.conversation()
-        self._begin(config)
+        self._restart(config)
+
+    @property
+    def config(self) -> ProviderConfig:
+        """The provider's current configuration."""
+        return self._provider.config
 
     def application(self) -> web.Application:
-        """The routes."""
-        app = web.Application(client_max_size=_MOST_BYTES)
-        app.on_response_prepare.append(_date)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        """Return an aiohttp application with all routes."""
+        app = web.Application(client_max_size=_MAX_REQUEST_BYTES)
+        app.on_response_prepare.append(_set_date)
+        app.router.add_post("/v1/chat/completions", self._chat_completions)
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/plant/statistics", self._statistics)
-        app.router.add_get("/plant/runs", self._runs)
-        app.router.add_post("/plant/reset", self._reset)
+        app.router.add_get("/simulation/statistics", self._statistics)
+        app.router.add_get("/simulation/runs", self._runs)
+        app.router.add_post("/simulation/reset", self._reset)
         return app
 
-    def _begin(self, config: ProviderConfig) -> None:
+    def _restart(self, config: ProviderConfig) -> None:
         self._provider = SimulatedProvider(config, self._seed, epoch=clock.wall_time())
         self._lengths = random.Random(f"{self._seed}/lengths")
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._serve(request, Dialect.OPENAI)
+    async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._answer(request, Dialect.OPENAI)
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
-        return await self._serve(request, Dialect.ANTHROPIC)
+        return await self._answer(request, Dialect.ANTHROPIC)
 
-    async def _serve(self, request: web.Request, spoken: Dialect) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, dialect: Dialect) -> web.StreamResponse:
         try:
-            asked = wire.read_request(await request.read())
-            call = self._call(request, asked, spoken)
+            body = wire_messages.read_request(await request.read())
+            call = self._call(request, body, dialect)
         except (msgspec.MsgspecError, ValueError) as error:
-            return _plain(dialect.bad_request_response(spoken, str(error), "req_unread"))
-        answer = self._provider.try_open(call)
-        if isinstance(answer, CallRefused):
+            return _response(wire_errors.bad_request_response(dialect, str(error), "req_invalid"))
+        outcome = self._provider.try_open(call)
+        if isinstance(outcome, CallRefused):
             await asyncio.sleep(self._provider.config.refusal_delay)
-            return _plain(answer)
-        with answer:
-            if spoken is Dialect.OPENAI:
-                created = int(clock.wall_time())
-                voice: AnswerWriter = wire.OpenAIWriter(
-                    answer.call_id, asked.model, created, include_usage=asked.include_usage
+            return _response(outcome)
+        with outcome as stream:
+            if dialect is Dialect.OPENAI:
+                created, usage = int(clock.wall_time()), body.include_usage
+                writer: AnswerWriter = wire_messages.OpenAIWriter(
+                    stream.call_id, body.model, created, include_usage=usage
                 )
             else:
-                voice = wire.AnthropicWriter(answer.call_id, asked.model)
+                writer = wire_messages.AnthropicWriter(stream.call_id, body.model)
             try:
-                return await (_stream if call.stream else _whole)(request, call, answer, voice)
-            except ConnectionResetError:  # the client has left; so does the call, with this block
-                return _drop(request)
+                return await (_send_events if call.stream else _send_whole)(request, call, stream, writer)
+            except ConnectionResetError:  # the client hung up; leaving the block hangs up at the provider
+                return _drop_connection(request)
 
-    def _call(self, request: web.Request, asked: wire.ChatRequest, spoken: Dialect) -> SimulatedCall:
+    def _call(self, request: web.Request, body: wire_messages.ChatRequest, dialect: Dialect) -> SimulatedCall:
         headers = request.headers
-        told = headers.get("x-plant-input-tokens")
-        input_tokens = int(told) if told else asked.input_tokens()
-        told = headers.get("x-plant-output-tokens")
-        output_tokens = int(told) if told else self._traffic.output_tokens(self._lengths, input_tokens)
+        given = headers.get("x-simulated-input-tokens")
+        input_tokens = int(given) if given else body.input_tokens()
+        given = headers.get("x-simulated-output-tokens")
+        output_tokens = int(given) if given else self._traffic.output_tokens(self._lengths, input_tokens)
         return SimulatedCall(
-            model=asked.model,
+            model=body.model,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
-            max_tokens=asked.max_output_tokens,
-            stream=bool(asked.stream),
+            max_tokens=body.max_output_tokens,
+            stream=bool(body.stream),
             key=headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer "),
-            run=headers.get("x-plant-run") or headers.get("x-forebay-task"),
-            dialect=spoken,
+            run=headers.get("x-simulated-run") or headers.get("x-forebay-task"),
+            dialect=dialect,
         )
 
-    # --- the window -------------------------------------------------------------------------------------------------
+    # --- readings ---------------------------------------------------------------------------------------------------
 
     async def _models(self, _request: web.Request) -> web.Response:
-        return web.Response(body=wire.model_list([*self.config.prices]), content_type=_JSON)
+        return web.Response(body=wire_messages.model_list([*self.config.prices]), content_type=_JSON)
 
     async def _statistics(self, _request: web.Request) -> web.Response:
         return web.Response(body=msgspec.json.encode(self._provider.statistics()), content_type=_JSON)
@@ -124,82 +135,77 @@ class ProviderServer:
     async def _reset(self, request: web.Request) -> web.Response:
         body = await request.read()
         try:
-            self._begin(ProviderConfig.from_json(body) if body else self.config)
+            self._restart(ProviderConfig.from_json(body) if body else self.config)
         except InvalidProviderConfig as error:
             return web.Response(status=400, body=msgspec.json.encode({"error": str(error)}), content_type=_JSON)
         return web.Response(body=b"{}", content_type=_JSON)
 
-    @property
-    def config(self) -> ProviderConfig:
-        """What the provider is like at present."""
-        return self._provider.config
+
+AnswerWriter = wire_messages.OpenAIWriter | wire_messages.AnthropicWriter
 
 
-AnswerWriter = wire.OpenAIWriter | wire.AnthropicWriter
-
-
-async def _date(_request: web.Request, response: web.StreamResponse) -> None:
-    """By the clock that its resets are told by, be that a virtual one."""
+async def _set_date(_request: web.Request, response: web.StreamResponse) -> None:
+    """Set the Date header from the clock that the resets are computed from, which may be virtual."""
     response.headers["date"] = email.utils.formatdate(clock.wall_time(), usegmt=True)
 
 
-def _plain(answer: dialect.HttpReply | CallRefused) -> web.Response:
+def _response(answer: wire_errors.HttpReply | CallRefused) -> web.Response:
     return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
 
 
-async def _whole(
-    request: web.Request, call: SimulatedCall, answer: CallStream, voice: AnswerWriter
+async def _send_whole(
+    request: web.Request, call: SimulatedCall, stream: CallStream, writer: AnswerWriter
 ) -> web.StreamResponse:
-    async for event in answer:
+    async for event in stream:
         if isinstance(event, CallCompleted):
             usage = event.usage.input_tokens, event.usage.output_tokens
-            body = voice.response(usage, voice.finish_reason(stopped=call.stops))
-            return web.Response(body=body, headers=answer.headers, content_type=_JSON)
+            body = writer.response(usage, writer.finish_reason(stopped=call.stops))
+            return web.Response(body=body, headers=stream.headers, content_type=_JSON)
         if isinstance(event, CallCut):
             if event.reported:
-                spoken = call.dialect or Dialect.OPENAI
-                error = msgspec.json.encode(dialect.stream_error_body(spoken, answer.request_id))
-                return web.Response(status=500, body=error, headers=answer.headers, content_type=_JSON)
+                dialect = call.dialect or Dialect.OPENAI
+                error = msgspec.json.encode(wire_errors.stream_error_body(dialect, stream.request_id))
+                return web.Response(status=500, body=error, headers=stream.headers, content_type=_JSON)
             break
-    return _drop(request)
+    return _drop_connection(request)
 
 
-async def _stream(
-    request: web.Request, call: SimulatedCall, answer: CallStream, voice: AnswerWriter
+async def _send_events(
+    request: web.Request, call: SimulatedCall, stream: CallStream, writer: AnswerWriter
 ) -> web.StreamResponse:
-    response = web.StreamResponse(headers=answer.headers | _SSE)
+    response = web.StreamResponse(headers=stream.headers | _SSE)
     await response.prepare(request)
-    await response.write(voice.stream_start(call.input_tokens))
-    told = 0
-    async for event in answer:
+    await response.write(writer.stream_start(call.input_tokens))
+    sent = 0
+    async for event in stream:
         match event:
             case FirstToken() | TokensProduced():
-                fresh = event.tokens if isinstance(event, TokensProduced) else 1
-                await response.write(voice.stream_tokens(told, fresh))
-                told += fresh
+                tokens = event.tokens if isinstance(event, TokensProduced) else 1
+                await response.write(writer.stream_tokens(sent, tokens))
+                sent += tokens
             case CallCompleted(usage=usage):
-                tokens = usage.input_tokens, usage.output_tokens
-                await response.write(voice.stream_end(tokens, voice.finish_reason(stopped=call.stops)))
+                totals = usage.input_tokens, usage.output_tokens
+                await response.write(writer.stream_end(totals, writer.finish_reason(stopped=call.stops)))
                 await response.write_eof()
             case CallCut(reported=True):
-                spoken = call.dialect or Dialect.OPENAI
-                await response.write(voice.stream_error(dialect.stream_error_body(spoken, answer.request_id)))
+                dialect = call.dialect or Dialect.OPENAI
+                await response.write(writer.stream_error(wire_errors.stream_error_body(dialect, stream.request_id)))
                 await response.write_eof()
             case CallCut():
-                _drop(request)
+                _drop_connection(request)
     return response
 
 
-def _drop(request: web.Request) -> web.Response:
-    """The connection goes away without a word."""
+def _drop_connection(request: web.Request) -> web.Response:
+    """Close the connection without an answer; the returned response is never sent."""
     if request.transport is not None:
         request.transport.abort()
     return web.Response(status=500)
 
 
-async def start_server(plant: ProviderServer, *, host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, str]:
-    """Serve; returns what to clean up at the end, and the URL."""
-    runner = web.AppRunner(plant.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+async def start_server(server: ProviderServer, *, host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, str]:
+    """Start to serve; return the runner, which the caller must clean up, and the URL. Port 0 takes a free port."""
+    runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     await web.TCPSite(runner, host, port, backlog=1024).start()
     address = runner.addresses[0]

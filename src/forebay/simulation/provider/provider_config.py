@@ -1,6 +1,6 @@
-"""What a simulated provider is: its size, its speed, its limits, its prices and its faults, as checked data.
+"""The configuration of a simulated LLM provider: capacity, speed, limits, prices and faults, as validated data.
 
-Times are seconds; points in time are seconds since the provider began.
+Durations are in seconds; points in time are in seconds since the provider started.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from forebay.errors import ForebayError
 
 
 class InvalidProviderConfig(ForebayError, ValueError):
-    """A simulated provider cannot have {name}={value!r}: it must be {expected}."""
+    """The simulated provider has {name}={value!r}; it must be {expected}."""
 
     name: str
     value: object
@@ -35,16 +35,16 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:  # n
 
 
 class Dialect(enum.StrEnum):
-    """Whose wire format, headers and way of counting a provider has."""
+    """The API that a provider imitates: its wire format, its headers and its way of counting tokens."""
 
     OPENAI = "openai"
-    """Tokens are charged when a call is let in: the larger of its ``max_tokens`` and its estimated input."""
+    """Tokens are charged when a call is accepted: the larger of its ``max_tokens`` and its estimated input."""
     ANTHROPIC = "anthropic"
-    """Input is charged when a call is let in, output as it is made; a bucket of output may so go into debt."""
+    """Input is charged when a call is accepted, output while it is produced; an output bucket can go into debt."""
 
 
 class Unit(enum.StrEnum):
-    """What an allowance counts. A token is an LLM token and nothing else."""
+    """The unit that a rate limit counts. A token is always an LLM token."""
 
     REQUESTS = "requests"
     TOKENS = "tokens"
@@ -53,56 +53,52 @@ class Unit(enum.StrEnum):
 
 
 class BusyReason(enum.StrEnum):
-    """What a provider says to a call that finds too many others in flight."""
+    """The reason that a provider gives when too many calls are in flight."""
 
     OVERLOADED = "overloaded"
     """529 of Anthropic, 503 of OpenAI: the provider's own capacity."""
     CONCURRENCY = "concurrency"
-    """429: a limit on the calls of this account that are in flight at once."""
+    """429: a limit on the account's calls in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRateLimit:
-    """A rate that the provider grants: ``amount`` of ``unit`` every ``per`` seconds.
+    """A rate limit of the provider: ``amount`` of ``unit`` in every ``period`` seconds.
 
-    A bucket by default, full at the start and refilled all the time, so that over any span of t seconds it grants at
-    most ``burst + amount * t / per``. With ``window``, a fixed window: ``amount`` in each period, periods beginning at
-    multiples of ``per``.
+    By default a token bucket, full at the start and refilled continuously, so that in any t seconds it grants at most
+    ``burst + amount * t / period``. With ``fixed_window``, ``amount`` in each window; windows start at multiples of
+    ``period``.
     """
 
     unit: Unit
     amount: int
     period: float = 60.0  # seconds
-    burst: float | None = None  # the most that a bucket holds; None: `amount`
+    burst: float | None = None  # size of the bucket; None: `amount`
     fixed_window: bool = False
 
     def __post_init__(self) -> None:
         _require("amount", self.amount, self.amount >= 1, "at least 1")
         _require("period", self.period, _positive(self.period), "a positive number of seconds")
         _require("burst", self.burst, self.burst is None or self.burst >= 1, "None or at least 1")
-        _require(
-            "fixed_window",
-            self.fixed_window,
-            not (self.fixed_window and self.burst is not None),
-            "False where burst is set",
-        )
+        has_two = self.fixed_window and self.burst is not None
+        _require("fixed_window", self.fixed_window, not has_two, "False where burst is set")
 
     @property
     def size(self) -> float:
-        """The most that can be granted at one moment."""
+        """The largest amount that can be granted at one moment."""
         return float(self.amount if self.burst is None else self.burst)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccelerationLimit:
-    """A limit on how fast use may grow, of the kind that Anthropic answers with 429.
+    """A limit on how fast usage may grow, as Anthropic enforces it with 429.
 
-    In each minute an account may use at most ``max(start, used in the minute before + growth)`` of ``unit``.
+    In each minute an account may use at most ``max(start, usage of the previous minute + growth)`` of ``unit``.
     """
 
     unit: Unit = Unit.INPUT_TOKENS
     start: float  # units in a minute
-    growth: float  # units in a minute, more than in the minute before
+    growth: float  # units in a minute, above the previous minute
 
     def __post_init__(self) -> None:
         allowed = (Unit.INPUT_TOKENS, Unit.REQUESTS)
@@ -113,10 +109,10 @@ class AccelerationLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityStep:
-    """From second ``at``, the provider has ``slots`` slots; 0 is an outage.
+    """A change of capacity: from second ``at`` on, the provider has ``slots`` slots; 0 is an outage.
 
-    During an outage nothing is let in. What is in flight stands still until slots return, or with ``cut`` is ended at
-    once. ``cut`` without an outage ends what is in flight too: a restart.
+    During an outage every call is refused. Calls in flight pause until slots return; with ``cut`` they end at once.
+    ``cut`` without an outage also ends the calls in flight: a restart.
     """
 
     at: float  # seconds since the start
@@ -124,32 +120,32 @@ class CapacityStep:
     cut: bool = False
 
     def __post_init__(self) -> None:
-        _require("steps.at", self.at, self.at >= 0, "at least 0 seconds")
-        _require("steps.slots", self.slots, self.slots >= 0, "at least 0")
+        _require("capacity_steps.at", self.at, self.at >= 0, "at least 0 seconds")
+        _require("capacity_steps.slots", self.slots, self.slots >= 0, "at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slowdown:
-    """From second ``at``, for ``seconds``, everything takes ``factor`` times as long, whatever the load."""
+    """A slow period: from second ``at``, for ``seconds``, all work takes ``factor`` times as long, at any load."""
 
     at: float  # seconds since the start
     seconds: float
     factor: float
 
     def __post_init__(self) -> None:
-        _require("slow.at", self.at, self.at >= 0, "at least 0 seconds")
-        _require("slow.seconds", self.seconds, _positive(self.seconds), "a positive number of seconds")
-        _require("slow.factor", self.factor, _positive(self.factor), "positive")
+        _require("slowdowns.at", self.at, self.at >= 0, "at least 0 seconds")
+        _require("slowdowns.seconds", self.seconds, _positive(self.seconds), "a positive number of seconds")
+        _require("slowdowns.factor", self.factor, _positive(self.factor), "positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bursts:
-    """Spells in which the provider says *overloaded* to a share of the arrivals, whatever the load."""
+    """Recurring periods in which the provider answers *overloaded* to a share of the calls, at any load."""
 
-    every: float  # seconds from the start of one to the start of the next, on average
-    seconds: float  # how long one lasts
-    share: float = 1.0  # of the arrivals, refused during one
-    regular: bool = False  # at multiples of `every`; else the gaps are exponential
+    every: float  # seconds from the start of one period to the start of the next, on average
+    seconds: float  # duration of one period
+    share: float = 1.0  # share of the calls refused in a period
+    regular: bool = False  # periods start at multiples of `every`; otherwise the gaps are exponential
 
     def __post_init__(self) -> None:
         _require("bursts.seconds", self.seconds, _positive(self.seconds), "a positive number of seconds")
@@ -159,14 +155,14 @@ class Bursts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """What goes wrong without our doing: each a chance per arriving call, drawn from the seed."""
+    """The faults of a provider that no load causes. Each number is a probability per arriving call."""
 
-    stray: float = 0.0  # a 429 that no load caused
+    stray: float = 0.0  # a 429 without a cause
     error: float = 0.0  # a 500
-    bad_gateway: float = 0.0  # a 502, with a page of HTML for a body
-    unavailable: float = 0.0  # a 503, with an empty body
-    cut: float = 0.0  # the connection drops somewhere in the answer
-    late_error: float = 0.0  # an error is reported somewhere in the answer: an event in a stream, else a 500
+    bad_gateway: float = 0.0  # a 502 with an HTML page as its body
+    unavailable: float = 0.0  # a 503 with an empty body
+    cut: float = 0.0  # the connection drops during the answer
+    late_error: float = 0.0  # an error during the answer: an event in a stream, otherwise a 500
     straggler: float = 0.0  # the call takes `straggler_factor` times as long
     straggler_factor: float = 10.0
     bursts: Bursts | None = None
@@ -174,16 +170,17 @@ class Faults:
     def __post_init__(self) -> None:
         for name in ("stray", "error", "bad_gateway", "unavailable", "cut", "late_error", "straggler"):
             value = getattr(self, name)
-            _require(f"faults.{name}", value, 0 <= value <= 1, "a chance from 0 to 1")
+            _require(f"faults.{name}", value, 0 <= value <= 1, "a probability from 0 to 1")
         refused = self.stray + self.error + self.bad_gateway + self.unavailable
-        _require("faults", refused, refused <= 1, "refusals with chances that add up to 1 at most")
-        _require("faults", self.cut + self.late_error, self.cut + self.late_error <= 1, "cuts of at most 1 in all")
+        _require("faults", refused, refused <= 1, "refusals with probabilities that add up to at most 1")
+        cut = self.cut + self.late_error
+        _require("faults", cut, cut <= 1, "cuts and late errors with probabilities that add up to at most 1")
         _require("faults.straggler_factor", self.straggler_factor, _positive(self.straggler_factor), "positive")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrice:
-    """US dollars per million tokens."""
+    """The price of a model's tokens, in US dollars per million tokens."""
 
     input: float
     output: float
@@ -192,7 +189,7 @@ class TokenPrice:
         _require("price", (self.input, self.output), min(self.input, self.output) >= 0, "at least 0 dollars")
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
-        """US dollars for so many tokens."""
+        """Return the cost of a call in US dollars."""
         return (input_tokens * self.input + output_tokens * self.output) / 1e6
 
 
@@ -204,47 +201,46 @@ PRICES: Final[Mapping[str, TokenPrice]] = MappingProxyType(
         "claude-haiku": TokenPrice(1.00, 5.00),
     }
 )
-"""List prices of some models, by the beginning of their name (OpenAI and Anthropic, 2025)."""
+"""List prices of some models, by the prefix of their names (OpenAI and Anthropic, 2025)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderConfig:
-    """A simulated provider of LLM calls.
+    """The configuration of a simulated LLM provider.
 
-    A call alone takes ``ttft + output tokens * tpot`` seconds, each of the two times a lognormal factor of mean 1 and
-    deviation ``noise``. Up to ``slots`` calls run at full speed; n > ``slots`` share it, each at ``slots / n`` of the
-    speed. By default that is all, the calls get slower and slower; with ``overcommit``, arrivals that find
-    ``overcommit * slots`` calls in flight are refused, as ``busy`` says: 1.0 never shares.
+    A call that runs alone takes ``ttft + output tokens * tpot`` seconds; each of the two times is multiplied by a
+    lognormal factor of mean 1 and deviation ``noise``. Up to ``slots`` calls run at full speed; n > ``slots`` calls
+    share it, each at ``slots / n`` of the speed (processor sharing). Without ``overcommit`` nothing else happens: the
+    calls get slower. With it, calls that arrive while ``overcommit * slots`` are in flight are refused with
+    ``busy_reason``; with 1.0 the speed is never shared.
 
     Raises:
-        InvalidProvider: a value is out of its range; the message names it.
+        InvalidProviderConfig: a value is out of range; the message names it.
     """
 
     dialect: Dialect = Dialect.OPENAI
     slots: int = 50  # calls at full speed
-    capacity_steps: tuple[CapacityStep, ...] = ()  # how `slots` changes over time
-    slowdowns: tuple[Slowdown, ...] = ()  # spells of slowness
-    overcommit: float | None = None  # calls in flight for each slot, above which arrivals are refused; None: no limit
+    capacity_steps: tuple[CapacityStep, ...] = ()  # changes of `slots` over time
+    slowdowns: tuple[Slowdown, ...] = ()
+    overcommit: float | None = None  # calls in flight per slot above which calls are refused; None: no limit
     busy_reason: BusyReason = BusyReason.OVERLOADED
-    max_in_flight: int = 10_000  # whatever the above: one more is refused as overloaded
-    ttft: float = 0.5  # seconds to the first token, alone
-    tpot: float = 0.03  # seconds for each output token, alone
+    max_in_flight: int = 10_000  # in any case; one more call is refused as overloaded
+    ttft: float = 0.5  # seconds to the first token of a call that runs alone
+    tpot: float = 0.03  # seconds per output token of a call that runs alone
     noise: float = 0.1
-    rate_limits: tuple[SimulatedRateLimit, ...] = ()  # rates
-    by_key: bool = False  # allowances, acceleration and spend_cap are for each API key, not for all together
-    by_model: bool = False  # ... and for each model
+    rate_limits: tuple[SimulatedRateLimit, ...] = ()
+    by_key: bool = False  # each API key has its own rate limits, acceleration limit and spend cap
+    by_model: bool = False  # each model has its own, too
     acceleration: AccelerationLimit | None = None
-    spend_cap: float | None = None  # US dollars, after which an account is refused
-    count_faults: bool = True  # a call answered 5xx has spent its request allowance
-    count_refusals: bool = False  # a call answered 429 spends it too, so that hammering does not help
+    spend_cap: float | None = None  # US dollars; an account that has spent them is refused
+    count_faults: bool = True  # a call answered with 5xx counts against the request limit
+    count_refusals: bool = False  # a call answered with 429 counts too, so that immediate retries do not help
     faults: Faults = field(default_factory=Faults)
-    prices: Mapping[str, TokenPrice] = field(default_factory=lambda: dict(PRICES))  # and with it, the models that exist
-    finish_abandoned: bool = False  # a call whose client has left runs to its end, and is billed whole
+    prices: Mapping[str, TokenPrice] = field(default_factory=lambda: dict(PRICES))  # also the models that exist
+    finish_abandoned: bool = False  # a call whose client hung up runs to its end and is billed in full
     refusal_delay: float = 0.02  # seconds until a refusal is answered
-    tokens_per_event: int = 8  # tokens in one event of a stream
-    max_runs: int = (
-        10_000  # how many runs (see `SimulatedCall.run`) are accounted for one by one; further ones together
-    )
+    tokens_per_event: int = 8  # of a stream
+    max_runs: int = 10_000  # runs (see `SimulatedCall.run`) that are billed separately; further ones share a bill
 
     def __post_init__(self) -> None:
         _require("slots", self.slots, self.slots >= 0, "at least 0 (0 is an outage)")
@@ -252,7 +248,7 @@ class ProviderConfig:
         _require("max_in_flight", self.max_in_flight, self.max_in_flight >= 1, "at least 1")
         _require("ttft", self.ttft, _positive(self.ttft), "a positive number of seconds")
         _require("tpot", self.tpot, _positive(self.tpot), "a positive number of seconds per token")
-        _require("noise", self.noise, 0 <= self.noise <= 2, "from 0 to 2")  # noqa: PLR2004 - wider is no noise
+        _require("noise", self.noise, 0 <= self.noise <= 2, "from 0 to 2")  # noqa: PLR2004 - more is unrealistic
         _require("spend_cap", self.spend_cap, self.spend_cap is None or self.spend_cap >= 0, "None or dollars")
         _require("prices", self.prices, bool(self.prices), "a table with at least one model")
         _require("refusal_delay", self.refusal_delay, 0 <= self.refusal_delay < math.inf, "at least 0 seconds")
@@ -263,23 +259,36 @@ class ProviderConfig:
 
     @classmethod
     def openai(cls, *, rpm: int | None = None, tpm: int | None = None, **rest: Any) -> Self:
-        """A provider that counts as OpenAI does: `rpm` requests and `tpm` tokens a minute, None for no limit."""
+        """Return a provider that counts as OpenAI does.
+
+        Args:
+            rpm: requests a minute; None: no limit.
+            tpm: tokens a minute; None: no limit.
+            **rest: other fields.
+        """
         return cls(dialect=Dialect.OPENAI, rate_limits=_per_minute(requests=rpm, tokens=tpm), **rest)
 
     @classmethod
     def anthropic(
         cls, *, rpm: int | None = None, itpm: int | None = None, otpm: int | None = None, **rest: Any
     ) -> Self:
-        """A provider that counts as Anthropic does: requests, input and output tokens a minute, None for no limit."""
-        rates = _per_minute(requests=rpm, input_tokens=itpm, output_tokens=otpm)
-        return cls(dialect=Dialect.ANTHROPIC, rate_limits=rates, **rest)
+        """Return a provider that counts as Anthropic does.
+
+        Args:
+            rpm: requests a minute; None: no limit.
+            itpm: input tokens a minute; None: no limit.
+            otpm: output tokens a minute; None: no limit.
+            **rest: other fields.
+        """
+        limits = _per_minute(requests=rpm, input_tokens=itpm, output_tokens=otpm)
+        return cls(dialect=Dialect.ANTHROPIC, rate_limits=limits, **rest)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Read a provider from JSON with the names of its fields; an unknown name is an error, not a surprise.
+        """Read a configuration from a JSON object with the names of its fields; an unknown name is an error.
 
-        Raises:
-            InvalidProvider: not JSON, an unknown name, a wrong type or a value out of range.
+        Raises: InvalidProviderConfig: the text is not JSON, or it has an unknown name, a wrong type or a value out of
+            range.
         """
         try:
             raw = msgspec.json.decode(text)
@@ -289,12 +298,12 @@ class ProviderConfig:
             if isinstance(cause, InvalidProviderConfig):
                 raise cause from None
             raise InvalidProviderConfig(name="JSON", value=text, expected=f"a provider ({error})") from None
-        for name in _unknown(raw, msgspec.to_builtins(config)):
+        for name in _unknown_names(raw, msgspec.to_builtins(config)):
             raise InvalidProviderConfig(name=name, value="...", expected="a field that exists")
         return config
 
     def to_json(self) -> bytes:
-        """Everything that `from_json` reads back."""
+        """Return the configuration as JSON that `from_json` reads."""
         return msgspec.json.encode(self)
 
 
@@ -302,11 +311,11 @@ def _per_minute(**amounts: int | None) -> tuple[SimulatedRateLimit, ...]:
     return tuple(SimulatedRateLimit(unit=Unit(unit), amount=n) for unit, n in amounts.items() if n is not None)
 
 
-def _unknown(raw: Any, known: Any) -> list[str]:
-    """The names in `raw` that decoding has silently dropped."""
+def _unknown_names(raw: Any, known: Any) -> list[str]:
+    """Return the names in `raw` that decoding silently dropped."""
     if isinstance(raw, dict) and isinstance(known, dict):
-        inside = (name for key in raw if key in known for name in _unknown(raw[key], known[key]))
-        return [*(key for key in raw if key not in known), *inside]
+        nested = (name for key in raw if key in known for name in _unknown_names(raw[key], known[key]))
+        return [*(key for key in raw if key not in known), *nested]
     if isinstance(raw, list) and isinstance(known, list | tuple):
-        return [name for a, b in zip(raw, known, strict=True) for name in _unknown(a, b)]
+        return [name for a, b in zip(raw, known, strict=True) for name in _unknown_names(a, b)]
     return []

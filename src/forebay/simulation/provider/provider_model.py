@@ -1,8 +1,8 @@
-"""The simulated provider itself: a state machine that is told the time and answers with what happened.
+"""The simulated LLM provider as a state machine: the caller passes the time, and gets the events up to it.
 
-Pure: no clock, no loop, no socket; chance comes from the seed. Whoever drives it calls `arrive` and `hang_up` when
-clients do, and `advance` when `next_event` is due. Time is in seconds since the provider began, and what comes with an
-earlier time than the last counts as coming now.
+Pure: no clock, no event loop, no socket; randomness comes from the seed. The driver calls `arrive` and `hang_up` when
+clients do, and `advance` when `next_event` is due. Time is in seconds since the provider started; a time earlier than
+the last one is treated as the last one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-from forebay.simulation.provider import wire_errors as wire
+from forebay.simulation.provider import wire_errors
 from forebay.simulation.provider.account_limits import AccountLimits, AccountLimitsByKey
 from forebay.simulation.provider.billing import Bill, BilledUsage, BillingLedger, ProviderStatistics
 from forebay.simulation.provider.fault_plan import CallFaults, FaultPlan, RefusalReason
@@ -31,7 +31,7 @@ from forebay.simulation.provider.simulated_call import (
 )
 
 EPOCH: Final = 1_767_225_600.0
-"""2026-01-01T00:00:00Z: when a provider began, unless it is told otherwise."""
+"""The default wall time at which a provider starts: 2026-01-01T00:00:00Z, in epoch seconds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,36 +42,36 @@ class _CallInFlight:
     call: SimulatedCall
     account: AccountLimits
     price: TokenPrice
-    first_token_work: float  # where the work stands when the first token is there
+    first_token_work: float  # work at which the first token is produced
     tpot: float  # seconds of work for each further token
-    reports_progress: bool  # it is looked at every few tokens, not only at its end
+    reports_progress: bool  # it has a mark every few tokens, not only at its end
     last_token: int  # the output token after which it ends
-    reported: bool  # if that is early: told as an error
-    output_tokens: int = 0  # output tokens accounted for
-    abandoned: bool = False  # its client has left
+    reported: bool  # if it ends early: reported as an error
+    output_tokens: int = 0  # accounted for so far
+    abandoned: bool = False  # its client hung up
 
     def output_tokens_at(self, work: float) -> int:
-        """Output tokens made when the work stands there."""
+        """Return the output tokens produced at `work`."""
         if work < self.first_token_work:
             return 0
         return min(self.last_token, 1 + math.floor((work - self.first_token_work) / self.tpot + 1e-6))
 
-    def usage(self, made: int) -> BilledUsage:
-        """Its tokens when so many have been made, and what they cost."""
-        return BilledUsage(self.call.input_tokens, made, self.price.cost(self.call.input_tokens, made))
+    def usage(self, output_tokens: int) -> BilledUsage:
+        """Return the usage of this call, with its cost, if it produced `output_tokens`."""
+        cost = self.price.cost(self.call.input_tokens, output_tokens)
+        return BilledUsage(self.call.input_tokens, output_tokens, cost)
 
 
 class ProviderModel:
-    """A simulated provider of LLM calls."""
+    """A simulated LLM provider without a clock.
+
+    Args:
+        config: its capacity, limits and faults.
+        seed: seeds all randomness.
+        epoch: wall time of second 0, in epoch seconds, for headers that state times.
+    """
 
     def __init__(self, config: ProviderConfig, *, seed: int = 0, epoch: float = EPOCH) -> None:
-        """Begin at second 0.
-
-        Args:
-            config: what it is like.
-            seed: all that is left to chance comes from it.
-            epoch: the wall time of second 0, in epoch seconds, for headers that tell moments.
-        """
         self.config = config
         self._epoch = epoch
         self._noise = random.Random(f"{seed}/noise")
@@ -87,45 +87,45 @@ class ProviderModel:
         self._arrivals = 0
         self._enter_phase(self._phases.pop(0))
 
-    # --- what happens to it -----------------------------------------------------------------------------------------
+    # --- inputs -----------------------------------------------------------------------------------------------------
 
     def arrive(self, now: float, call: SimulatedCall) -> CallAccepted | CallRefused:
-        """A call comes in and is let in or refused, at once."""
+        """Accept or refuse a call that arrives at `now`."""
         self._run_to(now)
         self._arrivals += 1
         self._billing.record_arrival(call.run)
-        fate = self._fault_plan.draw(self._now)
+        faults = self._fault_plan.draw(self._now)
         name, price = self._price_of(call.model)
         if price is None:
             return self._refuse(call, RefusalReason.UNKNOWN_MODEL)
         account = self._accounts.get(self._now, call.key, name)
-        reason, shortage = self._refusal_reason(fate, account, call)
+        reason, shortage = self._refusal_reason(faults, account, call)
         if reason is not None:
             account.charge_refused(self._now, reason)
             return self._refuse(call, reason, account, shortage)
         account.charge_accepted(self._now, call)
-        return self._accept(call, account, price, fate)
+        return self._accept(call, account, price, faults)
 
     def hang_up(self, now: float, call_id: int) -> BilledUsage | None:
-        """The client of a call has left: its slot is free, and what was made until now is billed, and wasted.
+        """End a call whose client hung up: free its slot, and bill the output produced so far as wasted.
 
-        If the provider is configured to `run_on`, the call keeps its slot to its end and is billed whole, then. Either
-        way the answer is what was made until now; None if the call is over already.
+        With `finish_abandoned`, the call keeps its slot to its end and is billed in full. In both cases return the
+        usage up to now; None if the call is already over.
         """
         self._run_to(now)
         flight = self._flights.get(call_id)
         if flight is None or flight.abandoned:
             return None
-        made = flight.output_tokens_at(self._sharing.work)
-        self._billing.hung_up += 1
+        output_tokens = flight.output_tokens_at(self._sharing.work)
+        self._billing.record_hang_up()
         if self.config.finish_abandoned:
             flight.abandoned = True
-            return flight.usage(made)
-        self._account_output(flight, made)
+            return flight.usage(output_tokens)
+        self._account_output(flight, output_tokens)
         return self._close_call(flight, wasted=True)
 
     def next_event(self) -> float:
-        """When `advance` will next have something to tell, if nothing else happens before: infinity for never."""
+        """Return when `advance` will next return events, if no input comes before; infinity for never."""
         if self._events:
             return self._now
         if not self._flights:
@@ -134,27 +134,27 @@ class ProviderModel:
         return min(upcoming, self._sharing.next_at())
 
     def advance(self, now: float) -> list[CallEvent]:
-        """Let time pass until `now`; what happened, in order."""
+        """Advance the time to `now` and return the events since the last call, in order."""
         self._run_to(now)
         events, self._events = self._events, []
         return events
 
-    # --- what can be asked ------------------------------------------------------------------------------------------
+    # --- readings ---------------------------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
-        """Calls that hold a slot, or a share of one."""
+        """The number of calls that hold a slot, or a share of one."""
         return len(self._flights)
 
     def statistics(self) -> ProviderStatistics:
-        """A frozen snapshot of everything counted so far."""
+        """Return a snapshot of the counts so far."""
         abandoned = sum(flight.abandoned for flight in self._flights.values())
         return self._billing.snapshot(
             self._now, len(self._flights) - abandoned, abandoned, self._sharing.busy_slot_seconds
         )
 
     def bills(self) -> dict[str, Bill]:
-        """Calls and tokens of each run that calls named; beyond the configured number of runs, under `(other)`."""
+        """Return the bill of each run that calls named; runs beyond `max_runs` share the bill `(other)`."""
         return self._billing.copy_bills()
 
     # --- time -------------------------------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ class ProviderModel:
             else:
                 flight = self._sharing.pop()
                 self._now = due
-                if self._in_flight(flight):
+                if self._is_in_flight(flight):
                     self._reach_mark(flight, due)
         self._sharing.advance_to(now)
         self._now = now
 
     def _enter_phase(self, phase: CapacityPhase) -> None:
-        """The capacity changes."""
+        """Change the capacity."""
         self._now = phase.at
         self._sharing.slots, self._sharing.speed = phase.slots, phase.speed
         if phase.cut:
@@ -187,57 +187,56 @@ class ProviderModel:
                 self._cut(flight, phase.at)
 
     def _reach_mark(self, flight: _CallInFlight, at: float) -> None:
-        """A call is at its next mark: the first token, some more, or the end."""
-        made = flight.output_tokens
-        if made == 0:
+        """Handle a call at its next mark: the first token, further tokens, or the end."""
+        before = flight.output_tokens
+        if before == 0:
             self._account_output(flight, 1)
             self._emit(flight, FirstToken(flight.call_id, at))
             self._mark(flight)
-        elif flight.reports_progress and made < flight.last_token:
-            self._account_output(flight, min(flight.last_token, made + self.config.tokens_per_event))
-            self._emit(flight, TokensProduced(flight.call_id, at, flight.output_tokens - made))
+        elif flight.reports_progress and before < flight.last_token:
+            self._account_output(flight, min(flight.last_token, before + self.config.tokens_per_event))
+            self._emit(flight, TokensProduced(flight.call_id, at, flight.output_tokens - before))
             self._mark(flight)
         else:
             self._account_output(flight, flight.last_token)
             if flight.last_token < flight.call.length:
                 self._cut(flight, at)
             else:
-                self._emit(flight, CallCompleted(flight.call_id, at, self._close_call(flight, wasted=flight.abandoned)))
+                usage = self._close_call(flight, wasted=flight.abandoned)
+                self._emit(flight, CallCompleted(flight.call_id, at, usage))
 
     def _mark(self, flight: _CallInFlight) -> None:
-        """Put down where the call must next be looked at."""
+        """Set the next mark of a call."""
         if flight.output_tokens == 0:
-            due = flight.first_token_work
+            work = flight.first_token_work
         elif flight.reports_progress and flight.output_tokens < flight.last_token:
-            due = (
-                flight.first_token_work
-                + (min(flight.last_token, flight.output_tokens + self.config.tokens_per_event) - 1) * flight.tpot
-            )
+            token = min(flight.last_token, flight.output_tokens + self.config.tokens_per_event)
+            work = flight.first_token_work + (token - 1) * flight.tpot
         else:
-            due = flight.first_token_work + flight.last_token * flight.tpot
-        self._sharing.mark(due, flight)
+            work = flight.first_token_work + flight.last_token * flight.tpot
+        self._sharing.mark(work, flight)
 
     def _emit(self, flight: _CallInFlight, event: CallEvent) -> None:
         if not flight.abandoned:
             self._events.append(event)
 
-    # --- the door ---------------------------------------------------------------------------------------------------
+    # --- accepting and refusing -------------------------------------------------------------------------------------
 
     def _refusal_reason(
-        self, fate: CallFaults, account: AccountLimits, call: SimulatedCall
+        self, faults: CallFaults, account: AccountLimits, call: SimulatedCall
     ) -> tuple[RefusalReason | None, RateShortage | None]:
-        """Why a call cannot be let in: fate first, then the money, the machines, the rates."""
-        if fate.refusal is not None:
-            return fate.refusal, None
+        """Return why a call is refused, if it is. The order is: faults, spend cap, capacity, rate limits."""
+        if faults.refusal is not None:
+            return faults.refusal, None
         if account.out_of_funds:
             return RefusalReason.SPEND_CAP, None
-        crowd = self._capacity_refusal()
-        if crowd is not None:
-            return crowd, None
+        reason = self._capacity_refusal()
+        if reason is not None:
+            return reason, None
         return account.shortage(self._now, call) or (None, None)
 
     def _capacity_refusal(self) -> RefusalReason | None:
-        """Why there is no room for one more call in flight."""
+        """Return why one more call in flight is refused, if it is."""
         config, slots = self.config, self._sharing.slots
         if slots == 0 or len(self._flights) >= config.max_in_flight:
             return RefusalReason.OVERLOADED
@@ -245,29 +244,28 @@ class ProviderModel:
             return None
         return RefusalReason.CONCURRENCY if config.busy_reason is BusyReason.CONCURRENCY else RefusalReason.OVERLOADED
 
-    def _accept(self, call: SimulatedCall, account: AccountLimits, price: TokenPrice, fate: CallFaults) -> CallAccepted:
-        length, sharing = call.length, self._sharing
+    def _accept(
+        self, call: SimulatedCall, account: AccountLimits, price: TokenPrice, faults: CallFaults
+    ) -> CallAccepted:
+        length, cut_after, sharing = call.length, faults.cut_after, self._sharing
         flight = _CallInFlight(
             self._arrivals,
             call,
             account,
             price,
-            first_token_work=sharing.work + self.config.ttft * self._noise_factor() * fate.slowdown,
-            tpot=self.config.tpot * self._noise_factor() * fate.slowdown,
+            first_token_work=sharing.work + self.config.ttft * self._noise_factor() * faults.slowdown,
+            tpot=self.config.tpot * self._noise_factor() * faults.slowdown,
             reports_progress=call.stream or account.meters_output,
-            last_token=length
-            if fate.cut_after is None or length == 1
-            else 1 + math.floor(fate.cut_after * (length - 1)),
-            reported=fate.reported,
+            last_token=length if cut_after is None or length == 1 else 1 + math.floor(cut_after * (length - 1)),
+            reported=faults.reported,
         )
         self._flights[flight.call_id] = flight
         sharing.population = len(self._flights)
         self._mark(flight)
         self._billing.record_acceptance(len(self._flights))
         request_id, dialect = self._request_id(), call.dialect or self.config.dialect
-        headers = account.headers(dialect, self._now, self._epoch + self._now) | wire.request_id_header(
-            dialect, request_id
-        )
+        headers = account.headers(dialect, self._now, self._epoch + self._now)
+        headers |= wire_errors.request_id_header(dialect, request_id)
         return CallAccepted(flight.call_id, request_id, headers)
 
     def _refuse(
@@ -279,28 +277,30 @@ class ProviderModel:
     ) -> CallRefused:
         dialect = call.dialect or self.config.dialect
         limits = account.headers(dialect, self._now, self._epoch + self._now) if account else {}
-        why = wire.RefusalDetails(reason, call.model, shortage, account.next_minute_limit if account else 0.0)
-        answer = wire.refusal_response(dialect, why, limits, self._request_id())
+        next_minute_limit = account.next_minute_limit if account else 0.0
+        details = wire_errors.RefusalDetails(reason, call.model, shortage, next_minute_limit)
+        answer = wire_errors.refusal_response(dialect, details, limits, self._request_id())
         self._billing.record_refusal(call.run, answer.status, reason)
         retry_after = shortage.wait if shortage and not math.isinf(shortage.wait) else None
         return CallRefused(answer.status, answer.headers, answer.body, reason, retry_after)
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- the end of a call ------------------------------------------------------------------------------------------
 
-    def _account_output(self, flight: _CallInFlight, made: int) -> None:
-        """Account for output tokens as they are made."""
-        if made > flight.output_tokens:
-            flight.account.charge_output(self._now, made - flight.output_tokens)
-            flight.output_tokens = made
+    def _account_output(self, flight: _CallInFlight, output_tokens: int) -> None:
+        """Charge the output produced since the last time; `output_tokens` is the number so far."""
+        if output_tokens > flight.output_tokens:
+            flight.account.charge_output(self._now, output_tokens - flight.output_tokens)
+            flight.output_tokens = output_tokens
 
     def _cut(self, flight: _CallInFlight, at: float) -> None:
-        self._billing.cut += not flight.abandoned
+        if not flight.abandoned:
+            self._billing.record_cut()
         self._emit(flight, CallCut(flight.call_id, at, self._close_call(flight, wasted=True), flight.reported))
 
     def _close_call(self, flight: _CallInFlight, *, wasted: bool) -> BilledUsage:
         del self._flights[flight.call_id]
         self._sharing.population = len(self._flights)
-        self._sharing.discard_unwanted(self._in_flight)
+        self._sharing.discard_unwanted(self._is_in_flight)
         if not self._flights:
             self._sharing.reset()
         usage = flight.usage(flight.output_tokens)
@@ -308,9 +308,9 @@ class ProviderModel:
         self._billing.record_end(flight.call.run, usage, wasted=wasted)
         return usage
 
-    # --- small things -----------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------------------
 
-    def _in_flight(self, flight: _CallInFlight) -> bool:
+    def _is_in_flight(self, flight: _CallInFlight) -> bool:
         return flight.call_id in self._flights
 
     def _price_of(self, model: str) -> tuple[str, TokenPrice | None]:
@@ -320,5 +320,6 @@ class ProviderModel:
         return f"req_{self._arrivals:024d}"
 
     def _noise_factor(self) -> float:
+        """Draw a lognormal factor of mean 1."""
         sigma = self.config.noise
         return math.exp(self._noise.gauss(-sigma * sigma / 2, sigma)) if sigma else 1.0

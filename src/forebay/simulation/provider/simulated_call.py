@@ -1,4 +1,4 @@
-"""A call to a simulated provider, and what can become of it."""
+"""A call to a simulated provider, and the events that follow it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from forebay.simulation.provider.provider_config import Dialect
 
 
 class InvalidSimulatedCall(ForebayError, ValueError):
-    """Tokens are counted from 0, bounded from 1: not {input_tokens} in, {output_tokens} out, {max_tokens} at most."""
+    """A call has 0 tokens or more, and max_tokens of 1 or more; got {input_tokens}, {output_tokens}, {max_tokens}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedCall:
     """One call as it reaches the provider.
 
-    `input_tokens` is what the provider counts, `output_tokens` what the model will have said when it stops by itself;
-    ``max_tokens`` cuts that short. A call that does not `stream` is told only its first token and its end.
+    `input_tokens` is the provider's count of the input. `output_tokens` is the length of the answer at which the model
+    stops by itself; ``max_tokens`` can end it earlier. Without `stream`, the events are the first token and the end.
 
     Raises:
-        InvalidCall: fewer than no tokens.
+        InvalidSimulatedCall: a number of tokens is out of range.
     """
 
     model: str
@@ -31,8 +31,8 @@ class SimulatedCall:
     max_tokens: int | None = None
     stream: bool = False
     key: str = ""  # the API key
-    run: str | None = None  # whose account of tokens it goes to, see `ProviderModel.bills`
-    dialect: Dialect | None = None  # in which to answer, if not the provider's own
+    run: str | None = None  # the agent's run that the tokens are billed to, see `ProviderModel.bills`
+    dialect: Dialect | None = None  # of the answer; None: the provider's own
 
     def __post_init__(self) -> None:
         if min(self.input_tokens, self.output_tokens) < 0 or (self.max_tokens is not None and self.max_tokens < 1):
@@ -41,18 +41,18 @@ class SimulatedCall:
 
     @property
     def stops(self) -> bool:
-        """The answer ends by itself, not at its bound."""
+        """True if the answer ends by itself, False if ``max_tokens`` ends it."""
         return self.max_tokens is None or self.output_tokens <= self.max_tokens
 
     @property
     def length(self) -> int:
-        """Output tokens that will be made: at least 1."""
+        """The number of output tokens of the whole answer: at least 1."""
         return max(1, self.output_tokens if self.max_tokens is None else min(self.output_tokens, self.max_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class CallAccepted:
-    """The call is in flight; its answer will begin with these headers."""
+    """The call is in flight; its answer starts with these headers."""
 
     call_id: int
     request_id: str
@@ -67,12 +67,12 @@ class CallRefused:
     headers: dict[str, str]
     body: bytes
     reason: RefusalReason
-    retry_after: float | None  # seconds, as exactly as the provider knows; None: it does not say
+    retry_after: float | None  # seconds, exact; None: the provider gives none
 
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The first token of a call is there."""
+    """The first token of a call was produced."""
 
     call_id: int
     at: float
@@ -80,7 +80,7 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class TokensProduced:
-    """So many further tokens of a streaming call are there."""
+    """Further tokens of a streaming call were produced."""
 
     call_id: int
     at: float
@@ -89,7 +89,7 @@ class TokensProduced:
 
 @dataclass(frozen=True, slots=True)
 class CallCompleted:
-    """A call has been answered whole."""
+    """The answer to a call is complete."""
 
     call_id: int
     at: float
@@ -98,7 +98,7 @@ class CallCompleted:
 
 @dataclass(frozen=True, slots=True)
 class CallCut:
-    """A call was ended by the provider: `reported` as an error, or the connection just dropped."""
+    """The provider ended a call early: with an error if `reported`, otherwise by dropping the connection."""
 
     call_id: int
     at: float

@@ -1,4 +1,4 @@
-"""The simulated provider inside an event loop, virtual or real: callers await, one timer waits for what is next."""
+"""The simulated provider in an event loop, virtual or real: callers await, and one timer waits for the next event."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from forebay.simulation.provider.simulated_call import (
 
 
 class ProviderRefusal(ForebayError):
-    """The simulated provider refused a call with status {status}, because of {reason}."""
+    """The simulated provider refused a call with status {status} ({reason})."""
 
     status: int
     headers: dict[str, str]
@@ -36,16 +36,16 @@ class ProviderRefusal(ForebayError):
 
 
 class AnswerCut(ForebayError):
-    """The simulated provider ended a call in the middle, after {output_tokens} tokens of output."""
+    """The simulated provider ended a call early, after {output_tokens} output tokens."""
 
     output_tokens: int
     usage: BilledUsage
-    reported: bool  # told as an error; else the connection dropped
+    reported: bool  # as an error; otherwise the connection dropped
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedCall:
-    """A call that was answered whole; times in seconds, from the moment it was let in."""
+    """The result of a call with a complete answer; times are in seconds since the call was accepted."""
 
     usage: BilledUsage
     headers: dict[str, str]
@@ -54,9 +54,9 @@ class CompletedCall:
 
 
 class CallStream:
-    """A call that was let in: an async iterator over what happens to it, and a context that hangs up when left.
+    """An accepted call: an async iterator over its events, and a context manager that hangs up on exit.
 
-    The last event is `Finished` or `CallCut`. One task reads it.
+    The last event is `CallCompleted` or `CallCut`. One task reads it.
     """
 
     def __init__(self, provider: SimulatedProvider, call_id: int, request_id: str, headers: dict[str, str]) -> None:
@@ -84,18 +84,18 @@ class CallStream:
         self._over = self._over or isinstance(event, CallCompleted | CallCut)
         return event
 
-    def put(self, event: CallEvent) -> None:
-        """For the provider: something has happened."""
+    def _put(self, event: CallEvent) -> None:
+        """Add an event; called by the provider."""
         self._events.append(event)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     def close(self) -> None:
-        """Hang up, unless it is over; a second time does nothing."""
+        """Hang up, unless the call is over; calling it again does nothing."""
         self._events.clear()
         if not self._over:
             self._over = True
-            self._provider.hang_up(self.call_id)
+            self._provider._hang_up(self.call_id)  # noqa: SLF001 - the provider that made this stream
 
     def __enter__(self) -> Self:
         return self
@@ -107,28 +107,26 @@ class CallStream:
 
 
 class SimulatedProvider:
-    """A provider that lives in the running event loop; its second 0 is the moment when it is made.
+    """A simulated LLM provider in the running event loop; its second 0 is the time at which it is created.
 
-    Not for threads: everything happens on the loop. It holds no task, only a timer while something is due.
+    Not thread-safe: use it on its loop only. It holds no task, only a timer while an event is due.
+
+    Args:
+        config: its capacity, limits and faults.
+        seed: seeds all randomness.
+        epoch: wall time of second 0, in epoch seconds; by default 2026-01-01T00:00:00Z.
     """
 
     def __init__(self, config: ProviderConfig, seed: int = 0, *, epoch: float = EPOCH) -> None:
-        """Begin now, in the running loop.
-
-        Args:
-            config: what the provider is like.
-            seed: all that is left to chance comes from it.
-            epoch: the wall time of this moment, in epoch seconds; by default 2026 begins.
-        """
         self.config = config
         self._loop = asyncio.get_running_loop()
         self._origin = self._loop.time()
-        self._provider = ProviderModel(config, seed=seed, epoch=epoch)
+        self._model = ProviderModel(config, seed=seed, epoch=epoch)
         self._streams: dict[int, CallStream] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = math.inf
 
-    async def call(  # noqa: PLR0913 - a call has that many properties
+    async def call(  # noqa: PLR0913 - a call has that many fields
         self,
         *,
         model: str,
@@ -139,11 +137,11 @@ class SimulatedProvider:
         key: str = "",
         run: str | None = None,
     ) -> CompletedCall:
-        """Make one call and wait for its end; to be cancelled is to hang up.
+        """Make one call and wait for its end; a cancellation hangs up. The arguments are the fields of `SimulatedCall`.
 
         Raises:
-            Refusal: the provider would not; status, headers and body as they go over the wire.
-            Broken: it broke off in the middle.
+            ProviderRefusal: the provider refused the call; it has the status, headers and body of the HTTP response.
+            AnswerCut: the provider ended the answer early.
         """
         call = SimulatedCall(
             model=model,
@@ -154,73 +152,73 @@ class SimulatedProvider:
             key=key,
             run=run,
         )
-        began = self._loop.time()
-        first = began
+        start = self._loop.time()
+        first_token = start
         with await self.open(call) as answer:
             async for event in answer:
                 match event:
                     case FirstToken():
-                        first = self._loop.time()
+                        first_token = self._loop.time()
                     case CallCompleted(usage=usage):
-                        return CompletedCall(usage, answer.headers, first - began, self._loop.time() - began)
+                        return CompletedCall(usage, answer.headers, first_token - start, self._loop.time() - start)
                     case CallCut(usage=usage, reported=reported):
                         raise AnswerCut(output_tokens=usage.output_tokens, usage=usage, reported=reported)
                     case TokensProduced():
                         pass
-        raise AssertionError  # pragma: no cover - an answer ends with Finished or Cut
+        raise AssertionError  # pragma: no cover - a stream ends with CallCompleted or CallCut
 
     async def open(self, call: SimulatedCall) -> CallStream:
-        """Make one call and return when it is let in; the answer must be read to its end or closed.
+        """Make one call and return once it is accepted; read the stream to its end or close it.
 
         Raises:
-            Refusal: the provider would not.
+            ProviderRefusal: the provider refused the call.
         """
-        answer = self.try_open(call)
-        if isinstance(answer, CallStream):
-            return answer
+        outcome = self.try_open(call)
+        if isinstance(outcome, CallStream):
+            return outcome
         if self.config.refusal_delay:
             await asyncio.sleep(self.config.refusal_delay)
         raise ProviderRefusal(
-            status=answer.status,
-            headers=answer.headers,
-            body=answer.body,
-            reason=answer.reason,
-            retry_after=answer.retry_after,
+            status=outcome.status,
+            headers=outcome.headers,
+            body=outcome.body,
+            reason=outcome.reason,
+            retry_after=outcome.retry_after,
         )
 
     def try_open(self, call: SimulatedCall) -> CallStream | CallRefused:
-        """The same without waiting and without an exception: the answer to read or close, or the refusal."""
-        verdict = self._provider.arrive(self._now(), call)
-        self._arm()
-        if isinstance(verdict, CallRefused):
-            return verdict
-        answer = CallStream(self, verdict.call_id, verdict.request_id, verdict.headers)
-        self._streams[verdict.call_id] = answer
-        return answer
+        """Make one call without waiting; return the stream to read or close, or the refusal."""
+        outcome = self._model.arrive(self._now(), call)
+        self._set_timer()
+        if isinstance(outcome, CallRefused):
+            return outcome
+        stream = CallStream(self, outcome.call_id, outcome.request_id, outcome.headers)
+        self._streams[outcome.call_id] = stream
+        return stream
 
-    def hang_up(self, call_id: int) -> None:
-        """For an answer: its reader has left."""
+    def _hang_up(self, call_id: int) -> None:
+        """End a call whose reader closed its stream."""
         self._streams.pop(call_id, None)
-        self._provider.hang_up(self._now(), call_id)
-        self._arm()
+        self._model.hang_up(self._now(), call_id)
+        self._set_timer()
 
     def statistics(self) -> ProviderStatistics:
-        """A frozen snapshot of everything counted until now."""
+        """Return a snapshot of the counts until now."""
         self._deliver(self._now())
-        return self._provider.statistics()
+        return self._model.statistics()
 
     def bills(self) -> dict[str, Bill]:
-        """Calls and tokens of each run that calls named."""
-        return self._provider.bills()
+        """Return the bill of each run that calls named."""
+        return self._model.bills()
 
     # --- the timer --------------------------------------------------------------------------------------------------
 
     def _now(self) -> float:
         return self._loop.time() - self._origin
 
-    def _arm(self) -> None:
-        """Have the timer fire when something is due. One that fires too early looks again, so it is not moved later."""
-        due = self._provider.next_event()
+    def _set_timer(self) -> None:
+        """Set the timer for the next event. A timer that is due too early stays: it fires and is set again."""
+        due = self._model.next_event()
         if self._timer is not None:
             if self._due <= due < math.inf:
                 return
@@ -232,12 +230,12 @@ class SimulatedProvider:
 
     def _on_timer(self) -> None:
         due, self._timer = self._due, None
-        self._deliver(max(due, self._now()))  # a loop's timers may fire a clock's resolution early
+        self._deliver(max(due, self._now()))  # a loop may fire timers early by its clock's resolution
 
     def _deliver(self, now: float) -> None:
-        for event in self._provider.advance(now):
+        for event in self._model.advance(now):
             over = isinstance(event, CallCompleted | CallCut)
-            answer = self._streams.pop(event.call_id, None) if over else self._streams.get(event.call_id)
-            if answer is not None:
-                answer.put(event)
-        self._arm()
+            stream = self._streams.pop(event.call_id, None) if over else self._streams.get(event.call_id)
+            if stream is not None:
+                stream._put(event)  # noqa: SLF001 - a stream that this provider made
+        self._set_timer()

@@ -1,4 +1,4 @@
-"""Figures fitted to real LLM traffic by ``bench/fit_traffic.py``; do not edit, fit again.
+"""Quantiles of real LLM traffic, written by ``bench/fit_traffic.py``: do not edit, run it again.
 
 The traffic is that of two Azure LLM inference services on 16 November 2023, published by Microsoft in the Azure Public
 Dataset as "AzureLLMInferenceTrace" under CC-BY 4.0 and introduced in P. Patel et al., "Splitwise: Efficient Generative

@@ -1,14 +1,14 @@
-"""How a provider puts its limits and its refusals: statuses, headers and error bodies of OpenAI and of Anthropic.
+"""Error responses and rate limit headers of OpenAI and of Anthropic: status, headers and body of every refusal.
 
-Shapes and meanings as their public references and recorded answers have them (2024 to 2026):
+The formats follow the public references and recorded answers (2024 to 2026):
 
-- OpenAI: resets are durations until *full again* (``6m0s``, ``1.2s``, ``20ms``); ``retry-after`` in whole seconds and
-  ``retry-after-ms``; the error's ``type`` tells requests from tokens; a spent account is a 429 with the code
-  ``insufficient_quota``; a sudden rise is a 503 *slow down*.
-- Anthropic: resets are moments (RFC 3339, UTC) when it is full again; ``retry-after`` in whole seconds; every 429 has
-  the type ``rate_limit_error`` and only its words tell which; the concurrency kind comes without any limit's headers;
-  overload is 529.
-- Both, from the machines in front of them: a 502 is a page of HTML, a 503 has an empty body, neither has headers.
+- OpenAI: resets are durations until *full again* (``6m0s``, ``1.2s``, ``20ms``); ``retry-after`` is in whole seconds,
+  with ``retry-after-ms``; the error's ``type`` tells requests from tokens; an account without credit gets a 429 with
+  the code ``insufficient_quota``; a sudden rise of traffic gets a 503 *slow down*.
+- Anthropic: resets are times (RFC 3339, UTC) at which the limit is full again; ``retry-after`` is in whole seconds;
+  every 429 has the type ``rate_limit_error``, and only its message says which limit; the concurrency limit comes
+  without rate limit headers; overload is 529.
+- Both, from the proxies in front of them: a 502 is an HTML page, a 503 has an empty body, and neither has headers.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _HTML: Final = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 
 _LIMITED: Final = frozenset(
     {RefusalReason.REQUESTS, RefusalReason.TOKENS, RefusalReason.INPUT_TOKENS, RefusalReason.OUTPUT_TOKENS}
 )
-_ORGANIZATION: Final = "org-plant"
+_ORGANIZATION: Final = "org-simulated"
 
 
 @dataclass(frozen=True, slots=True)
 class RefusalDetails:
-    """What a refusal has to tell."""
+    """The facts that a refusal reports."""
 
     reason: RefusalReason
     model: str
     shortage: RateShortage | None = None
-    next_minute_limit: float = 0.0  # of an acceleration limit, in the next minute
+    next_minute_limit: float = 0.0  # of an acceleration limit
 
 
 @dataclass(frozen=True, slots=True)
 class HttpReply:
-    """A refusal as it goes over the wire."""
+    """An HTTP response: status, headers and body."""
 
     status: int
     headers: dict[str, str]
@@ -52,7 +52,7 @@ class HttpReply:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as OpenAI writes them, to the millisecond: ``20ms``, ``1.2s``, ``6m0s``, ``1h0m0s``."""
+    """Return `seconds` as OpenAI writes a duration, to the millisecond: ``20ms``, ``1.2s``, ``6m0s``, ``1h0m0s``."""
     ms = math.ceil(seconds * 1000 - 1e-6)
     if ms < 1000:  # noqa: PLR2004 - a second
         return f"{ms}ms" if ms else "0s"
@@ -63,12 +63,12 @@ def format_duration(seconds: float) -> str:
 
 
 def format_timestamp(epoch: float) -> str:
-    """A moment as Anthropic writes it: RFC 3339 in UTC, whole seconds, never early."""
+    """Return a time as Anthropic writes it: RFC 3339 in UTC, rounded up to whole seconds."""
     return dt.datetime.fromtimestamp(math.ceil(epoch - 1e-6), dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def rate_limit_headers(dialect: Dialect, readings: Iterable[MeterReading], wall: float) -> dict[str, str]:
-    """What every answer tells of the account's limits; `wall` is the time in epoch seconds."""
+    """Return the headers that report the account's rate limits; `wall` is the wall time in epoch seconds."""
     headers: dict[str, str] = {}
     for reading in readings:
         kind = reading.unit.value.replace("_", "-")
@@ -87,7 +87,7 @@ def rate_limit_headers(dialect: Dialect, readings: Iterable[MeterReading], wall:
 
 
 def _combined_token_headers(headers: dict[str, str]) -> dict[str, str]:
-    """Anthropic's ``tokens`` headers, where only input and output have allowances: their sum, and the earlier reset."""
+    """Return Anthropic's ``tokens`` headers if only input and output are limited: the sums, and the earlier reset."""
     family = "anthropic-ratelimit-{}tokens-{}"
     parts = [p for p in ("input-", "output-") if family.format(p, "limit") in headers]
     if not parts or family.format("", "limit") in headers:
@@ -100,7 +100,7 @@ def _combined_token_headers(headers: dict[str, str]) -> dict[str, str]:
 
 
 def retry_after_headers(dialect: Dialect, wait: float) -> dict[str, str]:
-    """When to come back, in `wait` seconds; nothing for never."""
+    """Return the Retry-After headers for `wait` seconds; none for infinity."""
     if math.isinf(wait):
         return {}
     ms = math.ceil(wait * 1000 - 1e-6)
@@ -109,37 +109,36 @@ def retry_after_headers(dialect: Dialect, wait: float) -> dict[str, str]:
 
 
 def request_id_header(dialect: Dialect, request_id: str) -> dict[str, str]:
-    """The header that names a request in a conversation with the provider's support."""
+    """Return the header that identifies a request to the provider's support."""
     return {"x-request-id" if dialect is Dialect.OPENAI else "request-id": request_id}
 
 
-def refusal_response(dialect: Dialect, why: RefusalDetails, limits: dict[str, str], request_id: str) -> HttpReply:
-    """A refusal in full; `limits` are the account's limit headers, for those refusals that carry them."""
-    name = request_id_header(dialect, request_id)
-    if why.reason is RefusalReason.BAD_GATEWAY:
+def refusal_response(dialect: Dialect, details: RefusalDetails, limits: dict[str, str], request_id: str) -> HttpReply:
+    """Return the response for a refused call; `limits` are the rate limit headers, for refusals that carry them."""
+    if details.reason is RefusalReason.BAD_GATEWAY:
         return HttpReply(502, {"content-type": "text/html"}, _HTML)
-    if why.reason is RefusalReason.UNAVAILABLE:
+    if details.reason is RefusalReason.UNAVAILABLE:
         return HttpReply(503, {}, b"")
     if dialect is Dialect.OPENAI:
-        status, body = _openai(why)
+        status, body = _openai(details)
     else:
-        status, body = _anthropic(why, request_id)
-    headers = {"content-type": "application/json"} | name
-    if why.reason in _LIMITED or why.reason in (RefusalReason.TOO_LARGE, RefusalReason.ACCELERATION):
+        status, body = _anthropic(details, request_id)
+    headers = {"content-type": "application/json"} | request_id_header(dialect, request_id)
+    if details.reason in _LIMITED or details.reason in (RefusalReason.TOO_LARGE, RefusalReason.ACCELERATION):
         headers |= limits
-    if why.shortage is not None:
-        headers |= retry_after_headers(dialect, why.shortage.wait)
+    if details.shortage is not None:
+        headers |= retry_after_headers(dialect, details.shortage.wait)
     return HttpReply(status, headers, msgspec.json.encode(body))
 
 
 def stream_error_body(dialect: Dialect, request_id: str) -> dict[str, object]:
-    """The error that is told in the middle of an answer: the provider broke down."""
-    why = RefusalDetails(RefusalReason.OVERLOADED if dialect is Dialect.ANTHROPIC else RefusalReason.ERROR, "")
-    return _openai(why)[1] if dialect is Dialect.OPENAI else _anthropic(why, request_id)[1]
+    """Return the body of an error in the middle of an answer: the provider failed."""
+    details = RefusalDetails(RefusalReason.OVERLOADED if dialect is Dialect.ANTHROPIC else RefusalReason.ERROR, "")
+    return _openai(details)[1] if dialect is Dialect.OPENAI else _anthropic(details, request_id)[1]
 
 
 def bad_request_response(dialect: Dialect, message: str, request_id: str) -> HttpReply:
-    """A 400: the request makes no sense."""
+    """Return a 400: the request is invalid."""
     if dialect is Dialect.OPENAI:
         body = _openai_error(message, "invalid_request_error", None)
     else:
@@ -152,8 +151,8 @@ _PERIODS: Final = {1.0: "second", 60.0: "minute", 3600.0: "hour", 86400.0: "day"
 
 
 def _period(shortage: RateShortage) -> str:
-    """The name of the period of a limit; one without a name is told by the minute, as clients expect."""
-    return _PERIODS.get(shortage.per, "minute")
+    """Return the name of a limit's period; a period without a name is called a minute, which clients can parse."""
+    return _PERIODS.get(shortage.period, "minute")
 
 
 def _unit_text(shortage: RateShortage) -> str:
@@ -162,16 +161,16 @@ def _unit_text(shortage: RateShortage) -> str:
 
 # --- OpenAI ---------------------------------------------------------------------------------------------------------
 
-_SHORT: Final = {Unit.REQUESTS: "RP", Unit.TOKENS: "TP", Unit.INPUT_TOKENS: "ITP", Unit.OUTPUT_TOKENS: "OTP"}
+_ABBREVIATIONS: Final = {Unit.REQUESTS: "RP", Unit.TOKENS: "TP", Unit.INPUT_TOKENS: "ITP", Unit.OUTPUT_TOKENS: "OTP"}
 
 
-def _openai(why: RefusalDetails) -> tuple[int, dict[str, object]]:
-    if why.shortage is not None and why.reason is not RefusalReason.ACCELERATION:
-        kind = "requests" if why.shortage.unit is Unit.REQUESTS else "tokens"
-        return 429, _openai_error(_openai_limit(why, why.shortage), kind, "rate_limit_exceeded")
+def _openai(details: RefusalDetails) -> tuple[int, dict[str, object]]:
+    if details.shortage is not None and details.reason is not RefusalReason.ACCELERATION:
+        kind = "requests" if details.shortage.unit is Unit.REQUESTS else "tokens"
+        return 429, _openai_error(_openai_limit(details, details.shortage), kind, "rate_limit_exceeded")
     status, message, kind, code = {
         RefusalReason.CONCURRENCY: (429, "Too many requests in flight at once.", "requests", "rate_limit_exceeded"),
-        RefusalReason.STRAY: (429, f"Rate limit reached for {why.model}.", "requests", "rate_limit_exceeded"),
+        RefusalReason.STRAY: (429, f"Rate limit reached for {details.model}.", "requests", "rate_limit_exceeded"),
         RefusalReason.SPEND_CAP: (
             429,
             "You exceeded your current quota, please check your plan and billing details.",
@@ -192,25 +191,26 @@ def _openai(why: RefusalDetails) -> tuple[int, dict[str, object]]:
         ),
         RefusalReason.UNKNOWN_MODEL: (
             404,
-            f"The model `{why.model}` does not exist or you do not have access to it.",
+            f"The model `{details.model}` does not exist or you do not have access to it.",
             "invalid_request_error",
             "model_not_found",
         ),
-    }.get(why.reason, (500, "The server had an error while processing your request.", "server_error", None))
+    }.get(details.reason, (500, "The server had an error while processing your request.", "server_error", None))
     return status, _openai_error(message, kind, code)
 
 
-def _openai_limit(why: RefusalDetails, shortage: RateShortage) -> str:
-    what, period = f"{why.model} in organization {_ORGANIZATION}", _period(shortage)
-    unit = f"{_unit_text(shortage)} per {period[:3]} ({_SHORT[shortage.unit]}{period[0].upper()})"
-    if why.reason is RefusalReason.TOO_LARGE:
+def _openai_limit(details: RefusalDetails, shortage: RateShortage) -> str:
+    subject, period = f"{details.model} in organization {_ORGANIZATION}", _period(shortage)
+    unit = f"{_unit_text(shortage)} per {period[:3]} ({_ABBREVIATIONS[shortage.unit]}{period[0].upper()})"
+    if details.reason is RefusalReason.TOO_LARGE:
         return (
-            f"Request too large for {what} on {unit}: Limit {shortage.limit:.0f}, Requested {shortage.requested:.0f}. "
-            "The input or output tokens must be reduced in order to run successfully."
+            f"Request too large for {subject} on {unit}: Limit {shortage.limit:.0f}, "
+            f"Requested {shortage.requested:.0f}. The input or output tokens must be reduced in order to run "
+            "successfully."
         )
     used = shortage.limit - max(0, math.floor(shortage.remaining))
     return (
-        f"Rate limit reached for {what} on {unit}: Limit {shortage.limit:.0f}, Used {used:.0f}, "
+        f"Rate limit reached for {subject} on {unit}: Limit {shortage.limit:.0f}, Used {used:.0f}, "
         f"Requested {shortage.requested:.0f}. Please try again in {format_duration(shortage.wait)}."
     )
 
@@ -222,32 +222,32 @@ def _openai_error(message: str, kind: str, code: str | None) -> dict[str, object
 # --- Anthropic ------------------------------------------------------------------------------------------------------
 
 
-def _anthropic(why: RefusalDetails, request_id: str) -> tuple[int, dict[str, object]]:
+def _anthropic(details: RefusalDetails, request_id: str) -> tuple[int, dict[str, object]]:
     status, kind, message = {
         RefusalReason.OVERLOADED: (529, "overloaded_error", "Overloaded"),
         RefusalReason.SPEND_CAP: (402, "billing_error", "Your credit balance is too low to access the Anthropic API."),
-        RefusalReason.UNKNOWN_MODEL: (404, "not_found_error", f"model: {why.model}"),
+        RefusalReason.UNKNOWN_MODEL: (404, "not_found_error", f"model: {details.model}"),
         RefusalReason.ERROR: (500, "api_error", "Internal server error"),
-    }.get(why.reason, (429, "rate_limit_error", ""))
-    return status, _anthropic_error(message or _anthropic_limit(why), kind, request_id)
+    }.get(details.reason, (429, "rate_limit_error", ""))
+    return status, _anthropic_error(message or _anthropic_limit(details), kind, request_id)
 
 
-def _anthropic_limit(why: RefusalDetails) -> str:
-    if why.reason is RefusalReason.CONCURRENCY:
+def _anthropic_limit(details: RefusalDetails) -> str:
+    if details.reason is RefusalReason.CONCURRENCY:
         return "Number of concurrent connections has exceeded your rate limit. Please try again later."
-    if why.shortage is None:
+    if details.shortage is None:
         return "This request would exceed your account's rate limit. Please try again later."
-    unit, period = _unit_text(why.shortage), _period(why.shortage)
-    if why.reason is RefusalReason.ACCELERATION:
+    unit, period = _unit_text(details.shortage), _period(details.shortage)
+    if details.reason is RefusalReason.ACCELERATION:
         return (
             f"This request would exceed your organization's maximum usage increase rate for {unit} per minute "
-            f"(model: {why.model}). Your current limit is {why.shortage.limit:,.0f} {unit} per minute, and will "
-            f"increase to {why.next_minute_limit:,.0f} at the next minute boundary. Please scale up more gradually to stay "
-            "within the acceleration limit."
+            f"(model: {details.model}). Your current limit is {details.shortage.limit:,.0f} {unit} per minute, and "
+            f"will increase to {details.next_minute_limit:,.0f} at the next minute boundary. Please scale up more "
+            "gradually to stay within the acceleration limit."
         )
     return (
         f"This request would exceed the rate limit for your organization ({_ORGANIZATION}) of "
-        f"{why.shortage.limit:,.0f} {unit} per {period}. You can see the response headers for current usage."
+        f"{details.shortage.limit:,.0f} {unit} per {period}. You can see the response headers for current usage."
     )
 
 

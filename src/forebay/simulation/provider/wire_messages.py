@@ -1,7 +1,7 @@
-"""What a call looks like on the wire when all goes well: requests read, answers written, whole or as events.
+"""Requests and successful answers in the formats of OpenAI and of Anthropic, whole or streamed.
 
-Shapes of OpenAI's chat completions and of Anthropic's messages, as their SDKs read them. Pure, and made to be cheap: a
-plant on half a processor should not be what limits a bench.
+The formats are those of OpenAI's chat completions and of Anthropic's messages, as their SDKs read them. Pure, and
+cheap: the simulated provider must not be the bottleneck of a benchmark.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import msgspec
 
 Body = dict[str, Any]
 
-_CHARACTERS = 4  # to a token, as everybody estimates
-_PER_MESSAGE = 4  # tokens, for its role and its borders
+_CHARACTERS_PER_TOKEN = 4  # the usual estimate
+_TOKENS_PER_MESSAGE = 4  # for its role and delimiters
 _WORDS: Final = [
     *("river", "water", "stone", "gate", "valley", "meadow", "spring", "channel", "bridge", "turbine", "lake"),
     *("shore", "cloud", "rain", "delta", "bank", "reed", "current", "pool", "weir", "source", "mill", "rapid"),
@@ -23,22 +23,22 @@ _WORDS: Final = [
 _TEXT_WORDS: Final = 4096
 
 
-def _lorem() -> tuple[str, list[int]]:
-    """A text, and where in it each word begins: word i depends on nothing but i, so a test can foretell it."""
+def _filler() -> tuple[str, list[int]]:
+    """Return a text and the offset of each of its words. Word i depends on i alone, so that tests can predict it."""
     words = [" " + _WORDS[(i * i + 7 * i // 3) % len(_WORDS)] for i in range(_TEXT_WORDS)]
     return "".join(words), [0, *itertools.accumulate(len(word) for word in words)]
 
 
-_LOREM, _BEGINS = _lorem()
+_FILLER, _OFFSETS = _filler()
 
 
 def answer_text(first: int, tokens: int) -> str:
-    """`tokens` words of an answer, from word `first` on; a word stands for a token."""
+    """Return `tokens` words of an answer, starting with word `first`; each word counts as a token."""
     parts, first_word = [], first == 0
     while tokens > 0:
         begin = first % _TEXT_WORDS
         end = min(_TEXT_WORDS, begin + tokens)
-        parts.append(_LOREM[_BEGINS[begin] : _BEGINS[end]])
+        parts.append(_FILLER[_OFFSETS[begin] : _OFFSETS[end]])
         first, tokens = first + end - begin, tokens - (end - begin)
     return "".join(parts).lstrip() if first_word else "".join(parts)
 
@@ -47,20 +47,20 @@ def answer_text(first: int, tokens: int) -> str:
 
 
 class ChatMessage(msgspec.Struct):
-    """One message of a conversation; what it says may be text or a list of parts."""
+    """One message of a conversation; its content is text or a list of parts."""
 
     role: str
     content: Any = None
 
 
 class StreamOptions(msgspec.Struct):
-    """How OpenAI is to stream."""
+    """The stream options of OpenAI."""
 
     include_usage: bool = False
 
 
 class ChatRequest(msgspec.Struct):
-    """A chat completion or a message: what the plant reads of either. Everything else is let pass."""
+    """The fields of a chat completion or a message that the provider reads. It ignores all others."""
 
     model: str
     messages: list[ChatMessage]
@@ -73,36 +73,36 @@ class ChatRequest(msgspec.Struct):
 
     @property
     def max_output_tokens(self) -> int | None:
-        """The bound on output tokens, whatever it is called."""
+        """The bound on output tokens, under either of its names."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def include_usage(self) -> bool:
-        """A stream is to end with its usage."""
+        """True if a stream must end with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def input_tokens(self) -> int:
-        """An estimate from the characters, as nobody here has a tokenizer."""
+        """Return an estimate from the number of characters; there is no tokenizer here."""
         characters = sum(_length(message.content) for message in self.messages) + _length(self.system)
         if self.tools:
             characters += len(msgspec.json.encode(self.tools))
-        return -(-characters // _CHARACTERS) + _PER_MESSAGE * len(self.messages)
+        return -(-characters // _CHARACTERS_PER_TOKEN) + _TOKENS_PER_MESSAGE * len(self.messages)
 
 
 _decoder: Final = msgspec.json.Decoder(ChatRequest)
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """Read a request.
+    """Parse a request.
 
     Raises:
-        msgspec.MsgspecError: it is not one; the message says where.
+        msgspec.MsgspecError: the body is not a valid request; the message names the field.
     """
     return _decoder.decode(body)
 
 
 def _length(content: Any) -> int:
-    """Characters of text in a content: a string, or parts that may hold one."""
+    """Return the characters of text in a content: a string, or parts that may hold one."""
     if isinstance(content, str):
         return len(content)
     if isinstance(content, list):
@@ -111,40 +111,41 @@ def _length(content: Any) -> int:
 
 
 def model_list(names: list[str]) -> bytes:
-    """The list of models, in a shape that both SDKs read."""
-    both = {"object": "model", "created": 0, "owned_by": "plant", "type": "model", "created_at": "2026-01-01T00:00:00Z"}
-    data = [both | {"id": name, "display_name": name} for name in names]
-    ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
-    return msgspec.json.encode({"object": "list", "data": data} | ends)
+    """Return the list of models, in a format that both SDKs read."""
+    openai = {"object": "model", "created": 0, "owned_by": "simulation"}
+    anthropic = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
+    data = [openai | anthropic | {"id": name, "display_name": name} for name in names]
+    page = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+    return msgspec.json.encode({"object": "list", "data": data} | page)
 
 
 # --- answers of OpenAI ----------------------------------------------------------------------------------------------
 
 
 class OpenAIWriter:
-    """One chat completion, whole or as server-sent events."""
+    """The writer of one chat completion, whole or as server-sent events."""
 
     def __init__(self, call_id: int, model: str, created: int, *, include_usage: bool = False) -> None:
         self._base = {"id": f"chatcmpl-{call_id:029d}", "created": created, "model": model}
         self._include_usage = include_usage
 
     def response(self, usage: tuple[int, int], reason: str) -> bytes:
-        """The answer in one piece; `usage` is input and output tokens, `reason` why it ended."""
+        """Return the whole answer; `usage` is input and output tokens, `reason` the finish reason."""
         message: Body = {"role": "assistant", "content": answer_text(0, usage[1]), "refusal": None, "annotations": []}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
         body = self._base | {"object": "chat.completion", "choices": [choice], "usage": self._usage(usage)}
-        return msgspec.json.encode(body | {"service_tier": "default", "system_fingerprint": "fp_plant"})
+        return msgspec.json.encode(body | {"service_tier": "default", "system_fingerprint": "fp_simulated"})
 
-    def stream_start(self, input_tokens: int) -> bytes:  # noqa: ARG002 - Anthropic's needs it
-        """The events before the first token."""
+    def stream_start(self, input_tokens: int) -> bytes:  # noqa: ARG002 - Anthropic's format needs it
+        """Return the events before the first token."""
         return self._chunk({"role": "assistant", "content": "", "refusal": None})
 
     def stream_tokens(self, first: int, tokens: int) -> bytes:
-        """The event that brings so many tokens."""
+        """Return the event with `tokens` tokens, starting with token `first`."""
         return self._chunk({"content": answer_text(first, tokens)})
 
     def stream_end(self, usage: tuple[int, int], reason: str) -> bytes:
-        """The events after the last token."""
+        """Return the events after the last token."""
         events = [self._chunk({}, reason)]
         if self._include_usage:
             usage_chunk = {"object": "chat.completion.chunk", "choices": [], "usage": self._usage(usage)}
@@ -152,17 +153,21 @@ class OpenAIWriter:
         return b"".join((*events, b"data: [DONE]\n\n"))
 
     def stream_error(self, body: Body) -> bytes:
-        """The event that reports a breakdown."""
+        """Return the event that reports an error."""
         return _data(body)
 
     @staticmethod
     def finish_reason(*, stopped: bool) -> str:
-        """Why it ended: by itself, or at its bound."""
+        """Return the finish reason: the answer `stopped` by itself, or reached its bound."""
         return "stop" if stopped else "length"
 
     def _chunk(self, delta: Body, reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        chunk = self._base | {"object": "chat.completion.chunk", "choices": [choice], "system_fingerprint": "fp_plant"}
+        chunk = self._base | {
+            "object": "chat.completion.chunk",
+            "choices": [choice],
+            "system_fingerprint": "fp_simulated",
+        }
         return _data(chunk | {"usage": None} if self._include_usage else chunk)
 
     @staticmethod
@@ -183,19 +188,19 @@ def _data(body: Body) -> bytes:
 
 
 class AnthropicWriter:
-    """One message, whole or as server-sent events."""
+    """The writer of one message, whole or as server-sent events."""
 
     def __init__(self, call_id: int, model: str) -> None:
         self._base = {"id": f"msg_{call_id:024d}", "type": "message", "role": "assistant", "model": model}
 
     def response(self, usage: tuple[int, int], reason: str) -> bytes:
-        """The answer in one piece; `usage` is input and output tokens, `reason` why it ended."""
+        """Return the whole answer; `usage` is input and output tokens, `reason` the finish reason."""
         content = [{"type": "text", "text": answer_text(0, usage[1])}]
         ending = {"content": content, "stop_reason": reason, "stop_sequence": None, "usage": self._usage(usage)}
         return msgspec.json.encode(self._base | ending)
 
     def stream_start(self, input_tokens: int) -> bytes:
-        """The events before the first token."""
+        """Return the events before the first token."""
         empty: Body = {
             "content": [],
             "stop_reason": None,
@@ -207,24 +212,24 @@ class AnthropicWriter:
         return _event(start) + _event(block) + _event({"type": "ping"})
 
     def stream_tokens(self, first: int, tokens: int) -> bytes:
-        """The event that brings so many tokens."""
+        """Return the event with `tokens` tokens, starting with token `first`."""
         delta = {"type": "text_delta", "text": answer_text(first, tokens)}
         return _event({"type": "content_block_delta", "index": 0, "delta": delta})
 
     def stream_end(self, usage: tuple[int, int], reason: str) -> bytes:
-        """The events after the last token."""
+        """Return the events after the last token."""
         delta = {"stop_reason": reason, "stop_sequence": None}
         ending = {"type": "message_delta", "delta": delta, "usage": {"output_tokens": usage[1]}}
         stop = _event({"type": "content_block_stop", "index": 0})
         return stop + _event(ending) + _event({"type": "message_stop"})
 
     def stream_error(self, body: Body) -> bytes:
-        """The event that reports a breakdown."""
+        """Return the event that reports an error."""
         return _event(body)
 
     @staticmethod
     def finish_reason(*, stopped: bool) -> str:
-        """Why it ended: by itself, or at its bound."""
+        """Return the finish reason: the answer `stopped` by itself, or reached its bound."""
         return "end_turn" if stopped else "max_tokens"
 
     @staticmethod

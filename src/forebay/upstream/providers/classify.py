@@ -1,10 +1,21 @@
-"""What an answer means: which limit refused it, or who is at fault."""
+"""The table of provider errors: what a status (429, 402, 408, 503, 529...) or error code means, and what follows.
+
+`classify` reads a response in this order: the error code in its body, then the wording of its message, then its headers
+(Retry-After, a rate limit with nothing left), then its status. It returns an `ErrorKind`; the kind's `ErrorRule` says
+whether the call is retried, what counts it (limit, quota or circuit breaker), whether it may fall back, and what the
+caller gets. `docs/providers.md` shows the same tables, printed from here.
+
+Sources: the error pages of OpenAI ("Error codes"), Anthropic ("Errors") and Azure OpenAI; the sources of Ollama,
+llama.cpp's server and vLLM; the retry code of the SDKs of OpenAI and Anthropic (408, 409, 429, 5xx).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -12,180 +23,357 @@ import msgspec
 from forebay.interfaces import Outcome
 from forebay.upstream.providers.http_headers import RATE_LIMIT_MARK, normalize_headers
 
-_LONGEST: Final = 65_536  # bytes of an error's body worth decoding
-_WORDS: Final = 4096  # characters of it worth reading
+_MAX_BODY: Final = 65_536  # bytes; a longer error body is not decoded
+_MAX_TEXT: Final = 4096  # characters of a message that are searched
+_FIRST_ERROR_STATUS: Final = 400
+_FIRST_SERVER_ERROR: Final = 500
 
 
 class ErrorKind(Enum):
-    """What an answer means to whoever sent the call, and to those who come after it."""
+    """The meaning of a response, for its call and for the calls after it.
 
-    __hash__ = object.__hash__  # an enum hashes its name, in Python; each call looks some up
+    The value appears in messages of `forebay.Overloaded`, so it contains no word that agent frameworks retry on.
+    """
+
+    __hash__ = object.__hash__  # Enum hashes its name in Python, and each call looks kinds up
 
     SUCCESS = "success"
-    RATE_LIMIT = "rate"  # a quota is used up: pace it
-    CONCURRENCY_LIMIT = "concurrency"  # too many at once, or a refusal that gives no reason: lower the limit
-    ACCELERATION_LIMIT = "acceleration"  # use grows too fast: grow slower
-    OVERLOADED = "overloaded"  # the provider has no capacity left, for anybody
-    SPEND_CAP = "spend_cap"  # the money is used up: stop, for every retry would be refused
-    FAULT = "fault"  # the provider is broken, or the way to it
-    TRANSIENT = "try_again"  # 408, 409, 425: says nothing of the provider, and another try may do
-    CLIENT_ERROR = "client_error"  # the request is wrong and stays so
+    RATE_LIMIT = "rate"
+    CONCURRENCY_LIMIT = "concurrency"
+    ACCELERATION_LIMIT = "acceleration"
+    OVERLOADED = "overloaded"
+    SPEND_CAP = "spend_cap"
+    FAULT = "fault"
+    TRANSIENT = "transient"
+    CLIENT_ERROR = "client_error"
+
+    @property
+    def rule(self) -> ErrorRule:
+        """Return the consequences of this kind."""
+        return ERROR_RULES[self]
 
     @property
     def outcome(self) -> Outcome:
-        """What it says to a limit and a breaker. A used-up quota is no congestion: it is paced, not fled from."""
-        return _OUTCOMES.get(self, Outcome.IGNORED)
+        """Return the outcome for the account's limit and circuit breaker."""
+        return ERROR_RULES[self].outcome
 
     @property
     def retryable(self) -> bool:
-        """Whether another attempt may help."""
-        return self not in _FINAL
+        """Return whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``)."""
+        return ERROR_RULES[self].retryable
 
     @property
     def uses_attempt(self) -> bool:
-        """Whether an attempt is used up by it: not by *not now*, which the deadline bounds."""
-        return self in (ErrorKind.FAULT, ErrorKind.TRANSIENT)
+        """Return whether it uses one of `Retry.max_attempts`; a throttled attempt does not: its deadline bounds it."""
+        return ERROR_RULES[self].uses_attempt
+
+    @property
+    def throttled(self) -> bool:
+        """Return whether the provider rejected the call before doing any work, so that nothing was used."""
+        return ERROR_RULES[self].throttled
+
+    @property
+    def can_fall_back(self) -> bool:
+        """Return whether another account of the fallback chain may serve the call."""
+        return ERROR_RULES[self].can_fall_back
 
 
-_OUTCOMES: Final = {
-    ErrorKind.SUCCESS: Outcome.SUCCESS,
-    ErrorKind.CONCURRENCY_LIMIT: Outcome.OVERLOAD,
-    ErrorKind.ACCELERATION_LIMIT: Outcome.OVERLOAD,
-    ErrorKind.OVERLOADED: Outcome.OVERLOAD,
-    ErrorKind.FAULT: Outcome.FAULT,
-}
-_FINAL: Final = frozenset({ErrorKind.SUCCESS, ErrorKind.SPEND_CAP, ErrorKind.CLIENT_ERROR})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorRule:
+    """The consequences of one kind of response: a row of the table.
 
-# The codes and types of errors, lower case. Sources: the error pages of OpenAI ("Error codes"), Anthropic ("Errors"),
-# Azure OpenAI, and the sources of Ollama, llama.cpp's server and vLLM.
-_CODES: Final = {
-    "insufficient_quota": ErrorKind.SPEND_CAP,
-    "billing_hard_limit_reached": ErrorKind.SPEND_CAP,
-    "billing_not_active": ErrorKind.SPEND_CAP,
-    "billing_error": ErrorKind.SPEND_CAP,
-    "enforced_spend_limit_reached": ErrorKind.SPEND_CAP,
-    "insufficient_balance": ErrorKind.SPEND_CAP,
-    "slow_down": ErrorKind.ACCELERATION_LIMIT,
-    "overloaded_error": ErrorKind.OVERLOADED,
-    "engine_overloaded": ErrorKind.OVERLOADED,
-    "nocapacity": ErrorKind.OVERLOADED,
-    "unavailable_error": ErrorKind.OVERLOADED,  # llama.cpp, while it loads its model
-    "resource_exhausted": ErrorKind.RATE_LIMIT,  # Google's, whatever its words say of billing
-}
-_WORDINGS: Final = [
-    # Anthropic, both 400: "Your credit balance is too low", "You have reached your specified API usage limits"
-    (
-        re.compile(r"credit balance|insufficient (?:credits|balance)|spend(?:ing)? limit|specified api usage limits"),
-        ErrorKind.SPEND_CAP,
-    ),
-    # OpenAI says "Request too large for gpt-4o" of what is larger than the bucket ever is
-    (re.compile(r"request too large"), ErrorKind.CLIENT_ERROR),
-    # Anthropic speaks of a "maximum usage increase rate", and asks to "scale up more gradually"
-    (re.compile(r"acceleration limit|usage increase rate|more gradually"), ErrorKind.ACCELERATION_LIMIT),
-    (re.compile(r"concurren|in flight|simultaneous|parallel requests"), ErrorKind.CONCURRENCY_LIMIT),
-    # OpenAI says "The engine is currently overloaded", Azure "experiencing high demand", Ollama "server busy"
-    (re.compile(r"overloaded|high demand|server busy|peak load|no slots available"), ErrorKind.OVERLOADED),
-    (
-        re.compile(
-            r"per (?:second|sec|minute|min|hour|day)\b|/ ?min\b|\b[io]?[rt]p[md]\b|(?:token|call|request) rate limit"
-        ),
-        ErrorKind.RATE_LIMIT,
-    ),
-]
-_IN_STREAM: Final = {
-    "rate_limit_error": ErrorKind.RATE_LIMIT,
-    "rate_limit_exceeded": ErrorKind.RATE_LIMIT,
-    "invalid_request_error": ErrorKind.CLIENT_ERROR,
-    "authentication_error": ErrorKind.CLIENT_ERROR,
-    "permission_error": ErrorKind.CLIENT_ERROR,
-    "not_found_error": ErrorKind.CLIENT_ERROR,
-    "request_too_large": ErrorKind.CLIENT_ERROR,
-    "invalid_prompt": ErrorKind.CLIENT_ERROR,
-}
-_REFUSED, _SPENT, _UNAVAILABLE, _OVERLOADED = 429, 402, 503, 529
-_ERRORS, _SERVER_ERRORS = 400, 500
-_AGAIN: Final = frozenset({408, 409, 425})  # 408 and 409 as the SDKs of OpenAI and Anthropic retry them
-
-
-def classify(status: int, headers: Mapping[str, str], body: bytes = b"") -> ErrorKind:
-    """What an answer with this status means. The body may be empty, no JSON, or not all there.
-
-    A 429 that gives no reason, no time and no quota that is used up counts as CONCURRENCY: that is the one limit of
-    which providers say nothing in headers, and the limiter tells noise from congestion.
+    Attributes:
+        meaning: in a few words.
+        outcome: for the account's limit and circuit breaker: SUCCESS; OVERLOAD counts for the limit and the outage
+            detector; FAULT counts for the circuit breaker; IGNORED for neither.
+        retryable: whether another attempt may succeed.
+        uses_attempt: whether it uses one of `Retry.max_attempts`.
+        throttled: whether the provider rejected the call before doing any work, so that nothing was used.
+        can_fall_back: whether another account of the fallback chain may serve the call.
+        counted_by: the part of the account that reacts, and how.
+        caller_gets: when no attempt is left.
     """
-    if status < _ERRORS:
+
+    meaning: str
+    outcome: Outcome
+    retryable: bool
+    uses_attempt: bool
+    throttled: bool
+    can_fall_back: bool
+    counted_by: str
+    caller_gets: str
+
+
+_PROVIDERS_RESPONSE: Final = "the provider's response"
+
+ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
+    {
+        ErrorKind.SUCCESS: ErrorRule(
+            meaning="no error",
+            outcome=Outcome.SUCCESS,
+            retryable=False,
+            uses_attempt=False,
+            throttled=False,
+            can_fall_back=False,
+            counted_by="quota: settled by the usage; limit: may grow",
+            caller_gets=_PROVIDERS_RESPONSE,
+        ),
+        ErrorKind.RATE_LIMIT: ErrorRule(
+            meaning="a quota (requests or tokens per period) is used up",
+            outcome=Outcome.IGNORED,  # not congestion: the quota paces the calls, and fewer in flight would not help
+            retryable=True,
+            uses_attempt=False,
+            throttled=True,
+            can_fall_back=True,
+            counted_by="quota: sends nothing until it has refilled, or Retry-After has passed",
+            caller_gets=_PROVIDERS_RESPONSE,
+        ),
+        ErrorKind.CONCURRENCY_LIMIT: ErrorRule(
+            meaning="too many calls in flight; also a 429 that gives no reason",
+            outcome=Outcome.OVERLOAD,
+            retryable=True,
+            uses_attempt=False,
+            throttled=True,
+            can_fall_back=True,
+            counted_by="limit: lowered, unless such responses come by chance",
+            caller_gets=_PROVIDERS_RESPONSE,
+        ),
+        ErrorKind.ACCELERATION_LIMIT: ErrorRule(
+            meaning="usage grows too fast",
+            outcome=Outcome.OVERLOAD,
+            retryable=True,
+            uses_attempt=False,
+            throttled=True,
+            can_fall_back=True,
+            counted_by="limit: lowered, then grows again slowly",
+            caller_gets=_PROVIDERS_RESPONSE,
+        ),
+        ErrorKind.OVERLOADED: ErrorRule(
+            meaning="the provider has no capacity, for any customer",
+            outcome=Outcome.OVERLOAD,
+            retryable=True,
+            uses_attempt=False,
+            throttled=True,
+            can_fall_back=True,
+            counted_by="limit: lowered; outage detector: rejects calls once nothing was accepted for `max_wait`",
+            caller_gets=f"{_PROVIDERS_RESPONSE}; in an outage `Overloaded`, limited by `outage`",
+        ),
+        ErrorKind.SPEND_CAP: ErrorRule(
+            meaning="the account's money at the provider is used up",
+            outcome=Outcome.IGNORED,
+            retryable=False,  # every retry would be rejected, whatever x-should-retry says
+            uses_attempt=False,
+            throttled=True,
+            can_fall_back=True,
+            counted_by="account: sends nothing for 60 s, or for Retry-After up to 1 h",
+            caller_gets=f"{_PROVIDERS_RESPONSE}; the calls after it `Overloaded`, limited by `budget`",
+        ),
+        ErrorKind.FAULT: ErrorRule(
+            meaning="the provider, or the way to it, is broken",
+            outcome=Outcome.FAULT,
+            retryable=True,
+            uses_attempt=True,
+            throttled=False,
+            can_fall_back=True,
+            counted_by="circuit breaker: opens after enough of them; retry budget",
+            caller_gets=f"{_PROVIDERS_RESPONSE}, or the connection error; with the breaker open `Overloaded`",
+        ),
+        ErrorKind.TRANSIENT: ErrorRule(
+            meaning="says nothing about the provider, and another attempt may succeed",
+            outcome=Outcome.IGNORED,
+            retryable=True,
+            uses_attempt=True,
+            throttled=False,
+            can_fall_back=False,
+            counted_by="nothing but the retry budget",
+            caller_gets=_PROVIDERS_RESPONSE,
+        ),
+        ErrorKind.CLIENT_ERROR: ErrorRule(
+            meaning="the request is wrong, and would be wrong again",
+            outcome=Outcome.IGNORED,
+            retryable=False,
+            uses_attempt=False,
+            throttled=False,
+            can_fall_back=False,
+            counted_by="nothing",
+            caller_gets=_PROVIDERS_RESPONSE,
+        ),
+    }
+)
+"""What follows from each kind of response."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRule:
+    """The meaning of a status by itself, and the kinds that the rest of the response may turn it into.
+
+    Attributes:
+        kind: if neither body nor headers say more.
+        by_body: kinds that an error code or the wording of a message may turn it into.
+        by_headers: the kind if the headers name a quota: Retry-After, or a rate limit with nothing left.
+    """
+
+    kind: ErrorKind
+    by_body: frozenset[ErrorKind] = frozenset({ErrorKind.SPEND_CAP})
+    by_headers: ErrorKind | None = None
+
+
+_CAPACITY: Final = StatusRule(ErrorKind.OVERLOADED, frozenset({ErrorKind.SPEND_CAP, ErrorKind.ACCELERATION_LIMIT}))
+STATUS_RULES: Final[Mapping[int, StatusRule]] = MappingProxyType(
+    {
+        402: StatusRule(ErrorKind.SPEND_CAP),
+        408: StatusRule(ErrorKind.TRANSIENT),
+        409: StatusRule(ErrorKind.TRANSIENT),
+        425: StatusRule(ErrorKind.TRANSIENT),
+        # A 429 without reason, time or empty quota is taken for a concurrency limit: no provider has headers for that
+        # one, and the limit tells congestion from noise.
+        429: StatusRule(ErrorKind.CONCURRENCY_LIMIT, frozenset(ErrorKind), by_headers=ErrorKind.RATE_LIMIT),
+        503: _CAPACITY,
+        529: _CAPACITY,
+    }
+)
+"""What single statuses mean; `OTHER_4XX` and `OTHER_5XX` hold for the others."""
+
+OTHER_4XX: Final = StatusRule(ErrorKind.CLIENT_ERROR)
+OTHER_5XX: Final = StatusRule(ErrorKind.FAULT, frozenset({ErrorKind.SPEND_CAP, ErrorKind.OVERLOADED}))
+NO_RESPONSE: Final = ErrorKind.FAULT
+"""What it means that no response came: a connection error or a timeout, or a stream that was cut off."""
+
+ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
+    {
+        "insufficient_quota": ErrorKind.SPEND_CAP,
+        "billing_hard_limit_reached": ErrorKind.SPEND_CAP,
+        "billing_not_active": ErrorKind.SPEND_CAP,
+        "billing_error": ErrorKind.SPEND_CAP,
+        "enforced_spend_limit_reached": ErrorKind.SPEND_CAP,
+        "insufficient_balance": ErrorKind.SPEND_CAP,
+        "slow_down": ErrorKind.ACCELERATION_LIMIT,
+        "overloaded_error": ErrorKind.OVERLOADED,
+        "engine_overloaded": ErrorKind.OVERLOADED,
+        "nocapacity": ErrorKind.OVERLOADED,
+        "unavailable_error": ErrorKind.OVERLOADED,  # llama.cpp, while it loads its model
+        "resource_exhausted": ErrorKind.RATE_LIMIT,  # Google's, even where its message speaks of billing
+    }
+)
+"""What the code or type of an error means, in lower case, under any status that allows it."""
+
+STREAM_ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
+    {
+        "rate_limit_error": ErrorKind.RATE_LIMIT,
+        "rate_limit_exceeded": ErrorKind.RATE_LIMIT,
+        "invalid_request_error": ErrorKind.CLIENT_ERROR,
+        "authentication_error": ErrorKind.CLIENT_ERROR,
+        "permission_error": ErrorKind.CLIENT_ERROR,
+        "not_found_error": ErrorKind.CLIENT_ERROR,
+        "request_too_large": ErrorKind.CLIENT_ERROR,
+        "invalid_prompt": ErrorKind.CLIENT_ERROR,
+    }
+)
+"""What further codes mean in the middle of a stream, where no status says it."""
+
+_WORDINGS: Final = (
+    # Anthropic, both 400: "Your credit balance is too low", "You have reached your specified API usage limits"
+    (r"credit balance|insufficient (?:credits|balance)|spend(?:ing)? limit|specified api usage limits", "SPEND_CAP"),
+    # OpenAI says "Request too large for gpt-4o" of a request that exceeds the whole quota
+    (r"request too large", "CLIENT_ERROR"),
+    # Anthropic speaks of a "maximum usage increase rate", and asks to "scale up more gradually"
+    (r"acceleration limit|usage increase rate|more gradually", "ACCELERATION_LIMIT"),
+    (r"concurren|in flight|simultaneous|parallel requests", "CONCURRENCY_LIMIT"),
+    # OpenAI says "The engine is currently overloaded", Azure "experiencing high demand", Ollama "server busy"
+    (r"overloaded|high demand|server busy|peak load|no slots available", "OVERLOADED"),
+    (
+        r"per (?:second|sec|minute|min|hour|day)\b|/ ?min\b|\b[io]?[rt]p[md]\b|(?:token|call|request) rate limit",
+        "RATE_LIMIT",
+    ),
+)
+WORDINGS: Final = tuple((re.compile(pattern), ErrorKind[name]) for pattern, name in _WORDINGS)
+"""What the wording of a message means, in lower case; the first that matches counts."""
+
+
+def classify(status: int | None, headers: Mapping[str, str], body: bytes = b"") -> ErrorKind:
+    """Return what a response means, by the tables above.
+
+    Args:
+        status: of the response; None if none came (a connection error or a timeout).
+        headers: of the response.
+        body: without its Content-Encoding; it may be empty, cut off, or anything but JSON.
+    """
+    if status is None:
+        return NO_RESPONSE
+    if status < _FIRST_ERROR_STATUS:
         return ErrorKind.SUCCESS
-    told = _kind_in_body(body)
-    if status == _SPENT or told is ErrorKind.SPEND_CAP:
-        return ErrorKind.SPEND_CAP
-    if status == _REFUSED:
-        return told or (ErrorKind.RATE_LIMIT if _names_a_quota(headers) else ErrorKind.CONCURRENCY_LIMIT)
-    if status in (_UNAVAILABLE, _OVERLOADED):
-        return told if told is ErrorKind.ACCELERATION_LIMIT else ErrorKind.OVERLOADED
-    if status >= _SERVER_ERRORS:
-        return told if told is ErrorKind.OVERLOADED else ErrorKind.FAULT
-    return ErrorKind.TRANSIENT if status in _AGAIN else ErrorKind.CLIENT_ERROR
+    rule = STATUS_RULES.get(status) or (OTHER_5XX if status >= _FIRST_SERVER_ERROR else OTHER_4XX)
+    kind = _kind_in_body(body)
+    if kind in rule.by_body:
+        return kind
+    if rule.by_headers is not None and _names_a_quota(headers):
+        return rule.by_headers
+    return rule.kind
 
 
 def classify_stream_error(error: Any) -> ErrorKind:
-    """What an error means that is told in the middle of an answer, when the status has long been 200."""
-    code_meaning, words = _read_error(error)
-    if code_meaning is not None:
-        return code_meaning
-    for name in _error_codes(error):
-        if name in _IN_STREAM:
-            return _IN_STREAM[name]
-    return _kind_by_wording(words) or ErrorKind.FAULT
+    """Return what an error means that is reported in the middle of a stream, under the status 200.
+
+    Args:
+        error: decoded from the event: an object, a string or anything else.
+    """
+    kind, message = _read_error(error)
+    if kind is not None:
+        return kind
+    for code in _error_codes(error):
+        if code in STREAM_ERROR_CODES:
+            return STREAM_ERROR_CODES[code]
+    return _kind_by_wording(message) or ErrorKind.FAULT
 
 
 def _names_a_quota(headers: Mapping[str, str]) -> bool:
-    """Whether the headers of a refusal tell of a quota: one that is used up, or when to come back."""
-    told = normalize_headers(headers)
-    if "retry-after" in told or "retry-after-ms" in told:
+    """Return whether the headers of a 429 say when to come back, or show a rate limit with nothing left."""
+    found = normalize_headers(headers)
+    if "retry-after" in found or "retry-after-ms" in found:
         return True
     return any(
-        RATE_LIMIT_MARK in name and "remaining" in name and value in ("0", "0.0") for name, value in told.items()
+        RATE_LIMIT_MARK in name and "remaining" in name and value in ("0", "0.0") for name, value in found.items()
     )
 
 
 def _kind_in_body(body: bytes) -> ErrorKind | None:
-    """What the body of an error says; None if it says nothing that is known."""
+    """Return what the body of an error says, or None."""
     if not body:
         return None
     error: Any = None
-    if len(body) <= _LONGEST:
+    if len(body) <= _MAX_BODY:
         try:
             error = msgspec.json.decode(body)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             error = None
-    if isinstance(error, list) and error:  # Google's compatible endpoint wraps its errors in a list
+    if isinstance(error, list) and error:  # Google's OpenAI-compatible endpoint wraps errors in a list
         error = error[0]
     if not isinstance(error, dict):
-        return _kind_by_wording(body[:_WORDS].decode("utf-8", "replace").lower())
-    code_meaning, words = _read_error(error.get("error", error))
-    return code_meaning or _kind_by_wording(words)
+        return _kind_by_wording(body[:_MAX_TEXT].decode("utf-8", "replace").lower())
+    kind, message = _read_error(error.get("error", error))
+    return kind or _kind_by_wording(message)
 
 
 def _read_error(error: Any) -> tuple[ErrorKind | None, str]:
-    """What an error's code or type means, and its words in lower case."""
+    """Return what an error's code or type means, or None and its message in lower case."""
     if not isinstance(error, dict):
-        return None, error[:_WORDS].lower() if isinstance(error, str) else ""
-    for name in _error_codes(error):
-        if name in _CODES:
-            return _CODES[name], ""
+        return None, error[:_MAX_TEXT].lower() if isinstance(error, str) else ""
+    for code in _error_codes(error):
+        if code in ERROR_CODES:
+            return ERROR_CODES[code], ""
     message = error.get("message")
-    return None, message[:_WORDS].lower() if isinstance(message, str) else ""
+    return None, message[:_MAX_TEXT].lower() if isinstance(message, str) else ""
 
 
 def _error_codes(error: Any) -> list[str]:
-    """The codes and types that an error bears, its inner ones (Azure, Anthropic's details) included."""
+    """Return an error's codes and types in lower case, with those of inner errors (Azure's, Anthropic's details)."""
     if not isinstance(error, dict):
         return []
     inner = [error.get(name) for name in ("innererror", "details")]
-    every = [error, *(part for part in inner if isinstance(part, dict))]
-    names = [part.get(field) for part in every for field in ("code", "type", "status", "error_code")]
-    return [name.lower() for name in names if isinstance(name, str)]
+    objects = [error, *(part for part in inner if isinstance(part, dict))]
+    codes = [part.get(field) for part in objects for field in ("code", "type", "status", "error_code")]
+    return [code.lower() for code in codes if isinstance(code, str)]
 
 
-def _kind_by_wording(words: str) -> ErrorKind | None:
-    return next((meaning for wording, meaning in _WORDINGS if wording.search(words)), None)
+def _kind_by_wording(message: str) -> ErrorKind | None:
+    return next((kind for wording, kind in WORDINGS if wording.search(message)), None)

@@ -1,4 +1,4 @@
-"""The virtual loop: time that jumps, chance that repeats, and ends that hide nothing."""
+"""The virtual loop: its clock, its randomness, and the errors that it reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from forebay.errors import InvalidSetting
-from forebay.simulation import (
+from forebay.simulation.loop import (
     Deadlock,
     JobStopped,
     LoopAlreadyRunning,
@@ -39,7 +39,7 @@ SEEDS = range(20)
 
 
 def line_of(code: Callable[..., Any], mark: str) -> str:
-    """`file:line` of the line of `code` that holds `mark`."""
+    """Return `file:line` of the line of `code` that contains `mark`."""
     first = code.__code__.co_firstlineno
     for number, line in enumerate(Path(HERE).read_text().splitlines()[first - 1 :], first):
         if mark in line:
@@ -55,7 +55,7 @@ async def forever() -> None:
 
 
 @pytest.mark.timeout(5)
-def test_a_week_of_heartbeats_is_over_in_a_moment() -> None:
+def test_a_week_of_heartbeats_takes_seconds() -> None:
     async def main() -> float:
         for _ in range(7 * 24):
             await asyncio.sleep(3600)
@@ -64,7 +64,7 @@ def test_a_week_of_heartbeats_is_over_in_a_moment() -> None:
     assert simulate(main, max_time=1e6) == pytest.approx(7 * 24 * 3600)
 
 
-def test_time_stands_still_while_anything_is_ready() -> None:
+def test_time_stands_still_while_a_callback_is_ready() -> None:
     async def main() -> float:
         for _ in range(1000):
             await asyncio.sleep(0)
@@ -81,7 +81,7 @@ def test_wall_time_is_the_epoch_and_the_time_since() -> None:
     assert simulate(main, epoch=1000.0, jitter=0.0) == 1005.0
 
 
-def test_the_loop_says_that_it_is_virtual() -> None:
+def test_the_loop_has_a_flag_that_it_is_virtual() -> None:
     assert VirtualLoop.virtual is True
 
 
@@ -102,14 +102,14 @@ def test_a_timer_is_late_by_less_than_the_jitter_and_never_early() -> None:
 
 def test_without_jitter_a_timer_is_exact_however_late_it_is() -> None:
     async def main() -> float:
-        await asyncio.sleep(2.0**40)  # where a nanosecond is less than the time's own precision
+        await asyncio.sleep(2.0**40)  # at this time a nanosecond is below the precision of the clock
         await asyncio.sleep(0.25)
         return virtual_loop().time()
 
     assert simulate(main, jitter=0.0, max_time=2.0**41) == 2.0**40 + 0.25
 
 
-def test_while_the_loop_stands_still_time_passes_and_timers_come_late_in_their_order() -> None:
+def test_a_stall_makes_timers_late_and_keeps_their_order() -> None:
     async def main() -> None:
         loop = virtual_loop()
         fired: list[tuple[str, float]] = []
@@ -129,7 +129,7 @@ def test_while_the_loop_stands_still_time_passes_and_timers_come_late_in_their_o
     simulate(main, jitter=0.0)
 
 
-def test_a_timer_for_no_number_is_refused() -> None:
+def test_a_timer_at_nan_is_refused() -> None:
     async def main() -> None:
         virtual_loop().call_later(float("nan"), int)
 
@@ -137,11 +137,11 @@ def test_a_timer_for_no_number_is_refused() -> None:
         simulate(main)
 
 
-# --- chance ----------------------------------------------------------------------------------------------------------
+# --- randomness ------------------------------------------------------------------------------------------------------
 
 
 async def surge() -> list[str]:  # noqa: C901 - a bit of everything
-    """All whose order could be left to chance; returns what happened, when and to whom."""
+    """Use everything whose order could be random; return the events with their times."""
     loop, trace = virtual_loop(), []
     lock, queue = asyncio.Lock(), asyncio.Queue[int](3)
 
@@ -224,7 +224,7 @@ def order_of_ties(seed: int) -> tuple[int, ...]:
     return simulate(main, seed=seed)
 
 
-def test_timers_due_together_come_in_another_order_for_another_seed() -> None:
+def test_timers_due_together_fire_in_another_order_for_another_seed() -> None:
     assert len({order_of_ties(seed) for seed in SEEDS}) > 10
 
 
@@ -239,7 +239,7 @@ def test_callbacks_keep_their_order_whatever_the_seed() -> None:
     assert all(simulate(main, seed=seed) == list(range(50)) for seed in SEEDS)
 
 
-def test_what_a_model_draws_does_not_depend_on_timers_and_jobs() -> None:
+def test_draws_of_a_model_do_not_depend_on_timers_and_jobs() -> None:
     async def main(timers: int) -> float:
         for _ in range(timers):
             await asyncio.sleep(1)
@@ -249,7 +249,7 @@ def test_what_a_model_draws_does_not_depend_on_timers_and_jobs() -> None:
     assert simulate(main(0), seed=7) == simulate(main(9), seed=7)
 
 
-def test_a_task_group_cancels_in_the_order_in_which_it_was_given_tasks() -> None:
+def test_a_task_group_cancels_tasks_in_order_of_creation() -> None:
     async def main() -> list[int]:
         stopped: list[int] = []
 
@@ -273,7 +273,7 @@ def test_a_task_group_cancels_in_the_order_in_which_it_was_given_tasks() -> None
     assert simulate(main) == list(range(30))
 
 
-def test_names_of_tasks_start_anew_in_each_run() -> None:
+def test_task_names_are_the_same_in_each_run() -> None:
     async def main() -> str:
         return asyncio.create_task(asyncio.sleep(0)).get_name()
 
@@ -283,7 +283,7 @@ def test_names_of_tasks_start_anew_in_each_run() -> None:
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_runs_in_line_after_a_delay_drawn_from_the_seed() -> None:
+def test_a_job_runs_inline_after_a_delay_drawn_from_the_seed() -> None:
     async def main() -> tuple[int, float]:
         thread = await virtual_loop().run_in_executor(None, threading.get_ident)
         return thread, virtual_loop().time()
@@ -294,7 +294,7 @@ def test_a_job_runs_in_line_after_a_delay_drawn_from_the_seed() -> None:
     assert len({took for _, took in runs}) == len(SEEDS)
 
 
-def test_a_job_sees_the_callers_context_only_if_it_is_carried() -> None:
+def test_a_job_sees_the_callers_context_only_if_it_is_copied() -> None:
     var = contextvars.ContextVar("var", default="empty")
 
     async def main() -> tuple[str, str]:
@@ -306,7 +306,7 @@ def test_a_job_sees_the_callers_context_only_if_it_is_carried() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), GeneratorExit()])
-def test_what_a_job_raises_reaches_whoever_awaits_it(error: BaseException) -> None:
+def test_an_exception_of_a_job_is_raised_where_it_is_awaited(error: BaseException) -> None:
     def job() -> None:
         raise error
 
@@ -334,7 +334,7 @@ def test_a_job_cannot_stop_the_loop(stop: BaseException) -> None:
     assert simulate(main) is stop
 
 
-def test_a_cancelled_job_has_an_effect_for_some_seeds_and_none_for_others() -> None:
+def test_a_cancelled_job_runs_for_some_seeds_and_not_for_others() -> None:
     async def main() -> int:
         done: list[None] = []
         with contextlib.suppress(TimeoutError):
@@ -347,7 +347,7 @@ def test_a_cancelled_job_has_an_effect_for_some_seeds_and_none_for_others() -> N
     assert {simulate(main, seed=seed, executor_delay=(1.0, 1.0)) for seed in SEEDS} == {0, 1}
 
 
-def test_jobs_under_way_at_the_end_are_waited_for() -> None:
+def test_jobs_running_at_the_end_are_awaited() -> None:
     done: list[float] = []
 
     async def main() -> None:
@@ -361,9 +361,9 @@ def test_jobs_under_way_at_the_end_are_waited_for() -> None:
 # --- deadlocks and endless runs --------------------------------------------------------------------------------------
 
 
-def test_a_deadlock_names_who_waits_and_where() -> None:
+def test_a_deadlock_names_the_waiting_tasks_and_their_lines() -> None:
     async def consume(queue: asyncio.Queue[None]) -> None:
-        await queue.get()  # nobody puts
+        await queue.get()  # nothing is put
 
     async def main() -> None:
         async with asyncio.TaskGroup() as group:
@@ -374,12 +374,12 @@ def test_a_deadlock_names_who_waits_and_where() -> None:
         simulate(main, seed=5)
     assert [waits.task for waits in raised.value.waiting] == ["main", "consumer"]
     text = str(raised.value)
-    assert f"consumer at {line_of(consume, 'nobody puts')} in " in text
+    assert f"consumer at {line_of(consume, 'nothing is put')} in " in text
     assert "queues.py:" in text
     assert f"main at {line_of(main, 'TaskGroup')} in " in text
 
 
-def test_a_deadlock_is_followed_through_generators_to_the_innermost_line() -> None:
+def test_a_deadlock_shows_the_innermost_line_through_generators() -> None:
     async def stream() -> AsyncIterator[int]:
         yield 1
         await forever()  # mid-stream
@@ -423,7 +423,7 @@ def test_a_deadlock_of_tasks_that_wait_for_each_other_names_both() -> None:
     assert "for chicken" in str(raised.value)
 
 
-def test_a_deadlock_of_thousands_has_a_message_that_can_be_read() -> None:
+def test_a_deadlock_of_thousands_of_tasks_has_a_short_message() -> None:
     async def main() -> None:
         await asyncio.gather(*(forever() for _ in range(3000)))
 
@@ -433,12 +433,12 @@ def test_a_deadlock_of_thousands_has_a_message_that_can_be_read() -> None:
     assert len(str(raised.value)) < 2000
 
 
-def test_sleeping_for_ever_is_a_deadlock() -> None:
+def test_an_endless_sleep_is_a_deadlock() -> None:
     with pytest.raises(Deadlock, match="main at"):
         simulate(asyncio.sleep(float("inf")))
 
 
-def test_a_wait_that_only_a_heartbeat_outlives_passes_the_time_bound() -> None:
+def test_an_endless_wait_with_a_heartbeat_exceeds_the_time_bound() -> None:
     async def main() -> None:
         async def beat() -> None:
             while True:  # noqa: ASYNC110 - a heart
@@ -454,7 +454,7 @@ def test_a_wait_that_only_a_heartbeat_outlives_passes_the_time_bound() -> None:
     assert raised.value.now <= 600
 
 
-def test_what_passed_a_bound_has_as_much_again_to_clean_up() -> None:
+def test_after_a_bound_is_exceeded_clean_up_gets_a_new_bound() -> None:
     ended: list[float] = []
 
     async def main() -> None:
@@ -470,7 +470,7 @@ def test_what_passed_a_bound_has_as_much_again_to_clean_up() -> None:
     assert ended == [pytest.approx(109, abs=1.1)]
 
 
-def test_polling_that_waits_for_nothing_passes_the_step_bound() -> None:
+def test_polling_without_waiting_exceeds_the_step_bound() -> None:
     async def main() -> None:
         while virtual_loop().time() < 1:  # noqa: ASYNC110 - the mistake
             await asyncio.sleep(0)  # polls
@@ -481,7 +481,7 @@ def test_polling_that_waits_for_nothing_passes_the_step_bound() -> None:
     assert line_of(main, "polls") in str(raised.value)
 
 
-def test_a_task_that_does_not_heed_its_cancellation_is_named() -> None:
+def test_a_task_that_ignores_its_cancellation_is_named() -> None:
     async def main() -> None:
         async def stubborn() -> None:
             with contextlib.suppress(asyncio.CancelledError):
@@ -495,7 +495,7 @@ def test_a_task_that_does_not_heed_its_cancellation_is_named() -> None:
         simulate(main)
 
 
-def test_a_ring_of_tasks_left_over_is_reported_although_nothing_can_cancel_it() -> None:
+def test_a_cycle_of_remaining_tasks_is_reported_although_it_cannot_be_cancelled() -> None:
     async def main() -> None:
         tasks: list[asyncio.Task[Any]] = []
 
@@ -510,7 +510,7 @@ def test_a_ring_of_tasks_left_over_is_reported_although_nothing_can_cancel_it() 
         simulate(main)
 
 
-# --- errors that reach nobody ----------------------------------------------------------------------------------------
+# --- unhandled errors ------------------------------------------------------------------------------------------------
 
 
 async def fail() -> None:
@@ -526,7 +526,7 @@ async def fail_unseen(keep: list[asyncio.Task[None]] | None = None) -> None:
     await asyncio.sleep(2)
 
 
-def test_an_exception_that_nobody_retrieves_is_raised_at_the_end() -> None:
+def test_an_unretrieved_exception_is_raised_at_the_end() -> None:
     with pytest.raises(
         UnhandledErrors, match=r"careless: Task exception was never retrieved: OSError\('disk'\)"
     ) as raised:
@@ -535,13 +535,13 @@ def test_an_exception_that_nobody_retrieves_is_raised_at_the_end() -> None:
     assert isinstance(raised.value.__cause__, OSError)
 
 
-def test_an_unseen_failure_of_a_task_that_outlives_the_run_is_raised_too() -> None:
+def test_an_unretrieved_exception_of_a_task_that_outlives_the_run_is_raised() -> None:
     kept: list[asyncio.Task[None]] = []
     with pytest.raises(UnhandledErrors, match="careless: "):
         simulate(fail_unseen(kept))
 
 
-def test_an_unseen_failure_is_found_at_the_same_step_when_only_the_collector_can_find_it() -> None:
+def test_garbage_collection_finds_an_unretrieved_exception_at_the_same_step() -> None:
     async def main() -> tuple[int, float]:
         loop = virtual_loop()
 
@@ -550,7 +550,7 @@ def test_an_unseen_failure_is_found_at_the_same_step_when_only_the_collector_can
             await fail()
 
         asyncio.create_task(knot())  # noqa: RUF006 - lost on purpose
-        while not loop.errors:  # noqa: ASYNC110 - nobody tells
+        while not loop.errors:  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(1)
         loop.errors.clear()
         return loop.steps, loop.time()
@@ -567,7 +567,7 @@ def test_a_failing_callback_is_raised_at_the_end() -> None:
         simulate(main)
 
 
-def test_a_failure_in_the_clean_up_of_a_left_over_task_is_raised_at_the_end() -> None:
+def test_an_exception_during_the_clean_up_of_a_task_is_raised_at_the_end() -> None:
     async def main() -> None:
         async def clumsy() -> None:
             try:
@@ -582,7 +582,7 @@ def test_a_failure_in_the_clean_up_of_a_left_over_task_is_raised_at_the_end() ->
         simulate(main)
 
 
-def test_an_error_that_is_expected_can_be_taken_out() -> None:
+def test_an_expected_error_can_be_removed() -> None:
     async def main() -> str:
         await fail_unseen()
         return virtual_loop().errors.pop().task
@@ -590,7 +590,7 @@ def test_an_error_that_is_expected_can_be_taken_out() -> None:
     assert simulate(main) == "careless"
 
 
-def test_what_main_raises_is_raised_and_the_rest_is_noted_on_it() -> None:
+def test_an_exception_of_main_is_raised_with_other_errors_as_notes() -> None:
     async def main() -> None:
         await fail_unseen()
         raise LookupError
@@ -600,7 +600,7 @@ def test_what_main_raises_is_raised_and_the_rest_is_noted_on_it() -> None:
     assert "careless: Task exception was never retrieved" in raised.value.__notes__[0]
 
 
-# --- from the first step to the end ----------------------------------------------------------------------------------
+# --- start and end of a simulation -----------------------------------------------------------------------------------
 
 
 def test_a_simulation_returns_what_main_returns() -> None:
@@ -610,7 +610,7 @@ def test_a_simulation_returns_what_main_returns() -> None:
     assert simulate(main) == simulate(main()) == 42
 
 
-def test_an_exit_asked_for_by_any_task_ends_the_simulation() -> None:
+def test_system_exit_in_any_task_ends_the_simulation() -> None:
     async def leave() -> None:
         await asyncio.sleep(1)
         raise SystemExit(3)
@@ -622,7 +622,7 @@ def test_an_exit_asked_for_by_any_task_ends_the_simulation() -> None:
         simulate(main)
 
 
-def test_left_over_tasks_are_cancelled_in_order_and_generators_are_closed() -> None:
+def test_remaining_tasks_are_cancelled_in_order_and_generators_are_closed() -> None:
     ended: list[object] = []
 
     async def work(n: int) -> None:
@@ -670,7 +670,7 @@ async def test_a_simulation_inside_a_running_loop_is_refused() -> None:
         simulate(forever)
 
 
-def test_a_simulation_leaves_the_garbage_collector_as_it_was() -> None:
+def test_a_simulation_restores_the_garbage_collector() -> None:
     async def main() -> bool:
         return gc.isenabled()
 
@@ -678,7 +678,7 @@ def test_a_simulation_leaves_the_garbage_collector_as_it_was() -> None:
     assert gc.isenabled()
 
 
-def test_a_bare_runner_takes_the_loop() -> None:
+def test_an_asyncio_runner_accepts_the_loop() -> None:
     async def main() -> float:
         await asyncio.sleep(100)
         return virtual_loop().time()
@@ -688,7 +688,7 @@ def test_a_bare_runner_takes_the_loop() -> None:
         assert runner.run(main()) == pytest.approx(200)
 
 
-def test_what_asyncio_offers_works() -> None:
+def test_the_features_of_asyncio_work() -> None:
     async def main() -> float:
         loop, order = virtual_loop(), []
         event, condition, slots = asyncio.Event(), asyncio.Condition(), asyncio.Semaphore(2)
@@ -716,7 +716,7 @@ def test_what_asyncio_offers_works() -> None:
     assert simulate(main) == pytest.approx(13, abs=1e-3)
 
 
-# --- what there is not -----------------------------------------------------------------------------------------------
+# --- unsupported operations ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -730,17 +730,15 @@ def test_what_asyncio_offers_works() -> None:
         ("add_signal_handler", lambda: virtual_loop().add_signal_handler(signal.SIGTERM, print)),
     ],
 )
-def test_reaching_outside_is_refused_and_says_what_to_do(
-    what: str, reach: Callable[[], Coroutine[Any, Any, Any]]
-) -> None:
+def test_real_io_is_refused_with_advice(what: str, reach: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     async def main() -> None:
         await reach()
 
-    with pytest.raises(RealIO, match=rf"loop\.{what}\(\) reaches outside.*simulated provider"):
+    with pytest.raises(RealIO, match=rf"loop\.{what}\(\) needs real input.*simulated.*provider"):
         simulate(main)
 
 
-def test_a_callback_from_the_loops_own_thread_is_taken_as_threadsafe() -> None:
+def test_call_soon_threadsafe_works_in_the_loops_own_thread() -> None:
     async def main() -> list[int]:
         called: list[int] = []
         virtual_loop().call_soon_threadsafe(called.append, 1)
@@ -769,7 +767,7 @@ def test_a_callback_from_a_real_thread_is_refused() -> None:
     assert refused == ["stranger"]
 
 
-async def test_the_virtual_loop_cannot_be_had_under_a_real_one() -> None:
+async def test_virtual_loop_raises_under_a_real_loop() -> None:
     with pytest.raises(VirtualLoopRequired, match="simulate"):
         virtual_loop()
 
@@ -778,7 +776,7 @@ async def test_the_virtual_loop_cannot_be_had_under_a_real_one() -> None:
     "setting",
     [{"jitter": -1.0}, {"epoch": float("nan")}, {"executor_delay": (2.0, 1.0)}, {"max_time": 0.0}, {"max_steps": 0}],
 )
-def test_a_setting_out_of_bounds_is_refused(setting: dict[str, Any]) -> None:
+def test_a_setting_out_of_range_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting, match=next(iter(setting))):
         simulate(forever, **setting)
 

@@ -1,4 +1,4 @@
-"""What the plant's command line describes."""
+"""The command line of the simulated provider."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def config(*arguments: str) -> ProviderConfig:
     return config_from_options(parser().parse_args(arguments))
 
 
-def test_without_options_it_is_the_default() -> None:
+def test_without_options_the_configuration_is_the_default() -> None:
     assert config() == ProviderConfig()
 
 
-def test_options_name_the_usual_settings() -> None:
+def test_options_set_the_usual_fields() -> None:
     assert config("--dialect", "anthropic", "--rpm", "50", "--otpm", "8000", "--slots", "7") == ProviderConfig(
         dialect=Dialect.ANTHROPIC,
         slots=7,
@@ -38,7 +38,7 @@ def test_options_change_a_configuration_in_json() -> None:
     assert config("--config", there.to_json().decode(), "--slots", "4") == ProviderConfig.openai(rpm=5, slots=4)
 
 
-def test_a_wrong_option_is_told_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidProviderConfig, match="slots"):
         config("--slots", "-1")
     with pytest.raises(SystemExit):

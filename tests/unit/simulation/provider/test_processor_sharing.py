@@ -1,4 +1,4 @@
-"""Processor sharing against a plain integration of the same law."""
+"""Processor sharing, compared with a plain event-by-event integration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ jobs = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), min_size=1, m
 
 
 def finish_times(slots: int, work: list[tuple[int, int]]) -> list[float]:
-    """By the class under test: jobs are (arrival, seconds of work)."""
+    """Return the end of each job by the class under test; jobs are (arrival, seconds of work)."""
     sharing: ProcessorSharing[int] = ProcessorSharing(slots)
     ends = [math.inf] * len(work)
     waiting = sorted(range(len(work)), key=lambda job: work[job][0])
@@ -36,7 +36,7 @@ def finish_times(slots: int, work: list[tuple[int, int]]) -> list[float]:
 
 
 def by_hand(slots: int, work: list[tuple[int, int]]) -> list[float]:
-    """The same, event by event, each job with its own remainder."""
+    """Return the same, event by event, with a remainder for each job."""
     now, ends = 0.0, [math.inf] * len(work)
     left: dict[int, float] = {}
     waiting = sorted(range(len(work)), key=lambda job: work[job][0])
@@ -56,7 +56,7 @@ def by_hand(slots: int, work: list[tuple[int, int]]) -> list[float]:
 
 
 @given(slots=st.integers(1, 6), work=jobs)
-def test_calls_share_what_there_is_and_no_work_is_lost(slots: int, work: list[tuple[int, int]]) -> None:
+def test_calls_share_the_slots_and_work_is_conserved(slots: int, work: list[tuple[int, int]]) -> None:
     assert finish_times(slots, work) == pytest.approx(by_hand(slots, work), abs=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_with_a_slot_for_each_call_none_is_slowed(work: list[tuple[int, int]]) -
     assert finish_times(len(work), work) == pytest.approx([arrival + seconds for arrival, seconds in work])
 
 
-def test_without_slots_nothing_moves() -> None:
+def test_without_slots_no_call_progresses() -> None:
     sharing: ProcessorSharing[str] = ProcessorSharing(0)
     sharing.population = 1
     sharing.mark(1.0, "end")
@@ -75,14 +75,14 @@ def test_without_slots_nothing_moves() -> None:
     assert sharing.next_at() == pytest.approx(101.0)
 
 
-def test_steps_and_slow_spells_make_one_schedule() -> None:
+def test_capacity_steps_and_slowdowns_make_one_schedule() -> None:
     schedule = capacity_phases(
         10,
         (CapacityStep(at=60, slots=5), CapacityStep(at=120, slots=0, cut=True)),
         (Slowdown(at=30, seconds=60, factor=2), Slowdown(at=50, seconds=10, factor=3)),
     )
-    told = [(phase.at, phase.slots, round(phase.speed, 4), phase.cut) for phase in schedule]
-    assert told == [
+    phases = [(phase.at, phase.slots, round(phase.speed, 4), phase.cut) for phase in schedule]
+    assert phases == [
         (0, 10, 1.0, False),
         (30, 10, 0.5, False),
         (50, 10, 0.1667, False),

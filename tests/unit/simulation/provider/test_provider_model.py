@@ -1,4 +1,4 @@
-"""The simulated provider as a state machine: told the time, it answers with what happened."""
+"""The simulated provider as a state machine: it gets the time, and returns events."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from forebay.simulation.provider.simulated_call import (
 
 
 def config(**rest: Any) -> ProviderConfig:
-    """Round numbers: a call of n tokens takes 1 + n / 10 seconds, and a token costs a dollar."""
+    """Return a provider in which a call of n tokens takes 1 + n / 10 seconds and costs n dollars."""
     settings: dict[str, Any] = {
         "slots": 2,
         "ttft": 1.0,
@@ -84,7 +84,7 @@ def ends(events: list[CallEvent]) -> dict[int, float]:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_call_alone_takes_its_first_token_and_then_each_token() -> None:
+def test_a_call_that_runs_alone_takes_ttft_and_tpot() -> None:
     provider = ProviderModel(config())
     one = accept(provider, 3.0, call(10))
     events = to_the_end(provider)
@@ -94,16 +94,16 @@ def test_a_call_alone_takes_its_first_token_and_then_each_token() -> None:
     ]
 
 
-def test_a_stream_is_told_as_it_is_made() -> None:
+def test_a_stream_has_events_while_tokens_are_produced() -> None:
     provider = ProviderModel(config(tokens_per_event=4))
     accept(provider, 0.0, call(10, stream=True))
     events = to_the_end(provider)
-    told = [
+    produced = [
         (round(e.at, 6), e.tokens if isinstance(e, TokensProduced) else 1)
         for e in events
         if not isinstance(e, CallCompleted)
     ]
-    assert told == [(1.0, 1), (1.4, 4), (1.8, 4), (1.9, 1)]
+    assert produced == [(1.0, 1), (1.4, 4), (1.8, 4), (1.9, 1)]
     assert round(events[-1].at, 6) == 2.0
 
 
@@ -131,8 +131,8 @@ def test_a_hung_up_call_frees_its_slot_at_once() -> None:
     assert provider.hang_up(3.5, gone) is None
 
 
-def test_a_provider_that_runs_on_keeps_the_slot_and_bills_it_all() -> None:
-    provider = ProviderModel(config(slots=1, run_on=True))
+def test_finish_abandoned_keeps_the_slot_and_bills_the_whole_call() -> None:
+    provider = ProviderModel(config(slots=1, finish_abandoned=True))
     gone, stays = (accept(provider, 0.0, call(10)) for _ in range(2))
     provider.hang_up(3.0, gone)
     assert provider.statistics().abandoned == 1
@@ -140,7 +140,7 @@ def test_a_provider_that_runs_on_keeps_the_slot_and_bills_it_all() -> None:
     assert provider.statistics().wasted_output_tokens == 10
 
 
-def test_capacity_steps_change_the_speed_of_what_is_in_flight() -> None:
+def test_capacity_steps_change_the_speed_of_calls_in_flight() -> None:
     provider = ProviderModel(
         config(slots=2, capacity_steps=(CapacityStep(at=1.0, slots=1), CapacityStep(at=5.0, slots=2)))
     )
@@ -148,14 +148,14 @@ def test_capacity_steps_change_the_speed_of_what_is_in_flight() -> None:
     assert ends(to_the_end(provider)) == dict.fromkeys(calls, 7.0)
 
 
-def test_an_outage_lets_nothing_in_and_holds_what_is_there() -> None:
+def test_an_outage_refuses_calls_and_pauses_those_in_flight() -> None:
     provider = ProviderModel(config(capacity_steps=(CapacityStep(at=1.5, slots=0), CapacityStep(at=100.0, slots=2))))
     one = accept(provider, 0.0, call(10))
     assert refuse(provider, 50.0, call()).reason is RefusalReason.OVERLOADED
     assert ends(to_the_end(provider)) == {one: 100.5}
 
 
-def test_an_outage_that_cuts_ends_everything() -> None:
+def test_an_outage_with_cut_ends_all_calls() -> None:
     provider = ProviderModel(config(capacity_steps=(CapacityStep(at=1.55, slots=0, cut=True),)))
     one = accept(provider, 0.0, call(10))
     events = to_the_end(provider)
@@ -163,8 +163,8 @@ def test_an_outage_that_cuts_ends_everything() -> None:
     assert (events[-1].call_id, events[-1].at, events[-1].usage.output_tokens) == (one, 1.55, 6)
 
 
-def test_a_slow_spell_stretches_calls_whatever_the_load() -> None:
-    provider = ProviderModel(config(slow=(Slowdown(at=0.0, seconds=100.0, factor=2.0),)))
+def test_a_slowdown_delays_calls_at_any_load() -> None:
+    provider = ProviderModel(config(slowdowns=(Slowdown(at=0.0, seconds=100.0, factor=2.0),)))
     one = accept(provider, 0.0, call(10))
     assert ends(to_the_end(provider)) == {one: 4.0}
 
@@ -181,7 +181,7 @@ def test_noise_keeps_the_mean() -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_overcommit_bounds_what_is_in_flight() -> None:
+def test_overcommit_bounds_the_calls_in_flight() -> None:
     provider = ProviderModel(config(slots=2, overcommit=1.5))
     for _ in range(3):
         accept(provider, 0.0, call())
@@ -191,12 +191,12 @@ def test_overcommit_bounds_what_is_in_flight() -> None:
 
 
 def test_a_concurrency_limit_answers_429() -> None:
-    provider = ProviderModel(config(slots=1, overcommit=1.0, busy=BusyReason.CONCURRENCY))
+    provider = ProviderModel(config(slots=1, overcommit=1.0, busy_reason=BusyReason.CONCURRENCY))
     accept(provider, 0.0, call())
     assert (refuse(provider, 0.0, call()).status, provider.in_flight) == (429, 1)
 
 
-def test_a_used_up_rate_tells_when_to_come_back_and_means_it() -> None:
+def test_a_call_succeeds_exactly_after_retry_after() -> None:
     provider = ProviderModel(ProviderConfig.openai(rpm=60, slots=1000))
     for _ in range(60):
         accept(provider, 0.0, call())
@@ -208,36 +208,34 @@ def test_a_used_up_rate_tells_when_to_come_back_and_means_it() -> None:
     assert provider.statistics().by_reason == {"requests": 1}
 
 
-def test_openai_charges_the_larger_of_max_tokens_and_input_at_the_door() -> None:
+def test_openai_charges_the_larger_of_max_tokens_and_input_on_arrival() -> None:
     provider = ProviderModel(ProviderConfig.openai(tpm=1000, slots=1000))
     accept(provider, 0.0, call(max_tokens=600))
     accept(provider, 0.0, call(input_tokens=400, max_tokens=1))
     assert refuse(provider, 0.0, call()).reason is RefusalReason.TOKENS
 
 
-def test_a_call_larger_than_the_bucket_is_refused_for_ever() -> None:
+def test_a_call_larger_than_the_bucket_is_always_refused() -> None:
     provider = ProviderModel(ProviderConfig.openai(tpm=1000))
     refused = refuse(provider, 0.0, call(input_tokens=1001))
     assert (refused.status, refused.reason, refused.retry_after) == (429, RefusalReason.TOO_LARGE, None)
     assert "retry-after" not in refused.headers
 
 
-def test_anthropic_charges_output_as_it_is_made() -> None:
+def test_anthropic_charges_output_while_it_is_produced() -> None:
     provider = ProviderModel(ProviderConfig.anthropic(otpm=60, slots=10, ttft=1.0, tpot=0.1, noise=0.0))
     for _ in range(2):
         accept(provider, 0.0, call(100, model="claude-sonnet-5", max_tokens=4000))
-    answer = provider.arrive(
-        1.0, call(1, model="claude-sonnet-5")
-    )  # a token each: 58 left, and max_tokens count nothing
+    answer = provider.arrive(1.0, call(1, model="claude-sonnet-5"))  # a token each: 58 left, max_tokens does not count
     assert isinstance(answer, CallAccepted)
     assert answer.headers["anthropic-ratelimit-output-tokens-remaining"] == "58"
-    provider.advance(11.0)  # 201 made, 10 refilled
+    provider.advance(11.0)  # 201 produced, 10 refilled
     refused = refuse(provider, 11.0, call(1, model="claude-sonnet-5"))
     assert refused.reason is RefusalReason.OUTPUT_TOKENS
     assert refused.retry_after == pytest.approx(131.0, abs=1.0)
 
 
-def test_growth_that_is_too_fast_is_refused_until_the_next_minute() -> None:
+def test_usage_that_grows_too_fast_is_refused_until_the_next_minute() -> None:
     growth = AccelerationLimit(unit=Unit.REQUESTS, start=2, growth=1)
     provider = ProviderModel(ProviderConfig.anthropic(slots=100, acceleration=growth))
     outcomes = [provider.arrive(at, call(model="claude-sonnet-5")) for at in (0.0, 1.0, 2.0, 60.0, 61.0, 62.0, 63.0)]
@@ -253,7 +251,7 @@ def test_growth_that_is_too_fast_is_refused_until_the_next_minute() -> None:
     ("dialect", "status", "kind"),
     [(Dialect.OPENAI, 429, "insufficient_quota"), (Dialect.ANTHROPIC, 402, "billing_error")],
 )
-def test_a_spend_cap_ends_it_all(dialect: Dialect, status: int, kind: str) -> None:
+def test_a_reached_spend_cap_refuses_all_calls(dialect: Dialect, status: int, kind: str) -> None:
     provider = ProviderModel(config(dialect=dialect, spend_cap=20.0))
     accept(provider, 0.0, call(10))
     accept(provider, 0.0, call(10))
@@ -262,7 +260,7 @@ def test_a_spend_cap_ends_it_all(dialect: Dialect, status: int, kind: str) -> No
     assert (refused.status, json.loads(refused.body)["error"]["type"]) == (status, kind)
 
 
-def test_keys_and_models_have_accounts_of_their_own_where_configured() -> None:
+def test_keys_and_models_have_separate_limits_if_configured() -> None:
     allowance = (SimulatedRateLimit(unit=Unit.REQUESTS, amount=1),)
     prices = {"gpt": TokenPrice(1, 1), "gpt-4o-mini": TokenPrice(1, 1)}
     provider = ProviderModel(config(slots=99, rate_limits=allowance, by_key=True, by_model=True, prices=prices))
@@ -276,7 +274,7 @@ def test_an_unknown_model_is_not_found() -> None:
     assert refuse(ProviderModel(config()), 0.0, call(model="llama")).status == 404
 
 
-def test_refusals_cost_a_request_only_where_configured() -> None:
+def test_refusals_count_as_requests_only_if_configured() -> None:
     lenient, strict = (
         ProviderModel(
             config(slots=0, rate_limits=(SimulatedRateLimit(unit=Unit.REQUESTS, amount=10),), count_refusals=strict)
@@ -294,22 +292,22 @@ def test_refusals_cost_a_request_only_where_configured() -> None:
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_faults_come_as_often_as_configured() -> None:
+def test_faults_have_their_configured_frequency() -> None:
     faults = Faults(stray=0.1, error=0.05, bad_gateway=0.05, unavailable=0.05, cut=0.1, late_error=0.1)
     provider = ProviderModel(config(slots=100_000, faults=faults, max_in_flight=10**6), seed=1)
     for _ in range(10_000):
         provider.arrive(0.0, call(10))
     events = to_the_end(provider)
-    told = provider.statistics()
-    shares = {reason: count / 10_000 for reason, count in told.by_reason.items()}
+    statistics = provider.statistics()
+    shares = {reason: count / 10_000 for reason, count in statistics.by_reason.items()}
     assert shares == pytest.approx({"stray": 0.1, "error": 0.05, "bad_gateway": 0.05, "unavailable": 0.05}, abs=0.01)
     cuts = [event for event in events if isinstance(event, CallCut)]
-    assert len(cuts) == told.cut == pytest.approx(1500, abs=150)
+    assert len(cuts) == statistics.cut == pytest.approx(1500, abs=150)
     assert sum(cut.reported for cut in cuts) == pytest.approx(750, abs=100)
     assert all(1 <= cut.usage.output_tokens < 10 for cut in cuts)
 
 
-def test_a_burst_refuses_its_share_of_the_arrivals() -> None:
+def test_a_burst_refuses_its_share_of_the_calls() -> None:
     bursts = Bursts(every=60.0, seconds=5.0, share=0.5, regular=True)
     provider = ProviderModel(config(slots=10**6, max_in_flight=10**6, faults=Faults(bursts=bursts)), seed=2)
     refused = {
@@ -319,7 +317,7 @@ def test_a_burst_refuses_its_share_of_the_arrivals() -> None:
     assert refused == pytest.approx({59: 0, 61: 0.5, 66: 0, 121: 0.5, 126: 0}, abs=0.1)
 
 
-def test_bursts_come_at_their_mean_distance() -> None:
+def test_bursts_have_their_configured_mean_interval() -> None:
     bursts = Bursts(every=60.0, seconds=6.0)
     provider = ProviderModel(config(faults=Faults(bursts=bursts)), seed=5)
     inside = [provider._fault_plan.draw(float(at)).refusal is not None for at in range(200_000)]
@@ -330,21 +328,21 @@ def test_the_same_seed_gives_the_same_run() -> None:
     def history(seed: int) -> list[object]:
         faults = Faults(stray=0.1, cut=0.1, straggler=0.1, bursts=Bursts(every=20.0, seconds=2.0))
         provider = ProviderModel(config(noise=0.3, overcommit=2.0, faults=faults), seed=seed)
-        told: list[object] = []
+        events: list[object] = []
         for n in range(300):
-            told += [provider.arrive(n / 4, call(n % 40)), *provider.advance(n / 4)]
-        return [*told, *to_the_end(provider), provider.statistics()]
+            events += [provider.arrive(n / 4, call(n % 40)), *provider.advance(n / 4)]
+        return [*events, *to_the_end(provider), provider.statistics()]
 
     assert history(7) == history(7)
     assert history(7) != history(8)
 
 
-# --- the books ------------------------------------------------------------------------------------------------------
+# --- billing --------------------------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 2**32), slots=st.integers(1, 5), run_on=st.booleans(), stream=st.booleans())
-def test_every_call_has_one_end_and_every_token_one_reader_or_none(
-    *, seed: int, slots: int, run_on: bool, stream: bool
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 5), finish_abandoned=st.booleans(), stream=st.booleans())
+def test_every_call_ends_once_and_every_token_is_billed_once(
+    *, seed: int, slots: int, finish_abandoned: bool, stream: bool
 ) -> None:
     rng = new_random(seed)
     faults = Faults(stray=0.05, cut=0.1, late_error=0.1, straggler=0.05)
@@ -353,7 +351,7 @@ def test_every_call_has_one_end_and_every_token_one_reader_or_none(
         overcommit=3.0,
         noise=0.2,
         faults=faults,
-        run_on=run_on,
+        finish_abandoned=finish_abandoned,
         tokens_per_event=3,
         capacity_steps=(CapacityStep(at=8.0, slots=0), CapacityStep(at=12.0, slots=slots, cut=True)),
     )
@@ -393,7 +391,7 @@ def test_every_call_has_one_end_and_every_token_one_reader_or_none(
 
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 4))
-def test_no_more_than_all_slots_work_and_no_work_is_lost(seed: int, slots: int) -> None:
+def test_work_never_exceeds_the_slots_and_is_conserved(seed: int, slots: int) -> None:
     rng = new_random(seed)
     provider = ProviderModel(config(slots=slots))
     now, work = 0.0, 0.0
@@ -409,8 +407,8 @@ def test_no_more_than_all_slots_work_and_no_work_is_lost(seed: int, slots: int) 
     assert provider.statistics().busy_slot_seconds == pytest.approx(work)
 
 
-def test_tokens_go_to_the_account_of_their_run() -> None:
-    provider = ProviderModel(config(slots=10, runs=2))
+def test_tokens_are_billed_to_their_run() -> None:
+    provider = ProviderModel(config(slots=10, max_runs=2))
     for run, output in (("a", 10), ("a", 5), ("b", 7), ("c", 3), ("d", 4), (None, 9)):
         accept(provider, 0.0, call(output, run=run))
     to_the_end(provider)
@@ -418,7 +416,7 @@ def test_tokens_go_to_the_account_of_their_run() -> None:
     assert provider.statistics().output_tokens == 38
 
 
-def test_prices_go_by_the_longest_name_that_fits() -> None:
+def test_the_longest_matching_prefix_decides_the_price() -> None:
     provider = ProviderModel(ProviderConfig(slots=10))
     accept(provider, 0.0, call(1_000_000, model="gpt-4o-mini-2024-07-18", input_tokens=1_000_000))
     to_the_end(provider)
@@ -437,17 +435,17 @@ def test_prices_go_by_the_longest_name_that_fits() -> None:
         {"noise": -0.1},
         {"overcommit": 0.5},
         {"prices": {}},
-        {"steps": (CapacityStep(at=2.0, slots=1), CapacityStep(at=1.0, slots=1))},
-        {"chunk": 0},
+        {"capacity_steps": (CapacityStep(at=2.0, slots=1), CapacityStep(at=1.0, slots=1))},
+        {"tokens_per_event": 0},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_nonsense_is_refused_by_name(wrong: dict[str, Any]) -> None:
+def test_an_invalid_field_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidProviderConfig, match=next(iter(wrong))):
         config(**wrong)
 
 
-def test_a_configuration_travels_as_json() -> None:
+def test_a_configuration_round_trips_as_json() -> None:
     there = ProviderConfig.anthropic(
         rpm=50,
         otpm=8000,
@@ -470,6 +468,6 @@ def test_a_configuration_travels_as_json() -> None:
         ("nothing", "JSON"),
     ],
 )
-def test_a_wrong_name_or_value_in_json_is_told(text: str, named: str) -> None:
+def test_an_unknown_name_or_invalid_value_in_json_is_named(text: str, named: str) -> None:
     with pytest.raises(InvalidProviderConfig, match=named):
         ProviderConfig.from_json(text)

@@ -1,4 +1,4 @@
-"""Allowances as a provider enforces them."""
+"""Rate limits as a provider enforces them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from forebay.simulation.provider.provider_config import AccelerationLimit, SimulatedRateLimit, Unit
 from forebay.simulation.provider.rate_meters import AccelerationMeter, AccountMeters, FixedWindowMeter, RateMeter
 
-# Seconds on a grid of milliseconds: real arrivals, without the quarrel about the last bit.
+# Seconds, rounded to milliseconds: real arrivals, without effects of floating-point rounding.
 moments = st.integers(0, 300_000).map(lambda ms: ms / 1000)
 
 
@@ -24,13 +24,13 @@ def window(amount: int = 60, per: float = 60.0) -> FixedWindowMeter:
 
 
 def granted(meter: RateMeter, arrivals: list[float], amount: float = 1.0) -> list[float]:
-    """When a crowd that asks at these moments was let in."""
-    let_in = []
+    """Return the arrivals at which calls were accepted."""
+    accepted = []
     for at in sorted(arrivals):
         if meter.wait_time(at, amount) == 0:
             meter.take(at, amount)
-            let_in.append(at)
-    return let_in
+            accepted.append(at)
+    return accepted
 
 
 @given(
@@ -41,22 +41,22 @@ def granted(meter: RateMeter, arrivals: list[float], amount: float = 1.0) -> lis
 def test_a_bucket_grants_its_burst_and_its_rate_over_any_window(
     arrivals: list[float], amount: int, burst: int | None
 ) -> None:
-    allowance = SimulatedRateLimit(unit=Unit.REQUESTS, amount=amount, burst=burst)
-    let_in = granted(RateMeter(allowance, 0.0), arrivals)
-    for i, begin in enumerate(let_in):
-        for j in range(i, len(let_in)):
-            assert j - i + 1 <= allowance.size + amount / 60 * (let_in[j] - begin) + 1e-6
+    limit = SimulatedRateLimit(unit=Unit.REQUESTS, amount=amount, burst=burst)
+    accepted = granted(RateMeter(limit, 0.0), arrivals)
+    for i, begin in enumerate(accepted):
+        for j in range(i, len(accepted)):
+            assert j - i + 1 <= limit.size + amount / 60 * (accepted[j] - begin) + 1e-6
 
 
 @given(arrivals=st.lists(moments, max_size=200), amount=st.integers(1, 50))
 def test_a_window_grants_its_amount_in_each_period(arrivals: list[float], amount: int) -> None:
-    let_in = granted(window(amount), arrivals)
+    accepted = granted(window(amount), arrivals)
     for period in range(6):
-        assert sum(at // 60 == period for at in let_in) == min(amount, sum(at // 60 == period for at in arrivals))
+        assert sum(at // 60 == period for at in accepted) == min(amount, sum(at // 60 == period for at in arrivals))
 
 
 @given(at=moments, taken=st.integers(0, 60), wanted=st.integers(1, 60))
-def test_who_waits_as_long_as_told_gets_in(at: float, taken: int, wanted: int) -> None:
+def test_a_call_after_its_wait_time_is_accepted(at: float, taken: int, wanted: int) -> None:
     for meter in (bucket(), window()):
         meter.take(at, taken)
         back = at + meter.wait_time(at, wanted)
@@ -64,7 +64,7 @@ def test_who_waits_as_long_as_told_gets_in(at: float, taken: int, wanted: int) -
 
 
 @given(at=moments, taken=st.integers(1, 60))
-def test_a_reset_is_when_it_is_full_again(at: float, taken: int) -> None:
+def test_full_in_is_when_the_meter_is_full(at: float, taken: int) -> None:
     for meter in (bucket(), window()):
         meter.take(at, taken)
         full = at + meter.full_in(at)
@@ -77,14 +77,14 @@ def test_more_than_a_bucket_holds_is_never_granted() -> None:
     assert window(60).wait_time(0.0, 61) == math.inf
 
 
-def test_a_debt_is_paid_off_before_anything_is_granted() -> None:
+def test_a_debt_is_repaid_before_anything_is_granted() -> None:
     meter = bucket(60)
     meter.take(0.0, 90)
     assert meter.wait_time(0.0, 0.0) == pytest.approx(30.0)
     assert meter.wait_time(0.0, 1.0) == pytest.approx(31.0)
 
 
-def test_a_call_takes_from_all_allowances_or_from_none() -> None:
+def test_a_call_takes_from_all_rate_limits_or_from_none() -> None:
     meters = AccountMeters(
         [SimulatedRateLimit(unit=Unit.REQUESTS, amount=1), SimulatedRateLimit(unit=Unit.TOKENS, amount=1000)],
         0.0,
@@ -98,7 +98,7 @@ def test_a_call_takes_from_all_allowances_or_from_none() -> None:
     assert meters.shortage(0.0, {Unit.REQUESTS: 1, Unit.TOKENS: 100}) is None
 
 
-def test_the_longest_wait_is_the_one_that_is_told() -> None:
+def test_a_shortage_reports_the_longest_wait() -> None:
     meters = AccountMeters(
         [SimulatedRateLimit(unit=Unit.REQUESTS, amount=1), SimulatedRateLimit(unit=Unit.TOKENS, amount=1000)], 0.0
     )
@@ -110,7 +110,7 @@ def test_the_longest_wait_is_the_one_that_is_told() -> None:
     assert shortage.wait == pytest.approx(60.0)
 
 
-def test_of_two_allowances_of_one_unit_the_tighter_is_told() -> None:
+def test_readings_report_the_tighter_of_two_limits_of_a_unit() -> None:
     meters = AccountMeters(
         [
             SimulatedRateLimit(unit=Unit.REQUESTS, amount=600),
@@ -124,7 +124,7 @@ def test_of_two_allowances_of_one_unit_the_tighter_is_told() -> None:
     assert (reading.limit, reading.remaining) == (10, 5)
 
 
-def test_use_may_grow_from_minute_to_minute_and_no_faster() -> None:
+def test_usage_may_grow_by_a_bounded_amount_each_minute() -> None:
     ramp = AccelerationMeter(AccelerationLimit(unit=Unit.REQUESTS, start=10, growth=5))
     admitted = []
     for minute in range(4):
@@ -136,7 +136,7 @@ def test_use_may_grow_from_minute_to_minute_and_no_faster() -> None:
     assert admitted == [10, 15, 20, 25]
 
 
-def test_use_that_paused_begins_again_at_the_start() -> None:
+def test_after_a_pause_the_acceleration_limit_is_the_start_value() -> None:
     ramp = AccelerationMeter(AccelerationLimit(unit=Unit.REQUESTS, start=10, growth=100))
     ramp.take(0.0, {Unit.REQUESTS: 10})
     shortage = ramp.shortage(130.0, {Unit.REQUESTS: 11})

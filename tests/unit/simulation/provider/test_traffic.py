@@ -1,4 +1,4 @@
-"""Fitted traffic against what was published of it and, where they are at hand, against the traces themselves."""
+"""Fitted traffic, compared with published statistics of the traces and, if they are available, with the traces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forebay.clock import new_random
 from forebay.simulation.provider.traffic import Quantiles, Traffic
 
 KINDS = {"conv": Traffic.conversation(), "code": Traffic.code()}
-PUBLISHED = {  # of the README of the traces
+PUBLISHED = {  # in the README of the traces
     "conv": {"rate": 5.5, "input": {0.5: 1020, 0.99: 4142}, "output": {0.01: 16, 0.5: 129, 0.99: 601, 1.0: 1000}},
     "code": {"rate": 2.6, "input": {0.5: 1469, 0.99: 7436}, "output": {0.01: 6, 0.5: 13, 0.99: 252, 1.0: 1899}},
 }
@@ -31,7 +31,7 @@ Trace = tuple[list[int], list[int], list[float]]
 
 @cache
 def sample(kind: str) -> Trace:
-    """Input, output and gaps (over their mean) of 40,000 drawn calls."""
+    """Draw input, output and gaps (divided by their mean) of 40,000 calls."""
     rng = new_random(11)
     lengths = [KINDS[kind].lengths(rng) for _ in range(40_000)]
     gaps = [KINDS[kind].interarrival(rng, 1.0) for _ in range(40_000)]
@@ -58,7 +58,7 @@ def mean(values: list[int] | list[float]) -> float:
 
 
 def dispersion(gaps: list[float], span: float) -> float:
-    """Variance over mean of the arrivals in spans of `span` mean gaps: 1 for a Poisson process."""
+    """Return variance / mean of the arrivals in spans of `span` mean gaps: 1 for a Poisson process."""
     counts: dict[int, int] = {}
     for at in itertools.accumulate(gaps):
         counts[int(at / span)] = counts.get(int(at / span), 0) + 1
@@ -74,13 +74,13 @@ def test_lengths_have_the_published_quantiles(kind: str) -> None:
     for values, published in ((inputs, PUBLISHED[kind]["input"]), (outputs, PUBLISHED[kind]["output"])):
         assert isinstance(published, dict)
         for share, value in published.items():
-            # The longest answer is drawn once in 30,000 or so: the sample need only come near it, and not pass it.
+            # The longest output is drawn about once in 30,000: the sample must only come near it, and not exceed it.
             assert quantile(values, share) == pytest.approx(value, rel=0.06 if share < 1 else 0.2, abs=2)
             assert share < 1 or max(values) <= value
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_arrivals_come_at_the_rate_that_was_measured_or_is_asked_for(kind: str) -> None:
+def test_arrivals_have_the_measured_or_the_given_rate(kind: str) -> None:
     traffic = KINDS[kind]
     assert traffic.rate == pytest.approx(PUBLISHED[kind]["rate"], rel=0.02)
     rng, twin = new_random(1), new_random(1)
@@ -94,7 +94,7 @@ def test_conversation_is_nearly_poisson_and_code_is_bursty() -> None:
     assert dispersion(sample("code")[2], 10) > 10
 
 
-def test_the_length_of_an_answer_goes_with_that_of_its_question() -> None:
+def test_output_length_depends_on_input_length() -> None:
     rng = new_random(2)
     traffic = Traffic.conversation()
     middling = sorted(traffic.output_tokens(rng, 1050) for _ in range(2000))[1000]
@@ -106,7 +106,7 @@ def test_the_length_of_an_answer_goes_with_that_of_its_question() -> None:
 @needs_traces
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", [0, 1, 2], ids=["input", "output", "gaps"])
-def test_what_is_drawn_is_distributed_as_the_trace(kind: str, what: int) -> None:
+def test_draws_have_the_distribution_of_the_trace(kind: str, what: int) -> None:
     drawn, real = sorted(sample(kind)[what]), sorted(trace(kind)[what])
     points = [real[len(real) * n // 200] for n in range(200)]
     for point in points:
@@ -116,8 +116,8 @@ def test_what_is_drawn_is_distributed_as_the_trace(kind: str, what: int) -> None
 
 @needs_traces
 @pytest.mark.parametrize("kind", KINDS)
-def test_work_and_burstiness_are_those_of_the_trace(kind: str) -> None:
-    """What a bench of capacity rests on: the mean time of a call, and how far arrivals crowd."""
+def test_work_and_burstiness_match_the_trace(kind: str) -> None:
+    """The mean duration of a call and the burstiness of arrivals decide capacity."""
     assert mean(sample(kind)[1]) == pytest.approx(mean(trace(kind)[1]), rel=0.05)
     for span in (5, 30):
         drawn, real = dispersion(sample(kind)[2], span), dispersion(trace(kind)[2], span)
@@ -125,7 +125,7 @@ def test_work_and_burstiness_are_those_of_the_trace(kind: str) -> None:
 
 
 def share_below(ordered: list[int] | list[float], value: float) -> float:
-    """The share of values below `value`, half of those equal to it counted in."""
+    """Return the share of values below `value`, plus half of the share equal to it."""
     return (bisect.bisect_left(ordered, value) + bisect.bisect_right(ordered, value)) / 2 / len(ordered)
 
 
@@ -136,6 +136,6 @@ def test_a_quantile_and_its_chance_are_inverse(share: float) -> None:
     assert table.mean == pytest.approx(0.25 * 6 + 0.25 * 30 + 0.5 * 525)
 
 
-def test_a_jump_and_the_ends_have_a_chance_too() -> None:
+def test_a_jump_and_the_ends_have_a_probability() -> None:
     table = Quantiles((0.0, 0.2, 0.6, 1.0), (5.0, 7.0, 7.0, 9.0))
     assert [table.chance(value) for value in (0, 7, 100)] == [0.0, pytest.approx(0.4), 1.0]

@@ -1,4 +1,4 @@
-"""Limits and refusals in the words of each provider."""
+"""Rate limit headers and error responses of each provider."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_durations_are_written_as_openai_writes_them(seconds: float, text: str) 
 
 
 @given(st.floats(0, 1e5))
-def test_a_duration_is_never_told_too_short(seconds: float) -> None:
+def test_durations_are_rounded_up(seconds: float) -> None:
     units = {"h": 3600.0, "m": 60.0, "s": 1.0}
     text, total = format_duration(seconds), 0.0
     if text.endswith("ms"):
@@ -59,12 +59,12 @@ def test_a_duration_is_never_told_too_short(seconds: float) -> None:
 
 
 @given(st.floats(1e9, 2e9))
-def test_a_moment_is_never_told_too_early(epoch: float) -> None:
-    told = dt.datetime.fromisoformat(format_timestamp(epoch)).timestamp()
-    assert epoch - 1e-5 <= told <= epoch + 1
+def test_timestamps_are_rounded_up(epoch: float) -> None:
+    written = dt.datetime.fromisoformat(format_timestamp(epoch)).timestamp()
+    assert epoch - 1e-5 <= written <= epoch + 1
 
 
-def test_openai_tells_limits_with_durations() -> None:
+def test_openai_headers_state_resets_as_durations() -> None:
     readings = [MeterReading(Unit.REQUESTS, 500, 499.2, 0.12), MeterReading(Unit.TOKENS, 30000, 0.0, 60.0)]
     assert rate_limit_headers(Dialect.OPENAI, readings, 0.0) == {
         "x-ratelimit-limit-requests": "500",
@@ -76,7 +76,7 @@ def test_openai_tells_limits_with_durations() -> None:
     }
 
 
-def test_anthropic_tells_limits_with_moments_and_the_sum_of_both_kinds_of_tokens() -> None:
+def test_anthropic_headers_state_resets_as_times_and_sum_both_kinds_of_tokens() -> None:
     readings = [
         MeterReading(Unit.INPUT_TOKENS, 80000, 78000.0, 1.5),
         MeterReading(Unit.OUTPUT_TOKENS, 16000, 12000.0, 15.0),
@@ -94,10 +94,10 @@ def test_anthropic_tells_limits_with_moments_and_the_sum_of_both_kinds_of_tokens
     }
 
 
-def test_openai_tells_requests_from_tokens_in_the_words_and_the_type() -> None:
+def test_openai_errors_tell_requests_from_tokens_by_message_and_type() -> None:
     answer = refusal_response(Dialect.OPENAI, RefusalDetails(RefusalReason.TOKENS, "gpt-4o", SHORTAGE), {}, "req_1")
     assert json.loads(answer.body)["error"] == {
-        "message": "Rate limit reached for gpt-4o in organization org-plant on tokens per min (TPM): "
+        "message": "Rate limit reached for gpt-4o in organization org-simulated on tokens per min (TPM): "
         "Limit 30000, Used 29937, Requested 385. Please try again in 644ms.",
         "type": "tokens",
         "param": None,
@@ -106,8 +106,8 @@ def test_openai_tells_requests_from_tokens_in_the_words_and_the_type() -> None:
     assert (answer.status, answer.headers["retry-after"], answer.headers["retry-after-ms"]) == (429, "1", "644")
 
 
-def test_a_limit_is_told_with_its_period() -> None:
-    daily = RateShortage(Unit.REQUESTS, limit=200, remaining=0, requested=1, wait=432.0, per=86400.0)
+def test_an_error_names_the_period_of_its_limit() -> None:
+    daily = RateShortage(Unit.REQUESTS, limit=200, remaining=0, requested=1, wait=432.0, period=86400.0)
     body = json.loads(
         refusal_response(Dialect.OPENAI, RefusalDetails(RefusalReason.REQUESTS, "gpt-4o", daily), {}, "req_1").body
     )
@@ -118,7 +118,7 @@ def test_a_limit_is_told_with_its_period() -> None:
     assert "of 200 requests per day" in str(body)
 
 
-def test_anthropic_names_the_request_in_its_errors() -> None:
+def test_anthropic_errors_have_the_request_id() -> None:
     answer = refusal_response(
         Dialect.ANTHROPIC, RefusalDetails(RefusalReason.TOKENS, "claude", SHORTAGE), {"a": "b"}, "req_1"
     )
@@ -144,7 +144,7 @@ def test_anthropic_names_the_request_in_its_errors() -> None:
         (RefusalReason.UNKNOWN_MODEL, (404, "model_not_found"), (404, "not_found_error")),
     ],
 )
-def test_each_reason_has_its_status_and_its_name(
+def test_each_refusal_reason_has_its_status_and_error_type(
     reason: RefusalReason, openai: tuple[int, str | None], anthropic: tuple[int, str]
 ) -> None:
     limits = {"limits": "yes"}
@@ -155,7 +155,7 @@ def test_each_reason_has_its_status_and_its_name(
     assert ("limits" in answer.headers) == (reason is RefusalReason.ACCELERATION)
 
 
-def test_the_machines_in_front_speak_no_json() -> None:
+def test_errors_of_proxies_are_not_json() -> None:
     for dialect in Dialect:
         gateway = refusal_response(dialect, RefusalDetails(RefusalReason.BAD_GATEWAY, "m"), {}, "req_1")
         assert (gateway.status, gateway.headers["content-type"]) == (502, "text/html")

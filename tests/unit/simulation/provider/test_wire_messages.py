@@ -1,4 +1,4 @@
-"""Requests read and answers written, without a socket."""
+"""Requests and answers in the wire formats, without a socket."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from forebay.simulation.provider import wire_messages as wire
 
 
 @given(st.integers(0, 9000), st.integers(0, 9000))
-def test_pieces_of_a_text_make_the_text(first: int, second: int) -> None:
+def test_parts_of_an_answer_make_the_whole_text(first: int, second: int) -> None:
     whole = wire.answer_text(0, first + second)
     assert wire.answer_text(0, first) + wire.answer_text(first, second) == whole
     assert len(whole.split()) == first + second or "  " not in whole
 
 
-def test_a_text_has_a_word_for_a_token() -> None:
+def test_an_answer_has_one_word_per_token() -> None:
     assert len(wire.answer_text(0, 500).split()) == 500
 
 
@@ -33,12 +33,12 @@ def test_a_text_has_a_word_for_a_token() -> None:
     ],
     ids=["text", "parts", "system", "nothing"],
 )
-def test_input_is_estimated_from_its_characters(body: dict[str, object], tokens: int) -> None:
+def test_input_tokens_are_estimated_from_characters(body: dict[str, object], tokens: int) -> None:
     request = wire.read_request(json.dumps({"model": "m"} | body).encode())
     assert request.input_tokens() == tokens
 
 
-def test_either_bound_on_the_output_counts() -> None:
+def test_both_names_of_the_output_bound_are_read() -> None:
     base = {"model": "m", "messages": []}
     assert wire.read_request(json.dumps(base | {"max_tokens": 7}).encode()).max_output_tokens == 7
     assert (
@@ -50,12 +50,12 @@ def test_either_bound_on_the_output_counts() -> None:
     assert wire.read_request(json.dumps(base).encode()).max_output_tokens is None
 
 
-def test_what_is_no_request_is_told_where() -> None:
+def test_an_invalid_request_is_refused_with_its_field() -> None:
     with pytest.raises(msgspec.ValidationError, match=r"\$\.messages"):
         wire.read_request(b'{"model": "m", "messages": 3}')
 
 
-def test_usage_comes_in_a_stream_of_openai_only_if_asked_for() -> None:
+def test_an_openai_stream_has_usage_only_if_requested() -> None:
     for asked in (False, True):
         end = wire.OpenAIWriter(1, "m", 0, include_usage=asked).stream_end((5, 10), "stop")
         assert (b'"total_tokens":15' in end) is asked

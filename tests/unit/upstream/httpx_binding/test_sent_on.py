@@ -203,7 +203,7 @@ async def test_a_refusal_by_both_says_what_the_other_provider_answered() -> None
 @virtual
 async def test_with_a_load_a_call_that_was_told_to_wait_long_goes_on_at_once() -> None:
     other = spare()
-    up = first(to_spare(other, when=0.25), retry=Retry())
+    up = first(to_spare(other, load_threshold=0.25), retry=Retry())
     script = Script(httpx2, Says.error(429, "requests per minute", retry_after="30"), Says())
     began = now()
     assert (await ask(script.client(up))).json() == CHAT

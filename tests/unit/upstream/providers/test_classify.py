@@ -1,4 +1,4 @@
-"""What refusals and errors mean, by examples as they are met."""
+"""What responses of providers mean, by examples as they occur."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def anthropic(message: str, kind: str) -> dict[str, Any]:
 
 TPM = "gpt-4o in organization org-x on tokens per min (TPM): Limit 30000"
 CASES: list[tuple[str, int, Any, ErrorKind]] = [
-    # --- a quota is used up
+    # --- a rate limit
     ("openai tpm", 429, openai(f"Rate limit reached for {TPM}, Used 29937, Requested 385. Please try again in 644ms.",
                                "tokens", "rate_limit_exceeded"), ErrorKind.RATE_LIMIT),
     ("openai rpd", 429, openai("Rate limit reached for gpt-4o on requests per day (RPD): Limit 200, Used 200.",
                                "requests", "rate_limit_exceeded"), ErrorKind.RATE_LIMIT),
-    ("openai of old", 429, openai("Rate limit reached for 10KTPM-200RPM in organization org-x. Limit: 10000 / min.",
+    ("openai, 2023", 429, openai("Rate limit reached for 10KTPM-200RPM in organization org-x. Limit: 10000 / min.",
                                   "requests", None), ErrorKind.RATE_LIMIT),
     ("anthropic itpm", 429, anthropic("This request would exceed the rate limit for your organization (abc) of 20,000 "
                                       "input tokens per minute. For details, refer to: ...", "rate_limit_error"),
@@ -40,33 +40,35 @@ CASES: list[tuple[str, int, Any, ErrorKind]] = [
      "tier. Please retry after 37 seconds."}}, ErrorKind.RATE_LIMIT),
     ("google", 429, [{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "You exceeded your current "
      "quota, please check your plan and billing details."}}], ErrorKind.RATE_LIMIT),
-    # --- too many at once
+    # --- a concurrency limit
     ("anthropic connections", 429, anthropic("Number of concurrent connections has exceeded your rate limit. Please "
-                                             f"try again later {SALES}", "rate_limit_error"), ErrorKind.CONCURRENCY_LIMIT),
+                                             f"try again later {SALES}", "rate_limit_error"),
+     ErrorKind.CONCURRENCY_LIMIT),
     ("no reason", 429, anthropic("This request would exceed your account's rate limit. Please try again later.",
                                  "rate_limit_error"), ErrorKind.CONCURRENCY_LIMIT),
-    ("nothing at all", 429, b"", ErrorKind.CONCURRENCY_LIMIT),
-    # --- too fast a rise
+    ("no body", 429, b"", ErrorKind.CONCURRENCY_LIMIT),
+    # --- an acceleration limit
     ("anthropic acceleration", 429, anthropic("This request would exceed your organization's maximum usage increase "
      "rate for input tokens per minute. Please scale up more gradually to stay within the acceleration limit.",
                                               "rate_limit_error"), ErrorKind.ACCELERATION_LIMIT),
     ("openai slow down", 503, openai("Slow Down", "server_error", "slow_down"), ErrorKind.ACCELERATION_LIMIT),
     # --- no capacity
     ("anthropic overloaded", 529, anthropic("Overloaded", "overloaded_error"), ErrorKind.OVERLOADED),
-    ("529 without words", 529, b"", ErrorKind.OVERLOADED),
+    ("529 without a body", 529, b"", ErrorKind.OVERLOADED),
     ("openai overloaded", 503, openai("The engine is currently overloaded, please try again later", "server_error",
                                       None), ErrorKind.OVERLOADED),
     ("openai overloaded, as 429", 429, openai("The engine is currently overloaded, please try again later", None,
                                               "engine_overloaded"), ErrorKind.OVERLOADED),
     ("azure no capacity", 429, {"error": {"code": "NoCapacity", "message": "The system is currently experiencing high "
                                           "demand and cannot process your request."}}, ErrorKind.OVERLOADED),
-    ("ollama", 503, {"error": "server busy, please try again.  maximum pending requests exceeded"}, ErrorKind.OVERLOADED),
-    ("ollama of old", 500, {"error": "server busy, please try again. maximum pending requests exceeded"},
+    ("ollama", 503, {"error": "server busy, please try again.  maximum pending requests exceeded"},
+     ErrorKind.OVERLOADED),
+    ("ollama, 2024", 500, {"error": "server busy, please try again. maximum pending requests exceeded"},
      ErrorKind.OVERLOADED),
     ("llama.cpp loads", 503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}},
      ErrorKind.OVERLOADED),
-    ("a balancer", 503, b"", ErrorKind.OVERLOADED),
-    # --- the money
+    ("a load balancer", 503, b"", ErrorKind.OVERLOADED),
+    # --- a spend cap
     ("openai quota", 429, openai("You exceeded your current quota, please check your plan and billing details.",
                                  "insufficient_quota", "insufficient_quota"), ErrorKind.SPEND_CAP),
     ("openai hard limit", 400, openai("Billing hard limit has been reached", "invalid_request_error",
@@ -79,41 +81,41 @@ CASES: list[tuple[str, int, Any, ErrorKind]] = [
     ("anthropic spend", 429, {"type": "error", "error": {"type": "rate_limit_error", "message": "Spend limit reached",
                               "details": {"error_code": "enforced_spend_limit_reached"}}}, ErrorKind.SPEND_CAP),
     ("anthropic billing", 402, anthropic("There's an issue with your billing", "billing_error"), ErrorKind.SPEND_CAP),
-    ("402 without words", 402, b"", ErrorKind.SPEND_CAP),
-    # --- broken
+    ("402 without a body", 402, b"", ErrorKind.SPEND_CAP),
+    # --- faults
     ("openai error", 500, openai("The server had an error while processing your request.", "server_error", None),
      ErrorKind.FAULT),
     ("anthropic error", 500, anthropic("Internal server error", "api_error"), ErrorKind.FAULT),
-    ("a page", 502, b"<html><head><title>502 Bad Gateway</title></head></html>", ErrorKind.FAULT),
+    ("an HTML page", 502, b"<html><head><title>502 Bad Gateway</title></head></html>", ErrorKind.FAULT),
     ("timeout", 504, anthropic("Request timed out", "timeout_error"), ErrorKind.FAULT),
     ("cloudflare", 524, b"error code: 524", ErrorKind.FAULT),
     ("no status", 999, b"\x00\xff", ErrorKind.FAULT),
-    # --- ours
+    # --- client errors
     ("context", 400, openai("This model's maximum context length is 8192 tokens.", "invalid_request_error",
                             "context_length_exceeded"), ErrorKind.CLIENT_ERROR),
     ("key", 401, openai("Incorrect API key provided", "invalid_request_error", "invalid_api_key"),
      ErrorKind.CLIENT_ERROR),
     ("forbidden", 403, b"", ErrorKind.CLIENT_ERROR),
     ("model", 404, anthropic("model: claude-9", "not_found_error"), ErrorKind.CLIENT_ERROR),
-    ("too large a body", 413, anthropic("Request exceeds the maximum size", "request_too_large"),
+    ("body too large", 413, anthropic("Request exceeds the maximum size", "request_too_large"),
      ErrorKind.CLIENT_ERROR),
     ("fields", 422, {"detail": [{"loc": ["body", "model"], "msg": "field required"}]}, ErrorKind.CLIENT_ERROR),
-    ("larger than the bucket", 429, openai(f"Request too large for {TPM}, Requested 30601. The input or output tokens "
+    ("larger than the quota", 429, openai(f"Request too large for {TPM}, Requested 30601. The input or output tokens "
                                            "must be reduced in order to run successfully.", "tokens",
                                            "rate_limit_exceeded"), ErrorKind.CLIENT_ERROR),
-    # --- neither
+    # --- transient
     ("request timeout", 408, b"", ErrorKind.TRANSIENT),
     ("conflict", 409, b"", ErrorKind.TRANSIENT),
-    # --- well
+    # --- successes
     ("ok", 200, b"", ErrorKind.SUCCESS),
     ("moved", 307, b"", ErrorKind.SUCCESS),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("status", "body", "meaning"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_an_answer_means(status: int, body: Any, meaning: ErrorKind) -> None:
-    told = body if isinstance(body, bytes) else json.dumps(body).encode()
-    assert classify(status, {}, told) is meaning
+@pytest.mark.parametrize(("status", "body", "kind"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_a_response_is_classified(status: int, body: Any, kind: ErrorKind) -> None:
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    assert classify(status, {}, sent) is kind
 
 
 @pytest.mark.parametrize(
@@ -125,36 +127,42 @@ def test_an_answer_means(status: int, body: Any, meaning: ErrorKind) -> None:
         {"anthropic-ratelimit-input-tokens-remaining": "0"},
     ],
 )
-def test_a_429_that_tells_a_time_or_an_empty_quota_is_a_rate(headers: dict[str, str]) -> None:
+def test_a_429_with_retry_after_or_an_empty_quota_is_a_rate_limit(headers: dict[str, str]) -> None:
     assert classify(429, headers, b"") is ErrorKind.RATE_LIMIT
     assert classify(429, {"x-ratelimit-remaining-requests": "12"}, b"") is ErrorKind.CONCURRENCY_LIMIT
 
 
-def test_words_weigh_more_than_a_header() -> None:
+def test_the_wording_outweighs_a_header() -> None:
     body = json.dumps(anthropic("Number of concurrent connections has exceeded your rate limit.", "rate_limit_error"))
     assert classify(429, {"retry-after": "3"}, body.encode()) is ErrorKind.CONCURRENCY_LIMIT
 
 
 @pytest.mark.parametrize(
-    ("meaning", "outcome", "retried", "uses_attempt"),
+    ("kind", "outcome", "follows"),
     [
-        (ErrorKind.SUCCESS, Outcome.SUCCESS, False, False),
-        (ErrorKind.RATE_LIMIT, Outcome.IGNORED, True, False),
-        (ErrorKind.CONCURRENCY_LIMIT, Outcome.OVERLOAD, True, False),
-        (ErrorKind.ACCELERATION_LIMIT, Outcome.OVERLOAD, True, False),
-        (ErrorKind.OVERLOADED, Outcome.OVERLOAD, True, False),
-        (ErrorKind.SPEND_CAP, Outcome.IGNORED, False, False),
-        (ErrorKind.FAULT, Outcome.FAULT, True, True),
-        (ErrorKind.TRANSIENT, Outcome.IGNORED, True, True),
-        (ErrorKind.CLIENT_ERROR, Outcome.IGNORED, False, False),
+        (ErrorKind.SUCCESS, Outcome.SUCCESS, ""),
+        (ErrorKind.RATE_LIMIT, Outcome.IGNORED, "retryable throttled can_fall_back"),
+        (ErrorKind.CONCURRENCY_LIMIT, Outcome.OVERLOAD, "retryable throttled can_fall_back"),
+        (ErrorKind.ACCELERATION_LIMIT, Outcome.OVERLOAD, "retryable throttled can_fall_back"),
+        (ErrorKind.OVERLOADED, Outcome.OVERLOAD, "retryable throttled can_fall_back"),
+        (ErrorKind.SPEND_CAP, Outcome.IGNORED, "throttled can_fall_back"),
+        (ErrorKind.FAULT, Outcome.FAULT, "retryable uses_attempt can_fall_back"),
+        (ErrorKind.TRANSIENT, Outcome.IGNORED, "retryable uses_attempt"),
+        (ErrorKind.CLIENT_ERROR, Outcome.IGNORED, ""),
     ],
 )
-def test_what_each_meaning_entails(meaning: ErrorKind, outcome: Outcome, *, retried: bool, uses_attempt: bool) -> None:
-    assert (meaning.outcome, meaning.retryable, meaning.uses_attempt) == (outcome, retried, uses_attempt)
+def test_what_follows_from_each_kind(kind: ErrorKind, outcome: Outcome, follows: str) -> None:
+    assert kind.outcome is outcome
+    names = ("retryable", "uses_attempt", "throttled", "can_fall_back")
+    assert [name for name in names if getattr(kind, name)] == [name for name in names if name in follows.split()]
+
+
+def test_no_response_is_a_fault() -> None:
+    assert classify(None, {}) is ErrorKind.FAULT
 
 
 @pytest.mark.parametrize(
-    ("error", "meaning"),
+    ("error", "kind"),
     [
         ({"type": "overloaded_error", "message": "Overloaded"}, ErrorKind.OVERLOADED),
         ({"type": "rate_limit_error", "message": "..."}, ErrorKind.RATE_LIMIT),
@@ -168,8 +176,8 @@ def test_what_each_meaning_entails(meaning: ErrorKind, outcome: Outcome, *, retr
         (17, ErrorKind.FAULT),
     ],
 )
-def test_an_error_in_the_middle_of_a_stream_means(error: Any, meaning: ErrorKind) -> None:
-    assert classify_stream_error(error) is meaning
+def test_an_error_in_the_middle_of_a_stream_is_classified(error: Any, kind: ErrorKind) -> None:
+    assert classify_stream_error(error) is kind
 
 
 JSON = st.recursive(
@@ -182,7 +190,7 @@ JSON = st.recursive(
 
 
 @given(status=st.integers(-1, 1000), body=st.binary(max_size=300) | JSON.map(lambda v: json.dumps(v).encode()))
-def test_no_body_makes_it_fail(status: int, body: bytes) -> None:
+def test_no_body_raises(status: int, body: bytes) -> None:
     assert (classify(status, {}, body) is ErrorKind.SUCCESS) == (status < 400)
 
 

@@ -1,0 +1,83 @@
+"""The results as charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from bench.calls.limit_run import RunRecord
+from bench.calls.limits import LIMITS, OURS, UPSTREAM
+
+# The palette of Okabe and Ito, which is safe for colour-blind readers.
+_COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
+_STYLE: Final[dict[Any, Any]] = {
+    "font.size": 10.5,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.color": "#e6e6e6",
+}
+
+
+def _width(name: str) -> float:
+    return 3.0 if name in (UPSTREAM, OURS) else 1.5
+
+
+def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
+    """Plot goodput over offered load, one line a limit."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        axes.set_title("Goodput relative to an oracle, by offered load")
+        for (name, values), colour in zip(shares.items(), _COLOURS, strict=False):
+            axes.plot(loads, values, color=colour, label=name, linewidth=_width(name), marker="o")
+        axes.set(xlabel="offered load over capacity", xlim=(0.8, max(loads)), ylim=(0, 1.08))
+        axes.grid(visible=True)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(folder / "goodput-load.png")
+
+
+def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
+    """Plot goodput by scenario and limit, as a table with colours."""
+    names = list(dict.fromkeys(name for name, _ in shares))
+    limits = [UPSTREAM, *LIMITS]
+    with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = Figure(figsize=(9, 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        axes.set_title("Goodput relative to an oracle, by scenario", pad=14)
+        axes.imshow(
+            [[shares[name, limit] for limit in limits] for name in names], cmap="RdYlBu", vmin=0, vmax=1, aspect="auto"
+        )
+        for row, name in enumerate(names):
+            for column, limit in enumerate(limits):
+                value = shares[name, limit]
+                ink = "white" if not 0.15 < value < 0.85 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+        axes.set_xticks(range(len(limits)), limits)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        figure.savefig(folder / "goodput.png")
+
+
+def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[float, float], folder: Path) -> None:
+    """Plot useful work over time around a trigger, one line a limit."""
+    step = 10
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(f"A minute without any answer, at a {kind} provider")
+        for (name, record), colour in zip(records.items(), _COLOURS, strict=True):
+            end = int(max((at for at, *_ in record.levels), default=0))
+            times = range(0, end, step)
+            served = [record.work(at, at + step) for at in times]
+            axes.plot(times, served, color=colour, label=name, linewidth=_width(name))
+        axes.axvspan(*trigger, color="#f0f0f0")
+        axes.set(xlabel="seconds", ylabel="slots in use", xlim=(0, None), ylim=(0, 100))
+        axes.grid(visible=True)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(folder / f"recovery-{kind}.png")

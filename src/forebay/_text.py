@@ -1,0 +1,45 @@
+"""Numbers with units, as people read them: for error messages, log lines and printed reports."""
+
+from __future__ import annotations
+
+import math
+
+# Each unit up to which duration it is used, how many seconds it has, and its name.
+_DURATIONS = (
+    (0.9995e-3, 1e-6, "us"),  # what rounds to 1,000 takes the next unit
+    (0.9995, 1e-3, "ms"),
+    (2 * 60.0, 1.0, "s"),
+    (3600.0, 60.0, "min"),
+    (2 * 86400.0, 3600.0, "h"),
+    (math.inf, 86400.0, "days"),
+)
+_SIZES = (
+    (999.5, 1.0, "bytes"),
+    (999.5e3, 1e3, "kB"),
+    (999.5e6, 1e6, "MB"),
+    (999.5e9, 1e9, "GB"),
+    (math.inf, 1e12, "TB"),
+)
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in the unit that reads best, with three significant digits: ``"250 ms"``, ``"24 h"``.
+
+    Args:
+        seconds: may be negative, infinite or not a number.
+    """
+    if not math.isfinite(seconds):
+        return "an unknown time" if math.isnan(seconds) or seconds < 0 else "an unlimited time"
+    return _format(seconds, _DURATIONS) if seconds else "0 s"
+
+
+def format_bytes(size: float) -> str:
+    """Return a finite number of bytes in the decimal unit that reads best: ``"512 bytes"``, ``"16 MB"``."""
+    return "1 byte" if size == 1 else _format(size, _SIZES)
+
+
+def _format(number: float, units: tuple[tuple[float, float, str], ...]) -> str:
+    """Return `number` in the first of `units` that it fits, never with an exponent."""
+    factor, unit = next((factor, unit) for below, factor, unit in units if abs(number) < below)
+    text = f"{number / factor:.3g}"
+    return f"{number / factor:,.0f} {unit}" if "e" in text else f"{text} {unit}"

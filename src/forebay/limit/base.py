@@ -1,0 +1,87 @@
+"""The interface of a concurrency limit.
+
+To add a limit, subclass `Limit`, write `observe`, and add one line to ``tests/contract/test_limit.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import msgspec
+
+from forebay._validate import check_whole
+from forebay.interfaces import Outcome
+
+
+class Grant(msgspec.Struct):
+    """One slot of a limit, held by a call from its start to its end.
+
+    Attributes:
+        granted_at: seconds, on the clock of the limit's owner.
+        in_flight: calls in flight at that moment, this one included.
+        epoch: the limit's epoch at that moment, for a limit that has epochs.
+        at_limit: whether the limit was used up, or nearly, at that moment.
+    """
+
+    granted_at: float
+    in_flight: int
+    epoch: int = 0
+    at_limit: bool = False
+
+
+class Limit(ABC):
+    """How many calls may be in flight at one account. Pure: it sees grants, outcomes and times, nothing else.
+
+    A subclass has to write `observe`, which learns from finished calls and moves the limit by `_set_level`. Every other
+    method has a default. Times are seconds on one clock that does not go back, and each grant is passed to `observe`
+    exactly once.
+
+    Args:
+        initial_limit: calls in flight to begin with.
+        max_limit: most calls that may ever be in flight.
+
+    Raises:
+        InvalidSetting: not two whole numbers with 1 <= initial_limit <= max_limit.
+    """
+
+    def __init__(self, *, initial_limit: int = 10, max_limit: int = 10_000) -> None:
+        owner = type(self).__name__
+        check_whole(owner, "max_limit", max_limit)
+        check_whole(owner, "initial_limit", initial_limit, maximum=max_limit)
+        self._level = float(initial_limit)
+        self._max_level = float(max_limit)
+
+    @abstractmethod
+    def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
+        """Learn from one finished call.
+
+        Args:
+            now: when it ended.
+            grant: what `grant` returned when the call started.
+            outcome: OVERLOAD means that the provider refused the call because it is at its capacity. FAULT and IGNORED
+                say nothing about the capacity.
+            slowdown: how long the call took over how long its output tokens should take; 1 is as expected, None is
+                unknown.
+        """
+
+    def limit(self, now: float) -> int:  # noqa: ARG002 - a subclass may need it
+        """Return how many calls may be in flight now; 0 while none may."""
+        return int(self._level)
+
+    def reopens_at(self, now: float) -> float | None:  # noqa: ARG002 - a subclass may need it
+        """Return when time alone will raise `limit` from 0, in the clock's seconds; None while it is above 0."""
+        return None
+
+    def grant(self, now: float, in_flight: int) -> Grant:
+        """Return the grant of a slot that is taken now; `in_flight` includes it."""
+        return Grant(now, in_flight, at_limit=in_flight >= self.limit(now))
+
+    def accepted(self, now: float, grant: Grant) -> None:  # noqa: B027 - few limits need it
+        """Note that the provider accepted a call: its answer has begun, or no refusal came within a second.
+
+        Called at most once for a grant, before `observe`. The default does nothing.
+        """
+
+    def _set_level(self, level: float) -> None:
+        """Set the limit, kept between 1 and `max_limit`. Fractions add up; `limit` rounds down."""
+        self._level = max(1.0, min(self._max_level, level))

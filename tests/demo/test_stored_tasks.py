@@ -1,0 +1,35 @@
+"""Tasks on disk are counted in the file itself."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from demo.stored_tasks import StoredTasks, count_stored_tasks
+from forebay.interfaces import Completion, TaskRecord
+from forebay.overflow import open_task_store
+from forebay.task import Priority
+
+
+def row(name: str) -> TaskRecord:
+    return TaskRecord(task_id=name, task_type="brief", priority=Priority.NORMAL, envelope=b"x", enqueued_at=0.0)
+
+
+async def test_each_row_is_counted_as_what_it_is(tmp_path: Path) -> None:
+    store = open_task_store(f"sqlite:///{tmp_path}/spill.db")
+    await store.open()
+    for name in "abc":
+        await store.put(row(name))
+    for name in "defg":
+        await store.put(row(name), fence=name, until=1e12)
+    for name, status in zip("efg", ("succeeded", "failed", "timed_out"), strict=True):
+        assert await store.finish(name, Completion(status=status, finished_at=1.0), fence=name)
+    await store.close()
+    counted = await asyncio.to_thread(count_stored_tasks, tmp_path / "spill.db")  # noqa: TID251 - as the demo does
+    assert counted == StoredTasks(waiting=3, leased=1, done=1, failed=2)
+    assert (counted.to_do, counted.total) == (4, 7)
+
+
+def test_where_there_is_no_ledger_nothing_is_kept(tmp_path: Path) -> None:
+    assert count_stored_tasks(tmp_path / "none.db").total == 0
+    assert list(tmp_path.iterdir()) == []

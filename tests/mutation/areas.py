@@ -1,0 +1,51 @@
+"""The parts of the package that decide something, and the tests that must notice when a decision changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Area:
+    """Files that are mutated together, and the tests that are run against each mutant.
+
+    Attributes:
+        files: globs below ``src/forebay``.
+        tests: files and folders below ``tests``.
+        baseline: percent of the mutants that the tests must kill; a run below it fails.
+    """
+
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+    baseline: int
+
+
+AREAS: Final = {
+    "admission": Area(
+        files=("admission/*.py",),
+        tests=("unit/admission", "acceptance/test_routing.py", "acceptance/test_submitting.py"),
+        baseline=0,
+    ),
+    "limit": Area(
+        files=("limit/*.py", "limit/adaptive/*.py"), tests=("unit/limit", "contract/test_limit.py"), baseline=0
+    ),
+    "quota": Area(files=("quota/*.py",), tests=("unit/quota", "unit/upstream/test_decisions.py"), baseline=0),
+    "breaker": Area(files=("breaker/*.py",), tests=("unit/breaker",), baseline=0),
+    "retry": Area(files=("retry/*.py",), tests=("unit/retry", "acceptance/test_upstream_retries.py"), baseline=0),
+    "account": Area(
+        files=("upstream/account.py", "upstream/call_queue.py", "upstream/fair_order.py", "upstream/bypass.py"),
+        tests=("unit/upstream", "acceptance/test_upstream.py", "acceptance/test_outage.py"),
+        baseline=0,
+    ),
+    "selection": Area(
+        files=("supervisor/worker_selection.py", "supervisor/pool.py", "supervisor/worker.py"),
+        tests=("unit/supervisor", "acceptance/test_routing.py", "acceptance/test_workers.py"),
+        baseline=0,
+    ),
+    "overflow": Area(
+        files=("overflow/*.py",),
+        tests=("unit/overflow", "contract/test_task_store.py", "contract/test_task_store_model.py"),
+        baseline=0,
+    ),
+}

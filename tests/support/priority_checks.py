@@ -1,0 +1,78 @@
+"""Priority inversions in a record, found by following every queue event by event."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from forebay.events import Event, TaskFinished, TaskRefilled, TaskStarted, TaskSubmitted
+from forebay.task import Priority, Verdict
+from forebay.testing import EventRecord
+
+PASSED_OVER_LIMIT: Final = 20
+"""After a waiting task was passed over that often, it starts before tasks of better priority."""
+
+
+class PriorityInversion(NamedTuple):
+    """A task that started while another one, of better priority and the same type, was queued."""
+
+    at: float  # loop time
+    started: str
+    waited: str
+
+
+class _QueueModel:
+    """The queue of one task type as its events describe it, and how often each priority was passed over."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Priority] = {}
+        self.passed_over = [0] * len(Priority)
+
+    def removed(self, priority: Priority) -> None:
+        """Count that a task of `priority` left the queue: waiting tasks of lower priorities were passed over."""
+        for lower in Priority:
+            if lower > priority:
+                waits = any(other is lower for other in self.waiting.values())
+                self.passed_over[lower] = self.passed_over[lower] + 1 if waits else 0
+
+
+def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[PriorityInversion]:
+    """Yield the inversions that the guaranteed share of low priorities does not explain.
+
+    Args:
+        record: of one supervisor.
+        stored: the supervisor has an overflow. A task then leaves its queue before its end is published, so tasks that
+            never started are not compared.
+    """
+    not_compared = {task_id for task_id, task in record.tasks.items() if task.thread_id is not None}
+    if stored:
+        not_compared |= record.tasks.keys() - set(record.started)
+    queues: dict[str, _QueueModel] = defaultdict(_QueueModel)
+    submitted: dict[str, tuple[str, Priority]] = {}
+    for event in record.events:
+        if isinstance(event, TaskSubmitted):
+            submitted[event.task_id] = (event.task_type, event.priority)
+        if (queued := _queued_task(event)) is not None and queued in submitted:
+            task_type, priority = submitted[queued]
+            queues[task_type].waiting[queued] = priority
+        elif isinstance(event, TaskStarted | TaskFinished) and event.task_id in submitted:
+            task_type, priority = submitted[event.task_id]
+            queue = queues[task_type]
+            if queue.waiting.pop(event.task_id, None) is None:
+                continue
+            if isinstance(event, TaskStarted):
+                better = [task_id for task_id, other in queue.waiting.items() if other < priority]
+                passed_over = queue.passed_over[priority] + sum(task_id in not_compared for task_id in better)
+                waited = [task_id for task_id in better if task_id in record.tasks and task_id not in not_compared]
+                if waited and passed_over < PASSED_OVER_LIMIT:
+                    yield PriorityInversion(event.at, event.task_id, min(waited, key=queue.waiting.__getitem__))
+                queue.passed_over[priority] = 0
+            queue.removed(priority)  # a task that ended in the queue may have done so when it was taken to start
+
+
+def _queued_task(event: Event) -> str | None:
+    """Return the id of the task that the event puts into a queue; None if it puts none."""
+    if isinstance(event, TaskRefilled) or (isinstance(event, TaskSubmitted) and event.verdict is Verdict.ADMITTED):
+        return event.task_id
+    return None

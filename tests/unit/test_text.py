@@ -1,0 +1,56 @@
+"""Numbers with units, as messages show them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from forebay._text import format_bytes, format_duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.000_25, "250 us"),
+        (0.25, "250 ms"),
+        (0.999_4, "999 ms"),
+        (0.000_999_9, "1 ms"),
+        (0.999_9, "1 s"),
+        (1, "1 s"),
+        (1.5, "1.5 s"),
+        (82.4816, "82.5 s"),
+        (120, "2 min"),
+        (999.9, "16.7 min"),
+        (3600, "1 h"),
+        (75_101.6, "20.9 h"),
+        (86_400, "24 h"),
+        (8.64e4 * 30, "30 days"),
+        (8.64e4 * 12_345, "12,345 days"),
+        (-90, "-90 s"),
+        (math.inf, "an unlimited time"),
+        (math.nan, "an unknown time"),
+        (-math.inf, "an unknown time"),
+    ],
+)
+def test_a_duration_is_shown_in_the_unit_that_reads_best(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (999, "999 bytes"),
+        (1_500, "1.5 kB"),
+        (999_600, "1 MB"),
+        (16_000_000, "16 MB"),
+        (2.5e9, "2.5 GB"),
+        (1e13, "10 TB"),
+        (1e16, "10,000 TB"),
+    ],
+)
+def test_a_number_of_bytes_is_shown_in_the_unit_that_reads_best(size: float, text: str) -> None:
+    assert format_bytes(size) == text
