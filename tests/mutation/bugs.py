@@ -28,7 +28,7 @@ from forebay.supervisor.pool import Pool
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.nested import SlotLoan
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.spill.spill import Spill
+from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskStatus
 from forebay.upstream import bypass, call_flow
@@ -200,7 +200,7 @@ def a_record_is_acknowledged_before_its_commit() -> None:
 
 
 def a_task_starts_although_its_lease_has_lapsed() -> None:
-    always(Spill, Spill.lease_is_valid, returns=True)
+    always(StoredTasks, StoredTasks.lease_is_valid, returns=True)
 
 
 def a_start_is_not_recorded() -> None:

@@ -26,7 +26,7 @@ class PortalSupervisor(Protocol):
 
     @property
     def started(self) -> bool:
-        """Whether it has been started."""
+        """True once it has been started."""
 
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
@@ -65,7 +65,7 @@ class PortalTicket:
 
     @property
     def status(self) -> TaskStatus:
-        """Where the task is now."""
+        """The present status of the task."""
         return self._ticket.status
 
     def result(self, timeout: float | None = None) -> TaskResult:
