@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class CallObserver(Protocol):
     """A run whose supervisor observes its calls."""
 
-    rejections: dict[object, Overloaded] | None  # by source that rejected it for good: its further calls there fail at once
+    rejections: dict[object, Overloaded] | None  # by source: further calls there fail at once
 
     def record_call(self, source: LoadSource) -> None:
         """Record that its calls use `source`, as do those of other runs of its worker. Callable from any thread."""
