@@ -21,7 +21,7 @@ from typing import Final
 
 from bench.baselines.oracle_schedule import foresight, schedule
 from bench.calls.parallel_runs import SEEDS, rounded_median, run_parallel
-from bench.fleet.cases import CASES, FOR_REAL, SHORT, Case
+from bench.fleet.cases import CASES, OVER_SOCKETS, QUICK, Case
 from bench.fleet.ways import WAYS, Measured, over_sockets, virtually
 
 _HEAD: Final = (
@@ -47,8 +47,8 @@ def run(*, quick: bool = False) -> dict[str, float | str]:
                 for seed in range(1, seeds + 1)
             ],
         )
-    cases = dict(SHORT) if quick else {name: CASES[name] for name in FOR_REAL}
-    for name, runs in asyncio.run(_for_real(cases)).items():
+    cases = dict(QUICK) if quick else {name: CASES[name] for name in OVER_SOCKETS}
+    for name, runs in asyncio.run(_over_sockets(cases)).items():
         results |= _summarize(f"sockets: {name}", runs)
     return results
 
@@ -58,7 +58,7 @@ def _virtual(job: tuple[str, int, str]) -> Measured:
     return virtually(replace(CASES[name], seed=seed), way)
 
 
-async def _for_real(cases: Mapping[str, Case]) -> dict[str, Runs]:
+async def _over_sockets(cases: Mapping[str, Case]) -> dict[str, Runs]:
     """Run all cases over sockets at once: they mostly wait."""
     jobs = [(name, way) for name in cases for way in WAYS]
     answers = await asyncio.gather(*(over_sockets(cases[name], way) for name, way in jobs))

@@ -75,7 +75,9 @@ def async_seconds(
     return asyncio.run(calls())
 
 
-def sync_seconds(answer: Any, make: Callable[[Any], Any], call: Callable[[Any], Any], upstream: Upstream | None) -> float:
+def sync_seconds(
+    answer: Any, make: Callable[[Any], Any], call: Callable[[Any], Any], upstream: Upstream | None
+) -> float:
     """Return the processor seconds of a call in a plain thread."""
     client = make(httpx2.Client(transport=transport_of(answer)))
     if upstream is not None:
@@ -99,7 +101,12 @@ def create_message(client: Any) -> Any:
 
 
 CLIENTS: dict[str, tuple[Any, ...]] = {
-    "openai_async": (async_seconds, CHAT, lambda http: openai.AsyncOpenAI(api_key="k", http_client=http), create_completion),
+    "openai_async": (
+        async_seconds,
+        CHAT,
+        lambda http: openai.AsyncOpenAI(api_key="k", http_client=http),
+        create_completion,
+    ),
     "openai": (sync_seconds, CHAT, lambda http: openai.OpenAI(api_key="k", http_client=http), create_completion),
     "anthropic_async": (
         async_seconds,
@@ -107,7 +114,12 @@ CLIENTS: dict[str, tuple[Any, ...]] = {
         lambda http: anthropic.AsyncAnthropic(api_key="k", http_client=http),
         create_message,
     ),
-    "anthropic": (sync_seconds, MESSAGE, lambda http: anthropic.Anthropic(api_key="k", http_client=http), create_message),
+    "anthropic": (
+        sync_seconds,
+        MESSAGE,
+        lambda http: anthropic.Anthropic(api_key="k", http_client=http),
+        create_message,
+    ),
 }
 
 

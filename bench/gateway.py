@@ -59,7 +59,7 @@ def run() -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         _, provider = stack.enter_context(started("bench.proxies.provider"))
         url = f"http://127.0.0.1:{provider}"
-        pid, ours = stack.enter_context(started("bench.proxies.ours", url))
+        pid, ours = stack.enter_context(started("bench.proxies.forebay_gateway", url))
         _, aiohttp = stack.enter_context(started("bench.baselines.bare_proxy", "aiohttp", url))
         _, uvicorn = stack.enter_context(started("bench.baselines.bare_proxy", "uvicorn", url))
         ports = {"direct": provider, "aiohttp": aiohttp, "uvicorn": uvicorn, OURS: ours}

@@ -3,8 +3,8 @@
 The provider shares its capacity among the calls in flight, and works on for callers that have left; the offered load is
 0.8 of its capacity. In the outage it stands still for a minute. Without a limit on the calls in flight that is a
 metastable failure: every answer comes too late and is asked for again, so the overload sustains itself (N. Bronson et
-al., "Metastable Failures in Distributed Systems", HotOS 2021). The same at a provider that refuses excess calls. Medians
-over seeds; no number means no recovery within eight minutes.
+al., "Metastable Failures in Distributed Systems", HotOS 2021). The same at a provider that refuses excess calls.
+Medians over seeds; no number means no recovery within eight minutes.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bench.calls.limits import LIMITS, OURS, UPSTREAM
 from bench.calls.limit_run import RunRecord
+from bench.calls.limits import LIMITS, OURS, UPSTREAM
 
 # The palette of Okabe and Ito, which is safe for colour-blind readers.
 _COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")

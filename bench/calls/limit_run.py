@@ -46,7 +46,7 @@ class Callers:
         timeout: seconds from its arrival after which an answer is worth nothing.
         queue_bound: calls that may wait; one that finds the queue full is rejected.
         max_attempts: attempts at one call.
-        holds_slot_while_retrying: a call keeps its slot between attempts, as in `async with semaphore: retrying_call()`.
+        holds_slot_while_retrying: a call keeps its slot between attempts, as in `async with semaphore: retry()`.
         resubmissions: how often a caller submits again that got no answer in time.
         base_delay: seconds of the first backoff at most.
         max_delay: seconds of any backoff at most.

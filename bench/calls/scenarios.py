@@ -166,6 +166,8 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     "baseline 50 % too long": Scenario(
         config=provider(overcommit=None, capacity_steps=steps((200, SLOTS // 2), (400, SLOTS))), duration_error=1.5
     ),
-    "baseline 25 % too short": Scenario(config=provider(capacity_steps=steps((200, 0), (260, SLOTS))), duration_error=0.75),
+    "baseline 25 % too short": Scenario(
+        config=provider(capacity_steps=steps((200, 0), (260, SLOTS))), duration_error=0.75
+    ),
     "half the load": Scenario(config=provider(), offered=0.5),
 }

@@ -12,7 +12,7 @@ import anthropic
 import httpx2
 import openai
 
-from bench.fleet.cases import MODELS, MOST, Case, Turn
+from bench.fleet.cases import MAX_TOKENS, MODELS, Case, Turn
 from forebay.simulation.provider.provider_config import Dialect
 
 _STREAM_ATTEMPTS = 5  # attempts of an agent at a stream that breaks off
@@ -74,7 +74,7 @@ async def _call(sdk: Any, dialect: Dialect, turn: Turn, *, streams: bool) -> Non
     create = sdk.chat.completions.create if dialect is Dialect.OPENAI else sdk.messages.create
     request: dict[str, Any] = {
         "model": MODELS[dialect],
-        "max_tokens": MOST,
+        "max_tokens": MAX_TOKENS,
         "messages": [{"role": "user", "content": turn.text()}],
         "extra_headers": {"x-simulated-output-tokens": str(turn.output_tokens)},
     }

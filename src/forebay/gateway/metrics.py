@@ -33,7 +33,10 @@ class GatewayMetrics:
             "forebay_gateway_requests", "Answers given, by status.", ["target", "status"], registry=self._registry
         )
         self._refusals = Counter(
-            "forebay_gateway_rejections", "Calls rejected, by the limit that rejected them.", ["target", "limited_by"], registry=self._registry
+            "forebay_gateway_rejections",
+            "Calls rejected, by the limit that rejected them.",
+            ["target", "limited_by"],
+            registry=self._registry,
         )
         self._seconds = Histogram(
             "forebay_gateway_seconds",

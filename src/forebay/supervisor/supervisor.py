@@ -206,8 +206,9 @@ class BackpressureSupervisor:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload is never an exception here.
 
         Raises:
-            UnknownTaskType, DuplicateTask, DeadlinePassed, InvalidPayload, NotSerializable, PayloadTooLarge,
-                OverflowRequired: the task is invalid, as each describes.
+            UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid, as each describes.
+            InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid, as each describes.
+            OverflowRequired: it is durable, and there is no overflow that survives the process.
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """

@@ -203,9 +203,7 @@ async def test_an_operation_cancelled_before_its_transaction_does_not_happen(wri
 
 async def test_an_operation_cancelled_during_its_transaction_happens_with_its_group(writer: SqliteWriter) -> None:
     blocked = BlockedOperation(writer)
-    waiter = asyncio.ensure_future(
-        asyncio.wait([writer.run(partial(add, 1)), other := writer.run(partial(add, 2))])
-    )
+    waiter = asyncio.ensure_future(asyncio.wait([writer.run(partial(add, 1)), other := writer.run(partial(add, 2))]))
     await blocked.reached()
     blocked.done.cancel()
     blocked.open()
