@@ -110,10 +110,10 @@ def a_load_at_the_threshold_is_admitted() -> None:
 
 
 def better_priorities_are_served_last() -> None:
-    def _next_rung(self: PriorityQueue[Any]) -> int:
+    def _next_priority(self: PriorityQueue[Any]) -> int:
         return max(priority for priority, length in enumerate(self.lengths) if length)
 
-    replace(PriorityQueue, PriorityQueue._next_rung, _next_rung)
+    replace(PriorityQueue, PriorityQueue._next_priority, _next_priority)
 
 
 def low_priority_starves() -> None:
