@@ -26,44 +26,40 @@ EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
 
 
 async def asked(
-    provider: SimulatedProvider, desk: SharedAccount, permit: Permit, tokens: tuple[int, int]
+    provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
-    """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
-    incoming, outgoing = tokens
+    """Send one attempt at a call of `tokens` of input and output; return its result, as a bound client would."""
+    sent, received = tokens
     try:
-        answer = await provider.call(model=MODEL, input_tokens=incoming, output_tokens=outgoing)
+        answer = await provider.call(model=MODEL, input_tokens=sent, output_tokens=received)
     except ProviderRefusal as refusal:
-        meaning = classify(refusal.status, refusal.headers, refusal.body)
-        rate, after = meaning is ErrorKind.RATE_LIMIT, refusal.retry_after
-        heard = read_rate_limits(refusal.headers, wall=clock.wall_time())
-        ended = CallOutcome(
-            kind=meaning.outcome,
-            released=not rate,
-            rate_limited=rate,
-            retry_after=after,
-            rate_limit_headers=heard,
-            usd=0.0,
-        )
-        error = ConnectionError(str(refusal))
+        kind = classify(refusal.status, refusal.headers, refusal.body)
+        rate_limited = kind is ErrorKind.RATE_LIMIT
         return AttemptResult(
-            error=error,
-            retryable=meaning.retryable,
-            uses_attempt=meaning.uses_attempt,
-            retry_after=after,
-            outcome=ended,
+            error=ConnectionError(str(refusal)),
+            retryable=kind.retryable,
+            uses_attempt=kind.uses_attempt,
+            retry_after=refusal.retry_after,
+            outcome=CallOutcome(
+                kind=kind.outcome,
+                released=not rate_limited,
+                rate_limited=rate_limited,
+                retry_after=refusal.retry_after,
+                rate_limit_headers=read_rate_limits(refusal.headers, wall=clock.wall_time()),
+                usd=0.0,
+            ),
         )
-    except AnswerCut as broken:
-        return AttemptResult(
-            error=broken,
-            retryable=True,
-            outcome=CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at),
-        )
-    heard = read_rate_limits(answer.headers, wall=clock.wall_time()) if desk.needs_headers() else ()
-    seconds = clock.now() - permit.granted_at
-    used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
+    except AnswerCut as error:
+        latency = clock.now() - permit.granted_at
+        return AttemptResult(error=error, retryable=True, outcome=CallOutcome(kind=Outcome.FAULT, latency=latency))
+    limits = read_rate_limits(answer.headers, wall=clock.wall_time()) if account.needs_headers() else ()
     return AttemptResult(
         outcome=CallOutcome(
-            kind=Outcome.SUCCESS, used=used, latency=seconds, output_tokens=outgoing, rate_limit_headers=heard
+            kind=Outcome.SUCCESS,
+            used=Charge(input_tokens=sent, output_tokens=received, tokens=sent + received),
+            latency=clock.now() - permit.granted_at,
+            output_tokens=received,
+            rate_limit_headers=limits,
         )
     )
 
