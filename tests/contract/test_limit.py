@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.limit.server import Server
-from tests.unit.limit.test_base import Halving
+from tests.unit.limit.test_base import HalvingLimit
 
 from forebay.errors import InvalidSetting
 from forebay.interfaces import Outcome
@@ -33,7 +33,7 @@ LIMITS: dict[str, Callable[[], Limit]] = {
     "epoch": lambda: AimdLimit(max_limit=MAX_LIMIT),
     "gradient": lambda: GradientLimit(max_limit=MAX_LIMIT),
     "vegas": lambda: VegasLimit(max_limit=MAX_LIMIT),
-    "only observe": lambda: Halving(max_limit=MAX_LIMIT),
+    "only observe": lambda: HalvingLimit(max_limit=MAX_LIMIT),
 }
 EVERY = pytest.mark.parametrize("make", LIMITS.values(), ids=LIMITS)
 
