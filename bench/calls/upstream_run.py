@@ -16,9 +16,10 @@ from forebay.simulation import Traffic, simulate
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.providers import ErrorKind, classify, read_rate_limits
+from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
+from forebay.upstream.exchange import judge_error
+from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.providers import classify, read_rate_limits
 from forebay.upstream.shared_account import SharedAccount
 
 MODEL: Final = "gpt-4o-mini"
@@ -28,40 +29,27 @@ EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
 async def asked(
     provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
-    """Send one attempt at a call of `tokens` of input and output; return its result, as a bound client would."""
-    sent, received = tokens
+    """Send one call of so many input and output tokens, and return its result, judged as a bound client's."""
+    input_tokens, output_tokens = tokens
     try:
-        answer = await provider.call(model=MODEL, input_tokens=sent, output_tokens=received)
+        answer = await provider.call(model=MODEL, input_tokens=input_tokens, output_tokens=output_tokens)
     except ProviderRefusal as refusal:
         kind = classify(refusal.status, refusal.headers, refusal.body)
-        rate_limited = kind is ErrorKind.RATE_LIMIT
-        return AttemptResult(
-            error=ConnectionError(str(refusal)),
-            retryable=kind.retryable,
-            uses_attempt=kind.uses_attempt,
-            retry_after=refusal.retry_after,
-            outcome=CallOutcome(
-                kind=kind.outcome,
-                released=not rate_limited,
-                rate_limited=rate_limited,
-                retry_after=refusal.retry_after,
-                rate_limit_headers=read_rate_limits(refusal.headers, wall=clock.wall_time()),
-                usd=0.0,
-            ),
-        )
+        rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
+        result = judge_error(permit, kind, retry_after=refusal.retry_after, rate_limits=rate_limits)
+        result.error = ConnectionError(str(refusal))
+        return result
     except AnswerCut as error:
-        latency = clock.now() - permit.granted_at
-        return AttemptResult(error=error, retryable=True, outcome=CallOutcome(kind=Outcome.FAULT, latency=latency))
-    limits = read_rate_limits(answer.headers, wall=clock.wall_time()) if account.needs_headers() else ()
-    return AttemptResult(
-        outcome=CallOutcome(
-            kind=Outcome.SUCCESS,
-            used=Charge(input_tokens=sent, output_tokens=received, tokens=sent + received),
-            latency=clock.now() - permit.granted_at,
-            output_tokens=received,
-            rate_limit_headers=limits,
-        )
+        outcome = CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at)
+        return AttemptResult(error=error, retryable=True, outcome=outcome)
+    outcome = CallOutcome(
+        kind=Outcome.SUCCESS,
+        used=Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens),
+        latency=clock.now() - permit.granted_at,
+        output_tokens=output_tokens,
+        rate_limit_headers=read_rate_limits(answer.headers, wall=clock.wall_time()) if account.needs_headers() else (),
     )
+    return AttemptResult(outcome=outcome)
 
 
 class UpstreamRun:
@@ -79,7 +67,7 @@ class UpstreamRun:
         self.record = RunRecord()
         self._with_deadlines = with_deadlines
         self.upstream = Upstream("key", provider="openai")
-        self.account = self.upstream.accounts.account(MODEL)
+        self.account = self.upstream.core.accounts.account(MODEL)
         self.provider: SimulatedProvider
 
     def run(self) -> RunRecord:
@@ -124,16 +112,16 @@ class UpstreamRun:
     async def _call(self, tokens: tuple[int, int]) -> None:
         charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED_OUTPUT, tokens=tokens[0] + EXPECTED_OUTPUT)
         deadline = Deadline.within(self.callers.timeout) if self._with_deadlines else None
-        request = self.upstream.request(MODEL, charge, deadline=deadline)
+        request = self.upstream.core.request(MODEL, charge, deadline=deadline)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.record.sent.append(clock.now())
             result = await asked(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.OVERLOAD:
                 self.record.refused.append(clock.now())
             return result
 
-        await self.upstream.driver(self.account).run(request, attempt)
+        await self.upstream.runner.run(PlainRoute(self.upstream, self.account, request), attempt)
 
     async def _sample(self) -> None:
         account = self.account.account

@@ -125,7 +125,7 @@ async def test_several_loops_share_an_account(sdk: Sdk, plant: ProviderProcess) 
     loop = asyncio.get_running_loop()
     await asyncio.gather(*[loop.run_in_executor(None, many(sdk, plant, upstream)) for _ in range(4)])
     assert left(upstream) == NOTHING
-    assert max(desk.account.peak_in_flight for desk in upstream.accounts) == 4
+    assert max(desk.account.peak_in_flight for desk in upstream.core.accounts) == 4
 
 
 @pytest.mark.parametrize("where", ["responses", "realtime", "beta.realtime"])

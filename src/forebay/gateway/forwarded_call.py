@@ -16,16 +16,14 @@ from forebay.gateway.error_responses import GatewayResponse
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.interfaces import Outcome, RateLimitHeaders
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.exchange import Caller, Exchange
-from forebay.upstream.fallback_chain import FallbackChain, make_chain
+from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
+from forebay.upstream.core import UpstreamCore
+from forebay.upstream.exchange import Exchange
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers, Usage
 from forebay.upstream.providers.content_encoding import Decompressor
 
 if TYPE_CHECKING:
-    from forebay.upstream import Upstream
     from forebay.upstream.fallback_routes import FallbackRoute
     from forebay.upstream.shared_account import SharedAccount
 
@@ -109,7 +107,7 @@ class ForwardedCall(Exchange):
     """An exchange of the gateway.
 
     Args:
-        upstream: through which it goes.
+        core: of the upstream that it is sent through.
         url: where it goes.
         path: the path of that, with the query.
         asked: what is sent.
@@ -121,7 +119,7 @@ class ForwardedCall(Exchange):
 
     def __init__(  # noqa: PLR0913 - what it needs to be sent
         self,
-        upstream: Upstream,
+        core: UpstreamCore,
         url: str,
         path: str,
         request: IncomingRequest,
@@ -130,7 +128,7 @@ class ForwardedCall(Exchange):
         metrics: GatewayMetrics,
     ) -> None:
         super().__init__(
-            upstream,
+            core,
             method=request.method,
             path=path,
             headers=request.headers,
@@ -148,14 +146,9 @@ class ForwardedCall(Exchange):
         )
         self.call_request.deadline = min(self.call_request.deadline, clock.now() + request.timeouts.max_wait)
 
-    def fallback_chain(self) -> FallbackChain[ForwardedCall] | None:
-        """Its way through the accounts that may serve it; None if there is but its own."""
-        if not self.upstream.fallbacks:
-            return None
-        return make_chain(self, self._route_to, key=self.api_key, fits=self.can_reroute)
-
-    def _route_to(self, stop: FallbackRoute, _: SharedAccount) -> ForwardedCall | None:
-        sent = self.reroute(stop)
+    def reroute(self, route: FallbackRoute, account: SharedAccount) -> ForwardedCall | None:  # noqa: ARG002
+        """See `CallRoute`."""
+        sent = self.rerouted_request(route)
         if sent is None:
             return None
         origin = str(self._url.origin()) if sent.origin is None else sent.origin
@@ -167,9 +160,7 @@ class ForwardedCall(Exchange):
         moved = msgspec.structs.replace(
             asked, raw_headers=(*kept, *extra), headers=sent.headers(asked.headers), body=sent.body, caller=sender
         )
-        return ForwardedCall(
-            stop.upstream, origin + path, sent.path, moved, client=self._outgoing, metrics=self._counts
-        )
+        return ForwardedCall(route.core, origin + path, sent.path, moved, client=self._outgoing, metrics=self._counts)
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send it once."""
@@ -200,14 +191,14 @@ class ForwardedCall(Exchange):
     def call_outcome(
         self,
         permit: Permit,
-        outcome: Outcome,
+        kind: Outcome,
         usage: Usage | None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
         """See `Exchange.call_outcome`; what was used is counted."""
         if usage is not None:
-            self._counts.count_tokens(self.upstream.name, self.call_request.model, usage)
-        return super().call_outcome(permit, outcome, usage, rate_limit_headers)
+            self._counts.count_tokens(self.core.name, self.call_request.model, usage)
+        return super().call_outcome(permit, kind, usage, rate_limit_headers)
 
 
 def _request_headers(asked: IncomingRequest, *, plain: bool) -> CIMultiDict[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -36,9 +35,6 @@ from forebay.gateway.request_body import read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
-from forebay.upstream.call_drivers import unwrap_result
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.fallback_chain import run_chain
 from forebay.upstream.providers import Endpoint, Headers
 
 _JSON_ROUTES: Final = frozenset(
@@ -196,7 +192,7 @@ class Forwarder:
         target = place.target
         passage = await self._passage(request, headers, place, body)
         try:
-            return await _drive(passage)
+            return await target.upstream.runner.run(passage, ForwardedCall.attempt)
         except Overloaded as error:
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
@@ -229,7 +225,7 @@ class Forwarder:
             timeouts=read_client_timeouts(headers),
         )
         passage = ForwardedCall(
-            target.upstream, place.url, place.path, asked, client=self._outgoing, metrics=self.metrics
+            target.upstream.core, place.url, place.path, asked, client=self._outgoing, metrics=self.metrics
         )
         _object_to(passage, asked.body, target.protocol)
         return passage
@@ -266,23 +262,6 @@ class Forwarder:
         message = f"the calls under way here hold {most:,} bytes together (max_held_bytes), or would with this one"
         seconds = _COME_BACK * (0.5 + clock.draw())
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
-
-
-async def _drive(passage: ForwardedCall) -> Any:
-    """Make the call; what its caller gets of it.
-
-    Raises:
-        Overloaded: it was refused. Whatever the last attempt failed by.
-    """
-    journey = passage.fallback_chain()
-    if journey is None:
-        return await passage.upstream.driver(passage.account).run(passage.call_request, passage.attempt)
-
-    def drive(leg: ForwardedCall) -> Awaitable[AttemptResult]:
-        hurries = functools.partial(journey.skips_retry, leg)
-        return leg.upstream.driver(leg.account, hurries).drive(leg.call_request, leg.attempt)
-
-    return unwrap_result(await run_chain(journey, drive))
 
 
 async def _copy(opened: StreamingResponse, response: web.StreamResponse) -> str:

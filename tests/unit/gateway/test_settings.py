@@ -49,7 +49,7 @@ def gateway(**changes: Any) -> GatewaySettings:
 def test_a_target_keeps_the_rules_of_its_provider(name: str, provider: str | None, rules: str) -> None:
     upstream = target(name=name, provider=provider).upstream()
     assert upstream.name == name
-    assert upstream.profile.provider == rules
+    assert upstream.core.profile.provider == rules
 
 
 def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
@@ -65,7 +65,7 @@ def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
         max_attempts=2,
         weights={"acme": 3.0},
     ).upstream()
-    terms = upstream.accounts.settings
+    terms = upstream.core.settings
     assert terms.quotas == (Quota(requests=500, per="minute"),)
     assert terms.models == {
         "gpt-4o*": (
@@ -77,23 +77,23 @@ def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
         "o3": (),
     }
     assert (terms.max_concurrent, terms.max_wait, terms.weights) == (7, 20, {"acme": 3.0})
-    assert (upstream.retry.max_attempts, upstream.retry.max_total_delay) == (2, 20)
-    assert upstream.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
+    assert (upstream.core.retries.retry.max_attempts, upstream.core.retries.retry.max_total_delay) == (2, 20)
+    assert upstream.core.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
 
 
 async def test_the_budgets_of_a_target_are_those_of_a_day_of_a_tenant_and_of_a_task() -> None:
     spend = target(budget_usd=25, tenant_budget_usd=5, prices={"*": Price(input=1, output=1)}).upstream()
     async with spend.call("m", input_tokens=1_000_000, tenant="acme") as call:
         call.settle(input_tokens=1_000_000, output_tokens=0)
-    money = spend.accounts.budgets
+    money = spend.core.budgets
     assert money.upstream_budget is not None
     assert money.upstream_budget.spent() == 1.0
     assert 0 < (money.upstream_budget.resets_in() or 0) <= 86_400
-    assert target(task_budget_usd=1).upstream().accounts.budgets.has_budgets
+    assert target(task_budget_usd=1).upstream().core.budgets.has_budgets
 
 
 def test_a_target_without_limits_is_learned() -> None:
-    terms = target().upstream().accounts.settings
+    terms = target().upstream().core.settings
     assert (terms.quotas, terms.models, terms.max_concurrent) == ((), {}, None)
 
 
