@@ -1,4 +1,4 @@
-"""The agent of both sides: a LangGraph graph of three calls through the openai SDK. It knows nothing of who runs it."""
+"""The agent of all sides: a LangGraph graph of three calls through the openai SDK, unaware of its supervisor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ASK: Final = (
 
 
 class State(TypedDict, total=False):
-    """What the graph keeps of one task; the tokens add up over its calls."""
+    """The state of one task; the tokens add up over its calls."""
 
     task_id: str
     topic: str
@@ -42,13 +42,13 @@ Graph = CompiledStateGraph[State, None, State, State]
 
 
 def connect(provider: Provider, meter: Meter, *, retries: int) -> AsyncOpenAI:
-    """The SDK's client for the one key that all agents share, its HTTP attempts counted by `meter`."""
+    """Return the SDK's client for the one key that all agents share; `meter` counts its HTTP attempts."""
     http = counted(DefaultAsyncHttpxClient(), meter)
     return AsyncOpenAI(api_key=os.environ[KEY], base_url=provider.url, max_retries=retries, http_client=http)
 
 
 def agent(client: AsyncOpenAI, provider: Provider, meter: Meter) -> Graph:
-    """A compiled graph: research, summarize, act."""
+    """Return the compiled graph: research, summarize, act."""
 
     async def ask(state: State, step: int, about: str) -> tuple[str, int, int]:
         length = state["lengths"][step]

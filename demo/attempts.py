@@ -1,4 +1,4 @@
-"""HTTP attempts, counted where they leave: under whatever retries them, be it an SDK or an upstream."""
+"""A count of HTTP attempts, taken below whatever retries them, be it an SDK or an upstream."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ ClientT = TypeVar("ClientT")
 
 
 class Counter(Protocol):
-    """Who counts."""
+    """An object that counts HTTP attempts."""
 
     def sent(self) -> None:
-        """An attempt leaves."""
+        """Count an attempt that is sent."""
 
-    def came(self, status: int) -> None:
-        """It was answered so."""
+    def received(self, status: int) -> None:
+        """Count the status of its response."""
 
 
 class CountedTransport:
-    """An HTTP client's transport that tells of each attempt. What finds no connection is told of as sent."""
+    """A transport of an HTTP client that reports each attempt; one that finds no connection counts as sent."""
 
     def __init__(self, inner: Any, counter: Counter) -> None:
         self._inner = inner
         self._counter = counter
 
     async def handle_async_request(self, request: Any) -> Any:
-        """The answer to one attempt."""
+        """Send one attempt and return its response."""
         self._counter.sent()
         response = await self._inner.handle_async_request(request)
-        self._counter.came(response.status_code)
+        self._counter.received(response.status_code)
         return response
 
     async def aclose(self) -> None:
@@ -44,9 +44,9 @@ class CountedTransport:
 
 
 def counted(client: ClientT, counter: Counter) -> ClientT:
-    """An asynchronous client of httpx or httpx2, whose attempts are counted from now on, those past its proxies too.
+    """Count the attempts of an asynchronous client of httpx or httpx2 from now on, and return the client.
 
-    Event hooks do not see what an upstream tries again: that happens below them.
+    Its proxies' transports are counted too. Event hooks do not see the retries of an upstream: these happen below them.
     """
     http: Any = client
     http._transport = CountedTransport(http._transport, counter)  # noqa: SLF001 - the proxies' mounts have no other way in

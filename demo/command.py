@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from demo.play import resume as resume_surge
-from demo.play import run as run_surge
 from demo.provider import provider_from, warning
+from demo.runner import resume as resume_surge
+from demo.runner import run as run_surge
 from demo.settings import ENDLESS, Settings
 from forebay.errors import ForebayError
 
@@ -21,29 +21,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def surge(  # noqa: PLR0913 - one parameter for each option
     *,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the last demo left on disk.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Run what the last demo left on disk.")] = False,
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Size of the surge: 10,000; 60 with a real provider.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=2.0, help="Wall time of each side, 100; with --resume no limit.")
+        float | None, typer.Option(min=2.0, help="Wall time of each side, 90; with --resume no limit.")
     ] = None,
-    seed: Annotated[int, typer.Option(envvar="SEED", help="Repeats the tasks and the plant's faults.")] = 7,
+    seed: Annotated[int, typer.Option(envvar="SEED", help="Repeats the tasks and the simulated faults.")] = 7,
     memory: Annotated[int, typer.Option(min=64, help="Resident megabytes at which a side is killed.")] = 512,
     workers: Annotated[int, typer.Option(min=1, help="Workers.")] = 10,
     slots: Annotated[int, typer.Option(min=1, help="Agents at a time on each worker.")] = 5,
-    classic_limit: Annotated[
-        int | None, typer.Option(min=1, help="Give the classic's workers a semaphore; most have none.")
-    ] = None,
     speed: Annotated[
-        float, typer.Option(min=0.01, help="Of the plant: 10 is ten times the rate and a tenth of the latency.")
+        float,
+        typer.Option(min=0.01, help="Of the simulated provider: 10 is ten times the rate and a tenth of the latency."),
     ] = 1.0,
-    out: Annotated[Path, typer.Option(help="Where the report, the picture and the spilled tasks go.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory for the report, the picture and the spilled tasks.")] = Path(
         "build/demo"
     ),
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Spend real money without asking.")] = False,
 ) -> None:
-    """Fifty agents, one key, ten thousand tasks: a classic supervisor, then Forebay.
+    """Run the surge: fifty agents, one key, ten thousand tasks; a classic supervisor, one with semaphores, and Forebay.
 
     PROVIDER_URL, a key in PROVIDER_API_KEY or OPENAI_API_KEY, and PROVIDER_MODEL point it at a real OpenAI-compatible
     server instead of the simulated one.
@@ -53,12 +51,11 @@ def surge(  # noqa: PLR0913 - one parameter for each option
         real = provider_from(os.environ)
         settings = Settings(
             tasks=tasks or (10_000 if real is None else 60),
-            seconds=seconds or (ENDLESS if resume else 100.0),
+            seconds=seconds or (ENDLESS if resume else Settings().seconds),
             seed=seed,
             workers=workers,
             slots=slots,
             memory_mb=memory,
-            classic_limit=classic_limit,
             speed=speed,
             folder=str(out),
         )

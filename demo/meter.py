@@ -1,7 +1,7 @@
-"""What a side counts of its own calls and tasks, and the thread that reports it.
+"""Counters of a side's calls and tasks, and the thread that reports them.
 
-Counting is done where it happens, in the event loop; reporting in a thread, for the classic's loop may be too busy to
-turn for seconds, and that is just when one wants to look.
+A side counts in its event loop and reports in a thread: the classic side's loop may be too busy to turn for seconds,
+and those seconds are the interesting ones.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, Final
 import msgspec
 
 from demo.provider import Provider
-from demo.sample import Sample, own_use
+from demo.sample import Sample, process_usage
 from forebay.task import Priority
 
 _EVERY: Final = 1.0  # seconds
 
 
 class Meter:
-    """The counters of one side.
+    """Counters of one side.
 
     Args:
-        provider: whose prices hold.
-        write: takes each line; by default it goes to standard output.
+        provider: determines the price of a token.
+        write: takes each line of the report; standard output by default.
     """
 
     def __init__(self, provider: Provider, write: Callable[[bytes], None] | None = None) -> None:
@@ -35,10 +35,10 @@ class Meter:
         self.submitted = self.running = self.waiting = self.spilled = 0
         self.queued = 0
         self.load: float | None = None
-        self.binding: str | None = None
-        self.scarce: str | None = None
+        self.limited_by: str | None = None
+        self.waiting_for: str | None = None
         self.workers: dict[str, int] = {}
-        self.look: Callable[[], None] = lambda: None  # called before each report, in its thread
+        self.observe: Callable[[], None] = lambda: None  # called before each report, in its thread
         self._write = write or _to_stdout
         self._price = provider.price
         self._done = self._failed = 0
@@ -55,16 +55,16 @@ class Meter:
     # --- calls ---
 
     def sent(self) -> None:
-        """An HTTP attempt leaves, the first of its call or another."""
+        """Count an HTTP attempt that is sent, a retry included."""
         self._calls += 1
 
-    def came(self, status: int) -> None:
-        """An attempt was answered so."""
+    def received(self, status: int) -> None:
+        """Count the status of an attempt."""
         self._calls_429 += status == 429  # noqa: PLR2004 - Too Many Requests
         self._calls_5xx += status >= 500  # noqa: PLR2004 - the server's fault
 
     def answered(self, input_tokens: int, output_tokens: int) -> None:
-        """A call brought an answer."""
+        """Count a call that got an answer."""
         self._answered += 1
         self._input_tokens += input_tokens
         self._output_tokens += output_tokens
@@ -72,7 +72,7 @@ class Meter:
     # --- tasks ---
 
     def done(self, state: Any, *, seconds: float | None, priority: Priority | None) -> None:
-        """A task is done: with this state of its graph, so many seconds after it was submitted."""
+        """Count a task done, with its graph's final state, `seconds` after its submission."""
         self._done += 1
         if seconds is not None:
             self._latencies.append(seconds)
@@ -83,7 +83,7 @@ class Meter:
         self._useful_usd += self._usd(asked, answered)
 
     def failed(self) -> None:
-        """A task has failed for good."""
+        """Count a task that failed for good."""
         self._failed += 1
 
     @property
@@ -93,7 +93,7 @@ class Meter:
 
     @property
     def inside(self) -> int:
-        """Tasks in memory, when it was last looked."""
+        """Tasks in memory, as last observed."""
         return self.running + self.waiting
 
     def _usd(self, asked: int, answered: int) -> float:
@@ -103,33 +103,33 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self._began
 
     def begin(self, stage: str = "surge") -> None:
-        """Everything is ready: the clock starts, and so do the reports."""
+        """Start the clock and the reports: the side is ready."""
         self._began = time.monotonic()
         self.stage = stage
         self.report()
         threading.Thread(target=self._keep_reporting, name="reports", daemon=True).start()
 
     def end(self) -> None:
-        """The last report."""
+        """Write the last report."""
         self._over.set()
         self.stage = "ended"
         self.report()
 
     def report(self) -> None:
-        """Write a sample, now."""
+        """Write a sample now."""
         with self._lock:
-            self.look()
-            with suppress(BrokenPipeError):  # nobody listens any more; what is on disk still counts
+            self.observe()
+            with suppress(BrokenPipeError):  # the parent is gone; what is on disk still counts
                 self._write(msgspec.json.encode(self.sample()) + b"\n")
 
     def sample(self) -> Sample:
-        """How things stand; latencies are told once."""
+        """Return the counts so far; each latency is in one sample only."""
         latencies, self._latencies = self._latencies, []
-        resident, processor = own_use()
+        resident, processor = process_usage()
         return Sample(
             t=round(self.seconds, 3),
             stage=self.stage,
@@ -154,8 +154,8 @@ class Meter:
             rss_mb=round(resident, 1),
             cpu_s=round(processor, 2),
             load=self.load,
-            binding=self.binding,
-            scarce=self.scarce,
+            limited_by=self.limited_by,
+            waiting_for=self.waiting_for,
             workers=dict(self.workers),
         )
 

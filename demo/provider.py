@@ -1,4 +1,4 @@
-"""Whom the agents call: the plant, a simulated provider in its own process; or a real one, from the environment."""
+"""The provider that the agents call: simulated, in a process of its own, or a real one named by the environment."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ KEY: Final = "PROVIDER_API_KEY"  # a side's process finds it in its environment,
 RPM: Final = 720
 """Calls a minute that the key grants: 12 a second, 240 runs of three calls a minute.
 
-Far below what one process can make (about 85 a second), and below what its agents would: an answer takes 0.5 s to its
-first token and then 10 ms a token (100 tokens a second), 2.6 s at the mean length of the Azure conversation trace, 211
-tokens, so by Little's law fifty agents ask for 19 calls a second, half as much again as is granted. The key is what
-binds.
+One process can make far more (about 85 a second), and the agents would: an answer takes 0.5 s to its first token and
+then 10 ms a token (100 tokens a second), 2.6 s at the mean length of the Azure conversation trace, 211 tokens.
+So by Little's law fifty agents ask for 19 calls a second, half as much again as is granted, and the key limits them.
 """
 _BURST: Final = 120  # calls: ten seconds' worth
 
@@ -48,7 +47,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: for ``OpenAIWriter(base_url=...)``.
         model: what is asked for.
-        simulated: it is the plant, which is told how long each answer is to be.
+        simulated: it is the simulated provider, which is told the length of each answer.
     """
 
     url: str
@@ -57,21 +56,21 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rules(self) -> str:
-        """Which row of `docs/providers.md` an upstream goes by: OpenAI's for OpenAI, else what all such servers do."""
+        """Name of its row in `docs/providers.md`: OpenAI's for OpenAI itself, else that of all compatible servers."""
         return "openai" if urlsplit(self.url).hostname == "api.openai.com" else "openai-compatible"
 
     @property
     def price(self) -> TokenPrice | None:
-        """What its tokens cost, by list price; None if that is not known here."""
+        """List price of its tokens; None if it is not known here."""
         names = sorted((name for name in PRICES if self.model.startswith(name)), key=len)
         return PRICES[names[-1]] if names else None
 
 
 def provider_from(environment: Mapping[str, str]) -> tuple[Provider, str] | None:
-    """The real provider that the environment names, and its key; None if it names none.
+    """Return the real provider that the environment names, and its key; None if it names no provider.
 
     Raises:
-        MissingKey: it names one, but no key.
+        MissingKey: it names a provider but no key.
     """
     url = environment.get("PROVIDER_URL")
     if not url:
@@ -82,8 +81,8 @@ def provider_from(environment: Mapping[str, str]) -> tuple[Provider, str] | None
     return Provider(url=url, model=environment.get("PROVIDER_MODEL") or "gpt-4o-mini", simulated=False), key
 
 
-def plant_config(settings: Settings) -> ProviderConfig:
-    """The plant of one demo: a rate that binds, machines that do not, and the faults of an ordinary day."""
+def provider_config(settings: Settings) -> ProviderConfig:
+    """Return a simulated provider with a tight rate limit, ample machines, and the faults of an ordinary day."""
     speed = settings.speed
     return ProviderConfig(
         dialect=Dialect.OPENAI,
@@ -106,28 +105,28 @@ def plant_config(settings: Settings) -> ProviderConfig:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, real: Provider | None) -> Iterator[tuple[Provider, ProviderProcess | None]]:
-    """The real provider as it is; or else a fresh plant, the same for each side."""
+def open_provider(settings: Settings, real: Provider | None) -> Iterator[tuple[Provider, ProviderProcess | None]]:
+    """Yield the real provider if there is one, else a new simulated one, the same for each side."""
     if real is not None:
         yield real, None
         return
-    _past_proxies()
-    with start_provider(plant_config(settings), seed=settings.seed) as plant:
-        yield Provider(url=plant.openai_url), plant
+    _bypass_proxies()
+    with start_provider(provider_config(settings), seed=settings.seed) as process:
+        yield Provider(url=process.openai_url), process
 
 
-def _past_proxies() -> None:
-    """The plant is on this machine: a proxy that the environment names must not stand between."""
+def _bypass_proxies() -> None:
+    """Exempt this machine from the proxies of the environment: the simulated provider runs here."""
     for name in ("no_proxy", "NO_PROXY"):
         others = os.environ.get(name)
         os.environ[name] = f"{others},127.0.0.1" if others else "127.0.0.1"
 
 
 def warning(provider: Provider, settings: Settings) -> str:
-    """What a demo on a real provider may cost, at most, as far as that is known."""
+    """Return a warning of what a demo on a real provider may cost at most."""
     calls = 3 * settings.tasks
     return (
-        f"This calls {provider.url} (model {provider.model}) and may spend real money: {settings.tasks:,} tasks, twice,"
-        f" of three calls each, a call of up to 1,000 output tokens. The classic side repeats what fails, so at worst"
-        f" it pays for {6 * calls:,} calls. Choose the size with --tasks."
+        f"This calls {provider.url} (model {provider.model}) and may spend real money: {settings.tasks:,} tasks, three"
+        f" times, of three calls each, a call of up to 1,000 output tokens. Two of the sides repeat a run that fails up"
+        f" to six times, so at worst each pays for {6 * calls:,} calls. Choose the size with --tasks."
     )

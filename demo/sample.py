@@ -1,4 +1,4 @@
-"""What a side tells of itself, once a second, as a line of JSON on its standard output; and what it is told to do."""
+"""Messages between the demo and the process of a side: instructions to it, and a sample a second from it, in JSON."""
 
 from __future__ import annotations
 
@@ -20,18 +20,34 @@ _PAGE: Final = resource.getpagesize()
 _MB: Final = 1 << 20
 
 
-class Kind(StrEnum):
-    """Whose process it is."""
+class Side(StrEnum):
+    """A way to run the surge."""
 
     CLASSIC = "classic"
+    SEMAPHORE = "semaphore"
     FOREBAY = "forebay"
-    RESUME = "resume"  # Forebay again, going on with what is on disk
+    RESUME = "resume"  # Forebay again, with the tasks that are on disk
+
+    @property
+    def stores_tasks(self) -> bool:
+        """True if its tasks survive its process."""
+        return self in {Side.FOREBAY, Side.RESUME}
 
 
-class Orders(msgspec.Struct, frozen=True, kw_only=True):
-    """What a side's process is started with, on its command line; the key comes by the environment."""
+SIDES: Final = (Side.CLASSIC, Side.SEMAPHORE, Side.FOREBAY)
+"""The sides of one demo, in the order in which they run."""
 
-    kind: Kind
+
+class Instructions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a side's process is to do, from its command line; the API key is in its environment.
+
+    Attributes:
+        side: the side to run.
+        settings: of the demo.
+        provider: whom its agents call.
+    """
+
+    side: Side
     settings: Settings
     provider: Provider
 
@@ -43,20 +59,20 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         t: seconds since it began.
         stage: what it is doing, in a word.
         submitted: tasks that its supervisor has accepted.
-        running: runs begun and not ended; with the classic also those between two attempts.
-        queued: calls of these that wait for their turn at the key; the classic's do not.
-        waiting: tasks accepted and not begun, in its memory.
-        spilled: tasks kept on disk.
-        done, failed: how tasks ended.
-        done_by: done, by priority, CRITICAL first.
-        latencies: seconds from submission to done, of those done since the last sample.
-        calls: HTTP attempts, the SDK's retries included; `calls_429` and `calls_5xx` of them were answered so.
-        answered: calls that brought an answer.
+        running: runs that have started and not ended; without Forebay also those between two attempts.
+        queued: calls of these runs that wait for a permit; 0 without Forebay.
+        waiting: tasks in memory that have not started.
+        spilled: tasks on disk.
+        done, failed: tasks that ended so.
+        done_by: tasks done, by priority, CRITICAL first.
+        latencies: seconds from submission to done, of the tasks done since the last sample.
+        calls: HTTP attempts, the SDK's retries included; `calls_429` and `calls_5xx` count those with such a status.
+        answered: calls that got an answer.
         input_tokens, output_tokens, usd: of the answers, by their own `usage`.
-        useful_tokens, useful_usd: of the answers that a done task is made of, each once.
-        rss_mb, cpu_s: of its process.
-        load, binding, workers: what Forebay says of itself: its load, what binds, workers by state.
-        scarce: what the next call would wait for at the key, such as ``"requests per minute"``; None for nothing.
+        useful_tokens, useful_usd: of the answers that tasks done consist of, each counted once.
+        rss_mb, cpu_s: memory and processor time of its process.
+        load, limited_by, workers: Forebay's load, what limits it, and its workers by state; None or empty without it.
+        waiting_for: what the next call would wait for, such as ``"requests per minute"``; None if it need not wait.
     """
 
     t: float
@@ -82,34 +98,34 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     rss_mb: float = 0.0
     cpu_s: float = 0.0
     load: float | None = None
-    binding: str | None = None
-    scarce: str | None = None
+    limited_by: str | None = None
+    waiting_for: str | None = None
     workers: dict[str, int] = {}
 
     @property
     def tokens(self) -> int:
-        """All tokens of the answers."""
+        """Tokens of all answers."""
         return self.input_tokens + self.output_tokens
 
     @property
     def useless(self) -> float:
-        """Share of the answers' tokens that are in no done task, or not yet; 0 before the first answer."""
+        """Share of the answers' tokens that belong to no task done so far; 0 before the first answer."""
         return 1 - self.useful_tokens / self.tokens if self.tokens else 0.0
 
     @property
     def inside(self) -> int:
-        """Tasks in its memory: running and waiting."""
+        """Tasks in memory: running and waiting."""
         return self.running + self.waiting
 
 
 def _lately(samples: Sequence[Sample], window: float) -> tuple[Sample, Sample]:
-    """The first of those of the last `window` seconds, and the last; there must be one."""
+    """Return the first sample of the last `window` seconds, and the last of all; there must be one."""
     last = samples[-1]
     return next(sample for sample in samples if sample.t >= last.t - window), last
 
 
 def pace(samples: Sequence[Sample], window: float = 20.0) -> float:
-    """Tasks done a minute, over the last `window` seconds of `samples` or as long as there are."""
+    """Return the tasks done a minute over the last `window` seconds of `samples`, or over all if they are shorter."""
     if not samples:
         return 0.0
     since, last = _lately(samples, window)
@@ -118,7 +134,7 @@ def pace(samples: Sequence[Sample], window: float = 20.0) -> float:
 
 
 def refused(samples: Sequence[Sample], window: float = 20.0) -> float:
-    """Share of the HTTP attempts of the last `window` seconds of `samples` that were answered 429; 0 if none left."""
+    """Return the share of 429s among the HTTP attempts of the last `window` seconds of `samples`; 0 if none."""
     if not samples:
         return 0.0
     since, last = _lately(samples, window)
@@ -126,8 +142,8 @@ def refused(samples: Sequence[Sample], window: float = 20.0) -> float:
     return (last.calls_429 - since.calls_429) / calls if calls else 0.0
 
 
-def own_use() -> tuple[float, float]:
-    """Resident megabytes and processor seconds of this process."""
+def process_usage() -> tuple[float, float]:
+    """Return the resident megabytes and the processor seconds of this process."""
     if _STATM.exists():
         resident = int(_STATM.read_text().split()[1]) * _PAGE / _MB
     else:

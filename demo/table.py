@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from demo.report import Report, SideReport, percent
-from demo.screen import CLASSIC, FOREBAY
+from demo.sample import SIDES
+from demo.screen import COLOURS, NAMES
 
 
 def _count(value: Any) -> str:
@@ -33,35 +34,36 @@ def _money(value: float | None) -> str:
 
 _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
     ("tasks done", lambda s: _count(s.done)),
-    ("  of them critical, high", lambda s: f"{s.done_by['critical']:,}, {s.done_by['high']:,}"),
+    ("  critical, high", lambda s: f"{s.done_by['critical']:,}, {s.done_by['high']:,}"),
     ("done a minute", lambda s: f"{s.done_per_minute:g}"),
     ("failed", lambda s: _count(s.failed)),
     ("lost with the process", lambda s: _count(s.lost)),
     ("kept on disk", lambda s: _count(s.spilled)),
-    ("from submission to done, median", lambda s: _seconds(s.p50_s)),
-    ("  and 99 of 100 within", lambda s: _seconds(s.p99_s)),
+    ("submitted to done, p50", lambda s: _seconds(s.p50_s)),
+    ("  p99", lambda s: _seconds(s.p99_s)),
     ("calls, HTTP attempts", lambda s: _count(s.calls)),
-    ("  of them answered", lambda s: _count(s.calls_answered)),
-    ("  of them refused with 429", lambda s: _part(s.calls_429, s.refused_share)),
+    ("  answered", lambda s: _count(s.calls_answered)),
+    ("  refused with 429", lambda s: _part(s.calls_429, s.refused_share)),
     ("tokens billed", lambda s: _count(s.tokens)),
-    ("  of them for nothing", lambda s: _part(s.tokens_wasted, s.wasted_share)),
-    ("  whoever asked had left", lambda s: "-" if s.tokens_left is None else _count(s.tokens_left)),
+    ("  wasted", lambda s: _part(s.tokens_wasted, s.wasted_share)),
+    ("  nobody received", lambda s: "-" if s.tokens_left is None else _count(s.tokens_left)),
     ("dollars", lambda s: f"${s.usd:.2f}"),
     ("dollars per task done", lambda s: _money(s.usd_per_done)),
-    ("  over the least it needs", lambda s: "-" if s.usd_ratio is None else f"{s.usd_ratio:.2f} x"),
-    ("what bound", lambda s: s.binding or "it cannot tell"),
-    ("  short of", lambda s: s.scarce or "-"),
-    ("memory at its peak", lambda s: f"{s.peak_rss_mb:.0f} MB"),
+    ("  over the least", lambda s: "-" if s.usd_ratio is None else f"{s.usd_ratio:.2f} x"),
+    ("limited by", lambda s: s.limited_by or "unknown"),
+    ("  short of", lambda s: s.waiting_for or "-"),
+    ("peak memory", lambda s: f"{s.peak_rss_mb:.0f} MB"),
     ("process", lambda s: f"{s.ending}, {s.ended_at_s:.0f} s"),
 )
 
 
 def summary(found: Report) -> RenderableType:
-    """Both sides, row by row, and the verdict."""
+    """Return the table of all sides, row by row, and the verdict."""
+    size = Text(f"{found.tasks:,} tasks, {found.seconds:g} s for each side, seed {found.seed}", style="bright_black")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
-    table.add_column(f"{found.tasks:,} tasks, {found.seconds:g} s each, seed {found.seed}", style="bright_black")
-    table.add_column(Text("classic", style=f"bold {CLASSIC}"), justify="right")
-    table.add_column(Text("Forebay", style=f"bold {FOREBAY}"), justify="right")
+    table.add_column("", style="bright_black")
+    for side in SIDES:
+        table.add_column(Text(NAMES[side], style=f"bold {COLOURS[side]}"), justify="right")
     for name, cell in _ROWS:
-        table.add_row(name, Text(cell(found.classic)), Text(cell(found.forebay)))  # Text: ":key:" is no picture
-    return Group(table, Padding(Text(found.verdict), (1, 1, 0, 1)))
+        table.add_row(name, *(Text(cell(found.side(side))) for side in SIDES))  # Text: ":key:" is not an emoji
+    return Group(Padding(size, (0, 1)), table, Padding(Text(found.verdict), (1, 1, 0, 1)))

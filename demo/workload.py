@@ -1,4 +1,4 @@
-"""The surge itself: which tasks, how urgent, how long. The same seed gives the same surge."""
+"""The tasks of the surge, their priorities and lengths. The same seed gives the same surge."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     lengths: tuple[int, ...]
 
     def payload(self) -> dict[str, Any]:
-        """What an agent works on: the input of its graph."""
+        """Return the input of the agent's graph."""
         return {"task_id": self.task_id, "topic": self.topic, "lengths": list(self.lengths)}
 
 
 def surge(tasks: int, seed: int) -> list[Job]:
-    """`tasks` jobs of mixed priority, their answers as long as in the Azure conversation trace."""
+    """Return so many jobs of mixed priority, with answers as long as in the Azure conversation trace."""
     rng = random.Random(f"{seed}/surge")  # noqa: S311 - arrivals, not secrets
     traffic = Traffic.conversation()
     priorities = rng.choices(list(MIX), weights=list(MIX.values()), k=tasks)

@@ -9,6 +9,7 @@ import inspect
 import string
 from typing import Any, Self
 
+from forebay._renamed import renamed, renamed_arguments
 from forebay._text import format_bytes, format_duration
 
 _MAX_SHOWN = 100  # characters of a value in a message
@@ -290,9 +291,9 @@ class StillSpilled(ForebayError):
 
 
 class NotBindable(ForebayError, TypeError):
-    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and their kin,
-    LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway (`forebay gateway`), and
-    set its address as the base URL.
+    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and of their
+    subclasses, LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway
+    (`forebay gateway`), and set its address as the base URL.
     """
 
     kind: str
@@ -359,6 +360,7 @@ class Overloaded(ForebayError):
     load: float | None
     retry_after: float | None
 
+    @renamed_arguments(binding="limited_by")
     def __init__(
         self, reason: str, *, limited_by: str | None = None, load: float | None = None, retry_after: float | None = None
     ) -> None:
@@ -385,7 +387,7 @@ class Overloaded(ForebayError):
 
     def __getattr__(self, name: str) -> Any:
         if name == "binding":
-            raise AttributeError("Overloaded: binding is now limited_by")
+            raise AttributeError(renamed("Overloaded", name, "limited_by"))
         return super().__getattribute__(name)  # raises the usual AttributeError
 
 

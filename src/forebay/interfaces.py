@@ -274,7 +274,7 @@ class TaskStore(Protocol):
 
     Times are epoch seconds, given by the caller. A write has happened, as durably as the store promises, when its call
     returns; if the call was cancelled, it may have happened. Records that are WAITING or LEASED count towards the
-    store's bound. Besides these, as many DONE and as many DEAD records are kept, the oldest dropped first.
+    store's bound. In addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
 
     Every method raises StoreUnavailable if the store is not open or has failed.
     """

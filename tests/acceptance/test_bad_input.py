@@ -97,7 +97,7 @@ def test_a_deadline_that_is_no_point_in_time(at: Any) -> None:
 
 
 def test_a_task_cannot_be_made_with_a_deadline_in_the_past() -> None:
-    with pytest.raises(DeadlinePassed, match=r"passed .* s ago.*Deadline\.within"):
+    with pytest.raises(DeadlinePassed, match=r"passed .* days ago.*Deadline\.within"):
         Task("work", deadline=Deadline(1.0))
 
 
@@ -107,7 +107,7 @@ async def test_a_deadline_that_has_passed_by_the_time_of_submitting(*, nowait: b
     async with house() as supervisor:
         task = Task("work", deadline=Deadline.within(1.0))
         await asyncio.sleep(2.0)
-        with pytest.raises(DeadlinePassed, match=r"passed 1\.000 s ago"):
+        with pytest.raises(DeadlinePassed, match=r"passed 1 s ago"):
             await offer(supervisor, task, nowait=nowait)
 
 
@@ -288,7 +288,7 @@ async def test_durable_without_waiting() -> None:
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.01, 80, math.nan, "0.8", None, True])
 def test_a_threshold_outside_of_zero_to_one(threshold: Any) -> None:
-    with pytest.raises(InvalidThreshold, match=r"outside \(0, 1\]: 0\.8 refuses NORMAL"):
+    with pytest.raises(InvalidThreshold, match=r"outside \(0, 1\]: 0\.8 rejects NORMAL"):
         BackpressureSupervisor(backpressure_threshold=threshold)
 
 

@@ -343,7 +343,7 @@ async def test_what_no_budget_will_ever_afford_is_told_so() -> None:
     ):
         async with upstream.call("gpt", input_tokens=500_000):
             pass
-        with pytest.raises(Overloaded, match=r": ask for less, or raise that budget\. Nothing was begun") as refusal:
+        with pytest.raises(Overloaded, match=r": ask for less, or raise that budget\. Nothing was started") as refusal:
             await upstream.call("gpt", input_tokens=tokens).__aenter__()
         assert refusal.value.retry_after is None
 

@@ -23,7 +23,7 @@ class Counts:
     def sent(self) -> None:
         self.attempts += 1
 
-    def came(self, status: int) -> None:
+    def received(self, status: int) -> None:
         self.statuses.append(status)
 
 

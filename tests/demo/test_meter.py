@@ -27,7 +27,7 @@ def test_every_http_attempt_is_counted_and_what_it_was_answered(meter: Meter) ->
     for status in (200, 429, 429, 503, None):
         meter.sent()
         if status is not None:
-            meter.came(status)
+            meter.received(status)
     now = meter.sample()
     assert (now.calls, now.calls_429, now.calls_5xx) == (5, 2, 1)
 
@@ -64,7 +64,7 @@ def test_latencies_are_told_once(meter: Meter) -> None:
 
 
 def test_it_reports_when_it_begins_and_for_the_last_time_when_it_ends(meter: Meter, lines: list[bytes]) -> None:
-    meter.look = lambda: setattr(meter, "waiting", 4)
+    meter.observe = lambda: setattr(meter, "waiting", 4)
     meter.begin()
     meter.end()
     samples = [msgspec.json.decode(line, type=Sample) for line in lines]

@@ -6,14 +6,14 @@ from statistics import mean
 
 import pytest
 
-from demo.provider import RPM, MissingKey, Provider, plant_config, provider_from, warning
+from demo.provider import RPM, MissingKey, Provider, provider_config, provider_from, warning
 from demo.settings import Settings
 from demo.workload import surge
 
 URL = "https://llm.example/v1"
 
 
-def test_without_a_url_it_is_the_plant() -> None:
+def test_without_a_url_it_is_the_simulated_provider() -> None:
     assert provider_from({"OPENAI_API_KEY": "secret"}) is None
 
 
@@ -44,19 +44,19 @@ def test_the_price_is_that_of_the_longest_name_that_fits() -> None:
 
 
 def test_the_key_grants_fewer_calls_than_one_process_can_make() -> None:
-    (rate,) = plant_config(Settings()).rate_limits
+    (rate,) = provider_config(Settings()).rate_limits
     assert rate.amount == RPM
     assert rate.amount / rate.period < 20
 
 
 def test_the_key_grants_fewer_calls_than_the_agents_would_make() -> None:
-    plant = plant_config(Settings())
+    simulated = provider_config(Settings())
     tokens = mean(length for job in surge(1000, 7) for length in job.lengths)
-    assert Settings().agents / (plant.ttft + plant.tpot * tokens) > 1.2 * RPM / 60
+    assert Settings().agents / (simulated.ttft + simulated.tpot * tokens) > 1.2 * RPM / 60
 
 
-def test_a_faster_plant_grants_more_and_answers_sooner() -> None:
-    usual, fast = plant_config(Settings()), plant_config(Settings(speed=10.0))
+def test_a_faster_provider_grants_more_and_answers_sooner() -> None:
+    usual, fast = provider_config(Settings()), provider_config(Settings(speed=10.0))
     assert fast.rate_limits[0].amount == 10 * usual.rate_limits[0].amount
     assert fast.ttft == pytest.approx(usual.ttft / 10)
 

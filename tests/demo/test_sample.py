@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from demo.provider import Provider
-from demo.sample import Kind, Orders, Sample, pace, refused
+from demo.sample import Instructions, Sample, Side, pace, refused
 from demo.settings import ENDLESS, Settings
 
 
@@ -43,13 +43,15 @@ def test_tokens_are_useless_until_the_task_that_they_are_of_is_done() -> None:
 
 
 def test_orders_and_samples_survive_the_wire() -> None:
-    orders = Orders(kind=Kind.RESUME, settings=Settings(seconds=ENDLESS), provider=Provider(url="http://127.0.0.1:1"))
-    assert msgspec.json.decode(msgspec.json.encode(orders), type=Orders) == orders
+    instructions = Instructions(
+        side=Side.RESUME, settings=Settings(seconds=ENDLESS), provider=Provider(url="http://127.0.0.1:1")
+    )
+    assert msgspec.json.decode(msgspec.json.encode(instructions), type=Instructions) == instructions
     told = Sample(t=1.5, stage="draining", done_by=(1, 2, 3, 4), latencies=(0.5,), workers={"busy": 3})
     assert msgspec.json.decode(msgspec.json.encode(told), type=Sample) == told
 
 
-def test_the_draining_is_a_part_of_the_time_and_shorter_on_a_faster_plant() -> None:
+def test_the_draining_is_a_part_of_the_time_and_shorter_on_a_faster_provider() -> None:
     assert Settings().drain == 16.0
     assert Settings(speed=4.0).drain == 4.0
     assert Settings(seconds=8.0).drain == 2.0

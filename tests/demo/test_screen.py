@@ -1,4 +1,4 @@
-"""What is seen: the live table fits a small terminal, and a log gets a line now and then."""
+"""The live table fits a small terminal, and a log gets a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any, cast
 import msgspec
 import pytest
 from rich.console import Console
-from tests.demo.test_report import classic, forebay
+from tests.demo.test_report import classic, compared, forebay
 
-from demo.child import Child, Ending
-from demo.report import report
-from demo.sample import Kind, Sample
+from demo.sample import SIDES, Sample, Side
 from demo.screen import PlainScreen, board, clock, spark
 from demo.settings import Settings
+from demo.side_process import Ending, SideProcess
 from demo.table import summary
 
 BUSY = Sample(
@@ -33,8 +32,8 @@ BUSY = Sample(
     usd=1_234.5,
     useful_usd=18.2,
     load=1.0,
-    binding="upstream:key:875cc6fc",
-    scarce="requests per minute",
+    limited_by="upstream:key:875cc6fc",
+    waiting_for="requests per minute",
     queued=12,
     input_tokens=700_000,
     output_tokens=300_000,
@@ -42,10 +41,10 @@ BUSY = Sample(
 )
 
 
-def side(kind: Kind, sample: Sample | None = BUSY, ending: Ending | None = None) -> Child:
+def process(side: Side, sample: Sample | None = BUSY, ending: Ending | None = None) -> SideProcess:
     samples = [] if sample is None else [Sample(t=float(t), stage="surge", done=2 * t) for t in range(59)] + [sample]
-    seen: dict[str, Any] = {"kind": kind, "samples": samples, "last": sample, "ending": ending, "seconds": 61.0}
-    return cast("Child", SimpleNamespace(**seen, memory=[(1.0, 140.0)]))
+    seen: dict[str, Any] = {"side": side, "samples": samples, "last": sample, "ending": ending, "seconds": 61.0}
+    return cast("SideProcess", SimpleNamespace(**seen, memory=[(1.0, 140.0)]))
 
 
 def drawn(renderable: Any, *, width: int, height: int) -> list[str]:
@@ -55,24 +54,41 @@ def drawn(renderable: Any, *, width: int, height: int) -> list[str]:
     return capture.get().splitlines()
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30)])
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (120, 30)])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_table_fits_the_terminal(*, width: int, height: int, resumed: bool) -> None:
-    sides = [side(Kind.RESUME)] if resumed else [side(Kind.CLASSIC, ending=Ending.OUT_OF_MEMORY), side(Kind.FOREBAY)]
-    lines = drawn(board(sides, Settings(), "one simulated key", resumed=resumed), width=width, height=height)
+    ended = [process(Side.CLASSIC, ending=Ending.OUT_OF_MEMORY), process(Side.SEMAPHORE, ending=Ending.TIME_UP)]
+    sides = [process(Side.RESUME)] if resumed else [*ended, process(Side.FOREBAY)]
+    table = board(sides, Settings(), "one simulated key", resumed=resumed, width=width)
+    lines = drawn(table, width=width, height=height)
     assert len(lines) < height
     assert max(len(line) for line in lines) <= width
     assert "…" not in "".join(lines)
 
 
-@pytest.mark.parametrize("sides", [[], [side(Kind.CLASSIC, None)], [side(Kind.CLASSIC)]])
-def test_there_is_something_to_see_from_the_beginning(sides: list[Child]) -> None:
+@pytest.mark.parametrize(
+    ("width", "started", "shown"),
+    [
+        (80, 0, ["classic", "semaphores"]),
+        (80, 2, ["classic", "semaphores"]),
+        (80, 3, ["semaphores", "Forebay"]),
+        (120, 1, ["classic", "semaphores", "Forebay"]),
+    ],
+)
+def test_a_narrow_terminal_shows_the_latest_two_sides(width: int, started: int, shown: list[str]) -> None:
+    sides = [process(side) for side in SIDES[:started]]
+    head = drawn(board(sides, Settings(), "a key", resumed=False, width=width), width=width, height=30)[3]
+    assert head.split() == shown
+
+
+@pytest.mark.parametrize("sides", [[], [process(Side.CLASSIC, None)], [process(Side.CLASSIC)]])
+def test_the_table_can_be_drawn_from_the_beginning(sides: list[SideProcess]) -> None:
     text = "\n".join(drawn(board(sides, Settings(), "a key", resumed=False), width=80, height=24))
-    assert "waits for its turn" in text
+    assert "not started" in text
 
 
-def test_it_shows_what_binds_and_what_waits_where() -> None:
-    text = "\n".join(drawn(board([side(Kind.FOREBAY)], Settings(), "a key", resumed=False), width=100, height=30))
+def test_it_shows_the_limit_and_where_tasks_wait() -> None:
+    text = "\n".join(drawn(board([process(Side.FOREBAY)], Settings(), "a key", resumed=False), width=100, height=30))
     for words in (
         "upstream:key:875cc6fc",
         "100 in memory, 9,850 on disk",
@@ -85,24 +101,24 @@ def test_it_shows_what_binds_and_what_waits_where() -> None:
         assert words in text
 
 
-def test_money_is_told_as_long_as_a_column_is_wide() -> None:
+def test_dollars_fit_into_a_column() -> None:
     for usd, done, text in ((3.2, 364, "$3.20  $0.0088/task  1.03x least"), (1234.5, 1234, "$1234  $1.0004/task")):
         now = msgspec.structs.replace(BUSY, usd=usd, done=done, useful_usd=3.1)
-        table = board([side(Kind.FOREBAY, now)], Settings(), "a key", resumed=False)
+        table = board([process(Side.FOREBAY, now)], Settings(), "a key", resumed=False)
         assert text in "\n".join(drawn(table, width=80, height=24))
 
 
-def test_workers_that_have_failed_are_told_of() -> None:
+def test_failed_workers_are_shown() -> None:
     broken = msgspec.structs.replace(BUSY, workers={"busy": 9, "failed": 1})
     text = "\n".join(
-        drawn(board([side(Kind.FOREBAY, broken)], Settings(), "a key", resumed=False), width=80, height=24)
+        drawn(board([process(Side.FOREBAY, broken)], Settings(), "a key", resumed=False), width=80, height=24)
     )
     assert "0  1 worker FAILED" in text
 
 
-def test_a_name_is_no_picture() -> None:
+def test_a_name_is_not_an_emoji() -> None:
     out = io.StringIO()
-    PlainScreen(Console(file=out, width=300)).show([side(Kind.FOREBAY)])
+    PlainScreen(Console(file=out, width=300)).show([process(Side.FOREBAY)])
     assert "(upstream:key:875cc6fc)" in out.getvalue()
 
 
@@ -110,30 +126,32 @@ def test_a_log_gets_the_first_line_and_the_last_and_no_more_in_between() -> None
     out = io.StringIO()
     with PlainScreen(Console(file=out, width=80)) as screen:
         for _ in range(5):
-            screen.show([side(Kind.CLASSIC)])
+            screen.show([process(Side.CLASSIC)])
         for _ in range(2):
-            screen.show([side(Kind.CLASSIC, ending=Ending.TIME_UP)])
-        screen.show([side(Kind.CLASSIC, ending=Ending.TIME_UP), side(Kind.FOREBAY)])
+            screen.show([process(Side.CLASSIC, ending=Ending.TIME_UP)])
+        screen.show([process(Side.CLASSIC, ending=Ending.TIME_UP), process(Side.FOREBAY)])
     lines = out.getvalue().splitlines()
     assert [line.split()[0] for line in lines] == ["classic", "classic", "forebay"]
     assert lines[1].endswith("time is up")
 
 
-def test_nothing_is_said_before_there_is_something_to_say() -> None:
+def test_nothing_is_printed_before_the_first_sample() -> None:
     out = io.StringIO()
-    PlainScreen(Console(file=out)).show([side(Kind.CLASSIC, None)])
+    PlainScreen(Console(file=out)).show([process(Side.CLASSIC, None)])
     assert out.getvalue() == ""
 
 
-def test_the_summary_tells_both_sides_and_the_verdict() -> None:
-    found = report(classic(), forebay(), Settings(tasks=1000, seconds=60.0), "plant")
+def test_the_summary_has_all_sides_and_the_verdict() -> None:
+    found = compared(classic(), forebay())
     text = " ".join(" ".join(drawn(summary(found), width=80, height=60)).split())
     assert "Forebay 10 times as many" in text
-    assert "kept on disk 0 800" in text
-    assert "over the least it needs 20.00 x 1.05 x" in text
-    assert "refused with 429 4,000 (80 %) 7 (1.0 %)" in text
-    assert "what bound it cannot tell upstream:key short of - requests per minute" in text
-    found = msgspec.structs.replace(found, forebay=msgspec.structs.replace(found.forebay, binding="upstream:key:1a2b"))
+    assert "kept on disk 0 0 800" in text
+    assert "over the least 20.00 x 1.40 x 1.05 x" in text
+    assert "refused with 429 4,000 (80 %) 600 (60 %) 7 (1.0 %)" in text
+    assert "limited by unknown unknown upstream:key short of - - requests per minute" in text
+    found = msgspec.structs.replace(
+        found, forebay=msgspec.structs.replace(found.forebay, limited_by="upstream:key:1a2b")
+    )
     assert "upstream:key:1a2b" in "".join(drawn(summary(found), width=80, height=60))
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from demo.kept import Kept, kept
+from demo.stored_tasks import StoredTasks, count_stored_tasks
 from demo.workload import surge
 from forebay.clock import monotonic
 from forebay.simulation.provider.provider_config import ProviderConfig
@@ -49,7 +49,7 @@ class Ran(NamedTuple):
     folder: Path
     done: subprocess.CompletedProcess[str]
     report: dict[str, Any]
-    left: Kept
+    left: StoredTasks
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +58,26 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     done = demo(folder, *SMALL, SEED=f"{SEED}")
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copy(folder / "spill.db", folder / "left.db")  # before anybody goes on with it
-    return Ran(folder, done, msgspec.json.decode((folder / "report.json").read_bytes()), kept(folder / "spill.db"))
+    return Ran(
+        folder,
+        done,
+        msgspec.json.decode((folder / "report.json").read_bytes()),
+        count_stored_tasks(folder / "spill.db"),
+    )
 
 
 @pytest.mark.slow
-def test_the_report_has_the_figures_of_both_sides(ran: Ran) -> None:
+def test_the_report_has_the_figures_of_all_sides(ran: Ran) -> None:
     assert (ran.report["tasks"], ran.report["workers"], ran.report["seed"]) == (TASKS, 2, SEED)
-    for side in (ran.report["classic"], ran.report["forebay"]):
+    for name in ("classic", "semaphore", "forebay"):
+        side = ran.report[name]
         assert side["done"] + side["failed"] + side["spilled"] + side["lost"] == TASKS
         assert 0 < side["peak_rss_mb"] < ran.report["memory_limit_mb"]
         assert not side["out_of_memory"]
 
 
 @pytest.mark.slow
-def test_forebay_does_some_keeps_the_rest_and_loses_none(ran: Ran) -> None:
+def test_forebay_does_some_tasks_keeps_the_rest_and_loses_none(ran: Ran) -> None:
     ours = ran.report["forebay"]
     assert ours["done"] > 0
     assert ours["spilled"] > 0
@@ -79,28 +85,29 @@ def test_forebay_does_some_keeps_the_rest_and_loses_none(ran: Ran) -> None:
     assert ours["p50_s"] <= ours["p99_s"]
     assert ours["usd_per_done"] >= ran.report["usd_least"]
     assert ours["usd_ratio"] == ran.report["usd_ratio"]
-    assert ours["calls_429"] == ours["stray_429"]  # none of them for a rate that the headers told of
+    assert ours["calls_429"] == ours["stray_429"]  # none of them for a rate limit that was in the headers
 
 
 @pytest.mark.slow
-def test_what_it_says_is_kept_is_in_the_ledger(ran: Ran) -> None:
+def test_the_spilled_tasks_are_in_the_store(ran: Ran) -> None:
     assert ran.left.total == TASKS
     assert ran.left.to_do == ran.report["forebay"]["spilled"]
     assert ran.left.done == ran.report["forebay"]["done"]
 
 
 @pytest.mark.slow
-def test_what_the_classic_one_has_not_done_is_lost(ran: Ran) -> None:
-    theirs = ran.report["classic"]
+@pytest.mark.parametrize("side", ["classic", "semaphore"])
+def test_tasks_in_memory_are_lost_with_the_process(ran: Ran, side: str) -> None:
+    theirs = ran.report[side]
     assert theirs["spilled"] == 0
     assert theirs["lost"] == TASKS - theirs["done"] - theirs["failed"]
 
 
 @pytest.mark.slow
-def test_the_client_and_the_plant_count_the_same_calls(ran: Ran) -> None:
+def test_the_client_and_the_provider_count_the_same_calls(ran: Ran) -> None:
     ours = ran.report["forebay"]
-    assert 0 <= ours["plant"]["finished"] - ours["calls_answered"] <= 4  # answers on their way to agents cut off
-    assert 0 <= ours["calls"] - ours["plant"]["calls"] <= 4
+    assert 0 <= ours["bill"]["finished"] - ours["calls_answered"] <= 4  # answers on their way to agents cut off
+    assert 0 <= ours["calls"] - ours["bill"]["calls"] <= 4
 
 
 @pytest.mark.slow
@@ -109,8 +116,8 @@ def test_the_picture_is_a_png(ran: Ran) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_printed_tells_both_sides_and_how_to_go_on(ran: Ran) -> None:
-    for side in ("classic 0:00  0 done", "forebay 0:00  0 done"):
+def test_the_output_has_all_sides_and_how_to_resume(ran: Ran) -> None:
+    for side in ("classic   0:00  0 done", "semaphore 0:00  0 done", "forebay   0:00  0 done"):
         assert side in ran.done.stdout
     assert "did not run out of memory" in " ".join(ran.done.stdout.split())
     assert 'make demo ARGS="--resume' in ran.done.stdout
@@ -118,8 +125,8 @@ def test_what_is_printed_tells_both_sides_and_how_to_go_on(ran: Ran) -> None:
 
 @pytest.mark.slow
 def test_the_seed_repeats_the_tasks(ran: Ran) -> None:
-    with closing(sqlite3.connect(ran.folder / "spill.db")) as ledger:
-        stored = dict(ledger.execute("SELECT task_id, priority FROM task"))
+    with closing(sqlite3.connect(ran.folder / "spill.db")) as store:
+        stored = dict(store.execute("SELECT task_id, priority FROM task"))
     assert stored == {job.task_id: int(job.priority) for job in surge(TASKS, SEED)}
 
 
@@ -128,12 +135,12 @@ def test_resume_does_the_rest_and_then_nothing(ran: Ran) -> None:
     done = demo(ran.folder, "--resume", *ALL_OF_IT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Nothing is left to do: {TASKS} tasks are done" in done.stdout
-    assert kept(ran.folder / "spill.db") == Kept(done=TASKS)
+    assert count_stored_tasks(ran.folder / "spill.db") == StoredTasks(done=TASKS)
     again = demo(ran.folder, "--resume")
     assert (again.returncode, again.stdout.count("Nothing is left to do")) == (0, 1)
 
 
-def test_there_is_nothing_to_resume_before_a_demo(tmp_path: Path) -> None:
+def test_without_a_demo_there_is_nothing_to_resume(tmp_path: Path) -> None:
     done = demo(tmp_path / "none", "--resume")
     assert done.returncode == 1
     assert "run `make demo` first" in done.stderr
@@ -146,11 +153,11 @@ def test_there_is_nothing_to_resume_before_a_demo(tmp_path: Path) -> None:
 def resuming(folder: Path, left: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo that goes on with what another left, and has done some of it."""
     shutil.copy(left / "left.db", folder / "spill.db")
-    before = kept(folder / "spill.db").done
+    before = count_stored_tasks(folder / "spill.db").done
     line = command("--resume", "--workers", "2", "--slots", "2", "--speed", "10", "--out", str(folder))
     with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         try:
-            while kept(folder / "spill.db").done < before + 3:
+            while count_stored_tasks(folder / "spill.db").done < before + 3:
                 assert not ended(process)
             yield process
         finally:
@@ -160,7 +167,7 @@ def resuming(folder: Path, left: Path) -> Iterator[subprocess.Popen[str]]:
 def side_of(process: subprocess.Popen[str]) -> int:
     """The process of the side that a demo plays now."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (side,) = (int(pid) for pid in children if b"demo.side" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (side,) = (int(pid) for pid in children if b"demo.side_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
     return side
 
 
@@ -176,7 +183,7 @@ def test_a_polite_kill_puts_everything_back(ran: Ran, tmp_path: Path) -> None:
     with resuming(tmp_path, ran.folder) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 130
-    left = kept(tmp_path / "spill.db")
+    left = count_stored_tasks(tmp_path / "spill.db")
     assert (left.total, left.leased, left.failed) == (TASKS, 0, 0)
 
 
@@ -185,8 +192,8 @@ def test_after_a_kill_of_the_parent_its_side_puts_everything_back_by_itself(ran:
     with resuming(tmp_path, ran.folder) as process:
         process.kill()
     orphan, never = monotonic(), Event()
-    while (left := kept(tmp_path / "spill.db")).leased and monotonic() < orphan + 20:
-        never.wait(0.05)  # nobody but the orphan gives a lease back: the ledger has nobody else
+    while (left := count_stored_tasks(tmp_path / "spill.db")).leased and monotonic() < orphan + 20:
+        never.wait(0.05)  # only the orphan can return a lease: nobody else uses the store
     assert (left.total, left.leased, left.failed) == (TASKS, 0, 0)
 
 
@@ -195,7 +202,7 @@ def test_after_a_kill_of_its_side_everything_is_still_on_disk(ran: Ran, tmp_path
     with resuming(tmp_path, ran.folder) as process:
         os.kill(side_of(process), signal.SIGKILL)
         assert process.wait(30) == 1
-    left = kept(tmp_path / "spill.db")
+    left = count_stored_tasks(tmp_path / "spill.db")
     assert (left.total, left.failed) == (TASKS, 0)
     assert left.leased > 0  # what it was running, until its lease runs out
 
@@ -206,6 +213,7 @@ def test_a_side_over_its_memory_is_ended_and_that_is_said(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     report = msgspec.json.decode((tmp_path / "report.json").read_bytes())
     assert report["classic"]["out_of_memory"]
+    assert report["semaphore"]["out_of_memory"]
     assert report["forebay"]["out_of_memory"]
     assert "ran out of its 64 MB" in " ".join(done.stdout.split())
 
@@ -230,13 +238,13 @@ def test_real_money_is_not_spent_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_of_ones_own_is_counted_by_what_it_answers(tmp_path: Path) -> None:
-    with start_provider(ProviderConfig(ttft=0.05, tpot=0.001)) as plant:
-        more = {"PROVIDER_URL": plant.openai_url, "PROVIDER_API_KEY": "mine", "PROVIDER_MODEL": "gpt-4o-mini"}
+    with start_provider(ProviderConfig(ttft=0.05, tpot=0.001)) as simulated:
+        more = {"PROVIDER_URL": simulated.openai_url, "PROVIDER_API_KEY": "mine", "PROVIDER_MODEL": "gpt-4o-mini"}
         done = demo(tmp_path, "--yes", "--tasks", "4", "--seconds", "40", **more)
     assert done.returncode == 0, done.stdout + done.stderr
     report = msgspec.json.decode((tmp_path / "report.json").read_bytes())
-    for side in (report["classic"], report["forebay"]):
-        assert (side["done"], side["calls_answered"], side["plant"]) == (4, 12, None)
+    for side in (report["classic"], report["semaphore"], report["forebay"]):
+        assert (side["done"], side["calls_answered"], side["bill"]) == (4, 12, None)
         assert side["tokens_wasted"] == 0
         assert side["usd_per_done"] > 0
     assert "gpt-4o-mini" in report["provider"]

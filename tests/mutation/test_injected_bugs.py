@@ -72,8 +72,8 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_decisions.test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it
     ),
     bugs.what_a_zombie_returns_is_taken_for_its_result: test_ending.test_what_a_zombie_returns_changes_nothing,
-    bugs.whoever_lost_its_lease_may_still_finish: test_task_store.test_a_lost_lease_may_do_nothing,
-    bugs.a_record_is_acknowledged_before_its_commit: test_sqlite_store.test_what_was_acknowledged_is_committed,
+    bugs.whoever_lost_its_lease_may_still_finish: test_task_store.test_a_lost_lease_is_rejected_everywhere,
+    bugs.a_record_is_acknowledged_before_its_commit: test_sqlite_store.test_an_acknowledged_write_is_committed,
     bugs.a_task_starts_although_its_lease_has_lapsed: (
         test_shared_overflow.test_a_task_behind_its_thread_does_not_start_once_its_lease_has_lapsed
     ),

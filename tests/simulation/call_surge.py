@@ -47,7 +47,7 @@ from forebay.upstream.call_flow import AttemptResult
 from forebay.upstream.call_request import Permit
 
 COUNTED = ("admitted", "spilled", "rejected", "succeeded", "failed", "timed_out", "cancelled", "expired")
-CALL_ENDS = ("answered", "refused by the provider", "failed", "cancelled", "rejected by the upstream")
+CALL_ENDS = ("answered", "refused by the provider", "call failed", "call cancelled", "rejected by the upstream")
 MINUTES = 3.0  # of a plateau
 WARM_UP = 60.0  # seconds that do not count, as in the benchmarks: the limits of the key are unknown at first
 PRICE = Price(input=0.15, output=0.60)
@@ -216,7 +216,7 @@ class CallSurge:
         if self.script.max_concurrent is not None and self.sent >= self.script.max_concurrent:
             raise InvariantViolation(f"a call is sent when {self.sent} are in flight")
         self.sent += 1
-        cost, end = reserved, "cancelled"  # unless the call ends in another way
+        cost, end = reserved, "call cancelled"  # unless the call ends in another way
         try:
             result = await asked(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.SUCCESS:
@@ -226,7 +226,7 @@ class CallSurge:
             elif result.outcome.usd == 0.0:
                 cost, end = 0.0, "refused by the provider"
             else:
-                end = "failed"
+                end = "call failed"
             return result
         finally:
             self.sent -= 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from forebay._validate import check_whole
 from forebay.interfaces import Outcome
 from forebay.limit.base import Grant, Limit
-from forebay.limit.bounds import check_count
 from forebay.limit.outage_backoff import OutageBackoff
 
 _OUTAGE_REFUSALS: Final = 10  # least refusals in a row that count as an outage; `n` if more calls may be under way
@@ -28,7 +28,7 @@ class FixedLimit(Limit):
     """
 
     def __init__(self, n: int) -> None:
-        check_count("FixedLimit", "n", n)
+        check_whole("FixedLimit", "n", n)
         super().__init__(initial_limit=n, max_limit=n)
         self._n = n
         self._backoff = OutageBackoff()

@@ -104,15 +104,17 @@ class Dispatcher:
         self.dispatch(worker)
 
     def take_slot(self, run: Run) -> None:
-        """Take a slot of the run's worker again, after it was lent."""
+        """Take a slot for a run that has lent its own."""
+        worker = run.worker
         run.take_slot()
-        for pool in self._pools_of[run.worker]:
-            pool.slot_taken(run.worker)
+        worker.take_slot(probe=run.is_probe)
+        for pool in self._pools_of[worker]:
+            pool.slot_taken(worker)
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
-        """Return the slot of a run, and start what comes next. `now` saves asking the clock again."""
+        """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
         worker = run.worker
-        run.return_slot()
+        worker.return_slot(probe=worker.probing and run.is_probe)
         for pool in self._pools_of[worker]:
             pool.slot_returned(worker)
         self.dispatch(worker, now)
@@ -217,8 +219,7 @@ class Dispatcher:
                     pool.selector.update(worker)
                 break
             ticket = pool.queue.pop()
-            ticket.leave_queue()
-            if self._may_still_start(ticket, pool):
+            if (ticket.deadline is None and ticket.lease is None) or self._may_still_start(ticket, pool):
                 self.start(ticket, worker, now)
         if self.spill is not None:
             for pool in pools:
@@ -261,7 +262,7 @@ class Dispatcher:
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             self.start_gate.run_started(run)
         self.started += 1
-        if self.bus.active or ticket.has_listeners:
+        if self.bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
             self.registry.emit(ticket, started)
         if run.abandoned_at is not None:  # cancelled by a sink, when it received the event

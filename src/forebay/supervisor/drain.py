@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
-from forebay.errors import InvalidSetting
+from forebay._validate import check_not_negative
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
@@ -228,5 +227,4 @@ def check_drain_timeout(timeout: float | None) -> None:
     Raises:
         InvalidSetting: it is neither None nor a number of seconds.
     """
-    if timeout is not None and not (isinstance(timeout, int | float) and 0 <= timeout < math.inf):
-        raise InvalidSetting(owner="drain", name="timeout", value=timeout, expected="None or seconds, at least 0")
+    check_not_negative("drain", "timeout", timeout, unit="seconds", none="for no limit")

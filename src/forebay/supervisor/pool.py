@@ -135,13 +135,11 @@ class Pool:
         slot = self.retry_schedule.reserve(now + early, rate, draw)
         return None if slot is None else early + slot
 
-    def record_run(self, seconds: float, calls: Mapping[LoadSource, int] | None, *, success: bool) -> None:
-        """Record how long a run took, and how often it called each of its sources."""
-        self.service_times.record(seconds, success=success)
-        if calls is not None and success:
-            for source, count in calls.items():
-                mean = self.calls_per_run.get(source, float(count))
-                self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
+    def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
+        """Record how often a successful run called each of its sources."""
+        for source, count in calls.items():
+            mean = self.calls_per_run.get(source, float(count))
+            self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
 
     # --- workers ---
 

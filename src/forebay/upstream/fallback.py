@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from forebay._renamed import renamed_arguments
 from forebay.errors import InvalidSetting
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _KEY: Final = re.compile(r"[!-~]+")
 _OWNER: Final = "Fallback"
 
 
+@renamed_arguments(of="models", when="load_threshold")
 @dataclass(frozen=True, slots=True)
 class Fallback:
     """Sends a call on to another model or upstream when its own account cannot serve it, or is above a load.

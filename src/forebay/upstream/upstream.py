@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from forebay import clock, context
+from forebay._renamed import renamed_arguments
 from forebay.breaker import BreakerRules
 from forebay.errors import InvalidSetting
 from forebay.events import log
@@ -68,6 +69,7 @@ class Upstream:
         InvalidSetting: a setting cannot be meant.
     """
 
+    @renamed_arguments(longest_wait="max_wait", start_wait="max_start_wait")
     def __init__(  # noqa: PLR0913 - every bound is set where a user can see it
         self,
         name: str,

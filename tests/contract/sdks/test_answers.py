@@ -93,7 +93,12 @@ def test_usage_of_openai_streams_is_seen_by_those_who_asked(house: SdkHarness, p
 
 def test_the_streaming_helpers_work(house: SdkHarness, plant: Plant) -> None:
     way, sdk = house.open(plant.url), house.sdk
-    ask: Any = {"model": sdk.model, "messages": SAY, "max_tokens": 40, "extra_headers": {"x-simulated-output-tokens": "20"}}
+    ask: Any = {
+        "model": sdk.model,
+        "messages": SAY,
+        "max_tokens": 40,
+        "extra_headers": {"x-simulated-output-tokens": "20"},
+    }
 
     def streaming(client: Any) -> Any:
         return (client.chat.completions if sdk.name == "openai" else client.messages).stream(**ask)

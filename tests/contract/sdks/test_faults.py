@@ -73,7 +73,9 @@ def test_a_long_retry_after_is_kept(house: SdkHarness, mock: LLMock, mock_url: s
     assert isinstance(error_of(way.caller.create), house.sdk.module.RateLimitError)
     error = error_of(way.caller.with_options(max_retries=0).create)  # else a caller of the gateway would come back
     assert (
-        isinstance(error, Overloaded) if isinstance(way, BoundClient) else "x-forebay-limited-by" in error.response.headers
+        isinstance(error, Overloaded)
+        if isinstance(way, BoundClient)
+        else "x-forebay-limited-by" in error.response.headers
     )
     assert len(mock.requests) == 1
     assert way.is_idle()

@@ -342,7 +342,7 @@ def test_tasks_of_a_thread_are_not_compared() -> None:
 @virtual
 async def test_a_queue_that_serves_the_wrong_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        PriorityQueue, "_next_rung", lambda line: max((r for r, n in enumerate(line._lengths) if n), default=None)
+        PriorityQueue, "_next_priority", lambda queue: max(p for p, length in enumerate(queue._lengths) if length)
     )
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)

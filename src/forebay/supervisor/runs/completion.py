@@ -172,11 +172,11 @@ class RunCompletion:
     # --- when the handler has ended ---
 
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
-        """Process the end of a handler: its result, its duration and its breaker; then what comes next has its slot."""
+        """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
         worker, ticket, task = run.worker, run.ticket, run.task
         now = self._loop.time()
         seconds = now - run.started_at
-        run.mark_ended()
+        holds_slot = run.end()
         self._runs.remove(run)
         if run.timer is not None:
             self._timers.cancel(run.clear_timer())
@@ -185,29 +185,32 @@ class RunCompletion:
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
-        self._pools[task.task_type].record_run(seconds, run.calls, success=success)
+        pool = self._pools[task.task_type]
+        pool.service_times.record(seconds, success=success)
         if ticket.run is run:  # otherwise it has been started again beside a handler that did not stop
             ticket.end_run()
         if success:
-            self._succeeded(run, value, now, seconds)
+            self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
             self._failed(run, cause, 1000 * seconds)
         else:
             self._abandoned_run_stopped(run, now - run.abandoned_at)
         if task.thread_id is not None and ticket.run is None:
             self._dispatcher.next_in_conversation(ticket)
-        if run.holds_slot:
+        if holds_slot:
             self._dispatcher.return_slot(run, now)
         if self._registry.listeners:
             self._registry.notify_progress()
 
-    def _succeeded(self, run: Run, value: Any, now: float, seconds: float) -> None:
-        worker, ticket = run.worker, run.ticket
-        worker.record_success(run.task.task_type, seconds)
+    def _succeeded(self, run: Run, value: Any, now: float, seconds: float, pool: Pool) -> None:
+        worker, ticket, task = run.worker, run.ticket, run.task
+        if run.calls is not None:
+            pool.record_calls(run.calls)
+        worker.record_success(task.task_type, seconds)
         if worker.breaker.record(now, _SUCCESS, run.breaker_epoch) is not None:
             self.update_breaker(worker, "")
         result = TaskResult(
-            task_id=run.task.task_id,
+            task_id=task.task_id,
             worker_id=worker.name,
             success=True,
             status=_SUCCEEDED,

@@ -205,13 +205,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def take_slot(self) -> None:
         """Take a slot of its worker again."""
-        self.worker.take_slot(probe=self.is_probe)
         self.holds_slot = True
 
-    def return_slot(self) -> None:
-        """Return its slot to its worker."""
+    def give_slot(self) -> None:
+        """Give its slot away while it awaits a task."""
         self.holds_slot = False
-        self.worker.return_slot(probe=self.is_probe)
 
     def begin_await(self) -> None:
         """Count a task that it awaits."""
@@ -329,9 +327,11 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """Remember that its handler has not stopped within the grace."""
         self.zombie = True
 
-    def mark_ended(self) -> None:
-        """Remember that its handler has really ended."""
+    def end(self) -> bool:
+        """Remember that its handler has really ended; return whether it held a slot, which the caller now returns."""
         self.ended = True
+        held, self.holds_slot = self.holds_slot, False
+        return held
 
 
 def _call_handler(call: Any, task: Task) -> tuple[Any, BaseException | None]:

@@ -114,7 +114,7 @@ class StoreMaintenance:
         """Look up tasks that others may have run: those that lost their lease here, and those that are awaited."""
         elsewhere = self._stored.leased_elsewhere
         spilled = (ticket for ticket in self._dispatcher.registry.live.values() if ticket.status is TaskStatus.SPILLED)
-        awaited = (ticket for ticket in spilled if ticket.has_waiters or ticket.has_listeners)
+        awaited = (ticket for ticket in spilled if ticket.has_waiters or ticket.listeners is not None)
         for ticket in [*elsewhere.values(), *itertools.islice(awaited, _MAX_LOOKUPS)]:
             found = await self._stored.store.find(ticket.task_id)
             if found is None or found[2] is not None:

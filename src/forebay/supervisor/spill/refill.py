@@ -220,7 +220,7 @@ class Refiller:
         if ticket.done():  # it has ended meanwhile: its completion is on its way to the store
             return
         self.refilled += 1
-        if dispatcher.bus.active or ticket.has_listeners:
+        if dispatcher.bus.active or ticket.listeners is not None:
             event = TaskRefilled(at=dispatcher.loop.time(), task_id=record.task_id, task_type=record.task_type)
             self._registry.emit(ticket, event)
         if ticket.cancel_reason is not None:

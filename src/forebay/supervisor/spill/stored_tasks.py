@@ -113,7 +113,12 @@ class StoredTasks:
         somebody waits for, and the child of a run, whose place among its ancestors no record has.
         """
         spilled = ticket.status is TaskStatus.SPILLED and ticket.lease is None
-        if self.durable and spilled and ticket.parent is None and not (ticket.has_waiters or ticket.has_listeners):
+        if (
+            self.durable
+            and spilled
+            and ticket.parent is None
+            and not (ticket.has_waiters or ticket.listeners is not None)
+        ):
             self._registry.hold_weakly(ticket)
 
     # --- the right to a record ---
@@ -134,6 +139,7 @@ class StoredTasks:
 
     def lease_lapsed(self, ticket: Ticket) -> None:
         """Leave a task to another process, because the right to it lapsed before its turn came."""
+        ticket.leave_queue()
         self.drop_lease(ticket)
         self._dispatcher.next_in_conversation(ticket)
         self.leave_to_other_process(ticket)

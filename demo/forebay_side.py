@@ -1,4 +1,4 @@
-"""Forebay's side: the same agents behind a BackpressureSupervisor, and what does not fit waits on disk."""
+"""Forebay's side: the same agents behind a BackpressureSupervisor, with an overflow on disk."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections import Counter
 from typing import Final
 
 from demo.agent import agent, connect
-from demo.kept import Kept, kept
 from demo.meter import Meter
-from demo.sample import Kind, Orders
+from demo.sample import Instructions, Side
 from demo.settings import Settings
+from demo.stored_tasks import StoredTasks, count_stored_tasks
 from demo.workload import Job, surge
 from forebay.events import Event, TaskFinished
 from forebay.interfaces import WorkerState
@@ -21,17 +21,17 @@ from forebay.task import Task
 from forebay.upstream import Upstream
 
 TASK_TYPE: Final = "brief"
-_AT_ONCE: Final = 500  # submissions under way: the ledger writes them in groups
-_GLANCE: Final = 0.25  # seconds between looks at the house
-_MARGIN: Final = 0.5  # seconds of the draining that are kept for putting back what is cut off
+_AT_ONCE: Final = 500  # submissions at a time: the store writes them in groups
+_INTERVAL: Final = 0.25  # seconds between readings of the supervisor's statistics
+_MARGIN: Final = 0.5  # seconds of the drain that are left for requeuing what is cut off
 
 
-async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
-    """Meet the surge until time is up, or go on with what is on disk until all is done; or until told to stop."""
-    settings = orders.settings
+async def run(instructions: Instructions, meter: Meter, stop: asyncio.Event) -> None:
+    """Run the surge, or what is on disk, until all is done, time is up, or `stop` is set."""
+    settings = instructions.settings
     started: dict[str, tuple[float, Job]] = {}
 
-    def hear(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if isinstance(event, TaskFinished):
             began, job = started.get(event.task_id, (None, None))
             if event.result.success:
@@ -40,20 +40,20 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
             else:
                 meter.failed()
 
-    key = Upstream("key", provider=orders.provider.rules)  # told of no limit: it learns them from the headers
-    client = key.bind(connect(orders.provider, meter, retries=settings.sdk_retries))
-    jobs = surge(settings.tasks, settings.seed) if orders.kind is Kind.FOREBAY else []
+    key = Upstream("key", provider=instructions.provider.rules)  # without limits: it learns them from the headers
+    client = key.bind(connect(instructions.provider, meter, retries=settings.sdk_retries))
+    jobs = surge(settings.tasks, settings.seed) if instructions.side is Side.FOREBAY else []
     supervisor = BackpressureSupervisor(
-        overflow=f"sqlite:///{settings.ledger}", lease=settings.lease, on_event=hear, keep_results=0
+        overflow=f"sqlite:///{settings.store_path}", lease=settings.lease, on_event=on_event, keep_results=0
     )
     for number in range(1, settings.workers + 1):
-        graph = agent(client, orders.provider, meter)
+        graph = agent(client, instructions.provider, meter)
         supervisor.register_worker(
             f"worker-{number}", handler=graph, task_types=[TASK_TYPE], max_concurrent=settings.slots
         )
     async with supervisor:
-        meter.begin("surge" if jobs else "going on")
-        glance = asyncio.create_task(_glance(supervisor, key, meter))
+        meter.begin("surge" if jobs else "resumed")
+        monitor = asyncio.create_task(_monitor(supervisor, key, meter))
         for first in range(0, len(jobs), _AT_ONCE):
             if stop.is_set():
                 break
@@ -64,22 +64,22 @@ async def run(orders: Orders, meter: Meter, stop: asyncio.Event) -> None:
         draining = asyncio.create_task(supervisor.drain(timeout=max(0.0, settings.drain - _MARGIN)))
         await asyncio.wait((draining, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
-        glance.cancel()
-        _note(supervisor, key, meter)
+        monitor.cancel()
+        _record(supervisor, key, meter)
         await supervisor.close()
     meter.waiting = meter.running = meter.queued = 0
-    meter.spilled = (await asyncio.to_thread(kept, settings.ledger)).to_do
+    meter.spilled = (await asyncio.to_thread(count_stored_tasks, settings.store_path)).to_do
 
 
 async def _submit(supervisor: BackpressureSupervisor, job: Job, started: dict[str, tuple[float, Job]]) -> None:
-    # durable: even what is let in at once survives a kill -9
+    # durable: a task that starts at once survives a kill -9 too
     task = Task(TASK_TYPE, job.payload(), task_id=job.task_id, priority=job.priority, durable=True)
     started[job.task_id] = (time.monotonic(), job)
     await supervisor.submit(task)
 
 
 async def _until_over(settings: Settings, meter: Meter, stop: asyncio.Event) -> None:
-    """Wait until all is done, or time is up but for the draining, or somebody says stop."""
+    """Wait until all is done, the time before the drain is up, or `stop` is set."""
     while not stop.is_set() and meter.seconds < settings.seconds - settings.drain:
         if meter.inside == 0 and (await _on_disk(settings)).to_do == 0:
             return
@@ -90,26 +90,26 @@ async def _until_over(settings: Settings, meter: Meter, stop: asyncio.Event) -> 
             pass
 
 
-async def _on_disk(settings: Settings) -> Kept:
-    """What the ledger says, asked past the supervisor."""
+async def _on_disk(settings: Settings) -> StoredTasks:
+    """Return the counts of the task store, read from its file."""
     try:
-        return await asyncio.to_thread(kept, settings.ledger)
-    except sqlite3.OperationalError:  # its writer is busy: ask again
-        return Kept(waiting=1)
+        return await asyncio.to_thread(count_stored_tasks, settings.store_path)
+    except sqlite3.OperationalError:  # its writer is busy: count again later
+        return StoredTasks(waiting=1)
 
 
-async def _glance(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> None:
+async def _monitor(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> None:
     while True:
-        _note(supervisor, key, meter)
-        await asyncio.sleep(_GLANCE)
+        _record(supervisor, key, meter)
+        await asyncio.sleep(_INTERVAL)
 
 
-def _note(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> None:
+def _record(supervisor: BackpressureSupervisor, key: Upstream, meter: Meter) -> None:
     now = supervisor.statistics()
     states = Counter(worker.state for worker in now.workers)
     meter.running, meter.waiting, meter.spilled = now.running, now.waiting, now.outside
-    meter.load, meter.binding = now.load, now.limited_by
+    meter.load, meter.limited_by = now.load, now.limited_by
     accounts = key.statistics().accounts  # one of them, once a call has been made
     meter.queued = sum(account.queued for account in accounts)
-    meter.scarce = next((account.limited_by for account in accounts if account.load), None)
+    meter.waiting_for = next((account.limited_by for account in accounts if account.load), None)
     meter.workers = {state.value: states[state] for state in WorkerState if states[state]}

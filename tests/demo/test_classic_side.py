@@ -1,4 +1,4 @@
-"""The classic supervisor does what it is said to stand for."""
+"""The classic side does what its module says."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from demo.classic import ATTEMPTS, Supervisor, Worker, with_retries
+from demo.classic_side import ATTEMPTS, Supervisor, Worker, with_retries
 from demo.workload import Job, surge
 from forebay.simulation import simulate
 
 
 class Graph:
-    """Fails so many times, and then answers."""
+    """An agent that fails so many times before it answers."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -42,8 +42,8 @@ def test_it_gives_up_after_six_attempts() -> None:
     assert len(graph.runs) == ATTEMPTS == 6
 
 
-async def begun(jobs: list[Job], *, limit: int | None) -> list[int]:
-    """How many runs each of three workers has begun, if none ever ends."""
+async def started(jobs: list[Job]) -> list[int]:
+    """Return how many runs each of three workers starts if none ever ends."""
     counts = [0, 0, 0]
 
     def worker(number: int) -> Worker:
@@ -51,7 +51,7 @@ async def begun(jobs: list[Job], *, limit: int | None) -> list[int]:
             counts[number] += 1
             await asyncio.Event().wait()
 
-        return Worker(handle, limit=limit)
+        return Worker(handle)
 
     supervisor = Supervisor([worker(number) for number in range(3)])
     works = [asyncio.create_task(worker.work()) for worker in supervisor.workers]
@@ -65,8 +65,4 @@ async def begun(jobs: list[Job], *, limit: int | None) -> list[int]:
 
 
 async def test_it_hands_out_in_turn_and_without_bound() -> None:
-    assert await begun(surge(90, 1), limit=None) == [30, 30, 30]
-
-
-async def test_a_semaphore_is_what_some_have() -> None:
-    assert await begun(surge(90, 1), limit=5) == [5, 5, 5]
+    assert await started(surge(90, 1)) == [30, 30, 30]

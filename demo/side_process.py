@@ -1,4 +1,4 @@
-"""The parent's end of a side: starts its process, reads what it reports, and holds it to time and memory."""
+"""The process of a side as its parent sees it: start it, read its reports, and hold it to its time and memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Final, Self
 import msgspec
 
 from demo.provider import KEY
-from demo.sample import Kind, Orders, Sample
+from demo.sample import Instructions, Sample, Side
 
-_LOOK: Final = 0.05  # seconds between looks at a side's memory
-_TICK: Final = 0.25  # seconds between pictures of it
+_LOOK: Final = 0.05  # seconds between readings of a side's memory
+_TICK: Final = 0.25  # seconds between updates of the screen
 _START: Final = 60.0  # seconds until it must be ready
-_LATE: Final = 10.0  # seconds that it is given to end in, after it was told to
+_GRACE: Final = 10.0  # seconds to end in, once told to
 _LOG_TAIL: Final = 15  # lines
 
 _ROOT: Final = Path(__file__).parents[1]  # the repository, which the child imports `demo` from
@@ -41,21 +41,21 @@ class Ending(StrEnum):
     CRASHED = "crashed"
 
 
-class Child:
-    """One side's process.
+class SideProcess:
+    """The process of one side.
 
-    Its memory limit is enforced as a container's is: there the kernel kills a process whose resident memory passes the
-    limit; this looks every 50 ms and does the same. (RLIMIT_AS would count address space that an allocator merely
-    reserves, and answers with a MemoryError in whichever task happens to ask next.)
+    Its memory limit works as a container's: the kernel kills a process whose resident memory exceeds the limit; this
+    class reads it every 50 ms and does the same. (RLIMIT_AS would count address space that an allocator merely
+    reserves, and raise a MemoryError in whichever task allocates next.)
 
     Args:
-        orders: what it is to do.
-        key: the API key, handed over by the environment.
-        log: where its standard error goes.
+        instructions: what it is to do.
+        key: the API key, passed in the environment.
+        log: file for its standard error.
     """
 
-    def __init__(self, orders: Orders, *, key: str, log: Path) -> None:
-        self.orders = orders
+    def __init__(self, instructions: Instructions, *, key: str, log: Path) -> None:
+        self.instructions = instructions
         self.samples: list[Sample] = []
         self.latencies: list[float] = []
         self.memory: list[tuple[float, float]] = []  # seconds and resident megabytes, as measured from here
@@ -65,12 +65,12 @@ class Child:
         self._log = log
         self._born = time.monotonic()
         self._began: float | None = None
-        self._told: float | None = None  # when it was told to end
+        self._stopped_at: float | None = None  # when it was told to end
         self._why: Ending | None = None  # what it was ended for, if not for time
         self._buffer = b""
-        command = [sys.executable, "-m", "demo.side", msgspec.json.encode(orders).decode()]
+        command = [sys.executable, "-m", "demo.side_main", msgspec.json.encode(instructions).decode()]
         with log.open("wb") as errors:
-            # In a group of its own: Ctrl-C is the parent's to hear, who lets it end in order.
+            # In a group of its own: Ctrl-C reaches the parent alone, which lets the side end in order.
             self._process = subprocess.Popen(  # noqa: S603 - ourselves
                 command,
                 stdin=subprocess.PIPE,
@@ -98,9 +98,9 @@ class Child:
         self._from_it.close()
 
     @property
-    def kind(self) -> Kind:
-        """Whose process it is."""
-        return self.orders.kind
+    def side(self) -> Side:
+        """The side that it runs."""
+        return self.instructions.side
 
     @property
     def last(self) -> Sample | None:
@@ -109,29 +109,29 @@ class Child:
 
     @property
     def seconds(self) -> float:
-        """Since it was ready; stands still once it has ended."""
+        """Seconds since it was ready, until it ended."""
         if self.ended_at is not None:
             return self.ended_at
         return 0.0 if self._began is None else time.monotonic() - self._began
 
     @property
     def status(self) -> int | None:
-        """The exit status of its process; minus the signal that ended it; None while it runs."""
+        """Exit status of the process, or minus the signal that ended it; None while it runs."""
         return self._process.returncode
 
     def stop(self, why: Ending | None = None) -> None:
         """Tell it to end."""
         self._why = why or self._why
-        self._told = time.monotonic()
+        self._stopped_at = time.monotonic()
         with contextlib.suppress(OSError):
             self._to_it.write(b"stop\n")
             self._to_it.flush()
 
     def follow(self, tick: Callable[[], object]) -> None:
-        """Watch it until it ends, calling `tick` four times a second.
+        """Watch it until it ends, and call `tick` four times a second.
 
         Raises:
-            KeyboardInterrupt: it has not ended then: `stop` it, and follow again.
+            KeyboardInterrupt: it has not ended yet: `stop` it, and follow again.
         """
         shown = -inf
         with selectors.DefaultSelector() as selector:
@@ -139,15 +139,15 @@ class Child:
             while self.ending is None:
                 if selector.select(_LOOK):
                     self._read()
-                self._weigh()
-                self._hold_to_time()
+                self._check_memory()
+                self._check_time()
                 if time.monotonic() - shown >= _TICK:
                     shown = time.monotonic()
                     tick()
         tick()
 
     def log_tail(self) -> str:
-        """The last lines that it wrote to its log."""
+        """Return the last lines of its log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_TAIL:])
 
     # --- inside ---
@@ -155,7 +155,7 @@ class Child:
     def _read(self) -> None:
         chunk = os.read(self._from_it.fileno(), 1 << 16)
         if not chunk:
-            self._end()
+            self._take_end()
             return
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         for line in lines:
@@ -165,34 +165,34 @@ class Child:
             self.samples.append(sample)
             self.latencies.extend(sample.latencies)
 
-    def _weigh(self) -> None:
-        """Look at its memory, and end it if that is too much."""
+    def _check_memory(self) -> None:
+        """Read its memory, and kill it if that is too much."""
         if self.ending is not None or self._why is Ending.OUT_OF_MEMORY:
             return
-        now, peak = resident_mb(self._process.pid) or self._own_word()
+        now, peak = resident_mb(self._process.pid) or self._reported_memory()
         self.peak_rss_mb = max(self.peak_rss_mb, peak)
-        too_much = now > self.orders.settings.memory_mb
+        too_much = now > self.instructions.settings.memory_mb
         if self._began is not None and (too_much or not self.memory or self.seconds - self.memory[-1][0] >= _TICK):
             self.memory.append((self.seconds, now))
         if too_much:
             self._why = Ending.OUT_OF_MEMORY
             self._process.kill()
 
-    def _own_word(self) -> tuple[float, float]:
+    def _reported_memory(self) -> tuple[float, float]:
         return (self.last.rss_mb, self.last.rss_mb) if self.last else (0.0, 0.0)
 
-    def _hold_to_time(self) -> None:
+    def _check_time(self) -> None:
         now, last = time.monotonic(), self.last
-        if self._told is None:
-            all_ended = last is not None and last.submitted >= self.orders.settings.tasks and not last.inside
-            if self.seconds >= self.orders.settings.seconds or (self.kind is Kind.CLASSIC and all_ended):
+        if self._stopped_at is None:
+            all_ended = last is not None and last.submitted >= self.instructions.settings.tasks and not last.inside
+            if self.seconds >= self.instructions.settings.seconds or (all_ended and not self.side.stores_tasks):
                 self.stop()
-        elif now - self._told > _LATE:
+        elif now - self._stopped_at > _GRACE:
             self._process.kill()
         if self._began is None and now - self._born > _START:
             self._process.kill()
 
-    def _end(self) -> None:
+    def _take_end(self) -> None:
         last = self.last
         self.ended_at = last.t if last is not None and last.stage == "ended" else self.seconds
         self._process.wait()
@@ -206,13 +206,13 @@ class Child:
 
 
 def resident_mb(pid: int) -> tuple[float, float] | None:
-    """Resident memory of a process in megabytes, now and at its peak; None if the system or the process cannot tell."""
+    """Return the resident memory of a process in MB, now and at its peak; None if the system does not tell."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines)
-    if "VmRSS" not in fields:  # it has ended, and waits to be noticed
+    if "VmRSS" not in fields:  # it has ended, and nobody has waited for it yet
         return None
     now, peak = (int(fields[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
     return now, peak

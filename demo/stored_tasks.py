@@ -1,4 +1,4 @@
-"""What is kept on disk, counted in the file itself, past the supervisor that wrote it."""
+"""Counts of the tasks on disk, read from the file itself rather than from the supervisor that wrote it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _BUSY: Final = 5.0  # seconds to wait for a writer
 _completion = msgspec.msgpack.Decoder(Completion)
 
 
-class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """Tasks in the ledger by what has become of them."""
+class StoredTasks(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers of tasks in a task store, by state."""
 
     waiting: int = 0
     leased: int = 0
@@ -28,25 +28,25 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def to_do(self) -> int:
-        """Tasks still to be done."""
+        """Tasks that are not done yet."""
         return self.waiting + self.leased
 
     @property
     def total(self) -> int:
-        """All tasks that it knows."""
+        """All tasks in the store."""
         return self.waiting + self.leased + self.done + self.failed
 
 
-def kept(ledger: Path) -> Kept:
-    """Count the tasks in a ledger; nothing where there is none.
+def count_stored_tasks(path: Path) -> StoredTasks:
+    """Count the tasks in a task store; zero of each if the file does not exist.
 
     Raises:
-        sqlite3.Error: it is not a ledger, or busy for longer than five seconds.
+        sqlite3.Error: the file is not a task store, or it was busy for longer than five seconds.
     """
-    if not ledger.exists():
-        return Kept()
-    with closing(sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY)) as connection:
+    if not path.exists():
+        return StoredTasks()
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY)) as connection:
         states = dict(connection.execute(_COUNT).fetchall())
         endings = [_completion.decode(blob).status for (blob,) in connection.execute(_ENDED)]
     done = endings.count("succeeded")
-    return Kept(waiting=states.get(0, 0), leased=states.get(1, 0), done=done, failed=len(endings) - done)
+    return StoredTasks(waiting=states.get(0, 0), leased=states.get(1, 0), done=done, failed=len(endings) - done)

@@ -1,11 +1,11 @@
-"""The demo from beginning to end: the classic supervisor, then Forebay, then what came of it."""
+"""The demo from beginning to end: each side in turn, then the report and the picture."""
 
 from __future__ import annotations
 
 import fcntl
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +15,22 @@ from urllib.parse import urlsplit
 import msgspec
 from rich.console import Console
 
-from demo.child import Child, Ending
-from demo.kept import kept
-from demo.provider import RPM, Provider, opened
-from demo.report import Played, report
-from demo.sample import Kind, Orders
+from demo.provider import RPM, Provider, open_provider
+from demo.report import SideRun, report
+from demo.sample import SIDES, Instructions, Side
 from demo.screen import LiveScreen, PlainScreen, Screen
 from demo.settings import Settings
+from demo.side_process import Ending, SideProcess
+from demo.stored_tasks import count_stored_tasks
 from demo.table import summary
 from forebay.errors import ForebayError
 
-INTERRUPTED: Final = 130  # the exit status of what Ctrl-C ended
-_HANG_UP: Final = 0.3  # seconds in which the plant notices that its clients have gone
+INTERRUPTED: Final = 130  # exit status after Ctrl-C
+_HANG_UP: Final = 0.3  # seconds for the simulated provider to notice that its clients have gone
 
 
 class DemoFailed(ForebayError, RuntimeError):
-    """The {side} side of the demo ended by itself (status {status}), which it must not. It wrote, in {log}: {tail}."""
+    """The {side} side of the demo ended by itself with status {status}. Its log, {log}, ends with: {tail}."""
 
     side: str
     status: int | None
@@ -44,78 +44,81 @@ class DemoBusy(ForebayError, RuntimeError):
     folder: str
 
 
-class NothingKept(ForebayError, LookupError):
-    """There is nothing to go on with in {folder}: run `make demo` first."""
+class NothingStored(ForebayError, LookupError):
+    """There are no tasks to resume in {folder}: run `make demo` first."""
 
     folder: str
 
 
 def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | None = None) -> int:
-    """Play both sides, write ``report.json`` and ``surge.png``, and say what came of it. Returns the exit status.
+    """Run all sides, write ``report.json`` and ``surge.png``, print the table, and return the exit status.
 
     Args:
-        settings: the same for both.
-        console: where it is shown.
-        real: a provider to call instead of the plant, and its key.
+        settings: the same for all sides.
+        console: shows it.
+        real: a provider to call instead of the simulated one, and its key.
 
     Raises:
-        DemoFailed, DemoBusy: as each says.
+        DemoFailed, DemoBusy: see each.
     """
     with _folder(settings), _terminable():
         _clear(settings, console)
         with _screen(settings, console, real) as screen:
-            stage = _Stage(settings, screen, real)
-            classic = stage.play(Kind.CLASSIC)
-            forebay = None if classic.ending is Ending.STOPPED else stage.play(Kind.FOREBAY)
-        if forebay is None or forebay.ending is Ending.STOPPED:
-            _say_kept(settings, console)
+            runner = _Runner(settings, screen, real)
+            runs: dict[Side, SideRun] = {}
+            for side in SIDES:
+                runs[side] = runner.run(side)
+                if runs[side].ending is Ending.STOPPED:
+                    break
+        if runs[side].ending is Ending.STOPPED:
+            _print_stored(settings, console)
             return INTERRUPTED
-        _conclude(classic, forebay, settings, console, _name(settings, real))
-        console.print("Most of the surge is not done, by design: nobody does more than the key grants.", soft_wrap=True)
-        _say_kept(settings, console)
+        _conclude(runs, settings, console, _name(settings, real))
+        console.print("Most tasks are not done, by design: no side can do more than the key grants.", soft_wrap=True)
+        _print_stored(settings, console)
     return 0
 
 
 def resume(settings: Settings, console: Console, *, real: tuple[Provider, str] | None = None) -> int:
-    """Go on with what is on disk, until all is done, time is up, or Ctrl-C. Returns the exit status.
+    """Run the tasks on disk until all are done, time is up, or Ctrl-C, and return the exit status.
 
     Args:
-        settings: of them, what concerns Forebay.
-        console: where it is shown.
-        real: a provider to call instead of the plant, and its key.
+        settings: those that concern Forebay.
+        console: shows it.
+        real: a provider to call instead of the simulated one, and its key.
 
     Raises:
-        NothingKept: no demo has been run there.
-        DemoFailed, DemoBusy: as each says.
+        NothingStored: no demo has been run there.
+        DemoFailed, DemoBusy: see each.
     """
-    if not settings.ledger.exists():
-        raise NothingKept(folder=settings.folder)
+    if not settings.store_path.exists():
+        raise NothingStored(folder=settings.folder)
     status = 0
     with _folder(settings), _terminable():
-        if kept(settings.ledger).to_do:
+        if count_stored_tasks(settings.store_path).to_do:
             with _screen(settings, console, real, resumed=True) as screen:
-                played = _Stage(settings, screen, real).play(Kind.RESUME)
-            status = INTERRUPTED if played.ending is Ending.STOPPED else 0
-        _say_kept(settings, console)
+                resumed = _Runner(settings, screen, real).run(Side.RESUME)
+            status = INTERRUPTED if resumed.ending is Ending.STOPPED else 0
+        _print_stored(settings, console)
     return status
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """Where the sides are played, one after the other."""
+class _Runner:
+    """Runs the sides, one after the other."""
 
     settings: Settings
     screen: Screen
     real: tuple[Provider, str] | None
-    sides: list[Child] = field(default_factory=list)
+    sides: list[SideProcess] = field(default_factory=list)
 
-    def play(self, kind: Kind) -> Played:
-        """One side from its beginning to its end, on a fresh plant."""
-        log = self.settings.file(f"{kind}.log")
-        real, key = self.real or (None, "plant")
-        with opened(self.settings, real) as (provider, plant):
-            orders = Orders(kind=kind, settings=self.settings, provider=provider)
-            with Child(orders, key=key, log=log) as child:
+    def run(self, side: Side) -> SideRun:
+        """Run one side to its end, on a new provider."""
+        log = self.settings.file(f"{side}.log")
+        real, key = self.real or (None, "simulated")
+        with open_provider(self.settings, real) as (provider, process):
+            instructions = Instructions(side=side, settings=self.settings, provider=provider)
+            with SideProcess(instructions, key=key, log=log) as child:
                 self.sides.append(child)
                 try:
                     child.follow(self._show)
@@ -123,18 +126,18 @@ class _Stage:
                     child.stop(Ending.STOPPED)
                     child.follow(self._show)
             if child.ending is None or child.ending is Ending.CRASHED:
-                raise DemoFailed(side=kind.value, status=child.status, log=str(log), tail=child.log_tail() or "(none)")
+                raise DemoFailed(side=side.value, status=child.status, log=str(log), tail=child.log_tail() or "(none)")
             time.sleep(_HANG_UP)
-            return Played(
+            return SideRun(
                 samples=tuple(child.samples),
                 latencies=tuple(child.latencies),
                 memory=tuple(child.memory),
                 peak_rss_mb=child.peak_rss_mb,
                 ending=child.ending,
                 ended_at=child.seconds,
-                kept=None if kind is Kind.CLASSIC else kept(self.settings.ledger),
-                # Ctrl-C in a terminal has ended the plant too
-                plant=None if plant is None or child.ending is Ending.STOPPED else plant.statistics(),
+                stored=count_stored_tasks(self.settings.store_path) if side.stores_tasks else None,
+                # Ctrl-C in a terminal has ended the simulated provider too
+                bill=None if process is None or child.ending is Ending.STOPPED else process.statistics(),
             )
 
     def _show(self) -> None:
@@ -157,7 +160,7 @@ def _name(settings: Settings, real: tuple[Provider, str] | None) -> str:
 
 @contextmanager
 def _folder(settings: Settings) -> Iterator[None]:
-    """The demo's folder, for us alone."""
+    """Create and lock the demo's folder."""
     Path(settings.folder).mkdir(parents=True, exist_ok=True)
     with settings.file(".lock").open("w") as lock:
         try:
@@ -169,7 +172,7 @@ def _folder(settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A polite kill ends it as Ctrl-C does: nothing is lost."""
+    """Treat SIGTERM as Ctrl-C, so that nothing is lost."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -178,33 +181,33 @@ def _terminable() -> Iterator[None]:
 
 
 def _clear(settings: Settings, console: Console) -> None:
-    """Drop what the last demo left, and say so."""
-    with suppress(Exception):  # what cannot be read goes all the same
-        if left := kept(settings.ledger).to_do:
+    """Delete what the last demo left, and print how much that was."""
+    with suppress(Exception):  # an unreadable file is deleted too
+        if left := count_stored_tasks(settings.store_path).to_do:
             console.print(f"The {left:,} tasks that the last demo left on disk are dropped.")
     for name in ("spill.db", "spill.db-wal", "spill.db-shm", "report.json", "surge.png"):
         settings.file(name).unlink(missing_ok=True)
 
 
-def _conclude(classic: Played, forebay: Played, settings: Settings, console: Console, provider: str) -> None:
+def _conclude(runs: Mapping[Side, SideRun], settings: Settings, console: Console, provider: str) -> None:
     """Write the report and the picture, and print the table."""
-    found = report(classic, forebay, settings, provider)
+    found = report(runs, settings, provider)
     figures, picture = settings.file("report.json"), settings.file("surge.png")
     figures.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
-    from demo.picture import draw  # noqa: PLC0415 - it takes a second and 50 MB, and is only needed here
+    from demo.picture import draw  # noqa: PLC0415 - matplotlib takes a second and 50 MB
 
-    draw(classic, forebay, found, settings, picture)
+    draw(runs, found, settings, picture)
     console.print(summary(found))
     console.print(f"The figures are in {figures}, the curves in {picture}.", soft_wrap=True)
 
 
-def _say_kept(settings: Settings, console: Console) -> None:
-    """What is left on disk, and how to go on with it."""
-    left = kept(settings.ledger)
+def _print_stored(settings: Settings, console: Console) -> None:
+    """Print how many tasks are on disk, and how to run them."""
+    left = count_stored_tasks(settings.store_path)
     if left.to_do:
         out = "" if settings.folder == Settings().folder else f" --out {settings.folder}"
         console.print(
-            f'{left.to_do:,} tasks are kept in {settings.ledger}. Go on with them: make demo ARGS="--resume{out}"',
+            f'{left.to_do:,} tasks are kept in {settings.store_path}. Run them with: make demo ARGS="--resume{out}"',
             soft_wrap=True,
         )
     elif left.total:

@@ -1,11 +1,11 @@
-"""What is kept on disk, counted past the supervisor."""
+"""Tasks on disk are counted in the file itself."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
-from demo.kept import Kept, kept
+from demo.stored_tasks import StoredTasks, count_stored_tasks
 from forebay.interfaces import Completion, TaskRecord
 from forebay.overflow import open_task_store
 from forebay.task import Priority
@@ -16,20 +16,20 @@ def row(name: str) -> TaskRecord:
 
 
 async def test_each_row_is_counted_as_what_it_is(tmp_path: Path) -> None:
-    ledger = open_task_store(f"sqlite:///{tmp_path}/spill.db")
-    await ledger.open()
+    store = open_task_store(f"sqlite:///{tmp_path}/spill.db")
+    await store.open()
     for name in "abc":
-        await ledger.put(row(name))
+        await store.put(row(name))
     for name in "defg":
-        await ledger.put(row(name), fence=name, until=1e12)
+        await store.put(row(name), fence=name, until=1e12)
     for name, status in zip("efg", ("succeeded", "failed", "timed_out"), strict=True):
-        assert await ledger.finish(name, Completion(status=status, finished_at=1.0), fence=name)
-    await ledger.close()
-    counted = await asyncio.to_thread(kept, tmp_path / "spill.db")  # noqa: TID251 - as the demo does
-    assert counted == Kept(waiting=3, leased=1, done=1, failed=2)
+        assert await store.finish(name, Completion(status=status, finished_at=1.0), fence=name)
+    await store.close()
+    counted = await asyncio.to_thread(count_stored_tasks, tmp_path / "spill.db")  # noqa: TID251 - as the demo does
+    assert counted == StoredTasks(waiting=3, leased=1, done=1, failed=2)
     assert (counted.to_do, counted.total) == (4, 7)
 
 
 def test_where_there_is_no_ledger_nothing_is_kept(tmp_path: Path) -> None:
-    assert kept(tmp_path / "none.db").total == 0
+    assert count_stored_tasks(tmp_path / "none.db").total == 0
     assert list(tmp_path.iterdir()) == []

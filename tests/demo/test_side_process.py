@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.child import resident_mb
+from demo.side_process import resident_mb
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
