@@ -39,7 +39,7 @@ async def test_no_run_begins_only_to_be_refused(make: Callable[[], Upstream]) ->
         async with key.call("model") as call:
             await asyncio.sleep(1.0)
             call.settle(input_tokens=1, output_tokens=1)
-            desk = next(iter(key.accounts))
+            desk = next(iter(key.core.accounts))
             if len(begun) == SERVED and make is account:
                 desk.suspend(SHUT)
             if len(begun) == SERVED and make is breaker:

@@ -117,7 +117,7 @@ async def test_the_worker_that_has_room_first_counts() -> None:
 @virtual
 async def test_an_upstream_knows_when_its_wait_has_fallen_and_how_far_apart_calls_fit_in() -> None:
     upstream = Upstream("key", quotas=[Quota(requests=60, per="minute")], max_wait=LONGEST)
-    desk = upstream.accounts.account("")
+    desk = upstream.core.accounts.account("")
     assert desk.time_until_below(Priority.NORMAL, THRESHOLD)[0] == 0.0
     for _ in range(60):
         async with upstream.call():

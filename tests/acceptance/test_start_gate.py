@@ -106,7 +106,7 @@ async def test_a_call_that_is_let_in_after_an_outage_lets_a_run_begin_before_it_
     async with house() as (key, supervisor, began):
         await supervisor.run(Task("work"))  # one begins in each typical call's time: this was it
         began.at.clear()
-        desk = key.accounts.account("")
+        desk = key.core.accounts.account("")
         for _ in range(SLOTS):
             desk.settle(await desk.acquire(CallRequest()), CallOutcome(kind=Outcome.OVERLOAD, latency=LONG))
         permit = await desk.acquire(CallRequest())

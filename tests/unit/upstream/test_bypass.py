@@ -135,11 +135,11 @@ class BypassCountingAccount(Account):
     bypasses = 1_000_000_000  # still allowed
     overtaken: Sequence[NumberedWaiter] = ()
 
-    def _let_pass(self, now: float) -> float:
+    def _bypass_head(self, now: float) -> float:
         if not self.bypasses:
             return math.inf
         queued = list(self.queue.in_order())
-        seconds = super()._let_pass(now)
+        seconds = super()._bypass_head(now)
         if not seconds:
             self.bypasses -= 1
             overtaken = itertools.takewhile(lambda waiting: waiting.is_queued, queued)

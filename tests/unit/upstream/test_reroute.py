@@ -18,7 +18,7 @@ BODY = b'{"model": "gpt-4o", "messages" : [ {"role":"user","content":"\\u00e9 1.
 
 
 def route_of(fallback: Fallback, model: str = "gpt-4o", **how: Any) -> FallbackRoute:
-    (route,) = Upstream("first", **{"provider": "openai", **how}, fallback=fallback).fallback_resolver.routes(model)
+    (route,) = Upstream("first", **{"provider": "openai", **how}, fallback=fallback).runner.resolver.routes(model)
     return route
 
 
@@ -104,7 +104,7 @@ def test_headers_that_identify_the_caller_are_not_sent_to_another_provider() -> 
 
 def test_the_account_belongs_to_the_other_key() -> None:
     route = to_other(base_url="https://b.test", api_key="sk-2")
-    assert route.account("Bearer sk-1") is route.upstream.accounts.account("gpt-4o", "Bearer sk-2")
+    assert route.account("Bearer sk-1") is route.upstream.core.accounts.account("gpt-4o", "Bearer sk-2")
     assert to_mini().account_key("Bearer sk-1") == "Bearer sk-1"
 
 
@@ -140,16 +140,13 @@ def test_a_request_without_a_model_is_rerouted_between_generic_upstreams() -> No
 def test_fallback_routes_have_no_loop_and_no_account_twice() -> None:
     models = {"a": (), "b": (), "c": ()}
     up = Upstream("up", models=models, fallback=[Fallback(to="b"), Fallback(to="c"), Fallback(to="b", models="a")])
-    routes = up.fallback_resolver.routes("a")
-    own = up.accounts.account("a")
-    assert [shared.name for _, shared in up.fallback_resolver.accounts(own, routes)] == [
-        "upstream:up:b",
-        "upstream:up:c",
-    ]
+    routes = up.runner.resolver.routes("a")
+    own = up.core.accounts.account("a")
+    assert [shared.name for _, shared in up.runner.resolver.accounts(own, routes)] == ["upstream:up:b", "upstream:up:c"]
     assert [
         shared.name
-        for _, shared in up.fallback_resolver.accounts(up.accounts.account("b"), up.fallback_resolver.routes("b"))
+        for _, shared in up.runner.resolver.accounts(up.core.accounts.account("b"), up.runner.resolver.routes("b"))
     ] == ["upstream:up:c"]
     other = Upstream("other", models=models, fallback=[Fallback(to=up), Fallback(to="b")])
-    found = [(route.upstream.name, route.model) for route in other.fallback_resolver.routes("a")]
+    found = [(route.upstream.name, route.model) for route in other.runner.resolver.routes("a")]
     assert found == [("up", "a"), ("other", "b"), ("up", "b"), ("up", "c"), ("up", "b")]

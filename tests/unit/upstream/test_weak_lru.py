@@ -83,8 +83,8 @@ async def test_dollars_that_a_call_reserved_are_not_available_a_second_time() ->
 
 def test_the_load_source_of_a_run_stays_the_same_however_many_others_there_are() -> None:
     upstream = Upstream("llm", models={"a": [], "b": []}, fallback=Fallback("b", models="a"))
-    accounts = [upstream.accounts.account("a"), upstream.accounts.account("b")]
-    any_of = upstream.fallback_resolver.any_of(accounts)
+    accounts = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
+    any_of = upstream.runner.resolver.any_of(accounts)
     for number in range(1_001):
-        upstream.fallback_resolver.any_of([upstream.accounts.account(f"model-{number}"), accounts[1]])
-    assert upstream.fallback_resolver.any_of(accounts) is any_of
+        upstream.runner.resolver.any_of([upstream.core.accounts.account(f"model-{number}"), accounts[1]])
+    assert upstream.runner.resolver.any_of(accounts) is any_of

@@ -45,7 +45,7 @@ def upstream(**how: Any) -> Upstream:
 
 
 def only_account(up: Upstream) -> SharedAccount:
-    (shared,) = up.accounts
+    (shared,) = up.core.accounts
     return shared
 
 
@@ -141,7 +141,7 @@ async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
     client = Script(httpx2).client(up)
     for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
         await client.post(URL, json={**REQUEST, "model": model}, headers={header: "sk-secret"})
-    names = {shared.name for shared in up.accounts}
+    names = {shared.name for shared in up.core.accounts}
     assert {name.rpartition(":")[2] for name in names} == {"gpt-4o*", "o3"}
     assert len(names) == 2  # the first two headers carry the same key
     assert "secret" not in repr(names) + repr(up.statistics())
@@ -323,7 +323,7 @@ async def test_a_fetched_response_teaches_nothing_about_latency_and_tokens(*, st
     client = Script(httpx2, *[Reply.stream() if stream else Reply()] * 20).client(up)
     for _ in range(20):
         assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
-    (shared,) = up.accounts
+    (shared,) = up.core.accounts
     assert shared.account.latency_model.expected(100) is None
     assert shared.token_estimates.output_tokens == TokenEstimates().output_tokens
 
@@ -333,7 +333,7 @@ async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> No
     up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
     client = Script(httpx2, *[Reply()] * 21).client(up)
     await ask(client)
-    (shared,) = up.accounts
+    (shared,) = up.core.accounts
     typical = shared._typical.usd
     assert typical > 0
     for _ in range(20):
@@ -564,7 +564,7 @@ def test_threads_and_loops_share_one_account() -> None:
         thread.join(30)
     assert len(script.requests) == 60
     assert left(up) == NOTHING
-    assert max(shared.account.peak_in_flight for shared in up.accounts) <= 2
+    assert max(shared.account.peak_in_flight for shared in up.core.accounts) <= 2
 
 
 @virtual

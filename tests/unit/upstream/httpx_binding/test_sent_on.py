@@ -112,8 +112,8 @@ async def test_another_provider_gets_no_key_but_its_own(http: ModuleType) -> Non
         assert request.headers["host"] == "spare.test"
         assert request.headers.get("authorization") == (None if api_key is None else "Bearer sk-spare")
         assert "sk-first" not in str(request.headers)
-        (shared,) = other.accounts
-        assert shared is other.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
+        (shared,) = other.core.accounts
+        assert shared is other.core.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
 
 
 @virtual

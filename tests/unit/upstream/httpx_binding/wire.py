@@ -151,7 +151,7 @@ class Script:
 
 def left(upstream: Upstream) -> dict[str, float]:
     """Return what the calls of an upstream hold; all of it is 0 once they have ended."""
-    accounts = [shared.account for shared in upstream.accounts]
+    accounts = [shared.account for shared in upstream.core.accounts]
     return {
         "in_flight": sum(account.in_flight for account in accounts),
         "waiting": sum(len(account.queue) for account in accounts),
