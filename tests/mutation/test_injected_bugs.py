@@ -46,12 +46,14 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_run_that_awaits_its_child_keeps_its_slot: (
         test_nested.test_parents_and_children_that_share_one_slot_come_through
     ),
-    bugs.an_account_sends_one_call_more_than_its_limit: test_upstream.test_no_more_calls_are_in_flight_than_may_be,
+    bugs.an_account_sends_one_call_more_than_its_limit: (
+        test_upstream.test_no_more_calls_are_in_flight_than_max_concurrent
+    ),
     bugs.an_attempt_that_is_cancelled_keeps_its_permit: (
-        test_call_conservation.test_whatever_calls_do_and_whoever_leaves_everything_comes_back
+        test_call_conservation.test_after_random_calls_and_cancellations_nothing_is_held
     ),
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
-        test_upstream.test_cancelled_anywhere_a_call_leaves_nothing_behind
+        test_upstream.test_a_call_cancelled_at_any_step_leaves_nothing_behind
     ),
     bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_changes_nothing,
     bugs.a_coroutine_pauses_between_the_check_and_the_take: test_bad_input.test_two_tasks_of_one_id_at_the_same_moment,
@@ -86,8 +88,8 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_decisions.test_throttled_calls_and_retried_attempts_never_open_the_breaker
     ),
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
-    bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_storm_of_retries_when_a_provider_fails,
-    bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_the_provider_asks,
+    bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
+    bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_web_page_from_elsewhere_gets_nothing,
 }
 
