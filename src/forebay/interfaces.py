@@ -138,43 +138,58 @@ class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadSource(Protocol):
-    """What the calls of a run draw on, such as an account of an upstream, as the task plane feels it.
+    """A resource that the calls of runs depend on, such as an account of an upstream, as the supervisor sees it.
 
     Callable from any thread. Sources are compared by identity.
+
+    Attributes:
+        name: of the resource, in messages.
     """
 
     name: str
 
     @property
     def accounts(self) -> Sequence[LoadSource]:
-        """The accounts that could each serve those calls, its own name and load apart; of one account itself."""
+        """The accounts, any of which can serve the calls; an account has only itself."""
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """Expected wait of the next typical call over the longest allowed, 1.0 where none of that rung passes; why."""
+        """Return the expected wait of the next typical call over the longest allowed, and what limits it.
+
+        The load is 1.0 while no call of `priority` is sent.
+        """
 
     def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:
-        """Seconds until it reads less than `load`, or infinity: unknown; and how far apart calls fit in then, or 0."""
+        """Return the seconds until the load falls below `load`, and the seconds that each further call adds.
+
+        The first is infinity, and the second 0, where that is not known.
+        """
 
     def may_start(self, priority: Priority) -> bool:
-        """Whether the calls of a run that starts now would wait no longer than is good for those that are under way."""
+        """Return whether another run may start: its calls would not wait long behind those of the runs under way."""
 
     def typical_latency(self) -> float:
-        """Seconds that a call takes, typically."""
+        """Return the seconds that a typical call takes."""
 
     def blocks(self, priority: Priority) -> bool:
-        """Whether a call of that rung would surely not be sent now: such or better ones wait, or none may pass."""
+        """Return whether a call of `priority` would not be sent now: others wait ahead of it, or none is sent."""
 
     def hold_back(self, holder: object, runs: int, priority: Priority = Priority.NORMAL) -> None:
-        """So many runs of `who`, `rung` the next of them, do not start for its sake: they count in its load."""
+        """Note that `holder` holds back so many runs for this source; they count in its load.
+
+        Args:
+            holder: a worker, for example. A later call replaces its earlier one.
+            runs: how many; 0 for none any more.
+            priority: of the next of them.
+        """
 
     def add_expected_calls(self, runs: int) -> None:
-        """So many runs more (or fewer) have begun and not yet made their first call: it is expected."""
+        """Note that so many more runs (fewer, if negative) have started whose first call is still to come."""
 
     def on_relief(self, holder: object, callback: Callable[[], None]) -> None:
-        """Call `callback`, from any thread, when runs of `who` are held back and may start again."""
+        """Call `callback`, from any thread, when runs that `holder` holds back may start."""
 
     def forget(self, holder: object) -> None:
-        """`who` has gone."""
+        """Remove what `holder` has noted and registered."""
 
 
 # --- the task store ------------------------------------------------------------------------------------------------
