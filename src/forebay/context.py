@@ -1,4 +1,4 @@
-"""The running task in this context, as the calls made inside it see it, and `progress`."""
+"""The context of a call: the task that is running here, what its supervisor learns from its calls, and `progress`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,41 @@ if TYPE_CHECKING:
 
 
 class CallObserver(Protocol):
-    """A run whose supervisor observes its calls."""
+    """A run whose supervisor learns from its calls which load sources it depends on.
 
-    rejections: dict[object, Overloaded] | None  # by source: further calls there fail at once
+    Attributes:
+        rejections: the rejections of its calls for good, by source; its further calls there fail at once.
+    """
+
+    rejections: dict[object, Overloaded] | None
 
     def record_call(self, source: LoadSource) -> None:
-        """Record that its calls use `source`, as do those of other runs of its worker. Callable from any thread."""
+        """Note that the run calls `source`; the other runs of its worker depend on it too. Callable from any thread."""
 
     def record_rejection(self, by: object, error: Overloaded) -> None:
-        """Record that `by` rejected a call for good: unless the run still succeeds, it ends as Overloaded."""
+        """Note that `by` rejected a call for good: unless the run succeeds all the same, it ends as Overloaded."""
 
     def record_upstream_fault(self) -> None:
-        """Record that a call failed because of the upstream: if the run fails too, its worker is not to blame."""
+        """Note that a call failed by the upstream's fault: if the run fails, that does not count against its worker."""
 
 
 class RunningTask(Protocol):
-    """A task whose handler is running."""
+    """A task while its handler runs, as the calls made inside it see it.
+
+    Attributes:
+        task: the task.
+        deadline: its own or its parent's, whichever is earlier.
+    """
 
     task: Task
-    deadline: Deadline | None  # its own or its parent's, whichever is earlier
+    deadline: Deadline | None
 
     @property
     def attempt(self) -> int:
-        """Return the number of this start of the handler, from 1."""
+        """Number of the handler's start, from 1."""
 
     def report(self, value: Any) -> None:
-        """Deliver `value` to the listeners of the task's events. Callable from any thread."""
+        """Pass `value` to the listeners of the task's events. Callable from any thread."""
 
 
 _current: ContextVar[RunningTask | None] = ContextVar("forebay_running_task", default=None)
@@ -47,7 +56,7 @@ set_running_task = _current.set
 
 
 def call_observer() -> CallObserver | None:
-    """Return the run in this context if its supervisor observes its calls; None in a worker's process, or outside."""
+    """Return the run that is under way here, if its supervisor learns from its calls; not so in a worker process."""
     running = _current.get()
     return cast("CallObserver", running) if hasattr(running, "record_call") else None
 
@@ -55,7 +64,7 @@ def call_observer() -> CallObserver | None:
 def progress(value: Any) -> None:
     """Report progress of the running task; listeners get it from ``ticket.events()``.
 
-    Works in threads too. Outside of a task it does nothing, so that a handler can be called directly, as in a test.
+    It works in threads too. Outside a task it does nothing, so that a handler can be called by itself.
     """
     running = _current.get()
     if running is not None:

@@ -141,6 +141,9 @@ class LoadSource(Protocol):
     """A resource that the calls of a run use, such as an account of an upstream, as task admission sees it.
 
     Callable from any thread. Sources are compared by identity.
+
+    Attributes:
+        name: of the resource, in messages.
     """
 
     name: str

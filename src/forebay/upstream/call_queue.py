@@ -41,7 +41,7 @@ class DeadlineHeap(Generic[EntryT]):
         return len(self._heap)
 
     def add(self, deadline: float, entry: EntryT, *, length: int) -> None:
-        """Add an entry that waits until `deadline`, or for ever if it is infinity; `length`: of the queue."""
+        """Add an entry that waits until `deadline`, which may be infinity; `length`: of the queue."""
         if deadline == math.inf:
             return
         if len(self._heap) > 2 * length + _MIN_SWEEP:
