@@ -32,7 +32,7 @@ async def served_by(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tu
         return call.upstream.name, call.model
 
 
-async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
+async def open_breaker(upstream: Upstream, model: str = "gpt-4o") -> None:
     """Open the breaker of an account."""
     shared = upstream.core.accounts.account(model)
     while shared.account.breaker.ready(now()):
@@ -135,7 +135,7 @@ async def test_a_call_stays_if_the_fallback_is_more_loaded() -> None:
 async def test_a_rejection_by_both_is_that_of_the_first_with_the_reason_of_the_other() -> None:
     spare = Upstream("spare", quotas=ONE_A_DAY)
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare))
-    await fail(llm)
+    await open_breaker(llm)
     await served_by(llm)
     with pytest.raises(Overloaded) as rejection:
         await served_by(llm)
@@ -267,7 +267,7 @@ async def test_a_full_upstream_with_a_fallback_rejects_no_task() -> None:
 
     async with new_supervisor(agent) as supervisor:
         assert await supervisor.run(Task("ask")) == "llm"
-        await fail(llm)
+        await open_breaker(llm)
         assert {reading.resource: reading.load for reading in supervisor.readings()} == {
             "pool:ask": 0.0,
             "upstream:llm": 1.0,
@@ -276,7 +276,7 @@ async def test_a_full_upstream_with_a_fallback_rejects_no_task() -> None:
         }
         tickets = flood(supervisor, "ask", 8)
         assert [await ticket.value() for ticket in tickets] == ["spare"] * 8
-        await fail(spare)
+        await open_breaker(spare)
         ticket = supervisor.submit_nowait(Task("ask"))
         assert not ticket
         assert ticket.limited_by == "upstream:llm or upstream:spare"
@@ -296,9 +296,9 @@ async def test_a_full_account_without_a_fallback_rejects_tasks() -> None:
 
     async with new_supervisor(agent) as supervisor:
         await supervisor.run(Task("ask"))
-        await fail(llm, "gpt-4o")
+        await open_breaker(llm, "gpt-4o")
         assert supervisor.submit_nowait(Task("ask"))
-        await fail(llm, "o3")
+        await open_breaker(llm, "o3")
         assert supervisor.submit_nowait(Task("ask")).limited_by == "upstream:llm:o3"
 
 

@@ -126,9 +126,8 @@ def test_service_recovers_within_half_a_minute(outage: Outage) -> None:
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_few_calls_are_sent_to_a_provider_that_throttles_slowly(slots: int | None) -> None:
-    outage = Outage(
-        503, refusal_latency=3.0, max_concurrent=slots
-    )  # after a second without an answer each counts as accepted
+    # A call without an answer for a second counts as accepted until it is throttled.
+    outage = Outage(503, refusal_latency=3.0, max_concurrent=slots)
     sent = outage.sent_in_minute()
     assert all(sent[minute] <= 60 for minute in range(2, 6)), sent
     assert outage.served(ENDS + 30.0, ENDS + 60.0) >= 0.95 * outage.served(BEGINS - 30.0, BEGINS)

@@ -27,7 +27,7 @@ def left(upstream: Upstream) -> tuple[int, int]:
     return shared_account(upstream).account.in_flight, len(shared_account(upstream).account.queue)
 
 
-class Served:
+class CallRecorder:
     """Makes calls of one upstream.
 
     Attributes:
@@ -60,31 +60,31 @@ class Served:
 
 @virtual
 async def test_no_more_calls_are_in_flight_than_max_concurrent() -> None:
-    served = Served(Upstream("tool", max_concurrent=3))
+    recorder = CallRecorder(Upstream("tool", max_concurrent=3))
     began = now()
-    ends = await served.together(*[{}] * 9)
-    assert served.peak == 3
+    ends = await recorder.together(*[{}] * 9)
+    assert recorder.peak == 3
     assert max(ends) - began == approximately(3.0)
-    assert left(served.upstream) == (0, 0)
+    assert left(recorder.upstream) == (0, 0)
 
 
 @virtual
 async def test_calls_are_served_by_priority_then_in_the_order_of_arrival() -> None:
-    served = Served(Upstream("tool", max_concurrent=1))
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1))
     priorities = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
-    await served.together(*[{"priority": priority} for priority in priorities])
-    assert served.admitted == [0, 4, 3, 2, 1]
+    await recorder.together(*[{"priority": priority} for priority in priorities])
+    assert recorder.admitted == [0, 4, 3, 2, 1]
 
 
 @virtual
 async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
-    served = Served(upstream)
-    await served.call()  # the account learns that a call takes a second
-    calls = [asyncio.create_task(served.call()) for _ in range(4)]
+    recorder = CallRecorder(upstream)
+    await recorder.call()  # the account learns that a call takes a second
+    calls = [asyncio.create_task(recorder.call()) for _ in range(4)]
     await run_ready()
     with pytest.raises(Overloaded) as rejection:
-        await served.call()
+        await recorder.call()
     assert rejection.value.limited_by == "upstream:tool:concurrency"
     assert rejection.value.retry_after is not None
     await asyncio.gather(*calls)
@@ -92,38 +92,38 @@ async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() 
 
 @virtual
 async def test_a_call_whose_deadline_comes_before_its_turn_is_rejected_at_once() -> None:
-    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
-    await served.call()
-    first = asyncio.create_task(served.call())
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
+    await recorder.call()
+    first = asyncio.create_task(recorder.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
-        await served.call(deadline=Deadline.within(5.0))
+        await recorder.call(deadline=Deadline.within(5.0))
     assert now() == approximately(began)
     await first
 
 
 @virtual
 async def test_a_call_whose_deadline_passes_while_it_waits_is_rejected_then() -> None:
-    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
-    first = asyncio.create_task(served.call())
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
+    first = asyncio.create_task(recorder.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline passed"):
-        await served.call(deadline=Deadline.within(5.0))
+        await recorder.call(deadline=Deadline.within(5.0))
     assert now() - began == approximately(5.0)
     await first
-    assert left(served.upstream) == (0, 0)
+    assert left(recorder.upstream) == (0, 0)
 
 
 @virtual
 async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
     for moment in range(12):
         upstream = Upstream("tool", max_concurrent=1)
-        served = Served(upstream, seconds=0.0)
-        holder = asyncio.create_task(served.call())
-        waiting = asyncio.create_task(served.call())
-        after = asyncio.create_task(served.call())
+        recorder = CallRecorder(upstream, seconds=0.0)
+        holder = asyncio.create_task(recorder.call())
+        waiting = asyncio.create_task(recorder.call())
+        after = asyncio.create_task(recorder.call())
         await run_ready(moment)
         waiting.cancel()
         await asyncio.gather(holder, after)
@@ -136,9 +136,9 @@ async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
 
 @virtual
 async def test_calls_are_paced_by_a_configured_quota() -> None:
-    served = Served(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
+    recorder = CallRecorder(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
     began = now()
-    ends = await served.together(*[{}] * 30)
+    ends = await recorder.together(*[{}] * 30)
     assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket is admitted at once
     assert max(ends) - began == pytest.approx(2.0, abs=0.05)
 
@@ -198,7 +198,7 @@ async def test_an_open_breaker_rejects_queued_calls_at_once_too() -> None:
     assert left(upstream) == (0, 0)
 
 
-async def mistaken(upstream: Upstream) -> None:
+async def call_ignored(upstream: Upstream) -> None:
     async with upstream.call() as call:
         call.ignored()
         raise ValueError("ours")
@@ -209,7 +209,7 @@ async def test_ignored_failures_do_not_open_the_breaker() -> None:
     upstream = Upstream("tool")
     for _ in range(20):
         with pytest.raises(ValueError, match="ours"):
-            await mistaken(upstream)
+            await call_ignored(upstream)
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
@@ -292,13 +292,13 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
 
         await asyncio.gather(*(one() for _ in range(200)))
 
-    def plainly() -> None:
+    def blocking_calls() -> None:
         for _ in range(200):
             with upstream.call():
                 peak.append(left(upstream)[0])
 
     threads = [threading.Thread(target=lambda: asyncio.run(calls())) for _ in range(3)]
-    threads += [threading.Thread(target=plainly) for _ in range(2)]
+    threads += [threading.Thread(target=blocking_calls) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -401,9 +401,9 @@ async def test_calls_of_an_earlier_run_go_before_those_of_later_runs() -> None:
 @virtual
 async def test_no_run_starts_while_its_first_call_would_wait_too_long() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
-    served = Served(upstream)
-    await served.call()
-    calls = [asyncio.create_task(served.call(priority=Priority.LOW)) for _ in range(50)]
+    recorder = CallRecorder(upstream)
+    await recorder.call()
+    calls = [asyncio.create_task(recorder.call(priority=Priority.LOW)) for _ in range(50)]
     await run_ready(3)
     assert left(upstream) == (20, 30)  # one more LOW call waits 1.5 s; a run starts below 0.25 s
     assert [priority for priority in Priority if shared_account(upstream).may_start(priority)] == list(Priority)[:-1]

@@ -176,8 +176,8 @@ async def test_an_accepted_retry_of_a_throttled_call_uses_up_no_budget() -> None
 @virtual
 async def test_throttled_calls_use_up_no_retry_of_failed_ones() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=5.0))
-    refusing = Calls(upstream, *[congested] * 10_000)
-    await asyncio.gather(*(refusing.call() for _ in range(50)), return_exceptions=True)
+    throttled = Calls(upstream, *[congested] * 10_000)
+    await asyncio.gather(*(throttled.call() for _ in range(50)), return_exceptions=True)
     assert await Calls(upstream, fault).call() == "done"
 
 
@@ -334,11 +334,11 @@ async def test_failed_calls_teach_nothing_about_latency() -> None:
     upstream = Upstream("llm")
     for _ in range(20):
         with pytest.raises(ConnectionError):
-            await _fails(upstream)
+            await _overloaded_call(upstream)
     assert account(upstream).latency_model.expected(100) is None
 
 
-async def _fails(upstream: Upstream) -> None:
+async def _overloaded_call(upstream: Upstream) -> None:
     async with upstream.call() as call:
         call.settle(input_tokens=10, output_tokens=100)
         call.overloaded()
@@ -353,13 +353,13 @@ async def test_a_negative_cost_is_rejected_and_nothing_stays_reserved() -> None:
     upstream = Upstream("llm", budget=Budget(usd=10.0), prices={"m": Price(input=1.0, output=1.0)})
     for _ in range(9):
         with pytest.raises(InvalidAmount):
-            await _costs(upstream, -1.0)
+            await _call_costing(upstream, -1.0)
     assert account(upstream, "m").in_flight == 0
     assert upstream.statistics().spent_usd == pytest.approx(9 * 2e-6)
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
-async def _costs(upstream: Upstream, usd: float) -> None:
+async def _call_costing(upstream: Upstream, usd: float) -> None:
     async with upstream.call("m", input_tokens=1, output_tokens=1) as call:
         call.settle(input_tokens=1, output_tokens=1, usd=usd)
 

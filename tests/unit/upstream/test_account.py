@@ -23,7 +23,7 @@ SLOTS = 3
 TOKENS = 1_000  # a minute
 
 
-class RecordingWaiter:
+class DecisionWaiter:
     """A waiter that records its decision."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class AccountMachine(RuleBasedStateMachine):
             draw=lambda: 0.5,
         )
         self.permits: list[Permit] = []
-        self.waiting: list[tuple[QueuedCall, RecordingWaiter]] = []
+        self.waiting: list[tuple[QueuedCall, DecisionWaiter]] = []
         self.granted = 0.0  # tokens
 
     @rule(
@@ -104,7 +104,7 @@ class AccountMachine(RuleBasedStateMachine):
             self.permits.append(answer.permit)
             self.granted += tokens
         elif isinstance(answer, Queued):
-            waiter = RecordingWaiter()
+            waiter = DecisionWaiter()
             self.waiting.append((self.account.enqueue(self.now, request, waiter), waiter))
             self.serve_queue()
         elif tokens > TOKENS:
@@ -125,10 +125,10 @@ class AccountMachine(RuleBasedStateMachine):
         self.serve_queue()
 
     @precondition(lambda self: self.waiting)
-    @rule(data=st.data(), tells=st.booleans())
-    def leave(self, data: st.DataObject, *, tells: bool) -> None:
+    @rule(data=st.data(), withdraws=st.booleans())
+    def leave(self, data: st.DataObject, *, withdraws: bool) -> None:
         waiting, waiter = data.draw(st.sampled_from(self.waiting))
-        if tells:
+        if withdraws:
             self.account.withdraw(waiting)
             self.waiting.remove((waiting, waiter))
         else:

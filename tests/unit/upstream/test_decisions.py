@@ -368,7 +368,7 @@ def test_queued_calls_are_rejected_as_soon_as_the_breaker_opens() -> None:
     harness = AccountHarness(5)
     permits = [harness.admit() for _ in range(5)]
     _, caller = harness.enqueue()
-    for permit in permits:  # nobody serves the queue in between
+    for permit in permits:  # without serving the queue in between
         harness.account.settle(0.0, permit, FAULT)
     assert isinstance(caller.decision, Rejected)
     assert caller.decision.limited_by == "breaker"
@@ -524,7 +524,7 @@ def test_in_an_outage_longer_than_max_wait_no_call_waits() -> None:
     while caller.decision is None or isinstance(caller.decision, Admitted):
         now = harness.account.limit.reopens_at(now) or now + 0.1
         harness.account.serve_queue(now)
-        if isinstance(caller.decision, Admitted):  # a trial call: it is throttled, and comes back
+        if isinstance(caller.decision, Admitted):  # a trial call: it is throttled and retried
             permit = caller.decision.permit
             caller.decision = None
             harness.settle(now, permit, THROTTLED)

@@ -260,8 +260,8 @@ async def test_a_streamed_request_body_is_sent_once() -> None:
 @virtual
 async def test_a_throttled_call_waits_and_uses_no_attempt() -> None:
     up = upstream(retry=Retry(max_attempts=2))
-    refusals = [Reply.error(429, "tokens per min", retry_after="2") for _ in range(4)]
-    script = Script(httpx2, *refusals, Reply())
+    throttled = [Reply.error(429, "tokens per min", retry_after="2") for _ in range(4)]
+    script = Script(httpx2, *throttled, Reply())
     began = now()
     assert (await ask(script.client(up))).status_code == 200
     assert now() - began >= 8.0
@@ -299,9 +299,9 @@ async def test_at_the_spend_cap_of_the_provider_calls_are_rejected() -> None:
     script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"))
     client = script.client(up)
     assert (await ask(client)).status_code == 429
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert refused.value.retry_after == approximately(60.0)
+    assert rejection.value.retry_after == approximately(60.0)
     assert len(script.requests) == 1
 
 
@@ -345,9 +345,9 @@ async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> No
 async def test_at_the_spend_cap_calls_are_rejected_for_an_hour_at_most() -> None:
     client = Script(httpx2, Reply.error(402, "no", retry_after="9" * 40), Reply()).client(upstream())
     assert (await ask(client)).status_code == 402
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert refused.value.retry_after == approximately(3600.0)
+    assert rejection.value.retry_after == approximately(3600.0)
     await asyncio.sleep(3600.0)
     assert (await ask(client)).status_code == 200
 
@@ -488,9 +488,9 @@ async def test_a_rejection_is_both_overloaded_and_an_error_of_the_http_library(h
     script = Script(http)
     client = script.client(up)
     await ask(client)
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    error = refused.value
+    error = rejection.value
     assert isinstance(error, http.HTTPError)
     assert not isinstance(error, http.TransportError)
     assert error.request.url == URL
@@ -532,9 +532,9 @@ async def test_a_run_whose_call_the_provider_throttles_to_the_end_ends_as_overlo
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("agent", handler=agent, task_types=["ask"])
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(Overloaded) as rejection:
             await supervisor.run(Task("ask"))
-        assert refused.value.retry_after == 86400.0
+        assert rejection.value.retry_after == 86400.0
 
 
 @virtual
