@@ -274,7 +274,9 @@ async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
 )
 def test_what_is_no_upstream_is_told(upstreams: Any) -> None:
     supervisor = BackpressureSupervisor()
-    with pytest.raises(InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of what its calls draw on"):
+    with pytest.raises(
+        InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of the upstreams that its calls use"
+    ):
         supervisor.register_worker("w", handler=print, task_types=["work"], upstreams=upstreams)
     assert not supervisor.workers
 

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command, or say in one line what is missing to run it."""
+    """Run the command, or print one line that says which libraries to install."""
     try:
         from forebay.cli.app import app  # noqa: PLC0415 - typer is an extra
     except ModuleNotFoundError as error:
@@ -15,8 +15,8 @@ def main() -> None:
 
 
 def missing_extra_message(libraries: list[str], extra: str) -> str:
-    """What to type when libraries of an extra are not installed."""
-    return f'forebay: this needs {", ".join(libraries)}, not installed here: pip install "forebay[{extra}]"'
+    """Return a message that says how to install the missing libraries of an extra."""
+    return f'forebay: this command needs {", ".join(libraries)}. To install: pip install "forebay[{extra}]"'
 
 
 __all__ = ["main", "missing_extra_message"]

@@ -151,7 +151,7 @@ class UpstreamCore:
             warned, self._websocket_warned = self._websocket_warned, True
         if not warned:
             log.warning(
-                "calls over a WebSocket are not paced, counted or charged by %r: use HTTP, where answers stream"
-                " too, or hold a permit by upstream.call(model, ...) for each answer and settle what it used",
+                "calls over a WebSocket are not paced, counted or charged by %r: call the model over HTTP, where"
+                " answers stream too, or hold a permit by upstream.call(model, ...) for each answer, and settle it",
                 self,
             )
