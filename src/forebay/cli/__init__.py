@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from forebay.cli.extras import missing_extra_message
+
 
 def main() -> None:
     """Run the command, or print one line that says which libraries to install."""
@@ -14,9 +16,4 @@ def main() -> None:
     app()
 
 
-def missing_extra_message(libraries: list[str], extra: str) -> str:
-    """Return a message that says how to install the missing libraries of an extra."""
-    return f'forebay: this command needs {", ".join(libraries)}. To install: pip install "forebay[{extra}]"'
-
-
-__all__ = ["main", "missing_extra_message"]
+__all__ = ["main"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from forebay import gateway as gateway_package
-from forebay.cli import missing_extra_message
+from forebay.cli.extras import missing_extra_message
 from forebay.cli.config import load_gateway_settings
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
