@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from forebay import gateway as gateway_package
-from forebay.cli.extras import missing_extra_message
 from forebay.cli.config import load_gateway_settings
+from forebay.cli.extras import missing_extra_message
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
