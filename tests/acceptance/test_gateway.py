@@ -135,7 +135,7 @@ async def test_each_key_has_its_own_account_unless_keys_share_one(harness: Gatew
         async with Gateway(harness.settings(share_keys=share)) as gateway:
             for key in ("sk-1", "sk-2", "sk-1"):
                 await harness.post(gateway, headers={"authorization": f"Bearer {key}"})
-            names = [account.name for account in gateway.forwarder.targets[0].upstream.accounts]
+            names = [account.name for account in gateway.forwarder.targets[0].upstream.core.accounts]
             assert len(names) == count
             assert "sk-" not in repr(names)
 
@@ -149,7 +149,7 @@ async def test_calls_are_served_by_the_priority_in_their_headers(harness: Gatewa
             return await harness.provider.reply(request)
 
         harness.provider.behaviour = slow
-        (account,) = [gateway.forwarder.targets[0].upstream.accounts.account("gpt-4o")]
+        (account,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         async with asyncio.TaskGroup() as group:
             group.create_task(harness.post(gateway))
             await until(lambda: account.account.in_flight == 1)
@@ -469,7 +469,7 @@ async def test_a_disconnected_caller_ends_the_call_to_the_provider(harness: Gate
 
     harness.provider.behaviour = silent if behaviour == "silent" else streaming(EVENT, None)
     async with Gateway(harness.settings(max_concurrent=1)) as gateway:
-        (account,) = [gateway.forwarder.targets[0].upstream.accounts.account("gpt-4o")]
+        (account,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         body = json.dumps({**CHAT_REQUEST, "stream": True}).encode()
         writer.write(
@@ -484,7 +484,7 @@ async def test_a_disconnected_caller_ends_the_call_to_the_provider(harness: Gate
 async def test_a_queued_call_leaves_the_queue_when_its_caller_disconnects(harness: GatewayHarness) -> None:
     harness.provider.behaviour = streaming(EVENT, None)
     async with Gateway(harness.settings(max_concurrent=1)) as gateway:
-        (account,) = [gateway.forwarder.targets[0].upstream.accounts.account("gpt-4o")]
+        (account,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         first = asyncio.create_task(harness.post(gateway, json={**CHAT_REQUEST, "stream": True}))
         await until(lambda: account.account.in_flight == 1)
         second = asyncio.create_task(harness.post(gateway))

@@ -142,7 +142,7 @@ async def test_a_thousand_streams_release_everything(plant: tuple[ProviderServer
     tasks, fds = len(asyncio.all_tasks()), open_files()
     async with Gateway(GatewaySettings(targets=(target,), listen="127.0.0.1:0")) as gateway:
         upstream = gateway.forwarder.targets[0].upstream
-        shared = upstream.accounts.account("gpt-4o")
+        shared = upstream.core.accounts.account("gpt-4o")
         together = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for caller in callers:
@@ -167,8 +167,8 @@ async def test_a_thousand_streams_release_everything(plant: tuple[ProviderServer
         # Nothing is held, and the counts add up.
         (account,) = [account for account in upstream.statistics().accounts if account.name == shared.name]
         assert (account.in_flight, account.queued) == (0, 0)
-        assert upstream.accounts.budgets.upstream_budget is not None
-        assert upstream.accounts.budgets.upstream_budget.reserved() == (0, 0.0)
+        assert upstream.core.budgets.upstream_budget is not None
+        assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
         responses = responses_by_status(gateway.forwarder.metrics.render().decode())
         assert responses.total() == gateway._web.requests_count >= CALLERS - Disconnect.AT_ONCE.value
         assert responses[499] >= sum(disconnect.value for disconnect in ENDLESS)

@@ -1,4 +1,4 @@
-"""Messages about extras: groups of libraries that are installed on demand."""
+"""The message for a command whose libraries are not installed."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from forebay.errors import ForebayError
 from forebay.gateway.settings import Trust
 from forebay.task import Priority
-from forebay.upstream.exchange import Caller
+from forebay.upstream.call_request import Caller
 
 TOKEN_HEADER: Final = "x-forebay-token"  # noqa: S105 - its name
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}

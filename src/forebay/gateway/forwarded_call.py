@@ -14,16 +14,14 @@ from forebay.gateway.error_responses import GatewayResponse
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.interfaces import Outcome, RateLimitHeaders
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.exchange import Caller, Exchange
-from forebay.upstream.fallback_chain import FallbackChain, make_chain
+from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
+from forebay.upstream.core import UpstreamCore
+from forebay.upstream.exchange import Exchange
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers, Usage
 from forebay.upstream.providers.content_encoding import Decompressor
 
 if TYPE_CHECKING:
-    from forebay.upstream import Upstream
     from forebay.upstream.fallback_routes import FallbackRoute
     from forebay.upstream.reroute import ReroutedRequest
     from forebay.upstream.shared_account import SharedAccount
@@ -111,7 +109,7 @@ class ForwardedCall(Exchange):
     """The exchange of a gateway's call.
 
     Args:
-        upstream: paces the call.
+        core: of the upstream that paces the call.
         url: of the provider.
         path: of that URL, with the query.
         request: as it was received.
@@ -123,7 +121,7 @@ class ForwardedCall(Exchange):
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
-        upstream: Upstream,
+        core: UpstreamCore,
         url: str,
         path: str,
         request: IncomingRequest,
@@ -132,7 +130,7 @@ class ForwardedCall(Exchange):
         metrics: GatewayMetrics,
     ) -> None:
         super().__init__(
-            upstream,
+            core,
             method=request.method,
             path=path,
             headers=request.headers,
@@ -147,15 +145,9 @@ class ForwardedCall(Exchange):
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
 
-    def fallback_chain(self) -> FallbackChain[ForwardedCall] | None:
-        """Return the chain of accounts that may serve the call; None if there is only its own."""
-        if not self.upstream.fallbacks:
-            return None
-        return make_chain(self, self._route_to, key=self.api_key, fits=self.can_reroute)
-
-    def _route_to(self, route: FallbackRoute, _: SharedAccount) -> ForwardedCall | None:
-        """Return the call as another account gets it, or None if that one cannot serve it."""
-        rerouted = self.reroute(route)
+    def reroute(self, route: FallbackRoute, account: SharedAccount) -> ForwardedCall | None:  # noqa: ARG002
+        """See `CallRoute`."""
+        rerouted = self.rerouted_request(route)
         if rerouted is None:
             return None
         request = self._request
@@ -171,7 +163,7 @@ class ForwardedCall(Exchange):
             body=rerouted.body,
             caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
         )
-        return ForwardedCall(route.upstream, url, rerouted.path, moved, client=self._client, metrics=self._metrics)
+        return ForwardedCall(route.core, url, rerouted.path, moved, client=self._client, metrics=self._metrics)
 
     def _url_of(self, rerouted: ReroutedRequest) -> str:
         if rerouted.origin is not None:
@@ -210,14 +202,14 @@ class ForwardedCall(Exchange):
     def call_outcome(
         self,
         permit: Permit,
-        outcome: Outcome,
+        kind: Outcome,
         usage: Usage | None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
         """See `Exchange.call_outcome`; the tokens count in the metrics."""
         if usage is not None:
-            self._metrics.count_tokens(self.upstream.name, self.call_request.model, usage)
-        return super().call_outcome(permit, outcome, usage, rate_limit_headers)
+            self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
+        return super().call_outcome(permit, kind, usage, rate_limit_headers)
 
 
 def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -34,9 +33,6 @@ from forebay.gateway.request_body import BodyMemory, BodyMemoryFull, BodyReserva
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
-from forebay.upstream.call_drivers import unwrap_result
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.fallback_chain import run_chain
 from forebay.upstream.providers import Endpoint, Headers
 
 _JSON_ENDPOINTS: Final = frozenset(
@@ -224,7 +220,7 @@ class Forwarder:
         target = destination.target
         call = await self._read_call(request, headers, destination, reservation)
         try:
-            return await _make_call(call)
+            return await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
@@ -261,7 +257,7 @@ class Forwarder:
             read_timeout=timeouts.read_timeout,
         )
         call = ForwardedCall(
-            target.upstream, destination.url, destination.path, incoming, client=self._client, metrics=self.metrics
+            target.upstream.core, destination.url, destination.path, incoming, client=self._client, metrics=self.metrics
         )
         _check_call(call, body, target.protocol)
         return call
@@ -298,24 +294,6 @@ class Forwarder:
         message = f"with this call the bodies of all calls would exceed {limit:,} bytes together (max_held_bytes)"
         seconds = _BODY_RETRY_AFTER * (0.5 + clock.draw())
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
-
-
-async def _make_call(call: ForwardedCall) -> Any:
-    """Return the provider's response to a call.
-
-    Raises:
-        Overloaded: it was rejected.
-        BaseException: the error of the last attempt.
-    """
-    chain = call.fallback_chain()
-    if chain is None:
-        return await call.upstream.driver(call.account).run(call.call_request, call.attempt)
-
-    def attempt(route: ForwardedCall) -> Awaitable[AttemptResult]:
-        skips_retry = functools.partial(chain.skips_retry, route)
-        return route.upstream.driver(route.account, skips_retry).drive(route.call_request, route.attempt)
-
-    return unwrap_result(await run_chain(chain, attempt))
 
 
 async def _copy(streaming: StreamingResponse, response: web.StreamResponse) -> str:

@@ -9,7 +9,7 @@ import pytest
 from forebay import Priority
 from forebay.gateway.caller import CallerReader, InvalidHeader, read_client_timeouts
 from forebay.gateway.settings import Trust
-from forebay.upstream.exchange import Caller
+from forebay.upstream.call_request import Caller
 
 HEADERS = {
     "x-forebay-priority": "High",

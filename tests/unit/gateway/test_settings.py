@@ -49,7 +49,7 @@ def gateway(**changes: Any) -> GatewaySettings:
 def test_a_target_has_the_rules_of_its_provider(name: str, provider: str | None, profile: str) -> None:
     upstream = target(name=name, provider=provider).upstream()
     assert upstream.name == name
-    assert upstream.profile.provider == profile
+    assert upstream.core.profile.provider == profile
 
 
 def test_a_target_makes_an_upstream_with_its_settings() -> None:
@@ -65,7 +65,7 @@ def test_a_target_makes_an_upstream_with_its_settings() -> None:
         max_attempts=2,
         weights={"acme": 3.0},
     ).upstream()
-    settings = upstream.accounts.settings
+    settings = upstream.core.settings
     assert settings.quotas == (Quota(requests=500, per="minute"),)
     assert settings.models == {
         "gpt-4o*": (
@@ -77,23 +77,23 @@ def test_a_target_makes_an_upstream_with_its_settings() -> None:
         "o3": (),
     }
     assert (settings.max_concurrent, settings.max_wait, settings.weights) == (7, 20, {"acme": 3.0})
-    assert (upstream.retry.max_attempts, upstream.retry.max_total_delay) == (2, 20)
-    assert upstream.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
+    assert (upstream.core.retries.retry.max_attempts, upstream.core.retries.retry.max_total_delay) == (2, 20)
+    assert upstream.core.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
 
 
 async def test_a_target_has_budgets_per_day_per_tenant_and_per_task() -> None:
     spend = target(budget_usd=25, tenant_budget_usd=5, prices={"*": Price(input=1, output=1)}).upstream()
     async with spend.call("m", input_tokens=1_000_000, tenant="acme") as call:
         call.settle(input_tokens=1_000_000, output_tokens=0)
-    budgets = spend.accounts.budgets
+    budgets = spend.core.budgets
     assert budgets.upstream_budget is not None
     assert budgets.upstream_budget.spent() == 1.0
     assert 0 < (budgets.upstream_budget.resets_in() or 0) <= 86_400
-    assert target(task_budget_usd=1).upstream().accounts.budgets.has_budgets
+    assert target(task_budget_usd=1).upstream().core.budgets.has_budgets
 
 
 def test_a_target_without_limits_is_learned() -> None:
-    settings = target().upstream().accounts.settings
+    settings = target().upstream().core.settings
     assert (settings.quotas, settings.models, settings.max_concurrent) == ((), {}, None)
 
 
