@@ -103,11 +103,11 @@ class StreamCaller:
 
 
 @pytest.fixture
-async def plant() -> AsyncIterator[tuple[ProviderServer, str]]:
+async def provider() -> AsyncIterator[tuple[ProviderServer, str]]:
     config = ProviderConfig(slots=CALLERS, ttft=0.05, tpot=0.1, tokens_per_event=2, faults=Faults(cut=0.02))
-    plant = ProviderServer(config, seed=7)
-    runner, url = await start_server(plant)
-    yield plant, url
+    server = ProviderServer(config, seed=7)
+    runner, url = await start_server(server)
+    yield server, url
     await runner.cleanup()
 
 
@@ -122,8 +122,8 @@ def responses_by_status(metrics: str) -> Counter[int]:
 
 
 @pytest.mark.parametrize("seed", [7])
-async def test_a_thousand_streams_release_everything(plant: tuple[ProviderServer, str], seed: int) -> None:
-    provider, url = plant
+async def test_a_thousand_streams_release_everything(provider: tuple[ProviderServer, str], seed: int) -> None:
+    server, url = provider
     target = TargetSettings(
         name="openai",
         url=url,
@@ -159,8 +159,8 @@ async def test_a_thousand_streams_release_everything(plant: tuple[ProviderServer
         assert all(b'"error"' in caller.received for caller in served if caller not in whole)
 
         # The calls of disconnected callers ended at the provider, too.
-        await until(lambda: provider._provider.statistics().in_flight == 0)
-        statistics = provider._provider.statistics()
+        await until(lambda: server._provider.statistics().in_flight == 0)
+        statistics = server._provider.statistics()
         assert statistics.calls == statistics.refused + statistics.finished + statistics.cut + statistics.hung_up
         assert statistics.hung_up >= sum(caller.status == 200 for caller in callers if caller.disconnect in ENDLESS)
 
