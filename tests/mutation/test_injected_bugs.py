@@ -92,7 +92,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
-    bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_web_page_from_elsewhere_gets_nothing,
+    bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
 }
 
 
