@@ -10,11 +10,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from forebay.interfaces import Charge, RateLimitHeaders
@@ -22,37 +20,15 @@ from forebay.quota import Quota, QuotaReservation, RateLimiter
 from forebay.simulation.provider.provider_config import Dialect, ProviderConfig, SimulatedRateLimit, Unit
 from forebay.simulation.provider.provider_model import EPOCH, ProviderModel
 from forebay.simulation.provider.simulated_call import CallAccepted, CallCompleted, CallCut, FirstToken, SimulatedCall
+from forebay.upstream.providers import read_rate_limits, read_retry_after
 
 WARM_UP, MEASURED = 60.0, 600.0  # seconds
 MAX_IN_FLIGHT = 2_000
 MAX_BEFORE_HEADERS = 20  # calls in flight before the first headers: a client that knows no quota must begin slowly
-_UNITS = ("requests", "input_tokens", "output_tokens", "tokens")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def read_rate_limits(dialect: Dialect, headers: dict[str, str], wall: float) -> list[RateLimitHeaders]:
-    """Return the rate limits in the headers of a provider; `wall` is the present, in epoch seconds."""
-    limits = []
-    for unit in _UNITS:
-        kind = unit.replace("_", "-")
-        if dialect is Dialect.OPENAI:
-            names = [f"x-ratelimit-{field}-{kind}" for field in ("limit", "remaining", "reset")]
-        else:
-            names = [f"anthropic-ratelimit-{kind}-{field}" for field in ("limit", "remaining", "reset")]
-        if names[0] not in headers or (dialect is Dialect.ANTHROPIC and unit == "tokens"):
-            continue
-        limit, remaining, reset = (headers[name] for name in names)
-        if dialect is Dialect.OPENAI:
-            seconds = sum(float(n) * _SECONDS[u] for n, u in _DURATION.findall(reset))
-        else:
-            seconds = max(0.0, datetime.fromisoformat(reset).timestamp() - wall)
-        limits.append(RateLimitHeaders(unit=unit, limit=int(limit), remaining=int(remaining), reset=seconds))
-    return limits
 
 
 @dataclass
-class Case:
+class QuotaCase:
     """One provider, the quotas that are known beforehand, and when headers arrive.
 
     Attributes:
@@ -90,7 +66,7 @@ class CaseResult:
 class CaseRun:
     """One run of a case: it sends what the rate limiter allows, and reports what happens to it."""
 
-    def __init__(self, case: Case, seed: int) -> None:
+    def __init__(self, case: QuotaCase, seed: int) -> None:
         self.case = case
         self.provider = ProviderModel(case.config, seed=seed)
         self.limiter = RateLimiter(case.given)
@@ -152,8 +128,7 @@ class CaseRun:
         self.refused += now >= self.measured_from
         self.in_flight -= 1
         limits = self.read_headers(answer.headers, now)
-        after = answer.headers.get("retry-after-ms")
-        retry_after = float(after) / 1000 if after else float(answer.headers.get("retry-after", 0)) or None
+        retry_after = read_retry_after(answer.headers, b"", wall=EPOCH + now)
         self.after_network(now, lambda at: self.limiter.record_throttled(at, reservation, retry_after, limits))
 
     def charge(self, now: float, call: SimulatedCall) -> None:
@@ -165,11 +140,9 @@ class CaseRun:
                 "tokens": max(call.input_tokens, call.max_tokens or 0),
             }.get(self.case.unit, 0)
 
-    def read_headers(self, headers: dict[str, str], now: float) -> list[RateLimitHeaders]:
+    def read_headers(self, headers: dict[str, str], now: float) -> Sequence[RateLimitHeaders]:
         """Return the rate limits of headers, if the case reads them."""
-        if self.case.headers == "never":
-            return []
-        return read_rate_limits(self.case.config.dialect, headers, EPOCH + now)
+        return () if self.case.headers == "never" else read_rate_limits(headers, wall=EPOCH + now)
 
     def handle_headers(self, now: float, headers: dict[str, str], reservation: QuotaReservation) -> None:
         """Pass the headers of an answer to the rate limiter."""
@@ -221,10 +194,10 @@ def _provider(dialect: Dialect, unit: Unit, amount: int, **more: Any) -> Provide
     )
 
 
-def cases() -> dict[str, Case]:
+def cases() -> dict[str, QuotaCase]:
     """Return all cases by name."""
     openai, anthropic = Dialect.OPENAI, Dialect.ANTHROPIC
-    found: dict[str, Case] = {}
+    found: dict[str, QuotaCase] = {}
     for known in ("given", "learned"):
         for shape in ("bucket", "window"):
             for dialect, unit, amount in (
@@ -236,7 +209,7 @@ def cases() -> dict[str, Case]:
             ):
                 for headers in ("first", "end"):
                     given = (Quota(**{unit.value: amount}, per="minute"),) if known == "given" else ()
-                    found[f"{dialect.value} {unit.value} {shape} {known} {headers}"] = Case(
+                    found[f"{dialect.value} {unit.value} {shape} {known} {headers}"] = QuotaCase(
                         _provider(dialect, unit, amount, fixed_window=shape == "window"),
                         unit.value,
                         given,

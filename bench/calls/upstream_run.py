@@ -16,56 +16,40 @@ from forebay.simulation import Traffic, simulate
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.providers import ErrorKind, classify, read_rate_limits
+from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
+from forebay.upstream.exchange import judge_error
+from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.providers import classify, read_rate_limits
 from forebay.upstream.shared_account import SharedAccount
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
 
 
-async def asked(
-    provider: SimulatedProvider, desk: SharedAccount, permit: Permit, tokens: tuple[int, int]
+async def send_call(
+    provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
-    """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
-    incoming, outgoing = tokens
+    """Send one call of `tokens` of input and output; return its result, judged as by a bound client."""
+    input_tokens, output_tokens = tokens
     try:
-        answer = await provider.call(model=MODEL, input_tokens=incoming, output_tokens=outgoing)
+        answer = await provider.call(model=MODEL, input_tokens=input_tokens, output_tokens=output_tokens)
     except ProviderRefusal as refusal:
-        meaning = classify(refusal.status, refusal.headers, refusal.body)
-        rate, after = meaning is ErrorKind.RATE_LIMIT, refusal.retry_after
-        heard = read_rate_limits(refusal.headers, wall=clock.wall_time())
-        ended = CallOutcome(
-            kind=meaning.outcome,
-            released=not rate,
-            rate_limited=rate,
-            retry_after=after,
-            rate_limit_headers=heard,
-            usd=0.0,
-        )
-        error = ConnectionError(str(refusal))
-        return AttemptResult(
-            error=error,
-            retryable=meaning.retryable,
-            uses_attempt=meaning.uses_attempt,
-            retry_after=after,
-            outcome=ended,
-        )
-    except AnswerCut as broken:
-        return AttemptResult(
-            error=broken,
-            retryable=True,
-            outcome=CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at),
-        )
-    heard = read_rate_limits(answer.headers, wall=clock.wall_time()) if desk.needs_headers() else ()
-    seconds = clock.now() - permit.granted_at
-    used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
-    return AttemptResult(
-        outcome=CallOutcome(
-            kind=Outcome.SUCCESS, used=used, latency=seconds, output_tokens=outgoing, rate_limit_headers=heard
-        )
+        kind = classify(refusal.status, refusal.headers, refusal.body)
+        rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
+        result = judge_error(permit, kind, retry_after=refusal.retry_after, rate_limits=rate_limits)
+        result.error = ConnectionError(str(refusal))
+        return result
+    except AnswerCut as error:
+        outcome = CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at)
+        return AttemptResult(error=error, retryable=True, outcome=outcome)
+    outcome = CallOutcome(
+        kind=Outcome.SUCCESS,
+        used=Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens),
+        latency=clock.now() - permit.granted_at,
+        output_tokens=output_tokens,
+        rate_limit_headers=read_rate_limits(answer.headers, wall=clock.wall_time()) if account.needs_headers() else (),
     )
+    return AttemptResult(outcome=outcome)
 
 
 class UpstreamRun:
@@ -83,7 +67,7 @@ class UpstreamRun:
         self.record = RunRecord()
         self._with_deadlines = with_deadlines
         self.upstream = Upstream("key", provider="openai")
-        self.account = self.upstream.accounts.account(MODEL)
+        self.account = self.upstream.core.accounts.account(MODEL)
         self.provider: SimulatedProvider
 
     def run(self) -> RunRecord:
@@ -128,16 +112,16 @@ class UpstreamRun:
     async def _call(self, tokens: tuple[int, int]) -> None:
         charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED_OUTPUT, tokens=tokens[0] + EXPECTED_OUTPUT)
         deadline = Deadline.within(self.callers.timeout) if self._with_deadlines else None
-        request = self.upstream.request(MODEL, charge, deadline=deadline)
+        request = self.upstream.core.request(MODEL, charge, deadline=deadline)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.record.sent.append(clock.now())
-            result = await asked(self.provider, self.account, permit, tokens)
+            result = await send_call(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.OVERLOAD:
                 self.record.refused.append(clock.now())
             return result
 
-        await self.upstream.driver(self.account).run(request, attempt)
+        await self.upstream.runner.run(PlainRoute(self.upstream, self.account, request), attempt)
 
     async def _sample(self) -> None:
         account = self.account.account

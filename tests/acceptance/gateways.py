@@ -111,7 +111,7 @@ class GatewayHarness:
 
 def leftovers(gateway: Gateway) -> tuple[int, int, int]:
     """Calls in flight, in line, and tokens reserved: nothing may be left behind."""
-    accounts = [desk.account for target in gateway.forwarder.targets for desk in target.upstream.accounts]
+    accounts = [desk.account for target in gateway.forwarder.targets for desk in target.upstream.core.accounts]
     reserved = sum(sum(account.quotas._under_way.values()) for account in accounts)
     return sum(account.in_flight for account in accounts), sum(len(account.queue) for account in accounts), reserved
 

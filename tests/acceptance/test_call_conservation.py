@@ -27,8 +27,8 @@ from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
+from forebay.upstream.fallback_chain import PlainRoute
 from forebay.upstream.shared_account import SharedAccount
 
 MODELS = ("small", "large")
@@ -196,12 +196,12 @@ class Calls:
 
     async def _driven(self, call: Call) -> None:
         upstream = self.upstream
-        desk = upstream.accounts.account(call.model)
+        desk = upstream.core.accounts.account(call.model)
         half = call.tokens // 2
         charge = Charge(input_tokens=half, output_tokens=half, tokens=2 * half)
         ends = [*call.ends]
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             await asyncio.sleep(call.seconds / 2)
             end = self._end(ends)
             if end == "bug":
@@ -209,7 +209,8 @@ class Calls:
             await asyncio.sleep(call.seconds / 2)
             return self._tried(desk, permit, charge, end, open_=call.way == "streamed")
 
-        permit = await upstream.driver(desk).run(upstream.request(call.model, charge, **self._how(call)), attempt)
+        request = upstream.core.request(call.model, charge, **self._how(call))
+        permit = await upstream.runner.run(PlainRoute(upstream, desk, request), attempt)
         if isinstance(permit, Permit) and not permit.closed:  # its reader closes it, however it leaves
             try:
                 await asyncio.sleep(call.seconds)
@@ -289,9 +290,9 @@ async def play(script: Script) -> None:
 def check_money(upstream: Upstream, script: Script) -> None:
     """Spend passes a budget by no more than what was in flight when it ran out."""
     most = max((call.tokens for calls in (script.calls, *script.tasks) for call in calls), default=0)
-    flying = sum(desk.account.peak_in_flight for desk in upstream.accounts)
-    for till in upstream.accounts.budgets.all_budgets():
-        bound = till._purse.budget.usd + flying * (MOST_OVERSPENT - 1) * most * PRICE / 1e6
+    flying = sum(desk.account.peak_in_flight for desk in upstream.core.accounts)
+    for till in upstream.core.budgets.all_budgets():
+        bound = till._tracker.budget.usd + flying * (MOST_OVERSPENT - 1) * most * PRICE / 1e6
         assert till.spent() <= bound
 
 
@@ -350,7 +351,7 @@ def test_a_run_that_ends_before_its_first_call_is_no_longer_expected(leaves: dic
 
 def test_what_is_held_back_counts_once_however_often_it_is_said() -> None:
     async def main() -> None:
-        desk = Upstream("llm").accounts.account("")
+        desk = Upstream("llm").core.accounts.account("")
         for runs in (3, 5, 2):
             desk.hold_back("worker", runs)
             assert desk.account.expected_calls == runs

@@ -173,12 +173,12 @@ async def test_the_account_of_the_first_call_takes_its_place() -> None:
         await asyncio.sleep(1.0)
         worker = supervisor.workers["worker"]
         assert not worker.declared
-        assert list(worker.sources) == [key.accounts.account("a")]
+        assert list(worker.sources) == [key.core.accounts.account("a")]
         assert [ticket.status for ticket in tickets[:2]] == [TaskStatus.RUNNING] * 2
         for ticket in tickets:
             assert (await ticket).success
     assert coming(key) == [0]
-    assert [desk.account.expected_calls for desk in key.accounts._unopened.values()] == [0]
+    assert [desk.account.expected_calls for desk in key.core.accounts._unopened.values()] == [0]
 
 
 @virtual
@@ -243,12 +243,12 @@ async def test_a_house_that_has_closed_leaves_nothing_behind() -> None:
     async with house(caller, key) as supervisor:
         flood(supervisor, "work", 10)
         await asyncio.sleep(1.0)
-        (unopened,) = key.accounts._unopened.values()
+        (unopened,) = key.core.accounts._unopened.values()
         assert unopened.account.expected_calls > 0
         await supervisor.close()
     assert unopened.account.expected_calls == 0
-    assert not unopened._relief
-    assert not unopened._held
+    assert not unopened._on_relief
+    assert not unopened._held_back
 
 
 @virtual
@@ -274,7 +274,9 @@ async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
 )
 def test_what_is_no_upstream_is_told(upstreams: Any) -> None:
     supervisor = BackpressureSupervisor()
-    with pytest.raises(InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of what its calls draw on"):
+    with pytest.raises(
+        InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of the upstreams that its calls use"
+    ):
         supervisor.register_worker("w", handler=print, task_types=["work"], upstreams=upstreams)
     assert not supervisor.workers
 
@@ -306,7 +308,7 @@ class Notes:
             lambda: self.come(-min(1, self.came)),
             lambda: self.hold(who, number % 5),
             lambda: self.hold(who, 0),
-            lambda: self.key.accounts.account("ab"[number % 2], f"key-{number % 3}"),
+            lambda: self.key.core.accounts.account("ab"[number % 2], f"key-{number % 3}"),
             lambda: self.foretold.load(HIGH),
         ]
         steps[number // 8 % len(steps)]()
@@ -332,9 +334,9 @@ def test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_take
     notes.come(-notes.came)
     for who in list(notes.held):
         notes.foretold.forget(who)
-    every = [*notes.key.accounts, *notes.key.accounts._unopened.values()]
+    every = [*notes.key.core.accounts, *notes.key.core.accounts._unopened.values()]
     assert [desk.account.expected_calls for desk in every] == [0] * len(every)
-    assert not any(desk._held or desk._relief for desk in every)
+    assert not any(desk._held_back or desk._on_relief for desk in every)
 
 
 @pytest.mark.parametrize("models", [("small", "large"), ("small", None)])
@@ -380,9 +382,9 @@ def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_sta
                 if draw.random() < 0.2:
                     ticket.cancel()
             await supervisor.drain(timeout=draw.choice([0.1, 1000.0]))
-        desks = [desk for one in upstreams for desk in [*one.accounts, *one.accounts._unopened.values()]]
+        desks = [desk for one in upstreams for desk in [*one.core.accounts, *one.core.accounts._unopened.values()]]
         assert [desk.account.expected_calls for desk in desks] == [0] * len(desks)
-        assert not any(desk._held or desk._relief for desk in desks)
+        assert not any(desk._held_back or desk._on_relief for desk in desks)
 
     simulate(main, seed=seed)
 

@@ -39,7 +39,7 @@ async def test_no_run_starts_only_to_be_rejected(make: Callable[[], Upstream]) -
         async with key.call("model") as call:
             await asyncio.sleep(1.0)
             call.settle(input_tokens=1, output_tokens=1)
-            shared_account = next(iter(key.accounts))
+            shared_account = next(iter(key.core.accounts))
             if len(started) == SERVED and make is account:
                 shared_account.suspend(BLOCKED)
             if len(started) == SERVED and make is breaker:

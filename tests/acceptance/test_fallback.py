@@ -19,7 +19,9 @@ ONE_A_DAY = [Quota(requests=1, per="day")]
 
 
 def in_flight(*upstreams: Upstream) -> int:
-    return sum(desk.account.in_flight + len(desk.account.queue) for upstream in upstreams for desk in upstream.accounts)
+    return sum(
+        desk.account.in_flight + len(desk.account.queue) for upstream in upstreams for desk in upstream.core.accounts
+    )
 
 
 async def where(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
@@ -30,7 +32,7 @@ async def where(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[
 
 async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
     """Open the breaker of an account."""
-    desk = upstream.accounts.account(model)
+    desk = upstream.core.accounts.account(model)
     while desk.account.breaker.ready(now()):
         permit = await desk.acquire(CallRequest())
         desk.settle(permit, CallOutcome(kind=Outcome.FAULT))
@@ -163,7 +165,7 @@ async def test_a_call_whose_deadline_passed_is_not_sent_on() -> None:
         with pytest.raises(Overloaded, match="deadline passed while it waited"):
             await where(llm, deadline=Deadline.within(3.0))
         assert now() - began == approximately(3.0)
-    assert [*spare.accounts] == [] or in_flight(spare) == 0
+    assert [*spare.core.accounts] == [] or in_flight(spare) == 0
     assert sum(account.served_by_fallback for account in llm.statistics().accounts) == 0
 
 
@@ -173,7 +175,7 @@ async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
         spare = Upstream("spare", max_concurrent=1)
         llm = Upstream("llm", max_concurrent=1, max_wait=5.0, fallback=Fallback(to=spare, load_threshold=0.1))
         await where(llm)
-        llm.accounts.account("gpt-4o").account.durations.held = 1.0
+        llm.core.accounts.account("gpt-4o").account.durations.held = 1.0
 
         async def one(upstream: Upstream) -> None:
             async with upstream.call("gpt-4o"):
@@ -389,7 +391,7 @@ def test_a_fallback_that_cannot_be_meant_is_refused_and_no_secret_told(how: dict
 def test_a_key_is_never_shown() -> None:
     fallback = Fallback(to=Upstream("azure", provider="azure"), api_key="sk-secret", base_url="https://a.test")
     llm = Upstream("llm", provider="openai", fallback=fallback)
-    (stop,) = llm.fallback_resolver.routes("gpt-4o")
+    (stop,) = llm.runner.resolver.routes("gpt-4o")
     assert "secret" not in repr(fallback) + repr(llm) + repr(stop)
 
 

@@ -110,7 +110,7 @@ async def test_the_metrics_tell_of_attempts_and_of_quotas(scene: GatewayHarness)
         async with scene.session.get(scene.at(gateway, "/metrics")) as answer:
             lines = [line for line in (await answer.text()).splitlines() if not line.startswith("#")]
     told = {line.partition("{")[0]: line for line in lines if 'quota="requests per minute"' in line}
-    assert float(told["forebay_quota_left"].split()[-1]) == pytest.approx(40, abs=1)
+    assert float(told["forebay_quota_remaining"].split()[-1]) == pytest.approx(40, abs=1)
     assert float(told["forebay_quota_amount"].split()[-1]) == 100.0
     attempts = [line for line in lines if line.startswith("forebay_attempts_total") and 'outcome="succeeded"' in line]
     assert [line.split()[-1] for line in attempts] == ["1.0"]
@@ -133,7 +133,7 @@ async def test_keys_have_accounts_of_their_own_unless_told_otherwise(scene: Gate
         async with Gateway(scene.settings(share_keys=share)) as gateway:
             for key in ("sk-1", "sk-2", "sk-1"):
                 await scene.post(gateway, headers={"authorization": f"Bearer {key}"})
-            names = [desk.name for desk in gateway.forwarder.targets[0].upstream.accounts]
+            names = [desk.name for desk in gateway.forwarder.targets[0].upstream.core.accounts]
             assert len(names) == count
             assert "sk-" not in repr(names)
 
@@ -147,7 +147,7 @@ async def test_headers_put_a_call_in_its_place(scene: GatewayHarness) -> None:
             return await scene.provider.answer(request)
 
         scene.provider.behaviour = slow
-        (desk,) = [gateway.forwarder.targets[0].upstream.accounts.account("gpt-4o")]
+        (desk,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         async with asyncio.TaskGroup() as group:
             group.create_task(scene.post(gateway))
             await until(lambda: desk.account.in_flight == 1)
@@ -461,7 +461,7 @@ async def test_who_hangs_up_is_hung_up_on_behind_the_gateway(scene: GatewayHarne
 
     scene.provider.behaviour = silent if behaviour == "silent" else streaming(EVENT, None)
     async with Gateway(scene.settings(max_concurrent=1)) as gateway:
-        (desk,) = [gateway.forwarder.targets[0].upstream.accounts.account("gpt-4o")]
+        (desk,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         body = json.dumps({**CHAT_REQUEST, "stream": True}).encode()
         writer.write(
@@ -476,7 +476,7 @@ async def test_who_hangs_up_is_hung_up_on_behind_the_gateway(scene: GatewayHarne
 async def test_who_hangs_up_in_line_leaves_it(scene: GatewayHarness) -> None:
     scene.provider.behaviour = streaming(EVENT, None)
     async with Gateway(scene.settings(max_concurrent=1)) as gateway:
-        (desk,) = [gateway.forwarder.targets[0].upstream.accounts.account("gpt-4o")]
+        (desk,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         first = asyncio.create_task(scene.post(gateway, json={**CHAT_REQUEST, "stream": True}))
         await until(lambda: desk.account.in_flight == 1)
         second = asyncio.create_task(scene.post(gateway))

@@ -142,7 +142,7 @@ async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[ProviderServ
     tasks, fds = len(asyncio.all_tasks()), files()
     async with Gateway(GatewaySettings(targets=(target,), listen="127.0.0.1:0")) as gateway:
         upstream = gateway.forwarder.targets[0].upstream
-        desk = upstream.accounts.account("gpt-4o")
+        desk = upstream.core.accounts.account("gpt-4o")
         together = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for caller in callers:
@@ -167,8 +167,8 @@ async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[ProviderServ
         # Nothing is held of anybody, and what is told adds up.
         (account,) = [account for account in upstream.statistics().accounts if account.name == desk.name]
         assert (account.in_flight, account.queued) == (0, 0)
-        assert upstream.accounts.budgets.upstream_budget is not None
-        assert upstream.accounts.budgets.upstream_budget.reserved() == (0, 0.0)
+        assert upstream.core.budgets.upstream_budget is not None
+        assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
         given = answers(gateway.forwarder.metrics.render().decode())
         assert given.total() == gateway._web.requests_count >= CALLERS - ResponseKind.AT_ONCE.value
         assert given[499] >= sum(fate.value for fate in ENDLESS)

@@ -72,7 +72,7 @@ class Outage:
             except Overloaded as error:
                 self.came.append(Came(began, loop.time(), error))
                 pause = error.retry_after or pause
-            self.states |= {desk.account.breaker.state(loop.time()) for desk in self.upstream.accounts}
+            self.states |= {desk.account.breaker.state(loop.time()) for desk in self.upstream.core.accounts}
             await asyncio.sleep(pause)
 
     def served(self, since: float, until: float) -> int:
@@ -106,7 +106,7 @@ def test_the_refusal_says_what_is_the_matter_and_when_to_come_again(outage: Outa
     refusals = [error for error in late if isinstance(error, Overloaded)]
     assert len(refusals) >= 0.9 * len(late)  # the others knocked, and have the provider's own answer
     for error in refusals:
-        assert "its provider has refused everything for" in error.reason
+        assert "its provider has throttled every call for" in error.reason
         assert error.limited_by is not None
         assert error.limited_by.endswith(":outage")
         assert error.retry_after is not None

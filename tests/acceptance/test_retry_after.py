@@ -119,7 +119,7 @@ async def test_retry_after_is_that_of_the_worker_that_has_room_first() -> None:
 @virtual
 async def test_an_upstream_estimates_when_its_wait_has_fallen_and_the_time_between_calls() -> None:
     upstream = Upstream("key", quotas=[Quota(requests=60, per="minute")], max_wait=LONGEST)
-    shared_account = upstream.accounts.account("")
+    shared_account = upstream.core.accounts.account("")
     assert shared_account.time_until_below(Priority.NORMAL, THRESHOLD)[0] == 0.0
     for _ in range(60):
         async with upstream.call():

@@ -108,9 +108,11 @@ async def test_a_call_that_is_sent_after_an_outage_lets_a_run_start_before_it_en
     async with make_supervisor() as (key, supervisor, starts):
         await supervisor.run(Task("work"))  # one starts in each typical latency: this was it
         starts.at.clear()
-        shared_account = key.accounts.account("")
+        shared_account = key.core.accounts.account("")
         for _ in range(SLOTS):
-            shared_account.settle(await shared_account.acquire(CallRequest()), CallOutcome(kind=Outcome.OVERLOAD, latency=LONG))
+            shared_account.settle(
+                await shared_account.acquire(CallRequest()), CallOutcome(kind=Outcome.OVERLOAD, latency=LONG)
+            )
         permit = await shared_account.acquire(CallRequest())
         ticket = await held_task(supervisor, starts)
         at = now()

@@ -19,7 +19,7 @@ from forebay.upstream.shared_account import SharedAccount
 
 
 def desk(upstream: Upstream) -> SharedAccount:
-    return upstream.accounts.account("")
+    return upstream.core.accounts.account("")
 
 
 def left(upstream: Upstream) -> tuple[int, int]:
@@ -472,7 +472,7 @@ def test_a_single_fallback_in_words_is_shown_whole() -> None:
 
 
 def test_no_wait_at_all_may_be_said_of_a_start() -> None:
-    assert Upstream("llm", max_start_wait=0).accounts.settings.max_start_wait == 0
+    assert Upstream("llm", max_start_wait=0).core.settings.max_start_wait == 0
 
 
 def test_an_upstream_needs_a_name() -> None:

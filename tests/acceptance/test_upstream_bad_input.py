@@ -123,8 +123,8 @@ def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, mon
         wall += by
         call.settle(input_tokens=10, output_tokens=5)
     assert left(upstream) == NOTHING
-    assert upstream._money.upstream_budget is not None
-    assert upstream._money.upstream_budget.reserved() == (0, 0.0)
+    assert upstream.core.budgets.upstream_budget is not None
+    assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
     with upstream.call("m", input_tokens=50):  # what is left is there
         pass
 

@@ -21,14 +21,18 @@ from forebay.retry import Retry, RetryPermission
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
 from forebay.upstream.account import Account
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, CallRequest, Permit
+from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
+from forebay.upstream.fallback_chain import PlainRoute
 
 CALL = Charge(input_tokens=10, output_tokens=10, tokens=20)
 
 
 def account(upstream: Upstream, model: str = "") -> Account:
-    return upstream.accounts.account(model).account
+    return upstream.core.accounts.account(model).account
+
+
+def route(upstream: Upstream, request: CallRequest) -> PlainRoute:
+    return PlainRoute(upstream, upstream.core.accounts.account(""), request)
 
 
 def fault() -> AttemptResult:
@@ -65,13 +69,14 @@ class Calls:
     async def call(self, name: str = "", **how: Any) -> Any:
         """One call, to its end."""
 
-        async def attempt(_: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
             self.sent.append((name, now()))
             await asyncio.sleep(self.seconds)
             return (self.comes.pop(0) if self.comes else success)()
 
-        desk = self.upstream.accounts.account("")
-        return await self.upstream.driver(desk).run(self.upstream.request("", CALL, **how), attempt)
+        return await self.upstream.runner.run(
+            route(self.upstream, self.upstream.core.request("", CALL, **how)), attempt
+        )
 
 
 # --- what an attempt leaves behind ---
@@ -187,7 +192,7 @@ async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
 
 def balances(upstream: Upstream) -> tuple[float, float]:
     """Retries that may be made: of calls that failed, and of calls that were refused."""
-    budgets = upstream.driver(upstream.accounts.account(""))._retries.budgets
+    budgets = upstream.core.retries._budgets
     at = clock.now()
     return budgets.faults.balance(at), budgets.throttles.balance(at)
 
@@ -196,7 +201,7 @@ async def shut_out(upstream: Upstream, come: Callable[[], AttemptResult]) -> Non
     """A call whose attempt comes to that, and which gets no second permit."""
     call = asyncio.create_task(Calls(upstream, come).call())
     await asyncio.sleep(0.2)  # it has been made, and will be made again
-    upstream.accounts.account("").suspend(60.0)
+    upstream.core.accounts.account("").suspend(60.0)
     with pytest.raises(Overloaded):
         await call
 
@@ -228,8 +233,7 @@ async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
-    driver = upstream.driver(upstream.accounts.account(""))
-    budgets = driver._retries.budgets
+    budgets = upstream.core.retries._budgets
     while budgets.throttles.withdraw(now()):  # all are drawn, so the only retry is one that knocks
         pass
 
@@ -249,13 +253,13 @@ def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], 
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before = balances(upstream)
 
-    def attempt(_: Permit) -> AttemptResult:
+    def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
         tried = come()
-        upstream.accounts.account("").suspend(60.0)
+        upstream.core.accounts.account("").suspend(60.0)
         return tried
 
     with pytest.raises(Overloaded) as kept:  # its frames would keep the script open, as a debugger does
-        upstream.driver(upstream.accounts.account("")).run_blocking(upstream.request("", CALL), attempt)
+        upstream.runner.run_blocking(route(upstream, upstream.core.request("", CALL)), attempt)
     assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
     assert kept.value.retry_after is not None
 
@@ -384,12 +388,12 @@ async def test_a_deadline_that_passes_behind_the_head_of_the_line_is_told_when_i
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
         async with asyncio.timeout(50.0):
-            await upstream.driver(upstream.accounts.account("")).run(CallRequest(deadline=began + 5.0), _never)
+            await upstream.runner.run(route(upstream, CallRequest(deadline=began + 5.0)), _never)
     assert now() - began == approximately(5.0)
     await asyncio.gather(holder, head)
 
 
-async def _never(_: Permit) -> AttemptResult:
+async def _never(_: PlainRoute, __: Permit) -> AttemptResult:
     raise AssertionError
 
 

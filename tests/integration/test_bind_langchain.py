@@ -75,7 +75,7 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderPro
         message(part) async for part in bare.astream("Rivers?")
     ]
     assert left(upstream) == NOTHING
-    assert next(iter(upstream.accounts)).account.durations.typical > 0
+    assert next(iter(upstream.core.accounts)).account.durations.typical > 0
 
 
 @NAMES
@@ -153,6 +153,6 @@ def test_embeddings_are_counted() -> None:
         check_embedding_ctx_length=False,
     )
     assert upstream.bind(bare).embed_query("rivers") == [0.5, 0.25]
-    (level,) = next(iter(upstream.accounts)).account.quotas.levels(0.0)
+    (level,) = next(iter(upstream.core.accounts)).account.quotas.levels(0.0)
     assert level.remaining == pytest.approx(993, abs=1)
     assert left(upstream) == NOTHING

@@ -53,9 +53,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
         test_upstream.test_cancelled_anywhere_a_call_leaves_nothing_behind
     ),
-    bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_is_given_back_and_says_nothing,
+    bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_changes_nothing,
     bugs.a_coroutine_pauses_between_the_check_and_the_take: test_bad_input.test_two_tasks_of_one_id_at_the_same_moment,
-    bugs.a_load_at_the_threshold_is_admitted: test_thresholds.test_it_refuses_from_its_load_on_and_not_below,
+    bugs.a_load_at_the_threshold_is_admitted: test_thresholds.test_a_priority_is_rejected_from_its_threshold_on,
     bugs.better_priorities_are_served_last: test_routing.test_the_queue_is_served_by_priority_then_deadline_then_order_of_submission,
     bugs.low_priority_starves: test_routing.test_low_moves_under_a_flood_of_critical,
     bugs.everybody_rejected_gets_the_same_retry_after: (
@@ -85,7 +85,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_throttled_call_counts_as_a_fault: (
         test_decisions.test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither
     ),
-    bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_are_answered_once,
+    bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_storm_of_retries_when_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_the_provider_asks,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_web_page_from_elsewhere_gets_nothing,

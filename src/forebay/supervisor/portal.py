@@ -7,6 +7,7 @@ import threading
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
+from forebay._text import format_duration
 from forebay.errors import NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
@@ -83,7 +84,8 @@ class PortalTicket:
         try:
             return self._portal._call(ended(), "result")  # noqa: SLF001 - a portal and its tickets are one thing
         except TimeoutError:
-            message = f"task {self.task_id!r} is {self.status.name} and has not ended within {timeout:g} s; it goes on"
+            within = format_duration(timeout or 0.0)
+            message = f"task {self.task_id!r} is {self.status.name} and has not ended within {within}; it goes on"
             raise TimeoutError(message) from None
 
     def cancel(self) -> bool:

@@ -458,7 +458,7 @@ async def test_resources_held_by_an_upstream_are_named() -> None:
         budget=Budget(usd=9.0),
         prices={"": Price(input=1e6, output=1e6)},
     )
-    account = upstream.accounts.account("")
+    account = upstream.core.accounts.account("")
     account.account.breaker.trip(-100.0)
     account.add_expected_calls(1)
     async with upstream.call(input_tokens=2):
@@ -489,5 +489,5 @@ async def test_a_queued_call_and_an_exceeded_limit_are_named() -> None:
         assert "1 calls are queued in upstream:llm" in violations(lambda: check_upstream(upstream))
     await waiting
     check_upstream(upstream)
-    upstream.accounts.account("").account.peak_in_flight = 2
+    upstream.core.accounts.account("").account.peak_in_flight = 2
     assert violations(lambda: check_upstream(upstream)) == "upstream:llm had 2 calls in flight of 1"

@@ -16,8 +16,8 @@ from forebay.limit import FixedLimit
 from forebay.quota import Quota, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.account import Account
+from forebay.upstream.call_queue import QueuedCall
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
-from forebay.upstream.waiters import QueuedCall
 
 SLOTS = 3
 TOKENS = 1_000  # a minute

@@ -133,11 +133,11 @@ class BypassCountingAccount(Account):
     passes = 1_000_000_000
     passed: Sequence[NumberedWaiter] = ()
 
-    def _let_pass(self, now: float) -> float:
+    def _bypass_head(self, now: float) -> float:
         if not self.passes:
             return math.inf
         row = list(self.queue.in_order())
-        seconds = super()._let_pass(now)
+        seconds = super()._bypass_head(now)
         if not seconds:
             self.passes -= 1
             passed = itertools.takewhile(lambda waiting: waiting.is_queued, row)

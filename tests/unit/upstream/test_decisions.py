@@ -12,10 +12,11 @@ from forebay.limit import FixedLimit
 from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.account import Account
-from forebay.upstream.account_registry import AccountRegistry, UpstreamBudgets, UpstreamSettings
+from forebay.upstream.account_registry import AccountRegistry
+from forebay.upstream.call_queue import DeadlineHeap, QueuedCall
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
-from forebay.upstream.deadline_heap import DeadlineHeap
-from forebay.upstream.waiters import QueuedCall
+from forebay.upstream.spend import UpstreamBudgets
+from forebay.upstream.upstream_settings import UpstreamSettings
 
 FAULT = CallOutcome(kind=Outcome.FAULT)
 SUCCESS = CallOutcome(kind=Outcome.SUCCESS)
@@ -475,17 +476,7 @@ def test_the_load_counts_what_is_coming() -> None:
 
 
 def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
-    terms = UpstreamSettings(
-        "llm",
-        models=None,
-        quotas=(),
-        max_concurrent=None,
-        breaker=None,
-        max_wait=60.0,
-        max_start_wait=None,
-        weights=None,
-    )
-    books = AccountRegistry(terms, UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
+    books = AccountRegistry(UpstreamSettings("llm"), UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
     assert books.account("gpt", "sk-one") is books.account("gpt", "sk-one")
     assert len({books.account("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
 

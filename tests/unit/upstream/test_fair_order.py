@@ -55,8 +55,7 @@ def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
 
 @given(st.lists(st.sampled_from(["light", "heavy"]), min_size=20, max_size=60))
 def test_turns_follow_the_weights(arrivals: list[str]) -> None:
-    order = FairOrder()
-    order.weights = {"heavy": 2.0}
+    order = FairOrder({"heavy": 2.0})
     ranks = sorted(
         (order.rank(CallRequest(task_id=f"{n}", tenant=tenant)), tenant) for n, tenant in enumerate(arrivals)
     )

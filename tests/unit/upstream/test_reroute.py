@@ -18,7 +18,7 @@ BODY = b'{"model": "gpt-4o", "messages" : [ {"role":"user","content":"\\u00e9 1.
 
 
 def stop_of(fallback: Fallback, model: str = "gpt-4o", **how: Any) -> FallbackRoute:
-    (stop,) = Upstream("first", **{"provider": "openai", **how}, fallback=fallback).fallback_resolver.routes(model)
+    (stop,) = Upstream("first", **{"provider": "openai", **how}, fallback=fallback).runner.resolver.routes(model)
     return stop
 
 
@@ -104,7 +104,7 @@ def test_nothing_that_says_who_the_caller_is_goes_to_another_house() -> None:
 
 def test_the_account_is_that_of_the_other_key() -> None:
     stop = elsewhere(base_url="https://b.test", api_key="sk-2")
-    assert stop.account("Bearer sk-1") is stop.upstream.accounts.account("gpt-4o", "Bearer sk-2")
+    assert stop.account("Bearer sk-1") is stop.upstream.core.accounts.account("gpt-4o", "Bearer sk-2")
     assert mini().account_key("Bearer sk-1") == "Bearer sk-1"
 
 
@@ -140,13 +140,13 @@ def test_what_is_no_models_goes_from_one_unknown_upstream_to_another() -> None:
 def test_no_loop_and_no_account_twice() -> None:
     models = {"a": (), "b": (), "c": ()}
     up = Upstream("up", models=models, fallback=[Fallback(to="b"), Fallback(to="c"), Fallback(to="b", models="a")])
-    stops = up.fallback_resolver.routes("a")
-    own = up.accounts.account("a")
-    assert [desk.name for _, desk in up.fallback_resolver.accounts(own, stops)] == ["upstream:up:b", "upstream:up:c"]
+    stops = up.runner.resolver.routes("a")
+    own = up.core.accounts.account("a")
+    assert [desk.name for _, desk in up.runner.resolver.accounts(own, stops)] == ["upstream:up:b", "upstream:up:c"]
     assert [
         desk.name
-        for _, desk in up.fallback_resolver.accounts(up.accounts.account("b"), up.fallback_resolver.routes("b"))
+        for _, desk in up.runner.resolver.accounts(up.core.accounts.account("b"), up.runner.resolver.routes("b"))
     ] == ["upstream:up:c"]
     other = Upstream("other", models=models, fallback=[Fallback(to=up), Fallback(to="b")])
-    found = [(stop.upstream.name, stop.model) for stop in other.fallback_resolver.routes("a")]
+    found = [(stop.upstream.name, stop.model) for stop in other.runner.resolver.routes("a")]
     assert found == [("up", "a"), ("other", "b"), ("up", "b"), ("up", "c"), ("up", "b")]

@@ -83,8 +83,8 @@ async def test_money_that_a_call_holds_is_not_there_a_second_time() -> None:
 
 def test_what_a_run_draws_on_stays_the_same_however_many_others_there_are() -> None:
     upstream = Upstream("llm", models={"a": [], "b": []}, fallback=Fallback("b", models="a"))
-    desks = [upstream.accounts.account("a"), upstream.accounts.account("b")]
-    choice = upstream.fallback_resolver.any_of(desks)
+    desks = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
+    choice = upstream.runner.resolver.any_of(desks)
     for number in range(1_001):
-        upstream.fallback_resolver.any_of([upstream.accounts.account(f"model-{number}"), desks[1]])
-    assert upstream.fallback_resolver.any_of(desks) is choice
+        upstream.runner.resolver.any_of([upstream.core.accounts.account(f"model-{number}"), desks[1]])
+    assert upstream.runner.resolver.any_of(desks) is choice

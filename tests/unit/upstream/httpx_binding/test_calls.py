@@ -45,7 +45,7 @@ def upstream(**how: Any) -> Upstream:
 
 
 def only(up: Upstream) -> SharedAccount:
-    (desk,) = up.accounts
+    (desk,) = up.core.accounts
     return desk
 
 
@@ -141,7 +141,7 @@ async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
     client = Script(httpx2).client(up)
     for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
         await client.post(URL, json={**REQUEST, "model": model}, headers={header: "sk-secret"})
-    names = {desk.name for desk in up.accounts}
+    names = {desk.name for desk in up.core.accounts}
     assert {name.rpartition(":")[2] for name in names} == {"gpt-4o*", "o3"}
     assert len(names) == 2  # the two headers bear the same key
     assert "secret" not in repr(names) + repr(up.statistics())
@@ -323,7 +323,7 @@ async def test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_m
     client = Script(httpx2, *[Says.stream() if stream else Says()] * 20).client(up)
     for _ in range(20):
         assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
-    (desk,) = up.accounts
+    (desk,) = up.core.accounts
     assert desk.account.latency_model.expected(100) is None
     assert desk.token_estimates.output_tokens == TokenEstimates().output_tokens
 
@@ -333,7 +333,7 @@ async def test_what_costs_nothing_says_nothing_of_what_a_call_costs() -> None:
     up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
     client = Script(httpx2, *[Says()] * 21).client(up)
     await ask(client)
-    (desk,) = up.accounts
+    (desk,) = up.core.accounts
     typical = desk._typical.usd
     assert typical > 0
     for _ in range(20):
@@ -562,7 +562,7 @@ def test_threads_and_loops_share_one_account() -> None:
         thread.join(30)
     assert len(script.requests) == 60
     assert left(up) == NOTHING
-    assert max(desk.account.peak_in_flight for desk in up.accounts) <= 2
+    assert max(desk.account.peak_in_flight for desk in up.core.accounts) <= 2
 
 
 @virtual

@@ -105,7 +105,7 @@ def check(up: Upstream) -> None:
     spent = up.statistics().spent_usd
     assert spent is not None
     assert 0.0 <= spent < math.inf
-    for desk in up.accounts:
+    for desk in up.core.accounts:
         account = desk.account
         assert 0.0 <= account.durations.typical < 600.0
         assert 0.1 <= desk.token_estimates.input_ratio.value <= 10.0

@@ -112,8 +112,8 @@ async def test_to_another_house_no_key_goes_but_its_own(http: ModuleType) -> Non
         assert request.headers["host"] == "spare.test"
         assert request.headers.get("authorization") == (None if api_key is None else "Bearer sk-spare")
         assert "sk-first" not in str(request.headers)
-        (desk,) = other.accounts
-        assert desk is other.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
+        (desk,) = other.core.accounts
+        assert desk is other.core.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
 
 
 @virtual

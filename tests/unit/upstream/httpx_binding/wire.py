@@ -148,7 +148,7 @@ class Script:
 
 def left(upstream: Upstream) -> dict[str, float]:
     """What the calls of an upstream have left behind; all of it should be 0."""
-    accounts = [desk.account for desk in upstream.accounts]
+    accounts = [desk.account for desk in upstream.core.accounts]
     return {
         "in_flight": sum(account.in_flight for account in accounts),
         "waiting": sum(len(account.queue) for account in accounts),
