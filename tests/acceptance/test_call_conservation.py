@@ -310,7 +310,7 @@ async def check_it_still_serves(upstream: Upstream, script: Script) -> None:
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(script=SCRIPTS)
-def test_whatever_calls_do_and_whoever_leaves_everything_comes_back(script: Script) -> None:
+def test_everything_is_returned_whatever_calls_do_and_whichever_callers_leave(script: Script) -> None:
     simulate(lambda: play(script), seed=script.seed)
 
 
@@ -322,7 +322,7 @@ FULL = Script(1, (Quota(requests=3, per="second"),), False, 20.0, 20.0, 20.0, 60
 
 @pytest.mark.parametrize("ends", [(), ("fault", "rate"), ("congested", "bug"), ("unsent", "final")], ids=" ".join)
 @pytest.mark.parametrize("way", ["by hand", "guarded", "driven", "streamed"])
-def test_a_call_that_is_cancelled_at_any_step_leaves_nothing(way: str, ends: tuple[str, ...]) -> None:
+def test_a_call_cancelled_at_any_step_leaves_nothing_reserved(way: str, ends: tuple[str, ...]) -> None:
     """In a full house: it is cancelled as it comes, waits, is answered, is under way, backs off, and is read."""
     for step in range(45):
         leaver = replace(PLAIN, way=way, ends=ends, leaves=step if step < 30 else None)
@@ -333,7 +333,7 @@ def test_a_call_that_is_cancelled_at_any_step_leaves_nothing(way: str, ends: tup
 
 
 @pytest.mark.parametrize("way", ["by hand", "guarded", "driven", "streamed"])
-def test_a_probe_whose_caller_leaves_at_any_step_is_given_back(way: str) -> None:
+def test_a_probe_cancelled_at_any_step_is_returned(way: str) -> None:
     broken = tuple(replace(PLAIN, ends=("final",)) for _ in range(5))
     for step in range(25):
         probe = replace(PLAIN, at=2.0, way=way, leaves=step, seconds=0.0)
@@ -349,7 +349,7 @@ def test_a_run_that_ends_before_its_first_call_is_no_longer_expected(leaves: dic
     simulate(lambda: play(replace(FULL, tasks=(first, later, plan, later))))
 
 
-def test_what_is_held_back_counts_once_however_often_it_is_said() -> None:
+def test_held_back_runs_count_once_however_often_they_are_noted() -> None:
     async def main() -> None:
         desk = Upstream("llm").core.accounts.account("")
         for runs in (3, 5, 2):

@@ -68,7 +68,7 @@ def coming(upstream: Upstream) -> list[int]:
 
 
 @virtual
-async def test_no_more_runs_begin_than_a_key_can_serve_whose_first_call_is_still_to_come() -> None:
+async def test_runs_with_a_declared_upstream_start_only_as_its_key_can_serve_them() -> None:
     key = Upstream("key", max_concurrent=3)
     caller = Caller(key, thinks=100.0)
     async with house(caller, key) as supervisor:
@@ -83,7 +83,7 @@ async def test_no_more_runs_begin_than_a_key_can_serve_whose_first_call_is_still
 
 
 @virtual
-async def test_and_all_at_once_of_one_that_says_nothing() -> None:
+async def test_runs_without_a_declared_upstream_start_all_at_once() -> None:
     """Why it is worth saying."""
     key = Upstream("key", max_concurrent=3)
     caller = Caller(key, thinks=100.0)
@@ -96,7 +96,7 @@ async def test_and_all_at_once_of_one_that_says_nothing() -> None:
 
 
 @virtual
-async def test_a_quota_that_was_given_holds_runs_back_before_the_first_call() -> None:
+async def test_a_given_quota_holds_runs_back_before_the_first_call() -> None:
     key = Upstream("key", quotas=[Quota(requests=5, per="minute")])
     caller = Caller(key, thinks=10.0)
     async with house(caller, key) as supervisor:
@@ -111,7 +111,7 @@ async def test_a_quota_that_was_given_holds_runs_back_before_the_first_call() ->
 
 
 @virtual
-async def test_a_key_that_others_have_filled_is_felt_by_the_first_task() -> None:
+async def test_the_first_task_is_rejected_if_others_use_the_whole_key() -> None:
     key = Upstream("key", quotas=[Quota(requests=1, per="minute")])
     async with key.call():
         pass
@@ -122,7 +122,7 @@ async def test_a_key_that_others_have_filled_is_felt_by_the_first_task() -> None
 
 
 @virtual
-async def test_money_that_others_have_spent_is_felt_by_the_first_task() -> None:
+async def test_the_first_task_is_rejected_if_others_have_spent_the_budget() -> None:
     key = Upstream("key", budget=Budget(usd=1, per="hour"), prices={"m": Price(input=1_000_000, output=0)})
     caller = Caller(key, "m", thinks=0.0)
     async with house(caller, key) as supervisor:
@@ -135,7 +135,7 @@ async def test_money_that_others_have_spent_is_felt_by_the_first_task() -> None:
 
 
 @virtual
-async def test_of_several_models_the_one_that_is_named_counts() -> None:
+async def test_only_the_account_of_the_declared_model_counts() -> None:
     key = Upstream("key", models={model: [Quota(requests=1, per="minute")] for model in ("large", "small")})
     async with key.call("large"):
         pass
@@ -148,7 +148,7 @@ async def test_of_several_models_the_one_that_is_named_counts() -> None:
 
 
 @virtual
-async def test_a_fallback_that_has_room_keeps_the_gate_open() -> None:
+async def test_tasks_are_admitted_if_a_fallback_has_free_slots() -> None:
     spare = Upstream("spare", max_concurrent=2)
     key = Upstream("key", quotas=[Quota(requests=1, per="minute")], fallback=Fallback(spare))
     async with key.call():
@@ -162,7 +162,7 @@ async def test_a_fallback_that_has_room_keeps_the_gate_open() -> None:
 
 
 @virtual
-async def test_the_account_of_the_first_call_takes_its_place() -> None:
+async def test_the_account_of_the_first_call_replaces_the_declared_upstream() -> None:
     key = Upstream("key", models={"a": [Quota(requests=100, per="minute")]}, max_concurrent=2)
     caller = Caller(key, "a", thinks=1.0, takes=5.0)
     async with house(caller, (key, "a")) as supervisor:
@@ -182,7 +182,7 @@ async def test_the_account_of_the_first_call_takes_its_place() -> None:
 
 
 @virtual
-async def test_runs_that_have_begun_are_expected_at_the_account_that_the_first_has_shown() -> None:
+async def test_calls_of_started_runs_are_expected_at_the_account_of_the_first_call() -> None:
     key = Upstream("key", max_concurrent=5)
     caller = Caller(key, takes=100.0)
     thinks = iter([1.0, 10.0, 10.0])
@@ -207,7 +207,7 @@ async def test_runs_that_have_begun_are_expected_at_the_account_that_the_first_h
 
 
 @virtual
-async def test_runs_that_were_held_back_start_when_the_first_call_shows_an_account_with_room() -> None:
+async def test_held_back_runs_start_when_the_first_call_shows_an_account_with_free_slots() -> None:
     key = Upstream("key", models={"a": [], "b": []}, max_concurrent=20)
     full = Caller(key, "a", takes=10.0)
     await full.call()  # it takes long, as is known then
@@ -226,7 +226,7 @@ async def test_runs_that_were_held_back_start_when_the_first_call_shows_an_accou
 
 
 @virtual
-async def test_a_choice_of_accounts_takes_its_place_too() -> None:
+async def test_several_fallback_accounts_replace_the_declared_upstream_too() -> None:
     spare = Upstream("spare")
     key = Upstream("key", fallback=Fallback(spare))
     caller = Caller(key)
@@ -237,7 +237,7 @@ async def test_a_choice_of_accounts_takes_its_place_too() -> None:
 
 
 @virtual
-async def test_a_house_that_has_closed_leaves_nothing_behind() -> None:
+async def test_a_closed_supervisor_leaves_nothing_registered() -> None:
     key = Upstream("key", quotas=[Quota(requests=3, per="minute")])
     caller = Caller(key, thinks=1000.0)
     async with house(caller, key) as supervisor:
@@ -252,7 +252,7 @@ async def test_a_house_that_has_closed_leaves_nothing_behind() -> None:
 
 
 @virtual
-async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
+async def test_two_workers_may_declare_the_same_upstream() -> None:
     key = Upstream("key", max_concurrent=1)
     caller = Caller(key, thinks=0.1, takes=0.5)
     async with BackpressureSupervisor() as supervisor:
@@ -272,14 +272,16 @@ async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
 @pytest.mark.parametrize(
     "upstreams", ["key", Upstream("key"), [None], ["key"], [(Upstream("key"), "")], [(Upstream("key"), 3)], {"a": 1}, 7]
 )
-def test_what_is_no_upstream_is_told(upstreams: Any) -> None:
+def test_an_invalid_declaration_is_rejected(upstreams: Any) -> None:
     supervisor = BackpressureSupervisor()
-    with pytest.raises(InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of the upstreams that its calls use"):
+    with pytest.raises(
+        InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of the upstreams that its calls use"
+    ):
         supervisor.register_worker("w", handler=print, task_types=["work"], upstreams=upstreams)
     assert not supervisor.workers
 
 
-def test_a_worker_in_a_process_cannot_say_it() -> None:
+def test_a_worker_with_processes_cannot_declare_upstreams() -> None:
     supervisor = BackpressureSupervisor()
     with pytest.raises(InvalidSetting, match="left out with engine"):
         supervisor.register_worker(
@@ -321,7 +323,7 @@ class Notes:
 
 
 @given(st.lists(st.integers(0, 479), max_size=60))
-def test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_taken_off_again(numbers: list[int]) -> None:
+def test_expected_calls_are_noted_once_in_each_account_and_removed_again(numbers: list[int]) -> None:
     notes = Notes()
     for number in numbers:
         notes.step(number)
@@ -339,7 +341,7 @@ def test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_take
 
 @pytest.mark.parametrize("models", [("small", "large"), ("small", None)])
 @virtual
-async def test_an_account_that_was_foretold_twice_over_expects_one_call_of_a_run(
+async def test_an_account_that_was_declared_twice_expects_one_call_of_a_run(
     models: tuple[str | None, ...],
 ) -> None:
     key = Upstream("key", max_concurrent=3)  # all models are of one account
@@ -352,7 +354,7 @@ async def test_an_account_that_was_foretold_twice_over_expects_one_call_of_a_run
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_stays_expected(seed: int) -> None:
+def test_whatever_workers_declare_and_do_no_call_stays_expected(seed: int) -> None:
     draw = clock.new_random(seed)
     models = ["small", "smaller", "large", ""]
     groups = draw.choice([None, {"small*": [Quota(requests=60, per="minute")], "large": []}])
@@ -388,7 +390,7 @@ def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_sta
 
 
 @pytest.mark.blocks
-async def test_a_run_in_a_thread_that_meets_an_account_as_another_does_is_expected_no_more() -> None:
+async def test_two_runs_in_threads_that_call_an_account_at_once_are_expected_no_more() -> None:
     key = Upstream("key", max_concurrent=10)
     began: list[Task] = []
     call, called, go_on = threading.Event(), threading.Barrier(3), threading.Event()
@@ -416,7 +418,7 @@ async def test_a_run_in_a_thread_that_meets_an_account_as_another_does_is_expect
 
 
 @virtual
-async def test_what_is_relieved_serves_whoever_said_that_it_draws_on_it() -> None:
+async def test_relief_of_an_upstream_serves_all_workers_that_declared_it() -> None:
     key = Upstream("key", max_concurrent=1)
     async with key.call():
         await asyncio.sleep(10.0)  # a call takes long, as is known then

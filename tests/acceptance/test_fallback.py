@@ -42,7 +42,7 @@ async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
 
 
 @virtual
-async def test_a_call_that_is_refused_goes_to_the_other_model() -> None:
+async def test_a_rejected_call_goes_to_the_other_model() -> None:
     llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini", models="gpt-4o"))
     assert [await where(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
     assert {account.name: account.served_by_fallback for account in llm.statistics().accounts} == {
@@ -52,7 +52,7 @@ async def test_a_call_that_is_refused_goes_to_the_other_model() -> None:
     assert in_flight(llm) == 0
 
 
-def test_in_a_plain_thread_too() -> None:
+def test_a_rejected_call_in_a_plain_thread_goes_to_the_other_model() -> None:
     llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini"))
 
     def two() -> list[str]:
@@ -66,7 +66,7 @@ def test_in_a_plain_thread_too() -> None:
 
 
 @virtual
-async def test_an_open_breaker_sends_calls_on_those_who_wait_too() -> None:
+async def test_an_open_breaker_makes_queued_calls_fall_back_too() -> None:
     spare = Upstream("spare")
     llm = Upstream(
         "llm", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare, model="llama")
@@ -86,7 +86,7 @@ async def test_an_open_breaker_sends_calls_on_those_who_wait_too() -> None:
 
 
 @virtual
-async def test_what_is_spent_goes_to_a_model_that_costs_less() -> None:
+async def test_a_spent_budget_makes_calls_fall_back_to_a_cheaper_model() -> None:
     prices = {"gpt-4o": Price(input=1e6, output=0), "gpt-4o-mini": Price(input=1e5, output=0)}
     llm = Upstream(
         "llm", models=EACH, budget=Budget(usd=25, per="day"), prices=prices, fallback=Fallback(to="gpt-4o-mini")
@@ -98,7 +98,7 @@ async def test_what_is_spent_goes_to_a_model_that_costs_less() -> None:
 
 
 @virtual
-async def test_from_its_load_on_calls_go_where_there_is_less() -> None:
+async def test_from_the_load_threshold_on_calls_go_to_a_less_loaded_account() -> None:
     spare = Upstream("spare", max_concurrent=1)
     llm = Upstream("llm", max_concurrent=1, max_wait=10.0, fallback=Fallback(to=spare, load_threshold=0.25))
 
@@ -115,7 +115,7 @@ async def test_from_its_load_on_calls_go_where_there_is_less() -> None:
 
 
 @virtual
-async def test_where_the_other_is_fuller_a_call_stays() -> None:
+async def test_a_call_stays_if_the_fallback_is_more_loaded() -> None:
     spare = Upstream("spare", max_concurrent=1, max_wait=4.0)
     llm = Upstream("llm", max_concurrent=1, max_wait=10.0, fallback=Fallback(to=spare, load_threshold=0.1))
 
@@ -130,7 +130,7 @@ async def test_where_the_other_is_fuller_a_call_stays() -> None:
 
 
 @virtual
-async def test_a_refusal_by_both_is_that_of_the_first_and_says_what_the_other_said() -> None:
+async def test_a_rejection_by_both_is_that_of_the_first_with_the_reason_of_the_other() -> None:
     spare = Upstream("spare", quotas=ONE_A_DAY)
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare))
     await fail(llm)
@@ -157,7 +157,7 @@ async def test_several_are_tried_in_order_and_their_own_fallbacks_after_them() -
 
 
 @virtual
-async def test_a_call_whose_deadline_passed_is_not_sent_on() -> None:
+async def test_a_call_whose_deadline_has_passed_does_not_fall_back() -> None:
     spare = Upstream("spare")
     llm = Upstream("llm", max_concurrent=1, fallback=Fallback(to=spare))
     async with llm.call("gpt-4o"):
@@ -170,7 +170,7 @@ async def test_a_call_whose_deadline_passed_is_not_sent_on() -> None:
 
 
 @virtual
-async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
+async def test_a_call_cancelled_anywhere_leaves_nothing_behind() -> None:
     for moment in range(14):
         spare = Upstream("spare", max_concurrent=1)
         llm = Upstream("llm", max_concurrent=1, max_wait=5.0, fallback=Fallback(to=spare, load_threshold=0.1))
@@ -192,7 +192,7 @@ async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
 
 
 @virtual
-async def test_a_guarded_function_is_called_with_the_upstream_that_it_is_to_go_to() -> None:
+async def test_a_guarded_function_is_called_with_the_upstream_to_use() -> None:
     spare = Upstream("spare")
     search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
 
@@ -204,7 +204,7 @@ async def test_a_guarded_function_is_called_with_the_upstream_that_it_is_to_go_t
 
 
 @virtual
-async def test_one_that_fails_to_the_end_is_tried_elsewhere_and_what_fails_there_too_raises_its_own() -> None:
+async def test_a_guarded_function_that_fails_at_all_upstreams_raises_its_own_error() -> None:
     spare = Upstream("spare", retry=Retry(max_attempts=2, base_delay=0.1))
     search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1), fallback=Fallback(to=spare))
     tries: list[str] = []
@@ -223,7 +223,7 @@ async def test_one_that_fails_to_the_end_is_tried_elsewhere_and_what_fails_there
     assert in_flight(search, spare) == 0
 
 
-def test_a_function_that_is_not_told_where_to_go_is_not_sent_on() -> None:
+def test_a_function_without_the_parameter_does_not_fall_back() -> None:
     search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=Upstream("spare")))
 
     @search.guard
@@ -235,7 +235,7 @@ def test_a_function_that_is_not_told_where_to_go_is_not_sent_on() -> None:
         look_up()
 
 
-def test_a_plain_one_is_too() -> None:
+def test_a_plain_guarded_function_falls_back_too() -> None:
     spare = Upstream("spare")
     search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
 
@@ -256,7 +256,7 @@ def house(agent: Any) -> BackpressureSupervisor:
 
 
 @virtual
-async def test_a_worker_with_a_fallback_is_not_refused_because_the_first_is_full() -> None:
+async def test_tasks_are_not_rejected_if_only_the_first_account_is_full() -> None:
     spare = Upstream("spare")
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=60.0), fallback=Fallback(to=spare))
 
@@ -281,7 +281,7 @@ async def test_a_worker_with_a_fallback_is_not_refused_because_the_first_is_full
 
 
 @virtual
-async def test_a_worker_whose_other_calls_have_no_fallback_is_refused() -> None:
+async def test_tasks_whose_other_calls_have_no_fallback_are_rejected() -> None:
     spare = Upstream("spare")
     models = {"gpt-4o": (), "o3": ()}
     llm = Upstream(
@@ -315,7 +315,7 @@ async def test_a_call_that_the_fallback_served_does_not_end_its_run_as_overloade
 
 
 @virtual
-async def test_one_that_all_refuse_does_and_its_further_calls_fail_at_once() -> None:
+async def test_a_run_rejected_by_all_accounts_ends_as_overloaded_and_its_further_calls_fail_at_once() -> None:
     spare = Upstream("spare", quotas=ONE_A_DAY)
     llm = Upstream("llm", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
     reasons: list[str] = []
@@ -382,7 +382,7 @@ async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full(
         {"to": Upstream("a"), "api_key": "sk-secret\r\nx: y"},
     ],
 )
-def test_a_fallback_that_cannot_be_meant_is_refused_and_no_secret_told(how: dict[str, Any]) -> None:
+def test_an_invalid_fallback_is_rejected_without_its_secrets(how: dict[str, Any]) -> None:
     with pytest.raises(InvalidSetting) as refused:
         Fallback(**how)
     assert "secret" not in str(refused.value)
@@ -406,6 +406,6 @@ def test_a_key_is_never_shown() -> None:
     ],
     ids=["protocol", "one account", "one group", "a name", "a number"],
 )
-def test_one_that_leads_nowhere_is_refused_where_it_is_given(made: Any) -> None:
+def test_a_fallback_that_leads_nowhere_is_rejected_by_the_upstream(made: Any) -> None:
     with pytest.raises(InvalidSetting, match="fallback"):
         made()

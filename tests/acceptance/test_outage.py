@@ -88,20 +88,20 @@ def outage(request: pytest.FixtureRequest) -> Outage:
     return Outage(status, max_concurrent=slots)
 
 
-def test_the_provider_is_knocked_at_and_not_hammered(outage: Outage) -> None:
+def test_in_an_outage_only_a_few_calls_are_sent(outage: Outage) -> None:
     sent = outage.sent_in_minute()
     assert sent[1] <= 60  # what was under way, and what the retry budget allows
     assert all(6 <= sent[minute] <= 13 for minute in range(2, 6)), sent  # once in five seconds, to find its end
 
 
-def test_nobody_waits_for_longer_than_was_allowed(outage: Outage) -> None:
+def test_no_call_waits_longer_than_allowed(outage: Outage) -> None:
     in_line, asleep, knock = LONGEST_WAIT, LONGEST_WAIT, 5.0  # the upstream's bound, and that of its retries
     assert max(call.waited for call in outage.came) <= in_line + asleep + knock
     late = [call for call in outage.came if BEGINS + 2 * LONGEST_WAIT <= call.began < ENDS - 10.0]
     assert max(call.waited for call in late) <= 5.0
 
 
-def test_the_refusal_says_what_is_the_matter_and_when_to_come_again(outage: Outage) -> None:
+def test_a_rejection_gives_the_reason_and_a_retry_after(outage: Outage) -> None:
     late = [call.to for call in outage.came if BEGINS + 2 * LONGEST_WAIT <= call.began < ENDS - 10.0]
     refusals = [error for error in late if isinstance(error, Overloaded)]
     assert len(refusals) >= 0.9 * len(late)  # the others knocked, and have the provider's own answer
@@ -113,7 +113,7 @@ def test_the_refusal_says_what_is_the_matter_and_when_to_come_again(outage: Outa
         assert 0.0 < error.retry_after <= 15.0
 
 
-def test_it_is_no_fault_and_no_breaker_opens(outage: Outage) -> None:
+def test_throttling_is_no_fault_and_opens_no_breaker(outage: Outage) -> None:
     assert outage.states == {BreakerState.CLOSED}
 
 
@@ -125,14 +125,14 @@ def test_service_is_back_within_half_a_minute(outage: Outage) -> None:
 
 
 @pytest.mark.parametrize("slots", [None, 8])
-def test_a_provider_that_takes_three_seconds_to_refuse_is_not_hammered_either(slots: int | None) -> None:
+def test_a_provider_that_throttles_after_three_seconds_gets_few_calls_too(slots: int | None) -> None:
     outage = Outage(503, answers_in=3.0, max_concurrent=slots)  # after a second each counts as let in, for the while
     sent = outage.sent_in_minute()
     assert all(sent[minute] <= 60 for minute in range(2, 6)), sent
     assert outage.served(ENDS + 30.0, ENDS + 60.0) >= 0.95 * outage.served(BEGINS - 30.0, BEGINS)
 
 
-def test_a_provider_that_is_broken_is_left_to_the_breaker() -> None:
+def test_a_broken_provider_is_left_to_the_breaker() -> None:
     outage = Outage(500)
     assert BreakerState.OPEN in outage.states
     sent = outage.sent_in_minute()

@@ -54,7 +54,7 @@ class Served:
 
 
 @virtual
-async def test_no_more_calls_are_in_flight_than_may_be() -> None:
+async def test_no_more_calls_are_in_flight_than_max_concurrent() -> None:
     served = Served(Upstream("tool", max_concurrent=3))
     began = now()
     ends = await served.together(*[{}] * 9)
@@ -64,7 +64,7 @@ async def test_no_more_calls_are_in_flight_than_may_be() -> None:
 
 
 @virtual
-async def test_calls_wait_by_priority_and_on_a_rung_in_the_order_they_came() -> None:
+async def test_calls_wait_by_priority_and_then_in_the_order_in_which_they_came() -> None:
     served = Served(Upstream("tool", max_concurrent=1))
     rungs = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
     await served.together(*[{"priority": rung} for rung in rungs])
@@ -72,7 +72,7 @@ async def test_calls_wait_by_priority_and_on_a_rung_in_the_order_they_came() -> 
 
 
 @virtual
-async def test_a_call_that_would_wait_too_long_is_refused_and_told_when_to_come() -> None:
+async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
     served = Served(upstream)
     await served.call()  # now a call is known to take a second
@@ -86,7 +86,7 @@ async def test_a_call_that_would_wait_too_long_is_refused_and_told_when_to_come(
 
 
 @virtual
-async def test_a_call_whose_deadline_comes_before_its_turn_is_refused_at_once() -> None:
+async def test_a_call_whose_deadline_comes_before_its_turn_is_rejected_at_once() -> None:
     served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
     await served.call()
     first = asyncio.create_task(served.call())
@@ -99,7 +99,7 @@ async def test_a_call_whose_deadline_comes_before_its_turn_is_refused_at_once() 
 
 
 @virtual
-async def test_a_call_whose_deadline_passes_while_it_waits_is_refused_then() -> None:
+async def test_a_call_whose_deadline_passes_while_it_waits_is_rejected_then() -> None:
     served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
     first = asyncio.create_task(served.call())
     await run_ready()
@@ -112,7 +112,7 @@ async def test_a_call_whose_deadline_passes_while_it_waits_is_refused_then() -> 
 
 
 @virtual
-async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
+async def test_a_call_cancelled_anywhere_leaves_nothing_behind() -> None:
     for moment in range(12):
         upstream = Upstream("tool", max_concurrent=1)
         served = Served(upstream, seconds=0.0)
@@ -130,7 +130,7 @@ async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
 
 
 @virtual
-async def test_calls_are_paced_by_the_rate_that_is_known() -> None:
+async def test_calls_are_paced_by_their_quota() -> None:
     served = Served(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
     began = now()
     ends = await served.together(*[{}] * 30)
@@ -139,7 +139,7 @@ async def test_calls_are_paced_by_the_rate_that_is_known() -> None:
 
 
 @virtual
-async def test_a_call_larger_than_its_bucket_is_refused_for_good() -> None:
+async def test_a_call_larger_than_its_quota_is_rejected_without_a_retry_after() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
     with pytest.raises(Overloaded, match="larger") as refusal:
         async with upstream.call(input_tokens=900, output_tokens=200):
@@ -149,7 +149,7 @@ async def test_a_call_larger_than_its_bucket_is_refused_for_good() -> None:
 
 
 @virtual
-async def test_what_was_reserved_and_not_used_comes_back() -> None:
+async def test_unused_reserved_tokens_are_returned() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
     began = now()
     for _ in range(5):
@@ -175,7 +175,7 @@ async def test_each_group_of_models_has_an_account_of_its_own() -> None:
 
 
 @virtual
-async def test_an_open_breaker_refuses_at_once_those_who_wait_too() -> None:
+async def test_an_open_breaker_rejects_queued_calls_too() -> None:
     upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0))
 
     async def fails() -> None:
@@ -200,7 +200,7 @@ async def mistaken(upstream: Upstream) -> None:
 
 
 @virtual
-async def test_what_is_our_own_mistake_says_nothing_of_the_upstream() -> None:
+async def test_a_mistake_of_the_caller_does_not_count_against_the_upstream() -> None:
     upstream = Upstream("tool")
     for _ in range(20):
         with pytest.raises(ValueError, match="ours"):
@@ -209,7 +209,7 @@ async def test_what_is_our_own_mistake_says_nothing_of_the_upstream() -> None:
 
 
 @virtual
-async def test_a_guarded_function_is_tried_again_and_slower() -> None:
+async def test_a_guarded_function_is_retried_with_growing_waits() -> None:
     search = Upstream("search", retry=Retry(max_attempts=4, base_delay=1.0))
     tries: list[float] = []
 
@@ -226,7 +226,7 @@ async def test_a_guarded_function_is_tried_again_and_slower() -> None:
 
 
 @virtual
-async def test_a_guarded_function_that_goes_on_failing_raises_its_own_exception() -> None:
+async def test_a_guarded_function_that_keeps_failing_raises_its_own_exception() -> None:
     search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1))
     tries = 0
 
@@ -307,7 +307,7 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
 
 
 @virtual
-async def test_a_budget_is_not_passed_and_tells_when_it_is_new() -> None:
+async def test_a_budget_is_not_exceeded_and_a_rejection_says_when_it_resets() -> None:
     upstream = Upstream("llm", budget=Budget(usd=1.0, per="day"))
     for _ in range(4):
         async with upstream.call("gpt") as call:
@@ -320,7 +320,7 @@ async def test_a_budget_is_not_passed_and_tells_when_it_is_new() -> None:
 
 
 @virtual
-async def test_a_refusal_for_money_says_what_there_is_and_what_was_asked() -> None:
+async def test_a_rejection_by_a_budget_gives_the_amounts() -> None:
     budget = Budget(usd=1.0, per="day", reserved_share=0.1)
     upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
     async with upstream.call("gpt", input_tokens=800_000):
@@ -335,7 +335,7 @@ async def test_a_refusal_for_money_says_what_there_is_and_what_was_asked() -> No
 
 
 @virtual
-async def test_what_no_budget_will_ever_afford_is_told_so() -> None:
+async def test_a_call_above_the_whole_budget_is_rejected_without_a_retry_after() -> None:
     prices = {"gpt": Price(input=1.0, output=1.0)}
     for upstream, tokens in (
         (Upstream("llm", budget=Budget(usd=1.0, per="hour"), prices=prices), 2_000_000),
@@ -352,7 +352,7 @@ async def test_what_no_budget_will_ever_afford_is_told_so() -> None:
 
 
 @virtual
-async def test_calls_carry_what_their_task_has() -> None:
+async def test_calls_inherit_priority_deadline_and_tenant_of_their_task() -> None:
     upstream = Upstream("llm", max_concurrent=1)
     went: list[str] = []
 
@@ -372,7 +372,7 @@ async def test_calls_carry_what_their_task_has() -> None:
 
 
 @virtual
-async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls() -> None:
+async def test_each_call_of_a_run_goes_before_calls_of_newer_runs() -> None:
     upstream = Upstream("llm", max_concurrent=1, max_start_wait=1e9)
     ended: list[int] = []
 
@@ -392,7 +392,7 @@ async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls(
 
 
 @virtual
-async def test_no_run_starts_behind_the_calls_that_its_own_would_wait_for() -> None:
+async def test_no_run_starts_while_its_calls_would_wait_behind_others() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
     served = Served(upstream)
     await served.call()
@@ -408,7 +408,7 @@ async def test_no_run_starts_behind_the_calls_that_its_own_would_wait_for() -> N
 
 
 @virtual
-async def test_the_gate_feels_the_key() -> None:
+async def test_admission_depends_on_the_load_of_the_key() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], max_wait=60.0)
 
     async def agent(_: Task) -> None:
@@ -460,18 +460,18 @@ async def test_the_gate_feels_the_key() -> None:
         {"fallback": 5},
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_by_name(settings: dict[str, Any]) -> None:
+def test_an_invalid_setting_is_rejected_by_name(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(InvalidSetting, match=rf"Upstream 'llm' was given {name}(\[.*\])?=.*; it must be "):
         Upstream("llm", **settings)
 
 
-def test_a_single_fallback_in_words_is_shown_whole() -> None:
+def test_a_fallback_given_as_a_string_is_shown_whole() -> None:
     with pytest.raises(InvalidSetting, match=r"fallback='gpt-4o-mini'"):
         Upstream("llm", fallback="gpt-4o-mini")  # type: ignore[arg-type]
 
 
-def test_no_wait_at_all_may_be_said_of_a_start() -> None:
+def test_max_start_wait_may_be_zero() -> None:
     assert Upstream("llm", max_start_wait=0).core.settings.max_start_wait == 0
 
 

@@ -25,7 +25,7 @@ PER_MINUTE = [Quota(requests=60, per="minute")]
 
 
 @virtual
-async def test_a_bound_call_larger_than_its_bucket_is_refused_at_once_and_says_what_to_do() -> None:
+async def test_a_bound_call_larger_than_its_quota_is_rejected_at_once_with_advice() -> None:
     upstream = Upstream("key", provider="openai", models={"gpt-4o": [Quota(tokens=99, per="minute")]})
     script = Script(httpx2)
     began = now()
@@ -38,7 +38,7 @@ async def test_a_bound_call_larger_than_its_bucket_is_refused_at_once_and_says_w
     assert left(upstream) == NOTHING
 
 
-def test_so_is_one_in_a_plain_thread() -> None:
+def test_a_bound_call_larger_than_its_quota_is_rejected_in_a_plain_thread_too() -> None:
     upstream = Upstream("key", quotas=[Quota(tokens=99, per="minute")])
     with pytest.raises(Overloaded, match="larger than tokens per minute"), upstream.call(input_tokens=100):
         pass
@@ -46,7 +46,7 @@ def test_so_is_one_in_a_plain_thread() -> None:
 
 
 @pytest.mark.parametrize("unit", ["requests", "input_tokens", "output_tokens", "tokens"])
-def test_a_quota_of_nothing_is_refused_where_it_is_made(unit: str) -> None:
+def test_an_empty_quota_is_rejected_when_it_is_created(unit: str) -> None:
     with pytest.raises(InvalidQuota, match="to let nothing through, leave the upstream out"):
         Upstream("key", quotas=[Quota(**{unit: 0}, per="minute")])
 
@@ -70,7 +70,7 @@ async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
     assert "prices=" in record.message
 
 
-def test_however_many_models_callers_invent_only_so_many_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_so_many_unpriced_models_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key", budget=Budget(usd=1))
     for number in range(1_500):
         upstream.call(f"invented-{number}")
@@ -78,7 +78,7 @@ def test_however_many_models_callers_invent_only_so_many_are_remembered(caplog: 
     assert upstream.statistics().unpriced == 1_500
 
 
-def test_without_a_budget_nobody_asks_for_a_price(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_budget_no_price_is_looked_up(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key")
     upstream.call("house-model", input_tokens=5)
     assert upstream.statistics().unpriced == 0
@@ -88,7 +88,7 @@ def test_without_a_budget_nobody_asks_for_a_price(caplog: pytest.LogCaptureFixtu
 # --- clocks ---
 
 
-def test_time_that_leaps_while_calls_wait_moves_the_line_and_fills_each_quota_once() -> None:
+def test_a_leap_of_time_serves_the_queue_and_refills_each_quota_once() -> None:
     """A laptop that slept: nothing ran for an hour."""
 
     async def main() -> None:
@@ -134,7 +134,7 @@ def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, mon
 
 @virtual
 @pytest.mark.parametrize("reset", ["1999-01-01T00:00:00Z", "-5s", "0s", "Wed, 21 Oct 2015 07:28:00 GMT"])
-async def test_a_reset_in_the_past_holds_nobody(reset: str) -> None:
+async def test_a_reset_in_the_past_delays_no_call(reset: str) -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
     told = {
         "x-ratelimit-limit-requests": "60",
@@ -150,7 +150,7 @@ async def test_a_reset_in_the_past_holds_nobody(reset: str) -> None:
 
 
 @virtual
-async def test_who_is_told_to_come_again_in_a_day_is_told_so_and_others_are_held_for_a_period_at_most() -> None:
+async def test_a_retry_after_of_a_day_reaches_its_caller_and_delays_others_for_one_period_at_most() -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
     client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"), Says()).client(upstream)
     assert (await client.post(URL, json=REQUEST)).headers["retry-after"] == "86400"
@@ -162,7 +162,7 @@ async def test_who_is_told_to_come_again_in_a_day_is_told_so_and_others_are_held
 # --- plain functions ---
 
 
-def test_what_makes_a_generator_cannot_be_guarded() -> None:
+def test_a_generator_function_cannot_be_guarded() -> None:
     upstream = Upstream("key")
 
     def lines() -> Iterator[str]:
@@ -176,7 +176,7 @@ def test_what_makes_a_generator_cannot_be_guarded() -> None:
             upstream.guard(function)
 
 
-def test_a_plain_function_that_returns_an_awaitable_is_refused_and_not_called_a_success() -> None:
+def test_a_plain_function_that_returns_an_awaitable_is_an_error_and_no_success() -> None:
     upstream = Upstream("key")
 
     async def work(question: str) -> str:

@@ -83,7 +83,7 @@ class Calls:
 
 
 @virtual
-async def test_an_attempt_that_was_refused_for_its_rate_has_taken_nothing_of_the_quota() -> None:
+async def test_a_rate_limited_attempt_takes_nothing_of_the_quota() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="day")])
     calls = Calls(upstream, congested, congested, congested)
     await calls.call()
@@ -92,7 +92,7 @@ async def test_an_attempt_that_was_refused_for_its_rate_has_taken_nothing_of_the
 
 
 @virtual
-async def test_what_a_provider_asks_of_one_call_holds_for_all() -> None:
+async def test_the_retry_after_of_one_call_holds_for_all() -> None:
     upstream = Upstream("llm")
     calls = Calls(upstream, lambda: refused(20.0))
     first = asyncio.create_task(calls.call("first"))
@@ -104,7 +104,7 @@ async def test_what_a_provider_asks_of_one_call_holds_for_all() -> None:
 
 
 @virtual
-async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
+async def test_a_retry_waits_at_least_the_retry_after() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     calls = Calls(
         upstream, lambda: AttemptResult(error=OSError(), retryable=True, retry_after=9.0, outcome=fault().outcome)
@@ -115,7 +115,7 @@ async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
 
 
 @virtual
-async def test_only_what_a_call_comes_to_at_last_counts_for_the_breaker() -> None:
+async def test_only_the_last_attempt_of_a_call_counts_for_the_breaker() -> None:
     upstream = Upstream("llm", retry=Retry(max_attempts=3, base_delay=0.01), breaker=BreakerRules())
     calls = Calls(upstream, *[fault, success] * 8)
     for _ in range(8):
@@ -137,7 +137,7 @@ async def test_no_storm_of_retries_when_a_provider_fails() -> None:
 
 
 @virtual
-async def test_who_is_refused_waits_until_it_may_be_tried_again_rather_than_give_up() -> None:
+async def test_a_throttled_call_waits_for_permission_to_retry_instead_of_giving_up() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     assert await asyncio.gather(*(calls.call() for _ in range(50))) == ["done"] * 50
@@ -145,7 +145,7 @@ async def test_who_is_refused_waits_until_it_may_be_tried_again_rather_than_give
 
 
 @virtual
-async def test_no_storm_of_retries_when_a_provider_refuses() -> None:
+async def test_no_storm_of_retries_when_a_provider_throttles() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01))
     calls = Calls(upstream, *[congested] * 10_000)
     outcomes = await asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
@@ -154,7 +154,7 @@ async def test_no_storm_of_retries_when_a_provider_refuses() -> None:
 
 
 @virtual
-async def test_once_a_call_is_let_in_all_who_were_refused_before_it_may_return() -> None:
+async def test_once_a_call_is_accepted_all_calls_throttled_before_it_may_retry() -> None:
     upstream = Upstream("llm", max_concurrent=100, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     await asyncio.gather(*(calls.call() for _ in range(80)))
@@ -162,7 +162,7 @@ async def test_once_a_call_is_let_in_all_who_were_refused_before_it_may_return()
 
 
 @virtual
-async def test_a_retry_that_is_let_in_is_none_too_many() -> None:
+async def test_an_accepted_retry_goes_back_to_the_budget() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.01))
     for _ in range(100):
         assert await Calls(upstream, congested).call() == "done"
@@ -170,7 +170,7 @@ async def test_a_retry_that_is_let_in_is_none_too_many() -> None:
 
 
 @virtual
-async def test_what_is_refused_uses_up_no_retry_of_what_fails() -> None:
+async def test_throttled_calls_use_up_no_retries_of_failed_ones() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=5.0))
     refusing = Calls(upstream, *[congested] * 10_000)
     await asyncio.gather(*(refusing.call() for _ in range(50)), return_exceptions=True)
@@ -178,7 +178,7 @@ async def test_what_is_refused_uses_up_no_retry_of_what_fails() -> None:
 
 
 @virtual
-async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
+async def test_no_retry_waits_beyond_the_deadline() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=30.0))
     calls = Calls(upstream, *[congested] * 10_000)
     others = asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
@@ -217,7 +217,7 @@ async def cancelled(upstream: Upstream, come: Callable[[], AttemptResult]) -> No
 @pytest.mark.parametrize("come", [fault, congested])
 @pytest.mark.parametrize("end", [shut_out, cancelled])
 @virtual
-async def test_a_retry_that_is_not_sent_comes_back(
+async def test_a_retry_that_is_not_sent_goes_back_to_the_budget(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], come: Callable[[], AttemptResult]
 ) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=20.0))
@@ -229,7 +229,7 @@ async def test_a_retry_that_is_not_sent_comes_back(
 
 @pytest.mark.parametrize("end", [shut_out, cancelled])
 @virtual
-async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
+async def test_a_periodic_retry_without_a_permit_is_left_to_another_call(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
@@ -249,7 +249,7 @@ async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
 
 
 @pytest.mark.parametrize("come", [fault, congested])
-def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], AttemptResult]) -> None:
+def test_a_retry_that_is_not_sent_in_a_thread_goes_back_to_the_budget(come: Callable[[], AttemptResult]) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before = balances(upstream)
 
@@ -265,7 +265,7 @@ def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], 
 
 
 @virtual
-async def test_a_retry_that_was_sent_stays_drawn_though_its_caller_leaves() -> None:
+async def test_a_retry_that_was_sent_counts_even_if_its_caller_is_cancelled() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before, _ = balances(upstream)
     call = asyncio.create_task(Calls(upstream, fault, seconds=1.0).call())
@@ -279,7 +279,7 @@ async def test_a_retry_that_was_sent_stays_drawn_though_its_caller_leaves() -> N
 
 
 @virtual
-async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() -> None:
+async def test_a_retried_call_goes_before_later_calls() -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
@@ -292,7 +292,7 @@ async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() ->
 
 
 @virtual
-async def test_but_not_before_more_important_ones() -> None:
+async def test_a_retried_call_does_not_go_before_better_priorities() -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
@@ -306,7 +306,7 @@ async def test_but_not_before_more_important_ones() -> None:
 
 
 @virtual
-async def test_a_refusal_further_on_is_no_fault_of_what_is_guarded() -> None:
+async def test_an_overloaded_raised_by_a_guarded_function_is_no_fault() -> None:
     behind = Upstream("behind", quotas=[Quota(tokens=10, per="minute")])
     guarded = Upstream("guarded")
     tries = 0
@@ -326,7 +326,7 @@ async def test_a_refusal_further_on_is_no_fault_of_what_is_guarded() -> None:
 
 
 @virtual
-async def test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take() -> None:
+async def test_failed_calls_do_not_count_in_the_expected_latency() -> None:
     upstream = Upstream("llm")
     for _ in range(20):
         with pytest.raises(ConnectionError):
@@ -345,7 +345,7 @@ async def _fails(upstream: Upstream) -> None:
 
 
 @virtual
-async def test_a_cost_that_is_none_is_refused_where_it_is_said_and_nothing_stays_reserved() -> None:
+async def test_an_invalid_cost_is_rejected_by_settle_and_nothing_stays_reserved() -> None:
     upstream = Upstream("llm", budget=Budget(usd=10.0), prices={"m": Price(input=1.0, output=1.0)})
     for _ in range(9):
         with pytest.raises(InvalidAmount):
@@ -361,7 +361,7 @@ async def _costs(upstream: Upstream, usd: float) -> None:
 
 
 @virtual
-async def test_a_call_that_two_enter_at_the_same_moment_is_entered_once() -> None:
+async def test_a_call_entered_twice_at_the_same_time_is_an_error() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     holder = asyncio.create_task(Calls(upstream, seconds=1.0).call())
     await run_ready()
@@ -378,7 +378,7 @@ async def test_a_call_that_two_enter_at_the_same_moment_is_entered_once() -> Non
 
 
 @virtual
-async def test_a_deadline_that_passes_behind_the_head_of_the_line_is_told_when_it_passes() -> None:
+async def test_a_deadline_that_passes_behind_the_head_of_the_queue_rejects_at_that_time() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     calls = Calls(upstream, seconds=100.0)
     holder = asyncio.create_task(calls.call())
@@ -397,7 +397,7 @@ async def _never(_: PlainRoute, __: Permit) -> AttemptResult:
     raise AssertionError
 
 
-def test_one_seed_gives_one_run_of_calls_and_another_another() -> None:
+def test_retries_depend_on_the_seed_alone() -> None:
     def times(seed: int) -> list[float]:
         async def main() -> list[float]:
             calls = Calls(Upstream("llm"), *[fault] * 5)

@@ -30,7 +30,7 @@ def counts(upstream: Upstream) -> dict[str, int]:
 
 
 @virtual
-async def test_each_attempt_is_counted_by_what_became_of_it() -> None:
+async def test_each_attempt_is_counted_by_its_outcome() -> None:
     upstream = Upstream("llm", provider="openai", retry=Retry(base_delay=0.001))
     limited = Says.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
     client = Script(httpx2, Says.error(500), limited, Says.error(529), Says(), Says.error(400)).client(upstream)
@@ -41,7 +41,7 @@ async def test_each_attempt_is_counted_by_what_became_of_it() -> None:
 
 
 @virtual
-async def test_calls_outside_of_tasks_are_told_apart() -> None:
+async def test_calls_outside_of_tasks_are_counted_apart() -> None:
     upstream = Upstream("llm", provider="openai")
     client = Script(httpx2).client(upstream)
     async with BackpressureSupervisor() as supervisor:
@@ -55,7 +55,7 @@ async def test_calls_outside_of_tasks_are_told_apart() -> None:
 
 
 @virtual
-async def test_what_was_not_let_go_was_not_sent() -> None:
+async def test_a_rejected_call_does_not_count_as_sent() -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
     async with upstream.call():
         waiting = asyncio.ensure_future(upstream.call().__aenter__())
@@ -70,7 +70,7 @@ async def test_what_was_not_let_go_was_not_sent() -> None:
 
 
 @virtual
-async def test_a_permit_that_came_too_late_for_its_caller_was_not_sent() -> None:
+async def test_a_permit_that_its_caller_did_not_use_does_not_count_as_sent() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     first = upstream.call()
     await first.__aenter__()
@@ -83,7 +83,7 @@ async def test_a_permit_that_came_too_late_for_its_caller_was_not_sent() -> None
 
 
 @virtual
-async def test_what_quotas_have_left_is_told_whoever_set_them() -> None:
+async def test_statistics_have_the_rest_of_given_and_of_learned_quotas() -> None:
     upstream = Upstream("llm", provider="openai", quotas=[Quota(input_tokens=1000, per="minute")])
     told = {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "80"}
     await ask(Script(httpx2, Says(headers=told)).client(upstream))

@@ -44,7 +44,7 @@ def said(scripted: Script) -> list[tuple[str, str | None, str | None]]:
     ]
 
 
-async def test_of_openais_sdk_a_stream_goes_to_a_server_of_ones_own() -> None:
+async def test_a_stream_of_the_openai_sdk_falls_back_to_a_server_of_ones_own() -> None:
     spare = Upstream("spare", provider="vllm")
     fallback = Fallback(to=spare, model="llama", base_url="http://spare.test:8000/v1")
     up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback)
@@ -65,7 +65,7 @@ async def test_of_openais_sdk_a_stream_goes_to_a_server_of_ones_own() -> None:
     assert "openai-organization" not in scripted.requests[1].headers
 
 
-def test_of_azures_the_other_deployment_is_named_in_the_path() -> None:
+def test_a_call_of_the_azure_sdk_names_the_other_deployment_in_its_path() -> None:
     up = Upstream(
         "azure", provider="azure", models={"gpt-4o": ONCE, "mini": ()}, fallback=Fallback(to="mini", models="gpt-4o")
     )
@@ -86,7 +86,7 @@ def test_of_azures_the_other_deployment_is_named_in_the_path() -> None:
     ]
 
 
-def test_of_anthropics_it_goes_under_the_other_key() -> None:
+def test_a_call_of_the_anthropic_sdk_falls_back_under_the_other_key() -> None:
     spare = Upstream("spare", provider="anthropic")
     fallback = Fallback(to=spare, model="claude-haiku", api_key="sk-2")
     up = Upstream("anthropic", provider="anthropic", quotas=ONCE, fallback=fallback)
@@ -99,7 +99,7 @@ def test_of_anthropics_it_goes_under_the_other_key() -> None:
     assert said(scripted) == [(url, "Bearer sk-1", "claude-opus"), (url, "Bearer sk-2", "claude-haiku")]
 
 
-def test_where_none_can_the_sdk_gets_the_refusal_or_the_answer_of_the_first() -> None:
+def test_if_no_account_serves_the_sdk_gets_the_rejection_or_the_answer_of_the_first() -> None:
     spare = Upstream("spare", provider="openai")
     fallback = Fallback(to=spare, base_url="https://spare.test/v1", api_key="sk-2")
     up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback, retry=Retry(max_attempts=1))

@@ -79,7 +79,7 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderPro
 
 
 @NAMES
-def test_so_it_does_in_a_plain_thread(name: str, plant: ProviderProcess) -> None:
+def test_it_does_the_same_in_a_plain_thread(name: str, plant: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
     bare = model(name, plant)
     bound = upstream.bind(bare)
@@ -89,7 +89,7 @@ def test_so_it_does_in_a_plain_thread(name: str, plant: ProviderProcess) -> None
 
 
 @NAMES
-async def test_a_refusal_comes_out_of_the_model_unchanged(name: str, plant: ProviderProcess) -> None:
+async def test_a_rejection_comes_out_of_the_model_unchanged(name: str, plant: ProviderProcess) -> None:
     bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, plant))
     await bound.ainvoke("Rivers?")
     with pytest.raises(Overloaded) as refused:

@@ -42,7 +42,7 @@ async def served(plant: ProviderProcess) -> None:
 
 
 @AWAITED
-async def test_a_stream_that_is_forgotten_gives_the_permit_back(sdk: Sdk, plant: ProviderProcess) -> None:
+async def test_the_permit_of_a_forgotten_stream_is_returned(sdk: Sdk, plant: ProviderProcess) -> None:
     upstream = upstream_of(sdk)
     async with sdk.client(plant.url) as bare:
         stream = await sdk.create(upstream.bind(bare), stream=True)
@@ -54,7 +54,7 @@ async def test_a_stream_that_is_forgotten_gives_the_permit_back(sdk: Sdk, plant:
 
 
 @BLOCKING
-def test_refusals_come_out_unchanged_where_only_the_http_client_was_bound(sdk: Sdk, plant: ProviderProcess) -> None:
+def test_rejections_come_out_unchanged_if_only_the_http_client_is_bound(sdk: Sdk, plant: ProviderProcess) -> None:
     upstream = upstream_of(sdk, quotas=[Quota(requests=1, per="day")])
     with sdk.http.Client() as bare, sdk.client(plant.url, http_client=upstream.bind(bare)) as client:
         sdk.create(client)
@@ -65,7 +65,7 @@ def test_refusals_come_out_unchanged_where_only_the_http_client_was_bound(sdk: S
 
 
 @BLOCKING
-def test_failures_are_those_of_the_sdk_and_it_does_not_call_again(sdk: Sdk) -> None:
+def test_failures_raise_the_sdks_errors_and_it_does_not_retry(sdk: Sdk) -> None:
     http = sdk.http
     for error, expected in (
         (http.ConnectError("no route"), sdk.module.APIConnectionError),
@@ -81,7 +81,7 @@ def test_failures_are_those_of_the_sdk_and_it_does_not_call_again(sdk: Sdk) -> N
             assert left(upstream) == NOTHING
 
 
-def test_kin_of_the_sdks_are_bound() -> None:
+def test_clients_of_related_sdks_are_bound() -> None:
     upstream = Upstream("azure", provider="azure")
     script = Script(Sdk("openai", awaits=False).http)
     bare = openai.AzureOpenAI(
@@ -129,7 +129,7 @@ async def test_several_loops_share_an_account(sdk: Sdk, plant: ProviderProcess) 
 
 
 @pytest.mark.parametrize("where", ["responses", "realtime", "beta.realtime"])
-def test_a_websocket_is_opened_as_ever_and_warned_of_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_websocket_opens_as_before_and_is_warned_about_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
     with openai.OpenAI(api_key="k") as bare:
         resource = operator.attrgetter(where)(Upstream("key", provider="openai").bind(bare))
         assert callable(resource.connect.__wrapped__), "this generation opens it elsewhere"

@@ -307,7 +307,7 @@ TURNED = Case(
 
 @given(cases())
 @example(MOVED_UP)
-def test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes(case: Case) -> None:
+def test_no_call_is_sent_later_than_in_a_queue_without_bypass(case: Case) -> None:
     rules, slots, jobs = case.rules, case.slots, [job._replace(uses=job.takes) for job in case.jobs]
     alone = served_in_order(jobs, slots, rules)
     for number, (passing, waiting) in enumerate(zip(Run(jobs, slots, rules).served(), alone, strict=True)):
@@ -317,7 +317,7 @@ def test_nobody_at_all_is_served_later_than_in_a_line_that_nobody_passes(case: C
 @given(cases())
 @example(MOVED_UP)
 @example(TURNED)
-def test_nobody_who_is_passed_is_served_later_whatever_calls_under_way_give_back(case: Case) -> None:
+def test_no_overtaken_call_is_sent_later_whatever_calls_in_flight_return(case: Case) -> None:
     rules, slots, jobs = case
     before, passes = Run(jobs, slots, rules, passes=0).served(), 0
     assert before == pytest.approx(served_in_order(jobs, slots, rules), abs=1e-3)
@@ -353,7 +353,7 @@ def goes(caller: NumberedWaiter) -> bool:
     return isinstance(caller.decision, Admitted)
 
 
-def test_a_call_that_draws_on_other_quotas_passes_a_head_that_waits_for_its_own() -> None:
+def test_a_call_that_uses_other_quotas_overtakes_a_head_blocked_on_its_own() -> None:
     account = house()
     assert goes(come(account, TEXT))
     head = come(account, TEXT)
@@ -364,14 +364,14 @@ def test_a_call_that_draws_on_other_quotas_passes_a_head_that_waits_for_its_own(
     assert goes(head)
 
 
-def test_a_small_call_does_not_pass_if_it_draws_on_what_the_head_waits_for() -> None:
+def test_a_small_call_does_not_overtake_if_it_uses_the_quota_that_the_head_waits_for() -> None:
     account = house()
     come(account, TEXT)
     assert not goes(come(account, TEXT))
     assert not goes(come(account, (1, 1, 1)))
 
 
-def test_what_comes_back_before_the_head_can_go_may_be_taken_meanwhile() -> None:
+def test_quota_that_refills_before_the_head_can_go_may_be_used_meanwhile() -> None:
     account = house()
     first = come(account, TEXT)
     assert isinstance(first.decision, Admitted)
@@ -383,7 +383,7 @@ def test_what_comes_back_before_the_head_can_go_may_be_taken_meanwhile() -> None
     assert not goes(come(account, (1, 50, 0)))
 
 
-def test_what_a_call_under_way_may_give_back_at_any_moment_is_the_heads() -> None:
+def test_quota_that_a_call_in_flight_may_return_is_kept_for_the_head() -> None:
     account = house()
     come(account, TEXT)  # it may turn out to have made no output at all
     assert not goes(come(account, (1, 20, 50)))
@@ -391,7 +391,7 @@ def test_what_a_call_under_way_may_give_back_at_any_moment_is_the_heads() -> Non
     assert not goes(come(account, (1, 1, 0)))
 
 
-def test_what_those_between_will_need_is_theirs() -> None:
+def test_quota_is_kept_for_the_calls_in_between() -> None:
     account = house()
     come(account, TEXT)
     come(account, TEXT)
@@ -400,7 +400,7 @@ def test_what_those_between_will_need_is_theirs() -> None:
     assert not goes(come(account, (1, 10, 0)))  # the head needs 10 of the 40 input tokens that are left, the next 30
 
 
-def test_the_rest_of_a_window_may_be_spent_before_it_turns() -> None:
+def test_the_rest_of_a_window_may_be_used_before_it_ends() -> None:
     account = house(Rule("input_tokens", 60, 30.0))
     first = come(account, (1, 40, 0))
     assert isinstance(first.decision, Admitted)
@@ -412,7 +412,7 @@ def test_the_rest_of_a_window_may_be_spent_before_it_turns() -> None:
     assert goes(head)
 
 
-def test_who_may_pass_as_soon_as_it_finds_its_own_is_looked_for_then() -> None:
+def test_the_queue_is_served_again_when_a_call_may_overtake() -> None:
     account = house()
     for takes in ((1, 60, 0), (0, 0, 60)):
         permit = come(account, takes)
@@ -427,7 +427,7 @@ def test_who_may_pass_as_soon_as_it_finds_its_own_is_looked_for_then() -> None:
     assert not goes(head)
 
 
-def test_a_slot_is_kept_for_each_who_is_passed() -> None:
+def test_a_slot_is_kept_for_each_overtaken_call() -> None:
     account = house(slots=4)
     come(account, TEXT)
     head = come(account, TEXT)
@@ -453,7 +453,7 @@ class Growing(FixedLimit):
         self.more += 1
 
 
-def test_who_passes_by_a_slot_that_a_call_brings_by_being_let_in_is_looked_for_then() -> None:
+def test_the_queue_is_served_again_when_an_accepted_call_raises_the_limit() -> None:
     account = house()
     account.limit = Growing(2)
     come(account, TEXT)
@@ -464,7 +464,7 @@ def test_who_passes_by_a_slot_that_a_call_brings_by_being_let_in_is_looked_for_t
     assert goes(other)
 
 
-def test_money_is_kept_for_each_who_is_passed_by_the_share_of_the_lowest() -> None:
+def test_money_is_kept_for_each_overtaken_call_by_the_share_of_the_lowest_priority() -> None:
     account = house(usd=13.5)
     come(account, TEXT, usd=1.0)
     come(account, TEXT, usd=2.0)  # a NORMAL call may use a third of what there is
@@ -473,7 +473,7 @@ def test_money_is_kept_for_each_who_is_passed_by_the_share_of_the_lowest() -> No
     assert not goes(come(account, VECTOR, usd=0.1))  # whose turn comes after one that keeps 2.6
 
 
-def test_only_the_first_places_are_looked_at() -> None:
+def test_only_the_first_calls_of_the_queue_are_considered() -> None:
     account = house(Rule("output_tokens", 60, None), slots=99)
     come(account, TEXT)
     for _ in range(LOOK_AHEAD - 1):
@@ -483,7 +483,7 @@ def test_only_the_first_places_are_looked_at() -> None:
     assert not goes(come(account, VECTOR))
 
 
-def test_who_passes_does_not_move_the_turns_of_tenants() -> None:
+def test_a_call_that_overtakes_does_not_change_the_turns_of_tenants() -> None:
     account = house()
     come(account, TEXT)
     head = come(account, TEXT, tenant="a")
@@ -497,7 +497,7 @@ def test_who_passes_does_not_move_the_turns_of_tenants() -> None:
     assert goes(other)  # the second after the head, not behind all who stood before the one that passed
 
 
-def test_nobody_passes_a_head_whose_breaker_is_not_closed() -> None:
+def test_no_call_overtakes_while_the_breaker_is_not_closed() -> None:
     account = house()
     come(account, TEXT)
     come(account, TEXT)

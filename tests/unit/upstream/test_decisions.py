@@ -120,7 +120,7 @@ class AccountHarness:
 # --- the line ---
 
 
-def test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up() -> None:
+def test_a_call_that_has_waited_four_typical_waits_is_promoted_by_one_priority() -> None:
     house = AccountHarness()
     house.take(0.0, seconds=1.0)
     permit = house.go(0.0)
@@ -137,7 +137,7 @@ def test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up() -> N
     pytest.fail("under a flood of HIGH calls the LOW one waited for more than four typical times")
 
 
-def test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over() -> None:
+def test_under_a_flood_of_better_calls_every_twenty_first_has_the_starved_priority() -> None:
     house = AccountHarness()
     permit = house.go()
     _, low = house.wait(priority=Priority.LOW)
@@ -150,7 +150,7 @@ def test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_wa
     assert served.index(low) == 20
 
 
-def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -> None:
+def test_a_queued_call_is_rejected_when_its_deadline_passes_wherever_it_stands() -> None:
     house = AccountHarness()
     house.go(0.0)
     _, head = house.wait(0.0, priority=Priority.HIGH)
@@ -165,7 +165,7 @@ def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -
     assert head.looks_at is None, "a deadline that has passed is looked at again and again"
 
 
-def test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nobody_elses_seat() -> None:
+def test_a_queued_call_that_no_longer_fits_its_quota_takes_no_retry_slot() -> None:
     house = AccountHarness(10)
     permit = house.go(charge=Charge(tokens=500))
     house.account.answer_began(0.1, permit, [RateLimitHeaders(unit="tokens", limit=1_000, remaining=500, reset=30.0)])
@@ -181,11 +181,11 @@ def test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nob
     assert math.isfinite(again)
 
 
-def test_a_call_whose_deadline_has_passed_is_not_sent_though_there_is_room() -> None:
+def test_a_call_whose_deadline_has_passed_is_not_sent_even_if_there_is_a_free_slot() -> None:
     assert "deadline" in AccountHarness().no(9.0, deadline=9.0).reason
 
 
-def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_once() -> None:
+def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_rejected_at_once() -> None:
     house = AccountHarness()
     house.take(0.0, seconds=8.0)
     house.go(0.0)
@@ -196,7 +196,7 @@ def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_onc
     house.wait(0.0, deadline=17.0)
 
 
-def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_enough() -> None:
+def test_a_call_with_a_near_deadline_retries_when_half_of_its_time_is_enough() -> None:
     house = AccountHarness()
     house.take(0.0, seconds=8.0)
     house.go(0.0)
@@ -207,7 +207,7 @@ def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_e
     assert again >= 24.0 - 10.0
 
 
-def test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_every_call() -> None:
+def test_a_call_may_wait_only_while_nearly_every_call_would_fit_into_the_rest_of_its_time() -> None:
     house = AccountHarness()
     for seconds in (16.0, *(4.0 for _ in range(19))):
         house.take(0.0, seconds=seconds)
@@ -217,7 +217,7 @@ def test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_eve
     house.wait(0.0, deadline=29.0)  # a quarter more than that
 
 
-def test_however_long_calls_take_one_may_wait_for_an_eighth_of_its_time() -> None:
+def test_a_call_may_always_wait_for_an_eighth_of_its_time() -> None:
     house = AccountHarness()
     for _ in range(20):
         house.take(0.0, seconds=60.0)
@@ -252,7 +252,7 @@ def late(house: AccountHarness, now: float, *, seconds: float) -> Admitted | Rej
     return caller.decision
 
 
-def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it() -> None:
+def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_end_in_time() -> None:
     house = AccountHarness()
     assert isinstance(late(house, 0.0, seconds=2.1), Admitted)  # one in ten seconds shows whether the estimate is right
     given = late(house, 9.0, seconds=2.1)
@@ -262,7 +262,7 @@ def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it()
     assert isinstance(late(house, 18.0, seconds=2.1), Admitted)
 
 
-def test_where_others_wait_who_have_more_time_a_late_call_has_to_be_likely_to_make_it() -> None:
+def test_while_calls_with_more_time_wait_a_late_call_must_be_likely_to_end_in_time() -> None:
     house = AccountHarness()
     for number in range(20):
         house.take(0.0, seconds=1.0 if number % 2 else 3.0)
@@ -285,7 +285,7 @@ def test_where_others_wait_who_have_more_time_a_late_call_has_to_be_likely_to_ma
                 house.end(now + 8.0, given.permit)
 
 
-def test_a_call_is_not_held_to_times_of_which_too_few_are_known() -> None:
+def test_no_call_is_judged_by_too_few_durations() -> None:
     house = AccountHarness()
     for _ in range(7):
         house.take(0.0, seconds=5.0)
@@ -298,7 +298,7 @@ def test_a_call_is_not_held_to_times_of_which_too_few_are_known() -> None:
         house.end(second + 8.0, caller.decision.permit, FAULT)
 
 
-def test_a_call_with_little_time_from_the_first_is_let_go_at_once() -> None:
+def test_a_call_that_has_little_time_from_the_start_is_sent_at_once() -> None:
     house = AccountHarness(9)
     for _ in range(20):
         house.take(0.0, seconds=5.0)
@@ -306,7 +306,7 @@ def test_a_call_with_little_time_from_the_first_is_let_go_at_once() -> None:
         house.go(0.0, deadline=1.0)
 
 
-def test_a_call_that_is_tried_again_late_is_judged_by_the_time_it_had_at_first() -> None:
+def test_a_late_retry_is_judged_by_the_time_that_the_call_had_at_first() -> None:
     house = AccountHarness(9)
     for _ in range(20):
         house.take(0.0, seconds=5.0)
@@ -323,7 +323,7 @@ def test_a_call_that_is_tried_again_late_is_judged_by_the_time_it_had_at_first()
 # --- how long it takes ---
 
 
-def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> None:
+def test_the_typical_latency_is_learned_from_successes_over_their_slowdown() -> None:
     house = AccountHarness()
     for tokens in range(100, 112):
         house.account.latency_model.learn(tokens, 0.02 * tokens)
@@ -332,7 +332,7 @@ def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> Non
     assert house.account.durations.typical == pytest.approx(2.0)
 
 
-def test_a_slot_is_held_by_calls_that_were_cut_short_too_and_not_by_those_turned_away() -> None:
+def test_cancelled_calls_count_in_the_time_that_slots_are_held_and_throttled_ones_do_not() -> None:
     house = AccountHarness()
     house.end(30.0, house.go(0.0), CallOutcome(kind=Outcome.IGNORED))
     for _ in range(9):  # of ten in a row it makes an outage
@@ -342,7 +342,7 @@ def test_a_slot_is_held_by_calls_that_were_cut_short_too_and_not_by_those_turned
     assert house.account.expected_wait(31.0, CallRequest())[0] == pytest.approx(30.0)
 
 
-def test_a_stretch_is_taken_for_normal_only_with_half_of_the_limit_in_flight() -> None:
+def test_a_slowdown_counts_as_normal_only_with_half_of_the_limit_in_flight() -> None:
     house = AccountHarness(8)
     alone = house.go(0.0)
     for tokens in range(100, 112):
@@ -353,7 +353,7 @@ def test_a_stretch_is_taken_for_normal_only_with_half_of_the_limit_in_flight() -
         assert house.account.observe_latency(0.0, fifth, 100, 3.0) == pytest.approx(3.0)
 
 
-def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() -> None:
+def test_a_rejected_call_retries_when_the_queue_is_short_enough() -> None:
     house = AccountHarness(1000, Quota(requests=6, per="minute"), max_wait=60.0)
     for _ in range(6):
         house.take(0.0, seconds=0.1)
@@ -366,14 +366,14 @@ def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() 
     assert second == pytest.approx(first + 10.0, abs=2.0)
 
 
-def test_a_small_call_does_not_pass_those_who_wait_for_tokens() -> None:
+def test_a_small_call_does_not_overtake_calls_that_wait_for_tokens() -> None:
     house = AccountHarness(9, Quota(tokens=100, per="minute"))
     house.go(0.0, charge=Charge(tokens=90))
     house.wait(0.0, charge=Charge(tokens=90))
     house.wait(0.0, charge=Charge(tokens=1))
 
 
-def test_those_who_wait_are_sent_away_as_soon_as_the_breaker_opens() -> None:
+def test_queued_calls_are_rejected_as_soon_as_the_breaker_opens() -> None:
     house = AccountHarness(5)
     permits = [house.go() for _ in range(5)]
     _, caller = house.wait()
@@ -383,7 +383,7 @@ def test_those_who_wait_are_sent_away_as_soon_as_the_breaker_opens() -> None:
     assert caller.decision.limited_by == "breaker"
 
 
-def test_a_caller_whose_loop_has_closed_does_not_keep_what_it_was_given() -> None:
+def test_the_permit_of_a_caller_whose_event_loop_has_closed_is_returned() -> None:
     house = AccountHarness(1, Quota(requests=10, per="minute"), usd=9.0)
     holder = house.go(0.0)
     _, caller = house.wait(0.0, usd=1.0)
@@ -398,7 +398,7 @@ def test_a_caller_whose_loop_has_closed_does_not_keep_what_it_was_given() -> Non
 # --- ends ---
 
 
-def test_what_was_refused_for_its_rate_takes_nothing_and_holds_everybody() -> None:
+def test_a_rate_limited_call_takes_nothing_and_delays_all_calls() -> None:
     house = AccountHarness(9, Quota(requests=10, per="minute"))
     house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=7.0, usd=0.0))
     answer = house.account.try_acquire(0.0, CallRequest())
@@ -406,14 +406,14 @@ def test_what_was_refused_for_its_rate_takes_nothing_and_holds_everybody() -> No
     assert answer.seconds == pytest.approx(7.0)
 
 
-def test_a_call_that_cost_more_than_was_thought_costs_that() -> None:
+def test_a_call_that_cost_more_than_expected_is_settled_at_its_cost() -> None:
     house = AccountHarness(9, usd=9.0)
     house.end(0.0, house.go(0.0, usd=1.0), CallOutcome(kind=Outcome.SUCCESS, usd=3.0))
     assert house.till is not None
     assert house.till.purse.spent(43_200.0) == 3.0
 
 
-def test_what_failed_midway_costs_what_was_reserved() -> None:
+def test_a_call_that_failed_midway_costs_what_was_reserved() -> None:
     house = AccountHarness(9, usd=9.0)
     house.end(0.0, house.go(0.0, usd=2.0), FAULT)
     assert house.till is not None
@@ -421,13 +421,13 @@ def test_what_failed_midway_costs_what_was_reserved() -> None:
     assert house.till.purse.remaining(43_200.0) == 7.0
 
 
-def test_what_is_reserved_is_no_longer_there_for_others() -> None:
+def test_reserved_money_is_not_available_to_others() -> None:
     house = AccountHarness(9, usd=3.0)
     house.go(0.0, usd=2.0)
     assert house.no(0.0, usd=2.0).limited_by == "budget"
 
 
-def test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither() -> None:
+def test_neither_throttled_nor_retried_attempts_open_the_breaker() -> None:
     house = AccountHarness(100)
     for _ in range(50):
         house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
@@ -435,7 +435,7 @@ def test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neith
     assert house.account.breaker.state(0.0) is BreakerState.CLOSED
 
 
-def test_a_probe_that_is_cancelled_is_given_back() -> None:
+def test_a_cancelled_probe_is_returned() -> None:
     house = AccountHarness(9)
     house.break_down()
     probe = house.go(11.0)
@@ -444,7 +444,7 @@ def test_a_probe_that_is_cancelled_is_given_back() -> None:
     house.go(11.0)
 
 
-def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
+def test_the_probe_of_a_caller_that_is_gone_is_returned() -> None:
     house = AccountHarness(1)
     holder = house.go(0.0)
     _, caller = house.wait(0.0)
@@ -458,14 +458,14 @@ def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
 # --- what presses ---
 
 
-def test_the_load_is_full_while_the_provider_says_that_its_money_is_spent() -> None:
+def test_the_load_is_full_while_the_account_is_suspended() -> None:
     house = AccountHarness()
     house.account.suspend(0.0, 3_600.0)
     assert house.account.load(3_599.0, CallRequest(), NORMAL) == (1.0, "budget")
     assert house.account.load(3_600.0, CallRequest(), NORMAL) == (0.0, "nothing")
 
 
-def test_the_load_counts_what_is_coming() -> None:
+def test_the_load_counts_expected_calls() -> None:
     house = AccountHarness(1)
     house.take(0.0, seconds=6.0)
     house.account.expected_calls = 5
@@ -475,7 +475,7 @@ def test_the_load_counts_what_is_coming() -> None:
 # --- whose account ---
 
 
-def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
+def test_each_api_key_has_one_account() -> None:
     books = AccountRegistry(UpstreamSettings("llm"), UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
     assert books.account("gpt", "sk-one") is books.account("gpt", "sk-one")
     assert len({books.account("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
@@ -488,7 +488,7 @@ class FakeEntry:
     is_queued = True
 
 
-def test_deadlines_forget_who_has_left_and_keep_no_more_than_a_few_of_them() -> None:
+def test_the_deadline_heap_drops_entries_that_have_left() -> None:
     deadlines = DeadlineHeap[FakeEntry]()
     staying = FakeEntry()
     deadlines.add(1e9, staying, length=1)
@@ -503,13 +503,13 @@ def test_deadlines_forget_who_has_left_and_keep_no_more_than_a_few_of_them() -> 
     assert deadlines.next_deadline() is None
 
 
-def test_who_may_wait_for_ever_has_no_deadline() -> None:
+def test_an_entry_without_a_deadline_is_not_kept() -> None:
     deadlines = DeadlineHeap[FakeEntry]()
     deadlines.add(math.inf, FakeEntry(), length=1)
     assert deadlines.next_deadline() is None
 
 
-def test_who_comes_while_the_probes_of_a_breaker_are_out_is_not_sent_away_for_as_long_as_they_may_take() -> None:
+def test_a_call_that_is_rejected_during_a_probe_need_not_wait_for_the_longest_probe() -> None:
     house = AccountHarness(5)
     for permit in [house.go(1.0) for _ in range(5)]:
         house.end(1.0, permit, FAULT)
@@ -522,7 +522,7 @@ def test_who_comes_while_the_probes_of_a_breaker_are_out_is_not_sent_away_for_as
 REFUSED = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
 
 
-def test_while_all_is_refused_for_longer_than_anybody_waits_nobody_waits() -> None:
+def test_no_call_waits_in_an_outage_longer_than_the_longest_wait() -> None:
     house = AccountHarness(2, max_wait=30.0)
     for _ in range(10):
         house.end(0.0, house.go(0.0), REFUSED)

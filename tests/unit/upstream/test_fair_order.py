@@ -11,7 +11,7 @@ from forebay.upstream.call_request import CallRequest
 from forebay.upstream.fair_order import FairOrder
 
 
-def test_calls_of_runs_begun_earlier_go_first_however_late_they_come() -> None:
+def test_calls_of_runs_that_started_earlier_go_first_however_late_they_come() -> None:
     order = FairOrder()
     first = order.rank(CallRequest(task_id="first"))
     second = order.rank(CallRequest(task_id="second"))
@@ -44,7 +44,7 @@ def test_a_tenant_with_many_runs_leaves_the_next_turn_to_one_with_few() -> None:
     assert sum(rank < few for rank in many[10:]) <= 1
 
 
-def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
+def test_a_tenant_that_was_idle_gets_no_credit_for_it() -> None:
     order = FairOrder()
     for n in range(100):
         order.record_served(order.rank(CallRequest(task_id=f"here-{n}", tenant="here")))
@@ -67,7 +67,7 @@ def test_turns_follow_the_weights(arrivals: list[str]) -> None:
             assert abs(served["heavy"] - 2 * served["light"]) <= 2
 
 
-def test_what_belongs_to_no_run_is_a_run_of_its_own() -> None:
+def test_a_call_outside_of_any_task_counts_as_a_run_of_its_own() -> None:
     order = FairOrder()
     assert order.rank(CallRequest()) < order.rank(CallRequest())
     assert order.rank(CallRequest())[1] == math.inf

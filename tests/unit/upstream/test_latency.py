@@ -19,7 +19,7 @@ def taught(calls: int, *, ttft: float, tpot: float, noise: float = 0.0) -> Laten
     return pace
 
 
-def test_it_says_nothing_before_it_has_seen_enough() -> None:
+def test_it_expects_nothing_before_it_knows_enough_calls() -> None:
     assert taught(11, ttft=1.0, tpot=0.02).expected(100) is None
 
 
@@ -45,14 +45,14 @@ def test_it_follows_a_provider_that_has_become_slower() -> None:
     assert pace.expected(200) == pytest.approx(9.6, rel=0.05)
 
 
-def test_what_our_own_load_slows_down_is_not_taken_for_normal() -> None:
+def test_a_slowdown_by_our_own_load_does_not_count_as_normal() -> None:
     pace = taught(100, ttft=0.8, tpot=0.02)
     for _ in range(300):
         stretch = pace.observe(200, 9.6, light=False)
     assert stretch == pytest.approx(2.0)
 
 
-def test_a_first_dozen_of_calls_that_were_slow_is_forgotten_when_a_dozen_show_it() -> None:
+def test_a_slow_first_dozen_is_forgotten_after_a_dozen_fast_calls() -> None:
     pace = taught(12, ttft=10.0, tpot=0.2)
     for tokens in range(100, 124):
         pace.observe(tokens, 1.0 + 0.02 * tokens, light=False)
@@ -63,7 +63,7 @@ CALLS = st.lists(st.tuples(st.integers(0, 100_000), st.floats(0, 1e5)), min_size
 
 
 @given(CALLS, st.integers(0, 100_000))
-def test_whatever_it_saw_it_expects_a_positive_time(calls: list[tuple[int, float]], tokens: int) -> None:
+def test_it_always_expects_a_positive_time(calls: list[tuple[int, float]], tokens: int) -> None:
     pace = LatencyModel()
     for seen, seconds in calls:
         pace.learn(seen, seconds)

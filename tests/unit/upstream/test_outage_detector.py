@@ -15,7 +15,7 @@ def silent(now: float) -> FixedLimit:
     return limit
 
 
-def test_it_lasts_too_long_when_nobody_was_let_in_for_as_long_as_anybody_waits() -> None:
+def test_an_outage_is_too_long_when_no_call_was_accepted_for_the_longest_wait() -> None:
     outage = OutageDetector(silent(29.5), 30.0)
     outage.record_throttled(0.0)
     outage.record_throttled(20.0)
@@ -23,21 +23,21 @@ def test_it_lasts_too_long_when_nobody_was_let_in_for_as_long_as_anybody_waits()
     assert outage.duration(30.0) == 30.0
 
 
-def test_of_a_time_in_which_nobody_asked_nothing_is_known() -> None:
+def test_a_time_without_calls_is_no_outage() -> None:
     outage = OutageDetector(silent(3_600.0), 30.0)
     outage.record_throttled(0.0)
     outage.record_throttled(3_600.0)
     assert outage.duration(3_600.5) is None
 
 
-def test_while_a_knock_is_due_whoever_comes_may_knock() -> None:
+def test_a_call_is_sent_when_the_limit_reopens() -> None:
     outage = OutageDetector(silent(40.0), 30.0)
     outage.record_throttled(0.0)
     assert outage.duration(40.9) is not None
     assert outage.duration(41.0) is None
 
 
-def test_an_outage_is_over_with_the_first_that_is_let_in() -> None:
+def test_an_outage_ends_with_the_first_accepted_call() -> None:
     outage = OutageDetector(silent(44.5), 30.0)
     outage.record_throttled(0.0)
     outage.record_accepted()
@@ -46,7 +46,7 @@ def test_an_outage_is_over_with_the_first_that_is_let_in() -> None:
     assert outage.duration(45.0) is None
 
 
-def test_who_was_sent_away_comes_again_after_the_next_knock_and_not_with_all_the_others() -> None:
+def test_rejected_calls_retry_after_the_limit_reopens_and_spread_out() -> None:
     outage = OutageDetector(silent(100.0), 30.0)
     assert outage.retry_after(100.25, 0.0) == 0.75
     assert outage.retry_after(100.25, 0.5) == 5.75

@@ -76,7 +76,7 @@ def test_azure_names_the_model_in_the_path() -> None:
          "https://b.test/openai/deployments/x/chat/completions?api-version=1"),
     ],
 )  # fmt: skip
-def test_it_goes_below_the_other_base_url_as_an_sdk_would_send_it(
+def test_a_rerouted_request_goes_below_the_base_url_as_an_sdk_would_send_it(
     provider: str, base_url: str, path: str, expected: str
 ) -> None:
     changed = sent(elsewhere(provider, base_url=base_url), path)
@@ -84,7 +84,7 @@ def test_it_goes_below_the_other_base_url_as_an_sdk_would_send_it(
 
 
 @pytest.mark.parametrize("base_url", ["https://b.test", "https://b.test/v1"])
-def test_of_anthropic_the_base_url_has_no_version(base_url: str) -> None:
+def test_the_base_url_of_anthropic_has_no_version(base_url: str) -> None:
     stop = elsewhere("anthropic", first="anthropic", base_url=base_url, api_key="sk-2")
     changed = sent(stop, "/v1/messages")
     assert f"{changed.origin}{changed.path}" == "https://b.test/v1/messages"
@@ -92,7 +92,7 @@ def test_of_anthropic_the_base_url_has_no_version(base_url: str) -> None:
     assert stop.auth_headers("Bearer sk-1") == {"authorization": "Bearer sk-2"}  # its SDK says it so from version 2 on
 
 
-def test_nothing_that_says_who_the_caller_is_goes_to_another_house() -> None:
+def test_no_identity_of_the_caller_goes_to_another_provider() -> None:
     headers = Headers(
         {"authorization": "Bearer sk-1", "cookie": "c", "openai-organization": "o", "host": "a.test", "accept": "x"}
     )
@@ -102,13 +102,13 @@ def test_nothing_that_says_who_the_caller_is_goes_to_another_house() -> None:
     assert sent(elsewhere("azure", api_key="sk-2")).headers(headers) == {"accept": "x", "api-key": "sk-2"}
 
 
-def test_the_account_is_that_of_the_other_key() -> None:
+def test_a_route_uses_the_account_of_its_own_api_key() -> None:
     stop = elsewhere(base_url="https://b.test", api_key="sk-2")
     assert stop.account("Bearer sk-1") is stop.upstream.core.accounts.account("gpt-4o", "Bearer sk-2")
     assert mini().account_key("Bearer sk-1") == "Bearer sk-1"
 
 
-def test_what_cannot_be_changed_or_answered_elsewhere_stays() -> None:
+def test_a_request_that_cannot_be_changed_is_not_rerouted() -> None:
     other = elsewhere(base_url="https://b.test/v1", model="gpt-4o")
     assert send(mini(), authorization="AWS4-HMAC-SHA256 x") is None
     assert send(mini(), CHAT, BODY, "POST", **{"content-encoding": "gzip"}) is None
@@ -121,7 +121,7 @@ def test_what_cannot_be_changed_or_answered_elsewhere_stays() -> None:
     assert send(other, "/v1/responses", goes_on.replace(b'"resp_1"', b"null")) is not None
 
 
-def test_embeddings_of_another_model_are_not_comparable_so_only_who_names_them_gets_them() -> None:
+def test_embeddings_go_to_another_model_only_if_the_fallback_names_models() -> None:
     body = json.dumps({"model": "embed-1", "input": "x"}).encode()
     path = "/v1/embeddings"
     models = {"embed-1": (), "embed-2": ()}
@@ -130,14 +130,14 @@ def test_embeddings_of_another_model_are_not_comparable_so_only_who_names_them_g
     assert send(elsewhere(model="embed-1", base_url="https://b.test"), path, body) is not None
 
 
-def test_what_is_no_models_goes_from_one_unknown_upstream_to_another() -> None:
+def test_a_request_without_a_model_goes_only_between_unknown_providers() -> None:
     stop = elsewhere("generic", "", "generic", base_url="https://mirror.test/api")
     changed = send(stop, "/search?q=x", b"", "GET")
     assert changed is not None
     assert f"{changed.origin}{changed.path}" == "https://mirror.test/api/search?q=x"
 
 
-def test_no_loop_and_no_account_twice() -> None:
+def test_routes_have_no_loop_and_no_account_twice() -> None:
     models = {"a": (), "b": (), "c": ()}
     up = Upstream("up", models=models, fallback=[Fallback(to="b"), Fallback(to="c"), Fallback(to="b", models="a")])
     stops = up.runner.resolver.routes("a")

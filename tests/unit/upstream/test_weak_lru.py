@@ -21,7 +21,7 @@ class Thing:
         self.key = key
 
 
-def test_the_latest_are_kept_and_no_more() -> None:
+def test_the_most_recent_values_are_kept_and_no_more() -> None:
     kept = WeakLRU[int, Thing](10)
     for key in range(100):
         kept.get(key, Thing)
@@ -29,7 +29,7 @@ def test_the_latest_are_kept_and_no_more() -> None:
     assert [thing.key for thing in kept.values()] == list(range(90, 100))
 
 
-def test_what_was_asked_for_lately_stays() -> None:
+def test_a_recently_used_value_stays() -> None:
     kept = WeakLRU[int, Thing](10)
     for key in range(1, 100):
         kept.get(0, Thing)
@@ -37,7 +37,7 @@ def test_what_was_asked_for_lately_stays() -> None:
     assert 0 in [thing.key for thing in kept.values()]
 
 
-def test_what_somebody_holds_is_found_whatever_came_since() -> None:
+def test_a_value_that_is_held_is_found_however_old_it_is() -> None:
     kept = WeakLRU[int, Thing](10)
     held = kept.get(0, Thing)
     for key in range(1, 100):
@@ -71,7 +71,7 @@ async def test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_tim
 
 
 @virtual
-async def test_money_that_a_call_holds_is_not_there_a_second_time() -> None:
+async def test_the_budget_of_a_call_in_flight_does_not_exist_twice() -> None:
     prices = {"*": Price(input=1_000_000, output=0)}
     upstream = Upstream("llm", tenant_budget=Budget(usd=1), prices=prices)
     async with upstream.call("model", input_tokens=1, tenant="acme"):
@@ -81,7 +81,7 @@ async def test_money_that_a_call_holds_is_not_there_a_second_time() -> None:
                 pass
 
 
-def test_what_a_run_draws_on_stays_the_same_however_many_others_there_are() -> None:
+def test_the_load_source_of_a_run_stays_the_same_among_many_others() -> None:
     upstream = Upstream("llm", models={"a": [], "b": []}, fallback=Fallback("b", models="a"))
     desks = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
     choice = upstream.runner.resolver.any_of(desks)

@@ -63,7 +63,7 @@ async def pieces(client: Any, **body: Any) -> list[bytes]:
 
 @LIBRARIES
 @virtual
-async def test_an_answer_passes_as_it_is_and_nothing_is_left_behind(http: ModuleType) -> None:
+async def test_an_answer_is_passed_on_unchanged_and_nothing_stays_reserved(http: ModuleType) -> None:
     up = upstream()
     script = Script(http, Says(headers={"x-request-id": "req_7"}))
     response = await ask(script.client(up))
@@ -75,7 +75,7 @@ async def test_an_answer_passes_as_it_is_and_nothing_is_left_behind(http: Module
 
 
 @LIBRARIES
-def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
+def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
     up = upstream()
     script = Script(http)
     client = script.blocking_client(up)
@@ -89,7 +89,7 @@ def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
 
 @LIBRARIES
 @virtual
-async def test_usage_is_asked_for_in_a_stream_and_kept_from_whoever_did_not_ask(http: ModuleType) -> None:
+async def test_usage_is_requested_in_a_stream_and_removed_if_the_caller_did_not_ask_for_it(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=1e5)})
     script = Script(http, Says.stream(*STREAM))
     client = script.client(up)
@@ -100,7 +100,7 @@ async def test_usage_is_asked_for_in_a_stream_and_kept_from_whoever_did_not_ask(
 
 @LIBRARIES
 @virtual
-async def test_who_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
+async def test_a_caller_that_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
     script = Script(http, Says.stream(*STREAM))
     client = script.client(upstream())
     asked = {"stream_options": {"include_usage": True}}
@@ -125,7 +125,7 @@ async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
 
 
 @virtual
-async def test_what_is_signed_is_sent_as_it_is() -> None:
+async def test_a_signed_request_is_sent_unchanged() -> None:
     script = Script(httpx2, Says.stream(*STREAM))
     client = script.client(upstream())
     signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
@@ -136,7 +136,7 @@ async def test_what_is_signed_is_sent_as_it_is() -> None:
 
 
 @virtual
-async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
+async def test_calls_use_the_account_of_their_key_and_model() -> None:
     up = upstream(models={"gpt-4o*": [], "o3": []})
     client = Script(httpx2).client(up)
     for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
@@ -173,7 +173,7 @@ def limits(remaining: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @virtual
-async def test_what_a_neighbour_takes_is_heard_of_a_moment_later_at_most(streamed: bool) -> None:  # noqa: FBT001
+async def test_use_of_the_quota_by_others_is_noticed_within_a_moment(streamed: bool) -> None:  # noqa: FBT001
     up = upstream()
     answers = [Says.stream() if streamed else Says() for _ in range(4)]
     for says, remaining in zip(answers, (99, 70, 60, 50), strict=True):
@@ -189,7 +189,7 @@ async def test_what_a_neighbour_takes_is_heard_of_a_moment_later_at_most(streame
 
 
 @virtual
-async def test_the_headers_of_a_refusal_are_always_heard() -> None:
+async def test_the_headers_of_a_429_are_always_read() -> None:
     up = upstream(retry=Retry(max_attempts=1))
     refused = Says.error(400)
     refused.headers.update(limits(40))
@@ -204,7 +204,7 @@ async def test_the_headers_of_a_refusal_are_always_heard() -> None:
 
 @LIBRARIES
 @virtual
-async def test_faults_are_tried_again_until_one_attempt_succeeds(http: ModuleType) -> None:
+async def test_faults_are_retried_until_one_attempt_succeeds(http: ModuleType) -> None:
     up = upstream()
     script = Script(http, Says.error(500), http.ConnectError("no route"), Says.error(502), Says())
     assert (await ask(script.client(up))).json() == CHAT
@@ -213,7 +213,7 @@ async def test_faults_are_tried_again_until_one_attempt_succeeds(http: ModuleTyp
 
 
 @virtual
-async def test_a_body_that_breaks_off_is_asked_for_again() -> None:
+async def test_a_truncated_body_is_retried() -> None:
     up = upstream()
     script = Script(httpx2, Says(body=[b'{"id":', httpx2.ReadError("cut")]), Says())
     assert (await ask(script.client(up))).json() == CHAT
@@ -223,7 +223,7 @@ async def test_a_body_that_breaks_off_is_asked_for_again() -> None:
 
 @LIBRARIES
 @virtual
-async def test_in_the_end_the_caller_gets_what_the_provider_said(http: ModuleType) -> None:
+async def test_after_the_last_retry_the_caller_gets_the_providers_answer(http: ModuleType) -> None:
     up = upstream(retry=Retry(max_attempts=3))
     script = Script(http, Says.error(500, "boom"))
     response = await ask(script.client(up))
@@ -239,7 +239,7 @@ async def test_in_the_end_the_caller_gets_what_the_provider_said(http: ModuleTyp
 
 
 @virtual
-async def test_what_is_wrong_with_the_request_is_not_tried_again() -> None:
+async def test_a_wrong_request_is_not_retried() -> None:
     for answer in (Says.error(400), Says.error(401), Says.error(404), Says.error(500, x_should_retry="false")):
         script = Script(httpx2, answer)
         await ask(script.client(upstream()))
@@ -247,7 +247,7 @@ async def test_what_is_wrong_with_the_request_is_not_tried_again() -> None:
 
 
 @virtual
-async def test_a_body_that_is_read_as_it_is_sent_is_sent_once() -> None:
+async def test_a_streamed_request_body_is_sent_once() -> None:
     async def body() -> Any:
         yield b"x"
 
@@ -258,7 +258,7 @@ async def test_a_body_that_is_read_as_it_is_sent_is_sent_once() -> None:
 
 
 @virtual
-async def test_not_now_is_waited_for_and_uses_up_no_attempt() -> None:
+async def test_a_throttled_call_waits_and_uses_up_no_attempt() -> None:
     up = upstream(retry=Retry(max_attempts=2))
     refusals = [Says.error(429, "tokens per min", retry_after="2") for _ in range(4)]
     script = Script(httpx2, *refusals, Says())
@@ -269,7 +269,7 @@ async def test_not_now_is_waited_for_and_uses_up_no_attempt() -> None:
 
 
 @virtual
-async def test_while_one_call_waits_for_its_rate_the_others_do_too() -> None:
+async def test_a_rate_limit_delays_all_calls_of_the_account() -> None:
     up = upstream()
     client = Script(httpx2, Says.error(429, "requests per min", retry_after="5"), Says()).client(up)
     began = now()
@@ -283,7 +283,7 @@ async def test_while_one_call_waits_for_its_rate_the_others_do_too() -> None:
 
 
 @virtual
-async def test_a_retry_after_of_a_day_is_not_slept() -> None:
+async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
     up = upstream()
     script = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"))
     began = now()
@@ -294,7 +294,7 @@ async def test_a_retry_after_of_a_day_is_not_slept() -> None:
 
 
 @virtual
-async def test_where_the_money_is_spent_nobody_asks_again() -> None:
+async def test_no_calls_are_sent_after_the_providers_spend_cap() -> None:
     up = upstream()
     script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"))
     client = script.client(up)
@@ -306,7 +306,7 @@ async def test_where_the_money_is_spent_nobody_asks_again() -> None:
 
 
 @virtual
-async def test_but_what_costs_nothing_is_asked() -> None:
+async def test_free_requests_are_sent_in_spite_of_a_spend_cap() -> None:
     up = upstream()
     script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"), Says())
     client = script.client(up)
@@ -318,7 +318,7 @@ async def test_but_what_costs_nothing_is_asked() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @virtual
-async def test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_make(*, stream: bool) -> None:
+async def test_a_fetched_answer_does_not_count_in_the_latency(*, stream: bool) -> None:
     up = upstream()
     client = Script(httpx2, *[Says.stream() if stream else Says()] * 20).client(up)
     for _ in range(20):
@@ -329,7 +329,7 @@ async def test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_m
 
 
 @virtual
-async def test_what_costs_nothing_says_nothing_of_what_a_call_costs() -> None:
+async def test_free_requests_do_not_count_in_the_typical_cost() -> None:
     up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
     client = Script(httpx2, *[Says()] * 21).client(up)
     await ask(client)
@@ -342,7 +342,7 @@ async def test_what_costs_nothing_says_nothing_of_what_a_call_costs() -> None:
 
 
 @virtual
-async def test_but_for_an_hour_at_most_whatever_the_provider_says() -> None:
+async def test_a_spend_cap_suspends_the_account_for_an_hour_at_most() -> None:
     client = Script(httpx2, Says.error(402, "no", retry_after="9" * 40), Says()).client(upstream())
     assert (await ask(client)).status_code == 402
     with pytest.raises(Overloaded) as refused:
@@ -353,7 +353,7 @@ async def test_but_for_an_hour_at_most_whatever_the_provider_says() -> None:
 
 
 @virtual
-async def test_too_many_at_once_lowers_the_limit() -> None:
+async def test_a_concurrency_429_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
     client = Script(httpx2, Says(), *[Says.error(429, "too many concurrent requests")] * 9).client(up)
     await ask(client)
@@ -377,7 +377,7 @@ async def test_a_stream_holds_its_permit_until_it_ends() -> None:
 
 
 @virtual
-async def test_who_hangs_up_pays_for_what_came() -> None:
+async def test_a_caller_that_closes_a_stream_pays_for_what_was_sent() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
     script = Script(httpx2, Says.stream(*words(*["word"] * 50)))
     async with script.client(up).stream("POST", URL, json={**REQUEST, "stream": True}) as response:
@@ -389,7 +389,7 @@ async def test_who_hangs_up_pays_for_what_came() -> None:
 
 
 @virtual
-async def test_a_stream_that_breaks_is_a_fault_and_the_caller_sees_how() -> None:
+async def test_a_broken_stream_is_a_fault_and_raises_the_error_in_the_caller() -> None:
     up = upstream(retry=Retry(max_attempts=1))
     client = Script(httpx2, Says.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
     for _ in range(5):
@@ -400,7 +400,7 @@ async def test_a_stream_that_breaks_is_a_fault_and_the_caller_sees_how() -> None
 
 
 @virtual
-async def test_so_is_one_that_ends_too_early_or_tells_of_an_error() -> None:
+async def test_a_truncated_stream_or_one_with_an_error_is_a_fault() -> None:
     error = b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "x"}}\n\n'
     for end in ([], [error]):
         up = upstream(retry=Retry(max_attempts=1))
@@ -412,7 +412,7 @@ async def test_so_is_one_that_ends_too_early_or_tells_of_an_error() -> None:
 
 
 @virtual
-async def test_garbage_passes_and_settles_as_it_was_reserved() -> None:
+async def test_a_malformed_answer_is_passed_on_and_costs_what_was_reserved() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
     client = Script(httpx2, Says(body=[b"\xff\x00garbage"]), Says.stream(b"\xffgarbage\n\n", b"data: {\n\n")).client(up)
     assert (await ask(client)).content == b"\xff\x00garbage"
@@ -423,7 +423,7 @@ async def test_garbage_passes_and_settles_as_it_was_reserved() -> None:
 
 @LIBRARIES
 @virtual
-async def test_a_stream_that_is_thrown_away_gives_its_permit_back(http: ModuleType) -> None:
+async def test_the_permit_of_a_stream_that_is_garbage_collected_is_returned(http: ModuleType) -> None:
     up = upstream()
     client = Script(http, Says.stream()).client(up)
     request = client.build_request("POST", URL, json={**REQUEST, "stream": True})
@@ -435,7 +435,7 @@ async def test_a_stream_that_is_thrown_away_gives_its_permit_back(http: ModuleTy
     assert left(up) == NOTHING
 
 
-def test_so_it_does_in_a_thread() -> None:
+def test_the_permit_of_a_stream_that_is_garbage_collected_in_a_thread_is_returned() -> None:
     up = upstream()
     client = Script(httpx2, Says.stream()).blocking_client(up)
     response = client.send(client.build_request("POST", URL, json={**REQUEST, "stream": True}), stream=True)
@@ -454,7 +454,7 @@ def test_so_it_does_in_a_thread() -> None:
 
 
 @pytest.mark.parametrize("says", [Says(), Says.stream(), Says.error(500)], ids=["whole", "stream", "error"])
-def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -> None:
+def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Says) -> None:
     @virtual
     async def cancelled_after(turns: int) -> None:
         up = upstream(quotas=[Quota(requests=100, per="minute")], retry=Retry(base_delay=0.001, max_attempts=3))
@@ -481,7 +481,7 @@ def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -
 
 @LIBRARIES
 @virtual
-async def test_a_refusal_of_a_bare_client_is_both_ours_and_the_librarys(http: ModuleType) -> None:
+async def test_a_rejection_to_a_bare_client_is_an_error_of_forebay_and_of_the_library(http: ModuleType) -> None:
     up = upstream(quotas=[Quota(requests=1, per="day")])
     script = Script(http)
     client = script.client(up)
@@ -501,7 +501,7 @@ async def test_a_refusal_of_a_bare_client_is_both_ours_and_the_librarys(http: Mo
 
 
 @virtual
-async def test_a_run_that_is_refused_ends_as_overloaded_whatever_is_made_of_the_exception() -> None:
+async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_its_handler_raises() -> None:
     up = upstream(quotas=[Quota(requests=1, per="day")])
     script = Script(httpx2)
     client = script.client(up)
@@ -521,7 +521,7 @@ async def test_a_run_that_is_refused_ends_as_overloaded_whatever_is_made_of_the_
 
 
 @virtual
-async def test_a_run_that_the_provider_refuses_for_good_ends_as_overloaded() -> None:
+async def test_a_run_that_is_throttled_for_good_ends_as_overloaded() -> None:
     up = upstream()
     client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400")).client(up)
 
@@ -536,7 +536,7 @@ async def test_a_run_that_the_provider_refuses_for_good_ends_as_overloaded() -> 
 
 
 @virtual
-async def test_a_call_outside_of_a_task_is_counted_and_nobodys() -> None:
+async def test_a_call_outside_of_a_task_is_counted_as_unattributed() -> None:
     up = upstream(task_budget=Budget(usd=1e-9, per="day"))
     client = Script(httpx2, Says(pause=1.0)).client(up)
     assert (await ask(client)).status_code == 200
@@ -566,7 +566,7 @@ def test_threads_and_loops_share_one_account() -> None:
 
 
 @virtual
-async def test_an_sdk_that_calls_again_what_was_given_up_is_told_the_same_at_once() -> None:
+async def test_an_sdk_that_retries_a_failed_call_gets_the_same_error_at_once() -> None:
     up = upstream(retry=Retry(max_attempts=2))
     script = Script(httpx2, httpx2.ConnectError("no route"))
     client = script.client(up)
@@ -580,7 +580,7 @@ async def test_an_sdk_that_calls_again_what_was_given_up_is_told_the_same_at_onc
 
 
 @virtual
-async def test_what_came_from_the_providers_cache_costs_what_that_costs() -> None:
+async def test_cached_input_tokens_cost_their_own_price() -> None:
     price = Price(input=1e6, output=0, cached_input=1e5)
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": price})
     usage = {**CHAT["usage"], "prompt_tokens_details": {"cached_tokens": 10}}

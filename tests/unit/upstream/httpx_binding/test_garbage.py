@@ -116,9 +116,7 @@ def check(up: Upstream) -> None:
 
 @pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
 @given(said=st.lists(answers(), min_size=1, max_size=CALLS))
-def test_whatever_it_answers_nothing_is_stuck_and_once_it_is_well_it_serves(
-    http: ModuleType, said: list[tuple[Says, str]]
-) -> None:
+def test_no_answer_of_the_provider_blocks_the_account(http: ModuleType, said: list[tuple[Says, str]]) -> None:
     async def main() -> None:
         up = upstream()
         script = Script(http)

@@ -70,7 +70,7 @@ def sent_on(up: Upstream) -> int:
 
 @LIBRARIES
 @virtual
-async def test_what_is_refused_here_goes_to_the_other_model_with_the_same_key(http: ModuleType) -> None:
+async def test_a_rejected_call_goes_to_the_other_model_with_the_same_key(http: ModuleType) -> None:
     up = to_mini(models={"gpt-4o": ONCE, "gpt-4o-mini": ()})
     script = Script(http)
     client = script.client(up)
@@ -84,7 +84,7 @@ async def test_what_is_refused_here_goes_to_the_other_model_with_the_same_key(ht
 
 
 @LIBRARIES
-def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
+def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
     other = spare()
     up = first(to_spare(other), quotas=ONCE)
     script = Script(http, Says(), Says(), Says.stream(*STREAM))
@@ -99,7 +99,7 @@ def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
 
 @LIBRARIES
 @virtual
-async def test_to_another_house_no_key_goes_but_its_own(http: ModuleType) -> None:
+async def test_only_its_own_key_goes_to_another_provider(http: ModuleType) -> None:
     for api_key in (None, "sk-spare"):
         other = spare()
         up = first(to_spare(other, api_key=api_key), quotas=ONCE)
@@ -117,7 +117,7 @@ async def test_to_another_house_no_key_goes_but_its_own(http: ModuleType) -> Non
 
 
 @virtual
-async def test_a_stream_is_sent_on_too_and_holds_the_permit_of_who_serves_it() -> None:
+async def test_a_rerouted_stream_holds_the_permit_of_the_account_that_serves_it() -> None:
     price = {"llama": Price(input=1e6, output=1e5)}
     other = spare(budget=Budget(usd=1000, per="day"), prices=price)
     up = first(to_spare(other), quotas=ONCE)
@@ -144,7 +144,7 @@ async def test_a_stream_is_sent_on_too_and_holds_the_permit_of_who_serves_it() -
     ids=["503", "529", "429", "spend cap", "500", "unreachable"],
 )
 @virtual
-async def test_the_providers_last_word_sends_a_call_on(says: Says | Exception) -> None:
+async def test_a_call_falls_back_after_the_providers_last_error(says: Says | Exception) -> None:
     class Dead(Script):
         def next(self, request: Any) -> Says:
             self.answers = [Says() if request.url.host == "spare.test" else says]
@@ -160,14 +160,14 @@ async def test_the_providers_last_word_sends_a_call_on(says: Says | Exception) -
 
 
 @virtual
-async def test_a_request_that_is_wrong_is_not() -> None:
+async def test_a_wrong_request_does_not_fall_back() -> None:
     script = Script(httpx2, Says.error(400, "no such parameter"))
     assert (await ask(script.client(to_mini()))).status_code == 400
     assert len(script.requests) == 1
 
 
 @virtual
-async def test_where_the_other_cannot_either_the_caller_gets_what_its_own_provider_said() -> None:
+async def test_if_the_fallback_fails_too_the_caller_gets_its_own_providers_answer() -> None:
     up = first(to_spare(spare()))
     script = Script(httpx2, BUSY)
     for end in (404, 503):
@@ -185,7 +185,7 @@ async def test_where_the_other_cannot_either_the_caller_gets_what_its_own_provid
 
 
 @virtual
-async def test_a_refusal_by_both_says_what_the_other_provider_answered() -> None:
+async def test_a_rejection_by_both_includes_the_answer_of_the_other_provider() -> None:
     up = first(to_spare(spare()), quotas=ONCE)
     script = Script(httpx2, Says(), Says.error(401))
     client = script.client(up)
@@ -201,7 +201,7 @@ async def test_a_refusal_by_both_says_what_the_other_provider_answered() -> None
 
 
 @virtual
-async def test_with_a_load_a_call_that_was_told_to_wait_long_goes_on_at_once() -> None:
+async def test_above_the_load_threshold_a_throttled_call_falls_back_at_once() -> None:
     other = spare()
     up = first(to_spare(other, load_threshold=0.25), retry=Retry())
     script = Script(httpx2, Says.error(429, "requests per minute", retry_after="30"), Says())
@@ -215,7 +215,7 @@ async def test_with_a_load_a_call_that_was_told_to_wait_long_goes_on_at_once() -
 
 
 @virtual
-async def test_without_one_it_waits_for_its_own() -> None:
+async def test_without_a_load_threshold_a_throttled_call_waits_for_its_own_account() -> None:
     up = first(to_spare(spare()), retry=Retry())
     script = Script(httpx2, Says.error(429, "requests per minute", retry_after="30"), Says())
     began = now()
@@ -225,7 +225,7 @@ async def test_without_one_it_waits_for_its_own() -> None:
 
 
 @virtual
-async def test_what_is_signed_is_refused_rather_than_changed() -> None:
+async def test_a_signed_request_is_rejected_instead_of_changed() -> None:
     script = Script(httpx2)
     client = script.client(to_mini(models={"gpt-4o": ONCE, "gpt-4o-mini": ()}))
     signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
@@ -236,7 +236,7 @@ async def test_what_is_signed_is_refused_rather_than_changed() -> None:
 
 
 @pytest.mark.parametrize("says", [Says(), Says.stream(), BUSY], ids=["whole", "stream", "busy"])
-def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -> None:
+def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Says) -> None:
     @virtual
     async def cancelled_after(turns: int) -> None:
         soon = Retry(max_attempts=2, base_delay=0.0005, max_total_delay=0.001)
@@ -261,7 +261,7 @@ def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -
     assert len(ended) > 3
 
 
-def test_a_client_is_not_bound_to_a_fallback_that_requests_cannot_be_sent_to() -> None:
+def test_a_client_is_not_bound_if_a_fallback_cannot_be_reached() -> None:
     up = first(Fallback(to=spare()))
     with pytest.raises(InvalidSetting, match="base_url"):
         Script(httpx2).client(up)
