@@ -1,7 +1,7 @@
-"""Whatever calls do, and whoever leaves when: every permit is closed, and all that was reserved is settled or released.
+"""Conservation of calls: every permit is closed, and every reservation is settled or released, whatever calls do.
 
 Scripts are drawn at random and run in virtual time: calls made by hand, through a guarded function, as the transports
-make them, and within tasks; answers of every kind; callers who leave at any step. A failure prints the script.
+make them, and within tasks; answers of every kind; callers that leave at any step. A failure prints the script.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from forebay.upstream.shared_account import SharedAccount
 
 MODELS = ("small", "large")
 PRICE = 1e4  # dollars for a million tokens: a call of 100 costs one
-MOST_OVERSPENT = 3  # a call that costs more than was thought costs three times as much
+MOST_OVERSPENT = 3  # a call that costs more than expected costs three times as much
 
 
-class Broken(Exception):
-    """What a call fails by."""
+class CallFailed(Exception):
+    """The error of a failed call."""
 
 
-# --- what is called, and what comes of it ---
+# --- calls and their ends ---
 
 ENDS = ("success", "more", "silent", "fault", "final", "rate", "rate at once", "congested", "unsent", "spent", "bug")
 
@@ -51,15 +51,15 @@ class Call:
 
     at: float
     way: str  # by hand, guarded, driven, streamed
-    ends: tuple[str, ...]  # of its attempts; then success
+    ends: tuple[str, ...]  # of its attempts; the next ones succeed
     seconds: float
     model: str
     tokens: int
     priority: Priority
     tenant: str
     deadline: float | None
-    leaves: int | None  # steps of the loop after it began
-    leaves_after: float | None  # seconds after it began
+    leaves: int | None  # steps of the event loop after its start
+    leaves_after: float | None  # seconds after its start
 
 
 CALLS = st.builds(
@@ -80,7 +80,7 @@ CALLS = st.builds(
 
 @dataclass(frozen=True)
 class Script:
-    """An upstream, and all who call it."""
+    """An upstream, and all calls that it gets."""
 
     max_concurrent: int | None
     quotas: tuple[Quota, ...]
@@ -90,8 +90,8 @@ class Script:
     task_budget: float | None
     max_wait: float
     reset_timeout: float
-    down: tuple[float, float]  # from, to: all fails
-    tasks: tuple[tuple[Call, ...], ...]  # calls that are made within tasks
+    down: tuple[float, float]  # from, to: every call fails
+    tasks: tuple[tuple[Call, ...], ...]  # calls made within tasks
     calls: tuple[Call, ...]
     seed: int
 
@@ -124,7 +124,7 @@ SCRIPTS = st.builds(
 
 
 def upstream_of(script: Script) -> Upstream:
-    """The script's upstream."""
+    """Return the upstream of a script."""
 
     def budget(usd: float | None) -> Budget | None:
         return None if usd is None else Budget(usd=usd)
@@ -152,15 +152,15 @@ class Calls:
         self.down = down
 
     def _end(self, ends: list[str]) -> str:
-        """What the next attempt comes to."""
+        """Return how the next attempt ends."""
         if self.down[0] <= now() < self.down[1]:
             return "final"
         return ends.pop(0) if ends else "success"
 
     async def make(self, call: Call) -> None:
-        """One call. Whatever it comes to but a cancellation is the same to its caller."""
+        """Make one call. Its caller ignores how it ends, except for a cancellation."""
         ways = {"by hand": self._by_hand, "guarded": self._guarded, "driven": self._driven, "streamed": self._driven}
-        with contextlib.suppress(Overloaded, Broken, RuntimeError):
+        with contextlib.suppress(Overloaded, CallFailed, RuntimeError):
             await ways[call.way](call)
 
     def _how(self, call: Call) -> dict[str, Any]:
@@ -179,9 +179,9 @@ class Calls:
                 held.overloaded()
             elif end == "spent":
                 held.ignored()
-                raise Broken
+                raise CallFailed
             elif end != "silent":
-                raise Broken
+                raise CallFailed
 
     async def _guarded(self, call: Call) -> None:
         ends = [*call.ends]
@@ -190,13 +190,13 @@ class Calls:
         async def work() -> None:
             await asyncio.sleep(call.seconds)
             if self._end(ends) in ("fault", "final", "bug"):
-                raise Broken
+                raise CallFailed
 
         await work()
 
     async def _driven(self, call: Call) -> None:
         upstream = self.upstream
-        desk = upstream.core.accounts.account(call.model)
+        account = upstream.core.accounts.account(call.model)
         half = call.tokens // 2
         charge = Charge(input_tokens=half, output_tokens=half, tokens=2 * half)
         ends = [*call.ends]
@@ -207,17 +207,19 @@ class Calls:
             if end == "bug":
                 raise RuntimeError
             await asyncio.sleep(call.seconds / 2)
-            return self._tried(desk, permit, charge, end, open_=call.way == "streamed")
+            return self._result(account, permit, charge, end, streaming=call.way == "streamed")
 
         request = upstream.core.request(call.model, charge, **self._how(call))
-        permit = await upstream.runner.run(PlainRoute(upstream, desk, request), attempt)
-        if isinstance(permit, Permit) and not permit.closed:  # its reader closes it, however it leaves
+        permit = await upstream.runner.run(PlainRoute(upstream, account, request), attempt)
+        if isinstance(permit, Permit) and not permit.closed:  # a reader closes it, however it leaves
             try:
                 await asyncio.sleep(call.seconds)
             finally:
-                desk.settle(permit, CallOutcome(kind=Outcome.SUCCESS, used=charge, latency=2 * call.seconds))
+                account.settle(permit, CallOutcome(kind=Outcome.SUCCESS, used=charge, latency=2 * call.seconds))
 
-    def _tried(self, desk: SharedAccount, permit: Permit, charge: Charge, end: str, *, open_: bool) -> AttemptResult:
+    def _result(
+        self, account: SharedAccount, permit: Permit, charge: Charge, end: str, *, streaming: bool
+    ) -> AttemptResult:
         notices = (RateLimitHeaders(unit="requests", limit=50, remaining=10, reset=3.0),)
         failures = {
             "rate": CallOutcome(
@@ -231,21 +233,25 @@ class Calls:
             "final": CallOutcome(kind=Outcome.FAULT, latency=0.5),
         }
         if end == "spent":
-            desk.suspend(5.0)
+            account.suspend(5.0)
         if (failed := failures.get(end)) is not None:
             again, counts = end not in ("spent", "final"), failed.kind is Outcome.FAULT
             return AttemptResult(
-                error=Broken(end), retryable=again, uses_attempt=counts, retry_after=failed.retry_after, outcome=failed
+                error=CallFailed(end),
+                retryable=again,
+                uses_attempt=counts,
+                retry_after=failed.retry_after,
+                outcome=failed,
             )
-        desk.answer_began(permit, notices)
-        if open_:
+        account.answer_began(permit, notices)
+        if streaming:
             return AttemptResult(value=permit, streaming=True, outcome=CallOutcome(kind=Outcome.SUCCESS))
         usd = None if end == "silent" else permit.request.usd * (MOST_OVERSPENT if end == "more" else 1)
         return AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS, used=charge, usd=usd, latency=1.0))
 
 
-async def come(call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Begin when it is time, and leave when the caller has had enough."""
+async def make_and_leave(call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Start a call at its time, and cancel it when its caller leaves."""
     await asyncio.sleep(call.at)
     doing = asyncio.ensure_future(work())
     if call.leaves is not None:
@@ -266,17 +272,17 @@ async def play(script: Script) -> None:
             await asyncio.sleep(call.at)
             await calls.make(call)
 
-    house = BackpressureSupervisor()
-    record = EventRecord(house)
-    house.register_worker("agents", handler=agent, task_types=["run"], max_concurrent=2, timeout=30.0)
-    async with house:
+    supervisor = BackpressureSupervisor()
+    record = EventRecord(supervisor)
+    supervisor.register_worker("agents", handler=agent, task_types=["run"], max_concurrent=2, timeout=30.0)
+    async with supervisor:
 
         async def run(plan: tuple[Call, ...]) -> None:
             with contextlib.suppress(Overloaded):
-                await house.submit_nowait(Task("run", plan, priority=plan[0].priority, timeout=8.0))
+                await supervisor.submit_nowait(Task("run", plan, priority=plan[0].priority, timeout=8.0))
 
-        comers = [come(call, lambda call=call: calls.make(call)) for call in script.calls]  # type: ignore[misc]
-        comers += [come(plan[0], lambda plan=plan: run(plan)) for plan in script.tasks]  # type: ignore[misc]
+        comers = [make_and_leave(call, lambda call=call: calls.make(call)) for call in script.calls]  # type: ignore[misc]
+        comers += [make_and_leave(plan[0], lambda plan=plan: run(plan)) for plan in script.tasks]  # type: ignore[misc]
         await asyncio.gather(*comers)
     check_supervisor(record)
     check_upstream(upstream)
@@ -288,16 +294,16 @@ async def play(script: Script) -> None:
 
 
 def check_money(upstream: Upstream, script: Script) -> None:
-    """Spend passes a budget by no more than what was in flight when it ran out."""
+    """Check that spend exceeds a budget by no more than what was in flight when it ran out."""
     most = max((call.tokens for calls in (script.calls, *script.tasks) for call in calls), default=0)
-    flying = sum(desk.account.peak_in_flight for desk in upstream.core.accounts)
-    for till in upstream.core.budgets.all_budgets():
-        bound = till._tracker.budget.usd + flying * (MOST_OVERSPENT - 1) * most * PRICE / 1e6
-        assert till.spent() <= bound
+    in_flight = sum(account.account.peak_in_flight for account in upstream.core.accounts)
+    for budget in upstream.core.budgets.all_budgets():
+        bound = budget._tracker.budget.usd + in_flight * (MOST_OVERSPENT - 1) * most * PRICE / 1e6
+        assert budget.spent() <= bound
 
 
 async def check_it_still_serves(upstream: Upstream, script: Script) -> None:
-    """After whatever happened a call that costs nothing is let through, if there is money left at all."""
+    """Check that a call that costs nothing is admitted afterwards, unless all money is spent."""
     await asyncio.sleep(100.0)
     try:
         async with asyncio.timeout(100.0), upstream.call(MODELS[0], tenant="a new one"):
@@ -323,7 +329,7 @@ FULL = Script(1, (Quota(requests=3, per="second"),), False, 20.0, 20.0, 20.0, 60
 @pytest.mark.parametrize("ends", [(), ("fault", "rate"), ("congested", "bug"), ("unsent", "final")], ids=" ".join)
 @pytest.mark.parametrize("way", ["by hand", "guarded", "driven", "streamed"])
 def test_a_call_cancelled_at_any_step_leaves_nothing_reserved(way: str, ends: tuple[str, ...]) -> None:
-    """In a full house: it is cancelled as it comes, waits, is answered, is under way, backs off, and is read."""
+    """Cancel a call of a full account when it arrives, waits, is admitted, is in flight, backs off, and is read."""
     for step in range(45):
         leaver = replace(PLAIN, way=way, ends=ends, leaves=step if step < 30 else None)
         if step >= 30:
@@ -344,21 +350,21 @@ def test_a_probe_cancelled_at_any_step_is_returned(way: str) -> None:
 @pytest.mark.parametrize("leaves", [{"leaves": step} for step in range(25)] + [{"leaves_after": 0.01}], ids=str)
 def test_a_run_that_ends_before_its_first_call_is_no_longer_expected(leaves: dict[str, Any]) -> None:
     plan = (replace(PLAIN, **leaves), PLAIN)
-    first = (PLAIN,)  # so that the house knows on what its runs draw
+    first = (PLAIN,)  # so that the supervisor knows what its runs depend on
     later = replace(plan[0], at=0.1), replace(PLAIN, at=0.1)
     simulate(lambda: play(replace(FULL, tasks=(first, later, plan, later))))
 
 
 def test_held_back_runs_count_once_however_often_they_are_noted() -> None:
     async def main() -> None:
-        desk = Upstream("llm").core.accounts.account("")
+        account = Upstream("llm").core.accounts.account("")
         for runs in (3, 5, 2):
-            desk.hold_back("worker", runs)
-            assert desk.account.expected_calls == runs
-        desk.hold_back("another", 4)
-        assert desk.account.expected_calls == 6
-        desk.forget("worker")
-        desk.hold_back("another", 0)
-        assert desk.account.expected_calls == 0
+            account.hold_back("worker", runs)
+            assert account.account.expected_calls == runs
+        account.hold_back("another", 4)
+        assert account.account.expected_calls == 6
+        account.forget("worker")
+        account.hold_back("another", 0)
+        assert account.account.expected_calls == 0
 
     simulate(main)

@@ -1,4 +1,4 @@
-"""Workers that say what they draw on: it is felt from the first task on, and the first call shows which account."""
+"""Workers that declare the upstreams they use: the load counts from the first task on, before any call."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from forebay.quota import Price
 from forebay.simulation import simulate
 
 HIGH = Priority.HIGH
-PATIENCE = 20.0  # seconds that nothing here takes
+WAIT_LIMIT = 20.0  # seconds, longer than anything here takes
 
 
-class Caller:
-    """A handler whose runs think for a while, and then call; when each began."""
+class CallingAgent:
+    """A handler whose runs first think for a while, and then call; it records when each started."""
 
     def __init__(self, upstream: Upstream, model: str = "", *, thinks: float = 1.0, takes: float = 1.0) -> None:
         self.upstream = upstream
@@ -52,31 +52,31 @@ class Caller:
             await asyncio.sleep(self.takes)
 
 
-def house(caller: Caller, *upstreams: Any, slots: int = 50, **settings: Any) -> BackpressureSupervisor:
+def supervisor_of(caller: CallingAgent, *upstreams: Any, slots: int = 50, **settings: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**settings)
     how: dict[str, Any] = {"task_types": ["work"], "max_concurrent": slots}
     supervisor.register_worker("worker", handler=caller, upstreams=upstreams, **how)
     return supervisor
 
 
-def coming(upstream: Upstream) -> list[int]:
-    """Runs that are expected to call, by account."""
+def expected_calls(upstream: Upstream) -> list[int]:
+    """Return how many calls are expected, by account."""
     return [account.expected_calls for account in upstream.statistics().accounts]
 
 
-# --- from the first task on ---
+# --- the first task ---
 
 
 @virtual
 async def test_runs_with_a_declared_upstream_start_only_as_its_key_can_serve_them() -> None:
     key = Upstream("key", max_concurrent=3)
-    caller = Caller(key, thinks=100.0)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key, thinks=100.0)
+    async with supervisor_of(caller, key) as supervisor:
         tickets = flood(supervisor, "work", 40)
         await asyncio.sleep(0.5)
         assert len(caller.began) == 3
         await asyncio.sleep(10.0)
-        assert len(caller.began) <= 3 + 10  # one in the time of a typical call, which is a guess and must not lock it
+        assert len(caller.began) <= 3 + 10  # one run starts in the time of a typical call, which is a guess
         assert supervisor.statistics().limited_by in ("upstream:key", "pool:work")
         for ticket in tickets:
             ticket.cancel()
@@ -84,10 +84,10 @@ async def test_runs_with_a_declared_upstream_start_only_as_its_key_can_serve_the
 
 @virtual
 async def test_runs_without_a_declared_upstream_start_all_at_once() -> None:
-    """Why it is worth saying."""
+    """This is why a worker should declare its upstreams."""
     key = Upstream("key", max_concurrent=3)
-    caller = Caller(key, thinks=100.0)
-    async with house(caller) as supervisor:
+    caller = CallingAgent(key, thinks=100.0)
+    async with supervisor_of(caller) as supervisor:
         tickets = flood(supervisor, "work", 40)
         await asyncio.sleep(0.5)
         assert len(caller.began) == 40
@@ -98,8 +98,8 @@ async def test_runs_without_a_declared_upstream_start_all_at_once() -> None:
 @virtual
 async def test_a_given_quota_holds_runs_back_before_the_first_call() -> None:
     key = Upstream("key", quotas=[Quota(requests=5, per="minute")])
-    caller = Caller(key, thinks=10.0)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key, thinks=10.0)
+    async with supervisor_of(caller, key) as supervisor:
         tickets = flood(supervisor, "work", 40)
         await asyncio.sleep(0.5)
         assert len(caller.began) == 5
@@ -115,8 +115,8 @@ async def test_the_first_task_is_rejected_if_others_use_the_whole_key() -> None:
     key = Upstream("key", quotas=[Quota(requests=1, per="minute")])
     async with key.call():
         pass
-    caller = Caller(key)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key)
+    async with supervisor_of(caller, key) as supervisor:
         ticket = supervisor.submit_nowait(Task("work"))
         assert (ticket.verdict, ticket.limited_by) == (Verdict.REJECTED, "upstream:key")
 
@@ -124,8 +124,8 @@ async def test_the_first_task_is_rejected_if_others_use_the_whole_key() -> None:
 @virtual
 async def test_the_first_task_is_rejected_if_others_have_spent_the_budget() -> None:
     key = Upstream("key", budget=Budget(usd=1, per="hour"), prices={"m": Price(input=1_000_000, output=0)})
-    caller = Caller(key, "m", thinks=0.0)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key, "m", thinks=0.0)
+    async with supervisor_of(caller, key) as supervisor:
         async with key.call("m", input_tokens=1):
             pass
         ticket = supervisor.submit_nowait(Task("work"))
@@ -139,11 +139,11 @@ async def test_only_the_account_of_the_declared_model_counts() -> None:
     key = Upstream("key", models={model: [Quota(requests=1, per="minute")] for model in ("large", "small")})
     async with key.call("large"):
         pass
-    async with house(Caller(key, "large"), (key, "large")) as supervisor:
+    async with supervisor_of(CallingAgent(key, "large"), (key, "large")) as supervisor:
         assert supervisor.submit_nowait(Task("work")).verdict is Verdict.REJECTED
-    async with house(Caller(key, "small"), (key, "small")) as supervisor:
+    async with supervisor_of(CallingAgent(key, "small"), (key, "small")) as supervisor:
         assert await supervisor.submit(Task("work"))
-    async with key.call("small"), key.call("large"), house(Caller(key, "small"), key) as supervisor:
+    async with key.call("small"), key.call("large"), supervisor_of(CallingAgent(key, "small"), key) as supervisor:
         assert supervisor.submit_nowait(Task("work")).verdict is Verdict.REJECTED
 
 
@@ -153,19 +153,19 @@ async def test_tasks_are_admitted_if_a_fallback_has_free_slots() -> None:
     key = Upstream("key", quotas=[Quota(requests=1, per="minute")], fallback=Fallback(spare))
     async with key.call():
         pass
-    caller = Caller(key)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key)
+    async with supervisor_of(caller, key) as supervisor:
         assert await supervisor.submit(Task("work"))
 
 
-# --- what comes true ---
+# --- the first call ---
 
 
 @virtual
 async def test_the_account_of_the_first_call_replaces_the_declared_upstream() -> None:
     key = Upstream("key", models={"a": [Quota(requests=100, per="minute")]}, max_concurrent=2)
-    caller = Caller(key, "a", thinks=1.0, takes=5.0)
-    async with house(caller, (key, "a")) as supervisor:
+    caller = CallingAgent(key, "a", thinks=1.0, takes=5.0)
+    async with supervisor_of(caller, (key, "a")) as supervisor:
         tickets = flood(supervisor, "work", 10)
         await asyncio.sleep(0.5)
         assert [reading.resource for reading in supervisor.readings()] == ["pool:work", "upstream:key:a", "host"]
@@ -177,14 +177,14 @@ async def test_the_account_of_the_first_call_replaces_the_declared_upstream() ->
         assert [ticket.status for ticket in tickets[:2]] == [TaskStatus.RUNNING] * 2
         for ticket in tickets:
             assert (await ticket).success
-    assert coming(key) == [0]
-    assert [desk.account.expected_calls for desk in key.core.accounts._unopened.values()] == [0]
+    assert expected_calls(key) == [0]
+    assert [account.account.expected_calls for account in key.core.accounts._unopened.values()] == [0]
 
 
 @virtual
 async def test_calls_of_started_runs_are_expected_at_the_account_of_the_first_call() -> None:
     key = Upstream("key", max_concurrent=5)
-    caller = Caller(key, takes=100.0)
+    caller = CallingAgent(key, takes=100.0)
     thinks = iter([1.0, 10.0, 10.0])
 
     async def handler(task: Task) -> None:
@@ -196,12 +196,12 @@ async def test_calls_of_started_runs_are_expected_at_the_account_of_the_first_ca
         supervisor.register_worker("worker", handler=handler, upstreams=[key], **how)
         tickets = flood(supervisor, "work", 3)
         await asyncio.sleep(2.0)
-        assert coming(key) == [2]
+        assert expected_calls(key) == [2]
         tickets[1].cancel()
         await run_ready()
-        assert coming(key) == [1]
+        assert expected_calls(key) == [1]
         await asyncio.sleep(10.0)
-        assert coming(key) == [0]
+        assert expected_calls(key) == [0]
         for ticket in tickets:
             ticket.cancel()
 
@@ -209,16 +209,16 @@ async def test_calls_of_started_runs_are_expected_at_the_account_of_the_first_ca
 @virtual
 async def test_held_back_runs_start_when_the_first_call_shows_an_account_with_free_slots() -> None:
     key = Upstream("key", models={"a": [], "b": []}, max_concurrent=20)
-    full = Caller(key, "a", takes=10.0)
-    await full.call()  # it takes long, as is known then
+    full = CallingAgent(key, "a", takes=10.0)
+    await full.call()  # so calls are known to take long
     others = [asyncio.create_task(full.call()) for _ in range(20)]
     await run_ready()
-    caller = Caller(key, "b", thinks=3.0)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key, "b", thinks=3.0)
+    async with supervisor_of(caller, key) as supervisor:
         began = now()
         tickets = flood(supervisor, "work", 10)
         await asyncio.sleep(2.9)
-        assert len(caller.began) == 5, "the calls of more would wait for longer than a quarter of one, for all we know"
+        assert len(caller.began) == 5, "the calls of more runs would wait for longer than a quarter of a call"
         for ticket in tickets:
             assert (await ticket).success
         assert [at - began for at in caller.began[5:]] == [approximately(3.0)] * 5
@@ -229,18 +229,18 @@ async def test_held_back_runs_start_when_the_first_call_shows_an_account_with_fr
 async def test_several_fallback_accounts_replace_the_declared_upstream_too() -> None:
     spare = Upstream("spare")
     key = Upstream("key", fallback=Fallback(spare))
-    caller = Caller(key)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key)
+    async with supervisor_of(caller, key) as supervisor:
         await supervisor.run(Task("work"))
         assert [source.name for source in supervisor.workers["worker"].sources] == ["upstream:key or upstream:spare"]
-    assert coming(key) == coming(spare) == [0]
+    assert expected_calls(key) == expected_calls(spare) == [0]
 
 
 @virtual
 async def test_a_closed_supervisor_leaves_nothing_registered() -> None:
     key = Upstream("key", quotas=[Quota(requests=3, per="minute")])
-    caller = Caller(key, thinks=1000.0)
-    async with house(caller, key) as supervisor:
+    caller = CallingAgent(key, thinks=1000.0)
+    async with supervisor_of(caller, key) as supervisor:
         flood(supervisor, "work", 10)
         await asyncio.sleep(1.0)
         (unopened,) = key.core.accounts._unopened.values()
@@ -254,7 +254,7 @@ async def test_a_closed_supervisor_leaves_nothing_registered() -> None:
 @virtual
 async def test_two_workers_may_declare_the_same_upstream() -> None:
     key = Upstream("key", max_concurrent=1)
-    caller = Caller(key, thinks=0.1, takes=0.5)
+    caller = CallingAgent(key, thinks=0.1, takes=0.5)
     async with BackpressureSupervisor() as supervisor:
         for name in ("one", "other"):
             how: dict[str, Any] = {"task_types": ["work"], "max_concurrent": 5}
@@ -263,7 +263,7 @@ async def test_two_workers_may_declare_the_same_upstream() -> None:
         for ticket in flood(supervisor, "work", 10):
             assert (await ticket).success
         assert now() - began <= 10.0
-    assert coming(key) == [0]
+    assert expected_calls(key) == [0]
 
 
 # --- mistakes ---
@@ -289,54 +289,54 @@ def test_a_worker_with_processes_cannot_declare_upstreams() -> None:
         )
 
 
-# --- what is noted where ---
+# --- expected calls ---
 
 
-class Notes:
-    """What a worker notes with what was foretold of it, and accounts that are opened meanwhile."""
+class DeclaredHarness:
+    """A worker with a declared upstream, and accounts that are opened meanwhile."""
 
     def __init__(self) -> None:
         self.key = Upstream("key", models={"a": [], "b": []})
-        self.foretold = self.key.declared()
+        self.declared = self.key.declared()
         self.held: dict[str, int] = {}
-        self.came = 0
+        self.expected = 0
 
     def step(self, number: int) -> None:
-        who = "one" if number % 2 else "other"
+        holder = "one" if number % 2 else "other"
         steps: list[Callable[[], object]] = [
-            lambda: self.come(1),
-            lambda: self.come(-min(1, self.came)),
-            lambda: self.hold(who, number % 5),
-            lambda: self.hold(who, 0),
+            lambda: self.expect(1),
+            lambda: self.expect(-min(1, self.expected)),
+            lambda: self.hold(holder, number % 5),
+            lambda: self.hold(holder, 0),
             lambda: self.key.core.accounts.account("ab"[number % 2], f"key-{number % 3}"),
-            lambda: self.foretold.load(HIGH),
+            lambda: self.declared.load(HIGH),
         ]
         steps[number // 8 % len(steps)]()
 
-    def come(self, runs: int) -> None:
-        self.came += runs
-        self.foretold.add_expected_calls(runs)
+    def expect(self, runs: int) -> None:
+        self.expected += runs
+        self.declared.add_expected_calls(runs)
 
-    def hold(self, who: str, runs: int) -> None:
-        self.held[who] = runs
-        self.foretold.hold_back(who, runs)
+    def hold(self, holder: str, runs: int) -> None:
+        self.held[holder] = runs
+        self.declared.hold_back(holder, runs)
 
 
 @given(st.lists(st.integers(0, 479), max_size=60))
 def test_expected_calls_are_noted_once_in_each_account_and_removed_again(numbers: list[int]) -> None:
-    notes = Notes()
+    harness = DeclaredHarness()
     for number in numbers:
-        notes.step(number)
-        notes.foretold.load()
-        expected = notes.came + sum(notes.held.values())
-        accounts = [desk.account for desk in notes.foretold.accounts]
+        harness.step(number)
+        harness.declared.load()
+        expected = harness.expected + sum(harness.held.values())
+        accounts = [account.account for account in harness.declared.accounts]
         assert [account.expected_calls for account in accounts] == [expected] * len(accounts)
-    notes.come(-notes.came)
-    for who in list(notes.held):
-        notes.foretold.forget(who)
-    every = [*notes.key.core.accounts, *notes.key.core.accounts._unopened.values()]
-    assert [desk.account.expected_calls for desk in every] == [0] * len(every)
-    assert not any(desk._held_back or desk._on_relief for desk in every)
+    harness.expect(-harness.expected)
+    for holder in list(harness.held):
+        harness.declared.forget(holder)
+    every = [*harness.key.core.accounts, *harness.key.core.accounts._unopened.values()]
+    assert [account.account.expected_calls for account in every] == [0] * len(every)
+    assert not any(account._held_back or account._on_relief for account in every)
 
 
 @pytest.mark.parametrize("models", [("small", "large"), ("small", None)])
@@ -344,13 +344,13 @@ def test_expected_calls_are_noted_once_in_each_account_and_removed_again(numbers
 async def test_an_account_that_was_declared_twice_expects_one_call_of_a_run(
     models: tuple[str | None, ...],
 ) -> None:
-    key = Upstream("key", max_concurrent=3)  # all models are of one account
-    caller = Caller(key, "small", takes=0.1)
-    async with house(caller, *(key if model is None else (key, model) for model in models)) as supervisor:
+    key = Upstream("key", max_concurrent=3)  # all models share one account
+    caller = CallingAgent(key, "small", takes=0.1)
+    async with supervisor_of(caller, *(key if model is None else (key, model) for model in models)) as supervisor:
         tickets = flood(supervisor, "work", 3)
         for ticket in tickets:
             assert (await ticket).success
-        assert coming(key) == [0]
+        assert expected_calls(key) == [0]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -367,7 +367,7 @@ def test_whatever_workers_declare_and_do_no_call_stays_expected(seed: int) -> No
             async with draw.choice(upstreams).call(draw.choice(models), input_tokens=1):
                 await asyncio.sleep(draw.expovariate(1.0))
 
-    def said() -> list[Any]:
+    def declare() -> list[Any]:
         some = draw.choices(upstreams, k=draw.randrange(4))
         return [upstream if draw.random() < 0.4 else (upstream, draw.choice(models[:-1])) for upstream in some]
 
@@ -375,16 +375,18 @@ def test_whatever_workers_declare_and_do_no_call_stays_expected(seed: int) -> No
         async with BackpressureSupervisor() as supervisor:
             for name in ("one", "two"):
                 how: dict[str, Any] = {"max_concurrent": draw.choice([1, 3, 8]), "timeout": draw.choice([5.0, 300.0])}
-                supervisor.register_worker(name, handler=calls, task_types=["work"], upstreams=said(), **how)
+                supervisor.register_worker(name, handler=calls, task_types=["work"], upstreams=declare(), **how)
             for _ in range(20):
                 ticket = supervisor.submit_nowait(Task("work"))
                 await asyncio.sleep(draw.choice([0.0, 0.0, 1.0]))
                 if draw.random() < 0.2:
                     ticket.cancel()
             await supervisor.drain(timeout=draw.choice([0.1, 1000.0]))
-        desks = [desk for one in upstreams for desk in [*one.core.accounts, *one.core.accounts._unopened.values()]]
-        assert [desk.account.expected_calls for desk in desks] == [0] * len(desks)
-        assert not any(desk._held_back or desk._on_relief for desk in desks)
+        accounts = [
+            account for one in upstreams for account in [*one.core.accounts, *one.core.accounts._unopened.values()]
+        ]
+        assert [account.account.expected_calls for account in accounts] == [0] * len(accounts)
+        assert not any(account._held_back or account._on_relief for account in accounts)
 
     simulate(main, seed=seed)
 
@@ -397,11 +399,11 @@ async def test_two_runs_in_threads_that_call_an_account_at_once_are_expected_no_
 
     def calls(task: Task) -> None:
         began.append(task)
-        assert call.wait(PATIENCE)
+        assert call.wait(WAIT_LIMIT)
         with key.call():
             pass
-        called.wait(PATIENCE)
-        assert go_on.wait(PATIENCE)
+        called.wait(WAIT_LIMIT)
+        assert go_on.wait(WAIT_LIMIT)
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=calls, task_types=["work"], max_concurrent=2, upstreams=[key])
@@ -409,9 +411,9 @@ async def test_two_runs_in_threads_that_call_an_account_at_once_are_expected_no_
         while len(began) < 2:  # noqa: ASYNC110 - by threads
             await asyncio.sleep(0)
         call.set()
-        called.wait(PATIENCE)  # the loop stands meanwhile, so both have met the key before it hears of either
+        called.wait(WAIT_LIMIT)  # the event loop is blocked meanwhile, so both have called before it learns of either
         await run_ready()
-        assert coming(key) == [0]
+        assert expected_calls(key) == [0]
         go_on.set()
         for ticket in tickets:
             assert (await ticket).success
@@ -421,11 +423,11 @@ async def test_two_runs_in_threads_that_call_an_account_at_once_are_expected_no_
 async def test_relief_of_an_upstream_serves_all_workers_that_declared_it() -> None:
     key = Upstream("key", max_concurrent=1)
     async with key.call():
-        await asyncio.sleep(10.0)  # a call takes long, as is known then
-    caller = Caller(key, thinks=0.0)
-    async with house(caller, key) as supervisor:
+        await asyncio.sleep(10.0)  # so calls are known to take long
+    caller = CallingAgent(key, thinks=0.0)
+    async with supervisor_of(caller, key) as supervisor:
         async with key.call():
-            waiting = asyncio.create_task(Caller(key, takes=0.0).call(priority=Priority.CRITICAL))
+            waiting = asyncio.create_task(CallingAgent(key, takes=0.0).call(priority=Priority.CRITICAL))
             await run_ready()
             ticket = supervisor.submit_nowait(Task("work"))
             await asyncio.sleep(1.0)

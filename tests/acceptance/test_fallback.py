@@ -1,4 +1,4 @@
-"""Fallbacks: calls that their own account cannot serve go where another can, and nowhere else."""
+"""Fallbacks: calls that their own account cannot serve go to another that can."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ ONE_A_DAY = [Quota(requests=1, per="day")]
 
 def in_flight(*upstreams: Upstream) -> int:
     return sum(
-        desk.account.in_flight + len(desk.account.queue) for upstream in upstreams for desk in upstream.core.accounts
+        shared.account.in_flight + len(shared.account.queue)
+        for upstream in upstreams
+        for shared in upstream.core.accounts
     )
 
 
-async def where(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
-    """Where a call is to be sent."""
+async def destination(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
+    """Make a call, and return the upstream and the model that it is sent to."""
     async with upstream.call(model, **how) as call:
         return call.upstream.name, call.model
 
 
 async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
     """Open the breaker of an account."""
-    desk = upstream.core.accounts.account(model)
-    while desk.account.breaker.ready(now()):
-        permit = await desk.acquire(CallRequest())
-        desk.settle(permit, CallOutcome(kind=Outcome.FAULT))
+    account = upstream.core.accounts.account(model)
+    while account.account.breaker.ready(now()):
+        permit = await account.acquire(CallRequest())
+        account.settle(permit, CallOutcome(kind=Outcome.FAULT))
 
 
 # --- calls by hand ---
@@ -44,7 +46,7 @@ async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
 @virtual
 async def test_a_rejected_call_goes_to_the_other_model() -> None:
     llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini", models="gpt-4o"))
-    assert [await where(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
+    assert [await destination(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
     assert {account.name: account.served_by_fallback for account in llm.statistics().accounts} == {
         "upstream:llm:gpt-4o": 2,
         "upstream:llm:gpt-4o-mini": 0,
@@ -102,15 +104,17 @@ async def test_from_the_load_threshold_on_calls_go_to_a_less_loaded_account() ->
     spare = Upstream("spare", max_concurrent=1)
     llm = Upstream("llm", max_concurrent=1, max_wait=10.0, fallback=Fallback(to=spare, load_threshold=0.25))
 
-    async def one() -> str:
+    async def call() -> str:
         async with llm.call("gpt-4o") as call:
             await asyncio.sleep(2.0)
             return call.upstream.name
 
-    assert await one() == "llm"  # now a call is known to take two seconds, so each that waits adds a fifth
-    assert await asyncio.gather(*(one() for _ in range(5))) == ["llm", "llm", "spare", "spare", "spare"]
+    assert (
+        await call() == "llm"
+    )  # so a call is known to take two seconds, and each queued call adds a fifth to the load
+    assert await asyncio.gather(*(call() for _ in range(5))) == ["llm", "llm", "spare", "spare", "spare"]
     began = now()
-    assert await where(llm) == ("llm", "gpt-4o")
+    assert await destination(llm) == ("llm", "gpt-4o")
     assert now() == approximately(began)
 
 
@@ -125,8 +129,8 @@ async def test_a_call_stays_if_the_fallback_is_more_loaded() -> None:
             return call.upstream.name
 
     await asyncio.gather(take(llm), take(spare))
-    went = await asyncio.gather(take(spare), take(llm), take(spare), take(llm))
-    assert [*went] == ["spare", "llm", "spare", "llm"]
+    sent = await asyncio.gather(take(spare), take(llm), take(spare), take(llm))
+    assert [*sent] == ["spare", "llm", "spare", "llm"]
 
 
 @virtual
@@ -134,9 +138,9 @@ async def test_a_rejection_by_both_is_that_of_the_first_with_the_reason_of_the_o
     spare = Upstream("spare", quotas=ONE_A_DAY)
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare))
     await fail(llm)
-    await where(llm)
+    await destination(llm)
     with pytest.raises(Overloaded) as refused:
-        await where(llm)
+        await destination(llm)
     error = refused.value
     assert error.limited_by == "upstream:llm:breaker"
     assert error.reason.startswith("llm: its breaker is open; spare: a call would wait about ")
@@ -151,9 +155,9 @@ async def test_several_are_tried_in_order_and_their_own_fallbacks_after_them() -
     second = Upstream("second", quotas=ONE_A_DAY, fallback=Fallback(to=last))
     third = Upstream("third", quotas=ONE_A_DAY)
     llm = Upstream("llm", quotas=ONE_A_DAY, fallback=[Fallback(to=second), Fallback(to=third)])
-    assert [(await where(llm))[0] for _ in range(4)] == ["llm", "second", "third", "last"]
+    assert [(await destination(llm))[0] for _ in range(4)] == ["llm", "second", "third", "last"]
     with pytest.raises(Overloaded, match=r"llm: .*; second: .*; third: .*; last: "):
-        await where(llm)
+        await destination(llm)
 
 
 @virtual
@@ -163,7 +167,7 @@ async def test_a_call_whose_deadline_has_passed_does_not_fall_back() -> None:
     async with llm.call("gpt-4o"):
         began = now()
         with pytest.raises(Overloaded, match="deadline passed while it waited"):
-            await where(llm, deadline=Deadline.within(3.0))
+            await destination(llm, deadline=Deadline.within(3.0))
         assert now() - began == approximately(3.0)
     assert [*spare.core.accounts] == [] or in_flight(spare) == 0
     assert sum(account.served_by_fallback for account in llm.statistics().accounts) == 0
@@ -174,14 +178,14 @@ async def test_a_call_cancelled_anywhere_leaves_nothing_behind() -> None:
     for moment in range(14):
         spare = Upstream("spare", max_concurrent=1)
         llm = Upstream("llm", max_concurrent=1, max_wait=5.0, fallback=Fallback(to=spare, load_threshold=0.1))
-        await where(llm)
+        await destination(llm)
         llm.core.accounts.account("gpt-4o").account.durations.held = 1.0
 
-        async def one(upstream: Upstream) -> None:
+        async def call(upstream: Upstream) -> None:
             async with upstream.call("gpt-4o"):
                 await run_ready(3)
 
-        tasks = [asyncio.create_task(one(upstream)) for upstream in (llm, spare, llm, llm)]
+        tasks = [asyncio.create_task(call(upstream)) for upstream in (llm, spare, llm, llm)]
         await run_ready(moment)
         tasks[2].cancel()
         await asyncio.wait(tasks)
@@ -246,10 +250,10 @@ def test_a_plain_guarded_function_falls_back_too() -> None:
     assert [look_up() for _ in range(2)] == ["search", "spare"]
 
 
-# --- runs ---
+# --- tasks ---
 
 
-def house(agent: Any) -> BackpressureSupervisor:
+def supervisor_of(agent: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor()
     supervisor.register_worker("agent", handler=agent, task_types=["ask"], max_concurrent=4)
     return supervisor
@@ -261,9 +265,9 @@ async def test_tasks_are_not_rejected_if_only_the_first_account_is_full() -> Non
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=60.0), fallback=Fallback(to=spare))
 
     async def agent(_: Task) -> str:
-        return (await where(llm))[0]
+        return (await destination(llm))[0]
 
-    async with house(agent) as supervisor:
+    async with supervisor_of(agent) as supervisor:
         assert await supervisor.run(Task("ask")) == "llm"
         await fail(llm)
         assert {reading.resource: reading.load for reading in supervisor.readings()} == {
@@ -289,10 +293,10 @@ async def test_tasks_whose_other_calls_have_no_fallback_are_rejected() -> None:
     )
 
     async def agent(_: Task) -> None:
-        await where(llm, "gpt-4o")
-        await where(llm, "o3")
+        await destination(llm, "gpt-4o")
+        await destination(llm, "o3")
 
-    async with house(agent) as supervisor:
+    async with supervisor_of(agent) as supervisor:
         await supervisor.run(Task("ask"))
         await fail(llm, "gpt-4o")
         assert supervisor.submit_nowait(Task("ask"))
@@ -305,11 +309,11 @@ async def test_a_call_that_the_fallback_served_does_not_end_its_run_as_overloade
     llm = Upstream("llm", quotas=ONE_A_DAY, fallback=Fallback(to=Upstream("spare")))
 
     async def agent(_: Task) -> None:
-        await where(llm)
-        await where(llm)
+        await destination(llm)
+        await destination(llm)
         raise ValueError("ours")
 
-    async with house(agent) as supervisor:
+    async with supervisor_of(agent) as supervisor:
         result = await (await supervisor.submit(Task("ask")))
         assert "ours" in (result.error or "")
 
@@ -323,12 +327,12 @@ async def test_a_run_rejected_by_all_accounts_ends_as_overloaded_and_its_further
     async def agent(_: Task) -> None:
         for _attempt in range(4):
             try:
-                await where(llm)
+                await destination(llm)
             except Overloaded as error:
                 reasons.append(error.reason)
         raise ValueError("what its framework made of it")
 
-    async with house(agent) as supervisor:
+    async with supervisor_of(agent) as supervisor:
         with pytest.raises(Overloaded, match=r"llm: .*; spare: "):
             await supervisor.run(Task("ask"))
     assert len(reasons) == 2
@@ -404,7 +408,7 @@ def test_a_key_is_never_shown() -> None:
         lambda: Upstream("llm", fallback="gpt-4o-mini"),  # type: ignore[arg-type]
         lambda: Upstream("llm", fallback=Fallback(to=3)),  # type: ignore[arg-type]
     ],
-    ids=["protocol", "one account", "one group", "a name", "a number"],
+    ids=["protocol", "call account", "call group", "a name", "a number"],
 )
 def test_a_fallback_that_leads_nowhere_is_rejected_by_the_upstream(made: Any) -> None:
     with pytest.raises(InvalidSetting, match="fallback"):

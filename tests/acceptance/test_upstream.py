@@ -1,4 +1,4 @@
-"""An upstream: calls wait, go, are refused and are paid for, whoever makes them and wherever."""
+"""An upstream: its calls wait, are sent, are rejected and are paid for, from any task, thread and event loop."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from forebay.upstream import Upstream
 from forebay.upstream.shared_account import SharedAccount
 
 
-def desk(upstream: Upstream) -> SharedAccount:
+def only_account(upstream: Upstream) -> SharedAccount:
     return upstream.core.accounts.account("")
 
 
-def left(upstream: Upstream) -> tuple[int, int]:
-    """Calls in flight, and in line: nothing may be left behind."""
-    return desk(upstream).account.in_flight, len(desk(upstream).account.queue)
+def held(upstream: Upstream) -> tuple[int, int]:
+    """Return the calls in flight and in the queue; both are 0 after the last call."""
+    return only_account(upstream).account.in_flight, len(only_account(upstream).account.queue)
 
 
-class Served:
-    """Calls of one upstream, in the order in which they went."""
+class CallHarness:
+    """Calls through one upstream, recorded in the order in which they were sent."""
 
     def __init__(self, upstream: Upstream, *, seconds: float = 1.0) -> None:
         self.upstream = upstream
         self.seconds = seconds
-        self.went: list[Any] = []
+        self.sent: list[Any] = []
         self.peak = 0
 
     async def call(self, name: Any = None, **how: Any) -> float:
-        """Make a call; when it ended, in loop time."""
+        """Make a call, and return the loop time when it ended."""
         async with self.upstream.call(**how):
-            self.went.append(name)
-            self.peak = max(self.peak, left(self.upstream)[0])
+            self.sent.append(name)
+            self.peak = max(self.peak, held(self.upstream)[0])
             await asyncio.sleep(self.seconds)
         return now()
 
@@ -55,31 +55,31 @@ class Served:
 
 @virtual
 async def test_no_more_calls_are_in_flight_than_max_concurrent() -> None:
-    served = Served(Upstream("tool", max_concurrent=3))
+    harness = CallHarness(Upstream("tool", max_concurrent=3))
     began = now()
-    ends = await served.together(*[{}] * 9)
-    assert served.peak == 3
+    ends = await harness.together(*[{}] * 9)
+    assert harness.peak == 3
     assert max(ends) - began == approximately(3.0)
-    assert left(served.upstream) == (0, 0)
+    assert held(harness.upstream) == (0, 0)
 
 
 @virtual
 async def test_calls_wait_by_priority_and_then_in_the_order_in_which_they_came() -> None:
-    served = Served(Upstream("tool", max_concurrent=1))
-    rungs = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
-    await served.together(*[{"priority": rung} for rung in rungs])
-    assert served.went == [0, 4, 3, 2, 1]
+    harness = CallHarness(Upstream("tool", max_concurrent=1))
+    priorities = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
+    await harness.together(*[{"priority": priority} for priority in priorities])
+    assert harness.sent == [0, 4, 3, 2, 1]
 
 
 @virtual
 async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
-    served = Served(upstream)
-    await served.call()  # now a call is known to take a second
-    calls = [asyncio.create_task(served.call()) for _ in range(4)]
+    harness = CallHarness(upstream)
+    await harness.call()  # so a call is known to take a second
+    calls = [asyncio.create_task(harness.call()) for _ in range(4)]
     await run_ready()
     with pytest.raises(Overloaded) as refusal:
-        await served.call()
+        await harness.call()
     assert refusal.value.limited_by == "upstream:tool:concurrency"
     assert refusal.value.retry_after is not None
     await asyncio.gather(*calls)
@@ -87,54 +87,54 @@ async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() 
 
 @virtual
 async def test_a_call_whose_deadline_comes_before_its_turn_is_rejected_at_once() -> None:
-    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
-    await served.call()
-    first = asyncio.create_task(served.call())
+    harness = CallHarness(Upstream("tool", max_concurrent=1), seconds=10.0)
+    await harness.call()
+    first = asyncio.create_task(harness.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
-        await served.call(deadline=Deadline.within(5.0))
+        await harness.call(deadline=Deadline.within(5.0))
     assert now() == approximately(began)
     await first
 
 
 @virtual
 async def test_a_call_whose_deadline_passes_while_it_waits_is_rejected_then() -> None:
-    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
-    first = asyncio.create_task(served.call())
+    harness = CallHarness(Upstream("tool", max_concurrent=1), seconds=10.0)
+    first = asyncio.create_task(harness.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline passed"):
-        await served.call(deadline=Deadline.within(5.0))
+        await harness.call(deadline=Deadline.within(5.0))
     assert now() - began == approximately(5.0)
     await first
-    assert left(served.upstream) == (0, 0)
+    assert held(harness.upstream) == (0, 0)
 
 
 @virtual
 async def test_a_call_cancelled_anywhere_leaves_nothing_behind() -> None:
     for moment in range(12):
         upstream = Upstream("tool", max_concurrent=1)
-        served = Served(upstream, seconds=0.0)
-        holder = asyncio.create_task(served.call())
-        waiting = asyncio.create_task(served.call())
-        after = asyncio.create_task(served.call())
+        harness = CallHarness(upstream, seconds=0.0)
+        holder = asyncio.create_task(harness.call())
+        waiting = asyncio.create_task(harness.call())
+        after = asyncio.create_task(harness.call())
         await run_ready(moment)
         waiting.cancel()
         await asyncio.gather(holder, after)
         await asyncio.wait([waiting])
-        assert left(upstream) == (0, 0)
+        assert held(upstream) == (0, 0)
 
 
-# --- rates ---
+# --- quotas ---
 
 
 @virtual
 async def test_calls_are_paced_by_their_quota() -> None:
-    served = Served(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
+    harness = CallHarness(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
     began = now()
-    ends = await served.together(*[{}] * 30)
-    assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket goes at once
+    ends = await harness.together(*[{}] * 30)
+    assert sum(end - began < 0.05 for end in ends) == 10  # the whole quota is used at once
     assert max(ends) - began == pytest.approx(2.0, abs=0.05)
 
 
@@ -145,7 +145,7 @@ async def test_a_call_larger_than_its_quota_is_rejected_without_a_retry_after() 
         async with upstream.call(input_tokens=900, output_tokens=200):
             pass
     assert refusal.value.retry_after is None
-    assert left(upstream) == (0, 0)
+    assert held(upstream) == (0, 0)
 
 
 @virtual
@@ -155,7 +155,7 @@ async def test_unused_reserved_tokens_are_returned() -> None:
     for _ in range(5):
         async with upstream.call(input_tokens=100, output_tokens=800) as call:
             call.settle(input_tokens=100, output_tokens=50)
-    assert now() - began < 40.0  # 750 used; the last needs 900 free
+    assert now() - began < 40.0  # 750 are used; the last call needs 900 free
 
 
 @virtual
@@ -190,7 +190,7 @@ async def test_an_open_breaker_rejects_queued_calls_too() -> None:
     assert results[-1].limited_by == "upstream:tool:breaker"
     assert results[-1].retry_after is not None
     assert upstream.statistics().accounts[0].breaker == "open"
-    assert left(upstream) == (0, 0)
+    assert held(upstream) == (0, 0)
 
 
 async def mistaken(upstream: Upstream) -> None:
@@ -222,7 +222,7 @@ async def test_a_guarded_function_is_retried_with_growing_waits() -> None:
 
     assert await look_up("rivers") == "rivers"
     assert len(tries) == 3
-    assert left(search) == (0, 0)
+    assert held(search) == (0, 0)
 
 
 @virtual
@@ -272,7 +272,7 @@ def test_a_plain_function_is_guarded_in_plain_threads() -> None:
         thread.join(30.0)
     assert sorted(results) == list(range(10))
     assert peak == 2
-    assert left(search) == (0, 0)
+    assert held(search) == (0, 0)
 
 
 def test_several_loops_and_threads_share_one_upstream() -> None:
@@ -282,7 +282,7 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
     async def calls() -> None:
         async def one() -> None:
             async with upstream.call():
-                peak.append(left(upstream)[0])
+                peak.append(held(upstream)[0])
                 await asyncio.sleep(0)
 
         await asyncio.gather(*(one() for _ in range(200)))
@@ -290,7 +290,7 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
     def plainly() -> None:
         for _ in range(200):
             with upstream.call():
-                peak.append(left(upstream)[0])
+                peak.append(held(upstream)[0])
 
     threads = [threading.Thread(target=lambda: asyncio.run(calls())) for _ in range(3)]
     threads += [threading.Thread(target=plainly) for _ in range(2)]
@@ -300,7 +300,7 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
         thread.join(60.0)
     assert len(peak) == 1000
     assert max(peak) <= 3
-    assert left(upstream) == (0, 0)
+    assert held(upstream) == (0, 0)
 
 
 # --- money ---
@@ -388,22 +388,22 @@ async def test_each_call_of_a_run_goes_before_calls_of_newer_runs() -> None:
         tickets = [supervisor.submit_nowait(Task("work", number)) for number in range(4)]
         times = [(await ticket, now() - began)[1] for ticket in tickets]
     assert ended == [0, 1, 2, 3]
-    assert times[0] < 8.0  # 13, if all took turns
+    assert times[0] < 8.0  # 13 s if all runs took turns
 
 
 @virtual
 async def test_no_run_starts_while_its_calls_would_wait_behind_others() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
-    served = Served(upstream)
-    await served.call()
-    calls = [asyncio.create_task(served.call(priority=Priority.LOW)) for _ in range(50)]
+    harness = CallHarness(upstream)
+    await harness.call()
+    calls = [asyncio.create_task(harness.call(priority=Priority.LOW)) for _ in range(50)]
     await run_ready(3)
-    assert left(upstream) == (20, 30)  # 1.5 s for one more of LOW, and a run may start before 0.25 s
-    assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)[:-1]
+    assert held(upstream) == (20, 30)  # one more LOW call would wait 1.5 s, and a run starts up to 0.25 s
+    assert [priority for priority in Priority if only_account(upstream).may_start(priority)] == list(Priority)[:-1]
     for call in calls[23:]:
         call.cancel()
     await run_ready(3)
-    assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)
+    assert [priority for priority in Priority if only_account(upstream).may_start(priority)] == list(Priority)
     await asyncio.wait(calls)
 
 

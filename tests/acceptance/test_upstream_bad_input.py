@@ -1,4 +1,4 @@
-"""What can be wrong with a call, a quota, a price or the clock, by each door of an upstream."""
+"""Wrong calls, quotas, prices and clocks, by each way to use an upstream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.support.task_plane import approximately, now, virtual
-from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Answer, Script, left
 
 from forebay import Overloaded, clock
 from forebay.errors import InvalidQuota, NotGuardable
@@ -21,7 +21,7 @@ from forebay.upstream import Upstream
 PER_MINUTE = [Quota(requests=60, per="minute")]
 
 
-# --- larger than its bucket ---
+# --- calls larger than their quota ---
 
 
 @virtual
@@ -51,7 +51,7 @@ def test_an_empty_quota_is_rejected_when_it_is_created(unit: str) -> None:
         Upstream("key", quotas=[Quota(**{unit: 0}, per="minute")])
 
 
-# --- no price ---
+# --- models without a price ---
 
 
 @virtual
@@ -60,13 +60,13 @@ async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
 ) -> None:
     upstream = Upstream("key", provider="openai", budget=Budget(usd=1), prices={"known": Price(input=1.0, output=1.0)})
     client = Script(httpx2).client(upstream)
-    for model in ("house-model", "house-model", "known"):
+    for model in ("own-model", "own-model", "known"):
         await client.post(URL, json={**REQUEST, "model": model})
-    async with upstream.call("house-model", input_tokens=5):
+    async with upstream.call("own-model", input_tokens=5):
         pass
     assert upstream.statistics().unpriced == 3
     (record,) = caplog.records
-    assert "'house-model'" in record.message
+    assert "'own-model'" in record.message
     assert "prices=" in record.message
 
 
@@ -80,7 +80,7 @@ def test_only_so_many_unpriced_models_are_remembered(caplog: pytest.LogCaptureFi
 
 def test_without_a_budget_no_price_is_looked_up(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key")
-    upstream.call("house-model", input_tokens=5)
+    upstream.call("own-model", input_tokens=5)
     assert upstream.statistics().unpriced == 0
     assert not caplog.records
 
@@ -89,7 +89,7 @@ def test_without_a_budget_no_price_is_looked_up(caplog: pytest.LogCaptureFixture
 
 
 def test_a_leap_of_time_serves_the_queue_and_refills_each_quota_once() -> None:
-    """A laptop that slept: nothing ran for an hour."""
+    """A laptop that slept for an hour, during which nothing ran."""
 
     async def main() -> None:
         upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], max_wait=600.0)
@@ -107,7 +107,7 @@ def test_a_leap_of_time_serves_the_queue_and_refills_each_quota_once() -> None:
             assert len(sent) == 2
             loop.stall(3600.0)
         woke = [at for at in sent if at >= 3600.0]
-        assert len([at for at in woke if at < 3602.0]) == 2  # and not what an hour of it would have let go
+        assert len([at for at in woke if at < 3602.0]) == 2  # not what a quota of an hour would have allowed
         assert max(sent) == approximately(woke[0] + 120.0)
         assert left(upstream) == NOTHING
 
@@ -125,24 +125,24 @@ def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, mon
     assert left(upstream) == NOTHING
     assert upstream.core.budgets.upstream_budget is not None
     assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
-    with upstream.call("m", input_tokens=50):  # what is left is there
+    with upstream.call("m", input_tokens=50):  # the rest of the budget is available
         pass
 
 
-# --- resets, and when to come again ---
+# --- resets and Retry-After ---
 
 
 @virtual
 @pytest.mark.parametrize("reset", ["1999-01-01T00:00:00Z", "-5s", "0s", "Wed, 21 Oct 2015 07:28:00 GMT"])
 async def test_a_reset_in_the_past_delays_no_call(reset: str) -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
-    told = {
+    values = {
         "x-ratelimit-limit-requests": "60",
         "x-ratelimit-remaining-requests": "59",
         "x-ratelimit-reset-requests": reset,
         "retry-after": "Wed, 21 Oct 2015 07:28:00 GMT",
     }
-    client = Script(httpx2, Says.error(429, "requests per min", **told), Says(headers=told)).client(upstream)
+    client = Script(httpx2, Answer.error(429, "requests per min", **values), Answer(headers=values)).client(upstream)
     began = now()
     for _ in range(5):
         assert (await client.post(URL, json=REQUEST)).status_code == 200
@@ -152,7 +152,7 @@ async def test_a_reset_in_the_past_delays_no_call(reset: str) -> None:
 @virtual
 async def test_a_retry_after_of_a_day_reaches_its_caller_and_delays_others_for_one_period_at_most() -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
-    client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"), Says()).client(upstream)
+    client = Script(httpx2, Answer.error(429, "requests per day", retry_after="86400"), Answer()).client(upstream)
     assert (await client.post(URL, json=REQUEST)).headers["retry-after"] == "86400"
     began = now()
     assert (await client.post(URL, json=REQUEST)).status_code == 200

@@ -1,6 +1,6 @@
-"""Calls that are tried again: what an attempt leaves behind, who goes first, how many there may be, who is to blame.
+"""Retries of calls: the end of each attempt, the order, the retry budgets and the outcomes.
 
-The script of attempts is driven as the transports drive it, by an attempt that does as it is told.
+The call flow is driven as the transports drive it, with attempts that have the given results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def route(upstream: Upstream, request: CallRequest) -> PlainRoute:
 
 
 def fault() -> AttemptResult:
-    """Another attempt may help, and uses one up."""
+    """Return a failure that may be retried, which uses up an attempt."""
     return AttemptResult(error=ConnectionError("gone"), retryable=True, outcome=CallOutcome(kind=Outcome.FAULT))
 
 
@@ -44,30 +44,30 @@ def success() -> AttemptResult:
     return AttemptResult(value="done", outcome=CallOutcome(kind=Outcome.SUCCESS, used=CALL, latency=1.0))
 
 
-def refused(retry_after: float | None = None) -> AttemptResult:
-    """The provider's quota is used up."""
+def rate_limited(retry_after: float | None = None) -> AttemptResult:
+    """Return a 429 for a rate."""
     ended = CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=retry_after, usd=0.0)
     error = ConnectionError("429")
     return AttemptResult(error=error, retryable=True, uses_attempt=False, retry_after=retry_after, outcome=ended)
 
 
 def congested() -> AttemptResult:
-    """The provider has too many of ours in flight."""
+    """Return a 429 for too many calls in flight."""
     ended = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
     return AttemptResult(error=ConnectionError("529"), retryable=True, uses_attempt=False, outcome=ended)
 
 
 class Calls:
-    """Calls through one upstream whose attempts come to what was told, one after the other; then they succeed."""
+    """Calls through one upstream whose attempts have the given results, one after the other, and then succeed."""
 
-    def __init__(self, upstream: Upstream, *comes: Callable[[], AttemptResult], seconds: float = 0.1) -> None:
+    def __init__(self, upstream: Upstream, *results: Callable[[], AttemptResult], seconds: float = 0.1) -> None:
         self.upstream = upstream
-        self.comes = list(comes)
+        self.comes = list(results)
         self.seconds = seconds
         self.sent: list[tuple[str, float]] = []
 
     async def call(self, name: str = "", **how: Any) -> Any:
-        """One call, to its end."""
+        """Make one call, to its end."""
 
         async def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
             self.sent.append((name, now()))
@@ -79,7 +79,7 @@ class Calls:
         )
 
 
-# --- what an attempt leaves behind ---
+# --- the end of an attempt ---
 
 
 @virtual
@@ -94,7 +94,7 @@ async def test_a_rate_limited_attempt_takes_nothing_of_the_quota() -> None:
 @virtual
 async def test_the_retry_after_of_one_call_holds_for_all() -> None:
     upstream = Upstream("llm")
-    calls = Calls(upstream, lambda: refused(20.0))
+    calls = Calls(upstream, lambda: rate_limited(20.0))
     first = asyncio.create_task(calls.call("first"))
     await asyncio.sleep(1.0)
     began = now()
@@ -123,7 +123,7 @@ async def test_only_the_last_attempt_of_a_call_counts_for_the_breaker() -> None:
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
-# --- how many ---
+# --- retry budgets ---
 
 
 @virtual
@@ -141,7 +141,7 @@ async def test_a_throttled_call_waits_for_permission_to_retry_instead_of_giving_
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     assert await asyncio.gather(*(calls.call() for _ in range(50))) == ["done"] * 50
-    assert len(calls.sent) == 150  # those that are let in are none too many
+    assert len(calls.sent) == 150  # accepted retries go back to the budget
 
 
 @virtual
@@ -150,7 +150,9 @@ async def test_no_storm_of_retries_when_a_provider_throttles() -> None:
     calls = Calls(upstream, *[congested] * 10_000)
     outcomes = await asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
     assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
-    assert len([at for _, at in calls.sent if at < 60.0]) <= 50 + 0.2 * 50 + 10 + 60 / 5  # who knocks finds out
+    assert (
+        len([at for _, at in calls.sent if at < 60.0]) <= 50 + 0.2 * 50 + 10 + 60 / 5
+    )  # the last term: periodic retries
 
 
 @virtual
@@ -191,54 +193,54 @@ async def test_no_retry_waits_beyond_the_deadline() -> None:
 
 
 def balances(upstream: Upstream) -> tuple[float, float]:
-    """Retries that may be made: of calls that failed, and of calls that were refused."""
+    """Return how many retries the budgets allow: of failed calls, and of throttled calls."""
     budgets = upstream.core.retries._budgets
     at = clock.now()
     return budgets.faults.balance(at), budgets.throttles.balance(at)
 
 
-async def shut_out(upstream: Upstream, come: Callable[[], AttemptResult]) -> None:
-    """A call whose attempt comes to that, and which gets no second permit."""
-    call = asyncio.create_task(Calls(upstream, come).call())
-    await asyncio.sleep(0.2)  # it has been made, and will be made again
+async def rejected_before_retry(upstream: Upstream, make_result: Callable[[], AttemptResult]) -> None:
+    """Make a call with that result whose retry is rejected."""
+    call = asyncio.create_task(Calls(upstream, make_result).call())
+    await asyncio.sleep(0.2)  # the first attempt has ended, and the retry waits
     upstream.core.accounts.account("").suspend(60.0)
     with pytest.raises(Overloaded):
         await call
 
 
-async def cancelled(upstream: Upstream, come: Callable[[], AttemptResult]) -> None:
-    """A call whose attempt comes to that, and whose caller leaves before the second."""
-    call = asyncio.create_task(Calls(upstream, come).call())
+async def cancelled(upstream: Upstream, make_result: Callable[[], AttemptResult]) -> None:
+    """Make a call with that result that is cancelled before its retry."""
+    call = asyncio.create_task(Calls(upstream, make_result).call())
     await asyncio.sleep(0.2)
     call.cancel()
     await asyncio.wait([call])
 
 
-@pytest.mark.parametrize("come", [fault, congested])
-@pytest.mark.parametrize("end", [shut_out, cancelled])
+@pytest.mark.parametrize("make_result", [fault, congested])
+@pytest.mark.parametrize("end", [rejected_before_retry, cancelled])
 @virtual
 async def test_a_retry_that_is_not_sent_goes_back_to_the_budget(
-    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], come: Callable[[], AttemptResult]
+    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], make_result: Callable[[], AttemptResult]
 ) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=20.0))
     before = balances(upstream)
-    await end(upstream, come)
-    first = 0.2  # a first attempt adds a share
+    await end(upstream, make_result)
+    first = 0.2  # the share of a first attempt
     assert balances(upstream) == pytest.approx((before[0] + first, before[1] + first))
 
 
-@pytest.mark.parametrize("end", [shut_out, cancelled])
+@pytest.mark.parametrize("end", [rejected_before_retry, cancelled])
 @virtual
 async def test_a_periodic_retry_without_a_permit_is_left_to_another_call(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
     budgets = upstream.core.retries._budgets
-    while budgets.throttles.withdraw(now()):  # all are drawn, so the only retry is one that knocks
+    while budgets.throttles.withdraw(now()):  # the budget is empty, so only a periodic retry is left
         pass
 
     async def takes_the_slot() -> None:
-        await asyncio.sleep(0.05)  # while the other is being refused
+        await asyncio.sleep(0.05)  # while the other call is throttled
         await Calls(upstream, seconds=1.0).call(priority=Priority.CRITICAL)
 
     other = asyncio.create_task(takes_the_slot())
@@ -248,17 +250,17 @@ async def test_a_periodic_retry_without_a_permit_is_left_to_another_call(
     assert budgets.request_retry(now(), throttled_at=now()) is RetryPermission.DENIED
 
 
-@pytest.mark.parametrize("come", [fault, congested])
-def test_a_retry_that_is_not_sent_in_a_thread_goes_back_to_the_budget(come: Callable[[], AttemptResult]) -> None:
+@pytest.mark.parametrize("make_result", [fault, congested])
+def test_a_retry_that_is_not_sent_in_a_thread_goes_back_to_the_budget(make_result: Callable[[], AttemptResult]) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before = balances(upstream)
 
     def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
-        tried = come()
+        result = make_result()
         upstream.core.accounts.account("").suspend(60.0)
-        return tried
+        return result
 
-    with pytest.raises(Overloaded) as kept:  # its frames would keep the script open, as a debugger does
+    with pytest.raises(Overloaded) as kept:  # keeps the frames alive, as a debugger does
         upstream.runner.run_blocking(route(upstream, upstream.core.request("", CALL)), attempt)
     assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
     assert kept.value.retry_after is not None
@@ -269,13 +271,13 @@ async def test_a_retry_that_was_sent_counts_even_if_its_caller_is_cancelled() ->
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before, _ = balances(upstream)
     call = asyncio.create_task(Calls(upstream, fault, seconds=1.0).call())
-    await asyncio.sleep(1.5)  # amid the second attempt
+    await asyncio.sleep(1.5)  # during the second attempt
     call.cancel()
     await asyncio.wait([call])
     assert balances(upstream)[0] == pytest.approx(before + 0.2 - 1.0)
 
 
-# --- who goes first ---
+# --- order ---
 
 
 @virtual
@@ -288,7 +290,7 @@ async def test_a_retried_call_goes_before_later_calls() -> None:
     await asyncio.gather(first, *others)
     names = [name for name, _ in calls.sent]
     assert names[0] == "first"
-    assert names.index("first", 1) <= 2  # one may have gone while it backed off
+    assert names.index("first", 1) <= 2  # one may have been sent during its backoff
 
 
 @virtual
@@ -302,7 +304,7 @@ async def test_a_retried_call_does_not_go_before_better_priorities() -> None:
     assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
 
 
-# --- who is to blame ---
+# --- outcomes ---
 
 
 @virtual
@@ -341,7 +343,7 @@ async def _fails(upstream: Upstream) -> None:
         raise ConnectionError
 
 
-# --- what may go wrong on our own side ---
+# --- mistakes of the caller ---
 
 
 @virtual

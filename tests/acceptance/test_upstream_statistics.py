@@ -1,4 +1,4 @@
-"""What an upstream tells of itself: what its calls came to, and what its quotas have left."""
+"""Statistics of an upstream: the outcomes of its calls, and the rest of its quotas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.support.task_plane import virtual
-from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, USAGE, Says, Script
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, USAGE, Answer, Script
 
 from forebay import BackpressureSupervisor, Overloaded, Quota, Retry, Task, Upstream
 from forebay.upstream.upstream_statistics import AccountStatistics
@@ -32,11 +32,11 @@ def counts(upstream: Upstream) -> dict[str, int]:
 @virtual
 async def test_each_attempt_is_counted_by_its_outcome() -> None:
     upstream = Upstream("llm", provider="openai", retry=Retry(base_delay=0.001))
-    limited = Says.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
-    client = Script(httpx2, Says.error(500), limited, Says.error(529), Says(), Says.error(400)).client(upstream)
+    limited = Answer.error(429, x_ratelimit_remaining_requests="0", retry_after="0.01")
+    client = Script(httpx2, Answer.error(500), limited, Answer.error(529), Answer(), Answer.error(400)).client(upstream)
     await ask(client)
     assert counts(upstream) == {"sent": 4, "succeeded": 1, "throttled": 2, "failed": 1, "unattributed": 4}
-    await ask(client)  # what is our own mistake has failed through no fault of theirs
+    await ask(client)  # a wrong request is no failure of the provider
     assert counts(upstream) == {"sent": 5, "succeeded": 1, "throttled": 2, "failed": 1, "unattributed": 5}
 
 
@@ -76,7 +76,7 @@ async def test_a_permit_that_its_caller_did_not_use_does_not_count_as_sent() -> 
     await first.__aenter__()
     waiting = asyncio.ensure_future(upstream.call().__aenter__())
     await asyncio.sleep(1.0)
-    await first.__aexit__(None, None, None)  # its permit is given in this moment
+    await first.__aexit__(None, None, None)  # which gives the second caller its permit
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert counts(upstream) == {"sent": 1, "succeeded": 1, "unattributed": 1}
@@ -85,8 +85,8 @@ async def test_a_permit_that_its_caller_did_not_use_does_not_count_as_sent() -> 
 @virtual
 async def test_statistics_have_the_rest_of_given_and_of_learned_quotas() -> None:
     upstream = Upstream("llm", provider="openai", quotas=[Quota(input_tokens=1000, per="minute")])
-    told = {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "80"}
-    await ask(Script(httpx2, Says(headers=told)).client(upstream))
+    values = {"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "80"}
+    await ask(Script(httpx2, Answer(headers=values)).client(upstream))
     given, learned = only(upstream).quotas
     assert (given.name, given.amount, given.learned) == ("input tokens per minute", 1000, False)
     assert given.remaining == pytest.approx(1000 - USAGE["prompt_tokens"], abs=1)

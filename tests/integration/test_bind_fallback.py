@@ -1,4 +1,4 @@
-"""Clients of the real SDKs whose calls are sent on: what the other provider gets, and what the caller sees."""
+"""Clients of the real SDKs whose calls fall back: what the other provider gets, and what the caller sees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import anthropic
 import httpx2
 import openai
 import pytest
-from tests.unit.upstream.httpx_binding.wire import STREAM, Says, Script
+from tests.unit.upstream.httpx_binding.wire import STREAM, Answer, Script
 
 from forebay import Fallback, Overloaded, Quota, Retry, Upstream
 
@@ -27,12 +27,12 @@ MESSAGE = {
 }
 
 
-def script(*answers: Says) -> Script:
+def script(*answers: Answer) -> Script:
     return Script(httpx2, *answers)
 
 
-def said(scripted: Script) -> list[tuple[str, str | None, str | None]]:
-    """The URL, the key and the model of each request."""
+def requests_of(scripted: Script) -> list[tuple[str, str | None, str | None]]:
+    """Return the URL, the key and the model of each request."""
     keys = ("authorization", "api-key", "x-api-key")
     return [
         (
@@ -48,7 +48,7 @@ async def test_a_stream_of_the_openai_sdk_falls_back_to_a_server_of_ones_own() -
     spare = Upstream("spare", provider="vllm")
     fallback = Fallback(to=spare, model="llama", base_url="http://spare.test:8000/v1")
     up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback)
-    scripted = script(Says(), Says.stream(*STREAM))
+    scripted = script(Answer(), Answer.stream(*STREAM))
     async with openai.AsyncOpenAI(
         api_key="sk-1", organization="org", http_client=httpx2.AsyncClient(transport=scripted.asynchronous())
     ) as bare:
@@ -58,7 +58,7 @@ async def test_a_stream_of_the_openai_sdk_falls_back_to_a_server_of_ones_own() -
         chunks = [chunk async for chunk in stream]
     assert whole.choices[0].message.content == "The Danube."
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "The Danube."
-    assert said(scripted) == [
+    assert requests_of(scripted) == [
         ("https://api.openai.com/v1/chat/completions", "Bearer sk-1", "gpt-4o"),
         ("http://spare.test:8000/v1/chat/completions", None, "llama"),
     ]
@@ -80,7 +80,7 @@ def test_a_call_of_the_azure_sdk_names_the_other_deployment_in_its_path() -> Non
         for _ in range(2):
             client.chat.completions.create(model="gpt-4o", messages=SAY)
     below = "https://x.test/openai/deployments"
-    assert said(scripted) == [
+    assert requests_of(scripted) == [
         (f"{below}/gpt-4o/chat/completions?api-version=2024-10-21", "az-1", "gpt-4o"),
         (f"{below}/mini/chat/completions?api-version=2024-10-21", "az-1", "mini"),
     ]
@@ -90,20 +90,20 @@ def test_a_call_of_the_anthropic_sdk_falls_back_under_the_other_key() -> None:
     spare = Upstream("spare", provider="anthropic")
     fallback = Fallback(to=spare, model="claude-haiku", api_key="sk-2")
     up = Upstream("anthropic", provider="anthropic", quotas=ONCE, fallback=fallback)
-    scripted = script(Says(body=[json.dumps(MESSAGE).encode()]))
+    scripted = script(Answer(body=[json.dumps(MESSAGE).encode()]))
     with anthropic.Anthropic(api_key="sk-1", http_client=httpx2.Client(transport=scripted.blocking())) as bare:
         client = up.bind(bare)
         for _ in range(2):
             client.messages.create(model="claude-opus", messages=SAY, max_tokens=10)
     url = "https://api.anthropic.com/v1/messages"
-    assert said(scripted) == [(url, "Bearer sk-1", "claude-opus"), (url, "Bearer sk-2", "claude-haiku")]
+    assert requests_of(scripted) == [(url, "Bearer sk-1", "claude-opus"), (url, "Bearer sk-2", "claude-haiku")]
 
 
 def test_if_no_account_serves_the_sdk_gets_the_rejection_or_the_answer_of_the_first() -> None:
     spare = Upstream("spare", provider="openai")
     fallback = Fallback(to=spare, base_url="https://spare.test/v1", api_key="sk-2")
     up = Upstream("openai", provider="openai", quotas=ONCE, fallback=fallback, retry=Retry(max_attempts=1))
-    scripted = script(Says.error(500, "mine"), Says.error(404, "theirs"))
+    scripted = script(Answer.error(500, "mine"), Answer.error(404, "theirs"))
     with openai.OpenAI(api_key="sk-1", http_client=httpx2.Client(transport=scripted.blocking())) as bare:
         client = up.bind(bare)
         with pytest.raises(openai.InternalServerError, match="mine"):

@@ -1,4 +1,4 @@
-"""Bound models of LangChain before the plant, alone and in a graph of LangGraph."""
+"""Bound LangChain models with a simulated provider, alone and in a LangGraph graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_openai.chat_models import _client_utils
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
-from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Answer, Script, left
 
 from forebay import BackpressureSupervisor, Overloaded, Task
 from forebay.quota import Quota
@@ -28,14 +28,14 @@ GPT, CLAUDE = "gpt-4o-mini", "claude-sonnet-5"
 
 
 @pytest.fixture(scope="module")
-def plant() -> Iterator[ProviderProcess]:
-    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as plant:
-        yield plant
+def provider() -> Iterator[ProviderProcess]:
+    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as provider:
+        yield provider
 
 
 @pytest.fixture(autouse=True)
 async def closed() -> AsyncIterator[None]:
-    """LangChain keeps HTTP clients for all models; those that await belong to a loop that a test ends."""
+    """Close LangChain's HTTP clients, which all models share: the asynchronous ones belong to the loop of one test."""
     yield
     for make in (_client_utils._cached_async_httpx_client, anthropic_utils._get_default_async_httpx_client):
         make.cache_clear()
@@ -47,12 +47,12 @@ async def closed() -> AsyncIterator[None]:
 made: list[Any] = []
 
 
-def model(name: str, plant: ProviderProcess) -> Any:
+def model(name: str, provider: ProviderProcess) -> Any:
     if name == "openai":
-        chat: Any = ChatOpenAI(model=GPT, api_key="sk-simulated", base_url=plant.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        chat: Any = ChatOpenAI(model=GPT, api_key="sk-simulated", base_url=provider.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
         made.append(chat.root_async_client._client)
     else:
-        chat = ChatAnthropic(model=CLAUDE, api_key="sk-simulated", base_url=plant.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        chat = ChatAnthropic(model=CLAUDE, api_key="sk-simulated", base_url=provider.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
         made.append(chat._async_client._client)
     return chat
 
@@ -66,9 +66,9 @@ def message(answer: Any) -> Any:
 
 
 @NAMES
-async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderProcess) -> None:
+async def test_a_bound_model_answers_as_a_bare_one(name: str, provider: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
-    bare = model(name, plant)
+    bare = model(name, provider)
     bound = upstream.bind(bare)
     assert message(await bound.ainvoke("Rivers?")) == message(await bare.ainvoke("Rivers?"))
     assert [message(part) async for part in bound.astream("Rivers?")] == [
@@ -79,9 +79,9 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderPro
 
 
 @NAMES
-def test_it_does_the_same_in_a_plain_thread(name: str, plant: ProviderProcess) -> None:
+def test_it_does_the_same_in_a_plain_thread(name: str, provider: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
-    bare = model(name, plant)
+    bare = model(name, provider)
     bound = upstream.bind(bare)
     assert message(bound.invoke("Rivers?")) == message(bare.invoke("Rivers?"))
     assert [part.content for part in bound.stream("Rivers?")] == [part.content for part in bare.stream("Rivers?")]
@@ -89,8 +89,8 @@ def test_it_does_the_same_in_a_plain_thread(name: str, plant: ProviderProcess) -
 
 
 @NAMES
-async def test_a_rejection_comes_out_of_the_model_unchanged(name: str, plant: ProviderProcess) -> None:
-    bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, plant))
+async def test_a_rejection_comes_out_of_the_model_unchanged(name: str, provider: ProviderProcess) -> None:
+    bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, provider))
     await bound.ainvoke("Rivers?")
     with pytest.raises(Overloaded) as refused:
         await bound.ainvoke("Rivers?")
@@ -100,8 +100,8 @@ async def test_a_rejection_comes_out_of_the_model_unchanged(name: str, plant: Pr
             pass
 
 
-async def statistics(plant: ProviderProcess) -> dict[str, Any]:
-    return await asyncio.get_running_loop().run_in_executor(None, plant.statistics)
+async def statistics(provider: ProviderProcess) -> dict[str, Any]:
+    return await asyncio.get_running_loop().run_in_executor(None, provider.statistics)
 
 
 class State(TypedDict, total=False):
@@ -110,11 +110,11 @@ class State(TypedDict, total=False):
 
 @NAMES
 async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
-    name: str, plant: ProviderProcess
+    name: str, provider: ProviderProcess
 ) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, plant.reset)
+    await asyncio.get_running_loop().run_in_executor(None, provider.reset)
     upstream = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")])
-    bound = upstream.bind(model(name, plant))
+    bound = upstream.bind(model(name, provider))
     asked: list[int] = []
 
     async def think(_: State) -> State:
@@ -133,8 +133,8 @@ async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
         with pytest.raises(Overloaded) as refused:
             await supervisor.run(Task("ask", {}))
     assert refused.value.retry_after is not None
-    assert len(asked) == 3  # the graph tried, but what it was refused it was refused at once
-    assert sum((await statistics(plant))["by_status"].values()) == 1
+    assert len(asked) == 3  # the graph retried, and was rejected at once
+    assert sum((await statistics(provider))["by_status"].values()) == 1
     assert left(upstream) == NOTHING
 
 
@@ -145,7 +145,7 @@ def test_embeddings_are_counted() -> None:
         "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}],
         "usage": {"prompt_tokens": 7, "total_tokens": 7},
     }
-    script = Script(httpx2, Says(body=[json.dumps(vector).encode()]))
+    script = Script(httpx2, Answer(body=[json.dumps(vector).encode()]))
     upstream = Upstream("key", provider="openai", quotas=[Quota(input_tokens=1000, per="day")])
     bare = OpenAIEmbeddings(
         api_key="k",  # type: ignore[arg-type]

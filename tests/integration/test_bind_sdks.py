@@ -1,4 +1,4 @@
-"""What concerns bound clients of the real SDKs alone; `tests/contract/sdks` has what they share with the gateway's."""
+"""Bound clients of the real SDKs; `tests/contract/sdks` has what they share with clients of the gateway."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import anthropic
 import openai
 import pytest
 from tests.contract.sdks.sdk_harness import SAY, Sdk
-from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Answer, Script, left
 
 from forebay import Overloaded
 from forebay.quota import Quota
@@ -25,26 +25,26 @@ AWAITED = pytest.mark.parametrize("sdk", [Sdk("openai", awaits=True), Sdk("anthr
 
 
 @pytest.fixture(scope="module")
-def plant() -> Iterator[ProviderProcess]:
-    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0, slots=100)) as plant:
-        yield plant
+def provider() -> Iterator[ProviderProcess]:
+    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0, slots=100)) as provider:
+        yield provider
 
 
 def upstream_of(sdk: Sdk, **how: Any) -> Upstream:
     return Upstream(sdk.name, provider=sdk.name, **how)
 
 
-async def served(plant: ProviderProcess) -> None:
-    """Wait until the plant works on a call: a connection that is cancelled while it is made is not always closed."""
+async def served(provider: ProviderProcess) -> None:
+    """Wait until the provider works on a call: a connection cancelled while it is opened is not always closed."""
     loop = asyncio.get_running_loop()
-    while not (await loop.run_in_executor(None, plant.statistics))["in_flight"]:
+    while not (await loop.run_in_executor(None, provider.statistics))["in_flight"]:
         pass
 
 
 @AWAITED
-async def test_the_permit_of_a_forgotten_stream_is_returned(sdk: Sdk, plant: ProviderProcess) -> None:
+async def test_the_permit_of_a_forgotten_stream_is_returned(sdk: Sdk, provider: ProviderProcess) -> None:
     upstream = upstream_of(sdk)
-    async with sdk.client(plant.url) as bare:
+    async with sdk.client(provider.url) as bare:
         stream = await sdk.create(upstream.bind(bare), stream=True)
         assert left(upstream)["in_flight"] == 1
         del stream
@@ -54,9 +54,9 @@ async def test_the_permit_of_a_forgotten_stream_is_returned(sdk: Sdk, plant: Pro
 
 
 @BLOCKING
-def test_rejections_come_out_unchanged_if_only_the_http_client_is_bound(sdk: Sdk, plant: ProviderProcess) -> None:
+def test_rejections_come_out_unchanged_if_only_the_http_client_is_bound(sdk: Sdk, provider: ProviderProcess) -> None:
     upstream = upstream_of(sdk, quotas=[Quota(requests=1, per="day")])
-    with sdk.http.Client() as bare, sdk.client(plant.url, http_client=upstream.bind(bare)) as client:
+    with sdk.http.Client() as bare, sdk.client(provider.url, http_client=upstream.bind(bare)) as client:
         sdk.create(client)
         with pytest.raises(Overloaded) as refused:
             sdk.create(client)
@@ -99,19 +99,19 @@ def test_clients_of_related_sdks_are_bound() -> None:
         http_client=script.blocking_client(),
     )
     message = {"id": "m", "type": "message", "role": "assistant", "model": "c", "content": [], "usage": {}}
-    script.answers = [Says(body=[str(message).replace("'", '"').encode()])]
+    script.answers = [Answer(body=[str(message).replace("'", '"').encode()])]
     at_vertex: Any = Upstream("vertex", provider="anthropic").bind(vertex)
     assert at_vertex.messages.create(model="claude-x", max_tokens=9, messages=SAY).id == "m"
 
 
-def many(sdk: Sdk, plant: ProviderProcess, upstream: Upstream) -> Callable[[], None]:
-    """Ten calls, three of them cancelled, on a loop of its own."""
+def many(sdk: Sdk, provider: ProviderProcess, upstream: Upstream) -> Callable[[], None]:
+    """Return a function that makes ten calls on an event loop of its own, three of them cancelled."""
 
     async def calls() -> None:
-        async with sdk.client(plant.url) as bare:
+        async with sdk.client(provider.url) as bare:
             client = upstream.bind(bare)
             tasks = [asyncio.create_task(sdk.create(client)) for _ in range(10)]
-            await served(plant)
+            await served(provider)
             for task in tasks[:3]:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -120,19 +120,19 @@ def many(sdk: Sdk, plant: ProviderProcess, upstream: Upstream) -> Callable[[], N
 
 
 @AWAITED
-async def test_several_loops_share_an_account(sdk: Sdk, plant: ProviderProcess) -> None:
+async def test_several_loops_share_an_account(sdk: Sdk, provider: ProviderProcess) -> None:
     upstream = upstream_of(sdk, max_concurrent=4)
     loop = asyncio.get_running_loop()
-    await asyncio.gather(*[loop.run_in_executor(None, many(sdk, plant, upstream)) for _ in range(4)])
+    await asyncio.gather(*[loop.run_in_executor(None, many(sdk, provider, upstream)) for _ in range(4)])
     assert left(upstream) == NOTHING
-    assert max(desk.account.peak_in_flight for desk in upstream.core.accounts) == 4
+    assert max(account.account.peak_in_flight for account in upstream.core.accounts) == 4
 
 
 @pytest.mark.parametrize("where", ["responses", "realtime", "beta.realtime"])
 def test_a_websocket_opens_as_before_and_is_warned_about_once(where: str, caplog: pytest.LogCaptureFixture) -> None:
     with openai.OpenAI(api_key="k") as bare:
         resource = operator.attrgetter(where)(Upstream("key", provider="openai").bind(bare))
-        assert callable(resource.connect.__wrapped__), "this generation opens it elsewhere"
+        assert callable(resource.connect.__wrapped__), "this version of the SDK opens it elsewhere"
         managers = [resource.connect(**({} if where == "responses" else {"model": "gpt-realtime"})) for _ in range(2)]
     assert all(hasattr(manager, "__enter__") for manager in managers)
     (record,) = caplog.records

@@ -1,4 +1,4 @@
-"""An account under whatever calls come, wait, leave and end: nothing is granted at a limit, nothing kept for ever."""
+"""An account under calls that come, wait, leave and end in any order: no limit is exceeded, and nothing stays held."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from forebay.upstream.call_queue import QueuedCall
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 
 SLOTS = 3
-TOKENS = 1_000  # a minute
+TOKENS = 1_000  # per minute
 
 
 class ListeningWaiter:
-    """A waiter that only remembers."""
+    """Records the decision and the time to wake at."""
 
     def __init__(self) -> None:
         self.decision: Admitted | Rejected | None = None
@@ -40,7 +40,7 @@ class ListeningWaiter:
 
 
 class EndlessBudget:
-    """A purse without end that counts what it holds."""
+    """A budget without a bound that counts what is held and spent."""
 
     name = "the budget"
 
@@ -91,56 +91,56 @@ class AccountMachine(RuleBasedStateMachine):
 
     @rule(
         tokens=st.integers(0, TOKENS + 1),
-        rung=st.sampled_from(Priority),
-        run=st.sampled_from([None, "a", "b"]),
-        patience=st.sampled_from([1.0, 50.0, math.inf]),
+        priority=st.sampled_from(Priority),
+        task_id=st.sampled_from([None, "a", "b"]),
+        time_left=st.sampled_from([1.0, 50.0, math.inf]),
     )
-    def come(self, tokens: int, rung: Priority, run: str | None, patience: float) -> None:
-        ask = CallRequest(
-            charge=Charge(tokens=tokens), usd=1.0, priority=rung, task_id=run, deadline=self.now + patience
+    def arrive(self, tokens: int, priority: Priority, task_id: str | None, time_left: float) -> None:
+        request = CallRequest(
+            charge=Charge(tokens=tokens), usd=1.0, priority=priority, task_id=task_id, deadline=self.now + time_left
         )
-        answer = self.account.try_acquire(self.now, ask)
-        if isinstance(answer, Admitted):
-            self.permits.append(answer.permit)
+        decision = self.account.try_acquire(self.now, request)
+        if isinstance(decision, Admitted):
+            self.permits.append(decision.permit)
             self.given += tokens
-        elif isinstance(answer, Queued):
-            listener = ListeningWaiter()
-            self.waiting.append((self.account.enqueue(self.now, ask, listener), listener))
-            self.pump()
+        elif isinstance(decision, Queued):
+            waiter = ListeningWaiter()
+            self.waiting.append((self.account.enqueue(self.now, request, waiter), waiter))
+            self.serve_queue()
         elif tokens > TOKENS:
-            assert answer.retry_after is None
+            assert decision.retry_after is None
 
-    def pump(self) -> None:
+    def serve_queue(self) -> None:
         self.account.serve_queue(self.now)
-        for waiting, listener in [*self.waiting]:
-            if listener.decision is not None:
-                self.waiting.remove((waiting, listener))
-                if isinstance(listener.decision, Admitted) and not listener.gone:
-                    self.permits.append(listener.decision.permit)
-                    self.given += waiting.request.charge.tokens
+        for call, waiter in [*self.waiting]:
+            if waiter.decision is not None:
+                self.waiting.remove((call, waiter))
+                if isinstance(waiter.decision, Admitted) and not waiter.gone:
+                    self.permits.append(waiter.decision.permit)
+                    self.given += call.request.charge.tokens
 
     @rule(seconds=st.floats(0.01, 90.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.pump()
+        self.serve_queue()
 
     @precondition(lambda self: self.waiting)
-    @rule(data=st.data(), tells=st.booleans())
-    def leave(self, data: st.DataObject, *, tells: bool) -> None:
-        waiting, listener = data.draw(st.sampled_from(self.waiting))
-        if tells:
-            self.account.withdraw(waiting)
-            self.waiting.remove((waiting, listener))
+    @rule(data=st.data(), withdraws=st.booleans())
+    def leave(self, data: st.DataObject, *, withdraws: bool) -> None:
+        call, waiter = data.draw(st.sampled_from(self.waiting))
+        if withdraws:
+            self.account.withdraw(call)
+            self.waiting.remove((call, waiter))
         else:
-            listener.gone = True  # its loop has closed
-        self.pump()
+            waiter.gone = True  # its event loop has closed
+        self.serve_queue()
 
     @precondition(lambda self: self.permits)
     @rule(data=st.data(), outcome=st.sampled_from(Outcome), how=st.sampled_from(["used", "more", "released", "rate"]))
     def end(self, data: st.DataObject, outcome: Outcome, how: str) -> None:
         permit = data.draw(st.sampled_from(self.permits))
         self.permits.remove(permit)
-        ended = CallOutcome(
+        call_outcome = CallOutcome(
             kind=outcome,
             used=Charge(tokens=permit.request.charge.tokens + 10) if how == "more" else None,
             released=how == "released",
@@ -148,40 +148,40 @@ class AccountMachine(RuleBasedStateMachine):
             usd=0.0 if how == "released" else None,
             latency=1.0,
         )
-        if how in ("released", "rate"):  # it was not counted
+        if how in ("released", "rate"):  # the provider did not count it
             self.given -= permit.request.charge.tokens
-        self.account.settle(self.now, permit, ended)
+        self.account.settle(self.now, permit, call_outcome)
         with pytest.raises(ReservationClosed):
             self.account.quotas.release(self.now, permit.reservation)
-        self.pump()
+        self.serve_queue()
 
     @invariant()
-    def nothing_is_granted_at_a_limit(self) -> None:
+    def no_limit_is_exceeded(self) -> None:
         if hasattr(self, "account"):
             assert self.account.in_flight == len(self.permits) <= SLOTS
             assert self.given <= TOKENS + TOKENS * self.now / 60 + 1e-6
 
     @invariant()
-    def what_is_reserved_belongs_to_a_call(self) -> None:
+    def reservations_belong_to_calls(self) -> None:
         if hasattr(self, "account"):
             assert self.money.held == len(self.permits)
-            alive = sum(not listener.gone for _, listener in self.waiting)
+            alive = sum(not waiter.gone for _, waiter in self.waiting)
             assert alive <= len(self.account.queue)
 
     @invariant()
-    def who_heads_the_line_knows_when_to_look(self) -> None:
-        """Else it would wait for ever: nothing is in flight whose end could move the line."""
+    def the_head_of_the_queue_wakes_up(self) -> None:
+        """Check that the head is woken by time: with nothing in flight no end of a call can wake it."""
         if hasattr(self, "account") and self.account.queue and not self.permits:
-            place = self.account.queue.head()
-            assert place is not None
-            assert getattr(place[2].waiter, "when", None) is not None
+            entry = self.account.queue.head()
+            assert entry is not None
+            assert getattr(entry[2].waiter, "when", None) is not None
 
     def teardown(self) -> None:
         if hasattr(self, "account"):
             for permit in self.permits:
                 self.account.release_unsent(self.now, permit)
-            for waiting, _ in self.waiting:
-                self.account.withdraw(waiting)
+            for call, _ in self.waiting:
+                self.account.withdraw(call)
             assert not self.account.in_flight
             assert not self.account.queue
             assert self.money.held == 0

@@ -1,4 +1,4 @@
-"""Who passes a head that waits for a quota, beside a line in which nobody ever passes: no one may be served later."""
+"""Head-of-queue bypass, compared with a queue without bypass: no call may be sent later than there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUCCESS = CallOutcome(kind=Outcome.SUCCESS)
 
 
 class Rule(NamedTuple):
-    """A quota of `amount` a minute, in windows of which the first ends at `turns`, or refilled all the time."""
+    """A quota of `amount` per minute: in windows of which the first ends at `turns`, or refilled continuously."""
 
     unit: str
     amount: int
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A call that comes, is sent when it may, and ends: `takes` is reserved, `uses` is what it used."""
+    """A call that arrives at `comes` and lasts `lasts` seconds: it reserves `takes`, and uses `uses`."""
 
     comes: float
     lasts: float
@@ -47,11 +47,11 @@ class Job(NamedTuple):
         return Charge(**dict(zip(UNITS, amounts, strict=True)))
 
 
-# --- the model: a line in which nobody passes ---
+# --- the model: a queue without bypass ---
 
 
 class Pool:
-    """What one quota has left, by the words of `Rule`; of a window that has passed nothing comes back."""
+    """The rest of one quota, as `Rule` says; nothing is returned to a window that has ended."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule, self.left, self.at, self.turns, self.turn = rule, float(rule.amount), 0.0, rule.turns, 0
@@ -78,14 +78,14 @@ class Pool:
 
 
 def served_in_order(jobs: list[Job], slots: int, rules: list[Rule]) -> list[float]:
-    """When each is sent if all are sent in the order in which they came."""
+    """Return when each call is sent if all are sent in the order in which they came."""
     pools = [Pool(rule) for rule in rules]
     places = [UNITS.index(rule.unit) for rule in rules]
     ends: list[tuple[float, int, list[int]]] = []
-    coming, line = deque(enumerate(jobs)), deque[int]()
+    coming, queue = deque(enumerate(jobs)), deque[int]()
     sent = [math.inf] * len(jobs)
     now = 0.0
-    while coming or line:
+    while coming or queue:
         for pool in pools:
             pool.pass_to(now)
         while ends and ends[0][0] <= now:
@@ -93,16 +93,16 @@ def served_in_order(jobs: list[Job], slots: int, rules: list[Rule]) -> list[floa
             for pool, place, turn in zip(pools, places, turns, strict=True):
                 pool.give_back(jobs[one].takes[place] - jobs[one].uses[place], turn)
         while coming and coming[0][1].comes <= now:
-            line.append(coming.popleft()[0])
+            queue.append(coming.popleft()[0])
         ready = math.inf
-        while line and len(ends) < slots:
-            wanted = jobs[line[0]].takes
+        while queue and len(ends) < slots:
+            wanted = jobs[queue[0]].takes
             ready = max(pool.there_at(wanted[place]) for pool, place in zip(pools, places, strict=True))
             if ready > now:
                 break
             turns = [pool.take(wanted[place]) for pool, place in zip(pools, places, strict=True)]
-            sent[line[0]], ready = now, math.inf
-            heapq.heappush(ends, (now + jobs[line[0]].lasts, line.popleft(), turns))
+            sent[queue[0]], ready = now, math.inf
+            heapq.heappush(ends, (now + jobs[queue[0]].lasts, queue.popleft(), turns))
         now = min(ready, ends[0][0] if ends else math.inf, coming[0][1].comes if coming else math.inf)
     return sent
 
@@ -111,7 +111,7 @@ def served_in_order(jobs: list[Job], slots: int, rules: list[Rule]) -> list[floa
 
 
 class NumberedWaiter:
-    """Waits in the line, and remembers what it is told."""
+    """Records the decision and the time to wake at."""
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
@@ -128,7 +128,7 @@ class NumberedWaiter:
 
 
 class BypassCountingAccount(Account):
-    """An account in which only so many calls may pass. It keeps who was passed by the last of them."""
+    """An account that lets only `passes` calls overtake, and keeps the calls that the last of them overtook."""
 
     passes = 1_000_000_000
     passed: Sequence[NumberedWaiter] = ()
@@ -148,9 +148,9 @@ class BypassCountingAccount(Account):
 def account_of(slots: int, rules: list[Rule], usd: float = math.inf) -> BypassCountingAccount:
     quotas = RateLimiter(Quota(**{rule.unit: rule.amount}, per="minute") for rule in rules if rule.turns is None)
     for rule in rules:
-        if rule.turns is not None:  # as headers would have told
-            heard = quotas._observed[rule.unit] = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
-            heard.bucket.window_end, heard.bucket.window_delay = rule.turns, 0.0
+        if rule.turns is not None:  # as if learned from headers
+            observed = quotas._observed[rule.unit] = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
+            observed.bucket.window_end, observed.bucket.window_delay = rule.turns, 0.0
     return BypassCountingAccount(
         "upstream:test",
         limit=FixedLimit(slots),
@@ -178,14 +178,14 @@ class ConstantBudget:
         return self
 
     def settle(self, usd: float) -> None:
-        """It is paid by somebody else."""
+        """Do nothing."""
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
 
 
 class Run:
-    """The account through all of its events, in the order of time: ends first, then who comes."""
+    """An account and all its events in the order of time: ends first, then arrivals."""
 
     def __init__(self, jobs: list[Job], slots: int, rules: list[Rule], passes: int = 1_000_000_000) -> None:
         self.account = account_of(slots, rules)
@@ -196,7 +196,7 @@ class Run:
         self.sent = [math.inf] * len(jobs)
 
     def served(self) -> list[float]:
-        """When each is sent."""
+        """Return when each call is sent."""
         coming = deque(enumerate(self.jobs))
         now = 0.0
         while coming or self.waiting:
@@ -212,18 +212,18 @@ class Run:
                 [*looks, *([self.ends[0][0]] if self.ends else []), *([coming[0][1].comes] if coming else [])],
                 default=math.inf,
             )
-            assert now < math.inf or not (coming or self.waiting), "somebody waits, and nobody looks"
+            assert now < math.inf or not (coming or self.waiting), "a call waits, and nothing will wake it"
         return self.sent
 
     def come(self, now: float, number: int, job: Job) -> None:
-        ask = CallRequest(charge=job.charge(job.takes))
-        answer = self.account.try_acquire(now, ask)
-        if isinstance(answer, Admitted):
-            self.send(now, number, answer.permit)
+        request = CallRequest(charge=job.charge(job.takes))
+        decision = self.account.try_acquire(now, request)
+        if isinstance(decision, Admitted):
+            self.send(now, number, decision.permit)
             return
-        assert isinstance(answer, Queued), answer
+        assert isinstance(decision, Queued), decision
         self.waiting[number] = NumberedWaiter(number)
-        self.account.enqueue(now, ask, self.waiting[number])
+        self.account.enqueue(now, request, self.waiting[number])
         self.look(now)
 
     def look(self, now: float) -> None:
@@ -254,20 +254,20 @@ def jobs_of(draw: st.DrawFn, rules: list[Rule]) -> list[Job]:
     return jobs
 
 
-# Amounts that refill without a rounding: else a call could be sent a hair before a window turns here, and at that
-# moment in the model.
+# Amounts that refill without rounding: otherwise a call could be sent here just before a window ends, and at its end in
+# the model.
 RULES = st.lists(
     st.builds(Rule, st.sampled_from(UNITS), st.sampled_from([15, 30, 60]), st.sampled_from([None, None, 7.0, 50.0])),
     min_size=1,
     max_size=3,
     unique_by=lambda rule: rule.unit,
 )
-TEXT, VECTOR = (1, 10, 50), (1, 10, 0)  # a chat, which makes output tokens, and an embedding, which makes none
+TEXT, VECTOR = (1, 10, 50), (1, 10, 0)  # a chat, and an embedding, which has no output tokens
 TWO = [Rule("input_tokens", 60, None), Rule("output_tokens", 60, None)]
 
 
 class Case(NamedTuple):
-    """Calls that come to an account of so many slots."""
+    """Calls that come to an account with `slots` slots and the quotas of `rules`."""
 
     rules: list[Rule]
     slots: int
@@ -280,7 +280,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(rules, draw(st.sampled_from([1, 2, 3, 5, 40])), draw(jobs_of(rules)))
 
 
-# The wait of the tenth is long beside that of the others: of those behind it nearly all go one rung up, one by one.
+# The tenth waits long compared with the others: nearly all calls behind it are promoted by one priority, one by one.
 LASTS = (6, 1, 1, 1, 1, 1, 1, 2, 4, 21, *[1] * 14)
 COMES = (*[0] * 19, 5, 5, 5, 12, 14)
 MOVED_UP = Case(
@@ -289,8 +289,8 @@ MOVED_UP = Case(
     [Job(comes, lasts, (0, 0, 0), (0, 0, 0)) for comes, lasts in zip(COMES, LASTS, strict=True)],
 )
 
-# One passes in one window and ends in the next, and gives back nothing there: else the fourth would go earlier, end
-# earlier, and what it gives back be lost to the eleventh, for its own quota would be full by then.
+# A call overtakes in one window and ends in the next, and returns nothing there. Otherwise the fourth would be sent and
+# end earlier, and what it returns would be lost to the eleventh, because the quota would be full by then.
 TURNED = Case(
     [Rule("requests", 6, 7.0), Rule("input_tokens", 6, 7.0), Rule("output_tokens", 6, 50.0)],
     40,
@@ -311,7 +311,7 @@ def test_no_call_is_sent_later_than_in_a_queue_without_bypass(case: Case) -> Non
     rules, slots, jobs = case.rules, case.slots, [job._replace(uses=job.takes) for job in case.jobs]
     alone = served_in_order(jobs, slots, rules)
     for number, (passing, waiting) in enumerate(zip(Run(jobs, slots, rules).served(), alone, strict=True)):
-        assert passing <= waiting + 1e-3, f"call {number} is sent at {passing}, and would have been at {waiting}"
+        assert passing <= waiting + 1e-3, f"call {number} is sent at {passing}, and without bypass at {waiting}"
 
 
 @given(cases())
@@ -328,118 +328,118 @@ def test_no_overtaken_call_is_sent_later_whatever_calls_in_flight_return(case: C
             return
         for caller in run.account.passed:
             one = caller.number
-            assert after[one] <= before[one] + 1e-3, f"pass {passes}: {one} at {after[one]}, not at {before[one]}"
+            assert after[one] <= before[one] + 1e-3, (
+                f"bypass {passes}: call {one} at {after[one]}, not at {before[one]}"
+            )
         before, passes = after, passes + 1
 
 
-def house(*rules: Rule, slots: int = 9, usd: float = math.inf) -> Account:
+def make_account(*rules: Rule, slots: int = 9, usd: float = math.inf) -> Account:
     return account_of(slots, list(rules) or TWO, usd)
 
 
 def come(account: Account, takes: tuple[int, int, int], now: float = 0.0, **how: object) -> NumberedWaiter:
-    """Who comes, and what it is told: at once, or in the line."""
+    """Let a call arrive, and return its waiter, with the decision if there is one."""
     caller = NumberedWaiter()
-    ask = CallRequest(charge=Charge(**dict(zip(UNITS, takes, strict=True))), **how)  # type: ignore[arg-type]
-    answer = account.try_acquire(now, ask)
-    if isinstance(answer, Queued):
-        account.enqueue(now, ask, caller)
+    request = CallRequest(charge=Charge(**dict(zip(UNITS, takes, strict=True))), **how)  # type: ignore[arg-type]
+    decision = account.try_acquire(now, request)
+    if isinstance(decision, Queued):
+        account.enqueue(now, request, caller)
         account.serve_queue(now)
     else:
-        caller.decision = answer
+        caller.decision = decision
     return caller
 
 
-def goes(caller: NumberedWaiter) -> bool:
+def is_sent(caller: NumberedWaiter) -> bool:
     return isinstance(caller.decision, Admitted)
 
 
 def test_a_call_that_uses_other_quotas_overtakes_a_head_blocked_on_its_own() -> None:
-    account = house()
-    assert goes(come(account, TEXT))
+    account = make_account()
+    assert is_sent(come(account, TEXT))
     head = come(account, TEXT)
-    assert goes(come(account, VECTOR))
+    assert is_sent(come(account, VECTOR))
     account.serve_queue(39.9)
     assert head.decision is None
-    account.serve_queue(40.0)  # 50 of 60 a minute, of which 10 were there
-    assert goes(head)
+    account.serve_queue(40.0)  # 50 of 60 per minute, of which 10 were left
+    assert is_sent(head)
 
 
 def test_a_small_call_does_not_overtake_if_it_uses_the_quota_that_the_head_waits_for() -> None:
-    account = house()
+    account = make_account()
     come(account, TEXT)
-    assert not goes(come(account, TEXT))
-    assert not goes(come(account, (1, 1, 1)))
+    assert not is_sent(come(account, TEXT))
+    assert not is_sent(come(account, (1, 1, 1)))
 
 
 def test_quota_that_refills_before_the_head_can_go_may_be_used_meanwhile() -> None:
-    account = house()
+    account = make_account()
     first = come(account, TEXT)
     assert isinstance(first.decision, Admitted)
-    account.settle(
-        0.0, first.decision.permit, SUCCESS
-    )  # so nothing is under way that could bring the head's turn forward
-    assert not goes(come(account, (1, 20, 50)))  # in 40 s, when 40 input tokens more will be there
-    assert goes(come(account, (1, 50, 0)))
-    assert not goes(come(account, (1, 50, 0)))
+    account.settle(0.0, first.decision.permit, SUCCESS)  # so no call in flight can bring the head forward
+    assert not is_sent(come(account, (1, 20, 50)))  # in 40 s, when there are 40 more input tokens
+    assert is_sent(come(account, (1, 50, 0)))
+    assert not is_sent(come(account, (1, 50, 0)))
 
 
 def test_quota_that_a_call_in_flight_may_return_is_kept_for_the_head() -> None:
-    account = house()
-    come(account, TEXT)  # it may turn out to have made no output at all
-    assert not goes(come(account, (1, 20, 50)))
-    assert goes(come(account, (1, 30, 0)))
-    assert not goes(come(account, (1, 1, 0)))
+    account = make_account()
+    come(account, TEXT)  # it may end without any output
+    assert not is_sent(come(account, (1, 20, 50)))
+    assert is_sent(come(account, (1, 30, 0)))
+    assert not is_sent(come(account, (1, 1, 0)))
 
 
 def test_quota_is_kept_for_the_calls_in_between() -> None:
-    account = house()
+    account = make_account()
     come(account, TEXT)
     come(account, TEXT)
     come(account, (1, 30, 50))
-    assert goes(come(account, (1, 10, 0)))
-    assert not goes(come(account, (1, 10, 0)))  # the head needs 10 of the 40 input tokens that are left, the next 30
+    assert is_sent(come(account, (1, 10, 0)))
+    assert not is_sent(come(account, (1, 10, 0)))  # the head needs 10 of the 40 input tokens that are left, the next 30
 
 
 def test_the_rest_of_a_window_may_be_used_before_it_ends() -> None:
-    account = house(Rule("input_tokens", 60, 30.0))
+    account = make_account(Rule("input_tokens", 60, 30.0))
     first = come(account, (1, 40, 0))
     assert isinstance(first.decision, Admitted)
     account.settle(0.0, first.decision.permit, SUCCESS)
     head = come(account, (1, 50, 0))
-    assert goes(come(account, (1, 15, 0)))
-    assert not goes(come(account, (1, 15, 0)))  # it is not there
+    assert is_sent(come(account, (1, 15, 0)))
+    assert not is_sent(come(account, (1, 15, 0)))  # that much is not left
     account.serve_queue(30.0)
-    assert goes(head)
+    assert is_sent(head)
 
 
 def test_the_queue_is_served_again_when_a_call_may_overtake() -> None:
-    account = house()
+    account = make_account()
     for takes in ((1, 60, 0), (0, 0, 60)):
         permit = come(account, takes)
         assert isinstance(permit.decision, Admitted)
         account.settle(0.0, permit.decision.permit, SUCCESS)
     head = come(account, (1, 0, 60))
     later = come(account, (1, 15, 0))
-    assert not goes(later)
+    assert not is_sent(later)
     assert head.looks_at == 15.0
     account.serve_queue(15.0)
-    assert goes(later)
-    assert not goes(head)
+    assert is_sent(later)
+    assert not is_sent(head)
 
 
 def test_a_slot_is_kept_for_each_overtaken_call() -> None:
-    account = house(slots=4)
+    account = make_account(slots=4)
     come(account, TEXT)
     head = come(account, TEXT)
-    assert goes(come(account, (0, 0, 0)))
+    assert is_sent(come(account, (0, 0, 0)))
     come(account, TEXT)
-    assert not goes(come(account, (0, 0, 0)))  # it may run for longer than the two before it wait for their tokens
+    assert not is_sent(come(account, (0, 0, 0)))  # it may run for longer than the two ahead of it wait for tokens
     account.serve_queue(40.0)
-    assert goes(head)
+    assert is_sent(head)
 
 
 class Growing(FixedLimit):
-    """A slot more for each call that is let in, as an adaptive limit has it on its way up."""
+    """A limit that grows by one for each accepted call, as an adaptive limit does."""
 
     def __init__(self, slots: int) -> None:
         super().__init__(slots)
@@ -454,51 +454,51 @@ class Growing(FixedLimit):
 
 
 def test_the_queue_is_served_again_when_an_accepted_call_raises_the_limit() -> None:
-    account = house()
+    account = make_account()
     account.limit = Growing(2)
     come(account, TEXT)
     head, other = come(account, TEXT), come(account, VECTOR)
     assert other.decision is None  # the only slot is the head's
-    assert head.looks_at == 1.0  # so long after it was sent a call counts as let in
+    assert head.looks_at == 1.0  # a call counts as accepted so long after it was sent
     account.serve_queue(1.0)
-    assert goes(other)
+    assert is_sent(other)
 
 
 def test_money_is_kept_for_each_overtaken_call_by_the_share_of_the_lowest_priority() -> None:
-    account = house(usd=13.5)
+    account = make_account(usd=13.5)
     come(account, TEXT, usd=1.0)
-    come(account, TEXT, usd=2.0)  # a NORMAL call may use a third of what there is
-    assert goes(come(account, VECTOR, usd=2.5))  # and nothing of it was spent
-    assert not goes(come(account, VECTOR, usd=2.6))
-    assert not goes(come(account, VECTOR, usd=0.1))  # whose turn comes after one that keeps 2.6
+    come(account, TEXT, usd=2.0)  # a NORMAL call may use a third of the budget
+    assert is_sent(come(account, VECTOR, usd=2.5))  # nothing of it is spent
+    assert not is_sent(come(account, VECTOR, usd=2.6))
+    assert not is_sent(come(account, VECTOR, usd=0.1))  # the calls ahead of it need 2.6
 
 
 def test_only_the_first_calls_of_the_queue_are_considered() -> None:
-    account = house(Rule("output_tokens", 60, None), slots=99)
+    account = make_account(Rule("output_tokens", 60, None), slots=99)
     come(account, TEXT)
     for _ in range(LOOK_AHEAD - 1):
         come(account, TEXT)
-    assert goes(come(account, VECTOR))
+    assert is_sent(come(account, VECTOR))
     come(account, TEXT)
-    assert not goes(come(account, VECTOR))
+    assert not is_sent(come(account, VECTOR))
 
 
 def test_a_call_that_overtakes_does_not_change_the_turns_of_tenants() -> None:
-    account = house()
+    account = make_account()
     come(account, TEXT)
     head = come(account, TEXT, tenant="a")
     for _ in range(5):
         come(account, TEXT, tenant="a")
-    assert goes(come(account, (1, 0, 0), tenant="a"))
+    assert is_sent(come(account, (1, 0, 0), tenant="a"))
     other = come(account, TEXT, tenant="b")
     account.serve_queue(40.0)
     account.serve_queue(100.0)
-    assert goes(head)
-    assert goes(other)  # the second after the head, not behind all who stood before the one that passed
+    assert is_sent(head)
+    assert is_sent(other)  # second after the head, not behind all that were ahead of the call that overtook
 
 
 def test_no_call_overtakes_while_the_breaker_is_not_closed() -> None:
-    account = house()
+    account = make_account()
     come(account, TEXT)
     come(account, TEXT)
     account.breaker.trip(0.0)
@@ -506,4 +506,4 @@ def test_no_call_overtakes_while_the_breaker_is_not_closed() -> None:
     when = account.breaker.retry_after(0.0) or 0.0
     assert account.breaker.ready(when + 0.1)
     caller = come(account, VECTOR, now=when + 0.1)
-    assert not goes(caller)
+    assert not is_sent(caller)

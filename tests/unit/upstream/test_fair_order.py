@@ -1,4 +1,4 @@
-"""The order of calls: runs begun earlier first, tenants in turns, retries at the head."""
+"""The order of calls: runs that started earlier first, tenants in turns, retries at the head."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_turns_follow_the_weights(arrivals: list[str]) -> None:
     total = {tenant: arrivals.count(tenant) for tenant in served}
     for _, tenant in ranks:
         served[tenant] += 1
-        if all(served[who] < total[who] for who in served):  # both still wait
+        if all(served[tenant] < total[tenant] for tenant in served):  # both still wait
             assert abs(served["heavy"] - 2 * served["light"]) <= 2
 
 

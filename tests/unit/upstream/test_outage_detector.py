@@ -1,4 +1,4 @@
-"""Since when nobody was let in, and whether that is too long."""
+"""The outage detector: since when no call was accepted, and whether that is too long to wait."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from forebay.upstream.outage_detector import OutageDetector
 
 
 def silent(now: float) -> FixedLimit:
-    """A limit that has been refused everything just now."""
+    """Return a limit that backs off from an outage."""
     limit = FixedLimit(1)
     for _ in range(10):
         limit.observe(now, limit.grant(now, 1), Outcome.OVERLOAD)

@@ -1,4 +1,4 @@
-"""A request that is sent on: only what must change does, and no key goes to another's house."""
+"""Rerouted requests: only what must change does, and no key goes to another provider."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ CHAT = "/v1/chat/completions"
 BODY = b'{"model": "gpt-4o", "messages" : [ {"role":"user","content":"\\u00e9 1.0"} ], "x": 1e2}'
 
 
-def stop_of(fallback: Fallback, model: str = "gpt-4o", **how: Any) -> FallbackRoute:
-    (stop,) = Upstream("first", **{"provider": "openai", **how}, fallback=fallback).runner.resolver.routes(model)
-    return stop
+def route_of(fallback: Fallback, model: str = "gpt-4o", **how: Any) -> FallbackRoute:
+    (route,) = Upstream("first", **{"provider": "openai", **how}, fallback=fallback).runner.resolver.routes(model)
+    return route
 
 
 def mini() -> FallbackRoute:
-    return stop_of(Fallback(to="gpt-4o-mini"), models={"gpt-4o": (), "gpt-4o-mini": ()})
+    return route_of(Fallback(to="gpt-4o-mini"), models={"gpt-4o": (), "gpt-4o-mini": ()})
 
 
-def elsewhere(provider: str = "openai", model: str = "gpt-4o", first: str = "openai", **how: Any) -> FallbackRoute:
-    return stop_of(Fallback(to=Upstream("other", provider=provider), **how), model, provider=first)
+def other_upstream(provider: str = "openai", model: str = "gpt-4o", first: str = "openai", **how: Any) -> FallbackRoute:
+    return route_of(Fallback(to=Upstream("other", provider=provider), **how), model, provider=first)
 
 
 def send(
-    stop: FallbackRoute, path: str = CHAT, body: bytes = BODY, method: str = "POST", **headers: str
+    route: FallbackRoute, path: str = CHAT, body: bytes = BODY, method: str = "POST", **headers: str
 ) -> ReroutedRequest | None:
     read = profile_for("openai").read_request(method, path, headers, body)
-    return reroute_request(stop, path, read, body, KEY) if can_reroute(stop, read, read.model or "") else None
+    return reroute_request(route, path, read, body, KEY) if can_reroute(route, read, read.model or "") else None
 
 
-def sent(stop: FallbackRoute, path: str = CHAT, body: bytes = BODY) -> ReroutedRequest:
-    found = send(stop, path, body)
+def sent(route: FallbackRoute, path: str = CHAT, body: bytes = BODY) -> ReroutedRequest:
+    found = send(route, path, body)
     assert found is not None
     return found
 
@@ -55,8 +55,8 @@ def test_another_model_is_all_that_changes_in_a_body() -> None:
 def test_azure_names_the_model_in_the_path() -> None:
     path = "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
     body = b'{"messages":[]}'
-    stop = stop_of(Fallback(to="mini/1"), provider="azure", models={"gpt-4o": (), "mini/1": ()})
-    changed = sent(stop, path, body)
+    route = route_of(Fallback(to="mini/1"), provider="azure", models={"gpt-4o": (), "mini/1": ()})
+    changed = sent(route, path, body)
     assert changed.path == "/openai/deployments/mini%2F1/chat/completions?api-version=2024-10-21"
     assert changed.body == body
 
@@ -79,37 +79,39 @@ def test_azure_names_the_model_in_the_path() -> None:
 def test_a_rerouted_request_goes_below_the_base_url_as_an_sdk_would_send_it(
     provider: str, base_url: str, path: str, expected: str
 ) -> None:
-    changed = sent(elsewhere(provider, base_url=base_url), path)
+    changed = sent(other_upstream(provider, base_url=base_url), path)
     assert f"{changed.origin}{changed.path}" == expected
 
 
 @pytest.mark.parametrize("base_url", ["https://b.test", "https://b.test/v1"])
 def test_the_base_url_of_anthropic_has_no_version(base_url: str) -> None:
-    stop = elsewhere("anthropic", first="anthropic", base_url=base_url, api_key="sk-2")
-    changed = sent(stop, "/v1/messages")
+    route = other_upstream("anthropic", first="anthropic", base_url=base_url, api_key="sk-2")
+    changed = sent(route, "/v1/messages")
     assert f"{changed.origin}{changed.path}" == "https://b.test/v1/messages"
     assert changed.added_headers == {"x-api-key": "sk-2"}
-    assert stop.auth_headers("Bearer sk-1") == {"authorization": "Bearer sk-2"}  # its SDK says it so from version 2 on
+    assert route.auth_headers("Bearer sk-1") == {
+        "authorization": "Bearer sk-2"
+    }  # as its SDK sends it from version 2 on
 
 
 def test_no_identity_of_the_caller_goes_to_another_provider() -> None:
     headers = Headers(
         {"authorization": "Bearer sk-1", "cookie": "c", "openai-organization": "o", "host": "a.test", "accept": "x"}
     )
-    assert sent(elsewhere(base_url="https://b.test")).headers(headers) == {"accept": "x"}
-    told = sent(elsewhere(base_url="https://b.test", api_key="sk-2")).headers(headers)
-    assert told == {"accept": "x", "authorization": "Bearer sk-2"}
-    assert sent(elsewhere("azure", api_key="sk-2")).headers(headers) == {"accept": "x", "api-key": "sk-2"}
+    assert sent(other_upstream(base_url="https://b.test")).headers(headers) == {"accept": "x"}
+    rerouted = sent(other_upstream(base_url="https://b.test", api_key="sk-2")).headers(headers)
+    assert rerouted == {"accept": "x", "authorization": "Bearer sk-2"}
+    assert sent(other_upstream("azure", api_key="sk-2")).headers(headers) == {"accept": "x", "api-key": "sk-2"}
 
 
 def test_a_route_uses_the_account_of_its_own_api_key() -> None:
-    stop = elsewhere(base_url="https://b.test", api_key="sk-2")
-    assert stop.account("Bearer sk-1") is stop.upstream.core.accounts.account("gpt-4o", "Bearer sk-2")
+    route = other_upstream(base_url="https://b.test", api_key="sk-2")
+    assert route.account("Bearer sk-1") is route.upstream.core.accounts.account("gpt-4o", "Bearer sk-2")
     assert mini().account_key("Bearer sk-1") == "Bearer sk-1"
 
 
 def test_a_request_that_cannot_be_changed_is_not_rerouted() -> None:
-    other = elsewhere(base_url="https://b.test/v1", model="gpt-4o")
+    other = other_upstream(base_url="https://b.test/v1", model="gpt-4o")
     assert send(mini(), authorization="AWS4-HMAC-SHA256 x") is None
     assert send(mini(), CHAT, BODY, "POST", **{"content-encoding": "gzip"}) is None
     assert send(mini(), body=b"garbage") is None
@@ -125,14 +127,14 @@ def test_embeddings_go_to_another_model_only_if_the_fallback_names_models() -> N
     body = json.dumps({"model": "embed-1", "input": "x"}).encode()
     path = "/v1/embeddings"
     models = {"embed-1": (), "embed-2": ()}
-    assert send(stop_of(Fallback(to="embed-2"), "embed-1", models=models), path, body) is None
-    assert send(stop_of(Fallback(to="embed-2", models="embed-*"), "embed-1", models=models), path, body) is not None
-    assert send(elsewhere(model="embed-1", base_url="https://b.test"), path, body) is not None
+    assert send(route_of(Fallback(to="embed-2"), "embed-1", models=models), path, body) is None
+    assert send(route_of(Fallback(to="embed-2", models="embed-*"), "embed-1", models=models), path, body) is not None
+    assert send(other_upstream(model="embed-1", base_url="https://b.test"), path, body) is not None
 
 
 def test_a_request_without_a_model_goes_only_between_unknown_providers() -> None:
-    stop = elsewhere("generic", "", "generic", base_url="https://mirror.test/api")
-    changed = send(stop, "/search?q=x", b"", "GET")
+    route = other_upstream("generic", "", "generic", base_url="https://mirror.test/api")
+    changed = send(route, "/search?q=x", b"", "GET")
     assert changed is not None
     assert f"{changed.origin}{changed.path}" == "https://mirror.test/api/search?q=x"
 
@@ -140,13 +142,16 @@ def test_a_request_without_a_model_goes_only_between_unknown_providers() -> None
 def test_routes_have_no_loop_and_no_account_twice() -> None:
     models = {"a": (), "b": (), "c": ()}
     up = Upstream("up", models=models, fallback=[Fallback(to="b"), Fallback(to="c"), Fallback(to="b", models="a")])
-    stops = up.runner.resolver.routes("a")
+    routes = up.runner.resolver.routes("a")
     own = up.core.accounts.account("a")
-    assert [desk.name for _, desk in up.runner.resolver.accounts(own, stops)] == ["upstream:up:b", "upstream:up:c"]
+    assert [account.name for _, account in up.runner.resolver.accounts(own, routes)] == [
+        "upstream:up:b",
+        "upstream:up:c",
+    ]
     assert [
-        desk.name
-        for _, desk in up.runner.resolver.accounts(up.core.accounts.account("b"), up.runner.resolver.routes("b"))
+        account.name
+        for _, account in up.runner.resolver.accounts(up.core.accounts.account("b"), up.runner.resolver.routes("b"))
     ] == ["upstream:up:c"]
     other = Upstream("other", models=models, fallback=[Fallback(to=up), Fallback(to="b")])
-    found = [(stop.upstream.name, stop.model) for stop in other.runner.resolver.routes("a")]
+    found = [(route.upstream.name, route.model) for route in other.runner.resolver.routes("a")]
     assert found == [("up", "a"), ("other", "b"), ("up", "b"), ("up", "c"), ("up", "b")]

@@ -1,4 +1,4 @@
-"""Accounts and purses by the thousand: the bound holds, and nothing is there twice that somebody still uses."""
+"""The bounded cache: thousands of accounts and budgets, and never two for one key while one is in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forebay.upstream.weak_lru import WeakLRU
 
 
 class Thing:
-    """What is kept."""
+    """A cached value."""
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -46,11 +46,11 @@ def test_a_value_that_is_held_is_found_however_old_it_is() -> None:
     assert held in kept.values()
 
 
-# --- what hangs on it ---
+# --- accounts and budgets ---
 
 
-async def others_come(upstream: Upstream, **how: Any) -> None:
-    """More accounts, and more tenants, than are kept."""
+async def fill_caches(upstream: Upstream, **how: Any) -> None:
+    """Use more accounts, and more tenants, than are kept."""
     for number in range(10_001):
         async with upstream.call(f"model-{number % 1_001}", tenant=f"tenant-{number}", **how):
             pass
@@ -59,12 +59,12 @@ async def others_come(upstream: Upstream, **how: Any) -> None:
 @virtual
 async def test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_time() -> None:
     upstream = Upstream("llm", models={"own": []}, max_concurrent=1)
-    later = upstream.call("own")  # it has its account, and has not asked it yet
-    await others_come(upstream)
+    later = upstream.call("own")  # it has its account, and no permit yet
+    await fill_caches(upstream)
     async with upstream.call("own"):
         entering = asyncio.create_task(later.__aenter__())
         await asyncio.sleep(1.0)
-        assert not entering.done()  # there is one slot
+        assert not entering.done()  # the only slot is taken
         assert [account.in_flight for account in upstream.statistics().accounts if account.name.endswith(":own")] == [1]
     await entering
     await later.__aexit__(None, None, None)
@@ -75,7 +75,7 @@ async def test_the_budget_of_a_call_in_flight_does_not_exist_twice() -> None:
     prices = {"*": Price(input=1_000_000, output=0)}
     upstream = Upstream("llm", tenant_budget=Budget(usd=1), prices=prices)
     async with upstream.call("model", input_tokens=1, tenant="acme"):
-        await others_come(upstream)
+        await fill_caches(upstream)
         with pytest.raises(Overloaded, match="overspent"):
             async with upstream.call("model", input_tokens=1, tenant="acme"):
                 pass
@@ -83,8 +83,8 @@ async def test_the_budget_of_a_call_in_flight_does_not_exist_twice() -> None:
 
 def test_the_load_source_of_a_run_stays_the_same_among_many_others() -> None:
     upstream = Upstream("llm", models={"a": [], "b": []}, fallback=Fallback("b", models="a"))
-    desks = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
-    choice = upstream.runner.resolver.any_of(desks)
+    accounts = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
+    any_of = upstream.runner.resolver.any_of(accounts)
     for number in range(1_001):
-        upstream.runner.resolver.any_of([upstream.core.accounts.account(f"model-{number}"), desks[1]])
-    assert upstream.runner.resolver.any_of(desks) is choice
+        upstream.runner.resolver.any_of([upstream.core.accounts.account(f"model-{number}"), accounts[1]])
+    assert upstream.runner.resolver.any_of(accounts) is any_of

@@ -1,4 +1,4 @@
-"""What is bound: copies that keep what they were given, of clients that stay as they were."""
+"""Binding: copies keep the settings of their clients, and the clients stay unchanged."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_websocket_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> N
     upstream = Upstream("key", provider="openai")
     bound = upstream.bind(openai.AsyncOpenAI(api_key="k"))
     for over_http in (bound.chat.completions.create, bound.responses.create, bound.realtime.client_secrets.create):
-        assert callable(over_http)  # nothing to say of it
+        assert callable(over_http)  # no warning for HTTP
     assert not caplog.records
     for client in (bound, bound, bound.with_options(timeout=3)):
         client.realtime.connect(model="gpt-realtime")
@@ -151,7 +151,7 @@ def test_the_connections_of_a_client_that_is_dropped_stay_open() -> None:
     gc.collect()
     bound.chat.completions.create(**REQUEST)
     assert not closed
-    del bound  # what is left is the client that was there before: it is not closed for its copy's sake
+    del bound  # only the client itself is left: collecting its copy does not close it
     gc.collect()
     assert not closed
     of_the_client.close()
@@ -179,6 +179,6 @@ def test_all_clients_of_a_langchain_model_are_bound() -> None:
     "thing", [object(), "client", None, DeterministicFakeEmbedding(size=3), httpx2.HTTPTransport()]
 )
 def test_binding_something_else_is_an_error_that_names_the_gateway(thing: Any) -> None:
-    with pytest.raises(NotBindable, match="forebay gateway") as told:
+    with pytest.raises(NotBindable, match="forebay gateway") as error:
         Upstream("key").bind(thing)
-    assert isinstance(told.value, TypeError)
+    assert isinstance(error.value, TypeError)

@@ -1,4 +1,4 @@
-"""Calls of bound httpx clients: what passes, what is tried again, what is refused, and what is left behind."""
+"""Calls of bound httpx clients: answers passed on, retries, rejections, and that nothing stays reserved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.upstream.httpx_binding.wire import (
     STOP,
     STREAM,
     URL,
-    Says,
+    Answer,
     Script,
     left,
     words,
@@ -45,8 +45,8 @@ def upstream(**how: Any) -> Upstream:
 
 
 def only(up: Upstream) -> SharedAccount:
-    (desk,) = up.core.accounts
-    return desk
+    (account,) = up.core.accounts
+    return account
 
 
 async def ask(client: Any, **body: Any) -> Any:
@@ -58,14 +58,14 @@ async def pieces(client: Any, **body: Any) -> list[bytes]:
         return [piece async for piece in response.aiter_raw()]
 
 
-# --- what passes ---
+# --- answers ---
 
 
 @LIBRARIES
 @virtual
 async def test_an_answer_is_passed_on_unchanged_and_nothing_stays_reserved(http: ModuleType) -> None:
     up = upstream()
-    script = Script(http, Says(headers={"x-request-id": "req_7"}))
+    script = Script(http, Answer(headers={"x-request-id": "req_7"}))
     response = await ask(script.client(up))
     assert response.json() == CHAT
     assert response.headers["x-request-id"] == "req_7"
@@ -80,7 +80,7 @@ def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
     script = Script(http)
     client = script.blocking_client(up)
     assert client.post(URL, json=REQUEST).json() == CHAT
-    script.answers = [Says.stream()]
+    script.answers = [Answer.stream()]
     with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         assert b"".join(response.iter_raw()) == b"".join([*words("The ", "Danube."), STOP, DONE])
     assert script.closed == 2
@@ -91,7 +91,7 @@ def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
 @virtual
 async def test_usage_is_requested_in_a_stream_and_removed_if_the_caller_did_not_ask_for_it(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=1e5)})
-    script = Script(http, Says.stream(*STREAM))
+    script = Script(http, Answer.stream(*STREAM))
     client = script.client(up)
     assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
     assert json.loads(script.requests[0].content)["stream_options"] == {"include_usage": True}
@@ -101,7 +101,7 @@ async def test_usage_is_requested_in_a_stream_and_removed_if_the_caller_did_not_
 @LIBRARIES
 @virtual
 async def test_a_caller_that_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
-    script = Script(http, Says.stream(*STREAM))
+    script = Script(http, Answer.stream(*STREAM))
     client = script.client(upstream())
     asked = {"stream_options": {"include_usage": True}}
     assert await pieces(client, **asked) == STREAM
@@ -113,8 +113,8 @@ async def test_a_caller_that_asked_for_usage_gets_every_byte(http: ModuleType) -
 async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=0)})
     zipped = {"content-encoding": "gzip"}
-    whole = Says(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
-    stream = Says.stream(gzip.compress(b"".join(STREAM)))
+    whole = Answer(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
+    stream = Answer.stream(gzip.compress(b"".join(STREAM)))
     stream.headers |= zipped
     client = Script(http, whole, stream).client(up)
     response = await ask(client)
@@ -126,7 +126,7 @@ async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
 
 @virtual
 async def test_a_signed_request_is_sent_unchanged() -> None:
-    script = Script(httpx2, Says.stream(*STREAM))
+    script = Script(httpx2, Answer.stream(*STREAM))
     client = script.client(upstream())
     signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
     body = json.dumps({**REQUEST, "stream": True}).encode()
@@ -141,21 +141,21 @@ async def test_calls_use_the_account_of_their_key_and_model() -> None:
     client = Script(httpx2).client(up)
     for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
         await client.post(URL, json={**REQUEST, "model": model}, headers={header: "sk-secret"})
-    names = {desk.name for desk in up.core.accounts}
+    names = {account.name for account in up.core.accounts}
     assert {name.rpartition(":")[2] for name in names} == {"gpt-4o*", "o3"}
-    assert len(names) == 2  # the two headers bear the same key
+    assert len(names) == 2  # both headers have the same key
     assert "secret" not in repr(names) + repr(up.statistics())
 
 
 @virtual
 async def test_headers_teach_the_account_its_quotas() -> None:
-    told = {
+    values = {
         "x-ratelimit-limit-requests": "2",
         "x-ratelimit-remaining-requests": "0",
         "x-ratelimit-reset-requests": "60s",
     }
     up = upstream()
-    client = Script(httpx2, Says(headers=told), Says()).client(up)
+    client = Script(httpx2, Answer(headers=values), Answer()).client(up)
     began = now()
     await ask(client)
     await ask(client)
@@ -175,14 +175,14 @@ def limits(remaining: int) -> dict[str, str]:
 @virtual
 async def test_use_of_the_quota_by_others_is_noticed_within_a_moment(streamed: bool) -> None:  # noqa: FBT001
     up = upstream()
-    answers = [Says.stream() if streamed else Says() for _ in range(4)]
+    answers = [Answer.stream() if streamed else Answer() for _ in range(4)]
     for says, remaining in zip(answers, (99, 70, 60, 50), strict=True):
         says.headers.update(limits(remaining))
     client = Script(httpx2, *answers).client(up)
     call = pieces if streamed else ask
     await call(client)
     await call(client)
-    assert quota_left(up) == pytest.approx(98, abs=0.1)  # ours alone: the second was not read
+    assert quota_left(up) == pytest.approx(98, abs=0.1)  # without the second answer, whose headers were not read
     await asyncio.sleep(0.1)
     await call(client)
     assert quota_left(up) == pytest.approx(60, abs=0.1)
@@ -191,22 +191,22 @@ async def test_use_of_the_quota_by_others_is_noticed_within_a_moment(streamed: b
 @virtual
 async def test_the_headers_of_a_429_are_always_read() -> None:
     up = upstream(retry=Retry(max_attempts=1))
-    refused = Says.error(400)
+    refused = Answer.error(400)
     refused.headers.update(limits(40))
-    client = Script(httpx2, Says(headers=limits(99)), refused).client(up)
+    client = Script(httpx2, Answer(headers=limits(99)), refused).client(up)
     await ask(client)
     await ask(client)
     assert quota_left(up) == pytest.approx(40, abs=0.1)
 
 
-# --- what is tried again ---
+# --- retries ---
 
 
 @LIBRARIES
 @virtual
 async def test_faults_are_retried_until_one_attempt_succeeds(http: ModuleType) -> None:
     up = upstream()
-    script = Script(http, Says.error(500), http.ConnectError("no route"), Says.error(502), Says())
+    script = Script(http, Answer.error(500), http.ConnectError("no route"), Answer.error(502), Answer())
     assert (await ask(script.client(up))).json() == CHAT
     assert len(script.requests) == 4
     assert left(up) == NOTHING
@@ -215,7 +215,7 @@ async def test_faults_are_retried_until_one_attempt_succeeds(http: ModuleType) -
 @virtual
 async def test_a_truncated_body_is_retried() -> None:
     up = upstream()
-    script = Script(httpx2, Says(body=[b'{"id":', httpx2.ReadError("cut")]), Says())
+    script = Script(httpx2, Answer(body=[b'{"id":', httpx2.ReadError("cut")]), Answer())
     assert (await ask(script.client(up))).json() == CHAT
     assert script.closed == 2
     assert left(up) == NOTHING
@@ -225,7 +225,7 @@ async def test_a_truncated_body_is_retried() -> None:
 @virtual
 async def test_after_the_last_retry_the_caller_gets_the_providers_answer(http: ModuleType) -> None:
     up = upstream(retry=Retry(max_attempts=3))
-    script = Script(http, Says.error(500, "boom"))
+    script = Script(http, Answer.error(500, "boom"))
     response = await ask(script.client(up))
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "boom"
@@ -240,7 +240,7 @@ async def test_after_the_last_retry_the_caller_gets_the_providers_answer(http: M
 
 @virtual
 async def test_a_wrong_request_is_not_retried() -> None:
-    for answer in (Says.error(400), Says.error(401), Says.error(404), Says.error(500, x_should_retry="false")):
+    for answer in (Answer.error(400), Answer.error(401), Answer.error(404), Answer.error(500, x_should_retry="false")):
         script = Script(httpx2, answer)
         await ask(script.client(upstream()))
         assert len(script.requests) == 1
@@ -251,7 +251,7 @@ async def test_a_streamed_request_body_is_sent_once() -> None:
     async def body() -> Any:
         yield b"x"
 
-    script = Script(httpx2, Says.error(500))
+    script = Script(httpx2, Answer.error(500))
     response = await script.client(upstream()).post("https://provider.test/v1/files", content=body())
     assert response.status_code == 500
     assert len(script.requests) == 1
@@ -260,8 +260,8 @@ async def test_a_streamed_request_body_is_sent_once() -> None:
 @virtual
 async def test_a_throttled_call_waits_and_uses_up_no_attempt() -> None:
     up = upstream(retry=Retry(max_attempts=2))
-    refusals = [Says.error(429, "tokens per min", retry_after="2") for _ in range(4)]
-    script = Script(httpx2, *refusals, Says())
+    refusals = [Answer.error(429, "tokens per min", retry_after="2") for _ in range(4)]
+    script = Script(httpx2, *refusals, Answer())
     began = now()
     assert (await ask(script.client(up))).status_code == 200
     assert now() - began >= 8.0
@@ -271,7 +271,7 @@ async def test_a_throttled_call_waits_and_uses_up_no_attempt() -> None:
 @virtual
 async def test_a_rate_limit_delays_all_calls_of_the_account() -> None:
     up = upstream()
-    client = Script(httpx2, Says.error(429, "requests per min", retry_after="5"), Says()).client(up)
+    client = Script(httpx2, Answer.error(429, "requests per min", retry_after="5"), Answer()).client(up)
     began = now()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(ask(client))
@@ -285,7 +285,7 @@ async def test_a_rate_limit_delays_all_calls_of_the_account() -> None:
 @virtual
 async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
     up = upstream()
-    script = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"))
+    script = Script(httpx2, Answer.error(429, "requests per day", retry_after="86400"))
     began = now()
     response = await ask(script.client(up))
     assert response.status_code == 429
@@ -296,7 +296,7 @@ async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
 @virtual
 async def test_no_calls_are_sent_after_the_providers_spend_cap() -> None:
     up = upstream()
-    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"))
+    script = Script(httpx2, Answer.error(429, "You exceeded your current quota, check your spending limit"))
     client = script.client(up)
     assert (await ask(client)).status_code == 429
     with pytest.raises(Overloaded) as refused:
@@ -308,7 +308,7 @@ async def test_no_calls_are_sent_after_the_providers_spend_cap() -> None:
 @virtual
 async def test_free_requests_are_sent_in_spite_of_a_spend_cap() -> None:
     up = upstream()
-    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"), Says())
+    script = Script(httpx2, Answer.error(429, "You exceeded your current quota, check your spending limit"), Answer())
     client = script.client(up)
     assert (await ask(client)).status_code == 429
     assert (await client.get("https://provider.test/v1/models")).status_code == 200
@@ -320,30 +320,30 @@ async def test_free_requests_are_sent_in_spite_of_a_spend_cap() -> None:
 @virtual
 async def test_a_fetched_answer_does_not_count_in_the_latency(*, stream: bool) -> None:
     up = upstream()
-    client = Script(httpx2, *[Says.stream() if stream else Says()] * 20).client(up)
+    client = Script(httpx2, *[Answer.stream() if stream else Answer()] * 20).client(up)
     for _ in range(20):
         assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
-    (desk,) = up.core.accounts
-    assert desk.account.latency_model.expected(100) is None
-    assert desk.token_estimates.output_tokens == TokenEstimates().output_tokens
+    (account,) = up.core.accounts
+    assert account.account.latency_model.expected(100) is None
+    assert account.token_estimates.output_tokens == TokenEstimates().output_tokens
 
 
 @virtual
 async def test_free_requests_do_not_count_in_the_typical_cost() -> None:
     up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
-    client = Script(httpx2, *[Says()] * 21).client(up)
+    client = Script(httpx2, *[Answer()] * 21).client(up)
     await ask(client)
-    (desk,) = up.core.accounts
-    typical = desk._typical.usd
+    (account,) = up.core.accounts
+    typical = account._typical.usd
     assert typical > 0
     for _ in range(20):
         await client.get("https://provider.test/v1/models")
-    assert desk._typical.usd == typical
+    assert account._typical.usd == typical
 
 
 @virtual
 async def test_a_spend_cap_suspends_the_account_for_an_hour_at_most() -> None:
-    client = Script(httpx2, Says.error(402, "no", retry_after="9" * 40), Says()).client(upstream())
+    client = Script(httpx2, Answer.error(402, "no", retry_after="9" * 40), Answer()).client(upstream())
     assert (await ask(client)).status_code == 402
     with pytest.raises(Overloaded) as refused:
         await ask(client)
@@ -355,7 +355,7 @@ async def test_a_spend_cap_suspends_the_account_for_an_hour_at_most() -> None:
 @virtual
 async def test_a_concurrency_429_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
-    client = Script(httpx2, Says(), *[Says.error(429, "too many concurrent requests")] * 9).client(up)
+    client = Script(httpx2, Answer(), *[Answer.error(429, "too many concurrent requests")] * 9).client(up)
     await ask(client)
     before = only(up).account.limit.limit(now())
     for _ in range(8):
@@ -369,7 +369,7 @@ async def test_a_concurrency_429_lowers_the_limit() -> None:
 @virtual
 async def test_a_stream_holds_its_permit_until_it_ends() -> None:
     up = upstream()
-    client = Script(httpx2, Says.stream(pause=1.0)).client(up)
+    client = Script(httpx2, Answer.stream(pause=1.0)).client(up)
     async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         assert {only(up).account.in_flight async for _ in response.aiter_raw()} == {1}
     assert left(up) == NOTHING
@@ -379,7 +379,7 @@ async def test_a_stream_holds_its_permit_until_it_ends() -> None:
 @virtual
 async def test_a_caller_that_closes_a_stream_pays_for_what_was_sent() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
-    script = Script(httpx2, Says.stream(*words(*["word"] * 50)))
+    script = Script(httpx2, Answer.stream(*words(*["word"] * 50)))
     async with script.client(up).stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         async for _ in response.aiter_raw():
             break
@@ -391,7 +391,7 @@ async def test_a_caller_that_closes_a_stream_pays_for_what_was_sent() -> None:
 @virtual
 async def test_a_broken_stream_is_a_fault_and_raises_the_error_in_the_caller() -> None:
     up = upstream(retry=Retry(max_attempts=1))
-    client = Script(httpx2, Says.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
+    client = Script(httpx2, Answer.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
     for _ in range(5):
         with pytest.raises(httpx2.RemoteProtocolError, match="cut"):
             await pieces(client)
@@ -404,7 +404,7 @@ async def test_a_truncated_stream_or_one_with_an_error_is_a_fault() -> None:
     error = b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "x"}}\n\n'
     for end in ([], [error]):
         up = upstream(retry=Retry(max_attempts=1))
-        client = Script(httpx2, Says.stream(*words("a"), *end)).client(up)
+        client = Script(httpx2, Answer.stream(*words("a"), *end)).client(up)
         for _ in range(5):
             assert await pieces(client) == [*words("a"), *end]
         assert only(up).account.breaker.state(now()) is BreakerState.OPEN
@@ -414,7 +414,9 @@ async def test_a_truncated_stream_or_one_with_an_error_is_a_fault() -> None:
 @virtual
 async def test_a_malformed_answer_is_passed_on_and_costs_what_was_reserved() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
-    client = Script(httpx2, Says(body=[b"\xff\x00garbage"]), Says.stream(b"\xffgarbage\n\n", b"data: {\n\n")).client(up)
+    client = Script(
+        httpx2, Answer(body=[b"\xff\x00garbage"]), Answer.stream(b"\xffgarbage\n\n", b"data: {\n\n")
+    ).client(up)
     assert (await ask(client)).content == b"\xff\x00garbage"
     assert up.statistics().spent_usd == 100.0  # max_tokens
     assert b"".join(await pieces(client)) == b"\xffgarbage\n\ndata: {\n\n"
@@ -425,7 +427,7 @@ async def test_a_malformed_answer_is_passed_on_and_costs_what_was_reserved() -> 
 @virtual
 async def test_the_permit_of_a_stream_that_is_garbage_collected_is_returned(http: ModuleType) -> None:
     up = upstream()
-    client = Script(http, Says.stream()).client(up)
+    client = Script(http, Answer.stream()).client(up)
     request = client.build_request("POST", URL, json={**REQUEST, "stream": True})
     response = await client.send(request, stream=True)
     assert only(up).account.in_flight == 1
@@ -437,24 +439,24 @@ async def test_the_permit_of_a_stream_that_is_garbage_collected_is_returned(http
 
 def test_the_permit_of_a_stream_that_is_garbage_collected_in_a_thread_is_returned() -> None:
     up = upstream()
-    client = Script(httpx2, Says.stream()).blocking_client(up)
+    client = Script(httpx2, Answer.stream()).blocking_client(up)
     response = client.send(client.build_request("POST", URL, json={**REQUEST, "stream": True}), stream=True)
     settled = threading.Event()
     settle = only(up).settle
 
-    def watched(*given: Any) -> None:
+    def counting_settle(*given: Any) -> None:
         settle(*given)
         settled.set()
 
-    only(up).settle = watched  # type: ignore[method-assign,assignment]
+    only(up).settle = counting_settle  # type: ignore[method-assign,assignment]
     del response
     gc.collect()
     assert settled.wait(5.0)
     assert left(up) == NOTHING
 
 
-@pytest.mark.parametrize("says", [Says(), Says.stream(), Says.error(500)], ids=["whole", "stream", "error"])
-def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Says) -> None:
+@pytest.mark.parametrize("says", [Answer(), Answer.stream(), Answer.error(500)], ids=["whole", "stream", "error"])
+def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Answer) -> None:
     @virtual
     async def cancelled_after(turns: int) -> None:
         up = upstream(quotas=[Quota(requests=100, per="minute")], retry=Retry(base_delay=0.001, max_attempts=3))
@@ -462,7 +464,9 @@ def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Says) -> N
         client = script.client(up)
         task = asyncio.create_task(pieces(client) if says.headers else ask(client))
         for turn in range(turns):
-            await asyncio.sleep(0 if turn < 12 else 0.0002)  # retries wait for a time, all else for turns
+            await asyncio.sleep(
+                0 if turn < 12 else 0.0002
+            )  # retries wait for time, everything else for turns of the loop
         ended.append(task.done())
         task.cancel()
         await asyncio.wait([task])
@@ -476,7 +480,7 @@ def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Says) -> N
     assert len(ended) > 3
 
 
-# --- refusals ---
+# --- rejections ---
 
 
 @LIBRARIES
@@ -523,7 +527,7 @@ async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_its_hand
 @virtual
 async def test_a_run_that_is_throttled_for_good_ends_as_overloaded() -> None:
     up = upstream()
-    client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400")).client(up)
+    client = Script(httpx2, Answer.error(429, "requests per day", retry_after="86400")).client(up)
 
     async def agent(_: Task) -> None:
         (await ask(client)).raise_for_status()
@@ -538,7 +542,7 @@ async def test_a_run_that_is_throttled_for_good_ends_as_overloaded() -> None:
 @virtual
 async def test_a_call_outside_of_a_task_is_counted_as_unattributed() -> None:
     up = upstream(task_budget=Budget(usd=1e-9, per="day"))
-    client = Script(httpx2, Says(pause=1.0)).client(up)
+    client = Script(httpx2, Answer(pause=1.0)).client(up)
     assert (await ask(client)).status_code == 200
     assert only(up).account.durations.typical > 0
 
@@ -562,7 +566,7 @@ def test_threads_and_loops_share_one_account() -> None:
         thread.join(30)
     assert len(script.requests) == 60
     assert left(up) == NOTHING
-    assert max(desk.account.peak_in_flight for desk in up.core.accounts) <= 2
+    assert max(account.account.peak_in_flight for account in up.core.accounts) <= 2
 
 
 @virtual
@@ -584,6 +588,6 @@ async def test_cached_input_tokens_cost_their_own_price() -> None:
     price = Price(input=1e6, output=0, cached_input=1e5)
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": price})
     usage = {**CHAT["usage"], "prompt_tokens_details": {"cached_tokens": 10}}
-    client = Script(httpx2, Says(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
+    client = Script(httpx2, Answer(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
     await ask(client)
     assert up.statistics().spent_usd == 20 * 1.0 + 10 * 0.1

@@ -1,4 +1,4 @@
-"""Calls of bound clients that are sent on to another model or upstream, streams too."""
+"""Calls of bound clients that fall back to another model or upstream, streams included."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.upstream.httpx_binding.wire import (
     STOP,
     STREAM,
     URL,
-    Says,
+    Answer,
     Script,
     left,
     words,
@@ -30,7 +30,7 @@ from forebay.errors import InvalidSetting
 
 LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
 ONCE = [Quota(requests=1, per="day")]
-BUSY = Says.error(503, "busy")
+BUSY = Answer.error(503, "busy")
 QUICK = Retry(max_attempts=2, base_delay=0.01, max_total_delay=0.02)
 KEY = {"authorization": "Bearer sk-first"}
 
@@ -64,7 +64,7 @@ def models(script: Script) -> list[str]:
     return [json.loads(request.content)["model"] for request in script.requests]
 
 
-def sent_on(up: Upstream) -> int:
+def served_by_fallback(up: Upstream) -> int:
     return sum(account.served_by_fallback for account in up.statistics().accounts)
 
 
@@ -79,7 +79,7 @@ async def test_a_rejected_call_goes_to_the_other_model_with_the_same_key(http: M
     assert models(script) == ["gpt-4o", "gpt-4o-mini", "gpt-4o-mini"]
     assert {request.headers["authorization"] for request in script.requests} == {"Bearer sk-first"}
     assert {len(request.content) - int(request.headers["content-length"]) for request in script.requests} == {0}
-    assert sent_on(up) == 2
+    assert served_by_fallback(up) == 2
     assert left(up) == NOTHING
 
 
@@ -87,7 +87,7 @@ async def test_a_rejected_call_goes_to_the_other_model_with_the_same_key(http: M
 def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
     other = spare()
     up = first(to_spare(other), quotas=ONCE)
-    script = Script(http, Says(), Says(), Says.stream(*STREAM))
+    script = Script(http, Answer(), Answer(), Answer.stream(*STREAM))
     client = script.blocking_client(up)
     for _ in range(2):
         assert client.post(URL, json=REQUEST, headers=KEY).json() == CHAT
@@ -112,8 +112,8 @@ async def test_only_its_own_key_goes_to_another_provider(http: ModuleType) -> No
         assert request.headers["host"] == "spare.test"
         assert request.headers.get("authorization") == (None if api_key is None else "Bearer sk-spare")
         assert "sk-first" not in str(request.headers)
-        (desk,) = other.core.accounts
-        assert desk is other.core.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
+        (account,) = other.core.accounts
+        assert account is other.core.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
 
 
 @virtual
@@ -121,7 +121,7 @@ async def test_a_rerouted_stream_holds_the_permit_of_the_account_that_serves_it(
     price = {"llama": Price(input=1e6, output=1e5)}
     other = spare(budget=Budget(usd=1000, per="day"), prices=price)
     up = first(to_spare(other), quotas=ONCE)
-    script = Script(httpx2, Says(), Says.stream(*STREAM))
+    script = Script(httpx2, Answer(), Answer.stream(*STREAM))
     client = script.client(up)
     await ask(client)
     assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
@@ -135,33 +135,33 @@ async def test_a_rerouted_stream_holds_the_permit_of_the_account_that_serves_it(
     "says",
     [
         BUSY,
-        Says.error(529),
-        Says.error(429, "requests per day", retry_after="86400"),
-        Says.error(429, "insufficient credits"),
-        Says.error(500),
+        Answer.error(529),
+        Answer.error(429, "requests per day", retry_after="86400"),
+        Answer.error(429, "insufficient credits"),
+        Answer.error(500),
         httpx2.ConnectError("no route"),
     ],
     ids=["503", "529", "429", "spend cap", "500", "unreachable"],
 )
 @virtual
-async def test_a_call_falls_back_after_the_providers_last_error(says: Says | Exception) -> None:
+async def test_a_call_falls_back_after_the_providers_last_error(says: Answer | Exception) -> None:
     class Dead(Script):
-        def next(self, request: Any) -> Says:
-            self.answers = [Says() if request.url.host == "spare.test" else says]
+        def next(self, request: Any) -> Answer:
+            self.answers = [Answer() if request.url.host == "spare.test" else says]
             return super().next(request)
 
     other = spare()
     up = first(to_spare(other))
     script = Dead(httpx2)
     assert (await ask(script.client(up))).json() == CHAT
-    assert sent_on(up) == 1
+    assert served_by_fallback(up) == 1
     assert left(up) == left(other) == NOTHING
     assert script.opened == script.closed
 
 
 @virtual
 async def test_a_wrong_request_does_not_fall_back() -> None:
-    script = Script(httpx2, Says.error(400, "no such parameter"))
+    script = Script(httpx2, Answer.error(400, "no such parameter"))
     assert (await ask(script.client(to_mini()))).status_code == 400
     assert len(script.requests) == 1
 
@@ -172,22 +172,22 @@ async def test_if_the_fallback_fails_too_the_caller_gets_its_own_providers_answe
     script = Script(httpx2, BUSY)
     for end in (404, 503):
 
-        def answer(request: Any, end: int = end) -> Says:
+        def answer(request: Any, end: int = end) -> Answer:
             script.requests.append(request)
-            return Says.error(end) if request.url.host == "spare.test" else BUSY
+            return Answer.error(end) if request.url.host == "spare.test" else BUSY
 
         script.next = answer  # type: ignore[method-assign]
         response = await ask(script.client(up))
         assert response.status_code == 503
         assert response.headers["x-should-retry"] == "false"
-    assert sent_on(up) == 0
+    assert served_by_fallback(up) == 0
     assert script.opened == script.closed
 
 
 @virtual
 async def test_a_rejection_by_both_includes_the_answer_of_the_other_provider() -> None:
     up = first(to_spare(spare()), quotas=ONCE)
-    script = Script(httpx2, Says(), Says.error(401))
+    script = Script(httpx2, Answer(), Answer.error(401))
     client = script.client(up)
 
     async def agent(_: Task) -> None:
@@ -204,7 +204,7 @@ async def test_a_rejection_by_both_includes_the_answer_of_the_other_provider() -
 async def test_above_the_load_threshold_a_throttled_call_falls_back_at_once() -> None:
     other = spare()
     up = first(to_spare(other, load_threshold=0.25), retry=Retry())
-    script = Script(httpx2, Says.error(429, "requests per minute", retry_after="30"), Says())
+    script = Script(httpx2, Answer.error(429, "requests per minute", retry_after="30"), Answer())
     began = now()
     assert (await ask(script.client(up))).json() == CHAT
     assert now() - began < 1.0
@@ -217,7 +217,7 @@ async def test_above_the_load_threshold_a_throttled_call_falls_back_at_once() ->
 @virtual
 async def test_without_a_load_threshold_a_throttled_call_waits_for_its_own_account() -> None:
     up = first(to_spare(spare()), retry=Retry())
-    script = Script(httpx2, Says.error(429, "requests per minute", retry_after="30"), Says())
+    script = Script(httpx2, Answer.error(429, "requests per minute", retry_after="30"), Answer())
     began = now()
     await ask(script.client(up))
     assert 30.0 <= now() - began <= 37.0
@@ -235,19 +235,19 @@ async def test_a_signed_request_is_rejected_instead_of_changed() -> None:
     assert len(script.requests) == 1
 
 
-@pytest.mark.parametrize("says", [Says(), Says.stream(), BUSY], ids=["whole", "stream", "busy"])
-def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Says) -> None:
+@pytest.mark.parametrize("says", [Answer(), Answer.stream(), BUSY], ids=["whole", "stream", "busy"])
+def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Answer) -> None:
     @virtual
     async def cancelled_after(turns: int) -> None:
         soon = Retry(max_attempts=2, base_delay=0.0005, max_total_delay=0.001)
         other = spare(retry=soon, max_concurrent=4)
         up = first(to_spare(other), quotas=ONCE, retry=soon, max_concurrent=4)
-        script = Script(httpx2, Says(), says)
+        script = Script(httpx2, Answer(), says)
         client = script.client(up)
         await ask(client)
         task = asyncio.create_task(pieces(client) if says.headers else ask(client))
         for turn in range(turns):
-            await asyncio.sleep(0 if turn < 12 else 0.0002 * 1.3 ** (turn - 12))  # it may knock for a minute
+            await asyncio.sleep(0 if turn < 12 else 0.0002 * 1.3 ** (turn - 12))  # it may retry for a minute
         ended.append(task.done())
         task.cancel()
         await asyncio.wait([task])

@@ -1,4 +1,4 @@
-"""Providers without a network: they answer by a script, to httpx and to httpx2."""
+"""Providers without a network, which answer httpx and httpx2 by a script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"
 
 
 def chunk(**fields: Any) -> bytes:
-    """One event of a chat stream."""
+    """Return one event of a chat stream."""
     return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", **fields}).encode() + b"\n\n"
 
 
@@ -34,17 +34,17 @@ def words(*texts: str) -> list[bytes]:
 
 
 STOP = chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
-TOLD = chunk(choices=[], usage=USAGE)
+USAGE_CHUNK = chunk(choices=[], usage=USAGE)
 DONE = b"data: [DONE]\n\n"
-STREAM = [*words("The ", "Danube."), STOP, TOLD, DONE]
+STREAM = [*words("The ", "Danube."), STOP, USAGE_CHUNK, DONE]
 
 
 @dataclass
-class Says:
+class Answer:
     """One answer.
 
     Attributes:
-        body: its pieces; each takes `pause` seconds, or a turn of the loop. An exception is raised in its place.
+        body: its pieces; each takes `pause` seconds, or one turn of the loop. An exception among them is raised.
     """
 
     status: int = 200
@@ -53,32 +53,34 @@ class Says:
     pause: float = 0.0
 
     @classmethod
-    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Says:
+    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Answer:
         return cls(body=list(pieces or STREAM), headers={"content-type": "text/event-stream"}, **rest)
 
     @classmethod
-    def error(cls, status: int, message: str = "no", **headers: str) -> Says:
+    def error(cls, status: int, message: str = "no", **headers: str) -> Answer:
         body = json.dumps({"error": {"message": message, "type": "x", "code": None}}).encode()
-        return cls(status=status, body=[body], headers={name.replace("_", "-"): told for name, told in headers.items()})
+        return cls(
+            status=status, body=[body], headers={name.replace("_", "-"): value for name, value in headers.items()}
+        )
 
 
 class Script:
-    """What a provider answers, call by call; the last answer is repeated.
+    """A provider that gives one answer per call, and repeats the last.
 
     Attributes:
-        requests: that it got.
-        opened: answers that were begun.
-        closed: those of them that were closed, whoever did it.
+        requests: the requests that it got.
+        opened: answers that have begun.
+        closed: answers that were closed.
     """
 
-    def __init__(self, http: ModuleType, *answers: Says | Exception) -> None:
+    def __init__(self, http: ModuleType, *answers: Answer | Exception) -> None:
         self.http = http
-        self.answers = list(answers) or [Says()]
+        self.answers = list(answers) or [Answer()]
         self.requests: list[Any] = []
         self.opened = 0
         self.closed = 0
 
-    def next(self, request: Any) -> Says:
+    def next(self, request: Any) -> Answer:
         self.requests.append(request)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
@@ -89,12 +91,12 @@ class Script:
         script, http = self, self.http
 
         class Pieces(http.AsyncByteStream):  # type: ignore[name-defined,misc]
-            def __init__(self, says: Says) -> None:
-                self.says = says
+            def __init__(self, answer: Answer) -> None:
+                self.answer = answer
 
             async def __aiter__(self) -> AsyncIterator[bytes]:
-                for piece in self.says.body:
-                    await asyncio.sleep(self.says.pause)
+                for piece in self.answer.body:
+                    await asyncio.sleep(self.answer.pause)
                     if isinstance(piece, Exception):
                         raise piece
                     yield piece
@@ -105,9 +107,9 @@ class Script:
         class Provider(http.AsyncBaseTransport):  # type: ignore[name-defined,misc]
             async def handle_async_request(self, request: Any) -> Any:
                 await asyncio.sleep(0)
-                says = script.next(request)
+                answer = script.next(request)
                 script.opened += 1
-                return http.Response(says.status, headers=says.headers, stream=Pieces(says))
+                return http.Response(answer.status, headers=answer.headers, stream=Pieces(answer))
 
         return Provider()
 
@@ -115,11 +117,11 @@ class Script:
         script, http = self, self.http
 
         class Pieces(http.SyncByteStream):  # type: ignore[name-defined,misc]
-            def __init__(self, says: Says) -> None:
-                self.says = says
+            def __init__(self, answer: Answer) -> None:
+                self.answer = answer
 
             def __iter__(self) -> Iterator[bytes]:
-                for piece in self.says.body:
+                for piece in self.answer.body:
                     if isinstance(piece, Exception):
                         raise piece
                     yield piece
@@ -129,26 +131,26 @@ class Script:
 
         class Provider(http.BaseTransport):  # type: ignore[name-defined,misc]
             def handle_request(self, request: Any) -> Any:
-                says = script.next(request)
+                answer = script.next(request)
                 script.opened += 1
-                return http.Response(says.status, headers=says.headers, stream=Pieces(says))
+                return http.Response(answer.status, headers=answer.headers, stream=Pieces(answer))
 
         return Provider()
 
     def client(self, upstream: Upstream | None = None, **how: Any) -> Any:
-        """An asynchronous client of this provider, bound if there is an upstream."""
+        """Return an asynchronous client of this provider, bound if there is an upstream."""
         client = self.http.AsyncClient(transport=self.asynchronous(), **how)
         return client if upstream is None else upstream.bind(client)
 
     def blocking_client(self, upstream: Upstream | None = None, **how: Any) -> Any:
-        """The same for plain threads."""
+        """Return a client for plain threads, bound if there is an upstream."""
         client = self.http.Client(transport=self.blocking(), **how)
         return client if upstream is None else upstream.bind(client)
 
 
 def left(upstream: Upstream) -> dict[str, float]:
-    """What the calls of an upstream have left behind; all of it should be 0."""
-    accounts = [desk.account for desk in upstream.core.accounts]
+    """Return what the calls of an upstream still hold; all of it should be 0."""
+    accounts = [account.account for account in upstream.core.accounts]
     return {
         "in_flight": sum(account.in_flight for account in accounts),
         "waiting": sum(len(account.queue) for account in accounts),
