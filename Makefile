@@ -1,12 +1,12 @@
-# The front door. Every target sets up what it needs, on a bare clone too.
-# PYTHON=python3.12 chooses the Python of .venv, ARGS="..." goes to the tool that the target runs.
+# Common tasks. Every target installs what it needs, in a fresh clone too.
+# PYTHON=python3.12 chooses the Python of .venv; ARGS="..." is passed to the tool that the target runs.
 
 VENV := .venv
 RUN  := $(VENV)/bin/python -m
 CODE := $(wildcard src tests demo bench examples)
 JOBS ?= 2
 export JOBS
-unexport PYTHONDONTWRITEBYTECODE    # else every process that pytest starts compiles every library anew
+unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again
 
 .DEFAULT_GOAL := help
 .PHONY: help install packages demo test test-quick mutation sim check format bench docs lock clean
@@ -35,10 +35,10 @@ mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then in
 	@$(RUN) tests.mutation $(ARGS)
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) tests/mutation
 
-sim: install ## thousands of surges with faults, each drawn from its seed: ARGS="--seeds 0:5000 --failures 1"
+sim: install ## run thousands of random surges with faults, one for each seed: ARGS="--seeds 0:5000 --failures 1"
 	@$(RUN) tests.simulation.explore $(ARGS)
 
-check: install ## lint, format, types, and which room may import which
+check: install ## check lint, format, types, and the layers of imports
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy $(CODE)

@@ -1,1 +1,1 @@
-"""Measurements, each a ratio against something run beside it: ``.venv/bin/python -m bench NAME --json FILE``."""
+"""Benchmarks: Forebay compared with a baseline, in one run, so that every result is a ratio."""

@@ -1,4 +1,4 @@
-"""What bind adds to a call, beside the bare SDK over a transport that answers at once."""
+"""Time that `bind` adds to a call, compared with the bare SDK over a transport that answers at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import openai
 
 from forebay.upstream import Upstream
 
-CALLS = 50  # in a round: a twentieth of a second, so that what else the machine does falls on both sides alike
-WARM_UP = 10  # calls before them: the interpreter adapts its code to the client that is called
+CALLS = 50  # in a round: a twentieth of a second, so that other load on the machine hits both sides alike
+WARM_UP = 10  # calls before a round: the interpreter specializes its code for the client
 ROUNDS = 41
 QUESTION: Any = [{"role": "user", "content": "Which rivers flow into the Black Sea? " * 20}]
 CHAT = {
@@ -49,84 +49,96 @@ LIMITS = {
 }
 
 
-def answering(answer: Any) -> httpx2.MockTransport:
-    """A provider without a network."""
+def transport_of(answer: Any) -> httpx2.MockTransport:
+    """Return a transport that answers every request at once."""
     body = httpx2.Response(200, json=answer).content
     headers = {"content-type": "application/json", **LIMITS}
     return httpx2.MockTransport(lambda _: httpx2.Response(200, headers=headers, stream=httpx2.ByteStream(body)))
 
 
-def asynchronous(
+def async_seconds(
     answer: Any, make: Callable[[Any], Any], call: Callable[[Any], Any], upstream: Upstream | None
 ) -> float:
-    """Processor seconds of a call on an event loop."""
+    """Return the processor seconds of a call on an event loop."""
 
     async def calls() -> float:
-        client = make(httpx2.AsyncClient(transport=answering(answer)))
+        client = make(httpx2.AsyncClient(transport=transport_of(answer)))
         if upstream is not None:
             client = upstream.bind(client)
         for _ in range(WARM_UP):
             await call(client)
-        began = time.process_time()
+        started = time.process_time()
         for _ in range(CALLS):
             await call(client)
-        return (time.process_time() - began) / CALLS
+        return (time.process_time() - started) / CALLS
 
     return asyncio.run(calls())
 
 
-def blocking(answer: Any, make: Callable[[Any], Any], call: Callable[[Any], Any], upstream: Upstream | None) -> float:
-    """Processor seconds of a call in a plain thread."""
-    client = make(httpx2.Client(transport=answering(answer)))
+def sync_seconds(
+    answer: Any, make: Callable[[Any], Any], call: Callable[[Any], Any], upstream: Upstream | None
+) -> float:
+    """Return the processor seconds of a call in a plain thread."""
+    client = make(httpx2.Client(transport=transport_of(answer)))
     if upstream is not None:
         client = upstream.bind(client)
     for _ in range(WARM_UP):
         call(client)
-    began = time.process_time()
+    started = time.process_time()
     for _ in range(CALLS):
         call(client)
-    return (time.process_time() - began) / CALLS
+    return (time.process_time() - started) / CALLS
 
 
-def ask(client: Any) -> Any:
-    """A chat completion."""
+def create_completion(client: Any) -> Any:
+    """Call the chat completions of OpenAI."""
     return client.chat.completions.create(model="gpt-4o", messages=QUESTION, max_tokens=200)
 
 
-def message(client: Any) -> Any:
-    """A message."""
+def create_message(client: Any) -> Any:
+    """Call the messages of Anthropic."""
     return client.messages.create(model="claude-haiku-4-5", messages=QUESTION, max_tokens=200)
 
 
-WAYS: dict[str, tuple[Any, ...]] = {
-    "openai_async": (asynchronous, CHAT, lambda http: openai.AsyncOpenAI(api_key="k", http_client=http), ask),
-    "openai": (blocking, CHAT, lambda http: openai.OpenAI(api_key="k", http_client=http), ask),
+CLIENTS: dict[str, tuple[Any, ...]] = {
+    "openai_async": (
+        async_seconds,
+        CHAT,
+        lambda http: openai.AsyncOpenAI(api_key="k", http_client=http),
+        create_completion,
+    ),
+    "openai": (sync_seconds, CHAT, lambda http: openai.OpenAI(api_key="k", http_client=http), create_completion),
     "anthropic_async": (
-        asynchronous,
+        async_seconds,
         MESSAGE,
         lambda http: anthropic.AsyncAnthropic(api_key="k", http_client=http),
-        message,
+        create_message,
     ),
-    "anthropic": (blocking, MESSAGE, lambda http: anthropic.Anthropic(api_key="k", http_client=http), message),
+    "anthropic": (
+        sync_seconds,
+        MESSAGE,
+        lambda http: anthropic.Anthropic(api_key="k", http_client=http),
+        create_message,
+    ),
 }
 
 
 def run() -> dict[str, float]:
-    """Interleaved rounds: microseconds of a bare call, and what bind adds to it.
+    """Return the microseconds of a bare call, and those that bind adds, over interleaved rounds.
 
-    The median of what a round with bind took longer than the one without it just before; and the lower quartile, which
-    is nearer to what a quiet machine would tell.
+    Each round with bind is compared with the one without it just before. The median is given, and the lower quartile,
+    which is nearer to the value of a quiet machine.
     """
-    figures: dict[str, float] = {}
-    for name, (way, answer, make, call) in WAYS.items():
+    results: dict[str, float] = {}
+    for name, (measure, answer, make, call) in CLIENTS.items():
         upstream = Upstream("key", provider=name.split("_", maxsplit=1)[0], max_wait=600.0)
         bare: list[float] = []
         added: list[float] = []
         for _ in range(ROUNDS):
-            alone = way(answer, make, call, None)
+            alone = measure(answer, make, call, None)
             bare.append(1e6 * alone)
-            added.append(1e6 * (way(answer, make, call, upstream) - alone))
-        figures[f"{name}_bare_us"] = statistics.median(bare)
-        figures[f"{name}_added_us"] = statistics.median(added)
-        figures[f"{name}_added_low_us"] = statistics.quantiles(added, n=4)[0]
-    return figures
+            added.append(1e6 * (measure(answer, make, call, upstream) - alone))
+        results[f"{name}_bare_us"] = statistics.median(bare)
+        results[f"{name}_added_us"] = statistics.median(added)
+        results[f"{name}_added_low_us"] = statistics.quantiles(added, n=4)[0]
+    return results

@@ -1,10 +1,10 @@
-"""How much is put to use for callers who have little time, where more come than can be served.
+"""Goodput of calls and tasks with short deadlines under overload.
 
-Shares of 50 slots, from the second to the third minute, medians over seeds (SEEDS=3). Of a provider's, by calls through
-a whole upstream that is told by when each must be answered, beside one that is not. The provider refuses what exceeds
-its slots, or shares its capacity among all, or shares it and works on for callers who have left. And of a worker's, by
-tasks with deadlines, with an overflow and without. The average call or task takes 6.8 seconds alone, a quarter of them
-more than 12.
+The share of 50 slots that does useful work, from the second to the third minute, medians over seeds (SEEDS=3). Of a
+provider: calls through a whole Upstream that knows their deadlines, compared with one that does not. The provider
+refuses calls beyond its slots, or shares its capacity among all, or shares it and works on for callers that have left.
+Of a worker: tasks with deadlines, with an overflow and without. The average call or task takes 6.8 seconds alone, a
+quarter of them more than 12.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import asyncio
 import random
 from typing import Final
 
+from bench.calls.limit_run import Callers
+from bench.calls.parallel_runs import SEEDS, rounded_median, run_parallel
 from bench.calls.scenarios import CALL, SLOTS, TPOT, TTFT, provider
-from bench.calls.simulated_key import Callers
-from bench.calls.table import SEEDS, everywhere, middle
 from bench.calls.upstream_run import UpstreamRun
 from forebay import BackpressureSupervisor, Deadline, Task
 from forebay.simulation import Traffic, simulate
@@ -27,72 +27,76 @@ PROVIDERS: Final[dict[str, ProviderConfig]] = {
     "shares": provider(overcommit=None),
     "shares, works on": provider(overcommit=None, finish_abandoned=True),
 }
-PATIENCE: Final = (20.0, 30.0, 60.0)  # seconds
+TIMEOUTS: Final = (20.0, 30.0, 60.0)  # seconds from the arrival of a call or task to its deadline
 LOADS: Final = (1.5, 3.0, 10.0)  # times the capacity
-_UNTOLD: Final = 3.0
+_LOAD_WITHOUT_DEADLINES: Final = 3.0
 _FROM: Final = 60.0  # seconds
 OVERFLOWS: Final = {"tasks": None, "tasks, overflow": "memory://"}
 
 
-def used(config: ProviderConfig, *, times: float, patience: float, seed: int, tells: bool = True) -> float:
-    """The share of the slots that was put to use, once all is under way."""
-    callers = Callers(rate=lambda _: times * SLOTS / CALL, minutes=MINUTES, patience=patience)
-    return UpstreamRun(config, callers, seed=seed, tells=tells).run().work(_FROM, 60 * MINUTES) / SLOTS
+def share_of_slots(
+    config: ProviderConfig, *, load: float, timeout: float, seed: int, with_deadlines: bool = True
+) -> float:
+    """Return the share of the provider's slots that did useful work."""
+    callers = Callers(rate=lambda _: load * SLOTS / CALL, minutes=MINUTES, timeout=timeout)
+    record = UpstreamRun(config, callers, seed=seed, with_deadlines=with_deadlines).run()
+    return record.work(_FROM, 60 * MINUTES) / SLOTS
 
 
-class Tasks:
-    """Tasks with deadlines, offered to one worker; its line is ten times its slots, or two times with an overflow."""
+class TaskRun:
+    """One run of tasks with deadlines on one worker; its queue is ten times its slots, or twice with an overflow."""
 
-    def __init__(self, *, times: float, patience: float, seed: int, overflow: str | None) -> None:
-        self._times, self._patience, self._seed, self._overflow = times, patience, seed, overflow
+    def __init__(self, *, load: float, timeout: float, seed: int, overflow: str | None) -> None:
+        self._load, self._timeout, self._seed, self._overflow = load, timeout, seed, overflow
         self._done: list[tuple[float, float]] = []  # when, and seconds of work
 
-    def used(self) -> float:
-        """The share of the worker's slots that was put to use, once all is under way."""
+    def share_of_slots(self) -> float:
+        """Simulate the run; return the share of the worker's slots that did useful work."""
         simulate(self._main, seed=self._seed)
-        return sum(seconds for at, seconds in self._done if _FROM <= at < 60 * MINUTES) / (60 * MINUTES - _FROM) / SLOTS
+        work = sum(seconds for at, seconds in self._done if _FROM <= at < 60 * MINUTES)
+        return work / (60 * MINUTES - _FROM) / SLOTS
 
     async def _main(self) -> None:
-        loop, chance, traffic = asyncio.get_running_loop(), random.Random(self._seed), Traffic.conversation()
-        began = loop.time()
+        loop, draws, traffic = asyncio.get_running_loop(), random.Random(self._seed), Traffic.conversation()
+        started = loop.time()
 
         async def handler(task: Task) -> None:
             await asyncio.sleep(task.payload["seconds"])
-            self._done.append((loop.time() - began, task.payload["seconds"]))
+            self._done.append((loop.time() - started, task.payload["seconds"]))
 
         async def caller() -> None:
-            seconds = TTFT + TPOT * max(1, traffic.lengths(chance)[1])
-            task = Task("work", {"seconds": seconds}, deadline=Deadline.within(self._patience))
-            if ticket := await house.submit(task):
+            seconds = TTFT + TPOT * max(1, traffic.lengths(draws)[1])
+            task = Task("work", {"seconds": seconds}, deadline=Deadline.within(self._timeout))
+            if ticket := await supervisor.submit(task):
                 await ticket
 
-        line = (10 if self._overflow is None else 2) * SLOTS
-        async with BackpressureSupervisor(max_queue_size=line, overflow=self._overflow) as house:
-            house.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=SLOTS)
+        queue = (10 if self._overflow is None else 2) * SLOTS
+        async with BackpressureSupervisor(max_queue_size=queue, overflow=self._overflow) as supervisor:
+            supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=SLOTS)
             async with asyncio.TaskGroup() as group:
-                while loop.time() - began < 60 * MINUTES:
+                while loop.time() - started < 60 * MINUTES:
                     group.create_task(caller())
-                    await asyncio.sleep(chance.expovariate(self._times * SLOTS / CALL))
+                    await asyncio.sleep(draws.expovariate(self._load * SLOTS / CALL))
 
 
 def one(case: tuple[str, float, float, bool, int]) -> float:
-    """One run."""
-    name, patience, times, tells, seed = case
+    """Return the share of slots of one run."""
+    name, timeout, load, with_deadlines, seed = case
     if name in OVERFLOWS:
-        return Tasks(times=times, patience=patience, seed=seed, overflow=OVERFLOWS[name]).used()
-    return used(PROVIDERS[name], times=times, patience=patience, seed=seed, tells=tells)
+        return TaskRun(load=load, timeout=timeout, seed=seed, overflow=OVERFLOWS[name]).share_of_slots()
+    return share_of_slots(PROVIDERS[name], load=load, timeout=timeout, seed=seed, with_deadlines=with_deadlines)
 
 
 def run() -> dict[str, float]:
-    """The shares by whose slots they are, seconds that callers have, and load."""
+    """Return the share of slots by provider or worker, seconds to the deadline, and load."""
     loads = [(load, True) for load in LOADS]
-    ways = [*loads, (_UNTOLD, False)]
-    cases = [(name, patience, *way) for name in PROVIDERS for patience in PATIENCE for way in ways]
-    cases += [(name, patience, *way) for name in OVERFLOWS for patience in PATIENCE for way in loads]
+    ways = [*loads, (_LOAD_WITHOUT_DEADLINES, False)]
+    cases = [(name, timeout, *way) for name in PROVIDERS for timeout in TIMEOUTS for way in ways]
+    cases += [(name, timeout, *way) for name in OVERFLOWS for timeout in TIMEOUTS for way in loads]
     runs = [(*case, seed) for case in cases for seed in range(SEEDS)]
-    found = dict(zip(runs, everywhere(one, runs), strict=True))
-    figures = {}
-    for name, patience, load, tells in cases:
-        where = f"{name}, {patience:g} s, {load:g}x{'' if tells else ', not told'}"
-        figures[where] = middle(found[name, patience, load, tells, seed] for seed in range(SEEDS))
-    return figures
+    shares = dict(zip(runs, run_parallel(one, runs), strict=True))
+    results = {}
+    for name, timeout, load, with_deadlines in cases:
+        label = f"{name}, {timeout:g} s, {load:g}x{'' if with_deadlines else ', deadlines unknown'}"
+        results[label] = rounded_median(shares[name, timeout, load, with_deadlines, seed] for seed in range(SEEDS))
+    return results

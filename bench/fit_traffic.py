@@ -1,12 +1,12 @@
-"""Fit token lengths and gaps between arrivals to the Azure LLM inference traces; prints `forebay/sim/traces.py`.
+"""Fit token lengths and gaps between arrivals to the Azure LLM inference traces; print a module of quantiles.
 
-    .venv/bin/python bench/fit_traffic.py --data ../shared/data > src/forebay/simulation/provider/traffic_quantiles.py
+    .venv/bin/python bench/fit_traffic.py --data DIR > src/forebay/simulation/provider/traffic_quantiles.py
 
-What is fitted, by order statistics alone:
+The fit consists of order statistics alone:
 
 - input tokens: a table of quantiles, denser in the tails;
-- output tokens: one such table for each of several classes of input of equal size, because in conversations the length
-  of an answer goes with that of its question;
+- output tokens: one such table for each of several classes of input of equal size, because in conversations long
+  questions get long answers;
 - gaps: a table of quantiles of the gap over the mean gap.
 """
 
@@ -35,7 +35,7 @@ GAP_CHANCES = (
     *(0.999, 0.9993, 0.9995, 0.9997, 0.9998, 0.9999, 1.0),
 )
 
-HEADER = '''"""Figures fitted to real LLM traffic by ``bench/fit_traffic.py``; do not edit, fit again.
+HEADER = '''"""Quantiles of real LLM traffic, written by ``bench/fit_traffic.py``: do not edit, run it again.
 
 The traffic is that of two Azure LLM inference services on 16 November 2023, published by Microsoft in the Azure Public
 Dataset as "AzureLLMInferenceTrace" under CC-BY 4.0 and introduced in P. Patel et al., "Splitwise: Efficient Generative
@@ -51,7 +51,7 @@ Row = tuple[dt.datetime, int, int]
 
 
 def read(path: Path) -> list[Row]:
-    """Arrival, input and output tokens of each request, in order of arrival."""
+    """Return the arrival, input and output tokens of each request, in order of arrival."""
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         return sorted(
@@ -61,26 +61,26 @@ def read(path: Path) -> list[Row]:
 
 
 def quantiles(values: Sequence[float], chances: Sequence[float]) -> list[float]:
-    """Quantiles of a sample, linear between order statistics."""
+    """Return quantiles of a sample, linear between order statistics."""
     ordered = sorted(values)
     found = []
     for chance in chances:
-        place = chance * (len(ordered) - 1)
-        low = int(place)
+        position = chance * (len(ordered) - 1)
+        low = int(position)
         high = min(low + 1, len(ordered) - 1)
-        found.append(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+        found.append(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
     return found
 
 
 def gaps(rows: Sequence[Row]) -> list[float]:
-    """Gaps between arrivals over their mean."""
+    """Return the gaps between arrivals over their mean."""
     between = [(b[0] - a[0]).total_seconds() for a, b in itertools.pairwise(rows)]
     mean = sum(between) / len(between)
     return [max(gap / mean, 1e-6) for gap in between]
 
 
 def classes(rows: Sequence[Row], count: int) -> Iterator[list[int]]:
-    """The outputs of `count` classes of equal size by input."""
+    """Yield the output tokens of `count` classes of equal size, from the shortest inputs to the longest."""
     by_input = sorted((r[1], r[2]) for r in rows)
     for n in range(count):
         part = by_input[n * len(by_input) // count : (n + 1) * len(by_input) // count]
@@ -88,7 +88,7 @@ def classes(rows: Sequence[Row], count: int) -> Iterator[list[int]]:
 
 
 def table(before: str, values: Sequence[float], form: str = ".0f", after: str = "") -> str:
-    """A tuple of numbers with what stands before and after it, in lines that fit."""
+    """Return a tuple of numbers as source code, with `before` and `after` around it, in lines that fit."""
     text = f"{before}({', '.join(format(value, form) for value in values)}){after}"
     indent = " " * (len(before) - len(before.lstrip()) + 4)
     return textwrap.fill(text, 118, subsequent_indent=indent, drop_whitespace=True)

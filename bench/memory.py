@@ -1,4 +1,4 @@
-"""What a waiting task holds in memory, without its payload, beside a bare asyncio task that waits."""
+"""Memory per waiting task, without its payload, compared with a bare asyncio task that waits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import asyncio
 import gc
 import tracemalloc
 
+from bench.baselines.by_hand import waiting_tasks
 from forebay import BackpressureSupervisor, Task
 
 TASKS = 20_000
+_POINTER = 8  # bytes of the list entry that holds a task here
 
 
 async def supervised() -> float:
-    """Bytes for each task that waits in the line."""
+    """Return the bytes of each task that waits in the queue."""
     never = asyncio.Event()
 
     async def hold(_: Task) -> None:
@@ -21,39 +23,32 @@ async def supervised() -> float:
     async with BackpressureSupervisor(max_queue_size=2 * TASKS, backpressure_threshold=1.0) as supervisor:
         supervisor.register_worker("w", handler=hold, task_types=["work"])
         await supervisor.submit(Task("work"))
-        before = _now()
+        before = _traced_bytes()
         tickets = [supervisor.submit_nowait(Task("work")) for _ in range(TASKS)]
-        held = _now() - before - 8 * TASKS  # less the list that holds them here
+        held = _traced_bytes() - before - _POINTER * TASKS
         never.set()
         await asyncio.gather(*tickets)
     return held / TASKS
 
 
 async def by_hand() -> float:
-    """Bytes for each asyncio task that waits for a semaphore."""
-    semaphore = asyncio.Semaphore(0)
-
-    async def one() -> None:
-        async with semaphore, asyncio.timeout(300):
-            await asyncio.sleep(0)
-
-    before = _now()
-    tasks = [asyncio.create_task(one()) for _ in range(TASKS)]
-    await asyncio.sleep(0)
-    held = _now() - before - 8 * TASKS
+    """Return the bytes of each asyncio task that waits for a semaphore."""
+    before = _traced_bytes()
+    tasks = await waiting_tasks(TASKS)
+    held = _traced_bytes() - before - _POINTER * TASKS
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return held / TASKS
 
 
-def _now() -> int:
+def _traced_bytes() -> int:
     gc.collect()
     return tracemalloc.get_traced_memory()[0]
 
 
 def run() -> dict[str, float]:
-    """Bytes a waiting task, and the ratio (less is better)."""
+    """Return the bytes of a waiting task, and supervised over by hand (less is better)."""
     tracemalloc.start()
     ours, hand = asyncio.run(supervised()), asyncio.run(by_hand())
     tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""What a supervised task costs beside a task by hand: Semaphore, asyncio.timeout, create_task and gather."""
+"""Time per supervised task, compared with tasks by hand: Semaphore, asyncio.timeout, create_task and gather."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from bench.baselines.by_hand import run_tasks
 from forebay import BackpressureSupervisor, Task
 
 TASKS = 20_000
@@ -21,37 +22,31 @@ async def noop(_: object) -> None:
 
 
 async def yielding(_: object) -> None:
-    """Give the loop one turn."""
+    """Yield to the event loop once."""
     await asyncio.sleep(0)
 
 
 async def by_hand(work: Callable[[Any], Awaitable[None]]) -> float:
-    """Seconds for all tasks, as one writes it without a supervisor."""
-    semaphore = asyncio.Semaphore(SLOTS)
-
-    async def one(payload: int) -> None:
-        async with semaphore, asyncio.timeout(300):
-            await work(payload)
-
-    began = time.perf_counter()
-    await asyncio.gather(*[asyncio.create_task(one(n)) for n in range(TASKS)])
-    return time.perf_counter() - began
+    """Return the seconds for all tasks without a supervisor."""
+    started = time.perf_counter()
+    await run_tasks(work, tasks=TASKS, slots=SLOTS)
+    return time.perf_counter() - started
 
 
 async def supervised(work: Callable[[Any], Awaitable[None]]) -> float:
-    """Seconds for all tasks, made, submitted and awaited."""
+    """Return the seconds for all tasks: created, submitted and awaited."""
     async with BackpressureSupervisor(max_queue_size=2 * TASKS, backpressure_threshold=1.0) as supervisor:
-        for n in range(SLOTS):
-            supervisor.register_worker(f"w{n}", handler=work, task_types=["work"])
-        began = time.perf_counter()
-        for ticket in [supervisor.submit_nowait(Task("work", n)) for n in range(TASKS)]:
+        for number in range(SLOTS):
+            supervisor.register_worker(f"w{number}", handler=work, task_types=["work"])
+        started = time.perf_counter()
+        for ticket in [supervisor.submit_nowait(Task("work", number)) for number in range(TASKS)]:
             await ticket
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
 def run() -> dict[str, float]:
-    """Interleaved rounds; medians in microseconds a task, and their ratio (more is better)."""
-    figures: dict[str, float] = {}
+    """Return medians of interleaved rounds: microseconds a task, and by hand over supervised (more is better)."""
+    results: dict[str, float] = {}
     for work in (noop, yielding):
         hand: list[float] = []
         ours: list[float] = []
@@ -59,7 +54,7 @@ def run() -> dict[str, float]:
             for sample, way in ((hand, by_hand), (ours, supervised)):
                 gc.collect()
                 sample.append(1e6 * asyncio.run(way(work)) / TASKS)
-        figures[f"{work.__name__}_by_hand_us"] = statistics.median(hand)
-        figures[f"{work.__name__}_supervised_us"] = statistics.median(ours)
-        figures[f"{work.__name__}_ratio"] = statistics.median(h / o for h, o in zip(hand, ours, strict=True))
-    return figures
+        results[f"{work.__name__}_by_hand_us"] = statistics.median(hand)
+        results[f"{work.__name__}_supervised_us"] = statistics.median(ours)
+        results[f"{work.__name__}_ratio"] = statistics.median(h / o for h, o in zip(hand, ours, strict=True))
+    return results

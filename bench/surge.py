@@ -16,14 +16,14 @@ from demo.runner import run as run_surge
 from demo.settings import Settings
 
 SIDES = ("classic", "semaphore", "forebay")
-TOLD = (
+REPORTED = (
     *("done", "failed", "spilled", "lost", "done_per_minute", "usd_per_done", "usd_ratio"),
     *("calls_429", "refused_share", "stray_429", "tokens_wasted", "wasted_share", "tokens_left"),
 )
 
 
 def run() -> dict[str, float | int | None]:
-    """Tasks done a minute on each side and their ratios (more is better), dollars, and what was lost."""
+    """Return tasks done a minute on each side and their ratios (more is better), dollars, and lost tasks."""
     settings = Settings(
         tasks=int(os.environ.get("SURGE_TASKS", "10_000")),
         seconds=float(os.environ.get("SURGE_SECONDS", "100")),
@@ -34,7 +34,7 @@ def run() -> dict[str, float | int | None]:
     if (status := run_surge(settings, Console(stderr=True))) != 0:
         raise SystemExit(status)
     report = msgspec.json.decode(settings.file("report.json").read_bytes())
-    figures = {f"{side}_{name}": report[side][name] for name in TOLD for side in SIDES}
+    figures = {f"{side}_{name}": report[side][name] for name in REPORTED for side in SIDES}
     return {
         **{name: report[name] for name in ("tasks", "workers", "seconds", "seed")},
         **figures,

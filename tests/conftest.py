@@ -1,4 +1,4 @@
-"""What every test gets: a watch for calls that block the event loop, and examples that can be drawn again."""
+"""Fixtures and settings of all tests: hypothesis profiles, and a check for calls that block the event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, Phase, settings
 
-# Explore where a person looks on, repeat where a machine decides, hurry in the inner loop. A failure prints its blob.
+# New examples for developers, the same ones in CI, few in the inner loop. A failure prints how to repeat its example.
 settings.register_profile("explore", print_blob=True, deadline=None)
 settings.register_profile(
     "ci", derandomize=True, print_blob=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -31,7 +31,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def blockbuster(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
-    """Fails what blocks a running loop with Forebay on the stack; threads of its executors may block as they like.
+    """Fail tests that block a running event loop with Forebay on the stack; threads of its executors may block.
 
     A test that blocks on purpose is marked ``blocks``.
     """
@@ -40,6 +40,6 @@ def blockbuster(request: pytest.FixtureRequest) -> Iterator[BlockBuster | None]:
         return
     with blockbuster_ctx("forebay") as watch:
         for function in watch.functions.values():
-            # An import runs the module's body, which reads files: once, when an optional library is first met.
+            # An import reads files: allow it, because an optional library is imported on first use.
             function.can_block_in("<frozen importlib._bootstrap>", "_find_and_load")
         yield watch

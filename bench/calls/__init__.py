@@ -1,1 +1,1 @@
-"""Calls on a simulated provider under a limit, without asyncio: ten simulated minutes take a second."""
+"""Calls to a simulated provider under a limit, without asyncio: ten simulated minutes take a second."""

@@ -1,14 +1,15 @@
-"""What happens to a provider in ten minutes, and what an oracle would do."""
+"""Scenarios: ten minutes of a provider, and the callers that it meets."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
-from bench.calls.limits import SEMAPHORE, Oracle
-from bench.calls.simulated_key import Callers, LimitRun, QuotaPacer, RunRecord
+from bench.baselines.oracle_limit import OracleLimit
+from bench.baselines.semaphore import SEMAPHORE, retrying_inside
+from bench.calls.limit_run import Callers, LimitRun, QuotaPacer, RunRecord
 from forebay.limit import Limit
 from forebay.simulation import Traffic
 from forebay.simulation.provider.provider_config import (
@@ -25,64 +26,64 @@ from forebay.simulation.provider.provider_config import (
 from forebay.simulation.provider.simulated_call import SimulatedCall
 
 SLOTS: Final = 50
-WARM_UP: Final = 60.0  # seconds that do not count
+WARM_UP: Final = 60.0  # first seconds, which do not count
 MINUTES: Final = 10.0
 
-TTFT, TPOT = 0.5, 0.03
+TTFT, TPOT = 0.5, 0.03  # seconds to the first token, and for each output token
 
 
-def mean_call() -> float:
-    """Seconds of the average call on an idle provider."""
+def mean_call_seconds() -> float:
+    """Return the seconds of the average call on an idle provider."""
     rng, traffic = random.Random(0), Traffic.conversation()
     return TTFT + TPOT * sum(traffic.lengths(rng)[1] for _ in range(20_000)) / 20_000
 
 
-CALL: Final = mean_call()
+CALL: Final = mean_call_seconds()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A provider, those who call it, and what happens.
+    """A provider, its callers, and what happens to it.
 
     Attributes:
         config: the provider.
-        offered: times the most that it ever serves.
-        shape: of the offered load over time; 1 is `offered`.
-        pace: makes the quota that is paced ahead, if there is one.
-        baseline: how far off the expected time of a call is.
-        line: calls that may wait, for each slot.
+        offered: the offered load, in times of the largest capacity.
+        shape: the offered load over time; 1 is `offered`.
+        pacer: makes the rate limiter of a quota that is known.
+        duration_error: the expected duration of a call over the true one.
+        queued_per_slot: calls that may wait, for each slot.
     """
 
     config: ProviderConfig
     offered: float = 3.0
     shape: Callable[[float], float] = lambda _: 1.0
-    pace: Callable[[ProviderConfig], QuotaPacer] | None = None
-    baseline: float = 1.0
-    line: int = 2
+    pacer: Callable[[ProviderConfig], QuotaPacer] | None = None
+    duration_error: float = 1.0
+    queued_per_slot: int = 2
 
     @property
-    def most(self) -> int:
-        """The most slots that there ever are."""
+    def max_slots(self) -> int:
+        """Return the most slots that there ever are."""
         return max(self.config.slots, *(step.slots for step in self.config.capacity_steps), 0)
 
     def callers(self, name: str) -> Callers:
-        """Those who call; around a semaphore they retry inside it, as SDKs do."""
+        """Return the callers; with a semaphore they retry inside it, as SDKs do."""
         callers = Callers(
-            rate=lambda now: self.offered * self.shape(now) * self.most / CALL,
+            rate=lambda now: self.offered * self.shape(now) * self.max_slots / CALL,
             minutes=MINUTES,
-            queue_bound=self.line * self.most,
+            queue_bound=self.queued_per_slot * self.max_slots,
         )
-        return replace(callers, holds_slot_while_retrying=True, max_attempts=6) if name == SEMAPHORE else callers
+        return retrying_inside(callers) if name == SEMAPHORE else callers
 
     def run(self, name: str, limit: Limit | None, seed: int) -> RunRecord:
-        """Ten minutes under `limit`; None for the oracle."""
+        """Simulate ten minutes under `limit`; None for the oracle."""
         return LimitRun(
             self.config,
             self.callers(name),
-            limit if limit is not None else Oracle(self._capacity),
+            limit if limit is not None else OracleLimit(self._capacity),
             seed=seed,
-            pace=self.pace(self.config) if self.pace is not None else None,
-            baseline=self.baseline,
+            pacer=self.pacer(self.config) if self.pacer is not None else None,
+            duration_error=self.duration_error,
         ).run()
 
     def _capacity(self, now: float) -> int:
@@ -91,7 +92,7 @@ class Scenario:
 
 
 def provider(**changes: object) -> ProviderConfig:
-    """A provider that refuses what exceeds its slots; `changes` are fields of ProviderConfig."""
+    """Return a provider that refuses calls beyond its slots; `changes` are fields of ProviderConfig."""
     fields: dict[str, object] = {
         "slots": SLOTS,
         "ttft": TTFT,
@@ -104,30 +105,30 @@ def provider(**changes: object) -> ProviderConfig:
 
 
 def steps(*changes: tuple[float, int]) -> tuple[CapacityStep, ...]:
-    """So many slots from such a second."""
+    """Return capacity steps from pairs of second and slots."""
     return tuple(CapacityStep(at=at, slots=slots) for at, slots in changes)
 
 
 def _wave(now: float) -> float:
-    """Half a minute of twice the load, half a minute of a tenth of it."""
+    """Return twice the load for half a minute, then a tenth of it for half a minute."""
     return 2.0 if now % 60 < 30 else 0.1
 
 
 def _neighbours() -> tuple[CapacityStep, ...]:
-    """Others hold up to two fifths of the slots, and change their mind every twenty seconds."""
+    """Return capacity steps of other clients, who hold up to two fifths of the slots for twenty seconds each."""
     rng = random.Random(7)
     return steps(*((20.0 * i, SLOTS - rng.randint(0, 2 * SLOTS // 5)) for i in range(1, round(3 * MINUTES))))
 
 
 class EvenPacer:
-    """One request each `seconds`: as a quota that is known is paced, at the least."""
+    """The simplest rate limiter of a known quota: one request every `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next = 0.0
 
     def wait(self, now: float, _: SimulatedCall) -> float:
-        """Seconds until the next."""
+        """Return the seconds until the next request may go; 0 takes it."""
         if now < self._next:
             return self._next - now
         self._next = max(self._next, now - self._seconds) + self._seconds
@@ -145,7 +146,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     ),
     "quota-bound": Scenario(
         config=provider(rate_limits=(SimulatedRateLimit(unit=Unit.REQUESTS, amount=200),)),
-        pace=lambda _: EvenPacer(60 / 200),
+        pacer=lambda _: EvenPacer(60 / 200),
     ),
     "concurrency-bound": Scenario(config=provider(slots=8, busy_reason=BusyReason.CONCURRENCY)),
     "acceleration limit": Scenario(
@@ -163,8 +164,10 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     ),
     "400 slots, 3 % stray": Scenario(config=provider(slots=400, faults=Faults(stray=0.03)), offered=1.5),
     "baseline 50 % too long": Scenario(
-        config=provider(overcommit=None, capacity_steps=steps((200, SLOTS // 2), (400, SLOTS))), baseline=1.5
+        config=provider(overcommit=None, capacity_steps=steps((200, SLOTS // 2), (400, SLOTS))), duration_error=1.5
     ),
-    "baseline 25 % too short": Scenario(config=provider(capacity_steps=steps((200, 0), (260, SLOTS))), baseline=0.75),
+    "baseline 25 % too short": Scenario(
+        config=provider(capacity_steps=steps((200, 0), (260, SLOTS))), duration_error=0.75
+    ),
     "half the load": Scenario(config=provider(), offered=0.5),
 }

@@ -1,7 +1,6 @@
-"""The same callers through a whole `Upstream`: its line, deadlines, retries and retry budget, in virtual time.
+"""The same callers through a whole `Upstream`, with its queue, deadlines, retries and retry budget, in virtual time.
 
-What is offered depends on the seed alone, as in the plant, so that it meets the same. Each caller says by when it needs
-its answer, and hangs up then.
+The calls depend on the seed alone, as in `bench.calls.limit_run`, so that the upstream meets the same ones.
 """
 
 from __future__ import annotations
@@ -10,78 +9,69 @@ import asyncio
 import random
 from typing import Final
 
-from bench.calls.simulated_key import Callers, RunRecord
+from bench.calls.limit_run import Callers, RunRecord
 from forebay import Deadline, Overloaded, clock
 from forebay.interfaces import Charge, Outcome
 from forebay.simulation import Traffic, simulate
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.providers import ErrorKind, classify, read_rate_limits
+from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
+from forebay.upstream.exchange import judge_error
+from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.providers import classify, read_rate_limits
 from forebay.upstream.shared_account import SharedAccount
 
 MODEL: Final = "gpt-4o-mini"
-EXPECTED: Final = 200  # tokens of output, as callers expect who cannot know
+EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
 
 
-async def asked(
-    provider: SimulatedProvider, desk: SharedAccount, permit: Permit, tokens: tuple[int, int]
+async def send_call(
+    provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
-    """One attempt at a call of so many tokens of input and output, as a bound client would tell of it."""
-    incoming, outgoing = tokens
+    """Send one call of `tokens` of input and output; return its result, judged as by a bound client."""
+    input_tokens, output_tokens = tokens
     try:
-        answer = await provider.call(model=MODEL, input_tokens=incoming, output_tokens=outgoing)
+        answer = await provider.call(model=MODEL, input_tokens=input_tokens, output_tokens=output_tokens)
     except ProviderRefusal as refusal:
-        meaning = classify(refusal.status, refusal.headers, refusal.body)
-        rate, after = meaning is ErrorKind.RATE_LIMIT, refusal.retry_after
-        heard = read_rate_limits(refusal.headers, wall=clock.wall_time())
-        ended = CallOutcome(
-            kind=meaning.outcome,
-            released=not rate,
-            rate_limited=rate,
-            retry_after=after,
-            rate_limit_headers=heard,
-            usd=0.0,
-        )
-        error = ConnectionError(str(refusal))
-        return AttemptResult(
-            error=error,
-            retryable=meaning.retryable,
-            uses_attempt=meaning.uses_attempt,
-            retry_after=after,
-            outcome=ended,
-        )
-    except AnswerCut as broken:
-        return AttemptResult(
-            error=broken,
-            retryable=True,
-            outcome=CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at),
-        )
-    heard = read_rate_limits(answer.headers, wall=clock.wall_time()) if desk.needs_headers() else ()
-    seconds = clock.now() - permit.granted_at
-    used = Charge(input_tokens=incoming, output_tokens=outgoing, tokens=incoming + outgoing)
-    return AttemptResult(
-        outcome=CallOutcome(
-            kind=Outcome.SUCCESS, used=used, latency=seconds, output_tokens=outgoing, rate_limit_headers=heard
-        )
+        kind = classify(refusal.status, refusal.headers, refusal.body)
+        rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
+        result = judge_error(permit, kind, retry_after=refusal.retry_after, rate_limits=rate_limits)
+        result.error = ConnectionError(str(refusal))
+        return result
+    except AnswerCut as error:
+        outcome = CallOutcome(kind=Outcome.FAULT, latency=clock.now() - permit.granted_at)
+        return AttemptResult(error=error, retryable=True, outcome=outcome)
+    outcome = CallOutcome(
+        kind=Outcome.SUCCESS,
+        used=Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens),
+        latency=clock.now() - permit.granted_at,
+        output_tokens=output_tokens,
+        rate_limit_headers=read_rate_limits(answer.headers, wall=clock.wall_time()) if account.needs_headers() else (),
     )
+    return AttemptResult(outcome=outcome)
 
 
 class UpstreamRun:
-    """One run of callers on one key; `tells`: whether they say by when they need their answer."""
+    """One run of callers on one key.
 
-    def __init__(self, config: ProviderConfig, callers: Callers, *, seed: int = 0, tells: bool = True) -> None:
+    Args:
+        config: the provider.
+        callers: the callers; each hangs up after its timeout.
+        seed: of all random numbers.
+        with_deadlines: whether the upstream knows the callers' timeouts.
+    """
+
+    def __init__(self, config: ProviderConfig, callers: Callers, *, seed: int = 0, with_deadlines: bool = True) -> None:
         self.config, self.callers, self.seed = config, callers, seed
         self.record = RunRecord()
-        self._tells = tells
+        self._with_deadlines = with_deadlines
         self.upstream = Upstream("key", provider="openai")
-        self.desk = self.upstream.accounts.account(MODEL)
+        self.account = self.upstream.core.accounts.account(MODEL)
         self.provider: SimulatedProvider
 
     def run(self) -> RunRecord:
-        """Let the minutes pass, and what was begun end."""
+        """Simulate all minutes, and let the last calls end; return what happened."""
         simulate(self._main, seed=self.seed)
         return self.record
 
@@ -92,49 +82,49 @@ class UpstreamRun:
         loop = asyncio.get_running_loop()
         end = 60 * self.callers.minutes
         async with asyncio.TaskGroup() as group:
-            looking = group.create_task(self._look())
+            sampling = group.create_task(self._sample())
             while loop.time() < end:
                 rate = self.callers.rate(loop.time())
                 if rate > 0:
                     group.create_task(self._caller(traffic.lengths(rng)))
                 await asyncio.sleep(traffic.interarrival(rng, rate) if rate > 0 else 1.0)
-            looking.cancel()
+            sampling.cancel()
 
     async def _caller(self, tokens: tuple[int, int]) -> None:
         loop = asyncio.get_running_loop()
-        for again in range(self.callers.resubmissions, -1, -1):
-            after = self._draws.uniform(0.5, 1.5)
+        for left in range(self.callers.resubmissions, -1, -1):
+            delay = self._draws.uniform(0.5, 1.5)
             try:
-                async with asyncio.timeout(self.callers.patience):
+                async with asyncio.timeout(self.callers.timeout):
                     await self._call(tokens)
-            except Overloaded as refusal:
-                after = refusal.retry_after or after
+            except Overloaded as rejection:
+                delay = rejection.retry_after or delay
             except (TimeoutError, ConnectionError, AnswerCut):
                 pass
             else:
-                alone = self.config.ttft + max(1, tokens[1]) * self.config.tpot
-                self.record.done.append((loop.time(), alone))
+                service_time = self.config.ttft + max(1, tokens[1]) * self.config.tpot
+                self.record.done.append((loop.time(), service_time))
                 return
-            if not again or loop.time() + after >= 60 * self.callers.minutes:
+            if not left or loop.time() + delay >= 60 * self.callers.minutes:
                 return
-            await asyncio.sleep(after)
+            await asyncio.sleep(delay)
 
     async def _call(self, tokens: tuple[int, int]) -> None:
-        charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED, tokens=tokens[0] + EXPECTED)
-        deadline = Deadline.within(self.callers.patience) if self._tells else None
-        ask = self.upstream.request(MODEL, charge, deadline=deadline)
+        charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED_OUTPUT, tokens=tokens[0] + EXPECTED_OUTPUT)
+        deadline = Deadline.within(self.callers.timeout) if self._with_deadlines else None
+        request = self.upstream.core.request(MODEL, charge, deadline=deadline)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.record.sent.append(clock.now())
-            tried = await asked(self.provider, self.desk, permit, tokens)
-            if tried.outcome.kind is Outcome.OVERLOAD:
+            result = await send_call(self.provider, self.account, permit, tokens)
+            if result.outcome.kind is Outcome.OVERLOAD:
                 self.record.refused.append(clock.now())
-            return tried
+            return result
 
-        await self.upstream.driver(self.desk).run(ask, attempt)
+        await self.upstream.runner.run(PlainRoute(self.upstream, self.account, request), attempt)
 
-    async def _look(self) -> None:
-        account = self.desk.account
+    async def _sample(self) -> None:
+        account = self.account.account
         while True:
             now = clock.now()
             self.record.levels.append((now, account.limit.limit(now), account.in_flight))

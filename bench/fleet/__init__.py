@@ -1,1 +1,1 @@
-"""Agents on one key: their plans, the plants that they meet, an oracle's schedule, and the ways there."""
+"""Fleets of agents on one key: their calls, their providers, and the runs over a virtual network or real sockets."""

@@ -1,4 +1,4 @@
-"""Agents that call with the real SDKs, and what becomes of them."""
+"""Agents that call with the real SDKs."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ import anthropic
 import httpx2
 import openai
 
-from bench.fleet.cases import MODELS, MOST, Case, Turn
+from bench.fleet.cases import MAX_TOKENS, MODELS, FleetCase, Turn
 from forebay.simulation.provider.provider_config import Dialect
 
-_ASKS = 5  # times that an agent asks for a stream that breaks off
+_STREAM_ATTEMPTS = 5  # attempts of an agent at a stream that breaks off
 _BROKEN = (httpx2.TransportError, openai.APIError, anthropic.APIError)
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What became of a fleet.
+class FleetResult:
+    """The result of a fleet.
 
     Attributes:
-        seconds: until the last agent was done, or gave up.
+        seconds: until the last agent finished or failed.
         failed: agents that did not finish.
-        whys: what these failed by.
+        reasons: the errors of these.
     """
 
     seconds: float = 0.0
     failed: int = 0
-    whys: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
 
 
-async def run_fleet(case: Case, url: str, client: Callable[[], httpx2.AsyncClient | None]) -> Outcome:
+async def run_fleet(case: FleetCase, url: str, client: Callable[[], httpx2.AsyncClient | None]) -> FleetResult:
     """Start all agents at once, and wait for them.
 
     Args:
         case: what they do.
-        url: of the provider, or of what stands before it.
-        client: makes what carries an SDK's requests; None for the SDK's own.
+        url: of the provider, or of the gateway before it.
+        client: makes the HTTP client of an SDK; None for the SDK's own.
     """
-    outcome = Outcome()
+    result = FleetResult()
     clock = asyncio.get_running_loop().time
-    began = clock()
+    started = clock()
 
     async def go(number: int, plan: tuple[Turn, ...]) -> None:
         sdk = _sdk(case.dialect, url, client())
@@ -55,16 +55,16 @@ async def run_fleet(case: Case, url: str, client: Callable[[], httpx2.AsyncClien
                     await asyncio.sleep(turn.tools)
                     await _call(sdk, case.dialect, turn, streams=streams)
         except _BROKEN as error:
-            outcome.failed += 1
-            outcome.whys[_why(error)] += 1
+            result.failed += 1
+            result.reasons[_reason(error)] += 1
 
     await asyncio.gather(*(go(number, plan) for number, plan in enumerate(case.plans)))
-    outcome.seconds = clock() - began
-    return outcome
+    result.seconds = clock() - started
+    return result
 
 
 def _sdk(dialect: Dialect, url: str, client: httpx2.AsyncClient | None) -> Any:
-    """As its user makes it: two retries, ten minutes."""
+    """Return the SDK at its defaults: two retries, a timeout of ten minutes."""
     if dialect is Dialect.OPENAI:
         return openai.AsyncOpenAI(api_key="sk-simulated", base_url=f"{url}/v1", http_client=client)
     return anthropic.AsyncAnthropic(api_key="sk-simulated", base_url=url, http_client=client)
@@ -72,27 +72,27 @@ def _sdk(dialect: Dialect, url: str, client: httpx2.AsyncClient | None) -> Any:
 
 async def _call(sdk: Any, dialect: Dialect, turn: Turn, *, streams: bool) -> None:
     create = sdk.chat.completions.create if dialect is Dialect.OPENAI else sdk.messages.create
-    asked: dict[str, Any] = {
+    request: dict[str, Any] = {
         "model": MODELS[dialect],
-        "max_tokens": MOST,
+        "max_tokens": MAX_TOKENS,
         "messages": [{"role": "user", "content": turn.text()}],
         "extra_headers": {"x-simulated-output-tokens": str(turn.output_tokens)},
     }
     if not streams:
-        await create(**asked)
+        await create(**request)
         return
-    for ask in range(_ASKS):
-        stream = await create(stream=True, **asked)
+    for attempt in range(_STREAM_ATTEMPTS):
+        stream = await create(stream=True, **request)
         try:
             async for _ in stream:
                 pass
         except _BROKEN:
-            if ask == _ASKS - 1:
+            if attempt == _STREAM_ATTEMPTS - 1:
                 raise
         else:
             return
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     status = getattr(error, "status_code", None)
     return type(error).__name__ if status is None else f"{status} {type(error).__name__}"

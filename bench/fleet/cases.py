@@ -1,4 +1,4 @@
-"""What agents do, and the plants that they meet: each case is drawn from its seed, and the same for every way."""
+"""The calls of the agents and their providers. Each case is drawn from its seed, the same for every way."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from forebay.simulation.provider.provider_config import (
 from forebay.simulation.provider.simulated_call import SimulatedCall
 
 MODELS: Final = {Dialect.OPENAI: "gpt-4o-mini", Dialect.ANTHROPIC: "claude-sonnet"}
-MOST: Final = 512  # output tokens that a call asks for
-_CHARACTERS: Final = 4  # to a token, and
-_BORDERS: Final = 4  # tokens to a message, as the plant counts
+MAX_TOKENS: Final = 512  # of output that a call asks for
+_CHARACTERS: Final = 4  # per token, and
+_MESSAGE_TOKENS: Final = 4  # per message, as the simulated provider counts
 _LOREM: Final = wire.answer_text(0, 4_000)
 
 
@@ -32,9 +32,9 @@ class Turn:
     """One call of an agent.
 
     Attributes:
-        input_tokens: that it sends.
-        output_tokens: that the model answers.
-        tools: seconds that the agent is busy before it.
+        input_tokens: tokens sent.
+        output_tokens: tokens of the answer.
+        tools: seconds for which the agent uses tools before the call.
     """
 
     input_tokens: int
@@ -42,34 +42,34 @@ class Turn:
     tools: float
 
     def text(self) -> str:
-        """So many tokens, as the plant counts them."""
-        length = _CHARACTERS * (self.input_tokens - _BORDERS)
+        """Return a text of `input_tokens` tokens, as the simulated provider counts them."""
+        length = _CHARACTERS * (self.input_tokens - _MESSAGE_TOKENS)
         return (_LOREM * (1 + length // len(_LOREM)))[:length]
 
     def call(self, dialect: Dialect) -> SimulatedCall:
-        """The same as the plant's own kind of call."""
+        """Return the call as the provider model sees it."""
         return SimulatedCall(
             model=MODELS[dialect],
             input_tokens=self.input_tokens,
             output_tokens=self.output_tokens,
-            max_tokens=MOST,
+            max_tokens=MAX_TOKENS,
             dialect=dialect,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class FleetCase:
     """Agents that start at once, and their provider.
 
     Attributes:
         config: the provider.
         agents: how many.
         turns: calls of each, one after the other.
-        context: input tokens of the first of them.
-        growth: input tokens that each further call has more.
-        streams: whether every second agent streams its answers. One of them asks again when an answer breaks off, for
-            nobody between can take back what has been passed on.
-        seed: all chance comes from it.
+        context: input tokens of the first call.
+        growth: input tokens that each further call adds.
+        streams: whether every second agent streams its answers. Such an agent calls again when an answer breaks off,
+            because no proxy can take back what it has forwarded.
+        seed: of all random numbers.
     """
 
     config: ProviderConfig
@@ -93,12 +93,12 @@ class Case:
 
     @property
     def dialect(self) -> Dialect:
-        """What is spoken."""
+        """Return the dialect of the provider."""
         return self.config.dialect
 
     @property
     def calls(self) -> int:
-        """Of all agents, if none has to be made twice."""
+        """Return the number of calls of all agents, if none is retried."""
         return self.agents * self.turns
 
 
@@ -110,25 +110,25 @@ def _provider(dialect: Dialect, rates: Mapping[Unit, int], *, window: bool = Fal
     return ProviderConfig(dialect=dialect, rate_limits=rate_limits, **fields)
 
 
-def _openai(agents: int, *, window: bool = False) -> Case:
-    """A key that grants, in a minute, a quarter of what the agents need."""
+def _openai(agents: int, *, window: bool = False) -> FleetCase:
+    """Return a case whose key grants, in a minute, a quarter of what the agents need."""
     rates = {Unit.REQUESTS: 3 * agents // 2, Unit.TOKENS: 4_000 * agents}
-    return Case(config=_provider(Dialect.OPENAI, rates, window=window), agents=agents)
+    return FleetCase(config=_provider(Dialect.OPENAI, rates, window=window), agents=agents)
 
 
-def _anthropic(agents: int, *, window: bool = False) -> Case:
-    """The same, but that input tokens bind."""
+def _anthropic(agents: int, *, window: bool = False) -> FleetCase:
+    """Return the same case, limited by input tokens."""
     rates = {Unit.REQUESTS: 50 + 3 * agents, Unit.INPUT_TOKENS: 2_400 * agents, Unit.OUTPUT_TOKENS: 800 * agents}
-    return Case(config=_provider(Dialect.ANTHROPIC, rates, window=window), agents=agents)
+    return FleetCase(config=_provider(Dialect.ANTHROPIC, rates, window=window), agents=agents)
 
 
-def _eleven() -> Case:
-    """Eleven coding agents on a key of the first tier: 50 requests, 30,000 input and 8,000 output tokens a minute."""
+def _eleven() -> FleetCase:
+    """Return eleven coding agents on a first-tier key: 50 requests, 30,000 input and 8,000 output tokens a minute."""
     rates = {Unit.REQUESTS: 50, Unit.INPUT_TOKENS: 30_000, Unit.OUTPUT_TOKENS: 8_000}
-    return Case(config=_provider(Dialect.ANTHROPIC, rates), agents=11, turns=5, context=800, growth=500)
+    return FleetCase(config=_provider(Dialect.ANTHROPIC, rates), agents=11, turns=5, context=800, growth=500)
 
 
-_TROUBLE: Final = Faults(
+_FAULTS: Final = Faults(
     stray=0.02,
     error=0.01,
     bad_gateway=0.01,
@@ -139,29 +139,29 @@ _TROUBLE: Final = Faults(
 )
 
 
-def _stress(dialect: Dialect, *, streams: bool) -> Case:
-    """Rates, slots, bursts of overload, calls cut off, refusals without a reason and a slow spell, all at once."""
+def _stress(dialect: Dialect, *, streams: bool) -> FleetCase:
+    """Return a case with rates, slots, bursts of overload, cut calls, stray refusals and a slow spell, all at once."""
     rates = {Unit.REQUESTS: 40, Unit.TOKENS if dialect is Dialect.OPENAI else Unit.INPUT_TOKENS: 60_000}
     full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy_reason": BusyReason.CONCURRENCY}
     slow = Slowdown(at=60, seconds=30, factor=3.0)
-    config = _provider(dialect, rates, faults=_TROUBLE, slowdowns=(slow,), **full)
-    return Case(config=config, agents=20, streams=streams)
+    config = _provider(dialect, rates, faults=_FAULTS, slowdowns=(slow,), **full)
+    return FleetCase(config=config, agents=20, streams=streams)
 
 
-def _spike() -> Case:
-    """For a minute everything takes six times as long, at a provider that refuses what exceeds its slots."""
+def _spike() -> FleetCase:
+    """Return a case where a minute of calls takes six times as long, at a provider that refuses excess calls."""
     slow = (Slowdown(at=15, seconds=60, factor=6.0),)
     config = _provider(Dialect.ANTHROPIC, {Unit.REQUESTS: 200}, slots=12, overcommit=1.0, slowdowns=slow)
-    return Case(config=config, agents=20)
+    return FleetCase(config=config, agents=20)
 
 
-def _short(dialect: Dialect) -> Case:
-    """Four agents for half a minute."""
+def _short(dialect: Dialect) -> FleetCase:
+    """Return four agents for half a minute."""
     rates = {Unit.REQUESTS: 8, Unit.INPUT_TOKENS: 100_000}
-    return Case(config=_provider(dialect, rates), agents=4, turns=3)
+    return FleetCase(config=_provider(dialect, rates), agents=4, turns=3)
 
 
-CASES: Final[Mapping[str, Case]] = {
+CASES: Final[Mapping[str, FleetCase]] = {
     **{f"{agents} agents, OpenAI": _openai(agents) for agents in (5, 10, 20, 50)},
     **{f"{agents} agents, Anthropic": _anthropic(agents) for agents in (5, 10, 20, 50)},
     "20 agents, OpenAI, fixed windows": _openai(20, window=True),
@@ -173,11 +173,11 @@ CASES: Final[Mapping[str, Case]] = {
     "latency spike": _spike(),
 }
 
-FOR_REAL: Final = ("20 agents, OpenAI", "eleven agents, growing contexts", "all faults at once, Anthropic")
-"""Those of them that run over sockets too."""
+OVER_SOCKETS: Final = ("20 agents, OpenAI", "eleven agents, growing contexts", "all faults at once, Anthropic")
+"""The cases that also run over sockets."""
 
-SHORT: Final[Mapping[str, Case]] = {
+QUICK: Final[Mapping[str, FleetCase]] = {
     "4 agents, OpenAI": _short(Dialect.OPENAI),
     "4 agents, Anthropic": _short(Dialect.ANTHROPIC),
 }
-"""What runs over sockets where there is no time."""
+"""The cases that run over sockets with --quick."""

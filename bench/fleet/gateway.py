@@ -1,4 +1,4 @@
-"""The gateway as it is installed, told where its provider is: ``python -m bench.fleet.gateway NAME URL``."""
+"""The gateway in its own process, with one provider: ``python -m bench.fleet.gateway NAME URL``."""
 
 from __future__ import annotations
 

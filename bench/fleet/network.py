@@ -1,7 +1,7 @@
-"""A network in memory under virtual time: servers and clients keep their code, and only the sockets are not there.
+"""A network in memory under virtual time: servers and clients run their own code, and only the sockets are replaced.
 
-What is written on one end is read on the other in the same moment, in order. Whatever runs over it parses and writes
-the bytes that it would over TCP.
+Bytes written on one end are read on the other in the same moment and in order. Servers and clients parse and write the
+same bytes as over TCP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from forebay.simulation.loop.virtual_loop import VirtualLoop
 _FIRST_PORT = 20_000
 
 
-class End(asyncio.Transport):
+class ConnectionEnd(asyncio.Transport):
     """One end of a connection."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, protocol: asyncio.Protocol) -> None:
@@ -29,15 +29,15 @@ class End(asyncio.Transport):
         self._loop = loop
         self._protocol = protocol
         self._unread: deque[bytes] = deque()
-        self._closing = self._lost = self._paused = self._ended = False
-        self.other: End
+        self._closing = self._lost = self._paused = self._eof_received = False
+        self.other: ConnectionEnd
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send; after the end it goes nowhere, as with a socket."""
+        """Send data; after the end it is dropped, as by a socket."""
         if data and not self._closing:
-            self._loop.call_soon(self.other._come, bytes(data))  # noqa: SLF001 - its own kind
+            self._loop.call_soon(self.other._receive, bytes(data))  # noqa: SLF001 - the same class
 
-    def _come(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> None:
         if self._lost:
             return
         if self._paused:
@@ -45,24 +45,24 @@ class End(asyncio.Transport):
         else:
             self._protocol.data_received(data)
 
-    def _end(self) -> None:
-        """The other end has closed, and all that it sent has come."""
+    def _receive_eof(self) -> None:
+        """Handle the close of the other end, after all that it sent."""
         if self._lost:
             return
         if self._paused:
-            self._ended = True
+            self._eof_received = True
         elif not self._protocol.eof_received():
             self.close()
 
     def close(self) -> None:
-        """What was written arrives, then the other end sees it."""
+        """Close after the written data has arrived."""
         if not self._closing:
             self._closing = True
             self._loop.call_soon(self._lose, None)
-            self._loop.call_soon(self.other._end)  # noqa: SLF001
+            self._loop.call_soon(self.other._receive_eof)  # noqa: SLF001
 
     def abort(self) -> None:
-        """The connection is reset."""
+        """Reset the connection."""
         if not self._lost:
             self._closing = True
             self._loop.call_soon(self._lose, None)
@@ -74,44 +74,44 @@ class End(asyncio.Transport):
             self._protocol.connection_lost(error)
 
     def is_closing(self) -> bool:
-        """Whether it ends."""
+        """Return whether the connection is closing."""
         return self._closing
 
     def pause_reading(self) -> None:
-        """Keep what comes."""
+        """Keep received data back."""
         self._paused = True
 
     def resume_reading(self) -> None:
-        """Hand over what was kept."""
+        """Pass on the data that was kept back."""
         self._paused = False
         while self._unread and not self._paused:
-            self._come(self._unread.popleft())
-        if self._ended and not self._paused:
-            self._ended = False
-            self._end()
+            self._receive(self._unread.popleft())
+        if self._eof_received and not self._paused:
+            self._eof_received = False
+            self._receive_eof()
 
     def is_reading(self) -> bool:
-        """Whether what comes is handed over."""
+        """Return whether received data is passed on."""
         return not self._paused
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Hand over to somebody else."""
+        """Pass received data to another protocol."""
         self._protocol = cast("asyncio.Protocol", protocol)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """Who reads."""
+        """Return the protocol that receives the data."""
         return self._protocol
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """No bound is ever reached."""
+        """Do nothing: no data waits to be sent."""
 
     def get_write_buffer_size(self) -> int:
-        """All is sent at once."""
+        """Return 0: data is sent at once."""
         return 0
 
 
-class Listening:
-    """What `create_server` returns, as far as servers ask it anything."""
+class ListeningServer:
+    """The result of `create_server`, with the attributes that servers use."""
 
     def __init__(self, loop: NetworkedLoop, port: int) -> None:
         self._loop = loop
@@ -119,18 +119,18 @@ class Listening:
         self.sockets = [SimpleNamespace(getsockname=lambda: ("127.0.0.1", port))]
 
     def close(self) -> None:
-        """Nobody finds it any more."""
+        """Stop listening."""
         self._loop.servers.pop(self._port, None)
 
     async def wait_closed(self) -> None:
-        """At once."""
+        """Return at once."""
 
 
 class NetworkedLoop(VirtualLoop):
-    """A virtual loop with a loopback of its own.
+    """A virtual loop with its own loopback network.
 
     Attributes:
-        servers: what makes the protocol of a new connection, by port.
+        servers: the protocol factory of each listening port.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -139,29 +139,29 @@ class NetworkedLoop(VirtualLoop):
         self._ports = itertools.count(_FIRST_PORT).__next__
 
     async def create_server(self, protocol_factory: Any, *_: Any, **__: Any) -> Any:
-        """Listen, on the next free port."""
+        """Listen on the next free port."""
         port = self._ports()
         self.servers[port] = protocol_factory
-        return Listening(self, port)
+        return ListeningServer(self, port)
 
     def connect(self, port: int, client: asyncio.Protocol) -> None:
-        """Connect.
+        """Connect a client protocol to a port.
 
         Raises:
-            ConnectionRefusedError: nobody listens.
+            ConnectionRefusedError: no server listens there.
         """
         factory = self.servers.get(port)
         if factory is None:
-            raise ConnectionRefusedError(f"nobody listens on {port}")
+            raise ConnectionRefusedError(f"no server listens on port {port}")
         server = factory()
-        here, there = End(self, client), End(self, server)
-        here.other, there.other = there, here
-        server.connection_made(there)
-        client.connection_made(here)
+        client_end, server_end = ConnectionEnd(self, client), ConnectionEnd(self, server)
+        client_end.other, server_end.other = server_end, client_end
+        server.connection_made(server_end)
+        client.connection_made(client_end)
 
 
 class Connector(aiohttp.BaseConnector):
-    """How aiohttp's client connects over it."""
+    """A connector of aiohttp's client for this network."""
 
     def __init__(self) -> None:
         super().__init__(limit=0, keepalive_timeout=30.0)

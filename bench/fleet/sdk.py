@@ -1,4 +1,4 @@
-"""The SDKs' calls over aiohttp, so that they can do without sockets; all else, retries too, is the SDKs' own."""
+"""A transport for the SDKs over aiohttp, which needs no sockets; the rest, retries included, is the SDKs' own code."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class _Body(httpx2.AsyncByteStream):
             async for chunk in self._answer.content.iter_any():
                 yield chunk
         except aiohttp.ClientError as error:
-            raise _translated(error) from error
+            raise _translate(error) from error
 
     async def aclose(self) -> None:
         self._answer.close() if not self._answer.content.at_eof() else self._answer.release()
 
 
-class OverAiohttp(httpx2.AsyncBaseTransport):
+class AiohttpTransport(httpx2.AsyncBaseTransport):
     """A transport of httpx2's clients.
 
     Args:
-        session: that sends; it unpacks nothing.
+        session: sends the requests, and must not decompress answers.
     """
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
@@ -37,7 +37,7 @@ class OverAiohttp(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request."""
-        patience = request.extensions.get("timeout", {}).get("read")
+        read_timeout = request.extensions.get("timeout", {}).get("read")
         try:
             answer = await self._session.request(
                 request.method,
@@ -46,14 +46,14 @@ class OverAiohttp(httpx2.AsyncBaseTransport):
                 data=await request.aread(),
                 allow_redirects=False,
                 skip_auto_headers=_NOT_ADDED,
-                timeout=aiohttp.ClientTimeout(total=None, sock_read=patience),
+                timeout=aiohttp.ClientTimeout(total=None, sock_read=read_timeout),
             )
         except aiohttp.ClientError as error:
-            raise _translated(error) from error
+            raise _translate(error) from error
         return httpx2.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
 
 
-def _translated(error: aiohttp.ClientError) -> httpx2.TransportError:
+def _translate(error: aiohttp.ClientError) -> httpx2.TransportError:
     if isinstance(error, aiohttp.ServerTimeoutError):
         return httpx2.ReadTimeout(str(error))
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -1,1 +1,1 @@
-"""What the gateway is measured beside: a provider that answers at once, and proxies that pass everything on."""
+"""The processes of the gateway benchmark: a provider that answers at once, the gateway, and the load."""

@@ -1,4 +1,4 @@
-"""Calls over connections of their own, as cheap as Python makes them, and how long each took."""
+"""The load: calls over raw connections, as cheap as Python allows, and their latencies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
 
 def request(*, stream: bool = False) -> bytes:
-    """One request, as the openai SDK writes it."""
-    asked = {"model": "gpt-4o", "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 200}
-    body = json.dumps({**asked, "stream": stream}, separators=(",", ":")).encode()
+    """Return one request, as the openai SDK writes it."""
+    payload = {"model": "gpt-4o", "messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 200}
+    body = json.dumps({**payload, "stream": stream}, separators=(",", ":")).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
         "content-type: application/json\r\nuser-agent: AsyncOpenAI/Python 3.57.0\r\nauthorization: Bearer sk-1\r\n"
@@ -28,7 +28,7 @@ def request(*, stream: bool = False) -> bytes:
 
 
 class Caller(asyncio.Protocol):
-    """One connection, one call at a time."""
+    """One connection, with one call at a time."""
 
     def __init__(self) -> None:
         self.buffer = b""
@@ -36,11 +36,11 @@ class Caller(asyncio.Protocol):
         self.streaming = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)  # those of uvloop are no subclass
 
     def data_received(self, data: bytes) -> None:
-        """A stream is there with its first event, a whole answer with its last byte."""
+        """Complete the call: a stream with its first event, any other answer with its last byte."""
         self.buffer += data
         end = self.buffer.find(b"\r\n\r\n")
         if end < 0 or self.done is None or self.done.done():
@@ -52,44 +52,44 @@ class Caller(asyncio.Protocol):
             self.done.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Whoever waits has waited in vain."""
+        """Fail the call under way."""
         if self.done is not None and not self.done.done():
             self.done.set_exception(exc or ConnectionResetError())
 
     async def call(self, sent: bytes) -> float:
-        """Seconds that it took."""
+        """Make one call; return its seconds."""
         self.done = asyncio.get_running_loop().create_future()
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.transport.write(sent)
         await self.done
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
 
 async def connect(port: int) -> Caller:
-    """A connection."""
+    """Open a connection."""
     _, caller = await asyncio.get_running_loop().create_connection(Caller, "127.0.0.1", port)
     return caller
 
 
 async def closed_loop(port: int, *, callers: int, calls: int) -> tuple[list[float], float]:
-    """So many callers that call one after the other: seconds of each call, and of all."""
+    """Run callers that each make one call after the other; return the seconds of each call, and of all."""
     connections = [await connect(port) for _ in range(callers)]
     sent = request()
-    took: list[float] = []
+    latencies: list[float] = []
 
     async def go(caller: Caller) -> None:
-        took.extend([await caller.call(sent) for _ in range(calls // callers)])
+        latencies.extend([await caller.call(sent) for _ in range(calls // callers)])
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     await asyncio.gather(*(go(caller) for caller in connections))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     for caller in connections:
         caller.transport.close()
-    return took, seconds
+    return latencies, seconds
 
 
 async def open_streams(port: int, count: int) -> list[Caller]:
-    """So many streams that have begun, and stay open."""
+    """Open `count` streams, and leave them open after their first event."""
     sent = request(stream=True)
     callers = []
     for _ in range(count):

@@ -1,6 +1,6 @@
-"""A provider that costs nearly nothing: ``python -m bench.proxies.provider`` prints its port and serves on.
+"""A provider that costs nearly nothing: ``python -m bench.proxies.provider`` prints its port and serves forever.
 
-A request for a stream gets three events, and then waits for its caller to hang up.
+A streamed request gets three events, and then the connection stays open until the caller hangs up.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Provider(asyncio.Protocol):
     """One connection."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)  # those of uvloop are no subclass
         self.buffer = b""
 
     def data_received(self, data: bytes) -> None:
-        """Answer each request once all of it is there."""
+        """Answer each request once it is complete."""
         self.buffer += data
         while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
             length = _LENGTH.search(self.buffer[:end])
@@ -61,7 +61,7 @@ class Provider(asyncio.Protocol):
 
 
 async def serve() -> None:
-    """Serve for ever."""
+    """Serve forever."""
     server = await asyncio.get_running_loop().create_server(Provider, "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()

@@ -6,14 +6,11 @@ often what to do. A check does nothing if its argument is valid.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NoReturn, TypeGuard, TypeVar
+from collections.abc import Collection
+from typing import NoReturn, TypeGuard
 
 from forebay.errors import InvalidSetting
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def reject(owner: str, name: str, value: object, expected: str) -> NoReturn:
@@ -160,43 +157,3 @@ def check_instance(  # noqa: PLR0913 - each a word of the message
 
 def _or_none(meaning: str | None) -> str:
     return "" if meaning is None else f", or None {meaning}"
-
-
-# --- names that have changed, or that other code uses ---
-
-
-def renamed_arguments(**renames: str) -> Callable[[_F], _F]:
-    """Make a function or class reject the old names of its arguments with an error that gives the new ones.
-
-    Args:
-        **renames: the new name of an argument by its old name, or advice if that is more than one word.
-
-    Returns:
-        A decorator. Calling what it decorates with an old name raises a TypeError.
-    """
-
-    def decorate(target: _F) -> _F:
-        if isinstance(target, type):
-            kind: Any = target
-            kind.__init__ = _rejecting(kind.__init__, target.__name__, renames)
-            return target
-        wrapped: Any = _rejecting(target, target.__name__, renames)
-        return wrapped  # type: ignore[no-any-return]
-
-    return decorate
-
-
-def _rejecting(function: Callable[..., Any], owner: str, renames: Mapping[str, str]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name in renames:
-                raise TypeError(renamed(owner, name, renames[name]))
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def renamed(owner: str, old: str, new: str) -> str:
-    """Return the message for an argument or attribute that has another name now; or with other advice in `new`."""
-    return f"{owner}: {old} is now {new}" if new.isidentifier() else f"{owner} has no {old}: {new}"

@@ -1,4 +1,4 @@
-"""What a task hands to its calls: the run that is under way in this context, and `progress`."""
+"""The context of a call: the task that is running here, what its supervisor learns from its calls, and `progress`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,41 @@ if TYPE_CHECKING:
 
 
 class CallObserver(Protocol):
-    """A run whose supervisor wants to know what its calls draw on."""
+    """A run whose supervisor learns from its calls which load sources it depends on.
 
-    rejections: dict[object, Overloaded] | None  # by what refused it for good: its further calls there fail at once
+    Attributes:
+        rejections: the rejections of its calls for good, by source; its further calls there fail at once.
+    """
+
+    rejections: dict[object, Overloaded] | None
 
     def record_call(self, source: LoadSource) -> None:
-        """Its calls draw on `source`: so do those of other runs of its worker. Callable from any thread."""
+        """Note that the run calls `source`; the other runs of its worker depend on it too. Callable from any thread."""
 
     def record_rejection(self, by: object, error: Overloaded) -> None:
-        """A call of it was refused for good by `by`: unless it succeeds all the same, it ends as Overloaded."""
+        """Note that `by` rejected a call for good: unless the run succeeds all the same, it ends as Overloaded."""
 
     def record_upstream_fault(self) -> None:
-        """A call of it failed for a reason that is the upstream's: if it fails, its worker is not to blame."""
+        """Note that a call failed by the upstream's fault: if the run fails, that does not count against its worker."""
 
 
 class RunningTask(Protocol):
-    """A task while its handler runs, as the calls made inside it see it."""
+    """A task while its handler runs, as the calls made inside it see it.
+
+    Attributes:
+        task: the task.
+        deadline: its own or its parent's, whichever is earlier.
+    """
 
     task: Task
-    deadline: Deadline | None  # its own or its parent's, whichever is earlier
+    deadline: Deadline | None
 
     @property
     def attempt(self) -> int:
-        """Which start of its handler this is, from 1."""
+        """Number of the handler's start, from 1."""
 
     def report(self, value: Any) -> None:
-        """Hand `value` to whoever listens to the task's events. Callable from any thread."""
+        """Pass `value` to the listeners of the task's events. Callable from any thread."""
 
 
 _current: ContextVar[RunningTask | None] = ContextVar("forebay_running_task", default=None)
@@ -47,15 +56,15 @@ set_running_task = _current.set
 
 
 def call_observer() -> CallObserver | None:
-    """The run that is under way here, if its supervisor wants to know what it draws on; not so in a process apart."""
+    """Return the run that is under way here, if its supervisor learns from its calls; not so in a worker process."""
     running = _current.get()
     return cast("CallObserver", running) if hasattr(running, "record_call") else None
 
 
 def progress(value: Any) -> None:
-    """Report progress of the task that is running here; its listeners get it from ``ticket.events()``.
+    """Report progress of the running task; listeners get it from ``ticket.events()``.
 
-    Works in threads too. Outside of a task it does nothing, so that a handler can be called by itself.
+    It works in threads too. Outside a task it does nothing, so that a handler can be called by itself.
     """
     running = _current.get()
     if running is not None:

@@ -5,10 +5,13 @@ A message says what happened, to what, and what to do next. It never quotes a pa
 
 from __future__ import annotations
 
+import functools
 import inspect
 import string
+from collections.abc import Callable
 from typing import Any, Self
 
+from forebay._renamed import renamed, renamed_arguments
 from forebay._text import format_bytes, format_duration
 
 _MAX_SHOWN = 100  # characters of a value in a message
@@ -19,9 +22,9 @@ class ForebayError(Exception):
 
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
-        template = " ".join(inspect.cleandoc(type(self).__doc__ or "").split())
         shown = {name: _shown(name, fact) for name, fact in facts.items()}
-        super().__init__(_formatter.vformat(template, (), shown))
+        kind: Any = type(self)  # to mypy, a class is not hashable
+        super().__init__(_message_format(kind)(**shown))
         self._facts = facts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -42,6 +45,15 @@ class _Formatter(string.Formatter):
 
 
 _formatter = _Formatter()
+
+
+@functools.cache
+def _message_format(kind: type[ForebayError]) -> Callable[..., str]:
+    """Return the function that fills the facts into the message of a class of errors."""
+    template = " ".join(inspect.cleandoc(kind.__doc__ or "").split())
+    if ":duration}" in template or ":bytes}" in template:
+        return functools.partial(_formatter.format, template)
+    return template.format  # in C, and several times as fast
 
 
 class _TypeName(str):
@@ -290,9 +302,9 @@ class StillSpilled(ForebayError):
 
 
 class NotBindable(ForebayError, TypeError):
-    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and their kin,
-    LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway (`forebay gateway`), and
-    set its address as the base URL.
+    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and of their
+    subclasses, LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway
+    (`forebay gateway`), and set its address as the base URL.
     """
 
     kind: str
@@ -359,6 +371,7 @@ class Overloaded(ForebayError):
     load: float | None
     retry_after: float | None
 
+    @renamed_arguments(binding="limited_by")
     def __init__(
         self, reason: str, *, limited_by: str | None = None, load: float | None = None, retry_after: float | None = None
     ) -> None:
@@ -385,7 +398,7 @@ class Overloaded(ForebayError):
 
     def __getattr__(self, name: str) -> Any:
         if name == "binding":
-            raise AttributeError("Overloaded: binding is now limited_by")
+            raise AttributeError(renamed("Overloaded", name, "limited_by"))
         return super().__getattribute__(name)  # raises the usual AttributeError
 
 

@@ -106,13 +106,13 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Charge(msgspec.Struct, frozen=True, kw_only=True):
-    """What a call takes of an upstream's quotas. A token is an LLM token and nothing else.
+    """The amounts of an upstream's quotas that a call uses. A token is an LLM token and nothing else.
 
     Attributes:
-        requests: 1, or 0 for what was already counted.
+        requests: 1, or 0 for a call that was counted already.
         input_tokens: tokens sent.
         output_tokens: tokens received.
-        tokens: of the quotas that count both together; some providers charge ``max_tokens`` there.
+        tokens: for quotas that count both together; some providers charge ``max_tokens`` there.
     """
 
     requests: int = 1
@@ -122,13 +122,13 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
-    """What a provider's headers said of one of its quotas, just now.
+    """The state of one quota, as a provider's response headers just reported it.
 
     Attributes:
         unit: a field of `Charge`: ``"requests"``, ``"input_tokens"``, ``"output_tokens"`` or ``"tokens"``.
-        limit: how much it grants in a period, or None if that was not said.
-        remaining: how much is left, or None.
-        reset: seconds until it is full again, or None; never negative.
+        limit: the amount granted in a period, or None if it was not reported.
+        remaining: the amount left, or None.
+        reset: seconds until the quota is full again, or None; never negative.
     """
 
     unit: str
@@ -138,43 +138,59 @@ class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadSource(Protocol):
-    """What the calls of a run draw on, such as an account of an upstream, as the task plane feels it.
+    """A resource that the calls of a run use, such as an account of an upstream, as task admission sees it.
 
     Callable from any thread. Sources are compared by identity.
+
+    Attributes:
+        name: of the resource, in messages.
     """
 
     name: str
 
     @property
     def accounts(self) -> Sequence[LoadSource]:
-        """The accounts that could each serve those calls, its own name and load apart; of one account itself."""
+        """Return the accounts any of which could serve those calls; of a single account, the account itself."""
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """Expected wait of the next typical call over the longest allowed, 1.0 where none of that rung passes; why."""
+        """Return the load for calls of `priority`, and the part of the account that limits it.
+
+        The load is the expected wait of the next typical call over the longest wait allowed; at least 1.0 if no call of
+        that priority is let through.
+        """
 
     def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:
-        """Seconds until it reads less than `load`, or infinity: unknown; and how far apart calls fit in then, or 0."""
+        """Return the seconds until the load is below `load`, and how many seconds apart calls fit in from then on.
+
+        The first is infinity if it is unknown; the second is 0 if it does not matter.
+        """
 
     def may_start(self, priority: Priority) -> bool:
-        """Whether the calls of a run that starts now would wait no longer than is good for those that are under way."""
+        """Return whether a run may start now without its calls delaying those of running runs too much."""
 
     def typical_latency(self) -> float:
-        """Seconds that a call takes, typically."""
+        """Return the seconds that a call typically takes."""
 
     def blocks(self, priority: Priority) -> bool:
-        """Whether a call of that rung would surely not be sent now: such or better ones wait, or none may pass."""
+        """Return whether a call of `priority` would certainly not be sent now: it would queue, or be rejected."""
 
     def hold_back(self, holder: object, runs: int, priority: Priority = Priority.NORMAL) -> None:
-        """So many runs of `who`, `rung` the next of them, do not start for its sake: they count in its load."""
+        """Count in the load `runs` runs of `holder` that do not start because of this source.
+
+        Args:
+            holder: identifies the caller; a later call replaces its count.
+            runs: how many runs it holds back.
+            priority: the priority of the first of them.
+        """
 
     def add_expected_calls(self, runs: int) -> None:
-        """So many runs more (or fewer) have begun and not yet made their first call: it is expected."""
+        """Expect the first call of `runs` more runs (or fewer, if negative), which have begun but made no call yet."""
 
     def on_relief(self, holder: object, callback: Callable[[], None]) -> None:
-        """Call `callback`, from any thread, when runs of `who` are held back and may start again."""
+        """Call `callback`, from any thread, when runs that `holder` holds back may start again."""
 
     def forget(self, holder: object) -> None:
-        """`who` has gone."""
+        """Drop the counts and the callback of `holder`, which has closed."""
 
 
 # --- the task store ------------------------------------------------------------------------------------------------
@@ -274,7 +290,7 @@ class TaskStore(Protocol):
 
     Times are epoch seconds, given by the caller. A write has happened, as durably as the store promises, when its call
     returns; if the call was cancelled, it may have happened. Records that are WAITING or LEASED count towards the
-    store's bound. Besides these, as many DONE and as many DEAD records are kept, the oldest dropped first.
+    store's bound. In addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
 
     Every method raises StoreUnavailable if the store is not open or has failed.
     """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from forebay import clock
-from forebay._validate import is_positive, is_whole, renamed
+from forebay._renamed import renamed
+from forebay._validate import is_positive, is_whole
 from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, InvalidTask, InvalidTimeout
 
 
@@ -99,7 +101,9 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidEstimate(field=field, value=value)
 
 
-#: Names that other supervisors use for an argument of Task, or that Forebay used before, and what to pass instead.
+_POSITIONAL = 2  # task_type and payload
+
+#: The names of arguments in an earlier Forebay and in other supervisors, and what to pass instead.
 _OTHER_NAMES = {
     "thread": "thread_id",
     "timeout_seconds": "timeout",
@@ -108,15 +112,17 @@ _OTHER_NAMES = {
     "id": "task_id",
     "data": "payload",
 }
-_POSITIONAL = 2  # task_type and payload
 
 
 class _TaskMeta(msgspec.StructMeta):
-    """The metaclass of Task: it explains arguments that Task does not have, which msgspec at most names."""
+    """The metaclass of Task: it explains arguments that Task does not have, which msgspec at most names.
+
+    A Struct is made in C, so that there is no ``__init__`` to wrap.
+    """
 
     if not TYPE_CHECKING:  # type checkers are to see the signature that the fields make
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a metaclass
             try:
                 return super().__call__(*args, **kwargs)
             except TypeError:
@@ -126,7 +132,7 @@ class _TaskMeta(msgspec.StructMeta):
                 raise TypeError(explanation) from None
 
 
-def _explain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _explain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the arguments of a Task; None if it is not one of the usual mistakes."""
     for name in kwargs:
         if name in _OTHER_NAMES:

@@ -1,4 +1,4 @@
-"""A refusal that no framework takes for a provider's."""
+"""Overloaded: a rejection that no framework takes for a provider's."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_neither_its_message_nor_its_class_uses_a_word_that_a_framework_retries_
     assert [word for word in FORBIDDEN if word in text] == []
 
 
-def test_its_message_says_what_binds_and_when_to_come_back(overloaded: Overloaded) -> None:
-    assert str(overloaded).startswith("Not now: pool:work is at 100%, and NORMAL is rejected from 80%; come back in ")
-    assert str(overloaded).endswith(" s. Nothing was begun.")
+def test_its_message_says_what_is_full_and_when_to_come_back(overloaded: Overloaded) -> None:
+    assert str(overloaded).startswith("Rejected: pool:work is at 100%, and NORMAL is rejected from 80%; come back in ")
+    assert str(overloaded).endswith(" s. Nothing was started.")
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_its_message_says_what_binds_and_when_to_come_back(overloaded: Overloade
     [
         (7.0, 1.0, "; come back in 7 s"),
         (82.4816, 1.0, "; come back in 82.5 s"),
-        (999.4, 1.0, "; come back in 999 s"),
-        (999.9, 1.0, "; come back in 0.278 hours"),
-        (75_101.6, 1.0, "; come back in 20.9 hours"),
-        (None, 1.0, "; back off before you come back, for when there is room is not known yet"),
+        (999.4, 1.0, "; come back in 16.7 min"),
+        (999.9, 1.0, "; come back in 16.7 min"),
+        (75_101.6, 1.0, "; come back in 20.9 h"),
+        (None, 1.0, "; back off before you come back: it is not known when there will be room"),
         (None, math.inf, ""),
     ],
 )
-def test_its_message_tells_the_time_as_a_person_would(retry_after: float | None, load: float, hint: str) -> None:
-    assert str(Overloaded("full", load=load, retry_after=retry_after)) == f"Not now: full{hint}. Nothing was begun."
+def test_its_message_gives_the_time_in_a_readable_unit(retry_after: float | None, load: float, hint: str) -> None:
+    assert str(Overloaded("full", load=load, retry_after=retry_after)) == f"Rejected: full{hint}. Nothing was started."
 
 
-def test_its_kin_do_not_look_like_a_providers_refusal_either() -> None:
+def test_related_errors_do_not_look_like_a_providers_rejection_either() -> None:
     for kind in (Overloaded, TaskFailed, TaskCancelled, TaskTimedOut, TaskExpired):
         assert not hasattr(kind, "status_code")
         assert [word for word in FORBIDDEN if word in (kind.__doc__ or "").lower()] == []

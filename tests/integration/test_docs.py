@@ -187,20 +187,20 @@ def test_the_settings_are_those_of_overload() -> None:
     check_settings(rows(TESTING, "| `overload(supervisor"), defaults(testing.overload))
 
 
-def test_the_checkers_and_the_handlers_are_those_that_there_are() -> None:
+def test_the_handlers_and_checks_are_those_of_forebay_testing() -> None:
     told = {re.split(r"\W", name)[0] for row in rows(TESTING, "| handler |") for name in names(row[0])}
     assert told == {
         name
         for name, kind in vars(testing).items()
         if inspect.isclass(kind) and issubclass(kind, testing.HandlerDouble)
     }
-    for row in rows(TESTING, "| checker |"):
+    for row in rows(TESTING, "| check |"):
         (name, signature) = re.fullmatch(r"(?:async with )?(\w+)(\(.*\))", names(row[0])[0]).groups()  # type: ignore[union-attr]
         expected = inspect.signature(getattr(testing, name))
         bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in expected.parameters.values()]
         assert signature == str(inspect.Signature(bare))
-    assert {name for name in testing.__all__ if name.startswith("check_")} < {
-        names(row[0])[0].partition("(")[0] for row in rows(TESTING, "| checker |")
+    assert {name for name in testing.__all__ if name.startswith(("check_", "no_"))} == {
+        re.split(r"\W", names(row[0])[0].removeprefix("async with "))[0] for row in rows(TESTING, "| check |")
     }
 
 

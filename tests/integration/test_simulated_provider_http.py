@@ -78,9 +78,9 @@ async def ask(provider: ProviderProcess, done: Callable[[dict[str, Any]], bool])
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1) as pool:
         async with asyncio.timeout(5):
-            while not done(told := await loop.run_in_executor(pool, provider.statistics)):  # noqa: ASYNC110 - another process
+            while not done(statistics := await loop.run_in_executor(pool, provider.statistics)):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.02)
-    return told
+    return statistics
 
 
 # --- success --------------------------------------------------------------------------------------------------------
@@ -172,10 +172,10 @@ async def test_both_async_clients_stream_at_once(
 
     calls = [call() for call in (streamed_gpt, streamed_claude, whole_gpt, whole_claude) for _ in range(10)]
     tokens = await asyncio.gather(*calls)
-    told = await ask(provider, lambda told: told["in_flight"] == 0)
-    assert told["output_tokens"] == sum(tokens)
-    assert told["finished"] == told["calls"] == 40
-    assert told["peak_in_flight"] > 10
+    statistics = await ask(provider, lambda statistics: statistics["in_flight"] == 0)
+    assert statistics["output_tokens"] == sum(tokens)
+    assert statistics["finished"] == statistics["calls"] == 40
+    assert statistics["peak_in_flight"] > 10
 
 
 def test_the_models_are_those_with_a_price(gpt: openai.OpenAI, claude: anthropic.Anthropic) -> None:
@@ -281,7 +281,7 @@ def test_an_invalid_request_is_a_bad_request(provider: ProviderProcess, gpt: ope
         gpt.post("/chat/completions", body={"model": GPT, "messages": 3}, cast_to=object)
     with pytest.raises(openai.BadRequestError, match="invalid literal"):
         gpt.chat.completions.create(model=GPT, messages=SAY, extra_headers={"x-simulated-output-tokens": "many"})
-    with pytest.raises(openai.BadRequestError, match="counted from 0"):
+    with pytest.raises(openai.BadRequestError, match="0 tokens or more"):
         gpt.chat.completions.create(model=GPT, messages=SAY, extra_headers={"x-simulated-input-tokens": "-1"})
     assert provider.statistics()["calls"] == 0
 
@@ -301,9 +301,9 @@ def test_a_dropped_connection(provider: ProviderProcess, gpt: openai.OpenAI, cla
         claude.messages.stream(model=CLAUDE, max_tokens=500, messages=SAY, extra_headers=headers) as stream,
     ):
         stream.get_final_message()
-    told = provider.statistics()
-    assert (told["cut"], told["in_flight"]) == (3, 0)
-    assert 0 < told["wasted_output_tokens"] == told["output_tokens"] < 600
+    statistics = provider.statistics()
+    assert (statistics["cut"], statistics["in_flight"]) == (3, 0)
+    assert 0 < statistics["wasted_output_tokens"] == statistics["output_tokens"] < 600
 
 
 def test_an_error_in_the_middle_of_an_answer(
@@ -328,19 +328,19 @@ async def test_a_client_that_hangs_up_frees_its_slot(provider: ProviderProcess, 
     )
     headers = {"x-simulated-output-tokens": "100000"}
     whole = asyncio.create_task(async_gpt.chat.completions.create(model=GPT, messages=SAY, extra_headers=headers))
-    await ask(provider, lambda told: told["in_flight"] == 1)
+    await ask(provider, lambda statistics: statistics["in_flight"] == 1)
     with pytest.raises(openai.RateLimitError, match="in flight"):
         await async_gpt.chat.completions.create(model=GPT, messages=SAY)
     whole.cancel()
-    await ask(provider, lambda told: told["hung_up"] == 1)
+    await ask(provider, lambda statistics: statistics["hung_up"] == 1)
     stream = await async_gpt.chat.completions.create(model=GPT, messages=SAY, stream=True, extra_headers=headers)
     async for chunk in stream:
         if chunk.choices[0].delta.content:
             break
     await stream.close()
-    told = await ask(provider, lambda told: told["hung_up"] == 2)
-    assert told["in_flight"] == 0
-    assert 0 < told["wasted_output_tokens"] < 1000
+    statistics = await ask(provider, lambda statistics: statistics["hung_up"] == 2)
+    assert statistics["in_flight"] == 0
+    assert 0 < statistics["wasted_output_tokens"] < 1000
 
 
 async def test_an_outage_with_cut_ends_waiting_calls(provider: ProviderProcess, async_gpt: openai.AsyncOpenAI) -> None:

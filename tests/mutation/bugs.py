@@ -31,12 +31,12 @@ from forebay.supervisor.runs.run import Run
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskStatus
-from forebay.upstream import bypass
+from forebay.upstream import bypass, call_flow
 from forebay.upstream.account import Account
 from forebay.upstream.account_registry import AccountRegistry
-from forebay.upstream.call_drivers import CallDriver
-from forebay.upstream.call_durations import CallDurations
 from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.latency import CallDurations
+from forebay.upstream.shared_account import SharedAccount
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
 
@@ -72,11 +72,17 @@ def a_run_that_awaits_its_child_keeps_its_slot() -> None:
 
 
 def an_account_sends_one_call_more_than_its_limit() -> None:
-    swap(Account._room, ast.Lt, ast.LtE)
+    swap(Account._has_slot, ast.Lt, ast.LtE)
 
 
 def an_attempt_that_is_cancelled_keeps_its_permit() -> None:
-    always(CallDriver, CallDriver._let_go, returns=None)
+    original = SharedAccount.settle
+
+    def settle(self: SharedAccount, permit: Permit, outcome: CallOutcome) -> None:
+        if outcome is not call_flow._CANCELLED:
+            original(self, permit, outcome)
+
+    replace(SharedAccount, original, settle)
 
 
 def a_permit_granted_to_a_caller_who_has_gone_is_kept() -> None:
@@ -129,13 +135,13 @@ def everybody_rejected_gets_the_same_retry_after() -> None:
 
 
 def a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for() -> None:
-    def _spares(*_: object) -> bool:
+    def _leaves_enough(*_: object) -> bool:
         return True
 
-    bypass._spares.__code__ = _spares.__code__
+    bypass._leaves_enough.__code__ = _leaves_enough.__code__
 
 
-def tasks_of_a_conversation_wait_for_ever() -> None:
+def tasks_of_a_conversation_never_start() -> None:
     skip(RunCompletion.handler_ended, Dispatcher.next_in_conversation)
 
 

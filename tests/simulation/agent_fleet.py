@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.calls.upstream_run import MODEL, asked
+from bench.calls.upstream_run import MODEL, send_call
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Task, clock
 from forebay.interfaces import Charge
@@ -17,8 +17,8 @@ from forebay.simulation import simulate
 from forebay.simulation.provider.provider_config import BusyReason, ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import Permit
+from forebay.upstream.call_request import AttemptResult, Permit
+from forebay.upstream.fallback_chain import PlainRoute
 
 CALLS = 4  # in a run
 CALLER_TIMEOUT = 60.0  # seconds after which the result of a run is worthless
@@ -78,7 +78,7 @@ class AgentFleet:
     def _unlimited_upstream(self) -> Upstream:
         retry = Retry(max_attempts=1000, max_delay=1.0, max_total_delay=1e6)
         upstream = Upstream("key", provider="openai", retry=retry, max_concurrent=100_000, max_start_wait=1e9)
-        budgets = upstream._retries.budgets  # not a public setting: this is the negative control
+        budgets = upstream.core.retries._budgets  # not a public setting: this is the negative control
         budgets.faults = budgets.throttles = RetryBudget(share=1000.0, extra=1_000_000)
         return upstream
 
@@ -119,15 +119,16 @@ class AgentFleet:
 
     async def _limited_call(self) -> None:
         charge = Charge(input_tokens=INPUT, output_tokens=OUTPUT, tokens=INPUT + OUTPUT)
-        account = self.upstream.accounts.account(MODEL)
+        account = self.upstream.core.accounts.account(MODEL)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.calls += 1
-            result = await asked(self.provider, account, permit, (INPUT, OUTPUT))
+            result = await send_call(self.provider, account, permit, (INPUT, OUTPUT))
             self.refusals += result.outcome.usd == 0.0
             return result
 
-        await self.upstream.driver(account).run(self.upstream.request(MODEL, charge), attempt)
+        request = self.upstream.core.request(MODEL, charge)
+        await self.upstream.runner.run(PlainRoute(self.upstream, account, request), attempt)
 
     def per_second(self, since: float = 60.0, until: float = math.inf) -> float:
         """Return the runs per second that ended in time."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from bench.calls.upstream_run import MODEL, asked
+from bench.calls.upstream_run import MODEL, send_call
 from tests.simulation.agent_fleet import CALL_SECONDS, CALLS, AgentFleet, capacity
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation
@@ -43,11 +43,11 @@ from forebay.simulation.provider.provider_config import (
 from forebay.simulation.provider.simulated_provider import SimulatedProvider
 from forebay.simulation.provider.traffic import Traffic
 from forebay.testing import EventRecord
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import Permit
+from forebay.upstream.call_request import AttemptResult, Permit
+from forebay.upstream.fallback_chain import PlainRoute
 
 COUNTED = ("admitted", "spilled", "rejected", "succeeded", "failed", "timed_out", "cancelled", "expired")
-CALL_ENDS = ("answered", "refused by the provider", "failed", "cancelled", "rejected by the upstream")
+CALL_ENDS = ("answered", "refused by the provider", "call failed", "call cancelled", "rejected by the upstream")
 MINUTES = 3.0  # of a plateau
 WARM_UP = 60.0  # seconds that do not count, as in the benchmarks: the limits of the key are unknown at first
 PRICE = Price(input=0.15, output=0.60)
@@ -165,7 +165,7 @@ class CallSurge:
             max_wait=script.max_wait,
             prices={MODEL: PRICE},
         )
-        self.account = self.upstream.accounts.account(MODEL)
+        self.account = self.upstream.core.accounts.account(MODEL)
         self.limit = self.account.account.limit = WatchedLimit(self.account.account.limit)
         self.sent = 0  # calls in flight, as their senders count
         self.spent = 0.0  # dollars, as the senders count
@@ -197,13 +197,13 @@ class CallSurge:
         input_tokens, output_tokens = self.lengths.lengths(self.rng)
         tokens = input_tokens, min(output_tokens, 300)
         expected = Charge(input_tokens=input_tokens, output_tokens=100, tokens=input_tokens + 100)
-        request = self.upstream.request(MODEL, expected)
+        request = self.upstream.core.request(MODEL, expected)
 
-        async def attempt(permit: Permit) -> AttemptResult:
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             return await self.send(permit, tokens, request.usd)
 
         try:
-            await self.upstream.driver(self.account).run(request, attempt)
+            await self.upstream.runner.run(PlainRoute(self.upstream, self.account, request), attempt)
         except ForebayError as error:
             self.happened["rejected by the upstream"] += not isinstance(error, ConnectionError)
             raise
@@ -216,17 +216,17 @@ class CallSurge:
         if self.script.max_concurrent is not None and self.sent >= self.script.max_concurrent:
             raise InvariantViolation(f"a call is sent when {self.sent} are in flight")
         self.sent += 1
-        cost, end = reserved, "cancelled"  # unless the call ends in another way
+        cost, end = reserved, "call cancelled"  # unless the call ends in another way
         try:
-            result = await asked(self.provider, self.account, permit, tokens)
+            result = await send_call(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.SUCCESS:
                 used = Charge(input_tokens=tokens[0], output_tokens=tokens[1])
-                cost, end = self.upstream.cost(MODEL, used), "answered"
+                cost, end = self.upstream.core.cost(MODEL, used), "answered"
                 result.outcome = msgspec.structs.replace(result.outcome, usd=cost)
             elif result.outcome.usd == 0.0:
                 cost, end = 0.0, "refused by the provider"
             else:
-                end = "failed"
+                end = "call failed"
             return result
         finally:
             self.sent -= 1

@@ -324,7 +324,7 @@ class ScriptRun:
         options: dict[str, Any] = {
             "priority": submission.priority,
             "timeout": submission.timeout,
-            "thread": submission.thread_id,
+            "thread_id": submission.thread_id,
         }
         if submission.deadline is not None:
             options["deadline"] = Deadline.within(submission.deadline)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from bench.baselines.oracle_schedule import schedule
 from bench.fleet.cases import CASES
-from bench.fleet.oracle import schedule
 from bench.fleet.ways import virtually
 
 pytestmark = pytest.mark.blocks  # the SDKs detect their platform once, in a thread

@@ -14,7 +14,7 @@ SEEDS = range(1)
 
 def settled(fleet: AgentFleet) -> bool:
     """Return True if calls hold no resources."""
-    account = fleet.upstream.accounts.account(MODEL).account
+    account = fleet.upstream.core.accounts.account(MODEL).account
     return account.in_flight == account.expected_calls == len(account.queue) == 0
 
 

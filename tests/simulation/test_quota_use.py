@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from bench.quota import Case, Driver, cases
+from bench.quota import CaseRun, QuotaCase, cases
 
 CASES = cases()
 MEASURED = 240.0  # seconds; `python -m bench quota` simulates ten minutes of each
@@ -17,8 +17,8 @@ QUICK = (
 )
 
 
-def check(case: Case, seed: int) -> None:
-    result = Driver(case, seed).run()
+def check(case: QuotaCase, seed: int) -> None:
+    result = CaseRun(case, seed).run()
     assert result.use >= 0.98
     assert result.refused <= 0.005
 
@@ -37,6 +37,6 @@ def test_quotas_of_all_units_shapes_and_headers_are_used_fully(name: str) -> Non
 def test_calls_that_ignore_quotas_are_refused() -> None:
     """The negative control: the simulated provider enforces its quotas."""
     case = CASES["openai requests bucket given first"]
-    driver = Driver(replace(case, given=(), headers="never", load=40.0, seconds=MEASURED / 4), seed=1)
-    driver.most = 2_000
-    assert driver.run().refused > 0.5
+    run = CaseRun(replace(case, given=(), headers="never", load=40.0, seconds=MEASURED / 4), seed=1)
+    run.max_in_flight = 2_000
+    assert run.run().refused > 0.5

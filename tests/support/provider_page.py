@@ -1,4 +1,4 @@
-"""The error tables of docs/providers.md, printed from the code; ``python -m tests.support.provider_page`` rewrites them.
+"""The error tables of docs/providers.md, from the code; ``python -m tests.support.provider_page`` rewrites them.
 
 A test compares the page with the code, and fails with this command where they differ.
 """

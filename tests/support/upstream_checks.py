@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from tests.support.supervisor_checks import fail_if_any
 
 from forebay.upstream import Upstream
-from forebay.upstream.account_registry import SharedBudget
 from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.spend import SharedBudget
 
 _ROUNDING = 1e-9  # dollars
 
@@ -24,12 +24,12 @@ def check_upstream(upstream: Upstream) -> None:
     Raises:
         InvariantViolation: it holds something, or exceeded its limit.
     """
-    violations = [line for account in upstream.accounts for line in _held(account)]
-    violations += [line for budget in upstream.accounts.budgets.all_budgets() for line in _reserved(budget)]
+    violations = [line for account in upstream.core.accounts for line in _held(account)]
+    violations += [line for budget in upstream.core.budgets.all_budgets() for line in _reserved(budget)]
     fail_if_any("an upstream at rest holds nothing", violations)
-    limit = upstream.accounts.settings.max_concurrent
+    limit = upstream.core.settings.max_concurrent
     if limit is not None:
-        peaks = {account.name: account.account.peak_in_flight for account in upstream.accounts}
+        peaks = {account.name: account.account.peak_in_flight for account in upstream.core.accounts}
         fail_if_any(
             "no more calls are in flight than max_concurrent",
             [f"{name} had {peak} calls in flight of {limit}" for name, peak in peaks.items() if peak > limit],

@@ -70,7 +70,7 @@ class ServiceTimes:
     def required_time(self, time: float) -> float:
         """Return the seconds a task must have left of `time`, if others wait that have more: three quarters fit in it.
 
-        If its time was short from the first, the optimistic estimate is required, as if nobody waited.
+        If its time was short from the start, the optimistic estimate is required, as if nobody waited.
         """
         return self.quantile(_LIKELY) if time >= self._ample() else self.optimistic()
 

@@ -25,7 +25,7 @@ class PriorityQueue(Generic[T]):
     """A queue ordered by priority, then `rank` (lowest first; a deadline for instance), then `sequence` number.
 
     A flood of better work cannot starve a priority: one that has been passed over `starvation_bound` times is served
-    next. The queue is unbounded; whoever fills it keeps its bound.
+    next. The queue is unbounded: its owner keeps the bound.
 
     Args:
         starvation_bound: dequeues of better priorities after which a waiting priority is served.

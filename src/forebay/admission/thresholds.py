@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forebay._validate import is_number
 from forebay.errors import InvalidThreshold
 from forebay.task import Priority
 
@@ -26,7 +27,7 @@ class PriorityThresholds:
     __slots__ = ("_loads", "threshold")
 
     def __init__(self, threshold: float) -> None:
-        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 < threshold <= 1:
+        if not is_number(threshold) or not 0 < threshold <= 1:
             raise InvalidThreshold(value=threshold)
         self.threshold = float(threshold)
         # A tuple: a priority is its own index, and an enum is slow to hash.

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from forebay._renamed import renamed_arguments
+from forebay._validate import check_positive, check_whole, is_number, reject
 from forebay.breaker.fault_window import FaultWindow
 from forebay.breaker.triggers import FaultCountTrigger, MinimumSampleTrigger, Trigger, consecutive_faults
-from forebay.errors import InvalidSetting
 from forebay.interfaces import Outcome
 
 _SUCCESS = Outcome.SUCCESS  # a global costs half of an enum's attribute, and each task asks for it
@@ -24,6 +25,7 @@ class BreakerState(Enum):
     HALF_OPEN = "half_open"
 
 
+@renamed_arguments(arms="triggers", cool_off="reset_timeout", ceiling="max_reset_timeout", probe_time="probe_timeout")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakerRules:
     """When a breaker opens, how long it stays open, and what closes it again.
@@ -53,20 +55,14 @@ class BreakerRules:
 
     def __post_init__(self) -> None:
         if not self.triggers:
-            self._reject("triggers", "at least one trigger, for example consecutive_faults(5)")
-        if self.reset_timeout is not None and not 0 < self.reset_timeout < math.inf:
-            self._reject("reset_timeout", "a positive number of seconds, or None to stay open until reset")
-        if not (self.reset_timeout or 0.0) <= self.max_reset_timeout < math.inf:
-            self._reject("max_reset_timeout", "a number of seconds, not below reset_timeout")
-        for name in ("probes", "successes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                self._reject(name, "a whole number of at least 1")
-        if not 0 < self.probe_timeout < math.inf:
-            self._reject("probe_timeout", "a positive number of seconds")
-
-    def _reject(self, name: str, expected: str) -> None:
-        raise InvalidSetting(owner="BreakerRules", name=name, value=getattr(self, name), expected=expected)
+            reject("BreakerRules", "triggers", self.triggers, "at least one trigger, such as consecutive_faults(5)")
+        owner, longest = "BreakerRules", self.max_reset_timeout
+        check_positive(owner, "reset_timeout", self.reset_timeout, unit="seconds", none="to stay open until reset")
+        if not is_number(longest) or not (self.reset_timeout or 0.0) <= longest < math.inf:
+            reject(owner, "max_reset_timeout", longest, "a finite number of seconds, not below reset_timeout")
+        check_whole(owner, "probes", self.probes)
+        check_whole(owner, "successes", self.successes)
+        check_positive(owner, "probe_timeout", self.probe_timeout, unit="seconds")
 
     def open_duration(self, opening: int, *, draw: float) -> float:
         """Return for how many seconds the `opening`-th opening in a row lasts (1 is the first); `draw` is in [0, 1)."""

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from forebay._validate import check_share, check_whole, is_whole, reject
 from forebay.breaker.fault_window import FaultWindow
-from forebay.errors import InvalidSetting
 
 _Z = 1.96  # standard deviations: 95 %, two-sided
 
@@ -58,12 +58,9 @@ class MinimumSampleTrigger:
     calls: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("MinimumSampleTrigger", "min_calls", self.min_calls)
-        _check_count("MinimumSampleTrigger", "min_faults", self.min_faults)
-        _check_count("MinimumSampleTrigger", "seconds", self.seconds)
-        if not 0 <= self.share < 1:
-            expected = "a share of at least 0, below 1"
-            raise InvalidSetting(owner="MinimumSampleTrigger", name="share", value=self.share, expected=expected)
+        for name in ("min_calls", "min_faults", "seconds"):
+            check_whole("MinimumSampleTrigger", name, getattr(self, name))
+        check_share("MinimumSampleTrigger", "share", self.share, example=0.05)
 
     def should_open(self, window: FaultWindow) -> bool:
         """Return whether chance does not explain the recent faults."""
@@ -93,10 +90,9 @@ class FaultCountTrigger:
     seconds: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("FaultCountTrigger", "calls", self.calls)
-        if not isinstance(self.faults, int) or not 1 <= self.faults <= self.calls:
-            expected = f"a whole number from 1 to calls, which is {self.calls}"
-            raise InvalidSetting(owner="FaultCountTrigger", name="faults", value=self.faults, expected=expected)
+        check_whole("FaultCountTrigger", "calls", self.calls)
+        if not is_whole(self.faults) or self.faults > self.calls:
+            reject("FaultCountTrigger", "faults", self.faults, f"a whole number from 1 to calls, which is {self.calls}")
 
     def should_open(self, window: FaultWindow) -> bool:
         """Return whether enough of the last calls were faults."""
@@ -119,8 +115,3 @@ def wilson_lower_bound(faults: int, calls: int) -> float:
     middle = share + square / 2
     reach = math.sqrt(square * (share * (1 - share) + square / 4))
     return (middle - reach) / (1 + square)
-
-
-def _check_count(owner: str, name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidSetting(owner=owner, name=name, value=value, expected="a whole number of at least 1")

@@ -32,7 +32,7 @@ class OrphanReaper:
         self._process: subprocess.Popen[bytes] | None = None
 
     def after_fork(self) -> None:
-        """In a fork of this process, forget the parent's groups and close the parent's pipe."""
+        """Forget the parent's groups and close the parent's pipe. Called in a fork of this process."""
         process = self._process
         self._reset()
         if process is not None and process.stdin is not None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 
+from forebay._validate import check_between
 from forebay.interfaces import Outcome
 from forebay.limit.base import Grant, Limit
-from forebay.limit.bounds import check_between
 
 
 class TimeoutAimdLimit(Limit):

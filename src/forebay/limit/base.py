@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 
 import msgspec
 
+from forebay._validate import check_whole
 from forebay.interfaces import Outcome
-from forebay.limit.bounds import check_bounds
 
 
 class Grant(msgspec.Struct):
@@ -32,9 +32,9 @@ class Grant(msgspec.Struct):
 class Limit(ABC):
     """How many calls may be in flight at one account. Pure: it sees grants, outcomes and times, nothing else.
 
-    A subclass has to write `observe`, which learns from finished calls and moves the limit by `_set_level`. Every other
-    method has a default. Times are seconds on one clock that does not go back, and each grant is passed to `observe`
-    exactly once.
+    A subclass has to write `observe`, which learns from finished calls and moves the limit by `_set_level`; `_level` is
+    the limit before rounding. Every other method has a default. Times are seconds on one clock that does not go back,
+    and each grant is passed to `observe` exactly once.
 
     Args:
         initial_limit: calls in flight to begin with.
@@ -45,7 +45,9 @@ class Limit(ABC):
     """
 
     def __init__(self, *, initial_limit: int = 10, max_limit: int = 10_000) -> None:
-        check_bounds(type(self).__name__, initial_limit, max_limit)
+        owner = type(self).__name__
+        check_whole(owner, "max_limit", max_limit)
+        check_whole(owner, "initial_limit", initial_limit, maximum=max_limit)
         self._level = float(initial_limit)
         self._max_level = float(max_limit)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from forebay._validate import check_whole
 from forebay.interfaces import Outcome
 from forebay.limit.base import Grant, Limit
-from forebay.limit.bounds import check_count
 from forebay.limit.outage_backoff import OutageBackoff
 
 _OUTAGE_REFUSALS: Final = 10  # least refusals in a row that count as an outage; `n` if more calls may be under way
@@ -16,7 +16,7 @@ class FixedLimit(Limit):
     """A limit of `n` calls in flight: for a limit fixed by contract, or for your own server.
 
     It backs off only while the provider refuses everything. After ten refusals in a row (or `n`, if that is more)
-    without a success, the limit is 0 for a second; then one trial call goes, beside the calls that still run. Each
+    without a success, the limit is 0 for a second; then one trial call goes, in addition to those that still run. Each
     refusal of a trial call doubles the silence, up to five seconds. Each trial call that is accepted is followed by
     another, and the first success restores `n`.
 
@@ -28,7 +28,7 @@ class FixedLimit(Limit):
     """
 
     def __init__(self, n: int) -> None:
-        check_count("FixedLimit", "n", n)
+        check_whole("FixedLimit", "n", n)
         super().__init__(initial_limit=n, max_limit=n)
         self._n = n
         self._backoff = OutageBackoff()

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from forebay._validate import check_between
 from forebay.interfaces import Outcome
 from forebay.limit.base import Grant, Limit
-from forebay.limit.bounds import check_between
 
 _WINDOW: Final = 1.0  # seconds of answers that make one sample, at least
 _MIN_ANSWERS: Final = 10  # answers that make one sample, at least

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+from dataclasses import dataclass
 from typing import Final, Literal
 
-import msgspec
-
+from forebay._renamed import renamed_arguments
+from forebay._validate import is_number, is_positive
 from forebay.errors import InvalidAmount, InvalidBudget, ReservationClosed
 from forebay.task import Priority
 
@@ -16,7 +17,9 @@ _DAY: Final = 86400.0
 _PERIODS: Final = ("hour", "day", "month", None)
 
 
-class Budget(msgspec.Struct, frozen=True, kw_only=True):
+@renamed_arguments(reserve="reserved_share")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
     """An amount of US dollars that runs out.
 
     Attributes:
@@ -33,11 +36,11 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     reserved_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.usd) or not 0 < self.usd < math.inf:
+        if not is_positive(self.usd):
             self._reject("usd", "a positive number of US dollars; to spend nothing, do not call")
         if self.per not in _PERIODS:
             self._reject("per", "'hour', 'day', 'month', or None for a budget that never renews")
-        if not _is_number(self.reserved_share) or not 0 <= self.reserved_share < 1:
+        if not is_number(self.reserved_share) or not 0 <= self.reserved_share < 1:
             self._reject("reserved_share", "a share from 0 up to but not including 1, such as 0.1")
 
     def _reject(self, name: str, expected: str) -> None:
@@ -194,16 +197,12 @@ def _period_end(per: str, start: float) -> float:
     return start + (_HOUR if per == "hour" else _DAY)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def check_dollars(usd: float) -> float:
     """Return `usd` if it can be an amount of money.
 
     Raises:
         InvalidAmount: not a number of dollars of at least 0.
     """
-    if not _is_number(usd) or not 0 <= usd < math.inf:
+    if not is_number(usd) or not 0 <= usd < math.inf:
         raise InvalidAmount(value=usd)
     return usd

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from forebay._validate import is_number
 from forebay.errors import InvalidPrice
 
 _MILLION: Final = 1e6
@@ -151,5 +152,5 @@ def _check(model: str, price: object) -> None:
         value = getattr(price, name)
         if value is None and name == "cached_input":
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise InvalidPrice(model=model, name=name, value=value, expected="a number of at least 0")

@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from forebay._validate import is_whole
 from forebay.errors import InvalidQuota
 
 Period = Literal["second", "minute", "hour", "day"]
@@ -49,7 +50,7 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
             problem = f"it needs exactly one amount and has {named}; pass a list of quotas if several hold at once"
             raise InvalidQuota(problem=problem)
         amount = getattr(self, given[0])
-        if not isinstance(amount, int) or isinstance(amount, bool) or amount < 1:
+        if not is_whole(amount):
             problem = (
                 f"{given[0]}={amount!r} is not a whole number of at least 1; to let nothing through, leave the upstream"
                 " out, and for no limit leave the quota out"

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from forebay.errors import InvalidSetting, ReservationClosed
+from forebay._validate import reject
+from forebay.errors import ReservationClosed
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit, QuotaSnapshot
@@ -103,8 +104,9 @@ class RateLimiter:
         quotas = tuple(quotas)
         for quota in quotas:
             if not isinstance(quota, Quota):
-                expected = "made of Quota objects, for example Quota(requests=500, per='minute')"
-                raise InvalidSetting(owner="RateLimiter", name="quotas", value=quota, expected=expected)
+                reject(
+                    "RateLimiter", "quotas", quota, "made of Quota objects, such as Quota(requests=500, per='minute')"
+                )
         self._given = tuple(
             _GivenQuota(
                 quota.unit, _name(quota.unit, quota.seconds), Bucket(float(quota.amount), quota.seconds, -math.inf)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from forebay.errors import InvalidSetting
+from forebay._renamed import renamed_arguments
+from forebay._validate import check_not_negative, check_positive, check_whole, is_number, reject
 
 _SPREAD = 0.2  # of a Retry-After, over which the callers that got the same one are spread
 
 
+@renamed_arguments(base="base_delay", ceiling="max_delay", longest_wait="max_total_delay")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
     """A retry policy: exponential backoff with full jitter.
@@ -17,8 +19,8 @@ class Retry:
     Source: M. Brooker, "Exponential Backoff And Jitter", 2015.
 
     Attributes:
-        max_attempts: attempts at one call, the first included. An attempt that the provider throttles (429, 529) uses
-            up none; those are bounded by the deadline and by `max_total_delay`.
+        max_attempts: attempts at one call, the first included; 1 is no retry. An attempt that the provider throttles
+            (429, 529) uses up none; those are bounded by the deadline and by `max_total_delay`.
         base_delay: seconds; the first retry waits at most so long.
         max_delay: seconds that one backoff lasts at most. A longer Retry-After of the provider still counts.
         max_total_delay: seconds that one call waits for all its retries together, at most. The call is not retried if
@@ -34,17 +36,11 @@ class Retry:
     max_total_delay: float = 60.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_attempts, int) or isinstance(self.max_attempts, bool) or self.max_attempts < 1:
-            self._reject("max_attempts", "a whole number of at least 1; 1 is no retry")
-        if not 0 < self.base_delay < math.inf:
-            self._reject("base_delay", "a positive number of seconds")
-        if not self.base_delay <= self.max_delay < math.inf:
-            self._reject("max_delay", "a number of seconds, not below base_delay")
-        if not self.max_total_delay >= 0:
-            self._reject("max_total_delay", "a number of seconds of at least 0; 0 allows no wait")
-
-    def _reject(self, name: str, expected: str) -> None:
-        raise InvalidSetting(owner="Retry", name=name, value=getattr(self, name), expected=expected)
+        check_whole("Retry", "max_attempts", self.max_attempts)
+        check_positive("Retry", "base_delay", self.base_delay, unit="seconds")
+        if not is_number(self.max_delay) or not self.base_delay <= self.max_delay < math.inf:
+            reject("Retry", "max_delay", self.max_delay, "a finite number of seconds, not below base_delay")
+        check_not_negative("Retry", "max_total_delay", self.max_total_delay, unit="seconds", infinite=True)
 
     def delay(
         self, retry: int, *, draw: float, retry_after: float | None = None, time_left: float = math.inf

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from enum import Enum
 
-from forebay.errors import InvalidSetting
+from forebay._validate import check_not_negative, check_positive
 
 _SLOTS = 10  # parts of the window; the oldest leaves as a whole
 
@@ -39,21 +39,15 @@ class RetryBudget:
     __slots__ = ("_extra", "_first", "_retries", "_share", "_slot_seconds", "_slots")
 
     def __init__(self, *, share: float = 0.2, extra: int = 10, window: float = 60.0) -> None:
-        if not 0 <= share < math.inf:
-            self._reject("share", share, "a number of at least 0: 0.2 is a retry for every five first attempts")
-        if not 0 <= extra < math.inf:
-            self._reject("extra", extra, "a number of at least 0")
-        if not 0 < window < math.inf:
-            self._reject("window", window, "a positive number of seconds")
+        check_not_negative("RetryBudget", "share", share, unit="retries for each first attempt")
+        check_not_negative("RetryBudget", "extra", extra, unit="retries")
+        check_positive("RetryBudget", "window", window, unit="seconds")
         self._share = share
         self._extra = extra
         self._slot_seconds = window / _SLOTS
         self._slots: deque[list[float]] = deque()  # each: when it began, first attempts, retries
         self._first = 0
         self._retries = 0
-
-    def _reject(self, name: str, value: float, expected: str) -> None:
-        raise InvalidSetting(owner="RetryBudget", name=name, value=value, expected=expected)
 
     def deposit(self, now: float) -> None:
         """Count a first attempt at `now`, in seconds of a clock that does not go back."""

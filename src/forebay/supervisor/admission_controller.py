@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
 from forebay.admission import PriorityThresholds
@@ -21,7 +21,7 @@ from forebay.errors import (
     SupervisorClosed,
     UnknownTaskType,
 )
-from forebay.events import EventBus, TaskSubmitted, log
+from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
 from forebay.supervisor.runs.nested import active_runs
 from forebay.supervisor.runs.run import Run
@@ -32,15 +32,12 @@ from forebay.task import Priority, Task
 if TYPE_CHECKING:
     from collections.abc import Container
 
-    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.core import Core
     from forebay.supervisor.load import SystemLoad
-    from forebay.supervisor.pool import Pool, Pools
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
-    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
-
-T = TypeVar("T")
 
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
@@ -55,20 +52,12 @@ class AdmissionDispatcher(TicketOwner, Protocol):
     """The dispatcher, as far as admission needs it."""
 
     @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    @property
-    def pools(self) -> Pools:
-        """Its pools."""
-
-    @property
     def load(self) -> SystemLoad:
         """The load of each resource."""
 
     @property
     def start_gate(self) -> StartGate:
-        """What decides whether a run may start."""
+        """The gate that lets runs start."""
 
     @property
     def conversations(self) -> Container[str]:
@@ -78,22 +67,8 @@ class AdmissionDispatcher(TicketOwner, Protocol):
     def spill(self) -> Spill | None:
         """The way out to the overflow, if there is one."""
 
-    @property
-    def codecs(self) -> TaskCodecs:
-        """The declared types of payloads and results."""
-
-    @property
-    def bus(self) -> EventBus:
-        """Where it sends events."""
-
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
-
-    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
-        """Await `work` to its end, even if the caller is cancelled."""
 
 
 class _State(Enum):
@@ -110,22 +85,33 @@ class AdmissionController:
 
     Attributes:
         thresholds: the loads from which each priority is rejected.
-        submitted, admitted, spilled, rejected: how many tasks, since the start.
+        submitted, spilled, rejected: how many tasks, since the start.
     """
 
-    def __init__(self, dispatcher: AdmissionDispatcher, *, threshold: float, draw: Callable[[], float]) -> None:
+    def __init__(
+        self, core: Core, dispatcher: AdmissionDispatcher, *, threshold: float, draw: Callable[[], float]
+    ) -> None:
+        self._core = core
         self._dispatcher = dispatcher
-        self._registry = dispatcher.registry
-        self._pools: Mapping[str, Pool] = dispatcher.pools.by_type
+        self._registry = core.registry
+        self._live: Mapping[str, Ticket] = core.registry.live
+        self._pools: Mapping[str, Pool] = core.pools.by_type
         self._load = dispatcher.load
+        self._codecs = core.codecs
+        self._bus = core.bus
         self._draw = draw
-        self.loop = dispatcher.loop
+        self.loop = core.loop
         self.thresholds = PriorityThresholds(threshold)
-        self.submitted = self.admitted = self.spilled = self.rejected = 0
+        self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
         self._keys: dict[str, Ticket] = {}
         self._store_answers: dict[str, asyncio.Future[Ticket]] = {}  # by key, while the store has not answered
         self.try_admit: TryAdmit = self._try_admit  # forebay.testing replaces it
+
+    @property
+    def admitted(self) -> int:
+        """The number of tasks that have been admitted since the start."""
+        return self.submitted - self.spilled - self.rejected
 
     def stop_admitting(self) -> None:
         """Admit only what the tasks inside submit."""
@@ -140,17 +126,17 @@ class AdmissionController:
 
     async def submit(self, task: Task) -> Ticket:
         """Submit a task: see ``BackpressureSupervisor.submit``."""
-        return await self._submit(self._with_typed_payload(task))
+        return await self._submit(self._codecs.fit_payload(task))
 
     async def run(self, task: Task) -> Any:
         """Submit a task and return its value: see ``BackpressureSupervisor.run``."""
-        task = self._with_typed_payload(task)
+        task = self._codecs.fit_payload(task)
         ticket = await self._submit(task)
         return await ticket.value(abandon=ticket.task is task)  # not what someone else submitted under the same key
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
-        task = self._with_typed_payload(task)
+        task = self._codecs.fit_payload(task)
         pool, parent = self._check(task)
         if task.durable:
             advice = "use `await submit(...)`"
@@ -161,7 +147,8 @@ class AdmissionController:
         if spill is not None and task.spill:
             spill.encode(task)  # draining may store it: a task that cannot be stored is rejected now
         ticket = self._new_ticket(task, parent)
-        return self._conclude(ticket, pool, self.try_admit(ticket, pool, may_spill=False))
+        refusal = self.try_admit(ticket, pool, may_spill=False)
+        return ticket if refusal is None else self._reject(ticket, pool, refusal)
 
     def slot(self, task: Task) -> Slot:
         """Return a slot for the caller's own code: see ``BackpressureSupervisor.slot``."""
@@ -169,7 +156,9 @@ class AdmissionController:
 
         def try_admit(ticket: Ticket) -> None:
             self._check(task)
-            self._conclude(ticket, pool, self.try_admit(ticket, pool, may_spill=False))
+            refusal = self.try_admit(ticket, pool, may_spill=False)
+            if refusal is not None:
+                self._reject(ticket, pool, refusal)
 
         return Slot(self._dispatcher, self._new_ticket(task, parent), try_admit)
 
@@ -189,21 +178,20 @@ class AdmissionController:
             self._check(task)  # again: much may have happened during the await
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
-            return self._conclude(ticket, pool, self.try_admit(ticket, pool, may_spill=False))
+            refusal = self.try_admit(ticket, pool, may_spill=False)
+            return ticket if refusal is None else self._reject(ticket, pool, refusal)
         envelope = spill.encode(task)
         ticket = self._new_ticket(task, parent)
         if task.durable:
             return await self._await_store(ticket, self._admit_durable(ticket, envelope, pool, spill))
         refusal = self.try_admit(ticket, pool, may_spill=_may_spill(ticket, spill))
-        if refusal is not None and refusal.may_spill:
+        if refusal is None:
+            return ticket
+        if refusal.may_spill:
             return await self._await_store(ticket, self._spill(ticket, refusal, envelope, pool, spill))
-        return self._conclude(ticket, pool, refusal)
+        return self._reject(ticket, pool, refusal)
 
     # --- checks ---
-
-    def _with_typed_payload(self, task: Task) -> Task:
-        """Return the task with a payload of the declared type, if one is declared."""
-        return self._dispatcher.codecs.fit_payload(task) if isinstance(task, Task) else task
 
     def _check(self, task: Task) -> tuple[Pool, RunningTask | None]:
         """Return the pool and the parent of a task that may be submitted now."""
@@ -220,7 +208,9 @@ class AdmissionController:
         if pool is None:
             known = ", ".join(sorted(self._pools)) or "none yet"
             raise UnknownTaskType(task_type=task.task_type, known=known)
-        twin = self._registry.unfinished(task.task_id)
+        twin = self._live.get(task.task_id)
+        if twin is None and self._dispatcher.spill is not None:
+            twin = self._registry.weak.get(task.task_id)
         if twin is not None and (task.key is None or self._keys.get(task.key) is not twin):
             raise DuplicateTask(task_id=task.task_id)
         if task.deadline is not None and (remaining := task.deadline.remaining()) <= 0:
@@ -292,7 +282,9 @@ class AdmissionController:
             if remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining):
                 return Refusal(f"its deadline in {remaining:.3g} s cannot be met", resource, load, may_spill=False)
         ticket.admit(path_load)
-        self._emit_submitted(ticket)  # first that it was admitted, then that it started
+        self.submitted += 1
+        if self._bus.active:
+            self._emit_submitted(ticket)  # first that it was admitted, then that it started
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
 
@@ -322,18 +314,14 @@ class AdmissionController:
 
     # --- the verdict ---
 
-    def _conclude(self, ticket: Ticket, pool: Pool, refusal: Refusal | None) -> Ticket:
-        """Count a task as admitted, or reject it."""
-        if refusal is None:
-            self.admitted += 1
-        else:
-            retry_after = refusal.retry_after
-            if retry_after is None:
-                retry_after = self._retry_after(pool, ticket.task.priority)
-            ticket.reject(refusal, None if retry_after == math.inf else retry_after)
-            self._forget_key(ticket)
-            self.rejected += 1
-            self._emit_submitted(ticket)
+    def _reject(self, ticket: Ticket, pool: Pool, refusal: Refusal) -> Ticket:
+        retry_after = refusal.retry_after
+        if retry_after is None:
+            retry_after = self._retry_after(pool, ticket.task.priority)
+        ticket.reject(refusal, None if retry_after == math.inf else retry_after)
+        self._forget_key(ticket)
+        self.rejected += 1
+        self._submitted(ticket)
         return ticket
 
     def _retry_after(self, pool: Pool, priority: Priority) -> float | None:
@@ -346,12 +334,15 @@ class AdmissionController:
         source_wait = self._load.time_until_below(pool, priority, threshold)
         return pool.next_retry_slot(now, self._draw(), source_wait=source_wait)
 
-    def _emit_submitted(self, ticket: Ticket) -> None:
+    def _submitted(self, ticket: Ticket) -> None:
+        """Count and report a verdict."""
         self.submitted += 1
-        if not self._dispatcher.bus.active:
-            return
+        if self._bus.active:
+            self._emit_submitted(ticket)
+
+    def _emit_submitted(self, ticket: Ticket) -> None:
         task = ticket.task
-        self._dispatcher.bus.emit(
+        self._bus.emit(
             TaskSubmitted(
                 at=self.loop.time(),
                 task_id=task.task_id,
@@ -380,7 +371,7 @@ class AdmissionController:
             elif ticket.cancel_reason is not None:
                 ticket.cancel(ticket.cancel_reason)
 
-        answer = self._dispatcher.run_to_completion(deciding)
+        answer = self._core.run_to_completion(deciding)
         if ticket.task.key:
             self._store_answers[ticket.task.key] = answer
         answer.add_done_callback(answered)
@@ -402,7 +393,7 @@ class AdmissionController:
         elif not ticket:
             ticket.wake_waiters()
         elif (other := answer.result()) is not ticket and not ticket.done():
-            self._dispatcher.run_in_background(ticket.follow(other))
+            self._core.run_in_background(ticket.follow(other))
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         ticket.explain(refusal)
@@ -411,10 +402,10 @@ class AdmissionController:
         except StoreUnavailable as exc:
             log.error("task %r could not be spilled: %s", ticket.task_id, exc)
             refusal = Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False)
-            return self._conclude(ticket, pool, refusal)
+            return self._reject(ticket, pool, refusal)
         if put is PutResult.STORED:
             self.spilled += 1
-            self._emit_submitted(ticket)
+            self._submitted(ticket)
             return ticket
         return await self._not_stored(ticket, put, pool, spill)
 
@@ -427,20 +418,20 @@ class AdmissionController:
         else:
             refusal = self.try_admit(ticket, pool, may_spill=ticket.task.spill and _may_spill(ticket, spill))
         if refusal is None:
-            return self._conclude(ticket, pool, None)
+            return ticket
         if not refusal.may_spill:
             await spill.remove_record(ticket)
-            return self._conclude(ticket, pool, refusal)
+            return self._reject(ticket, pool, refusal)
         ticket.explain(refusal)
         await spill.spill_recorded(ticket, pool)
         self.spilled += 1
-        self._emit_submitted(ticket)
+        self._submitted(ticket)
         return ticket
 
     async def _not_stored(self, ticket: Ticket, put: PutResult, pool: Pool, spill: Spill) -> Ticket:
         if put is PutResult.FULL:
             refusal = Refusal("the overflow is full", "overflow", 1.0, may_spill=False)
-            return self._conclude(ticket, pool, refusal)
+            return self._reject(ticket, pool, refusal)
         self._forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:
             self._remember_key(ticket.task.key, known)

@@ -76,7 +76,8 @@ class TaskCodecs:
         Raises:
             InvalidPayload: the payload is not of that type.
         """
-        entry = self._entries.get(task.task_type)
+        # Admission rejects what is not a Task, with the right error.
+        entry = self._entries.get(task.task_type) if isinstance(task, Task) else None
         if entry is None or entry.payload.codec is None:
             return task
         return _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))

@@ -58,7 +58,7 @@ class Pool:
 
     @property
     def queue_bound(self) -> int:
-        """How many tasks may wait: `max_queue_size`; by default 100, or the number of slots if that is larger."""
+        """The number of tasks that may wait: `max_queue_size`; by default 100, or the number of slots if larger."""
         return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_QUEUE_SIZE, self.usable_slots)
 
     @property
@@ -74,7 +74,7 @@ class Pool:
 
     @property
     def has_waiting(self) -> bool:
-        """Whether a task waits, in the queue or in the overflow."""
+        """True if a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or any(self.spilled.values())
 
     def load(self) -> float:
@@ -135,13 +135,11 @@ class Pool:
         slot = self.retry_schedule.reserve(now + early, rate, draw)
         return None if slot is None else early + slot
 
-    def record_run(self, seconds: float, calls: Mapping[LoadSource, int] | None, *, success: bool) -> None:
-        """Record how long a run took, and how often it called each of its sources."""
-        self.service_times.record(seconds, success=success)
-        if calls is not None and success:
-            for source, count in calls.items():
-                mean = self.calls_per_run.get(source, float(count))
-                self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
+    def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
+        """Record how often a successful run called each of its sources."""
+        for source, count in calls.items():
+            mean = self.calls_per_run.get(source, float(count))
+            self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
 
     # --- workers ---
 

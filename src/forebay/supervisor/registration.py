@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from forebay._validate import check_name, check_positive, check_whole, is_positive, reject
 from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.breaker import WORKER_RULES, Breaker, BreakerRules
 from forebay.engine import Engine, ProcessEngine, resolve_engine
-from forebay.errors import InvalidSetting, InvalidTimeout
+from forebay.errors import InvalidTimeout
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
 from forebay.upstream import Upstream
@@ -44,14 +44,12 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
     if on_cancel is not None and not callable(on_cancel):
-        raise InvalidSetting(owner=owner, name="on_cancel", value=on_cancel, expected="a callable that takes the Task")
-    if reset_timeout is not None and not _positive(reset_timeout):
-        expected = "a positive number of seconds, or None to stay FAILED until revive()"
-        raise InvalidSetting(owner=owner, name="reset_timeout", value=reset_timeout, expected=expected)
+        reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
+    check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
     where = resolve_engine(engine)
     if where is None:
         expected = '"loop", "thread", "process", or an engine such as forebay.engine.ProcessEngine(grace=5)'
-        raise InvalidSetting(owner=owner, name="engine", value=engine, expected=expected)
+        reject(owner, "engine", engine, expected)
     declared = _declared_upstreams(owner, upstreams, where)
     spec = HandlerSpec(worker=name, handler=handler, factory=factory, config=config, on_cancel=on_cancel)
     built = where.build_handler(spec, slots=max_concurrent)
@@ -94,18 +92,18 @@ def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[Dec
         'a list of the upstreams that its calls use, such as [search, (openai, "gpt-4o")], each an Upstream or a pair'
     )
     if isinstance(upstreams, str | Mapping) or not isinstance(upstreams, Iterable):
-        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+        reject(owner, "upstreams", upstreams, expected)
     found = []
     for entry in upstreams:
         upstream, model = entry if isinstance(entry, tuple) and len(entry) == _PAIR else (entry, None)
         if not isinstance(upstream, Upstream) or (model is not None and not (isinstance(model, str) and model)):
-            raise InvalidSetting(owner=owner, name="upstreams", value=entry, expected=expected)
+            reject(owner, "upstreams", entry, expected)
         found.append(upstream.declared(model or ""))
     if found and isinstance(engine, ProcessEngine):
         expected = (
             'left out with engine="process": the calls are made in another process, where only a gateway can count them'
         )
-        raise InvalidSetting(owner=owner, name="upstreams", value=upstreams, expected=expected)
+        reject(owner, "upstreams", upstreams, expected)
     return tuple(dict.fromkeys(found))
 
 
@@ -117,7 +115,7 @@ def check_decorator_arguments(task_types: Sequence[object]) -> None:
     """
     if any(callable(task_type) for task_type in task_types):
         expected = 'written as @supervisor.worker("research"), with the task types that it takes'
-        raise InvalidSetting(owner="supervisor.worker", name="task_types", value=task_types, expected=expected)
+        reject("supervisor.worker", "task_types", task_types, expected)
 
 
 def _check(name: object, task_types: object, max_concurrent: object, timeout: object) -> tuple[str, ...]:
@@ -127,19 +125,12 @@ def _check(name: object, task_types: object, max_concurrent: object, timeout: ob
         InvalidSetting, InvalidTimeout: one of the four is invalid.
     """
     owner = f"worker {name!r}"
-    if not isinstance(name, str) or not name:
-        raise InvalidSetting(owner="register_worker", name="name", value=name, expected="a non-empty string")
+    check_name("register_worker", "name", name)
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
-        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected='a list, such as ["research"]')
+        reject(owner, "task_types", task_types, 'a list, such as ["research"]')
     if not task_types or not all(isinstance(kind, str) and kind for kind in task_types):
-        raise InvalidSetting(owner=owner, name="task_types", value=task_types, expected="a list of non-empty strings")
-    if not isinstance(max_concurrent, int) or isinstance(max_concurrent, bool) or max_concurrent < 1:
-        expected = "a whole number of at least 1"
-        raise InvalidSetting(owner=owner, name="max_concurrent", value=max_concurrent, expected=expected)
-    if not _positive(timeout):
+        reject(owner, "task_types", task_types, "a list of non-empty strings")
+    check_whole(owner, "max_concurrent", max_concurrent)
+    if not is_positive(timeout):
         raise InvalidTimeout(value=timeout)
     return tuple(dict.fromkeys(task_types))
-
-
-def _positive(seconds: object) -> bool:
-    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from forebay._validate import check_positive, check_whole, reject
 from forebay.admission import PriorityThresholds
-from forebay.errors import InvalidSetting
 from forebay.events import Sink
+
+_OWNER: Final = "BackpressureSupervisor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,21 +32,12 @@ class SupervisorSettings:
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
-        for name in ("lease", "zombie_grace", "lag_bound"):
-            value = getattr(self, name)
-            if value is None and name == "lag_bound":
-                continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                self._reject(name, "a positive number of seconds")
-        for name, least in (("max_queue_size", 0), ("max_payload_bytes", 1), ("max_attempts", 1), ("keep_results", 0)):
-            value = getattr(self, name)
-            if value is None and name == "max_queue_size":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                self._reject(name, f"a whole number of at least {least}")
-
-    def _reject(self, name: str, expected: str) -> None:
-        raise InvalidSetting(owner="BackpressureSupervisor", name=name, value=getattr(self, name), expected=expected)
+        for name in ("lease", "zombie_grace"):
+            check_positive(_OWNER, name, getattr(self, name), unit="seconds")
+        check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
+        check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
+        for name, minimum in (("max_payload_bytes", 1), ("max_attempts", 1), ("keep_results", 0)):
+            check_whole(_OWNER, name, getattr(self, name), minimum=minimum)
 
 
 def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
@@ -56,5 +49,5 @@ def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
     sinks = (on_event,) if callable(on_event) else tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)
     if not all(map(callable, sinks)):
         expected = "a callable that takes an Event, or a list of such callables"
-        raise InvalidSetting(owner="BackpressureSupervisor", name="on_event", value=on_event, expected=expected)
+        reject(_OWNER, "on_event", on_event, expected)
     return sinks

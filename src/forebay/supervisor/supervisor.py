@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from forebay import clock, context
-from forebay.adapters import Handler
-from forebay.adapters import Config
+from forebay._renamed import renamed_arguments
+from forebay.adapters import Config, Handler
 from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
     AlreadyStarted,
@@ -25,6 +25,7 @@ from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
+from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_drain_timeout
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
@@ -107,6 +108,7 @@ class BackpressureSupervisor:
 
     # --- workers ---
 
+    @renamed_arguments(cool_off="reset_timeout")
     def register_worker(  # noqa: PLR0913 - every property of a worker has a name
         self,
         name: str,
@@ -205,8 +207,9 @@ class BackpressureSupervisor:
             A ticket: ADMITTED, SPILLED or REJECTED. Overload is never an exception here.
 
         Raises:
-            UnknownTaskType, DuplicateTask, DeadlinePassed, InvalidPayload, NotSerializable, PayloadTooLarge,
-                OverflowRequired: the task is invalid, as each describes.
+            UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid, as each describes.
+            InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid, as each describes.
+            OverflowRequired: it is durable, and there is no overflow that survives the process.
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
         """
@@ -233,6 +236,7 @@ class BackpressureSupervisor:
         """
         return await self._admission_here().run(task)
 
+    @renamed_arguments(thread="thread_id")
     def slot(  # noqa: PLR0913 - a task's fields
         self,
         task_type: str,
@@ -322,11 +326,18 @@ class BackpressureSupervisor:
         loop = asyncio.get_running_loop()
         self._draw = clock.draw_function(loop)
         settings = self._settings
-        dispatcher = Dispatcher(
-            loop, settings, threads=self._threads, bus=self._bus, codecs=self._codecs, store=self._store
+        core = Core(
+            loop,
+            threads=self._threads,
+            bus=self._bus,
+            codecs=self._codecs,
+            max_queue_size=settings.max_queue_size,
+            keep_results=settings.keep_results,
         )
-        self._dispatcher = dispatcher
-        self._admission = AdmissionController(dispatcher, threshold=settings.backpressure_threshold, draw=self._draw)
+        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store)
+        self._admission = AdmissionController(
+            core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
+        )
         try:
             await start_up(dispatcher, self._workers)
         except BaseException:
@@ -354,7 +365,7 @@ class BackpressureSupervisor:
             raise DrainInside(task_id=run.task.task_id)
         self._admission_here().stop_admitting()
         try:
-            return await Drain(dispatcher, grace=self._settings.zombie_grace).run(timeout)
+            return await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
         finally:
             self._drained = True
 
@@ -399,7 +410,7 @@ class BackpressureSupervisor:
 
     @property
     def started(self) -> bool:
-        """Whether it has been started; it may have closed since."""
+        """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
 
     def load_of(self, task_type: str) -> float:
@@ -407,7 +418,7 @@ class BackpressureSupervisor:
         if not any(task_type in worker.task_types for worker in self._workers.values()):
             return 1.0
         dispatcher = self._dispatcher
-        pool = None if dispatcher is None else dispatcher.pools.by_type.get(task_type)
+        pool = None if dispatcher is None else dispatcher.core.pools.by_type.get(task_type)
         return 0.0 if dispatcher is None or pool is None else dispatcher.load.on_path(pool)[0]  # None: about to start
 
     # --- inside ---

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
 from forebay import context
+from forebay._renamed import renamed
 from forebay.errors import (
     ForebayError,
     Overloaded,
@@ -35,7 +36,7 @@ _RUNNING, _WAITING = TaskStatus.RUNNING, TaskStatus.WAITING  # attribute access 
 
 
 class Refusal(NamedTuple):
-    """Why a task was not admitted."""
+    """The reason for not admitting a task, and what may be done instead."""
 
     reason: str
     limited_by: str | None
@@ -55,7 +56,7 @@ class TicketRun(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Which start of the task's handler this is, from 1."""
+        """The number of this start of the task's handler, from 1."""
 
     def report(self, value: Any) -> None:
         """Send `value` to the listeners of the task's events."""
@@ -151,9 +152,9 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     attempts: int = 0
     cancel_reason: str | None = None  # why it was cancelled, while the answer of the store is outstanding
     pending_store_calls: int = 0  # calls of the store on whose answers its fate depends
+    listeners: EventBus | None = None  # None if nobody listens to its events
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
-    _bus: EventBus | None = None
 
     def __repr__(self) -> str:
         return f"Ticket({self.task.task_id!r}, {self.verdict.name}, {self.status.name})"
@@ -177,8 +178,13 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     @property
     def result(self) -> TaskResult | None:
-        """How the task ended; None while it has not."""
+        """The result of the task; None while it has not ended."""
         return self._outcome if isinstance(self._outcome, TaskResult) else None
+
+    @property
+    def binding(self) -> NoReturn:
+        """The old name of `limited_by`."""  # a property, because __getattr__ would slow down every attribute
+        raise AttributeError(renamed("Ticket", "binding", "limited_by"))
 
     def done(self) -> bool:
         """Return whether awaiting it returns at once."""
@@ -295,9 +301,9 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     def _event_bus(self) -> EventBus:
         self._hold_strongly()
-        if self._bus is None:
-            self._bus = EventBus()
-        return self._bus
+        if self.listeners is None:
+            self.listeners = EventBus()
+        return self.listeners
 
     def _hold_strongly(self) -> None:
         """Have the dispatcher hold a spilled ticket, because somebody waits for it."""
@@ -311,18 +317,13 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     @property
     def has_waiters(self) -> bool:
-        """Whether anyone waits for its end."""
+        """True if anyone waits for its end."""
         return bool(self._waiters)
-
-    @property
-    def has_listeners(self) -> bool:
-        """Whether anyone listens to its events."""
-        return self._bus is not None
 
     def emit(self, event: Event) -> None:
         """Send `event` to the listeners of this ticket."""
-        if self._bus is not None:
-            self._bus.emit(event)
+        if self.listeners is not None:
+            self.listeners.emit(event)
 
     # --- the verdict ---
 
@@ -377,9 +378,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.slot = slot
 
     def start(self, run: TicketRun) -> None:
-        """Make it RUNNING and count the attempt."""
+        """Make it RUNNING, out of the queue, and count the attempt."""
         self.run = run
         self.status = _RUNNING
+        self.queue_entry = None
         self.attempts += 1
 
     def take_back_attempt(self) -> None:
@@ -472,9 +474,9 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             self.status = outcome.status
         if self.slot is not None:
             self.slot.resolve(outcome)
-        if self._bus is not None and isinstance(outcome, TaskResult):
-            self._bus.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
-        if self._waiters is not None or self._bus is not None:
+        if self.listeners is not None and isinstance(outcome, TaskResult):
+            self.listeners.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
+        if self._waiters is not None or self.listeners is not None:
             self._wake()
 
     def _wake(self) -> None:
@@ -483,9 +485,9 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
                 if not waiter.done():
                     waiter.set_result(None)
             self._waiters = None
-        if self._bus is not None:
-            self._bus.close()
-            self._bus = None
+        if self.listeners is not None:
+            self.listeners.close()
+            self.listeners = None
 
 
 _DOCUMENTED = (

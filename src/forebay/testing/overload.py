@@ -77,7 +77,7 @@ def overload(  # noqa: PLR0913 - each is a word with a default
             return original(ticket, pool, may_spill=may_spill)
         refused.tasks.append(task)
         name = pool.resource if limited_by is None else limited_by
-        text = f"{name} is at {load:.0%}, and {task.priority.name} is refused" if reason is None else reason
+        text = f"{name} is at {load:.0%}, and {task.priority.name} is rejected" if reason is None else reason
         return Refusal(text, name, load, may_spill and spill, retry_after)
 
     with _refill_paused(dispatcher, types):
@@ -95,7 +95,7 @@ def _refill_paused(dispatcher: Dispatcher, types: Collection[str] | None) -> Ite
     if spill is None:
         yield
         return
-    pools = (pool for task_type, pool in dispatcher.pools.by_type.items() if types is None or task_type in types)
+    pools = (pool for task_type, pool in dispatcher.core.pools.by_type.items() if types is None or task_type in types)
     paused = spill.refiller.pause(pools)
     try:
         yield

@@ -1,11 +1,15 @@
-"""An account: one decision over slot, request rate, token rate, money and breaker, and the line before it."""
+"""An account: one decision over slots, request and token rates, money and breaker, and the queue in front of it."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
+import msgspec
+
+from forebay._text import format_duration
 from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import Outcome, RateLimitHeaders
@@ -13,9 +17,7 @@ from forebay.limit import Limit
 from forebay.quota import RateLimiter
 from forebay.task import Priority
 from forebay.upstream.bypass import find_bypass
-from forebay.upstream.call_counts import CallCounts
-from forebay.upstream.call_durations import CallDurations
-from forebay.upstream.call_queue import CallQueue
+from forebay.upstream.call_queue import CallQueue, QueuedCall
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -27,30 +29,46 @@ from forebay.upstream.call_request import (
     scale_charge,
 )
 from forebay.upstream.fair_order import FairOrder
-from forebay.upstream.latency_model import LatencyModel
+from forebay.upstream.latency import CallDurations, LatencyModel
 from forebay.upstream.outage_detector import OutageDetector
-from forebay.upstream.waiters import QueuedCall, Waiter
+from forebay.upstream.waiters import Waiter
 
-_LINE = 10_000  # calls that may wait, however short that is expected to be
-_SILENCE = 1.0  # seconds without a refusal after which a call counts as accepted
-_PUNCTUAL = 0.01  # seconds before its deadline: who leaves from then on leaves for that
-_PROBED = 1.0  # seconds after which one may ask again, at least, while a breaker's probes are out
+_QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
+_ACCEPTED_AFTER: Final = 1.0  # seconds without being throttled after which a call counts as accepted
+_DEADLINE_SLACK: Final = (
+    0.01  # seconds before its deadline from which a call that ends is taken to have run out of time
+)
+_PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
+
+
+class CallCounts(msgspec.Struct):
+    """What the attempts at an account's calls have come to since it was opened. See `AccountStatistics`."""
+
+    sent: int = 0
+    succeeded: int = 0
+    throttled: int = 0
+    failed: int = 0
+    unattributed: int = 0
+    rejected: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 class Account:
-    """What has limits of its own within an upstream: a key and a model group.
+    """What has its own limits within an upstream: an API key and a model group.
 
-    Pure: its holder brings the time and holds the lock. Every permit that it gives is closed exactly once, by `settle`.
+    Pure: the caller passes the time and holds the lock. Each permit that it grants is closed exactly once, by `settle`.
 
     Args:
-        name: how it is called in readings and refusals.
+        name: its name in readings and rejections.
         limit: how many calls may be in flight.
-        quotas: what it may take of requests and tokens.
-        breaker: whether it is asked at all.
-        purses: the money that a call needs, by call.
-        own: what all its calls draw on, if there is a budget of that kind; one of the `purses` of each.
-        longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
-        draw: a source of draws from [0, 1).
+        quotas: what its calls may take of requests and tokens.
+        breaker: whether its provider is asked at all.
+        budgets: returns the budgets that a call spends from.
+        upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
+        max_wait: seconds of expected wait above which a call is rejected.
+        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
+        draw: returns random numbers from [0, 1).
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an account
@@ -63,334 +81,360 @@ class Account:
         budgets: Callable[[CallRequest], Sequence[CallBudget]],
         upstream_budget: CallBudget | None = None,
         max_wait: float,
+        weights: Mapping[str, float] | None = None,
         draw: Callable[[], float],
     ) -> None:
         self.name = name
         self.limit = limit
         self.quotas = quotas
         self.breaker = breaker
-        self.order = FairOrder()
+        self.order = FairOrder(weights or {})
         self.latency_model = LatencyModel()
         self.in_flight = 0
         self.peak_in_flight = 0
-        self.expected_calls = 0  # runs that have begun, or are held back, and have not made their first call
+        self.expected_calls = 0  # runs that have started, or are held back, and have not made their first call
         self.durations = CallDurations()
         self.counts = CallCounts()
         self.queue = CallQueue(self.order)
-        self._purses = budgets
-        self._own = upstream_budget
-        self._longest_wait = max_wait
+        self._budgets = budgets
+        self._upstream_budget = upstream_budget
+        self._max_wait = max_wait
         self._draw = draw
-        self._seats = RetryAfterSchedule()
-        self._stopped_until = -math.inf
+        self._retry_after = RetryAfterSchedule()
+        self._suspended_until = -math.inf
         self._outage = OutageDetector(limit, max_wait)
-        self._young: deque[Permit] = deque()  # given within the last second, and some that have ended since
+        self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
-    # --- a call comes ---
+    # --- a call arrives ---
 
-    def try_acquire(self, now: float, ask: CallRequest) -> Admitted | Queued | Rejected:
-        """Let a call go, or say how long it would wait, or why it will not be let at all.
+    def try_acquire(self, now: float, request: CallRequest) -> Admitted | Queued | Rejected:
+        """Admit a call, or return how long it would wait, or why it is rejected.
 
-        Go has taken everything that the call needs. Wait has taken nothing: its caller may `join` the line.
+        `Admitted` has taken all that the call needs. `Queued` has taken nothing: the caller may `enqueue` the call.
         """
-        self._ripen(now)
-        ask.asked_at = min(ask.asked_at, now)
-        at_once = not self.queue.length and self._room(now) and self.quotas.wait(now, ask.charge)[0] <= 0.0
-        refusal = self._refusal(now, ask, fits=at_once)
-        if refusal is not None:
-            return refusal
+        self._confirm_accepted(now)
+        request.asked_at = min(request.asked_at, now)
+        at_once = not self.queue.length and self._has_slot(now) and self.quotas.wait(now, request.charge)[0] <= 0.0
+        rejection = self._rejection(now, request, fits=at_once)
+        if rejection is not None:
+            return rejection
         if at_once:
-            return self._late(now, ask) or self._let_go(now, ask)
-        seconds, binding = self.expected_wait(now, ask)
-        if len(self.queue) >= _LINE:
-            return Rejected(f"{_LINE} calls wait already", "line", 1.0, self._seat(now, ask, seconds))
-        if seconds > self._longest_wait:
-            reason = (
-                f"a call would wait about {seconds:.3g} s for {binding}, and {self._longest_wait:g} s is the longest"
-            )
-            return Rejected(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
-        if seconds > self.durations.acceptable_wait(now, ask):
-            time = ask.deadline - now
-            reason = f"it would wait about {seconds:.3g} s for {binding}, too much of the {time:.3g} s to its deadline"
-            return Rejected(reason, binding, seconds / self._longest_wait, self._seat(now, ask, seconds))
-        return Queued(seconds, binding)
+            return self._too_late(now, request) or self._admit(now, request)
+        seconds, limited_by = self.expected_wait(now, request)
+        if len(self.queue) >= _QUEUE_BOUND:
+            reason = f"{_QUEUE_BOUND} calls wait already"
+            return Rejected(reason, "queue", 1.0, self._schedule_retry(now, request, seconds))
+        wait = f"would wait about {format_duration(seconds)} for {limited_by}"
+        if seconds > self._max_wait:
+            reason = f"a call {wait}, longer than max_wait allows: {format_duration(self._max_wait)}"
+        elif seconds > self.durations.acceptable_wait(now, request):
+            reason = f"it {wait}, too much of the {format_duration(request.deadline - now)} to its deadline"
+        else:
+            return Queued(seconds, limited_by)
+        retry_after = self._schedule_retry(now, request, seconds)
+        return Rejected(reason, limited_by, seconds / self._max_wait, retry_after)
 
-    def enqueue(self, now: float, ask: CallRequest, waiter: Waiter) -> QueuedCall:
-        """Stand in the line."""
-        return self.queue.enqueue(now, ask, waiter)
+    def enqueue(self, now: float, request: CallRequest, waiter: Waiter) -> QueuedCall:
+        """Put a call into the queue, and return its entry."""
+        return self.queue.enqueue(now, request, waiter)
 
-    def withdraw(self, waiting: QueuedCall) -> None:
-        """Give a place in the line up. Leaving twice, or after the answer, does nothing."""
-        self.queue.withdraw(waiting)
+    def withdraw(self, call: QueuedCall) -> None:
+        """Take a call out of the queue. Nothing happens if it is not in it any more."""
+        self.queue.withdraw(call)
 
-    def _refusal(self, now: float, ask: CallRequest, *, fits: bool = False) -> Rejected | None:
-        """Why it is not let through, however long it waits; `fits`: no quota is too small for it."""
-        if ask.deadline <= now:
-            return Rejected("its deadline passed before it was sent: give a later one", "deadline", math.inf, None)
-        for purse in self._purses(ask):
-            if not purse.can_afford(ask.usd, ask.priority):
-                return purse.rejection(ask.usd)
-        if not fits and (smaller := self.quotas.quota_too_small_for(now, ask.charge)) is not None:
-            reason = f"it is larger than {smaller} will ever be: ask for less (max_tokens counts), or raise that quota"
-            return Rejected(reason, smaller, math.inf, None)
-        return self._closed(now, free=ask.free)
+    def count_rejected(self) -> None:
+        """Count a call that was rejected, at once or after it was queued."""
+        self.counts.rejected += 1
 
-    def _closed(self, now: float, *, free: bool = False) -> Rejected | None:
-        """Why its provider is not asked at all, whatever the call; `free`: it costs nothing there."""
-        if now < self._stopped_until and not free:
-            return Rejected("its provider says that its money is spent", "budget", 1.0, self._stopped_until - now)
+    def add_expected_calls(self, calls: int) -> None:
+        """Add (or, if negative, remove) calls that are expected from runs."""
+        self.expected_calls += calls
+
+    def _rejection(self, now: float, request: CallRequest, *, fits: bool = False) -> Rejected | None:
+        """Return why a call is rejected however long it waits, if it is; `fits`: no quota is too small for it."""
+        if request.deadline <= now:
+            reason = "its deadline passed before it was sent: give a later one"
+            return Rejected(reason, "deadline", math.inf, None)
+        for budget in self._budgets(request):
+            if not budget.can_afford(request.usd, request.priority):
+                return budget.rejection(request.usd)
+        if not fits and (quota := self.quotas.quota_too_small_for(now, request.charge)) is not None:
+            reason = f"it is larger than {quota} will ever be: ask for less (max_tokens counts), or raise that quota"
+            return Rejected(reason, quota, math.inf, None)
+        return self._provider_unavailable(now, free=request.free)
+
+    def _provider_unavailable(self, now: float, *, free: bool = False) -> Rejected | None:
+        """Return why the provider is not asked at all, if it is not; `free`: the call costs nothing there."""
+        if now < self._suspended_until and not free:
+            reason = "its provider says that the account's money is spent"
+            return Rejected(reason, "budget", 1.0, self._suspended_until - now)
         if not self.breaker.ready(now):
-            again = self.breaker.retry_after(now, probe_duration=max(_PROBED, self.durations.typical))
-            return Rejected("its breaker is open", "breaker", 1.0, again)
+            probe = max(_PROBE_DURATION, self.durations.typical)
+            return Rejected("its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe))
         if (seconds := self._outage.duration(now)) is not None:
-            reason = f"its provider has refused everything for {seconds:.0f} s"
+            reason = f"its provider has throttled every call for {format_duration(seconds)}"
             return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
         return None
 
-    def _late(self, now: float, ask: CallRequest) -> Rejected | None:
-        if ask.deadline == math.inf or not self.durations.is_too_late(now, ask, contested=self.queue.length > 0):
+    def _too_late(self, now: float, request: CallRequest) -> Rejected | None:
+        """Return a rejection if a call about to be sent is not expected to end in time."""
+        if request.deadline == math.inf:
             return None
-        again = self._seat(now, ask, self.expected_wait(now, ask)[0])
-        return Rejected("it could hardly be answered before its deadline any more", "deadline", 1.0, again)
+        if not self.durations.is_too_late(now, request, contested=self.queue.length > 0):
+            return None
+        retry_after = self._schedule_retry(now, request, self.expected_wait(now, request)[0])
+        return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
 
-    def _let_go(self, now: float, ask: CallRequest) -> Admitted:
-        self.order.record_served(self.order.rank(ask))
-        return Admitted(self._take(now, ask))
+    def _admit(self, now: float, request: CallRequest) -> Admitted:
+        self.order.record_served(self.order.rank(request))
+        return Admitted(self._take(now, request))
 
-    def _room(self, now: float) -> bool:
+    def _has_slot(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
-    def _take(self, now: float, ask: CallRequest) -> Permit:
+    def _take(self, now: float, request: CallRequest) -> Permit:
+        """Take a slot, quotas and dollars for a call."""
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
-        self.counts.unattributed += ask.task_id is None
-        reservation = self.quotas.reserve(now, ask.charge)
-        sums = [purse.reserve(ask.usd) for purse in self._purses(ask)]
+        self.counts.unattributed += request.task_id is None
+        reservation = self.quotas.reserve(now, request.charge)
+        spend = [budget.reserve(request.usd) for budget in self._budgets(request)]
         grant = self.limit.grant(now, self.in_flight)
-        permit = Permit(ask, now, grant, self.breaker.allow(now), reservation, sums)
-        self._young.append(permit)
+        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend)
+        self._unconfirmed.append(permit)
         return permit
 
-    # --- the line moves ---
+    # --- the queue moves ---
 
     def serve_queue(self, now: float) -> None:
-        """Answer those in the line whose time has come, and have its head look again when time alone will move it."""
-        while self.queue.length and (when := self._pump(now)) is not None:
-            place = self.queue.head()
-            if place is None or place[2].waiter.wake_at(when):
+        """Answer the queued calls that can be answered, and wake the head when time alone will let it go."""
+        while self.queue.length and (when := self._serve_queue(now)) is not None:
+            entry = self.queue.head()
+            if entry is None or entry[2].waiter.wake_at(when):
                 return
-            self.withdraw(place[2])  # its event loop has closed: nobody waits
+            self.withdraw(entry[2])  # its event loop is closed: nobody waits
 
-    def _pump(self, now: float) -> float | None:
-        ripe = self._ripen(now)
-        while (gone := self.queue.pop_overdue(now)) is not None:
-            seconds = self.expected_wait(now, gone.request)[0]
-            again = self._seat(now, gone.request, seconds)
-            self._answer(gone, Rejected("its deadline passed while it waited", "line", 1.0, again))
+    def _serve_queue(self, now: float) -> float | None:
+        """Answer queued calls; return when time alone will let the head go, or None if nothing waits for time."""
+        confirmed_at = self._confirm_accepted(now)
+        while (overdue := self.queue.pop_overdue(now)) is not None:
+            seconds = self.expected_wait(now, overdue.request)[0]
+            retry_after = self._schedule_retry(now, overdue.request, seconds)
+            self._resolve(overdue, Rejected("its deadline passed while it waited", "queue", 1.0, retry_after))
         if not self.queue:
             return None
         self.queue.promote(now, self.durations.typical_or_guess)
-        while (place := self.queue.head()) is not None:
-            waiting: QueuedCall = place[2]
-            refusal = self._refusal(now, waiting.request)
-            if refusal is not None:
-                self._answer(waiting, refusal)
+        while (entry := self.queue.head()) is not None:
+            call: QueuedCall = entry[2]
+            rejection = self._rejection(now, call.request)
+            if rejection is not None:
+                self._resolve(call, rejection)
                 continue
-            if not self._room(now):
-                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), ripe)
-            seconds, _ = self.quotas.wait(now, waiting.request.charge)
+            if not self._has_slot(now):
+                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at)
+            seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
-                passed = self._let_pass(now)
-                if passed > 0.0:
-                    return _earliest(now + min(seconds, passed), self.queue.next_deadline(), ripe)
+                bypass = self._bypass_head(now)
+                if bypass > 0.0:
+                    return _earliest(now + min(seconds, bypass), self.queue.next_deadline(), confirmed_at)
                 continue
-            self._go(now, self.queue.serve_head(now, place))
+            self._send(now, self.queue.serve_head(now, entry))
         return None
 
-    def _let_pass(self, now: float) -> float:
-        """The head waits for a quota: send one behind it that does not delay it.
+    def _bypass_head(self, now: float) -> float:
+        """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.
 
         Returns:
-            0 if one was sent; else seconds until one could be, or infinity.
+            0 if one was sent; otherwise the seconds until one can be, or infinity.
         """
         slots = self.limit.limit(now) - self.in_flight
         if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
-            return math.inf  # the only slot is the head's, and so is a probe
-        seconds, waiting = find_bypass(now, self.queue.in_order(), self.quotas, self._purses, slots=slots)
-        if waiting is not None and not seconds:
-            self._go(now, waiting)
+            return math.inf  # the only slot, or the probe, is the head's
+        seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots)
+        if call is not None and not seconds:
+            self._send(now, call)
         return seconds
 
-    def _go(self, now: float, waiting: QueuedCall) -> None:
-        if (late := self._late(now, waiting.request)) is not None:
-            self._answer(waiting, late)
+    def _send(self, now: float, call: QueuedCall) -> None:
+        if (rejection := self._too_late(now, call.request)) is not None:
+            self._resolve(call, rejection)
             return
-        permit = self._take(now, waiting.request)
-        if not self._answer(waiting, Admitted(permit)):
+        permit = self._take(now, call.request)
+        if not self._resolve(call, Admitted(permit)):
             self.release_unsent(now, permit)
 
-    def _answer(self, waiting: QueuedCall, answer: Admitted | Rejected) -> bool:
-        self.queue.withdraw(waiting)
-        return waiting.waiter.resolve(answer)
+    def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
+        self.queue.withdraw(call)
+        return call.waiter.resolve(decision)
 
     def reject_queued(self, now: float) -> None:
-        """The breaker has opened: nobody need wait any longer."""
-        for waiting in list(self.queue):
-            refusal = self._refusal(now, waiting.request)
-            if refusal is not None:
-                self._answer(waiting, refusal)
+        """Reject the queued calls that no wait can help, for example because the breaker has opened."""
+        for call in list(self.queue):
+            rejection = self._rejection(now, call.request)
+            if rejection is not None:
+                self._resolve(call, rejection)
 
     # --- a call ends ---
 
-    def answer_began(self, now: float, permit: Permit, notices: Sequence[RateLimitHeaders] = ()) -> None:
-        """A call was not refused: its answer has begun, and its headers say this of the quotas."""
+    def answer_began(self, now: float, permit: Permit, headers: Sequence[RateLimitHeaders] = ()) -> None:
+        """Note that a call was not throttled: its answer has begun. `headers`: what it says about the quotas."""
         if not permit.closed:
             self._accept(now, permit)
         self._outage.record_accepted()
-        self.quotas.update_from_headers(now, notices, permit.reservation)
+        self.quotas.update_from_headers(now, headers, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
         if not permit.accepted:
             permit.accepted = True
             self.limit.accepted(now, permit.grant)
 
-    def _ripen(self, now: float) -> float | None:
-        """A call that was not refused within a second was accepted; returns when the next one will have been."""
-        young = self._young
-        while young:
-            permit = young[0]
+    def _confirm_accepted(self, now: float) -> float | None:
+        """Count calls as accepted that were not throttled within a second; return when the next one will be."""
+        unconfirmed = self._unconfirmed
+        while unconfirmed:
+            permit = unconfirmed[0]
             if not (permit.closed or permit.accepted):
-                if now < permit.granted_at + _SILENCE:
-                    return permit.granted_at + _SILENCE
+                if now < permit.granted_at + _ACCEPTED_AFTER:
+                    return permit.granted_at + _ACCEPTED_AFTER
                 self._accept(now, permit)
-            young.popleft()
+            unconfirmed.popleft()
         return None
 
-    def settle(self, now: float, permit: Permit, ended: CallOutcome) -> None:
-        """Take the end of a call: its slot, and what it reserved beyond its use, are free.
+    def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> None:
+        """Close a permit: return its slot, and what it reserved and did not use.
 
         Raises:
-            AssertionError: it was closed before: a bug of the caller's.
+            AssertionError: it is closed already: a bug of the caller.
         """
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
-        ask, outcome, tally, stretch = permit.request, ended.kind, self.counts, None
-        if outcome is Outcome.SUCCESS and ended.latency is not None:
-            stretch = self.observe_latency(now, permit, ended.output_tokens, ended.latency)
-        if outcome is Outcome.SUCCESS:
-            tally.succeeded += 1
+        request, kind, counts, slowdown = permit.request, outcome.kind, self.counts, None
+        if kind is Outcome.SUCCESS and outcome.latency is not None:
+            slowdown = self.observe_latency(now, permit, outcome.output_tokens, outcome.latency)
+        if kind is Outcome.SUCCESS:
+            counts.succeeded += 1
             self._outage.record_accepted()
             self._accept(now, permit)
-        elif outcome is Outcome.OVERLOAD:
-            tally.throttled += 1
+        elif kind is Outcome.OVERLOAD:
+            counts.throttled += 1
             self._outage.record_throttled(now)
-        elif outcome is Outcome.FAULT:
-            tally.failed += 1
+        elif kind is Outcome.FAULT:
+            counts.failed += 1
         self.in_flight -= 1
-        self.limit.observe(now, permit.grant, outcome, slowdown=stretch)
-        if ended.rate_limit_headers and not ended.rate_limited:
-            self.quotas.update_from_headers(now, ended.rate_limit_headers, permit.reservation)
-        if ended.rate_limited:
-            tally.throttled += 1
-            self.quotas.record_throttled(now, permit.reservation, ended.retry_after, ended.rate_limit_headers)
-        elif ended.released:
+        self.limit.observe(now, permit.grant, kind, slowdown=slowdown)
+        if outcome.rate_limit_headers and not outcome.rate_limited:
+            self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
+        if outcome.rate_limited:
+            counts.throttled += 1
+            self.quotas.record_throttled(now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers)
+        elif outcome.released:
             self.quotas.release(now, permit.reservation)
         else:
-            used = ask.charge if ended.used is None else ended.used
-            tally.input_tokens += used.input_tokens
-            tally.output_tokens += used.output_tokens
+            used = request.charge if outcome.used is None else outcome.used
+            counts.input_tokens += used.input_tokens
+            counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for held in permit.spend:
-            held.settle(ask.usd if ended.usd is None else ended.usd)
-        took = now - permit.granted_at if ended.latency is None else ended.latency
-        late = outcome is Outcome.IGNORED and now > ask.deadline - _PUNCTUAL
-        self.durations.observe(took, ended, stretch=stretch, slots=self.limit.limit(now), late=late)
-        judged = outcome if ended.final else Outcome.IGNORED
+        for reservation in permit.spend:
+            reservation.settle(request.usd if outcome.usd is None else outcome.usd)
+        held = now - permit.granted_at if outcome.latency is None else outcome.latency
+        late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
+        self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
+        judged = kind if outcome.final else Outcome.IGNORED
         if self.breaker.record(now, judged, permit.breaker_epoch) is not None:
             self.reject_queued(now)
 
     def release_unsent(self, now: float, permit: Permit) -> None:
-        """Give everything back: nothing has left."""
+        """Close the permit of a call that was not sent: everything is returned."""
         self.counts.sent -= 1
         self.counts.unattributed -= permit.request.task_id is None
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
     def suspend(self, now: float, seconds: float) -> None:
-        """Its provider says that its money is spent: ask it no more for a while, for it would only refuse."""
-        self._stopped_until = now + seconds
+        """Send no calls for `seconds`: the provider says that the account's money is spent, and would answer none."""
+        self._suspended_until = now + seconds
 
-    def observe_latency(self, now: float, permit: Permit, tokens: int, seconds: float) -> float | None:
-        """A success took so long for its output tokens; returns its stretch, if it made any and that is known.
+    def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
+        """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.
 
-        Only with at most half of the limit in flight is it taken for normal: else our own load would be.
+        The slowdown is the latency over the one expected for the output tokens. Only calls with at most half of the
+        limit in flight teach what to expect: otherwise the account's own load would pass for normal.
         """
-        if not tokens:
+        if not output_tokens:
             return None
         light = max(permit.grant.in_flight, self.in_flight) <= max(1, self.limit.limit(now) // 2)
-        return self.latency_model.observe(tokens, seconds, light=light)
+        return self.latency_model.observe(output_tokens, latency, light=light)
 
-    # --- what presses ---
+    # --- load ---
 
-    def expected_wait(self, now: float, ask: CallRequest, *, others: int = 0, guess: float = 0.0) -> tuple[float, str]:
-        """Seconds until a call like this would be sent, and what it waits for.
+    def expected_wait(
+        self, now: float, request: CallRequest, *, others: int = 0, guess: float = 0.0
+    ) -> tuple[float, str]:
+        """Return the seconds until such a call would be sent, and what it waits for.
 
-        While no call has ended yet, nothing is known of how long a slot is held, and `guess` is what is feared.
+        Args:
+            now: the time.
+            request: of the call.
+            others: calls ahead of it besides those in the queue.
+            guess: seconds that a call holds its slot, used until the first call has ended.
         """
-        self._ripen(now)
-        ahead = self.queue.ahead(ask.priority) + others
-        delay = self.quotas.wait(now, ask.charge, ahead=scale_charge(ask.charge, ahead))
-        seconds, binding = delay.seconds, delay.limited_by or "nothing"
+        self._confirm_accepted(now)
+        ahead = self.queue.ahead(request.priority) + others
+        delay = self.quotas.wait(now, request.charge, ahead=scale_charge(request.charge, ahead))
+        seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
         limit = self.limit.limit(now)
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
-            slot = rounds * (self.durations.held or guess)
-            if slot > seconds:
-                return slot, "concurrency"
-        return seconds, binding
+            slot_wait = rounds * (self.durations.held or guess)
+            if slot_wait > seconds:
+                return slot_wait, "concurrency"
+        return seconds, limited_by
 
-    def blocking_reason(self, now: float, usd: float, rung: Priority) -> Rejected | None:
-        """Why no call of that price and rung is let through, however long it waits; None if one is."""
-        if self._own is not None and not self._own.can_afford(usd, rung):
-            return self._own.rejection(usd)
-        return self._closed(now)
+    def blocking_reason(self, now: float, usd: float, priority: Priority) -> Rejected | None:
+        """Return why no call of that cost and priority is sent, however long it waits; None if calls are sent."""
+        budget = self._upstream_budget
+        if budget is not None and not budget.can_afford(usd, priority):
+            return budget.rejection(usd)
+        return self._provider_unavailable(now)
 
-    def load_for(self, now: float, ask: CallRequest) -> float:
-        """Expected wait of this very call over the longest wait allowed; 1.0 or more if it would be refused."""
-        refusal = self._refusal(now, ask)
-        if refusal is not None:
-            return max(1.0, refusal.load)
-        seconds, _ = self.expected_wait(now, ask)
-        return math.inf if seconds > self.durations.acceptable_wait(now, ask) else seconds / self._longest_wait
+    def load_for(self, now: float, request: CallRequest) -> float:
+        """Return the expected wait of this call over `max_wait`; 1.0 or more if it would be rejected."""
+        rejection = self._rejection(now, request)
+        if rejection is not None:
+            return max(1.0, rejection.load)
+        seconds, _ = self.expected_wait(now, request)
+        return math.inf if seconds > self.durations.acceptable_wait(now, request) else seconds / self._max_wait
 
-    def load(self, now: float, ask: CallRequest, rung: Priority) -> tuple[float, str]:
-        """Expected wait of the next typical call over the longest wait allowed, and what binds; 1.0 while shut."""
-        if (no := self.blocking_reason(now, ask.usd, rung)) is not None:
-            return 1.0, no.limited_by
-        seconds, binding = self.expected_wait(now, ask, others=self.expected_calls)
-        return seconds / self._longest_wait, binding
+    def load(self, now: float, request: CallRequest, priority: Priority) -> tuple[float, str]:
+        """Return the expected wait of the next such call over `max_wait`, and what limits it; 1.0 while blocked."""
+        if (blocked := self.blocking_reason(now, request.usd, priority)) is not None:
+            return 1.0, blocked.limited_by
+        seconds, limited_by = self.expected_wait(now, request, others=self.expected_calls)
+        return seconds / self._max_wait, limited_by
 
-    def time_until_below(self, now: float, ask: CallRequest, load: float) -> tuple[float, float]:
-        """Seconds until the load will have fallen to that if no more come; and how many one call more adds to it."""
-        seconds, _ = self.expected_wait(now, ask, others=self.expected_calls)
+    def time_until_below(self, now: float, request: CallRequest, load: float) -> tuple[float, float]:
+        """Return the seconds until the load falls to `load` without more calls, and what one call adds to the wait."""
+        seconds, _ = self.expected_wait(now, request, others=self.expected_calls)
         if seconds == math.inf:
             return math.inf, 0.0
-        return max(0.0, seconds - load * self._longest_wait), self._each(now, ask, seconds, others=self.expected_calls)
+        spacing = self._wait_per_call(now, request, seconds, others=self.expected_calls)
+        return max(0.0, seconds - load * self._max_wait), spacing
 
-    def _each(self, now: float, ask: CallRequest, seconds: float, *, others: int = 0) -> float:
-        """What one call more adds to a wait of so many `seconds`; 0 if that is not known."""
-        each = self.expected_wait(now, ask, others=others + 1)[0] - seconds
-        return each if each > 0.0 else self.durations.held / max(1, self.limit.limit(now))
+    def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, others: int = 0) -> float:
+        """Return the seconds that one more call adds to a wait of `seconds`; 0 if that is not known."""
+        added = self.expected_wait(now, request, others=others + 1)[0] - seconds
+        return added if added > 0.0 else self.durations.held / max(1, self.limit.limit(now))
 
-    def _seat(self, now: float, ask: CallRequest, seconds: float) -> float | None:
-        """When one who would wait `seconds` may come again: not before that has fallen to what it may be."""
+    def _schedule_retry(self, now: float, request: CallRequest, seconds: float) -> float | None:
+        """Return the seconds after which a call that would wait `seconds` may try again."""
         if seconds == math.inf:
-            return None  # it has become larger than its bucket: no seat for it, nor a hole before everybody else's
-        early = max(0.0, seconds - self._longest_wait)
-        each = self._each(now, ask, seconds)
-        seat = self._seats.reserve(now + early, 1.0 / each if each else None, self._draw())
-        return max(early + (seat or 0.0), seconds - self.durations.acceptable_wait(ask.asked_at, ask)) or None
+            return None  # it is larger than a quota now: it gets no retry slot, and leaves no hole before the others
+        early = max(0.0, seconds - self._max_wait)
+        spacing = self._wait_per_call(now, request, seconds)
+        slot = self._retry_after.reserve(now + early, 1.0 / spacing if spacing else None, self._draw())
+        too_long = seconds - self.durations.acceptable_wait(request.asked_at, request)
+        return max(early + (slot or 0.0), too_long) or None
 
 
 def _earliest(*times: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Who may go before a head that waits for a quota, while nobody who stands before it is served any later for that."""
+"""Head-of-line bypass: a call may overtake a head blocked on a quota if nobody ahead of it is delayed."""
 
 from __future__ import annotations
 
@@ -11,77 +11,77 @@ from forebay.quota import QuotaHeadroom, RateLimiter
 from forebay.upstream.call_request import CallBudget, CallRequest
 
 LOOK_AHEAD: Final = 16
-"""How many places from the head on are looked at."""
+"""How many calls are considered, the head included."""
 
 
 class HasRequest(Protocol):
-    """A call in a line."""
+    """A call in a queue."""
 
     request: CallRequest
 
 
-W = TypeVar("W", bound=HasRequest)
+CallT = TypeVar("CallT", bound=HasRequest)
 
 
 def find_bypass(
     now: float,
-    queue: Iterable[W],
+    queue: Iterable[CallT],
     quotas: RateLimiter,
     budgets: Callable[[CallRequest], Sequence[CallBudget]],
     *,
     slots: int,
-) -> tuple[float, W | None]:
-    """Who may pass, and in how many seconds: 0 is now; infinity, and None, is nobody.
+) -> tuple[float, CallT | None]:
+    """Return the seconds until a call may overtake, 0 for now, and that call; infinity and None if none may.
 
-    A call passes only what it does not need: of each quota that it draws on there is so much that all who stand before
-    it find theirs as early as the head could have it at all, were the calls under way to give back whatever they hold.
-    So too with the slots, of which each of those keeps one however long this call runs, and with the money. That holds
-    as far as calls use no more than was reserved for them.
+    A call overtakes only for what those ahead of it do not need. Of each quota that it takes from, so much is left that
+    all of them find theirs as early as the head can have it at all, even if the calls in flight return whatever they
+    hold. The same holds for the slots, of which each of them keeps one however long this call runs, and for the money.
+    It holds as long as calls use no more than was reserved for them.
 
     Args:
-        now: the present.
-        row: those who wait, the head first. It has room, and waits for a quota.
+        now: the time.
+        queue: the queued calls, the head first. The head has a slot, and waits for a quota.
         quotas: of the account.
-        purses: the money that a call needs.
-        slots: that are free, at least one.
+        budgets: returns the budgets that a call spends from.
+        slots: free ones, at least one.
     """
     queue = islice(queue, LOOK_AHEAD)
-    over = [waiting.request for waiting in islice(queue, 1)]
-    soonest, who = math.inf, None
-    spare = quotas.headroom(now, over[0].charge)
-    scarce = spare[0].unit if spare and spare[0].spare < 1.0 else None
+    ahead = [call.request for call in islice(queue, 1)]
+    soonest, found = math.inf, None
+    headroom = quotas.headroom(now, ahead[0].charge)
+    scarce = headroom[0].unit if headroom and headroom[0].spare < 1.0 else None
     if scarce == "requests":
-        return soonest, who  # of which each takes one
-    for waiting in islice(queue, slots - 1):
-        ask = waiting.request
+        return soonest, found  # every call takes one
+    for call in islice(queue, slots - 1):
+        request = call.request
         if (
-            (scarce is None or not getattr(ask.charge, scarce))
-            and all(_spares(quota, ask, over) for quota in spare)
-            and _afford(budgets(ask), ask, over)
+            (scarce is None or not getattr(request.charge, scarce))
+            and all(_leaves_enough(quota, request, ahead) for quota in headroom)
+            and _can_afford(budgets(request), request, ahead)
         ):
-            seconds = quotas.wait(now, ask.charge).seconds
+            seconds = quotas.wait(now, request.charge).seconds
             if seconds < soonest:
-                soonest, who = seconds, waiting
+                soonest, found = seconds, call
             if not seconds:
                 break
-        over.append(ask)
-    return soonest, who
+        ahead.append(request)
+    return soonest, found
 
 
-def _spares(quota: QuotaHeadroom, ask: CallRequest, over: Sequence[CallRequest]) -> bool:
-    """Whether those whom it passes find their share of a quota."""
+def _leaves_enough(quota: QuotaHeadroom, request: CallRequest, ahead: Sequence[CallRequest]) -> bool:
+    """Return whether the calls ahead still find what they need of a quota."""
     unit = quota.unit
-    amount: int = getattr(ask.charge, unit)
+    amount: int = getattr(request.charge, unit)
     if not amount or amount > quota.spare:
         return not amount
-    needed: int = sum(getattr(other.charge, unit) for other in over)
+    needed: int = sum(getattr(other.charge, unit) for other in ahead)
     return quota.level - amount >= min(quota.capacity, needed)
 
 
-def _afford(purses: Sequence[CallBudget], ask: CallRequest, over: Sequence[CallRequest]) -> bool:
-    """Whether its money is there beside that of those whom it passes, by the share of the lowest of them."""
-    if not purses:
+def _can_afford(budgets: Sequence[CallBudget], request: CallRequest, ahead: Sequence[CallRequest]) -> bool:
+    """Return whether there is money for the call and those ahead, by the share of the lowest priority among them."""
+    if not budgets:
         return True
-    usd = ask.usd + sum(other.usd for other in over)
-    lowest = max(ask.priority, *(other.priority for other in over))
-    return all(purse.can_afford(usd, lowest) for purse in purses)
+    usd = request.usd + sum(other.usd for other in ahead)
+    lowest = max(request.priority, *(other.priority for other in ahead))
+    return all(budget.can_afford(usd, lowest) for budget in budgets)

@@ -1,184 +1,316 @@
-"""What an attempt of a call comes to, and what follows when it is to be tried again: without doing it.
+"""The call flow: retry and fallback of one call, decided in one place.
 
-The script is a generator that says what is to be done and is told how it went, so that an event loop and a plain thread
-drive the same one.
+`call_flow` is a generator without I/O. It yields what to do next (`Acquire` a permit, `Send` an attempt, `Release` a
+permit, `Sleep`) and is sent the reply, as httpx does for authentication. `CallRunner.run` drives it on an event loop,
+and `CallRunner.run_blocking` in a plain thread. Transport, guard, context manager and gateway differ only in how they
+send.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
 
+from forebay import clock, context
+from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
-from forebay.retry import Retry, RetryBudgets, RetryPermission, RetryState
-from forebay.upstream.call_request import CallOutcome, CallRequest, Permit
+from forebay.retry import RetryPermission, RetryState
+from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
+from forebay.upstream.core import UpstreamCore
+from forebay.upstream.fallback_chain import CallRoute, FallbackChain, make_chain
+from forebay.upstream.fallback_routes import FallbackResolver
+from forebay.upstream.shared_account import SharedAccount
 
-_LOOK: Final = 0.5  # seconds after which a refused call asks again whether it may be tried again, on average
+RouteT = TypeVar("RouteT", bound=CallRoute)
+
+_CANCELLED: Final = CallOutcome(kind=Outcome.IGNORED)  # bytes may have left: money and tokens settle as reserved
+_POLL: Final = 0.5  # seconds, on average, between two requests of a throttled call for permission to retry
 
 
-class AttemptResult(msgspec.Struct, kw_only=True, eq=False):
-    """What one attempt came to. Its permit is still open.
+class Acquire(msgspec.Struct, frozen=True):
+    """Wait for a permit. The reply is the `Permit`; a rejection is thrown in as `Overloaded`.
 
     Attributes:
-        value: what its maker gets if it is the last.
-        error: what is raised instead, if it is the last.
-        ended: how it ended, for the account.
-        again: whether another attempt could help.
-        counts: whether that would use one up; *not now* does not.
-        retry_after: seconds that the upstream asked for, or None.
-        open: an answer that is still coming, so its permit is closed by whoever reads it.
-        elsewhere: whether another account could do better, if it is the last.
+        account: gives the permit.
+        request: says what the call needs.
+        sole_account: no other account can serve the call.
     """
 
-    outcome: CallOutcome
-    value: Any = None
-    error: BaseException | None = None
-    retryable: bool = False
-    uses_attempt: bool = True
-    retry_after: float | None = None
-    streaming: bool = False
-    can_fall_back: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Acquire:
-    """Get a permit, and send it back. If that raises, close the script."""
-
+    account: SharedAccount
     request: CallRequest
+    sole_account: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Make the attempt, and send back what it came to."""
+class Send(msgspec.Struct, frozen=True):
+    """Send one attempt. The reply is its `AttemptResult`.
 
+    Attributes:
+        route: where to send it.
+        permit: held for the attempt; the flow releases it.
+    """
+
+    route: Any
     permit: Permit
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Close a permit."""
+class Release(msgspec.Struct, frozen=True):
+    """Close a permit: return what was reserved and not used. There is no reply."""
 
+    account: SharedAccount
     permit: Permit
     outcome: CallOutcome
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Let so many seconds pass."""
+class Sleep(msgspec.Struct, frozen=True):
+    """Wait `seconds`. There is no reply."""
 
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class ReadClock:
-    """Send back the time of `forebay.clock.now` and a draw from [0, 1)."""
+Step: TypeAlias = Acquire | Send | Release | Sleep
+Flow: TypeAlias = Generator[Step, Any, AttemptResult]
+_Backoff: TypeAlias = Generator[Step, Any, Permit | None]
 
 
-Step: TypeAlias = Acquire | Send | Release | Sleep | ReadClock
-
-
-def call_flow(  # noqa: PLR0913 - an attempt, and what decides on the next
-    ask: CallRequest,
-    permit: Permit,
-    tried: AttemptResult,
-    *,
-    retry: Retry,
-    budgets: RetryBudgets,
-    hurries: Callable[[], bool] | None = None,
-) -> Generator[Step, Any, AttemptResult]:
-    """Try a call again. Every permit is closed, but that of an answer that is still coming.
-
-    Whoever does not drive it to its end closes it: a retry that was drawn and has not been sent goes back then.
+class CallRunner:
+    """Runs the calls of one upstream, with its retries and along the routes of its fallbacks.
 
     Args:
-        ask: what it asks.
-        permit: of its first attempt.
-        tried: what that came to.
-        retry: how it is tried again.
-        budgets: whether it may be.
-        hurries: asked after a *not now* whether the call goes elsewhere, rather than wait for its next attempt.
-
-    Returns:
-        The last attempt.
+        core: of the upstream.
+        resolver: finds the routes of its fallbacks.
     """
-    attempts = RetryState(retry)
-    drawn: float | None = None  # when this retry was, from the budget of what is refused
-    while True:
-        not_now = tried.retryable and not tried.streaming and not tried.uses_attempt
-        if tried.streaming or tried.outcome.kind is Outcome.SUCCESS:
-            budgets.record_accepted(permit.granted_at, drawn)
-        delay = None
-        if tried.retryable and not tried.streaming:
-            now, chance = yield ReadClock()
-            left = ask.deadline - now if ask.deadline < math.inf else math.inf
-            delay = attempts.next_delay(
-                uses_attempt=tried.uses_attempt, draw=chance, retry_after=tried.retry_after, time_left=left
-            )
-            if delay is not None and tried.uses_attempt and not budgets.faults.withdraw(now):
-                delay = None
-        if delay is None:
-            if not tried.streaming:
-                yield Release(permit, tried.outcome)
-            return tried
-        yield Release(permit, msgspec.structs.replace(tried.outcome, final=False))
-        if hurries is not None and not_now and hurries():
-            return tried
-        ask.retries += 1
-        given, drawn = yield from _return(ask, attempts, budgets, delay=delay, at=now, not_now=not_now)
-        if given is None:
-            return tried
-        permit = given
-        tried = yield Send(permit)
+
+    __slots__ = ("core", "resolver")
+
+    def __init__(self, core: UpstreamCore, resolver: FallbackResolver) -> None:
+        self.core = core
+        self.resolver = resolver
+
+    async def run(
+        self, route: RouteT, send: Callable[[RouteT, Permit], Awaitable[AttemptResult]], *, retried: bool = True
+    ) -> Any:
+        """Make a call on the running event loop, and return its value.
+
+        Args:
+            route: of the call's own account.
+            send: sends one attempt. It returns failures as results, and raises only what ends the call at once, such as
+                a cancellation.
+            retried: False makes at most one attempt at each account.
+
+        Raises:
+            Overloaded: the call was rejected.
+            Exception: the error of the last attempt.
+        """
+        flow = call_flow(route, self.resolver, retried=retried)
+        try:
+            step = next(flow)
+            while True:
+                reply: Any = None
+                try:
+                    if isinstance(step, Send):
+                        reply = await send(step.route, step.permit)
+                    elif isinstance(step, Acquire):
+                        reply = await step.account.acquire(step.request, sole_account=step.sole_account)
+                    elif isinstance(step, Release):
+                        step.account.settle(step.permit, step.outcome)
+                    else:
+                        await asyncio.sleep(step.seconds)
+                except BaseException as raised:  # noqa: BLE001 - the flow decides
+                    error = raised
+                else:
+                    step = flow.send(reply)
+                    continue
+                try:
+                    step = flow.throw(error)
+                finally:
+                    del error  # its traceback holds this frame
+        except StopIteration as end:
+            return unwrap_result(end.value)
+
+    def run_blocking(
+        self, route: RouteT, send: Callable[[RouteT, Permit], AttemptResult], *, retried: bool = True
+    ) -> Any:
+        """Make a call in a plain thread. See `run`."""
+        flow = call_flow(route, self.resolver, retried=retried)
+        try:
+            step = next(flow)
+            while True:
+                reply: Any = None
+                try:
+                    if isinstance(step, Send):
+                        reply = send(step.route, step.permit)
+                    elif isinstance(step, Acquire):
+                        reply = step.account.acquire_blocking(step.request, sole_account=step.sole_account)
+                    elif isinstance(step, Release):
+                        step.account.settle(step.permit, step.outcome)
+                    else:
+                        threading.Event().wait(step.seconds)
+                except BaseException as raised:  # noqa: BLE001 - the flow decides
+                    error = raised
+                else:
+                    step = flow.send(reply)
+                    continue
+                try:
+                    step = flow.throw(error)
+                finally:
+                    del error  # its traceback holds this frame
+        except StopIteration as end:
+            return unwrap_result(end.value)
 
 
-def _return(  # noqa: PLR0913 - a call, and the retry that was drawn for it
-    ask: CallRequest, attempts: RetryState, budgets: RetryBudgets, *, delay: float, at: float, not_now: bool
-) -> Generator[Step, Any, tuple[Permit | None, float | None]]:
-    """Wait, and get another permit; None where that would be too late.
+def call_flow(own: CallRoute, resolver: FallbackResolver, *, retried: bool = True) -> Flow:
+    """Return the flow of one call: a generator of its steps that returns the result for its caller.
+
+    The call is tried at its own account first, unless a fallback's load threshold is reached, and then at those that
+    its upstream's fallbacks lead to.
 
     Args:
-        ask: what the call asks.
-        attempts: those that it has made.
-        budgets: whether it may make another.
-        delay: seconds to wait first.
-        at: when its latest attempt had failed, and a retry was drawn for it.
-        not_now: it was refused, so none was drawn yet.
+        own: the call, prepared for its own account.
+        resolver: finds the routes of the upstream's fallbacks.
+        retried: False makes at most one attempt at each account.
 
-    Returns:
-        Also when a retry was drawn, if it comes back should this one be let in.
+    Raises:
+        Overloaded: the call's own account rejected it, and no other served it; or all of them have rejected an earlier
+            call of the same run.
     """
-    leave, given = RetryPermission.DENIED, at
-    try:
-        yield Sleep(delay)
-        if not_now:
-            leave, given = yield from _leave(ask, attempts, budgets, refused=at)
-            if leave is RetryPermission.DENIED:
-                return None, None
-        permit: Permit = yield Acquire(ask)
-    except GeneratorExit:  # it got no permit, or its caller has left: its provider sees nothing of this retry
-        if not_now:
-            budgets.return_unused(leave, given)
+    chain = make_chain(own, resolver) if resolver.has_fallbacks else None
+    if chain is None:
+        return _attempts(own, None, retried=retried)
+    return _chain_attempts(chain, retried=retried)
+
+
+def _chain_attempts(chain: FallbackChain[Any], *, retried: bool) -> Flow:
+    """Yield the steps of a call at one account after another, and return the result for its caller."""
+    while (route := chain.next()) is not None:
+        try:
+            result = yield from _attempts(route, chain, retried=retried)
+        except Overloaded as error:
+            chain.record_rejection(route, error)
         else:
-            budgets.faults.refund(at)
-        raise
-    return permit, given if leave is RetryPermission.FROM_BUDGET else None
+            if chain.record_result(route, result):
+                return result
+    return chain.conclude()
 
 
-def _leave(
-    ask: CallRequest, attempts: RetryState, budgets: RetryBudgets, *, refused: float
-) -> Generator[Step, Any, tuple[RetryPermission, float]]:
-    """Wait until a refused call may be tried again: how, and when that was; `RetryPermission.DENIED` where that would be too late."""
+def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bool) -> Flow:
+    """Yield the steps of a call at one account, and return the result of the last attempt.
+
+    Every permit is released, except that of an answer that is still streaming: its reader releases it.
+    """
+    account, request, retries = route.account, route.call_request, route.core.retries
+    if retried:
+        retries.record_first_attempt()
+    permit: Permit | None = yield Acquire(account, request, chain is None)
+    retrying: _Retrying | None = None
     while True:
-        moment: tuple[float, float] = yield ReadClock()
-        now, chance = moment
-        leave = budgets.request_retry(now, throttled_at=refused)
-        if leave is not RetryPermission.DENIED:
-            return leave, now
-        seconds = _LOOK * (0.5 + chance)
-        if not attempts.add_delay(seconds, time_left=ask.deadline - now):
-            return leave, now
-        yield Sleep(seconds)
+        assert permit is not None  # noqa: S101 - the loop ends without one
+        try:
+            result: AttemptResult = yield Send(route, permit)
+        except BaseException:
+            if not permit.closed:
+                yield Release(account, permit, _CANCELLED)
+            raise
+        if retried and (result.streaming or result.outcome.kind is Outcome.SUCCESS):
+            retries.record_accepted(permit.granted_at, None if retrying is None else retrying.withdrawn_at)
+        if retried and result.retryable:
+            retrying = retrying or _Retrying(route, chain)
+            permit = yield from retrying.next_permit(permit, result)
+            if permit is not None:
+                continue
+        elif not result.streaming:
+            yield Release(account, permit, result.outcome)
+        if result.can_fall_back and chain is None:  # otherwise the chain reports it
+            _report_throttled(route)
+        return result
+
+
+def _report_throttled(route: CallRoute) -> None:
+    """Report to the run that is under way, if one is, that the provider throttled its call for good."""
+    if (error := route.throttled_error()) is not None and (run := context.call_observer()) is not None:
+        run.record_rejection(route.account, error)
+
+
+class _Retrying:
+    """The retries of one call at one account.
+
+    Attributes:
+        withdrawn_at: when the latest retry was taken from the budget of throttled calls; None if it was not.
+    """
+
+    __slots__ = ("_account", "_chain", "_request", "_retries", "_route", "_state", "withdrawn_at")
+
+    def __init__(self, route: CallRoute, chain: FallbackChain[Any] | None) -> None:
+        self._route = route
+        self._account, self._request, self._retries = route.account, route.call_request, route.core.retries
+        self._chain = chain
+        self._state = RetryState(self._retries.retry)
+        self.withdrawn_at: float | None = None
+
+    def next_permit(self, permit: Permit, result: AttemptResult) -> _Backoff:
+        """Release the permit of an attempt, wait, and return the permit of the next attempt; None to give up."""
+        failed_at = clock.now()
+        delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=self._request.deadline)
+        if delay is None:
+            yield Release(self._account, permit, result.outcome)
+            return None
+        yield Release(self._account, permit, msgspec.structs.replace(result.outcome, final=False))
+        throttled = not result.uses_attempt
+        if throttled and self._chain is not None and self._chain.skips_retry(self._route):
+            return None
+        self._request.retries += 1
+        if throttled:
+            return (yield from self._wait_for_permission(delay, failed_at))
+        return (yield from self._wait(delay, failed_at))
+
+    def _acquire(self) -> Acquire:
+        return Acquire(self._account, self._request, self._chain is None)
+
+    def _wait(self, delay: float, failed_at: float) -> _Backoff:
+        """Wait `delay` seconds, and return a permit. A retry that is not sent goes back to the budget of faults."""
+        self.withdrawn_at = None
+        try:
+            yield Sleep(delay)
+            permit: Permit = yield self._acquire()
+        except BaseException:
+            self._retries.refund_fault(failed_at)
+            raise
+        return permit
+
+    def _wait_for_permission(self, delay: float, throttled_at: float) -> _Backoff:
+        """Wait until a throttled call (429, 529) may be retried, and return a permit; None if that is too late."""
+        self.withdrawn_at = None
+        permission, now = RetryPermission.DENIED, throttled_at
+        try:
+            yield Sleep(delay)
+            while permission is RetryPermission.DENIED:
+                now = clock.now()
+                pause = _POLL * (0.5 + self._retries.draw())
+                permission = self._retries.request_retry(now, throttled_at)
+                if permission is RetryPermission.DENIED:
+                    if not self._state.add_delay(pause, time_left=self._request.deadline - now):
+                        return None
+                    yield Sleep(pause)
+            permit: Permit = yield self._acquire()
+        except BaseException:
+            self._retries.return_unused(permission, now)
+            raise
+        if permission is RetryPermission.FROM_BUDGET:
+            self.withdrawn_at = now
+        return permit
+
+
+def unwrap_result(result: AttemptResult) -> Any:
+    """Return the value of a call, or raise its error. A fault is reported to the run that is under way.
+
+    Raises:
+        Exception: the error of the last attempt.
+    """
+    if result.outcome.kind is Outcome.FAULT and (run := context.call_observer()) is not None:
+        run.record_upstream_fault()
+    if result.error is not None:
+        raise result.error
+    return result.value

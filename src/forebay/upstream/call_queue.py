@@ -1,78 +1,149 @@
-"""The line of calls before an account: where each stands, who goes up a rung, and whose deadline has passed."""
+"""The queue of calls in front of an account: its order, how calls rise in it, and whose deadline has passed."""
 
 from __future__ import annotations
+
+import heapq
+import math
+from typing import Final, Generic, Protocol, TypeVar
 
 from forebay.admission import PriorityQueue, QueueEntry
 from forebay.task import Priority
 from forebay.upstream.call_request import CallRequest
-from forebay.upstream.deadline_heap import DeadlineHeap
 from forebay.upstream.fair_order import FairOrder
-from forebay.upstream.waiters import QueuedCall, Waiter
+from forebay.upstream.waiters import Waiter
 
-_GAIN = 0.05  # weight of the newest wait in the typical one
-_RUNG_UP = 4  # typical waits after which a call goes one rung up
+_GAIN: Final = 0.05  # weight of the newest wait in the typical one
+_PROMOTE_AFTER: Final = 4  # typical waits after which a call rises to the next better priority
+_MIN_SWEEP: Final = 64  # entries below which removing those that have left is not worth the time
+
+
+class DeadlineEntry(Protocol):
+    """Something that waits in a queue."""
+
+    @property
+    def is_queued(self) -> bool:
+        """True while it waits."""
+
+
+EntryT = TypeVar("EntryT", bound=DeadlineEntry)
+
+
+class DeadlineHeap(Generic[EntryT]):
+    """Finds the entries of a queue whose deadline has passed, wherever they stand. Entries that have left drop out."""
+
+    __slots__ = ("_heap", "_sequence")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, EntryT]] = []
+        self._sequence = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, deadline: float, entry: EntryT, *, length: int) -> None:
+        """Add an entry that waits until `deadline`, which may be infinity; `length`: of the queue."""
+        if deadline == math.inf:
+            return
+        if len(self._heap) > 2 * length + _MIN_SWEEP:
+            self._heap = [item for item in self._heap if item[2].is_queued]
+            heapq.heapify(self._heap)
+        self._sequence += 1
+        heapq.heappush(self._heap, (deadline, self._sequence, entry))
+
+    def next_deadline(self) -> float | None:
+        """Return the earliest deadline; None if there is none."""
+        while self._heap and not self._heap[0][2].is_queued:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop_overdue(self, now: float) -> EntryT | None:
+        """Remove and return an entry whose deadline has passed by `now`."""
+        deadline = self.next_deadline()
+        return heapq.heappop(self._heap)[2] if deadline is not None and deadline <= now else None
+
+
+class QueuedCall:
+    """A call in the queue, and the caller that waits for the decision."""
+
+    __slots__ = ("enqueued_at", "entry", "priority", "priority_since", "rank", "request", "waiter")
+
+    def __init__(self, request: CallRequest, waiter: Waiter, *, rank: tuple[float, float], now: float) -> None:
+        self.request = request
+        self.waiter = waiter
+        self.rank = rank
+        self.priority = request.priority
+        self.enqueued_at = now
+        self.priority_since = now
+        self.entry: QueueEntry | None = None
+
+    @property
+    def is_queued(self) -> bool:
+        """True while it is in the queue."""
+        return self.entry is not None
 
 
 class CallQueue(PriorityQueue[QueuedCall]):
-    """A line in which what has begun goes first, as `FairOrder` has it, and nobody waits on one rung for ever.
+    """Calls by priority and then by `FairOrder`, in which no call waits at one priority without end.
 
     Args:
         order: of the account.
     """
 
-    __slots__ = ("_deadlines", "_order", "_turn", "_typical_wait")
+    __slots__ = ("_deadlines", "_order", "_sequence", "_typical_wait")
 
     def __init__(self, order: FairOrder) -> None:
         super().__init__()
         self._order = order
         self._deadlines: DeadlineHeap[QueuedCall] = DeadlineHeap()
-        self._turn = 0
+        self._sequence = 0
         self._typical_wait = 0.0  # seconds, as a moving mean
 
-    def enqueue(self, now: float, ask: CallRequest, waiter: Waiter) -> QueuedCall:
-        """Stand in it, until served, or withdrawn."""
-        waiting = QueuedCall(ask, waiter, rank=self._order.rank(ask), now=now)
-        self._put(waiting)
-        self._deadlines.add(ask.deadline, waiting, length=self.length)
-        return waiting
+    def enqueue(self, now: float, request: CallRequest, waiter: Waiter) -> QueuedCall:
+        """Add a call, and return its entry."""
+        call = QueuedCall(request, waiter, rank=self._order.rank(request), now=now)
+        self._insert(call)
+        self._deadlines.add(request.deadline, call, length=self.length)
+        return call
 
-    def _put(self, waiting: QueuedCall) -> None:
-        self._turn += 1
-        waiting.entry = self.push(waiting, waiting.priority, waiting.rank, self._turn)
+    def _insert(self, call: QueuedCall) -> None:
+        self._sequence += 1
+        call.entry = self.push(call, call.priority, call.rank, self._sequence)
 
-    def withdraw(self, waiting: QueuedCall) -> None:
-        """Give a place up. Twice, or after it was served, this does nothing."""
-        if waiting.entry is not None:
-            self.remove(waiting.entry)
-            waiting.entry = None
+    def withdraw(self, call: QueuedCall) -> None:
+        """Remove a call. Nothing happens if it is not in the queue any more."""
+        if call.entry is not None:
+            self.remove(call.entry)
+            call.entry = None
 
     def serve_head(self, now: float, head: QueueEntry) -> QueuedCall:
-        """Serve the head."""
-        waiting: QueuedCall = head[2]
-        self._typical_wait += _GAIN * (now - waiting.enqueued_at - self._typical_wait)
-        self._order.record_served(waiting.rank)
-        self.serve(head, waiting.request.priority)
-        waiting.entry = None
-        return waiting
+        """Remove the head, and return its call."""
+        call: QueuedCall = head[2]
+        self._typical_wait += _GAIN * (now - call.enqueued_at - self._typical_wait)
+        self._order.record_served(call.rank)
+        self.serve(head, call.request.priority)
+        call.entry = None
+        return call
 
     def promote(self, now: float, typical: float) -> None:
-        """Who has waited four times as long as is typical goes one rung up: a low run that has begun must end too.
+        """Raise the calls that have waited four times the typical wait by one priority: LOW runs must end too.
 
-        `typical`: seconds that a call takes; no wait is typical that is shorter.
+        Args:
+            now: the time.
+            typical: seconds that a call takes; the typical wait is at least as long.
         """
-        patience = _RUNG_UP * max(self._typical_wait, typical)
-        for rung in list(Priority)[1:]:
-            place = self.first_of(rung)
-            if place is not None and now - place[2].priority_since > patience:
-                waiting: QueuedCall = place[2]
-                self.withdraw(waiting)
-                waiting.priority, waiting.priority_since = Priority(rung - 1), now
-                self._put(waiting)
+        patience = _PROMOTE_AFTER * max(self._typical_wait, typical)
+        for priority in list(Priority)[1:]:
+            entry = self.first_of(priority)
+            if entry is not None and now - entry[2].priority_since > patience:
+                call: QueuedCall = entry[2]
+                self.withdraw(call)
+                call.priority, call.priority_since = Priority(priority - 1), now
+                self._insert(call)
 
     def next_deadline(self) -> float | None:
-        """When the next one passes of those who stand in it; None for never."""
+        """Return the earliest deadline of the calls in the queue; None if there is none."""
         return self._deadlines.next_deadline()
 
     def pop_overdue(self, now: float) -> QueuedCall | None:
-        """One whose deadline has passed by `now`; it is not told of twice."""
+        """Return a call whose deadline has passed by `now`, once; the caller takes it out of the queue."""
         return self._deadlines.pop_overdue(now)

@@ -1,10 +1,10 @@
-"""What a call asks of its account, and what it may be answered."""
+"""What calls and accounts say to each other: requests, permits, decisions, outcomes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -15,19 +15,19 @@ from forebay.task import Priority
 
 
 class CallRequest(msgspec.Struct, kw_only=True, eq=False):
-    """A call before it is sent. Times are seconds of the account's clock.
+    """What a call needs of its account. Times are seconds of the account's clock.
 
     Attributes:
         charge: what it is expected to take of the quotas.
         usd: dollars that it is expected to cost at most.
-        priority: its rung.
+        priority: its priority.
         deadline: when its answer becomes worthless; infinity for never.
-        tenant: on whose behalf.
-        run: the id of the task that makes it, or None: then it is unattributed.
-        model: what it is for.
-        free: it costs no money, whatever comes of it, so no budget is asked.
-        retries: tries of it that have failed; a retried call goes to the head of its rung.
-        since: when it asked first; the account notes it.
+        tenant: for whom it is made.
+        task_id: the task that makes it, or None: then it is unattributed.
+        model: the model that it is for.
+        free: it costs no money in any case, so no budget is asked.
+        retries: how often it has been retried; a retried call goes to the head of its priority.
+        asked_at: when it first asked for a permit; set by the account.
     """
 
     charge: Charge = Charge()
@@ -42,40 +42,58 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     asked_at: float = math.inf
 
 
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """The caller of a request that does not come from a task of this process.
+
+    Attributes:
+        priority: of its call.
+        deadline: the time of `forebay.clock.now` when the answer becomes worthless.
+        tenant: who pays for the call.
+        task_id: the task that the call belongs to, or None.
+        api_key: the API key that the account belongs to; None to read it from the request.
+    """
+
+    priority: Priority = Priority.NORMAL
+    deadline: float = float("inf")
+    tenant: str = "default"
+    task_id: str | None = None
+    api_key: str | None = None
+
+
 class SpendReservation(Protocol):
-    """Dollars that a call holds of one budget, until they are settled."""
+    """Dollars that a call holds of one budget until they are settled."""
 
     def settle(self, usd: float) -> None:
-        """It has cost so much."""
+        """Replace the reservation by the `usd` dollars that the call has cost."""
 
 
 class CallBudget(Protocol):
-    """A budget that a call draws on. It knows what day it is."""
+    """A budget that calls spend from. It knows the time."""
 
     name: str
 
     def can_afford(self, usd: float, priority: Priority) -> bool:
-        """Whether so much may be reserved."""
+        """Return whether `usd` dollars may be reserved."""
 
     def reserve(self, usd: float) -> SpendReservation:
-        """Set so much aside."""
+        """Reserve `usd` dollars."""
 
     def rejection(self, usd: float) -> Rejected:
-        """Why so much is not afforded, and when it may be."""
+        """Return why `usd` dollars cannot be reserved, and when they may be."""
 
 
 class Permit(msgspec.Struct, eq=False):
-    """A call that may be sent: one slot, its charge and its dollars are held for it. Closed exactly once.
+    """The right to send one call: a slot, quotas and dollars are held for it. It is closed exactly once.
 
     Attributes:
-        ask: whose it is.
-        at: when it was given.
+        request: of the call.
+        granted_at: when it was granted.
         grant: the slot, as the limit marked it.
-        era: of the account's breaker.
+        breaker_epoch: the epoch of the account's breaker.
         reservation: what it holds of the quotas.
-        sums: what it holds of each budget that it draws on.
-        accepted: whether the limit was told that the call was not refused.
-        closed: whether all has been given back.
+        spend: what it holds of each budget.
+        accepted: the limit knows that the call was not throttled.
+        closed: everything has been returned.
     """
 
     request: CallRequest
@@ -89,20 +107,20 @@ class Permit(msgspec.Struct, eq=False):
 
 
 class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a call ended, as far as its account is concerned.
+    """How an attempt ended, for its account.
 
     Attributes:
-        outcome: what that says about the upstream.
-        used: what it took of the quotas; None: as much as was reserved.
-        released: it took nothing of them: it never left, or was refused and not counted.
-        rate: it was refused since a quota is used up.
-        retry_after: seconds that the refusal asked for, or None.
-        notices: what the headers of its answer said of the quotas, unless that was heard before.
-        usd: what it cost; None: as much as was reserved.
-        seconds: how long it took, if that says anything of the upstream's pace.
-        made: output tokens, if that is known of a success.
-        foreseen: input tokens that it was estimated to send; None: what it used says nothing of that.
-        final: whether it will not be tried again: only such count for the breaker.
+        kind: what the end says about the upstream.
+        used: what it took of the quotas; None for as much as was reserved.
+        released: it took nothing of them: it was not sent, or it was throttled and not counted.
+        rate_limited: it was throttled because a quota is used up.
+        retry_after: seconds that the provider asked to wait, or None.
+        rate_limit_headers: what the answer's headers say about the quotas, unless the account has read them.
+        usd: dollars that it cost; None for as much as was reserved.
+        latency: seconds that it took, if that says anything about the upstream; else None.
+        output_tokens: of a success, if known.
+        estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
+        final: it is not retried. Only final attempts count for the breaker.
     """
 
     kind: Outcome
@@ -118,27 +136,51 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     final: bool = True
 
 
+class AttemptResult(msgspec.Struct, kw_only=True, eq=False):
+    """The result of one attempt, whose permit is still open.
+
+    Attributes:
+        outcome: how it ended, for the account.
+        value: what the caller gets if this is the last attempt.
+        error: what is raised instead if this is the last attempt.
+        retryable: another attempt could succeed.
+        uses_attempt: a retry uses up one of the attempts; throttled calls (429, 529) use none.
+        retry_after: seconds that the provider asked to wait, or None.
+        streaming: the answer is still coming; whoever reads it releases the permit.
+        can_fall_back: another account could do better.
+    """
+
+    outcome: CallOutcome
+    value: Any = None
+    error: BaseException | None = None
+    retryable: bool = False
+    uses_attempt: bool = True
+    retry_after: float | None = None
+    streaming: bool = False
+    can_fall_back: bool = False
+
+
 class Admitted(NamedTuple):
-    """It may be sent now."""
+    """The call may be sent now."""
 
     permit: Permit
 
 
 class Queued(NamedTuple):
-    """It has to wait, about so many seconds, for what binds."""
+    """The call has to wait, about `seconds` seconds, for the part of the account named by `limited_by`."""
 
     seconds: float
     limited_by: str
 
 
 class Rejected(NamedTuple):
-    """It will not be sent.
+    """The call will not be sent.
 
     Attributes:
         reason: why, for a person.
-        binding: the part of the account that refuses it.
-        load: what that part holds against what it may hold.
-        retry_after: seconds after which to come again, or None if that is unknown or never helps.
+        limited_by: the part of the account that rejects it.
+        load: how full that part is; 1.0 is full.
+        retry_after: seconds after which to try again, or None if that is not known or would not help.
     """
 
     reason: str
@@ -148,7 +190,7 @@ class Rejected(NamedTuple):
 
 
 def scale_charge(charge: Charge, count: int) -> Charge:
-    """What so many calls like it take together."""
+    """Return what `count` calls with this charge take together."""
     return Charge(
         requests=charge.requests * count,
         input_tokens=charge.input_tokens * count,

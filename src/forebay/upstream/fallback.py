@@ -1,46 +1,62 @@
-"""Fallback: where calls go that their own account cannot serve."""
+"""Fallbacks: where calls go that their own account cannot serve."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, NoReturn, Protocol
 from urllib.parse import urlsplit
 
-from forebay.errors import InvalidSetting
+from forebay._renamed import renamed_arguments
+from forebay._validate import reject
+from forebay.upstream.core import UpstreamCore
 
-if TYPE_CHECKING:
-    from forebay.upstream.upstream import Upstream
-
-_WILD: Final = re.compile(r"[*?\[]")
-_KEY: Final = re.compile(r"[!-~]+")
+_WILDCARD: Final = re.compile(r"[*?\[]")
+_HEADER_VALUE: Final = re.compile(r"[!-~]+")
 _OWNER: Final = "Fallback"
 
 
+class FallbackTarget(Protocol):
+    """An `Upstream`, as far as fallbacks need it."""
+
+    @property
+    def name(self) -> str:
+        """The upstream's name."""
+
+    @property
+    def core(self) -> UpstreamCore:
+        """Its accounts, money and retries."""
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Its own fallbacks, in order."""
+
+
+@renamed_arguments(of="models", when="load_threshold")
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """Sends a call on to another model or upstream when its own account cannot serve it, or is above a load.
+    """Sends a call to another model or upstream when its own account cannot serve it, or is above a load.
 
-    A call is sent on when it is refused (the breaker is open, the budget spent, the wait longer than allowed or than
-    its deadline), and when its provider's last word, after all retries, is *not now* or a fault.
+    A call falls back when its account rejects it (the breaker is open, the budget is spent, the expected wait is longer
+    than allowed or than its deadline), and when its provider still throttles or fails it after all retries.
 
     Attributes:
-        to: a model of the same upstream, under the same key; or another upstream of the same protocol, with its own
+        to: a model of the same upstream, under the same API key; or another upstream of the same protocol, with its own
             limits, money and retries.
-        when: the load from which calls are sent on without being refused first: the wait that is expected for the
-            call, over the longest allowed. 1.0 is not before.
-        of: pattern of the models whose calls are sent on.
-        model: what the model is called there, if `to` is an upstream; None: the same.
-        base_url: where that upstream is, as an SDK takes it; None: where the call was going.
-        api_key: as whom. Neither shown nor logged. Without it, no key goes to another `base_url`.
+        load_threshold: the load from which calls go there without being rejected first: the expected wait of the call
+            over the longest allowed, above 0 and at most 1. 1.0 waits for a rejection.
+        models: pattern of the models whose calls may fall back.
+        model: what the model is called there, if `to` is an upstream; None for the same name.
+        base_url: address of that upstream's API, as an SDK takes it; None for the address of the call.
+        api_key: key for that upstream. It is never shown or logged. Without it no key is sent to another `base_url`.
 
     Raises:
-        InvalidSetting: a setting cannot be meant.
+        InvalidSetting: a setting is invalid.
     """
 
-    to: str | Upstream
+    to: str | FallbackTarget
     _: KW_ONLY
     load_threshold: float = 1.0
     models: str = "*"
@@ -49,52 +65,42 @@ class Fallback:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.load_threshold, bool)
-            or not isinstance(self.load_threshold, int | float)
-            or not 0 < self.load_threshold <= 1
-        ):
-            _refuse("load_threshold", self.load_threshold, "a load above 0, up to 1")
+        threshold = self.load_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+            _reject("load_threshold", threshold, "a load above 0, up to 1")
         for name in ("to", "models", "model", "api_key"):
             value = getattr(self, name)
             if value == "" or (name != "to" and value is not None and not isinstance(value, str)):
-                _refuse(name, "***" if name == "api_key" else value, "a string that is not empty")
-        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
-            _refuse("api_key", "***", "what a header carries: printable characters of ASCII, without blanks")
+                _reject(name, "***" if name == "api_key" else value, "a string that is not empty")
+        if self.api_key is not None and not _HEADER_VALUE.fullmatch(self.api_key):
+            _reject("api_key", "***", "printable ASCII characters without spaces, as a header carries them")
         if isinstance(self.to, str):
             for name in ("model", "base_url", "api_key"):
                 if getattr(self, name) is not None:
-                    _refuse(name, "***", "left out where `to` is a model: it goes to the same upstream, as the same")
-        if self.base_url is not None and (problem := _problem(self.base_url)):
-            _refuse("base_url", "***", f"the http:// or https:// address of an API: {problem}")
+                    _reject(name, "***", "left out if `to` is a model: the call goes to the same upstream and key")
+        if self.base_url is not None and (problem := _url_problem(self.base_url)):
+            _reject("base_url", "***", f"the http:// or https:// address of an API: {problem}")
 
     def applies_to(self, model: str) -> bool:
-        """Whether it is for calls of this model."""
+        """Return whether calls of `model` may fall back here."""
         return fnmatchcase(model, self.models) and (bool(model) or not isinstance(self.to, str))
 
     @property
     def names_models(self) -> bool:
-        """Whether it is for particular models."""
+        """True if it is for particular models."""
         return self.models != "*"
 
     @property
     def is_reachable(self) -> bool:
-        """Whether it says how a request can be sent there."""
+        """True if it says how a request gets there."""
         return isinstance(self.to, str) or self.base_url is not None or self.api_key is not None
 
 
-def check_fallbacks(
-    upstream: Upstream, given: Fallback | Sequence[Fallback] | None, group: Callable[[str], str]
-) -> tuple[Fallback, ...]:
-    """What an upstream was given as `fallback`, checked against it.
-
-    Args:
-        upstream: whose they are.
-        given: one, several, or none.
-        group: the account of a model there, by name.
+def check_fallbacks(core: UpstreamCore, given: Fallback | Sequence[Fallback] | None) -> tuple[Fallback, ...]:
+    """Check the `fallback` setting of an upstream, and return it as a tuple.
 
     Raises:
-        InvalidSetting: one leads to where the call was, or to another protocol.
+        InvalidSetting: it is not made of fallbacks, or one leads to the call's own account or to another protocol.
     """
     fallbacks: tuple[Any, ...]
     if isinstance(given, Iterable) and not isinstance(given, str | Fallback):
@@ -103,66 +109,69 @@ def check_fallbacks(
         fallbacks = () if given is None else (given,)
     for fallback in fallbacks:
         if not isinstance(fallback, Fallback):
-            _refuse_of(upstream, fallback, "a Fallback or a sequence of them, such as Fallback(to='gpt-4o-mini')")
+            _reject_fallback(core, fallback, "a Fallback or a sequence of them, such as Fallback(to='gpt-4o-mini')")
         to = fallback.to
         if isinstance(to, str):
-            own = (
-                "" if _WILD.search(fallback.models) else group(fallback.models)
-            )  # "" is that of all, where there is but one
-            if group(to) == own:
-                expected = (
-                    f"a model with an account of its own: {to!r} shares that of the calls which would be sent on."
-                    " Give each its own pattern in models="
-                )
-                _refuse_of(upstream, to, expected)
-        elif not isinstance(to, type(upstream)):
-            _refuse_of(upstream, to, "a Fallback to the name of a model, or to an Upstream")
+            _check_other_account(core, fallback.models, to)
+        elif not isinstance(getattr(to, "core", None), UpstreamCore):
+            _reject_fallback(core, to, "a Fallback to the name of a model, or to an Upstream")
         else:
-            _check_protocol(upstream, to)
+            _check_protocol(core, to.core)
     return fallbacks
 
 
-def check_reachable(upstream: Upstream) -> None:
-    """Check that requests can be sent on to wherever the fallbacks of an upstream lead.
+def check_reachable(target: FallbackTarget) -> None:
+    """Check that a bound client's requests can be sent to all fallbacks of an upstream.
 
     Raises:
-        InvalidSetting: one says neither where that is nor as whom to call it.
+        InvalidSetting: a fallback has neither an address nor a key.
     """
-    for fallback in upstream.fallbacks:
+    for fallback in target.fallbacks:
         if not fallback.is_reachable and not isinstance(fallback.to, str):
-            expected = "given a base_url= or an api_key= (or both): else its requests would be the very same"
-            _refuse_of(upstream, fallback.to.name, expected)
+            expected = "given a base_url= or an api_key= (or both): otherwise the same request would be sent again"
+            _reject_fallback(target.core, fallback.to.name, expected)
 
 
-def _check_protocol(upstream: Upstream, to: Upstream) -> None:
-    ours, theirs = upstream.profile.protocol, to.profile.protocol
+def _check_other_account(core: UpstreamCore, models: str, to: str) -> None:
+    group = core.settings.model_group
+    own = "" if _WILDCARD.search(models) else group(models)  # "" is the account of all models, if there is only one
+    if group(to) == own:
+        expected = (
+            f"a model with an account of its own: {to!r} shares the account of the calls that would fall back."
+            " Give each its own pattern in models="
+        )
+        _reject_fallback(core, to, expected)
+
+
+def _check_protocol(core: UpstreamCore, to: UpstreamCore) -> None:
+    ours, theirs = core.profile.protocol, to.profile.protocol
     if ours is not None and theirs is not None and ours != theirs:
         expected = (
-            f"an upstream of the same protocol: calls of {upstream.provider!r} cannot be sent to {to.provider!r} as"
-            " they are"
+            f"an upstream of the same protocol: requests for {core.provider!r} cannot be sent to {to.provider!r}"
+            " unchanged"
         )
-        _refuse_of(upstream, to.name, expected)
+        _reject_fallback(core, to.name, expected)
 
 
-def _refuse(name: str, value: Any, expected: str) -> None:
-    raise InvalidSetting(owner=_OWNER, name=name, value=value, expected=expected)
+def _reject(name: str, value: Any, expected: str) -> NoReturn:
+    reject(_OWNER, name, value, expected)
 
 
-def _refuse_of(upstream: Upstream, value: Any, expected: str) -> None:
-    raise InvalidSetting(owner=f"Upstream {upstream.name!r}", name="fallback", value=value, expected=expected)
+def _reject_fallback(core: UpstreamCore, value: Any, expected: str) -> NoReturn:
+    reject(f"Upstream {core.name!r}", "fallback", value, expected)
 
 
-def _problem(url: object) -> str | None:
-    """Why no request can be sent below this URL; None if one can."""
+def _url_problem(url: object) -> str | None:
+    """Return why requests cannot be sent below this URL; None if they can."""
     if not isinstance(url, str) or not url.isprintable() or " " in url:
-        return "this is none"
+        return "this is not a URL"
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises if it is none
+        parts.port  # noqa: B018 - raises if it is invalid
     except ValueError:
-        return "this is none"
+        return "this is not a URL"
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return "this is none"
+        return "this is not a URL"
     if parts.username is not None or parts.password is not None:
-        return "it holds a name or a password; give the key as api_key="
-    return "it ends in a '#', where nothing can be appended" if parts.fragment else None
+        return "it contains a name or a password; give the key as api_key="
+    return "it ends in a '#' fragment, and nothing can be appended to that" if parts.fragment else None

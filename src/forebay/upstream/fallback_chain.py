@@ -1,242 +1,222 @@
-"""One call on its way through the accounts that may serve it: which is next, and what its caller gets in the end.
-
-`FallbackChain` decides, and waits for nothing; `travel` and `travel_blocking` go where it says.
-"""
+"""The accounts that one call tries, one after another, and what its caller gets in the end. Nothing here waits."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, Protocol, Self, TypeVar
 
 from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import CallRequest
-from forebay.upstream.fallback_routes import AnyOf, FallbackRoute
+from forebay.upstream.any_of import AnyOf
+from forebay.upstream.call_request import AttemptResult, CallRequest
+from forebay.upstream.core import UpstreamCore
+from forebay.upstream.fallback import FallbackTarget
+from forebay.upstream.fallback_routes import FallbackResolver, FallbackRoute
 from forebay.upstream.shared_account import SharedAccount
-
-if TYPE_CHECKING:
-    from forebay.upstream.upstream import Upstream
 
 
 class CallRoute(Protocol):
-    """A call, made ready for one account."""
+    """A call, prepared for one account."""
 
     @property
-    def upstream(self) -> Upstream:
-        """Whose account it is."""
+    def core(self) -> UpstreamCore:
+        """The upstream that the account belongs to."""
 
     @property
     def account(self) -> SharedAccount:
-        """Of the account."""
+        """The account."""
 
     @property
     def call_request(self) -> CallRequest:
-        """What it asks of it."""
+        """The needs of the call."""
+
+    @property
+    def api_key(self) -> str:
+        """The API key of the call, as its header has it."""
 
     def throttled_error(self) -> Overloaded | None:
-        """What its provider's latest answer comes to, if that was *not now*."""
+        """Return the provider's latest answer as an error if the provider throttled the call, else None."""
 
     def describe_failure(self) -> str:
-        """What its latest attempt came to, for a person."""
+        """Return what happened to the latest attempt, for a person."""
+
+    def can_reroute(self, route: FallbackRoute) -> bool:
+        """Return whether the call could be served there, as far as that is cheap to tell."""
+
+    def reroute(self, route: FallbackRoute, account: SharedAccount) -> Self | None:
+        """Return the call, prepared for another account; None if it cannot be served there."""
 
 
-LegT = TypeVar("LegT", bound=CallRoute)
+RouteT = TypeVar("RouteT", bound=CallRoute)
 
 
 class PlainRoute:
-    """A leg of a call that is no request of ours: its maker knows how to send it."""
-
-    __slots__ = ("account", "call_request", "upstream")
-
-    def __init__(self, upstream: Upstream, desk: SharedAccount, ask: CallRequest) -> None:
-        self.upstream = upstream
-        self.account = desk
-        self.call_request = ask
-
-    def throttled_error(self) -> None:
-        """See `CallRoute`. What no provider is seen of never is."""
-
-    def describe_failure(self) -> str:
-        """See `CallRoute`."""
-        return f"{self.upstream.name}: it failed there"
-
-
-class FallbackChain(Generic[LegT]):
-    """The accounts that one call tries, one after another, until one serves it.
-
-    First those that are less loaded than its own, if that is above the load from which the call goes there; then its
-    own; then the others. None is tried once the call's deadline has passed. If none serves it, what its own account
-    or provider said stands.
+    """A `CallRoute` of a call whose content is not known here: a permit taken by hand, a guarded function.
 
     Args:
-        first: the call, for its own account.
-        stops: the others, and the desk of each.
-        choice: what stands for all of them in the run that is under way.
-        make: readies the call for another; None where that cannot answer it.
-
-    Raises:
-        Overloaded: the run was refused by all of them before.
+        upstream: the `Upstream` that the account belongs to.
+        account: the account.
+        call_request: what the call needs of it.
+        request_at: returns what it needs of an account of another model or upstream; None if it cannot go there.
     """
+
+    __slots__ = ("_request_at", "account", "call_request", "core", "upstream")
+
+    api_key: Final = ""
 
     def __init__(
         self,
-        first: LegT,
-        stops: Sequence[tuple[FallbackRoute, SharedAccount]],
-        choice: AnyOf,
-        make: Callable[[FallbackRoute, SharedAccount], LegT | None],
+        upstream: FallbackTarget,
+        account: SharedAccount,
+        call_request: CallRequest,
+        request_at: Callable[[UpstreamCore, str], CallRequest] | None = None,
     ) -> None:
-        self.own = first
-        self._make = make
-        self._choice = choice
+        self.upstream = upstream
+        self.core = upstream.core
+        self.account = account
+        self.call_request = call_request
+        self._request_at = request_at
+
+    def throttled_error(self) -> None:
+        """See `CallRoute`. The provider's answer is not seen here."""
+
+    def describe_failure(self) -> str:
+        """See `CallRoute`."""
+        return f"{self.core.name}: the call failed there"
+
+    def can_reroute(self, route: FallbackRoute) -> bool:  # noqa: ARG002 - see CallRoute
+        """See `CallRoute`."""
+        return self._request_at is not None
+
+    def reroute(self, route: FallbackRoute, account: SharedAccount) -> PlainRoute:
+        """See `CallRoute`."""
+        assert self._request_at is not None  # noqa: S101 - or it is not rerouted
+        request = self._request_at(route.core, route.model)
+        return PlainRoute(route.upstream, account, request, self._request_at)
+
+
+class FallbackChain(Generic[RouteT]):
+    """The routes of one call, in the order in which they are tried.
+
+    Accounts that are less loaded than the call's own come first, if its own has reached their load threshold; then its
+    own; then the others. None is tried after the call's deadline. If none serves the call, its caller gets the answer
+    of its own account or provider.
+
+    Args:
+        own: the call, prepared for its own account.
+        others: the other routes, each with its account.
+        any_of: all these accounts as one load source.
+
+    Raises:
+        Overloaded: all of them have rejected an earlier call of the same run.
+    """
+
+    def __init__(self, own: RouteT, others: Sequence[tuple[FallbackRoute, SharedAccount]], any_of: AnyOf) -> None:
+        self.own = own
+        self._any_of = any_of
         self._run = context.call_observer()
-        self._whens = [stop.load_threshold for stop, _ in stops]
+        self._thresholds = [route.load_threshold for route, _ in others]
         if self._run is not None:
-            self._run.record_call(choice)
-            if self._run.rejections and (error := self._run.rejections.get(choice)) is not None:
+            self._run.record_call(any_of)
+            if self._run.rejections and (error := self._run.rejections.get(any_of)) is not None:
                 raise error
-        load = self._load()
+        load = self._own_load()
         ahead = [
-            way
-            for way in stops
-            if way[0].load_threshold < 1.0 and way[0].load_threshold <= load and way[1].load_for() < load
+            (route, account)
+            for route, account in others
+            if route.load_threshold < 1.0 and route.load_threshold <= load and account.load_for() < load
         ]
-        after = [way for way in stops if way not in ahead]
-        self._left: deque[tuple[FallbackRoute, SharedAccount] | None] = deque([*ahead, None, *after])  # None is its own
-        self._own: Overloaded | AttemptResult | None = None
-        self._said: list[str] = []
+        behind = [way for way in others if way not in ahead]
+        self._untried: deque[tuple[FallbackRoute, SharedAccount] | None] = deque([*ahead, None, *behind])  # None: own
+        self._own_result: Overloaded | AttemptResult | None = None
+        self._other_failures: list[str] = []
         self._retry_after: list[float] = []
 
-    def _load(self) -> float:
-        """That of its own account for this call, if it matters."""
-        return self.own.account.load_for(self.own.call_request) if min(self._whens) < 1.0 else 0.0
+    def _own_load(self) -> float:
+        """Return the load of the call's own account for this call; 0 if no threshold depends on it."""
+        return self.own.account.load_for(self.own.call_request) if min(self._thresholds) < 1.0 else 0.0
 
-    def next(self) -> LegT | None:
-        """The call for the account whose turn it is; None when there is none left."""
-        while self._left:
-            if self._own is not None and self.own.call_request.deadline <= clock.now():
+    def next(self) -> RouteT | None:
+        """Return the next route to try; None when there is none left."""
+        while self._untried:
+            if self._own_result is not None and self.own.call_request.deadline <= clock.now():
                 return None
-            way = self._left.popleft()
-            leg = self.own if way is None else self._make(*way)
-            if leg is not None:
-                return leg
+            way = self._untried.popleft()
+            route = self.own if way is None else self.own.reroute(*way)
+            if route is not None:
+                return route
         return None
 
-    def skips_retry(self, leg: LegT) -> bool:
-        """Whether a call that was answered *not now* goes on at once, rather than wait and try there again."""
-        if leg is not self.own or not any(self._left):
+    def skips_retry(self, route: RouteT) -> bool:
+        """Return whether a throttled call goes to the next account at once, instead of waiting to retry at this one."""
+        if route is not self.own or not any(self._untried):
             return False
-        load = self._load()
-        return any(when < 1.0 and when <= load for when in self._whens)
+        load = self._own_load()
+        return any(threshold < 1.0 and threshold <= load for threshold in self._thresholds)
 
-    def record_rejection(self, leg: LegT, error: Overloaded) -> None:
-        """An account has refused it."""
-        if leg is self.own:
-            self._own = error
+    def record_rejection(self, route: RouteT, error: Overloaded) -> None:
+        """Note that the account of `route` has rejected the call."""
+        if route is self.own:
+            self._own_result = error
         else:
-            self._said.append(error.reason)
+            self._other_failures.append(error.reason)
             if error.retry_after is not None:
                 self._retry_after.append(error.retry_after)
 
-    def record_result(self, leg: LegT, tried: AttemptResult) -> bool:
-        """What its attempts came to; whether that is what its caller gets."""
-        if leg is self.own:
-            if not tried.can_fall_back:
+    def record_result(self, route: RouteT, result: AttemptResult) -> bool:
+        """Note the result of `route`, and return whether the caller gets it."""
+        if route is self.own:
+            if not result.can_fall_back:
                 return True
-            self._own = tried
-        elif tried.outcome.kind is Outcome.SUCCESS:
-            self.record_served(leg)
+            self._own_result = result
+        elif result.outcome.kind is Outcome.SUCCESS:
+            self.own.account.count_served_by_fallback()
             return True
         else:
-            self._said.append(leg.describe_failure())
+            self._other_failures.append(route.describe_failure())
         return False
 
-    def record_served(self, leg: LegT) -> None:
-        """Its caller has what it asked for, from this account."""
-        if leg is not self.own:
-            self.own.account.served_by_fallback += 1
-
     def conclude(self) -> AttemptResult:
-        """None has served it: what its caller gets, which the run that is under way hears of.
+        """Return the caller's result when no account has served the call. A rejection is reported to the run.
 
         Raises:
-            Overloaded: its own account has refused it; the reason says what the others did.
+            Overloaded: the call's own account rejected it. The reason includes what the others answered.
         """
-        own = self._own
+        own = self._own_result
         if isinstance(own, Overloaded):
-            raise self._refusal(own.reason, own)
-        assert own is not None  # noqa: S101 - its own turn comes in every journey
-        if (refusal := self.own.throttled_error()) is not None:
-            self._refusal(refusal.reason, refusal)
+            raise self._rejection(own)
+        assert own is not None  # noqa: S101 - the own route is in every chain
+        if (error := self.own.throttled_error()) is not None:
+            self._rejection(error)
         return own
 
-    def _refusal(self, reason: str, own: Overloaded) -> Overloaded:
+    def _rejection(self, own: Overloaded) -> Overloaded:
+        """Return the rejection by all accounts, and report it to the run."""
         after = [*self._retry_after, *([] if own.retry_after is None else [own.retry_after])]
         error = Overloaded(
-            "; ".join([reason, *self._said]),
+            "; ".join([own.reason, *self._other_failures]),
             limited_by=own.limited_by,
             load=own.load,
             retry_after=min(after, default=None),
         )
         if self._run is not None:
-            self._run.record_rejection(self._choice, error)
+            self._run.record_rejection(self._any_of, error)
         return error
 
 
-def make_chain(
-    first: LegT,
-    make: Callable[[FallbackRoute, SharedAccount], LegT | None],
-    *,
-    key: str = "",
-    fits: Callable[[FallbackRoute], bool] = lambda _: True,
-) -> FallbackChain[LegT] | None:
-    """The journey of a call that another account might serve; None if there is no other.
-
-    Args:
-        first: the call, for its own account.
-        make: readies it for another; None where that cannot answer it.
-        key: its API key.
-        fits: whether another could answer it, as far as that is known beforehand.
+def make_chain(own: RouteT, resolver: FallbackResolver) -> FallbackChain[RouteT] | None:
+    """Return the chain of a call; None if only its own account can serve it.
 
     Raises:
-        Overloaded: the run was refused by all of them before.
+        Overloaded: all accounts of the chain have rejected an earlier call of the same run.
     """
-    detours = first.upstream.fallback_resolver
-    ways = detours.accounts(
-        first.account, (stop for stop in detours.routes(first.call_request.model) if fits(stop)), key
-    )
-    if not ways:
+    routes = resolver.routes(own.call_request.model)
+    if not routes:
         return None
-    return FallbackChain(first, ways, detours.any_of([first.account, *(desk for _, desk in ways)]), make)
-
-
-async def run_chain(journey: FallbackChain[LegT], make: Callable[[LegT], Awaitable[AttemptResult]]) -> AttemptResult:
-    """Make a call at one account after another; what its caller gets.
-
-    Raises:
-        Overloaded: its own account has refused it, and no other has served it.
-    """
-    while (leg := journey.next()) is not None:
-        try:
-            tried = await make(leg)
-        except Overloaded as error:
-            journey.record_rejection(leg, error)
-            continue
-        if journey.record_result(leg, tried):
-            return tried
-    return journey.conclude()
-
-
-def run_chain_blocking(journey: FallbackChain[LegT], make: Callable[[LegT], AttemptResult]) -> AttemptResult:
-    """As `travel`, in a plain thread."""
-    while (leg := journey.next()) is not None:
-        try:
-            tried = make(leg)
-        except Overloaded as error:
-            journey.record_rejection(leg, error)
-            continue
-        if journey.record_result(leg, tried):
-            return tried
-    return journey.conclude()
+    fitting = (route for route in routes if own.can_reroute(route))
+    others = resolver.accounts(own.account, fitting, own.api_key)
+    if not others:
+        return None
+    return FallbackChain(own, others, resolver.any_of([own.account, *(account for _, account in others)]))

@@ -1,41 +1,37 @@
-"""Where a call may go: its own account, and those that its upstream's fallbacks lead to. Nothing here waits."""
+"""Fallback routes: the other accounts that can serve a call. Nothing here waits."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from forebay.interfaces import LoadSource
-from forebay.task import Priority
-from forebay.upstream.fallback import Fallback
+from forebay.upstream.any_of import AnyOf
+from forebay.upstream.core import UpstreamCore
+from forebay.upstream.fallback import Fallback, FallbackTarget
 from forebay.upstream.shared_account import SharedAccount
 from forebay.upstream.weak_lru import WeakLRU
 
-if TYPE_CHECKING:
-    from forebay.upstream.upstream import Upstream
-
-_KEPT = 1_000  # models whose stops are kept, and choices
+_CACHED = 1_000  # models whose routes are kept, and combinations of accounts
 
 
 class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """Another account by which a call may be served.
+    """Another account that can serve a call.
 
     Attributes:
-        upstream: whose account it is.
+        upstream: the `Upstream` that the account belongs to.
         model: what the model is called there.
-        by: the fallback that leads here.
-        when: the load of the call's own account from which it is sent here.
-        elsewhere: it is not the call's own upstream.
-        base_url: where it is; None: where the call was going.
-        api_key: as whom; None where it is the call's own upstream, or asks for none.
-        reached: whether it is known how a request can be sent there.
+        fallback: the setting that leads there.
+        load_threshold: the load of the call's own account from which the call goes there.
+        other_upstream: the account belongs to another upstream than the call's own.
+        base_url: address of the API there; None for the address of the call.
+        api_key: key to send there; None for the call's own upstream, or if there is no key.
+        reachable: it is known how a request gets there.
     """
 
-    upstream: Upstream
+    upstream: FallbackTarget
     model: str
     fallback: Fallback
     load_threshold: float
@@ -45,166 +41,131 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     reachable: bool
 
     def __repr__(self) -> str:
-        return f"Stop({self.upstream.name!r}, {self.model!r})"
+        return f"FallbackRoute({self.upstream.name!r}, {self.model!r})"
 
-    def auth_headers(self, own: str) -> dict[str, str]:
-        """The header that says as whom a request is sent there, where that of the call says `own`."""
+    @property
+    def core(self) -> UpstreamCore:
+        """The upstream's accounts, money and retries."""
+        return self.upstream.core
+
+    def auth_headers(self, own_key: str) -> dict[str, str]:
+        """Return the headers with the API key for a request that is sent there.
+
+        Args:
+            own_key: the authentication header of the call.
+        """
         if self.api_key is None:
             return {}
-        if self.upstream.provider == "azure":
+        if self.core.provider == "azure":
             return {"api-key": self.api_key}
-        bears = own.lower().startswith("bearer ")  # as Anthropic's SDK says it from its second version on
-        if self.upstream.profile.protocol == "anthropic" and not bears:
+        bearer = own_key.lower().startswith("bearer ")  # Anthropic's SDK sends one from version 2 on
+        if self.core.profile.protocol == "anthropic" and not bearer:
             return {"x-api-key": self.api_key}
         return {"authorization": f"Bearer {self.api_key}"}
 
-    def account_key(self, own: str) -> str:
-        """The API key whose account it is of, where that of the call is `own`."""
-        return next(iter(self.auth_headers(own).values()), "") if self.other_upstream else own
+    def account_key(self, own_key: str) -> str:
+        """Return the API key that the account belongs to, for a call with the key `own_key`."""
+        return next(iter(self.auth_headers(own_key).values()), "") if self.other_upstream else own_key
 
-    def account(self, own: str) -> SharedAccount:
-        """That of its account, where the API key of the call is `own`."""
-        return self.upstream.accounts.account(self.model, self.account_key(own))
+    def account(self, own_key: str) -> SharedAccount:
+        """Return the account, for a call with the API key `own_key`."""
+        return self.core.accounts.account(self.model, self.account_key(own_key))
 
 
-def resolve_routes(upstream: Upstream, model: str) -> tuple[FallbackRoute, ...]:
-    """Where a call of `model` may be sent on to, in order.
+def resolve_routes(upstream: FallbackTarget, model: str) -> tuple[FallbackRoute, ...]:
+    """Return where a call of `model` can fall back to, in order.
 
-    The fallbacks of each upstream are followed once, so there are no loops. Which of these are the same account as
-    another is seen once the call's key is known.
+    The fallbacks of each upstream are followed once, so there are no loops. Two routes can lead to the same account:
+    that is known once the API key of the call is known.
     """
     found: list[FallbackRoute] = []
-    followed = {upstream}
-    coming: deque[tuple[Upstream, str, FallbackRoute | None]] = deque([(upstream, model, None)])
-    while coming:
-        here, name, before = coming.popleft()
+    followed = {upstream.core}
+    queue: deque[tuple[FallbackTarget, str, FallbackRoute | None]] = deque([(upstream, model, None)])
+    while queue:
+        here, name, before = queue.popleft()
         for fallback in here.fallbacks:
             if not fallback.applies_to(name):
                 continue
-            stop = _stop(fallback, here, name, before)
-            found.append(stop)
-            if stop.upstream not in followed:
-                followed.add(stop.upstream)
-                coming.append((stop.upstream, stop.model, stop))
+            route = _route(fallback, here, name, before)
+            found.append(route)
+            if route.core not in followed:
+                followed.add(route.core)
+                queue.append((route.upstream, route.model, route))
     return tuple(found)
 
 
-def _stop(fallback: Fallback, here: Upstream, name: str, before: FallbackRoute | None) -> FallbackRoute:
-    """Where a fallback of `here` leads for calls of model `name`, which came there by `before`."""
-    when = fallback.load_threshold if before is None else max(before.load_threshold, fallback.load_threshold)
-    reached = fallback.is_reachable and (before is None or before.reachable)
+def _route(fallback: Fallback, here: FallbackTarget, model: str, before: FallbackRoute | None) -> FallbackRoute:
+    """Return the route of one fallback of `here` for calls of `model`, which got there by the route `before`."""
+    threshold = fallback.load_threshold if before is None else max(before.load_threshold, fallback.load_threshold)
+    reachable = fallback.is_reachable and (before is None or before.reachable)
+    base_url = None if before is None else before.base_url
     if isinstance(fallback.to, str):
         return FallbackRoute(
             upstream=here,
             model=fallback.to,
             fallback=fallback,
-            load_threshold=when,
+            load_threshold=threshold,
             other_upstream=before is not None,
-            base_url=None if before is None else before.base_url,
+            base_url=base_url,
             api_key=None if before is None else before.api_key,
-            reachable=reached,
+            reachable=reachable,
         )
     return FallbackRoute(
         upstream=fallback.to,
-        model=fallback.model or name,
+        model=fallback.model or model,
         fallback=fallback,
-        load_threshold=when,
+        load_threshold=threshold,
         other_upstream=True,
-        base_url=fallback.base_url or (None if before is None else before.base_url),
+        base_url=fallback.base_url or base_url,
         api_key=fallback.api_key,
-        reachable=reached,
+        reachable=reachable,
     )
 
 
 class FallbackResolver:
-    """What the fallbacks of one upstream lead to, by model and key, once it was asked for."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self._upstream = upstream
-        self._lock = threading.Lock()
-        self._stops: OrderedDict[str, tuple[FallbackRoute, ...]] = OrderedDict()
-        self._choices: WeakLRU[tuple[SharedAccount, ...], AnyOf] = WeakLRU(_KEPT)
-
-    def routes(self, model: str) -> tuple[FallbackRoute, ...]:
-        """Where a call of `model` may be sent on to, in order."""
-        with self._lock:
-            stops = self._stops.get(model)
-            if stops is None:
-                stops = self._stops[model] = resolve_routes(self._upstream, model)
-                if len(self._stops) > _KEPT:
-                    self._stops.popitem(last=False)
-        return stops
-
-    def accounts(
-        self, own: SharedAccount, stops: Iterable[FallbackRoute], key: str = ""
-    ) -> list[tuple[FallbackRoute, SharedAccount]]:
-        """The accounts of `stops` for a call of account `own`, under the API key `key`, each of them once."""
-        found: dict[SharedAccount, FallbackRoute] = {}
-        for stop in stops:
-            desk = stop.account(key)
-            if desk is not own:
-                found.setdefault(desk, stop)
-        return [(stop, desk) for desk, stop in found.items()]
-
-    def any_of(self, desks: Sequence[SharedAccount]) -> AnyOf:
-        """What stands for all of these; the same for the same, since a run remembers it."""
-        return self._choices.get(tuple(desks), AnyOf)
-
-
-class AnyOf:
-    """Several accounts by any of which the calls of a run may be served, as one `Source`: the least loaded tells.
-
-    A run that any of them could serve is not refused, nor held back, because another is full.
+    """Finds the fallback routes of one upstream, and remembers them by model.
 
     Args:
-        desks: of the accounts, the call's own first.
+        upstream: the upstream whose fallbacks are followed.
+
+    Attributes:
+        has_fallbacks: the upstream has fallbacks.
     """
 
-    def __init__(self, desks: Sequence[SharedAccount]) -> None:
-        self.members = tuple(desks)
-        self.name = " or ".join(desk.name for desk in desks)
+    def __init__(self, upstream: FallbackTarget) -> None:
+        self.has_fallbacks = bool(upstream.fallbacks)
+        self._upstream = upstream
+        self._lock = threading.Lock()
+        self._routes: OrderedDict[str, tuple[FallbackRoute, ...]] = OrderedDict()
+        self._any_of: WeakLRU[tuple[SharedAccount, ...], AnyOf] = WeakLRU(_CACHED)
 
-    @property
-    def accounts(self) -> Sequence[LoadSource]:
-        """See `forebay.interfaces.Source`."""
-        return self.members
+    def routes(self, model: str) -> tuple[FallbackRoute, ...]:
+        """Return where a call of `model` can fall back to, in order."""
+        with self._lock:
+            routes = self._routes.get(model)
+            if routes is None:
+                routes = self._routes[model] = resolve_routes(self._upstream, model)
+                if len(self._routes) > _CACHED:
+                    self._routes.popitem(last=False)
+        return routes
 
-    def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """See `forebay.interfaces.Source`."""
-        return min(desk.load(priority) for desk in self.members)
+    def accounts(
+        self, own: SharedAccount, routes: Iterable[FallbackRoute], key: str = ""
+    ) -> list[tuple[FallbackRoute, SharedAccount]]:
+        """Return `routes` with their accounts: each account once, and without the call's own.
 
-    def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:
-        """See `forebay.interfaces.Source`."""
-        return min(desk.time_until_below(priority, load) for desk in self.members)
+        Args:
+            own: the call's own account.
+            routes: in order.
+            key: the API key of the call.
+        """
+        found: dict[SharedAccount, FallbackRoute] = {}
+        for route in routes:
+            account = route.account(key)
+            if account is not own:
+                found.setdefault(account, route)
+        return [(route, account) for account, route in found.items()]
 
-    def may_start(self, priority: Priority) -> bool:
-        """See `forebay.interfaces.Source`."""
-        return any(desk.may_start(priority) for desk in self.members)
-
-    def typical_latency(self) -> float:
-        """See `forebay.interfaces.Source`."""
-        return self.members[0].typical_latency()
-
-    def blocks(self, priority: Priority) -> bool:
-        """See `forebay.interfaces.Source`."""
-        return all(desk.blocks(priority) for desk in self.members)
-
-    def hold_back(self, holder: object, runs: int, priority: Priority = Priority.NORMAL) -> None:
-        """See `forebay.interfaces.Source`. They may come to any of them, so they count in each."""
-        for desk in self.members:
-            desk.hold_back((self, holder), runs, priority)
-
-    def add_expected_calls(self, runs: int) -> None:
-        """See `forebay.interfaces.Source`. Likewise."""
-        for desk in self.members:
-            desk.add_expected_calls(runs)
-
-    def on_relief(self, holder: object, callback: Callable[[], None]) -> None:
-        """See `forebay.interfaces.Source`."""
-        for desk in self.members:
-            desk.on_relief((self, holder), callback)
-
-    def forget(self, holder: object) -> None:
-        """See `forebay.interfaces.Source`."""
-        for desk in self.members:
-            desk.forget((self, holder))
+    def any_of(self, accounts: Sequence[SharedAccount]) -> AnyOf:
+        """Return the load source that stands for all of these accounts: the same one each time, as runs remember it."""
+        return self._any_of.get(tuple(accounts), AnyOf.of)

@@ -1,88 +1,77 @@
-"""An answer that is still coming: metered as it passes, and its permit closed exactly once, however it ends."""
+"""A streaming answer: metered as it passes, and its permit released exactly once, however it ends."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from forebay import context
 from forebay.interfaces import Outcome
-from forebay.upstream.call_request import Permit
-from forebay.upstream.providers import ErrorKind, UsageFilter, UsageMeter
-
-if TYPE_CHECKING:
-    from forebay.upstream.exchange import Exchange
+from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
 
 
 class MeteredStream:
-    """Fed the bytes of one open answer; it returns those that the caller gets.
+    """Takes the bytes of one streaming answer, and returns those that its caller gets.
 
     Args:
-        exchange: whose answer it is.
-        permit: which it closes.
-        meter: reads the usage; None where there is none to read.
-        keep: keeps what the caller did not ask for.
-        judged: whether an end that comes too early can be told from an end.
+        settle: releases the permit, given how the answer ended and what it used.
+        meter: reads the usage; None if there is none to read.
+        usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
+        detects_truncation: an answer that was cut short can be told from a complete one.
     """
 
-    __slots__ = ("_exchange", "_judged", "_keep", "_lock", "_meter", "_permit", "_running", "settled")
+    __slots__ = ("_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
 
     def __init__(
         self,
-        exchange: Exchange,
-        permit: Permit,
+        settle: Callable[[Outcome, Usage | None], None],
         meter: UsageMeter | None,
         usage_filter: UsageFilter | None,
         *,
         detects_truncation: bool,
     ) -> None:
-        self._exchange = exchange
-        self._permit = permit
+        self._settle = settle
         self._meter = meter
-        self._keep = usage_filter
-        self._judged = detects_truncation
+        self._usage_filter = usage_filter
+        self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
-        self._running = context.call_observer()
+        self._run = context.call_observer()
         self.settled = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """The next bytes; returns what may be passed on now."""
+        """Take the next bytes, and return what may be passed on now."""
         if self._meter is not None:
             self._meter.feed(chunk)
-        return chunk if self._keep is None else self._keep.feed(chunk)
+        return chunk if self._usage_filter is None else self._usage_filter.feed(chunk)
 
     def end(self) -> bytes:
-        """The provider has closed the answer; returns what was held back."""
-        rest = b"" if self._keep is None else self._keep.end()
+        """Note that the provider has closed the answer, and return the bytes that were held back."""
+        rest = b"" if self._usage_filter is None else self._usage_filter.end()
         meter = self._meter
         if meter is not None:
             meter.end()
-        if meter is None or meter.complete or not self._judged:
-            self._settle(Outcome.SUCCESS)
-        else:
-            self._settle(Outcome.FAULT)
+        complete = meter is None or meter.complete or not self._detects_truncation
+        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
         return rest
 
     def fail(self) -> None:
-        """The connection failed."""
-        self._settle(Outcome.FAULT)
+        """Note that the connection failed."""
+        self._settle_once(Outcome.FAULT)
 
     def abandon(self) -> None:
-        """Whoever read it has gone. After the end that is no news."""
+        """Note that the reader has gone. After the end of the answer this changes nothing."""
         complete = self._meter is not None and self._meter.complete
-        self._settle(Outcome.SUCCESS if complete else Outcome.IGNORED)
+        self._settle_once(Outcome.SUCCESS if complete else Outcome.IGNORED)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle_once(self, kind: Outcome) -> None:
         with self._lock:
             if self.settled:
                 return
             self.settled = True
         meter = self._meter
-        error: ErrorKind | None = None if meter is None else meter.error_kind
-        if error is not None:
-            outcome = error.outcome
-        if outcome is Outcome.FAULT and self._running is not None:
-            self._running.record_upstream_fault()
-        ended = self._exchange.call_outcome(self._permit, outcome, None if meter is None else meter.usage)
-        self._exchange.account.settle(self._permit, ended)
-        self._running = None
+        if meter is not None and meter.error_kind is not None:
+            kind = meter.error_kind.outcome
+        if kind is Outcome.FAULT and self._run is not None:
+            self._run.record_upstream_fault()
+        self._settle(kind, None if meter is None else meter.usage)
+        self._run = None

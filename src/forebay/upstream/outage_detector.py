@@ -1,4 +1,4 @@
-"""A provider that refuses everything for want of capacity, for longer than anybody should wait for it."""
+"""Detects an outage: a provider that throttles every call for longer than anybody should wait."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Final
 
 from forebay.limit import Limit
 
-_SPREAD: Final = 10.0  # seconds over which those come again who were sent away
-_FORGET: Final = 60.0  # seconds without a refusal, for nobody asked: how it was meanwhile is not known
+_SPREAD: Final = 10.0  # seconds over which rejected calls come back
+_FORGET: Final = 60.0  # seconds without a throttled call after which an outage is not known to go on
 
 
 class OutageDetector:
-    """Knows since when nobody was let in. The limit knocks meanwhile: a refusal is no fault, so no breaker opens.
+    """Knows since when the provider has throttled every call.
+
+    A throttled call is not a fault, so no breaker opens; the limit sends a single call from time to time meanwhile.
 
     Args:
-        limit: of the account; 0 between two knocks.
-        patience: seconds after which nobody need wait any longer.
+        limit: of the account; it is 0 between two such calls.
+        patience: seconds after which no call should wait any longer.
     """
 
     __slots__ = ("_latest", "_limit", "_patience", "_since")
@@ -25,22 +27,22 @@ class OutageDetector:
         self._limit = limit
         self._patience = patience
         self._since = math.inf
-        self._latest = -math.inf  # when the latest call was refused
+        self._latest = -math.inf  # when the latest call was throttled
 
     def record_throttled(self, now: float) -> None:
-        """A call was, for want of capacity."""
+        """Note that a call was throttled for lack of capacity."""
         self._since = now if now - self._latest > _FORGET else min(self._since, now)
         self._latest = now
 
     def record_accepted(self) -> None:
-        """A call was let in: its answer has begun."""
+        """Note that a call was accepted: its answer has begun."""
         self._since = math.inf
 
     def duration(self, now: float) -> float | None:
-        """For how many seconds it has, if that is too long, and the next to knock is not due; else None."""
+        """Return how many seconds an outage has lasted, if that is too long to wait and no call is due; else None."""
         seconds = now - self._since
         return seconds if seconds >= self._patience and self._limit.limit(now) == 0 else None
 
     def retry_after(self, now: float, draw: float) -> float:
-        """Seconds after which one who was sent away may come again; `chance` is a draw from [0, 1)."""
+        """Return the seconds after which a rejected call may try again; `draw` is uniform in [0, 1)."""
         return (self._limit.reopens_at(now) or now) - now + draw * _SPREAD

@@ -1,4 +1,4 @@
-"""The desk: where calls get their permits and give them back, from any event loop and any thread."""
+"""A shared account: where calls get their permits and return them, from any event loop and any thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
 
 from forebay import clock, context
 from forebay.errors import Overloaded
@@ -13,105 +14,133 @@ from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
 from forebay.task import Priority
 from forebay.upstream.account import Account
+from forebay.upstream.call_queue import QueuedCall
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
 from forebay.upstream.token_estimates import TokenEstimates
-from forebay.upstream.waiters import AsyncWaiter, QueuedCall, ThreadWaiter, Waiter
+from forebay.upstream.waiters import AsyncWaiter, ThreadWaiter, Waiter
 
-_GAIN = 0.05  # weight of the newest call in what a typical one asks
-_START_SHARE = 0.25  # of a typical call: how long the next may be expected to wait for another run to begin
+WaiterT = TypeVar("WaiterT", bound=Waiter)
+
+_GAIN: Final = 0.05  # weight of the newest call in the typical one
+_START_SHARE: Final = 0.25  # of a typical call: the expected wait up to which another run may start
 
 
 class SharedAccount:
-    """One account, its lock, and those who want to know how full it is. It is the account's `Source`.
+    """One account with its lock, its waiting callers, and the runs that watch its load. It is a `LoadSource`.
 
     Args:
-        account: what decides.
-        upstream: whose account it is, for messages.
-        start_wait: seconds that the next call may be expected to wait for a run to begin; None: a quarter of a typical
-            call.
+        account: decides.
+        upstream: name of the account's upstream, for messages.
+        max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
+            typical call.
+
+    Attributes:
+        token_estimates: what its calls use, as learned from those that have ended.
+        served_by_fallback: calls of this account that another account has served.
     """
 
     def __init__(self, account: Account, *, upstream: str, max_start_wait: float | None) -> None:
         self.name = account.name
         self.account = account
-        self._upstream = upstream
-        self._start_wait = max_start_wait
-        self._lock = threading.RLock()  # a waiter that is told something may look at once
-        self._typical = CallRequest()
-        self._held: dict[object, int] = {}
-        self._urgent: set[object] = set()  # of those, whose next run is CRITICAL: it may start where others may not
         self.token_estimates = TokenEstimates()
-        self.served_by_fallback = 0  # calls that another account has served
-        self._relief: dict[object, Callable[[], None]] = {}
+        self.served_by_fallback = 0
+        self._upstream = upstream
+        self._max_start_wait = max_start_wait
+        self._lock = threading.RLock()  # reentrant: a waiter may look again while it is being answered
+        self._typical = CallRequest()
+        self._held_back: dict[object, int] = {}
+        self._critical: set[object] = set()  # holders whose next run is CRITICAL: it may start where others may not
+        self._on_relief: dict[object, Callable[[], None]] = {}
 
     # --- permits ---
 
-    async def acquire(self, ask: CallRequest, *, sole_account: bool = True) -> Permit:
-        """Wait for a permit, at most until the call's deadline.
+    async def acquire(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
+        """Wait for a permit on the running event loop, at most until the call's deadline.
 
         Args:
-            ask: what the call asks.
-            alone: whether no other account could serve it: the run that is under way meets this one, and its refusal.
+            request: of the call.
+            sole_account: no other account can serve the call, so the run that makes it is told about this account, and
+                about a rejection.
 
         Raises:
-            Overloaded: it will not be had in time; ``retry_after`` says when it could.
+            Overloaded: the call is rejected; ``retry_after`` says when to try again.
         """
-        asked = self._ask(ask, lambda: AsyncWaiter(self._look), alone=sole_account)
-        if isinstance(asked, Permit):
-            return asked
-        waiting, waiter = asked
-        assert isinstance(waiter, AsyncWaiter)  # noqa: S101 - made above
+        acquired = self._try_acquire(request, AsyncWaiter, sole_account=sole_account)
+        if isinstance(acquired, Permit):
+            return acquired
+        call, waiter = acquired
         try:
-            answer = await waiter.wait()
+            decision = await waiter.wait()
         except asyncio.CancelledError:
-            self._abandon(waiting)
+            self._abandon(call)
             raise
-        if isinstance(answer, Rejected):
-            raise self._refusal(answer, alone=sole_account)
-        return answer.permit
+        return self._permit_of(decision, sole_account=sole_account)
 
-    def acquire_blocking(self, ask: CallRequest, *, sole_account: bool = True) -> Permit:
-        """As `enter`, in a plain thread."""
-        asked = self._ask(ask, lambda: ThreadWaiter(self._look), alone=sole_account)
-        if isinstance(asked, Permit):
-            return asked
-        waiting, waiter = asked
-        assert isinstance(waiter, ThreadWaiter)  # noqa: S101 - made above
+    def acquire_blocking(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
+        """Wait for a permit in a plain thread. See `acquire`."""
+        acquired = self._try_acquire(request, ThreadWaiter, sole_account=sole_account)
+        if isinstance(acquired, Permit):
+            return acquired
+        call, waiter = acquired
         try:
-            answer = waiter.wait()
-        except BaseException:  # a KeyboardInterrupt, say
-            self._abandon(waiting)
+            decision = waiter.wait()
+        except BaseException:  # a KeyboardInterrupt, for example
+            self._abandon(call)
             raise
-        if isinstance(answer, Rejected):
-            raise self._refusal(answer, alone=sole_account)
-        return answer.permit
+        return self._permit_of(decision, sole_account=sole_account)
 
-    def _ask(self, ask: CallRequest, make: Callable[[], Waiter], *, alone: bool) -> Permit | tuple[QueuedCall, Waiter]:
-        if alone and (run := context.call_observer()) is not None:
-            self._meet(run)
+    def _try_acquire(
+        self, request: CallRequest, make_waiter: Callable[[Callable[[], None]], WaiterT], *, sole_account: bool
+    ) -> Permit | tuple[QueuedCall, WaiterT]:
+        """Take a permit, or put the call into the queue."""
+        if sole_account and (run := context.call_observer()) is not None:
+            run.record_call(self)
+            if run.rejections and (error := run.rejections.get(self)) is not None:
+                raise error
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
-            if not ask.free:
-                self._learn(ask)
-            answer = self.account.try_acquire(now, ask)
-            if isinstance(answer, Admitted):
-                return answer.permit
-            if isinstance(answer, Rejected):
-                raise self._refusal(answer, alone=alone)
-            waiter = make()
-            waiting = self.account.enqueue(now, ask, waiter)
+            if not request.free:
+                self._learn_typical(request)
+            decision = self.account.try_acquire(now, request)
+            if isinstance(decision, Admitted):
+                return decision.permit
+            if isinstance(decision, Rejected):
+                raise self._overloaded(decision, sole_account=sole_account)
+            waiter = make_waiter(self._look)
+            call = self.account.enqueue(now, request, waiter)
             self.account.serve_queue(now)
-        return waiting, waiter
+        return call, waiter
 
-    def _abandon(self, waiting: QueuedCall) -> None:
+    def _permit_of(self, decision: Admitted | Rejected, *, sole_account: bool) -> Permit:
+        if isinstance(decision, Rejected):
+            raise self._overloaded(decision, sole_account=sole_account)
+        return decision.permit
+
+    def _overloaded(self, rejected: Rejected, *, sole_account: bool) -> Overloaded:
+        """Count a rejection, and return it as an error."""
+        with self._lock:
+            self.account.count_rejected()
+        error = Overloaded(
+            f"{self._upstream}: {rejected.reason}",
+            limited_by=f"{self.name}:{rejected.limited_by}",
+            load=rejected.load,
+            retry_after=rejected.retry_after,
+        )
+        if sole_account and (run := context.call_observer()) is not None:
+            run.record_rejection(self, error)
+        return error
+
+    def _abandon(self, call: QueuedCall) -> None:
+        """Take a call whose caller was cancelled out of the queue, and return what it was given meanwhile."""
         now = clock.now()
         with self._lock:
-            self.account.withdraw(waiting)
-            if isinstance(given := waiting.waiter.decision, Admitted):  # in the very moment
-                self.account.release_unsent(now, given.permit)
+            self.account.withdraw(call)
+            if isinstance(decision := call.waiter.decision, Admitted):
+                self.account.release_unsent(now, decision.permit)
         self._look()
 
     def _look(self) -> None:
+        """Answer the queued calls that can be answered now."""
         now = clock.now()
         with self._lock:
             self.account.serve_queue(now)
@@ -119,162 +148,155 @@ class SharedAccount:
         for callback in relieved:
             callback()
 
-    def quota_levels(self) -> list[QuotaLevel]:
-        """What each of its quotas has left."""
-        with self._lock:
-            return self.account.quotas.levels(clock.now())
-
-    def _refusal(self, answer: Rejected, *, alone: bool) -> Overloaded:
-        with self._lock:
-            self.account.counts.rejected += 1
-        error = Overloaded(
-            f"{self._upstream}: {answer.reason}",
-            limited_by=f"{self.name}:{answer.limited_by}",
-            load=answer.load,
-            retry_after=answer.retry_after,
-        )
-        if alone and (run := context.call_observer()) is not None:
-            run.record_rejection(self, error)
-        return error
-
-    def _meet(self, run: context.CallObserver) -> None:
-        run.record_call(self)
-        if run.rejections and (error := run.rejections.get(self)) is not None:
-            raise error
-
-    def needs_headers(self) -> bool:
-        """Whether what the headers of a success say of the quotas may matter; else they need not be read."""
-        return self.account.quotas.needs_headers(clock.now())  # one number is read: no lock
-
-    def answer_began(self, permit: Permit, notices: Sequence[RateLimitHeaders] = ()) -> None:
-        """Its answer has begun, and its headers say this of the quotas."""
+    def answer_began(self, permit: Permit, headers: Sequence[RateLimitHeaders] = ()) -> None:
+        """Note that the answer of a call has begun. `headers`: what it says about the quotas."""
         now = clock.now()
         with self._lock:
-            self.account.answer_began(now, permit, notices)
+            self.account.answer_began(now, permit, headers)
             self.account.serve_queue(now)
-            relieved = self._relieved(now) if self._held else ()
+            relieved = self._relieved(now) if self._held_back else ()
+        for callback in relieved:
+            callback()
+
+    def settle(self, permit: Permit, outcome: CallOutcome) -> None:
+        """Close a permit: return its slot, and what it reserved and did not use."""
+        now = clock.now()
+        with self._lock:
+            self.account.settle(now, permit, outcome)
+            if outcome.estimated_input_tokens is not None and outcome.used is not None:
+                self.token_estimates.observe(outcome.estimated_input_tokens, outcome.used)
+            self.account.serve_queue(now)
+            relieved = self._relieved(now) if self._held_back else ()
         for callback in relieved:
             callback()
 
     def suspend(self, seconds: float) -> None:
-        """Its provider says that its money is spent: nobody goes for a while, and nobody waits for it."""
+        """Send no calls for `seconds`, and let none wait: the provider says that the account's money is spent."""
         now = clock.now()
         with self._lock:
             self.account.suspend(now, seconds)
             self.account.reject_queued(now)
 
-    def settle(self, permit: Permit, ended: CallOutcome) -> None:
-        """Close a permit."""
-        now = clock.now()
-        with self._lock:
-            self.account.settle(now, permit, ended)
-            if ended.estimated_input_tokens is not None and ended.used is not None:
-                self.token_estimates.observe(ended.estimated_input_tokens, ended.used)
-            self.account.serve_queue(now)
-            relieved = self._relieved(now) if self._held else ()
-        for callback in relieved:
-            callback()
+    def count_served_by_fallback(self) -> None:
+        """Count a call of this account that another account has served."""
+        self.served_by_fallback += 1
 
-    # --- what the task plane feels ---
+    def needs_headers(self) -> bool:
+        """Return whether the rate limit headers of a success can matter now; if not, they need not be read."""
+        return self.account.quotas.needs_headers(clock.now())  # reads one number: no lock
+
+    def quota_levels(self) -> list[QuotaLevel]:
+        """Return what is left of each quota."""
+        with self._lock:
+            return self.account.quotas.levels(clock.now())
+
+    # --- load, for the task plane ---
 
     @property
     def accounts(self) -> Sequence[SharedAccount]:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         return (self,)
 
-    def load_for(self, ask: CallRequest | None = None) -> float:
-        """How long this call (None: a typical one) would wait if it came now, over the longest wait allowed.
+    def load_for(self, request: CallRequest | None = None) -> float:
+        """Return the expected wait of a call over the longest allowed; 1.0 or more if it would be rejected.
 
-        1.0 or more if it would be refused. Runs that have not called yet do not count.
+        Runs that have not made their first call do not count.
+
+        Args:
+            request: of the call; None for a typical one.
         """
         with self._lock:
-            return self.account.load_for(clock.now(), self._typical if ask is None else ask)
+            return self.account.load_for(clock.now(), self._typical if request is None else request)
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         with self._lock:
             return self.account.load(clock.now(), self._typical, priority)
 
     def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:
-        """See `forebay.interfaces.Source`. While it is shut, what is known is when it opens, and no more."""
+        """See `forebay.interfaces.LoadSource`. While calls are blocked, only the time until they are not is known."""
         now = clock.now()
         with self._lock:
-            no = self.account.blocking_reason(now, self._typical.usd, priority)
-            if no is None:
+            blocked = self.account.blocking_reason(now, self._typical.usd, priority)
+            if blocked is None:
                 return self.account.time_until_below(now, self._typical, load)
-        return (math.inf if no.retry_after is None else no.retry_after), 0.0
+        return (math.inf if blocked.retry_after is None else blocked.retry_after), 0.0
 
     def may_start(self, priority: Priority) -> bool:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         with self._lock:
             return self._may_start(clock.now(), priority)
 
-    def _may_start(self, now: float, rung: Priority) -> bool:
-        if self._is_shut(now, rung):
+    def _may_start(self, now: float, priority: Priority) -> bool:
+        if self._is_blocked(now, priority):
             return False
         allowed = guess = self.account.durations.typical_or_guess
-        if rung is not Priority.CRITICAL:
-            allowed = _START_SHARE * allowed if self._start_wait is None else self._start_wait
-        begun = self.account.expected_calls - sum(self._held.values())  # what is held back must not hold itself back
-        # A better one waits for NORMAL calls too, which it would overtake: their runs have begun, and are to end.
-        ask = CallRequest(charge=self._typical.charge, priority=rung) if rung is Priority.LOW else self._typical
-        return self.account.expected_wait(now, ask, others=begun, guess=guess)[0] <= allowed
+        if priority is not Priority.CRITICAL:
+            allowed = _START_SHARE * allowed if self._max_start_wait is None else self._max_start_wait
+        # Runs that are held back must not block themselves.
+        started = self.account.expected_calls - sum(self._held_back.values())
+        # A run of a better priority waits for NORMAL calls too, though its calls overtake them: the runs of these calls
+        # have started, and must be able to end.
+        low = priority is Priority.LOW
+        request = CallRequest(charge=self._typical.charge, priority=priority) if low else self._typical
+        return self.account.expected_wait(now, request, others=started, guess=guess)[0] <= allowed
 
     def typical_latency(self) -> float:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         return self.account.durations.typical_or_guess
 
     def blocks(self, priority: Priority) -> bool:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         now = clock.now()
         with self._lock:
-            return self.account.queue.ahead(priority) > 0 or self._is_shut(now, priority)
+            return self.account.queue.ahead(priority) > 0 or self._is_blocked(now, priority)
 
-    def _is_shut(self, now: float, rung: Priority) -> bool:
-        """Whether runs are to wait, for no call is let through. For a budget that never comes back they need not."""
-        no = self.account.blocking_reason(now, self._typical.usd, rung)
-        return no is not None and (no.limited_by != "budget" or no.retry_after is not None)
+    def _is_blocked(self, now: float, priority: Priority) -> bool:
+        """Return whether runs must wait because no call is sent. They need not for a budget that never refills."""
+        blocked = self.account.blocking_reason(now, self._typical.usd, priority)
+        return blocked is not None and (blocked.limited_by != "budget" or blocked.retry_after is not None)
 
     def hold_back(self, holder: object, runs: int, priority: Priority = Priority.NORMAL) -> None:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         with self._lock:
-            self._urgent.discard(holder)
+            self._critical.discard(holder)
             if runs and priority is Priority.CRITICAL:
-                self._urgent.add(holder)
-            self.account.expected_calls += runs - self._held.get(holder, 0)
+                self._critical.add(holder)
+            self.account.add_expected_calls(runs - self._held_back.get(holder, 0))
             if runs:
-                self._held[holder] = runs
+                self._held_back[holder] = runs
             else:
-                self._held.pop(holder, None)
+                self._held_back.pop(holder, None)
 
     def add_expected_calls(self, runs: int) -> None:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         with self._lock:
-            self.account.expected_calls += runs
+            self.account.add_expected_calls(runs)
 
     def on_relief(self, holder: object, callback: Callable[[], None]) -> None:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         with self._lock:
-            self._relief[holder] = callback
+            self._on_relief[holder] = callback
 
     def forget(self, holder: object) -> None:
-        """See `forebay.interfaces.Source`."""
+        """See `forebay.interfaces.LoadSource`."""
         with self._lock:
-            self._relief.pop(holder, None)
+            self._on_relief.pop(holder, None)
         self.hold_back(holder, 0)
 
     def _relieved(self, now: float) -> list[Callable[[], None]]:
+        """Return the callbacks of the holders whose runs may start now."""
         if self._may_start(now, Priority.NORMAL):
-            told: Iterable[object] = self._held
+            holders: Iterable[object] = self._held_back
         else:
-            told = self._urgent if self._urgent and self._may_start(now, Priority.CRITICAL) else ()
-        return [self._relief[who] for who in told if who in self._relief]
+            holders = self._critical if self._critical and self._may_start(now, Priority.CRITICAL) else ()
+        return [self._on_relief[holder] for holder in holders if holder in self._on_relief]
 
-    def _learn(self, ask: CallRequest) -> None:
-        """What a typical call asks, as a moving mean."""
+    def _learn_typical(self, request: CallRequest) -> None:
+        """Update what a typical call needs, as moving means."""
         usd = self._typical.usd
-        self._typical.usd = usd + _GAIN * (ask.usd - usd) if usd else ask.usd
-        old, new = self._typical.charge, ask.charge
+        self._typical.usd = usd + _GAIN * (request.usd - usd) if usd else request.usd
+        old, new = self._typical.charge, request.charge
         self._typical.charge = Charge(
             requests=1,
             input_tokens=_mean(old.input_tokens, new.input_tokens),

@@ -1,35 +1,37 @@
-"""What calls of an account use, as it has been so far: the next one reserves by it."""
+"""What an account's calls use, learned from those that have ended: the next call reserves by it."""
 
 from __future__ import annotations
+
+from typing import Final
 
 from forebay.interfaces import Charge
 from forebay.upstream.providers import InputTokenRatio
 
-_GAIN = 0.05  # weight of the newest call
-_LEAST = 5  # calls before their mean is believed
+_GAIN: Final = 0.05  # weight of the newest call
+_MIN_CALLS: Final = 5  # before their mean is used
 
 
 class TokenEstimates:
-    """Learned from what was settled.
+    """Learned output tokens, and how far the estimates of input tokens are off.
 
     Attributes:
-        ratio: input tokens that are counted for each that was estimated.
+        input_ratio: counted input tokens over estimated ones.
     """
 
-    __slots__ = ("_mean", "_seen", "input_ratio")
+    __slots__ = ("_calls", "_mean", "input_ratio")
 
     def __init__(self) -> None:
         self.input_ratio = InputTokenRatio()
         self._mean = 0.0
-        self._seen = 0
+        self._calls = 0
 
     @property
     def output_tokens(self) -> int | None:
-        """What a call typically makes, or None while too few were seen."""
-        return round(self._mean) if self._seen >= _LEAST else None
+        """Output tokens of a typical call; None while too few calls are known."""
+        return round(self._mean) if self._calls >= _MIN_CALLS else None
 
-    def observe(self, foreseen: int, used: Charge) -> None:
-        """A call was estimated to send so many input tokens, and used this."""
-        self.input_ratio.observe(foreseen, used.input_tokens)
-        self._seen += 1
-        self._mean += (used.output_tokens - self._mean) * max(_GAIN, 1.0 / self._seen)
+    def observe(self, estimated: int, used: Charge) -> None:
+        """Learn from a call that was estimated to send `estimated` input tokens, and used `used`."""
+        self.input_ratio.observe(estimated, used.input_tokens)
+        self._calls += 1
+        self._mean += (used.output_tokens - self._mean) * max(_GAIN, 1.0 / self._calls)

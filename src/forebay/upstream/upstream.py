@@ -1,33 +1,32 @@
-"""Upstream: one shared dependency that can be overloaded, for everyone who uses it."""
+"""Upstream: a shared dependency that can be overloaded, such as a provider's account."""
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
-from forebay import clock, context
+from forebay import clock
+from forebay._renamed import renamed_arguments
+from forebay._validate import check_instance, check_name
 from forebay.breaker import BreakerRules
-from forebay.errors import InvalidSetting
-from forebay.events import log
 from forebay.interfaces import Charge, Reading
+from forebay.limit import Limit
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
-from forebay.upstream.account_registry import AccountRegistry, UpstreamBudgets, UpstreamSettings
 from forebay.upstream.call import UpstreamCall
-from forebay.upstream.call_drivers import CallDriver, UpstreamRetries
-from forebay.upstream.call_request import CallRequest
+from forebay.upstream.call_flow import CallRunner
+from forebay.upstream.call_request import AttemptResult, CallRequest, Permit
+from forebay.upstream.core import UpstreamCore
 from forebay.upstream.declared_upstream import DeclaredUpstream
-from forebay.upstream.exchange import Caller
 from forebay.upstream.fallback import Fallback, check_fallbacks, check_reachable
 from forebay.upstream.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
+from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
-from forebay.upstream.providers import profile_for
-from forebay.upstream.shared_account import SharedAccount
-from forebay.upstream.upstream_settings import check_kind
+from forebay.upstream.spend import UpstreamBudgets
+from forebay.upstream.upstream_retries import UpstreamRetries
+from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
 
@@ -35,40 +34,49 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ClientT = TypeVar("ClientT")
 
-_KEPT = 1_000  # models for which it is said that workers draw on it
-_TOLD = 1_000  # models without a price that are warned of: callers of a gateway may name any
+_CACHED = 1_000  # models that workers declare
 
 
 class Upstream:
-    """A shared dependency: it owns the quotas, the money, the limit, the breaker and the retries for all its users.
+    """A shared dependency. It owns the quotas, the money, the limit, the breaker and the retries of all its users.
 
-    It works without a supervisor, and from threads and several event loops at once. Calls made inside a task carry the
-    task's priority, deadline and tenant, and what they feel presses on the gate that lets tasks in.
+    It works without a supervisor, from threads, and from several event loops at once. Calls made inside a task carry
+    the task's priority, deadline and tenant, and their wait counts in the load by which the supervisor admits tasks.
+
+    Limits you leave out are learned from rate-limit headers and 429s.
 
     Args:
-        name: how it is called in readings and refusals.
-        provider: whose rules hold: ``"openai"``, ``"anthropic"``, ``"generic"``...
+        name: its name in readings and messages.
+        provider: whose API it is: ``"openai"``, ``"anthropic"``, ``"generic"``...
         models: quotas by pattern of model name, such as ``{"gpt-4o*": [Quota(requests=500, per="minute")]}``. Each
-            pattern has an account of its own; so has a model that matches none, learned from headers.
-        quotas: those of a dependency without models, or of models that match no pattern.
+            pattern has an account of its own; so has each model that matches none.
+        quotas: of a dependency without models, or of models that match no pattern.
         budget: dollars that all calls together may spend.
         tenant_budget: dollars that each tenant may spend.
         task_budget: dollars that each task may spend.
-        max_concurrent: calls in flight at most; None finds out how many it bears.
-        retry: how failed calls are tried again.
-        breaker: when it is left alone for a while.
+        max_concurrent: calls in flight at most; None finds out how many the provider can take.
+        limit: how many calls may be in flight, instead of `max_concurrent`: a `Limit`, such as ``VegasLimit()``, for an
+            upstream with a single account (no `models`, one API key); or a callable that makes one for each account,
+            such as ``VegasLimit``.
+        retry: how failed calls are retried.
+        breaker: when no calls are sent for a while.
         fallback: where calls go that it cannot serve; several are tried in order.
-        longest_wait: seconds that a call may be expected to wait; beyond that it is refused.
-        start_wait: seconds that the next call may be expected to wait for another run to begin; None: a quarter of a
-            typical call.
-        weights: tenants' shares of turns, by tenant; 1.0 where none is given.
+        max_wait: seconds of expected wait above which a call is rejected.
+        max_start_wait: seconds of expected wait for the next call up to which another run may start; None for a quarter
+            of a typical call.
+        weights: tenants' shares of turns; 1.0 for a tenant that is not named.
         prices: of models that the price list does not know, or knows wrongly, by name.
 
+    Attributes:
+        core: its accounts, money and retries, for those who extend Forebay.
+        runner: runs its calls, for those who extend Forebay.
+
     Raises:
-        InvalidSetting: a setting cannot be meant.
+        InvalidSetting: a setting is invalid.
     """
 
-    def __init__(  # noqa: PLR0913 - every bound is set where a user can see it
+    @renamed_arguments(longest_wait="max_wait", start_wait="max_start_wait")
+    def __init__(  # noqa: PLR0913 - every bound is a setting that a user can see
         self,
         name: str,
         *,
@@ -79,6 +87,7 @@ class Upstream:
         tenant_budget: Budget | None = None,
         task_budget: Budget | None = None,
         max_concurrent: int | None = None,
+        limit: Limit | Callable[[], Limit] | None = None,
         retry: Retry | None = None,
         breaker: BreakerRules | None = None,
         fallback: Fallback | Sequence[Fallback] | None = None,
@@ -87,44 +96,72 @@ class Upstream:
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
     ) -> None:
-        if not isinstance(name, str) or not name:
-            raise InvalidSetting(owner="Upstream", name="name", value=name, expected="a non-empty string")
+        check_name("Upstream", "name", name)
+        owner = f"Upstream {name!r}"
         for setting, given in {"budget": budget, "tenant_budget": tenant_budget, "task_budget": task_budget}.items():
-            check_kind(f"Upstream {name!r}", setting, given, Budget, "Budget(usd=25, per='day')")
-        check_kind(f"Upstream {name!r}", "retry", retry, Retry, "Retry(max_attempts=3)")
-        self.name = name
-        self.provider = provider
-        self.profile = profile_for(provider)
-        terms = UpstreamSettings(
+            check_instance(owner, setting, given, Budget, example="Budget(usd=25, per='day')", optional=True)
+        check_instance(owner, "retry", retry, Retry, example="Retry(max_attempts=3)", optional=True)
+        settings = UpstreamSettings(
             name,
             models=models,
             quotas=quotas,
             max_concurrent=max_concurrent,
+            limit=limit,
             breaker=breaker,
             max_wait=max_wait,
             max_start_wait=max_start_wait,
             weights=weights,
         )
-        self.fallbacks = check_fallbacks(self, fallback, terms.model_group)
-        self.fallback_resolver = FallbackResolver(self)
-        self._foretold: WeakLRU[str, DeclaredUpstream] = WeakLRU(_KEPT)
-        self._money = UpstreamBudgets(name, budget, tenant_budget, task_budget)
-        self.has_budgets = self._money.has_budgets
-        self.accounts = AccountRegistry(terms, self._money, draw=clock.draw)
-        self.retry = retry or Retry()
-        self._retries = UpstreamRetries(self.retry, draw=clock.draw)
-        self.prices = Prices(prices)
-        self._unpriced: set[str] = set()
-        self._unpriced_calls = 0
-        self._unmetered_told = False
-        self._lock = threading.Lock()
+        self.name = name
+        self.provider = provider
+        self.core = UpstreamCore(
+            name,
+            provider,
+            settings=settings,
+            budgets=UpstreamBudgets(name, budget, tenant_budget, task_budget),
+            prices=Prices(prices),
+            retries=UpstreamRetries(retry or Retry(), draw=clock.draw),
+        )
+        self.fallbacks = check_fallbacks(self.core, fallback)
+        self.runner = CallRunner(self.core, FallbackResolver(self))
+        self._declared: WeakLRU[str, DeclaredUpstream] = WeakLRU(_CACHED)
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
 
     # --- calls ---
 
-    def call(  # noqa: PLR0913 - what a call may say of itself
+    def bind(self, client: ClientT) -> ClientT:
+        """Return a copy of an SDK client, a LangChain model or an httpx client, whose calls go through this upstream.
+
+        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these, of httpx
+        and of httpx2, asynchronous or not. The copy keeps all settings of the client, and shares its connections:
+        closing one closes both. Only the upstream retries. A client that is bound already is returned as it is.
+
+        Raises:
+            NotBindable: it is another kind of client: use the gateway, `send`, or `call`.
+            AlreadyBound: it is bound to another upstream.
+            InvalidSetting: a fallback to another upstream has neither an address nor a key.
+        """
+        check_reachable(self)
+        return bind_client(self.core, self.runner, client)
+
+    def guard(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Return a function with each call sent through this upstream; it may be async or not.
+
+        A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
+        raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
+        not count as a fault.
+
+        To follow a `fallback` to another upstream the function must take a keyword-only parameter ``upstream``: it is
+        called with the upstream to use.
+
+        Raises:
+            NotGuardable: it is a generator function; or, when called, a plain function returns an awaitable.
+        """
+        return guarded(self, self.runner, function)
+
+    def call(  # noqa: PLR0913 - what a caller may say about a call
         self,
         model: str = "",
         *,
@@ -134,151 +171,82 @@ class Upstream:
         deadline: Deadline | None = None,
         tenant: str | None = None,
     ) -> UpstreamCall:
-        """One call, for what no transport is bound to: ``async with upstream.call("gpt-4o", ...) as call: ...``.
+        """Return one call, for clients that cannot be bound: ``async with upstream.call("gpt-4o", ...) as call: ...``.
 
-        Entering waits for a permit; in a plain thread, ``with`` does the same. What it used is told by
-        ``call.settle(...)``; if it is not, what was expected counts as used. It is not retried. With a `fallback`,
-        ``call.upstream`` and ``call.model`` say where to send it.
+        Entering waits for a permit; in a plain thread use ``with``. Say what the call used by ``call.settle(...)``;
+        otherwise what was expected counts as used. It is not retried. With a `fallback`, ``call.upstream`` and
+        ``call.model`` say where to send it.
 
         Args:
-            model: whose account it is of.
+            model: the model of the call.
             input_tokens: tokens that it will send.
             output_tokens: tokens that it is expected to receive.
-            priority: its rung; by default that of the task that runs here.
-            deadline: when its answer becomes worthless; by default the task's.
-            tenant: on whose behalf; by default the task's.
+            priority: None for that of the task that is running.
+            deadline: when its answer becomes worthless; None for the task's.
+            tenant: for whom it is; None for the task's.
 
         Raises:
-            Overloaded: on entering, if it is refused.
+            Overloaded: on entering, if it is rejected.
         """
         charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
 
-        def ask(upstream: Upstream, model: str) -> CallRequest:
-            return upstream.request(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+        def request_at(core: UpstreamCore, model: str) -> CallRequest:
+            return core.request(model, charge, priority=priority, deadline=deadline, tenant=tenant)
 
-        return UpstreamCall(self, model, ask)
+        return UpstreamCall(self, self.runner, model, request_at)
 
-    def guard(self, function: Callable[P, T]) -> Callable[P, T]:
-        """Send each call of a function, async or plain, through this upstream.
-
-        It is retried when it raises, as `retry` says: so it must bear being called twice. ``Overloaded`` is raised
-        where the upstream refuses. One that the function itself raises is passed on, and is no fault.
-
-        To be sent on to the upstream of a `fallback` it must take a keyword-only parameter ``upstream``: it is called
-        with the one that it is to go to.
-
-        Raises:
-            NotGuardable: it is a generator function; or, when it is called, a plain function returns an awaitable.
-        """
-        return guarded(self, function)
-
-    def bind(self, client: ClientT) -> ClientT:
-        """A copy of an SDK client, a LangChain model or an httpx client, its calls through this upstream.
-
-        Any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these, of httpx and of
-        httpx2, asynchronous or for plain threads. The copy keeps all that the client was given, and shares its
-        connections: closing one closes both. Retries are the upstream's alone. Bound already, it is returned as it is.
-
-        Raises:
-            NotBindable: it is none of these; the gateway is the way for it.
-            AlreadyBound: it is bound to another upstream.
-            InvalidSetting: a fallback to another upstream does not say where that is, or as whom to call it.
-        """
-        check_reachable(self)
-        return bind_client(self, client)
-
-    def request(  # noqa: PLR0913 - what a call may say of itself
-        self,
-        model: str,
-        charge: Charge,
-        *,
-        free: bool = False,
-        priority: Priority | None = None,
-        deadline: Deadline | None = None,
-        tenant: str | None = None,
-    ) -> CallRequest:
-        """What a call asks, with what the task that runs here adds to it."""
-        running = context.running_task()
-        task = None if running is None else running.task
-        by = deadline if deadline is not None or running is None else running.deadline
-        return CallRequest(
-            charge=charge,
-            usd=self._expected(model, charge) if self.has_budgets and not free else 0.0,
-            priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
-            deadline=math.inf if by is None else clock.now() + by.remaining(),
-            tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
-            task_id=None if task is None else task.task_id,
-            model=model,
-            free=free,
-        )
-
-    def request_for(self, sender: Caller, model: str, charge: Charge, *, free: bool = False) -> CallRequest:
-        """What a call asks that is made on behalf of somebody elsewhere."""
-        return CallRequest(
-            charge=charge,
-            usd=self._expected(model, charge) if self.has_budgets and not free else 0.0,
-            priority=sender.priority,
-            deadline=sender.deadline,
-            tenant=sender.tenant,
-            task_id=sender.task_id,
-            model=model,
-            free=free,
-        )
-
-    def cost(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:
-        """What a call costs; 0.0 for a model whose price is not known.
+    async def send(
+        self, request: HttpRequest, transport: Callable[[HttpRequest], Awaitable[HttpResponse]]
+    ) -> HttpResponse:
+        """Send an HTTP request with a client of your own; retries, fallbacks and metering are the upstream's.
 
         Args:
-            model: what it is for.
-            charge: what it uses.
-            cached_tokens: of its input, those that came from the provider's cache.
+            request: the request. It is metered by what its body asks for, as a bound client's.
+            transport: sends it once, and returns the answer, whatever its status. It is called again for a retry, and
+                with another URL, key and model for a fallback. What it raises is a fault of the provider.
+
+        Returns:
+            The answer to the last attempt.
+
+        Raises:
+            Overloaded: the call was rejected.
+            InvalidSetting: a fallback to another upstream has neither an address nor a key.
+            Exception: what `transport` raised at the last attempt.
         """
-        return self._usd(model, charge, cached_tokens) or 0.0
+        check_reachable(self)
 
-    def _expected(self, model: str, charge: Charge) -> float:
-        """What a call is expected to cost. One whose price is not known is counted, and its model warned of once."""
-        usd = self._usd(model, charge)
-        if usd is None and model:
-            with self._lock:
-                self._unpriced_calls += 1
-                new = model not in self._unpriced and len(self._unpriced) < _TOLD
-                if new:
-                    self._unpriced.add(model)
-            if new:
-                told = "no price is known for model %r: its calls count as free; give %r prices=, or its target prices"
-                log.warning(told, model, self)
-        return usd or 0.0
+        async def attempt(call: HttpCall, permit: Permit) -> AttemptResult:
+            try:
+                return call.answered(permit, await transport(call.request))
+            except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
+                return call.connection_failed(permit, error)
 
-    def _usd(self, model: str, charge: Charge, cached_tokens: int = 0) -> float | None:
-        if not self.has_budgets:
-            return 0.0
-        return self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
+        response: HttpResponse = await self.runner.run(HttpCall(self.core, request), attempt)
+        return response
 
-    def warn_unmetered(self) -> None:
-        """Say once that a WebSocket is neither paced nor counted."""
-        with self._lock:
-            told, self._unmetered_told = self._unmetered_told, True
-        if not told:
-            log.warning(
-                "what goes over a WebSocket is not paced, counted or paid for by %r: call the model over HTTP, where"
-                " answers stream too, or hold a permit by upstream.call(model, ...) for each answer and settle its use",
-                self,
-            )
+    def send_blocking(self, request: HttpRequest, transport: Callable[[HttpRequest], HttpResponse]) -> HttpResponse:
+        """Send an HTTP request with a client of your own, in a plain thread. See `send`."""
+        check_reachable(self)
 
-    def driver(self, desk: SharedAccount, hurries: Callable[[], bool] | None = None) -> CallDriver:
-        """What tries calls of one account, under the retries of this upstream. `hurries`: see `CallDriver`."""
-        return CallDriver(desk, self._retries, hurries)
+        def attempt(call: HttpCall, permit: Permit) -> AttemptResult:
+            try:
+                return call.answered(permit, transport(call.request))
+            except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
+                return call.connection_failed(permit, error)
+
+        response: HttpResponse = self.runner.run_blocking(HttpCall(self.core, request), attempt)
+        return response
+
+    # --- load and statistics ---
 
     def declared(self, model: str = "") -> DeclaredUpstream:
-        """What a worker is said to draw on whose calls will be for `model`, or for any if that is not said."""
-        return self._foretold.get(model, lambda model: DeclaredUpstream(self, model))
-
-    # --- what can be read ---
+        """Return the load source of a worker that will call `model`, or any model if it is empty."""
+        return self._declared.get(model, lambda model: DeclaredUpstream(self.core, self.runner.resolver, model))
 
     def readings(self) -> tuple[Reading, ...]:
-        """One reading an account: the expected wait of its next typical call over the longest allowed."""
-        return tuple(Reading(desk.name, desk.load()[0]) for desk in self.accounts)
+        """Return the load of each account: the expected wait of its next typical call over the longest allowed."""
+        return tuple(Reading(account.name, account.load()[0]) for account in self.core.accounts)
 
     def statistics(self) -> UpstreamStatistics:
-        """A snapshot."""
-        return snapshot(self.name, self.accounts, self._money, unpriced=self._unpriced_calls)
+        """Return a snapshot of the statistics."""
+        return snapshot(self.core)

@@ -1,94 +1,123 @@
-"""What an upstream is given, looked at before anything is made of it."""
+"""The settings of an upstream's accounts, checked."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Final
 
-from forebay.errors import InvalidSetting
+from forebay._validate import check_instance, check_not_negative, check_positive, check_whole, is_positive, reject
+from forebay.breaker import UPSTREAM_RULES, BreakerRules
+from forebay.limit import AdaptiveLimit, FixedLimit, Limit
 from forebay.quota import Quota
 
-_QUOTAS = "a list of Quota, such as [Quota(requests=500, per='minute')]"
-_MODELS = "quotas by pattern of model, such as {'gpt-4o*': [Quota(requests=500, per='minute')]}"
+_QUOTAS: Final = "a list of Quota, such as [Quota(requests=500, per='minute')]"
+_MODELS: Final = "quotas by pattern of model, such as {'gpt-4o*': [Quota(requests=500, per='minute')]}"
+_LIMIT: Final = "a limit, such as VegasLimit(), or a callable that makes one for each account, such as VegasLimit"
 
 
-def check_kind(owner: str, name: str, value: Any, kind: type, example: str) -> None:
-    """Check that a setting is of its kind, if it is given.
+class UpstreamSettings:
+    """The limits that the accounts of an upstream work under. Raises `InvalidSetting` if one is invalid.
 
-    Raises:
-        InvalidSetting: it is not; the message shows one that is.
+    See `Upstream` for the arguments.
     """
-    if value is not None and not isinstance(value, kind):
-        refuse(owner, name, value, f"a {kind.__name__}, such as {example}")
+
+    def __init__(  # noqa: PLR0913 - as Upstream takes them
+        self,
+        name: str,
+        *,
+        models: Mapping[str, Sequence[Quota]] | None = None,
+        quotas: Sequence[Quota] = (),
+        max_concurrent: int | None = None,
+        limit: Limit | Callable[[], Limit] | None = None,
+        breaker: BreakerRules | None = None,
+        max_wait: float = 60.0,
+        max_start_wait: float | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        owner = f"Upstream {name!r}"
+        _check_models(owner, models or {})
+        _check_quotas(owner, "quotas", quotas)
+        check_whole(owner, "max_concurrent", max_concurrent, none="to find it out")
+        _check_limit(owner, limit, max_concurrent=max_concurrent, models=models)
+        check_instance(owner, "breaker", breaker, BreakerRules, example="BreakerRules(reset_timeout=30)", optional=True)
+        check_positive(owner, "max_wait", max_wait, unit="seconds")
+        check_not_negative(
+            owner, "max_start_wait", max_start_wait, unit="seconds", none="for a quarter of a typical call"
+        )
+        _check_weights(owner, weights or {})
+        self.name = name
+        self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
+        self.quotas = tuple(quotas)
+        self.max_concurrent = max_concurrent
+        self.breaker = breaker or UPSTREAM_RULES
+        self.max_wait = max_wait
+        self.max_start_wait = max_start_wait
+        self.weights = dict(weights or {})
+        self._limit = limit
+
+    def model_group(self, model: str) -> str:
+        """Return the model group of `model`: the longest pattern that matches it, or the model itself.
+
+        A model that matches no pattern has an account of its own, whose limits are learned from headers. Without
+        patterns all models share one account.
+        """
+        if not self.models:
+            return ""
+        matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
+        return max(matching, key=len) if matching else model
+
+    @property
+    def single_limit(self) -> Limit | None:
+        """The limit that was given as an object, so only one account can have it."""
+        return self._limit if isinstance(self._limit, Limit) else None
+
+    def new_limit(self) -> Limit:
+        """Return the limit of another account.
+
+        Raises:
+            InvalidSetting: `limit` was given as a callable, and does not return a limit.
+        """
+        if self._limit is None:
+            return AdaptiveLimit() if self.max_concurrent is None else FixedLimit(self.max_concurrent)
+        limit: Any = self._limit if isinstance(self._limit, Limit) else self._limit()
+        if not isinstance(limit, Limit):
+            reject(f"Upstream {self.name!r}", "limit", limit, f"{_LIMIT}; what the callable returned is not a limit")
+        return limit
 
 
-def check_seconds(owner: str, name: str, value: Any, *, none: bool = False) -> None:
-    """Check that a setting is a span of time, or if that may be said, none at all: 0 seconds.
-
-    Raises:
-        InvalidSetting: it is not.
-    """
-    if not _is_number(value) or not (0 < value < math.inf or (none and value == 0)):
-        refuse(owner, name, value, f"a {'' if none else 'positive '}number of seconds{', at least 0' if none else ''}")
-
-
-def check_quotas(owner: str, name: str, quotas: Any) -> None:
-    """Check that these are quotas.
-
-    Raises:
-        InvalidSetting: they are not.
-    """
+def _check_quotas(owner: str, name: str, quotas: Any) -> None:
     if not isinstance(quotas, Iterable):
-        refuse(owner, name, quotas, _QUOTAS)
+        reject(owner, name, quotas, _QUOTAS)
     for quota in quotas:
         if not isinstance(quota, Quota):
-            refuse(owner, name, quota, _QUOTAS)
+            reject(owner, name, quota, _QUOTAS)
 
 
-def check_models(owner: str, models: Any) -> None:
-    """Check that these are quotas by pattern of model.
-
-    Raises:
-        InvalidSetting: they are not.
-    """
+def _check_models(owner: str, models: Any) -> None:
     if not isinstance(models, Mapping):
-        refuse(owner, "models", models, _MODELS)
+        reject(owner, "models", models, _MODELS)
     for pattern, quotas in models.items():
-        check_quotas(owner, f"models[{pattern!r}]", quotas)
+        _check_quotas(owner, f"models[{pattern!r}]", quotas)
 
 
-def check_slots(owner: str, value: Any) -> None:
-    """Check that this is how many calls may be in flight, or None.
+def _check_limit(owner: str, limit: Any, *, max_concurrent: int | None, models: Any) -> None:
+    if limit is None:
+        return
+    if not isinstance(limit, Limit) and not callable(limit):
+        reject(owner, "limit", limit, _LIMIT)
+    if max_concurrent is not None:
+        reject(
+            owner, "limit", limit, "left out if max_concurrent is given, which stands for FixedLimit(max_concurrent)"
+        )
+    if models and isinstance(limit, Limit):
+        expected = "a callable if models is given, such as VegasLimit: each account needs a limit of its own"
+        reject(owner, "limit", limit, expected)
 
-    Raises:
-        InvalidSetting: it is not.
-    """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        refuse(owner, "max_concurrent", value, "a whole number of at least 1, or None to find it out")
 
-
-def check_weights(owner: str, weights: Any) -> None:
-    """Check that these are weights by tenant.
-
-    Raises:
-        InvalidSetting: they are not.
-    """
+def _check_weights(owner: str, weights: Any) -> None:
     if not isinstance(weights, Mapping):
-        refuse(owner, "weights", weights, "a number for each tenant, such as {'acme': 3}")
+        reject(owner, "weights", weights, "a number for each tenant, such as {'acme': 3}")
     for tenant, weight in weights.items():
-        if not _is_number(weight) or not weight > 0:
-            refuse(owner, f"weights[{tenant}]", weight, "a positive weight")
-
-
-def refuse(owner: str, name: str, value: Any, expected: str) -> None:
-    """Say what should have been given.
-
-    Raises:
-        InvalidSetting: always.
-    """
-    raise InvalidSetting(owner=owner, name=name, value=value, expected=expected)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_positive(weight) or weight == float("inf")):
+            reject(owner, f"weights[{tenant}]", weight, "a positive weight")

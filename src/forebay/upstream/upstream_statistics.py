@@ -1,14 +1,12 @@
-"""The frozen snapshot of an upstream."""
+"""Statistics of an upstream: a frozen snapshot."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import msgspec
 
 from forebay import clock
 from forebay.quota import QuotaLevel
-from forebay.upstream.account_registry import UpstreamBudgets
+from forebay.upstream.core import UpstreamCore
 from forebay.upstream.shared_account import SharedAccount
 
 
@@ -16,25 +14,25 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """One account, at one moment.
 
     Attributes:
-        name: as in readings; a key is shown by eight digits of its hash.
+        name: as in readings; an API key is shown as eight digits of its hash.
         in_flight: calls under way.
-        limit: how many may be.
-        waiting: calls in its line.
-        coming: runs that have begun, or are held back for its sake, and have not made their first call.
+        limit: how many calls may be.
+        queued: calls in its queue.
+        expected_calls: runs that have started, or are held back for its sake, and have not made their first call.
         breaker: ``"closed"``, ``"open"`` or ``"half_open"``.
         load: expected wait of the next typical call over the longest allowed.
-        binding: what that wait is for.
-        typical: seconds that a call takes.
-        sent_on: calls that another account has served, by a fallback.
-        quotas: what each has left, those that were learned from headers too.
-        sent: attempts that were let go since it was opened. What is under way, or was cut short by its caller, or was
-            wrong, is in none of the next three.
+        limited_by: what that wait is for.
+        typical_latency: seconds that a call takes.
+        served_by_fallback: calls that another account has served, by a fallback.
+        quotas: what is left of each, those learned from headers included.
+        sent: attempts that were sent since the account was opened. Those under way, those cut off by their caller and
+            those that were wrong are in none of the next three.
         succeeded: attempts that were answered.
-        turned_away: attempts that the provider refused for now: for a rate, for congestion, for want of capacity.
-        failed: attempts that failed otherwise, and through no fault of ours.
-        unattributed: attempts that were made outside of any task.
-        refused: calls that were not let go.
-        input_tokens: used, as its quotas count them; of calls that do not tell, what they were expected to use.
+        throttled: attempts that the provider throttled: for a rate, for congestion, for lack of capacity.
+        failed: attempts that failed in another way, without a mistake of the caller.
+        unattributed: attempts outside of any task.
+        rejected: calls that were not sent.
+        input_tokens: used, as its quotas count them; where a call does not report them, as expected.
         output_tokens: likewise.
     """
 
@@ -64,9 +62,9 @@ class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: the upstream's.
-        spent_usd: dollars spent in this period of its budget, or None without one.
-        unpriced: calls of models whose price is not known, and which so count as free; 0 without a budget.
-        accounts: each account.
+        spent_usd: dollars spent in this period of its budget; None without a budget.
+        unpriced: calls of models without a known price, which count as free; 0 without a budget.
+        accounts: each of its accounts.
     """
 
     name: str
@@ -75,32 +73,32 @@ class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
     accounts: tuple[AccountStatistics, ...]
 
 
-def snapshot(name: str, desks: Iterable[SharedAccount], money: UpstreamBudgets, *, unpriced: int) -> UpstreamStatistics:
-    """What an upstream is now."""
+def snapshot(core: UpstreamCore) -> UpstreamStatistics:
+    """Return the statistics of an upstream now."""
     now = clock.now()
-    own = money.upstream_budget
+    budget = core.budgets.upstream_budget
     return UpstreamStatistics(
-        name=name,
-        spent_usd=None if own is None else own.spent(),
-        unpriced=unpriced,
-        accounts=tuple(_of(desk, now) for desk in desks),
+        name=core.name,
+        spent_usd=None if budget is None else budget.spent(),
+        unpriced=core.unpriced_calls,
+        accounts=tuple(_account_statistics(account, now) for account in core.accounts),
     )
 
 
-def _of(desk: SharedAccount, now: float) -> AccountStatistics:
-    account = desk.account
-    load, binding = desk.load()
+def _account_statistics(shared: SharedAccount, now: float) -> AccountStatistics:
+    account = shared.account
+    load, limited_by = shared.load()
     return AccountStatistics(
-        name=desk.name,
+        name=shared.name,
         in_flight=account.in_flight,
         limit=account.limit.limit(now),
         queued=len(account.queue),
         expected_calls=account.expected_calls,
         breaker=account.breaker.state(now).value,
         load=load,
-        limited_by=binding,
+        limited_by=limited_by,
         typical_latency=account.durations.typical,
-        served_by_fallback=desk.served_by_fallback,
-        quotas=tuple(desk.quota_levels()),
+        served_by_fallback=shared.served_by_fallback,
+        quotas=tuple(shared.quota_levels()),
         **msgspec.structs.asdict(account.counts),
     )

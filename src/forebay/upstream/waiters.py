@@ -1,4 +1,4 @@
-"""Waiting for an account's answer, on an event loop or in a plain thread; whoever heads the line watches the clock."""
+"""How callers wait for an account's decision: on an event loop, or in a plain thread."""
 
 from __future__ import annotations
 
@@ -9,83 +9,66 @@ from collections.abc import Callable
 from typing import Protocol
 
 from forebay import clock
-from forebay.admission import QueueEntry
-from forebay.upstream.call_request import Admitted, CallRequest, Rejected
+from forebay.upstream.call_request import Admitted, Rejected
 
 
 class Waiter(Protocol):
-    """Somebody who waits in an account's line. Both methods come from any thread, under the upstream's lock."""
+    """A caller that waits in an account's queue. Its methods are called from any thread, under the account's lock.
+
+    Attributes:
+        decision: the decision, once there is one.
+    """
 
     decision: Admitted | Rejected | None
 
     def resolve(self, decision: Admitted | Rejected) -> bool:
-        """It may go, or will not. False: there is nobody any more to whom it could be told."""
+        """Wake the caller with a decision. Return False if nobody waits any more."""
 
     def wake_at(self, when: float) -> bool:
-        """At that time of `clock.now`, see whether the line moves, for nobody else will. False: as above."""
-
-
-class QueuedCall:
-    """A call in the line, and who waits for its answer."""
-
-    __slots__ = ("enqueued_at", "entry", "priority", "priority_since", "rank", "request", "waiter")
-
-    def __init__(self, ask: CallRequest, waiter: Waiter, *, rank: tuple[float, float], now: float) -> None:
-        self.request = ask
-        self.waiter = waiter
-        self.rank = rank
-        self.priority = ask.priority
-        self.enqueued_at = now
-        self.priority_since = now  # on this rung
-        self.entry: QueueEntry | None = None
-
-    @property
-    def is_queued(self) -> bool:
-        """Whether it is in the line."""
-        return self.entry is not None
+        """Have the caller look whether the queue moves, at `when` of `clock.now`. Return False if nobody waits."""
 
 
 class AsyncWaiter:
     """Waits on the running event loop.
 
     Args:
-        look: called in that loop when it is time to see whether the line moves.
+        look: called in that loop when the queue may move.
     """
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[None] = self._loop.create_future()
-        self._alarm: asyncio.TimerHandle | None = None
-        self._when = math.inf  # it looks then
+        self._timer: asyncio.TimerHandle | None = None
+        self._when = math.inf  # when the timer fires
         self._look = look
         self.decision: Admitted | Rejected | None = None
 
     async def wait(self) -> Admitted | Rejected:
-        """The answer. Cancelled, it leaves `given` as it is then."""
+        """Wait, and return the decision."""
         try:
             await self._future
         finally:
-            if self._alarm is not None:
-                self._alarm.cancel()
-        assert self.decision is not None  # noqa: S101 - woken by nothing else
+            if self._timer is not None:
+                self._timer.cancel()
+        assert self.decision is not None  # noqa: S101 - nothing else wakes it
         return self.decision
 
     def resolve(self, decision: Admitted | Rejected) -> bool:
         """See `Waiter`."""
         self.decision = decision
-        return self._in_loop(self._wake)
+        return self._call_in_loop(self._wake)
 
     def wake_at(self, when: float) -> bool:
         """See `Waiter`."""
-        if self._when <= when and not self._loop.is_closed():  # whoever looks then sees when to look again
+        if self._when <= when and not self._loop.is_closed():  # that look finds out when to look again
             return True
         self._when = when
-        return self._in_loop(lambda: self._arm(when))
+        return self._call_in_loop(lambda: self._set_timer(when))
 
-    def _in_loop(self, callback: Callable[[], None]) -> bool:
+    def _call_in_loop(self, callback: Callable[[], None]) -> bool:
         try:
             self._loop.call_soon_threadsafe(callback)
-        except RuntimeError:  # it is closed, and whoever waited on it is gone
+        except RuntimeError:  # the loop is closed, and the caller is gone
             return False
         return True
 
@@ -93,11 +76,11 @@ class AsyncWaiter:
         if not self._future.done():
             self._future.set_result(None)
 
-    def _arm(self, when: float) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if not self._future.done():
-            self._alarm = self._loop.call_later(max(0.0, when - clock.now()), self._look_now)
+            self._timer = self._loop.call_later(max(0.0, when - clock.now()), self._look_now)
 
     def _look_now(self) -> None:
         self._when = math.inf
@@ -105,7 +88,11 @@ class AsyncWaiter:
 
 
 class ThreadWaiter:
-    """Waits in a plain thread."""
+    """Waits in a plain thread.
+
+    Args:
+        look: called in that thread when the queue may move.
+    """
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._woken = threading.Event()
@@ -114,7 +101,7 @@ class ThreadWaiter:
         self.decision: Admitted | Rejected | None = None
 
     def wait(self) -> Admitted | Rejected:
-        """The answer."""
+        """Wait, and return the decision."""
         while self.decision is None:
             when = self._when
             self._woken.wait(None if when is None else max(0.0, when - clock.now()))

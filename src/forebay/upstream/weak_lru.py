@@ -1,4 +1,4 @@
-"""What is kept by key, up to a bound, and found for as long as anybody holds it."""
+"""A bounded cache that never has two values for one key at the same time."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ ValueT = TypeVar("ValueT")
 
 
 class WeakLRU(Generic[KeyT, ValueT]):
-    """The latest values by key, from any thread. Of those that are older, whatever is held elsewhere is found too.
+    """Keeps the most recently used values by key, and finds older ones for as long as somebody holds them.
 
-    So no key ever has two values at the same time: a limit, or a sum of money, that was dropped while a call held it
-    would be there twice.
+    So a limit, or a budget, that is dropped while a call holds it does not exist twice. Safe to use from any thread.
 
     Args:
-        most: how many are kept that nobody holds.
+        capacity: how many values are kept that nobody else holds.
     """
 
-    __slots__ = ("_all", "_latest", "_lock", "_most")
+    __slots__ = ("_all", "_capacity", "_latest", "_lock")
 
     def __init__(self, capacity: int) -> None:
-        self._most = capacity
+        self._capacity = capacity
         self._lock = threading.Lock()
         self._latest: OrderedDict[KeyT, ValueT] = OrderedDict()
         self._all: WeakValueDictionary[KeyT, ValueT] = WeakValueDictionary()  # in the order in which they were made
 
     def get(self, key: KeyT, make: Callable[[KeyT], ValueT]) -> ValueT:
-        """The value of `key`, made if there is none; it is now the latest."""
+        """Return the value of `key`, made if there is none; it becomes the most recently used one."""
         with self._lock:
             value = self._latest.get(key)
             if value is not None:
@@ -41,16 +40,16 @@ class WeakLRU(Generic[KeyT, ValueT]):
             if value is None:
                 value = self._all[key] = make(key)
             self._latest[key] = value
-            if len(self._latest) > self._most:
+            if len(self._latest) > self._capacity:
                 self._latest.popitem(last=False)
         return value
 
     def values(self) -> Sequence[ValueT]:
-        """All that there are."""
+        """Return all values."""
         with self._lock:
             return tuple(self._all.values())
 
     def items(self) -> Sequence[tuple[KeyT, ValueT]]:
-        """Likewise, with their keys."""
+        """Return all keys and values."""
         with self._lock:
             return tuple(self._all.items())

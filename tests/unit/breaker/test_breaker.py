@@ -443,3 +443,11 @@ def test_an_invalid_trigger_setting_is_reported_by_name(settings: dict[str, floa
 def test_a_trigger_cannot_need_more_faults_than_calls(faults: int, calls: int) -> None:
     with pytest.raises(InvalidSetting, match="FaultCountTrigger"):
         FaultCountTrigger(faults=faults, calls=calls)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("cool_off", "reset_timeout"), ("ceiling", "max_reset_timeout"), ("arms", "triggers")]
+)
+def test_an_old_name_gives_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"BreakerRules: {old} is now {new}"):
+        BreakerRules(**{old: 30.0})  # type: ignore[arg-type]

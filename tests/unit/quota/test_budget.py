@@ -45,6 +45,11 @@ def test_an_invalid_budget_says_what_to_do(given: dict[str, Any], says: str) -> 
     assert says in str(caught.value)
 
 
+def test_an_old_name_gives_the_new_one() -> None:
+    with pytest.raises(TypeError, match="Budget: reserve is now reserved_share"):
+        Budget(usd=1, reserve=0.1)  # type: ignore[call-arg]
+
+
 def test_reserved_dollars_count_as_spent_until_they_are_settled() -> None:
     tracker = new_tracker()
     held = tracker.reserve(NOON, 8.0)

@@ -115,3 +115,11 @@ def test_a_call_never_waits_longer_than_max_total_delay_and_six_faults_end_it(
             assert delay is None
         waited += delay or 0.0
     assert waited <= 50.0 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("base", "base_delay"), ("ceiling", "max_delay"), ("longest_wait", "max_total_delay")]
+)
+def test_an_old_name_gives_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"Retry: {old} is now {new}"):
+        Retry(**{old: 1.0})  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ async def writer(tmp_path: Path) -> AsyncIterator[SqliteWriter]:
 
 @pytest.fixture
 async def statements(writer: SqliteWriter) -> list[str]:
-    """The statements that SQLite executes from now on."""
+    """Return the statements that SQLite executes, in a list that grows."""
     executed: list[str] = []
     await writer.run(lambda connection: connection.set_trace_callback(executed.append))
     executed.clear()
@@ -203,14 +203,12 @@ async def test_an_operation_cancelled_before_its_transaction_does_not_happen(wri
 
 async def test_an_operation_cancelled_during_its_transaction_happens_with_its_group(writer: SqliteWriter) -> None:
     blocked = BlockedOperation(writer)
-    waiter = asyncio.ensure_future(
-        asyncio.wait([writer.run(partial(add, 1)), neighbour := writer.run(partial(add, 2))])
-    )
+    waiter = asyncio.ensure_future(asyncio.wait([writer.run(partial(add, 1)), other := writer.run(partial(add, 2))]))
     await blocked.reached()
     blocked.done.cancel()
     blocked.open()
     await waiter
-    assert neighbour.result() == 2
+    assert other.result() == 2
     assert await writer.run(numbers) == [1, 2]
 
 

@@ -342,7 +342,7 @@ def test_tasks_of_a_thread_are_not_compared() -> None:
 @virtual
 async def test_a_queue_that_serves_the_wrong_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        PriorityQueue, "_next_rung", lambda line: max((r for r, n in enumerate(line._lengths) if n), default=None)
+        PriorityQueue, "_next_priority", lambda queue: max(p for p, length in enumerate(queue._lengths) if length)
     )
     async with BackpressureSupervisor() as supervisor:
         record = EventRecord(supervisor)
@@ -434,10 +434,10 @@ async def test_a_remaining_timer_and_background_task_are_named() -> None:
     check_nothing_left(supervisor)
     dispatcher = supervisor._dispatcher
     assert dispatcher is not None
-    dispatcher.timers.at(1e6, lambda: None)
+    dispatcher.core.timers.at(1e6, lambda: None)
     assert violations(lambda: check_nothing_left(supervisor)) == "timers are set, although it is closed"
-    dispatcher.timers.close()
-    dispatcher.run_in_background(asyncio.sleep(1.0))
+    dispatcher.core.timers.close()
+    dispatcher.core.run_in_background(asyncio.sleep(1.0))
     assert violations(lambda: check_nothing_left(supervisor)).startswith("1 background tasks are running")
     await asyncio.sleep(2.0)
 
@@ -458,7 +458,7 @@ async def test_resources_held_by_an_upstream_are_named() -> None:
         budget=Budget(usd=9.0),
         prices={"": Price(input=1e6, output=1e6)},
     )
-    account = upstream.accounts.account("")
+    account = upstream.core.accounts.account("")
     account.account.breaker.trip(-100.0)
     account.add_expected_calls(1)
     async with upstream.call(input_tokens=2):
@@ -489,5 +489,5 @@ async def test_a_queued_call_and_an_exceeded_limit_are_named() -> None:
         assert "1 calls are queued in upstream:llm" in violations(lambda: check_upstream(upstream))
     await waiting
     check_upstream(upstream)
-    upstream.accounts.account("").account.peak_in_flight = 2
+    upstream.core.accounts.account("").account.peak_in_flight = 2
     assert violations(lambda: check_upstream(upstream)) == "upstream:llm had 2 calls in flight of 1"

@@ -51,7 +51,7 @@ async def test_all_tasks_are_rejected_inside_the_block() -> None:
             assert not ticket
             assert (ticket.verdict, ticket.status, ticket.load) == (Verdict.REJECTED, TaskStatus.REJECTED, 1.0)
             assert (ticket.limited_by, ticket.retry_after) == ("pool:work", None)
-            assert ticket.reason == "pool:work is at 100%, and NORMAL is refused"
+            assert ticket.reason == "pool:work is at 100%, and NORMAL is rejected"
             assert not supervisor.submit_nowait(Task("play", priority=Priority.CRITICAL))
             with pytest.raises(Overloaded, match="pool:play"):
                 await supervisor.run(Task("play"))
@@ -101,7 +101,9 @@ async def test_retry_after_is_by_default_the_estimate_of_admission() -> None:
 async def test_task_types_and_priorities_can_be_chosen(chosen: dict[str, Any], refused: set[tuple[str, str]]) -> None:
     async with make_supervisor() as supervisor:
         with overload(supervisor, **chosen):
-            tasks = [Task(kind, priority=priority) for kind in ("work", "play") for priority in (Priority.LOW, Priority.HIGH)]
+            tasks = [
+                Task(kind, priority=priority) for kind in ("work", "play") for priority in (Priority.LOW, Priority.HIGH)
+            ]
             tickets = [await supervisor.submit(task) for task in tasks]
     assert {(ticket.task.task_type, ticket.priority.name) for ticket in tickets if not ticket} == refused
 

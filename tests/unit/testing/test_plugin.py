@@ -124,8 +124,8 @@ THEIRS = """
     ("company", "mark"), [("asyncio auto", ""), slowly("anyio auto", ""), slowly("anyio auto", "ours")]
 )
 def test_other_async_tests_are_left_to_other_plugins(pytester: pytest.Pytester, company: str, mark: str) -> None:
-    beside = "async def test_of_ours(virtual_time):\n        await asyncio.sleep(3600.0)\n" if mark else ""
-    pytester.makepyfile(THEIRS.format(mark=beside))
+    other_test = "async def test_of_ours(virtual_time):\n        await asyncio.sleep(3600.0)\n" if mark else ""
+    pytester.makepyfile(THEIRS.format(mark=other_test))
     result = pytester.runpytest_subprocess(*BARE, *COMPANY[company])
     result.assert_outcomes(passed=2 if mark else 1)
 

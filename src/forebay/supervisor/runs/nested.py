@@ -41,6 +41,7 @@ class SlotLoan:
             run.begin_loan()
         for run in {awaiting: None, **dict.fromkeys(self._runs)}:
             if run.lends_slot and run.holds_slot:
+                run.give_slot()
                 run.dispatcher.return_slot(run)
 
     async def reclaim(self) -> None:

@@ -1,4 +1,4 @@
-"""Calls of clients that exist, sent through an upstream: transports for httpx and httpx2, and copies that use them."""
+"""Clients of httpx and httpx2, and SDKs that use them, bound to an upstream: copies whose calls go through it."""
 
 from forebay.upstream.httpx_binding.client_binder import bind_client
 

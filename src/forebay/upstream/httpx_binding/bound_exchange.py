@@ -1,26 +1,23 @@
-"""One request of an httpx client, and the answers that it gets: an exchange, in the words of its HTTP library."""
+"""One request of an httpx client and its answers: an exchange in the terms of its HTTP library."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forebay.errors import Overloaded
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import Permit
+from forebay.upstream.call_flow import CallRunner
+from forebay.upstream.call_request import AttemptResult, Permit
+from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
-from forebay.upstream.fallback_chain import FallbackChain, make_chain
+from forebay.upstream.fallback_routes import FallbackRoute
 from forebay.upstream.httpx_binding.sdk_errors import SdkErrors, find_sdk_errors
 from forebay.upstream.providers import Headers
+from forebay.upstream.shared_account import SharedAccount
 
-if TYPE_CHECKING:
-    from forebay.upstream.fallback_routes import FallbackRoute
-    from forebay.upstream.shared_account import SharedAccount
-    from forebay.upstream.upstream import Upstream
-
-_gave_up: ContextVar[tuple[type[Exception], str] | None] = ContextVar("forebay_gave_up", default=None)
+_last_failure: ContextVar[tuple[type[Exception], str] | None] = ContextVar("forebay_last_failure", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +25,14 @@ class ClientBinding:
     """What the calls of one bound client have in common.
 
     Attributes:
-        upstream: through which they go.
+        core: of the upstream that they are sent through.
+        runner: runs the upstream's calls.
         http: the HTTP library of the client.
-        dress: of the SDK that makes them; None where that is seen from each request.
+        sdk_errors: of the SDK that makes the calls; None to find it out from each request.
     """
 
-    upstream: Upstream
+    core: UpstreamCore
+    runner: CallRunner
     http: ModuleType
     sdk_errors: SdkErrors | None
 
@@ -44,17 +43,17 @@ class BoundExchange(Exchange):
     Args:
         binding: of the client.
         request: to be sent.
-        stop: where it is sent on to; None for its own account.
-        original: what the client asked for, if it is sent on.
+        core: of the upstream that it is sent through; None for the binding's.
+        original: the client's own request, if this is a rerouted one.
 
     Attributes:
         request: as it is sent.
     """
 
-    __slots__ = ("_binding", "_dress", "_http", "_original", "request")
+    __slots__ = ("_binding", "_errors", "_http", "_original", "request")
 
     def __init__(
-        self, binding: ClientBinding, request: Any, stop: FallbackRoute | None = None, *, original: Any = None
+        self, binding: ClientBinding, request: Any, core: UpstreamCore | None = None, *, original: Any = None
     ) -> None:
         self._binding = binding
         self._http = http = binding.http
@@ -62,12 +61,12 @@ class BoundExchange(Exchange):
         self._original = request if original is None else original
         try:
             body: bytes | None = request.content
-        except http.RequestNotRead:  # a file, say: it is read as it is sent
+        except http.RequestNotRead:  # a file, for example: it is read while it is sent
             body = None
         headers = Headers.relevant(request.headers.raw)
-        self._dress = binding.sdk_errors or find_sdk_errors(http, headers, binding.upstream.provider)
+        self._errors = binding.sdk_errors or find_sdk_errors(http, headers, binding.core.provider)
         super().__init__(
-            binding.upstream if stop is None else stop.upstream,
+            binding.core if core is None else core,
             method=request.method,
             path=request.url.raw_path.decode("ascii"),
             headers=headers,
@@ -80,16 +79,9 @@ class BoundExchange(Exchange):
                 request.method, request.url, headers=sent, content=self.changed_body, extensions=request.extensions
             )
 
-    # --- where else it may go ---
-
-    def journey(self) -> FallbackChain[BoundExchange] | None:
-        """Its way through the accounts that may serve it; None if there is but its own."""
-        if not self.upstream.fallbacks:
-            return None
-        return make_chain(self, self._elsewhere, key=self.api_key, fits=self.can_reroute)
-
-    def _elsewhere(self, stop: FallbackRoute, _: SharedAccount) -> BoundExchange | None:
-        sent = self.reroute(stop)
+    def reroute(self, route: FallbackRoute, account: SharedAccount) -> BoundExchange | None:  # noqa: ARG002
+        """See `CallRoute`."""
+        sent = self.rerouted_request(route)
         if sent is None:
             return None
         old = self._original
@@ -100,76 +92,74 @@ class BoundExchange(Exchange):
         path = sent.path.encode("ascii")
         url = old.url.copy_with(raw_path=path) if sent.origin is None else self._http.URL(sent.origin + sent.path)
         request = self._http.Request(old.method, url, headers=headers, content=sent.body, extensions=old.extensions)
-        return BoundExchange(self._binding, request, stop, original=old)
+        return BoundExchange(self._binding, request, route.core, original=old)
 
-    # --- what is told to the caller ---
+    # --- errors, as the caller's SDK knows them ---
 
     def check_sdk_retry(self) -> None:
-        """An SDK that calls again what was given up here is told the same at once: retries are made in one place."""
-        gave_up = _gave_up.get()
-        if gave_up is None:
+        """Raise the last error again if an SDK retries a call that has failed here: only the upstream retries."""
+        last = _last_failure.get()
+        if last is None:
             return
-        _gave_up.set(None)
+        _last_failure.set(None)
         if self._original.headers.get("x-stainless-retry-count", "0") != "0":
-            _gave_up.set(gave_up)
-            raise self._failure(gave_up[0](gave_up[1]))
+            _last_failure.set(last)
+            raise self._sdk_error(last[0](last[1]))
 
     def rejection(self, error: Overloaded) -> Overloaded:
-        """A refusal of ours, as the caller's SDK lets it through."""
-        return self._dress.rejection(error, self._original)
+        """Return a rejection as an error that the caller's SDK passes on."""
+        return self._errors.rejection(error, self._original)
 
-    # --- what an attempt comes to ---
+    def _sdk_error(self, error: Exception) -> Exception:
+        """Return a connection's error as the caller's SDK raises it."""
+        http = self._http
+        if isinstance(error, http.RequestError):
+            _last_failure.set((type(error), str(error)))
+            error.request = self._original
+        return self._errors.connection_failure(error, self._original, timeout=isinstance(error, http.TimeoutException))
+
+    # --- the result of an attempt ---
 
     def answered(self, permit: Permit, response: Any, headers: Headers, raw: bytes) -> AttemptResult:
-        """The answer is all there; its stream has been read and closed, but it has not been, so it can be given on."""
+        """Return the result of an attempt whose answer was read to its end, and whose stream was closed."""
         body = _decoded(self._http, headers, raw)
-        tried = self.judge_answer(permit, response.status_code, headers, body)
-        response.stream = self._http.ByteStream(raw)  # nobody else has it: to build another took 5 us of a call
+        result = self.judge_answer(permit, response.status_code, headers, body)
+        response.stream = self._http.ByteStream(raw)  # nobody else has the response: a new one took 5 us of a call
         response.headers["x-should-retry"] = "false"
-        tried.value = response
-        return tried
+        result.value = response
+        return result
 
     def opened(self, response: Any, stream: Any, *, decoded: bool) -> AttemptResult:
-        """The answer has begun."""
-        changed: tuple[bytes, ...] = ()
+        """Return the result of an attempt whose answer has begun."""
+        dropped = {b"x-should-retry"}
         if decoded:
-            changed = (b"content-encoding", b"content-length")
+            dropped |= {b"content-encoding", b"content-length"}
         elif self.changed_body is not None:
-            changed = (b"content-length",)
-        tried = self.stream_result()
-        tried.value = self._response(response, stream, without=changed)
-        return tried
+            dropped.add(b"content-length")
+        headers = [pair for pair in response.headers.raw if pair[0].lower() not in dropped]
+        headers.append((b"x-should-retry", b"false"))
+        result = self.stream_result()
+        result.value = self._http.Response(
+            response.status_code, headers=headers, stream=stream, extensions=response.extensions
+        )
+        return result
 
     def failed(self, permit: Permit, error: Exception) -> AttemptResult:
-        """The connection failed, before the answer or within it.
+        """Return the result of an attempt whose connection failed, before the answer or within it.
 
         Raises:
-            Exception: `error`, if that is not a connection's.
+            Exception: `error`, if it is not a connection's.
         """
         http = self._http
         if not isinstance(error, http.RequestError | OSError):
             raise error
-        ours = isinstance(error, http.LocalProtocolError | http.UnsupportedProtocol | http.PoolTimeout)
+        local = isinstance(error, http.LocalProtocolError | http.UnsupportedProtocol | http.PoolTimeout)
         sent = not isinstance(error, http.ConnectError | http.ConnectTimeout)
-        return self.connection_failed(permit, self._failure(error), sent=sent, local=ours)
-
-    def _failure(self, error: Exception) -> Exception:
-        http = self._http
-        if isinstance(error, http.RequestError):
-            _gave_up.set((type(error), str(error)))
-            error.request = self._original
-        return self._dress.connection_failure(error, self._original, timeout=isinstance(error, http.TimeoutException))
-
-    def _response(self, response: Any, stream: Any, *, without: tuple[bytes, ...]) -> Any:
-        """The answer as its caller gets it: with this body, and not to be tried again by anybody else."""
-        dropped = (b"x-should-retry", *without)
-        headers = [pair for pair in response.headers.raw if pair[0].lower() not in dropped]
-        headers.append((b"x-should-retry", b"false"))
-        return self._http.Response(response.status_code, headers=headers, stream=stream, extensions=response.extensions)
+        return self.connection_failed(permit, self._sdk_error(error), sent=sent, local=local)
 
 
 def _decoded(http: ModuleType, headers: Headers, raw: bytes) -> bytes:
-    """The body without its content-encoding; as it is where that is none, or not to be understood."""
+    """Return a body without its Content-Encoding; unchanged if that is unknown or wrong."""
     encoding = headers.get("content-encoding")
     if encoding is None:
         return raw

@@ -1,72 +1,69 @@
-"""The transports: one asynchronous and one for plain threads, made for whichever of httpx and httpx2 a client uses."""
+"""The transports of bound clients, for event loops and plain threads, made for httpx or httpx2."""
 
 from __future__ import annotations
 
 import _thread
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from functools import cache, partial
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 from forebay.errors import Overloaded
-from forebay.upstream.call_drivers import unwrap_result
-from forebay.upstream.call_flow import AttemptResult
-from forebay.upstream.call_request import Permit
-from forebay.upstream.fallback_chain import FallbackChain, run_chain, run_chain_blocking
+from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.httpx_binding.bound_exchange import BoundExchange, ClientBinding
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers
 
 
 class AsyncBody:
-    """An open answer, on an event loop."""
+    """The body of a streaming answer, on an event loop."""
 
-    def __init__(self, response: Any, reader: MeteredStream, *, decoded: bool) -> None:
+    def __init__(self, response: Any, stream: MeteredStream, *, decoded: bool) -> None:
         self._response = response
-        self._reader = reader
+        self._stream = stream
         self._loop = asyncio.get_running_loop()
         self._chunks = response.aiter_bytes() if decoded else response.stream
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        reader = self._reader
+        stream = self._stream
         chunks = aiter(self._chunks)
         try:
             async for chunk in chunks:
-                if passed := reader.feed(chunk):
+                if passed := stream.feed(chunk):
                     yield passed
         except Exception:
-            reader.fail()
+            stream.fail()
             raise
         finally:
             if isinstance(chunks, AsyncGenerator):
-                await chunks.aclose()  # else it would be closed whenever it is collected
-        if rest := reader.end():
+                await chunks.aclose()  # otherwise it is closed whenever it is collected
+        if rest := stream.end():
             yield rest
 
     async def aclose(self) -> None:
-        """Hang up, if it has not ended."""
+        """Close the answer, if it has not ended."""
         try:
             await self._response.aclose()
         finally:
-            self._reader.abandon()
+            self._stream.abandon()
 
     def __del__(self) -> None:
-        if self._reader.settled:
+        if self._stream.settled:
             return
-        try:  # not here: this may come in the middle of anything
-            self._loop.call_soon_threadsafe(self._reader.abandon)
+        try:  # not here: garbage is collected in the middle of anything
+            self._loop.call_soon_threadsafe(self._stream.abandon)
         except RuntimeError:  # the loop is closed
-            _elsewhere(self._reader)
+            _abandon_in_thread(self._stream)
 
 
 class AsyncTransport:
-    """Sends what an asynchronous client asks for through an upstream.
+    """Sends the requests of an asynchronous client through an upstream.
 
     Args:
         inner: the client's own transport.
-        binding: which upstream, and for whom.
+        binding: of the client.
     """
 
     body: type[AsyncBody]
@@ -76,28 +73,16 @@ class AsyncTransport:
         self.binding = binding
 
     async def handle_async_request(self, request: Any) -> Any:
-        """The answer to a request, however many attempts that took."""
+        """Return the answer to a request, after as many attempts as that takes."""
         exchange = BoundExchange(self.binding, request)
         exchange.check_sdk_retry()
-
         try:
-            journey = exchange.journey()
-            if journey is not None:
-                return unwrap_result(await run_chain(journey, partial(self._drive, journey=journey)))
-            answer = unwrap_result(await self._drive(exchange))
+            return await self.binding.runner.run(exchange, self._send)
         except Overloaded as error:
             raise exchange.rejection(error) from None
-        exchange.report_throttling()
-        return answer
 
-    def _drive(
-        self, exchange: BoundExchange, journey: FallbackChain[BoundExchange] | None = None
-    ) -> Awaitable[AttemptResult]:
-        hurries = None if journey is None else partial(journey.skips_retry, exchange)
-        driver = exchange.upstream.driver(exchange.account, hurries)
-        return driver.drive(exchange.call_request, partial(self._attempt, exchange))
-
-    async def _attempt(self, exchange: BoundExchange, permit: Permit) -> AttemptResult:
+    async def _send(self, exchange: BoundExchange, permit: Permit) -> AttemptResult:
+        """Send one attempt."""
         response = None
         try:
             response = await self.inner.handle_async_request(exchange.request)
@@ -129,43 +114,43 @@ class AsyncTransport:
 
 
 class BlockingBody:
-    """An open answer, in a plain thread."""
+    """The body of a streaming answer, in a plain thread."""
 
-    def __init__(self, response: Any, reader: MeteredStream, *, decoded: bool) -> None:
+    def __init__(self, response: Any, stream: MeteredStream, *, decoded: bool) -> None:
         self._response = response
-        self._reader = reader
+        self._stream = stream
         self._chunks = response.iter_bytes() if decoded else response.stream
 
     def __iter__(self) -> Iterator[bytes]:
-        reader = self._reader
+        stream = self._stream
         try:
             for chunk in self._chunks:
-                if passed := reader.feed(chunk):
+                if passed := stream.feed(chunk):
                     yield passed
         except Exception:
-            reader.fail()
+            stream.fail()
             raise
-        if rest := reader.end():
+        if rest := stream.end():
             yield rest
 
     def close(self) -> None:
-        """Hang up, if it has not ended."""
+        """Close the answer, if it has not ended."""
         try:
             self._response.close()
         finally:
-            self._reader.abandon()
+            self._stream.abandon()
 
     def __del__(self) -> None:
-        if not self._reader.settled:
-            _elsewhere(self._reader)
+        if not self._stream.settled:
+            _abandon_in_thread(self._stream)
 
 
 class BlockingTransport:
-    """Sends what a client in a plain thread asks for through an upstream.
+    """Sends the requests of a client in a plain thread through an upstream.
 
     Args:
         inner: the client's own transport.
-        binding: which upstream, and for whom.
+        binding: of the client.
     """
 
     body: type[BlockingBody]
@@ -175,26 +160,16 @@ class BlockingTransport:
         self.binding = binding
 
     def handle_request(self, request: Any) -> Any:
-        """The answer to a request, however many attempts that took."""
+        """Return the answer to a request, after as many attempts as that takes."""
         exchange = BoundExchange(self.binding, request)
         exchange.check_sdk_retry()
-
         try:
-            journey = exchange.journey()
-            if journey is not None:
-                return unwrap_result(run_chain_blocking(journey, partial(self._drive, journey=journey)))
-            answer = unwrap_result(self._drive(exchange))
+            return self.binding.runner.run_blocking(exchange, self._send)
         except Overloaded as error:
             raise exchange.rejection(error) from None
-        exchange.report_throttling()
-        return answer
 
-    def _drive(self, exchange: BoundExchange, journey: FallbackChain[BoundExchange] | None = None) -> AttemptResult:
-        hurries = None if journey is None else partial(journey.skips_retry, exchange)
-        driver = exchange.upstream.driver(exchange.account, hurries)
-        return driver.drive_blocking(exchange.call_request, partial(self._attempt, exchange))
-
-    def _attempt(self, exchange: BoundExchange, permit: Permit) -> AttemptResult:
+    def _send(self, exchange: BoundExchange, permit: Permit) -> AttemptResult:
+        """Send one attempt."""
         response = None
         try:
             response = self.inner.handle_request(exchange.request)
@@ -226,7 +201,12 @@ class BlockingTransport:
 
 
 class TransportClasses:
-    """The transports for one HTTP library."""
+    """The transports for one HTTP library.
+
+    Attributes:
+        asynchronous: for clients on an event loop.
+        blocking: for clients in plain threads.
+    """
 
     def __init__(self, http: ModuleType) -> None:
         body: type[Any] = type("AsyncBody", (AsyncBody, http.AsyncByteStream), {})
@@ -239,11 +219,11 @@ class TransportClasses:
 
 @cache
 def transport_classes(http: ModuleType) -> TransportClasses:
-    """The transports for `http`, which is the module httpx or httpx2."""
+    """Return the transports for `http`, which is the module httpx or httpx2."""
     return TransportClasses(http)
 
 
-def _elsewhere(reader: MeteredStream) -> None:
-    """Close a permit whose answer was thrown away: in a thread, since whoever collects garbage may hold any lock."""
-    with contextlib.suppress(RuntimeError):  # the interpreter is going down, and the account with it
-        _thread.start_new_thread(reader.abandon, ())
+def _abandon_in_thread(stream: MeteredStream) -> None:
+    """Release the permit of an answer that was thrown away, in a thread: garbage collection may hold any lock."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+        _thread.start_new_thread(stream.abandon, ())

@@ -1,4 +1,4 @@
-"""Errors as the caller's SDK knows them: what it raises by itself, and refusals that it lets through."""
+"""Errors as the caller's SDK knows them: those that it raises itself, and rejections that it passes on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SDKS: Final = ("openai", "anthropic")
 
 
 class SdkErrors(NamedTuple):
-    """How errors look to whoever made the call.
+    """The errors of one SDK.
 
     Attributes:
-        base: of which a refusal is a subclass too. What an SDK does not know as its own it takes for a broken
-            connection, and calls again.
-        failed: the SDK's error for a connection that failed, or None where the transport's own is expected.
-        timed_out: the SDK's error for a timeout, likewise.
+        base: a rejection is a subclass of it: an SDK takes errors that it does not know for a broken connection, and
+            retries.
+        connection_error: the SDK's error for a connection that failed; None for the transport's own.
+        timeout_error: the SDK's error for a timeout, likewise.
     """
 
     base: type[Exception]
@@ -28,14 +28,14 @@ class SdkErrors(NamedTuple):
     timeout_error: Callable[..., Exception] | None = None
 
     def rejection(self, error: Overloaded, request: Any) -> Overloaded:
-        """The refusal, as an exception that the SDK lets through as it is."""
-        kind = _refused(self.base)  # type: ignore[arg-type]  # a class can be hashed, whatever its objects do
-        refused = kind(error.reason, limited_by=error.limited_by, load=error.load, retry_after=error.retry_after)
-        refused.request = request  # type: ignore[attr-defined]  # errors of HTTP clients are expected to have one
-        return refused
+        """Return a rejection as an error that the SDK passes on unchanged."""
+        kind = _overloaded_of(self.base)  # type: ignore[arg-type]  # a class can be hashed, whatever its objects do
+        rejection = kind(error.reason, limited_by=error.limited_by, load=error.load, retry_after=error.retry_after)
+        rejection.request = request  # type: ignore[attr-defined]  # errors of HTTP clients are expected to have one
+        return rejection
 
     def connection_failure(self, error: Exception, request: Any, *, timeout: bool) -> Exception:
-        """What the SDK makes of a connection's failure once it has no retries left."""
+        """Return the error that the SDK raises for a failed connection when it has no retries left."""
         kind = self.timeout_error if timeout else self.connection_error
         if kind is None:
             return error
@@ -45,11 +45,13 @@ class SdkErrors(NamedTuple):
 
 
 @cache
-def _refused(base: Any) -> type[Overloaded]:
+def _overloaded_of(base: Any) -> type[Overloaded]:
+    """Return a class of errors that are `Overloaded` and of an SDK's base class."""
+
     def reduce(self: Overloaded) -> Any:
         return Overloaded(
             self.reason, limited_by=self.limited_by, load=self.load, retry_after=self.retry_after
-        ).__reduce__()  # in another process that SDK may be missing
+        ).__reduce__()  # the SDK may be missing in another process
 
     members = {"__doc__": Overloaded.__doc__, "__module__": __name__, "__reduce__": reduce}
     return type("Overloaded", (Overloaded, base), members)
@@ -57,9 +59,9 @@ def _refused(base: Any) -> type[Overloaded]:
 
 @cache
 def sdk_errors_of(name: str) -> SdkErrors:
-    """The dress of an SDK, by the name of its package, which is imported already.
+    """Return the errors of an SDK, by the name of its package, which is imported already.
 
-    Its base error is the root of its tree: OpenAIError, AnthropicError.
+    The base is the root of its errors: OpenAIError, AnthropicError.
     """
     sdk = sys.modules[name]
     tree = [kind for kind in sdk.APIError.__mro__ if kind not in Exception.__mro__]
@@ -68,12 +70,12 @@ def sdk_errors_of(name: str) -> SdkErrors:
 
 @cache
 def http_errors_of(http: ModuleType) -> SdkErrors:
-    """That of a bare client. Not a TransportError: helpers retry those, and so would undo the refusal."""
+    """Return the errors of a bare client. The base is not TransportError, which helpers retry."""
     return SdkErrors(base=http.HTTPError)
 
 
 def find_sdk_errors(http: ModuleType, headers: Mapping[str, str], provider: str) -> SdkErrors:
-    """The dress for whoever made this request: an SDK may have been given a bare client that is bound."""
+    """Return the errors for the maker of a request: an SDK may use a bare client that is bound."""
     if "x-stainless-lang" not in headers:
         return http_errors_of(http)
     agent = headers.get("user-agent", "").lower()

@@ -1,4 +1,4 @@
-"""What is known of providers: how they are asked, how they count, and how they say no. Garbage makes nothing fail."""
+"""LLM providers: requests, token counting, rate-limit headers, errors and usage. Unreadable input raises nothing."""
 
 from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error
 from forebay.upstream.providers.http_headers import Headers

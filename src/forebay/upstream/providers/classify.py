@@ -30,7 +30,7 @@ _FIRST_SERVER_ERROR: Final = 500
 
 
 class ErrorKind(Enum):
-    """What a response means for the call, and for the calls after it.
+    """The meaning of a response, for its call and for the calls after it.
 
     The value appears in messages of `forebay.Overloaded`, so it contains no word that agent frameworks retry on.
     """
@@ -49,38 +49,38 @@ class ErrorKind(Enum):
 
     @property
     def rule(self) -> ErrorRule:
-        """What follows from this kind."""
+        """Return the consequences of this kind."""
         return ERROR_RULES[self]
 
     @property
     def outcome(self) -> Outcome:
-        """What the account's limit and circuit breaker learn from it."""
+        """Return the outcome for the account's limit and circuit breaker."""
         return ERROR_RULES[self].outcome
 
     @property
     def retryable(self) -> bool:
-        """Whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``)."""
+        """Return whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``)."""
         return ERROR_RULES[self].retryable
 
     @property
     def uses_attempt(self) -> bool:
-        """Whether it uses one of `Retry.max_attempts`; a throttled attempt does not: its deadline bounds it."""
+        """Return whether it uses one of `Retry.max_attempts`; a throttled attempt does not: its deadline bounds it."""
         return ERROR_RULES[self].uses_attempt
 
     @property
     def throttled(self) -> bool:
-        """Whether the provider rejected the call before doing any work, so that nothing was used."""
+        """Return whether the provider rejected the call before doing any work, so that nothing was used."""
         return ERROR_RULES[self].throttled
 
     @property
     def can_fall_back(self) -> bool:
-        """Whether another account of the fallback chain may serve the call."""
+        """Return whether another account of the fallback chain may serve the call."""
         return ERROR_RULES[self].can_fall_back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorRule:
-    """What follows from one kind of response: a row of the table.
+    """The consequences of one kind of response: a row of the table.
 
     Attributes:
         meaning: in a few words.
@@ -205,7 +205,7 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class StatusRule:
-    """What a status means by itself, and what the rest of the response may turn it into.
+    """The meaning of a status by itself, and the kinds that the rest of the response may turn it into.
 
     Attributes:
         kind: if neither body nor headers say more.

@@ -1,4 +1,4 @@
-"""The content of an answer, out of what its Content-Encoding made of it."""
+"""Decompression of a response body (Content-Encoding), in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ import zlib
 from collections.abc import Iterator
 from typing import Final
 
-_PIECE: Final = 1 << 16  # bytes that are unpacked at a time, however well they were packed
-_EITHER: Final = 32 + zlib.MAX_WBITS  # gzip or zlib, by its header
-_PACKED: Final = frozenset({"gzip", "x-gzip", "deflate"})
-_PLAIN: Final = frozenset({"", "identity"})
+_MAX_PIECE: Final = 1 << 16  # bytes decompressed at a time, whatever the compression ratio
+_GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS  # detected by its header
+_COMPRESSED: Final = frozenset({"gzip", "x-gzip", "deflate"})
+_UNCOMPRESSED: Final = frozenset({"", "identity"})
 
 
 class Decompressor:
-    """Unpacks a body piece by piece, in bounded memory.
+    """An incremental decompressor for gzip and deflate.
 
-    Knows gzip and deflate. Of anything else, and from where it is broken on, nothing comes out.
+    Of any other encoding, and after the first corrupt byte, it returns nothing.
 
     Args:
-        encoding: the header Content-Encoding, or nothing.
+        encoding: the Content-Encoding header, or an empty string.
     """
 
-    __slots__ = ("_plain", "_unpacker")
+    __slots__ = ("_decompressor", "_uncompressed")
 
     def __init__(self, encoding: str = "") -> None:
         name = encoding.strip().lower()
-        self._plain = name in _PLAIN
-        self._unpacker = zlib.decompressobj(_EITHER) if name in _PACKED else None
+        self._uncompressed = name in _UNCOMPRESSED
+        self._decompressor = zlib.decompressobj(_GZIP_OR_ZLIB) if name in _COMPRESSED else None
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The content that `chunk` brings, in pieces."""
-        if self._plain:
+        """Yield the decompressed content of `chunk` in pieces of at most 64 KiB."""
+        if self._uncompressed:
             yield chunk
-        while self._unpacker is not None and chunk:
+        while self._decompressor is not None and chunk:
             try:
-                piece = self._unpacker.decompress(chunk, _PIECE)
+                piece = self._decompressor.decompress(chunk, _MAX_PIECE)
             except zlib.error:
-                self._unpacker = None
+                self._decompressor = None
                 return
-            chunk = self._unpacker.unconsumed_tail
+            chunk = self._decompressor.unconsumed_tail
             if piece:
                 yield piece

@@ -1,17 +1,17 @@
-"""Server-sent events out of bytes that come in arbitrary pieces, in bounded memory."""
+"""A parser of server-sent events (SSE), in bounded memory."""
 
 from __future__ import annotations
 
 from typing import Final
 
-_LONGEST: Final = 1 << 20  # bytes of one event that are kept; of a longer one nothing is
+_MAX_EVENT: Final = 1 << 20  # bytes; longer events are dropped
 
 
 class EventStreamParser:
-    """Splits a stream into the data of its events.
+    """An incremental parser that returns the ``data`` of each event of a stream.
 
-    Lines end with LF, CRLF or CR, an event with an empty line; ``data`` lines of one event are joined by LF. What is
-    longer than a megabyte is skipped, and memory stays bounded whatever is fed.
+    Lines end with LF, CRLF or CR, an event with an empty line; the ``data`` lines of an event are joined by LF. Events
+    longer than a megabyte are dropped, so memory is bounded for any input.
 
     Source: WHATWG HTML, "Server-sent events", 9.2.6.
     """
@@ -26,12 +26,12 @@ class EventStreamParser:
         self._after_cr = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The data of the events that end in `chunk`."""
+        """Return the data of the events that end in `chunk`."""
         events: list[bytes] = []
         for piece in chunk.splitlines(keepends=True):
             if self._after_cr:
                 self._after_cr = False
-                if piece == b"\n":  # the second half of a CRLF
+                if piece == b"\n":  # the rest of a CRLF
                     continue
             ended = piece.endswith((b"\n", b"\r"))
             self._keep(piece)
@@ -41,7 +41,7 @@ class EventStreamParser:
         return events
 
     def end(self) -> list[bytes]:
-        """The data of an event that was not closed by an empty line; some servers leave the last one out."""
+        """Return the data of a last event without its empty line, which some servers leave out."""
         events: list[bytes] = []
         self._end_line(events)
         self._end_event(events)
@@ -49,10 +49,10 @@ class EventStreamParser:
 
     def _keep(self, piece: bytes) -> None:
         self._size += len(piece)
-        if self._size > _LONGEST:
+        if self._size > _MAX_EVENT:
             self._too_long = True
             self._data.clear()
-            self._line[:] = self._line[:1] or piece[:1]  # enough to know an empty line, which ends it, from a long one
+            self._line[:] = self._line[:1] or piece[:1]  # enough to tell the empty line that ends the event
         else:
             self._line += piece
 

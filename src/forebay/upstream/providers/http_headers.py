@@ -1,4 +1,4 @@
-"""Headers as plain strings, made once for all who read them."""
+"""HTTP headers by lower-case name, decoded once for all readers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import methodcaller
 from typing import Final, Self
 
-_KNOWN: Final = 1000  # names of headers that are remembered
-_LONGEST: Final = 64  # characters of a name worth remembering
+_MAX_CACHED_NAMES: Final = 1000
+_MAX_CACHED_LENGTH: Final = 64  # characters of a name
 
-# What AWS and others sign covers the body, and often the headers: nothing of it may be changed. Sources: AWS "Signature
+# A signature covers the body and often the headers, so a signed request must not be changed. Sources: AWS "Signature
 # Version 4"; RFC 9421 (HTTP message signatures); RFC 9530 (digest fields).
 SIGNATURE_HEADERS: Final = frozenset(
     {"x-amz-content-sha256", "x-amz-date", "signature", "signature-input", "content-digest", "digest", "content-md5"}
@@ -20,56 +20,56 @@ RELEVANT: Final = SIGNATURE_HEADERS | {
     *("user-agent", "x-stainless-lang"),
     *("retry-after", "retry-after-ms", "x-should-retry", "date"),
 }
-"""All that an upstream reads of requests and answers, beside the limits, whose names all have `LIMITS` in them."""
+"""The headers that an upstream reads, apart from rate limits, whose names all contain `RATE_LIMIT_MARK`."""
 RATE_LIMIT_MARK: Final = "ratelimit"
 
 
 class _LowerCaseNames(dict[bytes, str]):
-    """Names as they stand on the wire, and in lower case: they are the same from call to call."""
+    """A cache of header names in lower case, by name on the wire: they are the same from call to call."""
 
     def __missing__(self, name: bytes) -> str:
-        low = self.found(name.decode("latin-1").lower())
-        if len(self) < _KNOWN and len(name) <= _LONGEST:
-            self[name] = low
-        return low
+        lower = self.select(name.decode("latin-1").lower())
+        if len(self) < _MAX_CACHED_NAMES and len(name) <= _MAX_CACHED_LENGTH:
+            self[name] = lower
+        return lower
 
-    def found(self, low: str) -> str:
-        return low
+    def select(self, lower: str) -> str:
+        return lower
 
 
 class _RelevantNames(_LowerCaseNames):
-    """The same of those that are heeded; the others have none."""
+    """The same for relevant headers; the name of any other is empty."""
 
-    def found(self, low: str) -> str:
-        return low if low in RELEVANT or RATE_LIMIT_MARK in low else ""
+    def select(self, lower: str) -> str:
+        return lower if lower in RELEVANT or RATE_LIMIT_MARK in lower else ""
 
 
 _lower: Final = _LowerCaseNames().__getitem__
-_heeded: Final = _RelevantNames().__getitem__
+_relevant: Final = _RelevantNames().__getitem__
 _text: Final = methodcaller("decode", "latin-1")
 
 
 class Headers(dict[str, str]):
-    """Headers by lower-case name, as plain strings."""
+    """Headers of one message, by lower-case name."""
 
     __slots__ = ()
 
     @classmethod
     def from_wire(cls, pairs: Sequence[tuple[bytes, bytes]]) -> Self:
-        """Those that stand on the wire."""
+        """Return all headers of a message as it was received."""
         if not pairs:
             return cls()
         names, values = zip(*pairs, strict=True)
-        return cls(zip(map(_lower, names), map(str.strip, map(_text, values)), strict=True))  # no step of it in Python
+        return cls(zip(map(_lower, names), map(str.strip, map(_text, values)), strict=True))  # without a Python step
 
     @classmethod
     def relevant(cls, pairs: Iterable[tuple[bytes, bytes]]) -> Self:
-        """The few of them that an upstream reads: to make all took 10 us of a call more."""
-        return cls([(low, value.decode("latin-1").strip()) for name, value in pairs if (low := _heeded(name))])
+        """Return the headers that an upstream reads; decoding all of them would add 10 us to a call."""
+        return cls([(lower, value.decode("latin-1").strip()) for name, value in pairs if (lower := _relevant(name))])
 
 
 def normalize_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """Headers by lower-case name, as plain strings."""
+    """Return headers by lower-case name, as strings."""
     if isinstance(headers, Headers):
         return headers
     return {str(name).lower(): str(value).strip() for name, value in headers.items()}

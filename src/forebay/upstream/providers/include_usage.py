@@ -1,4 +1,4 @@
-"""Usage asked for in streams of OpenAI's chat completions, and kept from a caller that had not asked for it."""
+"""Usage of OpenAI's streams: asked for in the request, and filtered out for a caller who did not ask for it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any, Final
 
 import msgspec
 
-_LONGEST: Final = 1 << 16  # bytes; an event beyond that is not the one that brings usage
+_MAX_USAGE_EVENT: Final = 1 << 16  # bytes; a longer event is not the one with the usage
 _KEY: Final = "stream_options"
 
 _decoder: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def with_include_usage(body: bytes) -> bytes | None:
-    """The body with ``stream_options.include_usage``; every other value keeps its bytes. None if it is no object."""
+    """Return the body with ``stream_options.include_usage``, all else byte by byte; None if it is not a JSON object."""
     try:
         fields: dict[str, Any] = dict(_decoder.decode(body))
         options = msgspec.json.decode(fields[_KEY]) if _KEY in fields else None
@@ -26,29 +26,29 @@ def with_include_usage(body: bytes) -> bytes | None:
 
 
 class UsageFilter:
-    """Passes a stream of server-sent events on, but for the chunk that holds usage and no choices.
+    """A filter that removes the usage chunk from a stream of server-sent events.
 
-    Every other byte comes out as it went in. Only the event that has begun is held back, until it ends or is longer
-    than such a chunk can be.
+    All other bytes pass unchanged. Only an unfinished event is held back, until it ends or is too long to be that
+    chunk.
 
     Source: OpenAI's reference of ``stream_options``: one more chunk before ``data: [DONE]``, whose ``choices`` are
     always empty.
     """
 
-    __slots__ = ("_after_cr", "_blank", "_dropped", "_held", "_passing")
+    __slots__ = ("_after_cr", "_blank", "_dropped", "_held", "_too_long")
 
     def __init__(self) -> None:
         self._held = bytearray()
-        self._passing = False  # the event is too long to be the one
-        self._blank = True  # the line that has begun is empty so far
+        self._too_long = False  # the current event is too long to be the usage chunk
+        self._blank = True  # the current line is empty so far
         self._after_cr = False
-        self._dropped = False  # what ended last was not passed on
+        self._dropped = False  # the last event was removed
 
     def feed(self, chunk: bytes) -> bytes:
-        """What may be passed on, now that `chunk` has come."""
+        """Return the bytes to pass on, after `chunk` has arrived."""
         out = bytearray()
         for piece in chunk.splitlines(keepends=True):
-            if self._after_cr and piece == b"\n":  # the second half of a CRLF goes the way of the first
+            if self._after_cr and piece == b"\n":  # the rest of a CRLF goes where its start went
                 self._after_cr = False
                 if self._held:
                     self._held += piece
@@ -59,7 +59,7 @@ class UsageFilter:
         return bytes(out)
 
     def end(self) -> bytes:
-        """What is still held back when the stream ends."""
+        """Return the bytes still held back, at the end of the stream."""
         held = bytes(self._held)
         self._held.clear()
         return b"" if _is_usage(held) else held
@@ -71,18 +71,18 @@ class UsageFilter:
         self._after_cr = piece.endswith(b"\r")
         self._blank = ended
         self._dropped = False
-        if self._passing:
+        if self._too_long:
             out += piece
         else:
             self._held += piece
-            if len(self._held) > _LONGEST:
-                self._passing = True
+            if len(self._held) > _MAX_USAGE_EVENT:
+                self._too_long = True
                 self._release(out)
         if ended and blank:
-            if not self._passing and _is_usage(self._held):
+            if not self._too_long and _is_usage(self._held):
                 self._held.clear()
                 self._dropped = True
-            self._passing = False
+            self._too_long = False
             self._release(out)
 
     def _release(self, out: bytearray) -> None:

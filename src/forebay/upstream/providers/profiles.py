@@ -1,4 +1,4 @@
-"""The table: what is known of each provider. `docs/providers.md` is the same for people."""
+"""A profile of each known provider: its protocol, and how it counts tokens. `docs/providers.md` has the same table."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from forebay.upstream.providers.include_usage import with_include_usage
 from forebay.upstream.providers.request import Endpoint, ProviderRequest, read_request
 from forebay.upstream.providers.usage import Usage
 
-_TYPICAL_OUTPUT: Final = 500  # tokens of an answer, where neither the request nor experience says
+_TYPICAL_OUTPUT: Final = 500  # tokens, where neither the request nor earlier calls give a number
 
 
 class TokenCounting(Enum):
-    """How a provider counts tokens against its quotas of both kinds together."""
+    """The way in which a provider charges a quota of input and output tokens together."""
 
-    LARGER = "larger"  # when let in: the larger of the output's bound and the estimated input; not given back
-    SUM = "sum"  # when let in: the estimated input and the output's bound; not given back
-    USED = "used"  # what is used, as it is
+    LARGER = "larger"  # on admission: the larger of the output bound and the estimated input; nothing is returned
+    SUM = "sum"  # on admission: the estimated input and the output bound; nothing is returned
+    USED = "used"  # as the tokens are used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderProfile:
-    """One row of the table.
+    """The profile of one provider.
 
     Attributes:
         provider: its name.
-        protocol: how it is spoken to; None where that is not known.
-        counting: how tokens count against a quota of both kinds together.
-        cached_input_counts: whether what is read from a cache counts against a quota of input tokens.
-        counting_is_free: whether counting tokens is outside of the quotas of those that are made.
-        include_usage: whether ``stream_options.include_usage`` may be added to a stream that does not ask for it.
-        bytes_per_token: of text.
-        image_tokens: of an image.
+        protocol: ``"openai"`` or ``"anthropic"``; None if unknown.
+        token_counting: how a quota of input and output tokens together is charged.
+        cached_input_counts: whether tokens read from a cache count against a quota of input tokens.
+        count_tokens_is_free: whether requests that count tokens take nothing from the other quotas.
+        supports_include_usage: whether ``stream_options.include_usage`` may be added to a stream that lacks it.
+        bytes_per_token: of text, for estimates.
+        image_tokens: of an image, for estimates.
     """
 
     provider: str
@@ -49,7 +49,7 @@ class ProviderProfile:
     image_tokens: int = 765
 
     def read_request(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> ProviderRequest:
-        """What a request asks for. Never fails: of garbage it knows that it is a request.
+        """Read a request. Never raises: one that is unreadable counts as a request and nothing more.
 
         Args:
             method: such as ``"POST"``.
@@ -64,12 +64,12 @@ class ProviderProfile:
     def estimate_charge(
         self, request: ProviderRequest, *, output_tokens: int | None = None, input_ratio: float = 1.0
     ) -> Charge:
-        """What a call is to reserve of the quotas before it is sent.
+        """Return the charge to reserve from the quotas before a call is sent.
 
         Args:
-            request: what it asks for.
-            output_tokens: what such a call typically makes, if that is known.
-            input_ratio: tokens that the account counts for each that was estimated (`InputTokenRatio`).
+            request: the call.
+            output_tokens: typical of such a call, or None if unknown.
+            input_ratio: charged over estimated input tokens of the account (`InputTokenRatio`).
         """
         if request.endpoint is Endpoint.COUNT_TOKENS and self.count_tokens_is_free:
             return Charge(requests=0)
@@ -77,20 +77,21 @@ class ProviderProfile:
         if not request.generates_tokens:
             return Charge(input_tokens=sent, tokens=sent)
         bound = request.max_output_tokens
-        made = output_tokens if output_tokens is not None else _TYPICAL_OUTPUT if bound is None else bound
-        made = (made if bound is None else min(made, bound)) * request.choices
-        return Charge(input_tokens=sent, output_tokens=made, tokens=self._together(request, sent, made))
+        received = output_tokens if output_tokens is not None else _TYPICAL_OUTPUT if bound is None else bound
+        received = (received if bound is None else min(received, bound)) * request.choices
+        return Charge(input_tokens=sent, output_tokens=received, tokens=self._combined(request, sent, received))
 
-    def _together(self, request: ProviderRequest, sent: int, made: int) -> int:
+    def _combined(self, request: ProviderRequest, sent: int, received: int) -> int:
+        """Return the charge on a quota of input and output tokens together."""
         bound = request.max_output_tokens
         if self.token_counting is TokenCounting.LARGER:
             return max(sent, bound or 0)
         if self.token_counting is TokenCounting.SUM and bound is not None:
             return sent + bound * request.choices
-        return sent + made
+        return sent + received
 
     def final_charge(self, reserved: Charge, usage: Usage | None) -> Charge:
-        """What a call was charged in the end; without usage, what was reserved for it."""
+        """Return the charge of a call that has ended: by its usage, or as it was reserved if the usage is unknown."""
         if usage is None:
             return reserved
         sent = usage.input_tokens if self.cached_input_counts else usage.input_tokens - usage.cache_read_tokens
@@ -103,9 +104,9 @@ class ProviderProfile:
         )
 
     def with_include_usage(self, request: ProviderRequest, body: bytes) -> bytes | None:
-        """The body of a request for a stream, so changed that the provider tells its usage; None: send it as it is.
+        """Return the body of a stream request, changed to ask for its usage; None if it is to be sent unchanged.
 
-        Its answer goes through a `UsageFilter` then, for the caller has not asked.
+        The response to a changed body goes through a `UsageFilter`, since the caller did not ask for its usage.
         """
         streams = (
             request.endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS) and request.stream and not request.include_usage
@@ -117,19 +118,19 @@ class ProviderProfile:
         return with_include_usage(body)
 
 
-_AZURE_USAGE_SINCE: Final = "2024-09-01"  # api-version; older ones refuse what they do not know
+_AZURE_USAGE_SINCE: Final = "2024-09-01"  # api-version; older ones reject unknown fields
 
 _OPENAI: Final = ProviderProfile(provider="openai", token_counting=TokenCounting.LARGER, supports_include_usage=True)
-_TABLE: Final = {
-    row.provider: row
-    for row in (
+_PROFILES: Final = {
+    profile.provider: profile
+    for profile in (
         # "Your rate limit is calculated as the maximum of max_tokens and the estimated number of tokens based on the
         # character count of your request": OpenAI, "Rate limits", error mitigation. Cached input counts.
         _OPENAI,
         # "Prompt text and count, the max_tokens setting, the best_of setting": Azure OpenAI, "Manage quota".
         ProviderProfile(provider="azure", token_counting=TokenCounting.SUM, supports_include_usage=True),
-        # ITPM leaves cache reads out, OTPM counts what is made and not max_tokens, counting tokens has a limit of its
-        # own: Anthropic, "Rate limits" and "Token counting". 3.5 characters to a token: its glossary.
+        # ITPM leaves cache reads out, OTPM counts generated tokens and not max_tokens, counting tokens has its own
+        # limit: Anthropic, "Rate limits" and "Token counting". 3.5 characters to a token: its glossary.
         ProviderProfile(
             provider="anthropic",
             protocol="anthropic",
@@ -138,12 +139,12 @@ _TABLE: Final = {
             bytes_per_token=3.5,
             image_tokens=1600,
         ),
-        # Servers of one's own have no quotas; all three know stream_options. Sources: vLLM's OpenAI-compatible server,
-        # Ollama's docs/openai, llama.cpp's tools/server (since pull request 16052 it tells usage only where asked).
+        # Self-hosted servers have no quotas; all three know stream_options. Sources: vLLM's OpenAI-compatible server,
+        # Ollama's docs/openai, llama.cpp's tools/server (since pull request 16052 it reports usage only on request).
         ProviderProfile(provider="vllm", supports_include_usage=True),
         ProviderProfile(provider="ollama", supports_include_usage=True),
         ProviderProfile(provider="llama.cpp", supports_include_usage=True),
-        # Unknown servers: some refuse fields that they do not know, so nothing is added.
+        # Unknown servers: some reject unknown fields, so nothing is added.
         ProviderProfile(provider="openai-compatible"),
         ProviderProfile(provider="generic", protocol=None),
     )
@@ -151,13 +152,13 @@ _TABLE: Final = {
 
 
 def profile_for(provider: str) -> ProviderProfile:
-    """The row of a provider.
+    """Return the profile of a provider, by its name in any case.
 
     Raises:
-        InvalidSetting: there is none of that name.
+        InvalidSetting: the name is unknown.
     """
-    row = _TABLE.get(provider.lower()) if isinstance(provider, str) else None
-    if row is None:
-        known = ", ".join(repr(name) for name in _TABLE)
+    profile = _PROFILES.get(provider.lower()) if isinstance(provider, str) else None
+    if profile is None:
+        known = ", ".join(repr(name) for name in _PROFILES)
         raise InvalidSetting(owner="Upstream", name="provider", value=provider, expected=f"one of {known}")
-    return row
+    return profile

@@ -1,13 +1,13 @@
-"""What a provider's headers say: its quotas as notices, and when to come back.
+"""Rate-limit headers, Retry-After and x-should-retry: what a provider's response says about quotas and retries.
 
-Families of limit headers that are read, whoever sends them:
+These families of rate-limit headers are read, from any provider:
 
 - OpenAI and those who follow it: ``x-ratelimit-{limit,remaining,reset}-{requests,tokens,input-tokens,output-tokens}``,
   resets as durations until *full again* (``6m0s``). Source: OpenAI's guide "Rate limits", "Rate limits in headers".
 - Anthropic: ``anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}``, resets in
-  RFC 3339. Its ``tokens`` tell the most restrictive limit of the moment, so they are passed over beside the other two.
+  RFC 3339. Its ``tokens`` repeat whichever limit is the most restrictive, so they are ignored next to the other two.
   Source: Anthropic's "Rate limits", "Response headers".
-- Hosts that tell of requests alone: ``x-ratelimit-{limit,remaining,reset}`` and ``ratelimit-{limit,remaining,reset}``
+- Hosts that limit requests only: ``x-ratelimit-{limit,remaining,reset}`` and ``ratelimit-{limit,remaining,reset}``
   (the early drafts of the IETF's RateLimit fields), resets in seconds, epoch seconds or epoch milliseconds.
 """
 
@@ -26,23 +26,23 @@ from forebay.interfaces import RateLimitHeaders
 from forebay.upstream.providers.http_headers import normalize_headers
 
 _DAY: Final = 86_400.0
-_LONGEST_RESET: Final = 32 * _DAY  # seconds; what is further away than a month is no reset
-_EPOCH_SECONDS: Final = 1e9  # from here on a number is a moment (2001), not a duration
+_MAX_RESET: Final = 32 * _DAY  # seconds; a reset more than a month away is ignored
+_EPOCH_SECONDS: Final = 1e9  # from here on a number is a point in time (2001), not a duration
 _EPOCH_MS: Final = 1e11
-_LARGEST: Final = 10**15  # of a limit
-_LONGEST_VALUE: Final = 64  # characters of a header worth reading
-_SKEW: Final = 2.0  # seconds by which the clocks must differ before the provider's own is used
+_MAX_LIMIT: Final = 10**15
+_MAX_VALUE: Final = 64  # characters of a header; longer ones are ignored
+_MAX_CLOCK_SKEW: Final = 2.0  # seconds; from there on points in time are read by the provider's clock
 
-_PLAIN: Final = re.compile(
+_NUMBER: Final = re.compile(
     r"\s*(-?\d+(?:\.\d+)?)\s*(?:[,;].*)?", re.ASCII | re.DOTALL
 )  # a second value is a repetition
-_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)", re.ASCII)  # as Go writes it
+_DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)", re.ASCII)  # as Go writes it
 _SECONDS: Final = {"d": _DAY, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_HINT: Final = re.compile(
+_RETRY_MESSAGE: Final = re.compile(
     rb"(?:try again|retry) (?:in|after) (\d{1,9}(?:\.\d{1,9})?) ?(milliseconds|ms|seconds?|s\b|minutes?|m(?:in)?\b)",
     re.IGNORECASE,
 )
-_HINTED: Final = 8192  # bytes of a body in which a hint is looked for
+_MAX_MESSAGE: Final = 8192  # bytes of a body that are searched for it
 
 _UNITS: Final = ("requests", "tokens", "input-tokens", "output-tokens")
 _PATTERNS: Final = [
@@ -54,66 +54,69 @@ _PATTERNS: Final = [
 _FAMILIES: Final = [
     (unit.replace("-", "_"), pattern % "limit", pattern % "remaining", pattern % "reset") for unit, pattern in _PATTERNS
 ]
-_FAMILY: Final = {name: number for number, (_, *names) in enumerate(_FAMILIES) for name in names}
-_NONE: Final = -1
+_FAMILY_OF: Final = {name: number for number, (_, *names) in enumerate(_FAMILIES) for name in names}
+_NO_FAMILY: Final = -1
 
 
 def read_rate_limits(headers: Mapping[str, str], *, wall: float) -> tuple[RateLimitHeaders, ...]:
-    """What the headers say of the account's quotas, one notice for a unit at most; what makes no sense is left out.
+    """Return what the headers say about the account's quotas: at most one entry for each unit, without invalid ones.
 
     Args:
-        headers: of any answer.
+        headers: of any response.
         wall: epoch seconds, now.
     """
-    told = normalize_headers(headers)
-    here = set(map(_FAMILY.get, told, repeat(_NONE)))  # one look at each header; there are ten families
-    here.discard(_NONE)
-    if not here:
+    values = normalize_headers(headers)
+    present = set(map(_FAMILY_OF.get, values, repeat(_NO_FAMILY)))  # one look at each header; there are ten families
+    present.discard(_NO_FAMILY)
+    if not present:
         return ()
-    moment: float | None = None
+    now: float | None = None
     found: dict[str, RateLimitHeaders] = {}
-    for number in sorted(here):
+    for number in sorted(present):
         unit, limit_name, remaining_name, reset_name = _FAMILIES[number]
         if unit in found:
             continue
-        limit, remaining = _amount(told.get(limit_name)), _amount(told.get(remaining_name), least=0)
+        limit, remaining = _amount(values.get(limit_name)), _amount(values.get(remaining_name), if_negative=0)
         if limit is not None or remaining is not None:
-            text = told.get(reset_name, "")
-            reset = _duration(text) if len(text) <= _LONGEST_VALUE else None
-            if reset is None or reset > _LONGEST_RESET:  # no duration: it may be a moment, and mean theirs
-                moment = _provider_time(told, wall) if moment is None else moment
-                reset = read_reset(text, wall=moment)
+            text = values.get(reset_name, "")
+            reset = _duration(text) if len(text) <= _MAX_VALUE else None
+            if (
+                reset is None or reset > _MAX_RESET
+            ):  # not a duration: it may be a point in time, by the provider's clock
+                now = _provider_time(values, wall) if now is None else now
+                reset = read_reset(text, wall=now)
             found[unit] = RateLimitHeaders(unit=unit, limit=limit, remaining=remaining, reset=reset)
-    if "anthropic-ratelimit-tokens-limit" in told and ("input_tokens" in found or "output_tokens" in found):
+    if "anthropic-ratelimit-tokens-limit" in values and ("input_tokens" in found or "output_tokens" in found):
         found.pop("tokens", None)
     return tuple(found.values())
 
 
-def _amount(text: str | None, *, least: int | None = None) -> int | None:
-    """A limit or what remains of it; below zero is `least`, and None where that is None."""
-    if text is None or len(text) > _LONGEST_VALUE:
+def _amount(text: str | None, *, if_negative: int | None = None) -> int | None:
+    """Return a limit, or what is left of one; None if it is not one, and `if_negative` below zero."""
+    if text is None or len(text) > _MAX_VALUE:
         return None
-    if text.isdecimal():  # nearly all, and a tenth of the price
+    if text.isdecimal():  # nearly all are, and this is ten times as fast
         amount = int(text)
-        return amount if amount <= _LARGEST else None
-    match = _PLAIN.fullmatch(text)
+        return amount if amount <= _MAX_LIMIT else None
+    match = _NUMBER.fullmatch(text)
     if match is None:
         return None
     value = float(match[1])
     if value < 0:
-        return least
-    return int(value) if value <= _LARGEST else None
+        return if_negative
+    return int(value) if value <= _MAX_LIMIT else None
 
 
 def read_reset(text: str, *, wall: float) -> float | None:
-    """Seconds until a reset, of whatever form: never negative, and None if it is none or more than a month away.
+    """Return the seconds until a reset, at least 0; None if the text is not one, or it is more than a month away.
 
-    Forms: ``6m0s``, ``20ms`` (as Go writes durations); RFC 3339; an HTTP date; seconds; epoch seconds or milliseconds.
+    These forms are read: ``6m0s``, ``20ms`` (as Go writes durations); RFC 3339; an HTTP date; seconds; epoch seconds or
+    milliseconds.
     """
     text = text.strip()
-    if not text or len(text) > _LONGEST_VALUE:
+    if not text or len(text) > _MAX_VALUE:
         return None
-    match = _PLAIN.fullmatch(text)
+    match = _NUMBER.fullmatch(text)
     if match is not None:
         number = float(match[1])
         if number >= _EPOCH_MS:
@@ -126,14 +129,14 @@ def read_reset(text: str, *, wall: float) -> float | None:
         if seconds is None:
             at = _rfc3339(text) or _http_date(text)
             seconds = None if at is None else at - wall
-    if seconds is None or not seconds <= _LONGEST_RESET:
+    if seconds is None or not seconds <= _MAX_RESET:
         return None
     return max(0.0, seconds)
 
 
 def _duration(text: str) -> float | None:
     total, length = 0.0, 0
-    for number, unit in _PART.findall(text):
+    for number, unit in _DURATION_PART.findall(text):
         total += float(number) * _SECONDS[unit]
         length += len(number) + len(unit)
     return total if 0 < length == len(text) and total < math.inf else None
@@ -147,9 +150,9 @@ def _rfc3339(text: str) -> float | None:
     return _epoch(at)
 
 
-@lru_cache(maxsize=64)  # every answer of a second bears the same one
+@lru_cache(maxsize=64)  # all responses of a second have the same one
 def _http_date(text: str) -> float | None:
-    if len(text) > _LONGEST_VALUE:
+    if len(text) > _MAX_VALUE:
         return None
     try:
         at = parsedate_to_datetime(text)
@@ -165,51 +168,50 @@ def _epoch(at: dt.datetime) -> float | None:
         return None
 
 
-def _provider_time(told: Mapping[str, str], wall: float) -> float:
-    """Now, by the provider's clock if it says so and the two differ: a moment of its own is meant by that one."""
-    theirs = _http_date(told["date"]) if "date" in told else None
-    return wall if theirs is None or abs(theirs - wall) <= _SKEW else theirs
+def _provider_time(headers: Mapping[str, str], wall: float) -> float:
+    """Return the current epoch seconds: by the provider's clock if its Date header differs from ours, else `wall`."""
+    theirs = _http_date(headers["date"]) if "date" in headers else None
+    return wall if theirs is None or abs(theirs - wall) <= _MAX_CLOCK_SKEW else theirs
 
 
 def read_retry_after(headers: Mapping[str, str], body: bytes = b"", *, wall: float) -> float | None:
-    """Seconds that the provider asks to wait, as it says: a day stays a day. None if it says nothing, or nonsense.
+    """Return the seconds that the provider asks to wait, up to 32 days; None if it does not ask, or makes no sense.
 
-    Years are a month: nobody can mean them, but it does say *not soon*.
-
-    By ``retry-after-ms``, else ``retry-after`` (seconds, with decimals, or an HTTP date), else the words of an error's
-    message ("Please try again in 6s"), where some hosts say it only.
+    Read are ``retry-after-ms``, else ``retry-after`` (seconds, with decimals, or an HTTP date), else the message of an
+    error ("Please try again in 6s"), the only place where some hosts say it. A longer time is cut to 32 days: such a
+    value is a mistake, but does say *not soon*.
 
     Sources: RFC 9110, 10.2.3; the retry code of OpenAI's and Anthropic's SDKs for ``retry-after-ms``; Azure's errors.
     """
-    told = normalize_headers(headers)
+    values = normalize_headers(headers)
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        text = told.get(name, "")
-        if not text or len(text) > _LONGEST_VALUE:
+        text = values.get(name, "")
+        if not text or len(text) > _MAX_VALUE:
             continue
-        match = _PLAIN.fullmatch(text)
+        match = _NUMBER.fullmatch(text)
         if match is not None:
             seconds = float(match[1]) / scale
             if seconds >= 0:
-                return min(seconds, _LONGEST_RESET)
+                return min(seconds, _MAX_RESET)
         elif name == "retry-after":
             at = _http_date(text)
             if at is not None:
-                return min(max(0.0, at - _provider_time(told, wall)), _LONGEST_RESET)
+                return min(max(0.0, at - _provider_time(values, wall)), _MAX_RESET)
     return _retry_after_in_message(body)
 
 
 def _retry_after_in_message(body: bytes) -> float | None:
-    match = _HINT.search(body[:_HINTED])
+    match = _RETRY_MESSAGE.search(body[:_MAX_MESSAGE])
     if match is None:
         return None
     unit = match[2].lower()
     scale = 1e-3 if unit.startswith((b"ms", b"milli")) else 60.0 if unit.startswith(b"m") else 1.0
-    return min(float(match[1]) * scale, _LONGEST_RESET)
+    return min(float(match[1]) * scale, _MAX_RESET)
 
 
 def read_should_retry(headers: Mapping[str, str]) -> bool | None:
-    """Whether the provider says that this may be tried again (``x-should-retry``); None if it does not say.
+    """Return whether the provider wants the call to be retried (``x-should-retry``); None if it does not say.
 
-    Source: the retry code of OpenAI's and Anthropic's SDKs, which go by it before anything else.
+    Source: the retry code of OpenAI's and Anthropic's SDKs, where it outweighs everything else.
     """
     return {"true": True, "false": False}.get(normalize_headers(headers).get("x-should-retry", "").lower())

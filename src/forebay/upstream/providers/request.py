@@ -1,4 +1,4 @@
-"""What a request asks for, read off the wire. Nothing here fails, whatever comes."""
+"""A reader of provider requests: endpoint, model, estimated tokens. No input makes it raise."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import msgspec
 from forebay.upstream.providers.estimate import estimate_tokens
 from forebay.upstream.providers.http_headers import SIGNATURE_HEADERS, normalize_headers
 
-_MOST: Final = 10**9  # tokens; more than that is no bound
-_MOST_CHOICES: Final = 128  # as OpenAI has it
-_LONGEST_MODEL: Final = 256  # characters
-_NUMBER: Final = (int, float)  # `int | float` would be built anew each time that it is asked for
+_MAX_TOKENS: Final = 10**9  # a larger bound is ignored
+_MAX_CHOICES: Final = 128  # as at OpenAI
+_MAX_MODEL: Final = 256  # characters
+_NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 
 class Endpoint(Enum):
-    """What is asked of a provider."""
+    """An endpoint of a provider's API."""
 
-    __hash__ = object.__hash__  # an enum hashes its name, in Python; each call looks some up
+    __hash__ = object.__hash__  # Enum hashes its name in Python, and each call looks endpoints up
 
     CHAT = "chat"  # OpenAI's chat completions
     COMPLETIONS = "completions"
@@ -32,7 +32,7 @@ class Endpoint(Enum):
     MESSAGES = "messages"  # Anthropic's
     COUNT_TOKENS = "count_tokens"
     MODELS = "models"
-    OTHER = "other"  # counted as a request, and nothing more is known of it
+    OTHER = "other"  # counted as one request; nothing more is known
 
 
 _ENDINGS: Final = {
@@ -44,29 +44,29 @@ _ENDINGS: Final = {
     "/messages/count_tokens": Endpoint.COUNT_TOKENS,
 }
 _MODELS: Final = re.compile(r"/models(?:/[^/]+)?$")
-_READING: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
-_ELSEWHERE: Final = re.compile(r"/(?:threads|conversations|batches|fine_tuning|evals)/")  # end alike, and are not
+_READ_OR_DELETE: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
+_NOT_GENERATION: Final = re.compile(r"/(?:threads|conversations|batches|fine_tuning|evals)/")  # with the same endings
 _DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure names the model in the path
 
-_SIGNATURES: Final = ("AWS4-", "Signature ")  # what an Authorization begins with that is one
+_SIGNATURES: Final = ("AWS4-", "Signature ")  # prefixes of an Authorization header that is a signature
 _UNUSUAL: Final = SIGNATURE_HEADERS | {"upgrade", "sec-websocket-key", "content-encoding"}
 
 
 class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request asks for.
+    """A request to a provider, as far as Forebay reads it.
 
     Attributes:
-        route: what of.
-        model: which model, or None if it does not say.
-        stream: whether the answer is to come as events.
-        input_tokens: an estimate.
-        max_output_tokens: the bound that it sets on each answer, thinking included, or None.
-        choices: how many answers it asks for.
-        include_usage: whether a stream of OpenAI's is to end with its usage.
-        websocket: it opens a WebSocket, of which nothing can be metered.
-        signed: its bytes are signed or compressed, so nothing in them may be changed.
-        reads: it only looks at what is there, or takes it away.
-        api_version: as Azure dates it (``2024-10-21``), or None.
+        endpoint: of the provider's API.
+        model: or None if the request names none.
+        stream: whether it asks for a stream of events.
+        input_tokens: estimated.
+        max_output_tokens: its bound for each choice, hidden reasoning included, or None.
+        choices: how many completions it asks for.
+        include_usage: whether it asks for the usage at the end of an OpenAI stream.
+        websocket: whether it opens a WebSocket, whose content cannot be metered.
+        signed: whether it is signed or compressed, so that it must not be changed.
+        read_or_delete: whether its method is GET, HEAD, OPTIONS or DELETE.
+        api_version: Azure's date (``2024-10-21``), or None.
     """
 
     endpoint: Endpoint
@@ -83,21 +83,21 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def free(self) -> bool:
-        """Whether providers take no money for it: what lists models, fetches or deletes; or counts tokens."""
+        """Return whether it costs no money: it lists models, fetches, deletes, or counts tokens."""
         return (self.read_or_delete and not self.websocket) or self.endpoint is Endpoint.COUNT_TOKENS
 
     @property
     def generates_tokens(self) -> bool:
-        """Whether a model answers it with tokens."""
-        return self.endpoint in _MAKING
+        """Return whether a model generates tokens for it."""
+        return self.endpoint in _GENERATING
 
 
-_MAKING: Final = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES})
+_GENERATING: Final = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES})
 _NOTHING: Final = msgspec.Raw()
 
 
 class _RequestBody(msgspec.Struct):
-    """What is read of a body. What becomes input, of any route, stays as it is sent, and no object is made of it."""
+    """The fields read from a body. Those that become input tokens stay raw JSON, without making objects."""
 
     model: Any = None
     stream: Any = None
@@ -107,7 +107,7 @@ class _RequestBody(msgspec.Struct):
     max_output_tokens: Any = None
     n: Any = None
     best_of: Any = None
-    messages: msgspec.Raw = _NOTHING  # from here on it is input
+    messages: msgspec.Raw = _NOTHING  # the input starts here
     system: msgspec.Raw = _NOTHING
     prompt: msgspec.Raw = _NOTHING
     suffix: msgspec.Raw = _NOTHING
@@ -119,11 +119,11 @@ class _RequestBody(msgspec.Struct):
     text: msgspec.Raw = _NOTHING
 
 
-_INPUT: Final = _RequestBody.__struct_fields__.index("messages")
+_FIRST_INPUT: Final = _RequestBody.__struct_fields__.index("messages")
 _decoder: Final = msgspec.json.Decoder(_RequestBody)
 
 
-def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of its provider
+def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of its provider
     method: str,
     path: str,
     headers: Mapping[str, str],
@@ -132,7 +132,7 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
     bytes_per_token: float,
     image_tokens: int,
 ) -> ProviderRequest:
-    """Read a request: what is unknown or garbage asks for a request and nothing else.
+    """Read a request; one that is unknown or unreadable counts as a request and nothing more.
 
     Args:
         method: such as ``"POST"``.
@@ -142,30 +142,30 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
         bytes_per_token: of text.
         image_tokens: of an image.
     """
-    told = normalize_headers(headers)
+    values = normalize_headers(headers)
     line = _read_request_line(method, path)
     websocket, signed = line.websocket, line.signed
-    if not _UNUSUAL.isdisjoint(told):  # one look for what nearly no request has
-        websocket, signed = websocket or _upgrades(told), signed or _is_signed(told)
-    elif told.get("authorization", "").startswith(_SIGNATURES):
+    if not _UNUSUAL.isdisjoint(values):  # one check for headers that nearly no request has
+        websocket, signed = websocket or _opens_websocket(values), signed or _is_signed(values)
+    elif values.get("authorization", "").startswith(_SIGNATURES):
         signed = True
     route = line.endpoint
-    read = _body(told, body) if route not in (Endpoint.MODELS, Endpoint.OTHER) else None
+    read = _read_body(values, body) if route not in (Endpoint.MODELS, Endpoint.OTHER) else None
     if read is None:
         return ProviderRequest(
             endpoint=route, model=line.model, websocket=websocket, signed=signed, read_or_delete=line.read_or_delete
         )
-    sent = map(bytes, filter(None, msgspec.structs.astuple(read)[_INPUT:]))
+    pieces = map(bytes, filter(None, msgspec.structs.astuple(read)[_FIRST_INPUT:]))
     choices = 1
     if read.n is not None or read.best_of is not None:
-        choices = min(_MOST_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
+        choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
     options = read.stream_options
     return ProviderRequest(
         endpoint=route,
         model=_name(read.model) or line.model,
         stream=read.stream is True,
-        input_tokens=estimate_tokens(sent, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
-        max_output_tokens=_first(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
+        input_tokens=estimate_tokens(pieces, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
+        max_output_tokens=_first_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
@@ -175,15 +175,15 @@ def read_request(  # noqa: PLR0913 - the request's parts, and the two numbers of
 
 
 class _RequestLine(NamedTuple):
-    """What the first line of a request says.
+    """The first line of a request: its method and path.
 
     Attributes:
-        route: what is asked for.
-        model: as Azure names it in the path, or None.
-        websocket: it can be nothing else.
-        signed: the signature stands in the query.
-        reads: see `Request`.
-        api_version: as Azure dates it, or None.
+        endpoint: of the provider's API.
+        model: from the path, where Azure has it, or None.
+        websocket: whether the URL is that of a WebSocket.
+        signed: whether the signature is in the query.
+        read_or_delete: see `ProviderRequest`.
+        api_version: Azure's date, or None.
     """
 
     endpoint: Endpoint
@@ -194,17 +194,17 @@ class _RequestLine(NamedTuple):
     api_version: str | None
 
 
-@lru_cache(maxsize=256)  # an agent's calls go to a few paths, and taking one apart costs several microseconds
+@lru_cache(maxsize=256)  # calls go to a few paths, and parsing one takes several microseconds
 def _read_request_line(method: str, path: str) -> _RequestLine:
-    where, query = _split(path)
-    deployment = _DEPLOYMENT.search(where)
+    resource, query = _split(path)
+    deployment = _DEPLOYMENT.search(resource)
     versions = query.get("api-version")
     return _RequestLine(
-        endpoint=_route(method, where),
+        endpoint=_find_endpoint(method, resource),
         model=unquote(deployment[1]) if deployment else None,
-        websocket=path.startswith(("ws://", "wss://")) or where.endswith("/realtime"),
+        websocket=path.startswith(("ws://", "wss://")) or resource.endswith("/realtime"),
         signed="X-Amz-Signature" in query,
-        read_or_delete=method.upper() in _READING,
+        read_or_delete=method.upper() in _READ_OR_DELETE,
         api_version=versions[0] if versions else None,
     )
 
@@ -217,27 +217,27 @@ def _split(path: str) -> tuple[str, dict[str, list[str]]]:
         return "", {}
 
 
-def _route(method: str, path: str) -> Endpoint:
-    if _ELSEWHERE.search(path):
+def _find_endpoint(method: str, path: str) -> Endpoint:
+    if _NOT_GENERATION.search(path):
         return Endpoint.OTHER
     if method.upper() == "POST":
-        return next((route for ending, route in _ENDINGS.items() if path.endswith(ending)), Endpoint.OTHER)
+        return next((endpoint for ending, endpoint in _ENDINGS.items() if path.endswith(ending)), Endpoint.OTHER)
     return Endpoint.MODELS if method.upper() == "GET" and _MODELS.search(path) else Endpoint.OTHER
 
 
-def _upgrades(told: Mapping[str, str]) -> bool:
-    return "websocket" in told.get("upgrade", "").lower() or "sec-websocket-key" in told
+def _opens_websocket(headers: Mapping[str, str]) -> bool:
+    return "websocket" in headers.get("upgrade", "").lower() or "sec-websocket-key" in headers
 
 
-def _is_signed(told: Mapping[str, str]) -> bool:
-    if told.get("authorization", "").startswith(_SIGNATURES):
+def _is_signed(headers: Mapping[str, str]) -> bool:
+    if headers.get("authorization", "").startswith(_SIGNATURES):
         return True
-    return "content-encoding" in told or not SIGNATURE_HEADERS.isdisjoint(told)
+    return "content-encoding" in headers or not SIGNATURE_HEADERS.isdisjoint(headers)
 
 
-def _body(told: Mapping[str, str], body: bytes) -> _RequestBody | None:
-    """The body, if it is a JSON object; a form (files) or anything else is None."""
-    if "content-encoding" in told or told.get("content-type", "").startswith("multipart/"):
+def _read_body(headers: Mapping[str, str], body: bytes) -> _RequestBody | None:
+    """Return the body if it is a JSON object; None for a form with files, or anything else."""
+    if "content-encoding" in headers or headers.get("content-type", "").startswith("multipart/"):
         return None
     try:
         return _decoder.decode(body)
@@ -246,17 +246,17 @@ def _body(told: Mapping[str, str], body: bytes) -> _RequestBody | None:
 
 
 def _name(model: object) -> str | None:
-    return model[:_LONGEST_MODEL] if isinstance(model, str) and model else None
+    return model[:_MAX_MODEL] if isinstance(model, str) and model else None
 
 
-def _first(*bounds: object) -> int | None:
-    for told in bounds:
-        if told is not None and (bound := _bound(told)) is not None:
+def _first_bound(*values: object) -> int | None:
+    for value in values:
+        if value is not None and (bound := _bound(value)) is not None:
             return bound
     return None
 
 
 def _bound(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not 0 <= value <= _MOST:
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not 0 <= value <= _MAX_TOKENS:
         return None
     return int(value)

@@ -1,4 +1,4 @@
-"""A request for one model, made one for another: every other byte of it stays."""
+"""A request rewritten for another model; every other byte stays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from urllib.parse import quote
 import msgspec
 
 _DEPLOYMENT: Final = re.compile(r"(?<=/deployments/)[^/?#]+(?=/)")  # Azure names the model in the path
-_HELD: Final = ("previous_response_id", "conversation")  # of OpenAI's Responses: what the provider keeps
+_STORED_STATE: Final = ("previous_response_id", "conversation")  # of OpenAI's Responses
 
 _decoder: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def with_model(body: bytes, model: str) -> bytes | None:
-    """The body with that model where it names one; every other value keeps its bytes. None if it is no object."""
+    """Return the body with another model, if it names one; None if it is not a JSON object."""
     fields = _fields(body)
     if fields is None:
         return None
@@ -25,14 +25,14 @@ def with_model(body: bytes, model: str) -> bytes | None:
 
 
 def path_with_model(path: str, model: str) -> str:
-    """The path with that model where it names one, as Azure's does."""
+    """Return the path with another model, if it names one, as Azure's does."""
     return _DEPLOYMENT.sub(lambda _: quote(model, safe=""), path, count=1)
 
 
 def depends_on_stored_state(body: bytes) -> bool:
-    """Whether it goes on from what its provider keeps for it, so that no other could answer it."""
+    """Return whether the request continues a response or conversation stored by its provider, which no other has."""
     fields = _fields(body)
-    return fields is not None and any(bytes(fields.get(name, b"null")) != b"null" for name in _HELD)
+    return fields is not None and any(bytes(fields.get(name, b"null")) != b"null" for name in _STORED_STATE)
 
 
 def _fields(body: bytes) -> dict[str, Any] | None:

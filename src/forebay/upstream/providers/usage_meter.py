@@ -1,4 +1,4 @@
-"""What an answer used, read as its bytes pass: whole or as a stream of events, of any provider."""
+"""A meter that reads the usage of a response from its bytes as they pass: whole or streamed, of any provider."""
 
 from __future__ import annotations
 
@@ -13,32 +13,37 @@ from forebay.upstream.providers.content_encoding import Decompressor
 from forebay.upstream.providers.event_stream import EventStreamParser
 from forebay.upstream.providers.usage import Usage, read_usage
 
-_CHARACTERS: Final = 4  # of text to a token, where a provider does not count
-_WHOLE: Final = 1 << 20  # bytes of a body that are kept
-_TAIL: Final = 1 << 14  # of a longer one: its usage stands at the end
+_CHARACTERS_PER_TOKEN: Final = 4  # where a provider does not count
+_MAX_BODY: Final = 1 << 20  # bytes that are kept
+_TAIL: Final = 1 << 14  # bytes kept of a longer body: its usage stands at the end
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
-_MOST_CHOICES: Final = 128
-_CONTENT: Final = ("content", "reasoning_content", "reasoning", "refusal")  # of a delta of OpenAI's chat, and its kin
+_MAX_CHOICES: Final = 128
+_CONTENT: Final = (
+    "content",
+    "reasoning_content",
+    "reasoning",
+    "refusal",
+)  # text fields of a chat delta, OpenAI's and others'
 _ENDS: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop"})
 
 
 class _UsageAndError(msgspec.Struct):
-    """What is read of a whole answer; the rest of its JSON is passed over and no object made of it."""
+    """The fields read from a whole response; the rest of its JSON is skipped without making objects."""
 
     usage: Any = None
     error: Any = None
 
 
-_answer: Final = msgspec.json.Decoder(_UsageAndError)
+_decoder: Final = msgspec.json.Decoder(_UsageAndError)
 
 
 class WholeResponse(NamedTuple):
-    """What a whole answer told.
+    """The usage and the end of a whole response.
 
     Attributes:
-        usage: what was used; None if it does not say.
-        complete: whether it ended as it should.
-        error: what an error meant that was told within it, or None.
+        usage: None if the response does not report it.
+        complete: whether the response is whole.
+        error_kind: of an error reported within the response, or None.
     """
 
     usage: Usage | None
@@ -50,51 +55,51 @@ _NOTHING: Final = WholeResponse(None, complete=False, error_kind=None)
 
 
 def read_response(body: bytes) -> WholeResponse:
-    """Read a successful answer that came in one piece, without a Content-Encoding."""
-    if len(body) > _WHOLE + _TAIL:
-        return _tail(body[-_TAIL:])
+    """Return the usage of a successful response, without a Content-Encoding, that came in one piece."""
+    if len(body) > _MAX_BODY + _TAIL:
+        return _read_tail(body[-_TAIL:])
     try:
-        answer = _answer.decode(body)
+        response = _decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return _tail(body)
-    error = classify_stream_error(answer.error) if isinstance(answer.error, dict) else None
-    return WholeResponse(read_usage(answer.usage), complete=True, error_kind=error)
+        return _read_tail(body)
+    error = classify_stream_error(response.error) if isinstance(response.error, dict) else None
+    return WholeResponse(read_usage(response.usage), complete=True, error_kind=error)
 
 
-def _tail(body: bytes) -> WholeResponse:
-    """Usage in the end of a body of which the beginning was let go."""
+def _read_tail(body: bytes) -> WholeResponse:
+    """Return the usage at the end of a body whose beginning was dropped."""
     found = list(_USAGE.finditer(body))
     if not found:
         return _NOTHING
     try:
-        told, _ = json.JSONDecoder().raw_decode(body[found[-1].end() :][:_TAIL].decode("utf-8", "replace"))
+        usage, _ = json.JSONDecoder().raw_decode(body[found[-1].end() :][:_TAIL].decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return _NOTHING
-    return WholeResponse(read_usage(told), complete=body.rstrip().endswith(b"}"), error_kind=None)
+    return WholeResponse(read_usage(usage), complete=body.rstrip().endswith(b"}"), error_kind=None)
 
 
 class UsageMeter:
-    """Fed the bytes of one successful answer, it knows what the call used. It passes nothing on and changes nothing.
+    """A meter for one successful response: it is fed the bytes, and knows the usage. It changes nothing.
 
-    Streams of OpenAI's chat completions, completions and responses and of Anthropic's messages are told apart by their
-    events. Where the provider does not count, or the stream breaks off, output is estimated: a token for each piece of
-    text, or for four characters of it if those are more. Thinking that is not shown cannot be estimated.
+    Streams of OpenAI's chat completions, completions and responses and of Anthropic's messages are recognized by their
+    events. Where the provider does not report output, or the stream breaks off, it is estimated: a token for each piece
+    of text, or for each four characters if that is more. Hidden reasoning cannot be estimated.
 
-    Memory stays bounded, whatever is fed: about a megabyte.
+    Memory is bounded for any input: about a megabyte.
 
     Args:
-        stream: whether the answer is a stream of events (``text/event-stream``), not a body in one piece.
-        input_tokens: what the request was estimated to send, for where the provider does not count.
-        encoding: its Content-Encoding; gzip and deflate are unpacked, of others nothing is known.
+        stream: whether the response is a stream of events (``text/event-stream``) rather than one body.
+        input_tokens: estimated, for a provider that does not report them.
+        encoding: its Content-Encoding; gzip and deflate are decompressed, and no other is read.
 
     Attributes:
-        begun: whether the first token has come.
-        complete: whether the answer ended as it should. A stream that was cut has not.
-        error: what an error meant that was told within the answer, or None.
+        started: whether the first token has arrived.
+        complete: whether the response ended properly; a stream that was cut off did not.
+        error_kind: of an error reported within the response, or None.
     """
 
     __slots__ = (
-        *("_characters", "_events", "_input_tokens", "_open", "_pieces", "_told", "_unpacked", "_whole"),
+        *("_body", "_characters", "_decompressor", "_events", "_input_tokens", "_open_choices", "_pieces", "_reported"),
         *("started", "complete", "error_kind"),
     )
 
@@ -103,49 +108,51 @@ class UsageMeter:
         self.complete = False
         self.error_kind: ErrorKind | None = None
         self._events = EventStreamParser() if stream else None
-        self._whole = bytearray()
-        self._unpacked = Decompressor(encoding)
+        self._body = bytearray()
+        self._decompressor = Decompressor(encoding)
         self._input_tokens = input_tokens
-        self._told: Usage | None = None
-        self._open: set[int] = set()  # choices that have begun and not finished
+        self._reported: Usage | None = None
+        self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
         self._characters = 0
 
     def feed(self, chunk: bytes) -> None:
-        """The next bytes of the answer, in pieces of any size."""
-        for content in self._unpacked.feed(chunk):
+        """Read the next bytes of the response, a piece of any size."""
+        for content in self._decompressor.feed(chunk):
             if self._events is not None:
                 for event in self._events.feed(content):
                     self._event(event)
             elif content:
                 self.started = True
-                self._whole += content
-                if len(self._whole) > _WHOLE + _TAIL:
-                    del self._whole[:-_TAIL]  # no longer JSON, but the usage is still found in it
+                self._body += content
+                if len(self._body) > _MAX_BODY + _TAIL:
+                    del self._body[:-_TAIL]  # no longer JSON, but the usage is still found in it
 
     def end(self) -> None:
-        """The answer has ended, as it should or not. Feeding more is not allowed."""
+        """Take note that the response has ended, properly or not. Feeding more is not allowed."""
         if self._events is not None:
             for event in self._events.end():
                 self._event(event)
         else:
-            self._told, self.complete, self.error_kind = read_response(bytes(self._whole))
-            self._whole.clear()
+            self._reported, self.complete, self.error_kind = read_response(bytes(self._body))
+            self._body.clear()
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that have come so far, as the provider counted them or else by estimate."""
-        told = self._told.output_tokens if self._told is not None else 0
-        return told if told and self.complete else max(told, self._pieces, self._characters // _CHARACTERS)
+        """Return the tokens received so far: as the provider reported them, else estimated."""
+        reported = self._reported.output_tokens if self._reported is not None else 0
+        if reported and self.complete:
+            return reported
+        return max(reported, self._pieces, self._characters // _CHARACTERS_PER_TOKEN)
 
     @property
     def usage(self) -> Usage | None:
-        """What was used: told, or else estimated; None if nothing is known."""
-        if self._told is not None and (self.complete or self._events is None):
-            return self._told
-        if self._told is None and not self._pieces:
+        """Return the usage, reported or else estimated; None if nothing is known."""
+        if self._reported is not None and (self.complete or self._events is None):
+            return self._reported
+        if self._reported is None and not self._pieces:
             return None
-        known = self._told or Usage(input_tokens=self._input_tokens, output_tokens=0)
+        known = self._reported or Usage(input_tokens=self._input_tokens, output_tokens=0)
         return msgspec.structs.replace(known, output_tokens=self.output_tokens, estimated=True)
 
     # --- streams ---
@@ -167,7 +174,7 @@ class UsageMeter:
             self._chunk(event)
 
     def _typed(self, kind: str, event: dict[str, Any]) -> None:
-        """An event of Anthropic's messages or of OpenAI's responses."""
+        """Read an event of Anthropic's messages or of OpenAI's responses."""
         if kind == "error":
             self.error_kind = classify_stream_error(event.get("error", event))
             return
@@ -175,22 +182,22 @@ class UsageMeter:
         if kind == "content_block_delta" and isinstance(delta, dict):
             self._output(*(delta.get(field) for field in ("text", "thinking", "partial_json")))
         elif kind.endswith("audio.delta"):
-            self.started = True  # sound in base64, of which nothing can be estimated
+            self.started = True  # base64 audio, whose tokens cannot be estimated
         elif kind.endswith(".delta"):
             self._output(delta)
         body = event.get("message", event.get("response", event))
         if isinstance(body, dict):
-            self._told = read_usage(body.get("usage"), self._told) or self._told
+            self._reported = read_usage(body.get("usage"), self._reported) or self._reported
             if kind == "response.failed":
                 self.error_kind = classify_stream_error(body.get("error"))
         self.complete = self.complete or kind in _ENDS
 
     def _chunk(self, event: dict[str, Any]) -> None:
-        """A chunk of OpenAI's chat completions or completions; errors come without a type there."""
+        """Read a chunk of OpenAI's chat completions or completions, where errors come without a type."""
         if event.get("error"):
             self.error_kind = classify_stream_error(event["error"])
             return
-        self._told = read_usage(event.get("usage"), self._told) or self._told
+        self._reported = read_usage(event.get("usage"), self._reported) or self._reported
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict):
@@ -202,13 +209,13 @@ class UsageMeter:
             self._finish(choice.get("index"), finished=bool(choice.get("finish_reason")))
 
     def _finish(self, index: object, *, finished: bool) -> None:
-        """A choice has gone on, or ended; the answer is complete when none is open."""
+        """Take note that a choice continues or has finished; the response is complete when none is open."""
         number = index if isinstance(index, int) else 0
         if finished:
-            self._open.discard(number)
-        elif len(self._open) < _MOST_CHOICES:
-            self._open.add(number)
-        self.complete = finished and not self._open
+            self._open_choices.discard(number)
+        elif len(self._open_choices) < _MAX_CHOICES:
+            self._open_choices.add(number)
+        self.complete = finished and not self._open_choices
 
     def _output(self, *texts: object) -> None:
         for text in texts:
@@ -219,7 +226,7 @@ class UsageMeter:
 
 
 def _arguments(delta: dict[str, Any]) -> list[object]:
-    """What a delta adds to the arguments of tools."""
+    """Return what a delta adds to the names and arguments of tool calls."""
     calls = delta.get("tool_calls")
     parts: list[object] = []
     for call in calls if isinstance(calls, list) else ():

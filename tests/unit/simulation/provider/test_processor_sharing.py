@@ -81,8 +81,8 @@ def test_capacity_steps_and_slowdowns_make_one_schedule() -> None:
         (CapacityStep(at=60, slots=5), CapacityStep(at=120, slots=0, cut=True)),
         (Slowdown(at=30, seconds=60, factor=2), Slowdown(at=50, seconds=10, factor=3)),
     )
-    told = [(phase.at, phase.slots, round(phase.speed, 4), phase.cut) for phase in schedule]
-    assert told == [
+    phases = [(phase.at, phase.slots, round(phase.speed, 4), phase.cut) for phase in schedule]
+    assert phases == [
         (0, 10, 1.0, False),
         (30, 10, 0.5, False),
         (50, 10, 0.1667, False),

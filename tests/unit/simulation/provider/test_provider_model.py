@@ -98,12 +98,12 @@ def test_a_stream_has_events_while_tokens_are_produced() -> None:
     provider = ProviderModel(config(tokens_per_event=4))
     accept(provider, 0.0, call(10, stream=True))
     events = to_the_end(provider)
-    told = [
+    produced = [
         (round(e.at, 6), e.tokens if isinstance(e, TokensProduced) else 1)
         for e in events
         if not isinstance(e, CallCompleted)
     ]
-    assert told == [(1.0, 1), (1.4, 4), (1.8, 4), (1.9, 1)]
+    assert produced == [(1.0, 1), (1.4, 4), (1.8, 4), (1.9, 1)]
     assert round(events[-1].at, 6) == 2.0
 
 
@@ -298,11 +298,11 @@ def test_faults_have_their_configured_frequency() -> None:
     for _ in range(10_000):
         provider.arrive(0.0, call(10))
     events = to_the_end(provider)
-    told = provider.statistics()
-    shares = {reason: count / 10_000 for reason, count in told.by_reason.items()}
+    statistics = provider.statistics()
+    shares = {reason: count / 10_000 for reason, count in statistics.by_reason.items()}
     assert shares == pytest.approx({"stray": 0.1, "error": 0.05, "bad_gateway": 0.05, "unavailable": 0.05}, abs=0.01)
     cuts = [event for event in events if isinstance(event, CallCut)]
-    assert len(cuts) == told.cut == pytest.approx(1500, abs=150)
+    assert len(cuts) == statistics.cut == pytest.approx(1500, abs=150)
     assert sum(cut.reported for cut in cuts) == pytest.approx(750, abs=100)
     assert all(1 <= cut.usage.output_tokens < 10 for cut in cuts)
 
@@ -328,10 +328,10 @@ def test_the_same_seed_gives_the_same_run() -> None:
     def history(seed: int) -> list[object]:
         faults = Faults(stray=0.1, cut=0.1, straggler=0.1, bursts=Bursts(every=20.0, seconds=2.0))
         provider = ProviderModel(config(noise=0.3, overcommit=2.0, faults=faults), seed=seed)
-        told: list[object] = []
+        events: list[object] = []
         for n in range(300):
-            told += [provider.arrive(n / 4, call(n % 40)), *provider.advance(n / 4)]
-        return [*told, *to_the_end(provider), provider.statistics()]
+            events += [provider.arrive(n / 4, call(n % 40)), *provider.advance(n / 4)]
+        return [*events, *to_the_end(provider), provider.statistics()]
 
     assert history(7) == history(7)
     assert history(7) != history(8)

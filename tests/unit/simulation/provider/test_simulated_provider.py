@@ -53,8 +53,9 @@ def test_a_cancelled_call_hangs_up() -> None:
         gone.cancel()
         assert (await stays).duration == pytest.approx(3.0)
         assert gone.cancelled()
-        told = provider.statistics()
-        assert (told.hung_up, told.finished, told.in_flight, told.wasted_output_tokens) == (1, 1, 0, 1)
+        statistics = provider.statistics()
+        assert (statistics.hung_up, statistics.finished, statistics.in_flight) == (1, 1, 0)
+        assert statistics.wasted_output_tokens == 1
 
     simulate(main)
 
@@ -90,12 +91,12 @@ def test_a_stream_is_read_while_tokens_are_produced_and_hangs_up_on_exit() -> No
         loop = asyncio.get_running_loop()
         provider = SimulatedProvider(config(tokens_per_event=5))
         call = SimulatedCall(model="gpt-4o", input_tokens=5, output_tokens=11, stream=True)
-        told = []
+        events = []
         with await provider.open(call) as answer:
             async for event in answer:
                 tokens = event.tokens if isinstance(event, TokensProduced) else int(isinstance(event, FirstToken))
-                told.append((round(loop.time(), 3), tokens))
-        assert told == [(1.0, 1), (1.5, 5), (2.0, 5), (2.1, 0)]
+                events.append((round(loop.time(), 3), tokens))
+        assert events == [(1.0, 1), (1.5, 5), (2.0, 5), (2.1, 0)]
         with await provider.open(call) as answer:
             await anext(answer)
         assert provider.statistics().hung_up == 1

@@ -60,8 +60,8 @@ def test_durations_are_rounded_up(seconds: float) -> None:
 
 @given(st.floats(1e9, 2e9))
 def test_timestamps_are_rounded_up(epoch: float) -> None:
-    told = dt.datetime.fromisoformat(format_timestamp(epoch)).timestamp()
-    assert epoch - 1e-5 <= told <= epoch + 1
+    written = dt.datetime.fromisoformat(format_timestamp(epoch)).timestamp()
+    assert epoch - 1e-5 <= written <= epoch + 1
 
 
 def test_openai_headers_state_resets_as_durations() -> None:

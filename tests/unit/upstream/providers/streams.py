@@ -1,11 +1,11 @@
-"""Answers as providers write them, whole and as streams, for the tests of the meters."""
+"""Responses as providers send them, whole and streamed, for the tests of the usage meter."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-INPUT = 57  # tokens that the request was estimated to send
+INPUT = 57  # estimated tokens of the request
 
 
 def sse(*events: Any, named: bool = False) -> bytes:

@@ -1,4 +1,4 @@
-"""Headers as plain strings: all of them, or the few that are read."""
+"""HTTP headers by lower-case name: all of them, or the relevant ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import httpx2
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Says, Script
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Reply, Script
 
 from forebay.upstream import Upstream
 from forebay.upstream.providers import Headers
@@ -22,17 +22,17 @@ def wire(pairs: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
-def is_heeded(name: str) -> bool:
+def is_relevant(name: str) -> bool:
     return name in RELEVANT or RATE_LIMIT_MARK in name
 
 
 @given(pairs=PAIRS)
-def test_what_is_heeded_stands_as_it_does_among_all(pairs: list[tuple[str, str]]) -> None:
+def test_relevant_headers_are_the_same_as_among_all(pairs: list[tuple[str, str]]) -> None:
     everything = Headers.from_wire(wire(pairs))
-    assert Headers.relevant(wire(pairs)) == {name: told for name, told in everything.items() if is_heeded(name)}
+    assert Headers.relevant(wire(pairs)) == {name: value for name, value in everything.items() if is_relevant(name)}
 
 
-def test_names_are_lower_and_values_without_what_surrounds_them() -> None:
+def test_names_are_lower_case_and_values_are_stripped() -> None:
     pairs = [(b"Retry-After", b" 5 "), (b"X-RateLimit-Limit-Requests", b"9"), (b"Server", b"x")]
     assert Headers.from_wire(pairs) == {"retry-after": "5", "x-ratelimit-limit-requests": "9", "server": "x"}
     assert Headers.relevant(pairs) == {"retry-after": "5", "x-ratelimit-limit-requests": "9"}
@@ -40,7 +40,7 @@ def test_names_are_lower_and_values_without_what_surrounds_them() -> None:
 
 
 class Asked(Headers):
-    """Notes which headers anybody asks for by their names."""
+    """Headers that record the names that are looked up."""
 
     names: ClassVar[set[str]] = set()
 
@@ -65,17 +65,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.parametrize("provider", ["openai", "azure", "anthropic", "generic"])
-async def test_nothing_is_asked_for_that_is_not_heeded(provider: str, asked: set[str]) -> None:
+async def test_only_relevant_headers_are_looked_up(provider: str, asked: set[str]) -> None:
     answers = [
-        Says(headers={"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "99", "date": "now"}),
-        Says.stream(),
-        Says.error(400),
-        Says.error(429, retry_after="0.001"),
-        Says.error(503),
-        Says(),
+        Reply(headers={"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "99", "date": "now"}),
+        Reply.stream(),
+        Reply.error(400),
+        Reply.error(429, retry_after="0.001"),
+        Reply.error(503),
+        Reply(),
     ]
     client = Script(httpx2, *answers).client(Upstream("key", provider=provider))
     for _ in range(4):
         await client.post(URL, json=REQUEST, headers={"x-stainless-lang": "python", "user-agent": "OpenAI"})
     assert asked > {"authorization", "content-type", "retry-after", "user-agent"}
-    assert {name for name in asked if not is_heeded(name)} == set()
+    assert {name for name in asked if not is_relevant(name)} == set()

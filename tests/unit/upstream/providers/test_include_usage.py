@@ -1,4 +1,4 @@
-"""Usage asked for in a stream, and kept from who had not asked."""
+"""Usage asked for in a stream, and filtered out for a caller who did not ask."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def filtered(data: bytes, cuts: list[int] | None = None) -> bytes:
 
 
 def changed(body: dict[str, Any] | bytes, *, provider: str = "openai", path: str = CHAT) -> Any:
-    rules = profile_for(provider)
+    profile = profile_for(provider)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    more = rules.with_include_usage(rules.read_request("POST", path, {}, data), data)
+    more = profile.with_include_usage(profile.read_request("POST", path, {}, data), data)
     return None if more is None else json.loads(more)
 
 
@@ -34,7 +34,7 @@ def changed(body: dict[str, Any] | bytes, *, provider: str = "openai", path: str
 
 
 @pytest.mark.parametrize("options", [{}, {"stream_options": None}, {"stream_options": {"include_usage": False}}])
-def test_a_stream_that_does_not_ask_for_usage_is_made_to(options: dict[str, Any]) -> None:
+def test_a_stream_that_does_not_ask_for_usage_is_changed_to_ask(options: dict[str, Any]) -> None:
     body = {"model": "m", "messages": SAY, "stream": True} | options
     assert changed(body) == body | {"stream_options": {"include_usage": True}}
 
@@ -43,8 +43,8 @@ def test_other_options_stay_and_other_values_keep_their_bytes() -> None:
     body = (
         b'{"temperature": 1.0, "seed": 9007199254740993, "stream":true,"stream_options":{"include_obfuscation":false}}'
     )
-    rules = profile_for("openai")
-    more = rules.with_include_usage(rules.read_request("POST", CHAT, {}, body), body)
+    profile = profile_for("openai")
+    more = profile.with_include_usage(profile.read_request("POST", CHAT, {}, body), body)
     assert more is not None
     assert json.loads(more)["stream_options"] == {"include_obfuscation": False, "include_usage": True}
     assert b'"temperature":1.0,"seed":9007199254740993' in more
@@ -63,7 +63,7 @@ def test_other_options_stay_and_other_values_keep_their_bytes() -> None:
         ("azure", "/openai/deployments/d/chat/completions?api-version=2024-02-01", {"stream": True}),
     ],
 )
-def test_where_it_may_not_be_added_the_body_stays(provider: str, path: str, rest: dict[str, Any]) -> None:
+def test_a_request_that_must_not_ask_stays_unchanged(provider: str, path: str, rest: dict[str, Any]) -> None:
     assert changed({"model": "m", "messages": SAY} | rest, provider=provider, path=path) is None
 
 
@@ -79,28 +79,30 @@ def test_where_it_may_not_be_added_the_body_stays(provider: str, path: str, rest
         ("azure", "/openai/v1/chat/completions"),
     ],
 )
-def test_where_it_may_be_added_it_is(provider: str, path: str) -> None:
+def test_a_request_that_may_ask_is_changed(provider: str, path: str) -> None:
     assert changed({"model": "m", "messages": SAY, "stream": True}, provider=provider, path=path) is not None
 
 
-# --- the answer -----------------------------------------------------------------------------------------------------
+# --- the response -----------------------------------------------------------------------------------------------------
 
 
-def test_the_chunk_of_usage_is_kept_back_and_every_other_byte_passes() -> None:
+def test_the_usage_chunk_is_removed_and_every_other_byte_passes() -> None:
     usage = streams.sse(streams.USAGE_CHUNK)
     assert usage in streams.CHAT_WITH_USAGE
     assert filtered(streams.CHAT_WITH_USAGE) == streams.CHAT_WITH_USAGE.replace(usage, b"")
 
 
 @pytest.mark.parametrize("name", sorted(set(streams.ALL) - {"chat with usage"}))
-def test_what_holds_no_such_chunk_passes_as_it_is(name: str) -> None:
+def test_a_stream_without_a_usage_chunk_passes_unchanged(name: str) -> None:
     assert filtered(streams.ALL[name]) == streams.ALL[name]
 
 
 @pytest.mark.parametrize(
     "event",
     [
-        streams.sse(streams.chunk({}, "stop", usage=streams.CHAT_USAGE)),  # llama.cpp of old: usage beside a choice
+        streams.sse(
+            streams.chunk({}, "stop", usage=streams.CHAT_USAGE)
+        ),  # llama.cpp before 2025: usage in a chunk with a choice
         streams.sse({"choices": [], "prompt_filter_results": [{}], "usage": None}),  # Azure's first
         streams.sse({"choices": []}),
         b'data: {"choices": [], "usage": {}\n\n',
@@ -109,7 +111,7 @@ def test_what_holds_no_such_chunk_passes_as_it_is(name: str) -> None:
         b"\r\n\r\r\n\n",
     ],
 )
-def test_what_only_looks_like_it_passes(event: bytes) -> None:
+def test_an_event_that_only_resembles_the_usage_chunk_passes(event: bytes) -> None:
     for cut in range(len(event)):
         assert filtered(event + b"data: [DONE]\n\n", [cut]) == event + b"data: [DONE]\n\n"
 
@@ -119,20 +121,20 @@ def test_what_only_looks_like_it_passes(event: bytes) -> None:
     cuts=st.lists(st.integers(0, 1500), max_size=20),
     end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
 )
-def test_it_does_not_matter_in_which_pieces_the_stream_comes(name: str, cuts: list[int], end: bytes) -> None:
+def test_the_filter_does_not_depend_on_the_pieces(name: str, cuts: list[int], end: bytes) -> None:
     data = streams.ALL[name].replace(b"\n", end)
     usage = streams.sse(streams.USAGE_CHUNK).replace(b"\n", end)
     assert filtered(data, [min(cut, len(data)) for cut in cuts]) == data.replace(usage, b"")
 
 
 @given(chunks=st.lists(st.binary(max_size=40) | st.sampled_from([b"data: {", b"\n", b"\r", b'"usage"']), max_size=30))
-def test_bytes_that_are_no_such_chunk_come_out_as_they_went_in(chunks: list[bytes]) -> None:
+def test_other_bytes_pass_unchanged(chunks: list[bytes]) -> None:
     usage_filter = UsageFilter()
     out = b"".join(map(usage_filter.feed, chunks)) + usage_filter.end()
     assert out == b"".join(chunks)
 
 
-def test_the_end_of_a_chunk_that_was_kept_back_is_kept_back_too() -> None:
+def test_the_line_end_of_a_removed_chunk_is_removed_too() -> None:
     usage = streams.sse(streams.USAGE_CHUNK).replace(b"\n", b"\r\n")
     assert filtered(usage + b"data: [DONE]\r\n\r\n", [len(usage) - 1]) == b"data: [DONE]\r\n\r\n"
 

@@ -1,4 +1,4 @@
-"""What headers say of quotas, and of when to come back."""
+"""Rate-limit headers, Retry-After and x-should-retry."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_a_reset_is_read_in_any_form(text: str, seconds: float) -> None:
         *("3000000", "999999999d", "9999-12-31T23:59:59Z", "2026-13-01T00:00:00Z", f"{WALL + 33 * DAY:.0f}"),
     ],
 )
-def test_a_reset_that_makes_no_sense_is_none(text: str) -> None:
+def test_an_invalid_reset_is_none(text: str) -> None:
     assert read_reset(text, wall=WALL) is None
 
 
-def test_openai_tells_of_requests_and_of_tokens() -> None:
+def test_openai_headers_limit_requests_and_tokens() -> None:
     headers = {
         "X-RateLimit-Limit-Requests": "500",
         "x-ratelimit-remaining-requests": "499",
@@ -76,7 +76,7 @@ def test_openai_tells_of_requests_and_of_tokens() -> None:
     )
 
 
-def test_anthropics_most_restrictive_limit_is_no_quota_beside_input_and_output() -> None:
+def test_anthropics_most_restrictive_limit_is_ignored_next_to_input_and_output() -> None:
     headers = {
         "anthropic-ratelimit-requests-limit": "50",
         "anthropic-ratelimit-requests-remaining": "48",
@@ -97,11 +97,11 @@ def test_anthropics_most_restrictive_limit_is_no_quota_beside_input_and_output()
         RateLimitHeaders(unit="output_tokens", limit=8_000, remaining=7_000, reset=8.0),
     )
     alone = {name: value for name, value in headers.items() if "put-tokens" not in name}
-    assert [notice.unit for notice in read_rate_limits(alone, wall=WALL)] == ["requests", "tokens"]
+    assert [rate_limit.unit for rate_limit in read_rate_limits(alone, wall=WALL)] == ["requests", "tokens"]
 
 
 @pytest.mark.parametrize("prefix", ["x-ratelimit", "ratelimit"])
-def test_other_hosts_tell_of_requests_alone(prefix: str) -> None:
+def test_other_hosts_limit_requests_only(prefix: str) -> None:
     headers = {f"{prefix}-limit": "60", f"{prefix}-remaining": "12", f"{prefix}-reset": "30"}
     assert read_rate_limits(headers, wall=WALL) == (
         RateLimitHeaders(unit="requests", limit=60, remaining=12, reset=30.0),
@@ -109,7 +109,7 @@ def test_other_hosts_tell_of_requests_alone(prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "notice"),
+    ("values", "expected"),
     [
         ({"limit": "100, 100;w=60", "remaining": "7.0"}, RateLimitHeaders(unit="requests", limit=100, remaining=7)),
         (
@@ -121,16 +121,16 @@ def test_other_hosts_tell_of_requests_alone(prefix: str) -> None:
         ({"limit": "9" * 40, "remaining": "5"}, RateLimitHeaders(unit="requests", remaining=5)),
     ],
 )
-def test_what_makes_no_sense_is_left_out_of_a_notice(told: dict[str, str], notice: RateLimitHeaders) -> None:
-    headers = {f"x-ratelimit-{name}-requests": value for name, value in told.items()}
-    assert read_rate_limits(headers, wall=WALL) == (notice,)
+def test_invalid_values_are_left_out(values: dict[str, str], expected: RateLimitHeaders) -> None:
+    headers = {f"x-ratelimit-{name}-requests": value for name, value in values.items()}
+    assert read_rate_limits(headers, wall=WALL) == (expected,)
 
 
-def test_a_reset_alone_is_no_notice() -> None:
+def test_a_reset_alone_is_ignored() -> None:
     assert read_rate_limits({"x-ratelimit-reset-requests": "1s"}, wall=WALL) == ()
 
 
-def test_a_moment_is_meant_by_the_clock_of_the_provider() -> None:
+def test_a_point_in_time_is_read_by_the_clock_of_the_provider() -> None:
     headers = {
         "date": "Wed, 01 Apr 2026 12:10:00 GMT",  # ours is ten minutes behind
         "anthropic-ratelimit-requests-remaining": "0",
@@ -165,7 +165,7 @@ def test_a_moment_is_meant_by_the_clock_of_the_provider() -> None:
         ({}, None),
     ],
 )
-def test_retry_after_is_passed_on_as_it_is_and_nonsense_is_none(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_is_read_and_an_invalid_one_is_none(headers: dict[str, str], seconds: float | None) -> None:
     assert read_retry_after(headers, wall=WALL) == seconds
 
 
@@ -181,14 +181,14 @@ def test_retry_after_is_passed_on_as_it_is_and_nonsense_is_none(headers: dict[st
         (b"", None),
     ],
 )
-def test_words_say_when_to_come_back_where_no_header_does(message: bytes, seconds: float | None) -> None:
+def test_retry_after_is_read_from_the_message_if_no_header_has_it(message: bytes, seconds: float | None) -> None:
     assert read_retry_after({}, message, wall=WALL) == seconds
     assert read_retry_after({"retry-after": "1"}, message, wall=WALL) == 1.0
 
 
-@pytest.mark.parametrize(("told", "meant"), [("true", True), ("False", False), ("maybe", None), ("", None)])
-def test_a_provider_may_say_whether_to_come_back(told: str, meant: bool | None) -> None:  # noqa: FBT001
-    assert read_should_retry({"X-Should-Retry": told}) is meant
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("False", False), ("maybe", None), ("", None)])
+def test_x_should_retry_is_read(value: str, expected: bool | None) -> None:  # noqa: FBT001
+    assert read_should_retry({"X-Should-Retry": value}) is expected
 
 
 NAMES = st.sampled_from(
@@ -199,11 +199,11 @@ VALUES = st.text(max_size=80) | st.from_regex(r"[0-9.:TZmshd+-]{0,40}") | st.flo
 
 
 @given(headers=st.dictionaries(NAMES | st.text(max_size=20), VALUES, max_size=12), wall=st.floats(0, 4e9))
-def test_no_header_makes_it_fail(headers: dict[str, str], wall: float) -> None:
-    for notice in read_rate_limits(headers, wall=wall):
-        assert notice.reset is None or 0.0 <= notice.reset <= 32 * DAY
-        assert notice.remaining is None or notice.remaining >= 0
-        assert notice.limit is None or notice.limit >= 0
+def test_no_header_raises(headers: dict[str, str], wall: float) -> None:
+    for rate_limit in read_rate_limits(headers, wall=wall):
+        assert rate_limit.reset is None or 0.0 <= rate_limit.reset <= 32 * DAY
+        assert rate_limit.remaining is None or rate_limit.remaining >= 0
+        assert rate_limit.limit is None or rate_limit.limit >= 0
     seconds = read_retry_after(headers, wall=wall)
     assert seconds is None or seconds >= 0.0
     assert read_should_retry(headers) in (True, False, None)

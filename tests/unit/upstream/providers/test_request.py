@@ -1,4 +1,4 @@
-"""What a request asks for, and what it is to reserve."""
+"""Requests as they are read, and the charge that they reserve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ask(path: str, body: Any, *, provider: str = "openai", **headers: str) -> Pr
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "route"),
+    ("method", "path", "endpoint"),
     [
         ("POST", "/v1/chat/completions", Endpoint.CHAT),
         ("POST", "/v1/chat/completions?x=1", Endpoint.CHAT),
@@ -50,8 +50,8 @@ def ask(path: str, body: Any, *, provider: str = "openai", **headers: str) -> Pr
         ("POST", "http://[", Endpoint.OTHER),
     ],
 )
-def test_the_path_says_what_is_asked_for(method: str, path: str, route: Endpoint) -> None:
-    assert OPENAI.read_request(method, path, {}, b"{}").endpoint is route
+def test_the_endpoint_is_read_from_method_and_path(method: str, path: str, endpoint: Endpoint) -> None:
+    assert OPENAI.read_request(method, path, {}, b"{}").endpoint is endpoint
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_the_path_says_what_is_asked_for(method: str, path: str, route: Endpoint
         ("GET", "wss://api.openai.com/v1/responses", False),
     ],
 )
-def test_what_only_looks_costs_nothing(method: str, path: str, *, free: bool) -> None:
+def test_reading_and_deleting_costs_nothing(method: str, path: str, *, free: bool) -> None:
     assert OPENAI.read_request(method, path, {}, b"{}").free is free
 
 
-def test_a_websocket_is_not_free_though_it_begins_with_a_get() -> None:
+def test_a_websocket_is_not_free_though_it_starts_with_a_get() -> None:
     assert not OPENAI.read_request("GET", "/v1/responses", {"upgrade": "websocket"}, b"").free
 
 
@@ -105,7 +105,7 @@ def test_a_chat_completion_is_read() -> None:
         ({}, None),
     ],
 )
-def test_the_bound_on_the_output_has_many_names(bounds: dict[str, Any], most: int | None) -> None:
+def test_the_output_bound_has_several_names(bounds: dict[str, Any], most: int | None) -> None:
     assert ask("/v1/chat/completions", {"model": "m", "messages": SAY} | bounds).max_output_tokens == most
 
 
@@ -135,7 +135,7 @@ def test_tools_are_input_too() -> None:
     )
 
 
-def test_an_image_costs_what_it_is_scaled_to_and_not_its_base64() -> None:
+def test_an_image_costs_its_scaled_size_and_not_its_base64() -> None:
     data = "A" * 1_000_000
     url = {"url": f"data:image/png;base64,{data}"}
     text = {"type": "text", "text": "what is this?"}
@@ -162,12 +162,12 @@ def test_documents_and_sound_cost_a_fraction_of_their_base64() -> None:
     assert 1100 < ask("/v1/messages", body, provider="anthropic").input_tokens < 1250
 
 
-def test_words_about_images_are_words() -> None:
+def test_text_about_images_is_text() -> None:
     talk = [{"role": "user", "content": 'he said "image_url" ' * 100}]
     assert 500 < ask("/v1/chat/completions", {"messages": talk}).input_tokens < 620
 
 
-def test_azure_names_the_model_in_the_path() -> None:
+def test_azure_has_the_model_in_the_path() -> None:
     path = "/openai/deployments/my%20gpt/chat/completions?api-version=2024-10-21"
     request = ask(path, {"messages": SAY})
     assert request.model == "my gpt"
@@ -179,7 +179,7 @@ def test_azure_names_the_model_in_the_path() -> None:
     "headers",
     [{"content-type": "multipart/form-data; boundary=x"}, {"content-encoding": "gzip"}],
 )
-def test_a_form_and_what_is_compressed_ask_for_a_request_only(headers: dict[str, str]) -> None:
+def test_a_form_or_a_compressed_body_counts_as_one_request(headers: dict[str, str]) -> None:
     request = ask("/v1/chat/completions", {"model": "m", "messages": SAY}, **headers)
     assert (request.model, request.input_tokens) == (None, 0)
 
@@ -196,7 +196,7 @@ def test_a_form_and_what_is_compressed_ask_for_a_request_only(headers: dict[str,
         ("/v1/anything", {"Sec-WebSocket-Key": "x"}),
     ],
 )
-def test_a_websocket_is_known(path: str, headers: dict[str, str]) -> None:
+def test_a_websocket_is_recognized(path: str, headers: dict[str, str]) -> None:
     assert OPENAI.read_request("GET", path, headers, b"").websocket
     assert not OPENAI.read_request("GET", "/v1/models", {}, b"").websocket
 
@@ -211,7 +211,7 @@ def test_a_websocket_is_known(path: str, headers: dict[str, str]) -> None:
         ("", {"Content-Digest": "sha-256=:x:"}),
     ],
 )
-def test_a_signed_body_is_known_and_never_changed(query: str, headers: dict[str, str]) -> None:
+def test_a_signed_body_is_recognized_and_never_changed(query: str, headers: dict[str, str]) -> None:
     body = json.dumps({"model": "m", "messages": SAY, "stream": True}).encode()
     request = OPENAI.read_request("POST", "/v1/chat/completions" + query, headers, body)
     assert request.signed
@@ -228,7 +228,7 @@ def chat(provider: str, **body: Any) -> ProviderRequest:
     return ask(path, {"model": "m", "messages": SAY} | body, provider=provider)
 
 
-def test_openai_charges_the_larger_of_bound_and_input_and_keeps_it() -> None:
+def test_openai_charges_the_larger_of_bound_and_input_and_returns_nothing() -> None:
     request = chat("openai", max_tokens=1000)
     sent = request.input_tokens
     reserved = OPENAI.estimate_charge(request, output_tokens=50)
@@ -239,12 +239,12 @@ def test_openai_charges_the_larger_of_bound_and_input_and_keeps_it() -> None:
     assert OPENAI.estimate_charge(chat("openai")).tokens == sent
 
 
-def test_azure_charges_the_sum_for_each_answer() -> None:
+def test_azure_charges_the_sum_for_each_choice() -> None:
     request = chat("azure", max_tokens=1000, best_of=3)
     assert AZURE.estimate_charge(request).tokens == request.input_tokens + 3000
 
 
-def test_anthropic_charges_uncached_input_and_what_is_made() -> None:
+def test_anthropic_charges_uncached_input_and_generated_output() -> None:
     request = chat("anthropic", max_tokens=4096)
     reserved = ANTHROPIC.estimate_charge(request, output_tokens=200)
     sent = request.input_tokens
@@ -263,22 +263,22 @@ def test_without_usage_a_call_settles_as_it_reserved() -> None:
     assert OPENAI.final_charge(reserved, None) == reserved
 
 
-def test_the_output_reserved_is_what_is_typical_within_its_bound() -> None:
-    rules = profile_for("vllm")
-    assert rules.estimate_charge(chat("vllm", max_tokens=100), output_tokens=300).output_tokens == 100
-    assert rules.estimate_charge(chat("vllm", max_tokens=100), output_tokens=30).output_tokens == 30
-    assert rules.estimate_charge(chat("vllm", max_tokens=100)).output_tokens == 100
-    assert rules.estimate_charge(chat("vllm")).output_tokens == 500
-    assert rules.estimate_charge(chat("vllm", n=3, max_tokens=100)).output_tokens == 300
+def test_the_reserved_output_is_the_typical_one_within_its_bound() -> None:
+    profile = profile_for("vllm")
+    assert profile.estimate_charge(chat("vllm", max_tokens=100), output_tokens=300).output_tokens == 100
+    assert profile.estimate_charge(chat("vllm", max_tokens=100), output_tokens=30).output_tokens == 30
+    assert profile.estimate_charge(chat("vllm", max_tokens=100)).output_tokens == 100
+    assert profile.estimate_charge(chat("vllm")).output_tokens == 500
+    assert profile.estimate_charge(chat("vllm", n=3, max_tokens=100)).output_tokens == 300
 
 
-def test_embeddings_make_no_tokens_and_an_unknown_path_takes_a_request() -> None:
+def test_embeddings_generate_no_tokens_and_an_unknown_path_takes_one_request() -> None:
     request = ask("/v1/embeddings", {"input": "x" * 400, "model": "m"})
     assert OPENAI.estimate_charge(request) == Charge(input_tokens=101, tokens=101)
     assert OPENAI.estimate_charge(ask("/v1/files", b"...")) == Charge()
 
 
-def test_an_estimate_is_corrected_by_what_was_observed() -> None:
+def test_estimates_are_corrected_by_observed_usage() -> None:
     ratio = InputTokenRatio()
     assert ratio.value == 1.0
     for _ in range(200):
@@ -301,7 +301,7 @@ def test_a_ratio_stays_within_reason(observed: list[tuple[int, int]]) -> None:
     assert 0.1 - 1e-9 <= ratio.value <= 10.0 + 1e-9
 
 
-def test_each_provider_has_its_row_and_another_is_an_error_that_names_them() -> None:
+def test_an_unknown_provider_is_an_error_that_names_the_known_ones() -> None:
     assert [profile_for(name).provider for name in PROVIDERS] == PROVIDERS
     with pytest.raises(InvalidSetting, match="'openai', 'azure', 'anthropic'"):
         profile_for("opanai")
@@ -325,13 +325,13 @@ BODIES = st.binary(max_size=200) | st.dictionaries(st.sampled_from(FIELDS), JSON
     body=BODIES,
     provider=st.sampled_from(PROVIDERS),
 )
-def test_no_request_makes_it_fail(method: str, path: str, headers: dict[str, str], body: bytes, provider: str) -> None:
-    rules = profile_for(provider)
-    request = rules.read_request(method, path, headers, body)
-    charge = rules.estimate_charge(request)
+def test_no_request_raises(method: str, path: str, headers: dict[str, str], body: bytes, provider: str) -> None:
+    profile = profile_for(provider)
+    request = profile.read_request(method, path, headers, body)
+    charge = profile.estimate_charge(request)
     assert min(charge.requests, charge.input_tokens, charge.output_tokens, charge.tokens) >= 0
-    assert rules.final_charge(charge, None) == charge
-    assert rules.with_include_usage(request, body) is None or request.stream
+    assert profile.final_charge(charge, None) == charge
+    assert profile.with_include_usage(request, body) is None or request.stream
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the real SDKs send is read as it was meant, and what they make of a stream without its usage is unchanged."""
+"""Requests of the real SDKs are read, and their streams work without the usage chunk."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ TOOLS: list[Any] = [{"type": "function", "function": {"name": "look", "parameter
 
 
 class Recorder:
-    """A transport that reads what is sent by a provider's rules and answers every call with nothing of use."""
+    """A transport that reads each request by a provider's profile and answers with an empty response."""
 
     def __init__(self, provider: str) -> None:
-        self._rules = profile_for(provider)
+        self._profile = profile_for(provider)
         self.request: ProviderRequest | None = None
         self.client = httpx2.Client(transport=httpx2.MockTransport(self._answer))
 
     def _answer(self, sent: httpx2.Request) -> httpx2.Response:
         path = sent.url.raw_path.decode()
-        self.request = self._rules.read_request(sent.method, path, sent.headers, sent.content)
+        self.request = self._profile.read_request(sent.method, path, sent.headers, sent.content)
         return httpx2.Response(400, json={"error": {"message": "enough"}})
 
     def of(self, call: Callable[[], object]) -> ProviderRequest:
@@ -86,7 +86,7 @@ def test_anthropic() -> None:
     assert counted.endpoint is Endpoint.COUNT_TOKENS
 
 
-def test_a_filtered_stream_is_to_the_sdk_what_a_plain_one_is() -> None:
+def test_the_sdk_reads_a_filtered_stream_like_a_plain_one() -> None:
     def chunks(data: bytes) -> list[Any]:
         transport = httpx2.MockTransport(
             lambda _: httpx2.Response(200, content=data, headers={"content-type": "text/event-stream"})

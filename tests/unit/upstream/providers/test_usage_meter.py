@@ -1,4 +1,4 @@
-"""What a meter makes of the bytes of an answer, in whatever pieces they come."""
+"""The usage meter, fed with responses in pieces of any size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def metered(data: bytes, *, stream: bool = True, cuts: list[int] | None = None) 
     return meter
 
 
-def said(meter: UsageMeter) -> tuple[Any, ...]:
+def reading(meter: UsageMeter) -> tuple[Any, ...]:
     return meter.usage, meter.started, meter.complete, meter.error_kind, meter.output_tokens
 
 
@@ -54,7 +54,7 @@ def test_the_usage_of_a_stream_is_read_or_else_estimated(stream: str, usage: Usa
     assert meter.error_kind is None
 
 
-def test_an_error_in_the_middle_is_noticed_and_what_came_before_it_is_estimated() -> None:
+def test_an_error_in_the_middle_is_noticed_and_earlier_output_is_estimated() -> None:
     meter = metered(streams.MESSAGES_OVERLOADED)
     assert meter.error_kind is ErrorKind.OVERLOADED
     assert not meter.complete
@@ -64,11 +64,11 @@ def test_an_error_in_the_middle_is_noticed_and_what_came_before_it_is_estimated(
     assert meter.usage == expected
     failed = metered(streams.RESPONSES_FAILED)
     assert failed.error_kind is ErrorKind.FAULT
-    told = metered(streams.sse(streams.chunk({"content": "a"}), {"error": {"code": "slow_down", "message": "..."}}))
-    assert told.error_kind is ErrorKind.ACCELERATION_LIMIT
+    meter = metered(streams.sse(streams.chunk({"content": "a"}), {"error": {"code": "slow_down", "message": "..."}}))
+    assert meter.error_kind is ErrorKind.ACCELERATION_LIMIT
 
 
-def test_a_stream_that_is_cut_is_not_complete_and_its_usage_is_estimated() -> None:
+def test_a_stream_that_is_cut_off_is_incomplete_and_its_usage_is_estimated() -> None:
     cut = streams.CHAT_WITH_USAGE[: streams.CHAT_WITH_USAGE.index(b" there")]
     meter = metered(cut)
     assert not meter.complete
@@ -76,7 +76,7 @@ def test_a_stream_that_is_cut_is_not_complete_and_its_usage_is_estimated() -> No
     assert metered(b"").usage is None
 
 
-def test_a_stream_of_several_answers_is_complete_when_all_have_ended() -> None:
+def test_a_stream_of_several_choices_is_complete_when_all_have_finished() -> None:
     def part(index: int, reason: str | None = None) -> dict[str, Any]:
         return {"choices": [{"index": index, "delta": {"content": "x"}, "finish_reason": reason}]}
 
@@ -86,21 +86,21 @@ def test_a_stream_of_several_answers_is_complete_when_all_have_ended() -> None:
     assert not metered(streams.sse(part(0, "stop"), part(1))).complete
 
 
-def test_a_total_without_the_cache_does_not_make_what_was_told_of_it_forgotten() -> None:
+def test_a_later_total_without_the_cache_keeps_the_cached_tokens() -> None:
     late = {"type": "message_delta", "delta": {}, "usage": {"input_tokens": 25, "output_tokens": 9}}
     meter = metered(streams.sse(*streams.MESSAGES_PARTS, late, {"type": "message_stop"}))
     assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
 
 
-def test_totals_never_go_back() -> None:
-    told = [
+def test_totals_never_decrease() -> None:
+    events = [
         {"type": "message_delta", "delta": {}, "usage": usage} for usage in ({"output_tokens": 9}, {"input_tokens": 1})
     ]
-    meter = metered(streams.sse(*streams.MESSAGES_PARTS, *told, {"type": "message_stop"}))
+    meter = metered(streams.sse(*streams.MESSAGES_PARTS, *events, {"type": "message_stop"}))
     assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
 
 
-def test_the_first_token_is_known_from_what_comes_before_it() -> None:
+def test_the_first_token_is_told_from_earlier_events() -> None:
     meter = UsageMeter(stream=True)
     for event in streams.MESSAGES_PARTS[:3]:
         meter.feed(streams.sse(event, named=True))
@@ -114,7 +114,7 @@ def test_the_first_token_is_known_from_what_comes_before_it() -> None:
     assert chat.started
 
 
-def test_a_long_piece_is_more_than_a_token() -> None:
+def test_a_long_piece_counts_as_several_tokens() -> None:
     assert metered(streams.sse(streams.chunk({"content": "x" * 400}), "[DONE]")).output_tokens == 100
 
 
@@ -129,19 +129,19 @@ def test_a_last_event_without_its_empty_line_counts() -> None:
 def test_lines_may_end_as_the_standard_allows(stream: str, end: str) -> None:
     data = streams.ALL[stream]
     other = data.replace(b"\n", end.encode())
-    assert said(metered(other)) == said(metered(data))
+    assert reading(metered(other)) == reading(metered(data))
 
 
 @given(
     stream=st.sampled_from(sorted(streams.ALL)), cuts=st.lists(st.integers(0, 1500), max_size=20), crlf=st.booleans()
 )
-def test_it_does_not_matter_in_which_pieces_a_stream_comes(stream: str, cuts: list[int], *, crlf: bool) -> None:
+def test_the_usage_of_a_stream_does_not_depend_on_its_pieces(stream: str, cuts: list[int], *, crlf: bool) -> None:
     data = streams.ALL[stream]
     data = data.replace(b"\n", b"\r\n") if crlf else data
-    assert said(metered(data, cuts=[min(cut, len(data)) for cut in cuts])) == said(metered(data))
+    assert reading(metered(data, cuts=[min(cut, len(data)) for cut in cuts])) == reading(metered(data))
 
 
-def test_lines_split_within_their_ends_are_one() -> None:
+def test_a_line_end_split_between_pieces_is_one() -> None:
     two_lines = b'data: {"usage":\r\ndata: {"prompt_tokens": 3, "completion_tokens": 4}}\r\n\r\ndata: [DONE]\r\n\r\n'
     meter = metered(two_lines, cuts=list(range(len(two_lines))))
     assert meter.usage == Usage(input_tokens=3, output_tokens=4)
@@ -150,7 +150,7 @@ def test_lines_split_within_their_ends_are_one() -> None:
 @pytest.mark.parametrize("stream", streams.ALL)
 def test_a_stream_may_come_byte_by_byte(stream: str) -> None:
     data = streams.ALL[stream]
-    assert said(metered(data, cuts=list(range(len(data))))) == said(metered(data))
+    assert reading(metered(data, cuts=list(range(len(data))))) == reading(metered(data))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_stream_may_come_byte_by_byte(stream: str) -> None:
     ],
 )
 def test_noise_between_events_changes_nothing(noise: bytes) -> None:
-    assert said(metered(noise + streams.CHAT_WITH_USAGE)) == said(metered(streams.CHAT_WITH_USAGE))
+    assert reading(metered(noise + streams.CHAT_WITH_USAGE)) == reading(metered(streams.CHAT_WITH_USAGE))
 
 
 # --- whole ----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_noise_between_events_changes_nothing(noise: bytes) -> None:
         ({"usage": {"prompt_tokens": 8, "total_tokens": 8}}, Usage(input_tokens=8, output_tokens=0)),
         ({"usage": {"prompt_tokens": 8.0, "completion_tokens": 0.0}}, Usage(input_tokens=8, output_tokens=0)),
         ({"usage": {"prompt_tokens": 8, "completion_tokens": 10**8}}, Usage(input_tokens=8, output_tokens=10**8)),
-        ({"usage": {"prompt_tokens": 8, "completion_tokens": 1e300}}, None),  # what no call can use: that was reserved
+        ({"usage": {"prompt_tokens": 8, "completion_tokens": 1e300}}, None),  # impossible: the reserved amount counts
         ({"usage": {"prompt_tokens": 8, "completion_tokens": 10**8 + 1}}, None),
         ({"usage": {"prompt_tokens": -8, "completion_tokens": 1}}, None),
         ({"usage": {"input_tokens": 8, "output_tokens": 1, "cache_read_input_tokens": 10**9}}, None),
@@ -200,7 +200,7 @@ def test_noise_between_events_changes_nothing(noise: bytes) -> None:
         ({"usage": {"total_tokens": 8}}, None),
         ({"usage": None}, None),
         ({"usage": [1]}, None),
-        ({"input_tokens": 2095}, None),  # what counting tokens answers
+        ({"input_tokens": 2095}, None),  # the response of count_tokens
         ({}, None),
     ],
 )
@@ -212,7 +212,7 @@ def test_the_usage_of_a_body_is_read(body: dict[str, Any], usage: Usage | None) 
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b'{"usage": {"prompt_tok', b"[" * 100_000, b"3", b"\xff"])
-def test_a_body_that_is_no_answer_tells_nothing(body: bytes) -> None:
+def test_an_unreadable_body_has_no_usage(body: bytes) -> None:
     meter = metered(body, stream=False)
     assert meter.usage is None
     assert not meter.complete
@@ -226,14 +226,14 @@ def test_the_usage_of_an_enormous_body_is_found_at_its_end() -> None:
 
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=20))
-def test_it_does_not_matter_in_which_pieces_a_body_comes(cuts: list[int]) -> None:
+def test_the_usage_of_a_body_does_not_depend_on_its_pieces(cuts: list[int]) -> None:
     body = json.dumps({"choices": [{"message": {"content": "x" * 100}}], "usage": streams.CHAT_USAGE}).encode()
-    assert said(metered(body, stream=False, cuts=[min(cut, len(body)) for cut in cuts])) == said(
+    assert reading(metered(body, stream=False, cuts=[min(cut, len(body)) for cut in cuts])) == reading(
         metered(body, stream=False)
     )
 
 
-# --- packed -------------------------------------------------------------------------------------------------------
+# --- compressed -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,17 +241,17 @@ def test_it_does_not_matter_in_which_pieces_a_body_comes(cuts: list[int]) -> Non
     [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), ("", bytes)],
 )
 @pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_a_packed_answer_is_unpacked(encoding: str, pack: Callable[[bytes], bytes], size: int) -> None:
+def test_a_compressed_response_is_decompressed(encoding: str, pack: Callable[[bytes], bytes], size: int) -> None:
     packed = pack(streams.CHAT_WITH_USAGE)
     meter = UsageMeter(stream=True, encoding=encoding)
     for begin in range(0, len(packed), size):
         meter.feed(packed[begin : begin + size])
     meter.end()
-    assert said(meter) == said(metered(streams.CHAT_WITH_USAGE))
+    assert reading(meter) == reading(metered(streams.CHAT_WITH_USAGE))
 
 
 @pytest.mark.parametrize(("encoding", "data"), [("br", streams.CHAT), ("gzip", b"no gzip"), ("gzip, br", b"x")])
-def test_of_what_cannot_be_unpacked_nothing_is_known(encoding: str, data: bytes) -> None:
+def test_a_response_that_cannot_be_decompressed_has_no_usage(encoding: str, data: bytes) -> None:
     for stream in (True, False):
         meter = UsageMeter(stream=stream, encoding=encoding)
         meter.feed(data)
@@ -261,7 +261,7 @@ def test_of_what_cannot_be_unpacked_nothing_is_known(encoding: str, data: bytes)
         assert not meter.complete
 
 
-def test_a_small_answer_that_unpacks_to_a_hundred_megabytes_takes_no_room() -> None:
+def test_a_decompression_bomb_takes_bounded_memory() -> None:
     packer = zlib.compressobj()
     packed = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
     assert len(packed) < 200_000
@@ -271,7 +271,7 @@ def test_a_small_answer_that_unpacks_to_a_hundred_megabytes_takes_no_room() -> N
     for stream in (True, False):
         meter = UsageMeter(stream=stream, encoding="deflate")
         meter.feed(packed)
-        assert len(meter._whole) <= 1 << 21
+        assert len(meter._body) <= 1 << 21
         meter.end()
         assert meter.usage is None
 
@@ -285,20 +285,20 @@ def test_a_small_answer_that_unpacks_to_a_hundred_megabytes_takes_no_room() -> N
     [(b"x" * 65_536, 100), (b"data: " + b"x" * 65_530, 100), (b"data: x\n" * 8192, 4), (b"\n\r" * 32_768, 2)],
     ids=["one line", "one line of data", "one event of many lines", "empty lines"],
 )
-def test_memory_is_bounded_whatever_is_fed(piece: bytes, megabytes: int, *, stream: bool) -> None:
+def test_memory_is_bounded_for_any_input(piece: bytes, megabytes: int, *, stream: bool) -> None:
     meter = UsageMeter(stream=stream)
     largest = 0
     for _ in range((megabytes << 20) // len(piece)):
         meter.feed(piece)
         events = meter._events
-        kept = len(meter._whole) if events is None else len(events._line) + sum(map(len, events._data))
+        kept = len(meter._body) if events is None else len(events._line) + sum(map(len, events._data))
         largest = max(largest, kept)
     meter.end()
     assert 0 < largest <= 1 << 21 or piece.isspace()
     assert meter.usage is None
 
 
-def test_of_an_event_that_is_too_long_nothing_is_read() -> None:
+def test_an_event_that_is_too_long_is_not_read() -> None:
     meter = UsageMeter(stream=True)
     meter.feed(b"data: " + b"x" * (1 << 21))
     meter.feed(b'\ndata: {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n\n')
@@ -320,7 +320,7 @@ def test_after_an_event_that_was_too_long_the_next_is_read() -> None:
         st.binary(max_size=60) | st.sampled_from([b"data: {", b"\n\n", b"}\r\n", b'"usage":{}']), max_size=20
     )
 )
-def test_no_bytes_make_it_fail(chunks: list[bytes]) -> None:
+def test_no_bytes_raise(chunks: list[bytes]) -> None:
     for stream in (True, False):
         meter = UsageMeter(stream=stream)
         for part in chunks:

@@ -1,4 +1,4 @@
-"""The figures as pictures."""
+"""The results as charts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench.calls.limit_run import RunRecord
 from bench.calls.limits import LIMITS, OURS, UPSTREAM
-from bench.calls.simulated_key import RunRecord
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# The palette of Okabe and Ito, which is safe for colour-blind readers.
 _COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
@@ -28,12 +28,12 @@ def _width(name: str) -> float:
     return 3.0 if name in (UPSTREAM, OURS) else 1.5
 
 
-def curves(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
-    """Goodput over offered load, by limit."""
+def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
+    """Plot goodput over offered load, one line a limit."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
-        axes.set_title("Goodput over an oracle's, as more is offered")
+        axes.set_title("Goodput relative to an oracle, by offered load")
         for (name, values), colour in zip(shares.items(), _COLOURS, strict=False):
             axes.plot(loads, values, color=colour, label=name, linewidth=_width(name), marker="o")
         axes.set(xlabel="offered load over capacity", xlim=(0.8, max(loads)), ylim=(0, 1.08))
@@ -42,14 +42,14 @@ def curves(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder
         figure.savefig(folder / "goodput-load.png")
 
 
-def heat(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
-    """Goodput by scenario and limit, as a table with colours."""
+def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
+    """Plot goodput by scenario and limit, as a table with colours."""
     names = list(dict.fromkeys(name for name, _ in shares))
     limits = [UPSTREAM, *LIMITS]
     with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(9, 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
         axes = figure.subplots()
-        axes.set_title("Goodput over an oracle's, by what happens", pad=14)
+        axes.set_title("Goodput relative to an oracle, by scenario", pad=14)
         axes.imshow(
             [[shares[name, limit] for limit in limits] for name in names], cmap="RdYlBu", vmin=0, vmax=1, aspect="auto"
         )
@@ -64,20 +64,20 @@ def heat(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
         figure.savefig(folder / "goodput.png")
 
 
-def timelines(records: Mapping[str, RunRecord], kind: str, trigger: tuple[float, float], folder: Path) -> None:
-    """Useful work over time, by limit, around a trigger."""
+def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[float, float], folder: Path) -> None:
+    """Plot useful work over time around a trigger, one line a limit."""
     step = 10
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
-        axes.set_title(f"A minute in which nothing moves, at a {kind} provider")
+        axes.set_title(f"A minute without any answer, at a {kind} provider")
         for (name, record), colour in zip(records.items(), _COLOURS, strict=True):
             end = int(max((at for at, *_ in record.levels), default=0))
             times = range(0, end, step)
             served = [record.work(at, at + step) for at in times]
             axes.plot(times, served, color=colour, label=name, linewidth=_width(name))
         axes.axvspan(*trigger, color="#f0f0f0")
-        axes.set(xlabel="seconds", ylabel="slots put to use", xlim=(0, None), ylim=(0, 100))
+        axes.set(xlabel="seconds", ylabel="slots in use", xlim=(0, None), ylim=(0, 100))
         axes.grid(visible=True)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(folder / f"recovery-{kind}.png")

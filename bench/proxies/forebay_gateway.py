@@ -1,4 +1,4 @@
-"""The gateway as it is installed: ``python -m bench.proxies.ours URL`` prints its port."""
+"""The gateway in its own process: ``python -m bench.proxies.forebay_gateway URL`` prints its port."""
 
 from __future__ import annotations
 

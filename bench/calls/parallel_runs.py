@@ -1,4 +1,4 @@
-"""Runs of many scenarios and limits at once, and what they come to."""
+"""Runs of many scenarios and limits in parallel, and their medians."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 SEEDS: Final = int(os.environ.get("SEEDS", "3"))
-PICTURES: Final = Path("build") / "bench"
+CHARTS: Final = Path("build") / "bench"
 
 
-def everywhere(run: Callable[[A], B], cases: Iterable[A]) -> list[B]:
-    """Run all cases on all processors, in order."""
+def run_parallel(run: Callable[[A], B], cases: Iterable[A]) -> list[B]:
+    """Run all cases on all processors; return the results in order."""
     with ProcessPoolExecutor() as pool:
         return list(pool.map(run, cases))
 
 
-def middle(values: Iterable[float]) -> float:
-    """The median, to three places."""
+def rounded_median(values: Iterable[float]) -> float:
+    """Return the median, to three places."""
     return round(median(values), 3)

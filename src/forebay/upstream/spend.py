@@ -1,0 +1,115 @@
+"""The money of an upstream: budgets that several accounts spend from, and what calls hold of them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from forebay import clock
+from forebay.quota import Budget, BudgetReservation, BudgetTracker
+from forebay.task import Priority
+from forebay.upstream.call_request import CallRequest, Rejected
+from forebay.upstream.weak_lru import WeakLRU
+
+_CACHED: Final = 10_000  # budgets of tenants and of tasks
+
+
+class SharedBudget:
+    """A budget that the calls of several accounts spend from, at the present time. Safe to use from any thread."""
+
+    def __init__(self, name: str, budget: Budget) -> None:
+        self.name = name
+        self._tracker = BudgetTracker(budget)
+        self._lock = threading.Lock()
+
+    def can_afford(self, usd: float, priority: Priority) -> bool:
+        """Return whether `usd` dollars may be reserved; never once the budget is spent."""
+        with self._lock:
+            return self._tracker.can_afford(clock.wall_time(), usd, priority)
+
+    def rejection(self, usd: float) -> Rejected:
+        """Return why `usd` dollars cannot be reserved, and when they may be: never, if the budget is smaller."""
+        now = clock.wall_time()
+        with self._lock:
+            budget = self._tracker.budget
+            used = budget.usd - self._tracker.remaining(now)
+            retry_after = None if usd > budget.usd else self._tracker.resets_in(now)
+        period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
+        reserved = budget.usd * budget.reserved_share
+        kept = f", {reserved:,.3g} of it for HIGH and CRITICAL alone" if reserved else ""
+        advice = ": ask for less, or raise that budget" if retry_after is None else ""
+        reason = (
+            f"{self.name} would be overspent: it has {budget.usd:,.12g} USD {period}{kept}, of which {used:,.3g} are"
+            f" spent or reserved, and this may cost {usd:,.3g}{advice}"
+        )
+        return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)
+
+    def reserve(self, usd: float) -> SharedReservation:
+        """Reserve `usd` dollars."""
+        with self._lock:
+            return SharedReservation(self, self._tracker.reserve(clock.wall_time(), usd))
+
+    def settle(self, reservation: BudgetReservation, usd: float) -> None:
+        """Replace a reservation by the `usd` dollars that the call has cost."""
+        with self._lock:
+            self._tracker.settle(clock.wall_time(), reservation, usd)
+
+    def spent(self) -> float:
+        """Return the dollars spent in this period."""
+        with self._lock:
+            return self._tracker.spent(clock.wall_time())
+
+    def reserved(self) -> tuple[int, float]:
+        """Return how many calls hold dollars, and how many dollars."""
+        with self._lock:
+            return self._tracker.reserved()
+
+    def resets_in(self) -> float | None:
+        """Return the seconds until the budget is full again; None for never."""
+        with self._lock:
+            return self._tracker.resets_in(clock.wall_time())
+
+
+class SharedReservation:
+    """Dollars that one call holds of a shared budget."""
+
+    __slots__ = ("_budget", "_reservation")
+
+    def __init__(self, budget: SharedBudget, reservation: BudgetReservation) -> None:
+        self._budget = budget
+        self._reservation = reservation
+
+    def settle(self, usd: float) -> None:
+        """Replace the reservation by the `usd` dollars that the call has cost."""
+        self._budget.settle(self._reservation, usd)
+
+
+class UpstreamBudgets:
+    """The budgets of an upstream: one for all calls, one for each tenant and one for each task, where these are set."""
+
+    def __init__(self, name: str, budget: Budget | None, tenant: Budget | None, task: Budget | None) -> None:
+        self.upstream_budget = SharedBudget(f"the budget of {name}", budget) if budget is not None else None
+        self.has_budgets = any(budget is not None for budget in (budget, tenant, task))
+        self._tenant = tenant
+        self._task = task
+        self._budgets: WeakLRU[str, SharedBudget] = WeakLRU(_CACHED)
+
+    def for_request(self, request: CallRequest) -> Sequence[SharedBudget]:
+        """Return the budgets that a call spends from."""
+        if not self.has_budgets or request.free:
+            return ()
+        budgets = [] if self.upstream_budget is None else [self.upstream_budget]
+        if self._tenant is not None:
+            budgets.append(self._budget(f"the budget of tenant {request.tenant!r}", self._tenant))
+        if self._task is not None and request.task_id is not None:
+            budgets.append(self._budget(f"the budget of task {request.task_id!r}", self._task))
+        return budgets
+
+    def all_budgets(self) -> Sequence[SharedBudget]:
+        """Return all budgets that exist now."""
+        return [*(() if self.upstream_budget is None else (self.upstream_budget,)), *self._budgets.values()]
+
+    def _budget(self, name: str, budget: Budget) -> SharedBudget:
+        return self._budgets.get(name, lambda name: SharedBudget(name, budget))

@@ -1,0 +1,72 @@
+"""The retries of one upstream: how a call is retried, and how many retries all its calls may make together."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+from forebay import clock
+from forebay.retry import Retry, RetryBudgets, RetryPermission, RetryState
+from forebay.upstream.call_request import AttemptResult
+
+
+class UpstreamRetries:
+    """The retry policy of an upstream and its retry budgets, safe to use from any thread.
+
+    Args:
+        retry: how one call is retried.
+        draw: returns random numbers from [0, 1).
+    """
+
+    __slots__ = ("_budgets", "_lock", "draw", "retry")
+
+    def __init__(self, retry: Retry, *, draw: Callable[[], float]) -> None:
+        self.retry = retry
+        self.draw = draw
+        self._budgets = RetryBudgets()
+        self._lock = threading.Lock()  # calls come from many threads
+
+    def record_first_attempt(self) -> None:
+        """Count the first attempt of a call: retries are a share of these."""
+        with self._lock:
+            self._budgets.deposit(clock.now())
+
+    def record_accepted(self, sent_at: float, withdrawn_at: float | None = None) -> None:
+        """Note that an attempt was not throttled.
+
+        Args:
+            sent_at: when it got its permit.
+            withdrawn_at: when it was taken from the budget of throttled calls, if it was: it goes back.
+        """
+        with self._lock:
+            self._budgets.record_accepted(sent_at, withdrawn_at)
+
+    def next_delay(self, state: RetryState, result: AttemptResult, *, now: float, deadline: float) -> float | None:
+        """Return the seconds to wait before the next attempt; None to give up.
+
+        A call that failed takes its retry from the budget of faults here. A throttled call asks `request_retry` later.
+        """
+        time_left = deadline - now if deadline < math.inf else math.inf
+        delay = state.next_delay(
+            uses_attempt=result.uses_attempt, draw=self.draw(), retry_after=result.retry_after, time_left=time_left
+        )
+        if delay is None or not result.uses_attempt:
+            return delay
+        with self._lock:
+            return delay if self._budgets.faults.withdraw(now) else None
+
+    def request_retry(self, now: float, throttled_at: float) -> RetryPermission:
+        """Return whether a call that was throttled at `throttled_at` may be retried now, and at what price."""
+        with self._lock:
+            return self._budgets.request_retry(now, throttled_at=throttled_at)
+
+    def refund_fault(self, withdrawn_at: float) -> None:
+        """Return a retry of a failed call that was not sent."""
+        with self._lock:
+            self._budgets.faults.refund(withdrawn_at)
+
+    def return_unused(self, permission: RetryPermission, at: float) -> None:
+        """Return a retry of a throttled call that was permitted at `at` and not sent."""
+        with self._lock:
+            self._budgets.return_unused(permission, at)
