@@ -1,4 +1,4 @@
-"""Workers that say what they draw on: it is felt from the first task on, and the first call shows which account."""
+"""Declared upstreams of workers: they count from the first task on, until the first call shows the account."""
 
 from __future__ import annotations
 
@@ -29,11 +29,15 @@ from forebay.quota import Price
 from forebay.simulation import simulate
 
 HIGH = Priority.HIGH
-PATIENCE = 20.0  # seconds that nothing here takes
+TIMEOUT = 20.0  # seconds; nothing here takes as long
 
 
 class Caller:
-    """A handler whose runs think for a while, and then call; when each began."""
+    """A handler whose runs think for a while and then make a call.
+
+    Attributes:
+        began: when each run began.
+    """
 
     def __init__(self, upstream: Upstream, model: str = "", *, thinks: float = 1.0, takes: float = 1.0) -> None:
         self.upstream = upstream
@@ -52,42 +56,41 @@ class Caller:
             await asyncio.sleep(self.takes)
 
 
-def house(caller: Caller, *upstreams: Any, slots: int = 50, **settings: Any) -> BackpressureSupervisor:
+def new_supervisor(caller: Caller, *upstreams: Any, slots: int = 50, **settings: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**settings)
     how: dict[str, Any] = {"task_types": ["work"], "max_concurrent": slots}
     supervisor.register_worker("worker", handler=caller, upstreams=upstreams, **how)
     return supervisor
 
 
-def coming(upstream: Upstream) -> list[int]:
-    """Runs that are expected to call, by account."""
+def expected_calls(upstream: Upstream) -> list[int]:
+    """Return the number of expected calls of each account."""
     return [account.expected_calls for account in upstream.statistics().accounts]
 
 
-# --- from the first task on ---
+# --- before the first call ---
 
 
 @virtual
-async def test_no_more_runs_begin_than_a_key_can_serve_whose_first_call_is_still_to_come() -> None:
+async def test_no_more_runs_start_before_their_first_call_than_the_account_can_serve() -> None:
     key = Upstream("key", max_concurrent=3)
     caller = Caller(key, thinks=100.0)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         tickets = flood(supervisor, "work", 40)
         await asyncio.sleep(0.5)
         assert len(caller.began) == 3
         await asyncio.sleep(10.0)
-        assert len(caller.began) <= 3 + 10  # one in the time of a typical call, which is a guess and must not lock it
+        assert len(caller.began) <= 3 + 10  # one more per typical call: the estimate may be wrong
         assert supervisor.statistics().limited_by in ("upstream:key", "pool:work")
         for ticket in tickets:
             ticket.cancel()
 
 
 @virtual
-async def test_and_all_at_once_of_one_that_says_nothing() -> None:
-    """Why it is worth saying."""
+async def test_without_a_declared_upstream_all_runs_start_at_once() -> None:
     key = Upstream("key", max_concurrent=3)
     caller = Caller(key, thinks=100.0)
-    async with house(caller) as supervisor:
+    async with new_supervisor(caller) as supervisor:
         tickets = flood(supervisor, "work", 40)
         await asyncio.sleep(0.5)
         assert len(caller.began) == 40
@@ -96,36 +99,36 @@ async def test_and_all_at_once_of_one_that_says_nothing() -> None:
 
 
 @virtual
-async def test_a_quota_that_was_given_holds_runs_back_before_the_first_call() -> None:
+async def test_a_configured_quota_holds_runs_back_before_the_first_call() -> None:
     key = Upstream("key", quotas=[Quota(requests=5, per="minute")])
     caller = Caller(key, thinks=10.0)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         tickets = flood(supervisor, "work", 40)
         await asyncio.sleep(0.5)
         assert len(caller.began) == 5
         assert max(reading.load for reading in supervisor.readings() if reading.resource == "upstream:key") >= 0.8
-        refused = supervisor.submit_nowait(Task("work"))
-        assert (refused.verdict, refused.limited_by) == (Verdict.REJECTED, "upstream:key")
+        rejected = supervisor.submit_nowait(Task("work"))
+        assert (rejected.verdict, rejected.limited_by) == (Verdict.REJECTED, "upstream:key")
         for ticket in tickets:
             ticket.cancel()
 
 
 @virtual
-async def test_a_key_that_others_have_filled_is_felt_by_the_first_task() -> None:
+async def test_a_quota_that_others_used_up_rejects_the_first_task() -> None:
     key = Upstream("key", quotas=[Quota(requests=1, per="minute")])
     async with key.call():
         pass
     caller = Caller(key)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         ticket = supervisor.submit_nowait(Task("work"))
         assert (ticket.verdict, ticket.limited_by) == (Verdict.REJECTED, "upstream:key")
 
 
 @virtual
-async def test_money_that_others_have_spent_is_felt_by_the_first_task() -> None:
+async def test_a_budget_that_others_spent_rejects_the_first_task() -> None:
     key = Upstream("key", budget=Budget(usd=1, per="hour"), prices={"m": Price(input=1_000_000, output=0)})
     caller = Caller(key, "m", thinks=0.0)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         async with key.call("m", input_tokens=1):
             pass
         ticket = supervisor.submit_nowait(Task("work"))
@@ -135,37 +138,37 @@ async def test_money_that_others_have_spent_is_felt_by_the_first_task() -> None:
 
 
 @virtual
-async def test_of_several_models_the_one_that_is_named_counts() -> None:
+async def test_only_the_declared_model_counts() -> None:
     key = Upstream("key", models={model: [Quota(requests=1, per="minute")] for model in ("large", "small")})
     async with key.call("large"):
         pass
-    async with house(Caller(key, "large"), (key, "large")) as supervisor:
+    async with new_supervisor(Caller(key, "large"), (key, "large")) as supervisor:
         assert supervisor.submit_nowait(Task("work")).verdict is Verdict.REJECTED
-    async with house(Caller(key, "small"), (key, "small")) as supervisor:
+    async with new_supervisor(Caller(key, "small"), (key, "small")) as supervisor:
         assert await supervisor.submit(Task("work"))
-    async with key.call("small"), key.call("large"), house(Caller(key, "small"), key) as supervisor:
+    async with key.call("small"), key.call("large"), new_supervisor(Caller(key, "small"), key) as supervisor:
         assert supervisor.submit_nowait(Task("work")).verdict is Verdict.REJECTED
 
 
 @virtual
-async def test_a_fallback_that_has_room_keeps_the_gate_open() -> None:
+async def test_a_fallback_with_capacity_keeps_tasks_admitted() -> None:
     spare = Upstream("spare", max_concurrent=2)
     key = Upstream("key", quotas=[Quota(requests=1, per="minute")], fallback=Fallback(spare))
     async with key.call():
         pass
     caller = Caller(key)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         assert await supervisor.submit(Task("work"))
 
 
-# --- what comes true ---
+# --- after the first call ---
 
 
 @virtual
-async def test_the_account_of_the_first_call_takes_its_place() -> None:
+async def test_the_account_of_the_first_call_replaces_the_declared_upstream() -> None:
     key = Upstream("key", models={"a": [Quota(requests=100, per="minute")]}, max_concurrent=2)
     caller = Caller(key, "a", thinks=1.0, takes=5.0)
-    async with house(caller, (key, "a")) as supervisor:
+    async with new_supervisor(caller, (key, "a")) as supervisor:
         tickets = flood(supervisor, "work", 10)
         await asyncio.sleep(0.5)
         assert [reading.resource for reading in supervisor.readings()] == ["pool:work", "upstream:key:a", "host"]
@@ -177,12 +180,12 @@ async def test_the_account_of_the_first_call_takes_its_place() -> None:
         assert [ticket.status for ticket in tickets[:2]] == [TaskStatus.RUNNING] * 2
         for ticket in tickets:
             assert (await ticket).success
-    assert coming(key) == [0]
-    assert [desk.account.expected_calls for desk in key.core.accounts._unopened.values()] == [0]
+    assert expected_calls(key) == [0]
+    assert [shared.account.expected_calls for shared in key.core.accounts._unopened.values()] == [0]
 
 
 @virtual
-async def test_runs_that_have_begun_are_expected_at_the_account_that_the_first_has_shown() -> None:
+async def test_running_tasks_are_expected_at_the_account_of_the_first_call() -> None:
     key = Upstream("key", max_concurrent=5)
     caller = Caller(key, takes=100.0)
     thinks = iter([1.0, 10.0, 10.0])
@@ -196,29 +199,29 @@ async def test_runs_that_have_begun_are_expected_at_the_account_that_the_first_h
         supervisor.register_worker("worker", handler=handler, upstreams=[key], **how)
         tickets = flood(supervisor, "work", 3)
         await asyncio.sleep(2.0)
-        assert coming(key) == [2]
+        assert expected_calls(key) == [2]
         tickets[1].cancel()
         await run_ready()
-        assert coming(key) == [1]
+        assert expected_calls(key) == [1]
         await asyncio.sleep(10.0)
-        assert coming(key) == [0]
+        assert expected_calls(key) == [0]
         for ticket in tickets:
             ticket.cancel()
 
 
 @virtual
-async def test_runs_that_were_held_back_start_when_the_first_call_shows_an_account_with_room() -> None:
+async def test_held_back_runs_start_when_the_first_call_shows_an_account_with_capacity() -> None:
     key = Upstream("key", models={"a": [], "b": []}, max_concurrent=20)
     full = Caller(key, "a", takes=10.0)
-    await full.call()  # it takes long, as is known then
+    await full.call()  # the account learns that calls take long
     others = [asyncio.create_task(full.call()) for _ in range(20)]
     await run_ready()
     caller = Caller(key, "b", thinks=3.0)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         began = now()
         tickets = flood(supervisor, "work", 10)
         await asyncio.sleep(2.9)
-        assert len(caller.began) == 5, "the calls of more would wait for longer than a quarter of one, for all we know"
+        assert len(caller.began) == 5, "the calls of more runs would wait longer than a quarter of a call"
         for ticket in tickets:
             assert (await ticket).success
         assert [at - began for at in caller.began[5:]] == [approximately(3.0)] * 5
@@ -226,21 +229,21 @@ async def test_runs_that_were_held_back_start_when_the_first_call_shows_an_accou
 
 
 @virtual
-async def test_a_choice_of_accounts_takes_its_place_too() -> None:
+async def test_a_choice_of_accounts_replaces_the_declared_upstream_too() -> None:
     spare = Upstream("spare")
     key = Upstream("key", fallback=Fallback(spare))
     caller = Caller(key)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         await supervisor.run(Task("work"))
         assert [source.name for source in supervisor.workers["worker"].sources] == ["upstream:key or upstream:spare"]
-    assert coming(key) == coming(spare) == [0]
+    assert expected_calls(key) == expected_calls(spare) == [0]
 
 
 @virtual
-async def test_a_house_that_has_closed_leaves_nothing_behind() -> None:
+async def test_a_closed_supervisor_leaves_no_expected_calls() -> None:
     key = Upstream("key", quotas=[Quota(requests=3, per="minute")])
     caller = Caller(key, thinks=1000.0)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         flood(supervisor, "work", 10)
         await asyncio.sleep(1.0)
         (unopened,) = key.core.accounts._unopened.values()
@@ -252,7 +255,7 @@ async def test_a_house_that_has_closed_leaves_nothing_behind() -> None:
 
 
 @virtual
-async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
+async def test_two_workers_may_declare_the_same_upstream() -> None:
     key = Upstream("key", max_concurrent=1)
     caller = Caller(key, thinks=0.1, takes=0.5)
     async with BackpressureSupervisor() as supervisor:
@@ -263,7 +266,7 @@ async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
         for ticket in flood(supervisor, "work", 10):
             assert (await ticket).success
         assert now() - began <= 10.0
-    assert coming(key) == [0]
+    assert expected_calls(key) == [0]
 
 
 # --- mistakes ---
@@ -272,7 +275,7 @@ async def test_two_workers_may_say_the_same_and_each_is_served() -> None:
 @pytest.mark.parametrize(
     "upstreams", ["key", Upstream("key"), [None], ["key"], [(Upstream("key"), "")], [(Upstream("key"), 3)], {"a": 1}, 7]
 )
-def test_what_is_no_upstream_is_told(upstreams: Any) -> None:
+def test_an_invalid_declaration_is_rejected(upstreams: Any) -> None:
     supervisor = BackpressureSupervisor()
     with pytest.raises(
         InvalidSetting, match=r"worker 'w' was given upstreams=.*a list of the upstreams that its calls use"
@@ -281,7 +284,7 @@ def test_what_is_no_upstream_is_told(upstreams: Any) -> None:
     assert not supervisor.workers
 
 
-def test_a_worker_in_a_process_cannot_say_it() -> None:
+def test_a_worker_in_a_process_cannot_declare_upstreams() -> None:
     supervisor = BackpressureSupervisor()
     with pytest.raises(InvalidSetting, match="left out with engine"):
         supervisor.register_worker(
@@ -289,72 +292,72 @@ def test_a_worker_in_a_process_cannot_say_it() -> None:
         )
 
 
-# --- what is noted where ---
+# --- expected calls by account ---
 
 
-class Notes:
-    """What a worker notes with what was foretold of it, and accounts that are opened meanwhile."""
+class Declaration:
+    """The expected calls that supervisors note at a declared upstream, while accounts are opened."""
 
     def __init__(self) -> None:
         self.key = Upstream("key", models={"a": [], "b": []})
-        self.foretold = self.key.declared()
-        self.held: dict[str, int] = {}
-        self.came = 0
+        self.declared = self.key.declared()
+        self.held_back: dict[str, int] = {}
+        self.started = 0
 
     def step(self, number: int) -> None:
-        who = "one" if number % 2 else "other"
+        holder = "one" if number % 2 else "other"
         steps: list[Callable[[], object]] = [
-            lambda: self.come(1),
-            lambda: self.come(-min(1, self.came)),
-            lambda: self.hold(who, number % 5),
-            lambda: self.hold(who, 0),
+            lambda: self.start(1),
+            lambda: self.start(-min(1, self.started)),
+            lambda: self.hold_back(holder, number % 5),
+            lambda: self.hold_back(holder, 0),
             lambda: self.key.core.accounts.account("ab"[number % 2], f"key-{number % 3}"),
-            lambda: self.foretold.load(HIGH),
+            lambda: self.declared.load(HIGH),
         ]
         steps[number // 8 % len(steps)]()
 
-    def come(self, runs: int) -> None:
-        self.came += runs
-        self.foretold.add_expected_calls(runs)
+    def start(self, runs: int) -> None:
+        self.started += runs
+        self.declared.add_expected_calls(runs)
 
-    def hold(self, who: str, runs: int) -> None:
-        self.held[who] = runs
-        self.foretold.hold_back(who, runs)
+    def hold_back(self, holder: str, runs: int) -> None:
+        self.held_back[holder] = runs
+        self.declared.hold_back(holder, runs)
 
 
 @given(st.lists(st.integers(0, 479), max_size=60))
-def test_what_is_coming_is_noted_once_in_each_account_that_may_be_meant_and_taken_off_again(numbers: list[int]) -> None:
-    notes = Notes()
+def test_each_account_of_a_declared_upstream_counts_expected_calls_once_and_forgets_them(numbers: list[int]) -> None:
+    declaration = Declaration()
     for number in numbers:
-        notes.step(number)
-        notes.foretold.load()
-        expected = notes.came + sum(notes.held.values())
-        accounts = [desk.account for desk in notes.foretold.accounts]
+        declaration.step(number)
+        declaration.declared.load()
+        expected = declaration.started + sum(declaration.held_back.values())
+        accounts = [shared.account for shared in declaration.declared.accounts]
         assert [account.expected_calls for account in accounts] == [expected] * len(accounts)
-    notes.come(-notes.came)
-    for who in list(notes.held):
-        notes.foretold.forget(who)
-    every = [*notes.key.core.accounts, *notes.key.core.accounts._unopened.values()]
-    assert [desk.account.expected_calls for desk in every] == [0] * len(every)
-    assert not any(desk._held_back or desk._on_relief for desk in every)
+    declaration.start(-declaration.started)
+    for holder in list(declaration.held_back):
+        declaration.declared.forget(holder)
+    every = [*declaration.key.core.accounts, *declaration.key.core.accounts._unopened.values()]
+    assert [shared.account.expected_calls for shared in every] == [0] * len(every)
+    assert not any(shared._held_back or shared._on_relief for shared in every)
 
 
 @pytest.mark.parametrize("models", [("small", "large"), ("small", None)])
 @virtual
-async def test_an_account_that_was_foretold_twice_over_expects_one_call_of_a_run(
+async def test_an_account_declared_twice_expects_one_call_of_a_run(
     models: tuple[str | None, ...],
 ) -> None:
-    key = Upstream("key", max_concurrent=3)  # all models are of one account
+    key = Upstream("key", max_concurrent=3)  # all models share one account
     caller = Caller(key, "small", takes=0.1)
-    async with house(caller, *(key if model is None else (key, model) for model in models)) as supervisor:
+    async with new_supervisor(caller, *(key if model is None else (key, model) for model in models)) as supervisor:
         tickets = flood(supervisor, "work", 3)
         for ticket in tickets:
             assert (await ticket).success
-        assert coming(key) == [0]
+        assert expected_calls(key) == [0]
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_stays_expected(seed: int) -> None:
+def test_after_random_declarations_and_calls_no_call_stays_expected(seed: int) -> None:
     draw = clock.new_random(seed)
     models = ["small", "smaller", "large", ""]
     groups = draw.choice([None, {"small*": [Quota(requests=60, per="minute")], "large": []}])
@@ -367,7 +370,7 @@ def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_sta
             async with draw.choice(upstreams).call(draw.choice(models), input_tokens=1):
                 await asyncio.sleep(draw.expovariate(1.0))
 
-    def said() -> list[Any]:
+    def declared() -> list[Any]:
         some = draw.choices(upstreams, k=draw.randrange(4))
         return [upstream if draw.random() < 0.4 else (upstream, draw.choice(models[:-1])) for upstream in some]
 
@@ -375,33 +378,35 @@ def test_whatever_workers_say_that_they_draw_on_and_whatever_they_do_nothing_sta
         async with BackpressureSupervisor() as supervisor:
             for name in ("one", "two"):
                 how: dict[str, Any] = {"max_concurrent": draw.choice([1, 3, 8]), "timeout": draw.choice([5.0, 300.0])}
-                supervisor.register_worker(name, handler=calls, task_types=["work"], upstreams=said(), **how)
+                supervisor.register_worker(name, handler=calls, task_types=["work"], upstreams=declared(), **how)
             for _ in range(20):
                 ticket = supervisor.submit_nowait(Task("work"))
                 await asyncio.sleep(draw.choice([0.0, 0.0, 1.0]))
                 if draw.random() < 0.2:
                     ticket.cancel()
             await supervisor.drain(timeout=draw.choice([0.1, 1000.0]))
-        desks = [desk for one in upstreams for desk in [*one.core.accounts, *one.core.accounts._unopened.values()]]
-        assert [desk.account.expected_calls for desk in desks] == [0] * len(desks)
-        assert not any(desk._held_back or desk._on_relief for desk in desks)
+        accounts = [
+            shared for one in upstreams for shared in [*one.core.accounts, *one.core.accounts._unopened.values()]
+        ]
+        assert [shared.account.expected_calls for shared in accounts] == [0] * len(accounts)
+        assert not any(shared._held_back or shared._on_relief for shared in accounts)
 
     simulate(main, seed=seed)
 
 
 @pytest.mark.blocks
-async def test_a_run_in_a_thread_that_meets_an_account_as_another_does_is_expected_no_more() -> None:
+async def test_two_threads_that_call_an_account_at_once_are_both_no_longer_expected() -> None:
     key = Upstream("key", max_concurrent=10)
     began: list[Task] = []
     call, called, go_on = threading.Event(), threading.Barrier(3), threading.Event()
 
     def calls(task: Task) -> None:
         began.append(task)
-        assert call.wait(PATIENCE)
+        assert call.wait(TIMEOUT)
         with key.call():
             pass
-        called.wait(PATIENCE)
-        assert go_on.wait(PATIENCE)
+        called.wait(TIMEOUT)
+        assert go_on.wait(TIMEOUT)
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=calls, task_types=["work"], max_concurrent=2, upstreams=[key])
@@ -409,21 +414,21 @@ async def test_a_run_in_a_thread_that_meets_an_account_as_another_does_is_expect
         while len(began) < 2:  # noqa: ASYNC110 - by threads
             await asyncio.sleep(0)
         call.set()
-        called.wait(PATIENCE)  # the loop stands meanwhile, so both have met the key before it hears of either
+        called.wait(TIMEOUT)  # this blocks the loop, so both have made a call before it notes either
         await run_ready()
-        assert coming(key) == [0]
+        assert expected_calls(key) == [0]
         go_on.set()
         for ticket in tickets:
             assert (await ticket).success
 
 
 @virtual
-async def test_what_is_relieved_serves_whoever_said_that_it_draws_on_it() -> None:
+async def test_a_relieved_account_starts_the_runs_of_workers_that_declared_it() -> None:
     key = Upstream("key", max_concurrent=1)
     async with key.call():
-        await asyncio.sleep(10.0)  # a call takes long, as is known then
+        await asyncio.sleep(10.0)  # the account learns that calls take long
     caller = Caller(key, thinks=0.0)
-    async with house(caller, key) as supervisor:
+    async with new_supervisor(caller, key) as supervisor:
         async with key.call():
             waiting = asyncio.create_task(Caller(key, takes=0.0).call(priority=Priority.CRITICAL))
             await run_ready()

@@ -1,4 +1,4 @@
-"""An upstream: calls wait, go, are refused and are paid for, whoever makes them and wherever."""
+"""Calls of an upstream: slots, quotas, faults, budgets, and tasks that make calls."""
 
 from __future__ import annotations
 
@@ -18,28 +18,33 @@ from forebay.upstream import Upstream
 from forebay.upstream.shared_account import SharedAccount
 
 
-def desk(upstream: Upstream) -> SharedAccount:
+def shared_account(upstream: Upstream) -> SharedAccount:
     return upstream.core.accounts.account("")
 
 
 def left(upstream: Upstream) -> tuple[int, int]:
-    """Calls in flight, and in line: nothing may be left behind."""
-    return desk(upstream).account.in_flight, len(desk(upstream).account.queue)
+    """Return the number of calls in flight and in the queue."""
+    return shared_account(upstream).account.in_flight, len(shared_account(upstream).account.queue)
 
 
-class Served:
-    """Calls of one upstream, in the order in which they went."""
+class CallRecorder:
+    """Makes calls of one upstream.
+
+    Attributes:
+        admitted: names of the calls, in the order in which they were admitted.
+        peak: most calls in flight at once.
+    """
 
     def __init__(self, upstream: Upstream, *, seconds: float = 1.0) -> None:
         self.upstream = upstream
         self.seconds = seconds
-        self.went: list[Any] = []
+        self.admitted: list[Any] = []
         self.peak = 0
 
     async def call(self, name: Any = None, **how: Any) -> float:
-        """Make a call; when it ended, in loop time."""
+        """Make a call; return when it ended, in loop time."""
         async with self.upstream.call(**how):
-            self.went.append(name)
+            self.admitted.append(name)
             self.peak = max(self.peak, left(self.upstream)[0])
             await asyncio.sleep(self.seconds)
         return now()
@@ -54,71 +59,71 @@ class Served:
 
 
 @virtual
-async def test_no_more_calls_are_in_flight_than_may_be() -> None:
-    served = Served(Upstream("tool", max_concurrent=3))
+async def test_no_more_calls_are_in_flight_than_max_concurrent() -> None:
+    recorder = CallRecorder(Upstream("tool", max_concurrent=3))
     began = now()
-    ends = await served.together(*[{}] * 9)
-    assert served.peak == 3
+    ends = await recorder.together(*[{}] * 9)
+    assert recorder.peak == 3
     assert max(ends) - began == approximately(3.0)
-    assert left(served.upstream) == (0, 0)
+    assert left(recorder.upstream) == (0, 0)
 
 
 @virtual
-async def test_calls_wait_by_priority_and_on_a_rung_in_the_order_they_came() -> None:
-    served = Served(Upstream("tool", max_concurrent=1))
-    rungs = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
-    await served.together(*[{"priority": rung} for rung in rungs])
-    assert served.went == [0, 4, 3, 2, 1]
+async def test_calls_are_served_by_priority_then_in_the_order_of_arrival() -> None:
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1))
+    priorities = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
+    await recorder.together(*[{"priority": priority} for priority in priorities])
+    assert recorder.admitted == [0, 4, 3, 2, 1]
 
 
 @virtual
-async def test_a_call_that_would_wait_too_long_is_refused_and_told_when_to_come() -> None:
+async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
-    served = Served(upstream)
-    await served.call()  # now a call is known to take a second
-    calls = [asyncio.create_task(served.call()) for _ in range(4)]
+    recorder = CallRecorder(upstream)
+    await recorder.call()  # the account learns that a call takes a second
+    calls = [asyncio.create_task(recorder.call()) for _ in range(4)]
     await run_ready()
-    with pytest.raises(Overloaded) as refusal:
-        await served.call()
-    assert refusal.value.limited_by == "upstream:tool:concurrency"
-    assert refusal.value.retry_after is not None
+    with pytest.raises(Overloaded) as rejection:
+        await recorder.call()
+    assert rejection.value.limited_by == "upstream:tool:concurrency"
+    assert rejection.value.retry_after is not None
     await asyncio.gather(*calls)
 
 
 @virtual
-async def test_a_call_whose_deadline_comes_before_its_turn_is_refused_at_once() -> None:
-    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
-    await served.call()
-    first = asyncio.create_task(served.call())
+async def test_a_call_whose_deadline_comes_before_its_turn_is_rejected_at_once() -> None:
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
+    await recorder.call()
+    first = asyncio.create_task(recorder.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
-        await served.call(deadline=Deadline.within(5.0))
+        await recorder.call(deadline=Deadline.within(5.0))
     assert now() == approximately(began)
     await first
 
 
 @virtual
-async def test_a_call_whose_deadline_passes_while_it_waits_is_refused_then() -> None:
-    served = Served(Upstream("tool", max_concurrent=1), seconds=10.0)
-    first = asyncio.create_task(served.call())
+async def test_a_call_whose_deadline_passes_while_it_waits_is_rejected_then() -> None:
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
+    first = asyncio.create_task(recorder.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline passed"):
-        await served.call(deadline=Deadline.within(5.0))
+        await recorder.call(deadline=Deadline.within(5.0))
     assert now() - began == approximately(5.0)
     await first
-    assert left(served.upstream) == (0, 0)
+    assert left(recorder.upstream) == (0, 0)
 
 
 @virtual
-async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
+async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
     for moment in range(12):
         upstream = Upstream("tool", max_concurrent=1)
-        served = Served(upstream, seconds=0.0)
-        holder = asyncio.create_task(served.call())
-        waiting = asyncio.create_task(served.call())
-        after = asyncio.create_task(served.call())
+        recorder = CallRecorder(upstream, seconds=0.0)
+        holder = asyncio.create_task(recorder.call())
+        waiting = asyncio.create_task(recorder.call())
+        after = asyncio.create_task(recorder.call())
         await run_ready(moment)
         waiting.cancel()
         await asyncio.gather(holder, after)
@@ -126,30 +131,30 @@ async def test_cancelled_anywhere_a_call_leaves_nothing_behind() -> None:
         assert left(upstream) == (0, 0)
 
 
-# --- rates ---
+# --- quotas ---
 
 
 @virtual
-async def test_calls_are_paced_by_the_rate_that_is_known() -> None:
-    served = Served(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
+async def test_calls_are_paced_by_a_configured_quota() -> None:
+    recorder = CallRecorder(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
     began = now()
-    ends = await served.together(*[{}] * 30)
-    assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket goes at once
+    ends = await recorder.together(*[{}] * 30)
+    assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket is admitted at once
     assert max(ends) - began == pytest.approx(2.0, abs=0.05)
 
 
 @virtual
-async def test_a_call_larger_than_its_bucket_is_refused_for_good() -> None:
+async def test_a_call_larger_than_its_bucket_is_rejected_without_a_retry_after() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
-    with pytest.raises(Overloaded, match="larger") as refusal:
+    with pytest.raises(Overloaded, match="larger") as rejection:
         async with upstream.call(input_tokens=900, output_tokens=200):
             pass
-    assert refusal.value.retry_after is None
+    assert rejection.value.retry_after is None
     assert left(upstream) == (0, 0)
 
 
 @virtual
-async def test_what_was_reserved_and_not_used_comes_back() -> None:
+async def test_reserved_tokens_that_were_not_used_come_back() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
     began = now()
     for _ in range(5):
@@ -175,7 +180,7 @@ async def test_each_group_of_models_has_an_account_of_its_own() -> None:
 
 
 @virtual
-async def test_an_open_breaker_refuses_at_once_those_who_wait_too() -> None:
+async def test_an_open_breaker_rejects_queued_calls_at_once_too() -> None:
     upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0))
 
     async def fails() -> None:
@@ -193,23 +198,23 @@ async def test_an_open_breaker_refuses_at_once_those_who_wait_too() -> None:
     assert left(upstream) == (0, 0)
 
 
-async def mistaken(upstream: Upstream) -> None:
+async def call_ignored(upstream: Upstream) -> None:
     async with upstream.call() as call:
         call.ignored()
         raise ValueError("ours")
 
 
 @virtual
-async def test_what_is_our_own_mistake_says_nothing_of_the_upstream() -> None:
+async def test_ignored_failures_do_not_open_the_breaker() -> None:
     upstream = Upstream("tool")
     for _ in range(20):
         with pytest.raises(ValueError, match="ours"):
-            await mistaken(upstream)
+            await call_ignored(upstream)
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
 @virtual
-async def test_a_guarded_function_is_tried_again_and_slower() -> None:
+async def test_a_guarded_function_is_retried_with_backoff() -> None:
     search = Upstream("search", retry=Retry(max_attempts=4, base_delay=1.0))
     tries: list[float] = []
 
@@ -226,7 +231,7 @@ async def test_a_guarded_function_is_tried_again_and_slower() -> None:
 
 
 @virtual
-async def test_a_guarded_function_that_goes_on_failing_raises_its_own_exception() -> None:
+async def test_a_guarded_function_that_keeps_failing_raises_its_own_exception() -> None:
     search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1))
     tries = 0
 
@@ -287,13 +292,13 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
 
         await asyncio.gather(*(one() for _ in range(200)))
 
-    def plainly() -> None:
+    def blocking_calls() -> None:
         for _ in range(200):
             with upstream.call():
                 peak.append(left(upstream)[0])
 
     threads = [threading.Thread(target=lambda: asyncio.run(calls())) for _ in range(3)]
-    threads += [threading.Thread(target=plainly) for _ in range(2)]
+    threads += [threading.Thread(target=blocking_calls) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -303,39 +308,39 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
     assert left(upstream) == (0, 0)
 
 
-# --- money ---
+# --- budgets ---
 
 
 @virtual
-async def test_a_budget_is_not_passed_and_tells_when_it_is_new() -> None:
+async def test_a_spent_budget_rejects_calls_until_it_renews() -> None:
     upstream = Upstream("llm", budget=Budget(usd=1.0, per="day"))
     for _ in range(4):
         async with upstream.call("gpt") as call:
             call.settle(input_tokens=10, output_tokens=10, usd=0.25)
     assert upstream.statistics().spent_usd == pytest.approx(1.0)
-    with pytest.raises(Overloaded, match="budget") as refusal:
+    with pytest.raises(Overloaded, match="budget") as rejection:
         async with upstream.call("gpt"):
             pass
-    assert refusal.value.retry_after is not None
+    assert rejection.value.retry_after is not None
 
 
 @virtual
-async def test_a_refusal_for_money_says_what_there_is_and_what_was_asked() -> None:
+async def test_a_rejection_for_a_budget_says_its_state_and_the_cost_of_the_call() -> None:
     budget = Budget(usd=1.0, per="day", reserved_share=0.1)
     upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
     async with upstream.call("gpt", input_tokens=800_000):
         pass
-    with pytest.raises(Overloaded) as refusal:
+    with pytest.raises(Overloaded) as rejection:
         await upstream.call("gpt", input_tokens=200_000).__aenter__()
-    assert refusal.value.reason == (
+    assert rejection.value.reason == (
         "llm: the budget of llm would be overspent: it has 1 USD a day, 0.1 of it for HIGH and CRITICAL alone, of which"
         " 0.8 are spent or reserved, and this may cost 0.2"
     )
-    assert refusal.value.retry_after is not None
+    assert rejection.value.retry_after is not None
 
 
 @virtual
-async def test_what_no_budget_will_ever_afford_is_told_so() -> None:
+async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after() -> None:
     prices = {"gpt": Price(input=1.0, output=1.0)}
     for upstream, tokens in (
         (Upstream("llm", budget=Budget(usd=1.0, per="hour"), prices=prices), 2_000_000),
@@ -343,22 +348,24 @@ async def test_what_no_budget_will_ever_afford_is_told_so() -> None:
     ):
         async with upstream.call("gpt", input_tokens=500_000):
             pass
-        with pytest.raises(Overloaded, match=r": ask for less, or raise that budget\. Nothing was started") as refusal:
+        with pytest.raises(
+            Overloaded, match=r": ask for less, or raise that budget\. Nothing was started"
+        ) as rejection:
             await upstream.call("gpt", input_tokens=tokens).__aenter__()
-        assert refusal.value.retry_after is None
+        assert rejection.value.retry_after is None
 
 
 # --- with a supervisor ---
 
 
 @virtual
-async def test_calls_carry_what_their_task_has() -> None:
+async def test_calls_have_the_priority_of_their_task() -> None:
     upstream = Upstream("llm", max_concurrent=1)
-    went: list[str] = []
+    admitted: list[str] = []
 
     async def agent(task: Task) -> None:
         async with upstream.call():
-            went.append(task.payload)
+            admitted.append(task.payload)
             await asyncio.sleep(1.0)
 
     async with BackpressureSupervisor() as supervisor:
@@ -368,11 +375,11 @@ async def test_calls_carry_what_their_task_has() -> None:
             supervisor.run(Task("work", "low", priority=Priority.LOW)),
             supervisor.run(Task("work", "high", priority=Priority.HIGH)),
         )
-    assert went == ["first", "high", "low"]
+    assert admitted == ["first", "high", "low"]
 
 
 @virtual
-async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls() -> None:
+async def test_calls_of_an_earlier_run_go_before_those_of_later_runs() -> None:
     upstream = Upstream("llm", max_concurrent=1, max_start_wait=1e9)
     ended: list[int] = []
 
@@ -388,27 +395,27 @@ async def test_a_run_that_has_begun_goes_before_newer_ones_at_each_of_its_calls(
         tickets = [supervisor.submit_nowait(Task("work", number)) for number in range(4)]
         times = [(await ticket, now() - began)[1] for ticket in tickets]
     assert ended == [0, 1, 2, 3]
-    assert times[0] < 8.0  # 13, if all took turns
+    assert times[0] < 8.0  # 13 if all took turns
 
 
 @virtual
-async def test_no_run_starts_behind_the_calls_that_its_own_would_wait_for() -> None:
+async def test_no_run_starts_while_its_first_call_would_wait_too_long() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
-    served = Served(upstream)
-    await served.call()
-    calls = [asyncio.create_task(served.call(priority=Priority.LOW)) for _ in range(50)]
+    recorder = CallRecorder(upstream)
+    await recorder.call()
+    calls = [asyncio.create_task(recorder.call(priority=Priority.LOW)) for _ in range(50)]
     await run_ready(3)
-    assert left(upstream) == (20, 30)  # 1.5 s for one more of LOW, and a run may start before 0.25 s
-    assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)[:-1]
+    assert left(upstream) == (20, 30)  # one more LOW call waits 1.5 s; a run starts below 0.25 s
+    assert [priority for priority in Priority if shared_account(upstream).may_start(priority)] == list(Priority)[:-1]
     for call in calls[23:]:
         call.cancel()
     await run_ready(3)
-    assert [rung for rung in Priority if desk(upstream).may_start(rung)] == list(Priority)
+    assert [priority for priority in Priority if shared_account(upstream).may_start(priority)] == list(Priority)
     await asyncio.wait(calls)
 
 
 @virtual
-async def test_the_gate_feels_the_key() -> None:
+async def test_a_full_account_rejects_new_tasks() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], max_wait=60.0)
 
     async def agent(_: Task) -> None:
@@ -419,9 +426,9 @@ async def test_the_gate_feels_the_key() -> None:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=20)
         await supervisor.run(Task("work"))
         tickets = [supervisor.submit_nowait(Task("work")) for _ in range(40)]
-        refused = [ticket for ticket in tickets if not ticket]
-        assert refused
-        assert {ticket.limited_by for ticket in refused} == {"upstream:llm"}
+        rejected = [ticket for ticket in tickets if not ticket]
+        assert rejected
+        assert {ticket.limited_by for ticket in rejected} == {"upstream:llm"}
         assert supervisor.system_load() >= 0.8
         assert "upstream:llm" in {reading.resource for reading in supervisor.readings()}
         for ticket in tickets:
@@ -460,18 +467,18 @@ async def test_the_gate_feels_the_key() -> None:
         {"fallback": 5},
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_by_name(settings: dict[str, Any]) -> None:
+def test_an_invalid_setting_is_rejected_by_name(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(InvalidSetting, match=rf"Upstream 'llm' was given {name}(\[.*\])?=.*; it must be "):
         Upstream("llm", **settings)
 
 
-def test_a_single_fallback_in_words_is_shown_whole() -> None:
+def test_the_error_for_a_fallback_that_is_a_string_shows_the_string() -> None:
     with pytest.raises(InvalidSetting, match=r"fallback='gpt-4o-mini'"):
         Upstream("llm", fallback="gpt-4o-mini")  # type: ignore[arg-type]
 
 
-def test_no_wait_at_all_may_be_said_of_a_start() -> None:
+def test_max_start_wait_may_be_0() -> None:
     assert Upstream("llm", max_start_wait=0).core.settings.max_start_wait == 0
 
 

@@ -1,6 +1,6 @@
-"""Calls that are tried again: what an attempt leaves behind, who goes first, how many there may be, who is to blame.
+"""Retries: what an attempt leaves behind, how many there may be, their order, and which failures count.
 
-The script of attempts is driven as the transports drive it, by an attempt that does as it is told.
+The call flow is driven as the transports drive it; the attempts have scripted results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def route(upstream: Upstream, request: CallRequest) -> PlainRoute:
 
 
 def fault() -> AttemptResult:
-    """Another attempt may help, and uses one up."""
+    """Return a failed attempt that is retryable and uses up an attempt."""
     return AttemptResult(error=ConnectionError("gone"), retryable=True, outcome=CallOutcome(kind=Outcome.FAULT))
 
 
@@ -44,35 +44,39 @@ def success() -> AttemptResult:
     return AttemptResult(value="done", outcome=CallOutcome(kind=Outcome.SUCCESS, used=CALL, latency=1.0))
 
 
-def refused(retry_after: float | None = None) -> AttemptResult:
-    """The provider's quota is used up."""
-    ended = CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=retry_after, usd=0.0)
+def rate_limited(retry_after: float | None = None) -> AttemptResult:
+    """Return an attempt throttled because a quota of the provider is used up."""
+    outcome = CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=retry_after, usd=0.0)
     error = ConnectionError("429")
-    return AttemptResult(error=error, retryable=True, uses_attempt=False, retry_after=retry_after, outcome=ended)
+    return AttemptResult(error=error, retryable=True, uses_attempt=False, retry_after=retry_after, outcome=outcome)
 
 
 def congested() -> AttemptResult:
-    """The provider has too many of ours in flight."""
-    ended = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
-    return AttemptResult(error=ConnectionError("529"), retryable=True, uses_attempt=False, outcome=ended)
+    """Return an attempt throttled because too many of our calls are in flight."""
+    outcome = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
+    return AttemptResult(error=ConnectionError("529"), retryable=True, uses_attempt=False, outcome=outcome)
 
 
 class Calls:
-    """Calls through one upstream whose attempts come to what was told, one after the other; then they succeed."""
+    """Makes calls through one upstream. Their attempts have the given results, one after the other; then they succeed.
 
-    def __init__(self, upstream: Upstream, *comes: Callable[[], AttemptResult], seconds: float = 0.1) -> None:
+    Attributes:
+        sent: name and time of each attempt.
+    """
+
+    def __init__(self, upstream: Upstream, *results: Callable[[], AttemptResult], seconds: float = 0.1) -> None:
         self.upstream = upstream
-        self.comes = list(comes)
+        self.results = list(results)
         self.seconds = seconds
         self.sent: list[tuple[str, float]] = []
 
     async def call(self, name: str = "", **how: Any) -> Any:
-        """One call, to its end."""
+        """Make one call, to its end."""
 
         async def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
             self.sent.append((name, now()))
             await asyncio.sleep(self.seconds)
-            return (self.comes.pop(0) if self.comes else success)()
+            return (self.results.pop(0) if self.results else success)()
 
         return await self.upstream.runner.run(
             route(self.upstream, self.upstream.core.request("", CALL, **how)), attempt
@@ -83,7 +87,7 @@ class Calls:
 
 
 @virtual
-async def test_an_attempt_that_was_refused_for_its_rate_has_taken_nothing_of_the_quota() -> None:
+async def test_a_throttled_attempt_uses_no_quota() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="day")])
     calls = Calls(upstream, congested, congested, congested)
     await calls.call()
@@ -92,9 +96,9 @@ async def test_an_attempt_that_was_refused_for_its_rate_has_taken_nothing_of_the
 
 
 @virtual
-async def test_what_a_provider_asks_of_one_call_holds_for_all() -> None:
+async def test_the_retry_after_of_one_call_blocks_all() -> None:
     upstream = Upstream("llm")
-    calls = Calls(upstream, lambda: refused(20.0))
+    calls = Calls(upstream, lambda: rate_limited(20.0))
     first = asyncio.create_task(calls.call("first"))
     await asyncio.sleep(1.0)
     began = now()
@@ -104,7 +108,7 @@ async def test_what_a_provider_asks_of_one_call_holds_for_all() -> None:
 
 
 @virtual
-async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
+async def test_a_retry_waits_at_least_as_long_as_retry_after() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     calls = Calls(
         upstream, lambda: AttemptResult(error=OSError(), retryable=True, retry_after=9.0, outcome=fault().outcome)
@@ -115,7 +119,7 @@ async def test_a_retry_waits_at_least_as_long_as_the_provider_asks() -> None:
 
 
 @virtual
-async def test_only_what_a_call_comes_to_at_last_counts_for_the_breaker() -> None:
+async def test_only_the_last_attempt_of_a_call_counts_for_the_breaker() -> None:
     upstream = Upstream("llm", retry=Retry(max_attempts=3, base_delay=0.01), breaker=BreakerRules())
     calls = Calls(upstream, *[fault, success] * 8)
     for _ in range(8):
@@ -123,11 +127,11 @@ async def test_only_what_a_call_comes_to_at_last_counts_for_the_breaker() -> Non
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
-# --- how many ---
+# --- retry budgets ---
 
 
 @virtual
-async def test_no_storm_of_retries_when_a_provider_fails() -> None:
+async def test_no_retry_storm_while_a_provider_fails() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.01), breaker=BreakerRules(triggers=(consecutive_faults(1000),)))
     calls = Calls(upstream, *[fault] * 1000)
     for _ in range(50):
@@ -137,24 +141,24 @@ async def test_no_storm_of_retries_when_a_provider_fails() -> None:
 
 
 @virtual
-async def test_who_is_refused_waits_until_it_may_be_tried_again_rather_than_give_up() -> None:
+async def test_a_throttled_call_waits_for_its_retry_rather_than_fail() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     assert await asyncio.gather(*(calls.call() for _ in range(50))) == ["done"] * 50
-    assert len(calls.sent) == 150  # those that are let in are none too many
+    assert len(calls.sent) == 150  # retries of calls that are then accepted are not limited
 
 
 @virtual
-async def test_no_storm_of_retries_when_a_provider_refuses() -> None:
+async def test_no_retry_storm_while_a_provider_throttles() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01))
     calls = Calls(upstream, *[congested] * 10_000)
     outcomes = await asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
     assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
-    assert len([at for _, at in calls.sent if at < 60.0]) <= 50 + 0.2 * 50 + 10 + 60 / 5  # who knocks finds out
+    assert len([at for _, at in calls.sent if at < 60.0]) <= 50 + 0.2 * 50 + 10 + 60 / 5  # one in five seconds tries
 
 
 @virtual
-async def test_once_a_call_is_let_in_all_who_were_refused_before_it_may_return() -> None:
+async def test_once_a_call_is_accepted_all_calls_throttled_before_may_retry() -> None:
     upstream = Upstream("llm", max_concurrent=100, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     await asyncio.gather(*(calls.call() for _ in range(80)))
@@ -162,7 +166,7 @@ async def test_once_a_call_is_let_in_all_who_were_refused_before_it_may_return()
 
 
 @virtual
-async def test_a_retry_that_is_let_in_is_none_too_many() -> None:
+async def test_an_accepted_retry_of_a_throttled_call_uses_up_no_budget() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.01))
     for _ in range(100):
         assert await Calls(upstream, congested).call() == "done"
@@ -170,15 +174,15 @@ async def test_a_retry_that_is_let_in_is_none_too_many() -> None:
 
 
 @virtual
-async def test_what_is_refused_uses_up_no_retry_of_what_fails() -> None:
+async def test_throttled_calls_use_up_no_retry_of_failed_ones() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=5.0))
-    refusing = Calls(upstream, *[congested] * 10_000)
-    await asyncio.gather(*(refusing.call() for _ in range(50)), return_exceptions=True)
+    throttled = Calls(upstream, *[congested] * 10_000)
+    await asyncio.gather(*(throttled.call() for _ in range(50)), return_exceptions=True)
     assert await Calls(upstream, fault).call() == "done"
 
 
 @virtual
-async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
+async def test_no_call_waits_for_a_retry_beyond_its_deadline() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=30.0))
     calls = Calls(upstream, *[congested] * 10_000)
     others = asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
@@ -191,54 +195,54 @@ async def test_nobody_waits_beyond_its_deadline_to_be_tried_again() -> None:
 
 
 def balances(upstream: Upstream) -> tuple[float, float]:
-    """Retries that may be made: of calls that failed, and of calls that were refused."""
+    """Return the retries left in the budgets for failed and for throttled calls."""
     budgets = upstream.core.retries._budgets
     at = clock.now()
     return budgets.faults.balance(at), budgets.throttles.balance(at)
 
 
-async def shut_out(upstream: Upstream, come: Callable[[], AttemptResult]) -> None:
-    """A call whose attempt comes to that, and which gets no second permit."""
-    call = asyncio.create_task(Calls(upstream, come).call())
-    await asyncio.sleep(0.2)  # it has been made, and will be made again
+async def reject_retry(upstream: Upstream, result: Callable[[], AttemptResult]) -> None:
+    """Make a call whose first attempt has this result, and which gets no second permit."""
+    call = asyncio.create_task(Calls(upstream, result).call())
+    await asyncio.sleep(0.2)  # the first attempt has ended, and a retry is due
     upstream.core.accounts.account("").suspend(60.0)
     with pytest.raises(Overloaded):
         await call
 
 
-async def cancelled(upstream: Upstream, come: Callable[[], AttemptResult]) -> None:
-    """A call whose attempt comes to that, and whose caller leaves before the second."""
-    call = asyncio.create_task(Calls(upstream, come).call())
+async def cancel_retry(upstream: Upstream, result: Callable[[], AttemptResult]) -> None:
+    """Make a call whose first attempt has this result, and cancel it before the second."""
+    call = asyncio.create_task(Calls(upstream, result).call())
     await asyncio.sleep(0.2)
     call.cancel()
     await asyncio.wait([call])
 
 
-@pytest.mark.parametrize("come", [fault, congested])
-@pytest.mark.parametrize("end", [shut_out, cancelled])
+@pytest.mark.parametrize("result", [fault, congested])
+@pytest.mark.parametrize("end", [reject_retry, cancel_retry])
 @virtual
-async def test_a_retry_that_is_not_sent_comes_back(
-    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], come: Callable[[], AttemptResult]
+async def test_a_retry_that_is_not_sent_returns_to_its_budget(
+    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], result: Callable[[], AttemptResult]
 ) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=20.0))
     before = balances(upstream)
-    await end(upstream, come)
-    first = 0.2  # a first attempt adds a share
+    await end(upstream, result)
+    first = 0.2  # what a first attempt adds
     assert balances(upstream) == pytest.approx((before[0] + first, before[1] + first))
 
 
-@pytest.mark.parametrize("end", [shut_out, cancelled])
+@pytest.mark.parametrize("end", [reject_retry, cancel_retry])
 @virtual
-async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
+async def test_a_periodic_retry_that_gets_no_permit_is_left_to_another_call(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
     budgets = upstream.core.retries._budgets
-    while budgets.throttles.withdraw(now()):  # all are drawn, so the only retry is one that knocks
+    while budgets.throttles.withdraw(now()):  # the budget is empty, so the only retry is the periodic one
         pass
 
     async def takes_the_slot() -> None:
-        await asyncio.sleep(0.05)  # while the other is being refused
+        await asyncio.sleep(0.05)  # while the other is being throttled
         await Calls(upstream, seconds=1.0).call(priority=Priority.CRITICAL)
 
     other = asyncio.create_task(takes_the_slot())
@@ -248,38 +252,38 @@ async def test_who_knocks_and_gets_no_permit_leaves_the_knock_to_another(
     assert budgets.request_retry(now(), throttled_at=now()) is RetryPermission.DENIED
 
 
-@pytest.mark.parametrize("come", [fault, congested])
-def test_a_retry_that_is_not_sent_comes_back_in_a_thread_too(come: Callable[[], AttemptResult]) -> None:
+@pytest.mark.parametrize("result", [fault, congested])
+def test_a_retry_that_is_not_sent_returns_to_its_budget_in_a_thread_too(result: Callable[[], AttemptResult]) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before = balances(upstream)
 
     def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
-        tried = come()
+        attempted = result()
         upstream.core.accounts.account("").suspend(60.0)
-        return tried
+        return attempted
 
-    with pytest.raises(Overloaded) as kept:  # its frames would keep the script open, as a debugger does
+    with pytest.raises(Overloaded) as kept:  # its frames keep the call flow open, as a debugger does
         upstream.runner.run_blocking(route(upstream, upstream.core.request("", CALL)), attempt)
     assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
     assert kept.value.retry_after is not None
 
 
 @virtual
-async def test_a_retry_that_was_sent_stays_drawn_though_its_caller_leaves() -> None:
+async def test_a_retry_that_was_sent_stays_withdrawn_after_a_cancellation() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before, _ = balances(upstream)
     call = asyncio.create_task(Calls(upstream, fault, seconds=1.0).call())
-    await asyncio.sleep(1.5)  # amid the second attempt
+    await asyncio.sleep(1.5)  # during the second attempt
     call.cancel()
     await asyncio.wait([call])
     assert balances(upstream)[0] == pytest.approx(before + 0.2 - 1.0)
 
 
-# --- who goes first ---
+# --- order ---
 
 
 @virtual
-async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() -> None:
+async def test_a_retry_goes_before_calls_that_arrived_later() -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
@@ -288,11 +292,11 @@ async def test_a_call_that_is_tried_again_goes_before_those_that_came_later() ->
     await asyncio.gather(first, *others)
     names = [name for name, _ in calls.sent]
     assert names[0] == "first"
-    assert names.index("first", 1) <= 2  # one may have gone while it backed off
+    assert names.index("first", 1) <= 2  # one may have been sent during its backoff
 
 
 @virtual
-async def test_but_not_before_more_important_ones() -> None:
+async def test_a_retry_does_not_go_before_calls_of_higher_priority() -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
@@ -302,11 +306,11 @@ async def test_but_not_before_more_important_ones() -> None:
     assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
 
 
-# --- who is to blame ---
+# --- failures that do not count ---
 
 
 @virtual
-async def test_a_refusal_further_on_is_no_fault_of_what_is_guarded() -> None:
+async def test_a_rejection_by_a_nested_upstream_is_no_fault_of_the_guarded_one() -> None:
     behind = Upstream("behind", quotas=[Quota(tokens=10, per="minute")])
     guarded = Upstream("guarded")
     tries = 0
@@ -326,42 +330,42 @@ async def test_a_refusal_further_on_is_no_fault_of_what_is_guarded() -> None:
 
 
 @virtual
-async def test_calls_that_failed_teach_nothing_of_how_long_a_call_should_take() -> None:
+async def test_failed_calls_teach_nothing_about_latency() -> None:
     upstream = Upstream("llm")
     for _ in range(20):
         with pytest.raises(ConnectionError):
-            await _fails(upstream)
+            await _overloaded_call(upstream)
     assert account(upstream).latency_model.expected(100) is None
 
 
-async def _fails(upstream: Upstream) -> None:
+async def _overloaded_call(upstream: Upstream) -> None:
     async with upstream.call() as call:
         call.settle(input_tokens=10, output_tokens=100)
         call.overloaded()
         raise ConnectionError
 
 
-# --- what may go wrong on our own side ---
+# --- mistakes of the caller ---
 
 
 @virtual
-async def test_a_cost_that_is_none_is_refused_where_it_is_said_and_nothing_stays_reserved() -> None:
+async def test_a_negative_cost_is_rejected_and_nothing_stays_reserved() -> None:
     upstream = Upstream("llm", budget=Budget(usd=10.0), prices={"m": Price(input=1.0, output=1.0)})
     for _ in range(9):
         with pytest.raises(InvalidAmount):
-            await _costs(upstream, -1.0)
+            await _call_costing(upstream, -1.0)
     assert account(upstream, "m").in_flight == 0
     assert upstream.statistics().spent_usd == pytest.approx(9 * 2e-6)
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
-async def _costs(upstream: Upstream, usd: float) -> None:
+async def _call_costing(upstream: Upstream, usd: float) -> None:
     async with upstream.call("m", input_tokens=1, output_tokens=1) as call:
         call.settle(input_tokens=1, output_tokens=1, usd=usd)
 
 
 @virtual
-async def test_a_call_that_two_enter_at_the_same_moment_is_entered_once() -> None:
+async def test_a_call_entered_twice_at_the_same_moment_is_entered_once() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     holder = asyncio.create_task(Calls(upstream, seconds=1.0).call())
     await run_ready()
@@ -378,7 +382,7 @@ async def test_a_call_that_two_enter_at_the_same_moment_is_entered_once() -> Non
 
 
 @virtual
-async def test_a_deadline_that_passes_behind_the_head_of_the_line_is_told_when_it_passes() -> None:
+async def test_a_deadline_that_passes_behind_the_head_of_the_queue_rejects_its_call_then() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     calls = Calls(upstream, seconds=100.0)
     holder = asyncio.create_task(calls.call())
@@ -397,7 +401,7 @@ async def _never(_: PlainRoute, __: Permit) -> AttemptResult:
     raise AssertionError
 
 
-def test_one_seed_gives_one_run_of_calls_and_another_another() -> None:
+def test_the_seed_alone_decides_when_calls_are_sent() -> None:
     def times(seed: int) -> list[float]:
         async def main() -> list[float]:
             calls = Calls(Upstream("llm"), *[fault] * 5)

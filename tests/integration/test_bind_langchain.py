@@ -1,4 +1,4 @@
-"""Bound models of LangChain before the plant, alone and in a graph of LangGraph."""
+"""Bound models of LangChain with the simulated provider, alone and in a graph of LangGraph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_openai.chat_models import _client_utils
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
-from tests.unit.upstream.httpx_binding.wire import NOTHING, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Reply, Script, left
 
 from forebay import BackpressureSupervisor, Overloaded, Task
 from forebay.quota import Quota
@@ -28,32 +28,32 @@ GPT, CLAUDE = "gpt-4o-mini", "claude-sonnet-5"
 
 
 @pytest.fixture(scope="module")
-def plant() -> Iterator[ProviderProcess]:
-    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as plant:
-        yield plant
+def provider() -> Iterator[ProviderProcess]:
+    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
-async def closed() -> AsyncIterator[None]:
-    """LangChain keeps HTTP clients for all models; those that await belong to a loop that a test ends."""
+async def close_clients() -> AsyncIterator[None]:
+    """Close the asynchronous HTTP clients that LangChain caches: each belongs to the event loop of its test."""
     yield
     for make in (_client_utils._cached_async_httpx_client, anthropic_utils._get_default_async_httpx_client):
         make.cache_clear()
-    for client in made:
+    for client in created:
         await client.aclose()
-    made.clear()
+    created.clear()
 
 
-made: list[Any] = []
+created: list[Any] = []
 
 
-def model(name: str, plant: ProviderProcess) -> Any:
+def model(name: str, provider: ProviderProcess) -> Any:
     if name == "openai":
-        chat: Any = ChatOpenAI(model=GPT, api_key="sk-simulated", base_url=plant.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
-        made.append(chat.root_async_client._client)
+        chat: Any = ChatOpenAI(model=GPT, api_key="sk-simulated", base_url=provider.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        created.append(chat.root_async_client._client)
     else:
-        chat = ChatAnthropic(model=CLAUDE, api_key="sk-simulated", base_url=plant.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
-        made.append(chat._async_client._client)
+        chat = ChatAnthropic(model=CLAUDE, api_key="sk-simulated", base_url=provider.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
+        created.append(chat._async_client._client)
     return chat
 
 
@@ -66,9 +66,9 @@ def message(answer: Any) -> Any:
 
 
 @NAMES
-async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderProcess) -> None:
+async def test_a_bound_model_answers_as_an_unbound_one(name: str, provider: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
-    bare = model(name, plant)
+    bare = model(name, provider)
     bound = upstream.bind(bare)
     assert message(await bound.ainvoke("Rivers?")) == message(await bare.ainvoke("Rivers?"))
     assert [message(part) async for part in bound.astream("Rivers?")] == [
@@ -79,9 +79,9 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, plant: ProviderPro
 
 
 @NAMES
-def test_so_it_does_in_a_plain_thread(name: str, plant: ProviderProcess) -> None:
+def test_in_a_plain_thread_a_bound_model_answers_as_an_unbound_one(name: str, provider: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
-    bare = model(name, plant)
+    bare = model(name, provider)
     bound = upstream.bind(bare)
     assert message(bound.invoke("Rivers?")) == message(bare.invoke("Rivers?"))
     assert [part.content for part in bound.stream("Rivers?")] == [part.content for part in bare.stream("Rivers?")]
@@ -89,19 +89,19 @@ def test_so_it_does_in_a_plain_thread(name: str, plant: ProviderProcess) -> None
 
 
 @NAMES
-async def test_a_refusal_comes_out_of_the_model_unchanged(name: str, plant: ProviderProcess) -> None:
-    bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, plant))
+async def test_a_model_raises_a_rejection_unchanged(name: str, provider: ProviderProcess) -> None:
+    bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, provider))
     await bound.ainvoke("Rivers?")
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await bound.ainvoke("Rivers?")
-    assert isinstance(refused.value, ERRORS[name])
+    assert isinstance(rejection.value, ERRORS[name])
     with pytest.raises(Overloaded):
         async for _ in bound.astream("Rivers?"):
             pass
 
 
-async def statistics(plant: ProviderProcess) -> dict[str, Any]:
-    return await asyncio.get_running_loop().run_in_executor(None, plant.statistics)
+async def statistics(provider: ProviderProcess) -> dict[str, Any]:
+    return await asyncio.get_running_loop().run_in_executor(None, provider.statistics)
 
 
 class State(TypedDict, total=False):
@@ -109,16 +109,16 @@ class State(TypedDict, total=False):
 
 
 @NAMES
-async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
-    name: str, plant: ProviderProcess
+async def test_a_graph_that_retries_ends_overloaded_without_further_requests(
+    name: str, provider: ProviderProcess
 ) -> None:
-    await asyncio.get_running_loop().run_in_executor(None, plant.reset)
+    await asyncio.get_running_loop().run_in_executor(None, provider.reset)
     upstream = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")])
-    bound = upstream.bind(model(name, plant))
-    asked: list[int] = []
+    bound = upstream.bind(model(name, provider))
+    attempts: list[int] = []
 
     async def think(_: State) -> State:
-        asked.append(len(asked))
+        attempts.append(len(attempts))
         await bound.ainvoke("Rivers?")
         return {"answer": (await bound.ainvoke("And lakes?")).content}
 
@@ -130,22 +130,22 @@ async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
     graph.add_edge("think", END)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("graph", handler=graph.compile(), task_types=["ask"])
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(Overloaded) as rejection:
             await supervisor.run(Task("ask", {}))
-    assert refused.value.retry_after is not None
-    assert len(asked) == 3  # the graph tried, but what it was refused it was refused at once
-    assert sum((await statistics(plant))["by_status"].values()) == 1
+    assert rejection.value.retry_after is not None
+    assert len(attempts) == 3  # the graph retried, and each retry was rejected at once
+    assert sum((await statistics(provider))["by_status"].values()) == 1
     assert left(upstream) == NOTHING
 
 
-def test_embeddings_are_counted() -> None:
+def test_embeddings_use_the_quota() -> None:
     vector = {
         "object": "list",
         "model": "e",
         "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}],
         "usage": {"prompt_tokens": 7, "total_tokens": 7},
     }
-    script = Script(httpx2, Says(body=[json.dumps(vector).encode()]))
+    script = Script(httpx2, Reply(body=[json.dumps(vector).encode()]))
     upstream = Upstream("key", provider="openai", quotas=[Quota(input_tokens=1000, per="day")])
     bare = OpenAIEmbeddings(
         api_key="k",  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from forebay._text import format_duration
 from forebay.admission import RetryAfterSchedule
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import Outcome, RateLimitHeaders
@@ -123,13 +124,11 @@ class Account:
         if len(self.queue) >= _QUEUE_BOUND:
             reason = f"{_QUEUE_BOUND} calls wait already"
             return Rejected(reason, "queue", 1.0, self._schedule_retry(now, request, seconds))
+        wait = f"would wait about {format_duration(seconds)} for {limited_by}"
         if seconds > self._max_wait:
-            reason = (
-                f"a call would wait about {seconds:.3g} s for {limited_by}, longer than max_wait={self._max_wait:g} s"
-            )
+            reason = f"a call {wait}, longer than max_wait allows: {format_duration(self._max_wait)}"
         elif seconds > self.durations.acceptable_wait(now, request):
-            time_left = f"the {request.deadline - now:.3g} s to its deadline"
-            reason = f"it would wait about {seconds:.3g} s for {limited_by}, too much of {time_left}"
+            reason = f"it {wait}, too much of the {format_duration(request.deadline - now)} to its deadline"
         else:
             return Queued(seconds, limited_by)
         retry_after = self._schedule_retry(now, request, seconds)
@@ -173,7 +172,7 @@ class Account:
             probe = max(_PROBE_DURATION, self.durations.typical)
             return Rejected("its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe))
         if (seconds := self._outage.duration(now)) is not None:
-            reason = f"its provider has throttled every call for {seconds:.0f} s"
+            reason = f"its provider has throttled every call for {format_duration(seconds)}"
             return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
         return None
 

@@ -30,7 +30,7 @@ class CallRoute(Protocol):
 
     @property
     def call_request(self) -> CallRequest:
-        """What the call needs of the account."""
+        """The needs of the call."""
 
     @property
     def api_key(self) -> str:

@@ -1,4 +1,4 @@
-"""An account under whatever calls come, wait, leave and end: nothing is granted at a limit, nothing kept for ever."""
+"""An account under random calls that arrive, wait, leave and end: no limit is exceeded, and nothing is kept."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SLOTS = 3
 TOKENS = 1_000  # a minute
 
 
-class ListeningWaiter:
-    """A waiter that only remembers."""
+class DecisionWaiter:
+    """A waiter that records its decision."""
 
     def __init__(self) -> None:
         self.decision: Admitted | Rejected | None = None
@@ -40,7 +40,7 @@ class ListeningWaiter:
 
 
 class EndlessBudget:
-    """A purse without end that counts what it holds."""
+    """An unlimited budget that counts what is reserved and spent."""
 
     name = "the budget"
 
@@ -60,14 +60,14 @@ class EndlessBudget:
 
 
 class EndlessReservation:
-    def __init__(self, money: EndlessBudget, usd: float) -> None:
-        self.money = money
+    def __init__(self, budget: EndlessBudget, usd: float) -> None:
+        self.budget = budget
         self.usd: float | None = usd
 
     def settle(self, usd: float) -> None:
         assert self.usd is not None, "settled twice"
-        self.money.held -= self.usd
-        self.money.spent += usd
+        self.budget.held -= self.usd
+        self.budget.spent += usd
         self.usd = None
 
 
@@ -75,65 +75,65 @@ class AccountMachine(RuleBasedStateMachine):
     @initialize()
     def build(self) -> None:
         self.now = 0.0
-        self.money = EndlessBudget()
+        self.budget = EndlessBudget()
         self.account = Account(
             "upstream:test",
             limit=FixedLimit(SLOTS),
             quotas=RateLimiter([Quota(tokens=TOKENS, per="minute")]),
             breaker=Breaker(UPSTREAM_RULES, draw=lambda: 0.5),
-            budgets=lambda _: (self.money,),
+            budgets=lambda _: (self.budget,),
             max_wait=1_000.0,
             draw=lambda: 0.5,
         )
         self.permits: list[Permit] = []
-        self.waiting: list[tuple[QueuedCall, ListeningWaiter]] = []
-        self.given = 0.0  # tokens
+        self.waiting: list[tuple[QueuedCall, DecisionWaiter]] = []
+        self.granted = 0.0  # tokens
 
     @rule(
         tokens=st.integers(0, TOKENS + 1),
-        rung=st.sampled_from(Priority),
+        priority=st.sampled_from(Priority),
         run=st.sampled_from([None, "a", "b"]),
         patience=st.sampled_from([1.0, 50.0, math.inf]),
     )
-    def come(self, tokens: int, rung: Priority, run: str | None, patience: float) -> None:
-        ask = CallRequest(
-            charge=Charge(tokens=tokens), usd=1.0, priority=rung, task_id=run, deadline=self.now + patience
+    def request(self, tokens: int, priority: Priority, run: str | None, patience: float) -> None:
+        request = CallRequest(
+            charge=Charge(tokens=tokens), usd=1.0, priority=priority, task_id=run, deadline=self.now + patience
         )
-        answer = self.account.try_acquire(self.now, ask)
+        answer = self.account.try_acquire(self.now, request)
         if isinstance(answer, Admitted):
             self.permits.append(answer.permit)
-            self.given += tokens
+            self.granted += tokens
         elif isinstance(answer, Queued):
-            listener = ListeningWaiter()
-            self.waiting.append((self.account.enqueue(self.now, ask, listener), listener))
-            self.pump()
+            waiter = DecisionWaiter()
+            self.waiting.append((self.account.enqueue(self.now, request, waiter), waiter))
+            self.serve_queue()
         elif tokens > TOKENS:
             assert answer.retry_after is None
 
-    def pump(self) -> None:
+    def serve_queue(self) -> None:
         self.account.serve_queue(self.now)
-        for waiting, listener in [*self.waiting]:
-            if listener.decision is not None:
-                self.waiting.remove((waiting, listener))
-                if isinstance(listener.decision, Admitted) and not listener.gone:
-                    self.permits.append(listener.decision.permit)
-                    self.given += waiting.request.charge.tokens
+        for waiting, waiter in [*self.waiting]:
+            if waiter.decision is not None:
+                self.waiting.remove((waiting, waiter))
+                if isinstance(waiter.decision, Admitted) and not waiter.gone:
+                    self.permits.append(waiter.decision.permit)
+                    self.granted += waiting.request.charge.tokens
 
     @rule(seconds=st.floats(0.01, 90.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.pump()
+        self.serve_queue()
 
     @precondition(lambda self: self.waiting)
-    @rule(data=st.data(), tells=st.booleans())
-    def leave(self, data: st.DataObject, *, tells: bool) -> None:
-        waiting, listener = data.draw(st.sampled_from(self.waiting))
-        if tells:
+    @rule(data=st.data(), withdraws=st.booleans())
+    def leave(self, data: st.DataObject, *, withdraws: bool) -> None:
+        waiting, waiter = data.draw(st.sampled_from(self.waiting))
+        if withdraws:
             self.account.withdraw(waiting)
-            self.waiting.remove((waiting, listener))
+            self.waiting.remove((waiting, waiter))
         else:
-            listener.gone = True  # its loop has closed
-        self.pump()
+            waiter.gone = True  # its loop has closed
+        self.serve_queue()
 
     @precondition(lambda self: self.permits)
     @rule(data=st.data(), outcome=st.sampled_from(Outcome), how=st.sampled_from(["used", "more", "released", "rate"]))
@@ -148,33 +148,33 @@ class AccountMachine(RuleBasedStateMachine):
             usd=0.0 if how == "released" else None,
             latency=1.0,
         )
-        if how in ("released", "rate"):  # it was not counted
-            self.given -= permit.request.charge.tokens
+        if how in ("released", "rate"):  # the quota did not count it
+            self.granted -= permit.request.charge.tokens
         self.account.settle(self.now, permit, ended)
         with pytest.raises(ReservationClosed):
             self.account.quotas.release(self.now, permit.reservation)
-        self.pump()
+        self.serve_queue()
 
     @invariant()
-    def nothing_is_granted_at_a_limit(self) -> None:
+    def no_limit_is_exceeded(self) -> None:
         if hasattr(self, "account"):
             assert self.account.in_flight == len(self.permits) <= SLOTS
-            assert self.given <= TOKENS + TOKENS * self.now / 60 + 1e-6
+            assert self.granted <= TOKENS + TOKENS * self.now / 60 + 1e-6
 
     @invariant()
-    def what_is_reserved_belongs_to_a_call(self) -> None:
+    def only_calls_in_flight_hold_dollars(self) -> None:
         if hasattr(self, "account"):
-            assert self.money.held == len(self.permits)
-            alive = sum(not listener.gone for _, listener in self.waiting)
+            assert self.budget.held == len(self.permits)
+            alive = sum(not waiter.gone for _, waiter in self.waiting)
             assert alive <= len(self.account.queue)
 
     @invariant()
-    def who_heads_the_line_knows_when_to_look(self) -> None:
-        """Else it would wait for ever: nothing is in flight whose end could move the line."""
+    def the_head_of_the_queue_knows_when_to_wake(self) -> None:
+        """Check it while nothing is in flight: then no settled call serves the queue."""
         if hasattr(self, "account") and self.account.queue and not self.permits:
-            place = self.account.queue.head()
-            assert place is not None
-            assert getattr(place[2].waiter, "when", None) is not None
+            head = self.account.queue.head()
+            assert head is not None
+            assert getattr(head[2].waiter, "when", None) is not None
 
     def teardown(self) -> None:
         if hasattr(self, "account"):
@@ -184,7 +184,7 @@ class AccountMachine(RuleBasedStateMachine):
                 self.account.withdraw(waiting)
             assert not self.account.in_flight
             assert not self.account.queue
-            assert self.money.held == 0
+            assert self.budget.held == 0
 
 
 TestAccount = AccountMachine.TestCase

@@ -1,4 +1,4 @@
-"""What an account decides, one decision at a time: who goes, who waits and how long, what each end leaves behind."""
+"""The decisions of an account, one at a time: which calls are admitted, which wait, and what each outcome changes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NORMAL = Priority.NORMAL
 
 
 class RecordingWaiter:
-    """Waits in a line and remembers what it is told."""
+    """A waiter that records its decision and its wake-up time."""
 
     def __init__(self) -> None:
         self.decision: Admitted | Rejected | None = None
-        self.looks_at: float | None = None
+        self.wake_time: float | None = None
         self.gone = False
 
     def resolve(self, decision: Admitted | Rejected) -> bool:
@@ -36,449 +36,442 @@ class RecordingWaiter:
         return not self.gone
 
     def wake_at(self, when: float) -> bool:
-        self.looks_at = when
+        self.wake_time = when
         return not self.gone
 
 
 class NoonBudget:
-    """A purse that is asked at noon of the first day."""
+    """A budget whose clock stands at noon of the first day."""
 
     name = "the budget"
 
     def __init__(self, usd: float) -> None:
-        self.purse = BudgetTracker(Budget(usd=usd))
+        self.tracker = BudgetTracker(Budget(usd=usd))
 
     def can_afford(self, usd: float, priority: Priority) -> bool:
-        return self.purse.can_afford(43_200.0, usd, priority)
+        return self.tracker.can_afford(43_200.0, usd, priority)
 
     def reserve(self, usd: float) -> NoonReservation:
-        return NoonReservation(self.purse, self.purse.reserve(43_200.0, usd))
+        return NoonReservation(self.tracker, self.tracker.reserve(43_200.0, usd))
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 1.0, None)
 
 
 class NoonReservation:
-    def __init__(self, purse: BudgetTracker, held: BudgetReservation) -> None:
-        self.purse, self.held = purse, held
+    def __init__(self, tracker: BudgetTracker, held: BudgetReservation) -> None:
+        self.tracker, self.held = tracker, held
 
     def settle(self, usd: float) -> None:
-        self.purse.settle(43_200.0, self.held, usd)
+        self.tracker.settle(43_200.0, self.held, usd)
 
 
 class AccountHarness:
-    """An account, and the words for what is done to it."""
+    """An account with short names for the operations of a test."""
 
     def __init__(self, slots: int = 1, *quotas: Quota, usd: float | None = None, max_wait: float = 60.0) -> None:
-        self.till = NoonBudget(usd) if usd is not None else None
+        self.budget = NoonBudget(usd) if usd is not None else None
         self.account = Account(
             "upstream:test",
             limit=FixedLimit(slots),
             quotas=RateLimiter(quotas),
             breaker=Breaker(BreakerRules(reset_timeout=10.0), draw=lambda: 0.0),
-            budgets=lambda _: () if self.till is None else (self.till,),
+            budgets=lambda _: () if self.budget is None else (self.budget,),
             max_wait=max_wait,
             draw=lambda: 0.0,
         )
 
-    def go(self, now: float = 0.0, **how: object) -> Permit:
-        """A call that is let go at once."""
+    def admit(self, now: float = 0.0, **how: object) -> Permit:
+        """Return the permit of a call that is admitted at once."""
         answer = self.account.try_acquire(now, CallRequest(**how))  # type: ignore[arg-type]
         assert isinstance(answer, Admitted), answer
         return answer.permit
 
-    def no(self, now: float = 0.0, **how: object) -> Rejected:
-        """A call that is refused at once."""
+    def reject(self, now: float = 0.0, **how: object) -> Rejected:
+        """Return the rejection of a call that is rejected at once."""
         answer = self.account.try_acquire(now, CallRequest(**how))  # type: ignore[arg-type]
         assert isinstance(answer, Rejected), answer
         return answer
 
-    def wait(self, now: float = 0.0, **how: object) -> tuple[QueuedCall, RecordingWaiter]:
-        """A call that has to wait, and does."""
-        ask, caller = CallRequest(**how), RecordingWaiter()  # type: ignore[arg-type]
-        assert isinstance(self.account.try_acquire(now, ask), Queued)
-        waiting = self.account.enqueue(now, ask, caller)
+    def enqueue(self, now: float = 0.0, **how: object) -> tuple[QueuedCall, RecordingWaiter]:
+        """Return the queue entry and the waiter of a call that has to wait."""
+        request, caller = CallRequest(**how), RecordingWaiter()  # type: ignore[arg-type]
+        assert isinstance(self.account.try_acquire(now, request), Queued)
+        waiting = self.account.enqueue(now, request, caller)
         self.account.serve_queue(now)
         return waiting, caller
 
-    def end(self, now: float, permit: Permit, ended: CallOutcome = SUCCESS) -> None:
-        """A call ends."""
-        self.account.settle(now, permit, ended)
+    def settle(self, now: float, permit: Permit, outcome: CallOutcome = SUCCESS) -> None:
+        """Settle a call, and serve the queue."""
+        self.account.settle(now, permit, outcome)
         self.account.serve_queue(now)
 
-    def take(self, now: float, seconds: float = 1.0) -> None:
-        """A call that took so long is seen from its start to its end."""
-        self.end(now, self.go(now), CallOutcome(kind=Outcome.SUCCESS, latency=seconds))
+    def complete_call(self, now: float, seconds: float = 1.0) -> None:
+        """Admit a call and settle it as a success that took `seconds`."""
+        self.settle(now, self.admit(now), CallOutcome(kind=Outcome.SUCCESS, latency=seconds))
 
-    def break_down(self, now: float = 0.0) -> None:
-        """Five calls fail."""
+    def open_breaker(self, now: float = 0.0) -> None:
+        """Open the breaker by five failed calls."""
         for _ in range(5):
-            self.end(now, self.go(now), FAULT)
+            self.settle(now, self.admit(now), FAULT)
         assert self.account.breaker.state(now) is BreakerState.OPEN
 
 
-# --- the line ---
+# --- the queue ---
 
 
-def test_who_has_waited_four_times_as_long_as_is_typical_goes_one_rung_up() -> None:
-    house = AccountHarness()
-    house.take(0.0, seconds=1.0)
-    permit = house.go(0.0)
-    _, low = house.wait(0.0, priority=Priority.LOW)
+def test_a_call_that_waited_four_typical_waits_is_promoted_one_priority() -> None:
+    harness = AccountHarness()
+    harness.complete_call(0.0, seconds=1.0)
+    permit = harness.admit(0.0)
+    _, low = harness.enqueue(0.0, priority=Priority.LOW)
     flood: list[RecordingWaiter] = []
-    for second in range(1, 15):  # at each a HIGH call more; by the floor alone it would take 21
-        _, high = house.wait(second, priority=Priority.HIGH)
-        house.end(second, permit)
+    for second in range(1, 15):  # one more HIGH call each; by the one in 21 alone it would take 21
+        _, high = harness.enqueue(second, priority=Priority.HIGH)
+        harness.settle(second, permit)
         if isinstance(low.decision, Admitted):
             return
         flood.append(high)
         permit = next(caller.decision.permit for caller in flood if isinstance(caller.decision, Admitted))
         flood = [caller for caller in flood if caller.decision is None]
-    pytest.fail("under a flood of HIGH calls the LOW one waited for more than four typical times")
+    pytest.fail("under a flood of HIGH calls the LOW one waited for more than four typical waits")
 
 
-def test_under_a_flood_of_better_calls_every_twenty_first_is_of_the_rung_that_was_passed_over() -> None:
-    house = AccountHarness()
-    permit = house.go()
-    _, low = house.wait(priority=Priority.LOW)
-    flood = [house.wait(priority=Priority.HIGH)[1] for _ in range(30)]
+def test_under_a_flood_of_higher_priority_every_twenty_first_call_is_of_the_lower_one() -> None:
+    harness = AccountHarness()
+    permit = harness.admit()
+    _, low = harness.enqueue(priority=Priority.LOW)
+    flood = [harness.enqueue(priority=Priority.HIGH)[1] for _ in range(30)]
     served: list[RecordingWaiter] = []
     for _ in range(31):
-        house.end(0.0, permit)  # in no time, so none of them goes a rung up
+        harness.settle(0.0, permit)  # in no time, so none of them is promoted
         served += [caller for caller in (low, *flood) if isinstance(caller.decision, Admitted) and caller not in served]
         permit = served[-1].decision.permit  # type: ignore[union-attr]
     assert served.index(low) == 20
 
 
-def test_a_deadline_that_passes_in_the_line_is_told_wherever_its_call_stands() -> None:
-    house = AccountHarness()
-    house.go(0.0)
-    _, head = house.wait(0.0, priority=Priority.HIGH)
-    _, behind = house.wait(0.0, deadline=5.0)
-    house.account.serve_queue(2.0)
-    assert head.looks_at == 5.0
-    head.looks_at = None
-    house.account.serve_queue(5.0)
+def test_a_deadline_that_passes_in_the_queue_rejects_its_call_at_any_position() -> None:
+    harness = AccountHarness()
+    harness.admit(0.0)
+    _, head = harness.enqueue(0.0, priority=Priority.HIGH)
+    _, behind = harness.enqueue(0.0, deadline=5.0)
+    harness.account.serve_queue(2.0)
+    assert head.wake_time == 5.0
+    head.wake_time = None
+    harness.account.serve_queue(5.0)
     assert isinstance(behind.decision, Rejected)
     assert "deadline" in behind.decision.reason
     assert head.decision is None
-    assert head.looks_at is None, "a deadline that has passed is looked at again and again"
+    assert head.wake_time is None, "the head wakes again and again for a deadline that has passed"
 
 
-def test_a_call_that_has_become_larger_than_its_bucket_while_it_waited_takes_nobody_elses_seat() -> None:
-    house = AccountHarness(10)
-    permit = house.go(charge=Charge(tokens=500))
-    house.account.answer_began(0.1, permit, [RateLimitHeaders(unit="tokens", limit=1_000, remaining=500, reset=30.0)])
-    _, caller = house.wait(0.2, charge=Charge(tokens=550), deadline=100.0)
-    for _ in range(2):  # a limit that differs must be said twice
-        house.account.answer_began(1.0, permit, [RateLimitHeaders(unit="tokens", limit=400, remaining=0, reset=60.0)])
-    house.account.serve_queue(100.0)
+def test_a_queued_call_that_became_larger_than_its_bucket_takes_no_retry_slot() -> None:
+    harness = AccountHarness(10)
+    permit = harness.admit(charge=Charge(tokens=500))
+    harness.account.answer_began(0.1, permit, [RateLimitHeaders(unit="tokens", limit=1_000, remaining=500, reset=30.0)])
+    _, caller = harness.enqueue(0.2, charge=Charge(tokens=550), deadline=100.0)
+    for _ in range(2):  # a changed limit counts once it is reported twice
+        harness.account.answer_began(1.0, permit, [RateLimitHeaders(unit="tokens", limit=400, remaining=0, reset=60.0)])
+    harness.account.serve_queue(100.0)
     assert isinstance(caller.decision, Rejected)
     assert caller.decision.retry_after is None
-    house.go(100.0, charge=Charge(tokens=390))
-    again = house.no(100.0, charge=Charge(tokens=390), deadline=120.0).retry_after
-    assert again is not None
-    assert math.isfinite(again)
+    harness.admit(100.0, charge=Charge(tokens=390))
+    retry_after = harness.reject(100.0, charge=Charge(tokens=390), deadline=120.0).retry_after
+    assert retry_after is not None
+    assert math.isfinite(retry_after)
 
 
-def test_a_call_whose_deadline_has_passed_is_not_sent_though_there_is_room() -> None:
-    assert "deadline" in AccountHarness().no(9.0, deadline=9.0).reason
+def test_a_call_past_its_deadline_is_rejected_though_there_is_capacity() -> None:
+    assert "deadline" in AccountHarness().reject(9.0, deadline=9.0).reason
 
 
-def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_refused_at_once() -> None:
-    house = AccountHarness()
-    house.take(0.0, seconds=8.0)
-    house.go(0.0)
-    refused = house.no(0.0, deadline=15.0)
-    assert "wait about 8 s" in refused.reason
-    assert "too much of the 15 s to its deadline" in refused.reason
-    assert refused.limited_by == "concurrency"  # what would have to grow
-    house.wait(0.0, deadline=17.0)
+def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_rejected_at_once() -> None:
+    harness = AccountHarness()
+    harness.complete_call(0.0, seconds=8.0)
+    harness.admit(0.0)
+    rejection = harness.reject(0.0, deadline=15.0)
+    assert "wait about 8 s" in rejection.reason
+    assert "too much of the 15 s to its deadline" in rejection.reason
+    assert rejection.limited_by == "concurrency"  # the limit that would have to grow
+    harness.enqueue(0.0, deadline=17.0)
 
 
-def test_one_whose_deadline_is_too_near_comes_back_when_half_of_such_a_time_is_enough() -> None:
-    house = AccountHarness()
-    house.take(0.0, seconds=8.0)
-    house.go(0.0)
-    house.wait(0.0)
-    house.wait(0.0)  # so the next one would wait for 24 s
-    again = house.no(0.0, deadline=20.0).retry_after
-    assert again is not None
-    assert again >= 24.0 - 10.0
+def test_a_call_with_too_near_a_deadline_may_retry_when_half_of_its_time_is_enough() -> None:
+    harness = AccountHarness()
+    harness.complete_call(0.0, seconds=8.0)
+    harness.admit(0.0)
+    harness.enqueue(0.0)
+    harness.enqueue(0.0)  # so the next one would wait 24 s
+    retry_after = harness.reject(0.0, deadline=20.0).retry_after
+    assert retry_after is not None
+    assert retry_after >= 24.0 - 10.0
 
 
-def test_a_call_may_wait_no_longer_than_leaves_enough_of_its_time_for_nearly_every_call() -> None:
-    house = AccountHarness()
+def test_a_call_may_wait_while_the_time_left_is_enough_for_nearly_every_call() -> None:
+    harness = AccountHarness()
     for seconds in (16.0, *(4.0 for _ in range(19))):
-        house.take(0.0, seconds=seconds)
-    house.account.durations.held = 8.0
-    house.go(0.0)
-    assert house.no(0.0, deadline=27.0).limited_by == "concurrency"  # it would have 19 left, and one call took 16
-    house.wait(0.0, deadline=29.0)  # a quarter more than that
+        harness.complete_call(0.0, seconds=seconds)
+    harness.account.durations.held = 8.0
+    harness.admit(0.0)
+    assert harness.reject(0.0, deadline=27.0).limited_by == "concurrency"  # 19 s would be left; one took 16 s
+    harness.enqueue(0.0, deadline=29.0)  # a quarter more than 16 s would be left
 
 
-def test_however_long_calls_take_one_may_wait_for_an_eighth_of_its_time() -> None:
-    house = AccountHarness()
+def test_however_long_calls_take_a_call_may_wait_for_an_eighth_of_its_time() -> None:
+    harness = AccountHarness()
     for _ in range(20):
-        house.take(0.0, seconds=60.0)
-    house.account.durations.held = 2.0
-    house.go(0.0)
-    house.no(0.0, deadline=15.0)
-    house.wait(0.0, deadline=17.0)
+        harness.complete_call(0.0, seconds=60.0)
+    harness.account.durations.held = 2.0
+    harness.admit(0.0)
+    harness.reject(0.0, deadline=15.0)
+    harness.enqueue(0.0, deadline=17.0)
 
 
-@pytest.mark.parametrize(("left_at", "answer"), [(10.0, Rejected), (9.0, Queued)], ids=["at its deadline", "before"])
-def test_calls_that_are_cut_off_at_their_deadline_are_known_to_take_longer(left_at: float, answer: type) -> None:
-    house = AccountHarness()
+@pytest.mark.parametrize(("ended_at", "answer"), [(10.0, Rejected), (9.0, Queued)], ids=["at its deadline", "before"])
+def test_calls_cut_off_at_their_deadline_count_as_longer_ones(ended_at: float, answer: type) -> None:
+    harness = AccountHarness()
     for _ in range(20):
-        permit = house.go(0.0, deadline=10.0)
-        house.end(left_at, permit, CallOutcome(kind=Outcome.IGNORED))
-    house.account.durations.held = 9.0
-    house.go(0.0)
-    assert isinstance(
-        house.account.try_acquire(0.0, CallRequest(deadline=20.0)), answer
-    )  # half of it would do, but for the cut-off
+        permit = harness.admit(0.0, deadline=10.0)
+        harness.settle(ended_at, permit, CallOutcome(kind=Outcome.IGNORED))
+    harness.account.durations.held = 9.0
+    harness.admit(0.0)
+    # Half of its time would do if those calls had not been cut off.
+    assert isinstance(harness.account.try_acquire(0.0, CallRequest(deadline=20.0)), answer)
 
 
-def late(house: AccountHarness, now: float, *, seconds: float) -> Admitted | Rejected | None:
-    """What a call is told whose turn comes when two of its ten seconds are left, by those that took `seconds`."""
+def decide_late(harness: AccountHarness, now: float, *, seconds: float) -> Admitted | Rejected | None:
+    """Return the decision on a call with two of its ten seconds left, after calls that took `seconds`."""
     for _ in range(20):
-        house.take(now, seconds=seconds)
-    holder = house.go(now)
-    _, caller = house.wait(now, deadline=now + 10.0)
-    house.end(now + 8.0, holder)
+        harness.complete_call(now, seconds=seconds)
+    holder = harness.admit(now)
+    _, caller = harness.enqueue(now, deadline=now + 10.0)
+    harness.settle(now + 8.0, holder)
     if isinstance(caller.decision, Admitted):
-        house.end(now + 8.0, caller.decision.permit)
+        harness.settle(now + 8.0, caller.decision.permit)
     return caller.decision
 
 
-def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_make_it() -> None:
-    house = AccountHarness()
-    assert isinstance(late(house, 0.0, seconds=2.1), Admitted)  # one in ten seconds shows whether the estimate is right
-    given = late(house, 9.0, seconds=2.1)
-    assert isinstance(given, Rejected)
-    assert given.limited_by == "deadline"
-    assert isinstance(late(house, 9.5, seconds=1.9), Admitted)
-    assert isinstance(late(house, 18.0, seconds=2.1), Admitted)
+def test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_meet_its_deadline() -> None:
+    harness = AccountHarness()
+    assert isinstance(decide_late(harness, 0.0, seconds=2.1), Admitted)  # one call in ten seconds tests the estimate
+    decision = decide_late(harness, 9.0, seconds=2.1)
+    assert isinstance(decision, Rejected)
+    assert decision.limited_by == "deadline"
+    assert isinstance(decide_late(harness, 9.5, seconds=1.9), Admitted)
+    assert isinstance(decide_late(harness, 18.0, seconds=2.1), Admitted)
 
 
-def test_where_others_wait_who_have_more_time_a_late_call_has_to_be_likely_to_make_it() -> None:
-    house = AccountHarness()
+def test_while_calls_with_more_time_wait_a_late_call_must_be_likely_to_meet_its_deadline() -> None:
+    harness = AccountHarness()
     for number in range(20):
-        house.take(0.0, seconds=1.0 if number % 2 else 3.0)
-    for now, others, answer in (
-        (0.0, 0, Admitted),
-        (20.0, 1, Admitted),
-        (29.0, 1, Rejected),
-        (30.0, 0, Admitted),
-    ):  # one in ten seconds
-        house.account.durations.held = 1.0
-        holder = house.go(now)
-        _, caller = house.wait(now, deadline=now + 10.0)
-        waiting = [house.wait(now)[0] for _ in range(others)]
-        house.end(now + 8.0, holder)
+        harness.complete_call(0.0, seconds=1.0 if number % 2 else 3.0)
+    # One call in ten seconds tests the estimate.
+    for now, others, answer in ((0.0, 0, Admitted), (20.0, 1, Admitted), (29.0, 1, Rejected), (30.0, 0, Admitted)):
+        harness.account.durations.held = 1.0
+        holder = harness.admit(now)
+        _, caller = harness.enqueue(now, deadline=now + 10.0)
+        waiting = [harness.enqueue(now)[0] for _ in range(others)]
+        harness.settle(now + 8.0, holder)
         assert isinstance(caller.decision, answer)
         if isinstance(caller.decision, Admitted):
-            house.end(now + 8.0, caller.decision.permit)
+            harness.settle(now + 8.0, caller.decision.permit)
         for other in waiting:
-            if isinstance(given := other.waiter.decision, Admitted):
-                house.end(now + 8.0, given.permit)
+            if isinstance(decision := other.waiter.decision, Admitted):
+                harness.settle(now + 8.0, decision.permit)
 
 
-def test_a_call_is_not_held_to_times_of_which_too_few_are_known() -> None:
-    house = AccountHarness()
+def test_too_few_known_durations_reject_no_late_call() -> None:
+    harness = AccountHarness()
     for _ in range(7):
-        house.take(0.0, seconds=5.0)
-    house.account.durations.held = 0.1
+        harness.complete_call(0.0, seconds=5.0)
+    harness.account.durations.held = 0.1
     for second in (0.0, 1.0):
-        holder = house.go(second)
-        _, caller = house.wait(second, deadline=second + 10.0)
-        house.end(second + 8.0, holder, CallOutcome(kind=Outcome.IGNORED))
+        holder = harness.admit(second)
+        _, caller = harness.enqueue(second, deadline=second + 10.0)
+        harness.settle(second + 8.0, holder, CallOutcome(kind=Outcome.IGNORED))
         assert isinstance(caller.decision, Admitted)
-        house.end(second + 8.0, caller.decision.permit, FAULT)
+        harness.settle(second + 8.0, caller.decision.permit, FAULT)
 
 
-def test_a_call_with_little_time_from_the_first_is_let_go_at_once() -> None:
-    house = AccountHarness(9)
+def test_a_call_with_little_time_from_the_start_is_admitted_at_once() -> None:
+    harness = AccountHarness(9)
     for _ in range(20):
-        house.take(0.0, seconds=5.0)
+        harness.complete_call(0.0, seconds=5.0)
     for _ in range(3):
-        house.go(0.0, deadline=1.0)
+        harness.admit(0.0, deadline=1.0)
 
 
-def test_a_call_that_is_tried_again_late_is_judged_by_the_time_it_had_at_first() -> None:
-    house = AccountHarness(9)
+def test_a_late_retry_is_judged_by_the_time_that_its_call_had_at_first() -> None:
+    harness = AccountHarness(9)
     for _ in range(20):
-        house.take(0.0, seconds=5.0)
-    ask = CallRequest(deadline=10.0)
-    for now, answer in (
-        (0.0, Admitted),
-        (6.0, Admitted),
-        (8.0, Admitted),
-        (8.1, Rejected),
-    ):  # of the last quarter one in ten seconds
-        assert isinstance(house.account.try_acquire(now, ask), answer)
+        harness.complete_call(0.0, seconds=5.0)
+    request = CallRequest(deadline=10.0)
+    # In the last quarter, one call in ten seconds tests the estimate.
+    for now, answer in ((0.0, Admitted), (6.0, Admitted), (8.0, Admitted), (8.1, Rejected)):
+        assert isinstance(harness.account.try_acquire(now, request), answer)
 
 
-# --- how long it takes ---
+# --- latency ---
 
 
-def test_what_a_call_takes_is_learned_from_successes_over_their_stretch() -> None:
-    house = AccountHarness()
+def test_durations_are_learned_from_successes_divided_by_their_slowdown() -> None:
+    harness = AccountHarness()
     for tokens in range(100, 112):
-        house.account.latency_model.learn(tokens, 0.02 * tokens)
-    house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.SUCCESS, latency=6.0, output_tokens=100))
-    house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.FAULT, latency=60.0, output_tokens=100))
-    assert house.account.durations.typical == pytest.approx(2.0)
+        harness.account.latency_model.learn(tokens, 0.02 * tokens)
+    harness.settle(0.0, harness.admit(0.0), CallOutcome(kind=Outcome.SUCCESS, latency=6.0, output_tokens=100))
+    harness.settle(0.0, harness.admit(0.0), CallOutcome(kind=Outcome.FAULT, latency=60.0, output_tokens=100))
+    assert harness.account.durations.typical == pytest.approx(2.0)
 
 
-def test_a_slot_is_held_by_calls_that_were_cut_short_too_and_not_by_those_turned_away() -> None:
-    house = AccountHarness()
-    house.end(30.0, house.go(0.0), CallOutcome(kind=Outcome.IGNORED))
-    for _ in range(9):  # of ten in a row it makes an outage
-        house.end(31.0, house.go(31.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
-    assert house.account.durations.held == pytest.approx(30.0)
-    house.go(31.0)
-    assert house.account.expected_wait(31.0, CallRequest())[0] == pytest.approx(30.0)
+def test_the_time_a_slot_is_held_includes_cancelled_calls_and_not_throttled_ones() -> None:
+    harness = AccountHarness()
+    harness.settle(30.0, harness.admit(0.0), CallOutcome(kind=Outcome.IGNORED))
+    for _ in range(9):  # ten in a row would be an outage
+        harness.settle(31.0, harness.admit(31.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
+    assert harness.account.durations.held == pytest.approx(30.0)
+    harness.admit(31.0)
+    assert harness.account.expected_wait(31.0, CallRequest())[0] == pytest.approx(30.0)
 
 
-def test_a_stretch_is_taken_for_normal_only_with_half_of_the_limit_in_flight() -> None:
-    house = AccountHarness(8)
-    alone = house.go(0.0)
+def test_latency_is_taken_for_normal_only_below_half_of_the_limit_in_flight() -> None:
+    harness = AccountHarness(8)
+    alone = harness.admit(0.0)
     for tokens in range(100, 112):
-        house.account.observe_latency(0.0, alone, tokens, 0.01 * tokens)
+        harness.account.observe_latency(0.0, alone, tokens, 0.01 * tokens)
     for _ in range(4):
-        fifth = house.go(0.0)
+        fifth = harness.admit(0.0)
     for _ in range(100):
-        assert house.account.observe_latency(0.0, fifth, 100, 3.0) == pytest.approx(3.0)
+        assert harness.account.observe_latency(0.0, fifth, 100, 3.0) == pytest.approx(3.0)
 
 
-def test_one_who_is_sent_away_comes_back_when_the_line_is_short_enough_for_it() -> None:
-    house = AccountHarness(1000, Quota(requests=6, per="minute"), max_wait=60.0)
+def test_a_rejected_call_may_retry_when_the_queue_is_short_enough_for_it() -> None:
+    harness = AccountHarness(1000, Quota(requests=6, per="minute"), max_wait=60.0)
     for _ in range(6):
-        house.take(0.0, seconds=0.1)
+        harness.complete_call(0.0, seconds=0.1)
     for _ in range(6):
-        house.wait(0.0)
-    first, second = house.no(0.0).retry_after, house.no(0.0).retry_after
+        harness.enqueue(0.0)
+    first, second = harness.reject(0.0).retry_after, harness.reject(0.0).retry_after
     assert first is not None
     assert second is not None
-    assert first == pytest.approx(10.0 + 10.0, abs=2.0)  # a call goes each ten seconds
+    assert first == pytest.approx(10.0 + 10.0, abs=2.0)  # one call is served each ten seconds
     assert second == pytest.approx(first + 10.0, abs=2.0)
 
 
-def test_a_small_call_does_not_pass_those_who_wait_for_tokens() -> None:
-    house = AccountHarness(9, Quota(tokens=100, per="minute"))
-    house.go(0.0, charge=Charge(tokens=90))
-    house.wait(0.0, charge=Charge(tokens=90))
-    house.wait(0.0, charge=Charge(tokens=1))
+def test_a_small_call_does_not_overtake_calls_that_wait_for_tokens() -> None:
+    harness = AccountHarness(9, Quota(tokens=100, per="minute"))
+    harness.admit(0.0, charge=Charge(tokens=90))
+    harness.enqueue(0.0, charge=Charge(tokens=90))
+    harness.enqueue(0.0, charge=Charge(tokens=1))
 
 
-def test_those_who_wait_are_sent_away_as_soon_as_the_breaker_opens() -> None:
-    house = AccountHarness(5)
-    permits = [house.go() for _ in range(5)]
-    _, caller = house.wait()
-    for permit in permits:  # its holder looks at the line only later
-        house.account.settle(0.0, permit, FAULT)
+def test_queued_calls_are_rejected_as_soon_as_the_breaker_opens() -> None:
+    harness = AccountHarness(5)
+    permits = [harness.admit() for _ in range(5)]
+    _, caller = harness.enqueue()
+    for permit in permits:  # without serving the queue in between
+        harness.account.settle(0.0, permit, FAULT)
     assert isinstance(caller.decision, Rejected)
     assert caller.decision.limited_by == "breaker"
 
 
-def test_a_caller_whose_loop_has_closed_does_not_keep_what_it_was_given() -> None:
-    house = AccountHarness(1, Quota(requests=10, per="minute"), usd=9.0)
-    holder = house.go(0.0)
-    _, caller = house.wait(0.0, usd=1.0)
+def test_a_caller_whose_loop_has_closed_keeps_no_permit() -> None:
+    harness = AccountHarness(1, Quota(requests=10, per="minute"), usd=9.0)
+    holder = harness.admit(0.0)
+    _, caller = harness.enqueue(0.0, usd=1.0)
     caller.gone = True
-    house.end(0.0, holder)
-    assert house.account.in_flight == 0
-    assert house.till is not None
-    assert house.till.purse.remaining(43_200.0) == 9.0
-    assert house.account.quotas.levels(0.0)[0].remaining == 9.0
+    harness.settle(0.0, holder)
+    assert harness.account.in_flight == 0
+    assert harness.budget is not None
+    assert harness.budget.tracker.remaining(43_200.0) == 9.0
+    assert harness.account.quotas.levels(0.0)[0].remaining == 9.0
 
 
-# --- ends ---
+# --- outcomes ---
 
 
-def test_what_was_refused_for_its_rate_takes_nothing_and_holds_everybody() -> None:
-    house = AccountHarness(9, Quota(requests=10, per="minute"))
-    house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=7.0, usd=0.0))
-    answer = house.account.try_acquire(0.0, CallRequest())
+def test_a_rate_limited_call_uses_no_quota_and_blocks_all_calls() -> None:
+    harness = AccountHarness(9, Quota(requests=10, per="minute"))
+    harness.settle(
+        0.0, harness.admit(0.0), CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=7.0, usd=0.0)
+    )
+    answer = harness.account.try_acquire(0.0, CallRequest())
     assert isinstance(answer, Queued)
     assert answer.seconds == pytest.approx(7.0)
 
 
-def test_a_call_that_cost_more_than_was_thought_costs_that() -> None:
-    house = AccountHarness(9, usd=9.0)
-    house.end(0.0, house.go(0.0, usd=1.0), CallOutcome(kind=Outcome.SUCCESS, usd=3.0))
-    assert house.till is not None
-    assert house.till.purse.spent(43_200.0) == 3.0
+def test_a_call_that_cost_more_than_was_reserved_costs_that() -> None:
+    harness = AccountHarness(9, usd=9.0)
+    harness.settle(0.0, harness.admit(0.0, usd=1.0), CallOutcome(kind=Outcome.SUCCESS, usd=3.0))
+    assert harness.budget is not None
+    assert harness.budget.tracker.spent(43_200.0) == 3.0
 
 
-def test_what_failed_midway_costs_what_was_reserved() -> None:
-    house = AccountHarness(9, usd=9.0)
-    house.end(0.0, house.go(0.0, usd=2.0), FAULT)
-    assert house.till is not None
-    assert house.till.purse.spent(43_200.0) == 2.0
-    assert house.till.purse.remaining(43_200.0) == 7.0
+def test_a_failed_call_costs_the_reserved_amount() -> None:
+    harness = AccountHarness(9, usd=9.0)
+    harness.settle(0.0, harness.admit(0.0, usd=2.0), FAULT)
+    assert harness.budget is not None
+    assert harness.budget.tracker.spent(43_200.0) == 2.0
+    assert harness.budget.tracker.remaining(43_200.0) == 7.0
 
 
-def test_what_is_reserved_is_no_longer_there_for_others() -> None:
-    house = AccountHarness(9, usd=3.0)
-    house.go(0.0, usd=2.0)
-    assert house.no(0.0, usd=2.0).limited_by == "budget"
+def test_reserved_dollars_are_not_available_to_others() -> None:
+    harness = AccountHarness(9, usd=3.0)
+    harness.admit(0.0, usd=2.0)
+    assert harness.reject(0.0, usd=2.0).limited_by == "budget"
 
 
-def test_refusals_never_open_the_breaker_and_attempts_that_are_tried_again_neither() -> None:
-    house = AccountHarness(100)
+def test_throttled_calls_and_retried_attempts_never_open_the_breaker() -> None:
+    harness = AccountHarness(100)
     for _ in range(50):
-        house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
-        house.end(0.0, house.go(0.0), CallOutcome(kind=Outcome.FAULT, final=False))
-    assert house.account.breaker.state(0.0) is BreakerState.CLOSED
+        harness.settle(0.0, harness.admit(0.0), CallOutcome(kind=Outcome.OVERLOAD, released=True))
+        harness.settle(0.0, harness.admit(0.0), CallOutcome(kind=Outcome.FAULT, final=False))
+    assert harness.account.breaker.state(0.0) is BreakerState.CLOSED
 
 
 def test_a_probe_that_is_cancelled_is_given_back() -> None:
-    house = AccountHarness(9)
-    house.break_down()
-    probe = house.go(11.0)
-    assert house.no(11.0).limited_by == "breaker"
-    house.account.release_unsent(11.0, probe)
-    house.go(11.0)
+    harness = AccountHarness(9)
+    harness.open_breaker()
+    probe = harness.admit(11.0)
+    assert harness.reject(11.0).limited_by == "breaker"
+    harness.account.release_unsent(11.0, probe)
+    harness.admit(11.0)
 
 
 def test_a_probe_whose_caller_is_gone_is_given_back() -> None:
-    house = AccountHarness(1)
-    holder = house.go(0.0)
-    _, caller = house.wait(0.0)
+    harness = AccountHarness(1)
+    holder = harness.admit(0.0)
+    _, caller = harness.enqueue(0.0)
     caller.gone = True
-    house.account.breaker.trip(0.0)
-    house.end(11.0, holder)  # half-open by now, so the call that waits is the probe
+    harness.account.breaker.trip(0.0)
+    harness.settle(11.0, holder)  # half-open by now, so the queued call is the probe
     assert isinstance(caller.decision, Admitted)
-    house.go(11.0)
+    harness.admit(11.0)
 
 
-# --- what presses ---
+# --- load ---
 
 
-def test_the_load_is_full_while_the_provider_says_that_its_money_is_spent() -> None:
-    house = AccountHarness()
-    house.account.suspend(0.0, 3_600.0)
-    assert house.account.load(3_599.0, CallRequest(), NORMAL) == (1.0, "budget")
-    assert house.account.load(3_600.0, CallRequest(), NORMAL) == (0.0, "nothing")
+def test_the_load_is_full_while_the_spend_cap_of_the_provider_is_reached() -> None:
+    harness = AccountHarness()
+    harness.account.suspend(0.0, 3_600.0)
+    assert harness.account.load(3_599.0, CallRequest(), NORMAL) == (1.0, "budget")
+    assert harness.account.load(3_600.0, CallRequest(), NORMAL) == (0.0, "nothing")
 
 
-def test_the_load_counts_what_is_coming() -> None:
-    house = AccountHarness(1)
-    house.take(0.0, seconds=6.0)
-    house.account.expected_calls = 5
-    assert house.account.load(0.0, CallRequest(), NORMAL)[0] == pytest.approx(5 * 6.0 / 60.0)
+def test_the_load_counts_expected_calls() -> None:
+    harness = AccountHarness(1)
+    harness.complete_call(0.0, seconds=6.0)
+    harness.account.expected_calls = 5
+    assert harness.account.load(0.0, CallRequest(), NORMAL)[0] == pytest.approx(5 * 6.0 / 60.0)
 
 
-# --- whose account ---
+# --- accounts ---
 
 
 def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
-    books = AccountRegistry(UpstreamSettings("llm"), UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
-    assert books.account("gpt", "sk-one") is books.account("gpt", "sk-one")
-    assert len({books.account("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
+    registry = AccountRegistry(UpstreamSettings("llm"), UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
+    assert registry.account("gpt", "sk-one") is registry.account("gpt", "sk-one")
+    assert len({registry.account("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
 
 
 # --- deadlines ---
@@ -488,14 +481,14 @@ class FakeEntry:
     is_queued = True
 
 
-def test_deadlines_forget_who_has_left_and_keep_no_more_than_a_few_of_them() -> None:
+def test_a_deadline_heap_drops_withdrawn_entries_but_for_a_few() -> None:
     deadlines = DeadlineHeap[FakeEntry]()
     staying = FakeEntry()
     deadlines.add(1e9, staying, length=1)
     for moment in range(1000):
-        left = FakeEntry()
-        deadlines.add(moment, left, length=1)
-        left.is_queued = False
+        withdrawn = FakeEntry()
+        deadlines.add(moment, withdrawn, length=1)
+        withdrawn.is_queued = False
     assert len(deadlines) < 100
     assert deadlines.next_deadline() == 1e9
     assert deadlines.pop_overdue(1e9 - 1) is None
@@ -503,49 +496,49 @@ def test_deadlines_forget_who_has_left_and_keep_no_more_than_a_few_of_them() -> 
     assert deadlines.next_deadline() is None
 
 
-def test_who_may_wait_for_ever_has_no_deadline() -> None:
+def test_an_entry_without_a_deadline_is_not_in_the_heap() -> None:
     deadlines = DeadlineHeap[FakeEntry]()
     deadlines.add(math.inf, FakeEntry(), length=1)
     assert deadlines.next_deadline() is None
 
 
-def test_who_comes_while_the_probes_of_a_breaker_are_out_is_not_sent_away_for_as_long_as_they_may_take() -> None:
-    house = AccountHarness(5)
-    for permit in [house.go(1.0) for _ in range(5)]:
-        house.end(1.0, permit, FAULT)
-    assert house.no(1.0).limited_by == "breaker"
-    probe = house.go(20.0)
-    assert house.no(20.0).retry_after == 1.0  # and not after a minute, in which the probe must be answered
-    house.end(21.0, probe)
+def test_while_probes_are_in_flight_retry_after_is_shorter_than_their_timeout() -> None:
+    harness = AccountHarness(5)
+    for permit in [harness.admit(1.0) for _ in range(5)]:
+        harness.settle(1.0, permit, FAULT)
+    assert harness.reject(1.0).limited_by == "breaker"
+    probe = harness.admit(20.0)
+    assert harness.reject(20.0).retry_after == 1.0  # not a minute, the time that the probe has
+    harness.settle(21.0, probe)
 
 
-REFUSED = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
+THROTTLED = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
 
 
-def test_while_all_is_refused_for_longer_than_anybody_waits_nobody_waits() -> None:
-    house = AccountHarness(2, max_wait=30.0)
+def test_in_an_outage_longer_than_max_wait_no_call_waits() -> None:
+    harness = AccountHarness(2, max_wait=30.0)
     for _ in range(10):
-        house.end(0.0, house.go(0.0), REFUSED)
-    _, caller = house.wait(0.5)
+        harness.settle(0.0, harness.admit(0.0), THROTTLED)
+    _, caller = harness.enqueue(0.5)
     now = 0.0
     while caller.decision is None or isinstance(caller.decision, Admitted):
-        now = house.account.limit.reopens_at(now) or now + 0.1
-        house.account.serve_queue(now)
-        if isinstance(caller.decision, Admitted):  # it knocks in vain, and comes again
+        now = harness.account.limit.reopens_at(now) or now + 0.1
+        harness.account.serve_queue(now)
+        if isinstance(caller.decision, Admitted):  # a trial call: it is throttled and retried
             permit = caller.decision.permit
             caller.decision = None
-            house.end(now, permit, REFUSED)
+            harness.settle(now, permit, THROTTLED)
             if now < 30.0:
-                _, caller = house.wait(now)
+                _, caller = harness.enqueue(now)
             else:
                 break
     assert 30.0 <= now <= 35.0
-    refusal = house.no(now)
-    assert refusal.limited_by == "outage"
-    assert house.account.load(now, CallRequest(), NORMAL) == (1.0, "outage")
-    when = house.account.limit.reopens_at(now)
+    rejection = harness.reject(now)
+    assert rejection.limited_by == "outage"
+    assert harness.account.load(now, CallRequest(), NORMAL) == (1.0, "outage")
+    when = harness.account.limit.reopens_at(now)
     assert when is not None
-    assert refusal.retry_after == pytest.approx(when - now)
-    assert house.account.load(when, CallRequest(), NORMAL)[0] < 1.0  # the next may knock
-    house.end(when, house.go(when))
-    house.go(when)
+    assert rejection.retry_after == pytest.approx(when - now)
+    assert harness.account.load(when, CallRequest(), NORMAL)[0] < 1.0  # the next may be a trial call
+    harness.settle(when, harness.admit(when))
+    harness.admit(when)

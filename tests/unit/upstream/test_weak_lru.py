@@ -1,4 +1,4 @@
-"""Accounts and purses by the thousand: the bound holds, and nothing is there twice that somebody still uses."""
+"""The cache of accounts and budgets: it stays bounded, and an entry in use is never made a second time."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ from forebay.testing import virtual
 from forebay.upstream.weak_lru import WeakLRU
 
 
-class Thing:
-    """What is kept."""
+class Entry:
+    """An entry of the cache."""
 
     def __init__(self, key: int) -> None:
         self.key = key
 
 
-def test_the_latest_are_kept_and_no_more() -> None:
-    kept = WeakLRU[int, Thing](10)
+def test_only_the_latest_entries_are_kept() -> None:
+    cache = WeakLRU[int, Entry](10)
     for key in range(100):
-        kept.get(key, Thing)
+        cache.get(key, Entry)
     gc.collect()
-    assert [thing.key for thing in kept.values()] == list(range(90, 100))
+    assert [entry.key for entry in cache.values()] == list(range(90, 100))
 
 
-def test_what_was_asked_for_lately_stays() -> None:
-    kept = WeakLRU[int, Thing](10)
+def test_a_recently_used_entry_stays() -> None:
+    cache = WeakLRU[int, Entry](10)
     for key in range(1, 100):
-        kept.get(0, Thing)
-        kept.get(key, Thing)
-    assert 0 in [thing.key for thing in kept.values()]
+        cache.get(0, Entry)
+        cache.get(key, Entry)
+    assert 0 in [entry.key for entry in cache.values()]
 
 
-def test_what_somebody_holds_is_found_whatever_came_since() -> None:
-    kept = WeakLRU[int, Thing](10)
-    held = kept.get(0, Thing)
+def test_an_entry_in_use_is_found_however_many_came_since() -> None:
+    cache = WeakLRU[int, Entry](10)
+    held = cache.get(0, Entry)
     for key in range(1, 100):
-        kept.get(key, Thing)
-    assert kept.get(0, Thing) is held
-    assert held in kept.values()
+        cache.get(key, Entry)
+    assert cache.get(0, Entry) is held
+    assert held in cache.values()
 
 
-# --- what hangs on it ---
+# --- accounts and budgets ---
 
 
-async def others_come(upstream: Upstream, **how: Any) -> None:
-    """More accounts, and more tenants, than are kept."""
+async def call_others(upstream: Upstream, **how: Any) -> None:
+    """Make calls for more accounts and tenants than the cache keeps."""
     for number in range(10_001):
         async with upstream.call(f"model-{number % 1_001}", tenant=f"tenant-{number}", **how):
             pass
 
 
 @virtual
-async def test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_time() -> None:
+async def test_an_account_that_a_call_holds_is_not_opened_a_second_time() -> None:
     upstream = Upstream("llm", models={"own": []}, max_concurrent=1)
-    later = upstream.call("own")  # it has its account, and has not asked it yet
-    await others_come(upstream)
+    later = upstream.call("own")  # it has its account, and has not requested a permit
+    await call_others(upstream)
     async with upstream.call("own"):
         entering = asyncio.create_task(later.__aenter__())
         await asyncio.sleep(1.0)
@@ -71,20 +71,20 @@ async def test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_tim
 
 
 @virtual
-async def test_money_that_a_call_holds_is_not_there_a_second_time() -> None:
+async def test_dollars_that_a_call_reserved_are_not_available_a_second_time() -> None:
     prices = {"*": Price(input=1_000_000, output=0)}
     upstream = Upstream("llm", tenant_budget=Budget(usd=1), prices=prices)
     async with upstream.call("model", input_tokens=1, tenant="acme"):
-        await others_come(upstream)
+        await call_others(upstream)
         with pytest.raises(Overloaded, match="overspent"):
             async with upstream.call("model", input_tokens=1, tenant="acme"):
                 pass
 
 
-def test_what_a_run_draws_on_stays_the_same_however_many_others_there_are() -> None:
+def test_the_load_source_of_a_run_stays_the_same_however_many_others_there_are() -> None:
     upstream = Upstream("llm", models={"a": [], "b": []}, fallback=Fallback("b", models="a"))
-    desks = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
-    choice = upstream.runner.resolver.any_of(desks)
+    accounts = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
+    any_of = upstream.runner.resolver.any_of(accounts)
     for number in range(1_001):
-        upstream.runner.resolver.any_of([upstream.core.accounts.account(f"model-{number}"), desks[1]])
-    assert upstream.runner.resolver.any_of(desks) is choice
+        upstream.runner.resolver.any_of([upstream.core.accounts.account(f"model-{number}"), accounts[1]])
+    assert upstream.runner.resolver.any_of(accounts) is any_of

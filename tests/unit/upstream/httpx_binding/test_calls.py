@@ -1,4 +1,4 @@
-"""Calls of bound httpx clients: what passes, what is tried again, what is refused, and what is left behind."""
+"""Calls of bound httpx clients: responses, retries, streams and rejections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.upstream.httpx_binding.wire import (
     STOP,
     STREAM,
     URL,
-    Says,
+    Reply,
     Script,
     left,
     words,
@@ -44,9 +44,9 @@ def upstream(**how: Any) -> Upstream:
     return Upstream("key", **{"provider": "openai", **how})
 
 
-def only(up: Upstream) -> SharedAccount:
-    (desk,) = up.core.accounts
-    return desk
+def only_account(up: Upstream) -> SharedAccount:
+    (shared,) = up.core.accounts
+    return shared
 
 
 async def ask(client: Any, **body: Any) -> Any:
@@ -58,14 +58,14 @@ async def pieces(client: Any, **body: Any) -> list[bytes]:
         return [piece async for piece in response.aiter_raw()]
 
 
-# --- what passes ---
+# --- responses ---
 
 
 @LIBRARIES
 @virtual
-async def test_an_answer_passes_as_it_is_and_nothing_is_left_behind(http: ModuleType) -> None:
+async def test_a_response_passes_unchanged_and_nothing_is_left_behind(http: ModuleType) -> None:
     up = upstream()
-    script = Script(http, Says(headers={"x-request-id": "req_7"}))
+    script = Script(http, Reply(headers={"x-request-id": "req_7"}))
     response = await ask(script.client(up))
     assert response.json() == CHAT
     assert response.headers["x-request-id"] == "req_7"
@@ -75,12 +75,12 @@ async def test_an_answer_passes_as_it_is_and_nothing_is_left_behind(http: Module
 
 
 @LIBRARIES
-def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
+def test_in_a_plain_thread_a_response_passes_unchanged_too(http: ModuleType) -> None:
     up = upstream()
     script = Script(http)
     client = script.blocking_client(up)
     assert client.post(URL, json=REQUEST).json() == CHAT
-    script.answers = [Says.stream()]
+    script.replies = [Reply.stream()]
     with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         assert b"".join(response.iter_raw()) == b"".join([*words("The ", "Danube."), STOP, DONE])
     assert script.closed == 2
@@ -89,9 +89,9 @@ def test_so_it_does_in_a_plain_thread(http: ModuleType) -> None:
 
 @LIBRARIES
 @virtual
-async def test_usage_is_asked_for_in_a_stream_and_kept_from_whoever_did_not_ask(http: ModuleType) -> None:
+async def test_a_stream_asks_for_usage_and_hides_it_from_a_caller_who_did_not(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=1e5)})
-    script = Script(http, Says.stream(*STREAM))
+    script = Script(http, Reply.stream(*STREAM))
     client = script.client(up)
     assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
     assert json.loads(script.requests[0].content)["stream_options"] == {"include_usage": True}
@@ -100,8 +100,8 @@ async def test_usage_is_asked_for_in_a_stream_and_kept_from_whoever_did_not_ask(
 
 @LIBRARIES
 @virtual
-async def test_who_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
-    script = Script(http, Says.stream(*STREAM))
+async def test_a_caller_who_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
+    script = Script(http, Reply.stream(*STREAM))
     client = script.client(upstream())
     asked = {"stream_options": {"include_usage": True}}
     assert await pieces(client, **asked) == STREAM
@@ -110,11 +110,11 @@ async def test_who_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
 
 @LIBRARIES
 @virtual
-async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
+async def test_compressed_responses_are_metered_too(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=0)})
     zipped = {"content-encoding": "gzip"}
-    whole = Says(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
-    stream = Says.stream(gzip.compress(b"".join(STREAM)))
+    whole = Reply(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
+    stream = Reply.stream(gzip.compress(b"".join(STREAM)))
     stream.headers |= zipped
     client = Script(http, whole, stream).client(up)
     response = await ask(client)
@@ -125,8 +125,8 @@ async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
 
 
 @virtual
-async def test_what_is_signed_is_sent_as_it_is() -> None:
-    script = Script(httpx2, Says.stream(*STREAM))
+async def test_a_signed_request_is_sent_unchanged() -> None:
+    script = Script(httpx2, Reply.stream(*STREAM))
     client = script.client(upstream())
     signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
     body = json.dumps({**REQUEST, "stream": True}).encode()
@@ -141,21 +141,21 @@ async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
     client = Script(httpx2).client(up)
     for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
         await client.post(URL, json={**REQUEST, "model": model}, headers={header: "sk-secret"})
-    names = {desk.name for desk in up.core.accounts}
+    names = {shared.name for shared in up.core.accounts}
     assert {name.rpartition(":")[2] for name in names} == {"gpt-4o*", "o3"}
-    assert len(names) == 2  # the two headers bear the same key
+    assert len(names) == 2  # the first two headers carry the same key
     assert "secret" not in repr(names) + repr(up.statistics())
 
 
 @virtual
-async def test_headers_teach_the_account_its_quotas() -> None:
-    told = {
+async def test_the_account_learns_its_quotas_from_headers() -> None:
+    headers = {
         "x-ratelimit-limit-requests": "2",
         "x-ratelimit-remaining-requests": "0",
         "x-ratelimit-reset-requests": "60s",
     }
     up = upstream()
-    client = Script(httpx2, Says(headers=told), Says()).client(up)
+    client = Script(httpx2, Reply(headers=headers), Reply()).client(up)
     began = now()
     await ask(client)
     await ask(client)
@@ -163,7 +163,7 @@ async def test_headers_teach_the_account_its_quotas() -> None:
 
 
 def quota_left(up: Upstream) -> float:
-    (level,) = only(up).account.quotas.levels(now())
+    (level,) = only_account(up).account.quotas.levels(now())
     return level.remaining
 
 
@@ -173,49 +173,49 @@ def limits(remaining: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @virtual
-async def test_what_a_neighbour_takes_is_heard_of_a_moment_later_at_most(streamed: bool) -> None:  # noqa: FBT001
+async def test_usage_by_other_clients_is_read_from_headers_after_a_moment_at_most(streamed: bool) -> None:  # noqa: FBT001
     up = upstream()
-    answers = [Says.stream() if streamed else Says() for _ in range(4)]
-    for says, remaining in zip(answers, (99, 70, 60, 50), strict=True):
-        says.headers.update(limits(remaining))
-    client = Script(httpx2, *answers).client(up)
+    replies = [Reply.stream() if streamed else Reply() for _ in range(4)]
+    for reply, remaining in zip(replies, (99, 70, 60, 50), strict=True):
+        reply.headers.update(limits(remaining))
+    client = Script(httpx2, *replies).client(up)
     call = pieces if streamed else ask
     await call(client)
     await call(client)
-    assert quota_left(up) == pytest.approx(98, abs=0.1)  # ours alone: the second was not read
+    assert quota_left(up) == pytest.approx(98, abs=0.1)  # our own usage: the headers of the second were not read
     await asyncio.sleep(0.1)
     await call(client)
     assert quota_left(up) == pytest.approx(60, abs=0.1)
 
 
 @virtual
-async def test_the_headers_of_a_refusal_are_always_heard() -> None:
+async def test_the_headers_of_an_error_are_always_read() -> None:
     up = upstream(retry=Retry(max_attempts=1))
-    refused = Says.error(400)
-    refused.headers.update(limits(40))
-    client = Script(httpx2, Says(headers=limits(99)), refused).client(up)
+    error = Reply.error(400)
+    error.headers.update(limits(40))
+    client = Script(httpx2, Reply(headers=limits(99)), error).client(up)
     await ask(client)
     await ask(client)
     assert quota_left(up) == pytest.approx(40, abs=0.1)
 
 
-# --- what is tried again ---
+# --- retries ---
 
 
 @LIBRARIES
 @virtual
-async def test_faults_are_tried_again_until_one_attempt_succeeds(http: ModuleType) -> None:
+async def test_faults_are_retried_until_an_attempt_succeeds(http: ModuleType) -> None:
     up = upstream()
-    script = Script(http, Says.error(500), http.ConnectError("no route"), Says.error(502), Says())
+    script = Script(http, Reply.error(500), http.ConnectError("no route"), Reply.error(502), Reply())
     assert (await ask(script.client(up))).json() == CHAT
     assert len(script.requests) == 4
     assert left(up) == NOTHING
 
 
 @virtual
-async def test_a_body_that_breaks_off_is_asked_for_again() -> None:
+async def test_a_call_whose_response_body_breaks_off_is_retried() -> None:
     up = upstream()
-    script = Script(httpx2, Says(body=[b'{"id":', httpx2.ReadError("cut")]), Says())
+    script = Script(httpx2, Reply(body=[b'{"id":', httpx2.ReadError("cut")]), Reply())
     assert (await ask(script.client(up))).json() == CHAT
     assert script.closed == 2
     assert left(up) == NOTHING
@@ -223,9 +223,9 @@ async def test_a_body_that_breaks_off_is_asked_for_again() -> None:
 
 @LIBRARIES
 @virtual
-async def test_in_the_end_the_caller_gets_what_the_provider_said(http: ModuleType) -> None:
+async def test_after_the_last_retry_the_caller_gets_the_error_of_the_provider(http: ModuleType) -> None:
     up = upstream(retry=Retry(max_attempts=3))
-    script = Script(http, Says.error(500, "boom"))
+    script = Script(http, Reply.error(500, "boom"))
     response = await ask(script.client(up))
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "boom"
@@ -239,29 +239,29 @@ async def test_in_the_end_the_caller_gets_what_the_provider_said(http: ModuleTyp
 
 
 @virtual
-async def test_what_is_wrong_with_the_request_is_not_tried_again() -> None:
-    for answer in (Says.error(400), Says.error(401), Says.error(404), Says.error(500, x_should_retry="false")):
-        script = Script(httpx2, answer)
+async def test_a_request_error_is_not_retried() -> None:
+    for reply in (Reply.error(400), Reply.error(401), Reply.error(404), Reply.error(500, x_should_retry="false")):
+        script = Script(httpx2, reply)
         await ask(script.client(upstream()))
         assert len(script.requests) == 1
 
 
 @virtual
-async def test_a_body_that_is_read_as_it_is_sent_is_sent_once() -> None:
+async def test_a_streamed_request_body_is_sent_once() -> None:
     async def body() -> Any:
         yield b"x"
 
-    script = Script(httpx2, Says.error(500))
+    script = Script(httpx2, Reply.error(500))
     response = await script.client(upstream()).post("https://provider.test/v1/files", content=body())
     assert response.status_code == 500
     assert len(script.requests) == 1
 
 
 @virtual
-async def test_not_now_is_waited_for_and_uses_up_no_attempt() -> None:
+async def test_a_throttled_call_waits_and_uses_no_attempt() -> None:
     up = upstream(retry=Retry(max_attempts=2))
-    refusals = [Says.error(429, "tokens per min", retry_after="2") for _ in range(4)]
-    script = Script(httpx2, *refusals, Says())
+    throttled = [Reply.error(429, "tokens per min", retry_after="2") for _ in range(4)]
+    script = Script(httpx2, *throttled, Reply())
     began = now()
     assert (await ask(script.client(up))).status_code == 200
     assert now() - began >= 8.0
@@ -269,9 +269,9 @@ async def test_not_now_is_waited_for_and_uses_up_no_attempt() -> None:
 
 
 @virtual
-async def test_while_one_call_waits_for_its_rate_the_others_do_too() -> None:
+async def test_while_a_rate_limited_call_waits_all_others_wait_too() -> None:
     up = upstream()
-    client = Script(httpx2, Says.error(429, "requests per min", retry_after="5"), Says()).client(up)
+    client = Script(httpx2, Reply.error(429, "requests per min", retry_after="5"), Reply()).client(up)
     began = now()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(ask(client))
@@ -283,9 +283,9 @@ async def test_while_one_call_waits_for_its_rate_the_others_do_too() -> None:
 
 
 @virtual
-async def test_a_retry_after_of_a_day_is_not_slept() -> None:
+async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
     up = upstream()
-    script = Script(httpx2, Says.error(429, "requests per day", retry_after="86400"))
+    script = Script(httpx2, Reply.error(429, "requests per day", retry_after="86400"))
     began = now()
     response = await ask(script.client(up))
     assert response.status_code == 429
@@ -294,21 +294,21 @@ async def test_a_retry_after_of_a_day_is_not_slept() -> None:
 
 
 @virtual
-async def test_where_the_money_is_spent_nobody_asks_again() -> None:
+async def test_at_the_spend_cap_of_the_provider_calls_are_rejected() -> None:
     up = upstream()
-    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"))
+    script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"))
     client = script.client(up)
     assert (await ask(client)).status_code == 429
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert refused.value.retry_after == approximately(60.0)
+    assert rejection.value.retry_after == approximately(60.0)
     assert len(script.requests) == 1
 
 
 @virtual
-async def test_but_what_costs_nothing_is_asked() -> None:
+async def test_at_the_spend_cap_of_the_provider_a_free_request_is_still_sent() -> None:
     up = upstream()
-    script = Script(httpx2, Says.error(429, "You exceeded your current quota, check your spending limit"), Says())
+    script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"), Reply())
     client = script.client(up)
     assert (await ask(client)).status_code == 429
     assert (await client.get("https://provider.test/v1/models")).status_code == 200
@@ -318,49 +318,49 @@ async def test_but_what_costs_nothing_is_asked() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @virtual
-async def test_an_answer_that_is_fetched_says_nothing_of_how_long_one_takes_to_make(*, stream: bool) -> None:
+async def test_a_fetched_response_teaches_nothing_about_latency_and_tokens(*, stream: bool) -> None:
     up = upstream()
-    client = Script(httpx2, *[Says.stream() if stream else Says()] * 20).client(up)
+    client = Script(httpx2, *[Reply.stream() if stream else Reply()] * 20).client(up)
     for _ in range(20):
         assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
-    (desk,) = up.core.accounts
-    assert desk.account.latency_model.expected(100) is None
-    assert desk.token_estimates.output_tokens == TokenEstimates().output_tokens
+    (shared,) = up.core.accounts
+    assert shared.account.latency_model.expected(100) is None
+    assert shared.token_estimates.output_tokens == TokenEstimates().output_tokens
 
 
 @virtual
-async def test_what_costs_nothing_says_nothing_of_what_a_call_costs() -> None:
+async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> None:
     up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
-    client = Script(httpx2, *[Says()] * 21).client(up)
+    client = Script(httpx2, *[Reply()] * 21).client(up)
     await ask(client)
-    (desk,) = up.core.accounts
-    typical = desk._typical.usd
+    (shared,) = up.core.accounts
+    typical = shared._typical.usd
     assert typical > 0
     for _ in range(20):
         await client.get("https://provider.test/v1/models")
-    assert desk._typical.usd == typical
+    assert shared._typical.usd == typical
 
 
 @virtual
-async def test_but_for_an_hour_at_most_whatever_the_provider_says() -> None:
-    client = Script(httpx2, Says.error(402, "no", retry_after="9" * 40), Says()).client(upstream())
+async def test_at_the_spend_cap_calls_are_rejected_for_an_hour_at_most() -> None:
+    client = Script(httpx2, Reply.error(402, "no", retry_after="9" * 40), Reply()).client(upstream())
     assert (await ask(client)).status_code == 402
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert refused.value.retry_after == approximately(3600.0)
+    assert rejection.value.retry_after == approximately(3600.0)
     await asyncio.sleep(3600.0)
     assert (await ask(client)).status_code == 200
 
 
 @virtual
-async def test_too_many_at_once_lowers_the_limit() -> None:
+async def test_429_for_too_many_concurrent_requests_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
-    client = Script(httpx2, Says(), *[Says.error(429, "too many concurrent requests")] * 9).client(up)
+    client = Script(httpx2, Reply(), *[Reply.error(429, "too many concurrent requests")] * 9).client(up)
     await ask(client)
-    before = only(up).account.limit.limit(now())
+    before = only_account(up).account.limit.limit(now())
     for _ in range(8):
         await ask(client)
-    assert only(up).account.limit.limit(now()) < before
+    assert only_account(up).account.limit.limit(now()) < before
 
 
 # --- streams ---
@@ -369,17 +369,17 @@ async def test_too_many_at_once_lowers_the_limit() -> None:
 @virtual
 async def test_a_stream_holds_its_permit_until_it_ends() -> None:
     up = upstream()
-    client = Script(httpx2, Says.stream(pause=1.0)).client(up)
+    client = Script(httpx2, Reply.stream(pause=1.0)).client(up)
     async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
-        assert {only(up).account.in_flight async for _ in response.aiter_raw()} == {1}
+        assert {only_account(up).account.in_flight async for _ in response.aiter_raw()} == {1}
     assert left(up) == NOTHING
-    assert only(up).account.durations.typical == approximately(5.0)
+    assert only_account(up).account.durations.typical == approximately(5.0)
 
 
 @virtual
-async def test_who_hangs_up_pays_for_what_came() -> None:
+async def test_a_caller_who_closes_a_stream_early_pays_for_the_received_part() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
-    script = Script(httpx2, Says.stream(*words(*["word"] * 50)))
+    script = Script(httpx2, Reply.stream(*words(*["word"] * 50)))
     async with script.client(up).stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         async for _ in response.aiter_raw():
             break
@@ -389,32 +389,34 @@ async def test_who_hangs_up_pays_for_what_came() -> None:
 
 
 @virtual
-async def test_a_stream_that_breaks_is_a_fault_and_the_caller_sees_how() -> None:
+async def test_a_stream_that_breaks_off_is_a_fault_and_raises_the_error() -> None:
     up = upstream(retry=Retry(max_attempts=1))
-    client = Script(httpx2, Says.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
+    client = Script(httpx2, Reply.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
     for _ in range(5):
         with pytest.raises(httpx2.RemoteProtocolError, match="cut"):
             await pieces(client)
     assert left(up) == NOTHING
-    assert only(up).account.breaker.state(now()) is BreakerState.OPEN
+    assert only_account(up).account.breaker.state(now()) is BreakerState.OPEN
 
 
 @virtual
-async def test_so_is_one_that_ends_too_early_or_tells_of_an_error() -> None:
+async def test_a_stream_that_ends_too_early_or_with_an_error_event_is_a_fault() -> None:
     error = b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "x"}}\n\n'
     for end in ([], [error]):
         up = upstream(retry=Retry(max_attempts=1))
-        client = Script(httpx2, Says.stream(*words("a"), *end)).client(up)
+        client = Script(httpx2, Reply.stream(*words("a"), *end)).client(up)
         for _ in range(5):
             assert await pieces(client) == [*words("a"), *end]
-        assert only(up).account.breaker.state(now()) is BreakerState.OPEN
+        assert only_account(up).account.breaker.state(now()) is BreakerState.OPEN
         assert left(up) == NOTHING
 
 
 @virtual
-async def test_garbage_passes_and_settles_as_it_was_reserved() -> None:
+async def test_an_unparsable_response_passes_and_costs_the_reserved_amount() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
-    client = Script(httpx2, Says(body=[b"\xff\x00garbage"]), Says.stream(b"\xffgarbage\n\n", b"data: {\n\n")).client(up)
+    client = Script(httpx2, Reply(body=[b"\xff\x00garbage"]), Reply.stream(b"\xffgarbage\n\n", b"data: {\n\n")).client(
+        up
+    )
     assert (await ask(client)).content == b"\xff\x00garbage"
     assert up.statistics().spent_usd == 100.0  # max_tokens
     assert b"".join(await pieces(client)) == b"\xffgarbage\n\ndata: {\n\n"
@@ -423,46 +425,46 @@ async def test_garbage_passes_and_settles_as_it_was_reserved() -> None:
 
 @LIBRARIES
 @virtual
-async def test_a_stream_that_is_thrown_away_gives_its_permit_back(http: ModuleType) -> None:
+async def test_a_discarded_stream_returns_its_permit(http: ModuleType) -> None:
     up = upstream()
-    client = Script(http, Says.stream()).client(up)
+    client = Script(http, Reply.stream()).client(up)
     request = client.build_request("POST", URL, json={**REQUEST, "stream": True})
     response = await client.send(request, stream=True)
-    assert only(up).account.in_flight == 1
+    assert only_account(up).account.in_flight == 1
     del response
     gc.collect()
     await asyncio.sleep(0)
     assert left(up) == NOTHING
 
 
-def test_so_it_does_in_a_thread() -> None:
+def test_a_discarded_stream_in_a_thread_returns_its_permit() -> None:
     up = upstream()
-    client = Script(httpx2, Says.stream()).blocking_client(up)
+    client = Script(httpx2, Reply.stream()).blocking_client(up)
     response = client.send(client.build_request("POST", URL, json={**REQUEST, "stream": True}), stream=True)
     settled = threading.Event()
-    settle = only(up).settle
+    settle = only_account(up).settle
 
-    def watched(*given: Any) -> None:
-        settle(*given)
+    def watched(*arguments: Any) -> None:
+        settle(*arguments)
         settled.set()
 
-    only(up).settle = watched  # type: ignore[method-assign,assignment]
+    only_account(up).settle = watched  # type: ignore[method-assign,assignment]
     del response
     gc.collect()
     assert settled.wait(5.0)
     assert left(up) == NOTHING
 
 
-@pytest.mark.parametrize("says", [Says(), Says.stream(), Says.error(500)], ids=["whole", "stream", "error"])
-def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -> None:
+@pytest.mark.parametrize("reply", [Reply(), Reply.stream(), Reply.error(500)], ids=["whole", "stream", "error"])
+def test_a_call_cancelled_at_any_moment_leaves_nothing_behind(reply: Reply) -> None:
     @virtual
-    async def cancelled_after(turns: int) -> None:
+    async def cancelled_after(iterations: int) -> None:
         up = upstream(quotas=[Quota(requests=100, per="minute")], retry=Retry(base_delay=0.001, max_attempts=3))
-        script = Script(httpx2, says)
+        script = Script(httpx2, reply)
         client = script.client(up)
-        task = asyncio.create_task(pieces(client) if says.headers else ask(client))
-        for turn in range(turns):
-            await asyncio.sleep(0 if turn < 12 else 0.0002)  # retries wait for a time, all else for turns
+        task = asyncio.create_task(pieces(client) if reply.headers else ask(client))
+        for iteration in range(iterations):
+            await asyncio.sleep(0 if iteration < 12 else 0.0002)  # retries sleep
         ended.append(task.done())
         task.cancel()
         await asyncio.wait([task])
@@ -476,19 +478,19 @@ def test_cancelled_at_whatever_moment_a_call_leaves_nothing_behind(says: Says) -
     assert len(ended) > 3
 
 
-# --- refusals ---
+# --- rejections ---
 
 
 @LIBRARIES
 @virtual
-async def test_a_refusal_of_a_bare_client_is_both_ours_and_the_librarys(http: ModuleType) -> None:
+async def test_a_rejection_is_both_overloaded_and_an_error_of_the_http_library(http: ModuleType) -> None:
     up = upstream(quotas=[Quota(requests=1, per="day")])
     script = Script(http)
     client = script.client(up)
     await ask(client)
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    error = refused.value
+    error = rejection.value
     assert isinstance(error, http.HTTPError)
     assert not isinstance(error, http.TransportError)
     assert error.request.url == URL
@@ -501,7 +503,7 @@ async def test_a_refusal_of_a_bare_client_is_both_ours_and_the_librarys(http: Mo
 
 
 @virtual
-async def test_a_run_that_is_refused_ends_as_overloaded_whatever_is_made_of_the_exception() -> None:
+async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_it_raises() -> None:
     up = upstream(quotas=[Quota(requests=1, per="day")])
     script = Script(httpx2)
     client = script.client(up)
@@ -510,7 +512,7 @@ async def test_a_run_that_is_refused_ends_as_overloaded_whatever_is_made_of_the_
         try:
             await ask(client)
         except httpx2.HTTPError:
-            raise ValueError("what now") from None
+            raise ValueError("ours") from None
 
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("agent", handler=agent, task_types=["ask"])
@@ -521,26 +523,26 @@ async def test_a_run_that_is_refused_ends_as_overloaded_whatever_is_made_of_the_
 
 
 @virtual
-async def test_a_run_that_the_provider_refuses_for_good_ends_as_overloaded() -> None:
+async def test_a_run_whose_call_the_provider_throttles_to_the_end_ends_as_overloaded() -> None:
     up = upstream()
-    client = Script(httpx2, Says.error(429, "requests per day", retry_after="86400")).client(up)
+    client = Script(httpx2, Reply.error(429, "requests per day", retry_after="86400")).client(up)
 
     async def agent(_: Task) -> None:
         (await ask(client)).raise_for_status()
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("agent", handler=agent, task_types=["ask"])
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(Overloaded) as rejection:
             await supervisor.run(Task("ask"))
-        assert refused.value.retry_after == 86400.0
+        assert rejection.value.retry_after == 86400.0
 
 
 @virtual
-async def test_a_call_outside_of_a_task_is_counted_and_nobodys() -> None:
+async def test_a_call_outside_of_a_task_counts_and_belongs_to_no_task() -> None:
     up = upstream(task_budget=Budget(usd=1e-9, per="day"))
-    client = Script(httpx2, Says(pause=1.0)).client(up)
+    client = Script(httpx2, Reply(pause=1.0)).client(up)
     assert (await ask(client)).status_code == 200
-    assert only(up).account.durations.typical > 0
+    assert only_account(up).account.durations.typical > 0
 
 
 def test_threads_and_loops_share_one_account() -> None:
@@ -562,11 +564,11 @@ def test_threads_and_loops_share_one_account() -> None:
         thread.join(30)
     assert len(script.requests) == 60
     assert left(up) == NOTHING
-    assert max(desk.account.peak_in_flight for desk in up.core.accounts) <= 2
+    assert max(shared.account.peak_in_flight for shared in up.core.accounts) <= 2
 
 
 @virtual
-async def test_an_sdk_that_calls_again_what_was_given_up_is_told_the_same_at_once() -> None:
+async def test_an_sdk_that_retries_a_call_after_its_last_retry_gets_the_same_error_at_once() -> None:
     up = upstream(retry=Retry(max_attempts=2))
     script = Script(httpx2, httpx2.ConnectError("no route"))
     client = script.client(up)
@@ -580,10 +582,10 @@ async def test_an_sdk_that_calls_again_what_was_given_up_is_told_the_same_at_onc
 
 
 @virtual
-async def test_what_came_from_the_providers_cache_costs_what_that_costs() -> None:
+async def test_cached_input_tokens_cost_the_cached_price() -> None:
     price = Price(input=1e6, output=0, cached_input=1e5)
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": price})
     usage = {**CHAT["usage"], "prompt_tokens_details": {"cached_tokens": 10}}
-    client = Script(httpx2, Says(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
+    client = Script(httpx2, Reply(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
     await ask(client)
     assert up.statistics().spent_usd == 20 * 1.0 + 10 * 0.1

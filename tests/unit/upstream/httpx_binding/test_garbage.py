@@ -1,4 +1,4 @@
-"""Whatever a provider answers: callers get it, or an error of their library, or a refusal; and nothing is stuck."""
+"""Random replies of a provider: callers get them, an error of their library or a rejection, and no call hangs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import httpx2
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, STREAM, URL, Says, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, STREAM, URL, Reply, Script, left
 
 from forebay import Overloaded
 from forebay.quota import Budget, Price, Quota
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
 
-CALLS = 6  # before an unwell provider
-WELL_AGAIN_IN = 3_700.0  # seconds: an hour, if it said that the money is spent
+CALLS = 6  # while the provider sends garbage
+RECOVERY = 3_700.0  # seconds: over an hour, the longest pause after a reached spend cap
 
 NUMBERS: Final = ["", "-5", "0", "1", "0.5", "NaN", "inf", "1e999", "9" * 40, "abc", "\xff", "5, 7", "-0"]
 MOMENTS: Final = ["1999-01-01T00:00:00Z", "2999-13-99T99:99:99Z", "6m0s", "-3s", "1ms", "Wed, 21 Oct 2015 07:28:00 GMT"]
@@ -67,15 +67,15 @@ BREAKS: Final = ["no", "in the middle", "before"]
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> tuple[Says, str]:
-    """An answer, and whether it breaks off."""
-    told = draw(headers)
-    told["content-type"] = draw(st.sampled_from(KINDS))
+def replies(draw: st.DrawFn) -> tuple[Reply, str]:
+    """Return a reply, and where it breaks off."""
+    values = draw(headers)
+    values["content-type"] = draw(st.sampled_from(KINDS))
     if draw(st.booleans()):
-        told["content-encoding"] = draw(st.sampled_from(["gzip", "deflate", "none of these"]))
+        values["content-encoding"] = draw(st.sampled_from(["gzip", "deflate", "none of these"]))
     status = draw(st.sampled_from([200, 200, 204, 301, 400, 401, 402, 408, 413, 429, 429, 500, 503, 529, 599]))
-    wire: Any = {name.encode(): value.encode("latin-1") for name, value in told.items()}
-    return Says(status=status, body=list(draw(pieces)), headers=wire), draw(st.sampled_from(BREAKS))
+    wire: Any = {name.encode(): value.encode("latin-1") for name, value in values.items()}
+    return Reply(status=status, body=list(draw(pieces)), headers=wire), draw(st.sampled_from(BREAKS))
 
 
 def upstream() -> Upstream:
@@ -89,58 +89,58 @@ def upstream() -> Upstream:
 
 
 async def call(client: Any, http: ModuleType) -> str:
-    """What a call came to. Anything else is raised."""
+    """Make a call and return its end; raise any unexpected exception."""
     try:
-        answer = await client.post(URL, json={**REQUEST, "stream": True})
+        response = await client.post(URL, json={**REQUEST, "stream": True})
     except Overloaded:
-        return "refused"
+        return "rejected"
     except (http.HTTPError, http.StreamError):
         return "failed"
-    return str(answer.status_code)
+    return str(response.status_code)
 
 
 def check(up: Upstream) -> None:
-    """Nothing is held that no call holds, and no number of the account is beyond reason."""
+    """Check that no ended call holds anything, and that the numbers of the account are plausible."""
     assert left(up) == NOTHING
     spent = up.statistics().spent_usd
     assert spent is not None
     assert 0.0 <= spent < math.inf
-    for desk in up.core.accounts:
-        account = desk.account
+    for shared in up.core.accounts:
+        account = shared.account
         assert 0.0 <= account.durations.typical < 600.0
-        assert 0.1 <= desk.token_estimates.input_ratio.value <= 10.0
+        assert 0.1 <= shared.token_estimates.input_ratio.value <= 10.0
         for level in account.quotas.levels(asyncio.get_running_loop().time()):
             assert level.amount >= 1
             assert -level.amount <= level.remaining <= level.amount
 
 
 @pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
-@given(said=st.lists(answers(), min_size=1, max_size=CALLS))
-def test_whatever_it_answers_nothing_is_stuck_and_once_it_is_well_it_serves(
-    http: ModuleType, said: list[tuple[Says, str]]
+@given(script_of=st.lists(replies(), min_size=1, max_size=CALLS))
+def test_after_any_replies_no_call_hangs_and_a_recovered_provider_serves(
+    http: ModuleType, script_of: list[tuple[Reply, str]]
 ) -> None:
     async def main() -> None:
         up = upstream()
         script = Script(http)
-        script.answers = []
-        for says, breaks in said:
+        script.replies = []
+        for reply, breaks in script_of:
             broken = http.ReadError("cut")
             if breaks == "before":
-                script.answers.append(broken)
+                script.replies.append(broken)
             else:
-                script.answers.append(says)
+                script.replies.append(reply)
                 if breaks == "in the middle":
-                    says.body.append(broken)
+                    reply.body.append(broken)
         client = script.client(up)
         for _ in range(CALLS):
             await call(client, http)
             check(up)
-        script.answers = [Says.stream()]
-        await asyncio.sleep(WELL_AGAIN_IN)
-        for _ in range(5):  # a breaker may want to see two of them, and tell others to come again
-            came = await call(client, http)
+        script.replies = [Reply.stream()]
+        await asyncio.sleep(RECOVERY)
+        for _ in range(5):  # a breaker may need two probes, and rejects other calls meanwhile
+            end = await call(client, http)
             await asyncio.sleep(5.0)
-        assert came == "200"
+        assert end == "200"
         check(up)
 
     simulate(main)

@@ -1,4 +1,4 @@
-"""Providers without a network: they answer by a script, to httpx and to httpx2."""
+"""Scripted providers without a network, for httpx and httpx2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"
 
 
 def chunk(**fields: Any) -> bytes:
-    """One event of a chat stream."""
+    """Return one event of a chat stream."""
     return b"data: " + json.dumps({"id": "c", "object": "chat.completion.chunk", **fields}).encode() + b"\n\n"
 
 
@@ -34,17 +34,18 @@ def words(*texts: str) -> list[bytes]:
 
 
 STOP = chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
-TOLD = chunk(choices=[], usage=USAGE)
+USAGE_EVENT = chunk(choices=[], usage=USAGE)
 DONE = b"data: [DONE]\n\n"
-STREAM = [*words("The ", "Danube."), STOP, TOLD, DONE]
+STREAM = [*words("The ", "Danube."), STOP, USAGE_EVENT, DONE]
 
 
 @dataclass
-class Says:
-    """One answer.
+class Reply:
+    """One reply of a scripted provider.
 
     Attributes:
-        body: its pieces; each takes `pause` seconds, or a turn of the loop. An exception is raised in its place.
+        body: its pieces. An exception is raised in place of a piece.
+        pause: seconds before each piece; 0 is one iteration of the event loop.
     """
 
     status: int = 200
@@ -53,48 +54,50 @@ class Says:
     pause: float = 0.0
 
     @classmethod
-    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Says:
+    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Reply:
         return cls(body=list(pieces or STREAM), headers={"content-type": "text/event-stream"}, **rest)
 
     @classmethod
-    def error(cls, status: int, message: str = "no", **headers: str) -> Says:
+    def error(cls, status: int, message: str = "no", **headers: str) -> Reply:
         body = json.dumps({"error": {"message": message, "type": "x", "code": None}}).encode()
-        return cls(status=status, body=[body], headers={name.replace("_", "-"): told for name, told in headers.items()})
+        return cls(
+            status=status, body=[body], headers={name.replace("_", "-"): value for name, value in headers.items()}
+        )
 
 
 class Script:
-    """What a provider answers, call by call; the last answer is repeated.
+    """A provider that replies from a list, call by call; the last reply is repeated.
 
     Attributes:
-        requests: that it got.
-        opened: answers that were begun.
-        closed: those of them that were closed, whoever did it.
+        requests: all requests that it received.
+        opened: number of replies that it began.
+        closed: number of those that were closed.
     """
 
-    def __init__(self, http: ModuleType, *answers: Says | Exception) -> None:
+    def __init__(self, http: ModuleType, *replies: Reply | Exception) -> None:
         self.http = http
-        self.answers = list(answers) or [Says()]
+        self.replies = list(replies) or [Reply()]
         self.requests: list[Any] = []
         self.opened = 0
         self.closed = 0
 
-    def next(self, request: Any) -> Says:
+    def next(self, request: Any) -> Reply:
         self.requests.append(request)
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def asynchronous(self) -> Any:
         script, http = self, self.http
 
         class Pieces(http.AsyncByteStream):  # type: ignore[name-defined,misc]
-            def __init__(self, says: Says) -> None:
-                self.says = says
+            def __init__(self, reply: Reply) -> None:
+                self.reply = reply
 
             async def __aiter__(self) -> AsyncIterator[bytes]:
-                for piece in self.says.body:
-                    await asyncio.sleep(self.says.pause)
+                for piece in self.reply.body:
+                    await asyncio.sleep(self.reply.pause)
                     if isinstance(piece, Exception):
                         raise piece
                     yield piece
@@ -105,9 +108,9 @@ class Script:
         class Provider(http.AsyncBaseTransport):  # type: ignore[name-defined,misc]
             async def handle_async_request(self, request: Any) -> Any:
                 await asyncio.sleep(0)
-                says = script.next(request)
+                reply = script.next(request)
                 script.opened += 1
-                return http.Response(says.status, headers=says.headers, stream=Pieces(says))
+                return http.Response(reply.status, headers=reply.headers, stream=Pieces(reply))
 
         return Provider()
 
@@ -115,11 +118,11 @@ class Script:
         script, http = self, self.http
 
         class Pieces(http.SyncByteStream):  # type: ignore[name-defined,misc]
-            def __init__(self, says: Says) -> None:
-                self.says = says
+            def __init__(self, reply: Reply) -> None:
+                self.reply = reply
 
             def __iter__(self) -> Iterator[bytes]:
-                for piece in self.says.body:
+                for piece in self.reply.body:
                     if isinstance(piece, Exception):
                         raise piece
                     yield piece
@@ -129,26 +132,26 @@ class Script:
 
         class Provider(http.BaseTransport):  # type: ignore[name-defined,misc]
             def handle_request(self, request: Any) -> Any:
-                says = script.next(request)
+                reply = script.next(request)
                 script.opened += 1
-                return http.Response(says.status, headers=says.headers, stream=Pieces(says))
+                return http.Response(reply.status, headers=reply.headers, stream=Pieces(reply))
 
         return Provider()
 
     def client(self, upstream: Upstream | None = None, **how: Any) -> Any:
-        """An asynchronous client of this provider, bound if there is an upstream."""
+        """Return an asynchronous client of this provider, bound if an upstream is given."""
         client = self.http.AsyncClient(transport=self.asynchronous(), **how)
         return client if upstream is None else upstream.bind(client)
 
     def blocking_client(self, upstream: Upstream | None = None, **how: Any) -> Any:
-        """The same for plain threads."""
+        """Return a blocking client of this provider, bound if an upstream is given."""
         client = self.http.Client(transport=self.blocking(), **how)
         return client if upstream is None else upstream.bind(client)
 
 
 def left(upstream: Upstream) -> dict[str, float]:
-    """What the calls of an upstream have left behind; all of it should be 0."""
-    accounts = [desk.account for desk in upstream.core.accounts]
+    """Return what the calls of an upstream hold; all of it is 0 once they have ended."""
+    accounts = [shared.account for shared in upstream.core.accounts]
     return {
         "in_flight": sum(account.in_flight for account in accounts),
         "waiting": sum(len(account.queue) for account in accounts),
