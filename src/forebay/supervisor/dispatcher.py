@@ -188,7 +188,9 @@ class Dispatcher:
             self.slot_claims.grant(worker)
         pools = self._pools_of[worker]
         while worker.can_accept():
-            pool = next_pool(pools)
+            pool = pools[0] if len(pools) == 1 else next_pool(pools)
+            if pool is not None and not pool.queue.length:
+                pool = None
             if worker.sources and not self.start_gate.may_start_head(worker, pool):
                 pool = None
             if pool is None:
