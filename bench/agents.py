@@ -21,15 +21,15 @@ from typing import Final
 
 from bench.baselines.oracle_schedule import foresight, schedule
 from bench.calls.parallel_runs import SEEDS, rounded_median, run_parallel
-from bench.fleet.cases import CASES, OVER_SOCKETS, QUICK, Case
-from bench.fleet.ways import WAYS, Measured, over_sockets, virtually
+from bench.fleet.cases import CASES, OVER_SOCKETS, QUICK, FleetCase
+from bench.fleet.ways import WAYS, WayResult, over_sockets, virtually
 
 _HEAD: Final = (
     f"{'':46}{'agents failed':>18}{'seconds':>26}{'ratio':>8}{'calls made':>20}{'429s':>12}\n"
     f"{'':46}{'direct':>9}{'gateway':>9}{'direct':>8}{'gateway':>9}{'oracle':>9}{'':8}{'needed':>8}{'direct':>6}{'gw':>6}"
     f"{'direct':>7}{'gw':>5}"
 )
-Runs = Sequence[tuple[Case, Mapping[str, Measured]]]  # the seeds of one case, and the results of each way
+Runs = Sequence[tuple[FleetCase, Mapping[str, WayResult]]]  # the seeds of one case, and the results of each way
 
 
 def run(*, quick: bool = False) -> dict[str, float | str]:
@@ -53,12 +53,12 @@ def run(*, quick: bool = False) -> dict[str, float | str]:
     return results
 
 
-def _virtual(job: tuple[str, int, str]) -> Measured:
+def _virtual(job: tuple[str, int, str]) -> WayResult:
     name, seed, way = job
     return virtually(replace(CASES[name], seed=seed), way)
 
 
-async def _over_sockets(cases: Mapping[str, Case]) -> dict[str, Runs]:
+async def _over_sockets(cases: Mapping[str, FleetCase]) -> dict[str, Runs]:
     """Run all cases over sockets at once: they mostly wait."""
     jobs = [(name, way) for name in cases for way in WAYS]
     answers = await asyncio.gather(*(over_sockets(cases[name], way) for name, way in jobs))
@@ -92,7 +92,7 @@ def _summarize(name: str, runs: Runs) -> dict[str, float | str]:
     return results
 
 
-def _reasons(measured: Sequence[Measured]) -> str:
+def _reasons(measured: Sequence[WayResult]) -> str:
     reasons: dict[str, int] = {}
     for one in measured:
         for reason, count in one.reasons.items():

@@ -28,7 +28,7 @@ MAX_BEFORE_HEADERS = 20  # calls in flight before the first headers: a client th
 
 
 @dataclass
-class Case:
+class QuotaCase:
     """One provider, the quotas that are known beforehand, and when headers arrive.
 
     Attributes:
@@ -66,7 +66,7 @@ class CaseResult:
 class CaseRun:
     """One run of a case: it sends what the rate limiter allows, and reports what happens to it."""
 
-    def __init__(self, case: Case, seed: int) -> None:
+    def __init__(self, case: QuotaCase, seed: int) -> None:
         self.case = case
         self.provider = ProviderModel(case.config, seed=seed)
         self.limiter = RateLimiter(case.given)
@@ -194,10 +194,10 @@ def _provider(dialect: Dialect, unit: Unit, amount: int, **more: Any) -> Provide
     )
 
 
-def cases() -> dict[str, Case]:
+def cases() -> dict[str, QuotaCase]:
     """Return all cases by name."""
     openai, anthropic = Dialect.OPENAI, Dialect.ANTHROPIC
-    found: dict[str, Case] = {}
+    found: dict[str, QuotaCase] = {}
     for known in ("given", "learned"):
         for shape in ("bucket", "window"):
             for dialect, unit, amount in (
@@ -209,7 +209,7 @@ def cases() -> dict[str, Case]:
             ):
                 for headers in ("first", "end"):
                     given = (Quota(**{unit.value: amount}, per="minute"),) if known == "given" else ()
-                    found[f"{dialect.value} {unit.value} {shape} {known} {headers}"] = Case(
+                    found[f"{dialect.value} {unit.value} {shape} {known} {headers}"] = QuotaCase(
                         _provider(dialect, unit, amount, fixed_window=shape == "window"),
                         unit.value,
                         given,

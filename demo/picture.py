@@ -49,6 +49,9 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 _SMALL: Final[dict[str, Any]] = {"textcoords": "offset points", "color": _SOFT, "fontsize": 9.5}
 
+# The corner and the height of each panel's legend, where its curves hardly ever are.
+_LEGENDS: Final = (("left", 0.45), ("right", 1.02), ("right", 0.55), ("left", 0.85), ("right", 1.02), ("right", 0.75))
+
 Style = str | tuple[int, tuple[int, ...]]
 Points = tuple[list[float], list[float]]
 Runs = Mapping[Side, SideRun]
@@ -57,7 +60,7 @@ Runs = Mapping[Side, SideRun]
 def draw(runs: Runs, found: Report, settings: Settings, path: Path) -> None:
     """Draw the picture into a PNG file."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(16, 8), dpi=110)
+        figure = Figure(figsize=(16, 8), dpi=100)
         figure.subplots_adjust(left=0.045, right=0.98, top=0.84, bottom=0.1, hspace=0.3, wspace=0.18)
         figure.text(0.018, 0.945, _headline(found), fontsize=17, fontweight="bold")
         figure.text(0.018, 0.907, _subtitle(found), fontsize=12, color=_SOFT)
@@ -72,11 +75,11 @@ def draw(runs: Runs, found: Report, settings: Settings, path: Path) -> None:
         _tokens(tokens, runs, found)
         for axes in (memory, spend, tokens):
             axes.set_xlabel("seconds since the surge")
-        for axes in (queue, goodput, refusals, memory, spend, tokens):
+        for axes, (corner, height) in zip((queue, goodput, refusals, memory, spend, tokens), _LEGENDS, strict=True):
             axes.set_xlim(0, max(settings.seconds, *(run.ended_at for run in runs.values())))
             axes.tick_params(length=0, which="both")
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="best")
+                axes.legend(loc=f"upper {corner}", bbox_to_anchor=(0.0 if corner == "left" else 1.0, height))
         figure.savefig(path)
 
 
@@ -86,19 +89,19 @@ def _headline(found: Report) -> str:
 
 def _subtitle(found: Report) -> str:
     classic, semaphore, forebay = found.classic, found.semaphore, found.forebay
-    limit = f", limited by {limit_of(forebay)}" if forebay.limited_by else ""
-    text = f"Forebay did {forebay.done:,} tasks in {found.seconds:g} s{limit}, and keeps {forebay.spilled:,} on disk."
-    if classic.out_of_memory:
-        text += f" A classic supervisor did {classic.done:,} and ran out of memory after {classic.ended_at_s:.0f} s;"
-    else:
-        text += f" A classic supervisor did {classic.done:,} and lost {classic.lost:,};"
-    return f"{text} one with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}."
+    killed = f" and ran out of memory after {classic.ended_at_s:.0f} s" if classic.out_of_memory else ""
+    return (
+        f"In {found.seconds:g} s Forebay did {forebay.done:,} tasks and keeps {forebay.spilled:,} on disk. A supervisor"
+        f" with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}; a classic one did {classic.done:,} and"
+        f" lost {classic.lost:,}{killed}."
+    )
 
 
 def _footer(found: Report) -> str:
+    limit = f" Forebay was limited by {limit_of(found.forebay)}." if found.forebay.limited_by else ""
     return (
         f"Provider: {found.provider}. Seed {found.seed}. One side after the other, each with {found.seconds:g} s and"
-        f" {found.memory_limit_mb} MB. Python {found.python}."
+        f" {found.memory_limit_mb} MB. Python {found.python}.{limit}"
     )
 
 
@@ -127,7 +130,7 @@ def _goodput(axes: Axes, runs: Runs, granted: float | None, found: Report) -> No
         words = f"{NAMES[side]}: {found.side(side).done_per_minute:g} over all"
         _line(axes, points, COLOURS[side], words, ending=runs[side].ending)
         highest = max([highest, *points[1]])
-    axes.set_ylim(0, 1.35 * highest)
+    axes.set_ylim(0, 1.5 * highest)
 
 
 def _memory(axes: Axes, runs: Runs, limit: int) -> None:
@@ -143,7 +146,7 @@ def _memory(axes: Axes, runs: Runs, limit: int) -> None:
 
 
 def _refusals(axes: Axes, runs: Runs, found: Report) -> None:
-    axes.set_title("Refusals: share of calls answered 429 in the last 20 s")
+    axes.set_title("Refusals: calls answered 429, last 20 s")
     for side in SIDES:
         figures = found.side(side)
         points = _over_time(runs[side], lambda samples: 100 * refused(samples))
@@ -152,7 +155,7 @@ def _refusals(axes: Axes, runs: Runs, found: Report) -> None:
 
 
 def _tokens(axes: Axes, runs: Runs, found: Report) -> None:
-    axes.set_title("Waste: share of tokens so far that belong to no task done")
+    axes.set_title("Waste: tokens so far of no task done")
     for side in SIDES:
         points = _over_time(runs[side], lambda samples: 100 * samples[-1].useless if samples[-1].tokens else math.nan)
         words = f"{NAMES[side]}: {percent(found.side(side).wasted_share)} at the end"
@@ -184,7 +187,7 @@ def _spend(axes: Axes, runs: Runs, found: Report) -> None:
     if least:
         axes.axhline(least, color=_SOFT, linewidth=1.2, linestyle=":")
         axes.annotate(f"the least that a task needs: ${least:.4f}", (0, least), (5, -14), **_SMALL)
-    axes.set_ylim(min(values) / 2.5, 4 * max(values))
+    axes.set_ylim(min(values) / 2.5, 30 * max(values))
 
 
 def _line(  # noqa: PLR0913 - a curve and how it looks

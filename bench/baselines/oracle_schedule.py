@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Callable
 
-from bench.fleet.cases import Case, Turn
+from bench.fleet.cases import FleetCase, Turn
 from forebay.simulation.provider.fault_plan import RefusalReason
 from forebay.simulation.provider.provider_model import ProviderModel
 from forebay.simulation.provider.simulated_call import CallAccepted, CallCompleted, CallCut, CallEvent
@@ -16,7 +16,7 @@ _LOOK_AGAIN = 0.005  # seconds between attempts at an overloaded provider
 Turns = tuple[Turn, ...]  # that an agent has left
 
 
-def schedule(case: Case) -> float:
+def schedule(case: FleetCase) -> float:
     """Return the seconds until the last agent has its last answer, if waiting calls go first come, first served.
 
     The oracle sees refusals and cut calls at once, and repeats a call in the same moment, however often.
@@ -24,7 +24,7 @@ def schedule(case: Case) -> float:
     return _Oracle(case, lambda ready, _: ready).run()
 
 
-def foresight(case: Case) -> float:
+def foresight(case: FleetCase) -> float:
     """Return the same, if the agent with most work left goes first, which needs knowledge of future calls."""
 
     def most_work_left(_: float, left: Turns) -> float:
@@ -34,7 +34,7 @@ def foresight(case: Case) -> float:
 
 
 class _Oracle:
-    def __init__(self, case: Case, order: Callable[[float, Turns], float]) -> None:
+    def __init__(self, case: FleetCase, order: Callable[[float, Turns], float]) -> None:
         self._dialect = case.dialect
         self._order = order
         self._provider = ProviderModel(case.config, seed=case.seed)

@@ -26,10 +26,10 @@ MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
 
 
-async def asked(
+async def send_call(
     provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
-    """Send one call of so many input and output tokens, and return its result, judged as a bound client's."""
+    """Send one call of `tokens` of input and output; return its result, judged as by a bound client."""
     input_tokens, output_tokens = tokens
     try:
         answer = await provider.call(model=MODEL, input_tokens=input_tokens, output_tokens=output_tokens)
@@ -116,7 +116,7 @@ class UpstreamRun:
 
         async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.record.sent.append(clock.now())
-            result = await asked(self.provider, self.account, permit, tokens)
+            result = await send_call(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.OVERLOAD:
                 self.record.refused.append(clock.now())
             return result

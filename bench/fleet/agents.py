@@ -12,7 +12,7 @@ import anthropic
 import httpx2
 import openai
 
-from bench.fleet.cases import MAX_TOKENS, MODELS, Case, Turn
+from bench.fleet.cases import MAX_TOKENS, MODELS, FleetCase, Turn
 from forebay.simulation.provider.provider_config import Dialect
 
 _STREAM_ATTEMPTS = 5  # attempts of an agent at a stream that breaks off
@@ -34,7 +34,7 @@ class FleetResult:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-async def run_fleet(case: Case, url: str, client: Callable[[], httpx2.AsyncClient | None]) -> FleetResult:
+async def run_fleet(case: FleetCase, url: str, client: Callable[[], httpx2.AsyncClient | None]) -> FleetResult:
     """Start all agents at once, and wait for them.
 
     Args:

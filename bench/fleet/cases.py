@@ -58,7 +58,7 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class FleetCase:
     """Agents that start at once, and their provider.
 
     Attributes:
@@ -110,22 +110,22 @@ def _provider(dialect: Dialect, rates: Mapping[Unit, int], *, window: bool = Fal
     return ProviderConfig(dialect=dialect, rate_limits=rate_limits, **fields)
 
 
-def _openai(agents: int, *, window: bool = False) -> Case:
+def _openai(agents: int, *, window: bool = False) -> FleetCase:
     """Return a case whose key grants, in a minute, a quarter of what the agents need."""
     rates = {Unit.REQUESTS: 3 * agents // 2, Unit.TOKENS: 4_000 * agents}
-    return Case(config=_provider(Dialect.OPENAI, rates, window=window), agents=agents)
+    return FleetCase(config=_provider(Dialect.OPENAI, rates, window=window), agents=agents)
 
 
-def _anthropic(agents: int, *, window: bool = False) -> Case:
+def _anthropic(agents: int, *, window: bool = False) -> FleetCase:
     """Return the same case, limited by input tokens."""
     rates = {Unit.REQUESTS: 50 + 3 * agents, Unit.INPUT_TOKENS: 2_400 * agents, Unit.OUTPUT_TOKENS: 800 * agents}
-    return Case(config=_provider(Dialect.ANTHROPIC, rates, window=window), agents=agents)
+    return FleetCase(config=_provider(Dialect.ANTHROPIC, rates, window=window), agents=agents)
 
 
-def _eleven() -> Case:
+def _eleven() -> FleetCase:
     """Return eleven coding agents on a first-tier key: 50 requests, 30,000 input and 8,000 output tokens a minute."""
     rates = {Unit.REQUESTS: 50, Unit.INPUT_TOKENS: 30_000, Unit.OUTPUT_TOKENS: 8_000}
-    return Case(config=_provider(Dialect.ANTHROPIC, rates), agents=11, turns=5, context=800, growth=500)
+    return FleetCase(config=_provider(Dialect.ANTHROPIC, rates), agents=11, turns=5, context=800, growth=500)
 
 
 _FAULTS: Final = Faults(
@@ -139,29 +139,29 @@ _FAULTS: Final = Faults(
 )
 
 
-def _stress(dialect: Dialect, *, streams: bool) -> Case:
+def _stress(dialect: Dialect, *, streams: bool) -> FleetCase:
     """Return a case with rates, slots, bursts of overload, cut calls, stray refusals and a slow spell, all at once."""
     rates = {Unit.REQUESTS: 40, Unit.TOKENS if dialect is Dialect.OPENAI else Unit.INPUT_TOKENS: 60_000}
     full: dict[str, Any] = {"slots": 8, "overcommit": 1.0, "busy_reason": BusyReason.CONCURRENCY}
     slow = Slowdown(at=60, seconds=30, factor=3.0)
     config = _provider(dialect, rates, faults=_FAULTS, slowdowns=(slow,), **full)
-    return Case(config=config, agents=20, streams=streams)
+    return FleetCase(config=config, agents=20, streams=streams)
 
 
-def _spike() -> Case:
+def _spike() -> FleetCase:
     """Return a case where a minute of calls takes six times as long, at a provider that refuses excess calls."""
     slow = (Slowdown(at=15, seconds=60, factor=6.0),)
     config = _provider(Dialect.ANTHROPIC, {Unit.REQUESTS: 200}, slots=12, overcommit=1.0, slowdowns=slow)
-    return Case(config=config, agents=20)
+    return FleetCase(config=config, agents=20)
 
 
-def _short(dialect: Dialect) -> Case:
+def _short(dialect: Dialect) -> FleetCase:
     """Return four agents for half a minute."""
     rates = {Unit.REQUESTS: 8, Unit.INPUT_TOKENS: 100_000}
-    return Case(config=_provider(dialect, rates), agents=4, turns=3)
+    return FleetCase(config=_provider(dialect, rates), agents=4, turns=3)
 
 
-CASES: Final[Mapping[str, Case]] = {
+CASES: Final[Mapping[str, FleetCase]] = {
     **{f"{agents} agents, OpenAI": _openai(agents) for agents in (5, 10, 20, 50)},
     **{f"{agents} agents, Anthropic": _anthropic(agents) for agents in (5, 10, 20, 50)},
     "20 agents, OpenAI, fixed windows": _openai(20, window=True),
@@ -176,7 +176,7 @@ CASES: Final[Mapping[str, Case]] = {
 OVER_SOCKETS: Final = ("20 agents, OpenAI", "eleven agents, growing contexts", "all faults at once, Anthropic")
 """The cases that also run over sockets."""
 
-QUICK: Final[Mapping[str, Case]] = {
+QUICK: Final[Mapping[str, FleetCase]] = {
     "4 agents, OpenAI": _short(Dialect.OPENAI),
     "4 agents, Anthropic": _short(Dialect.ANTHROPIC),
 }

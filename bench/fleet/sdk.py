@@ -25,7 +25,7 @@ class _Body(httpx2.AsyncByteStream):
         self._answer.close() if not self._answer.content.at_eof() else self._answer.release()
 
 
-class OverAiohttp(httpx2.AsyncBaseTransport):
+class AiohttpTransport(httpx2.AsyncBaseTransport):
     """A transport of httpx2's clients.
 
     Args:

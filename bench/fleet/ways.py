@@ -14,9 +14,9 @@ import httpx2
 import msgspec
 
 from bench.fleet.agents import run_fleet
-from bench.fleet.cases import Case
+from bench.fleet.cases import FleetCase
 from bench.fleet.network import Connector, NetworkedLoop
-from bench.fleet.sdk import OverAiohttp
+from bench.fleet.sdk import AiohttpTransport
 from bench.gateway import started
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
@@ -27,7 +27,7 @@ WAYS: Final = ("direct", "gateway")
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class WayResult:
     """The result of one way: direct, or through the gateway.
 
     Attributes:
@@ -53,14 +53,14 @@ def settings(name: str, url: str) -> GatewaySettings:
     return GatewaySettings(targets=(target,), listen="127.0.0.1:0", max_connections=1_000)
 
 
-def virtually(case: Case, way: str) -> Measured:
+def virtually(case: FleetCase, way: str) -> WayResult:
     """Run a case in virtual time, with the whole code of the gateway and the SDKs except the sockets."""
     random.seed(case.seed)  # the jitter of the SDKs
     with asyncio.Runner(loop_factory=lambda: NetworkedLoop(case.seed)) as runner:
         return runner.run(_virtually(case, way))
 
 
-async def over_sockets(case: Case, way: str) -> Measured:
+async def over_sockets(case: FleetCase, way: str) -> WayResult:
     """Run a case over sockets: the provider and the gateway in their own processes, the SDKs with their transport."""
     async with contextlib.AsyncExitStack() as stack:
         provider = await asyncio.to_thread(stack.enter_context, start_provider(case.config, seed=case.seed))
@@ -74,7 +74,7 @@ async def over_sockets(case: Case, way: str) -> Measured:
     return msgspec.convert(statistics, ProviderCounts).measured(result.failed, result.seconds, result.reasons)
 
 
-async def _virtually(case: Case, way: str) -> Measured:
+async def _virtually(case: FleetCase, way: str) -> WayResult:
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=Connector(), auto_decompress=False))
         runner, provider_url = await start_server(ProviderServer(case.config, seed=case.seed))
@@ -85,7 +85,9 @@ async def _virtually(case: Case, way: str) -> Measured:
                 Gateway(settings(case.dialect.value, provider_url), {}, connector=Connector)
             )
             url = f"http://127.0.0.1:{gateway.port}"
-        result = await run_fleet(case, url, lambda: httpx2.AsyncClient(transport=OverAiohttp(session), timeout=600.0))
+        result = await run_fleet(
+            case, url, lambda: httpx2.AsyncClient(transport=AiohttpTransport(session), timeout=600.0)
+        )
         async with session.get(f"{provider_url}/simulation/statistics") as answer:
             counts = msgspec.json.decode(await answer.read(), type=ProviderCounts)
     return counts.measured(result.failed, result.seconds, result.reasons)
@@ -97,7 +99,7 @@ class ProviderCounts(msgspec.Struct):
     calls: int
     by_status: dict[str, int]
 
-    def measured(self, failed: int, seconds: float, reasons: Counter[str]) -> Measured:
+    def measured(self, failed: int, seconds: float, reasons: Counter[str]) -> WayResult:
         """Return the counts together with the result of the agents."""
         overloaded = self.by_status.get("503", 0) + self.by_status.get("529", 0)
-        return Measured(failed, seconds, self.calls, self.by_status.get("429", 0), overloaded, dict(reasons))
+        return WayResult(failed, seconds, self.calls, self.by_status.get("429", 0), overloaded, dict(reasons))

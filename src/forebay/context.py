@@ -62,7 +62,7 @@ def call_observer() -> CallObserver | None:
 
 
 def progress(value: Any) -> None:
-    """Report progress of the task that is running here; its listeners get it from ``ticket.events()``.
+    """Report progress of the running task; listeners get it from ``ticket.events()``.
 
     It works in threads too. Outside a task it does nothing, so that a handler can be called by itself.
     """

@@ -106,13 +106,13 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Charge(msgspec.Struct, frozen=True, kw_only=True):
-    """What a call takes of an upstream's quotas. A token is an LLM token and nothing else.
+    """The amounts of an upstream's quotas that a call uses. A token is an LLM token and nothing else.
 
     Attributes:
-        requests: 1, or 0 for what was already counted.
+        requests: 1, or 0 for a call that was counted already.
         input_tokens: tokens sent.
         output_tokens: tokens received.
-        tokens: of the quotas that count both together; some providers charge ``max_tokens`` there.
+        tokens: for quotas that count both together; some providers charge ``max_tokens`` there.
     """
 
     requests: int = 1
@@ -122,13 +122,13 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
-    """What a provider's headers said of one of its quotas, just now.
+    """The state of one quota, as a provider's response headers just reported it.
 
     Attributes:
         unit: a field of `Charge`: ``"requests"``, ``"input_tokens"``, ``"output_tokens"`` or ``"tokens"``.
-        limit: how much it grants in a period, or None if that was not said.
-        remaining: how much is left, or None.
-        reset: seconds until it is full again, or None; never negative.
+        limit: the amount granted in a period, or None if it was not reported.
+        remaining: the amount left, or None.
+        reset: seconds until the quota is full again, or None; never negative.
     """
 
     unit: str
@@ -138,7 +138,7 @@ class RateLimitHeaders(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadSource(Protocol):
-    """A resource that the calls of runs depend on, such as an account of an upstream, as the supervisor sees it.
+    """A resource that the calls of a run use, such as an account of an upstream, as task admission sees it.
 
     Callable from any thread. Sources are compared by identity.
 
@@ -150,46 +150,47 @@ class LoadSource(Protocol):
 
     @property
     def accounts(self) -> Sequence[LoadSource]:
-        """The accounts, any of which can serve the calls; an account has only itself."""
+        """Return the accounts any of which could serve those calls; of a single account, the account itself."""
 
     def load(self, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """Return the expected wait of the next typical call over the longest allowed, and what limits it.
+        """Return the load for calls of `priority`, and the part of the account that limits it.
 
-        The load is 1.0 while no call of `priority` is sent.
+        The load is the expected wait of the next typical call over the longest wait allowed; at least 1.0 if no call of
+        that priority is let through.
         """
 
     def time_until_below(self, priority: Priority, load: float) -> tuple[float, float]:
-        """Return the seconds until the load falls below `load`, and the seconds that each further call adds.
+        """Return the seconds until the load is below `load`, and how many seconds apart calls fit in from then on.
 
-        The first is infinity, and the second 0, where that is not known.
+        The first is infinity if it is unknown; the second is 0 if it does not matter.
         """
 
     def may_start(self, priority: Priority) -> bool:
-        """Return whether another run may start: its calls would not wait long behind those of the runs under way."""
+        """Return whether a run may start now without its calls delaying those of running runs too much."""
 
     def typical_latency(self) -> float:
-        """Return the seconds that a typical call takes."""
+        """Return the seconds that a call typically takes."""
 
     def blocks(self, priority: Priority) -> bool:
-        """Return whether a call of `priority` would not be sent now: others wait ahead of it, or none is sent."""
+        """Return whether a call of `priority` would certainly not be sent now: it would queue, or be rejected."""
 
     def hold_back(self, holder: object, runs: int, priority: Priority = Priority.NORMAL) -> None:
-        """Note that `holder` holds back so many runs for this source; they count in its load.
+        """Count in the load `runs` runs of `holder` that do not start because of this source.
 
         Args:
-            holder: a worker, for example. A later call replaces its earlier one.
-            runs: how many; 0 for none any more.
-            priority: of the next of them.
+            holder: identifies the caller; a later call replaces its count.
+            runs: how many runs it holds back.
+            priority: the priority of the first of them.
         """
 
     def add_expected_calls(self, runs: int) -> None:
-        """Note that so many more runs (fewer, if negative) have started whose first call is still to come."""
+        """Expect the first call of `runs` more runs (or fewer, if negative), which have begun but made no call yet."""
 
     def on_relief(self, holder: object, callback: Callable[[], None]) -> None:
-        """Call `callback`, from any thread, when runs that `holder` holds back may start."""
+        """Call `callback`, from any thread, when runs that `holder` holds back may start again."""
 
     def forget(self, holder: object) -> None:
-        """Remove what `holder` has noted and registered."""
+        """Drop the counts and the callback of `holder`, which has closed."""
 
 
 # --- the task store ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every mistake is named by the call that makes it, in an error of `forebay.errors` that says what to do."""
+"""Invalid input: the call that gets it raises an error of `forebay.errors` that says what to do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def offer(supervisor: BackpressureSupervisor, task: Any, *, nowait: bool) 
     return supervisor.submit_nowait(task) if nowait else await supervisor.submit(task)
 
 
-def house(**options: Any) -> BackpressureSupervisor:
+def make_supervisor(**options: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**options)
     supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
     return supervisor
@@ -55,7 +55,7 @@ def house(**options: Any) -> BackpressureSupervisor:
 @BOTH
 @virtual
 async def test_an_unknown_task_type_names_those_that_are_known(*, nowait: bool) -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         with pytest.raises(UnknownTaskType, match=r"'wrok' \(there are workers for: work\).*register_worker") as caught:
             await offer(supervisor, Task("wrok"), nowait=nowait)
         assert isinstance(caught.value, LookupError)
@@ -70,8 +70,8 @@ async def test_no_worker_at_all_says_so(*, nowait: bool) -> None:
 
 
 @virtual
-async def test_a_slot_of_an_unknown_type_is_refused_when_it_is_asked_for() -> None:
-    async with house() as supervisor:
+async def test_a_slot_of_an_unknown_type_is_an_error_at_once() -> None:
+    async with make_supervisor() as supervisor:
         with pytest.raises(UnknownTaskType):
             supervisor.slot("wrok")
 
@@ -91,7 +91,7 @@ def test_a_deadline_that_is_not_in_the_future(seconds: Any) -> None:
 
 
 @pytest.mark.parametrize("at", [math.inf, math.nan, "tomorrow", None])
-def test_a_deadline_that_is_no_point_in_time(at: Any) -> None:
+def test_a_deadline_that_is_not_a_point_in_time(at: Any) -> None:
     with pytest.raises(InvalidDeadline, match="epoch seconds"):
         Deadline(at)
 
@@ -104,7 +104,7 @@ def test_a_task_cannot_be_made_with_a_deadline_in_the_past() -> None:
 @BOTH
 @virtual
 async def test_a_deadline_that_has_passed_by_the_time_of_submitting(*, nowait: bool) -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         task = Task("work", deadline=Deadline.within(1.0))
         await asyncio.sleep(2.0)
         with pytest.raises(DeadlinePassed, match=r"passed 1 s ago"):
@@ -127,7 +127,7 @@ async def test_a_deadline_that_has_passed_by_the_time_of_submitting(*, nowait: b
         ("estimate", 3, "an Estimate"),
     ],
 )
-def test_a_field_that_cannot_be_meant_says_what_it_must_be(field: str, value: Any, expected: str) -> None:
+def test_an_invalid_field_says_what_it_must_be(field: str, value: Any, expected: str) -> None:
     with pytest.raises(InvalidTask, match=f"{field} .*{expected}"):
         Task("work", **{field: value})
 
@@ -138,7 +138,7 @@ def test_a_task_type_is_a_word(task_type: Any) -> None:
         Task(task_type)
 
 
-def test_a_payload_in_the_place_of_the_type_is_not_echoed() -> None:
+def test_a_payload_passed_as_the_type_is_not_echoed() -> None:
     with pytest.raises(InvalidTask) as caught:
         Task({"key": "sk-very-secret"})  # type: ignore[arg-type]
     assert "sk-very-secret" not in str(caught.value)
@@ -149,7 +149,7 @@ def test_a_priority_may_be_given_as_its_number() -> None:
 
 
 @pytest.mark.parametrize("figures", [{"calls": -1}, {"input_tokens": 1.5}, {"output_tokens": True}])
-def test_an_estimate_is_made_of_whole_numbers(figures: Any) -> None:
+def test_an_estimate_consists_of_whole_numbers(figures: Any) -> None:
     with pytest.raises(InvalidEstimate, match="whole number"):
         Estimate(**figures)
 
@@ -157,15 +157,15 @@ def test_an_estimate_is_made_of_whole_numbers(figures: Any) -> None:
 @BOTH
 @pytest.mark.parametrize("thing", ["work", {"topic": "rivers"}, None, Task])
 @virtual
-async def test_what_is_no_task(thing: Any, *, nowait: bool) -> None:
-    async with house() as supervisor:
+async def test_something_that_is_not_a_task(thing: Any, *, nowait: bool) -> None:
+    async with make_supervisor() as supervisor:
         with pytest.raises(InvalidTask, match=r'a Task, such as Task\("research"'):
             await offer(supervisor, thing, nowait=nowait)
 
 
 @virtual
 async def test_two_tasks_of_one_id_at_the_same_moment() -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         offers = [supervisor.submit(Task("work", task_id="mine")) for _ in range(3)]
         answers = await asyncio.gather(*offers, return_exceptions=True)
         assert [isinstance(answer, DuplicateTask) for answer in answers] == [False, True, True]
@@ -173,8 +173,8 @@ async def test_two_tasks_of_one_id_at_the_same_moment() -> None:
 
 @BOTH
 @virtual
-async def test_two_tasks_of_one_id_under_way(*, nowait: bool) -> None:
-    async with house() as supervisor:
+async def test_two_tasks_of_one_id_that_have_not_ended(*, nowait: bool) -> None:
+    async with make_supervisor() as supervisor:
         await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
         with pytest.raises(DuplicateTask, match=r"'mine' is already known.*key="):
             await offer(supervisor, Task("work", task_id="mine"), nowait=nowait)
@@ -182,7 +182,7 @@ async def test_two_tasks_of_one_id_under_way(*, nowait: bool) -> None:
 
 @virtual
 async def test_an_id_may_be_used_again_once_its_task_has_ended() -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         await supervisor.run(Task("work", 1, task_id="mine"))
         assert await supervisor.run(Task("work", 2, task_id="mine")) == 2
         assert (await supervisor.ticket("mine")).result == 2
@@ -190,7 +190,7 @@ async def test_an_id_may_be_used_again_once_its_task_has_ended() -> None:
 
 @virtual
 async def test_a_rejected_task_may_be_submitted_again_as_it_is() -> None:
-    async with house(max_queue_size=0) as supervisor:
+    async with make_supervisor(max_queue_size=0) as supervisor:
         (busy,) = flood(supervisor, "work", 1)
         task = Task("work", 7, task_id="mine", key="k")
         assert not await supervisor.submit(task)
@@ -200,16 +200,16 @@ async def test_a_rejected_task_may_be_submitted_again_as_it_is() -> None:
 
 @virtual
 async def test_a_ticket_that_is_not_known() -> None:
-    async with house() as supervisor:
-        with pytest.raises(UnknownTask, match="'nobody' is known here: it was never submitted, or"):
-            supervisor.ticket("nobody")
+    async with make_supervisor() as supervisor:
+        with pytest.raises(UnknownTask, match="'unknown' is known here: it was never submitted, or"):
+            supervisor.ticket("unknown")
 
 
 @virtual
 async def test_a_ticket_that_the_overflow_does_not_know_either() -> None:
-    async with house(overflow="memory://") as supervisor:
-        assert isinstance(await error_of(supervisor.ticket("nobody")), UnknownTask)
-    assert isinstance(await error_of(supervisor.ticket("nobody")), StoreUnavailable)  # it has closed
+    async with make_supervisor(overflow="memory://") as supervisor:
+        assert isinstance(await error_of(supervisor.ticket("unknown")), UnknownTask)
+    assert isinstance(await error_of(supervisor.ticket("unknown")), StoreUnavailable)  # it has closed
 
 
 # --- payloads --------------------------------------------------------------------------------------------------------
@@ -235,10 +235,10 @@ UNPORTABLE = pytest.mark.parametrize(
 @BOTH
 @UNPORTABLE
 @virtual
-async def test_with_an_overflow_what_cannot_travel_is_refused_at_submit(
+async def test_with_an_overflow_a_payload_that_cannot_be_stored_is_an_error_at_submit(
     payload: Any, path: str, *, nowait: bool
 ) -> None:
-    async with house(overflow="memory://") as supervisor:
+    async with make_supervisor(overflow="memory://") as supervisor:
         with pytest.raises(NotSerializable, match=f"at {path}.*spill=False"):
             await offer(supervisor, Task("work", payload), nowait=nowait)
         assert supervisor.statistics().submitted == 0
@@ -246,17 +246,17 @@ async def test_with_an_overflow_what_cannot_travel_is_refused_at_submit(
 
 @UNPORTABLE
 @virtual
-async def test_what_never_leaves_may_be_anything(payload: Any, path: str) -> None:
-    async with house() as supervisor:
+async def test_a_payload_that_is_never_stored_may_be_anything(payload: Any, path: str) -> None:
+    async with make_supervisor() as supervisor:
         assert await supervisor.submit(Task("work", payload)), path
-    async with house(overflow="memory://") as supervisor:
+    async with make_supervisor(overflow="memory://") as supervisor:
         assert await supervisor.submit(Task("work", payload, spill=False))
 
 
 @BOTH
 @virtual
 async def test_a_payload_over_the_bound(*, nowait: bool) -> None:
-    async with house(overflow="memory://", max_payload_bytes=1000) as supervisor:
+    async with make_supervisor(overflow="memory://", max_payload_bytes=1000) as supervisor:
         await offer(supervisor, Task("work", b"x" * 900), nowait=nowait)
         with pytest.raises(PayloadTooLarge, match=r"the bound is 1000.*a reference, or raise max_payload_bytes"):
             await offer(supervisor, Task("work", b"x" * 1100), nowait=nowait)
@@ -264,21 +264,21 @@ async def test_a_payload_over_the_bound(*, nowait: bool) -> None:
 
 @virtual
 async def test_durable_without_an_overflow() -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         with pytest.raises(OverflowRequired, match=r'there is no overflow.*overflow="sqlite:///spill\.db"'):
             await supervisor.submit(Task("work", durable=True))
 
 
 @virtual
-async def test_durable_with_an_overflow_that_does_not_survive() -> None:
-    async with house(overflow="memory://") as supervisor:
+async def test_durable_with_an_overflow_that_is_not_durable() -> None:
+    async with make_supervisor(overflow="memory://") as supervisor:
         with pytest.raises(OverflowRequired, match=r"does not survive its process.*sqlite"):
             await supervisor.submit(Task("work", durable=True))
 
 
 @virtual
 async def test_durable_without_waiting() -> None:
-    async with house(overflow="memory://") as supervisor:
+    async with make_supervisor(overflow="memory://") as supervisor:
         with pytest.raises(OverflowRequired, match=r"await submit"):
             supervisor.submit_nowait(Task("work", durable=True))
 
@@ -316,7 +316,7 @@ def test_a_threshold_inside(threshold: float) -> None:
         ("on_event", [5]),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_named(name: str, value: Any) -> None:
+def test_an_invalid_setting_is_named(name: str, value: Any) -> None:
     with pytest.raises(InvalidSetting, match=f"{name}=.* must be "):
         BackpressureSupervisor(**{name: value})
 
@@ -342,7 +342,7 @@ def test_an_overflow_that_cannot_be_opened_says_which_forms_are_known(url: Any) 
 @pytest.mark.blocks
 @virtual
 async def test_an_overflow_whose_directory_is_not_there_says_what_to_do(tmp_path: Path) -> None:
-    supervisor = house(overflow=f"sqlite:///{tmp_path}/no/spill.db")
+    supervisor = make_supervisor(overflow=f"sqlite:///{tmp_path}/no/spill.db")
     with pytest.raises(StoreUnavailable, match=f"mkdir -p {tmp_path}/no"):
         await supervisor.start()
 
@@ -357,7 +357,7 @@ CALLED = pytest.mark.parametrize("call", CALLS, ids=["submit", "run", "submit_no
 
 
 async def made(call: Callable[[], Any]) -> BaseException:
-    """What a call raises, at once or when it is awaited."""
+    """Return what a call raises, at once or when it is awaited."""
 
     async def do() -> None:
         answer = call()
@@ -370,7 +370,7 @@ async def made(call: Callable[[], Any]) -> BaseException:
 @CALLED
 @virtual
 async def test_before_the_start(call: Callable[[BackpressureSupervisor], Any]) -> None:
-    supervisor = house()
+    supervisor = make_supervisor()
     error = await made(lambda: call(supervisor))
     assert isinstance(error, NotStarted)
     assert "async with BackpressureSupervisor" in str(error)
@@ -379,7 +379,7 @@ async def test_before_the_start(call: Callable[[BackpressureSupervisor], Any]) -
 @CALLED
 @virtual
 async def test_after_the_end(call: Callable[[BackpressureSupervisor], Any]) -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         pass
     error = await made(lambda: call(supervisor))
     assert isinstance(error, SupervisorClosed)
@@ -388,14 +388,14 @@ async def test_after_the_end(call: Callable[[BackpressureSupervisor], Any]) -> N
 
 @virtual
 async def test_a_slot_that_is_entered_after_the_end() -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         slot = supervisor.slot("work")
     assert isinstance(await error_of(slot.__aenter__()), SupervisorClosed)
 
 
 @virtual
 async def test_draining_and_tickets_before_the_start() -> None:
-    supervisor = house()
+    supervisor = make_supervisor()
     assert isinstance(await error_of(supervisor.drain()), NotStarted)
     with pytest.raises(NotStarted):
         supervisor.ticket("x")
@@ -403,18 +403,18 @@ async def test_draining_and_tickets_before_the_start() -> None:
 
 @pytest.mark.parametrize("limit", [-1, math.nan, math.inf, "3"])
 @virtual
-async def test_a_drain_without_a_limit_that_can_be_meant(limit: Any) -> None:
-    async with house() as supervisor:
+async def test_a_drain_with_an_invalid_timeout(limit: Any) -> None:
+    async with make_supervisor() as supervisor:
         with pytest.raises(InvalidSetting, match="drain was given timeout="):
             await supervisor.drain(timeout=limit)
         assert await supervisor.submit(Task("work"))  # nothing has happened
 
 
 async def test_from_another_loop() -> None:
-    async with house() as supervisor:
+    async with make_supervisor() as supervisor:
         ticket = await supervisor.submit(Task("work", spill=False))
 
-        async def elsewhere() -> list[BaseException]:
+        async def on_another_loop() -> list[BaseException]:
             return [
                 await error_of(supervisor.submit(Task("work"))),
                 await error_of(supervisor.run(Task("work"))),
@@ -423,7 +423,7 @@ async def test_from_another_loop() -> None:
                 await error_of(ticket),
             ]
 
-        errors = await asyncio.get_running_loop().run_in_executor(None, asyncio.run, elsewhere())
+        errors = await asyncio.get_running_loop().run_in_executor(None, asyncio.run, on_another_loop())
         ticket.cancel()
     assert [type(error) for error in errors] == [WrongLoop] * 5
     assert "portal()" in str(errors[0])
@@ -434,7 +434,7 @@ async def test_from_another_loop() -> None:
 
 @virtual
 async def test_two_workers_of_one_name() -> None:
-    supervisor = house()
+    supervisor = make_supervisor()
     with pytest.raises(DuplicateWorker, match=r"'worker' is already registered.*another name"):
         supervisor.register_worker("worker", handler=Agent(), task_types=["other"])
     async with supervisor:
@@ -500,7 +500,7 @@ def test_a_handler_and_a_factory() -> None:
         ("config", {"a": 1}),
     ],
 )
-def test_a_workers_setting_that_cannot_be_meant_is_named(name: str, value: Any) -> None:
+def test_an_invalid_setting_of_a_worker_is_named(name: str, value: Any) -> None:
     settings: dict[str, Any] = {"name": "w", "handler": Agent(), "task_types": ["work"], name: value}
     supervisor = BackpressureSupervisor()
     with pytest.raises(InvalidSetting, match=f"{name}=.* must be "):
@@ -517,15 +517,15 @@ def test_a_supervisor_cannot_be_its_own_handler() -> None:
 # --- handlers that misbehave -----------------------------------------------------------------------------------------
 
 
-def test_a_handler_that_takes_no_task_is_refused_when_it_is_registered() -> None:
-    async def forgot() -> None: ...
+def test_a_handler_that_takes_no_task_is_an_error_at_registration() -> None:
+    async def without_argument() -> None: ...
 
     supervisor = BackpressureSupervisor()
     with pytest.raises(InvalidHandler, match="called with one argument, the Task"):
-        supervisor.register_worker("w", handler=forgot, task_types=["work"])
+        supervisor.register_worker("w", handler=without_argument, task_types=["work"])
 
 
-def test_supervisors_that_would_hold_each_other() -> None:
+def test_supervisors_that_would_contain_each_other() -> None:
     one, other = BackpressureSupervisor(), BackpressureSupervisor()
     other.register_worker("one", handler=one, task_types=["work"])
     with pytest.raises(InvalidHandler, match="contain itself"):
@@ -562,8 +562,8 @@ async def test_a_worker_that_comes_after_the_end() -> None:
 
 
 @virtual
-async def test_a_handler_that_returns_late_swallows_its_cancellation_or_raises_harms_no_other_task() -> None:
-    async def misbehaves(task: Task) -> Any:
+async def test_a_handler_that_returns_late_swallows_its_cancellation_or_raises_affects_no_other_task() -> None:
+    async def handler(task: Task) -> Any:
         if task.payload == "raises":
             raise SystemExit
         while True:
@@ -576,7 +576,7 @@ async def test_a_handler_that_returns_late_swallows_its_cancellation_or_raises_h
             return task.payload
 
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
-        supervisor.register_worker("bad", handler=misbehaves, task_types=["bad"], max_concurrent=3)
+        supervisor.register_worker("bad", handler=handler, task_types=["bad"], max_concurrent=3)
         supervisor.register_worker("good", handler=Agent(), task_types=["good"])
         bad = [
             supervisor.submit_nowait(Task("bad", payload, timeout=2.0)) for payload in ("raises", "late", "swallows")
@@ -591,6 +591,6 @@ async def test_a_handler_that_returns_late_swallows_its_cancellation_or_raises_h
     await run_ready()
 
 
-def test_every_mistake_is_a_forebay_error() -> None:
+def test_every_error_is_a_forebay_error() -> None:
     for kind in (InvalidTask, DeadlinePassed, InvalidTimeout, InvalidThreshold, DuplicateWorker, UnknownTaskType):
         assert issubclass(kind, ForebayError)

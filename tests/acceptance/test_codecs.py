@@ -1,4 +1,4 @@
-"""Declared types, from `submit` to a ticket of another day: the same by whichever way a task goes."""
+"""Declared types, from `submit` to a ticket after a restart: the same whichever way a task takes."""
 
 from __future__ import annotations
 
@@ -55,27 +55,29 @@ QUESTION = Question("rivers", seen={1, 2})
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    """The URL of an overflow that survives."""
+    """Return the URL of a durable overflow."""
     return f"sqlite:///{tmp_path}/spill.db"
 
 
 @pytest.fixture(params=["none", "memory", "sqlite"])
 def overflow(request: pytest.FixtureRequest, file: str) -> str | None:
-    """Each kind of overflow, and none."""
+    """Return the URL of each kind of overflow, and None."""
     return {"none": None, "memory": "memory://", "sqlite": file}[request.param]
 
 
-def house(agent: Any, overflow: str | None, *, types: Any = ("work",), **options: Any) -> BackpressureSupervisor:
-    """One worker, one slot, and no room to wait but outside."""
+def make_supervisor(
+    agent: Any, overflow: str | None, *, types: Any = ("work",), **options: Any
+) -> BackpressureSupervisor:
+    """Return a supervisor with one worker, one slot, and no room to wait except in the overflow."""
     settings = {name: options.pop(name) for name in ("max_payload_bytes", "lease") if name in options}
     supervisor = BackpressureSupervisor(overflow=overflow, max_queue_size=0, **settings)
     supervisor.register_worker("worker", handler=agent, task_types=list(types), **options)
     return supervisor
 
 
-async def leave_outside(file: str, *payloads: Any, **options: Any) -> list[str]:
-    """Spill tasks and go away; their ids."""
-    async with house(Agent(), file, **options) as supervisor:
+async def spill_tasks(file: str, *payloads: Any, **options: Any) -> list[str]:
+    """Spill tasks, close, and return their ids."""
+    async with make_supervisor(Agent(), file, **options) as supervisor:
         await supervisor.submit(Task("work", payloads[0]))
         tickets = await submit_all(supervisor, [Task("work", payload) for payload in payloads])
         assert all(ticket.verdict is Verdict.SPILLED for ticket in tickets)
@@ -96,33 +98,37 @@ async def leave_outside(file: str, *payloads: Any, **options: Any) -> list[str]:
     ],
 )
 @virtual
-async def test_a_handler_sees_the_same_by_every_way(declared: Any, submitted: Any, seen: Any, file: str) -> None:
+async def test_a_handler_sees_the_same_payload_whichever_way_the_task_takes(
+    declared: Any, submitted: Any, seen: Any, file: str
+) -> None:
     ways: dict[str, Any] = {}
     for way, overflow in (("no overflow", None), ("admitted", file), ("in memory", "memory://")):
         agent = Agent()
-        async with house(agent, overflow, payload=declared) as supervisor:
+        async with make_supervisor(agent, overflow, payload=declared) as supervisor:
             await supervisor.run(Task("work", submitted))
         ways[way] = agent.started
     agent = Agent()
-    async with house(agent, file, payload=declared) as supervisor:
+    async with make_supervisor(agent, file, payload=declared) as supervisor:
         tickets = await submit_all(supervisor, [Task("work", submitted), Task("work", submitted)])
         assert tickets[1].verdict is Verdict.SPILLED
         await asyncio.gather(*tickets)
     ways["spilled"] = agent.started[1:]
-    await leave_outside(file, submitted, payload=declared)
+    await spill_tasks(file, submitted, payload=declared)
     agent = Agent()
-    async with house(agent, file, payload=declared):
+    async with make_supervisor(agent, file, payload=declared):
         await asyncio.sleep(10.0)
     ways["another process"] = agent.started
-    for way, began in ways.items():
-        assert began == [seen], way
-        assert type(began[0]) is type(seen), way
+    for way, payloads in ways.items():
+        assert payloads == [seen], way
+        assert type(payloads[0]) is type(seen), way
 
 
 @virtual
-async def test_a_misfit_is_an_error_at_submit_and_nothing_is_begun_or_stored(overflow: str | None) -> None:
+async def test_a_payload_of_the_wrong_type_is_an_error_at_submit_and_nothing_is_started_or_stored(
+    overflow: str | None,
+) -> None:
     agent = Agent()
-    async with house(agent, overflow, payload=Question) as supervisor:
+    async with make_supervisor(agent, overflow, payload=Question) as supervisor:
         for submit in (supervisor.submit, supervisor.run):
             error = await error_of(submit(Task("work", {"topic": 5, "due": "sk-secret"}, task_id="t")))
             assert isinstance(error, InvalidPayload)
@@ -138,13 +144,13 @@ async def test_a_misfit_is_an_error_at_submit_and_nothing_is_begun_or_stored(ove
 
 @virtual
 async def test_a_task_that_may_not_spill_has_to_fit_too(file: str) -> None:
-    async with house(Agent(), file, payload=Question) as supervisor:
+    async with make_supervisor(Agent(), file, payload=Question) as supervisor:
         assert isinstance(await error_of(supervisor.submit(Task("work", 5, spill=False))), InvalidPayload)
 
 
 @virtual
-async def test_a_payload_of_a_type_may_still_hold_what_no_store_takes(file: str) -> None:
-    async with house(Agent(), file, payload=int) as supervisor:
+async def test_a_typed_payload_may_still_hold_what_cannot_be_stored(file: str) -> None:
+    async with make_supervisor(Agent(), file, payload=int) as supervisor:
         error = await error_of(supervisor.submit(Task("work", 2**64)))
         assert isinstance(error, NotSerializable)
         assert error.path == "payload"
@@ -153,7 +159,7 @@ async def test_a_payload_of_a_type_may_still_hold_what_no_store_takes(file: str)
 
 @virtual
 async def test_the_bound_holds_for_declared_types(file: str) -> None:
-    async with house(Agent(), file, payload=Question, max_payload_bytes=100) as supervisor:
+    async with make_supervisor(Agent(), file, payload=Question, max_payload_bytes=100) as supervisor:
         error = await error_of(supervisor.submit(Task("work", Question("x" * 100))))
         assert isinstance(error, PayloadTooLarge)
         assert error.bound == 100
@@ -164,7 +170,7 @@ async def test_the_bound_holds_for_declared_types(file: str) -> None:
 async def test_the_task_that_was_submitted_stays_as_it_was(overflow: str | None) -> None:
     payload = {"topic": "rivers"}
     task = Task("work", payload)
-    async with house(Agent(), overflow, payload=Question) as supervisor:
+    async with make_supervisor(Agent(), overflow, payload=Question) as supervisor:
         ticket = await supervisor.submit(task)
     assert task.payload is payload
     assert payload == {"topic": "rivers"}
@@ -173,9 +179,9 @@ async def test_the_task_that_was_submitted_stays_as_it_was(overflow: str | None)
 
 
 @virtual
-async def test_cancelling_run_cancels_a_task_whose_payload_was_made_anew(overflow: str | None) -> None:
+async def test_cancelling_run_cancels_a_task_whose_payload_was_converted(overflow: str | None) -> None:
     agent = Agent(60.0)
-    async with house(agent, overflow, payload=Question) as supervisor:
+    async with make_supervisor(agent, overflow, payload=Question) as supervisor:
         caller = asyncio.ensure_future(supervisor.run(Task("work", QUESTION)))
         await asyncio.sleep(1.0)
         caller.cancel()
@@ -185,12 +191,12 @@ async def test_cancelling_run_cancels_a_task_whose_payload_was_made_anew(overflo
 
 @virtual
 async def test_a_task_past_its_deadline_is_read_and_expires(file: str) -> None:
-    async with house(Agent(), file, payload=Question) as supervisor:
+    async with make_supervisor(Agent(), file, payload=Question) as supervisor:
         tasks = [Task("work", QUESTION, deadline=Deadline.within(30.0)) for _ in range(3)]
         ids = [ticket.task_id for ticket in await submit_all(supervisor, tasks)]
     await asyncio.sleep(60.0)
     agent = Agent()
-    async with house(agent, file, payload=Question) as supervisor:
+    async with make_supervisor(agent, file, payload=Question) as supervisor:
         assert (await supervisor.ticket(ids[1])).status is TaskStatus.EXPIRED
     assert agent.started == []
 
@@ -213,17 +219,17 @@ async def test_a_payload_that_changes_after_submission_is_not_lost_when_draining
 
 
 @virtual
-async def test_a_result_is_of_its_type_here_and_on_another_day(overflow: str | None, file: str) -> None:
+async def test_a_result_has_its_type_here_and_after_a_restart(overflow: str | None, file: str) -> None:
     async def handler(task: Task) -> Any:
         await asyncio.sleep(1.0)
         return {"text": task.payload, "pages": [1, 2]}
 
-    async with house(handler, overflow, result=Answer) as supervisor:
+    async with make_supervisor(handler, overflow, result=Answer) as supervisor:
         assert await supervisor.run(Task("work", "a")) == Answer("a", (1, 2))
-    async with house(handler, file, result=Answer) as supervisor:
+    async with make_supervisor(handler, file, result=Answer) as supervisor:
         tickets = await submit_all(supervisor, [Task("work", "a"), Task("work", "b"), Task("work", "c", durable=True)])
         assert [(await ticket).result for ticket in tickets] == [Answer(text, (1, 2)) for text in "abc"]
-    async with house(handler, file, result=Answer) as supervisor:
+    async with make_supervisor(handler, file, result=Answer) as supervisor:
         later = [await supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]
     assert [result.result for result in later] == [Answer("b", (1, 2)), Answer("c", (1, 2))]
     assert all(result.error is None for result in later)
@@ -237,7 +243,7 @@ async def test_a_result_that_is_not_of_its_type_fails_the_task(*, blocking: bool
     async def handler(_: Task) -> Any:
         return {"text": ["sk-secret"]}
 
-    async with house(plain if blocking else handler, overflow, result=Answer) as supervisor:
+    async with make_supervisor(plain if blocking else handler, overflow, result=Answer) as supervisor:
         result = await (await supervisor.submit(Task("work")))
         assert (result.status, result.result) == (TaskStatus.FAILED, None)
         assert isinstance(result.cause, InvalidResult)
@@ -247,22 +253,22 @@ async def test_a_result_that_is_not_of_its_type_fails_the_task(*, blocking: bool
 
 
 @virtual
-async def test_a_value_that_cannot_be_stored_is_here_marked_and_elsewhere_no_silent_none(file: str) -> None:
+async def test_a_value_that_cannot_be_stored_is_marked_here_and_an_error_elsewhere(file: str) -> None:
     value = object()
 
     async def handler(_: Task) -> object:
         await asyncio.sleep(1.0)
         return [value]
 
-    async with house(handler, file) as supervisor:
+    async with make_supervisor(handler, file) as supervisor:
         first, ticket = await submit_all(supervisor, [Task("work"), Task("work")])
         result = await ticket
         assert result.success
         assert result.result == [value]
         assert "at result[0] it holds a object" in str(result.error)
         assert await ticket.value() == [value]
-        assert (await first).error is None  # it never was to be stored
-    async with house(handler, file) as supervisor:
+        assert (await first).error is None  # it was not to be stored
+    async with make_supervisor(handler, file) as supervisor:
         later = await supervisor.ticket(ticket.task_id)
         assert (later.success, later.status, later.result) == (True, TaskStatus.SUCCEEDED, None)
         assert later.error == result.error
@@ -278,21 +284,21 @@ async def test_a_result_larger_than_the_bound_says_so(file: str) -> None:
     async def handler(_: Task) -> str:
         return "x" * 200
 
-    async with house(handler, file, max_payload_bytes=100) as supervisor:
+    async with make_supervisor(handler, file, max_payload_bytes=100) as supervisor:
         result = await (await supervisor.submit(Task("work", durable=True)))
         assert result.result == "x" * 200
         assert "the bound is 100" in str(result.error)
 
 
 @virtual
-async def test_none_is_a_value_like_any(file: str) -> None:
+async def test_none_is_stored_like_any_value(file: str) -> None:
     async def handler(_: Task) -> None:
         await asyncio.sleep(1.0)
 
-    async with house(handler, file) as supervisor:
+    async with make_supervisor(handler, file) as supervisor:
         ticket = await supervisor.submit(Task("work", durable=True))
         await ticket
-    async with house(handler, file) as supervisor:
+    async with make_supervisor(handler, file) as supervisor:
         later = await supervisor.ticket(ticket.task_id)
         assert (later.result, later.error, later.cause) == (None, None, None)
         assert await supervisor.ticket(ticket.task_id).value() is None
@@ -319,7 +325,7 @@ def test_workers_of_one_type_agree(side: str) -> None:
     register("other", "c", **{side: Answer})
 
 
-def test_a_type_cannot_be_declared_after_a_worker_went_without() -> None:
+def test_a_type_cannot_be_declared_after_a_worker_was_registered_without() -> None:
     supervisor = BackpressureSupervisor()
     supervisor.register_worker("first", handler=Agent(), task_types=["a"])
     with pytest.raises(InvalidSetting, match="none was"):
@@ -327,11 +333,11 @@ def test_a_type_cannot_be_declared_after_a_worker_went_without() -> None:
 
 
 @virtual
-async def test_a_silent_worker_takes_the_type_of_the_one_before_it() -> None:
+async def test_a_worker_that_declares_nothing_has_the_type_of_the_first() -> None:
     async def broken(_: Task) -> Any:
         return {"text": 5}
 
-    async with house(Agent(), None, payload=Question, result=Question) as supervisor:
+    async with make_supervisor(Agent(), None, payload=Question, result=Question) as supervisor:
         supervisor.register_worker("silent", handler=broken, task_types=["work"])
         tickets = await submit_all(supervisor, [Task("work", {"topic": "a"}), Task("work", {"topic": "b"})])
         ended = {result.worker_id: result for result in await asyncio.gather(*tickets)}
@@ -340,8 +346,8 @@ async def test_a_silent_worker_takes_the_type_of_the_one_before_it() -> None:
 
 
 @virtual
-async def test_a_worker_of_two_types_has_for_each_what_was_declared() -> None:
-    async with house(Agent(), None, types=["one"], payload=Question) as supervisor:
+async def test_a_worker_of_two_task_types_follows_what_each_declares() -> None:
+    async with make_supervisor(Agent(), None, types=["one"], payload=Question) as supervisor:
         agent = Agent()
         supervisor.register_worker("both", handler=agent, task_types=["one", "two"])
         supervisor.workers["worker"].max_concurrent = 0
@@ -349,15 +355,15 @@ async def test_a_worker_of_two_types_has_for_each_what_was_declared() -> None:
         assert agent.started == [{"topic": "a"}]
 
 
-def test_a_type_that_is_none_is_told_at_registration() -> None:
+def test_a_declaration_that_is_no_type_is_an_error_at_registration() -> None:
     supervisor = BackpressureSupervisor()
     with pytest.raises(InvalidSetting, match=r"payload='5'.*must be a type"):
         supervisor.register_worker("worker", handler=Agent(), task_types=["a"], payload=5)
     assert not supervisor.workers
 
 
-class Clumsy:
-    """A codec that somebody wrote in a hurry."""
+class BuggyCodec:
+    """A codec with bugs."""
 
     def coerce(self, value: Any) -> Any:
         if value == "unfit":
@@ -376,8 +382,8 @@ class Clumsy:
 @virtual
 async def test_a_codec_that_raises_loses_no_task_and_ends_every_ticket(file: str) -> None:
     agent = Agent()
-    handler = Handler(call=agent, codec=Clumsy())
-    async with house(handler, file) as supervisor:
+    handler = Handler(call=agent, codec=BuggyCodec())
+    async with make_supervisor(handler, file) as supervisor:
         await supervisor.submit(Task("work", 0))
         for payload in ("unfit", "undumped"):
             error = await error_of(supervisor.submit(Task("work", payload)))
@@ -385,25 +391,25 @@ async def test_a_codec_that_raises_loses_no_task_and_ends_every_ticket(file: str
             assert error.why == "its codec raised ZeroDivisionError"
         payloads = ("unloaded", "broken", "good")
         ids = [(await supervisor.submit(Task("work", payload))).task_id for payload in payloads]
-    async with house(Handler(call=agent, codec=Clumsy()), file) as supervisor:
+    async with make_supervisor(Handler(call=agent, codec=BuggyCodec()), file) as supervisor:
         ended = [await supervisor.ticket(task_id) for task_id in ids]
     assert [result.status for result in ended] == [TaskStatus.FAILED, TaskStatus.FAILED, TaskStatus.SUCCEEDED]
     assert "payload.x: it is not liked" in str(ended[0].error)
 
 
-# --- rows that are not as they should be -----------------------------------------------------------------------------
+# --- malformed records -----------------------------------------------------------------------------------------------
 
 
 @virtual
 async def test_what_an_earlier_release_stored_is_read_by_the_type_of_this_one(file: str) -> None:
     @dataclasses.dataclass
-    class Earlier:
+    class OldQuestion:
         topic: str
         dropped: int = 0
 
-    ids = await leave_outside(file, Earlier("rivers", 5), payload=Earlier)
+    ids = await spill_tasks(file, OldQuestion("rivers", 5), payload=OldQuestion)
     agent = Agent()
-    async with house(agent, file, payload=Question, result=Question) as supervisor:
+    async with make_supervisor(agent, file, payload=Question, result=Question) as supervisor:
         result = await supervisor.ticket(ids[0])
     assert result.result == agent.started[0] == Question("rivers")
 
@@ -411,12 +417,12 @@ async def test_what_an_earlier_release_stored_is_read_by_the_type_of_this_one(fi
 @virtual
 async def test_what_this_release_cannot_read_fails_and_says_where(file: str) -> None:
     @dataclasses.dataclass
-    class Earlier:
+    class OldQuestion:
         subject: str
 
-    ids = await leave_outside(file, Earlier("sk-secret"), payload=Earlier)
+    ids = await spill_tasks(file, OldQuestion("sk-secret"), payload=OldQuestion)
     agent = Agent()
-    async with house(agent, file, payload=Question) as supervisor:
+    async with make_supervisor(agent, file, payload=Question) as supervisor:
         result = await supervisor.ticket(ids[0])
         assert await supervisor.run(Task("work", QUESTION)) == QUESTION
         assert (await supervisor.dead_letters.task(ids[0])).payload == {"subject": "sk-secret"}
@@ -427,34 +433,34 @@ async def test_what_this_release_cannot_read_fails_and_says_where(file: str) -> 
 
 
 @virtual
-async def test_what_an_earlier_release_could_not_read_is_run_once_the_type_is_mended(file: str) -> None:
+async def test_a_requeued_task_runs_once_its_payload_type_is_fixed(file: str) -> None:
     @dataclasses.dataclass
-    class Earlier:
+    class OldQuestion:
         subject: str
 
     @dataclasses.dataclass
-    class Mended:
+    class FixedQuestion:
         subject: str = ""
         topic: str = "none"
 
-    ids = await leave_outside(file, Earlier("rivers"), payload=Earlier)
-    async with house(Agent(), file, payload=Question) as supervisor:
+    ids = await spill_tasks(file, OldQuestion("rivers"), payload=OldQuestion)
+    async with make_supervisor(Agent(), file, payload=Question) as supervisor:
         await supervisor.ticket(ids[0])
     agent = Agent()
-    async with house(agent, file, payload=Mended) as supervisor:
-        assert (await supervisor.dead_letters.task(ids[0])).payload == Mended("rivers")
+    async with make_supervisor(agent, file, payload=FixedQuestion) as supervisor:
+        assert (await supervisor.dead_letters.task(ids[0])).payload == FixedQuestion("rivers")
         await supervisor.dead_letters.requeue(ids[0])
         assert (await supervisor.ticket(ids[0])).success
-    assert agent.started == [Mended("rivers")]
+    assert agent.started == [FixedQuestion("rivers")]
 
 
 @virtual
 async def test_a_result_that_this_release_cannot_read_ends_its_ticket_and_says_so(file: str) -> None:
     agent = Agent()
-    async with house(agent, file, result=str) as supervisor:
+    async with make_supervisor(agent, file, result=str) as supervisor:
         ticket = await supervisor.submit(Task("work", "sk-secret", durable=True))
         await ticket
-    async with house(agent, file, result=Answer) as supervisor:
+    async with make_supervisor(agent, file, result=Answer) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
         assert result.success
         assert isinstance(result.cause, ResultUnavailable)
@@ -464,16 +470,16 @@ async def test_a_result_that_this_release_cannot_read_ends_its_ticket_and_says_s
 
 @pytest.fixture
 def newer() -> Any:
-    """A context in which this is a Forebay of the next version of envelopes."""
+    """Return a context in which this Forebay writes the next version of envelopes."""
     return lambda: mock.patch.object(envelope, "VERSION", envelope.VERSION + 1)
 
 
 @virtual
 async def test_an_envelope_of_a_newer_version_is_left_for_a_newer_process(file: str, newer: Any) -> None:
     with newer():
-        ids = await leave_outside(file, "first", "second")
+        ids = await spill_tasks(file, "first", "second")
     old = Agent()
-    async with house(old, file, lease=3.0) as supervisor:
+    async with make_supervisor(old, file, lease=3.0) as supervisor:
         assert await supervisor.run(Task("work", "ours", durable=True)) == "ours"
         await asyncio.sleep(20.0)
         tickets = [supervisor.ticket(task_id) for task_id in ids]
@@ -482,7 +488,7 @@ async def test_an_envelope_of_a_newer_version_is_left_for_a_newer_process(file: 
     assert old.started == ["ours"]
     new = Agent()
     with newer():
-        async with house(new, file) as supervisor:
+        async with make_supervisor(new, file) as supervisor:
             assert [(await supervisor.ticket(task_id)).result for task_id in ids] == ["first", "second"]
     assert new.started == ["first", "second"]
 
@@ -493,34 +499,34 @@ async def test_a_newer_process_gets_what_an_older_one_cannot_read_while_both_run
 ) -> None:
     read = records.task_of_record
     old_agent, new_agent = Agent(), Agent()
-    old, new = house(old_agent, file, lease=3.0), house(new_agent, file, lease=3.0)
+    old, new = make_supervisor(old_agent, file, lease=3.0), make_supervisor(new_agent, file, lease=3.0)
 
-    def task(row: TaskRecord, codecs: TaskCodecs) -> Task:
-        """What is read, but that the older of the two houses cannot."""
-        if codecs is old._codecs and row.task_id in ids:
+    def task(record: TaskRecord, codecs: TaskCodecs) -> Task:
+        """Return the task of a record, except that the older of the two supervisors cannot read it."""
+        if codecs is old._codecs and record.task_id in ids:
             raise EnvelopeTooNew(version=2, known=1)
-        return read(row, codecs)
+        return read(record, codecs)
 
-    ids = await leave_outside(file, *range(30))
+    ids = await spill_tasks(file, *range(30))
     monkeypatch.setattr(records, "task_of_record", task)
     async with old:
         await asyncio.sleep(2.0)
         async with new:
-            began = now()
+            started = now()
             assert all([(await new.ticket(task_id)).success for task_id in ids])
-            assert now() - began < 300.0  # each time that a lease of the old one lapses, the quicker one gets the row
+            assert now() - started < 300.0  # when a lease of the old process lapses, either may get the record
             assert await old.run(Task("work", "ours", durable=True)) == "ours"
     assert sorted(new_agent.started) == list(range(30))
     assert old_agent.started == ["ours"]
 
 
 @virtual
-async def test_a_result_of_a_newer_version_is_no_silent_none(file: str, newer: Any) -> None:
+async def test_a_result_of_a_newer_version_is_an_error(file: str, newer: Any) -> None:
     with newer():
-        async with house(Agent(), file) as supervisor:
+        async with make_supervisor(Agent(), file) as supervisor:
             ticket = await supervisor.submit(Task("work", "x", durable=True))
             await ticket
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
         assert result.success
         assert isinstance(result.cause, ResultUnavailable)
@@ -557,13 +563,13 @@ WHOLE = ("work", "x", "id", 2, None, None, True, False, None, "default", None, N
 )
 @pytest.mark.parametrize("declared", [None, Question])
 @virtual
-async def test_a_hostile_row_harms_no_other(blob: Any, declared: Any, file: str) -> None:
-    ids = await leave_outside(file, {"topic": "a"}, {"topic": "b"}, payload=declared)
+async def test_a_malformed_record_affects_no_other(blob: Any, declared: Any, file: str) -> None:
+    ids = await spill_tasks(file, {"topic": "a"}, {"topic": "b"}, payload=declared)
     with sqlite3.connect(file.removeprefix("sqlite:///")) as database:
         database.execute("UPDATE task SET envelope = ? WHERE task_id = ?", (blob, ids[0]))
     database.close()
     agent = Agent()
-    async with house(agent, file, payload=declared) as supervisor:
+    async with make_supervisor(agent, file, payload=declared) as supervisor:
         assert (await supervisor.ticket(ids[1])).success
         assert (await supervisor.ticket(ids[0])).status.final
         assert await supervisor.run(Task("work", {"topic": "c"}, durable=True))

@@ -1,4 +1,4 @@
-"""Whatever happens, in whatever order: every task ends exactly once, every slot comes back, and the counts add up.
+"""Whatever happens in whatever order: every task ends exactly once, every slot is returned, and the counts add up.
 
 Scripts are drawn at random, for the callers and for the handlers, and run in virtual time. A failure prints the script.
 """
@@ -73,19 +73,19 @@ PLANS = st.recursive(LEAVES, unruly, max_leaves=6)
 PEACEFUL_PLANS = st.recursive(st.tuples(st.just("sleep"), MOMENTS), nested, max_leaves=8)
 
 
-class Broken(Exception):
-    """What a handler raises on purpose."""
+class HandlerError(Exception):
+    """An error that a handler raises on purpose."""
 
 
 async def carry_out(supervisor: BackpressureSupervisor, plan: Any) -> None:  # noqa: C901, PLR0912 - a small language
-    """Do what the plan says; an overload further on is no failure of the plan's."""
+    """Do what the plan says; an overload in a nested call does not fail the plan."""
     again = functools.partial(carry_out, supervisor)
     match plan:
         case ("sleep", seconds):
             await asyncio.sleep(seconds)
         case ("raise", seconds):
             await asyncio.sleep(seconds)
-            raise Broken
+            raise HandlerError
         case ("stubborn", seconds):
             due = asyncio.get_running_loop().time() + seconds
             while (left := due - asyncio.get_running_loop().time()) > 0:
@@ -127,8 +127,8 @@ async def carry_out(supervisor: BackpressureSupervisor, plan: Any) -> None:  # n
 
 
 @dataclass(frozen=True)
-class Offer:
-    """A task, how it is offered, and when its caller loses patience."""
+class Submission:
+    """A task, how it is submitted, and when its caller gives up."""
 
     at: float
     kind: str
@@ -143,8 +143,8 @@ class Offer:
     cancels_after: float | None  # cancels the ticket
 
 
-OFFERS = st.builds(
-    Offer,
+SUBMISSIONS = st.builds(
+    Submission,
     at=st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0, 2.0, 5.0]),
     kind=st.sampled_from(KINDS),
     plan=PLANS,
@@ -161,15 +161,15 @@ OFFERS = st.builds(
 
 @dataclass(frozen=True)
 class Script:
-    """A house, who comes to it, and how it ends."""
+    """A supervisor, the tasks that are submitted to it, and how it ends."""
 
     slots: tuple[int, int]
     shared: bool
     nested: bool  # the second worker is a supervisor
-    room: int | None
+    queue_size: int | None
     overflow: str | None
     reset_timeout: float | None
-    offers: list[Offer]
+    submissions: list[Submission]
     ends_at: float
     end: str  # drain, close, fail, drain twice, close in drain
     seed: int
@@ -180,42 +180,42 @@ SCRIPTS = st.builds(
     slots=st.tuples(st.integers(1, 3), st.integers(1, 2)),
     shared=st.booleans(),
     nested=st.booleans(),
-    room=st.sampled_from([None, 0, 1, 3]),
+    queue_size=st.sampled_from([None, 0, 1, 3]),
     overflow=st.sampled_from([None, None, "memory://", "memory://?bound=2", "sqlite"]),
     reset_timeout=st.sampled_from([None, 0.5, 10.0]),
-    offers=st.lists(OFFERS, min_size=1, max_size=8),
+    submissions=st.lists(SUBMISSIONS, min_size=1, max_size=8),
     ends_at=st.sampled_from([0.0, 0.002, 0.5, 1.0, 4.0, 60.0]),
     end=st.sampled_from(["drain", "close", "fail", "drain twice", "close in drain", "impatient drain"]),
     seed=st.integers(0, 1000),
 )
 
 
-async def come(supervisor: BackpressureSupervisor, offer: Offer, tickets: list[Ticket]) -> None:
-    await asyncio.sleep(offer.at)
-    options: dict[str, Any] = {"priority": offer.priority, "timeout": offer.timeout, "thread_id": offer.thread_id}
-    if offer.deadline is not None:
-        options["deadline"] = Deadline.within(offer.deadline)
-    task = Task(offer.kind, offer.plan, key=offer.key, **options)
+async def submit(supervisor: BackpressureSupervisor, planned: Submission, tickets: list[Ticket]) -> None:
+    await asyncio.sleep(planned.at)
+    options: dict[str, Any] = {"priority": planned.priority, "timeout": planned.timeout, "thread_id": planned.thread_id}
+    if planned.deadline is not None:
+        options["deadline"] = Deadline.within(planned.deadline)
+    task = Task(planned.kind, planned.plan, key=planned.key, **options)
     with contextlib.suppress(ForebayError):
-        match offer.by:
+        match planned.by:
             case "submit" | "nowait":
-                ticket = supervisor.submit_nowait(task) if offer.by == "nowait" else await supervisor.submit(task)
+                ticket = supervisor.submit_nowait(task) if planned.by == "nowait" else await supervisor.submit(task)
                 tickets.append(ticket)
-                if offer.cancels_after is not None:
-                    await asyncio.sleep(offer.cancels_after)
+                if planned.cancels_after is not None:
+                    await asyncio.sleep(planned.cancels_after)
                     ticket.cancel()
                 await ticket
             case "run":
                 await supervisor.run(task)
             case _:
-                async with supervisor.slot(offer.kind, **options):
-                    await carry_out(supervisor, offer.plan)
+                async with supervisor.slot(planned.kind, **options):
+                    await carry_out(supervisor, planned.plan)
 
 
-async def patiently(offer: Offer, coming: Awaitable[None]) -> None:
-    with contextlib.suppress(TimeoutError, Broken, asyncio.CancelledError):
-        async with asyncio.timeout(None if offer.leaves_after is None else offer.at + offer.leaves_after):
-            await coming
+async def with_patience(planned: Submission, submission: Awaitable[None]) -> None:
+    with contextlib.suppress(TimeoutError, HandlerError, asyncio.CancelledError):
+        async with asyncio.timeout(None if planned.leaves_after is None else planned.at + planned.leaves_after):
+            await submission
 
 
 async def leave(supervisor: BackpressureSupervisor, how: str) -> None:
@@ -238,10 +238,10 @@ async def leave(supervisor: BackpressureSupervisor, how: str) -> None:
     await supervisor.close()
 
 
-def furnish(
+def add_workers(
     supervisor: BackpressureSupervisor, slots: tuple[int, int], *, shared: bool, nest: bool, **options: Any
 ) -> None:
-    """Two workers, for one kind of task each or both for both; the second may be a supervisor in its turn."""
+    """Register two workers, for one task type each or both for both; the second may be a nested supervisor."""
 
     async def handler(task: Task) -> None:
         await carry_out(supervisor, task.payload)
@@ -258,9 +258,9 @@ def furnish(
 
 async def play(script: Script, directory: Path) -> None:
     overflow = f"sqlite:///{directory}/s.db?synchronous=off" if script.overflow == "sqlite" else script.overflow
-    supervisor = BackpressureSupervisor(max_queue_size=script.room, overflow=overflow, zombie_grace=0.5)
+    supervisor = BackpressureSupervisor(max_queue_size=script.queue_size, overflow=overflow, zombie_grace=0.5)
     record = EventRecord(supervisor)
-    furnish(
+    add_workers(
         supervisor,
         script.slots,
         shared=script.shared,
@@ -270,7 +270,10 @@ async def play(script: Script, directory: Path) -> None:
     )
     await supervisor.start()
     tickets: list[Ticket] = []
-    callers = [asyncio.ensure_future(patiently(offer, come(supervisor, offer, tickets))) for offer in script.offers]
+    callers = [
+        asyncio.ensure_future(with_patience(planned, submit(supervisor, planned, tickets)))
+        for planned in script.submissions
+    ]
     await asyncio.sleep(script.ends_at)
     await leave(supervisor, script.end)
     await asyncio.wait(callers)
@@ -283,12 +286,12 @@ async def play(script: Script, directory: Path) -> None:
 
 
 async def check_the_rest_runs_next_time(overflow: str, before: EventRecord) -> None:
-    """What the last house took and did not end, the next one does: all of it, and nothing else."""
+    """Check that the next supervisor ends what the last one accepted and did not end: all of it, and nothing else."""
     supervisor = BackpressureSupervisor(overflow=overflow, lease=3.0)
     supervisor.register_worker("next", handler=SlowHandler(0.0), task_types=KINDS, max_concurrent=3)
     record = EventRecord(supervisor)
     async with supervisor:
-        await asyncio.sleep(100.0)  # leases that nobody returned lapse
+        await asyncio.sleep(100.0)  # leases that were not returned lapse
         assert supervisor.statistics().outside == 0
     check_task_ends(before, record, left=0)
     assert set(record.results) <= {event.task_id for event in before.submitted}
@@ -296,7 +299,7 @@ async def check_the_rest_runs_next_time(overflow: str, before: EventRecord) -> N
 
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(script=SCRIPTS)
-def test_every_task_ends_once_every_slot_comes_back_and_the_counts_add_up(
+def test_every_task_ends_once_every_slot_is_returned_and_the_counts_add_up(
     script: Script, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     directory = tmp_path_factory.mktemp("spill") if script.overflow == "sqlite" else Path()
@@ -311,12 +314,12 @@ def test_every_task_ends_once_every_slot_comes_back_and_the_counts_add_up(
     nest=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_nested_work_of_any_shape_comes_through_a_house_of_any_size(
+def test_nested_work_of_any_shape_finishes_with_any_number_of_slots(
     plans: list[tuple[str, Any]], slots: tuple[int, int], seed: int, *, shared: bool, nest: bool
 ) -> None:
     async def main() -> None:
         async with BackpressureSupervisor(max_queue_size=1000) as supervisor:
-            furnish(supervisor, slots, shared=shared, nest=nest, timeout=1e5)
+            add_workers(supervisor, slots, shared=shared, nest=nest, timeout=1e5)
             tickets = [supervisor.submit_nowait(Task(kind, plan)) for kind, plan in plans]
             assert all(result.success for result in await results(tickets))
             await supervisor.drain()
@@ -330,18 +333,18 @@ def test_nested_work_of_any_shape_comes_through_a_house_of_any_size(
 @given(
     plans=st.lists(st.tuples(st.sampled_from(KINDS), PEACEFUL_PLANS), min_size=1, max_size=6),
     slots=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    room=st.integers(0, 3),
+    queue_size=st.integers(0, 3),
     durable=st.booleans(),
     nest=st.booleans(),
     drain_at=st.sampled_from([0.0, 0.001, 0.003, 0.1, 0.5, 1.0, 2.0]),
     seed=st.integers(0, 1000),
 )
-def test_draining_ends_whatever_nested_work_is_under_way_and_wherever_it_waits(  # noqa: PLR0913 - all that may vary
+def test_draining_ends_nested_work_wherever_it_waits(  # noqa: PLR0913 - all that may vary
     tmp_path_factory: pytest.TempPathFactory,
     *,
     plans: list[tuple[str, Any]],
     slots: tuple[int, int],
-    room: int,
+    queue_size: int,
     drain_at: float,
     seed: int,
     durable: bool,
@@ -350,17 +353,17 @@ def test_draining_ends_whatever_nested_work_is_under_way_and_wherever_it_waits( 
     overflow = f"sqlite:///{tmp_path_factory.mktemp('spill')}/s.db?synchronous=off"
 
     async def main() -> None:
-        async with BackpressureSupervisor(max_queue_size=room, overflow=overflow) as supervisor:
-            furnish(supervisor, slots, shared=True, nest=nest, timeout=1e5)
-            offers = [supervisor.submit(Task(kind, plan, durable=durable)) for kind, plan in plans]
-            offering = asyncio.gather(*offers)
+        async with BackpressureSupervisor(max_queue_size=queue_size, overflow=overflow) as supervisor:
+            add_workers(supervisor, slots, shared=True, nest=nest, timeout=1e5)
+            submissions = [supervisor.submit(Task(kind, plan, durable=durable)) for kind, plan in plans]
+            offering = asyncio.gather(*submissions)
             await asyncio.sleep(drain_at)
-            began = asyncio.get_running_loop().time()
+            started = asyncio.get_running_loop().time()
             await supervisor.drain()
-            assert asyncio.get_running_loop().time() - began < 100.0
+            assert asyncio.get_running_loop().time() - started < 100.0
             await asyncio.wait([offering])
 
-    with contextlib.suppress(SupervisorClosed):  # it drained before some were offered
+    with contextlib.suppress(SupervisorClosed):  # it drained before some were submitted
         simulate(main, seed=seed)
 
 
@@ -368,7 +371,7 @@ def test_draining_ends_whatever_nested_work_is_under_way_and_wherever_it_waits( 
 
 
 class Payload:
-    """What a weak reference can watch."""
+    """An object that a weak reference can watch."""
 
 
 async def succeeds(supervisor: BackpressureSupervisor, payload: Payload) -> None:
@@ -388,7 +391,7 @@ async def times_out(supervisor: BackpressureSupervisor, payload: Payload) -> Non
 
 
 async def is_a_zombie(supervisor: BackpressureSupervisor, payload: Payload) -> None:
-    await supervisor.submit_nowait(Task("deaf", payload, timeout=0.1))
+    await supervisor.submit_nowait(Task("uncancellable", payload, timeout=0.1))
     await asyncio.sleep(20.0)
 
 
@@ -436,7 +439,7 @@ async def is_held_by_a_slots_caller(supervisor: BackpressureSupervisor, payload:
     await asyncio.get_running_loop().create_task(caller(payload))
 
 
-WAYS: list[Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]]] = [
+SCENARIOS: list[Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]]] = [
     succeeds,
     is_awaited_by_run,
     fails,
@@ -453,10 +456,10 @@ WAYS: list[Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 @virtual
 async def test_nothing_keeps_a_task_alive_once_its_result_is_no_longer_kept(
-    way: Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]],
+    scenario: Callable[[BackpressureSupervisor, Payload], Coroutine[Any, Any, None]],
 ) -> None:
     async with BackpressureSupervisor(keep_results=1, max_queue_size=6) as supervisor:
 
@@ -468,20 +471,22 @@ async def test_nothing_keeps_a_task_alive_once_its_result_is_no_longer_kept(
             await asyncio.sleep(1.0)
 
         async def breaks(_: Task) -> None:
-            raise Broken
+            raise HandlerError
 
-        async def is_deaf(task: Task) -> None:
+        async def ignores_cancellation(task: Task) -> None:
             await carry_out(supervisor, ("stubborn", 10.0))
             del task
 
         supervisor.register_worker("worker", handler=works, task_types=["work"])
         supervisor.register_worker("quick", handler=works, task_types=["quick"], max_concurrent=100)
         supervisor.register_worker("fails", handler=breaks, task_types=["fail"])
-        supervisor.register_worker("deaf", handler=is_deaf, task_types=["deaf"], reset_timeout=1.0)
+        supervisor.register_worker(
+            "uncancellable", handler=ignores_cancellation, task_types=["uncancellable"], reset_timeout=1.0
+        )
         supervisor.register_worker("parent", handler=parent, task_types=["parent"])
         payload = Payload()
         alive = weakref.ref(payload)
-        await way(supervisor, payload)
+        await scenario(supervisor, payload)
         del payload
         await asyncio.sleep(15.0)
         await supervisor.run(Task("quick"))
@@ -559,7 +564,7 @@ DEEDS = [do_submit, do_submit_keyed, do_run, do_hold_a_slot, do_wait, do_listen,
 @pytest.mark.parametrize("full", [False, True], ids=["free", "full"])
 @pytest.mark.parametrize("overflow", [None, "memory://", "sqlite"])
 @pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: deed.__name__)
-def test_whoever_is_cancelled_at_whatever_moment_leaves_the_house_in_order(
+def test_a_cancellation_at_any_moment_leaves_the_supervisor_consistent(
     deed: Callable[[BackpressureSupervisor], Coroutine[Any, Any, None]],
     overflow: str | None,
     tmp_path: Path,

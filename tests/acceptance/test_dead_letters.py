@@ -1,4 +1,4 @@
-"""Tasks that nobody will try again by itself are seen, and acted upon, by a person."""
+"""Dead letters: stored tasks that are not tried again by themselves, for a person to look at."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "spill.db"
 
 
-def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> TaskRecord:
+def dead_record(task: Task, *, attempts: int, envelope: bytes | None = None) -> TaskRecord:
     return TaskRecord(
         task_id=task.task_id,
         task_type=task.task_type,
@@ -36,16 +36,16 @@ def row(task: Task, *, attempts: int, envelope: bytes | None = None) -> TaskReco
     )
 
 
-async def leave(path: Path, *rows: TaskRecord, bound: int = 100_000) -> None:
-    """As a process does that dies: rows under leases that lapse."""
-    ledger = SqliteTaskStore(path, bound=bound)
-    await ledger.open()
-    for each in rows:
-        assert await ledger.put(each, fence="of the dead", until=wall_time() - 1.0) is PutResult.STORED
-    await ledger.close()
+async def leave(path: Path, *records: TaskRecord, bound: int = 100_000) -> None:
+    """Store records under leases that lapse, as a process does that dies."""
+    store = SqliteTaskStore(path, bound=bound)
+    await store.open()
+    for each in records:
+        assert await store.put(each, fence="of the dead", until=wall_time() - 1.0) is PutResult.STORED
+    await store.close()
 
 
-def house(path: Path, agent: Any, **options: Any) -> BackpressureSupervisor:
+def make_supervisor(path: Path, agent: Any, **options: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}", max_attempts=3, **options)
     supervisor.register_worker("worker", handler=agent, task_types=["work"])
     return supervisor
@@ -58,8 +58,12 @@ def poison(name: str, **options: Any) -> Task:
 @virtual
 async def test_a_task_that_was_started_too_often_is_a_dead_letter(path: Path) -> None:
     agent = Agent()
-    await leave(path, row(poison("a", priority=Priority.HIGH, key="k"), attempts=3), row(poison("b"), attempts=2))
-    async with house(path, agent) as supervisor:
+    await leave(
+        path,
+        dead_record(poison("a", priority=Priority.HIGH, key="k"), attempts=3),
+        dead_record(poison("b"), attempts=2),
+    )
+    async with make_supervisor(path, agent) as supervisor:
         (letter,) = [letter async for letter in supervisor.dead_letters]
         assert (letter.task_id, letter.task_type, letter.priority, letter.key) == ("a", "work", Priority.HIGH, "k")
         assert letter.attempts == 3
@@ -74,23 +78,25 @@ async def test_a_task_that_was_started_too_often_is_a_dead_letter(path: Path) ->
 
 @virtual
 async def test_an_envelope_that_cannot_be_read_is_a_dead_letter_and_kept_as_it_is(path: Path) -> None:
-    heard: list[Event] = []
-    await leave(path, row(poison("a"), attempts=0, envelope=b"\xc1 garbage"), row(poison("b"), attempts=0))
-    async with house(path, Agent(), on_event=heard.append) as supervisor:
+    received: list[Event] = []
+    await leave(
+        path, dead_record(poison("a"), attempts=0, envelope=b"\xc1 garbage"), dead_record(poison("b"), attempts=0)
+    )
+    async with make_supervisor(path, Agent(), on_event=received.append) as supervisor:
         assert (await supervisor.ticket("b")).success
         (letter,) = await supervisor.dead_letters.page()
         assert (letter.task_id, letter.attempts) == ("a", 0)
         assert "EnvelopeDamaged" in letter.error
         assert isinstance(await error_of(supervisor.dead_letters.task("a")), EnvelopeDamaged)
-    (died,) = [event for event in heard if isinstance(event, TaskDeadLettered)]
+    (died,) = [event for event in received if isinstance(event, TaskDeadLettered)]
     assert (died.task_id, died.task_type, died.attempts, died.error) == ("a", "work", 0, letter.error)
 
 
 @virtual
 async def test_a_requeued_letter_is_tried_again_as_often_as_a_new_task(path: Path) -> None:
     agent = Agent()
-    await leave(path, row(poison("a"), attempts=3))
-    async with house(path, agent) as supervisor:
+    await leave(path, dead_record(poison("a"), attempts=3))
+    async with make_supervisor(path, agent) as supervisor:
         assert not (await supervisor.ticket("a")).success
         await supervisor.dead_letters.requeue("a")
         result = await supervisor.ticket("a")
@@ -100,10 +106,10 @@ async def test_a_requeued_letter_is_tried_again_as_often_as_a_new_task(path: Pat
 
 
 @virtual
-async def test_a_requeued_letter_is_run_by_whoever_has_a_slot_also_if_it_knew_the_task_as_dead(path: Path) -> None:
-    await leave(path, row(poison("a"), attempts=3))
+async def test_a_requeued_letter_may_run_in_a_process_that_saw_the_task_die(path: Path) -> None:
+    await leave(path, dead_record(poison("a"), attempts=3))
     other = BackpressureSupervisor(overflow=f"sqlite:///{path}")
-    async with other, house(path, Agent()) as supervisor:
+    async with other, make_supervisor(path, Agent()) as supervisor:
         assert not (await supervisor.ticket("a")).success
         await other.dead_letters.requeue("a")
         await asyncio.sleep(60.0)
@@ -111,20 +117,20 @@ async def test_a_requeued_letter_is_run_by_whoever_has_a_slot_also_if_it_knew_th
 
 
 @virtual
-async def test_a_dropped_letter_is_gone_and_its_key_free(path: Path) -> None:
+async def test_a_dropped_letter_is_gone_and_its_key_is_free(path: Path) -> None:
     agent = Agent()
-    await leave(path, row(poison("a", key="k"), attempts=3))
-    async with house(path, agent) as supervisor:
+    await leave(path, dead_record(poison("a", key="k"), attempts=3))
+    async with make_supervisor(path, agent) as supervisor:
         await supervisor.dead_letters.drop("a")
         assert await supervisor.dead_letters.page() == ()
         assert isinstance(await error_of(supervisor.ticket("a").value()), UnknownTask)
-        assert await supervisor.run(Task("work", "anew", key="k")) == "anew"
+        assert await supervisor.run(Task("work", "again", key="k")) == "again"
 
 
 @virtual
-async def test_letters_are_read_by_pages(path: Path) -> None:
-    await leave(path, *(row(poison(f"{number:03}"), attempts=3) for number in range(250)))
-    async with house(path, Agent()) as supervisor:
+async def test_letters_are_read_in_pages(path: Path) -> None:
+    await leave(path, *(dead_record(poison(f"{number:03}"), attempts=3) for number in range(250)))
+    async with make_supervisor(path, Agent()) as supervisor:
         first = await supervisor.dead_letters.page(limit=2)
         second = await supervisor.dead_letters.page(limit=2, after=first[-1])
         assert [letter.task_id for letter in (*first, *second)] == ["000", "001", "002", "003"]
@@ -134,13 +140,13 @@ async def test_letters_are_read_by_pages(path: Path) -> None:
 @pytest.mark.parametrize("limit", [0, -1, 1001, 1.0, True])
 @virtual
 async def test_a_page_has_a_bound(path: Path, limit: Any) -> None:
-    async with house(path, Agent()) as supervisor:
+    async with make_supervisor(path, Agent()) as supervisor:
         assert isinstance(await error_of(supervisor.dead_letters.page(limit=limit)), InvalidSetting)
 
 
 @virtual
-async def test_a_letter_finds_no_way_back_into_a_full_overflow(path: Path) -> None:
-    await leave(path, row(poison("a"), attempts=3))
+async def test_a_letter_cannot_be_requeued_into_a_full_overflow(path: Path) -> None:
+    await leave(path, dead_record(poison("a"), attempts=3))
     supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?bound=1", max_queue_size=0)
     supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
     async with supervisor:
@@ -154,8 +160,8 @@ async def test_a_letter_finds_no_way_back_into_a_full_overflow(path: Path) -> No
 
 @pytest.mark.parametrize("task_id", ["waits", "never was"])
 @virtual
-async def test_who_is_not_dead_is_no_letter(path: Path, task_id: str) -> None:
-    async with house(path, Agent(), max_queue_size=0) as supervisor:
+async def test_a_task_that_is_not_dead_is_no_letter(path: Path, task_id: str) -> None:
+    async with make_supervisor(path, Agent(), max_queue_size=0) as supervisor:
         await supervisor.submit(Task("work", 1))
         await supervisor.submit(Task("work", 2, task_id="waits"))
         for act in (supervisor.dead_letters.task, supervisor.dead_letters.requeue, supervisor.dead_letters.drop):
@@ -163,7 +169,7 @@ async def test_who_is_not_dead_is_no_letter(path: Path, task_id: str) -> None:
 
 
 @virtual
-async def test_without_an_overflow_nobody_is_dead() -> None:
+async def test_without_an_overflow_there_are_no_letters() -> None:
     async with BackpressureSupervisor() as supervisor:
         assert [letter async for letter in supervisor.dead_letters] == []
         assert isinstance(await error_of(supervisor.dead_letters.requeue("a")), UnknownTask)

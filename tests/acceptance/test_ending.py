@@ -1,4 +1,4 @@
-"""How tasks end: by value, by exceptions of every kind, by timeout, by cancelling; and who still holds the slot."""
+"""How tasks end: with a value, by any exception, by a timeout, by cancelling; and when the slot is returned."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Worker
 from forebay.events import ZombieEnded, ZombieFound
 
 
-class Unspeakable(Exception):
-    """An exception that cannot be shown."""
+class UnprintableError(Exception):
+    """An exception whose str() fails."""
 
     def __str__(self) -> str:
         raise RuntimeError
 
 
-class Hostile(BaseException):
-    """Neither an Exception nor one that asyncio knows."""
+class UnknownBaseException(BaseException):
+    """An exception that is no Exception and that asyncio does not know."""
 
 
 ALL_KINDS = [
     ValueError("x"),
-    Hostile("x"),
+    UnknownBaseException("x"),
     SystemExit(3),
     KeyboardInterrupt(),
     GeneratorExit(),
@@ -40,12 +40,12 @@ ALL_KINDS = [
     ConnectionError("gone"),
     ExceptionGroup("two", [ValueError(), KeyError()]),
     BaseExceptionGroup("two", [SystemExit(), KeyboardInterrupt()]),
-    Unspeakable(),
+    UnprintableError(),
 ]
 
 
 def raising(error: BaseException, *, in_thread: bool) -> Callable[[Task], Any]:
-    """A handler that raises `error` for the payload "bad"."""
+    """Return a handler that raises `error` for the payload "bad"."""
 
     async def agent(task: Task) -> Any:
         await asyncio.sleep(1.0)
@@ -67,7 +67,7 @@ def raising(error: BaseException, *, in_thread: bool) -> Callable[[Task], Any]:
 @pytest.mark.parametrize("in_thread", [False, True], ids=["async", "thread"])
 @pytest.mark.parametrize("error", ALL_KINDS, ids=lambda error: type(error).__name__)
 @virtual
-async def test_whatever_a_handler_raises_ends_its_own_task_and_harms_no_other(
+async def test_whatever_a_handler_raises_ends_its_own_task_and_no_other(
     error: BaseException, *, in_thread: bool
 ) -> None:
     async with BackpressureSupervisor() as supervisor:
@@ -89,7 +89,7 @@ async def test_what_a_handler_raised_is_named_in_its_result(error: BaseException
         supervisor.register_worker("worker", handler=raising(error, in_thread=in_thread), task_types=["work"])
         result = await supervisor.submit_nowait(Task("work", "bad"))
     if isinstance(error, StopIteration) and not in_thread:
-        assert result.error == "RuntimeError: coroutine raised StopIteration"  # Python's doing
+        assert result.error == "RuntimeError: coroutine raised StopIteration"  # because of Python
     else:
         assert result.cause is error
         assert (result.error or "").startswith(type(error).__name__)
@@ -97,7 +97,7 @@ async def test_what_a_handler_raised_is_named_in_its_result(error: BaseException
 
 @pytest.mark.parametrize("in_thread", [False, True], ids=["async", "thread"])
 @virtual
-async def test_a_handler_that_raises_a_cancellation_ends_cancelled_and_harms_no_other(*, in_thread: bool) -> None:
+async def test_a_handler_that_raises_a_cancellation_ends_cancelled_and_affects_no_other(*, in_thread: bool) -> None:
     async with BackpressureSupervisor() as supervisor:
         handler = raising(asyncio.CancelledError(), in_thread=in_thread)
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
@@ -110,13 +110,13 @@ async def test_a_handler_that_raises_a_cancellation_ends_cancelled_and_harms_no_
 @virtual
 async def test_an_exception_that_cannot_be_shown_still_ends_its_task() -> None:
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=Agent(error=Unspeakable()), task_types=["work"])
+        supervisor.register_worker("worker", handler=Agent(error=UnprintableError()), task_types=["work"])
         result = await supervisor.submit_nowait(Task("work"))
-    assert result.error == "Unspeakable: (its message cannot be shown)"
+    assert result.error == "UnprintableError: (its message cannot be shown)"
 
 
 @virtual
-async def test_an_overload_that_a_handler_meets_is_handed_on_as_it_is() -> None:
+async def test_an_overloaded_raised_inside_a_handler_is_passed_on_unchanged() -> None:
     async with BackpressureSupervisor() as supervisor:
         overload = Overloaded("the well is dry", limited_by="well", load=1.0, retry_after=3.0)
         supervisor.register_worker("worker", handler=Agent(error=overload), task_types=["work"])
@@ -150,7 +150,7 @@ async def test_a_timeout_counts_running_and_not_waiting() -> None:
 
 
 @virtual
-async def test_a_handler_that_stops_at_its_timeout_gives_its_slot_at_once() -> None:
+async def test_a_handler_that_stops_at_its_timeout_returns_its_slot_at_once() -> None:
     agent = Agent(10.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"])
@@ -171,7 +171,7 @@ async def test_a_handler_that_has_stopped_is_not_called_a_zombie_later() -> None
 
 
 @virtual
-async def test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really_ends() -> None:
+async def test_a_zombie_keeps_its_slot_and_counts_in_the_load_until_it_really_ends() -> None:
     async with BackpressureSupervisor(max_queue_size=9) as supervisor:
         worker = supervisor.register_worker("worker", handler=UncancellableHandler(4.0), task_types=["work"])
         first, second = flood(supervisor, "work", 2, timeout=1.0)
@@ -187,7 +187,7 @@ async def test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really
 
 
 @virtual
-async def test_a_zombie_is_told_of_when_it_is_found_and_when_it_ends() -> None:
+async def test_a_zombie_is_reported_when_it_is_found_and_when_it_ends() -> None:
     events: list[Any] = []
     async with BackpressureSupervisor(zombie_grace=3.0, on_event=events.append) as supervisor:
         supervisor.register_worker("worker", handler=UncancellableHandler(20.0), task_types=["work"], max_concurrent=2)
@@ -239,7 +239,7 @@ async def test_a_worker_whose_every_slot_a_zombie_holds_is_failed_until_they_end
 
 
 @virtual
-async def test_a_plain_callable_that_outlives_its_timeout_holds_its_slot_and_then_gives_it() -> None:
+async def test_a_plain_callable_that_outlives_its_timeout_holds_its_slot_until_it_returns() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=lambda _: "late", task_types=["work"])
         # in virtual time a thread takes between 0.1 and 5 ms
@@ -255,7 +255,7 @@ async def test_on_cancel_is_called_once_with_the_task_that_is_to_stop() -> None:
     stop = asyncio.Event()
     asked: list[str] = []
 
-    async def deaf(_: Task) -> None:
+    async def ignores_cancellation(_: Task) -> None:
         while not stop.is_set():
             try:
                 await stop.wait()
@@ -267,7 +267,9 @@ async def test_on_cancel_is_called_once_with_the_task_that_is_to_stop() -> None:
         stop.set()
 
     async with BackpressureSupervisor() as supervisor:
-        worker = supervisor.register_worker("worker", handler=deaf, task_types=["work"], on_cancel=on_cancel)
+        worker = supervisor.register_worker(
+            "worker", handler=ignores_cancellation, task_types=["work"], on_cancel=on_cancel
+        )
         result = await supervisor.submit_nowait(Task("work", task_id="t1", timeout=2.0))
         await run_ready()
         assert worker.current_tasks == 0
@@ -279,7 +281,7 @@ async def test_on_cancel_is_called_once_with_the_task_that_is_to_stop() -> None:
 async def test_on_cancel_may_be_async() -> None:
     stop = asyncio.Event()
 
-    async def deaf(_: Task) -> None:
+    async def ignores_cancellation(_: Task) -> None:
         while not stop.is_set():
             try:
                 await stop.wait()
@@ -291,7 +293,9 @@ async def test_on_cancel_may_be_async() -> None:
         stop.set()
 
     async with BackpressureSupervisor() as supervisor:
-        worker = supervisor.register_worker("worker", handler=deaf, task_types=["work"], on_cancel=on_cancel)
+        worker = supervisor.register_worker(
+            "worker", handler=ignores_cancellation, task_types=["work"], on_cancel=on_cancel
+        )
         await supervisor.submit_nowait(Task("work", timeout=2.0))
         await asyncio.sleep(1.1)
         assert worker.current_tasks == 0
@@ -340,7 +344,7 @@ async def test_a_handler_that_returns_in_spite_of_its_cancellation_is_still_time
 
 
 @virtual
-async def test_cancelling_a_waiting_task_takes_it_out_of_the_line_at_once() -> None:
+async def test_cancelling_a_waiting_task_removes_it_from_the_queue_at_once() -> None:
     agent = Agent()
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"])
@@ -383,13 +387,13 @@ async def test_cancelling_before_the_handlers_first_step_means_that_it_takes_non
 
 
 @virtual
-async def test_cancelling_what_has_ended_or_was_rejected_says_no() -> None:
+async def test_cancelling_an_ended_or_rejected_task_returns_false() -> None:
     async with BackpressureSupervisor(max_queue_size=0) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
-        ended, refused = flood(supervisor, "work", 2)
+        ended, rejected = flood(supervisor, "work", 2)
         await ended
         assert not ended.cancel()
-        assert not refused.cancel()
+        assert not rejected.cancel()
         assert ended.status is TaskStatus.SUCCEEDED
 
 
@@ -432,16 +436,18 @@ note: contextvars.ContextVar[str] = contextvars.ContextVar("note", default="blan
 @pytest.mark.parametrize("in_thread", [False, True], ids=["async", "thread"])
 @virtual
 async def test_what_a_task_writes_into_its_context_no_other_task_reads(*, in_thread: bool) -> None:
-    def scribble(task: Task) -> str:
+    def write_context(task: Task) -> str:
         before = note.get()
         note.set(task.payload)
         return before
 
-    async def scribble_async(task: Task) -> str:
-        return scribble(task)
+    async def write_context_async(task: Task) -> str:
+        return write_context(task)
 
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=scribble if in_thread else scribble_async, task_types=["work"])
+        supervisor.register_worker(
+            "worker", handler=write_context if in_thread else write_context_async, task_types=["work"]
+        )
         tickets = [supervisor.submit_nowait(Task("work", name)) for name in "abc"]
         assert [result.result for result in await results(tickets)] == ["blank"] * 3
         assert note.get() == "blank"
@@ -468,43 +474,43 @@ async def test_the_context_of_a_submitter_does_not_reach_the_task(*, in_thread: 
 
 @virtual
 async def test_the_context_in_which_the_supervisor_was_started_reaches_every_task() -> None:
-    token = note.set("of the house")
+    token = note.set("of the supervisor")
     try:
         async with BackpressureSupervisor() as supervisor:
             supervisor.register_worker("worker", handler=lambda _: note.get(), task_types=["work"])
-            assert await supervisor.run(Task("work")) == "of the house"
+            assert await supervisor.run(Task("work")) == "of the supervisor"
     finally:
         note.reset(token)
 
 
 @virtual
 async def test_progress_outside_of_a_task_does_nothing() -> None:
-    progress("nobody listens")
+    progress("no listener")
 
 
 # --- payloads --------------------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_nothing_that_is_said_of_a_task_echoes_its_payload(caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_message_about_a_task_contains_its_payload(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "forebay")
     secret = "sk-very-secret"  # noqa: S105 - a word to look for
     events: list[Any] = []
-    said: list[object] = []
+    messages: list[object] = []
     async with BackpressureSupervisor(
         overflow="memory://?bound=2", max_queue_size=2, zombie_grace=0.5, on_event=events.append
     ) as supervisor:
         supervisor.register_worker(
             "fails", handler=Agent(error=ValueError()), task_types=["fail"], max_concurrent=9, reset_timeout=1.0
         )
-        supervisor.register_worker("deaf", handler=UncancellableHandler(5.0), task_types=["hang"])
+        supervisor.register_worker("ignores_cancellation", handler=UncancellableHandler(5.0), task_types=["hang"])
         tickets = [await supervisor.submit(Task("fail", {"key": secret})) for _ in range(20)]
         tickets += [await supervisor.submit(Task("hang", {"key": secret}, timeout=1.0)) for _ in range(3)]
-        said += [repr(ticket) for ticket in tickets] + [repr(ticket.task) for ticket in tickets]
-        said += [ticket.reason for ticket in tickets]
-        said += [str(await ticket) for ticket in tickets if ticket]
-        said += [str(ticket.refusal()) for ticket in tickets if not ticket]
-        said += [repr(supervisor.workers), str(supervisor.statistics())]
-    said += [str(event) for event in events]
-    assert len(said) > 50
-    assert secret not in f"{said}{caplog.text}"
+        messages += [repr(ticket) for ticket in tickets] + [repr(ticket.task) for ticket in tickets]
+        messages += [ticket.reason for ticket in tickets]
+        messages += [str(await ticket) for ticket in tickets if ticket]
+        messages += [str(ticket.refusal()) for ticket in tickets if not ticket]
+        messages += [repr(supervisor.workers), str(supervisor.statistics())]
+    messages += [str(event) for event in events]
+    assert len(messages) > 50
+    assert secret not in f"{messages}{caplog.text}"

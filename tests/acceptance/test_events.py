@@ -1,4 +1,4 @@
-"""What can be heard and read: events, progress, statistics."""
+"""Events, progress and statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def reports(task: Task) -> str:
     return f"{task.payload} done"
 
 
-async def heard(ticket: Any) -> list[Event]:
+async def events_of(ticket: Any) -> list[Event]:
     return [event async for event in ticket.events()]
 
 
@@ -31,7 +31,7 @@ async def test_a_tickets_events_are_started_progress_and_last_finished() -> None
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=reports, task_types=["work"])
         _, ticket = flood(supervisor, "work", 2)
-        events = await heard(ticket)
+        events = await events_of(ticket)
     assert [event.kind for event in events] == ["started", "progress", "progress", "finished"]
     started, first, second, finished = events
     assert isinstance(started, TaskStarted)
@@ -44,18 +44,18 @@ async def test_a_tickets_events_are_started_progress_and_last_finished() -> None
 
 
 @virtual
-async def test_who_listens_late_is_told_of_the_start_and_of_the_end_again() -> None:
+async def test_a_late_listener_gets_the_start_and_the_end_again() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=reports, task_types=["work"])
         (ticket,) = flood(supervisor, "work", 1)
         await asyncio.sleep(1.5)
-        late = await heard(ticket)
+        late = await events_of(ticket)
         assert [(event.kind, event.at) for event in late] == [
             ("started", approximately(0.0)),
             ("progress", approximately(2.0)),
             ("finished", approximately(2.0)),
         ]
-        assert [event.kind for event in await heard(ticket)] == ["finished"]
+        assert [event.kind for event in await events_of(ticket)] == ["finished"]
 
 
 @virtual
@@ -69,7 +69,7 @@ async def test_several_may_listen_and_one_may_leave() -> None:
                 return event.kind
             return "nothing"
 
-        kinds, first = await asyncio.gather(heard(ticket), leaves())
+        kinds, first = await asyncio.gather(events_of(ticket), leaves())
     assert len(kinds) == 4
     assert first == "started"
 
@@ -78,7 +78,7 @@ async def test_several_may_listen_and_one_may_leave() -> None:
 async def test_listening_to_a_rejected_ticket_raises_overloaded() -> None:
     async with BackpressureSupervisor(max_queue_size=0) as supervisor:
         supervisor.register_worker("worker", handler=reports, task_types=["work"])
-        assert isinstance(await error_of(heard(flood(supervisor, "work", 2)[1])), Overloaded)
+        assert isinstance(await error_of(events_of(flood(supervisor, "work", 2)[1])), Overloaded)
 
 
 @virtual
@@ -86,7 +86,7 @@ async def test_a_cancelled_tasks_events_end_with_finished_too() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
         running, waiting = flood(supervisor, "work", 2)
-        listening = asyncio.gather(heard(running), heard(waiting))
+        listening = asyncio.gather(events_of(running), events_of(waiting))
         await asyncio.sleep(1.0)
         waiting.cancel()
         running.cancel()
@@ -96,7 +96,7 @@ async def test_a_cancelled_tasks_events_end_with_finished_too() -> None:
 
 
 @virtual
-async def test_of_progress_that_nobody_reads_the_newest_thousand_are_kept() -> None:
+async def test_the_newest_thousand_unread_progress_events_are_kept() -> None:
     async def talks(_: Task) -> None:
         await asyncio.sleep(1.0)
         for number in range(5000):
@@ -105,7 +105,7 @@ async def test_of_progress_that_nobody_reads_the_newest_thousand_are_kept() -> N
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=talks, task_types=["work"])
         (ticket,) = flood(supervisor, "work", 1)
-        values = [event.value for event in await heard(ticket) if isinstance(event, TaskProgress)]
+        values = [event.value for event in await events_of(ticket) if isinstance(event, TaskProgress)]
     assert values == list(range(4000, 5000))
 
 
@@ -122,12 +122,12 @@ async def test_progress_of_a_nested_task_is_its_own() -> None:
         supervisor.register_worker("parents", handler=parent, task_types=["parent"])
         supervisor.register_worker("children", handler=child, task_types=["child"])
         (ticket,) = flood(supervisor, "parent", 1)
-        values = [event.value for event in await heard(ticket) if isinstance(event, TaskProgress)]
+        values = [event.value for event in await events_of(ticket) if isinstance(event, TaskProgress)]
     assert values == ["parent"]
 
 
 @virtual
-async def test_progress_in_a_slot_is_heard_by_the_house() -> None:
+async def test_progress_in_a_slot_reaches_the_supervisors_listeners() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         with_progress = []
@@ -139,11 +139,11 @@ async def test_progress_in_a_slot_is_heard_by_the_house() -> None:
     assert [(event.task_id, event.value) for event in with_progress] == [(slot.task_id, "half way")]
 
 
-# --- of a house ------------------------------------------------------------------------------------------------------
+# --- of a supervisor -------------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_the_house_tells_of_every_verdict_start_and_end() -> None:
+async def test_the_supervisor_reports_every_verdict_start_and_end() -> None:
     seen: list[Event] = []
     async with BackpressureSupervisor(max_queue_size=4, on_event=seen.append) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
@@ -159,7 +159,7 @@ async def test_the_house_tells_of_every_verdict_start_and_end() -> None:
 
 
 @virtual
-async def test_the_house_tells_of_what_comes_back_from_the_overflow() -> None:
+async def test_the_supervisor_reports_refilled_tasks() -> None:
     async with BackpressureSupervisor(max_queue_size=1, overflow="memory://") as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         async with supervisor.events() as events:
@@ -171,7 +171,7 @@ async def test_the_house_tells_of_what_comes_back_from_the_overflow() -> None:
 
 
 @virtual
-async def test_the_houses_events_end_when_it_closes() -> None:
+async def test_the_supervisors_events_end_when_it_closes() -> None:
     supervisor = BackpressureSupervisor()
     await supervisor.start()
     supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
@@ -183,7 +183,7 @@ async def test_the_houses_events_end_when_it_closes() -> None:
 
 
 @virtual
-async def test_a_slow_reader_loses_the_oldest_events_and_is_told_how_many() -> None:
+async def test_a_slow_reader_loses_the_oldest_events_and_knows_how_many() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         async with supervisor.events(bound=5) as events:
@@ -196,7 +196,7 @@ async def test_a_slow_reader_loses_the_oldest_events_and_is_told_how_many() -> N
 
 
 @virtual
-async def test_a_sink_that_fails_is_logged_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_sink_that_fails_is_logged_and_affects_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[Event] = []
 
     def fails(_: Event) -> None:
@@ -233,7 +233,7 @@ async def test_a_sink_may_submit_and_cancel() -> None:
 
 
 @virtual
-async def test_statistics_count_verdicts_and_endings() -> None:
+async def test_statistics_count_verdicts_and_results() -> None:
     async with BackpressureSupervisor(max_queue_size=10) as supervisor:
         supervisor.register_worker("good", handler=Agent(), task_types=["good"])
         supervisor.register_worker("bad", handler=Agent(error=ValueError()), task_types=["bad"])
@@ -250,7 +250,7 @@ async def test_statistics_count_verdicts_and_endings() -> None:
 
 
 @virtual
-async def test_statistics_say_what_is_now_and_do_not_change() -> None:
+async def test_statistics_are_a_snapshot() -> None:
     async with BackpressureSupervisor(max_queue_size=6) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
         flood(supervisor, "work", 5)

@@ -110,7 +110,7 @@ async def test_the_metrics_tell_of_attempts_and_of_quotas(scene: GatewayHarness)
         async with scene.session.get(scene.at(gateway, "/metrics")) as answer:
             lines = [line for line in (await answer.text()).splitlines() if not line.startswith("#")]
     told = {line.partition("{")[0]: line for line in lines if 'quota="requests per minute"' in line}
-    assert float(told["forebay_quota_left"].split()[-1]) == pytest.approx(40, abs=1)
+    assert float(told["forebay_quota_remaining"].split()[-1]) == pytest.approx(40, abs=1)
     assert float(told["forebay_quota_amount"].split()[-1]) == 100.0
     attempts = [line for line in lines if line.startswith("forebay_attempts_total") and 'outcome="succeeded"' in line]
     assert [line.split()[-1] for line in attempts] == ["1.0"]

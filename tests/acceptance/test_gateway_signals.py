@@ -57,7 +57,7 @@ async def start(scene: GatewayHarness, tmp_path: Path) -> AsyncIterator[Start]:
         begun.append(process)
         assert process.stdout is not None
         told = (await process.stdout.readline()).decode().split()
-        assert told[:2] == ["listens", "on"]
+        assert told[:2] == ["listening", "on"]
         return Running(process, told[2])
 
     yield start

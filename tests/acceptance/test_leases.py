@@ -1,4 +1,4 @@
-"""Timed rights to stored work: kept while their holder lives, whatever its handlers do."""
+"""Leases on stored tasks: kept while their process lives, whatever its handlers do."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.blocks
 LEASE = 0.3  # seconds
 
 
-class Watched(SqliteTaskStore):
-    """Tells when it was looked through for lapsed leases that often, which a house does three times in each lease."""
+class ReapCountingStore(SqliteTaskStore):
+    """A store that counts the searches for lapsed leases, which a supervisor makes three times in each lease."""
 
     def __init__(self, path: Path, *, times: int) -> None:
         super().__init__(path)
@@ -37,30 +37,30 @@ class Watched(SqliteTaskStore):
 
 
 async def test_a_handler_that_blocks_the_loop_past_its_lease_keeps_it(tmp_path: Path) -> None:
-    """In real time: the heartbeat is a thread, and the other house runs in a loop of its own, as in another process."""
+    """Test in real time: the heartbeat is a thread, and the other supervisor has an event loop of its own."""
     file = tmp_path / "spill.db"
     runs: list[str] = []
-    began, let_go = threading.Event(), threading.Event()
+    started, resume = threading.Event(), threading.Event()
 
     async def blocks(_: Task) -> str:
         runs.append("blocks")
-        began.set()
-        assert let_go.wait(30.0)  # the loop stands still
+        started.set()
+        assert resume.wait(30.0)  # the loop is blocked
         return "whole"
 
     async def steals(_: Task) -> None:
         runs.append("steals")
 
-    async def other_house() -> None:
-        ledger = Watched(file, times=10)
-        async with BackpressureSupervisor(overflow=ledger, lease=LEASE) as second:
+    async def other_process() -> None:
+        store = ReapCountingStore(file, times=10)
+        async with BackpressureSupervisor(overflow=store, lease=LEASE) as second:
             second.register_worker("w", handler=steals, task_types=["work"])
-            await ledger.looked.wait()
+            await store.looked.wait()
 
     def meanwhile() -> None:
-        began.wait(30.0)
-        asyncio.run(other_house())
-        let_go.set()
+        started.wait(30.0)
+        asyncio.run(other_process())
+        resume.set()
 
     thread = threading.Thread(target=meanwhile)
     thread.start()
@@ -72,8 +72,8 @@ async def test_a_handler_that_blocks_the_loop_past_its_lease_keeps_it(tmp_path: 
     assert runs == ["blocks"]
 
 
-class Slow(SqliteTaskStore):
-    """Takes a virtual second to record a start, and loses the lease before if told to."""
+class SlowStartStore(SqliteTaskStore):
+    """A store that takes a virtual second to record a start, and loses the lease before if told to."""
 
     loses = False
 
@@ -90,18 +90,20 @@ class Slow(SqliteTaskStore):
 THEIRS = Completion(status="succeeded", worker_id="theirs", attempts=1, finished_at=0.0)
 
 
-def slow_house(path: Path, agent: Agent, *, loses: bool = False) -> tuple[BackpressureSupervisor, Slow]:
-    ledger = Slow(path / "spill.db")
-    ledger.loses = loses
-    supervisor = BackpressureSupervisor(overflow=ledger)
+def supervisor_with_slow_store(
+    path: Path, agent: Agent, *, loses: bool = False
+) -> tuple[BackpressureSupervisor, SlowStartStore]:
+    store = SlowStartStore(path / "spill.db")
+    store.loses = loses
+    supervisor = BackpressureSupervisor(overflow=store)
     supervisor.register_worker("ours", handler=agent, task_types=["work"], timeout=10.0)
-    return supervisor, ledger
+    return supervisor, store
 
 
 @virtual
 async def test_a_start_is_on_record_before_its_handler_runs(tmp_path: Path) -> None:
     agent = Agent()
-    supervisor, ledger = slow_house(tmp_path, agent)
+    supervisor, store = supervisor_with_slow_store(tmp_path, agent)
     async with supervisor:
         ticket = await supervisor.submit(Task("work", 1, durable=True))
         await asyncio.sleep(0.9)
@@ -109,7 +111,7 @@ async def test_a_start_is_on_record_before_its_handler_runs(tmp_path: Path) -> N
         assert ticket.status is TaskStatus.RUNNING
         await asyncio.sleep(0.3)
         assert agent.started == [1]
-        found = await ledger.find(ticket.task_id)
+        found = await store.find(ticket.task_id)
         assert found is not None
         assert found[1].attempts == 1
         assert (await ticket).duration_ms == approximately(1000.0)  # of the handler, not of the record
@@ -118,7 +120,7 @@ async def test_a_start_is_on_record_before_its_handler_runs(tmp_path: Path) -> N
 @virtual
 async def test_a_task_whose_lease_was_lost_before_its_start_does_not_run_here(tmp_path: Path) -> None:
     agent = Agent()
-    supervisor, _ = slow_house(tmp_path, agent, loses=True)
+    supervisor, _ = supervisor_with_slow_store(tmp_path, agent, loses=True)
     async with supervisor:
         result = await (await supervisor.submit(Task("work", 1, durable=True)))
         assert (result.worker_id, result.attempts) == ("theirs", 1)
@@ -128,9 +130,9 @@ async def test_a_task_whose_lease_was_lost_before_its_start_does_not_run_here(tm
 
 @pytest.mark.parametrize("after", [0.5, 1.5])
 @virtual
-async def test_a_task_cancelled_while_its_start_is_recorded_gives_its_slot_back(tmp_path: Path, after: float) -> None:
+async def test_a_task_cancelled_while_its_start_is_recorded_returns_its_slot(tmp_path: Path, after: float) -> None:
     agent = Agent()
-    supervisor, _ = slow_house(tmp_path, agent)
+    supervisor, _ = supervisor_with_slow_store(tmp_path, agent)
     async with supervisor:
         ticket = await supervisor.submit(Task("work", 1, durable=True))
         await asyncio.sleep(after)
@@ -141,22 +143,22 @@ async def test_a_task_cancelled_while_its_start_is_recorded_gives_its_slot_back(
 
 
 @virtual
-async def test_a_house_that_closes_while_a_start_is_recorded_runs_nothing_and_loses_nothing(tmp_path: Path) -> None:
+async def test_closing_while_a_start_is_recorded_runs_nothing_and_loses_nothing(tmp_path: Path) -> None:
     agent = Agent()
-    supervisor, _ = slow_house(tmp_path, agent)
+    supervisor, _ = supervisor_with_slow_store(tmp_path, agent)
     async with supervisor:
         ticket = await supervisor.submit(Task("work", 1, durable=True))
         await asyncio.sleep(0.5)
         await supervisor.close()
         assert isinstance(await error_of(ticket), StillSpilled)
     assert agent.started == []
-    supervisor, _ = slow_house(tmp_path, agent)
+    supervisor, _ = supervisor_with_slow_store(tmp_path, agent)
     async with supervisor:
         assert (await supervisor.ticket(ticket.task_id)).success
 
 
-class Sluggish(SqliteTaskStore):
-    """Takes long to look for lapsed leases, once told to."""
+class SlowReapStore(SqliteTaskStore):
+    """A store that takes long to search for lapsed leases, once told to."""
 
     seconds = 0.0
 
@@ -166,12 +168,12 @@ class Sluggish(SqliteTaskStore):
 
 
 @virtual
-async def test_a_house_may_close_while_it_looks_after_its_store(
+async def test_a_supervisor_may_close_during_maintenance_of_its_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = Sluggish(tmp_path / "spill.db")
-    async with BackpressureSupervisor(overflow=ledger, lease=30.0, zombie_grace=1.0):
-        ledger.seconds = 100.0
+    store = SlowReapStore(tmp_path / "spill.db")
+    async with BackpressureSupervisor(overflow=store, lease=30.0, zombie_grace=1.0):
+        store.seconds = 100.0
         await asyncio.sleep(11.0)
     await asyncio.sleep(200.0)
     assert caplog.records == []

@@ -1,4 +1,4 @@
-"""Starting, draining, closing, leaving; and that every ticket ends."""
+"""Starting, draining and closing; every ticket ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from forebay.errors import AlreadyStarted, DrainInside, StillSpilled, Supervisor
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
 
-def house(agent: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
+def make_supervisor(agent: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**options)
     supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=slots)
     return supervisor
@@ -39,7 +39,7 @@ def house(agent: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervis
 @virtual
 async def test_leaving_normally_drains() -> None:
     agent = Agent()
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         tickets = flood(supervisor, "work", 5)
     assert now() == approximately(5.0)
     assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 5
@@ -53,7 +53,7 @@ async def test_leaving_by_an_error_stops_the_handlers_and_ends_every_ticket(erro
     raised = error()
 
     async def use() -> None:
-        async with house(agent) as supervisor:
+        async with make_supervisor(agent) as supervisor:
             tickets.extend(flood(supervisor, "work", 5))
             await asyncio.sleep(1.0)
             raise raised
@@ -70,7 +70,7 @@ async def test_leaving_by_a_cancellation_stops_the_handlers_and_ends_every_ticke
     tickets = []
 
     async def use() -> None:
-        async with house(agent) as supervisor:
+        async with make_supervisor(agent) as supervisor:
             tickets.extend(flood(supervisor, "work", 5))
             await asyncio.sleep(60.0)
 
@@ -88,7 +88,7 @@ async def test_a_cancellation_while_leaving_normally_cuts_the_draining_short() -
     tickets = []
 
     async def use() -> None:
-        async with house(agent) as supervisor:
+        async with make_supervisor(agent) as supervisor:
             tickets.extend(flood(supervisor, "work", 5))
 
     user = asyncio.ensure_future(use())
@@ -107,7 +107,7 @@ async def test_a_second_cancellation_while_closing_leaves_no_ticket_open(
     after: int, overflow: str | None, tmp_path: Path
 ) -> None:
     url = f"sqlite:///{tmp_path}/spill.db" if overflow == "sqlite://" else overflow
-    supervisor = house(UncancellableHandler(2.0), overflow=url, max_queue_size=4)
+    supervisor = make_supervisor(UncancellableHandler(2.0), overflow=url, max_queue_size=4)
     await supervisor.start()
     tickets = [await supervisor.submit(Task("work")) for _ in range(9)]
     closing = asyncio.ensure_future(supervisor.close())
@@ -125,7 +125,7 @@ async def test_a_second_cancellation_while_closing_leaves_no_ticket_open(
 @virtual
 async def test_closing_ends_what_waits_and_what_runs() -> None:
     agent = Agent(10.0)
-    supervisor = house(agent)
+    supervisor = make_supervisor(agent)
     await supervisor.start()
     tickets = flood(supervisor, "work", 3)
     await run_ready()
@@ -140,8 +140,8 @@ async def test_closing_ends_what_waits_and_what_runs() -> None:
 
 
 @virtual
-async def test_closing_does_not_wait_for_ever_for_a_handler_that_does_not_stop() -> None:
-    supervisor = house(UncancellableHandler(600.0), zombie_grace=3.0)
+async def test_closing_waits_a_bounded_time_for_a_handler_that_does_not_stop() -> None:
+    supervisor = make_supervisor(UncancellableHandler(600.0), zombie_grace=3.0)
     await supervisor.start()
     (ticket,) = flood(supervisor, "work", 1)
     await run_ready()
@@ -153,7 +153,7 @@ async def test_closing_does_not_wait_for_ever_for_a_handler_that_does_not_stop()
 @virtual
 async def test_closing_twice_or_without_a_start_is_closing_once() -> None:
     await BackpressureSupervisor().close()
-    supervisor = house(Agent())
+    supervisor = make_supervisor(Agent())
     await supervisor.start()
     await asyncio.gather(supervisor.close(), supervisor.close())
     await supervisor.close()
@@ -161,7 +161,7 @@ async def test_closing_twice_or_without_a_start_is_closing_once() -> None:
 
 @virtual
 async def test_a_supervisor_starts_once() -> None:
-    supervisor = house(Agent())
+    supervisor = make_supervisor(Agent())
     await supervisor.start()
     assert isinstance(await error_of(supervisor.start()), AlreadyStarted)
     await supervisor.close()
@@ -170,7 +170,7 @@ async def test_a_supervisor_starts_once() -> None:
 
 @virtual
 async def test_a_start_that_failed_may_be_tried_again(tmp_path: Path) -> None:
-    supervisor = house(Agent(), overflow=f"sqlite:///{tmp_path}/not/there/spill.db")
+    supervisor = make_supervisor(Agent(), overflow=f"sqlite:///{tmp_path}/not/there/spill.db")
     await error_of(supervisor.start())
     (tmp_path / "not" / "there").mkdir(parents=True)
     async with supervisor:
@@ -179,7 +179,7 @@ async def test_a_start_that_failed_may_be_tried_again(tmp_path: Path) -> None:
 
 @virtual
 async def test_a_supervisor_can_be_read_before_it_starts_and_after_it_closes() -> None:
-    supervisor = house(Agent())
+    supervisor = make_supervisor(Agent())
     assert supervisor.system_load() == 0.0
     assert supervisor.utilization() == 0.0
     assert supervisor.statistics().submitted == 0
@@ -193,7 +193,7 @@ async def test_a_supervisor_can_be_read_before_it_starts_and_after_it_closes() -
 @virtual
 async def test_cancelling_a_start_leaves_nothing_open(tmp_path: Path) -> None:
     for after in range(8):
-        supervisor = house(Agent(), overflow=f"sqlite:///{tmp_path}/spill.db")
+        supervisor = make_supervisor(Agent(), overflow=f"sqlite:///{tmp_path}/spill.db")
         starting = asyncio.ensure_future(supervisor.start())
         await run_ready(after)
         starting.cancel()
@@ -209,7 +209,7 @@ async def test_a_handler_may_close_its_own_supervisor() -> None:
     async def closes(_: Task) -> None:
         await supervisor.close()
 
-    supervisor = house(closes)
+    supervisor = make_supervisor(closes)
     await supervisor.start()
     tickets = flood(supervisor, "work", 3)
     assert await statuses(tickets) == [TaskStatus.CANCELLED] * 3
@@ -220,8 +220,8 @@ async def test_a_handler_may_close_its_own_supervisor() -> None:
 
 
 @virtual
-async def test_draining_lets_what_is_inside_finish_and_reports_it() -> None:
-    async with house(Agent()) as supervisor:
+async def test_draining_lets_the_tasks_inside_finish_and_reports_them() -> None:
+    async with make_supervisor(Agent()) as supervisor:
         tickets = flood(supervisor, "work", 4)
         report = await supervisor.drain()
         assert now() == approximately(4.0)
@@ -230,17 +230,17 @@ async def test_draining_lets_what_is_inside_finish_and_reports_it() -> None:
 
 
 @virtual
-async def test_draining_an_empty_house_takes_no_time() -> None:
-    async with house(Agent()) as supervisor:
+async def test_draining_an_empty_supervisor_takes_no_time() -> None:
+    async with make_supervisor(Agent()) as supervisor:
         report = await supervisor.drain()
         assert now() == 0.0
     assert (report.finished, report.cancelled) == (0, 0)
 
 
 @virtual
-async def test_draining_cancels_what_is_left_at_the_limit() -> None:
+async def test_draining_cancels_what_is_left_at_the_timeout() -> None:
     agent = Agent(2.0)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         tickets = flood(supervisor, "work", 5)
         report = await supervisor.drain(timeout=5.0)
         assert now() == approximately(5.0)
@@ -250,8 +250,8 @@ async def test_draining_cancels_what_is_left_at_the_limit() -> None:
 
 
 @virtual
-async def test_draining_reports_those_that_do_not_stop_as_orphans() -> None:
-    async with house(UncancellableHandler(600.0), slots=2, zombie_grace=3.0) as supervisor:
+async def test_draining_reports_handlers_that_do_not_stop_as_orphans() -> None:
+    async with make_supervisor(UncancellableHandler(600.0), slots=2, zombie_grace=3.0) as supervisor:
         ticket = supervisor.submit_nowait(Task("work", task_id="stubborn"))
         report = await supervisor.drain(timeout=1.0)
         assert now() == approximately(4.0)
@@ -261,7 +261,7 @@ async def test_draining_reports_those_that_do_not_stop_as_orphans() -> None:
 
 @virtual
 async def test_while_draining_nothing_more_is_admitted() -> None:
-    async with house(Agent()) as supervisor:
+    async with make_supervisor(Agent()) as supervisor:
         flood(supervisor, "work", 1)
         draining = asyncio.ensure_future(supervisor.drain())
         await run_ready()
@@ -271,12 +271,12 @@ async def test_while_draining_nothing_more_is_admitted() -> None:
 
 
 @virtual
-async def test_what_runs_inside_may_still_submit_while_draining() -> None:
+async def test_running_tasks_may_still_submit_while_draining() -> None:
     async def parent(_: Task) -> Any:
         await asyncio.sleep(1.0)
         return await supervisor.run(Task("child", 7))
 
-    supervisor = house(parent)
+    supervisor = make_supervisor(parent)
     supervisor.register_worker("children", handler=Agent(), task_types=["child"])
     async with supervisor:
         (ticket,) = flood(supervisor, "work", 1)
@@ -284,16 +284,16 @@ async def test_what_runs_inside_may_still_submit_while_draining() -> None:
 
 
 @virtual
-async def test_what_a_handler_submits_when_it_is_stopped_is_stopped_in_its_turn() -> None:
+async def test_a_task_that_a_handler_submits_when_it_is_stopped_is_stopped_too() -> None:
     children = Agent(600.0)
 
-    async def insists(_: Task) -> None:
+    async def submits_on_cancellation(_: Task) -> None:
         try:
             await asyncio.sleep(600.0)
         except asyncio.CancelledError:
             await supervisor.run(Task("child"))
 
-    supervisor = house(insists, zombie_grace=2.0)
+    supervisor = make_supervisor(submits_on_cancellation, zombie_grace=2.0)
     supervisor.register_worker("children", handler=children, task_types=["child"])
     async with supervisor:
         (ticket,) = flood(supervisor, "work", 1)
@@ -306,11 +306,11 @@ async def test_what_a_handler_submits_when_it_is_stopped_is_stopped_in_its_turn(
 
 
 @virtual
-async def test_draining_from_inside_of_a_task_is_a_mistake() -> None:
+async def test_draining_from_inside_a_task_is_an_error() -> None:
     async def drains(_: Task) -> None:
         await supervisor.drain()
 
-    supervisor = house(drains)
+    supervisor = make_supervisor(drains)
     async with supervisor:
         result = await supervisor.submit_nowait(Task("work"))
     assert isinstance(result.cause, DrainInside)
@@ -318,7 +318,7 @@ async def test_draining_from_inside_of_a_task_is_a_mistake() -> None:
 
 @virtual
 async def test_draining_twice_is_draining_once_also_at_the_same_time() -> None:
-    async with house(Agent(10.0)) as supervisor:
+    async with make_supervisor(Agent(10.0)) as supervisor:
         flood(supervisor, "work", 1)
         first = asyncio.ensure_future(supervisor.drain())
         await run_ready()
@@ -330,8 +330,8 @@ async def test_draining_twice_is_draining_once_also_at_the_same_time() -> None:
 
 
 @virtual
-async def test_closing_ends_a_drain_that_is_under_way() -> None:
-    supervisor = house(Agent(10.0))
+async def test_closing_ends_a_drain_in_progress() -> None:
+    supervisor = make_supervisor(Agent(10.0))
     await supervisor.start()
     flood(supervisor, "work", 2)
     draining = asyncio.ensure_future(supervisor.drain())
@@ -342,9 +342,9 @@ async def test_closing_ends_a_drain_that_is_under_way() -> None:
 
 
 @virtual
-async def test_a_cancelled_drain_leaves_the_house_draining_and_may_be_repeated() -> None:
+async def test_a_cancelled_drain_leaves_the_supervisor_draining_and_may_be_repeated() -> None:
     agent = Agent(10.0)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         tickets = flood(supervisor, "work", 2)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(5.0):
@@ -355,15 +355,15 @@ async def test_a_cancelled_drain_leaves_the_house_draining_and_may_be_repeated()
 
 
 @virtual
-async def test_draining_waits_for_what_waits_behind_a_thread() -> None:
-    async with house(Agent(), slots=5) as supervisor:
+async def test_draining_waits_for_tasks_that_wait_for_their_thread() -> None:
+    async with make_supervisor(Agent(), slots=5) as supervisor:
         tickets = flood(supervisor, "work", 4, thread_id="alice")
         assert (await supervisor.drain()).finished == 4
     assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 4
 
 
 @virtual
-async def test_draining_does_not_wait_for_work_that_no_worker_will_ever_take() -> None:
+async def test_draining_does_not_wait_for_a_task_that_no_worker_will_take() -> None:
     agent = Agent(0.1, error=ValueError())
     supervisor = BackpressureSupervisor(backpressure_threshold=1)
     supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
@@ -404,42 +404,42 @@ async def test_draining_waits_for_a_failed_worker_that_will_be_tried_again() -> 
 
 
 @virtual
-async def test_draining_sends_what_waits_to_an_overflow_that_survives(tmp_path: Path) -> None:
+async def test_draining_spills_waiting_tasks_to_a_durable_overflow(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/spill.db"
-    async with house(Agent(), overflow=url) as supervisor:
+    async with make_supervisor(Agent(), overflow=url) as supervisor:
         tickets = flood(supervisor, "work", 6)
         report = await supervisor.drain()
         assert (report.finished, report.spilled) == (1, 5)
     for ticket in tickets[1:]:
         assert isinstance(await error_of(ticket), StillSpilled)
     agent = Agent()
-    async with house(agent, overflow=url) as supervisor:
+    async with make_supervisor(agent, overflow=url) as supervisor:
         await asyncio.sleep(6.0)
     assert agent.started == [1, 2, 3, 4, 5]
 
 
 @virtual
-async def test_who_waits_for_what_stays_outside_is_told_when_draining_begins(tmp_path: Path) -> None:
-    async with house(Agent(10.0), overflow=f"sqlite:///{tmp_path}/spill.db", max_queue_size=0) as supervisor:
-        _, outside = await submit_all(supervisor, [Task("work", n) for n in range(2)])
-        waiting = asyncio.ensure_future(error_of(outside))
+async def test_waiters_for_spilled_tasks_get_still_spilled_when_draining_starts(tmp_path: Path) -> None:
+    async with make_supervisor(Agent(10.0), overflow=f"sqlite:///{tmp_path}/spill.db", max_queue_size=0) as supervisor:
+        _, spilled = await submit_all(supervisor, [Task("work", n) for n in range(2)])
+        waiting = asyncio.ensure_future(error_of(spilled))
         await asyncio.sleep(1.0)
         draining = asyncio.ensure_future(supervisor.drain())
         assert isinstance(await waiting, StillSpilled)
         assert now() == pytest.approx(1.0, abs=0.1)
-        assert not outside.cancel()
+        assert not spilled.cancel()
         assert (await draining).finished == 1
 
 
-class Nesting:
-    """A handler whose parents run a child of the same type; `began` as of an Agent."""
+class NestingHandler:
+    """A handler whose parent tasks run a child of the same type; `started` is that of an Agent."""
 
     def __init__(self) -> None:
-        self.began: list[Any] = []
+        self.started: list[Any] = []
         self.supervisor: BackpressureSupervisor | None = None
 
     async def __call__(self, task: Task) -> Any:
-        self.began.append(task.payload)
+        self.started.append(task.payload)
         await asyncio.sleep(1.0)
         assert self.supervisor is not None
         return await self.supervisor.run(Task("work", "child")) if task.payload == "parent" else task.payload
@@ -447,61 +447,61 @@ class Nesting:
 
 @pytest.mark.parametrize("durable", [False, True])
 @virtual
-async def test_draining_does_not_wait_for_who_waits_for_what_stays_outside(tmp_path: Path, *, durable: bool) -> None:
+async def test_draining_does_not_wait_for_a_run_that_waits_for_a_spilled_task(tmp_path: Path, *, durable: bool) -> None:
     url = f"sqlite:///{tmp_path}/spill.db"
-    handler = Nesting()
-    async with house(handler, overflow=url, max_queue_size=0) as supervisor:
+    handler = NestingHandler()
+    async with make_supervisor(handler, overflow=url, max_queue_size=0) as supervisor:
         handler.supervisor = supervisor
         parent = await supervisor.submit(Task("work", "parent", durable=durable))
         other = await supervisor.submit(Task("work", "other"))
-        await asyncio.sleep(1.5)  # the child is outside, and the other has the parent's slot
+        await asyncio.sleep(1.5)  # the child is spilled, and the other task has the parent's slot
         await supervisor.drain()
         assert now() == pytest.approx(2.0, abs=0.1)
-    if durable:  # it runs again where its child has run
+    if durable:  # it runs again if its child has run
         assert isinstance(await error_of(parent), StillSpilled)
     else:
         result = await parent
         assert result.status is TaskStatus.FAILED
         assert isinstance(result.cause, StillSpilled)
     assert (await other).result == "other"
-    handler.began.clear()
-    async with house(handler, overflow=url, slots=3) as supervisor:
+    handler.started.clear()
+    async with make_supervisor(handler, overflow=url, slots=3) as supervisor:
         handler.supervisor = supervisor
         await asyncio.sleep(5.0)
-        assert sorted(handler.began) == (["child", "child", "parent"] if durable else ["child"])
+        assert sorted(handler.started) == (["child", "child", "parent"] if durable else ["child"])
 
 
 @virtual
-async def test_draining_keeps_inside_what_runs_inside_may_wait_for(tmp_path: Path) -> None:
-    handler = Nesting()
-    async with house(handler, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+async def test_draining_does_not_spill_a_task_that_a_run_may_wait_for(tmp_path: Path) -> None:
+    handler = NestingHandler()
+    async with make_supervisor(handler, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
         handler.supervisor = supervisor
         parent = supervisor.submit_nowait(Task("work", "parent"))
         other = supervisor.submit_nowait(Task("work", "other", priority=Priority.HIGH))
-        await asyncio.sleep(1.5)  # the child waits in the line behind the other
+        await asyncio.sleep(1.5)  # the child waits in the queue behind the other task
         assert (await supervisor.drain()).finished == 3
     assert (await parent).result == "child"
     assert (await other).success
 
 
 @virtual
-async def test_draining_keeps_inside_what_may_not_spill(tmp_path: Path) -> None:
-    async with house(Agent(), overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+async def test_draining_does_not_spill_a_task_that_may_not_spill(tmp_path: Path) -> None:
+    async with make_supervisor(Agent(), overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
         tickets = flood(supervisor, "work", 4, spill=False)
         assert (await supervisor.drain()).finished == 4
     assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 4
 
 
 @virtual
-async def test_draining_runs_what_is_in_an_overflow_that_would_not_survive() -> None:
-    async with house(Agent(), overflow="memory://", max_queue_size=2) as supervisor:
+async def test_draining_runs_what_is_in_an_overflow_that_is_not_durable() -> None:
+    async with make_supervisor(Agent(), overflow="memory://", max_queue_size=2) as supervisor:
         tickets = [await supervisor.submit(Task("work", n)) for n in range(10)]
     assert await statuses(tickets) == [TaskStatus.SUCCEEDED] * 10
 
 
 @virtual
-async def test_closing_ends_what_is_in_an_overflow_that_would_not_survive() -> None:
-    supervisor = house(Agent(), overflow="memory://", max_queue_size=2)
+async def test_closing_ends_what_is_in_an_overflow_that_is_not_durable() -> None:
+    supervisor = make_supervisor(Agent(), overflow="memory://", max_queue_size=2)
     await supervisor.start()
     tickets = [await supervisor.submit(Task("work", n)) for n in range(10)]
     await supervisor.close()
@@ -510,30 +510,30 @@ async def test_closing_ends_what_is_in_an_overflow_that_would_not_survive() -> N
 
 @pytest.mark.parametrize("durable", [False, True])
 @virtual
-async def test_what_is_on_its_way_out_when_draining_begins_goes_out_once(tmp_path: Path, *, durable: bool) -> None:
+async def test_a_task_being_spilled_when_draining_starts_is_spilled_once(tmp_path: Path, *, durable: bool) -> None:
     for moment in range(0, 60, 4):
         url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off"
         first, second = Agent(), Agent()
-        async with house(first, overflow=url, max_queue_size=0) as supervisor:
+        async with make_supervisor(first, overflow=url, max_queue_size=0) as supervisor:
             flood(supervisor, "work", 1)
             submitting = asyncio.ensure_future(supervisor.submit(Task("work", "mine", durable=durable)))
             await asyncio.sleep(moment * 0.0001)
             await supervisor.drain()
         assert isinstance(await error_of((await submitting).value()), StillSpilled)
-        async with house(second, overflow=url):
+        async with make_supervisor(second, overflow=url):
             await asyncio.sleep(3.0)
         assert [*first.started, *second.started] == [0, "mine"]
 
 
 @pytest.mark.parametrize("drained_at", [0.0005, 0.9995, 1.0015, 1.003, 1.006])
 @virtual
-async def test_who_is_cancelled_while_the_house_drains_is_told_what_becomes_of_it(
+async def test_a_task_cancelled_while_it_is_spilled_by_draining_ends_cancelled(
     drained_at: float, tmp_path: Path
 ) -> None:
     for moment in range(24):
         url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off"
         first, second = Agent(), Agent()
-        async with house(first, overflow=url, max_queue_size=2) as supervisor:
+        async with make_supervisor(first, overflow=url, max_queue_size=2) as supervisor:
             tickets = await submit_all(supervisor, [Task("work", n, durable=n % 2 == 1) for n in range(6)])
             origin = now()
             await asyncio.sleep(drained_at)
@@ -543,7 +543,7 @@ async def test_who_is_cancelled_while_the_house_drains_is_told_what_becomes_of_i
                 ticket.cancel()
             await draining
             assert now() - origin < 4.0
-        async with house(second, overflow=url, slots=9):
+        async with make_supervisor(second, overflow=url, slots=9):
             await asyncio.sleep(2.0)
         for number, ticket in enumerate(tickets):
             runs = (number in first.finished, number in second.started)
@@ -555,10 +555,10 @@ async def test_who_is_cancelled_while_the_house_drains_is_told_what_becomes_of_i
 
 
 @virtual
-async def test_a_cancelled_drain_loses_nothing_that_is_on_its_way_out(tmp_path: Path) -> None:
+async def test_a_cancelled_drain_loses_no_task_that_is_being_spilled(tmp_path: Path) -> None:
     for after in range(0, 40, 3):
         url = f"sqlite:///{tmp_path}/{after}.db"
-        supervisor = house(Agent(), overflow=url)
+        supervisor = make_supervisor(Agent(), overflow=url)
         await supervisor.start()
         tickets = flood(supervisor, "work", 5)
         draining = asyncio.ensure_future(supervisor.drain())
@@ -568,6 +568,6 @@ async def test_a_cancelled_drain_loses_nothing_that_is_on_its_way_out(tmp_path: 
         await supervisor.close()
         kept = [isinstance(await error_of(ticket.value()), StillSpilled) for ticket in tickets]
         agent = Agent(0.1)
-        async with house(agent, overflow=url) as supervisor:
+        async with make_supervisor(agent, overflow=url) as supervisor:
             await asyncio.sleep(2.0)
         assert sorted(agent.started) == [n for n in range(5) if kept[n]]

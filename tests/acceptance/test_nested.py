@@ -24,7 +24,7 @@ from forebay.simulation import virtual_loop
 
 
 class Tree:
-    """A handler that runs a tree of itself: a payload of n has n children of n - 1; its value counts them all."""
+    """A handler that runs a tree of itself: a payload of n has n children with n - 1; its value counts them all."""
 
     def __init__(self, supervisor: BackpressureSupervisor, *, at_once: bool) -> None:
         self.supervisor = supervisor
@@ -40,7 +40,7 @@ class Tree:
         return 1 + sum(counts)
 
 
-# --- a full house ----------------------------------------------------------------------------------------------------
+# --- when every slot is taken ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -57,7 +57,7 @@ async def test_recursion_goes_through_any_number_of_slots(slots: int, *, at_once
 
 
 @virtual
-async def test_a_full_house_of_parents_cannot_deadlock() -> None:
+async def test_parents_that_hold_every_slot_cannot_deadlock() -> None:
     async def parent(_: Task) -> Any:
         await asyncio.sleep(1.0)
         return await supervisor.run(Task("child"))
@@ -69,7 +69,7 @@ async def test_a_full_house_of_parents_cannot_deadlock() -> None:
 
 
 @virtual
-async def test_parents_and_children_that_share_one_slot_come_through() -> None:
+async def test_parents_and_children_that_share_one_slot_all_finish() -> None:
     async def handler(task: Task) -> Any:
         return await supervisor.run(Task("work", "child")) if task.payload != "child" else "done"
 
@@ -100,25 +100,25 @@ async def test_a_lent_slot_comes_back_before_its_run_goes_on() -> None:
 
 
 @virtual
-async def test_a_run_gets_its_slot_back_before_those_in_the_line() -> None:
+async def test_a_run_gets_its_slot_back_before_queued_tasks() -> None:
     order: list[str] = []
 
     async def handler(task: Task) -> None:
-        order.append(f"{task.payload} begins")
+        order.append(f"{task.payload} starts")
         if task.payload == 0:
             await supervisor.run(Task("child"))
-            order.append("0 goes on")
+            order.append("0 continues")
         await asyncio.sleep(1.0)
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("parents", handler=handler, task_types=["parent"])
         supervisor.register_worker("children", handler=Agent(0.5), task_types=["child"])
         await results(flood(supervisor, "parent", 3))
-    assert order == ["0 begins", "1 begins", "0 goes on", "2 begins"]
+    assert order == ["0 starts", "1 starts", "0 continues", "2 starts"]
 
 
 @virtual
-async def test_waiting_for_several_at_once_lends_one_slot_and_takes_back_one() -> None:
+async def test_awaiting_several_tasks_lends_one_slot_and_reclaims_one() -> None:
     async def parent(_: Task) -> list[Any]:
         tickets = [await supervisor.submit(Task("work", n)) for n in range(5)]
         ended = await asyncio.gather(*(tickets[n]._wait() for n in range(5)))
@@ -137,7 +137,7 @@ async def test_waiting_for_several_at_once_lends_one_slot_and_takes_back_one() -
 
 
 @virtual
-async def test_waits_that_begin_while_the_slot_is_on_its_way_back_do_not_count_it_twice() -> None:
+async def test_awaits_that_start_while_the_slot_is_reclaimed_do_not_count_it_twice() -> None:
     async def handler(task: Task) -> Any:
         if task.payload != "parent":
             await asyncio.sleep(task.payload)
@@ -154,7 +154,7 @@ async def test_waits_that_begin_while_the_slot_is_on_its_way_back_do_not_count_i
         worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
         supervisor.register_worker("helper", handler=handler, task_types=["short"], max_concurrent=9)
         parent = supervisor.submit_nowait(Task("work", "parent"))
-        supervisor.submit_nowait(Task("work", 3.0))  # takes the lent slot, so that it comes back late
+        supervisor.submit_nowait(Task("work", 3.0))  # takes the lent slot, which is then returned late
         await parent
         assert worker.current_tasks <= 1
         await asyncio.sleep(10.0)
@@ -162,7 +162,7 @@ async def test_waits_that_begin_while_the_slot_is_on_its_way_back_do_not_count_i
 
 
 @virtual
-async def test_a_slot_that_comes_back_while_its_run_waits_again_goes_on_to_who_needs_it() -> None:
+async def test_a_slot_reclaimed_while_its_run_awaits_again_goes_to_the_next_task() -> None:
     async def handler(task: Task) -> Any:
         if task.payload != "parent":
             await asyncio.sleep(task.payload)
@@ -203,13 +203,13 @@ async def test_a_nested_task_goes_before_newer_work_of_its_priority() -> None:
 
 
 @virtual
-async def test_nested_work_that_a_full_line_refuses_deadlocks_nothing() -> None:
+async def test_nested_work_that_a_full_queue_rejects_deadlocks_nothing() -> None:
     async def parent(_: Task) -> str:
         try:
             await supervisor.run(Task("work", "child"))
         except Overloaded:
-            return "refused"
-        return "let in"
+            return "rejected"
+        return "admitted"
 
     async def handler(task: Task) -> Any:
         await asyncio.sleep(1.0)
@@ -219,12 +219,12 @@ async def test_nested_work_that_a_full_line_refuses_deadlocks_nothing() -> None:
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
         ticket = supervisor.submit_nowait(Task("work", "parent"))
         await fill(supervisor, "work")
-        assert (await ticket).result == "refused"
+        assert (await ticket).result == "rejected"
         assert supervisor.statistics().failed == 0
 
 
 @virtual
-async def test_slot_inside_of_a_handler_lends_the_handlers_slot() -> None:
+async def test_slot_inside_a_handler_lends_the_handlers_slot() -> None:
     async def handler(_: Task) -> str:
         async with supervisor.slot("work"):
             await asyncio.sleep(1.0)
@@ -237,7 +237,7 @@ async def test_slot_inside_of_a_handler_lends_the_handlers_slot() -> None:
 
 
 @virtual
-async def test_nesting_goes_through_a_slot_too() -> None:
+async def test_nested_work_works_through_a_slot_too() -> None:
     async def handler(task: Task) -> str:
         if task.payload == "child":
             return "child"
@@ -252,17 +252,17 @@ async def test_nesting_goes_through_a_slot_too() -> None:
 
 
 @virtual
-async def test_a_parent_that_gives_up_waiting_does_so_in_time_though_its_child_has_its_slot() -> None:
+async def test_a_parent_stops_waiting_in_time_even_if_its_child_has_its_slot() -> None:
     children = Agent(200.0)
 
     async def handler(task: Task) -> Any:
         if task.payload == "child":
             return await children(task)
-        began = now()
+        started = now()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.0):
                 await supervisor.run(Task("work", "child"))
-        return now() - began
+        return now() - started
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
@@ -311,7 +311,7 @@ async def test_a_parent_that_swallows_its_cancellation_and_waits_again_takes_no_
 
 
 @virtual
-async def test_what_a_handler_leaves_running_in_the_background_lends_no_slot_that_it_does_not_have() -> None:
+async def test_background_work_of_an_ended_handler_lends_no_slot() -> None:
     background: list[asyncio.Task[Any]] = []
 
     async def handler(task: Task) -> None:
@@ -350,7 +350,7 @@ async def test_a_parent_that_does_not_wait_for_its_child_keeps_its_slot_whatever
 
 
 @virtual
-async def test_a_parent_that_comes_to_wait_late_lends_its_slot_then() -> None:
+async def test_a_parent_that_starts_to_wait_late_lends_its_slot_then() -> None:
     async def parent(task: Task) -> Any:
         if task.payload == "inner":
             return "bottom"
@@ -369,7 +369,7 @@ async def test_a_parent_that_comes_to_wait_late_lends_its_slot_then() -> None:
 
 
 @virtual
-async def test_waiting_for_a_house_that_is_none_of_its_own_lends_no_slot() -> None:
+async def test_awaiting_a_task_of_an_unrelated_supervisor_lends_no_slot() -> None:
     running = peak = 0
 
     async def handler(_: Task) -> None:
@@ -388,7 +388,7 @@ async def test_waiting_for_a_house_that_is_none_of_its_own_lends_no_slot() -> No
 
 
 @virtual
-async def test_following_a_childs_events_lends_the_slot_as_awaiting_it_does() -> None:
+async def test_reading_a_childs_events_lends_the_slot_as_awaiting_it_does() -> None:
     async def handler(task: Task) -> Any:
         if task.payload == "child":
             return "done"
@@ -468,7 +468,7 @@ async def test_a_supervisor_is_a_handler_like_any_other() -> None:
 
 
 @virtual
-async def test_a_parent_starts_and_stops_the_supervisor_that_it_holds() -> None:
+async def test_a_supervisor_starts_and_stops_its_nested_supervisor() -> None:
     inner = BackpressureSupervisor()
     inner.register_worker("worker", handler=Agent(), task_types=["work"])
     outer = BackpressureSupervisor()
@@ -490,7 +490,7 @@ async def test_a_supervisor_registered_after_the_start_is_started_too() -> None:
 
 
 @virtual
-async def test_a_parent_may_hold_a_supervisor_that_is_running_already() -> None:
+async def test_a_nested_supervisor_may_be_running_already() -> None:
     inner = BackpressureSupervisor()
     inner.register_worker("worker", handler=Agent(), task_types=["work"])
     async with inner, BackpressureSupervisor() as outer:
@@ -499,7 +499,7 @@ async def test_a_parent_may_hold_a_supervisor_that_is_running_already() -> None:
 
 
 @virtual
-async def test_pressure_climbs_the_tree() -> None:
+async def test_load_of_a_nested_supervisor_counts_above() -> None:
     inner = BackpressureSupervisor(max_queue_size=4)
     inner.register_worker("worker", handler=Agent(10.0), task_types=["work"])
     async with BackpressureSupervisor() as outer:
@@ -515,7 +515,7 @@ async def test_pressure_climbs_the_tree() -> None:
 
 
 @virtual
-async def test_pressure_climbs_more_than_one_floor() -> None:
+async def test_load_counts_through_more_than_one_level() -> None:
     cellar = BackpressureSupervisor(max_queue_size=4)
     cellar.register_worker("worker", handler=Agent(10.0), task_types=["work"])
     ground = BackpressureSupervisor()
@@ -530,7 +530,7 @@ async def test_pressure_climbs_more_than_one_floor() -> None:
 
 
 @virtual
-async def test_work_that_a_free_worker_can_do_is_not_refused_because_a_nested_supervisor_is_full() -> None:
+async def test_a_full_nested_supervisor_rejects_no_task_that_a_free_worker_can_run() -> None:
     inner = BackpressureSupervisor(max_queue_size=0)
     inner.register_worker("worker", handler=Agent(10.0), task_types=["work"])
     async with BackpressureSupervisor() as outer:
@@ -542,12 +542,12 @@ async def test_work_that_a_free_worker_can_do_is_not_refused_because_a_nested_su
 
 
 @virtual
-async def test_a_refusal_by_the_inner_supervisor_reaches_the_caller_and_does_not_count_against_the_worker() -> None:
+async def test_a_rejection_by_a_nested_supervisor_reaches_the_caller_and_does_not_count_against_the_worker() -> None:
     inner = BackpressureSupervisor(max_queue_size=0)
     inner.register_worker("worker", handler=Agent(10.0), task_types=["work"])
     async with BackpressureSupervisor() as outer:
         nest(inner, outer, max_concurrent=20)
-        _first, *others = flood(outer, "work", 9)  # in one turn, before any has reached the inner gate
+        _first, *others = flood(outer, "work", 9)  # in one loop turn, before any has reached the nested supervisor
         for ticket in others:
             assert isinstance(await error_of(ticket.value()), Overloaded)
         assert outer.workers["inner"].state is not WorkerState.FAILED
@@ -569,7 +569,7 @@ async def test_cancelling_at_the_top_stops_the_handler_at_the_bottom() -> None:
 
 
 @virtual
-async def test_a_deadline_goes_down_the_tree() -> None:
+async def test_a_deadline_applies_in_nested_supervisors() -> None:
     agent = Agent(10.0)
     inner = BackpressureSupervisor()
     inner.register_worker("worker", handler=agent, task_types=["work"])
@@ -582,7 +582,7 @@ async def test_a_deadline_goes_down_the_tree() -> None:
 
 
 @virtual
-async def test_work_that_goes_down_and_comes_up_again_cannot_deadlock() -> None:
+async def test_work_that_goes_down_the_tree_and_up_again_cannot_deadlock() -> None:
     async def bounce(task: Task) -> Any:
         return await outer.run(Task("work", task.payload - 1)) if task.payload else "bottom"
 
@@ -596,7 +596,7 @@ async def test_work_that_goes_down_and_comes_up_again_cannot_deadlock() -> None:
 
 
 @virtual
-async def test_work_that_comes_up_again_late_cannot_deadlock_either() -> None:
+async def test_work_that_goes_up_again_late_cannot_deadlock_either() -> None:
     async def bottom(task: Task) -> Any:
         return await outer.run(Task("work", "up again")) if task.payload == "down" else "up again"
 
@@ -616,7 +616,7 @@ async def test_work_that_comes_up_again_late_cannot_deadlock_either() -> None:
 
 
 @virtual
-async def test_leaving_the_outer_house_by_an_error_ends_what_runs_in_the_inner_one() -> None:
+async def test_leaving_the_outer_supervisor_by_an_error_ends_the_runs_of_the_nested_one() -> None:
     agent = Agent(10.0)
     inner = BackpressureSupervisor()
     inner.register_worker("worker", handler=agent, task_types=["work"])
@@ -636,7 +636,7 @@ async def test_leaving_the_outer_house_by_an_error_ends_what_runs_in_the_inner_o
 
 
 @virtual
-async def test_a_house_that_cannot_start_leaves_nothing_running() -> None:
+async def test_a_supervisor_that_cannot_start_leaves_nothing_running() -> None:
     first = BackpressureSupervisor()
     first.register_worker("worker", handler=Agent(), task_types=["work"])
     second = BackpressureSupervisor(overflow="sqlite:////nowhere/at/all.db")
@@ -649,7 +649,7 @@ async def test_a_house_that_cannot_start_leaves_nothing_running() -> None:
 
 
 @virtual
-async def test_who_awaits_a_task_that_ends_as_its_own_slot_is_lent_does_not_wait_for_ever() -> None:
+async def test_awaiting_a_task_that_ends_while_the_slot_is_lent_returns() -> None:
     async with BackpressureSupervisor() as supervisor:
 
         async def handler(task: Task) -> Any:

@@ -1,4 +1,4 @@
-"""Out to the overflow, and back from it."""
+"""Spilling to the overflow, and refilling from it."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ LOW, NORMAL, HIGH, CRITICAL = Priority.LOW, Priority.NORMAL, Priority.HIGH, Prio
 
 @pytest.fixture(params=["memory", "sqlite"])
 def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an overflow of each kind."""
+    """Return the URL of an overflow of each kind."""
     return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/spill.db"
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    """The URL of an overflow that survives."""
+    """Return the URL of a durable overflow."""
     return f"sqlite:///{tmp_path}/spill.db"
 
 
-def house(agent: Any, overflow: str, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
-    """One worker, and room for two more tasks, of which NORMAL gets one."""
+def make_supervisor(agent: Any, overflow: str, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
+    """Return a supervisor with one worker and a queue of two, of which NORMAL gets one place."""
     options = {"max_queue_size": 2, **options}
     supervisor = BackpressureSupervisor(overflow=overflow, **options)
     supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=slots)
@@ -63,12 +63,12 @@ def work(*payloads: Any, **options: Any) -> list[Task]:
     return [Task("work", payload, **options) for payload in payloads]
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- spilling --------------------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_what_a_full_house_refuses_is_spilled_and_runs_later(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+async def test_a_task_that_a_full_supervisor_does_not_admit_is_spilled_and_runs_later(overflow: str) -> None:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         tickets = await submit_all(supervisor, work(*range(8)))
         assert [ticket.verdict for ticket in tickets] == [Verdict.ADMITTED] * 3 + [Verdict.SPILLED] * 5
         spilled = tickets[-1]
@@ -83,18 +83,18 @@ async def test_what_a_full_house_refuses_is_spilled_and_runs_later(overflow: str
 
 
 @virtual
-async def test_a_result_of_a_spilled_task_is_as_whole_as_any(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+async def test_a_spilled_task_has_a_complete_result(overflow: str) -> None:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         tickets = await submit_all(supervisor, work({"n": [1, 2.5, None, b"x"]}, 1, 2, {"n": [1, 2.5, None, b"x"]}))
-        inside, outside = await tickets[0], await tickets[3]
-    assert outside.result == inside.result
-    assert (outside.worker_id, outside.status, outside.success) == ("worker", TaskStatus.SUCCEEDED, True)
-    assert (outside.attempts, outside.duration_ms) == (1, approximately(1000.0))
+        inside, spilled = await tickets[0], await tickets[3]
+    assert spilled.result == inside.result
+    assert (spilled.worker_id, spilled.status, spilled.success) == ("worker", TaskStatus.SUCCEEDED, True)
+    assert (spilled.attempts, spilled.duration_ms) == (1, approximately(1000.0))
 
 
 @virtual
 async def test_run_waits_for_a_spilled_task(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         await submit_all(supervisor, work(*range(4)))
         assert await supervisor.run(Task("work", "mine")) == "mine"
         assert now() == pytest.approx(5.0, abs=0.1)
@@ -102,7 +102,7 @@ async def test_run_waits_for_a_spilled_task(overflow: str) -> None:
 
 @virtual
 async def test_a_task_that_may_not_spill_is_rejected(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         tickets = await submit_all(supervisor, work(*range(4), spill=False))
         assert tickets[-1].verdict is Verdict.REJECTED
         assert tickets[-1].limited_by == "pool:work"
@@ -110,16 +110,16 @@ async def test_a_task_that_may_not_spill_is_rejected(overflow: str) -> None:
 
 @virtual
 async def test_submit_nowait_rejects_rather_than_spills(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         assert [ticket.verdict for ticket in flood(supervisor, "work", 4)] == [Verdict.ADMITTED] * 3 + [
             Verdict.REJECTED
         ]
 
 
 @virtual
-async def test_a_task_whose_deadline_the_wait_outlasts_is_rejected_and_not_stored(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
-        await supervisor.run(Task("work"))  # the pace is known: a second
+async def test_a_task_whose_deadline_would_pass_in_the_overflow_is_rejected(overflow: str) -> None:
+    async with make_supervisor(Agent(), overflow) as supervisor:
+        await supervisor.run(Task("work"))  # so that the duration is known: a second
         await submit_all(supervisor, work(*range(10)))
         hurried = await supervisor.submit(Task("work", deadline=Deadline.within(3.0)))
         patient = await supervisor.submit(Task("work", deadline=Deadline.within(60.0)))
@@ -128,9 +128,9 @@ async def test_a_task_whose_deadline_the_wait_outlasts_is_rejected_and_not_store
 
 
 @virtual
-async def test_a_deadline_that_passes_outside_ends_the_task_then(overflow: str) -> None:
+async def test_a_deadline_that_passes_in_the_overflow_ends_the_task_then(overflow: str) -> None:
     agent = Agent(30.0)
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         ticket = await supervisor.submit(Task("work", 3, deadline=Deadline.within(10.0)))
         assert ticket.verdict is Verdict.SPILLED
@@ -141,9 +141,9 @@ async def test_a_deadline_that_passes_outside_ends_the_task_then(overflow: str) 
 
 
 @virtual
-async def test_a_task_cancelled_outside_never_runs(overflow: str) -> None:
+async def test_a_task_cancelled_in_the_overflow_never_runs(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         tickets = await submit_all(supervisor, work(*range(6)))
         assert tickets[4].cancel("no longer wanted")
         result = await tickets[4]
@@ -155,8 +155,8 @@ async def test_a_task_cancelled_outside_never_runs(overflow: str) -> None:
 
 
 @virtual
-async def test_a_task_that_is_cancelled_twice_outside_and_expires_as_well_ends_once(overflow: str) -> None:
-    async with house(Agent(5.0), overflow) as supervisor:
+async def test_a_spilled_task_that_is_cancelled_twice_and_expires_ends_once(overflow: str) -> None:
+    async with make_supervisor(Agent(5.0), overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         ticket = await supervisor.submit(Task("work", 3, deadline=Deadline.within(2.0)))
         assert ticket.deadline is not None
@@ -173,19 +173,19 @@ async def test_a_task_that_is_cancelled_twice_outside_and_expires_as_well_ends_o
 
 @virtual
 async def test_a_full_overflow_rejects_and_is_named(overflow: str) -> None:
-    async with house(Agent(), f"{overflow}?bound=3") as supervisor:
+    async with make_supervisor(Agent(), f"{overflow}?bound=3") as supervisor:
         await supervisor.run(Task("work"))
         tickets = await submit_all(supervisor, work(*range(8)))
         assert [ticket.verdict for ticket in tickets[3:]] == [Verdict.SPILLED] * 3 + [Verdict.REJECTED] * 2
-        refused = tickets[-1]
-        assert (refused.limited_by, refused.reason, refused.load) == ("overflow", "the overflow is full", 1.0)
-        assert refused.retry_after is not None
+        rejected = tickets[-1]
+        assert (rejected.limited_by, rejected.reason, rejected.load) == ("overflow", "the overflow is full", 1.0)
+        assert rejected.retry_after is not None
         assert all(result.success for result in await results(tickets[:6]))
         assert await supervisor.submit(Task("work"))
 
 
 @virtual
-async def test_a_failed_pool_spills_and_goes_on_when_it_is_revived(overflow: str) -> None:
+async def test_a_failed_pool_spills_and_continues_when_it_is_revived(overflow: str) -> None:
     agent = Agent(0.1, error=ValueError())
     supervisor = BackpressureSupervisor(overflow=overflow)
     worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
@@ -204,9 +204,9 @@ async def test_a_failed_pool_spills_and_goes_on_when_it_is_revived(overflow: str
 
 
 @virtual
-async def test_what_is_outside_comes_back_by_priority_then_deadline_then_age(overflow: str) -> None:
+async def test_spilled_tasks_come_back_by_priority_then_deadline_then_age(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow, max_queue_size=0) as supervisor:
+    async with make_supervisor(agent, overflow, max_queue_size=0) as supervisor:
         await supervisor.submit(Task("work", "running"))
         for name, priority, within in (
             ("low", LOW, None),
@@ -234,10 +234,10 @@ async def test_what_is_outside_comes_back_by_priority_then_deadline_then_age(ove
 
 
 @virtual
-async def test_nothing_overtakes_what_waits_outside(overflow: str) -> None:
+async def test_no_new_task_overtakes_spilled_ones(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow) as supervisor:
-        for number in range(60):  # five come while three are done
+    async with make_supervisor(agent, overflow) as supervisor:
+        for number in range(60):  # five are submitted while three run
             await supervisor.submit(Task("work", number))
             await asyncio.sleep(0.6)
         await asyncio.sleep(60.0)
@@ -245,11 +245,11 @@ async def test_nothing_overtakes_what_waits_outside(overflow: str) -> None:
 
 
 @virtual
-async def test_work_does_not_overtake_what_is_better_and_waits_outside_for_the_slot_that_fell_free(
+async def test_no_new_task_takes_the_free_slot_of_a_better_spilled_one(
     overflow: str,
 ) -> None:
     agent = Agent()
-    async with house(agent, overflow, max_queue_size=0) as supervisor:
+    async with make_supervisor(agent, overflow, max_queue_size=0) as supervisor:
         (running,) = flood(supervisor, "work", 1)
         high = await supervisor.submit(Task("work", "high", priority=HIGH))
         assert high.verdict is Verdict.SPILLED
@@ -261,9 +261,9 @@ async def test_work_does_not_overtake_what_is_better_and_waits_outside_for_the_s
 
 
 @virtual
-async def test_better_work_than_what_waits_outside_need_not_wait_for_it(overflow: str) -> None:
+async def test_a_better_task_need_not_wait_for_spilled_ones(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow, max_queue_size=5) as supervisor:
+    async with make_supervisor(agent, overflow, max_queue_size=5) as supervisor:
         await submit_all(supervisor, work(*range(10)))
         ticket = await supervisor.submit(Task("work", "critical", priority=CRITICAL))
         assert ticket.verdict is Verdict.ADMITTED
@@ -272,48 +272,48 @@ async def test_better_work_than_what_waits_outside_need_not_wait_for_it(overflow
 
 
 @virtual
-async def test_a_critical_task_outside_does_not_wait_until_a_full_line_is_empty(overflow: str) -> None:
+async def test_a_spilled_critical_task_does_not_wait_until_a_full_queue_is_empty(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow, max_queue_size=20, backpressure_threshold=1.0) as supervisor:
+    async with make_supervisor(agent, overflow, max_queue_size=20, backpressure_threshold=1.0) as supervisor:
         await submit_all(supervisor, work(*range(21), priority=HIGH))
         ticket = await supervisor.submit(Task("work", "critical", priority=CRITICAL))
         assert ticket.verdict is Verdict.SPILLED
         await ticket
-    assert agent.started.index("critical") <= 2  # one slot fell free before it was back
+    assert agent.started.index("critical") <= 2  # one slot became free before it was back
 
 
 @virtual
-async def test_low_work_outside_moves_under_a_flood_of_better_work(overflow: str) -> None:
+async def test_spilled_low_tasks_move_under_a_flood_of_better_ones(overflow: str) -> None:
     agent = Agent(0.1)
-    async with house(agent, overflow, max_queue_size=0) as supervisor:
+    async with make_supervisor(agent, overflow, max_queue_size=0) as supervisor:
         await submit_all(supervisor, work("running", *["low"] * 5, priority=LOW))
         await submit_all(supervisor, work(*["high"] * 200, priority=HIGH))
         await asyncio.sleep(15.0)
-    assert 3 <= agent.started[:80].count("low") <= 4  # one in twenty-one, and who was first
+    assert 3 <= agent.started[:80].count("low") <= 4  # one in twenty-one, and the first one
     assert agent.started.count("high") > 100
 
 
 @virtual
-async def test_one_type_outside_does_not_hold_up_another(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+async def test_spilled_tasks_of_one_type_do_not_delay_another(overflow: str) -> None:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         supervisor.register_worker("other", handler=Agent(), task_types=["other"])
         await submit_all(supervisor, work(*range(9)))
         assert (await supervisor.submit(Task("other"))).verdict is Verdict.ADMITTED
 
 
 @virtual
-async def test_what_comes_back_is_started_by_no_more_than_there_are_slots(overflow: str) -> None:
+async def test_refilled_tasks_use_no_more_slots_than_there_are(overflow: str) -> None:
     agent = Agent(0.7)
-    async with house(agent, overflow, slots=3) as supervisor:
+    async with make_supervisor(agent, overflow, slots=3) as supervisor:
         await results(await submit_all(supervisor, work(*range(40))))
     assert agent.peak == 3
     assert sorted(agent.started) == list(range(40))
 
 
 @virtual
-async def test_tasks_of_a_thread_run_one_at_a_time_also_by_way_of_the_overflow(overflow: str) -> None:
+async def test_tasks_of_a_thread_run_one_at_a_time_through_the_overflow_too(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow, slots=3) as supervisor:
+    async with make_supervisor(agent, overflow, slots=3) as supervisor:
         await results(await submit_all(supervisor, work(*range(12), thread_id="alice")))
     assert agent.peak == 1
     assert agent.started == list(range(12))
@@ -323,9 +323,9 @@ async def test_tasks_of_a_thread_run_one_at_a_time_also_by_way_of_the_overflow(o
 
 
 @virtual
-async def test_the_same_key_is_the_same_work_outside_too(overflow: str) -> None:
+async def test_the_same_key_is_the_same_work_in_the_overflow_too(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         first = await supervisor.submit(Task("work", "first", key="k"))
         second = await supervisor.submit(Task("work", "second", key="k"))
@@ -336,9 +336,9 @@ async def test_the_same_key_is_the_same_work_outside_too(overflow: str) -> None:
 
 
 @virtual
-async def test_of_many_who_submit_one_key_at_once_one_begins_the_work(overflow: str) -> None:
+async def test_many_concurrent_submits_of_one_key_are_one_task(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         tickets = await asyncio.gather(*(supervisor.submit(Task("work", "once", key="k")) for _ in range(10)))
         await results(tickets)
@@ -347,8 +347,8 @@ async def test_of_many_who_submit_one_key_at_once_one_begins_the_work(overflow: 
 
 
 @virtual
-async def test_two_of_one_id_outside_are_a_mistake(overflow: str) -> None:
-    async with house(Agent(), overflow) as supervisor:
+async def test_two_spilled_tasks_of_one_id_are_an_error(overflow: str) -> None:
+    async with make_supervisor(Agent(), overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         first, second = await asyncio.gather(
             supervisor.submit(Task("work", task_id="mine")),
@@ -359,15 +359,15 @@ async def test_two_of_one_id_outside_are_a_mistake(overflow: str) -> None:
         assert isinstance(await error_of(supervisor.submit(Task("work", task_id="mine"))), DuplicateTask)
 
 
-# --- who leaves ------------------------------------------------------------------------------------------------------
+# --- callers that are cancelled --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", range(6))
 @pytest.mark.parametrize("durable", [False, True])
 @virtual
-async def test_who_leaves_while_submitting_leaves_nothing_half_done(after: int, file: str, *, durable: bool) -> None:
+async def test_cancelling_submit_leaves_nothing_half_done(after: int, file: str, *, durable: bool) -> None:
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         submitting = asyncio.ensure_future(supervisor.submit(Task("work", "left", task_id="left", durable=durable)))
         await asyncio.sleep(after * 0.0015)
@@ -386,9 +386,9 @@ async def test_who_leaves_while_submitting_leaves_nothing_half_done(after: int, 
 
 
 @virtual
-async def test_a_task_cancelled_on_its_way_out_never_runs(overflow: str) -> None:
+async def test_a_task_cancelled_while_it_is_spilled_never_runs(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         submitting = asyncio.ensure_future(supervisor.submit(Task("work", "left", task_id="left")))
         await run_ready(1)
@@ -404,7 +404,7 @@ async def test_a_task_cancelled_on_its_way_out_never_runs(overflow: str) -> None
 @virtual
 async def test_cancelling_run_of_a_spilled_task_cancels_it(overflow: str) -> None:
     agent = Agent()
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         caller = asyncio.ensure_future(supervisor.run(Task("work", "left")))
         await asyncio.sleep(0.5)
@@ -418,26 +418,26 @@ async def test_cancelling_run_of_a_spilled_task_cancels_it(overflow: str) -> Non
 
 @pytest.mark.parametrize("parents", [1, 3])
 @virtual
-async def test_nested_work_that_is_spilled_comes_through_a_full_house(parents: int, overflow: str) -> None:
+async def test_nested_work_that_is_spilled_finishes_when_every_slot_is_taken(parents: int, overflow: str) -> None:
     async def handler(task: Task) -> Any:
         await asyncio.sleep(1.0)
         return await supervisor.run(Task("work", task.payload - 1)) if task.payload else "bottom"
 
-    supervisor = house(handler, overflow, slots=parents)
+    supervisor = make_supervisor(handler, overflow, slots=parents)
     async with supervisor:
         tickets = await submit_all(supervisor, work(*[4] * 12))
         assert [result.result for result in await results(tickets)] == ["bottom"] * 12
 
 
-# --- who holds a ticket -----------------------------------------------------------------------------------------------
+# --- tickets that are held -------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_a_ticket_that_nobody_holds_takes_no_room_while_its_task_is_outside(file: str) -> None:
+async def test_a_ticket_that_nobody_holds_takes_no_memory_while_its_task_is_spilled(file: str) -> None:
     agent = Agent(0.01)
-    async with house(agent, file, slots=4) as supervisor:
+    async with make_supervisor(agent, file, slots=4) as supervisor:
         tickets = [weakref.ref(await supervisor.submit(Task("work", n, task_id=f"{n}"))) for n in range(2_000)]
-        assert sum(ticket() is not None for ticket in tickets) < 20  # those inside
+        assert sum(ticket() is not None for ticket in tickets) < 20  # the tasks inside
         results = [await supervisor.ticket(f"{n}") for n in range(1_000, 1_020)]
         assert [result.result for result in results] == list(range(1_000, 1_020))
         await asyncio.sleep(20.0)
@@ -446,9 +446,9 @@ async def test_a_ticket_that_nobody_holds_takes_no_room_while_its_task_is_outsid
 
 
 @virtual
-async def test_a_ticket_that_is_only_held_ends_all_the_same(file: str) -> None:
+async def test_a_ticket_that_is_held_and_not_awaited_ends_too(file: str) -> None:
     payload = (1, 2)  # another process would read a list
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(0, 1, 2, payload))
         gc.collect()
         assert supervisor.ticket(tickets[3].task_id) is tickets[3]
@@ -458,13 +458,13 @@ async def test_a_ticket_that_is_only_held_ends_all_the_same(file: str) -> None:
 
 
 @virtual
-async def test_who_waits_is_not_forgotten_though_nobody_else_knows_of_him(file: str) -> None:
+async def test_a_waiter_that_nothing_else_refers_to_gets_its_result(file: str) -> None:
     ended: list[Any] = []
 
     async def caller(supervisor: BackpressureSupervisor) -> None:
         ended.append(await supervisor.run(Task("work", "mine")))
 
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         asyncio.get_running_loop().create_task(caller(supervisor))
         await asyncio.sleep(0.5)
@@ -474,9 +474,9 @@ async def test_who_waits_is_not_forgotten_though_nobody_else_knows_of_him(file: 
 
 
 @virtual
-async def test_a_deadline_holds_also_where_nobody_holds_the_ticket(file: str) -> None:
+async def test_a_deadline_applies_even_if_nobody_holds_the_ticket(file: str) -> None:
     agent = Agent(30.0)
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         await supervisor.submit(Task("work", "late", task_id="late", deadline=Deadline.within(10.0)))
         await asyncio.sleep(100.0)
@@ -485,8 +485,8 @@ async def test_a_deadline_holds_also_where_nobody_holds_the_ticket(file: str) ->
 
 
 @virtual
-async def test_an_id_outside_is_taken_whether_or_not_its_ticket_is_held(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+async def test_the_id_of_a_spilled_task_is_taken_even_if_nobody_holds_its_ticket(file: str) -> None:
+    async with make_supervisor(Agent(), file) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         held = await supervisor.submit(Task("work", task_id="held"))
         await supervisor.submit(Task("work", task_id="dropped"))
@@ -499,16 +499,16 @@ async def test_an_id_outside_is_taken_whether_or_not_its_ticket_is_held(file: st
 
 @virtual
 async def test_a_restart_continues_with_what_was_spilled(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(*range(10)))
         report = await supervisor.drain()
-    assert (report.finished, report.spilled) == (1, 2)  # one ran, two waited inside, seven were outside
+    assert (report.finished, report.spilled) == (1, 2)  # one ran, two were queued, seven were spilled
     for ticket in tickets[1:]:
         error = await error_of(ticket)
         assert isinstance(error, StillSpilled)
         assert ticket.task_id in str(error)
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         assert supervisor.statistics().outside > 0
         await asyncio.sleep(15.0)
         assert supervisor.statistics().outside == 0
@@ -516,52 +516,52 @@ async def test_a_restart_continues_with_what_was_spilled(file: str) -> None:
 
 
 @virtual
-async def test_what_drains_out_keeps_its_place_before_what_was_spilled_later(file: str) -> None:
-    async with house(Agent(), file, max_queue_size=6) as supervisor:
+async def test_tasks_spilled_by_draining_keep_their_place_before_later_ones(file: str) -> None:
+    async with make_supervisor(Agent(), file, max_queue_size=6) as supervisor:
         tickets = await submit_all(supervisor, work(*range(12)))
         assert [ticket.verdict for ticket in tickets].count(Verdict.SPILLED) > 4
         await supervisor.drain()
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         await asyncio.sleep(15.0)
     assert agent.started == list(range(1, 12))
 
 
 @pytest.mark.parametrize("moment", range(0, 50, 3))
 @virtual
-async def test_closing_while_a_task_is_on_its_way_in_starts_nothing_and_loses_nothing(moment: int, file: str) -> None:
+async def test_closing_while_a_task_is_refilled_starts_nothing_and_loses_nothing(moment: int, file: str) -> None:
     agent = Agent()
-    supervisor = house(agent, file)
+    supervisor = make_supervisor(agent, file)
     await supervisor.start()
     await submit_all(supervisor, work(*range(6)))
-    await asyncio.sleep(3.0 + moment * 0.0002)  # what waited inside has run, and the next ones are fetched
+    await asyncio.sleep(3.0 + moment * 0.0002)  # the queued tasks have run, and the next ones are being leased
     before = list(agent.started)
     await supervisor.close()
     assert agent.started == before
     ended = [supervisor.statistics().succeeded, supervisor.statistics().cancelled]
     rest = Agent()
-    async with house(rest, file, slots=9):
+    async with make_supervisor(rest, file, slots=9):
         await asyncio.sleep(5.0)
     assert len(rest.started) + sum(ended) == 6
 
 
 @virtual
-async def test_after_a_restart_a_ticket_of_old_work_gives_its_result(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+async def test_after_a_restart_the_ticket_of_an_old_task_returns_its_result(file: str) -> None:
+    async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(*range(6)))
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         waited_for = [await supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]
     assert [result.result for result in waited_for] == [1, 2, 3, 4, 5]
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         assert [(await supervisor.ticket(ticket.task_id)).result for ticket in tickets[3:]] == [3, 4, 5]
 
 
 @virtual
-async def test_after_a_restart_old_work_may_be_cancelled_by_its_id(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+async def test_after_a_restart_an_old_task_may_be_cancelled_by_its_id(file: str) -> None:
+    async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(*range(6)))
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         await supervisor.submit(Task("work", "fresh", priority=CRITICAL))
         ticket = supervisor.ticket(tickets[5].task_id)
         await asyncio.sleep(0.5)
@@ -573,21 +573,21 @@ async def test_after_a_restart_old_work_may_be_cancelled_by_its_id(file: str) ->
 
 @virtual
 async def test_after_a_restart_a_key_is_still_known(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         await supervisor.run(Task("work", "first", key="done"))
         await submit_all(supervisor, work(3, 4, 5))
         await supervisor.submit(Task("work", "second", key="open"))
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         assert await supervisor.run(Task("work", "again", key="done")) == "first"
         assert await supervisor.run(Task("work", "again", key="open")) == "second"
     assert "again" not in agent.started
 
 
 @virtual
-async def test_what_was_spilled_for_a_type_waits_until_somebody_serves_it(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+async def test_spilled_tasks_wait_until_a_worker_accepts_their_type(file: str) -> None:
+    async with make_supervisor(Agent(), file) as supervisor:
         await submit_all(supervisor, work(*range(6)))
     agent = Agent()
     async with BackpressureSupervisor(overflow=file) as supervisor:
@@ -599,12 +599,12 @@ async def test_what_was_spilled_for_a_type_waits_until_somebody_serves_it(file: 
 
 
 @virtual
-async def test_a_deadline_that_passed_while_nobody_ran_ends_the_task_and_starts_nothing(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+async def test_a_deadline_that_passed_before_a_restart_ends_the_task_unstarted(file: str) -> None:
+    async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(*range(6), deadline=Deadline.within(30.0)))
     await asyncio.sleep(60.0)
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         assert await statuses([supervisor.ticket(ticket.task_id) for ticket in tickets[1:]]) == [TaskStatus.EXPIRED] * 5
     assert agent.started == []
 
@@ -612,7 +612,7 @@ async def test_a_deadline_that_passed_while_nobody_ran_ends_the_task_and_starts_
 @virtual
 async def test_two_supervisors_share_an_overflow_and_run_each_task_once(file: str) -> None:
     agent = Agent()
-    async with house(agent, file) as first, house(agent, file) as second:
+    async with make_supervisor(agent, file) as first, make_supervisor(agent, file) as second:
         tickets = await submit_all(first, work(*range(30)))
         await asyncio.sleep(40.0)
         assert all(result.success for result in await results(tickets))
@@ -625,32 +625,32 @@ async def test_two_supervisors_share_an_overflow_and_run_each_task_once(file: st
 
 @virtual
 async def test_a_durable_task_is_admitted_and_its_result_is_there_after_a_restart(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         ticket = await supervisor.submit(Task("work", 7, durable=True))
         assert ticket.verdict is Verdict.ADMITTED
         assert (await ticket).result == 7
-    async with house(Agent(), file) as supervisor:
+    async with make_supervisor(Agent(), file) as supervisor:
         assert (await supervisor.ticket(ticket.task_id)).result == 7
 
 
 @virtual
-async def test_a_durable_task_that_is_cut_off_runs_again_after_a_restart(file: str) -> None:
+async def test_a_durable_task_that_was_interrupted_runs_again_after_a_restart(file: str) -> None:
     agent = Agent(10.0)
-    supervisor = house(agent, file)
+    supervisor = make_supervisor(agent, file)
     await supervisor.start()
     ticket = await supervisor.submit(Task("work", 7, durable=True))
     await asyncio.sleep(1.0)
     assert (await supervisor.drain(timeout=1.0)).spilled == 1
     await supervisor.close()
     assert isinstance(await error_of(ticket), StillSpilled)
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
     assert (result.result, result.attempts) == (7, 2)
 
 
 @virtual
-async def test_a_durable_task_that_a_full_house_refuses_is_spilled(file: str) -> None:
-    async with house(Agent(), file) as supervisor:
+async def test_a_durable_task_that_is_not_admitted_is_spilled(file: str) -> None:
+    async with make_supervisor(Agent(), file) as supervisor:
         tickets = await submit_all(supervisor, work(*range(8), durable=True))
         assert [ticket.verdict for ticket in tickets] == [Verdict.ADMITTED] * 3 + [Verdict.SPILLED] * 5
         assert [result.result for result in await results(tickets)] == list(range(8))
@@ -659,7 +659,7 @@ async def test_a_durable_task_that_a_full_house_refuses_is_spilled(file: str) ->
 @virtual
 async def test_a_durable_task_that_was_rejected_may_be_submitted_again_as_it_is(file: str) -> None:
     agent = Agent()
-    async with house(agent, file) as supervisor:
+    async with make_supervisor(agent, file) as supervisor:
         await submit_all(supervisor, work(0, 1, 2))
         task = Task("work", "again", durable=True, spill=False, key="k")
         assert (await supervisor.submit(task)).verdict is Verdict.REJECTED
@@ -669,11 +669,11 @@ async def test_a_durable_task_that_was_rejected_may_be_submitted_again_as_it_is(
 
 
 @virtual
-async def test_a_long_task_keeps_its_lease_also_while_the_house_drains(file: str) -> None:
+async def test_a_long_task_keeps_its_lease_while_the_supervisor_drains(file: str) -> None:
     agent = Agent(60.0)
-    async with house(agent, file, lease=3.0) as first:
+    async with make_supervisor(agent, file, lease=3.0) as first:
         ticket = await first.submit(Task("work", "long", durable=True))
-        async with house(agent, file, lease=3.0):
+        async with make_supervisor(agent, file, lease=3.0):
             assert (await first.drain()).finished == 1
         assert (await ticket).success
     assert agent.started == ["long"]
@@ -682,7 +682,7 @@ async def test_a_long_task_keeps_its_lease_also_while_the_house_drains(file: str
 @virtual
 async def test_a_failure_of_a_stored_task_is_final_and_not_tried_again(overflow: str) -> None:
     agent = Agent(0.1)
-    async with house(agent, overflow) as supervisor:
+    async with make_supervisor(agent, overflow) as supervisor:
         tickets = await submit_all(supervisor, work(*range(5)))
         agent.error = ValueError("x")
         result = await tickets[-1]
@@ -692,14 +692,14 @@ async def test_a_failure_of_a_stored_task_is_final_and_not_tried_again(overflow:
 
 
 @virtual
-async def test_a_result_that_cannot_be_stored_reaches_who_waits_for_it(overflow: str) -> None:
+async def test_a_result_that_cannot_be_stored_reaches_its_waiters(overflow: str) -> None:
     value = object()
 
     async def handler(_: Task) -> object:
         await asyncio.sleep(1.0)
         return value
 
-    async with house(handler, overflow) as supervisor:
+    async with make_supervisor(handler, overflow) as supervisor:
         tickets = await submit_all(supervisor, work(*range(5)))
         assert (await tickets[-1]).result is value
 
@@ -709,7 +709,7 @@ async def test_leaving_by_an_error_keeps_what_is_spilled_and_ends_every_ticket(f
     tickets = []
 
     async def use() -> None:
-        async with house(Agent(), file) as supervisor:
+        async with make_supervisor(Agent(), file) as supervisor:
             tickets.extend(await submit_all(supervisor, work(*range(8))))
             raise ZeroDivisionError
 
@@ -718,6 +718,6 @@ async def test_leaving_by_an_error_keeps_what_is_spilled_and_ends_every_ticket(f
     assert isinstance(errors[0], TaskCancelled)
     assert all(isinstance(error, StillSpilled) for error in errors[1:])
     agent = Agent()
-    async with house(agent, file):
+    async with make_supervisor(agent, file):
         await asyncio.sleep(10.0)
     assert sorted(agent.started) == [1, 2, 3, 4, 5, 6, 7]

@@ -1,4 +1,4 @@
-"""Who is refused for what its calls would draw on is told when that has room, from the first refusal on."""
+"""retry_after of tasks that are rejected because of a load source: when the source has room again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.acceptance.test_sources import CallingAgent, Key, house
+from tests.acceptance.test_sources import CallingAgent, Key, make_supervisor
 from tests.support.task_plane import approximately, now, virtual
 
 from forebay import BackpressureSupervisor, Priority, Quota, Task, Ticket, Upstream
@@ -17,7 +17,9 @@ THRESHOLD = 0.8
 
 @pytest.mark.parametrize("calls", [1, 4, 10])
 @virtual
-async def test_who_comes_back_when_told_to_a_key_that_has_begun_to_bind_is_nearly_always_let_in(calls: int) -> None:
+async def test_tasks_that_come_back_after_the_retry_after_of_a_loaded_source_are_nearly_always_admitted(
+    calls: int,
+) -> None:
     key = Upstream("key", quotas=[Quota(requests=60, per="minute")])
 
     async def handler(_: Task) -> None:
@@ -27,13 +29,13 @@ async def test_who_comes_back_when_told_to_a_key_that_has_begun_to_bind_is_nearl
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=50)
-        for _ in range(3):  # quick ones: the pool's pace says nothing of what is to come
+        for _ in range(3):  # quick runs: the pool's durations say nothing about the source
             await supervisor.run(Task("work"))
         returns: list[asyncio.Task[bool | None]] = []
         flooded = False
 
         async def come_back(wait: float) -> bool | None:
-            """Whether it is let in; None while others come unasked, for those take what it was told of."""
+            """Return whether it is admitted; None while other tasks are submitted that take its retry slot."""
             await asyncio.sleep(wait)
             ticket = supervisor.submit_nowait(Task("work"))
             return bool(ticket) if flooded else None
@@ -51,20 +53,20 @@ async def test_who_comes_back_when_told_to_a_key_that_has_begun_to_bind_is_nearl
     assert sum(let_in) / len(let_in) > 0.95
 
 
-async def refused(supervisor: BackpressureSupervisor, **how: Any) -> Ticket:
+async def rejected_ticket(supervisor: BackpressureSupervisor, **how: Any) -> Ticket:
     ticket = await supervisor.submit(Task("work", **how))
     assert not ticket
     return ticket
 
 
 @virtual
-async def test_the_first_is_told_when_the_key_has_room_for_its_priority() -> None:
+async def test_the_first_retry_after_is_when_the_source_has_room_for_the_priority() -> None:
     key = Key()
-    async with house(CallingAgent(key)) as supervisor:
+    async with make_supervisor(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.reading, key.lasts = 0.9, (7.0, 2.0)
-        first = await refused(supervisor)
-        second = await refused(supervisor)
+        first = await rejected_ticket(supervisor)
+        second = await rejected_ticket(supervisor)
         assert first.retry_after is not None
         assert second.retry_after is not None
         assert 7.0 + 2.0 / 0.97 <= first.retry_after <= 7.0 + 1.1 * 2.0 / 0.97
@@ -72,9 +74,9 @@ async def test_the_first_is_told_when_the_key_has_room_for_its_priority() -> Non
 
 
 @virtual
-async def test_a_line_that_is_full_for_want_of_a_key_drains_at_the_pace_of_the_key() -> None:
+async def test_a_queue_that_is_full_because_of_a_source_drains_at_its_pace() -> None:
     key = Key()
-    async with house(CallingAgent(key, seconds=0.1), max_queue_size=10) as supervisor:
+    async with make_supervisor(CallingAgent(key, seconds=0.1), max_queue_size=10) as supervisor:
         await supervisor.run(Task("work"))
         key.open, key.lasts, key.reading = False, (0.0, 2.0), 0.1
         while ticket := await supervisor.submit(Task("work")):
@@ -86,36 +88,36 @@ async def test_a_line_that_is_full_for_want_of_a_key_drains_at_the_pace_of_the_k
 
 
 @virtual
-async def test_a_pool_that_is_slower_than_the_key_still_counts() -> None:
+async def test_a_pool_that_is_slower_than_the_source_still_counts() -> None:
     key = Key()
-    async with house(CallingAgent(key, seconds=100.0), slots=1) as supervisor:
+    async with make_supervisor(CallingAgent(key, seconds=100.0), slots=1) as supervisor:
         await supervisor.run(Task("work"))
         key.reading, key.lasts = 0.9, (7.0, 2.0)
-        assert ((await refused(supervisor)).retry_after or 0.0) >= 100.0
+        assert ((await rejected_ticket(supervisor)).retry_after or 0.0) >= 100.0
 
 
 @virtual
-async def test_what_is_not_known_is_not_told() -> None:
+async def test_an_unknown_retry_after_is_none() -> None:
     key = Key()
-    async with house(CallingAgent(key)) as supervisor:
+    async with make_supervisor(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.reading, key.lasts = 1.0, (float("inf"), 0.0)
-        assert (await refused(supervisor)).retry_after is None
+        assert (await rejected_ticket(supervisor)).retry_after is None
 
 
 @virtual
-async def test_the_worker_that_has_room_first_counts() -> None:
+async def test_retry_after_is_that_of_the_worker_that_has_room_first() -> None:
     key, spare = Key(), Key("upstream:spare")
-    async with house(CallingAgent(key), slots=1) as supervisor:
+    async with make_supervisor(CallingAgent(key), slots=1) as supervisor:
         supervisor.register_worker("spare", handler=CallingAgent(spare), task_types=["work"])
         await asyncio.gather(*(supervisor.run(Task("work")) for _ in range(2)))  # one each
         key.reading, key.lasts = 0.9, (50.0, 2.0)
         spare.reading, spare.lasts = 0.9, (3.0, 1.0)
-        assert (await refused(supervisor)).retry_after == pytest.approx(3.0 + 1.05 / 0.97, rel=0.05)
+        assert (await rejected_ticket(supervisor)).retry_after == pytest.approx(3.0 + 1.05 / 0.97, rel=0.05)
 
 
 @virtual
-async def test_an_upstream_knows_when_its_wait_has_fallen_and_how_far_apart_calls_fit_in() -> None:
+async def test_an_upstream_estimates_when_its_wait_has_fallen_and_the_time_between_calls() -> None:
     upstream = Upstream("key", quotas=[Quota(requests=60, per="minute")], max_wait=LONGEST)
     desk = upstream.core.accounts.account("")
     assert desk.time_until_below(Priority.NORMAL, THRESHOLD)[0] == 0.0
@@ -123,12 +125,12 @@ async def test_an_upstream_knows_when_its_wait_has_fallen_and_how_far_apart_call
         async with upstream.call():
             pass
     desk.add_expected_calls(54)
-    began = now()
+    started = now()
     seconds, each = desk.time_until_below(Priority.NORMAL, THRESHOLD)
     assert seconds == approximately(55.0 - THRESHOLD * LONGEST)
     assert each == approximately(1.0)
     await asyncio.sleep(seconds)
-    assert now() > began
+    assert now() > started
     assert desk.load()[0] == pytest.approx(THRESHOLD, abs=1e-3)
     assert desk.time_until_below(Priority.NORMAL, THRESHOLD)[0] == approximately(0.0)
     desk.suspend(30.0)

@@ -1,4 +1,4 @@
-"""Who goes first, and to which worker."""
+"""The order in which tasks are started, and on which worker."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from forebay import BackpressureSupervisor, Deadline, Priority, Task, WorkerStat
 LOW, NORMAL, HIGH, CRITICAL = Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL
 
 
-# --- the line --------------------------------------------------------------------------------------------------------
+# --- the queue -------------------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_the_line_is_served_by_priority_then_deadline_then_turn() -> None:
+async def test_the_queue_is_served_by_priority_then_deadline_then_order_of_submission() -> None:
     agent = Agent()
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"])
@@ -73,7 +73,7 @@ async def test_a_type_is_not_starved_by_a_more_important_one_on_the_same_worker(
 
 
 @virtual
-async def test_two_types_of_one_worker_are_served_by_priority_and_turn() -> None:
+async def test_two_types_of_one_worker_are_served_by_priority_and_order_of_submission() -> None:
     agent = Agent()
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["a", "b"])
@@ -90,7 +90,7 @@ async def test_two_types_of_one_worker_are_served_by_priority_and_turn() -> None
 
 
 @virtual
-async def test_critical_work_heads_the_line_if_no_worker_is_idle() -> None:
+async def test_a_critical_task_goes_to_the_head_of_the_queue_if_no_worker_is_idle() -> None:
     agent = Agent()
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
@@ -116,7 +116,7 @@ async def test_no_worker_ever_holds_more_than_its_slots() -> None:
 
 @pytest.mark.parametrize("priority", [HIGH, CRITICAL])
 @virtual
-async def test_important_work_goes_to_an_idle_worker_though_a_busy_one_is_expected_to_finish_first(
+async def test_high_priority_goes_to_an_idle_worker_even_if_a_busy_one_would_finish_first(
     priority: Priority,
 ) -> None:
     fast, slow = Agent(1.0), Agent(100.0)
@@ -132,7 +132,7 @@ async def test_important_work_goes_to_an_idle_worker_though_a_busy_one_is_expect
 
 
 @virtual
-async def test_normal_work_goes_where_it_is_expected_to_finish_first_even_if_another_is_idle() -> None:
+async def test_normal_priority_goes_where_it_finishes_first_even_if_another_worker_is_idle() -> None:
     fast, slow = Agent(1.0), Agent(100.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("slow", handler=slow, task_types=["work"])
@@ -146,7 +146,7 @@ async def test_normal_work_goes_where_it_is_expected_to_finish_first_even_if_ano
 
 
 @virtual
-async def test_important_work_is_never_above_a_limit() -> None:
+async def test_high_priority_never_exceeds_a_limit() -> None:
     agent = Agent()
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=3)
@@ -154,11 +154,11 @@ async def test_important_work_is_never_above_a_limit() -> None:
     assert agent.peak == 3
 
 
-# --- the router ------------------------------------------------------------------------------------------------------
+# --- worker selection ------------------------------------------------------------------------------------------------
 
 
 async def share_of_work(agents: dict[str, Agent], tasks: int, *, every: float, slots: int = 4) -> Counter[str]:
-    """How many of `tasks` each agent got, when one comes `every` so many seconds."""
+    """Return how many of `tasks` each agent got, if one is submitted every `every` seconds."""
     async with BackpressureSupervisor() as supervisor:
         for name, agent in agents.items():
             supervisor.register_worker(
@@ -193,7 +193,7 @@ async def test_equal_workers_share_equally() -> None:
 
 
 @virtual
-async def test_a_worker_that_fails_in_ten_milliseconds_does_not_draw_all_the_work() -> None:
+async def test_a_worker_that_fails_in_ten_milliseconds_does_not_attract_all_tasks() -> None:
     agents = {"works": Agent(1.0), "fails": Agent(0.01, error=ValueError())}
     share = await share_of_work(agents, 200, every=0.5)
     assert share["fails"] <= 10
@@ -211,7 +211,7 @@ async def test_a_worker_that_fails_now_and_then_is_forgiven() -> None:
         shaky.error = None
         before = len(shaky.started)
         await results(flood(supervisor, "work", 2))
-        assert shaky.started[before:] == []  # its score is up
+        assert shaky.started[before:] == []  # its score has risen
         await asyncio.sleep(60.0)
         before = len(shaky.started)
         await results(flood(supervisor, "work", 8))
@@ -219,7 +219,7 @@ async def test_a_worker_that_fails_now_and_then_is_forgiven() -> None:
 
 
 @virtual
-async def test_a_worker_whose_pace_is_unknown_is_taken_for_the_median() -> None:
+async def test_a_worker_of_unknown_duration_is_assumed_to_have_the_median() -> None:
     known, fresh = Agent(1.0), Agent(1.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("known", handler=known, task_types=["work"], max_concurrent=10)
@@ -231,13 +231,13 @@ async def test_a_worker_whose_pace_is_unknown_is_taken_for_the_median() -> None:
 
 
 @virtual
-async def test_a_new_worker_is_tried_though_the_pool_was_slow_when_it_came() -> None:
+async def test_a_new_worker_is_tried_even_if_the_pool_was_slow_when_it_was_added() -> None:
     old, fresh = Agent(100.0), Agent(1.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("old", handler=old, task_types=["work"], max_concurrent=20)
         await results(flood(supervisor, "work", 20))
         old.seconds = 1.0
-        for _ in range(5):  # the old one recovers, and knows it; the pool's median does not, yet
+        for _ in range(5):  # the old worker is fast again, but the pool's median is still slow
             await results(flood(supervisor, "work", 1))
         supervisor.register_worker("fresh", handler=fresh, task_types=["work"], max_concurrent=20)
         for _ in range(20):
@@ -259,7 +259,7 @@ async def test_failures_do_not_count_as_speed() -> None:
 
 
 @virtual
-async def test_pace_is_kept_by_task_type() -> None:
+async def test_durations_are_kept_by_task_type() -> None:
     async def by_type(task: Task) -> None:
         await asyncio.sleep(1.0 if task.task_type == "quick" else 9.0)
 

@@ -27,7 +27,7 @@ def current() -> asyncio.Task[Any]:
 
 
 async def one_by_one(handler: Callable[[Task], Awaitable[Any]], payloads: list[Any]) -> list[Any]:
-    """The values, of a worker with one slot."""
+    """Return the values of tasks that run one by one on a worker with one slot."""
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"], timeout=10.0)
         tickets = [supervisor.submit_nowait(Task("work", payload)) for payload in payloads]
@@ -35,7 +35,7 @@ async def one_by_one(handler: Callable[[Task], Awaitable[Any]], payloads: list[A
 
 
 async def tasks_seen(use: Callable[[asyncio.Task[Any], int], object]) -> list[bool]:
-    """For each of four handlers in a row, whether it ran in the same asyncio task as the one before it."""
+    """Return for each of four handlers in a row whether it ran in the asyncio task of the one before it."""
     numbers: list[int] = []
     names: dict[str, None] = {}
 
@@ -82,12 +82,12 @@ async def test_a_task_with_a_callback_is_not_used_again_and_calls_it() -> None:
 
 
 @virtual
-async def test_a_cancellation_after_the_last_await_harms_no_other() -> None:
+async def test_a_cancellation_after_the_last_await_affects_no_other() -> None:
     assert await tasks_seen(lambda aio, number: aio.cancel() if number == 1 else None) == [True, False, True]
 
 
 @virtual
-async def test_a_handler_that_swallows_its_cancellation_leaves_none_to_the_next() -> None:
+async def test_a_handler_that_swallows_its_cancellation_leaves_none_for_the_next() -> None:
     async def handler(task: Task) -> int:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(5.0)
@@ -152,23 +152,23 @@ async def test_what_a_handler_sets_in_its_context_is_gone_for_the_next(wait: flo
 
 
 @virtual
-async def test_the_next_handler_begins_after_submit_has_returned() -> None:
-    began = []
+async def test_the_next_handler_starts_after_submit_has_returned() -> None:
+    started = []
 
     async def handler(task: Task) -> None:
-        began.append(task.payload)
+        started.append(task.payload)
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=3)
         for turn in range(3):
             tickets = [supervisor.submit_nowait(Task("work", n)) for n in range(2)]
-            assert len(began) == 2 * turn
+            assert len(started) == 2 * turn
             for ticket in tickets:
                 await ticket
 
 
 @virtual
-async def test_handlers_that_never_wait_let_the_loop_have_its_turn() -> None:
+async def test_handlers_that_never_wait_let_the_loop_run_others() -> None:
     turns = 0
 
     async def handler(_: Task) -> int:
@@ -187,11 +187,11 @@ async def test_handlers_that_never_wait_let_the_loop_have_its_turn() -> None:
 
 
 @virtual
-async def test_a_task_cancelled_before_its_handler_began_never_begins() -> None:
-    began = []
+async def test_a_task_cancelled_before_its_handler_started_never_starts() -> None:
+    started = []
 
     async def handler(task: Task) -> None:
-        began.append(task.payload)
+        started.append(task.payload)
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
@@ -201,11 +201,11 @@ async def test_a_task_cancelled_before_its_handler_began_never_begins() -> None:
             assert (await ticket).status is TaskStatus.CANCELLED
             await supervisor.run(Task("work", "after"))
         assert supervisor.workers["worker"].current_tasks == 0
-    assert began == ["after", "after"]
+    assert started == ["after", "after"]
 
 
 @virtual
-async def test_nothing_is_left_of_the_runners_once_the_house_has_closed() -> None:
+async def test_no_runner_is_left_once_the_supervisor_has_closed() -> None:
     async def handler(_: Task) -> None:
         await asyncio.sleep(0.1)
 
@@ -233,11 +233,11 @@ def test_a_loop_that_ends_in_the_middle_ends_every_ticket() -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
-def test_under_eager_tasks_a_handler_still_begins_after_submit_has_returned() -> None:
-    began = []
+def test_with_eager_tasks_a_handler_still_starts_after_submit_has_returned() -> None:
+    started = []
 
     async def handler(task: Task) -> None:
-        began.append(task.payload)
+        started.append(task.payload)
         await asyncio.sleep(0)
 
     async def main() -> None:
@@ -245,9 +245,9 @@ def test_under_eager_tasks_a_handler_still_begins_after_submit_has_returned() ->
         async with BackpressureSupervisor() as supervisor:
             supervisor.register_worker("worker", handler=handler, task_types=["work"])
             tickets = [supervisor.submit_nowait(Task("work", n)) for n in range(3)]
-            assert began == []
+            assert started == []
             for ticket in tickets:
                 await ticket
-        assert began == [0, 1, 2]
+        assert started == [0, 1, 2]
 
     asyncio.run(main())

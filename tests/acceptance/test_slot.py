@@ -50,7 +50,7 @@ async def test_the_block_runs_in_the_callers_own_coroutine() -> None:
 
 
 @virtual
-async def test_a_slot_waits_its_turn_in_the_line() -> None:
+async def test_a_slot_waits_in_the_queue() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
         flood(supervisor, "work", 3)
@@ -59,7 +59,7 @@ async def test_a_slot_waits_its_turn_in_the_line() -> None:
 
 
 @virtual
-async def test_a_slot_of_high_priority_heads_the_line() -> None:
+async def test_a_slot_of_high_priority_goes_to_the_head_of_the_queue() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
         flood(supervisor, "work", 3)
@@ -68,14 +68,14 @@ async def test_a_slot_of_high_priority_heads_the_line() -> None:
 
 
 @virtual
-async def test_a_full_house_refuses_a_slot_with_overloaded() -> None:
+async def test_a_full_supervisor_rejects_a_slot_with_overloaded() -> None:
     async with BackpressureSupervisor(max_queue_size=0) as supervisor:
         supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
         await supervisor.run(Task("work"))
         flood(supervisor, "work", 1)
         with pytest.raises(Overloaded) as caught:
             async with supervisor.slot("work"):
-                pytest.fail("it was let in")
+                pytest.fail("it was admitted")
     assert caught.value.limited_by == "pool:work"
     assert caught.value.retry_after is not None
 
@@ -106,11 +106,11 @@ async def test_a_block_that_takes_too_long_ends_timed_out() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], timeout=5.0)
         for options, seconds in (({}, 5.0), ({"timeout": 2.0}, 2.0)):
-            began = now()
+            started = now()
             error = await error_of(hold(supervisor, 60.0, **options))
             assert isinstance(error, TaskTimedOut)
             assert not isinstance(error, TaskExpired)
-            assert now() - began == approximately(seconds)
+            assert now() - started == approximately(seconds)
         assert worker.current_tasks == 0
         assert supervisor.statistics().timed_out == 2
 
@@ -128,7 +128,7 @@ async def test_a_deadline_ends_the_block_or_the_waiting() -> None:
 
 
 @virtual
-async def test_a_caller_cancelled_while_waiting_leaves_the_line() -> None:
+async def test_a_caller_cancelled_while_waiting_leaves_the_queue() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
         flood(supervisor, "work", 1)
@@ -142,7 +142,7 @@ async def test_a_caller_cancelled_while_waiting_leaves_the_line() -> None:
 
 
 @virtual
-async def test_a_caller_cancelled_inside_gives_the_slot_back_and_the_worker_is_not_blamed() -> None:
+async def test_a_caller_cancelled_inside_returns_the_slot_and_does_not_count_against_the_worker() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         for _ in range(6):
@@ -155,7 +155,7 @@ async def test_a_caller_cancelled_inside_gives_the_slot_back_and_the_worker_is_n
 
 
 @virtual
-async def test_a_caller_cancelled_in_the_very_turn_in_which_the_slot_came_gives_it_back() -> None:
+async def test_a_caller_cancelled_in_the_loop_turn_that_granted_the_slot_returns_it() -> None:
     for when in range(12):
         async with BackpressureSupervisor() as supervisor:
             worker = supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
@@ -170,7 +170,7 @@ async def test_a_caller_cancelled_in_the_very_turn_in_which_the_slot_came_gives_
 
 
 @virtual
-async def test_a_reader_who_leaves_a_stream_gives_the_slot_back_and_the_worker_is_not_blamed() -> None:
+async def test_closing_a_stream_early_returns_the_slot_and_does_not_count_against_the_worker() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
 
@@ -252,9 +252,9 @@ async def test_what_is_submitted_in_a_slot_inherits_its_deadline() -> None:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
         async with supervisor.slot("work", deadline=Deadline.within(5.0)):
             inside = supervisor.submit_nowait(Task("work"))
-        outside = supervisor.submit_nowait(Task("work"))
+        unrelated = supervisor.submit_nowait(Task("work"))
         assert inside.deadline is not None
-        assert outside.deadline is None
+        assert unrelated.deadline is None
 
 
 @virtual

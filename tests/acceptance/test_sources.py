@@ -1,4 +1,4 @@
-"""What runs draw on presses on the gate and on their start."""
+"""Load sources: what the calls of runs use counts in admission and in the start of runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from forebay.testing import EventRecord
 
 
 class Key:
-    """A source that reads as it is told."""
+    """A load source whose readings are set by the test."""
 
     def __init__(self, name: str = "upstream:key") -> None:
         self.name = name
         self.reading = 0.0
-        self.lasts = (0.0, 1.0)  # until there is room again, and how far apart calls fit in then
+        self.lasts = (0.0, 1.0)  # seconds until there is room again, and between two calls then
         self.open = True
         self.queued = False
         self.seconds = 10.0
@@ -72,7 +72,7 @@ class Key:
 
 
 class CallingAgent(Agent):
-    """An agent whose every run draws on a key."""
+    """An agent whose every run calls a source."""
 
     def __init__(self, key: Key, seconds: float = 1.0) -> None:
         super().__init__(seconds)
@@ -85,16 +85,16 @@ class CallingAgent(Agent):
         return await super().__call__(task)
 
 
-def house(agent: Agent, *, slots: int = 4, **settings: Any) -> BackpressureSupervisor:
+def make_supervisor(agent: Agent, *, slots: int = 4, **settings: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor(**settings)
     supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=slots)
     return supervisor
 
 
 @virtual
-async def test_what_a_run_draws_on_refuses_the_next_though_slots_are_free() -> None:
+async def test_a_loaded_source_rejects_a_task_although_slots_are_free() -> None:
     key = Key()
-    async with house(CallingAgent(key)) as supervisor:
+    async with make_supervisor(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.reading = 0.85
         ticket = supervisor.submit_nowait(Task("work"))
@@ -108,9 +108,9 @@ async def test_what_a_run_draws_on_refuses_the_next_though_slots_are_free() -> N
 
 
 @virtual
-async def test_a_worker_that_draws_on_nothing_keeps_the_gate_open() -> None:
+async def test_a_worker_without_sources_keeps_admission_open() -> None:
     key = Key()
-    async with house(CallingAgent(key), slots=1) as supervisor:
+    async with make_supervisor(CallingAgent(key), slots=1) as supervisor:
         await supervisor.run(Task("work"))
         supervisor.register_worker("local", handler=Agent(), task_types=["work"], max_concurrent=1)
         key.reading = 2.0
@@ -118,13 +118,13 @@ async def test_a_worker_that_draws_on_nothing_keeps_the_gate_open() -> None:
 
 
 @virtual
-async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> None:
+async def test_runs_wait_in_the_queue_while_the_next_call_would_wait_long() -> None:
     key = Key()
     agent = CallingAgent(key)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         await supervisor.run(Task("work", "first"))
         key.open = False
-        began = now()
+        started = now()
         tickets = flood(supervisor, "work", 3)
         await asyncio.sleep(0.5)
         assert agent.running == 0
@@ -132,22 +132,22 @@ async def test_runs_wait_in_the_line_while_the_next_call_would_wait_long() -> No
         await asyncio.sleep(4.5)
         key.relieve()
         await asyncio.gather(*(ticket.value() for ticket in tickets))
-        assert now() - began == approximately(6.0)
+        assert now() - started == approximately(6.0)
         assert not key.held
 
 
 @virtual
-async def test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_none_waiting() -> None:
+async def test_no_run_starts_past_queued_calls_except_of_a_priority_without_any() -> None:
     key = Key()
     agent = CallingAgent(key, seconds=1000.0)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         tickets = flood(supervisor, "work", 1)
         await asyncio.sleep(0.5)
         key.open, key.queued = False, True
         tickets += flood(supervisor, "work", 3)
         await asyncio.sleep(60.0)
         assert agent.running == 1
-        key.queued = False  # now it is an estimate, and must not lock the gate
+        key.queued = False  # now it is an estimate, which must not lock the start gate
         await asyncio.sleep(11.0)
         assert agent.running == 2
         for ticket in tickets:
@@ -155,9 +155,9 @@ async def test_no_run_starts_past_calls_that_wait_but_one_of_a_rung_that_has_non
 
 
 @virtual
-async def test_a_source_of_short_calls_that_is_shut_for_long_is_looked_at_now_and_then() -> None:
+async def test_a_source_of_short_calls_that_blocks_for_long_is_asked_again_periodically() -> None:
     key = Key()
-    async with house(CallingAgent(key)) as supervisor:
+    async with make_supervisor(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.open, key.queued, key.seconds = False, True, 0.001
         ticket = supervisor.submit_nowait(Task("work"))
@@ -170,19 +170,20 @@ async def test_a_source_of_short_calls_that_is_shut_for_long_is_looked_at_now_an
 
 
 @virtual
-async def test_a_better_run_that_is_held_back_is_not_passed_by_one_that_comes_later() -> None:
-    class Odd(Key):
-        def may_start(self, rung: Priority) -> bool:
-            return self.open or rung is not Priority.CRITICAL
+async def test_a_better_run_that_is_held_back_is_not_overtaken_by_a_later_one() -> None:
+    class KeyWithoutCritical(Key):
+        def may_start(self, priority: Priority) -> bool:
+            return self.open or priority is not Priority.CRITICAL
 
-    key = Odd()
+    key = KeyWithoutCritical()
     agent = CallingAgent(key)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         await supervisor.run(Task("work", priority=Priority.CRITICAL))
         key.open = False
         with EventRecord(supervisor) as record:
             tickets = [
-                await supervisor.submit(Task("work", priority=rung)) for rung in (Priority.CRITICAL, Priority.HIGH)
+                await supervisor.submit(Task("work", priority=priority))
+                for priority in (Priority.CRITICAL, Priority.HIGH)
             ]
             key.relieve()
             for ticket in tickets:
@@ -191,15 +192,15 @@ async def test_a_better_run_that_is_held_back_is_not_passed_by_one_that_comes_la
 
 
 @virtual
-async def test_what_comes_back_from_the_overflow_waits_as_well() -> None:
+async def test_refilled_tasks_wait_for_the_source_too() -> None:
     key = Key()
     agent = CallingAgent(key)
-    async with house(agent, overflow="memory://", max_queue_size=1) as supervisor:
+    async with make_supervisor(agent, overflow="memory://", max_queue_size=1) as supervisor:
         await supervisor.run(Task("work"))
         tickets = [await supervisor.submit(Task("work", number)) for number in range(6)]
         assert [ticket.verdict for ticket in tickets] == 4 * [Verdict.ADMITTED] + 2 * [Verdict.SPILLED]
         key.open = False
-        await asyncio.sleep(2.0)  # there is room for them by now
+        await asyncio.sleep(2.0)  # by now there is room for them
         assert agent.running == 0
         key.relieve()
         for ticket in tickets:
@@ -208,10 +209,10 @@ async def test_what_comes_back_from_the_overflow_waits_as_well() -> None:
 
 
 @virtual
-async def test_who_waited_behind_its_thread_waits_as_well() -> None:
+async def test_a_task_that_waited_for_its_thread_waits_for_the_source_too() -> None:
     key = Key()
     agent = CallingAgent(key)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         await supervisor.run(Task("work"))
         tickets = flood(supervisor, "work", 2, thread_id="talk")
         await asyncio.sleep(0.5)
@@ -225,14 +226,14 @@ async def test_who_waited_behind_its_thread_waits_as_well() -> None:
 
 @pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 @virtual
-async def test_a_run_counts_as_coming_before_its_start_is_on_record(tmp_path: Path) -> None:
-    class Narrow(Key):
-        def may_start(self, rung: Priority) -> bool:
-            return super().may_start(rung) and not self.awaited
+async def test_a_run_counts_as_an_expected_call_before_its_start_is_on_record(tmp_path: Path) -> None:
+    class KeyForOneCall(Key):
+        def may_start(self, priority: Priority) -> bool:
+            return super().may_start(priority) and not self.awaited
 
-    key = Narrow()
+    key = KeyForOneCall()
     agent = CallingAgent(key)
-    async with house(agent, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+    async with make_supervisor(agent, overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
         await supervisor.run(Task("work"))
         key.open = False
         tickets = [await supervisor.submit(Task("work", number, durable=True)) for number in range(4)]
@@ -244,9 +245,9 @@ async def test_a_run_counts_as_coming_before_its_start_is_on_record(tmp_path: Pa
 
 
 @virtual
-async def test_a_line_that_is_full_for_the_sake_of_a_source_names_the_source() -> None:
+async def test_a_queue_that_is_full_because_of_a_source_names_the_source() -> None:
     key = Key()
-    async with house(CallingAgent(key), max_queue_size=10) as supervisor:
+    async with make_supervisor(CallingAgent(key), max_queue_size=10) as supervisor:
         await supervisor.run(Task("work"))
         full = flood(supervisor, "work", 20)[-1]
         assert full.limited_by == supervisor.statistics().limited_by == "pool:work"
@@ -256,41 +257,41 @@ async def test_a_line_that_is_full_for_the_sake_of_a_source_names_the_source() -
         assert held.limited_by == supervisor.statistics().limited_by == "upstream:key"
         assert "because of upstream:key" in (held.reason or "")
         supervisor.register_worker("local", handler=Agent(), task_types=["work"])
-        assert supervisor.statistics().limited_by == "pool:work", "who draws on nothing would bear more"
+        assert supervisor.statistics().limited_by == "pool:work", "a worker without sources could start more"
         key.relieve()
 
 
 @virtual
-async def test_one_run_of_each_rung_starts_in_every_typical_call_whatever_the_pressure() -> None:
+async def test_one_run_of_each_priority_starts_in_every_typical_latency_under_any_load() -> None:
     key = Key()
     agent = CallingAgent(key)
-    async with house(agent) as supervisor:
+    async with make_supervisor(agent) as supervisor:
         await supervisor.run(Task("work", "first"))  # at 0, so the next may start at 10
         key.open = False
-        began = now() - 1.0
-        low = supervisor.submit_nowait(Task("work", "low", priority=Priority.LOW))  # the first of its rung
+        started = now() - 1.0
+        low = supervisor.submit_nowait(Task("work", "low", priority=Priority.LOW))  # the first of its priority
         tickets = flood(supervisor, "work", 2)
         ends = []
         for ticket in tickets:
             await ticket
-            ends.append(now() - began)
+            ends.append(now() - started)
         assert (await low).success
         assert ends == [approximately(11.0), approximately(21.0)]
 
 
 @virtual
-async def test_critical_runs_start_as_the_source_lets_them() -> None:
+async def test_critical_runs_start_when_the_source_allows_it() -> None:
     key = Key()
-    async with house(CallingAgent(key)) as supervisor:
+    async with make_supervisor(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         key.open = False
-        began = now()
+        started = now()
         await asyncio.gather(*(supervisor.run(Task("work", priority=Priority.CRITICAL)) for _ in range(3)))
-        assert now() - began == approximately(1.0)
+        assert now() - started == approximately(1.0)
 
 
 @virtual
-async def test_a_call_refused_for_good_ends_its_run_as_overloaded_whatever_became_of_the_exception() -> None:
+async def test_a_finally_rejected_call_ends_its_run_as_overloaded_even_if_the_exception_was_lost() -> None:
     key = Key()
 
     async def handler(task: Task) -> str:
@@ -311,7 +312,7 @@ async def test_a_call_refused_for_good_ends_its_run_as_overloaded_whatever_becam
 
 
 @virtual
-async def test_what_an_upstream_failed_does_not_count_against_the_worker() -> None:
+async def test_a_fault_of_an_upstream_does_not_count_against_the_worker() -> None:
     async def handler(_: Task) -> None:
         running = context.call_observer()
         assert running is not None
@@ -326,7 +327,7 @@ async def test_what_an_upstream_failed_does_not_count_against_the_worker() -> No
 
 
 @virtual
-async def test_a_run_that_has_begun_is_expected_to_call_until_it_does_or_ends() -> None:
+async def test_a_started_run_is_expected_to_call_until_it_does_or_ends() -> None:
     key = Key()
     calls = False
 
@@ -355,9 +356,9 @@ async def test_a_run_that_has_begun_is_expected_to_call_until_it_does_or_ends() 
 
 
 @virtual
-async def test_a_house_that_has_closed_no_longer_watches() -> None:
+async def test_a_closed_supervisor_stops_watching_its_sources() -> None:
     key = Key()
-    async with house(CallingAgent(key)) as supervisor:
+    async with make_supervisor(CallingAgent(key)) as supervisor:
         await supervisor.run(Task("work"))
         assert key.callbacks
     assert not key.callbacks

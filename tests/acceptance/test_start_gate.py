@@ -1,4 +1,4 @@
-"""Runs that are held back begin as soon as they may, whichever way the calls before them have left."""
+"""The start gate: runs that are held back start as soon as they may, however the calls before them ended."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task
 from forebay.interfaces import Outcome
 from forebay.upstream.call_request import CallOutcome, CallRequest
 
-LONG = 60.0  # seconds that a call takes, as is known: so long a run would wait that heard nothing
+LONG = 60.0  # seconds that a call takes: a run that is not notified would wait as long
 SLOTS = 10
 
 
-class Began:
-    """A handler whose runs end at once; when they began."""
+class StartTimes:
+    """A handler whose runs end at once, and the loop times at which they started."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -27,23 +27,23 @@ class Began:
 
 
 @asynccontextmanager
-async def house() -> AsyncIterator[tuple[Upstream, BackpressureSupervisor, Began]]:
-    """A key whose calls take long, and a worker that draws on it."""
-    key, began = Upstream("key", max_concurrent=SLOTS, max_wait=1000.0), Began()
+async def make_supervisor() -> AsyncIterator[tuple[Upstream, BackpressureSupervisor, StartTimes]]:
+    """Yield an upstream whose calls take long, and a supervisor with a worker that calls it."""
+    key, starts = Upstream("key", max_concurrent=SLOTS, max_wait=1000.0), StartTimes()
     async with key.call():
         await asyncio.sleep(LONG)
     async with BackpressureSupervisor() as supervisor:
-        supervisor.register_worker("worker", handler=began, task_types=["work"], upstreams=[key])
-        yield key, supervisor, began
+        supervisor.register_worker("worker", handler=starts, task_types=["work"], upstreams=[key])
+        yield key, supervisor, starts
 
 
 async def fill(stack: AsyncExitStack, key: Upstream) -> None:
-    """Take all slots."""
+    """Take every slot of the upstream."""
     for _ in range(SLOTS):
         await stack.enter_async_context(key.call())
 
 
-async def in_line(key: Upstream, count: int, deadline: Deadline | None = None) -> list[asyncio.Task[None]]:
+async def queued_caller(key: Upstream, count: int, deadline: Deadline | None = None) -> list[asyncio.Task[None]]:
     async def call() -> None:
         async with key.call(deadline=deadline):
             raise AssertionError
@@ -53,84 +53,86 @@ async def in_line(key: Upstream, count: int, deadline: Deadline | None = None) -
     return calls
 
 
-async def held(supervisor: BackpressureSupervisor, began: Began, priority: Priority = Priority.NORMAL) -> Ticket:
-    """A task that is admitted, and whose run does not begin yet."""
+async def held_task(
+    supervisor: BackpressureSupervisor, starts: StartTimes, priority: Priority = Priority.NORMAL
+) -> Ticket:
+    """Return a task that is admitted, and whose run is held back."""
     ticket = supervisor.submit_nowait(Task("work", priority=priority))
     await asyncio.sleep(1.0)
-    assert not began.at
+    assert not starts.at
     return ticket
 
 
 @virtual
-async def test_callers_that_leave_the_line_let_a_run_begin() -> None:
-    async with house() as (key, supervisor, began), AsyncExitStack() as stack:
+async def test_callers_that_leave_the_queue_let_a_run_start() -> None:
+    async with make_supervisor() as (key, supervisor, starts), AsyncExitStack() as stack:
         await fill(stack, key)
-        calls = await in_line(key, 3)
-        ticket = await held(supervisor, began)
+        calls = await queued_caller(key, 3)
+        ticket = await held_task(supervisor, starts)
         at = now()
         for call in calls:
             call.cancel()
         await ticket
-        assert began.at == [approximately(at)]
+        assert starts.at == [approximately(at)]
 
 
 @virtual
-async def test_callers_whose_deadline_passes_in_the_line_let_a_run_begin() -> None:
-    async with house() as (key, supervisor, began), AsyncExitStack() as stack:
+async def test_callers_whose_deadline_passes_in_the_queue_let_a_run_start() -> None:
+    async with make_supervisor() as (key, supervisor, starts), AsyncExitStack() as stack:
         await fill(stack, key)
-        calls = await in_line(key, 3, Deadline.within(40.0))
+        calls = await queued_caller(key, 3, Deadline.within(40.0))
         at = now() + 40.0
-        await (await held(supervisor, began))
-        assert began.at == [approximately(at)]
+        await (await held_task(supervisor, starts))
+        assert starts.at == [approximately(at)]
         assert all(isinstance(call.exception(), Overloaded) for call in calls)
 
 
 @virtual
-async def test_a_run_that_ends_without_a_call_lets_another_begin() -> None:
+async def test_a_run_that_ends_without_a_call_lets_another_start() -> None:
     async def thinks(_: Task) -> None:
         await asyncio.sleep(5.0)
 
-    async with house() as (key, supervisor, began), AsyncExitStack() as stack:
+    async with make_supervisor() as (key, supervisor, starts), AsyncExitStack() as stack:
         await fill(stack, key)
         supervisor.register_worker("thinker", handler=thinks, task_types=["think"], max_concurrent=9, upstreams=[key])
         at = now() + 5.0
         for _ in range(2):
             supervisor.submit_nowait(Task("think"))
         await run_ready()
-        await (await held(supervisor, began))
-        assert began.at == [approximately(at)]
+        await (await held_task(supervisor, starts))
+        assert starts.at == [approximately(at)]
 
 
 @virtual
-async def test_a_call_that_is_let_in_after_an_outage_lets_a_run_begin_before_it_ends() -> None:
-    async with house() as (key, supervisor, began):
-        await supervisor.run(Task("work"))  # one begins in each typical call's time: this was it
-        began.at.clear()
+async def test_a_call_that_is_sent_after_an_outage_lets_a_run_start_before_it_ends() -> None:
+    async with make_supervisor() as (key, supervisor, starts):
+        await supervisor.run(Task("work"))  # one starts in each typical latency: this was it
+        starts.at.clear()
         desk = key.core.accounts.account("")
         for _ in range(SLOTS):
             desk.settle(await desk.acquire(CallRequest()), CallOutcome(kind=Outcome.OVERLOAD, latency=LONG))
         permit = await desk.acquire(CallRequest())
-        ticket = await held(supervisor, began)
+        ticket = await held_task(supervisor, starts)
         at = now()
         desk.answer_began(permit)
         await ticket
-        assert began.at == [approximately(at)]
+        assert starts.at == [approximately(at)]
         desk.settle(permit, CallOutcome(kind=Outcome.SUCCESS))
 
 
 @virtual
-async def test_a_critical_run_begins_as_soon_as_it_may_though_a_normal_one_may_not_yet() -> None:
-    async with house() as (key, supervisor, began), AsyncExitStack() as stack:
-        await supervisor.run(Task("work", priority=Priority.CRITICAL))  # one begins in each typical call's time
-        began.at.clear()
+async def test_a_critical_run_starts_as_soon_as_it_may_even_if_a_normal_one_may_not_yet() -> None:
+    async with make_supervisor() as (key, supervisor, starts), AsyncExitStack() as stack:
+        await supervisor.run(Task("work", priority=Priority.CRITICAL))  # one starts in each typical latency
+        starts.at.clear()
         await fill(stack, key)
-        calls = await in_line(key, 12)
-        ticket = await held(supervisor, began, priority=Priority.CRITICAL)
+        calls = await queued_caller(key, 12)
+        ticket = await held_task(supervisor, starts, priority=Priority.CRITICAL)
         at = now()
         for call in calls[:4]:
             call.cancel()
         await asyncio.sleep(1.0)
-        assert began.at == [approximately(at)]
+        assert starts.at == [approximately(at)]
         for call in calls:
             call.cancel()
         await ticket

@@ -1,4 +1,4 @@
-"""What `submit`, `submit_nowait` and `run` answer, and what the load is that they go by."""
+"""What `submit`, `submit_nowait` and `run` return, and the load that decides it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from forebay import (
     Verdict,
 )
 
-# --- the answer ------------------------------------------------------------------------------------------------------
+# --- the ticket ------------------------------------------------------------------------------------------------------
 
 
 @virtual
@@ -87,10 +87,10 @@ async def test_a_ticket_says_where_its_task_is() -> None:
 
 
 @virtual
-async def test_a_rejected_ticket_is_false_and_says_why_and_when_to_come_back() -> None:
+async def test_a_rejected_ticket_is_false_and_says_why_and_when_to_try_again() -> None:
     async with BackpressureSupervisor(max_queue_size=3) as supervisor:
         supervisor.register_worker("worker", handler=Agent(4.0), task_types=["work"])
-        await supervisor.run(Task("work"))  # so that the pace is known
+        await supervisor.run(Task("work"))  # so that the duration is known
         ticket = rejected(flood(supervisor, "work", 10))[0]
         assert not ticket
         assert ticket.verdict is Verdict.REJECTED
@@ -217,7 +217,7 @@ async def test_cancelling_run_cancels_the_task() -> None:
 
 
 @virtual
-async def test_a_busy_house_that_keeps_up_reads_far_below_the_threshold() -> None:
+async def test_a_busy_supervisor_that_keeps_up_reads_far_below_the_threshold() -> None:
     async with BackpressureSupervisor() as supervisor:
         for number in range(10):
             supervisor.register_worker(f"worker{number}", handler=Agent(), task_types=["work"])
@@ -227,7 +227,7 @@ async def test_a_busy_house_that_keeps_up_reads_far_below_the_threshold() -> Non
 
 
 @virtual
-async def test_the_load_counts_who_runs_and_who_waits_against_slots_and_room() -> None:
+async def test_the_load_is_running_and_waiting_tasks_over_slots_and_queue_size() -> None:
     async with BackpressureSupervisor(max_queue_size=6) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
         flood(supervisor, "work", 5)
@@ -246,7 +246,7 @@ async def test_the_system_load_is_the_fullest_resources() -> None:
 
 
 @virtual
-async def test_the_room_is_a_hundred_unless_there_are_more_slots() -> None:
+async def test_the_queue_holds_a_hundred_tasks_or_as_many_as_there_are_slots() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("few", handler=Agent(), task_types=["a"], max_concurrent=50)
         supervisor.register_worker("many", handler=Agent(), task_types=["b"], max_concurrent=400)
@@ -272,7 +272,7 @@ async def test_utilization_is_slots_taken_over_slots() -> None:
         assert supervisor.utilization() == 2 / 8
 
 
-# --- the ladder ------------------------------------------------------------------------------------------------------
+# --- priority thresholds ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ async def test_utilization_is_slots_taken_over_slots() -> None:
     [(Priority.LOW, 0.6), (Priority.NORMAL, 0.8), (Priority.HIGH, 0.9), (Priority.CRITICAL, 1.0)],
 )
 @virtual
-async def test_each_priority_is_refused_from_its_own_load(priority: Priority, share: float) -> None:
+async def test_each_priority_is_rejected_from_its_own_load(priority: Priority, share: float) -> None:
     async with BackpressureSupervisor(backpressure_threshold=0.8, max_queue_size=90) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=10)
         assert await fill(supervisor, "work", priority) == round(share * 100)
@@ -291,14 +291,14 @@ async def test_each_priority_is_refused_from_its_own_load(priority: Priority, sh
     [(Priority.LOW, 38), (Priority.NORMAL, 50), (Priority.HIGH, 75), (Priority.CRITICAL, 100)],
 )
 @virtual
-async def test_the_ladder_stands_on_the_threshold(priority: Priority, count: int) -> None:
+async def test_every_priority_threshold_follows_from_the_one_setting(priority: Priority, count: int) -> None:
     async with BackpressureSupervisor(backpressure_threshold=0.5, max_queue_size=90) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=10)
         assert await fill(supervisor, "work", priority) == count
 
 
 @virtual
-async def test_at_a_threshold_of_one_all_but_low_may_fill_the_house() -> None:
+async def test_at_a_threshold_of_one_all_priorities_but_low_may_fill_the_queue() -> None:
     for priority, count in ((Priority.LOW, 15), (Priority.NORMAL, 20), (Priority.HIGH, 20), (Priority.CRITICAL, 20)):
         async with BackpressureSupervisor(backpressure_threshold=1, max_queue_size=19) as supervisor:
             supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
@@ -306,25 +306,25 @@ async def test_at_a_threshold_of_one_all_but_low_may_fill_the_house() -> None:
 
 
 @virtual
-async def test_nobody_is_refused_while_a_slot_is_free() -> None:
+async def test_nothing_is_rejected_while_a_slot_is_free() -> None:
     async with BackpressureSupervisor(max_queue_size=0) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=10)
         assert await fill(supervisor, "work", Priority.LOW) == 10
 
 
 @virtual
-async def test_the_last_of_the_room_belongs_to_the_most_important_work() -> None:
+async def test_the_last_places_of_the_queue_are_kept_for_the_best_priorities() -> None:
     async with BackpressureSupervisor(max_queue_size=99) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["work"])
         counts = [await fill(supervisor, "work", priority) for priority in reversed(Priority)]
     assert counts == [60, 20, 10, 10]
 
 
-# --- booked seats ----------------------------------------------------------------------------------------------------
+# --- retry_after -----------------------------------------------------------------------------------------------------
 
 
 @virtual
-async def test_no_two_refusals_get_the_same_retry_after_and_they_come_one_drain_interval_apart() -> None:
+async def test_no_two_rejections_get_the_same_retry_after_and_they_are_one_drain_interval_apart() -> None:
     async with BackpressureSupervisor(max_queue_size=0) as supervisor:
         supervisor.register_worker("worker", handler=Agent(2.0), task_types=["work"], max_concurrent=4)
         await results(flood(supervisor, "work", 4))
@@ -338,17 +338,17 @@ async def test_no_two_refusals_get_the_same_retry_after_and_they_come_one_drain_
 
 
 @virtual
-async def test_those_who_come_back_when_told_are_nearly_all_let_in() -> None:
+async def test_nearly_all_tasks_that_come_back_after_retry_after_are_admitted() -> None:
     async with BackpressureSupervisor(max_queue_size=20) as supervisor:
         supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"], max_concurrent=5)
         await results(flood(supervisor, "work", 5))
-        refused = rejected(flood(supervisor, "work", 400))
+        rejections = rejected(flood(supervisor, "work", 400))
 
         async def come_back(wait: float) -> bool:
             await asyncio.sleep(wait)
             return bool(await supervisor.submit(Task("work")))
 
-        returns = await asyncio.gather(*(come_back(ticket.retry_after or 0.0) for ticket in refused))
+        returns = await asyncio.gather(*(come_back(ticket.retry_after or 0.0) for ticket in rejections))
     assert sum(returns) / len(returns) > 0.95
 
 
@@ -356,7 +356,7 @@ async def test_those_who_come_back_when_told_are_nearly_all_let_in() -> None:
 
 
 @virtual
-async def test_a_task_whose_deadline_passes_in_line_ends_expired_then() -> None:
+async def test_a_task_whose_deadline_passes_in_the_queue_ends_expired_then() -> None:
     agent = Agent(10.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"])
@@ -385,12 +385,12 @@ async def test_a_task_whose_deadline_passes_while_it_runs_ends_expired_and_is_st
 
 
 @virtual
-async def test_a_deadline_that_the_line_cannot_meet_is_refused_at_the_gate() -> None:
+async def test_a_deadline_that_cannot_be_met_is_rejected_at_submit() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
         await results(flood(supervisor, "work", 8))
         flood(supervisor, "work", 20)
-        supervisor.submit_nowait(Task("work", deadline=Deadline.within(5.0)))  # one in ten seconds is let through
+        supervisor.submit_nowait(Task("work", deadline=Deadline.within(5.0)))  # one in ten seconds is admitted anyway
         ticket = supervisor.submit_nowait(Task("work", deadline=Deadline.within(5.0)))
         assert ticket.verdict is Verdict.REJECTED
         assert "deadline" in (ticket.reason or "")
@@ -406,7 +406,7 @@ async def test_a_deadline_is_not_judged_on_fewer_than_eight_samples() -> None:
 
 
 @virtual
-async def test_a_slow_spell_does_not_lock_the_door() -> None:
+async def test_a_slow_period_does_not_stop_admission_for_good() -> None:
     agent = Agent(60.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=30)
@@ -422,7 +422,7 @@ async def test_a_slow_spell_does_not_lock_the_door() -> None:
 
 
 @virtual
-async def test_a_deadline_is_absolute_and_counts_from_its_making() -> None:
+async def test_a_deadline_is_absolute_and_counts_from_its_creation() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
         deadline = Deadline.within(5.0)
@@ -433,7 +433,7 @@ async def test_a_deadline_is_absolute_and_counts_from_its_making() -> None:
         assert now() == approximately(5.0)
 
 
-def test_outside_of_a_loop_a_deadline_is_by_the_clock_on_the_wall() -> None:
+def test_without_a_loop_a_deadline_uses_the_wall_clock() -> None:
     assert Deadline.within(60).at == pytest.approx(time.time() + 60, abs=5)  # noqa: TID251 - the wall itself
 
 
@@ -453,7 +453,7 @@ async def test_tasks_of_a_thread_run_one_at_a_time_in_order() -> None:
 
 
 @virtual
-async def test_threads_do_not_hold_up_one_another_nor_tasks_without_one() -> None:
+async def test_threads_delay_neither_each_other_nor_tasks_without_a_thread() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=10)
         tickets = [supervisor.submit_nowait(Task("chat", thread_id=thread)) for thread in ("alice", "bob", None, None)]
@@ -501,15 +501,15 @@ async def test_a_thread_spans_task_types() -> None:
 
 
 @virtual
-async def test_who_waits_behind_a_thread_takes_room_in_the_line() -> None:
+async def test_a_task_that_waits_for_its_thread_takes_room_in_the_queue() -> None:
     async with BackpressureSupervisor(max_queue_size=4) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=4)
         tickets = flood(supervisor, "chat", 20, thread_id="alice")
-        assert len(admitted(tickets)) == 7  # of 8 places, NORMAL is refused from 80 %
+        assert len(admitted(tickets)) == 7  # of 8 places; NORMAL is rejected from 80 %
 
 
 @virtual
-async def test_a_deadline_passes_behind_a_thread_too() -> None:
+async def test_a_deadline_passes_while_a_task_waits_for_its_thread() -> None:
     agent = Agent(10.0)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["chat"], max_concurrent=10)
@@ -560,7 +560,7 @@ async def test_a_task_that_is_submitted_twice_under_its_key_is_one_task() -> Non
 
 
 @virtual
-async def test_a_caller_who_leaves_does_not_take_the_work_from_another_with_the_same_key() -> None:
+async def test_a_cancelled_caller_does_not_cancel_the_task_of_another_with_the_same_key() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["pay"])
         first = asyncio.ensure_future(supervisor.run(Task("pay", 1, key="invoice-7")))
@@ -573,7 +573,7 @@ async def test_a_caller_who_leaves_does_not_take_the_work_from_another_with_the_
 
 
 @virtual
-async def test_the_one_who_began_the_work_may_leave_it_to_another_with_the_same_key() -> None:
+async def test_the_first_caller_of_a_key_may_be_cancelled_while_another_waits() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(10.0), task_types=["pay"])
         first = asyncio.ensure_future(supervisor.run(Task("pay", 1, key="invoice-7")))
@@ -585,7 +585,7 @@ async def test_the_one_who_began_the_work_may_leave_it_to_another_with_the_same_
         assert await second == 1
 
 
-# --- what comes from a task -------------------------------------------------------------------------------------------
+# --- the result of a task --------------------------------------------------------------------------------------------
 
 
 @virtual
@@ -614,7 +614,7 @@ async def test_a_handler_gets_the_task_as_it_was_submitted() -> None:
 
 
 @virtual
-async def test_every_ending_that_fails_says_so_in_its_result() -> None:
+async def test_every_end_without_success_says_so_in_its_result() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=Agent(error=KeyError("x")), task_types=["work"])
         result = await supervisor.submit_nowait(Task("work"))

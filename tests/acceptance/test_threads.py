@@ -1,4 +1,4 @@
-"""Plain callables in threads, the portal, handlers that block the loop: in real time, since threads keep no other."""
+"""Plain callables in threads, the portal, and handlers that block the loop: in real time, because threads use it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskSt
 from forebay.errors import AlreadyStarted, SupervisorClosed, UnknownTaskType, WouldDeadlock
 from forebay.events import LoopStalled, TaskProgress
 
-PATIENCE = 20.0  # seconds that nothing here takes
+PATIENCE = 20.0  # seconds; nothing here takes as long
 
 
 @pytest.fixture
 async def supervisor() -> AsyncIterator[BackpressureSupervisor]:
-    async with BackpressureSupervisor() as house:
-        yield house
+    async with BackpressureSupervisor() as running:
+        yield running
 
 
 async def in_a_thread(function: Callable[[], Any]) -> Any:
@@ -76,16 +76,16 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
 
 
 async def test_a_cancelled_thread_holds_its_slot_until_it_ends(supervisor: BackpressureSupervisor) -> None:
-    began, go_on, over = threading.Event(), threading.Event(), threading.Event()
+    started, go_on, over = threading.Event(), threading.Event(), threading.Event()
 
     def handler(_: Task) -> None:
-        began.set()
+        started.set()
         go_on.wait(PATIENCE)
         over.set()
 
     worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
     ticket = await supervisor.submit(Task("work"))
-    assert await in_a_thread(lambda: began.wait(PATIENCE))
+    assert await in_a_thread(lambda: started.wait(PATIENCE))
     ticket.cancel()
     assert (await ticket).status is TaskStatus.CANCELLED
     assert worker.current_tasks == 1
@@ -132,16 +132,16 @@ async def test_threads_are_used_again_and_their_contexts_are_not(supervisor: Bac
 
 
 async def test_a_payload_does_not_live_on_in_an_idle_thread() -> None:
-    class Large:
-        """Something worth freeing."""
+    class LargeObject:
+        """A large object."""
 
     def count() -> int:
         gc.collect()
-        return sum(isinstance(thing, Large) for thing in gc.get_objects())
+        return sum(isinstance(thing, LargeObject) for thing in gc.get_objects())
 
     async with BackpressureSupervisor(keep_results=0) as supervisor:
         supervisor.register_worker("worker", handler=lambda _: None, task_types=["work"])
-        await supervisor.run(Task("work", Large()))
+        await supervisor.run(Task("work", LargeObject()))
         await supervisor.run(Task("work"))
         assert count() == 0
 
@@ -228,10 +228,10 @@ def test_the_portal_raises_what_run_and_submit_raise() -> None:
         with pytest.raises(UnknownTaskType):
             portal.submit(Task("wrok"))
         busy = portal.submit(Task("stuck"))
-        refused = portal.submit(Task("stuck"))
-        assert not refused
+        rejected = portal.submit(Task("stuck"))
+        assert not rejected
         with pytest.raises(Overloaded):
-            refused.result()
+            rejected.result()
         with pytest.raises(TimeoutError):
             busy.result(timeout=0.01)
         assert busy.cancel()
@@ -268,7 +268,7 @@ async def test_on_the_supervisors_own_loop_the_portal_says_that_it_would_wait_fo
         supervisor.portal().run(Task("work"))
 
 
-async def test_a_full_house_of_threads_that_run_nested_tasks_cannot_deadlock(
+async def test_threads_that_hold_every_slot_and_run_nested_tasks_cannot_deadlock(
     supervisor: BackpressureSupervisor,
 ) -> None:
     portal = supervisor.portal()
@@ -295,17 +295,17 @@ def block(seconds: float) -> None:
 async def test_a_handler_that_blocks_the_loop_is_detected_and_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "forebay")
     stalls: list[Any] = []
-    told = asyncio.Event()
+    reported = asyncio.Event()
 
     def sink(event: Any) -> None:
         if isinstance(event, LoopStalled):
             stalls.append(event)
-            told.set()
+            reported.set()
 
     async def blocks(_: Task) -> str:
         await asyncio.sleep(0)
         block(0.8)
-        await told.wait()
+        await reported.wait()
         return "done"
 
     async with BackpressureSupervisor(lag_bound=0.1, on_event=sink) as supervisor:
@@ -318,14 +318,14 @@ async def test_a_handler_that_blocks_the_loop_is_detected_and_named(caplog: pyte
     assert (stall.task_id, stall.worker_id) == ("culprit", "blocker")
     assert 0.1 <= stall.seconds <= 5.0
     assert "in block" in stall.where
-    (line,) = [record.getMessage() for record in caplog.records if "was blocked" in record.getMessage()][:1]
-    assert "task 'culprit' on worker 'blocker'" in line
-    assert "in block" in line
+    (message,) = [record.getMessage() for record in caplog.records if "was blocked" in record.getMessage()][:1]
+    assert "task 'culprit' on worker 'blocker'" in message
+    assert "in block" in message
     assert "a secret" not in caplog.text
 
 
 @pytest.mark.blocks
-async def test_who_finishes_during_a_stall_is_not_timed_out_by_it() -> None:
+async def test_a_task_that_finishes_during_a_stall_is_not_timed_out_by_it() -> None:
     async with BackpressureSupervisor(lag_bound=None) as supervisor:
 
         async def waits(_: Task) -> str:
@@ -359,7 +359,7 @@ async def test_a_loop_that_stays_late_reads_as_a_load_of_the_host(monkeypatch: p
         supervisor.register_worker("worker", handler=echo, task_types=["work"])
         async with asyncio.timeout(PATIENCE):
             while supervisor.system_load() < 1.0:
-                assert asked.wait(PATIENCE)  # in this very loop: it never turns but late, whatever else the host does
+                assert asked.wait(PATIENCE)  # in this loop: each of its turns is late, whatever else the host does
                 asked.clear()
                 block(0.02)
                 await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Registering workers, their four states, and the breaker behind FAILED."""
+"""Registering workers, their four states, and the circuit breaker that makes them FAILED."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from forebay.events import WorkerFailed, WorkerRecovered
 
 
 async def fail(supervisor: BackpressureSupervisor, agent: Agent, times: int) -> None:
-    """Let `agent` fail so many times, one after the other."""
+    """Have `agent` fail `times` times, one after the other."""
     agent.error = ValueError("broken")
     for _ in range(times):
         await supervisor.submit_nowait(Task("work"))
@@ -47,7 +47,7 @@ async def test_a_worker_may_be_registered_before_the_start_and_after_it() -> Non
 
 
 @virtual
-async def test_a_worker_registered_later_takes_from_the_line_at_once() -> None:
+async def test_a_worker_registered_later_takes_from_the_queue_at_once() -> None:
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("first", handler=Agent(10.0), task_types=["work"])
         _, waiting = flood(supervisor, "work", 2)
@@ -57,7 +57,7 @@ async def test_a_worker_registered_later_takes_from_the_line_at_once() -> None:
 
 
 @virtual
-async def test_the_decorator_registers_and_gives_the_callable_back() -> None:
+async def test_the_decorator_registers_and_returns_the_callable() -> None:
     supervisor = BackpressureSupervisor()
 
     @supervisor.worker("research", "summarize", max_concurrent=2, timeout=5.0)
@@ -135,13 +135,13 @@ async def test_a_factory_makes_a_fresh_agent_for_each_task() -> None:
 
 
 @virtual
-async def test_a_factory_that_fails_for_one_task_ends_that_task_and_gives_its_slot_back() -> None:
+async def test_a_factory_that_fails_for_one_task_ends_that_task_and_returns_its_slot() -> None:
     made = 0
 
     def make() -> Agent:
         nonlocal made
         made += 1
-        if made == 3:  # the first is made to look at
+        if made == 3:  # the first is made for inspection
             raise ValueError
         return Agent()
 
@@ -216,7 +216,7 @@ async def test_timeouts_count_as_failures_and_cancellations_do_not() -> None:
 
 
 @virtual
-async def test_an_overload_that_a_handler_meets_does_not_count_against_its_worker() -> None:
+async def test_an_overloaded_raised_inside_a_handler_does_not_count_against_its_worker() -> None:
     async with BackpressureSupervisor() as supervisor:
         agent = Agent(0.1, error=Overloaded("the well is dry"))
         worker = supervisor.register_worker("worker", handler=agent, task_types=["work"])
@@ -225,7 +225,7 @@ async def test_an_overload_that_a_handler_meets_does_not_count_against_its_worke
 
 
 @virtual
-async def test_a_failed_worker_gets_no_work_and_the_others_do() -> None:
+async def test_a_failed_worker_gets_no_tasks_and_the_others_do() -> None:
     bad, good = Agent(0.1), Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         failed = supervisor.register_worker("bad", handler=bad, task_types=["work"], reset_timeout=None)
@@ -250,7 +250,7 @@ async def test_a_failed_worker_takes_its_slots_away_from_the_pool() -> None:
 
 
 @virtual
-async def test_a_pool_without_slots_reads_full_and_says_why_it_refuses() -> None:
+async def test_a_pool_without_slots_reads_full_and_says_why_it_rejects() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
@@ -260,11 +260,11 @@ async def test_a_pool_without_slots_reads_full_and_says_why_it_refuses() -> None
         ticket = supervisor.submit_nowait(Task("work"))
         assert ticket.verdict is Verdict.REJECTED
         assert ticket.reason == "every worker for 'work' is FAILED"
-        assert ticket.retry_after is None  # only a person can help
+        assert ticket.retry_after is None  # only revive() can help
 
 
 @virtual
-async def test_refused_for_a_failed_pool_one_is_told_when_it_is_tried_again() -> None:
+async def test_a_rejection_by_a_failed_pool_says_when_its_worker_is_tried_again() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=10.0)
@@ -276,7 +276,7 @@ async def test_refused_for_a_failed_pool_one_is_told_when_it_is_tried_again() ->
 
 
 @virtual
-async def test_after_its_cool_off_a_worker_is_tried_with_one_task_at_a_time_and_recovers() -> None:
+async def test_after_its_reset_timeout_a_worker_is_tried_with_one_task_at_a_time_and_recovers() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker(
@@ -313,7 +313,7 @@ async def test_a_probe_that_fails_keeps_the_worker_failed_for_longer() -> None:
 
 
 @virtual
-async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
+async def test_a_cancelled_probe_is_replaced_by_the_next_task() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=10.0, max_concurrent=3)
@@ -326,7 +326,7 @@ async def test_a_cancelled_probe_gives_its_place_to_the_next() -> None:
 
 
 @virtual
-async def test_a_cancelled_probe_gives_its_place_to_the_next_though_its_handler_does_not_stop() -> None:
+async def test_a_cancelled_probe_is_replaced_even_if_its_handler_does_not_stop() -> None:
     async with BackpressureSupervisor(zombie_grace=100.0) as supervisor:
         agent, stubborn = Agent(), UncancellableHandler(50.0)
 
@@ -347,7 +347,7 @@ async def test_a_cancelled_probe_gives_its_place_to_the_next_though_its_handler_
 
 
 @virtual
-async def test_a_probe_that_waits_for_work_of_its_own_worker_does_not_wait_for_ever() -> None:
+async def test_a_probe_that_awaits_a_task_of_its_own_worker_does_not_deadlock() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
 
@@ -360,15 +360,15 @@ async def test_a_probe_that_waits_for_work_of_its_own_worker_does_not_wait_for_e
         )
         await fail(supervisor, agent, 5)
         await asyncio.sleep(10.01)
-        began, agent.peak = now(), 0
+        started, agent.peak = now(), 0
         assert await supervisor.run(Task("work", "parent")) == "child"
-        assert now() - began == approximately(0.2)
+        assert now() - started == approximately(0.2)
         assert agent.peak == 1
         assert worker.current_tasks == 0
 
 
 @virtual
-async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() -> None:
+async def test_without_a_reset_timeout_a_worker_stays_failed_until_it_is_revived() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
@@ -381,7 +381,7 @@ async def test_without_a_cool_off_a_worker_stays_failed_until_it_is_revived() ->
 
 
 @virtual
-async def test_a_worker_that_failed_by_its_timeouts_stays_so_when_the_last_handler_stops_at_last() -> None:
+async def test_a_worker_failed_by_timeouts_stays_failed_when_its_last_zombie_stops() -> None:
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
         agent, stubborn = Agent(), UncancellableHandler(10.0)
 
@@ -397,7 +397,7 @@ async def test_a_worker_that_failed_by_its_timeouts_stays_so_when_the_last_handl
 
 
 @virtual
-async def test_failures_after_a_revival_are_not_forgotten_when_a_zombie_of_before_ends() -> None:
+async def test_failures_after_a_revival_still_count_when_an_older_zombie_ends() -> None:
     async with BackpressureSupervisor(zombie_grace=1.0) as supervisor:
         agent = Agent(0.1)
         stubborn = {10.0: UncancellableHandler(10.0), 20.0: UncancellableHandler(20.0)}
@@ -420,7 +420,7 @@ async def test_failures_after_a_revival_are_not_forgotten_when_a_zombie_of_befor
 
 
 @virtual
-async def test_a_revived_worker_takes_what_waits() -> None:
+async def test_a_revived_worker_takes_waiting_tasks() -> None:
     agent = Agent(0.1)
     async with BackpressureSupervisor(backpressure_threshold=1) as supervisor:
         worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], reset_timeout=None)
@@ -435,7 +435,7 @@ async def test_a_revived_worker_takes_what_waits() -> None:
 
 
 @virtual
-async def test_reviving_a_worker_that_is_well_changes_nothing() -> None:
+async def test_reviving_a_worker_that_is_not_failed_changes_nothing() -> None:
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=2)
         tickets = flood(supervisor, "work", 5)
@@ -470,7 +470,7 @@ async def test_what_still_runs_on_a_failed_worker_finishes_and_counts() -> None:
 
 
 @virtual
-async def test_a_worker_that_fails_and_recovers_says_so(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_worker_that_fails_and_recovers_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "forebay")
     events: list[Any] = []
     agent = Agent(0.1)
@@ -490,17 +490,17 @@ async def test_a_worker_that_fails_and_recovers_says_so(caplog: pytest.LogCaptur
 
 
 @virtual
-async def test_one_failing_worker_does_not_refuse_work_that_another_can_do() -> None:
+async def test_a_failed_worker_rejects_no_task_that_another_can_run() -> None:
     agent = Agent(0.01)
     async with BackpressureSupervisor(max_queue_size=5) as supervisor:
         supervisor.register_worker("bad", handler=agent, task_types=["work"], reset_timeout=None)
         supervisor.register_worker("good", handler=Agent(0.01), task_types=["work"])
         agent.error = ValueError()
-        refused = 0
+        rejections = 0
         for _ in range(200):
-            refused += len(rejected(flood(supervisor, "work", 1)))
+            rejections += len(rejected(flood(supervisor, "work", 1)))
             await asyncio.sleep(0.05)
-    assert refused == 0
+    assert rejections == 0
 
 
 @virtual

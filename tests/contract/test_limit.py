@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.limit.server import Server
-from tests.unit.limit.test_base import Halving
+from tests.unit.limit.test_base import HalvingLimit
 
 from forebay.errors import InvalidSetting
 from forebay.interfaces import Outcome
@@ -33,7 +33,7 @@ LIMITS: dict[str, Callable[[], Limit]] = {
     "epoch": lambda: AimdLimit(max_limit=MAX_LIMIT),
     "gradient": lambda: GradientLimit(max_limit=MAX_LIMIT),
     "vegas": lambda: VegasLimit(max_limit=MAX_LIMIT),
-    "only observe": lambda: Halving(max_limit=MAX_LIMIT),
+    "only observe": lambda: HalvingLimit(max_limit=MAX_LIMIT),
 }
 EVERY = pytest.mark.parametrize("make", LIMITS.values(), ids=LIMITS)
 
@@ -60,20 +60,20 @@ class LimitUser:
     in_flight: list[tuple[Grant, bool]] = field(default_factory=list)  # grants, and whether they were accepted
 
     def play(self, events: list[tuple[float, int, int, Outcome | None, float | None]]) -> None:
-        for seconds, calls, which, outcome, stretch in events:
+        for seconds, calls, which, outcome, slowdown in events:
             self.now += seconds
             for _ in range(calls):
                 if len(self.in_flight) < self.limit.limit(self.now):
                     self.in_flight.append((self.limit.grant(self.now, len(self.in_flight) + 1), False))
                     self.check()
             if self.in_flight:
-                self.finish_or_accept(which % len(self.in_flight), outcome, stretch)
+                self.finish_or_accept(which % len(self.in_flight), outcome, slowdown)
                 self.check()
 
-    def finish_or_accept(self, which: int, outcome: Outcome | None, stretch: float | None) -> None:
+    def finish_or_accept(self, which: int, outcome: Outcome | None, slowdown: float | None) -> None:
         grant, accepted = self.in_flight.pop(which)
         if outcome is not None:
-            self.limit.observe(self.now, grant, outcome, slowdown=stretch)
+            self.limit.observe(self.now, grant, outcome, slowdown=slowdown)
             return
         if not accepted:
             self.limit.accepted(self.now, grant)
@@ -110,7 +110,7 @@ def test_a_limit_recovers_on_a_healthy_server_whatever_happened_before(
     make: Callable[[], Limit],
     events: list[tuple[float, int, int, Outcome | None, float | None]],
     refusals: int,
-    stretch: float,
+    slowdown: float,
 ) -> None:
     user = LimitUser(make())
     user.play(events)
@@ -118,7 +118,7 @@ def test_a_limit_recovers_on_a_healthy_server_whatever_happened_before(
     for _ in range(refusals):
         user.now = user.limit.reopens_at(user.now) or user.now
         user.limit.observe(user.now, user.limit.grant(user.now, 1), Outcome.OVERLOAD)
-    server = Server(user.limit, CAPACITY, slowdown=stretch, now=user.now)
+    server = Server(user.limit, CAPACITY, slowdown=slowdown, now=user.now)
     server.run(1500)
     assert max(server.seen[-300:]) >= CAPACITY
 

@@ -11,7 +11,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from tests.contract.sdks.sdk_harness import SAY, Sdk
+from tests.contract.sdks.sdk_harness import MESSAGES, Sdk
 from tests.unit.upstream.httpx_binding.wire import NOTHING, Answer, Script, left
 
 from forebay import Overloaded
@@ -89,7 +89,7 @@ def test_clients_of_related_sdks_are_bound() -> None:
     )
     client: Any = upstream.bind(bare)
     assert isinstance(client, openai.AzureOpenAI)
-    assert client.chat.completions.create(model="gpt-4o", messages=SAY).choices[0].message.content == "The Danube."
+    assert client.chat.completions.create(model="gpt-4o", messages=MESSAGES).choices[0].message.content == "The Danube."
     assert "/deployments/gpt-4o/" in str(script.requests[0].url)
     script = Script(Sdk("anthropic", awaits=False).http)
     vertex = anthropic.AnthropicVertex(
@@ -101,7 +101,7 @@ def test_clients_of_related_sdks_are_bound() -> None:
     message = {"id": "m", "type": "message", "role": "assistant", "model": "c", "content": [], "usage": {}}
     script.answers = [Answer(body=[str(message).replace("'", '"').encode()])]
     at_vertex: Any = Upstream("vertex", provider="anthropic").bind(vertex)
-    assert at_vertex.messages.create(model="claude-x", max_tokens=9, messages=SAY).id == "m"
+    assert at_vertex.messages.create(model="claude-x", max_tokens=9, messages=MESSAGES).id == "m"
 
 
 def many(sdk: Sdk, provider: ProviderProcess, upstream: Upstream) -> Callable[[], None]:

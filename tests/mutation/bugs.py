@@ -28,7 +28,7 @@ from forebay.supervisor.pool import Pool
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.nested import SlotLoan
 from forebay.supervisor.runs.run import Run
-from forebay.supervisor.spill.spill import Spill
+from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskStatus
 from forebay.upstream import bypass, call_flow
@@ -110,10 +110,10 @@ def a_load_at_the_threshold_is_admitted() -> None:
 
 
 def better_priorities_are_served_last() -> None:
-    def _next_rung(self: PriorityQueue[Any]) -> int:
+    def _next_priority(self: PriorityQueue[Any]) -> int:
         return max(priority for priority, length in enumerate(self.lengths) if length)
 
-    replace(PriorityQueue, PriorityQueue._next_rung, _next_rung)
+    replace(PriorityQueue, PriorityQueue._next_priority, _next_priority)
 
 
 def low_priority_starves() -> None:
@@ -200,7 +200,7 @@ def a_record_is_acknowledged_before_its_commit() -> None:
 
 
 def a_task_starts_although_its_lease_has_lapsed() -> None:
-    always(Spill, Spill.lease_is_valid, returns=True)
+    always(StoredTasks, StoredTasks.lease_is_valid, returns=True)
 
 
 def a_start_is_not_recorded() -> None:

@@ -38,28 +38,32 @@ OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "n
 INJECTION = ("--hypothesis-profile=mutation", "-p", "tests.mutation.plugin")
 
 CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
-    bugs.a_cancelled_run_keeps_its_slot: test_ending.test_a_handler_that_stops_at_its_timeout_gives_its_slot_at_once,
+    bugs.a_cancelled_run_keeps_its_slot: test_ending.test_a_handler_that_stops_at_its_timeout_returns_its_slot_at_once,
     bugs.a_zombie_gives_its_slot_back: (
-        test_ending.test_a_zombie_keeps_its_slot_and_its_place_in_the_load_until_it_really_ends
+        test_ending.test_a_zombie_keeps_its_slot_and_counts_in_the_load_until_it_really_ends
     ),
     bugs.a_worker_takes_one_more_than_its_slots: test_routing.test_no_worker_ever_holds_more_than_its_slots,
     bugs.a_run_that_awaits_its_child_keeps_its_slot: (
-        test_nested.test_parents_and_children_that_share_one_slot_come_through
+        test_nested.test_parents_and_children_that_share_one_slot_all_finish
     ),
-    bugs.an_account_sends_one_call_more_than_its_limit: test_upstream.test_no_more_calls_are_in_flight_than_max_concurrent,
+    bugs.an_account_sends_one_call_more_than_its_limit: (
+        test_upstream.test_no_more_calls_are_in_flight_than_max_concurrent
+    ),
     bugs.an_attempt_that_is_cancelled_keeps_its_permit: (
         test_call_conservation.test_everything_is_returned_whatever_calls_do_and_whichever_callers_leave
     ),
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
         test_upstream.test_a_call_cancelled_anywhere_leaves_nothing_behind
     ),
-    bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_is_given_back_and_says_nothing,
+    bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_changes_nothing,
     bugs.a_coroutine_pauses_between_the_check_and_the_take: test_bad_input.test_two_tasks_of_one_id_at_the_same_moment,
-    bugs.a_load_at_the_threshold_is_admitted: test_thresholds.test_it_refuses_from_its_load_on_and_not_below,
-    bugs.better_priorities_are_served_last: test_routing.test_the_line_is_served_by_priority_then_deadline_then_turn,
+    bugs.a_load_at_the_threshold_is_admitted: test_thresholds.test_a_priority_is_rejected_from_its_threshold_on,
+    bugs.better_priorities_are_served_last: (
+        test_routing.test_the_queue_is_served_by_priority_then_deadline_then_order_of_submission
+    ),
     bugs.low_priority_starves: test_routing.test_low_moves_under_a_flood_of_critical,
     bugs.everybody_rejected_gets_the_same_retry_after: (
-        test_submitting.test_no_two_refusals_get_the_same_retry_after_and_they_come_one_drain_interval_apart
+        test_submitting.test_no_two_rejections_get_the_same_retry_after_and_they_are_one_drain_interval_apart
     ),
     bugs.a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for: (
         test_bypass.test_quota_is_kept_for_the_calls_in_between
@@ -75,17 +79,17 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.whoever_lost_its_lease_may_still_finish: test_task_store.test_a_lost_lease_is_rejected_everywhere,
     bugs.a_record_is_acknowledged_before_its_commit: test_sqlite_store.test_an_acknowledged_write_is_committed,
     bugs.a_task_starts_although_its_lease_has_lapsed: (
-        test_shared_overflow.test_a_task_behind_its_thread_does_not_start_once_its_lease_has_lapsed
+        test_shared_overflow.test_a_task_that_waits_for_its_thread_does_not_start_once_its_lease_has_lapsed
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
-    bugs.new_work_overtakes_spilled_work: test_overflow.test_nothing_overtakes_what_waits_outside,
+    bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_money_is_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_call_that_failed_midway_costs_what_was_reserved,
     bugs.two_api_keys_share_an_account: test_decisions.test_each_api_key_has_one_account,
     bugs.a_throttled_call_counts_as_a_fault: (
         test_decisions.test_neither_throttled_nor_retried_attempts_open_the_breaker
     ),
-    bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_are_answered_once,
+    bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_storm_of_retries_when_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_the_retry_after,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_web_page_from_elsewhere_gets_nothing,

@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.calls.upstream_run import MODEL, asked
+from bench.calls.upstream_run import MODEL, send_call
 
 from forebay import BackpressureSupervisor, Deadline, Overloaded, Task, clock
 from forebay.interfaces import Charge
@@ -123,7 +123,7 @@ class AgentFleet:
 
         async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.calls += 1
-            result = await asked(self.provider, account, permit, (INPUT, OUTPUT))
+            result = await send_call(self.provider, account, permit, (INPUT, OUTPUT))
             self.refusals += result.outcome.usd == 0.0
             return result
 

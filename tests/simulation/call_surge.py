@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from bench.calls.upstream_run import MODEL, asked
+from bench.calls.upstream_run import MODEL, send_call
 from tests.simulation.agent_fleet import CALL_SECONDS, CALLS, AgentFleet, capacity
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation
@@ -218,7 +218,7 @@ class CallSurge:
         self.sent += 1
         cost, end = reserved, "call cancelled"  # unless the call ends in another way
         try:
-            result = await asked(self.provider, self.account, permit, tokens)
+            result = await send_call(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.SUCCESS:
                 used = Charge(input_tokens=tokens[0], output_tokens=tokens[1])
                 cost, end = self.upstream.core.cost(MODEL, used), "answered"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from bench.quota import Case, CaseRun, cases
+from bench.quota import CaseRun, QuotaCase, cases
 
 CASES = cases()
 MEASURED = 240.0  # seconds; `python -m bench quota` simulates ten minutes of each
@@ -17,7 +17,7 @@ QUICK = (
 )
 
 
-def check(case: Case, seed: int) -> None:
+def check(case: QuotaCase, seed: int) -> None:
     result = CaseRun(case, seed).run()
     assert result.use >= 0.98
     assert result.refused <= 0.005

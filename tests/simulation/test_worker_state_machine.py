@@ -343,7 +343,7 @@ class WorkerMachine(RuleBasedStateMachine):
         statistics = self.supervisor.statistics()
         assert statistics.waiting == len(model.queue)
         assert statistics.zombies >= sum(task.zombie for task in model.running_tasks)
-        pool = self.supervisor._running().pools.by_type["work"]
+        pool = self.supervisor._running().core.pools.by_type["work"]
         assert pool.slots == model.usable
         assert pool.running == (0 if model.gate is ModelBreakerState.OPEN else len(model.running_tasks))
 

@@ -201,20 +201,22 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
     dispatcher = supervisor._dispatcher
     if dispatcher is None:
         return
-    for pool in dispatcher.pools.by_type.values():
+    for pool in dispatcher.core.pools.by_type.values():
         queued = [ticket.task_id for ticket in pool.queue]
         if queued or pool.parked or pool.reserved or any(pool.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"
                 f" {pool.reserved} retry slots, {sum(pool.spilling.values())} tasks being spilled"
             )
-    unresolved = [ticket for ticket in dispatcher.registry.live.values() if ticket.status is not TaskStatus.SPILLED]
+    unresolved = [
+        ticket for ticket in dispatcher.core.registry.live.values() if ticket.status is not TaskStatus.SPILLED
+    ]
     yield from (f"{ticket!r} has not been resolved" for ticket in unresolved)
     if not zombies:
         yield from (f"{len(tasks)} tasks hold thread {name!r}" for name, tasks in dispatcher.conversations.items())
-    if background := dispatcher.background_tasks:
+    if background := dispatcher.core.background_tasks:
         yield f"{len(background)} background tasks are running: {sorted(map(repr, background))}"
-    if supervisor.loop is None and dispatcher.timers.armed:
+    if supervisor.loop is None and dispatcher.core.timers.armed:
         yield "timers are set, although it is closed"
 
 

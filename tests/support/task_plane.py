@@ -1,4 +1,4 @@
-"""The words in which the acceptance tests speak: virtual time, agents that do as told, and tickets of many tasks."""
+"""Helpers of the task plane's tests: virtual time, agents that take their seconds, and tickets of many tasks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ TIMER_JITTER = 1e-3  # seconds by which virtual timers may jitter, many times ov
 
 
 def approximately(seconds: float) -> Any:
-    """Equal, but for the jitter of timers."""
+    """Return something equal to `seconds` except for the jitter of timers."""
     return pytest.approx(seconds, abs=TIMER_JITTER)
 
 
 async def submit_all(supervisor: BackpressureSupervisor, tasks: Iterable[Task]) -> list[Ticket]:
-    """Submit in order."""
+    """Submit tasks in order."""
     return [await supervisor.submit(task) for task in tasks]
 
 
@@ -48,17 +48,17 @@ def flood(supervisor: BackpressureSupervisor, task_type: str, count: int, **opti
 
 
 def admitted(tickets: Iterable[Ticket]) -> list[Ticket]:
-    """Those that were let in."""
+    """Return the tickets that were admitted."""
     return [ticket for ticket in tickets if ticket.verdict is Verdict.ADMITTED]
 
 
 def rejected(tickets: Iterable[Ticket]) -> list[Ticket]:
-    """Those that were sent away."""
+    """Return the tickets that were rejected."""
     return [ticket for ticket in tickets if ticket.verdict is Verdict.REJECTED]
 
 
 async def fill(supervisor: BackpressureSupervisor, task_type: str, priority: Priority = Priority.CRITICAL) -> int:
-    """Submit tasks until the house takes no more of `priority`; how many it took."""
+    """Submit tasks until one of `priority` is rejected; return how many were admitted."""
     count = 0
     while supervisor.submit_nowait(Task(task_type, count, priority=priority)):
         count += 1
@@ -66,17 +66,17 @@ async def fill(supervisor: BackpressureSupervisor, task_type: str, priority: Pri
 
 
 async def results(tickets: Iterable[Ticket]) -> list[TaskResult]:
-    """How each ended."""
+    """Return the result of each."""
     return [await ticket for ticket in tickets]
 
 
 async def statuses(tickets: Iterable[Ticket]) -> list[TaskStatus]:
-    """How each ended, in a word."""
+    """Return the final status of each."""
     return [result.status for result in await results(tickets)]
 
 
 async def error_of(awaitable: Awaitable[Any]) -> BaseException:
-    """What awaiting it raises."""
+    """Return what awaiting it raises."""
     try:
         value = await awaitable
     except BaseException as error:  # noqa: BLE001 - the test judges it

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from forebay.cli.extras import missing_extra_message
+
 
 def main() -> None:
-    """Run the command, or say in one line what is missing to run it."""
+    """Run the command, or print one line that says which libraries to install."""
     try:
         from forebay.cli.app import app  # noqa: PLC0415 - typer is an extra
     except ModuleNotFoundError as error:
@@ -14,9 +16,4 @@ def main() -> None:
     app()
 
 
-def missing_extra_message(libraries: list[str], extra: str) -> str:
-    """What to type when libraries of an extra are not installed."""
-    return f'forebay: this needs {", ".join(libraries)}, not installed here: pip install "forebay[{extra}]"'
-
-
-__all__ = ["main", "missing_extra_message"]
+__all__ = ["main"]

@@ -1,4 +1,4 @@
-"""The commands, as typer reads them."""
+"""The commands of the command line, for typer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it so
 def _forebay(
     *,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Backpressure for fleets of AI agents."""

@@ -1,4 +1,4 @@
-"""The configuration of a gateway: a file, and options of the command line that go before it."""
+"""The configuration of a gateway: a TOML file, and options of the command line, which override it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT_OPTIONS: Final[Mapping[str, Callable[[str], float]]] = MappingProxyType(
         "budget_usd": float,
     }
 )
-"""What may be said of every target, or of one, on the command line."""
+"""The limits that options set, for all targets or for one, with the type of their values."""
 
 _TABLES: Final = ("gateway", "targets")
 
@@ -34,26 +34,26 @@ def load_gateway_settings(
     share_keys: bool | None = None,
     gateway: Mapping[str, Any] | None = None,
 ) -> GatewaySettings:
-    """What a gateway is told by a file and by options; an option goes before the file.
+    """Return the settings of a gateway from a file and from options; an option overrides the file.
 
     Args:
-        file: a TOML file; None for none.
+        file: a TOML file, or None.
         targets: ``NAME=URL`` each.
-        limits: by the names in `LIMITS`: ``NUMBER`` for every target, ``NAME=NUMBER`` for one.
-        share_keys: of every target.
-        gateway: fields of `GatewaySettings`; None where an option was not given.
+        limits: by the names in `LIMIT_OPTIONS`: ``NUMBER`` for all targets, ``NAME=NUMBER`` for one.
+        share_keys: of all targets; None to leave it as it is.
+        gateway: fields of `GatewaySettings`; None for an option that was not given.
 
     Raises:
-        InvalidConfiguration: every mistake that was found, each with its file and line, or its option.
+        InvalidConfiguration: with every mistake that was found, each with its file and line, or its option.
     """
     source = SettingsSource(None if file is None else read_document(file), "forebay gateway")
-    _resolve(source, file)
-    for name, url in _targets(targets):
+    _resolve_token_file(source, file)
+    for name, url in _parse_targets(targets):
         source.override(("targets", name, "url"), url, "--target")
     names = source.values.get("targets", {})
     names = names if isinstance(names, dict) else {}
     for field, texts in (limits or {}).items():
-        for name, value in _limits(field, texts, names):
+        for name, value in _parse_limits(field, texts, names):
             source.override(("targets", name, field), value, _option(field))
     for name in names if share_keys is not None else ():
         source.override(("targets", name, "share_keys"), share_keys, "--share-keys")
@@ -71,15 +71,15 @@ def _read(source: SettingsSource) -> GatewaySettings:
         reader.add_problem(
             ("targets",), "there is no target: give --target NAME=URL, or a table [targets.NAME] with its url"
         )
-    table, whole = source.values.get("gateway", {}), not reader.problems
-    settings = reader.read_struct(GatewaySettings, ("gateway",), table, build=whole, targets=targets)
+    table, build = source.values.get("gateway", {}), not reader.problems
+    settings = reader.read_struct(GatewaySettings, ("gateway",), table, build=build, targets=targets)
     reader.raise_problems()
-    assert settings is not None  # noqa: S101 - else there was a problem
+    assert settings is not None  # noqa: S101 - else a problem was raised
     return settings
 
 
-def _resolve(source: SettingsSource, file: Path | None) -> None:
-    """A path in a file starts from there."""
+def _resolve_token_file(source: SettingsSource, file: Path | None) -> None:
+    """Make the path of a token file, if it stands in a configuration file, relative to that file."""
     table = source.values.get("gateway")
     path = table.get("token_file") if isinstance(table, dict) else None
     if file is not None and isinstance(table, dict) and isinstance(path, str) and path:
@@ -90,7 +90,7 @@ def _option(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def _targets(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _parse_targets(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
     names = set()
     for text in texts:
         name, equals, url = text.partition("=")
@@ -98,13 +98,13 @@ def _targets(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
             problems = "--target: it must be NAME=URL, such as openai=https://api.openai.com"
             raise InvalidConfiguration(problems=problems)
         if name in names:
-            raise InvalidConfiguration(problems=f"--target: {name!r} is given twice; give each a name of its own")
+            raise InvalidConfiguration(problems=f"--target: {name!r} is given twice; give each target another name")
         names.add(name)
         yield name, url
 
 
-def _limits(field: str, texts: Sequence[str], targets: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """What each target gets: what is said of it alone goes before what is said of all."""
+def _parse_limits(field: str, texts: Sequence[str], targets: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield each target's value of a limit; a value for one target comes after, and so overrides, one for all."""
     option = _option(field)
     for text in sorted(texts, key=lambda text: "=" in text):
         name, equals, number = text.rpartition("=")
@@ -115,7 +115,7 @@ def _limits(field: str, texts: Sequence[str], targets: Mapping[str, Any]) -> Ite
             value = LIMIT_OPTIONS[field](number)
         except ValueError:
             kind = "a whole number" if LIMIT_OPTIONS[field] is int else "a number"
-            problems = f"{option}: {text!r} is not {kind}, for every target, or NAME={kind.upper()}, for one"
+            problems = f"{option}: {text!r} is not {kind} for all targets, nor NAME={kind.upper()} for one"
             raise InvalidConfiguration(problems=problems) from None
-        for one in [name] if equals else targets:
-            yield one, value
+        for target in [name] if equals else targets:
+            yield target, value

@@ -5,54 +5,62 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
-from forebay import gateway as room
-from forebay.cli import missing_extra_message
+from forebay import gateway as gateway_package
 from forebay.cli.config import load_gateway_settings
+from forebay.cli.extras import missing_extra_message
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.http_proxy import http_proxy_for, without_password
 from forebay.gateway.targets import make_targets
 
-_EACH = "for each target, or NAME=NUMBER for one; repeatable."
-_WRONG = 2  # the status of a command that was not given what it needs, as typer has it
+_EACH: Final = "for all targets, or NAME=NUMBER for one; repeatable."
+_USAGE_ERROR: Final = 2  # exit status, as typer's
 
 
-def gateway(  # noqa: PLR0913 - one word each for what is said most
+def gateway(  # noqa: PLR0913 - one option for each common setting
     *,
     target: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=URL", help="A provider, such as openai=https://api.openai.com.")
+        list[str] | None,
+        typer.Option(metavar="NAME=URL", help="A provider, such as openai=https://api.openai.com; repeatable."),
     ] = None,
     listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where callers come to: 127.0.0.1:8787.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Address to listen on; default 127.0.0.1:8787.")
     ] = None,
-    rpm: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Requests a minute, {_EACH}")] = None,
-    input_tpm: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Input tokens a minute, {_EACH}")] = None,
-    output_tpm: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Output tokens a minute, {_EACH}")] = None,
-    tpm: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Tokens of both kinds a minute, {_EACH}")] = None,
+    rpm: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Requests per minute, {_EACH}")] = None,
+    input_tpm: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Input tokens per minute, {_EACH}")] = None,
+    output_tpm: Annotated[
+        list[str] | None, typer.Option(metavar="N", help=f"Output tokens per minute, {_EACH}")
+    ] = None,
+    tpm: Annotated[
+        list[str] | None, typer.Option(metavar="N", help=f"Input and output tokens per minute, {_EACH}")
+    ] = None,
     max_concurrent: Annotated[list[str] | None, typer.Option(metavar="N", help=f"Calls in flight, {_EACH}")] = None,
-    budget_usd: Annotated[list[str] | None, typer.Option(metavar="X", help=f"US dollars a day, {_EACH}")] = None,
+    budget_usd: Annotated[list[str] | None, typer.Option(metavar="X", help=f"US dollars per day, {_EACH}")] = None,
     share_keys: Annotated[
-        bool | None, typer.Option("--share-keys/--no-share-keys", help="Callers with different keys share the limits.")
+        bool | None,
+        typer.Option("--share-keys/--no-share-keys", help="Whether callers with different API keys share the limits."),
     ] = None,
     token_env: Annotated[
-        str | None, typer.Option(metavar="VARIABLE", help="The environment variable with the token of callers.")
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the token that callers present.")
     ] = None,
-    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="The file with the token of callers.")] = None,
+    token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with the token that callers present.")
+    ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="forebay.toml; the options here go before it.")
+        Path | None, typer.Option(metavar="FILE", help="Configuration, such as forebay.toml; options override it.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Say what holds, or what is wrong, and start nothing.")
+        bool, typer.Option("--check", help="Print the resulting configuration, or its problems, and exit.")
     ] = False,
 ) -> None:
-    """Stand between agents and the providers that they share: only their base URL changes.
+    """Run the HTTP gateway: clients send their LLM calls through it by changing only their base URL.
 
-    Limits that are not given are learned from the providers' headers.
+    Limits that are not given are learned from the providers' rate-limit headers and 429s.
     """
     limits = {
         "rpm": rpm,
@@ -70,75 +78,82 @@ def gateway(  # noqa: PLR0913 - one word each for what is said most
             share_keys=share_keys,
             gateway={"listen": listen, "token_env": token_env, "token_file": token_file},
         )
-        named = {to.api_key_env: "set" for one in settings.targets for to in one.fallback if to.api_key_env}
-        make_targets(settings, named)  # whether fallbacks fit together is seen only then, and needs no secrets
-        proxies = {one.name: http_proxy_for(one.url, os.environ) for one in settings.targets}
+        _check_fallbacks(settings)
+        proxies = {each.name: http_proxy_for(each.url, os.environ) for each in settings.targets}
     except (InvalidConfiguration, InvalidSetting) as error:
         typer.echo(f"{error}", err=True)
-        raise typer.Exit(_WRONG) from None
+        raise typer.Exit(_USAGE_ERROR) from None
     if check:
-        typer.echo("\n".join(_lines(settings, proxies)))
+        typer.echo("\n".join(_summary(settings, proxies)))
         return
     raise typer.Exit(_serve(settings))
 
 
+def _check_fallbacks(settings: GatewaySettings) -> None:
+    """Check that fallbacks fit together, which making the targets shows; no secret is needed for that.
+
+    Raises:
+        InvalidSetting: they do not.
+    """
+    fallbacks = [fallback for target in settings.targets for fallback in target.fallback]
+    make_targets(settings, {fallback.api_key_env: "set" for fallback in fallbacks if fallback.api_key_env})
+
+
 def _serve(settings: GatewaySettings) -> int:
-    """Run it until it is stopped."""
-    if absent := room.missing_libraries():
-        typer.echo(missing_extra_message(absent, "gateway"), err=True)
+    """Run the gateway until it is stopped; return the exit status."""
+    if missing := gateway_package.missing_libraries():
+        typer.echo(missing_extra_message(missing, "gateway"), err=True)
         return 1
     try:
-        return room.serve(settings, ready=lambda running: _say_where(settings, running.port))
+        return gateway_package.serve(settings, ready=lambda running: _print_address(settings, running.port))
     except ForebayError as error:
         typer.echo(f"forebay: {error}", err=True)
         return 1
 
 
-def _say_where(settings: GatewaySettings, port: int) -> None:
+def _print_address(settings: GatewaySettings, port: int) -> None:
     host = settings.listen.rpartition(":")[0]
-    typer.echo(f"listens on http://{host}:{port}")  # what base URLs begin with; click flushes
+    typer.echo(f"listening on http://{host}:{port}")  # click flushes
 
 
-def _lines(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> list[str]:
-    """What holds, for a person to check."""
+def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> list[str]:
+    """Return the configuration in words, a line each."""
     if settings.token_env is not None:
-        missing = "" if settings.token_env in os.environ else ", which is not set here"
+        missing = "" if settings.token_env in os.environ else ", which is not set"
         callers = f"the token in ${settings.token_env}{missing}"
     elif settings.token_file is not None:
-        missing = "" if Path(settings.token_file).is_file() else ", which is not there"
+        missing = "" if Path(settings.token_file).is_file() else ", which does not exist"
         callers = f"the token in {settings.token_file}{missing}"
     else:
         callers = "no token"
     return [
-        f"listens on {settings.listen}; callers need {callers}",
-        f"priority, deadline, tenant and task are believed of: {settings.trust}",
-        *(line for target in settings.targets for line in _lines_of(target, proxies[target.name])),
+        f"listening on {settings.listen}; callers need {callers}",
+        f"may set priority, deadline, tenant and task: {settings.trust}",
+        *(line for target in settings.targets for line in _target_summary(target, proxies[target.name])),
     ]
 
 
-def _lines_of(target: TargetSettings, proxy: str | None) -> list[str]:
-    keys = "all keys share its limits" if target.share_keys else "limits hold for each key"
-    given = {
-        "in flight": target.max_concurrent,
-        "USD a day": target.budget_usd,
-        "USD a day for each tenant": target.tenant_budget_usd,
+def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
+    keys = "one account for all API keys" if target.share_keys else "an account for each API key"
+    amounts = {
+        "calls in flight": target.max_concurrent,
+        "USD per day": target.budget_usd,
+        "USD per day for each tenant": target.tenant_budget_usd,
         "USD for each task": target.task_budget_usd,
     }
-    holds = [f"{amount:,.12g} {what}" for what, amount in given.items() if amount is not None]
+    limits = [f"{amount:,.12g} {name}" for name, amount in amounts.items() if amount is not None]
     groups: list[tuple[str, Any]] = [("", target), *target.models.items()]
     for pattern, rates in groups:
-        holds += [
-            f"{quota.amount:,} {quota.unit.replace('_', ' ')} a minute{f' of {pattern}' if pattern else ''}"
+        limits += [
+            f"{quota.amount:,} {quota.unit.replace('_', ' ')} per minute{f' of {pattern}' if pattern else ''}"
             for quota in rates.quotas()
         ]
-    for to in target.fallback:
-        there = " at ".join(part for part in (to.model, to.target) if part)
-        missing = (
-            ""
-            if to.api_key_env in (None, *os.environ)
-            else f", with the key in ${to.api_key_env}, which is not set here"
-        )
-        holds.append(f"what is refused{'' if to.models == '*' else f' of {to.models}'} goes to {there}{missing}")
-    way = "" if proxy is None else f" through {without_password(proxy)}"
-    first = f"{target.name}: {target.url}{way}, by the rules of {target.resolved_provider}; {keys}"
-    return [first, *(f"    {line}" for line in holds or ["all learned from headers"])]
+    for fallback in target.fallback:
+        where = " at ".join(part for part in (fallback.model, fallback.target) if part)
+        models = "" if fallback.models == "*" else f" of {fallback.models}"
+        key = "" if fallback.api_key_env is None else f", with the API key in ${fallback.api_key_env}"
+        missing = "" if fallback.api_key_env in (None, *os.environ) else ", which is not set"
+        limits.append(f"rejected calls{models} fall back to {where}{key}{missing}")
+    through = "" if proxy is None else f" through the HTTP proxy {without_password(proxy)}"
+    first = f"{target.name}: {target.url}{through}; rules of {target.resolved_provider}; {keys}"
+    return [first, *(f"    {line}" for line in limits or ["all limits are learned from headers and 429s"])]

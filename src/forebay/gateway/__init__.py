@@ -1,4 +1,4 @@
-"""The gateway: the call plane for other processes and languages, which change nothing but a base URL."""
+"""The HTTP gateway: upstreams for other processes and languages, whose clients change only their base URL."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ _LIBRARIES: Final = ("aiohttp", "prometheus_client")
 
 
 def missing_libraries() -> list[str]:
-    """Libraries that the gateway needs and that are not installed here."""
+    """Return the libraries that the gateway needs and that are not installed."""
     return [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
 
 
 def serve(settings: GatewaySettings, *, ready: Callable[[Gateway], object] = lambda _: None) -> int:
-    """Serve until SIGTERM or SIGINT, then drain; returns the exit status.
+    """Serve until SIGTERM or SIGINT, then drain; return the exit status.
 
     Args:
-        settings: what it was given.
+        settings: of the gateway.
         ready: called once it listens.
 
     Raises:
-        InvalidSecret: the token is not there, or is not fit for one.
-        CannotListen: the address is taken, or is none of this machine's.
+        InvalidSecret: the token is missing, or not fit to be one.
+        MissingFallbackKey: the API key of a fallback is missing.
+        InvalidSetting: a fallback leads to a target of another protocol; an HTTP proxy of the environment is invalid.
+        CannotListen: the address is in use, or not one of this machine.
     """
     from forebay.gateway.server import run_forever  # noqa: PLC0415 - aiohttp and prometheus_client are extras
 

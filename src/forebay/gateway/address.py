@@ -1,4 +1,4 @@
-"""Where a gateway listens, and where a provider is."""
+"""Addresses: where a gateway listens, and the URL of a provider."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-_ADDRESS: Final = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>[0-9]{1,5})")
-_PORTS: Final = 65_535
+_ADDRESS: Final = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>[0-9]{1,5})")
+_MAX_PORT: Final = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class Address:
     """A host and a port.
 
     Attributes:
-        host: a name or an address, an IPv6 one without brackets.
-        port: 0 for any that is free.
+        host: a name or an IP address; IPv6 without brackets.
+        port: 0 for any free port.
     """
 
     host: str
@@ -26,12 +26,12 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Return whether only this machine can reach it."""
         return is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is of this machine alone. Names below ``localhost`` are: RFC 6761, 6.3."""
+    """Return whether a name or an IP address is loopback. Names below ``localhost`` are: RFC 6761, 6.3."""
     name = host.lower().removesuffix(".")
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -42,30 +42,30 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_address(text: object) -> Address | None:
-    """Read ``HOST:PORT``; None if it is none."""
+    """Return the address in ``HOST:PORT``, or None if the text is not one."""
     match = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
-    if match is None or int(match["port"]) > _PORTS:
+    if match is None or int(match["port"]) > _MAX_PORT:
         return None
-    if match["six"] is not None:
+    if match["ipv6"] is not None:
         try:
-            ip_address(match["six"])
+            ip_address(match["ipv6"])
         except ValueError:
             return None
-    return Address(match["six"] or match["host"], int(match["port"]))
+    return Address(match["ipv6"] or match["host"], int(match["port"]))
 
 
 def url_problem(url: object) -> str | None:
-    """Why calls could not be sent below this URL; None if they could."""
+    """Return why a URL cannot be the base of calls, or None if it can."""
     parts = _split(url)
     if parts is None:
-        return "this is no address"
-    named = parts.username is not None or parts.password is not None
+        return "this is not a URL"
+    has_credentials = parts.username is not None or parts.password is not None
     checks = (
-        (parts.scheme not in ("http", "https"), "it begins with neither"),
-        (not parts.hostname, "it names no host"),
-        (named, "it holds a name or a password, but the keys are the callers', and pass through"),
-        (parts.query or parts.fragment, "it ends in a '?' or '#', where nothing can be appended"),
-        (parts.path.rstrip("/").endswith("/v1"), "leave out its /v1, which comes with each call"),
+        (parts.scheme not in ("http", "https"), "it starts with neither"),
+        (not parts.hostname, "it has no host"),
+        (has_credentials, "it holds a user or password, but callers send their own keys, which pass through"),
+        (parts.query or parts.fragment, "it ends in a '?' or '#', where no path can be appended"),
+        (parts.path.rstrip("/").endswith("/v1"), "leave out its /v1, which is part of each call's path"),
     )
     return next((problem for wrong, problem in checks if wrong), None)
 
@@ -75,7 +75,7 @@ def _split(url: object) -> SplitResult | None:
         return None
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises if it is none
+        parts.port  # noqa: B018 - raises ValueError if it is invalid
     except ValueError:
         return None
     return parts

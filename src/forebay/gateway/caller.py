@@ -1,4 +1,4 @@
-"""On whose behalf a request is sent: what its headers say of that, and who may say so."""
+"""The caller of a request: priority, deadline, tenant, task and timeouts, read from its headers."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from forebay.upstream.call_request import Caller
 TOKEN_HEADER: Final = "x-forebay-token"  # noqa: S105 - its name
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
-_PATIENCE: Final = 60.0  # seconds that a caller is taken to read who does not say how long
-_SILENCE: Final = 600.0  # ... that its provider may be silent, as in the SDKs
-_GRACE: Final = 5.0  # seconds by which a caller gives up before we do: it knows best
-_HINTS: Final = ("x-stainless-read-timeout", "x-stainless-timeout")  # seconds, of every SDK made by Stainless
-_LONGEST: Final = 86_400.0
-_WAY_BACK: Final = 1.0  # seconds before a caller gives up at which it is told that its turn has not come ...
-_WAY_BACK_SHARE: Final = 0.1  # ... at most this share of its time: a word that comes later, it takes for silence
+_DEFAULT_WAIT: Final = 60.0  # seconds that a caller is assumed to wait if its headers do not say
+_DEFAULT_READ_TIMEOUT: Final = 600.0  # seconds without a byte from the provider, as in the SDKs
+_GRACE: Final = 5.0  # seconds that the gateway reads longer than its caller, whose own timeout should come first
+_TIMEOUT_HEADERS: Final = ("x-stainless-read-timeout", "x-stainless-timeout")  # seconds, of SDKs made by Stainless
+_MAX_TIMEOUT: Final = 86_400.0  # seconds
+_MARGIN: Final = 1.0  # seconds before its timeout at which a queued call is rejected, so that the response arrives
+_MAX_MARGIN_SHARE: Final = 0.1  # of the timeout
 
 
 class InvalidHeader(ForebayError, ValueError):
-    """The header {header} cannot be meant: it must be {expected}."""
+    """The header {header} is invalid: it must be {expected}."""
 
     header: str
 
 
 class CallerReader:
-    """Reads senders off requests.
+    """A reader of callers from the headers of requests.
 
     Args:
-        trust: whose word is taken.
+        trust: whose headers are trusted.
         token: of the gateway, or None.
-        tenant_headers: headers of others that name a tenant, lower case.
+        tenant_headers: further headers that name a tenant.
     """
 
     def __init__(self, trust: Trust, token: str | None, tenant_headers: tuple[str, ...]) -> None:
@@ -46,23 +46,23 @@ class CallerReader:
         self._tenant_headers = tuple(header.lower() for header in tenant_headers)
 
     def is_authorized(self, headers: Mapping[str, str]) -> bool:
-        """Whether a caller has the gateway's token, or none is asked for."""
+        """Return whether a caller presents the gateway's token, or none is needed."""
         return self._token is None or self._has_token(headers)
 
     def _has_token(self, headers: Mapping[str, str]) -> bool:
-        given = headers.get(TOKEN_HEADER, "")
-        return self._token is not None and hmac.compare_digest(given.encode(), self._token.encode())
+        presented = headers.get(TOKEN_HEADER, "")
+        return self._token is not None and hmac.compare_digest(presented.encode(), self._token.encode())
 
     def read(self, headers: Mapping[str, str], *, offset: float, shared_account: bool) -> Caller:
-        """The sender of a request.
+        """Return the caller of a request.
 
         Args:
             headers: of the request, by lower-case name.
-            offset: what `forebay.clock.now` is ahead of epoch seconds.
-            share: whether all callers share the accounts of this target.
+            offset: seconds to add to epoch seconds for the time of `forebay.clock.now`.
+            shared_account: whether callers with different API keys share the accounts of this target.
 
         Raises:
-            BadHeader: one says what cannot be meant.
+            InvalidHeader: a header is invalid.
         """
         key = "" if shared_account else None
         if not self._trusts(headers):
@@ -86,11 +86,11 @@ class CallerReader:
 
 
 class ClientTimeouts(NamedTuple):
-    """How long a caller reads before it gives up.
+    """The timeouts of a caller.
 
     Attributes:
-        line: seconds that it may stand in line; what it is told by then still reaches it.
-        silence: seconds without a byte after which the provider is given up.
+        max_wait: seconds that its call may be queued; a response by then still reaches it.
+        read_timeout: seconds without a byte from the provider.
     """
 
     max_wait: float
@@ -98,13 +98,13 @@ class ClientTimeouts(NamedTuple):
 
 
 def read_client_timeouts(headers: Mapping[str, str]) -> ClientTimeouts:
-    """The patience of a caller, as its SDK hints."""
-    for hint in _HINTS:
-        seconds = _number(headers.get(hint))
+    """Return the timeouts of a caller, from the headers of its SDK or else by default."""
+    for header in _TIMEOUT_HEADERS:
+        seconds = _number(headers.get(header))
         if seconds is not None and seconds > 0:
-            seconds = min(seconds, _LONGEST)
-            return ClientTimeouts(seconds - min(_WAY_BACK, _WAY_BACK_SHARE * seconds), seconds + _GRACE)
-    return ClientTimeouts(_PATIENCE, _SILENCE)
+            seconds = min(seconds, _MAX_TIMEOUT)
+            return ClientTimeouts(seconds - min(_MARGIN, _MAX_MARGIN_SHARE * seconds), seconds + _GRACE)
+    return ClientTimeouts(_DEFAULT_WAIT, _DEFAULT_READ_TIMEOUT)
 
 
 def _priority(text: str | None) -> Priority:

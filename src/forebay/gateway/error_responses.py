@@ -1,4 +1,4 @@
-"""Answers of the gateway's own, in the shape that the caller's SDK expects of its provider."""
+"""Error responses of the gateway itself, in the format that the caller's SDK expects of its provider."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from forebay.errors import Overloaded
 ApiProtocol = Literal["openai", "anthropic"]
 
 JSON: Final = "application/json"
-_LONGEST_COMEBACK: Final = 60.0  # seconds: an SDK that is told to stay away longer comes back at once instead
+_MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
+_PAYMENT, _TIMEOUT, _TOO_LARGE, _TOO_MANY, _BAD_GATEWAY = 402, 408, 413, 429, 502
 
-# What kind of error a status is. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
+# The error type of a status. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
 _OPENAI_TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -38,11 +39,11 @@ _ANTHROPIC_TYPES: Final = {
 
 
 class GatewayResponse(msgspec.Struct, frozen=True):
-    """A whole answer.
+    """A whole response.
 
     Attributes:
-        status: of HTTP.
-        headers: by name, as they go out; the length of the body is not among them.
+        status: the HTTP status.
+        headers: by name, as they are sent, without content-length.
         body: its bytes.
     """
 
@@ -52,11 +53,11 @@ class GatewayResponse(msgspec.Struct, frozen=True):
 
 
 class EarlyResponse(Exception):
-    """A request was answered here; nobody else is asked.
+    """A response that ends a request before a provider is asked.
 
     Args:
-        answer: what it is told.
-        close: whether its connection ends with it, for what else comes on it cannot be read.
+        response: what the caller gets.
+        close: whether to close the connection after it, because the rest of the request cannot be read.
     """
 
     def __init__(self, response: GatewayResponse, *, close: bool = False) -> None:
@@ -67,68 +68,82 @@ class EarlyResponse(Exception):
 def error_response(
     protocol: ApiProtocol, status: int, code: str, message: str, *headers: tuple[str, str]
 ) -> GatewayResponse:
-    """An error that another attempt would not cure.
+    """Return an error that a retry would not cure (``x-should-retry: false``).
 
     Args:
-        protocol: whose shape it takes.
-        status: of HTTP.
-        code: one word for programs.
-        message: for a person: what to do.
+        protocol: of the caller's SDK.
+        status: the HTTP status.
+        code: for programs.
+        message: for a person, with what to do.
         headers: to add.
     """
-    stay = ("x-should-retry", "false")
-    return GatewayResponse(status, (("content-type", JSON), stay, *headers), _body(protocol, status, code, message))
+    no_retry = ("x-should-retry", "false")
+    body = _body(protocol, status, code, message)
+    return GatewayResponse(status, (("content-type", JSON), no_retry, *headers), body)
 
 
 def capacity_response(protocol: ApiProtocol, code: str, message: str, *, seconds: float) -> GatewayResponse:
-    """There is no room in the gateway itself for a call, but in so many `seconds` there may be.
+    """Return an error for a call that the gateway has no capacity for now, with a Retry-After.
 
     Args:
-        protocol: whose shape it takes.
-        code: one word for programs.
+        protocol: of the caller's SDK.
+        code: for programs.
         message: for a person.
-        seconds: after which to come again.
+        seconds: until the caller should retry.
     """
-    status = _busy(protocol)
-    back = (("x-should-retry", "true"), *_after(seconds))
-    return GatewayResponse(status, (("content-type", JSON), *back), _body(protocol, status, code, message))
+    status = _unavailable(protocol)
+    headers = (("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds))
+    return GatewayResponse(status, headers, _body(protocol, status, code, message))
 
 
 def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResponse:
-    """A call that was not let through; when to come back is in ``retry-after-ms``, each caller another time."""
-    part = (error.limited_by or "").rpartition(":")[2]
-    if part == "budget":
-        status = 402
-    elif part == "deadline" and error.retry_after is None:
-        status = 408  # it has passed
+    """Return the response for a call that an upstream rejected, by the limit that rejected it.
+
+    ============================================  ===========================================
+    limited by                                    status
+    ============================================  ===========================================
+    ``budget``                                    402
+    ``deadline``, which has passed                408
+    a quota that the call can never fit           413
+    ``breaker``, ``outage``                       503; for Anthropic 529
+    a quota, ``concurrency``, the queue, other    429
+    ============================================  ===========================================
+
+    With a Retry-After (``retry-after-ms``), a different one for each caller, where a later retry may succeed.
+    """
+    limit = (error.limited_by or "").rpartition(":")[2]
+    if limit == "budget":
+        status = _PAYMENT
+    elif limit == "deadline" and error.retry_after is None:
+        status = _TIMEOUT  # it has passed
     elif error.load == math.inf:
-        status = 413  # it is larger than its bucket will ever be
-    elif part in ("breaker", "outage"):
-        status = _busy(protocol)
+        status = _TOO_LARGE  # the call exceeds its whole quota
+    elif limit in ("breaker", "outage"):
+        status = _unavailable(protocol)
     else:
-        status = 429
+        status = _TOO_MANY
     after = error.retry_after
-    back = status not in (402, 413) and after is not None and after <= _LONGEST_COMEBACK
-    headers = [("content-type", JSON), ("x-should-retry", "true" if back else "false")]
+    retry = status not in (_PAYMENT, _TOO_LARGE) and after is not None and after <= _MAX_SDK_WAIT
+    headers = [("content-type", JSON), ("x-should-retry", "true" if retry else "false")]
     if error.limited_by:
         headers.append(("x-forebay-limited-by", error.limited_by))
-    if after is not None and status != 413:  # noqa: PLR2004
-        headers.extend(_after(after))
+    if after is not None and status != _TOO_LARGE:
+        headers.extend(_retry_after(after))
     return GatewayResponse(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))
 
 
 def stream_error_event(protocol: ApiProtocol, message: str) -> bytes:
-    """The event that tells of an error where an answer has begun as a stream."""
-    body = _body(protocol, 502, "forebay_upstream_failed", message)
+    """Return the event that reports an error within a stream that has started."""
+    body = _body(protocol, _BAD_GATEWAY, "forebay_upstream_failed", message)
     return b"event: error\ndata: " + body + b"\n\n" if protocol == "anthropic" else b"data: " + body + b"\n\n"
 
 
-def _busy(protocol: ApiProtocol) -> int:
-    """The status of a provider that takes nobody now."""
+def _unavailable(protocol: ApiProtocol) -> int:
+    """Return the status with which a provider of this protocol says that it has no capacity."""
     return 529 if protocol == "anthropic" else 503
 
 
-def _after(seconds: float) -> tuple[tuple[str, str], ...]:
+def _retry_after(seconds: float) -> tuple[tuple[str, str], ...]:
     return ("retry-after", str(math.ceil(seconds))), ("retry-after-ms", str(math.ceil(1000 * seconds)))
 
 

@@ -1,4 +1,4 @@
-"""One call on its way through the gateway to a provider, over aiohttp."""
+"""A forwarded call: one request of a caller, sent to its provider by aiohttp, and the provider's response."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import msgspec
 from multidict import CIMultiDict
 from yarl import URL
 
-from forebay import clock
-from forebay.gateway.caller import ClientTimeouts
 from forebay.gateway.error_responses import GatewayResponse
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
@@ -25,36 +23,40 @@ from forebay.upstream.providers.content_encoding import Decompressor
 
 if TYPE_CHECKING:
     from forebay.upstream.fallback_routes import FallbackRoute
+    from forebay.upstream.reroute import ReroutedRequest
     from forebay.upstream.shared_account import SharedAccount
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
-TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # of the way to a provider
-_CONNECT: Final = 10.0  # seconds
-_MOST: Final = 64 << 20  # bytes of an answer that is held until it is whole
-_SWITCHED: Final = 101
+TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
+_CONNECT_TIMEOUT: Final = 10.0  # seconds
+_MAX_RESPONSE: Final = 64 << 20  # bytes of a response that is not streamed
+_SWITCHING_PROTOCOLS: Final = 101
 
-# Of one hop each, or ours. Source: RFC 9110, 7.6.1.
-_HOP: Final = frozenset(
+# Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
+_HOP_BY_HOP: Final = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
         *("te", "trailer", "trailers", "transfer-encoding", "upgrade"),
     }
 )
-_NOT_SENT: Final = _HOP | {"host", "content-length", "expect", "accept-encoding"}
-_NOT_GIVEN_BACK: Final = _HOP | {"content-length", "x-should-retry"}
+_NOT_SENT: Final = _HOP_BY_HOP | {"host", "content-length", "expect", "accept-encoding"}
+_NOT_RETURNED: Final = _HOP_BY_HOP | {"content-length", "x-should-retry"}
 
 
 class StreamingResponse:
-    """An answer that is still coming.
+    """A response whose body is still arriving.
 
     Args:
-        answer: where it comes from.
-        headers: that its caller gets.
-        reader: which meters it.
+        response: of the provider.
+        headers: that the caller gets.
+        reader: meters the body.
 
     Attributes:
-        at_border: whether what was passed on ends between two events, so that one of ours may follow.
+        response: of the provider.
+        headers: that the caller gets.
+        reader: meters the body.
+        at_event_boundary: whether the bytes passed on end between two events, so that an error event may follow.
     """
 
     __slots__ = ("_events", "at_event_boundary", "headers", "reader", "response")
@@ -63,12 +65,12 @@ class StreamingResponse:
         self.response = answer
         self.headers = headers
         self.reader = reader
-        kind = headers.get("content-type", "").lower()
-        self._events = kind.startswith("text/event-stream") and "content-encoding" not in headers
+        content_type = headers.get("content-type", "").lower()
+        self._events = content_type.startswith("text/event-stream") and "content-encoding" not in headers
         self.at_event_boundary = self._events
 
     def feed(self, chunk: bytes | None) -> bytes:
-        """What of the next bytes is passed on now; None for the end."""
+        """Read the next bytes, or None at the end; return those to pass on now."""
         passed = self.reader.end() if chunk is None else self.reader.feed(chunk)
         if passed:
             self.at_event_boundary = self._events and passed.endswith((b"\n\n", b"\r\n\r\n"))
@@ -76,23 +78,23 @@ class StreamingResponse:
 
 
 class ResponseTooLarge(aiohttp.ClientError):
-    """The provider's answer is longer than what is held of one."""
+    """The provider's response is too large to be held in memory."""
 
 
 class UnexpectedUpgrade(aiohttp.ClientError):
-    """The provider has gone over to another protocol, for which it was not asked."""
+    """The provider switched to another protocol, unasked."""
 
 
 class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as it came.
+    """A request as it was received.
 
     Attributes:
         method: such as ``"POST"``.
-        told: its headers, as they came.
-        headers: the same by lower-case name.
+        raw_headers: as they were received.
+        headers: the same, by lower-case name.
         body: its bytes.
-        sender: on whose behalf it is.
-        patience: of its caller.
+        caller: whose request it is.
+        read_timeout: seconds without a byte from the provider.
     """
 
     method: str
@@ -100,24 +102,24 @@ class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: Headers
     body: bytes
     caller: Caller
-    timeouts: ClientTimeouts
+    read_timeout: float
 
 
 class ForwardedCall(Exchange):
-    """An exchange of the gateway.
+    """The exchange of a gateway's call.
 
     Args:
-        core: of the upstream that it is sent through.
-        url: where it goes.
-        path: the path of that, with the query.
-        asked: what is sent.
-        outgoing: that sends it.
-        counts: where its tokens are counted.
+        core: of the upstream that paces the call.
+        url: of the provider.
+        path: of that URL, with the query.
+        request: as it was received.
+        client: sends it.
+        metrics: count its tokens.
     """
 
-    __slots__ = ("_asked", "_body", "_counts", "_headers", "_outgoing", "_timeout", "_url")
+    __slots__ = ("_body", "_client", "_headers", "_metrics", "_request", "_timeout", "_url")
 
-    def __init__(  # noqa: PLR0913 - what it needs to be sent
+    def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
         core: UpstreamCore,
         url: str,
@@ -135,58 +137,67 @@ class ForwardedCall(Exchange):
             body=request.body,
             caller=request.caller,
         )
-        self._asked = request
+        self._request = request
         self._url = URL(url, encoded=True)
-        self._outgoing = client
-        self._counts = metrics
+        self._client = client
+        self._metrics = metrics
         self._body = request.body if self.changed_body is None else self.changed_body
-        self._headers = _request_headers(request, plain=self.changed_body is not None)
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=_CONNECT, sock_read=request.timeouts.read_timeout
-        )
-        self.call_request.deadline = min(self.call_request.deadline, clock.now() + request.timeouts.max_wait)
+        self._headers = _request_headers(request, metered=self.changed_body is not None)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
 
     def reroute(self, route: FallbackRoute, account: SharedAccount) -> ForwardedCall | None:  # noqa: ARG002
         """See `CallRoute`."""
-        sent = self.rerouted_request(route)
-        if sent is None:
+        rerouted = self.rerouted_request(route)
+        if rerouted is None:
             return None
-        origin = str(self._url.origin()) if sent.origin is None else sent.origin
-        path = sent.path if sent.origin is not None else self._url.raw_path_qs.removesuffix(self._path) + sent.path
-        asked = self._asked
-        kept = [pair for pair in asked.raw_headers if pair[0].decode("latin-1").lower() not in sent.dropped_headers]
-        extra = [(name.encode(), value.encode()) for name, value in sent.added_headers.items()]
-        sender = msgspec.structs.replace(asked.caller, deadline=self.call_request.deadline, api_key=None)
+        request = self._request
+        url = self._url_of(rerouted)
+        kept = [
+            pair for pair in request.raw_headers if pair[0].decode("latin-1").lower() not in rerouted.dropped_headers
+        ]
+        added = [(name.encode(), value.encode()) for name, value in rerouted.added_headers.items()]
         moved = msgspec.structs.replace(
-            asked, raw_headers=(*kept, *extra), headers=sent.headers(asked.headers), body=sent.body, caller=sender
+            request,
+            raw_headers=(*kept, *added),
+            headers=rerouted.headers(request.headers),
+            body=rerouted.body,
+            caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
         )
-        return ForwardedCall(route.core, origin + path, sent.path, moved, client=self._outgoing, metrics=self._counts)
+        return ForwardedCall(route.core, url, rerouted.path, moved, client=self._client, metrics=self._metrics)
+
+    def _url_of(self, rerouted: ReroutedRequest) -> str:
+        if rerouted.origin is not None:
+            return rerouted.origin + rerouted.path
+        prefix = self._url.raw_path_qs.removesuffix(self._path)
+        return f"{self._url.origin()}{prefix}{rerouted.path}"
 
     async def attempt(self, permit: Permit) -> AttemptResult:
-        """Send it once."""
-        answer: aiohttp.ClientResponse | None = None
+        """Send the call once, and return the result of this attempt."""
+        response: aiohttp.ClientResponse | None = None
         try:
-            answer = await self._outgoing.send(self._asked.method, self._url, self._headers, self._body, self._timeout)
-            headers = Headers.from_wire(answer.raw_headers)
-            back = _response_headers(answer)
-            if self.is_streamed(answer.status, headers.get("content-type", "")):
-                tried = self.stream_result()
-                tried.value = StreamingResponse(answer, back, self.metered_stream(permit, headers))
-                return tried
-            raw = await _read(answer)
+            response = await self._client.send(
+                self._request.method, self._url, self._headers, self._body, self._timeout
+            )
+            headers = Headers.from_wire(response.raw_headers)
+            returned = _response_headers(response)
+            if self.is_streamed(response.status, headers.get("content-type", "")):
+                result = self.stream_result()
+                result.value = StreamingResponse(response, returned, self.metered_stream(permit, headers))
+                return result
+            body = await _read(response)
         except BaseException as error:
-            if answer is not None:
-                answer.close()
+            if response is not None:
+                response.close()
             if isinstance(error, TRANSPORT_ERRORS):
                 sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                tried = self.connection_failed(permit, error, sent=sent, local=isinstance(error, aiohttp.InvalidURL))
-                tried.retryable = tried.retryable and not isinstance(error, ResponseTooLarge)
-                return tried
+                result = self.connection_failed(permit, error, sent=sent, local=isinstance(error, aiohttp.InvalidURL))
+                result.retryable = result.retryable and not isinstance(error, ResponseTooLarge)
+                return result
             raise
-        answer.release()
-        tried = self.judge_answer(permit, answer.status, headers, _unpacked(headers, raw))
-        tried.value = GatewayResponse(answer.status, tuple(back.items()), raw)
-        return tried
+        response.release()
+        result = self.judge_answer(permit, response.status, headers, _decompress(headers, body))
+        result.value = GatewayResponse(response.status, tuple(returned.items()), body)
+        return result
 
     def call_outcome(
         self,
@@ -195,86 +206,86 @@ class ForwardedCall(Exchange):
         usage: Usage | None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """See `Exchange.call_outcome`; what was used is counted."""
+        """See `Exchange.call_outcome`; the tokens count in the metrics."""
         if usage is not None:
-            self._counts.count_tokens(self.core.name, self.call_request.model, usage)
+            self._metrics.count_tokens(self.core.name, self.call_request.model, usage)
         return super().call_outcome(permit, kind, usage, rate_limit_headers)
 
 
-def _request_headers(asked: IncomingRequest, *, plain: bool) -> CIMultiDict[str]:
-    """The headers that the provider gets.
+def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[str]:
+    """Return the headers that the provider gets.
 
     Args:
-        asked: the request.
-        plain: the answer has to be read, so it may not be packed.
+        request: as it was received.
+        metered: whether the response must be read, so that it may not be compressed.
     """
-    sent: CIMultiDict[str] = CIMultiDict()
-    hop = []
-    for name, value in asked.raw_headers:
-        low = name.decode("latin-1").lower()
-        if low == "connection":
-            hop.append(value)
-        if low not in _NOT_SENT and not low.startswith("x-forebay-"):
-            sent.add(low, value.decode("utf-8", "surrogateescape"))
-    _drop_named(hop, sent)
-    packed = not plain and "gzip" in asked.headers.get("accept-encoding", "")
-    sent.add("accept-encoding", "gzip" if packed else "identity")  # what can be metered
-    return sent
+    headers: CIMultiDict[str] = CIMultiDict()
+    connection = []
+    for name, value in request.raw_headers:
+        lower = name.decode("latin-1").lower()
+        if lower == "connection":
+            connection.append(value)
+        if lower not in _NOT_SENT and not lower.startswith("x-forebay-"):
+            headers.add(lower, value.decode("utf-8", "surrogateescape"))
+    _remove_named(connection, headers)
+    gzip = not metered and "gzip" in request.headers.get("accept-encoding", "")
+    headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
+    return headers
 
 
-def _response_headers(answer: aiohttp.ClientResponse) -> CIMultiDict[str]:
-    """The headers that the caller gets: it is not to try again what was tried again here.
+def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
+    """Return the headers that the caller gets, who is not to retry: retries happen here.
 
     Raises:
-        Switched: there is nothing to be given back.
+        UnexpectedUpgrade: the provider switched to another protocol.
     """
-    if answer.status == _SWITCHED:
-        raise UnexpectedUpgrade("it has switched to another protocol unasked")
-    back: CIMultiDict[str] = CIMultiDict()
-    hop = []
-    for name, value in answer.raw_headers:
-        low = name.decode("latin-1").lower()
-        if low == "connection":
-            hop.append(value)
-        if low not in _NOT_GIVEN_BACK:
-            back.add(low, value.decode("utf-8", "surrogateescape"))
-    _drop_named(hop, back)
-    back.add("x-should-retry", "false")
-    return back
+    if response.status == _SWITCHING_PROTOCOLS:
+        raise UnexpectedUpgrade("the provider switched to another protocol, unasked")
+    headers: CIMultiDict[str] = CIMultiDict()
+    connection = []
+    for name, value in response.raw_headers:
+        lower = name.decode("latin-1").lower()
+        if lower == "connection":
+            connection.append(value)
+        if lower not in _NOT_RETURNED:
+            headers.add(lower, value.decode("utf-8", "surrogateescape"))
+    _remove_named(connection, headers)
+    headers.add("x-should-retry", "false")
+    return headers
 
 
-def _drop_named(hop: list[bytes], headers: CIMultiDict[str]) -> None:
-    """Take out what Connection names, for it is of one hop as well."""
-    for name in b",".join(hop).decode("latin-1").split(",") if hop else ():
+def _remove_named(connection: list[bytes], headers: CIMultiDict[str]) -> None:
+    """Remove the headers that a Connection header names: they hold for one connection only, too."""
+    for name in b",".join(connection).decode("latin-1").split(",") if connection else ():
         headers.popall(name.strip(), None)
 
 
-async def _read(answer: aiohttp.ClientResponse) -> bytes:
-    """The whole body, as it came.
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """Return the whole body, as it was sent.
 
     Raises:
-        TooLong: it is longer than may be held.
+        ResponseTooLarge: it is too large to be held.
     """
     pieces: list[bytes] = []
     size = 0
-    async for piece in answer.content.iter_any():
+    async for piece in response.content.iter_any():
         size += len(piece)
-        if size > _MOST:
-            raise ResponseTooLarge(f"its answer is longer than {_MOST:,} bytes")
+        if size > _MAX_RESPONSE:
+            raise ResponseTooLarge(f"its response is larger than {_MAX_RESPONSE:,} bytes")
         pieces.append(piece)
     return b"".join(pieces)
 
 
-def _unpacked(headers: Headers, raw: bytes) -> bytes:
-    """A body without its Content-Encoding; nothing of one that is not to be understood, or is out of all proportion."""
+def _decompress(headers: Headers, body: bytes) -> bytes:
+    """Return a body without its Content-Encoding; empty if that is unknown, or the body grows too large."""
     encoding = headers.get("content-encoding")
     if not encoding:
-        return raw
+        return body
     pieces: list[bytes] = []
     size = 0
-    for piece in Decompressor(encoding).feed(raw):
+    for piece in Decompressor(encoding).feed(body):
         size += len(piece)
-        if size > _MOST:
+        if size > _MAX_RESPONSE:
             return b""
         pieces.append(piece)
     return b"".join(pieces)

@@ -1,4 +1,4 @@
-"""What becomes of each request: whose it is, where it goes, and how its answer comes back."""
+"""The forwarder: authorizes each request, sends it to its target through an upstream, and returns the response."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
-from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, read_client_timeouts
 from forebay.gateway.error_responses import (
     JSON,
@@ -29,15 +28,14 @@ from forebay.gateway.error_responses import (
 )
 from forebay.gateway.forwarded_call import TRANSPORT_ERRORS, ForwardedCall, IncomingRequest, StreamingResponse
 from forebay.gateway.http_client import HttpClient
-from forebay.gateway.http_proxy import http_proxy_for, origin_of
 from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.request_body import read_body
+from forebay.gateway.request_body import BodyMemory, BodyMemoryFull, BodyReservation, read_body
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.upstream.providers import Endpoint, Headers
 
-_JSON_ROUTES: Final = frozenset(
+_JSON_ENDPOINTS: Final = frozenset(
     {
         Endpoint.CHAT,
         Endpoint.COMPLETIONS,
@@ -47,23 +45,30 @@ _JSON_ROUTES: Final = frozenset(
         Endpoint.COUNT_TOKENS,
     }
 )
-_LONGEST: Final = 300  # characters of an error that are told
-_COME_BACK: Final = 4.0  # seconds, on average, after which there may be room for a body
-_GONE: Final = 499  # as nginx counts a caller that hung up
+_MAX_SHOWN: Final = 300  # characters of an error in a message
+_MAX_PATH_SHOWN: Final = 200
+_BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
+_CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
 _object: Final = msgspec.json.Decoder(dict[str, Any])
 
 
 class Forwarder:
-    """Answers requests.
+    """The request handler of a gateway.
 
     Args:
         settings: of the gateway.
-        environment: where its secrets are.
-        session: that sends calls on.
+        environment: variables with its secrets, and with the HTTP proxies of its providers.
+        session: sends the calls.
+
+    Attributes:
+        targets: the providers.
+        metrics: of the gateway.
+        body_memory: that request bodies take.
 
     Raises:
-        InvalidSecret: a secret is not there, or is not fit for one.
-        InvalidSetting: a fallback leads to where calls cannot go; a proxy of the environment is none.
+        InvalidSecret: the token is missing, or not fit to be one.
+        MissingFallbackKey: the API key of a fallback is missing.
+        InvalidSetting: a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
     """
 
     def __init__(
@@ -71,247 +76,275 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
-        proxies = {origin_of(target.base_url): http_proxy_for(target.base_url, environment) for target in self.targets}
-        self._outgoing = HttpClient(session, {origin: proxy for origin, proxy in proxies.items() if proxy is not None})
         self.metrics = GatewayMetrics(self.targets)
-        self._senders = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
-        self._guard = RequestValidator(
-            max_header_bytes=settings.max_header_bytes, local_only=settings.address.loopback and not settings.has_token
-        )
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
-        self.draining = False
-        self._under_way = 0
-        self._limits: set[asyncio.Timeout] = set()  # of those that can be cut off
-        self._cut = False
-        self.idle = asyncio.Event()
-        self.idle.set()
+        self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
+        self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._validator = RequestValidator(
+            max_header_bytes=settings.max_header_bytes,
+            local_only=settings.address.loopback and not settings.has_token,
+        )
+        self._draining = False
+        self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._abortable: set[asyncio.Timeout] = set()
+        self._aborted = False
 
-    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one request."""
-        headers = Headers.from_wire(request.raw_headers)
-        try:
-            self._let_in(request, headers)
-            if (own := self._own(request.raw_path, headers)) is not None:
-                return self._close_early(request, own)
-            place = self._place(request.raw_path, headers)
-        except EarlyResponse as answered:
-            return self._close_early(request, _whole(answered.response, close=answered.close))
-        began = clock.now()
-        status = _GONE
-        self._under_way += 1
-        self.idle.clear()
-        try:
-            with self.body_memory.reserve() as body:
-                response = await self._pass(request, headers, place, body)
-            status = response.status
-        except EarlyResponse as answered:
-            response = self._close_early(request, _whole(answered.response, close=answered.close))
-            status = response.status
-        finally:
-            self.metrics.count_response(place.target.name, status, clock.now() - began)
-            self._under_way -= 1
-            if not self._under_way:
-                self.idle.set()
-        return response
+    @property
+    def draining(self) -> bool:
+        """Return whether new calls are rejected."""
+        return self._draining
+
+    def drain(self) -> None:
+        """Reject new calls from now on."""
+        self._draining = True
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is in progress."""
+        await self._idle.wait()
 
     def abort(self) -> None:
-        """End what is still under way."""
-        if self._limits:
-            log.warning("cut off, for they did not end in time: %d of the calls under way", len(self._limits))
-        self._cut = True
-        for limit in self._limits:
-            if not limit.expired():  # it was cut off before, and is on its way out
-                limit.reschedule(0.0)
+        """End the calls in progress with an error."""
+        if self._abortable:
+            log.warning("aborting %d calls that are still in progress", len(self._abortable))
+        self._aborted = True
+        for timeout in self._abortable:
+            if not timeout.expired():  # else it was aborted before, and has not noticed yet
+                timeout.reschedule(0.0)
 
     @contextlib.asynccontextmanager
-    async def _until_cut_off(self) -> AsyncIterator[None]:
-        """Raises TimeoutError when it is cut off."""
-        async with asyncio.timeout(0.0 if self._cut else None) as limit:
-            self._limits.add(limit)
+    async def _abortable_block(self) -> AsyncIterator[None]:
+        """Run a block that raises TimeoutError when `abort` is called."""
+        async with asyncio.timeout(0.0 if self._aborted else None) as timeout:
+            self._abortable.add(timeout)
             try:
                 yield
             finally:
-                self._limits.discard(limit)
+                self._abortable.discard(timeout)
 
-    def _close_early(self, request: web.BaseRequest, response: web.Response) -> web.Response:
-        """Close the connection where its next request would not be found, or not be served."""
-        if self.draining or not request.content.is_eof():
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return the response to one request."""
+        headers = Headers.from_wire(request.raw_headers)
+        try:
+            self._validate(request, headers)
+            if (own := self._own_response(request.raw_path, headers)) is not None:
+                return self._close_if_needed(request, own)
+            destination = self._find_destination(request.raw_path, headers)
+        except EarlyResponse as early:
+            return self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
+        started = clock.now()
+        status = _CLIENT_CLOSED
+        self._in_progress += 1
+        self._idle.clear()
+        try:
+            with self.body_memory.reserve() as reservation:
+                response = await self._forward(request, headers, destination, reservation)
+            status = response.status
+        except EarlyResponse as early:
+            response = self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
+            status = response.status
+        finally:
+            self.metrics.count_response(destination.target.name, status, clock.now() - started)
+            self._in_progress -= 1
+            if not self._in_progress:
+                self._idle.set()
+        return response
+
+    def _close_if_needed(self, request: web.BaseRequest, response: web.Response) -> web.Response:
+        """Mark the connection for closing if its next request could not be found, or not be served."""
+        if self._draining or not request.content.is_eof():
             response.force_close()
         return response
 
-    def _let_in(self, request: web.BaseRequest, headers: Headers) -> None:
-        found = self._guard.find_error(request.method, headers, request.raw_headers)
-        if found is not None:
+    def _validate(self, request: web.BaseRequest, headers: Headers) -> None:
+        error = self._validator.find_error(request.method, headers, request.raw_headers)
+        if error is not None:
             protocol = detect_protocol(request.raw_path, headers)
-            raise EarlyResponse(error_response(protocol, found.status, found.code, found.message), close=True)
+            raise EarlyResponse(error_response(protocol, error.status, error.code, error.message), close=True)
 
-    def _own(self, path: str, headers: Headers) -> web.Response | None:
-        """The answer to what is asked of the gateway itself, for whoever may ask."""
+    def _own_response(self, path: str, headers: Headers) -> web.Response | None:
+        """Return the response of the gateway's own pages, or None for a call.
+
+        Raises:
+            EarlyResponse: the caller is not authorized.
+        """
         if path == "/healthz":
-            body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
-            return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
-        if not self._senders.is_authorized(headers):
-            message = f"this gateway wants its token in the header {TOKEN_HEADER}"
+            body = msgspec.json.encode({"status": "draining" if self._draining else "ok"})
+            return web.Response(status=503 if self._draining else 200, body=body, content_type=JSON)
+        if not self._callers.is_authorized(headers):
+            message = f"this gateway needs its token in the header {TOKEN_HEADER}"
             raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
         if path == "/metrics":
             return web.Response(body=self.metrics.render(), headers={"content-type": "text/plain; version=0.0.4"})
         return None
 
-    def _place(self, path: str, headers: Headers) -> Destination:
-        """Where a request goes."""
-        protocol = detect_protocol(path, headers)
-        if self.draining:
-            raise _draining(protocol)
-        place = find_destination(self.targets, path, headers)
-        if place is None:
-            names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
-            there = f"/v1/... (by what is spoken), {names}, /healthz, /metrics"
-            message = f"nothing is behind {path[:200]!r} here: there are {there}"
-            raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
-        return place
-
-    async def _pass(
-        self, request: web.BaseRequest, headers: Headers, place: Destination, body: BodyReservation
-    ) -> web.StreamResponse:
-        target = place.target
-        try:
-            async with self._until_cut_off():
-                value = await self._ask(request, headers, place, body)
-        except TimeoutError:
-            raise _draining(target.protocol) from None
-        if isinstance(value, GatewayResponse):
-            return self._close_early(request, _whole(value))
-        return await self._stream(request, value, target.protocol)
-
-    async def _ask(self, request: web.BaseRequest, headers: Headers, place: Destination, body: BodyReservation) -> Any:
-        """What the provider answers: an `Answer`, or one that is `StreamingResponse`.
+    def _find_destination(self, path: str, headers: Headers) -> Destination:
+        """Return the destination of a call.
 
         Raises:
-            Answered: it does not.
+            EarlyResponse: the gateway is draining, or no target has this path.
         """
-        target = place.target
-        passage = await self._passage(request, headers, place, body)
+        protocol = detect_protocol(path, headers)
+        if self._draining:
+            raise _draining_response(protocol)
+        destination = find_destination(self.targets, path, headers)
+        if destination is None:
+            names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
+            paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
+            message = f"the path {path[:_MAX_PATH_SHOWN]!r} leads nowhere; the paths of this gateway are {paths}"
+            raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
+        return destination
+
+    async def _forward(
+        self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
+    ) -> web.StreamResponse:
+        protocol = destination.target.protocol
         try:
-            return await target.upstream.runner.run(passage, ForwardedCall.attempt)
+            async with self._abortable_block():
+                response = await self._call(request, headers, destination, reservation)
+        except TimeoutError:
+            raise _draining_response(protocol) from None
+        if isinstance(response, GatewayResponse):
+            return self._close_if_needed(request, _to_aiohttp(response))
+        return await self._stream(request, response, protocol)
+
+    async def _call(
+        self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
+    ) -> Any:
+        """Return the provider's response: a `GatewayResponse` or a `StreamingResponse`.
+
+        Raises:
+            EarlyResponse: the upstream rejected the call, or its last attempt failed.
+        """
+        target = destination.target
+        call = await self._read_call(request, headers, destination, reservation)
+        try:
+            return await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
         except TRANSPORT_ERRORS as error:
-            message = f"the provider {target.name!r} could not be reached, or broke off: {_why(error)}"
+            message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
 
-    async def _passage(
-        self, request: web.BaseRequest, headers: Headers, place: Destination, body: BodyReservation
+    async def _read_call(
+        self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
     ) -> ForwardedCall:
-        """A request, read and found fit to be sent on."""
-        target = place.target
+        """Read a request, and return the call to make.
+
+        Raises:
+            EarlyResponse: a header or the body is invalid, or the bodies of all calls take too much memory.
+        """
+        target = destination.target
         try:
             offset = clock.now() - clock.wall_time()
-            sender = self._senders.read(headers, offset=offset, shared_account=target.settings.share_keys)
+            caller = self._callers.read(headers, offset=offset, shared_account=target.settings.share_keys)
         except InvalidHeader as error:
-            raise EarlyResponse(
-                error_response(target.protocol, 400, "forebay_bad_header", str(error)), close=True
-            ) from None
+            response = error_response(target.protocol, 400, "forebay_bad_header", str(error))
+            raise EarlyResponse(response, close=True) from None
         try:
-            content = await read_body(request, body, self._settings, target.protocol)
+            body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
-            raise self._no_room(target) from None
-        asked = IncomingRequest(
+            raise self._body_memory_full(target) from None
+        timeouts = read_client_timeouts(headers)
+        incoming = IncomingRequest(
             method=request.method,
             raw_headers=request.raw_headers,
             headers=headers,
-            body=content,
-            caller=sender,
-            timeouts=read_client_timeouts(headers),
+            body=body,
+            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, clock.now() + timeouts.max_wait)),
+            read_timeout=timeouts.read_timeout,
         )
-        passage = ForwardedCall(
-            target.upstream.core, place.url, place.path, asked, client=self._outgoing, metrics=self.metrics
+        call = ForwardedCall(
+            target.upstream.core, destination.url, destination.path, incoming, client=self._client, metrics=self.metrics
         )
-        _object_to(passage, asked.body, target.protocol)
-        return passage
+        _check_call(call, body, target.protocol)
+        return call
 
     async def _stream(
-        self, request: web.BaseRequest, opened: StreamingResponse, protocol: ApiProtocol
+        self, request: web.BaseRequest, streaming: StreamingResponse, protocol: ApiProtocol
     ) -> web.StreamResponse:
-        """Pass an answer on while it comes."""
-        answer = opened.response
-        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=opened.headers)
+        """Pass a streaming response on as it arrives."""
+        upstream = streaming.response
+        response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=streaming.headers)
         try:
             try:
-                async with self._until_cut_off():
+                async with self._abortable_block():
                     await response.prepare(request)
-                    broke = await _copy(opened, response)
+                    problem = await _copy(streaming, response)
             except TimeoutError:
-                broke = "this gateway is shut down"
-            if not broke:
-                answer.release()
-            elif opened.at_event_boundary and not (self._cut and request.protocol.writing_paused):
-                await response.write(stream_error_event(protocol, broke))
+                problem = "this gateway was shut down"
+            if not problem:
+                upstream.release()
+            elif streaming.at_event_boundary and not (self._aborted and request.protocol.writing_paused):
+                await response.write(stream_error_event(protocol, problem))
             else:
-                raise ConnectionResetError  # what follows would be taken for the rest of what has begun
+                raise ConnectionResetError  # an error event would be read as the rest of an unfinished event
             await response.write_eof()
         finally:
-            opened.reader.abandon()
-            answer.close()
+            streaming.reader.abandon()
+            upstream.close()
         return response
 
-    def _no_room(self, target: Target) -> EarlyResponse:
-        """Nothing is read of a body for which there is no room; whoever sends it comes back, each at another time."""
+    def _body_memory_full(self, target: Target) -> EarlyResponse:
+        """Return the response to a call without memory for its body, which is not read. Callers retry spread out."""
         self.metrics.count_rejection(target.name, "bodies")
-        most = self._settings.max_held_bytes
-        message = f"the calls under way here hold {most:,} bytes together (max_held_bytes), or would with this one"
-        seconds = _COME_BACK * (0.5 + clock.draw())
+        limit = self._settings.max_held_bytes
+        message = f"with this call the bodies of all calls would exceed {limit:,} bytes together (max_held_bytes)"
+        seconds = _BODY_RETRY_AFTER * (0.5 + clock.draw())
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
 
 
-async def _copy(opened: StreamingResponse, response: web.StreamResponse) -> str:
-    """Pass an answer on to its end; returns why it broke off, or nothing."""
-    chunks = opened.response.content.iter_any()
+async def _copy(streaming: StreamingResponse, response: web.StreamResponse) -> str:
+    """Pass a response on to its end; return why it broke off, or an empty string."""
+    chunks = streaming.response.content.iter_any()
     chunk: bytes | None = b""
     while chunk is not None:
         try:
             chunk = await anext(chunks, None)
         except TRANSPORT_ERRORS as error:
-            opened.reader.fail()
-            return f"the provider broke off: {_why(error)}"
-        if passed := opened.feed(chunk):
+            streaming.reader.fail()
+            return f"the provider broke off: {_describe(error)}"
+        if passed := streaming.feed(chunk):
             await response.write(passed)
     return ""
 
 
-def _object_to(passage: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:
-    """Answer what its provider need not be asked about.
+def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:
+    """Check a call that its provider need not be asked about.
 
     Raises:
-        Answered: it is wrong.
+        EarlyResponse: it opens a WebSocket, or its body is not the JSON object that its endpoint needs.
     """
-    if passage.parsed.websocket:
-        message = "WebSockets do not pass this gateway, for nothing on them can be metered: connect to the provider"
+    parsed = call.parsed
+    if parsed.websocket:
+        message = "WebSockets do not pass this gateway, since they cannot be metered: connect to the provider directly"
         raise EarlyResponse(error_response(protocol, 400, "forebay_websocket", message), close=True)
-    if passage.parsed.endpoint in _JSON_ROUTES and not passage.parsed.signed and not passage.parsed.input_tokens:
-        try:  # nothing was found in it to be sent: why not?
+    if parsed.endpoint in _JSON_ENDPOINTS and not parsed.signed and not parsed.input_tokens:
+        try:  # no input was found: is the body valid at all?
             _object.decode(body)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            message = f"the body is no JSON object: {error}"
+            message = f"the body is not a JSON object: {error}"
             raise EarlyResponse(error_response(protocol, 400, "forebay_bad_json", message)) from None
 
 
-def _draining(protocol: ApiProtocol) -> EarlyResponse:
-    back = ("retry-after-ms", "1000")
+def _draining_response(protocol: ApiProtocol) -> EarlyResponse:
     message = "this gateway is shutting down: call again"
-    return EarlyResponse(error_response(protocol, 503, "forebay_draining", message, back), close=True)
+    response = error_response(protocol, 503, "forebay_draining", message, ("retry-after-ms", "1000"))
+    return EarlyResponse(response, close=True)
 
 
-def _whole(answer: GatewayResponse, *, close: bool = False) -> web.Response:
-    response = web.Response(status=answer.status, headers=CIMultiDict(answer.headers), body=answer.body)
+def _to_aiohttp(response: GatewayResponse, *, close: bool = False) -> web.Response:
+    result = web.Response(status=response.status, headers=CIMultiDict(response.headers), body=response.body)
     if close:
-        response.force_close()
-    return response
+        result.force_close()
+    return result
 
 
-def _why(error: BaseException) -> str:
-    """What went wrong on the way to a provider; its address is left out, for that of a proxy may hold a password."""
+def _describe(error: BaseException) -> str:
+    """Return the message of a transport error, without URLs: that of an HTTP proxy may contain a password."""
     if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"the HTTP proxy on the way there answered {error.status} {error.message}"[:_LONGEST]
+        return f"the HTTP proxy answered {error.status} {error.message}"[:_MAX_SHOWN]
     text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
-    return (text or type(error).__name__)[:_LONGEST]
+    return (text or type(error).__name__)[:_MAX_SHOWN]

@@ -1,38 +1,50 @@
-"""How calls leave the gateway: by one client, and by the HTTP proxy of a provider, if it has one."""
+"""The HTTP client that sends calls to providers, through the HTTP proxy that the environment names, if any."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
+from forebay.gateway.http_proxy import http_proxy_for
+
+_HEADERS_NOT_ADDED: Final = ("User-Agent", "Content-Type", "Accept", "Accept-Encoding")
 
 
 class HttpClient:
-    """Sends requests.
+    """The client of all calls of a gateway.
 
     Args:
-        session: that they are sent by.
-        proxies: the origins that are reached through one, and which: see `forebay.gateway.http_proxy`.
+        session: sends the requests.
+        providers: base URLs of the providers.
+        environment: names their HTTP proxies, see `http_proxy_for`.
+
+    Raises:
+        InvalidSetting: an HTTP proxy in the environment is not an ``http://`` address.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, proxies: Mapping[str, str]) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, providers: Iterable[str], environment: Mapping[str, str]
+    ) -> None:
         self._session = session
-        self._proxies = {URL(origin, encoded=True).origin(): URL(proxy) for origin, proxy in proxies.items()}
+        proxies = {url: http_proxy_for(url, environment) for url in providers}
+        self._proxies = {
+            URL(url, encoded=True).origin(): URL(proxy) for url, proxy in proxies.items() if proxy is not None
+        }
 
     async def send(
-        self, method: str, url: URL, headers: CIMultiDict[str], body: bytes, timeout: aiohttp.ClientTimeout
+        self, method: str, url: URL, headers: CIMultiDict[str], body: bytes, limits: aiohttp.ClientTimeout
     ) -> aiohttp.ClientResponse:
-        """Send a request with these headers and no others, and wait for the head of its answer.
+        """Send a request with exactly these headers, and return the response once its head has arrived.
 
-        Redirects are not followed: the key in the headers is for this address.
+        Redirects are not followed: the API key in the headers is for this address only.
 
         Raises:
-            aiohttp.ClientError, OSError, asyncio.TimeoutError: it could not be reached, or says nothing.
+            aiohttp.ClientError, OSError, asyncio.TimeoutError: the provider could not be reached, or did not answer
+                within the time limits.
         """
         return await self._session.request(
             method,
@@ -40,7 +52,7 @@ class HttpClient:
             headers=headers,
             data=body or None,
             allow_redirects=False,
-            skip_auto_headers=_NOT_ADDED,
-            timeout=timeout,
+            skip_auto_headers=_HEADERS_NOT_ADDED,
+            timeout=limits,
             proxy=self._proxies.get(url.origin()) if self._proxies else None,
         )

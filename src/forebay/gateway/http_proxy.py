@@ -1,66 +1,59 @@
-"""Through which HTTP proxy a provider is reached, as the environment has it."""
+"""The HTTP proxy through which a provider is reached, as the environment names it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
-from urllib.parse import SplitResult, urlsplit
-from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined] # typeshed has it not
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined] # missing in typeshed
 
-from forebay.errors import InvalidSetting
+from forebay._validate import reject
 from forebay.gateway.address import is_loopback
 
 _SUFFIX: Final = "_proxy"
 
 
-def origin_of(url: str) -> str:
-    """Scheme, host and port of an address, as they stand in it."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
-
-
 def http_proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
-    """The proxy by which an address is reached, as curl and the SDKs read the environment; None for none.
+    """Return the HTTP proxy for an address, by the environment as curl and the SDKs read it; None for a direct way.
 
-    ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``ALL_PROXY`` name it, ``NO_PROXY`` the hosts that are reached without; of a
-    name in capital and small letters the small ones count. This machine is never reached through one.
+    ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``ALL_PROXY`` name it, ``NO_PROXY`` the hosts that are reached directly; a name
+    in lower case outweighs one in upper case. Loopback is always reached directly.
 
     Raises:
-        InvalidSetting: it is no ``http://`` address.
+        InvalidSetting: the proxy is not an ``http://`` address.
     """
-    named = _proxies_in(environment)
+    proxies = _proxies_in(environment)
     parts = urlsplit(url)
     host = parts.hostname or ""
-    scheme = next((scheme for scheme in (parts.scheme, "all") if named.get(scheme)), None)
-    if scheme is None or is_loopback(host) or proxy_bypass_environment(host, named):
+    scheme = next((scheme for scheme in (parts.scheme, "all") if proxies.get(scheme)), None)
+    if scheme is None or is_loopback(host) or proxy_bypass_environment(host, proxies):
         return None
-    text = named[scheme] if "://" in named[scheme] else f"http://{named[scheme]}"
-    if not _is_http(text):
+    proxy = proxies[scheme] if "://" in proxies[scheme] else f"http://{proxies[scheme]}"
+    if not _is_http(proxy):
         expected = "the address of an HTTP proxy, such as http://proxy:3128; or name the provider's host in NO_PROXY"
-        raise InvalidSetting(
-            owner="the environment", name=f"{scheme.upper()}_PROXY", value=without_password(text), expected=expected
-        )
-    return text
+        reject("the environment", f"{scheme.upper()}_PROXY", without_password(proxy), expected)
+    return proxy
 
 
 def without_password(proxy: str) -> str:
-    """It without its password."""
+    """Return the address of a proxy as it may be shown: with ``***`` in place of user and password."""
     before, _, host = proxy.rpartition("@")
     return f"{before.partition('://')[0]}://***@{host}" if before else proxy
 
 
 def _proxies_in(environment: Mapping[str, str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for name in sorted(environment):  # small letters come last, and count
+    """Return the proxies of an environment by scheme, and its ``NO_PROXY`` as ``no``."""
+    proxies: dict[str, str] = {}
+    for name in sorted(environment):  # names in lower case come last, and win
         if name.lower().endswith(_SUFFIX):
-            named[name.lower().removesuffix(_SUFFIX)] = environment[name]
-    return named
+            proxies[name.lower().removesuffix(_SUFFIX)] = environment[name]
+    return proxies
 
 
-def _is_http(text: str) -> bool:
+def _is_http(address: str) -> bool:
     try:
-        parts: SplitResult = urlsplit(text)
-        parts.port  # noqa: B018 - raises if it is none
+        parts = urlsplit(address)
+        parts.port  # noqa: B018 - raises ValueError if it is invalid
     except ValueError:
         return False
     return parts.scheme == "http" and bool(parts.hostname)

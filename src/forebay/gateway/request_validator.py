@@ -1,4 +1,4 @@
-"""What is refused before anybody asks whose it is: what no SDK sends, and what a web page may have sent unasked."""
+"""Checks of a request's head, before it is authorized: bounds of HTTP, and requests that a web page may have forged."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from urllib.parse import urlsplit
 from forebay.gateway.address import is_loopback
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_FROM_CONTAINERS: Final = frozenset({"host.docker.internal", "host.containers.internal"})  # the machine's names there
-_BETWEEN: Final = 4  # bytes of a header field beside its name and its value
+_CONTAINER_NAMES: Final = frozenset(
+    {"host.docker.internal", "host.containers.internal"}
+)  # this machine, from inside one
+_FIELD_OVERHEAD: Final = 4  # bytes of a header field besides its name and value
+_MAX_SHOWN: Final = 100  # characters of a header in a message
 
 
 class RequestError(NamedTuple):
-    """Why a request is refused.
+    """The reason why a request is rejected.
 
     Attributes:
-        status: of HTTP.
-        code: one word for programs.
-        message: for a person: what to do.
+        status: the HTTP status.
+        code: for programs.
+        message: for a person, with what to do.
     """
 
     status: int
@@ -29,59 +32,60 @@ class RequestError(NamedTuple):
 
 
 class RequestValidator:
-    """Looks at the heads of requests.
+    """The checks of a gateway.
 
     Args:
-        most: bytes of a request's headers together.
-        own_only: nobody is asked for a token, so requests must be meant for this machine, and not be sent by a page
-            that a browser got elsewhere: such a page could otherwise use what this gateway has.
+        max_header_bytes: of a request's headers together.
+        local_only: the gateway asks for no token, so it serves only requests addressed to this machine, and none from a
+            web page of another origin, which could otherwise use the gateway unnoticed.
     """
 
     def __init__(self, *, max_header_bytes: int, local_only: bool) -> None:
-        self._most = max_header_bytes
-        self._own_only = local_only
+        self._max_header_bytes = max_header_bytes
+        self._local_only = local_only
 
     def find_error(
         self, method: str, headers: Mapping[str, str], raw_headers: Sequence[tuple[bytes, bytes]]
     ) -> RequestError | None:
-        """Why a request is refused; None if it is not.
+        """Return why a request is rejected, or None if it passes.
 
         Args:
             method: such as ``"POST"``.
             headers: by lower-case name.
-            raw: the same, as they came.
+            raw_headers: the same, as they were received.
         """
-        if sum([len(name) + len(value) + _BETWEEN for name, value in raw_headers]) > self._most:
-            message = f"the headers are longer than {self._most:,} bytes, the bound of this gateway"
+        if sum([len(name) + len(value) + _FIELD_OVERHEAD for name, value in raw_headers]) > self._max_header_bytes:
+            message = f"the headers are longer than {self._max_header_bytes:,} bytes, the limit of this gateway"
             return RequestError(431, "forebay_long_head", message)
         if method not in _METHODS:
-            return RequestError(
-                405, "forebay_method", f"{method} does not pass: there are {', '.join(sorted(_METHODS))}"
-            )
+            message = f"the method {method} is not allowed; allowed are {', '.join(sorted(_METHODS))}"
+            return RequestError(405, "forebay_method", message)
         coding = headers.get("transfer-encoding", "chunked")
         if coding.lower() != "chunked":
-            return RequestError(501, "forebay_coding", "of transfer codings only 'chunked' is understood")
+            return RequestError(501, "forebay_coding", "the only supported Transfer-Encoding is 'chunked'")
         if headers.get("expect", "100-continue").lower() != "100-continue":
-            return RequestError(417, "forebay_expect", "nothing but '100-continue' may be expected")
-        return self._find_foreign_origin(headers) if self._own_only else None
+            return RequestError(417, "forebay_expect", "the only supported Expect is '100-continue'")
+        return self._find_foreign_origin(headers) if self._local_only else None
 
     def _find_foreign_origin(self, headers: Mapping[str, str]) -> RequestError | None:
         host, origin = headers.get("host"), headers.get("origin")
-        instead = "to be called from there, let the gateway ask for a token (--token-env VARIABLE)"
+        advice = "to allow it, let the gateway ask for a token (--token-env VARIABLE)"
         if host is not None and not _is_local("//" + host):
-            message = f"this gateway is for callers on its own machine, but the Host is {host[:100]!r}: {instead}"
+            shown = host[:_MAX_SHOWN]
+            message = f"without a token this gateway serves its own machine only, not the Host {shown!r}: {advice}"
             return RequestError(403, "forebay_host", message)
         if origin is not None and not _is_local(origin):
-            message = f"this gateway is not for pages of {origin[:100]!r}: {instead}"
+            shown = origin[:_MAX_SHOWN]
+            message = f"without a token this gateway serves no web page of {shown!r}: {advice}"
             return RequestError(403, "forebay_origin", message)
         return None
 
 
 @functools.lru_cache(maxsize=256)
 def _is_local(url: str) -> bool:
-    """Whether a URL names this machine, which no other can make its own name mean."""
+    """Return whether the host of a URL is this machine by definition, so that no DNS record can claim to be it."""
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:
         return False
-    return host in _FROM_CONTAINERS or is_loopback(host)
+    return host in _CONTAINER_NAMES or is_loopback(host)

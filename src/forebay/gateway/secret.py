@@ -1,4 +1,4 @@
-"""Where the token is that callers present: never in the configuration itself."""
+"""Secrets: the gateway's token and API keys, read from the environment or a file, never from the configuration."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Final
 
 from forebay.errors import ForebayError
 
-_FIT: Final = re.compile(r"[!-~]{16,4096}")  # what a header carries as it is; shorter ones are guessed
+_TOKEN: Final = re.compile(r"[!-~]{16,4096}")  # a header carries it unchanged; a shorter one could be guessed
 
 
 class InvalidSecret(ForebayError, ValueError):
-    """The token that callers present is not in {where}: {problem}. A good one: openssl rand -hex 32."""
+    """The token that callers present cannot be read from {where}: {problem}. To make one: openssl rand -hex 32."""
 
 
 class MissingFallbackKey(ForebayError, LookupError):
-    """The API key of a fallback is not in the environment variable {variable}: that is empty, or not set."""
+    """The API key of a fallback is missing: set the environment variable {variable}, which is empty or not set."""
 
     variable: str
 
 
 def read_token(variable: str | None, file: str | None, environment: Mapping[str, str]) -> str:
-    """The token that is in a variable of the environment or, if None is named, in a file; blanks around it apart.
+    """Return the token in an environment variable or, if that is None, in a file; surrounding spaces are ignored.
 
     Raises:
-        InvalidSecret: it is not there, or would be no secret.
+        InvalidSecret: it is missing, or not fit to be a token.
     """
     if variable is not None:
         where, text = f"the environment variable {variable}", environment.get(variable, "")
     else:
-        where, text = f"the file {file}", _read(str(file))
+        where, text = f"the file {file}", _read_file(str(file))
     token = text.strip()
     if not token:
-        raise InvalidSecret(where=where, problem="that is empty, or not set")
-    if not _FIT.fullmatch(token):
-        raise InvalidSecret(where=where, problem="what is there is no 16 to 4,096 printable characters without blanks")
+        raise InvalidSecret(where=where, problem="it is empty or not set")
+    if not _TOKEN.fullmatch(token):
+        raise InvalidSecret(where=where, problem="it must be 16 to 4,096 printable characters without spaces")
     return token
 
 
 def read_api_key(variable: str, environment: Mapping[str, str]) -> str:
-    """An API key that is in a variable of the environment.
+    """Return the API key in an environment variable.
 
     Raises:
-        MissingKey: it is not.
+        MissingFallbackKey: it is empty or not set.
     """
     key = environment.get(variable, "").strip()
     if not key:
@@ -52,9 +52,9 @@ def read_api_key(variable: str, environment: Mapping[str, str]) -> str:
     return key
 
 
-def _read(file: str) -> str:
+def _read_file(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise InvalidSecret(where=f"the file {file}", problem=f"{why}") from None
+        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InvalidSecret(where=f"the file {file}", problem=f"{problem}") from None

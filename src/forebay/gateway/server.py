@@ -1,4 +1,4 @@
-"""The gateway as a server: its sockets, its bounds, and how it ends."""
+"""The gateway as a server: its connections, their bounds, draining and signals."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import disable_created_metrics
 
+from forebay._text import format_duration
 from forebay.errors import ForebayError
 from forebay.events import log
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.settings import GatewaySettings
 
-_FULL: Final = (
+_TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
     b"retry-after-ms: 1000\r\ncontent-length: %d\r\n\r\n%b"
 )
-_ENDLESS: Final = (
+_HEAD_TOO_LONG: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\n\r\n%b"
 )
-_HEADERS: Final = 200  # fields of a request
-_LINGER: Final = 1.0  # seconds that a body is read on after its request was refused, or the refusal might be lost
-_KEPT: Final = 30.0  # seconds that a connection to a provider is, less than providers keep them
-_FILES: Final = 2  # of a call: to its caller, and to its provider
+_MAX_FIELDS: Final = 200  # header fields of a request
+_LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
+_KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
+_FILES_PER_CALL: Final = 2  # the sockets to its caller and to its provider
 _OTHER_FILES: Final = 100
-_LAST_WORDS: Final = 1.0  # seconds in which who is cut off is told so
+_ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of aborted calls
 
 
 class _TooManyConnections(asyncio.Protocol):
-    """Tells a caller that there are too many connections, and hangs up."""
+    """A connection beyond the limit: it answers 503 and closes."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        body = error_response("openai", 503, "forebay_connections", "too many connections are open here").body
-        cast("asyncio.Transport", transport).write(_FULL % (len(body), body))
+        body = error_response("openai", 503, "forebay_connections", "this gateway has too many open connections").body
+        cast("asyncio.Transport", transport).write(_TOO_MANY_CONNECTIONS % (len(body), body))
         transport.close()
 
 
 class _Connection(web.RequestHandler):
-    """One connection: bounded in what it holds and how long, its errors of HTTP told in JSON as well."""
+    """One connection: bounded in memory and time, with HTTP errors reported as JSON."""
 
     _wire: asyncio.Transport
 
@@ -57,99 +58,101 @@ class _Connection(web.RequestHandler):
             loop=loop,
             max_line_size=settings.max_header_bytes,
             max_field_size=settings.max_header_bytes,
-            max_headers=_HEADERS,
+            max_headers=_MAX_FIELDS,
             keepalive_timeout=settings.idle_timeout,
             lingering_time=_LINGER,
             auto_decompress=False,
-            access_log=None,  # type: ignore[arg-type] # that is how aiohttp is told that there is none
+            access_log=None,  # type: ignore[arg-type] # aiohttp's way to have none
         )
-        self._most_head = settings.max_header_bytes
+        self._max_header_bytes = settings.max_header_bytes
         self._send_timeout = settings.send_timeout
-        self._head = 0  # bytes of a head that is not whole yet
-        self._newest: aiohttp.StreamReader | None = None  # the body of the request that came last
-        self._ahead = False  # more has come than its turn, so nothing more is read
-        self._unsent: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # of a head that is not complete yet
+        self._last_body: aiohttp.StreamReader | None = None  # of the request that came last
+        self._reading_paused = False  # too much was pipelined ahead of the current response
+        self._send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.ApiProtocol`."""
+        """See `asyncio.Protocol`."""
         self._wire = cast("asyncio.Transport", transport)
-        self._wire.set_write_buffer_limits(high=0)  # so that it is told of whatever waits to be sent
+        self._wire.set_write_buffer_limits(high=0)  # so that `pause_writing` is called whenever something is unsent
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """See `asyncio.ApiProtocol`."""
-        self._stop_watch()
+        """See `asyncio.Protocol`."""
+        self._stop_send_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """See `asyncio.ApiProtocol`; a head is not read without end, nor what is sent ahead of an answer."""
-        known, of_body = len(self._messages), self._newest is not None and not self._newest.is_eof()
+        """See `asyncio.Protocol`; bounds the head of a request, and requests pipelined ahead of a response."""
+        messages = len(self._messages)
+        in_body = self._last_body is not None and not self._last_body.is_eof()
         super().data_received(data)
-        if len(self._messages) > known:
-            self._newest = self._messages[-1][1]
-            self._head = 0
+        if len(self._messages) > messages:
+            self._last_body = self._messages[-1][1]
+            self._head_bytes = 0
         else:
-            self._head = 0 if of_body else self._head + len(data)
-        waits = self._waiter is not None and not self._waiter.done()
-        if self._head > self._most_head + _HEADERS:
-            if not waits:
-                self.close()  # once what is under way has its answer
+            self._head_bytes = 0 if in_body else self._head_bytes + len(data)
+        idle = self._waiter is not None and not self._waiter.done()
+        if self._head_bytes > self._max_header_bytes + _MAX_FIELDS:
+            if not idle:
+                self.close()  # after the current response
                 return
-            body = error_response("openai", 431, "forebay_long_head", "the head of this request does not end").body
-            self._wire.write(_ENDLESS % (len(body), body))
+            message = f"the head of this request is longer than {self._max_header_bytes:,} bytes"
+            body = error_response("openai", 431, "forebay_long_head", message).body
+            self._wire.write(_HEAD_TOO_LONG % (len(body), body))
             self.force_close()
-        elif not waits:
+        elif not idle:
             self.limit_read_ahead()
 
-    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's own
-        """A body has been taken out of its buffer; but what was sent ahead is still there."""
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - as in aiohttp
+        """Read on after a body has left its buffer, unless too much is pipelined."""
         super().resume_reading(resume_parser)
         self.limit_read_ahead()
 
     def limit_read_ahead(self) -> None:
-        """Read on only while what came before its turn is short: it waits in no line, and counts as no body.
+        """Pause reading while more than a head is pipelined: such requests are in no queue, and in no body memory.
 
-        While nothing is read it is not heard that its caller hangs up. To close the connection instead would cost those
-        their next call who send it, with a long body, in the moment in which an answer is done.
+        While reading is paused, a caller's hang-up goes unnoticed. Closing the connection instead would fail the next
+        call of callers that send it, with a long body, just as a response ends.
         """
         if self._wire.is_closing():
             return
-        ahead = self._head + sum(body.total_bytes for _, body in self._messages)
-        if ahead > self._most_head + _HEADERS:
-            self._ahead = True
+        pipelined = self._head_bytes + sum(body.total_bytes for _, body in self._messages)
+        if pipelined > self._max_header_bytes + _MAX_FIELDS:
+            self._reading_paused = True
             self._wire.pause_reading()
-        elif self._ahead:
-            self._ahead = False
+        elif self._reading_paused:
+            self._reading_paused = False
             self._wire.resume_reading()
 
     def pause_writing(self) -> None:
-        """See `asyncio.ApiProtocol`; who takes nothing of its answer is not waited for without end."""
+        """See `asyncio.Protocol`; starts the timer that disconnects a caller who reads nothing."""
         super().pause_writing()
-        self._watch()
+        self._start_send_timer()
 
     def resume_writing(self) -> None:
-        """See `asyncio.ApiProtocol`."""
+        """See `asyncio.Protocol`."""
         super().resume_writing()
-        self._stop_watch()
+        self._stop_send_timer()
 
     def abort(self) -> None:
-        """Hang up, whatever is still to be sent."""
+        """Disconnect, whatever is unsent."""
         self._wire.abort()
 
-    def _watch(self) -> None:
-        size = self._wire.get_write_buffer_size()
-        self._unsent = self._loop.call_later(self._send_timeout, self._look, size)
+    def _start_send_timer(self) -> None:
+        unsent = self._wire.get_write_buffer_size()
+        self._send_timer = self._loop.call_later(self._send_timeout, self._check_sent, unsent)
 
-    def _look(self, before: int) -> None:
+    def _check_sent(self, before: int) -> None:
         if self._wire.get_write_buffer_size() == before:
             self._wire.abort()
         else:
-            self._watch()
+            self._start_send_timer()
 
-    def _stop_watch(self) -> None:
-        if self._unsent is not None:
-            self._unsent.cancel()
-            self._unsent = None
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
     def handle_error(
         self,
@@ -158,24 +161,24 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """What is no HTTP, and what nobody has foreseen."""
+        """Return the response for invalid HTTP, or for a bug of this gateway."""
         if request.writer.output_size > 0:
             raise ConnectionError from exc
         if status >= 500:  # noqa: PLR2004
-            log.error("a request could not be answered", exc_info=exc)
-            message = "this gateway has failed: its log says how"
-        answer = error_response("openai", status, "forebay_bad_request", (message or "this is no HTTP/1.1")[:300])
-        response = web.Response(status=status, headers=dict(answer.headers), body=answer.body)
+            log.error("a request failed by a bug of the gateway", exc_info=exc)
+            message = "this gateway failed: see its log"
+        error = error_response("openai", status, "forebay_bad_request", (message or "this is not HTTP/1.1")[:300])
+        response = web.Response(status=status, headers=dict(error.headers), body=error.body)
         response.force_close()
         return response
 
 
 class _Server(web.Server):
-    """A server with a bound on its connections."""
+    """A server with a limit on its connections."""
 
-    def __init__(self, proxy: Forwarder, settings: GatewaySettings) -> None:
+    def __init__(self, forwarder: Forwarder, settings: GatewaySettings) -> None:
         super().__init__(self._handle, handler_cancellation=True)
-        self._proxy = proxy
+        self._forwarder = forwarder
         self._settings = settings
 
     def __call__(self) -> Any:
@@ -184,34 +187,35 @@ class _Server(web.Server):
         return _Connection(self, self._settings, loop=asyncio.get_running_loop())
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        cast("_Connection", request.protocol).limit_read_ahead()  # its turn has come
-        return self._proxy.handle(request)
+        cast("_Connection", request.protocol).limit_read_ahead()  # this request is no longer ahead
+        return self._forwarder.handle(request)
 
     async def end(self) -> None:
-        """Close all connections, and what is left of them after the last words."""
-        handlers = self.connections
-        self.pre_shutdown()  # those without a request
-        await self.shutdown(_LAST_WORDS)
-        for handler in handlers:
-            cast("_Connection", handler).abort()
+        """Close all connections; those that are still open after a grace period are aborted."""
+        connections = self.connections
+        self.pre_shutdown()  # idle ones
+        await self.shutdown(_ABORT_GRACE)
+        for connection in connections:
+            cast("_Connection", connection).abort()
 
 
-def _over_tcp() -> aiohttp.BaseConnector:
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
+def _tcp_connector() -> aiohttp.BaseConnector:
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE)
 
 
 class Gateway:
-    """A gateway that listens while its block runs; leaving drains it.
+    """A gateway that listens while its block runs; leaving the block drains it.
 
     Args:
-        settings: what it was given.
-        environment: where its secrets are.
-        connect: makes what connects it to its providers; by default that is TCP.
+        settings: of the gateway.
+        environment: variables with its secrets, and with the HTTP proxies of its providers.
+        connector: makes the aiohttp connector to its providers, by default over TCP.
 
     Raises:
-        InvalidSecret: on entering; a secret is not there, or is not fit for one.
-        InvalidSetting: on entering; a fallback leads to where calls cannot go.
-        CannotListen: on entering; the address is taken, or is none of this machine's.
+        InvalidSecret: on entering; the token is missing, or not fit to be one.
+        MissingFallbackKey: on entering; the API key of a fallback is missing.
+        InvalidSetting: on entering; a fallback leads to a target of another protocol, or an HTTP proxy is invalid.
+        CannotListen: on entering; the address is in use, or not one of this machine.
     """
 
     def __init__(
@@ -219,17 +223,17 @@ class Gateway:
         settings: GatewaySettings,
         environment: Mapping[str, str] = os.environ,
         *,
-        connector: Callable[[], aiohttp.BaseConnector] = _over_tcp,
+        connector: Callable[[], aiohttp.BaseConnector] = _tcp_connector,
     ) -> None:
         self.settings = settings
         self._environment = environment
-        self._connect = connector
+        self._make_connector = connector
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=self._connect(), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            connector=self._make_connector(), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
         )
         address = self.settings.address
         try:
@@ -240,13 +244,13 @@ class Gateway:
         except BaseException as error:
             await self._session.close()
             if isinstance(error, OSError):
-                raise CannotListen(listen=self.settings.listen, problem=_why(error)) from None
+                raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
 
     @property
     def port(self) -> int:
-        """On which it listens."""
+        """Return the port on which it listens."""
         assert self._server is not None  # noqa: S101 - entered
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -259,41 +263,41 @@ class Gateway:
         self.drain()
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                await self.forwarder.idle.wait()
+                await self.forwarder.wait_idle()
         except TimeoutError:
             self.abort()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS):
-                    await self.forwarder.idle.wait()
+                async with asyncio.timeout(_ABORT_GRACE):
+                    await self.forwarder.wait_idle()
         finally:
             self._server.close()
             await self._web.end()
             await self._session.close()
 
     def drain(self) -> None:
-        """Let nobody in any more; whoever comes is told so until the block is left."""
-        self.forwarder.draining = True
+        """Reject new calls with 503 from now on; calls in progress continue."""
+        self.forwarder.drain()
 
     def abort(self) -> None:
-        """End what is under way, without waiting for it."""
+        """Drain, and end the calls in progress at once with an error."""
         self.drain()
         self.forwarder.abort()
 
 
 class CannotListen(ForebayError, OSError):
-    """Nothing can listen on {listen}: {problem}. Give another address, or stop what listens there."""
+    """The gateway cannot listen on {listen}: {problem}. Give another address, or stop the program that uses it."""
 
 
-def _why(error: OSError) -> str:
-    """What the machine says; asyncio's own words tell the address again."""
-    number = error.errno or 0  # below 0 it is that of a name that was not found
+def _reason(error: OSError) -> str:
+    """Return the system's message; asyncio's own repeats the address."""
+    number = error.errno or 0  # negative if a name was not found
     return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
 def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
     """See `forebay.gateway.serve`."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    _open_more_files(_FILES * settings.max_connections + _OTHER_FILES)
+    _raise_file_limit(_FILES_PER_CALL * settings.max_connections + _OTHER_FILES)
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(_run(settings, ready))
     return 0
@@ -302,25 +306,25 @@ def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -
 async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> None:
     stop = asyncio.Event()
 
-    def asked_to_stop() -> None:
+    def on_signal() -> None:
         if stop.is_set():
-            gateway.abort()  # the second time it is meant
+            gateway.abort()  # the second signal
         stop.set()
 
     async with Gateway(settings) as gateway:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, asked_to_stop)
+            loop.add_signal_handler(number, on_signal)
         ready(gateway)
         await stop.wait()
-        log.info("draining: calls under way have %g s", settings.drain_timeout)
+        log.info("draining: calls in progress have %s to end", format_duration(settings.drain_timeout))
 
 
-def _open_more_files(wanted: int) -> None:
-    """Let this process have as many files open as its connections may take, as far as the machine allows that."""
+def _raise_file_limit(wanted: int) -> None:
+    """Raise this process's limit of open files to `wanted`, as far as the system allows."""
     if sys.platform == "win32":
         return
-    import resource  # noqa: PLC0415 - not everywhere
+    import resource  # noqa: PLC0415 - not on Windows
 
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if now == resource.RLIM_INFINITY or now >= wanted:
@@ -331,8 +335,8 @@ def _open_more_files(wanted: int) -> None:
         now = allowed
     if now < wanted:
         log.warning(
-            "this process may have %d files open, too few for max_connections: raise the limit (ulimit -n %d), or"
-            " lower that",
+            "this process may open %d files, too few for max_connections: raise the limit (ulimit -n %d), or lower"
+            " max_connections",
             now,
             wanted,
         )
@@ -340,7 +344,7 @@ def _open_more_files(wanted: int) -> None:
 
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
-        import uvloop  # noqa: PLC0415 - it is faster, and not everywhere
+        import uvloop  # noqa: PLC0415 - faster, and not on Windows
     except ModuleNotFoundError:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()

@@ -1,18 +1,18 @@
-"""What a gateway is made with, typed and checked. `docs/gateway.md` has the same as a table."""
+"""The settings of a gateway, typed and checked. `docs/gateway.md` has them as a table."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 import msgspec
 from msgspec import field
 
+from forebay._validate import is_positive, is_whole, reject
 from forebay.errors import InvalidSetting
 from forebay.gateway.address import Address, parse_address, url_problem
 from forebay.gateway.secret import read_api_key, read_token
-from forebay.gateway.setting_checks import check_positive, check_positive_int, is_positive, reject_setting
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.upstream import Fallback, Upstream
@@ -20,21 +20,50 @@ from forebay.upstream.providers import profile_for
 
 Trust = Literal["anyone", "token", "nobody"]
 
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it stands in paths, in readings and on the command line
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # it appears in paths, metrics and on the command line
 _HEADER: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, a field name
 _SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 _PASSWORD: Final = re.compile(r"://[^/?#]*@")
 _UNKNOWN_SERVER: Final = "openai-compatible"
 
 
-class QuotaSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Rates by the minute; what is not given is learned from headers.
+class _Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings that people write, so that no value is taken for granted, not even its type."""
+
+    def _reject(self, name: str, expected: str, *, value: object = ...) -> NoReturn:
+        """Reject a setting.
+
+        Args:
+            name: of the setting.
+            expected: what it must be, after "it must be".
+            value: of the setting, if it is not the attribute of that name, or must not be shown.
+
+        Raises:
+            InvalidSetting: always.
+        """
+        reject(type(self).__name__, name, getattr(self, name) if value is ... else value, expected)
+
+    def _check_whole(self, *names: str, optional: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not is_whole(value) and not (optional and value is None):
+                self._reject(name, "a whole number of at least 1")
+
+    def _check_positive(self, *names: str, unit: str, optional: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not is_positive(value) and not (optional and value is None):
+                self._reject(name, f"a positive number of {unit}")
+
+
+class QuotaSettings(_Settings, frozen=True, kw_only=True):
+    """Rate limits per minute; those left out are learned from rate-limit headers and 429s.
 
     Attributes:
         rpm: requests.
         input_tpm: LLM tokens sent.
         output_tpm: LLM tokens received.
-        tpm: LLM tokens of both kinds together, as some providers count.
+        tpm: LLM tokens sent and received together, as some providers count.
 
     Raises:
         InvalidSetting: one is not a whole number of at least 1.
@@ -46,32 +75,33 @@ class QuotaSettings(msgspec.Struct, frozen=True, kw_only=True):
     tpm: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive_int(self, "rpm", "input_tpm", "output_tpm", "tpm", optional=True)
+        self._check_whole("rpm", "input_tpm", "output_tpm", "tpm", optional=True)
 
     def quotas(self) -> list[Quota]:
-        """The same as an upstream takes it."""
-        given = (
+        """Return them as an upstream takes them."""
+        limits = (
             {"requests": self.rpm},
             {"input_tokens": self.input_tpm},
             {"output_tokens": self.output_tpm},
             {"tokens": self.tpm},
         )
-        return [Quota(**amount, per="minute") for amount in given if None not in amount.values()]
+        return [Quota(**amount, per="minute") for amount in limits if None not in amount.values()]
 
 
-class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where calls are sent on to that their own account cannot serve.
+class FallbackSettings(_Settings, frozen=True, kw_only=True):
+    """A fallback for calls that their own account cannot serve: to another target, another model, or both.
 
     Attributes:
-        target: another target, of the same protocol; None for another model of the same.
-        model: what the model is there; None for the same name at another target.
-        when: the load from which calls are sent on without being refused first; 1.0 is not before.
-        of: pattern of the models whose calls are sent on.
-        api_key_env: environment variable with the API key for the other target; without it calls go there without one,
-            since that of their caller is for somebody else.
+        target: another target with the same protocol; None for another model of the same target.
+        model: the model there; None for the same name at another target.
+        load_threshold: the load of the account from which calls fall back without being rejected first; with 1.0 only
+            rejected calls do.
+        models: pattern of the models whose calls may fall back.
+        api_key_env: environment variable with the API key for the other target; without it calls go there without a
+            key, since the caller's own key is for its own provider.
 
     Raises:
-        InvalidSetting: a setting cannot be meant.
+        InvalidSetting: a setting is invalid.
     """
 
     target: str | None = None
@@ -84,50 +114,47 @@ class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("target", "model", "api_key_env"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                reject_setting(self, name, "a name")
+                self._reject(name, "a name")
         if self.target is None and self.model is None:
-            reject_setting(self, "model", "given where no target is: calls go to another model, or elsewhere")
+            self._reject("model", "given if there is no target: a fallback needs another model or another target")
         if self.target is None and self.api_key_env is not None:
-            reject_setting(
-                self, "api_key_env", "left out where no target is given: the caller's own key is for it as well"
-            )
+            self._reject("api_key_env", "left out if there is no target: the caller's own key is valid for both models")
         if not is_positive(self.load_threshold) or self.load_threshold > 1:
-            reject_setting(self, "load_threshold", "a load above 0, up to 1")
+            self._reject("load_threshold", "a load above 0, up to 1")
         if not isinstance(self.models, str) or not self.models:
-            reject_setting(self, "models", "a pattern of models, such as 'gpt-4o*'")
+            self._reject("models", "a pattern of models, such as 'gpt-4o*'")
 
     def api_key(self, environment: Mapping[str, str]) -> str | None:
-        """The key, read now; None if there is to be none.
+        """Return the API key for the other target, read now; None if there is to be none.
 
         Raises:
-            MissingKey: it is not there.
+            MissingFallbackKey: the environment variable is empty or not set.
         """
         return None if self.api_key_env is None else read_api_key(self.api_key_env, environment)
 
 
 class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
-    """One provider, and what may be asked of it. The rates here hold for models that no pattern of `models` fits.
+    """One provider, and its limits. The rate limits here apply to models that match no pattern of `models`.
 
     Attributes:
-        name: what it is called, in small letters, digits and ``._-``; callers name it in their base URL.
-        url: where it is, without the part that every call's path begins with (``/v1``).
-        provider: whose rules hold; by default those of the provider that `name` names, else ``"openai-compatible"``.
-        models: rates of each group of models, by pattern of name such as ``"gpt-4o*"``; each has an account of its own.
-        max_concurrent: calls in flight at most, of each account; None finds out how many it bears.
+        name: lower-case letters, digits and ``._-``; callers may name it in their base URL.
+        url: of the provider, without the ``/v1`` that starts the path of each call.
+        provider: whose rules apply; by default those of the provider that `name` names, else ``"openai-compatible"``.
+        models: rate limits of groups of models, by pattern of name such as ``"gpt-4o*"``; each has its own account.
+        max_concurrent: calls in flight at most, of each account; None learns how many the provider takes.
         budget_usd: US dollars that all its calls together may spend in a day, in UTC.
         tenant_budget_usd: US dollars that each tenant may spend in a day.
-        task_budget_usd: US dollars that each task may spend, once and for all.
-        prices: US dollars per million tokens, by pattern of model, of what the price list does not know.
+        task_budget_usd: US dollars that each task may spend in all.
+        prices: US dollars per million tokens, by pattern of model, of models that the price list lacks.
         share_keys: whether callers with different API keys share the accounts; else each key has its own.
-        longest_wait: seconds that a call may be expected to wait, if its caller reads that long; beyond that it is
-            refused.
-        max_attempts: how often a call is tried while it fails, the first time included.
-        weights: tenants' shares of turns; 1.0 where none is given.
-        fallback: where calls are sent on to, tried in this order.
+        max_wait: seconds that a call may be expected to wait, if its caller waits that long; else it is rejected.
+        max_attempts: of each call, the first included.
+        weights: tenants' shares of turns; 1.0 for a tenant without one.
+        fallback: tried in this order.
 
     Raises:
-        InvalidSetting: a setting cannot be meant.
-        InvalidPrice: a price is no number of at least 0.
+        InvalidSetting: a setting is invalid.
+        InvalidPrice: a price is not a number of at least 0.
     """
 
     name: str
@@ -148,31 +175,31 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            expected = "up to 63 small letters, digits, dots, hyphens and underscores, a letter or digit first"
-            reject_setting(self, "name", expected)
+            expected = "1 to 63 lower-case letters, digits, dots, hyphens and underscores, a letter or digit first"
+            self._reject("name", expected)
         if self.name == "v1":
-            reject_setting(self, "name", "another one: paths that begin with /v1 are for whoever speaks what they ask")
+            self._reject("name", "another name: paths that start with /v1 go to the target with the call's protocol")
         if problem := url_problem(self.url):
-            expected = f"the http:// or https:// address of the provider, such as https://api.openai.com: {problem}"
+            expected = f"the http:// or https:// URL of the provider, such as https://api.openai.com: {problem}"
             shown = _PASSWORD.sub("://***@", self.url) if isinstance(self.url, str) else self.url
-            reject_setting(self, "url", expected, value=shown)
+            self._reject("url", expected, value=shown)
         if self.provider is not None:
             try:
                 profile_for(self.provider)
             except InvalidSetting as error:
-                reject_setting(self, "provider", vars(error)["expected"])
-        check_positive_int(self, "max_concurrent", optional=True)
-        check_positive_int(self, "max_attempts")
-        check_positive(self, "budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
-        check_positive(self, "max_wait", unit="seconds")
+                self._reject("provider", vars(error)["expected"])
+        self._check_whole("max_concurrent", optional=True)
+        self._check_whole("max_attempts")
+        self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
+        self._check_positive("max_wait", unit="seconds")
         for tenant, weight in self.weights.items():
             if not is_positive(weight):
-                reject_setting(self, f"weights.{tenant}", "a positive number", value=weight)
+                self._reject(f"weights.{tenant}", "a positive number", value=weight)
         Prices(self.prices)
 
     @property
     def resolved_provider(self) -> str:
-        """The provider whose rules hold."""
+        """Return the provider whose rules apply."""
         if self.provider is not None:
             return self.provider
         try:
@@ -182,15 +209,15 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
 
     @property
     def retry(self) -> Retry:
-        """How failed calls are tried again."""
+        """Return the retry policy of its calls."""
         return Retry(max_attempts=self.max_attempts, max_total_delay=self.max_wait)
 
     def upstream(self, fallbacks: Sequence[Fallback] = ()) -> Upstream:
-        """A new upstream that keeps these terms, and sends calls on by `fallbacks`."""
+        """Return a new upstream with these settings and `fallbacks`."""
         return Upstream(
             self.name,
             provider=self.resolved_provider,
-            models={pattern: rates.quotas() for pattern, rates in self.models.items()},
+            models={pattern: limits.quotas() for pattern, limits in self.models.items()},
             quotas=self.quotas(),
             budget=_budget(self.budget_usd, "day"),
             tenant_budget=_budget(self.tenant_budget_usd, "day"),
@@ -204,17 +231,17 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         )
 
 
-class ContextSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose word is taken for a call's priority, deadline, tenant and task.
+class ContextSettings(_Settings, frozen=True, kw_only=True):
+    """The callers whose headers are trusted for a call's priority, deadline, tenant and task.
 
     Attributes:
-        trust: who may set the ``x-forebay-*`` headers and those of `tenant_headers`: ``"anyone"``, ``"token"`` (who
-            presents the gateway's token) or ``"nobody"``; None: anyone on loopback, else who has the token.
-        tenant_headers: headers of others that name a tenant, such as ``x-user-id``; the first that is there counts,
-            after ``x-forebay-tenant``.
+        trust: who may set the ``x-forebay-*`` headers and `tenant_headers`: ``"anyone"``, ``"token"`` (callers that
+            present the gateway's token) or ``"nobody"``; None: anyone if it listens on loopback, else ``"token"``.
+        tenant_headers: further headers that name a tenant, such as ``x-user-id``; the first one present counts, after
+            ``x-forebay-tenant``.
 
     Raises:
-        InvalidSetting: trust is none of these, or a header cannot be meant.
+        InvalidSetting: trust is none of these, or a header is invalid.
     """
 
     trust: Trust | None = None
@@ -222,36 +249,35 @@ class ContextSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.trust not in ("anyone", "token", "nobody", None):
-            reject_setting(self, "trust", "'anyone', 'token' or 'nobody'")
+            self._reject("trust", "'anyone', 'token' or 'nobody'")
         for header in self.tenant_headers:
             if not isinstance(header, str) or not _HEADER.fullmatch(header):
-                reject_setting(self, "tenant_headers", "a list of header names, such as ['x-user-id']", value=header)
+                self._reject("tenant_headers", "a list of header names, such as ['x-user-id']", value=header)
             if header.lower() in _SECRET_HEADERS:
-                expected = "headers that hold no secret: tenants are shown in readings and logs"
-                reject_setting(self, "tenant_headers", expected, value=header)
+                expected = "a header without secrets: tenants appear in metrics and logs"
+                self._reject("tenant_headers", expected, value=header)
 
 
-class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
+class GatewaySettings(_Settings, frozen=True, kw_only=True):
     """One gateway.
 
     Attributes:
-        targets: the providers behind it.
+        targets: its providers.
         listen: ``"HOST:PORT"``, an IPv6 host in brackets; port 0 takes a free one.
-        token_env: environment variable that holds the token that all callers present, in ``x-forebay-token``.
-        token_file: file that holds it; one of the two is needed to listen on anything but loopback.
-        context: whose word is taken for a call's priority, deadline, tenant and task.
-        max_body_bytes: of a request.
+        token_env: environment variable with the token that all callers present, in ``x-forebay-token``.
+        token_file: file with that token; one of the two is needed to listen on anything but loopback.
+        context: whose headers are trusted for a call's priority, deadline, tenant and task.
+        max_body_bytes: of a request's body.
         max_held_bytes: of the bodies of all requests together, each held until its call has ended.
-        max_header_bytes: of a request's headers together, and of what is sent ahead of the answer before.
+        max_header_bytes: of a request's headers together, and of pipelined requests that are read ahead.
         max_connections: open at a time.
-        idle_timeout: seconds in which the head of a request must arrive, since the connection was made or the answer
-            before was given.
-        body_timeout: seconds in which the body of a request must arrive.
-        send_timeout: seconds in which a caller must take something of an answer that waits for it.
-        drain_timeout: seconds that calls under way are given at the end.
+        idle_timeout: seconds for the head of a request to arrive, since the connection was opened or the last response.
+        body_timeout: seconds for the body of a request to arrive.
+        send_timeout: seconds after which a caller that takes nothing of its response is disconnected.
+        drain_timeout: seconds for calls in progress to end when the gateway stops.
 
     Raises:
-        InvalidSetting: a setting cannot be meant.
+        InvalidSetting: a setting is invalid.
     """
 
     targets: tuple[TargetSettings, ...]
@@ -273,95 +299,88 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
         self._check_fallbacks()
         address = parse_address(self.listen)
         if address is None:
-            reject_setting(self, "listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
-        check_positive_int(self, "max_body_bytes", "max_held_bytes", "max_header_bytes", "max_connections")
+            self._reject("listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
+        self._check_whole("max_body_bytes", "max_held_bytes", "max_header_bytes", "max_connections")
         if self.max_held_bytes < self.max_body_bytes:
-            reject_setting(
-                self, "max_held_bytes", f"at least max_body_bytes, {self.max_body_bytes:,}, or no such body passes"
-            )
-        check_positive(self, "idle_timeout", "body_timeout", "send_timeout", "drain_timeout", unit="seconds")
+            self._reject("max_held_bytes", f"at least max_body_bytes ({self.max_body_bytes:,}), to hold one such body")
+        self._check_positive("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", unit="seconds")
         self._check_token(address)
 
     def _check_targets(self) -> None:
         if not self.targets:
-            reject_setting(
-                self, "targets", "at least one, by --target NAME=URL or a table [targets.NAME]", value="none"
-            )
+            self._reject("targets", "at least one, by --target NAME=URL or a table [targets.NAME]", value="none")
         names = [target.name for target in self.targets]
         for name in names:
             if names.count(name) > 1:
-                reject_setting(self, "targets", "targets of different names", value=name)
+                self._reject("targets", "targets of different names", value=name)
 
     def _check_fallbacks(self) -> None:
-        leads = {target.name: [to.target for to in target.fallback if to.target is not None] for target in self.targets}
+        edges = {
+            target.name: [fallback.target for fallback in target.fallback if fallback.target is not None]
+            for target in self.targets
+        }
         for target in self.targets:
-            for name in leads[target.name]:
-                if name not in leads:
-                    reject_setting(
-                        self,
-                        f"targets.{target.name}.fallback",
-                        f"to a target that there is: {', '.join(leads)}",
-                        value=name,
-                    )
-                if target.name in _reached(leads, name):
-                    reject_setting(
-                        self, f"targets.{target.name}.fallback", "to a target that does not lead back to it", value=name
-                    )
+            for name in edges[target.name]:
+                setting = f"targets.{target.name}.fallback"
+                if name not in edges:
+                    self._reject(setting, f"an existing target: {', '.join(edges)}", value=name)
+                if target.name in _reachable(edges, name):
+                    self._reject(setting, "a target that does not lead back to this one", value=name)
 
     def _check_token(self, address: Address) -> None:
         for name in ("token_env", "token_file"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                reject_setting(self, name, "a name, of an environment variable or a file")
+                self._reject(name, "the name of an environment variable or a file")
         if self.token_env is not None and self.token_file is not None:
-            reject_setting(self, "token_file", "left out where token_env is given: the token has one place")
+            self._reject("token_file", "left out if token_env is given: there is one token")
         if self.has_token:
             return
         if not address.loopback:
             expected = (
-                "an address of loopback, such as 127.0.0.1:8787; to be reached from elsewhere, callers need a token:"
-                " give --token-env VARIABLE or --token-file FILE"
+                "a loopback address, such as 127.0.0.1:8787; to be reachable from other machines, give a token with"
+                " --token-env VARIABLE or --token-file FILE"
             )
-            reject_setting(self, "listen", expected)
+            self._reject("listen", expected)
         if self.context.trust == "token":
-            expected = "'anyone' or 'nobody' where there is no token; or give token_env or token_file"
-            reject_setting(self, "context.trust", expected, value=self.context.trust)
+            expected = "'anyone' or 'nobody' without a token; or give token_env or token_file"
+            self._reject("context.trust", expected, value=self.context.trust)
 
     @property
     def address(self) -> Address:
-        """Where it listens."""
+        """Return the address on which it listens."""
         address = parse_address(self.listen)
         assert address is not None  # noqa: S101 - checked when it was made
         return address
 
     @property
     def has_token(self) -> bool:
-        """Whether callers present a token."""
+        """Return whether callers must present a token."""
         return self.token_env is not None or self.token_file is not None
 
     @property
     def trust(self) -> Trust:
-        """Who may set the headers that tell a call's context."""
+        """Return who may set the headers of a call's context."""
         return self.context.trust or ("anyone" if self.address.loopback else "token")
 
     def token(self, environment: Mapping[str, str]) -> str | None:
-        """The token that callers present, read now; None if none is asked for.
+        """Return the token that callers present, read now; None if none is needed.
 
         Raises:
-            InvalidSecret: it is not there, or is not fit for one.
+            InvalidSecret: it is missing, or not fit to be one.
         """
         return None if not self.has_token else read_token(self.token_env, self.token_file, environment)
 
 
-def _reached(leads: Mapping[str, Sequence[str]], name: str) -> set[str]:
-    """All targets to which calls for `name` may come, itself included."""
+def _reachable(edges: Mapping[str, Sequence[str]], name: str) -> set[str]:
+    """Return all targets to which calls for `name` may fall back, itself included."""
     found: set[str] = set()
-    coming = [name]
-    while coming:
-        here = coming.pop()
-        if here not in found:
-            found.add(here)
-            coming += leads.get(here, ())
+    pending = [name]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending += edges.get(current, ())
     return found
 
 

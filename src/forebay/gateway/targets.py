@@ -1,4 +1,4 @@
-"""Which provider a request is for, and where it goes there."""
+"""The targets of a gateway: its providers, and which of them a request goes to."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from forebay.gateway.error_responses import ApiProtocol
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.upstream import Fallback
 
-_ANTHROPICS_OWN: Final = ("/v1/messages", "/v1/complete")
-_ANTHROPICS_HEADERS: Final = frozenset({"anthropic-version", "x-api-key"})
-# Letters, digits and -._~ that are written as %XX though nothing needs it: a provider may take the path for one that is
-# metered, or that is not below the target's URL. Source: RFC 3986, 2.3 and 6.2.2.2.
-_DISGUISED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
+_ANTHROPIC_PATHS: Final = ("/v1/messages", "/v1/complete")
+_ANTHROPIC_HEADERS: Final = frozenset({"anthropic-version", "x-api-key"})
+# Letters, digits and -._~ written as %XX without need: a provider may decode such a path into one that is metered, or
+# that is not below the target's URL. Source: RFC 3986, 2.3 and 6.2.2.2.
+_NEEDLESSLY_ESCAPED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
 
 
 class Target:
     """A provider behind the gateway.
 
+    Args:
+        settings: of the target.
+        fallbacks: of its upstream.
+
     Attributes:
-        settings: what it was given.
-        name: what it is called.
-        upstream: through which its calls go.
-        base: what every URL there begins with.
-        protocol: what it speaks.
+        settings: of the target.
+        name: in paths, metrics and logs.
+        upstream: paces its calls.
+        base_url: without a slash at its end.
+        protocol: of its API.
     """
 
     def __init__(self, settings: TargetSettings, fallbacks: Sequence[Fallback] = ()) -> None:
@@ -38,46 +42,44 @@ class Target:
 
 
 def make_targets(settings: GatewaySettings, environment: Mapping[str, str]) -> list[Target]:
-    """The targets of a gateway, those before others to which these send calls on.
+    """Return the targets of a gateway, in the order of its settings.
 
     Raises:
-        MissingKey: the key of a fallback is not there.
-        InvalidSetting: a fallback leads to where calls cannot go.
+        MissingFallbackKey: the API key of a fallback is missing.
+        InvalidSetting: a fallback leads to a target of another protocol.
     """
     by_name = {target.name: target for target in settings.targets}
     made: dict[str, Target] = {}
 
     def make(name: str) -> Target:
         if name not in made:
-            fallbacks = [_fallback(told) for told in by_name[name].fallback]
+            fallbacks = [make_fallback(fallback) for fallback in by_name[name].fallback]
             made[name] = Target(by_name[name], fallbacks)
         return made[name]
 
-    def _fallback(told: FallbackSettings) -> Fallback:
-        if told.target is None:
-            assert told.model is not None  # noqa: S101 - checked when it was made
-            return Fallback(told.model, load_threshold=told.load_threshold, models=told.models)
-        target = make(told.target)
-        base = target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1"
-        key = told.api_key(environment)
+    def make_fallback(settings: FallbackSettings) -> Fallback:
+        if settings.target is None:
+            assert settings.model is not None  # noqa: S101 - FallbackSettings checks it
+            return Fallback(settings.model, load_threshold=settings.load_threshold, models=settings.models)
+        target = make(settings.target)
         return Fallback(
             target.upstream,
-            load_threshold=told.load_threshold,
-            models=told.models,
-            model=told.model,
-            base_url=base,
-            api_key=key,
+            load_threshold=settings.load_threshold,
+            models=settings.models,
+            model=settings.model,
+            base_url=target.base_url if target.protocol == "anthropic" else f"{target.base_url}/v1",
+            api_key=settings.api_key(environment),
         )
 
     return [make(target.name) for target in settings.targets]
 
 
 class Destination(NamedTuple):
-    """Where a request goes.
+    """A target and a path, to which a request goes.
 
     Attributes:
         target: the provider.
-        path: there, with the query.
+        path: below its base URL, with the query.
     """
 
     target: Target
@@ -85,29 +87,29 @@ class Destination(NamedTuple):
 
     @property
     def url(self) -> str:
-        """The whole of it."""
+        """Return the full URL."""
         return self.target.base_url + self.path
 
 
 def detect_protocol(path: str, headers: Mapping[str, str]) -> ApiProtocol:
-    """Whose SDK sends a request, by its path or, where both have it (``/v1/models``), its headers."""
-    if any(part in path for part in _ANTHROPICS_OWN):
+    """Return the protocol of a request: by its path or, where both have it (``/v1/models``), by its headers."""
+    if any(part in path for part in _ANTHROPIC_PATHS):
         return "anthropic"
-    return "anthropic" if not _ANTHROPICS_HEADERS.isdisjoint(headers) else "openai"
+    return "anthropic" if not _ANTHROPIC_HEADERS.isdisjoint(headers) else "openai"
 
 
 def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str, str]) -> Destination | None:
-    """Where a request goes; None if nowhere.
+    """Return the destination of a request, or None.
 
-    ``/NAME/...`` is for the target of that name, whatever follows. ``/v1/...`` is for the first target that speaks what
-    the request is written in.
+    ``/NAME/...`` goes to the target of that name, whatever follows. ``/v1/...`` goes to the first target with the
+    protocol of the request.
 
     Args:
-        targets: all there are.
-        path: as it was sent, with the query.
+        targets: of the gateway.
+        path: as it was received, with the query.
         headers: of the request, by lower-case name.
     """
-    if not _is_plain(path.partition("?")[0]):
+    if not _is_unambiguous(path.partition("?")[0]):
         return None
     path = "/" + path.lstrip("/")
     first, _, rest = path[1:].partition("/")
@@ -120,9 +122,9 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
     return next((Destination(target, path) for target in targets if target.protocol == protocol), None)
 
 
-def _is_plain(path: str) -> bool:
-    """Whether everybody reads a path alike: it stays below the target's URL, and says what is asked for."""
-    if not path.startswith("/") or "\\" in path or _DISGUISED.search(path):
+def _is_unambiguous(path: str) -> bool:
+    """Return whether every server reads the path alike, so that it stays below the target's URL and is metered."""
+    if not path.startswith("/") or "\\" in path or _NEEDLESSLY_ESCAPED.search(path):
         return False
     if ".." in unquote(path).replace("\\", "/").split("/"):
         return False

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
 from forebay.admission import PriorityThresholds
@@ -21,7 +21,7 @@ from forebay.errors import (
     SupervisorClosed,
     UnknownTaskType,
 )
-from forebay.events import EventBus, TaskSubmitted, log
+from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
 from forebay.supervisor.runs.nested import active_runs
 from forebay.supervisor.runs.run import Run
@@ -32,15 +32,12 @@ from forebay.task import Priority, Task
 if TYPE_CHECKING:
     from collections.abc import Container
 
-    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.core import Core
     from forebay.supervisor.load import SystemLoad
-    from forebay.supervisor.pool import Pool, Pools
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
-    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
-
-T = TypeVar("T")
 
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
@@ -55,20 +52,12 @@ class AdmissionDispatcher(TicketOwner, Protocol):
     """The dispatcher, as far as admission needs it."""
 
     @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    @property
-    def pools(self) -> Pools:
-        """Its pools."""
-
-    @property
     def load(self) -> SystemLoad:
         """The load of each resource."""
 
     @property
     def start_gate(self) -> StartGate:
-        """What decides whether a run may start."""
+        """The gate that lets runs start."""
 
     @property
     def conversations(self) -> Container[str]:
@@ -78,22 +67,8 @@ class AdmissionDispatcher(TicketOwner, Protocol):
     def spill(self) -> Spill | None:
         """The way out to the overflow, if there is one."""
 
-    @property
-    def codecs(self) -> TaskCodecs:
-        """The declared types of payloads and results."""
-
-    @property
-    def bus(self) -> EventBus:
-        """Where it sends events."""
-
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
-
-    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
-        """Await `work` to its end, even if the caller is cancelled."""
 
 
 class _State(Enum):
@@ -113,16 +88,19 @@ class AdmissionController:
         submitted, spilled, rejected: how many tasks, since the start.
     """
 
-    def __init__(self, dispatcher: AdmissionDispatcher, *, threshold: float, draw: Callable[[], float]) -> None:
+    def __init__(
+        self, core: Core, dispatcher: AdmissionDispatcher, *, threshold: float, draw: Callable[[], float]
+    ) -> None:
+        self._core = core
         self._dispatcher = dispatcher
-        self._registry = dispatcher.registry
-        self._live: Mapping[str, Ticket] = dispatcher.registry.live
-        self._pools: Mapping[str, Pool] = dispatcher.pools.by_type
+        self._registry = core.registry
+        self._live: Mapping[str, Ticket] = core.registry.live
+        self._pools: Mapping[str, Pool] = core.pools.by_type
         self._load = dispatcher.load
-        self._codecs = dispatcher.codecs
-        self._bus = dispatcher.bus
+        self._codecs = core.codecs
+        self._bus = core.bus
         self._draw = draw
-        self.loop = dispatcher.loop
+        self.loop = core.loop
         self.thresholds = PriorityThresholds(threshold)
         self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
@@ -132,7 +110,7 @@ class AdmissionController:
 
     @property
     def admitted(self) -> int:
-        """How many tasks have been admitted, since the start."""
+        """The number of tasks that have been admitted since the start."""
         return self.submitted - self.spilled - self.rejected
 
     def stop_admitting(self) -> None:
@@ -393,7 +371,7 @@ class AdmissionController:
             elif ticket.cancel_reason is not None:
                 ticket.cancel(ticket.cancel_reason)
 
-        answer = self._dispatcher.run_to_completion(deciding)
+        answer = self._core.run_to_completion(deciding)
         if ticket.task.key:
             self._store_answers[ticket.task.key] = answer
         answer.add_done_callback(answered)
@@ -415,7 +393,7 @@ class AdmissionController:
         elif not ticket:
             ticket.wake_waiters()
         elif (other := answer.result()) is not ticket and not ticket.done():
-            self._dispatcher.run_in_background(ticket.follow(other))
+            self._core.run_in_background(ticket.follow(other))
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         ticket.explain(refusal)

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from forebay.admission import RANK_LAST
 from forebay.context import RunningTask
 from forebay.errors import UnknownTask
-from forebay.events import EventBus, TaskStarted, log
+from forebay.events import TaskStarted
 from forebay.supervisor.load import SystemLoad
-from forebay.supervisor.pool import Pool, Pools, next_pool
+from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.nested import SlotLoan
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
-from forebay.supervisor.runs.timers import Timers
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
-from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from forebay.interfaces import LoadSource, TaskStore
-    from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.core import Core
     from forebay.supervisor.settings import SupervisorSettings
-
-T = TypeVar("T")
 
 
 class Dispatcher:
@@ -42,45 +36,27 @@ class Dispatcher:
         started: how many handlers have been started.
     """
 
-    def __init__(  # noqa: PLR0913 - its collaborators
-        self,
-        loop: asyncio.AbstractEventLoop,
-        settings: SupervisorSettings,
-        *,
-        threads: Executor,
-        bus: EventBus,
-        codecs: TaskCodecs,
-        store: TaskStore | None,
-    ) -> None:
-        self.loop = loop
-        self.threads = threads
-        self.bus = bus
-        self.codecs = codecs
-        self.timers = Timers(loop)
-        self.registry = TicketRegistry(loop, bus, keep=settings.keep_results)
-        self.pools = Pools(settings.max_queue_size)
+    def __init__(self, core: Core, settings: SupervisorSettings, *, store: TaskStore | None) -> None:
+        self.core = core
+        self.loop = core.loop
         self.workers: dict[str, WorkerAgent] = {}
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
         self.started = 0
         # By thread id: the task of it that is inside, and those that wait behind it.
         self.conversations: dict[str, deque[Ticket]] = {}
-        self.load = SystemLoad(self.pools.by_type, self.workers)
-        self.start_gate = StartGate(self, loop=loop, timers=self.timers, runs=self.runs, pools_of=self.pools.by_worker)
+        self.load = SystemLoad(core.pools.by_type, self.workers)
+        self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
         self.completion = RunCompletion(
-            self,
-            loop=loop,
-            timers=self.timers,
-            registry=self.registry,
-            runs=self.runs,
-            start_gate=self.start_gate,
-            bus=bus,
-            zombie_grace=settings.zombie_grace,
+            core, self, runs=self.runs, expected_calls=self.start_gate, zombie_grace=settings.zombie_grace
         )
-        self.runner_pool = RunnerPool(loop, self.completion.handler_ended)
-        self.spill = None if store is None else Spill(self, store, settings)
-        self._pools_of = self.pools.by_worker
-        self._background_tasks: set[asyncio.Future[Any]] = set()
+        self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended)
+        self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
+        self._registry = core.registry
+        self._timers = core.timers
+        self._bus = core.bus
+        self._pools: Mapping[str, Pool] = core.pools.by_type
+        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
         self._sequence_number = 0
 
     # --- workers and their slots ---
@@ -91,7 +67,7 @@ class Dispatcher:
         self.runs.add_worker(worker)
         for source in worker.sources:
             self.start_gate.watch(worker, source)
-        for pool in self.pools.add_worker(worker):
+        for pool in self.core.pools.add_worker(worker):
             if self.spill is not None:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
@@ -127,7 +103,7 @@ class Dispatcher:
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Park an admitted task behind its thread, start it on `worker`, or queue it."""
-        self.registry.add(ticket)
+        self._registry.add(ticket)
         thread_id = ticket.task.thread_id
         if thread_id is not None:
             conversation = self.conversations.get(thread_id)
@@ -157,7 +133,7 @@ class Dispatcher:
     def _arm_expiry(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry_timer is None:
             due = self.loop.time() + ticket.deadline.remaining()
-            ticket.set_expiry(self.timers.at(due, self._expire, ticket))
+            ticket.set_expiry(self._timers.at(due, self._expire, ticket))
 
     def _expire(self, ticket: Ticket) -> None:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")
@@ -168,8 +144,8 @@ class Dispatcher:
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue, or from behind its thread."""
-        pool = self.pools.by_type[ticket.task.task_type]
-        self.timers.cancel(ticket.clear_expiry())
+        pool = self._pools[ticket.task.task_type]
+        self._timers.cancel(ticket.clear_expiry())
         thread_id = ticket.task.thread_id
         conversation = self.conversations.get(thread_id) if thread_id is not None else None
         if conversation is not None and conversation[0] is not ticket and ticket in conversation:
@@ -191,7 +167,7 @@ class Dispatcher:
             del self.conversations[thread_id]
             return
         following = conversation[0]
-        pool = self.pools.by_type[following.task.task_type]
+        pool = self._pools[following.task.task_type]
         pool.unpark()
         worker = self.pick_worker(pool, following.task.priority)
         if worker is None:
@@ -252,7 +228,7 @@ class Dispatcher:
         if worker.probing:
             self.completion.arm_breaker_timer(worker)
         if ticket.expiry_timer is not None:
-            self.timers.cancel(ticket.clear_expiry())
+            self._timers.cancel(ticket.clear_expiry())
         run = Run(self, ticket, ticket.task, ticket.deadline, worker, epoch, worker.breaker_phase, now)
         ticket.start(run)
         self.runs.add(run)
@@ -262,9 +238,9 @@ class Dispatcher:
         if worker.sources:  # now, or the next task would be started as if this one made no calls
             self.start_gate.run_started(run)
         self.started += 1
-        if self.bus.active or ticket.listeners is not None:
+        if self._bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
-            self.registry.emit(ticket, started)
+            self._registry.emit(ticket, started)
         if run.abandoned_at is not None:  # cancelled by a sink, when it received the event
             self.completion.handler_ended(run, None, asyncio.CancelledError())
         elif ticket.slot is not None:
@@ -317,7 +293,7 @@ class Dispatcher:
         if ticket.stored and self.spill is not None:
             self.spill.stored.complete(ticket, result)
         else:
-            self.registry.settle(ticket, result)
+            self._registry.settle(ticket, result)
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored so that the next process finds it."""
@@ -328,7 +304,7 @@ class Dispatcher:
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
 
-    # --- the rest ---
+    # --- tickets ---
 
     def ticket(self, task_id: str) -> Ticket:
         """Return the ticket of a task that is inside, has ended lately, or may be stored.
@@ -336,7 +312,7 @@ class Dispatcher:
         Raises:
             UnknownTask: there is no such task, and no overflow to look it up in.
         """
-        if ticket := self.registry.get(task_id):
+        if ticket := self._registry.get(task_id):
             return ticket
         if self.spill is None:
             raise UnknownTask(task_id=task_id)
@@ -344,29 +320,4 @@ class Dispatcher:
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because somebody waits for it."""
-        return self.registry.hold_strongly(task_id)
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
-        self.run_to_completion(work).add_done_callback(_log_failure)
-
-    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
-        """Await `work` to its end, even if the caller is cancelled; closing the supervisor waits for it."""
-        future = asyncio.ensure_future(work)
-        self._background_tasks.add(future)
-        future.add_done_callback(self._background_task_done)
-        return future
-
-    def _background_task_done(self, future: asyncio.Future[Any]) -> None:
-        self._background_tasks.discard(future)
-        self.registry.notify_progress()
-
-    @property
-    def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
-        """What runs in the background."""
-        return frozenset(self._background_tasks)
-
-
-def _log_failure(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled() and future.exception() is not None:
-        log.error("a background task of the supervisor failed", exc_info=future.exception())
+        return self._registry.hold_strongly(task_id)

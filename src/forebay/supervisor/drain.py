@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -14,19 +14,17 @@ from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.pool import Pool, Pools
+    from forebay.supervisor.core import Core
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.ticket import Ticket
-    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
-
-T = TypeVar("T")
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the tasks that were inside when draining began.
+    """The outcome of draining: what became of the tasks that were inside when it started.
 
     Attributes:
         finished: how many ended by themselves: succeeded, failed, timed out or expired.
@@ -45,32 +43,16 @@ class DrainDispatcher(Protocol):
     """The dispatcher, as far as draining needs it."""
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it runs on."""
-
-    @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    @property
-    def pools(self) -> Pools:
-        """Its pools."""
-
-    @property
     def runs(self) -> ActiveRuns:
         """Its runs in progress."""
 
     @property
     def start_gate(self) -> StartGate:
-        """What decides whether a run may start."""
+        """The gate that lets runs start."""
 
     @property
     def spill(self) -> Spill | None:
         """The way out to the overflow, if there is one."""
-
-    @property
-    def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
-        """What runs in the background."""
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue."""
@@ -84,21 +66,20 @@ class DrainDispatcher(Protocol):
     def requeue(self, ticket: Ticket) -> None:
         """Stop a stored task, so that the next process runs it again."""
 
-    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
-        """Await `work` to its end, even if the caller is cancelled."""
-
 
 class Drain:
     """One draining of a supervisor that admits nothing any more. Several may run at a time.
 
     Args:
+        core: what the parts of the supervisor share.
         dispatcher: the dispatcher.
         grace: seconds that a cancelled handler has to stop.
     """
 
-    def __init__(self, dispatcher: DrainDispatcher, *, grace: float) -> None:
+    def __init__(self, core: Core, dispatcher: DrainDispatcher, *, grace: float) -> None:
+        self._core = core
         self._dispatcher = dispatcher
-        self._registry = dispatcher.registry
+        self._registry = core.registry
         self._grace = grace
         self._progress = asyncio.Event()
 
@@ -146,7 +127,7 @@ class Drain:
                 spill.stored.release(ticket)
             else:
                 ticket.begin_store_call()
-                await asyncio.shield(self._dispatcher.run_to_completion(self._spill_one(ticket, spill)))
+                await asyncio.shield(self._core.run_to_completion(self._spill_one(ticket, spill)))
             out += ticket.stored
         return out
 
@@ -160,7 +141,7 @@ class Drain:
         elif ticket.stored:
             spill.stored.release(ticket)
         else:
-            pool = self._dispatcher.pools.by_type[ticket.task.task_type]
+            pool = self._core.pools.by_type[ticket.task.task_type]
             worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority)
             self._dispatcher.start_or_queue(ticket, pool, worker)
 
@@ -185,7 +166,7 @@ class Drain:
         """Wait for handlers to stop and for the store to answer, as long as the grace."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
-                while self._dispatcher.runs.all() or self._dispatcher.background_tasks:
+                while self._dispatcher.runs.all() or self._core.background_tasks:
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
@@ -203,9 +184,9 @@ class Drain:
 
         A worker that stays FAILED until it is revived would delay the end without limit.
         """
-        pools: Mapping[str, Pool] = self._dispatcher.pools.by_type
+        pools: Mapping[str, Pool] = self._core.pools.by_type
         pool = pools.get(ticket.task.task_type)
-        now = self._dispatcher.loop.time()
+        now = self._core.loop.time()
         return pool is not None and any(worker.breaker.retry_after(now) is not None for worker in pool.workers)
 
     def _unfinished_tickets(self) -> list[Ticket]:

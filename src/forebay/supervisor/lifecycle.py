@@ -20,7 +20,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
             await dispatcher.spill.open()
         await start_handlers(workers.values())
     except BaseException:
-        dispatcher.timers.close()
+        dispatcher.core.timers.close()
         if dispatcher.spill is not None:
             await dispatcher.spill.close()
         raise
@@ -31,13 +31,13 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
     """Add a worker to a supervisor that runs; what it holds is started in the background."""
     if worker.handler.start is not None:
-        dispatcher.run_in_background(worker.handler.start())
+        dispatcher.core.run_in_background(worker.handler.start())
     dispatcher.add_worker(worker)
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
     """End everything, in the order in which nothing is lost. If it is cancelled, it still ends every ticket."""
-    drain = Drain(dispatcher, grace=grace)
+    drain = Drain(dispatcher.core, dispatcher, grace=grace)
     spill = dispatcher.spill
     try:
         if spill is not None:
@@ -52,5 +52,5 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
             spill.end_tickets()
         dispatcher.start_gate.close()
         dispatcher.runner_pool.close()
-        dispatcher.timers.close()
-        dispatcher.registry.notify_progress()
+        dispatcher.core.timers.close()
+        dispatcher.core.registry.notify_progress()

@@ -119,6 +119,6 @@ def _first_blocked(path: tuple[LoadSource, ...]) -> str | None:
 
 
 def _nested_load(worker: WorkerAgent, task_type: str) -> float:
-    """Return the load that the supervisor behind a worker reads; 0.0 if there is none."""
+    """Return the load of the nested supervisor that a worker stands for; 0.0 if it stands for none."""
     load = worker.handler.load
     return 0.0 if load is None else load(task_type)

@@ -21,7 +21,7 @@ class NestedSupervisor(Protocol):
 
     @property
     def started(self) -> bool:
-        """Whether it has been started."""
+        """True once it has been started."""
 
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task."""

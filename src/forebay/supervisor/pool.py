@@ -58,7 +58,7 @@ class Pool:
 
     @property
     def queue_bound(self) -> int:
-        """How many tasks may wait: `max_queue_size`; by default 100, or the number of slots if that is larger."""
+        """The number of tasks that may wait: `max_queue_size`; by default 100, or the number of slots if larger."""
         return self.max_queue_size if self.max_queue_size is not None else max(DEFAULT_QUEUE_SIZE, self.usable_slots)
 
     @property
@@ -74,7 +74,7 @@ class Pool:
 
     @property
     def has_waiting(self) -> bool:
-        """Whether a task waits, in the queue or in the overflow."""
+        """True if a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or any(self.spilled.values())
 
     def load(self) -> float:

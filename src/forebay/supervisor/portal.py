@@ -7,6 +7,7 @@ import threading
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
+from forebay._text import format_duration
 from forebay.errors import NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
@@ -26,7 +27,7 @@ class PortalSupervisor(Protocol):
 
     @property
     def started(self) -> bool:
-        """Whether it has been started."""
+        """True once it has been started."""
 
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
@@ -65,7 +66,7 @@ class PortalTicket:
 
     @property
     def status(self) -> TaskStatus:
-        """Where the task is now."""
+        """The present status of the task."""
         return self._ticket.status
 
     def result(self, timeout: float | None = None) -> TaskResult:
@@ -83,7 +84,8 @@ class PortalTicket:
         try:
             return self._portal._call(ended(), "result")  # noqa: SLF001 - a portal and its tickets are one thing
         except TimeoutError:
-            message = f"task {self.task_id!r} is {self.status.name} and has not ended within {timeout:g} s; it goes on"
+            within = format_duration(timeout or 0.0)
+            message = f"task {self.task_id!r} is {self.status.name} and has not ended within {within}; it goes on"
             raise TimeoutError(message) from None
 
     def cancel(self) -> bool:

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from forebay.task import Priority
 
 if TYPE_CHECKING:
-    import asyncio
-
     from forebay.interfaces import LoadSource
+    from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns, Run
-    from forebay.supervisor.runs.timers import Timer, Timers
+    from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
     from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _MIN_RECHECK: Final = 0.25  # seconds, at least, until a source that blocks everybody is asked again
-
-
-class StartGateDispatcher(Protocol):
-    """The dispatcher, as far as the start gate needs it."""
-
-    def dispatch(self, worker: WorkerAgent) -> None:
-        """Start as many waiting tasks on `worker` as it has slots for."""
 
 
 class StartGate:
@@ -39,20 +31,12 @@ class StartGate:
     in time.
     """
 
-    def __init__(
-        self,
-        dispatcher: StartGateDispatcher,
-        *,
-        loop: asyncio.AbstractEventLoop,
-        timers: Timers,
-        runs: ActiveRuns,
-        pools_of: Mapping[WorkerAgent, list[Pool]],
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._loop = loop
-        self._timers = timers
+    def __init__(self, core: Core, *, dispatch: Callable[[WorkerAgent], None], runs: ActiveRuns) -> None:
+        self._dispatch = dispatch  # starts waiting tasks on a worker
+        self._loop = core.loop
+        self._timers = core.timers
+        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
         self._runs = runs
-        self._pools_of = pools_of
         # Workers with free slots that they may not use: which source blocks them, and which priority waits.
         self._blocked: dict[WorkerAgent, tuple[LoadSource, Priority]] = {}
         self._last_start: dict[tuple[LoadSource, Priority], float] = {}  # loop time, by source and priority
@@ -87,7 +71,7 @@ class StartGate:
             self._unblock(worker)
         declared.forget(worker)
         worker.remove_declared(declared)
-        self._loop.call_soon(self._dispatcher.dispatch, worker)  # not now: a handler is in the middle of a step
+        self._loop.call_soon(self._dispatch, worker)  # not now: a handler is in the middle of a step
 
     def may_start_head(self, worker: WorkerAgent, pool: Pool | None) -> bool:
         """Return whether the head of `pool`, if any, may start on `worker` now.
@@ -122,7 +106,7 @@ class StartGate:
                 pool.block_worker(worker)
             source.hold_back(worker, _blocked_runs(worker, waiting), priority)
             self._timers.cancel(self._recheck_timers.get(worker))
-            self._recheck_timers[worker] = self._timers.at(again, self._dispatcher.dispatch, worker)
+            self._recheck_timers[worker] = self._timers.at(again, self._dispatch, worker)
             return False
         for source in worker.sources:
             self._last_start[source, priority] = now
@@ -145,7 +129,7 @@ class StartGate:
             run.first_call_made(source)
             for worker, (other, _) in self._blocked.items():
                 if other is source or set(other.accounts) & set(source.accounts):
-                    self._loop.call_soon(self._dispatcher.dispatch, worker)  # not now: this run is still ending
+                    self._loop.call_soon(self._dispatch, worker)  # not now: this run is still ending
 
     def queue_grew(self, pool: Pool) -> None:
         """Report the longer queue of `pool` to the sources that block its workers."""
@@ -161,7 +145,7 @@ class StartGate:
 
     def _relieved(self, worker: WorkerAgent) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has closed
-            self._loop.call_soon_threadsafe(self._dispatcher.dispatch, worker)
+            self._loop.call_soon_threadsafe(self._dispatch, worker)
 
 
 def _blocked_runs(worker: WorkerAgent, waiting: int) -> int:

@@ -80,7 +80,7 @@ def snapshot(
 ) -> Statistics:
     """Return what a supervisor that has been started has counted, and what it holds."""
     highest = max(dispatcher.load.readings(), key=lambda reading: reading.load)
-    ends, spill = dispatcher.registry.ends, dispatcher.spill
+    ends, spill = dispatcher.core.registry.ends, dispatcher.spill
     return Statistics(
         submitted=admission.submitted,
         admitted=admission.admitted,
@@ -88,14 +88,14 @@ def snapshot(
         rejected=admission.rejected,
         refilled=0 if spill is None else spill.refiller.refilled,
         started=dispatcher.started,
-        succeeded=dispatcher.registry.succeeded,
+        succeeded=dispatcher.core.registry.succeeded,
         failed=ends[TaskStatus.FAILED],
         timed_out=ends[TaskStatus.TIMED_OUT],
         cancelled=ends[TaskStatus.CANCELLED],
         expired=ends[TaskStatus.EXPIRED],
         zombies=dispatcher.completion.zombies,
         stalls=0 if monitor is None else monitor.stalls,
-        waiting=sum(pool.waiting for pool in dispatcher.pools.by_type.values()),
+        waiting=sum(pool.waiting for pool in dispatcher.core.pools.by_type.values()),
         outside=0 if spill is None else spill.refiller.spilled_tasks,
         load=highest.load,
         limited_by=dispatcher.load.limiting_resource(highest.resource) if highest.load else None,

@@ -25,6 +25,7 @@ from forebay.interfaces import Reading, TaskStore
 from forebay.overflow import open_task_store
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
+from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport, check_drain_timeout
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
@@ -325,11 +326,18 @@ class BackpressureSupervisor:
         loop = asyncio.get_running_loop()
         self._draw = clock.draw_function(loop)
         settings = self._settings
-        dispatcher = Dispatcher(
-            loop, settings, threads=self._threads, bus=self._bus, codecs=self._codecs, store=self._store
+        core = Core(
+            loop,
+            threads=self._threads,
+            bus=self._bus,
+            codecs=self._codecs,
+            max_queue_size=settings.max_queue_size,
+            keep_results=settings.keep_results,
         )
-        self._dispatcher = dispatcher
-        self._admission = AdmissionController(dispatcher, threshold=settings.backpressure_threshold, draw=self._draw)
+        dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store)
+        self._admission = AdmissionController(
+            core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
+        )
         try:
             await start_up(dispatcher, self._workers)
         except BaseException:
@@ -357,7 +365,7 @@ class BackpressureSupervisor:
             raise DrainInside(task_id=run.task.task_id)
         self._admission_here().stop_admitting()
         try:
-            return await Drain(dispatcher, grace=self._settings.zombie_grace).run(timeout)
+            return await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
         finally:
             self._drained = True
 
@@ -402,7 +410,7 @@ class BackpressureSupervisor:
 
     @property
     def started(self) -> bool:
-        """Whether it has been started; it may have closed since."""
+        """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
 
     def load_of(self, task_type: str) -> float:
@@ -410,7 +418,7 @@ class BackpressureSupervisor:
         if not any(task_type in worker.task_types for worker in self._workers.values()):
             return 1.0
         dispatcher = self._dispatcher
-        pool = None if dispatcher is None else dispatcher.pools.by_type.get(task_type)
+        pool = None if dispatcher is None else dispatcher.core.pools.by_type.get(task_type)
         return 0.0 if dispatcher is None or pool is None else dispatcher.load.on_path(pool)[0]  # None: about to start
 
     # --- inside ---

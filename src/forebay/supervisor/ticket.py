@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -36,7 +36,7 @@ _RUNNING, _WAITING = TaskStatus.RUNNING, TaskStatus.WAITING  # attribute access 
 
 
 class Refusal(NamedTuple):
-    """Why a task was not admitted."""
+    """The reason for not admitting a task, and what may be done instead."""
 
     reason: str
     limited_by: str | None
@@ -56,7 +56,7 @@ class TicketRun(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Which start of the task's handler this is, from 1."""
+        """The number of this start of the task's handler, from 1."""
 
     def report(self, value: Any) -> None:
         """Send `value` to the listeners of the task's events."""
@@ -178,8 +178,13 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     @property
     def result(self) -> TaskResult | None:
-        """How the task ended; None while it has not."""
+        """The result of the task; None while it has not ended."""
         return self._outcome if isinstance(self._outcome, TaskResult) else None
+
+    @property
+    def binding(self) -> NoReturn:
+        """The old name of `limited_by`."""  # a property, because __getattr__ would slow down every attribute
+        raise AttributeError(renamed("Ticket", "binding", "limited_by"))
 
     def done(self) -> bool:
         """Return whether awaiting it returns at once."""
@@ -240,11 +245,6 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             raise self._outcome
         assert self._outcome is not None  # noqa: S101 - only called once it is resolved
         return self._outcome
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "binding":
-            raise AttributeError(renamed("Ticket", name, "limited_by"))
-        return super().__getattribute__(name)  # raises the usual AttributeError
 
     def refusal(self) -> Overloaded:
         """Return the rejection as an exception."""
@@ -317,7 +317,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     @property
     def has_waiters(self) -> bool:
-        """Whether anyone waits for its end."""
+        """True if anyone waits for its end."""
         return bool(self._waiters)
 
     def emit(self, event: Event) -> None:

@@ -100,7 +100,7 @@ class EventRecord:
         if dispatcher is None:
             return
         for task_id in self._unseen_ids:
-            ticket = dispatcher.registry.get(task_id)
+            ticket = dispatcher.core.registry.get(task_id)
             if ticket is not None:
                 self.tasks[task_id] = ticket.task
         self._unseen_ids.clear()

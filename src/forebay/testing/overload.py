@@ -95,7 +95,7 @@ def _refill_paused(dispatcher: Dispatcher, types: Collection[str] | None) -> Ite
     if spill is None:
         yield
         return
-    pools = (pool for task_type, pool in dispatcher.pools.by_type.items() if types is None or task_type in types)
+    pools = (pool for task_type, pool in dispatcher.core.pools.by_type.items() if types is None or task_type in types)
     paused = spill.refiller.pause(pools)
     try:
         yield

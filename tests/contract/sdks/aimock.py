@@ -1,4 +1,4 @@
-"""aimock from npm, in a process of its own: what `requirements/npm.txt` names, as `make packages` installs it."""
+"""aimock from npm, run in another process; `make packages` installs it, by requirements/npm.txt."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from forebay import clock
 
 _HERE: Final = Path(__file__).parent
 _PROGRAM: Final = _HERE.parents[2] / "build/npm/node_modules/@copilotkit/aimock/dist/cli.js"
-_ENDS_WITH_US: Final = "data:text/javascript,process.stdin.resume();process.stdin.on('end',()=>process.exit())"
+_EXIT_WITH_PARENT: Final = "data:text/javascript,process.stdin.resume();process.stdin.on('end',()=>process.exit())"
 
 
 class Aimock:
-    """One test's view of it.
+    """A running aimock, as one test sees it.
 
     Attributes:
-        url: where it is.
-        options: of the clients whose requests it counts for this test.
+        url: of the server.
+        options: for clients whose requests count for this test.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,15 +35,15 @@ class Aimock:
         self.options: dict[str, Any] = {"default_headers": {"x-test-id": self._test}}
 
     @property
-    def asked(self) -> list[dict[str, Any]]:
-        """The requests of this test, with what was answered."""
-        with urllib.request.urlopen(f"{self.url}/__aimock/journal?testId={self._test}", timeout=10) as answer:  # noqa: S310
-            told: list[dict[str, Any]] = json.load(answer)
-        return told
+    def requests(self) -> list[dict[str, Any]]:
+        """Return the requests of this test, with their responses."""
+        with urllib.request.urlopen(f"{self.url}/__aimock/journal?testId={self._test}", timeout=10) as response:  # noqa: S310
+            journal: list[dict[str, Any]] = json.load(response)
+        return journal
 
 
 def missing() -> str | None:
-    """What would have to be installed, or None."""
+    """Return what must be installed, or None."""
     if shutil.which("node") is None:
         return "node is missing: `make packages` installs Debian's nodejs, as root"
     if not _PROGRAM.exists():
@@ -53,13 +53,13 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def running() -> Iterator[str]:
-    """Run it on a free port; its URL. It ends with the block, and with this process in any case."""
-    if (what := missing()) is not None:
-        pytest.skip(what)
+    """Run aimock on a free port and yield its URL. It ends with the block, and with this process in any case."""
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
     command = [
         "node",
         "--import",
-        _ENDS_WITH_US,
+        _EXIT_WITH_PARENT,
         str(_PROGRAM),
         "--port",
         "0",
@@ -69,11 +69,11 @@ def running() -> Iterator[str]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         try:
             assert child.stdout is not None
-            said = b""
-            while (found := re.search(rb"listening on (http://\S+)", said)) is None:
+            output = b""
+            while (found := re.search(rb"listening on (http://\S+)", output)) is None:
                 line = child.stdout.readline()
-                assert line, f"aimock did not start: {said.decode()}"
-                said += line
+                assert line, f"aimock did not start: {output.decode()}"
+                output += line
             yield found[1].decode()
         finally:
             child.terminate()

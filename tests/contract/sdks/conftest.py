@@ -1,4 +1,4 @@
-"""Every promise is asked of each SDK, sync and async, by each way; providers are the plant, llmock and aimock."""
+"""Fixtures: each test runs for each SDK, sync and async, bound and through a gateway."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ def sdk(request: pytest.FixtureRequest) -> Sdk:
     return chosen
 
 
-@pytest.fixture(params=CALL_PATHS, ids=lambda way: way.name)
-def house(request: pytest.FixtureRequest, sdk: Sdk) -> Iterator[SdkHarness]:
+@pytest.fixture(params=CALL_PATHS, ids=lambda path: path.name)
+def harness(request: pytest.FixtureRequest, sdk: Sdk) -> Iterator[SdkHarness]:
     with contextlib.ExitStack() as stack:
         yield SdkHarness(request.param, sdk, stack)
 
 
 @pytest.fixture(scope="session")
 def process() -> Iterator[ProviderProcess]:
-    with start_provider(config()) as plant:
-        yield plant
+    with start_provider(config()) as running:
+        yield running
 
 
-class Plant:
-    """The simulated provider of a test, which is as it is made to be."""
+class ProviderControl:
+    """The simulated provider of a test, in its own process, which each test configures."""
 
     def __init__(self, process: ProviderProcess) -> None:
         self._process = process
         self.url = process.url
-        self.be()
+        self.configure()
 
-    def be(self, **how: Any) -> None:
-        """Begin anew, like this."""
-        self._process.reset(config(**how))
+    def configure(self, **fields: Any) -> None:
+        """Start over with this configuration."""
+        self._process.reset(config(**fields))
 
-    def told(self) -> dict[str, Any]:
-        """Its statistics."""
+    def statistics(self) -> dict[str, Any]:
+        """Return its statistics."""
         return self._process.statistics()
 
     @property
-    def asked(self) -> int:
-        """How many calls it has answered, whatever it said."""
-        return sum(self.told()["by_status"].values())
+    def calls(self) -> int:
+        """Return how many calls it has answered, with any status."""
+        return sum(self.statistics()["by_status"].values())
 
 
 @pytest.fixture
-def plant(process: ProviderProcess) -> Plant:
-    return Plant(process)
+def provider(process: ProviderProcess) -> ProviderControl:
+    return ProviderControl(process)
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +76,5 @@ def mock(mock_server: LLMockServer) -> LLMock:
 
 @pytest.fixture
 def mock_url(mock: LLMock, sdk: Sdk) -> str:
-    """Where a provider of the SDK's protocol is."""
+    """Return the URL of llmock for the protocol of the SDK."""
     return mock.base_url(sdk.name).removesuffix("/v1")

@@ -1,7 +1,7 @@
-"""The SDKs of both providers, and the two ways by which their calls go through an upstream.
+"""The SDKs of both providers, and the two paths of their calls through an upstream: a bound client, and a gateway.
 
-A test is told which SDK, which way, and whether calls are awaited, and need not know: it says what is asked for, and
-looks at what the SDK's caller gets. Nothing here runs on the test's own event loop, for it has none.
+Tests are the same for each SDK, each path, and for plain and awaited calls: they make a call, and check what the user
+of the SDK gets. They have no event loop of their own.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from forebay.gateway.server import Gateway
 from forebay.retry import Retry
 from forebay.upstream import Upstream
 
-SAY: Final[list[Any]] = [{"role": "user", "content": "Tell me of rivers."}]
+MESSAGES: Final[list[Any]] = [{"role": "user", "content": "Tell me of rivers."}]
 KEY: Final = "sk-suite"
-_SOON: Final = 30.0  # seconds, within which what is under way elsewhere must have come about
+_TIMEOUT: Final = 30.0  # seconds for what other threads and processes do
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread or process brings about."""
-    end = clock.now() + _SOON
+    """Wait for a condition that another thread or process brings about."""
+    end = clock.now() + _TIMEOUT
     while not condition():
-        assert clock.now() < end, "it has not come about"
+        assert clock.now() < end, "the condition did not become true"
         threading.Event().wait(0.002)
 
 
 class QuickTarget(TargetSettings, frozen=True, kw_only=True):
-    """A target that is asked again at once."""
+    """A target whose calls are retried at once."""
 
     @property
     def retry(self) -> Retry:
@@ -54,7 +54,7 @@ class QuickTarget(TargetSettings, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Sdk:
-    """One SDK, for plain threads or awaited.
+    """One SDK, sync or async.
 
     Attributes:
         name: of its provider.
@@ -81,48 +81,48 @@ class Sdk:
 
     @property
     def http(self) -> ModuleType:
-        """The HTTP library of this generation of the SDK."""
+        """Return the HTTP library of this version of the SDK."""
         return httpx2 if issubclass(openai._base_client.SyncHttpxClientWrapper, httpx2.Client) else httpx
 
     @property
     def broken(self) -> tuple[type[Exception], ...]:
-        """What is raised by an answer that breaks off: which, is between the SDK and its HTTP library."""
+        """Return the errors for a response that breaks off; which of them is raised depends on the SDK."""
         return (self.module.APIError, self.http.TransportError)
 
     @property
     def request_id(self) -> str:
-        """The header that holds the provider's name for a request."""
+        """Return the header with the provider's id of a request."""
         return "x-request-id" if self.name == "openai" else "request-id"
 
-    def client(self, url: str, **how: Any) -> Any:
-        """A client of a provider that is at `url`, the part before ``/v1``."""
+    def client(self, url: str, **options: Any) -> Any:
+        """Return a client of the provider at `url`, which is the part before ``/v1``."""
         kind = ("Async" if self.awaits else "") + ("OpenAI" if self.name == "openai" else "Anthropic")
-        return getattr(self.module, kind)(base_url=self.base_url(url), **{"api_key": KEY, **how})
+        return getattr(self.module, kind)(base_url=self.base_url(url), **{"api_key": KEY, **options})
 
     def base_url(self, url: str) -> str:
-        """What a client is told of a provider that is at `url`."""
+        """Return the base URL of a client of the provider at `url`."""
         return f"{url}/v1" if self.name == "openai" else url
 
-    def create(self, client: Any, **how: Any) -> Any:
-        how = {"model": self.model, "messages": SAY, "max_tokens": 40, **how}
-        return client.chat.completions.create(**how) if self.name == "openai" else client.messages.create(**how)
+    def create(self, client: Any, **fields: Any) -> Any:
+        fields = {"model": self.model, "messages": MESSAGES, "max_tokens": 40, **fields}
+        return client.chat.completions.create(**fields) if self.name == "openai" else client.messages.create(**fields)
 
-    def used(self, answer: Any) -> tuple[int, int]:
-        """Tokens sent and received, as an answer tells them."""
-        usage = answer.usage
+    def used(self, response: Any) -> tuple[int, int]:
+        """Return the tokens sent and received, as a response reports them."""
+        usage = response.usage
         if self.name == "openai":
             return usage.prompt_tokens, usage.completion_tokens
         return usage.input_tokens, usage.output_tokens
 
     def used_by(self, parts: list[Any]) -> tuple[int, int]:
-        """The same of a stream."""
+        """Return the tokens sent and received, as the parts of a stream report them."""
         if self.name == "openai":
             return self.used(parts[-1])
-        began, ended = (next(part for part in parts if part.type == f"message_{end}") for end in ("start", "delta"))
-        return self.used(began.message)[0], ended.usage.output_tokens
+        start, delta = (next(part for part in parts if part.type == f"message_{end}") for end in ("start", "delta"))
+        return self.used(start.message)[0], delta.usage.output_tokens
 
     def text(self, parts: list[Any]) -> str:
-        """What the parts of a stream say."""
+        """Return the text of the parts of a stream."""
         if self.name == "openai":
             return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         return "".join(part.delta.text for part in parts if part.type == "content_block_delta")
@@ -133,7 +133,7 @@ SDKS: Final = [Sdk(name, awaits) for name in ("openai", "anthropic") for awaits 
 
 @dataclass
 class _Running:
-    """A task that runs here."""
+    """A running task, for the calls that are made in it."""
 
     task: Task
     deadline: Deadline | None
@@ -144,7 +144,7 @@ class _Running:
 
 
 class SdkCaller:
-    """Whoever uses an SDK's client, and gets what its methods return, awaited where they are to be."""
+    """A user of an SDK's client, who gets what its methods return, awaited if the client is async."""
 
     def __init__(self, sdk: Sdk, client: Any, runner: asyncio.Runner, deadline: Deadline | None = None) -> None:
         self.sdk = sdk
@@ -153,11 +153,11 @@ class SdkCaller:
         self._deadline = deadline
 
     def with_options(self, **options: Any) -> SdkCaller:
-        """The same with other options."""
+        """Return the same caller with other options of the client."""
         return SdkCaller(self.sdk, self.client.with_options(**options), self._runner, self._deadline)
 
     def in_a_task(self, deadline: Deadline) -> SdkCaller:
-        """The same, whose calls are made inside a task with this deadline."""
+        """Return the same caller, inside a task with this deadline."""
         return SdkCaller(self.sdk, self.client, self._runner, deadline)
 
     @contextlib.contextmanager
@@ -169,52 +169,51 @@ class SdkCaller:
             token.var.reset(token)
 
     def do(self, call: Callable[[Any], Any]) -> Any:
-        """What `call` makes of the client."""
+        """Return the result of `call` with the client."""
         if not self.sdk.awaits:
             with self._task():
                 return call(self.client)
 
         async def run() -> Any:
             with self._task():
-                made = call(self.client)
-                return await made if inspect.isawaitable(made) else made
+                result = call(self.client)
+                return await result if inspect.isawaitable(result) else result
 
         return self._runner.run(run())
 
-    def create(self, **how: Any) -> Any:
-        """One answer, whole."""
-        return self.do(lambda client: self.sdk.create(client, **how))
+    def create(self, **fields: Any) -> Any:
+        """Return one response, whole."""
+        return self.do(lambda client: self.sdk.create(client, **fields))
 
-    def parts(self, **how: Any) -> list[Any]:
-        """One answer in pieces."""
-        return self.read(lambda client: self.sdk.create(client, stream=True, **how))
+    def parts(self, **fields: Any) -> list[Any]:
+        """Return the parts of one streamed response."""
+        return self.read(lambda client: self.sdk.create(client, stream=True, **fields))
 
     def read(self, call: Callable[[Any], Any]) -> list[Any]:
-        """The parts of what `call` makes of the client: a stream, or a page of things."""
+        """Return the items of the result of `call`: of a stream, or of a page."""
         if not self.sdk.awaits:
             return list(call(self.client))
 
         async def run() -> list[Any]:
-            made = call(self.client)
-            return [part async for part in (made if hasattr(made, "__aiter__") else await made)]
+            result = call(self.client)
+            return [part async for part in (result if hasattr(result, "__aiter__") else await result)]
 
         return self._runner.run(run())
 
-    def begin(self, **how: Any) -> OpenStream:
-        """A stream, of which one part has been read."""
-        stream = self.do(lambda client: self.sdk.create(client, stream=True, **how))
-        opened = OpenStream(self, stream)
-        opened.next()
-        return opened
+    def start_stream(self, **fields: Any) -> OpenStream:
+        """Return a stream of which one part has been read."""
+        stream = OpenStream(self, self.do(lambda client: self.sdk.create(client, stream=True, **fields)))
+        stream.next()
+        return stream
 
-    def many(self, number: int, **how: Any) -> list[Any]:
-        """So many answers, asked for at once."""
+    def many(self, number: int, **fields: Any) -> list[Any]:
+        """Return `number` responses to calls made at once."""
         if not self.sdk.awaits:
             with ThreadPoolExecutor(number) as pool:
-                return [asked.result() for asked in [pool.submit(self.create, **how) for _ in range(number)]]
+                return [call.result() for call in [pool.submit(self.create, **fields) for _ in range(number)]]
 
         async def run() -> list[Any]:
-            return await asyncio.gather(*[self.sdk.create(self.client, **how) for _ in range(number)])
+            return await asyncio.gather(*[self.sdk.create(self.client, **fields) for _ in range(number)])
 
         return self._runner.run(run())
 
@@ -241,16 +240,16 @@ class OpenStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give it up."""
+        """Close the stream."""
         self._caller.do(lambda _: self._stream.close())
 
 
 class CallPath(abc.ABC):
-    """How calls reach an upstream.
+    """A path of calls to an upstream.
 
     Args:
-        caller: whose calls they are.
-        upstream: which they go through.
+        caller: makes the calls.
+        upstream: paces them.
     """
 
     name: str
@@ -269,19 +268,19 @@ class CallPath(abc.ABC):
 
     @abc.abstractmethod
     def is_idle(self) -> bool:
-        """Whether all calls have given back what they held."""
+        """Return whether all calls have released what they held."""
 
     @abc.abstractmethod
     def within(self, seconds: float) -> SdkCaller:
-        """The caller, to whom answers are worthless after so many seconds from now."""
+        """Return the caller, with a deadline so many seconds from now."""
 
     @abc.abstractmethod
     def check_rejection(self, error: BaseException, status: int, limited_by: str) -> None:
-        """`error` is how Forebay refuses, for what `binding` says; over HTTP, with `status`."""
+        """Check that `error` is a rejection by the limit `limited_by`; over HTTP, with `status`."""
 
 
 class BoundClient(CallPath):
-    """A client that is bound, in this process."""
+    """A bound client, in this process."""
 
     name = "bind"
 
@@ -292,13 +291,13 @@ class BoundClient(CallPath):
         yield cls(SdkCaller(bare.sdk, upstream.bind(bare.client), runner), upstream)
 
     def is_idle(self) -> bool:
-        return left(self.upstream) == NOTHING  # now, and not some time
+        return left(self.upstream) == NOTHING  # at once, not after a while
 
     def within(self, seconds: float) -> SdkCaller:
         return self.caller.in_a_task(Deadline(clock.wall_time() + seconds))
 
     def check_rejection(self, error: BaseException, status: int, limited_by: str) -> None:
-        del status  # nobody was asked
+        del status  # nothing was sent
         assert isinstance(error, Overloaded)
         assert isinstance(error, self.sdk.base_error)
         assert error.__cause__ is None
@@ -308,7 +307,7 @@ class BoundClient(CallPath):
 
 
 class ThroughGateway(CallPath):
-    """A client whose base URL is a gateway's."""
+    """A client whose base URL is that of a gateway."""
 
     name = "gateway"
     gateway: Gateway
@@ -321,20 +320,22 @@ class ThroughGateway(CallPath):
         with run_gateway(settings) as gateway:
             url = f"http://127.0.0.1:{gateway.port}"
             client = bare.client.with_options(base_url=bare.sdk.base_url(url))
-            (made,) = gateway.forwarder.targets
-            way = cls(SdkCaller(bare.sdk, client, runner), made.upstream)
-            way.gateway, way.url = gateway, url
-            yield way
+            (only_target,) = gateway.forwarder.targets
+            path = cls(SdkCaller(bare.sdk, client, runner), only_target.upstream)
+            path.gateway, path.url = gateway, url
+            yield path
 
     def count_responses(self, status: int) -> int:
-        """How often it has answered so."""
+        """Return how many responses the gateway gave with this status."""
         labels = f'{{status="{status}",target="{self.sdk.name}"}}'
-        told = self.gateway.forwarder.metrics.render().decode()
-        found = re.search(re.escape(f"forebay_gateway_requests_total{labels} ") + r"(\d+)", told)
+        metrics = self.gateway.forwarder.metrics.render().decode()
+        found = re.search(re.escape(f"forebay_gateway_requests_total{labels} ") + r"(\d+)", metrics)
         return int(found[1]) if found else 0
 
     def is_idle(self) -> bool:
-        until(lambda: left(self.upstream) == NOTHING)  # the gateway may still be at it when its caller has it all
+        until(
+            lambda: left(self.upstream) == NOTHING
+        )  # the gateway may still be finishing when its caller has the whole response
         return True
 
     def within(self, seconds: float) -> SdkCaller:
@@ -342,44 +343,43 @@ class ThroughGateway(CallPath):
 
     def check_rejection(self, error: BaseException, status: int, limited_by: str) -> None:
         sdk = self.sdk.module
-        classes = {429: sdk.RateLimitError, 503: sdk.InternalServerError}  # each SDK has others for the rest
+        classes = {429: sdk.RateLimitError, 503: sdk.InternalServerError}  # the SDKs differ in the others
         assert isinstance(error, classes.get(status, sdk.APIStatusError))
         assert error.status_code == status
         assert error.response.headers["x-forebay-limited-by"].rpartition(":")[2] == limited_by
         assert isinstance(error.body, dict)
-        told = error.body if self.sdk.name == "openai" else error.body["error"]
-        assert told["message"]
-        assert told["code"] == "forebay_overloaded"
-        assert told["type"].endswith(("_error", "_quota", "_too_large"))
+        body = error.body if self.sdk.name == "openai" else error.body["error"]
+        assert body["message"]
+        assert body["code"] == "forebay_overloaded"
+        assert body["type"].endswith(("_error", "_quota", "_too_large"))
 
 
 CALL_PATHS: Final[list[Any]] = [BoundClient, ThroughGateway]
 
 
 class SdkHarness:
-    """Makes callers, and closes them.
+    """A maker of callers, which it closes at the end.
 
     Args:
-        way: by which they come.
-        sdk: which they use.
+        path: of their calls.
+        sdk: that they use.
+        stack: closes them.
     """
 
-    def __init__(self, way: Any, sdk: Sdk, stack: contextlib.ExitStack) -> None:
+    def __init__(self, path: Any, sdk: Sdk, stack: contextlib.ExitStack) -> None:
         self.sdk = sdk
-        self._way = way
+        self._path = path
         self._stack = stack
         self._runner = stack.enter_context(asyncio.Runner())
-        self._first = SdkCaller(
-            sdk, sdk.client("http://nowhere.test"), self._runner
-        )  # of which others are quick copies
+        self._first = SdkCaller(sdk, sdk.client("http://nowhere.test"), self._runner)  # others are copies of it
         stack.callback(self._first.close)
 
-    def bare(self, url: str, **how: Any) -> SdkCaller:
-        """A client before the provider itself, who asks once: what it gets is what the provider says."""
-        return self._first.with_options(**{"base_url": self.sdk.base_url(url), "max_retries": 0, **how})
+    def bare(self, url: str, **options: Any) -> SdkCaller:
+        """Return a caller of the provider itself, without retries."""
+        return self._first.with_options(**{"base_url": self.sdk.base_url(url), "max_retries": 0, **options})
 
     def open(self, url: str, **target: Any) -> CallPath:
-        """A client that would ask again, on its way to the provider at `url`; `target` is what a target may be told."""
+        """Return a path to the provider at `url`, of a client with retries; `target` has settings of the target."""
         bare = self.bare(url, max_retries=2)
-        given = {"name": self.sdk.name, "url": url, **target}
-        return cast("CallPath", self._stack.enter_context(self._way.open(QuickTarget(**given), bare, self._runner)))
+        settings = {"name": self.sdk.name, "url": url, **target}
+        return cast("CallPath", self._stack.enter_context(self._path.open(QuickTarget(**settings), bare, self._runner)))

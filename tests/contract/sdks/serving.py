@@ -1,4 +1,4 @@
-"""A gateway for clients that block, or have an event loop of their own."""
+"""A gateway in another thread, for clients that block or have their own event loop."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from forebay.gateway.server import Gateway
 
 @contextlib.contextmanager
 def run_gateway(settings: GatewaySettings) -> Iterator[Gateway]:
-    """A gateway that runs on a loop in a thread of its own."""
+    """Run a gateway on an event loop in another thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="gateway")
     thread.start()
     gateway = Gateway(settings)
 
-    def run(doing: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(doing, loop).result()
+    def run(coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
     try:
         run(gateway.__aenter__())

@@ -1,4 +1,4 @@
-"""A file and options, made into the settings of a gateway; and what each mistake in them is answered with."""
+"""The settings of a gateway from a file and options, and the error for each mistake in them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ ANTHROPIC = "anthropic=https://api.anthropic.com"
 
 
 def problems(text: str, tmp_path: Path, **options: Any) -> list[str]:
-    """What is wrong with a file, without its name."""
+    """Return the problems of a file, with ``f`` for its name."""
     file = tmp_path / "forebay.toml"
     file.write_text(textwrap.dedent(text))
-    with pytest.raises(InvalidConfiguration) as refused:
+    with pytest.raises(InvalidConfiguration) as rejected:
         load_gateway_settings(file, **options)
-    return str(refused.value).replace(str(file), "f").splitlines()
+    return str(rejected.value).replace(str(file), "f").splitlines()
 
 
-def refusal(**options: Any) -> str:
-    with pytest.raises(InvalidConfiguration) as refused:
+def problem_of(**options: Any) -> str:
+    with pytest.raises(InvalidConfiguration) as rejected:
         load_gateway_settings(None, **options)
-    return str(refused.value)
+    return str(rejected.value)
 
 
 # --- a file ---
 
 
-def test_the_example_says_what_it_seems_to_say() -> None:
+def test_the_example_is_read() -> None:
     assert load_gateway_settings(EXAMPLE) == GatewaySettings(
         listen="127.0.0.1:8787",
         max_connections=2000,
@@ -80,7 +80,7 @@ def test_every_target_of_the_example_makes_an_upstream() -> None:
     assert sorted(names) == sorted(["openai", "anthropic", "llama"])
 
 
-def test_a_token_file_is_looked_for_beside_the_file_that_names_it(tmp_path: Path) -> None:
+def test_the_path_of_a_token_file_is_relative_to_the_file_that_names_it(tmp_path: Path) -> None:
     file = tmp_path / "forebay.toml"
     file.write_text(f'gateway.token_file = "token"\ntargets.openai.url = "{URL}"\n')
     assert load_gateway_settings(file).token_file == str(tmp_path / "token")
@@ -92,7 +92,7 @@ def test_a_token_file_is_looked_for_beside_the_file_that_names_it(tmp_path: Path
 # --- mistakes in a file ---
 
 
-def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
+def test_every_mistake_is_reported_with_its_line(tmp_path: Path) -> None:
     text = """\
         [gateway]
         max_body = 3
@@ -108,7 +108,7 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         max_wait = 5
     """
     assert problems(text, tmp_path) == [
-        "f:2: gateway.max_body is no setting; did you mean max_body_bytes?",
+        "f:2: gateway.max_body is not a setting; did you mean max_body_bytes?",
         "f:3: gateway.drain_timeout is true; it must be a number",
         "f:7: targets.openai.rpm is a string; it must be a whole number",
         'f:10: targets.openai.models."gpt-4o*".rpm is 0; it must be a whole number of at least 1',
@@ -119,8 +119,8 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("rpn = 5", "targets.openai.rpn is no setting; did you mean rpm?"),
-        ("name = 'x'", "targets.openai.name is no setting; there are rpm, input_tpm, "),
+        ("rpn = 5", "targets.openai.rpn is not a setting; did you mean rpm?"),
+        ("name = 'x'", "targets.openai.name is not a setting; known settings are rpm, input_tpm, "),
         ("rpm = 1.5", "targets.openai.rpm is 1.5; it must be a whole number"),
         ("rpm = true", "targets.openai.rpm is true; it must be a whole number"),
         ("rpm = -1", "targets.openai.rpm is -1; it must be a whole number of at least 1"),
@@ -132,19 +132,19 @@ def test_every_mistake_is_told_with_its_line(tmp_path: Path) -> None:
         ("provider = 'opnai'", "targets.openai.provider is 'opnai'; it must be one of 'openai', "),
         ("models = 5", "targets.openai.models is 5; it must be a table"),
         ("models.x = [1]", "targets.openai.models.x is a list; it must be a table"),
-        ("models.x.rps = 1", "targets.openai.models.x.rps is no setting; did you mean rpm?"),
+        ("models.x.rps = 1", "targets.openai.models.x.rps is not a setting; did you mean rpm?"),
         ("prices.mine.input = 1", "targets.openai.prices.mine needs output"),
         ("prices.'m 1' = { input = -1, output = 2 }", 'targets.openai.prices."m 1".input is -1.0; it must be a number'),
         ("weights.acme = '3'", "targets.openai.weights.acme is a string; it must be a number"),
         ("weights.'a.b' = 0", 'targets.openai.weights."a.b" is 0.0; it must be a positive number'),
     ],
 )
-def test_a_mistake_in_a_target_is_told_with_its_line(line: str, problem: str, tmp_path: Path) -> None:
-    (told,) = problems(f"[targets.openai]\nurl = '{URL}'\n# here\n{line}\n", tmp_path)
-    assert told.startswith(f"f:4: {problem}")
+def test_a_mistake_in_a_target_is_reported_with_its_line(line: str, problem: str, tmp_path: Path) -> None:
+    (found,) = problems(f"[targets.openai]\nurl = '{URL}'\n# here\n{line}\n", tmp_path)
+    assert found.startswith(f"f:4: {problem}")
 
 
-def test_a_mistake_in_a_fallback_is_told_with_its_own_line(tmp_path: Path) -> None:
+def test_a_mistake_in_a_fallback_is_reported_with_its_line(tmp_path: Path) -> None:
     text = """\
         [targets.a]
         url = "https://a.example"
@@ -162,21 +162,22 @@ def test_a_mistake_in_a_fallback_is_told_with_its_own_line(tmp_path: Path) -> No
         load_threshold = 2
     """
     assert problems(text, tmp_path) == [
-        "f:6: targets.a.fallback.to is no setting; there are target, model, load_threshold, models, api_key_env",
         (
-            "f:8: targets.a.fallback.model is not given; it must be given where no target is: calls go to another"
-            " model, or elsewhere"
+            "f:6: targets.a.fallback.to is not a setting; known settings are target, model, load_threshold, models,"
+            " api_key_env"
+        ),
+        (
+            "f:8: targets.a.fallback.model is not given; it must be given if there is no target: a fallback"
+            " needs another model or another target"
         ),
         "f:11: targets.a.fallback.load_threshold is a string; it must be a number",
         "f:14: targets.a.fallback.load_threshold is 2.0; it must be a load above 0, up to 1",
     ]
 
 
-def test_a_fallback_to_nowhere_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_fallback_to_an_unknown_target_is_reported_with_its_line(tmp_path: Path) -> None:
     text = f"[targets.'a.b']\nurl = '{URL}'\n[[targets.'a.b'.fallback]]\ntarget = 'c'\n"
-    assert problems(text, tmp_path) == [
-        "f:3: targets.\"a.b\".fallback is 'c'; it must be to a target that there is: a.b"
-    ]
+    assert problems(text, tmp_path) == ["f:3: targets.\"a.b\".fallback is 'c'; it must be an existing target: a.b"]
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,8 @@ def test_a_fallback_to_nowhere_is_told_with_its_line(tmp_path: Path) -> None:
     ],
 )
 def test_fallbacks_are_a_list_of_tables(given: str, problem: str, tmp_path: Path) -> None:
-    (told,) = problems(f"[targets.a]\nurl = '{URL}'\nfallback = {given}\n", tmp_path)
-    assert told in (f"f:3: targets.a.fallback {problem}", f"f:3: targets.a.fallback{problem}")
+    (found,) = problems(f"[targets.a]\nurl = '{URL}'\nfallback = {given}\n", tmp_path)
+    assert found in (f"f:3: targets.a.fallback {problem}", f"f:3: targets.a.fallback{problem}")
 
 
 @pytest.mark.parametrize(
@@ -198,21 +199,21 @@ def test_fallbacks_are_a_list_of_tables(given: str, problem: str, tmp_path: Path
     [
         ("listen = 8787", "gateway.listen is 8787; it must be a string"),
         ("listen = 'here'", "gateway.listen is 'here'; it must be HOST:PORT"),
-        ("listen = '0.0.0.0:80'", "gateway.listen is '0.0.0.0:80'; it must be an address of loopback"),
-        ("token = 'hush'", "gateway.token is no setting; did you mean token_env?"),
-        ("targets = []", "gateway.targets is no setting; there are listen, "),
+        ("listen = '0.0.0.0:80'", "gateway.listen is '0.0.0.0:80'; it must be a loopback address"),
+        ("token = 'hush'", "gateway.token is not a setting; did you mean token_env?"),
+        ("targets = []", "gateway.targets is not a setting; known settings are listen, "),
         ("context = 'anyone'", "gateway.context is a string; it must be a table"),
         ("context.trust = 'everyone'", "gateway.context.trust is 'everyone'; it must be 'anyone', 'token' or 'nobody'"),
-        ("context.trust = 'token'", "gateway.context.trust is 'token'; it must be 'anyone' or 'nobody' where"),
+        ("context.trust = 'token'", "gateway.context.trust is 'token'; it must be 'anyone' or 'nobody' without"),
         ("context.tenant_headers = 'x'", "gateway.context.tenant_headers is a string; it must be a list of strings"),
         ("context.tenant_headers = [1]", "gateway.context.tenant_headers is a list; it must be a list of strings"),
         ("context.tenant_headers = ['a b']", "gateway.context.tenant_headers is 'a b'; it must be a list of header"),
     ],
 )
-def test_a_mistake_in_the_gateway_is_told_with_its_line(line: str, problem: str, tmp_path: Path) -> None:
-    (told,) = problems(f"[targets.openai]\nurl = '{URL}'\n[gateway]\n\n{line}\n", tmp_path)
-    assert told.startswith(f"f:5: {problem}")
-    assert "hush" not in told
+def test_a_mistake_in_the_gateway_is_reported_with_its_line(line: str, problem: str, tmp_path: Path) -> None:
+    (found,) = problems(f"[targets.openai]\nurl = '{URL}'\n[gateway]\n\n{line}\n", tmp_path)
+    assert found.startswith(f"f:5: {problem}")
+    assert "hush" not in found
 
 
 @pytest.mark.parametrize(
@@ -223,34 +224,34 @@ def test_a_mistake_in_the_gateway_is_told_with_its_line(line: str, problem: str,
         ("targets = 3", "f:1: targets is 3; it must be a table"),
         ("[targets]\nopenai = 'x'", "f:2: targets.openai is a string; it must be a table"),
         ("[[targets]]\nname = 'x'", "f:1: targets is a list; it must be a table"),
-        ("[target.openai]", "f:1: target is no setting; did you mean targets?"),
+        ("[target.openai]", "f:1: target is not a setting; did you mean targets?"),
         (f"gateway = 1\ntargets.a.url = '{URL}'", "f:1: gateway is 1; it must be a table"),
         ("a = ", "f:1: Invalid value (column 5)"),
     ],
 )
-def test_a_file_of_another_shape_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+def test_a_file_of_another_structure_is_rejected(text: str, problem: str, tmp_path: Path) -> None:
     assert problems(f"{text}\n", tmp_path) == [problem]
 
 
-def test_a_default_that_does_not_fit_is_told_where_it_would_stand(tmp_path: Path) -> None:
+def test_a_mistake_that_involves_a_default_is_reported_at_its_table(tmp_path: Path) -> None:
     text = f"targets.a.url = '{URL}'\n[gateway]\ntoken_env = ''\n"
     assert problems(text, tmp_path) == [
-        "f:3: gateway.token_env is ''; it must be a name, of an environment variable or a file"
+        "f:3: gateway.token_env is ''; it must be the name of an environment variable or a file"
     ]
     assert problems("[targets.'A B']\nurl = 'https://a.example'\n", tmp_path)[0].startswith(
-        "f:1: targets.\"A B\".name is 'A B'; it must be up to 63 small letters"
+        "f:1: targets.\"A B\".name is 'A B'; it must be 1 to 63 lower-case letters"
     )
 
 
 def test_a_password_is_not_shown(tmp_path: Path) -> None:
-    (told,) = problems("[targets.a]\nurl = 'https://me:hush@a.example'\n", tmp_path)
-    assert "hush" not in told
+    (found,) = problems("[targets.a]\nurl = 'https://me:hush@a.example'\n", tmp_path)
+    assert "hush" not in found
 
 
 # --- options ---
 
 
-def test_options_alone_will_do() -> None:
+def test_options_alone_are_enough() -> None:
     settings = load_gateway_settings(
         None, targets=[OPENAI, ANTHROPIC], gateway={"listen": "[::1]:80", "token_env": None}
     )
@@ -263,14 +264,14 @@ def test_options_alone_will_do() -> None:
     )
 
 
-def test_a_limit_is_for_every_target_and_a_named_one_for_one() -> None:
+def test_a_limit_is_for_all_targets_and_one_with_a_name_for_that_target() -> None:
     limits = {"rpm": ["openai=50", "500"], "budget_usd": ["anthropic=2.5"]}
     openai, anthropic = load_gateway_settings(None, targets=[OPENAI, ANTHROPIC], limits=limits, share_keys=True).targets
     assert (openai.rpm, openai.budget_usd, openai.share_keys) == (50, None, True)
     assert (anthropic.rpm, anthropic.budget_usd, anthropic.share_keys) == (500, 2.5, True)
 
 
-def test_every_limit_may_be_said(tmp_path: Path) -> None:
+def test_every_limit_has_an_option_and_a_key(tmp_path: Path) -> None:
     limits = {"rpm": 1, "input_tpm": 2, "output_tpm": 3, "tpm": 4, "max_concurrent": 5, "budget_usd": 6.5}
     (openai,) = load_gateway_settings(
         None, targets=[OPENAI], limits={name: [str(value)] for name, value in limits.items()}
@@ -283,7 +284,7 @@ def test_every_limit_may_be_said(tmp_path: Path) -> None:
     assert load_gateway_settings(file).targets == (openai,)
 
 
-def test_an_option_goes_before_the_file(tmp_path: Path) -> None:
+def test_an_option_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "forebay.toml"
     file.write_text(f"""
         gateway.listen = "127.0.0.1:1"
@@ -316,7 +317,10 @@ def test_an_option_goes_before_the_file(tmp_path: Path) -> None:
         ({"targets": ["=https://a.example"]}, "--target: it must be NAME=URL"),
         ({"targets": [OPENAI, OPENAI]}, "--target: 'openai' is given twice"),
         ({"targets": ["openai=ftp://a.example"]}, "--target: targets.openai.url is 'ftp://a.example'; it must be"),
-        ({"targets": ["A B=https://a.example"]}, "--target: targets.\"A B\".name is 'A B'; it must be up to 63 small"),
+        (
+            {"targets": ["A B=https://a.example"]},
+            "--target: targets.\"A B\".name is 'A B'; it must be 1 to 63 lower-case",
+        ),
         ({"limits": {"rpm": ["5"]}}, "forebay gateway: there is no target"),
         ({"limits": {"rpm": ["opnai=5"]}}, "--rpm: there is no target 'opnai'; there are openai"),
         ({"limits": {"rpm": ["many"]}}, "--rpm: 'many' is not a whole number"),
@@ -325,16 +329,19 @@ def test_an_option_goes_before_the_file(tmp_path: Path) -> None:
         ({"limits": {"budget_usd": ["$5"]}}, "--budget-usd: '$5' is not a number"),
         ({"limits": {"budget_usd": ["nan"]}}, "--budget-usd: targets.openai.budget_usd is nan; it must be a positive"),
         ({"limits": {"rpm": ["0"]}}, "--rpm: targets.openai.rpm is 0; it must be a whole number of at least 1"),
-        ({"gateway": {"listen": "0.0.0.0:1"}}, "--listen: gateway.listen is '0.0.0.0:1'; it must be an address"),
+        (
+            {"gateway": {"listen": "0.0.0.0:1"}},
+            "--listen: gateway.listen is '0.0.0.0:1'; it must be a loopback address",
+        ),
         ({"gateway": {"token_env": "A", "token_file": "b"}}, "--token-file: gateway.token_file is 'b'; it must be"),
     ],
 )
-def test_a_mistake_in_an_option_is_told_with_its_name(options: dict[str, Any], problem: str) -> None:
+def test_a_mistake_in_an_option_is_reported_with_its_name(options: dict[str, Any], problem: str) -> None:
     bare = not options or options == {"limits": {"rpm": ["5"]}}
-    assert refusal(**({} if bare else {"targets": [OPENAI]}) | options).startswith(problem)
+    assert problem_of(**({} if bare else {"targets": [OPENAI]}) | options).startswith(problem)
 
 
-def test_an_option_for_what_is_no_table_in_the_file_names_the_file(tmp_path: Path) -> None:
+def test_an_option_below_a_key_that_is_not_a_table_reports_the_file(tmp_path: Path) -> None:
     assert problems("targets = 3\n", tmp_path, targets=[OPENAI]) == ["f:1: targets is 3; it must be a table"]
     assert problems("[targets]\nopenai = 3\n", tmp_path, limits={"rpm": ["5"]}) == [
         "f:2: targets.openai is 3; it must be a table"

@@ -1,4 +1,4 @@
-"""``forebay gateway``, without a gateway."""
+"""``forebay gateway``, without starting a gateway."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
-    """The settings that a gateway was started with."""
+    """Return the settings with which gateways were started."""
     settings: list[GatewaySettings] = []
 
-    def serve(given: GatewaySettings, *, ready: Callable[[Any], object]) -> int:
-        settings.append(given)
+    def serve(started: GatewaySettings, *, ready: Callable[[Any], object]) -> int:
+        settings.append(started)
         ready(SimpleNamespace(port=4242))
         return 7
 
@@ -42,7 +42,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[GatewaySettings]:
     return settings
 
 
-def test_it_serves_what_the_options_and_the_file_say(served: list[GatewaySettings], tmp_path: Path) -> None:
+def test_it_serves_with_the_settings_of_options_and_file(served: list[GatewaySettings], tmp_path: Path) -> None:
     file = tmp_path / "forebay.toml"
     file.write_text("[targets.anthropic]\nurl = 'https://api.anthropic.com'\nrpm = 5\n")
     done = run(
@@ -51,8 +51,8 @@ def test_it_serves_what_the_options_and_the_file_say(served: list[GatewaySetting
         *("--rpm", "500", "--rpm", "anthropic=6", "--input-tpm", "1", "--output-tpm", "2", "--tpm", "3"),
         *("--max-concurrent", "4", "--budget-usd", "25"),
     )
-    assert (done.exit_code, done.output) == (7, "listens on http://0.0.0.0:4242\n")
-    said: dict[str, Any] = {
+    assert (done.exit_code, done.output) == (7, "listening on http://0.0.0.0:4242\n")
+    limits: dict[str, Any] = {
         "input_tpm": 1,
         "output_tpm": 2,
         "tpm": 3,
@@ -65,21 +65,21 @@ def test_it_serves_what_the_options_and_the_file_say(served: list[GatewaySetting
             listen="0.0.0.0:0",
             token_env="MINE",
             targets=(
-                TargetSettings(name="anthropic", url="https://api.anthropic.com", rpm=6, **said),
-                TargetSettings(name="openai", url="https://api.openai.com", rpm=500, **said),
+                TargetSettings(name="anthropic", url="https://api.anthropic.com", rpm=6, **limits),
+                TargetSettings(name="openai", url="https://api.openai.com", rpm=500, **limits),
             ),
         )
     ]
 
 
-def test_what_is_wrong_is_told_and_nothing_is_started(served: list[GatewaySettings]) -> None:
+def test_a_mistake_is_reported_and_nothing_is_started(served: list[GatewaySettings]) -> None:
     done = run(*OPENAI, "--rpm", "0")
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr == "--rpm: targets.openai.rpm is 0; it must be a whole number of at least 1\n"
     assert served == []
 
 
-def test_a_check_says_what_holds_and_starts_nothing(
+def test_check_prints_the_configuration_and_starts_nothing(
     served: list[GatewaySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINE", raising=False)
@@ -94,16 +94,16 @@ def test_a_check_says_what_holds_and_starts_nothing(
     done = run("--config", str(file), "--check", "--target", "mine=http://h.example", "--token-env", "MINE")
     assert (done.exit_code, done.stderr, served) == (0, "", [])
     assert done.stdout.splitlines() == [
-        "listens on 127.0.0.1:8787; callers need the token in $MINE, which is not set here",
-        "priority, deadline, tenant and task are believed of: anyone",
-        "openai: https://api.openai.com, by the rules of openai; limits hold for each key",
-        "    1,000 USD a day",
-        "    200,000 input tokens a minute of gpt*",
-        "mine: http://h.example, by the rules of openai-compatible; limits hold for each key",
-        "    all learned from headers",
+        "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
+        "may set priority, deadline, tenant and task: anyone",
+        "openai: https://api.openai.com; rules of openai; an account for each API key",
+        "    1,000 USD per day",
+        "    200,000 input tokens per minute of gpt*",
+        "mine: http://h.example; rules of openai-compatible; an account for each API key",
+        "    all limits are learned from headers and 429s",
     ]
     token = tmp_path / "token"
-    assert f"the token in {token}, which is not there\n" in run(*OPENAI, "--check", "--token-file", str(token)).stdout
+    assert f"the token in {token}, which does not exist\n" in run(*OPENAI, "--check", "--token-file", str(token)).stdout
     token.touch()
     assert f"the token in {token}\n" in run(*OPENAI, "--check", "--token-file", str(token)).stdout
     file.write_text("""
@@ -111,25 +111,25 @@ def test_a_check_says_what_holds_and_starts_nothing(
         url = "https://api.openai.com"
         fallback = [{ target = "mine", api_key_env = "MINE" }]
     """)
-    told = run("--config", str(file), "--check", "--target", "mine=http://h.example").stdout
-    assert "goes to mine, with the key in $MINE, which is not set here\n" in told
+    summary = run("--config", str(file), "--check", "--target", "mine=http://h.example").stdout
+    assert "fall back to mine, with the API key in $MINE, which is not set\n" in summary
     assert "callers need no token\n" in run(*OPENAI, "--check").stdout
 
 
-def test_a_check_fails_where_something_is_wrong() -> None:
+def test_check_fails_if_there_is_a_mistake() -> None:
     assert run("--check").exit_code == 2
 
 
 @pytest.mark.usefixtures("served")
-def test_what_is_not_installed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "missing_libraries", lambda: ["aiohttp"])
     done = run(*OPENAI)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == 'forebay: this needs aiohttp, not installed here: pip install "forebay[gateway]"\n'
+    assert done.stderr == 'forebay: this command needs aiohttp. To install: pip install "forebay[gateway]"\n'
     assert run(*OPENAI, "--check").exit_code == 0
 
 
-def test_why_it_could_not_be_started_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(settings: GatewaySettings, **_: object) -> int:
         settings.token({})
         return 0
@@ -138,7 +138,9 @@ def test_why_it_could_not_be_started_is_told_in_one_line(monkeypatch: pytest.Mon
     monkeypatch.setattr(gateway, "serve", serve)
     done = run(*OPENAI, "--token-env", "MINE")
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr.startswith("forebay: The token that callers present is not in the environment variable MINE: ")
+    assert done.stderr.startswith(
+        "forebay: The token that callers present cannot be read from the environment variable MINE: "
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -146,7 +148,7 @@ def test_why_it_could_not_be_started_is_told_in_one_line(monkeypatch: pytest.Mon
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the first table below a line that begins so, without its head."""
+    """Return the cells of the first table below a line that starts so, without its head."""
     lines = PAGE.read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(heading))
     first = next(number for number in range(start, len(lines)) if lines[number].startswith("|"))
@@ -155,7 +157,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("heading", "kind", "apart"),
+    ("heading", "kind", "excluded"),
     [
         ("**`[gateway]`**", GatewaySettings, {"targets", "context"}),
         ("**`[gateway.context]`**", ContextSettings, set()),
@@ -165,15 +167,15 @@ def rows(heading: str) -> list[list[str]]:
         ("**`[[targets.NAME.fallback]]`**", FallbackSettings, set()),
     ],
 )
-def test_the_keys_and_defaults_on_the_page_are_those_that_there_are(
-    heading: str, kind: type[msgspec.Struct], apart: set[str]
+def test_the_page_has_all_keys_with_their_defaults(
+    heading: str, kind: type[msgspec.Struct], excluded: set[str]
 ) -> None:
-    fields = {field.name: field for field in msgspec.structs.fields(kind) if field.name not in apart}
+    fields = {field.name: field for field in msgspec.structs.fields(kind) if field.name not in excluded}
     table = rows(heading)
-    told = {row[0].strip("`"): row[1] for row in table}
-    assert len(told) == len(table)
-    assert sorted(told) == sorted(fields)
-    for name, default in told.items():
+    shown = {row[0].strip("`"): row[1] for row in table}
+    assert len(shown) == len(table)
+    assert sorted(shown) == sorted(fields)
+    for name, default in shown.items():
         if fields[name].required:
             assert default == "needed"
         elif default.startswith("`"):
@@ -183,18 +185,21 @@ def test_the_keys_and_defaults_on_the_page_are_those_that_there_are(
             assert fields[name].default is None
 
 
-def test_the_options_on_the_page_are_those_that_there_are() -> None:
+def test_the_page_has_all_options() -> None:
     command = typer.main.get_command(app)
     context = typer.Context(command)
-    told = [option for row in rows("| option |") for option in re.findall(r"`(--(?!no-)[\w-]+)", row[0])]
-    there = command.commands["gateway"].get_params(context)  # type: ignore[attr-defined]
-    assert told == [parameter.opts[0] for parameter in there if parameter.opts[0] != "--help"]
+    shown = [option for row in rows("| option |") for option in re.findall(r"`(--(?!no-)[\w-]+)", row[0])]
+    parameters = command.commands["gateway"].get_params(context)  # type: ignore[attr-defined]
+    assert shown == [parameter.opts[0] for parameter in parameters if parameter.opts[0] != "--help"]
 
 
-def test_the_mistakes_on_the_page_are_answered_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_shows_the_errors_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = ("", "", "", "[targets.openai]", "url = 'http://h.example'", "", "rpm = '5'", "", "budget = 5", "")
     (tmp_path / "forebay.toml").write_text("\n".join(lines))
-    told = [*run("--config", "forebay.toml").stderr.splitlines(), *run(*OPENAI, "--listen", "here").stderr.splitlines()]
-    assert len(told) == 3
-    assert "```text\n" + "\n".join(told) + "\n```\n" in PAGE.read_text()
+    errors = [
+        *run("--config", "forebay.toml").stderr.splitlines(),
+        *run(*OPENAI, "--listen", "here").stderr.splitlines(),
+    ]
+    assert len(errors) == 3
+    assert "```text\n" + "\n".join(errors) + "\n```\n" in PAGE.read_text()

@@ -1,4 +1,4 @@
-"""Where the keys of a TOML file stand."""
+"""The lines of the keys of a TOML file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ prices = { mine = { input = 1, output = 2 } }
 '''
 
 
-def test_every_key_and_header_is_known_by_its_line() -> None:
+def test_every_key_and_header_has_its_line() -> None:
     assert TomlDocument("f", TEXT).lines == {
         ("first",): 2,
         ("gateway",): 4,
@@ -57,7 +57,7 @@ def test_every_key_and_header_is_known_by_its_line() -> None:
     }
 
 
-def test_a_key_of_a_list_of_tables_is_known_by_its_place_in_the_list() -> None:
+def test_a_key_in_a_list_of_tables_has_its_index() -> None:
     lines = TomlDocument("f", "[[a]]\nb = 1\n[[a]]\nb = 2\nc = 3\n[x]\n").lines
     assert lines == {
         ("a",): 1,
@@ -81,7 +81,9 @@ NOISE = st.sampled_from(["", "# a = 1", "  ", "# [a]", '# """'])
     tables=st.dictionaries(WORDS, st.dictionaries(WORDS, st.tuples(st.lists(NOISE, max_size=2), VALUES), max_size=4)),
     ending=st.sampled_from(["\n", "\r\n"]),
 )
-def test_keys_are_where_they_were_written(tables: dict[str, dict[str, tuple[list[str], str]]], ending: str) -> None:
+def test_the_lines_of_keys_are_those_where_they_were_written(
+    tables: dict[str, dict[str, tuple[list[str], str]]], ending: str
+) -> None:
     written: list[str] = []
     expected: dict[KeyPath, int] = {}
     for name, table in tables.items():
@@ -110,19 +112,19 @@ def paths(values: Mapping[str, Any]) -> Iterator[KeyPath]:
             yield from ((key, *rest) for rest in paths(value))
 
 
-TWICE = "already: keep one of the two, or give this one another name"
+TWICE = "keep one of the two, or rename this one"
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("a = 1\nb = \n", "f:2: Invalid value (column 5)"),
-        ("a = 1\n[a]\n", f"f:2: a stands in line 1 {TWICE}"),
-        ("a = 1\n\na = 2", f"f:3: a stands in line 1 {TWICE}"),
-        ('a = 1\n\na = """\n2"""\nb = 3\n', f"f:3: a stands in line 1 {TWICE}"),
-        ("[t.a]\nx = 1\n[t.b]\nx = 2\n[t.a]\n", f"f:5: t.a stands in line 1 {TWICE}"),
-        ("[t.'g*']\nx = 1\ny = 1\nx = 2\n", f'f:4: t."g*".x stands in line 2 {TWICE}'),
-        ("[[t]]\nx = 1\n[[t]]\nx = 1\nx = 2\n", f"f:5: t.x stands in line 4 {TWICE}"),
+        ("a = 1\n[a]\n", f"f:2: a is already in line 1: {TWICE}"),
+        ("a = 1\n\na = 2", f"f:3: a is already in line 1: {TWICE}"),
+        ('a = 1\n\na = """\n2"""\nb = 3\n', f"f:3: a is already in line 1: {TWICE}"),
+        ("[t.a]\nx = 1\n[t.b]\nx = 2\n[t.a]\n", f"f:5: t.a is already in line 1: {TWICE}"),
+        ("[t.'g*']\nx = 1\ny = 1\nx = 2\n", f'f:4: t."g*".x is already in line 2: {TWICE}'),
+        ("[[t]]\nx = 1\n[[t]]\nx = 1\nx = 2\n", f"f:5: t.x is already in line 4: {TWICE}"),
         ("a = 1\na.b = 2\n", "f:2: Cannot overwrite a value (column 8)"),
         ('a = 1\nb = """\nc = 3\n', "f:2: Unterminated string, from here to the end of the file"),
         ("# x\na = [\n1,\n2,\n", "f:2: Invalid value, from here to the end of the file"),
@@ -130,28 +132,28 @@ TWICE = "already: keep one of the two, or give this one another name"
         ("a = 1\nhello\n", "f:2: Expected '=' after a key in a key/value pair (column 6)"),
     ],
 )
-def test_what_is_no_toml_is_told_by_its_line(text: str, problem: str) -> None:
-    with pytest.raises(InvalidConfiguration) as refused:
+def test_invalid_toml_is_reported_with_its_line(text: str, problem: str) -> None:
+    with pytest.raises(InvalidConfiguration) as rejected:
         TomlDocument("f", text)
-    assert str(refused.value) == problem
+    assert str(rejected.value) == problem
 
 
-def test_what_cannot_be_read_is_told_by_its_name(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfiguration, match=r"none\.toml: it cannot be read: No such file"):
         read_document(tmp_path / "none.toml")
     with pytest.raises(InvalidConfiguration, match="Is a directory"):
         read_document(tmp_path)
 
 
-def test_what_is_no_text_is_told_by_its_line(tmp_path: Path) -> None:
+def test_invalid_utf_8_is_reported_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "forebay.toml"
     file.write_bytes(b"a = 1\n# ok\nb = '\xff'\n")
-    with pytest.raises(InvalidConfiguration, match=r"forebay\.toml:3: this is no UTF-8"):
+    with pytest.raises(InvalidConfiguration, match=r"forebay\.toml:3: this is not UTF-8"):
         read_document(file)
 
 
-def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "forebay.toml"
     file.write_bytes(b"#" * (MAX_FILE_BYTES + 1))
-    with pytest.raises(InvalidConfiguration, match="no configuration"):
+    with pytest.raises(InvalidConfiguration, match="too large for a configuration"):
         read_document(file)

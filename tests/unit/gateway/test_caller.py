@@ -1,3 +1,5 @@
+"""Callers, read from the headers of their requests."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +11,7 @@ from forebay.gateway.caller import CallerReader, InvalidHeader, read_client_time
 from forebay.gateway.settings import Trust
 from forebay.upstream.call_request import Caller
 
-TOLD = {
+HEADERS = {
     "x-forebay-priority": "High",
     "x-forebay-deadline": "1000.5",
     "x-forebay-tenant": "acme",
@@ -17,37 +19,36 @@ TOLD = {
 }
 
 
-def read(headers: dict[str, str], *, trust: Trust = "anyone", token: str | None = None, share: bool = False) -> Caller:
-    return CallerReader(trust, token, ("X-User-Id", "x-agent")).read(headers, offset=-900.0, shared_account=share)
+def read(headers: dict[str, str], *, trust: Trust = "anyone", token: str | None = None, shared: bool = False) -> Caller:
+    return CallerReader(trust, token, ("X-User-Id", "x-agent")).read(headers, offset=-900.0, shared_account=shared)
 
 
-def test_headers_tell_on_whose_behalf() -> None:
-    sender = read(TOLD)
-    assert sender == Caller(priority=Priority.HIGH, deadline=100.5, tenant="acme", task_id="run-7")
+def test_the_caller_is_read_from_the_headers() -> None:
+    assert read(HEADERS) == Caller(priority=Priority.HIGH, deadline=100.5, tenant="acme", task_id="run-7")
 
 
-def test_without_them_it_is_anybody() -> None:
+def test_without_headers_the_caller_has_the_defaults() -> None:
     assert read({}) == Caller() == Caller(priority=Priority.NORMAL, deadline=math.inf, tenant="default")
 
 
-def test_a_tenant_may_be_named_as_others_do() -> None:
+def test_other_headers_may_name_the_tenant() -> None:
     assert read({"x-agent": "a", "x-user-id": "u"}).tenant == "u"
     assert read({"x-agent": "a", "x-forebay-tenant": "t"}).tenant == "t"
 
 
-def test_who_is_not_trusted_is_not_heard() -> None:
+def test_the_headers_of_a_caller_that_is_not_trusted_are_ignored() -> None:
     token = "0123456789abcdef"
-    assert read(TOLD, trust="nobody") == Caller()
-    assert read(TOLD, trust="token", token=token) == Caller()
-    assert read({**TOLD, "x-forebay-token": "0123456789abcdeF"}, trust="token", token=token) == Caller()
-    assert read({**TOLD, "x-forebay-token": token}, trust="token", token=token).tenant == "acme"
+    assert read(HEADERS, trust="nobody") == Caller()
+    assert read(HEADERS, trust="token", token=token) == Caller()
+    assert read({**HEADERS, "x-forebay-token": "0123456789abcdeF"}, trust="token", token=token) == Caller()
+    assert read({**HEADERS, "x-forebay-token": token}, trust="token", token=token).tenant == "acme"
 
 
-def test_who_has_the_token_may_enter() -> None:
-    senders = CallerReader("token", "0123456789abcdef", ())
-    assert not senders.is_authorized({})
-    assert not senders.is_authorized({"x-forebay-token": "wröng"})
-    assert senders.is_authorized({"x-forebay-token": "0123456789abcdef"})
+def test_a_caller_with_the_token_is_authorized() -> None:
+    callers = CallerReader("token", "0123456789abcdef", ())
+    assert not callers.is_authorized({})
+    assert not callers.is_authorized({"x-forebay-token": "wröng"})
+    assert callers.is_authorized({"x-forebay-token": "0123456789abcdef"})
     assert CallerReader("anyone", None, ()).is_authorized({})
 
 
@@ -62,18 +63,18 @@ def test_who_has_the_token_may_enter() -> None:
         ("x-user-id", "a\nb"),
     ],
 )
-def test_what_cannot_be_meant_is_told(header: str, value: str) -> None:
+def test_an_invalid_header_is_named(header: str, value: str) -> None:
     with pytest.raises(InvalidHeader, match=header):
         read({header: value})
 
 
-def test_callers_of_one_key_or_of_all() -> None:
+def test_the_account_is_that_of_the_key_or_shared() -> None:
     assert read({}).api_key is None
-    assert read({}, share=True).api_key == ""
+    assert read({}, shared=True).api_key == ""
 
 
 @pytest.mark.parametrize(
-    ("headers", "line", "silence"),
+    ("headers", "max_wait", "read_timeout"),
     [
         ({}, 60.0, 600.0),
         ({"x-stainless-read-timeout": "600"}, 599.0, 605.0),
@@ -84,5 +85,5 @@ def test_callers_of_one_key_or_of_all() -> None:
         ({"x-stainless-read-timeout": "1e12"}, 86_399.0, 86_405.0),
     ],
 )
-def test_patience_is_what_the_sdk_hints(headers: dict[str, str], line: float, silence: float) -> None:
-    assert read_client_timeouts(headers) == (line, silence)
+def test_timeouts_are_those_that_the_sdk_sends(headers: dict[str, str], max_wait: float, read_timeout: float) -> None:
+    assert read_client_timeouts(headers) == (max_wait, read_timeout)

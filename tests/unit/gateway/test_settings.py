@@ -1,4 +1,4 @@
-"""What a gateway may be told, and what each mistake is answered with."""
+"""The settings of a gateway, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gateway(**changes: Any) -> GatewaySettings:
 
 
 @pytest.mark.parametrize(
-    ("name", "provider", "rules"),
+    ("name", "provider", "profile"),
     [
         ("openai", None, "openai"),
         ("anthropic", None, "anthropic"),
@@ -46,13 +46,13 @@ def gateway(**changes: Any) -> GatewaySettings:
         ("openai", "generic", "generic"),
     ],
 )
-def test_a_target_keeps_the_rules_of_its_provider(name: str, provider: str | None, rules: str) -> None:
+def test_a_target_has_the_rules_of_its_provider(name: str, provider: str | None, profile: str) -> None:
     upstream = target(name=name, provider=provider).upstream()
     assert upstream.name == name
-    assert upstream.core.profile.provider == rules
+    assert upstream.core.profile.provider == profile
 
 
-def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
+def test_a_target_makes_an_upstream_with_its_settings() -> None:
     upstream = target(
         rpm=500,
         models={"gpt-4o*": QuotaSettings(rpm=10, input_tpm=1000, output_tpm=200, tpm=1100), "o3": QuotaSettings()},
@@ -65,9 +65,9 @@ def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
         max_attempts=2,
         weights={"acme": 3.0},
     ).upstream()
-    terms = upstream.core.settings
-    assert terms.quotas == (Quota(requests=500, per="minute"),)
-    assert terms.models == {
+    settings = upstream.core.settings
+    assert settings.quotas == (Quota(requests=500, per="minute"),)
+    assert settings.models == {
         "gpt-4o*": (
             Quota(requests=10, per="minute"),
             Quota(input_tokens=1000, per="minute"),
@@ -76,25 +76,25 @@ def test_a_target_makes_an_upstream_of_the_same_terms() -> None:
         ),
         "o3": (),
     }
-    assert (terms.max_concurrent, terms.max_wait, terms.weights) == (7, 20, {"acme": 3.0})
+    assert (settings.max_concurrent, settings.max_wait, settings.weights) == (7, 20, {"acme": 3.0})
     assert (upstream.core.retries.retry.max_attempts, upstream.core.retries.retry.max_total_delay) == (2, 20)
     assert upstream.core.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
 
 
-async def test_the_budgets_of_a_target_are_those_of_a_day_of_a_tenant_and_of_a_task() -> None:
+async def test_a_target_has_budgets_per_day_per_tenant_and_per_task() -> None:
     spend = target(budget_usd=25, tenant_budget_usd=5, prices={"*": Price(input=1, output=1)}).upstream()
     async with spend.call("m", input_tokens=1_000_000, tenant="acme") as call:
         call.settle(input_tokens=1_000_000, output_tokens=0)
-    money = spend.core.budgets
-    assert money.upstream_budget is not None
-    assert money.upstream_budget.spent() == 1.0
-    assert 0 < (money.upstream_budget.resets_in() or 0) <= 86_400
+    budgets = spend.core.budgets
+    assert budgets.upstream_budget is not None
+    assert budgets.upstream_budget.spent() == 1.0
+    assert 0 < (budgets.upstream_budget.resets_in() or 0) <= 86_400
     assert target(task_budget_usd=1).upstream().core.budgets.has_budgets
 
 
 def test_a_target_without_limits_is_learned() -> None:
-    terms = target().upstream().core.settings
-    assert (terms.quotas, terms.models, terms.max_concurrent) == ((), {}, None)
+    settings = target().upstream().core.settings
+    assert (settings.quotas, settings.models, settings.max_concurrent) == ((), {}, None)
 
 
 @pytest.mark.parametrize(
@@ -123,18 +123,18 @@ def test_a_target_without_limits_is_learned() -> None:
         ({"weights": {"acme": 0}}, "weights.acme"),
     ],
 )
-def test_what_cannot_be_meant_of_a_target_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
-    with pytest.raises(InvalidSetting) as refused:
+def test_an_invalid_target_setting_is_named(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as rejected:
         target(**wrong)
-    assert vars(refused.value)["name"] == name
+    assert vars(rejected.value)["name"] == name
 
 
-def test_a_group_of_models_is_checked_as_its_target_is() -> None:
+def test_the_limits_of_a_group_of_models_are_checked_too() -> None:
     with pytest.raises(InvalidSetting, match="rpm=0"):
         QuotaSettings(rpm=0)
 
 
-def test_a_price_is_no_less_than_nothing() -> None:
+def test_a_price_is_at_least_0() -> None:
     with pytest.raises(InvalidPrice, match="mine"):
         target(prices={"mine": Price(input=-1, output=2)})
 
@@ -142,41 +142,41 @@ def test_a_price_is_no_less_than_nothing() -> None:
 @pytest.mark.parametrize(
     "url", ["https://api.openai.com", "http://127.0.0.1:8000", "http://[::1]:8000/base", "https://h.example/v1beta/"]
 )
-def test_a_url_is_that_of_a_provider(url: str) -> None:
+def test_a_url_may_have_a_port_and_a_path(url: str) -> None:
     assert target(url=url).url == url
 
 
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("api.openai.com", "neither"),
-        ("ftp://api.openai.com", "neither"),
+        ("api.openai.com", "starts with neither"),
+        ("ftp://api.openai.com", "starts with neither"),
         ("https://", "no host"),
-        ("https://h.example:port", "no address"),
-        ("https://h.example/a b", "no address"),
-        ("https://h.example\n", "no address"),
-        ("https://[::1", "no address"),
+        ("https://h.example:port", "not a URL"),
+        ("https://h.example/a b", "not a URL"),
+        ("https://h.example\n", "not a URL"),
+        ("https://[::1", "not a URL"),
         ("https://h.example/?key=1", "'?'"),
         ("https://h.example/#there", "'#'"),
         ("https://h.example/v1/", "/v1"),
         ("https://h.example/openai/v1", "/v1"),
-        (None, "no address"),
+        (None, "not a URL"),
     ],
 )
-def test_a_url_that_no_call_could_be_sent_to_is_refused(url: Any, problem: str) -> None:
-    with pytest.raises(InvalidSetting, match=r"https://api\.openai\.com") as refused:
+def test_an_invalid_url_is_rejected(url: Any, problem: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"https://api\.openai\.com") as rejected:
         target(url=url)
-    assert problem in str(refused.value)
+    assert problem in str(rejected.value)
 
 
-def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
-    with pytest.raises(InvalidSetting) as refused:
+def test_a_url_with_a_password_is_rejected_and_not_shown() -> None:
+    with pytest.raises(InvalidSetting) as rejected:
         target(url="https://me:hush@h.example")
-    assert "hush" not in str(refused.value)
-    assert "the keys are the callers'" in str(refused.value)
+    assert "hush" not in str(rejected.value)
+    assert "callers send their own keys" in str(rejected.value)
 
 
-# --- where it listens ---
+# --- the address ---
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:8787", "127.8.9.10:0", "localhost:1", "LOCALHOST:1", "[::1]:65535"])
@@ -187,7 +187,7 @@ def test_loopback_needs_no_token(listen: str) -> None:
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:8787", "[::]:8787", "10.0.0.1:80", "gateway.example:8787"])
-def test_anything_else_needs_a_token(listen: str) -> None:
+def test_an_address_beyond_loopback_needs_a_token(listen: str) -> None:
     with pytest.raises(InvalidSetting, match="--token-env"):
         gateway(listen=listen)
     assert gateway(listen=listen, token_env="FOREBAY_TOKEN").trust == "token"
@@ -201,7 +201,7 @@ def test_an_address_is_a_host_and_a_port() -> None:
 @pytest.mark.parametrize(
     "listen", ["127.0.0.1", "8787", ":8787", "127.0.0.1:65536", "::1:8787", "[10.0.0.1", "[1]:80", "a b:80", None, 8787]
 )
-def test_what_is_no_address_is_refused(listen: Any) -> None:
+def test_an_invalid_address_is_rejected(listen: Any) -> None:
     with pytest.raises(InvalidSetting, match="HOST:PORT"):
         gateway(listen=listen)
 
@@ -224,16 +224,16 @@ def test_what_is_no_address_is_refused(listen: Any) -> None:
         ({"context": ContextSettings(trust="token")}, "context.trust"),
     ],
 )
-def test_what_cannot_be_meant_of_a_gateway_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
-    with pytest.raises(InvalidSetting) as refused:
+def test_an_invalid_gateway_setting_is_named(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as rejected:
         gateway(**wrong)
-    assert vars(refused.value)["name"] == name
+    assert vars(rejected.value)["name"] == name
 
 
-# --- whose word is taken ---
+# --- trust ---
 
 
-def test_trust_is_what_was_said() -> None:
+def test_trust_can_be_set() -> None:
     assert gateway(context=ContextSettings(trust="nobody")).trust == "nobody"
     assert gateway(context=ContextSettings(trust="token"), token_env="A").trust == "token"
     assert gateway(context=ContextSettings(trust="anyone"), token_env="A", listen="0.0.0.0:80").trust == "anyone"
@@ -248,15 +248,15 @@ def test_trust_is_what_was_said() -> None:
         ({"tenant_headers": (1,)}, "tenant_headers"),
     ],
 )
-def test_what_cannot_be_meant_of_the_context_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
-    with pytest.raises(InvalidSetting) as refused:
+def test_an_invalid_context_setting_is_named(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as rejected:
         ContextSettings(**wrong)
-    assert vars(refused.value)["name"] == name
+    assert vars(rejected.value)["name"] == name
 
 
 @pytest.mark.parametrize("header", ["Authorization", "x-api-key", "Cookie"])
-def test_no_secret_becomes_a_tenant(header: str) -> None:
-    with pytest.raises(InvalidSetting, match="no secret"):
+def test_a_header_with_a_secret_cannot_name_the_tenant(header: str) -> None:
+    with pytest.raises(InvalidSetting, match="without secrets"):
         ContextSettings(tenant_headers=("x-user-id", header))
 
 
@@ -275,14 +275,14 @@ def test_no_secret_becomes_a_tenant(header: str) -> None:
         ({"target": 7}, "target"),
     ],
 )
-def test_what_cannot_be_meant_of_a_fallback_is_refused_by_name(wrong: dict[str, Any], name: str) -> None:
-    with pytest.raises(InvalidSetting) as refused:
+def test_an_invalid_fallback_setting_is_named(wrong: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidSetting) as rejected:
         FallbackSettings(**wrong)
-    assert vars(refused.value)["name"] == name
+    assert vars(rejected.value)["name"] == name
 
 
 def chained(**leads: str) -> GatewaySettings:
-    """Targets, each with a fallback to the one that is named."""
+    """Return settings with targets, each with a fallback to the one it names."""
     targets = [
         TargetSettings(name=name, url="http://x", fallback=(FallbackSettings(target=to),) if to else ())
         for name, to in leads.items()
@@ -290,14 +290,14 @@ def chained(**leads: str) -> GatewaySettings:
     return GatewaySettings(targets=tuple(targets))
 
 
-def test_fallbacks_lead_to_targets_that_there_are_and_not_back() -> None:
+def test_fallbacks_lead_to_existing_targets_and_not_back() -> None:
     assert [target.name for target in make_targets(chained(a="b", b="c", c=""), {})] == ["a", "b", "c"]
     for leads in ({"a": "b"}, {"a": "a"}, {"a": "b", "b": "c", "c": "a"}):
         with pytest.raises(InvalidSetting, match="fallback"):
             chained(**leads)
 
 
-def test_fallbacks_lead_to_who_speaks_the_same() -> None:
+def test_fallbacks_lead_to_targets_of_the_same_protocol() -> None:
     with pytest.raises(InvalidSetting, match="protocol"):
         make_targets(chained(openai="anthropic", anthropic=""), {})
 
@@ -305,7 +305,7 @@ def test_fallbacks_lead_to_who_speaks_the_same() -> None:
 # --- the token ---
 
 
-def test_without_a_place_there_is_no_token() -> None:
+def test_without_a_variable_or_a_file_there_is_no_token() -> None:
     assert gateway().token({}) is None
 
 
@@ -316,14 +316,14 @@ def test_a_token_comes_from_the_environment_or_from_a_file(tmp_path: Path) -> No
     assert gateway(token_file=str(file)).token({}) == TOKEN
 
 
-@pytest.mark.parametrize("text", ["", " \n", "short", "with a blank in the midst", "0123456789abcdé0"])
-def test_what_is_no_secret_is_refused_and_not_shown(text: str) -> None:
-    with pytest.raises(InvalidSecret, match="environment variable MINE") as refused:
+@pytest.mark.parametrize("text", ["", " \n", "short", "with a space in the middle", "0123456789abcdé0"])
+def test_an_unfit_token_is_rejected_and_not_shown(text: str) -> None:
+    with pytest.raises(InvalidSecret, match="environment variable MINE") as rejected:
         gateway(token_env="MINE").token({"MINE": text})
-    assert not text.strip() or text not in str(refused.value)
+    assert not text.strip() or text not in str(rejected.value)
 
 
-def test_a_token_that_is_not_there_is_told_with_its_place(tmp_path: Path) -> None:
+def test_a_missing_token_is_reported_with_its_variable_or_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidSecret, match="MINE"):
         gateway(token_env="MINE").token({})
     with pytest.raises(InvalidSecret, match="No such file"):
@@ -331,5 +331,5 @@ def test_a_token_that_is_not_there_is_told_with_its_place(tmp_path: Path) -> Non
     with pytest.raises(InvalidSecret, match="directory"):
         gateway(token_file=str(tmp_path)).token({})
     (tmp_path / "binary").write_bytes(b"\xff" * 40)
-    with pytest.raises(InvalidSecret, match="no text"):
+    with pytest.raises(InvalidSecret, match="not UTF-8"):
         gateway(token_file=str(tmp_path / "binary")).token({})

@@ -1,3 +1,5 @@
+"""Targets, and the destinations of requests."""
+
 from __future__ import annotations
 
 import pytest
@@ -26,24 +28,24 @@ TARGETS = [
         ("/anthropic/v1/models", {}, "https://api.anthropic.test/v1/models"),
     ],
 )
-def test_a_request_goes_where_its_path_says(path: str, headers: dict[str, str], url: str) -> None:
-    place = find_destination(TARGETS, path, headers)
-    assert place is not None
-    assert place.url == url
+def test_a_request_goes_where_its_path_leads(path: str, headers: dict[str, str], url: str) -> None:
+    destination = find_destination(TARGETS, path, headers)
+    assert destination is not None
+    assert destination.url == url
 
 
 @pytest.mark.parametrize(
     "path", ["/", "", "/v1", "/v1/", "/local", "/nobody/v1/models", "/local/../admin", "/v1/../x", "/v2/models"]
 )
-def test_what_is_nowhere_goes_nowhere(path: str) -> None:
+def test_an_unknown_or_ambiguous_path_leads_nowhere(path: str) -> None:
     assert find_destination(TARGETS, path, {}) is None
 
 
-def test_nobody_speaks_it() -> None:
+def test_a_protocol_without_a_target_leads_nowhere() -> None:
     assert find_destination(TARGETS[:1], "/v1/messages", {}) is None
 
 
-def test_what_is_spoken() -> None:
+def test_the_protocol_is_detected_by_path_and_headers() -> None:
     assert detect_protocol("/v1/messages", {}) == "anthropic"
     assert detect_protocol("/v1/models", {"anthropic-version": "2023-06-01"}) == "anthropic"
     assert detect_protocol("/v1/responses", {}) == "openai"

@@ -106,7 +106,7 @@ def test_the_limit_does_not_grow_while_it_is_not_used_up() -> None:
 
 
 def test_the_limit_grows_no_further_than_it_is_used() -> None:
-    """With twenty-four callers, each call begins while all of them have one in flight."""
+    """Check it with twenty-four callers that always have one call in flight each."""
     limit, in_flight = AdaptiveLimit(), deque[Grant]()
     for second in range(200):
         while len(in_flight) < min(24, limit.limit(float(second))):
@@ -144,7 +144,7 @@ def test_a_second_slowdown_of_a_sharing_server_is_acted_on_at_once() -> None:
 
 
 def test_an_expectation_learned_under_a_flood_does_not_hide_our_load() -> None:
-    """The server has three slots, and ten calls are in flight from the start."""
+    """Check it with three slots and ten calls in flight from the start."""
     server, pace = Server(AdaptiveLimit(), 10_000, slowdown=None), LatencyModel()
     for _ in range(300):
         seconds = max(1.0, len(server.in_flight) / 3)

@@ -9,7 +9,7 @@ from forebay.interfaces import Outcome
 from forebay.limit import Grant, Limit
 
 
-class Halving(Limit):
+class HalvingLimit(Limit):
     """The smallest limit: half after a refusal, one more after a success."""
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:  # noqa: ARG002
@@ -20,7 +20,7 @@ class Halving(Limit):
 
 
 def test_a_subclass_that_writes_only_observe_is_a_limit() -> None:
-    limit = Halving(initial_limit=4)
+    limit = HalvingLimit(initial_limit=4)
     limit.observe(1.0, limit.grant(0.0, 4), Outcome.SUCCESS)
     assert limit.limit(1.0) == 5
     limit.observe(2.0, limit.grant(1.0, 5), Outcome.OVERLOAD)
@@ -29,13 +29,13 @@ def test_a_subclass_that_writes_only_observe_is_a_limit() -> None:
 
 
 def test_a_grant_is_at_the_limit_from_the_last_slot_on() -> None:
-    limit = Halving(initial_limit=2)
+    limit = HalvingLimit(initial_limit=2)
     assert limit.grant(3.0, 1) == Grant(3.0, 1, at_limit=False)
     assert limit.grant(3.0, 2) == Grant(3.0, 2, at_limit=True)
 
 
 def test_the_level_stays_between_one_and_max_limit() -> None:
-    limit = Halving(initial_limit=2, max_limit=3)
+    limit = HalvingLimit(initial_limit=2, max_limit=3)
     for _ in range(5):
         limit.observe(0.0, limit.grant(0.0, 3), Outcome.SUCCESS)
     assert limit.limit(0.0) == 3
@@ -45,8 +45,8 @@ def test_the_level_stays_between_one_and_max_limit() -> None:
 
 
 def test_an_invalid_bound_is_reported_under_the_name_of_the_subclass() -> None:
-    with pytest.raises(InvalidSetting, match=r"Halving.*initial_limit"):
-        Halving(initial_limit=0)
+    with pytest.raises(InvalidSetting, match=r"HalvingLimit.*initial_limit"):
+        HalvingLimit(initial_limit=0)
 
 
 def test_a_limit_without_observe_cannot_be_made() -> None:

@@ -1,4 +1,4 @@
-"""The router against a search through all workers, whatever they take, finish, fail and recover from."""
+"""Worker selection compared with a search through all workers, whatever they run, finish and fail."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def make(name: str, slots: int = 1) -> WorkerAgent:
     )
 
 
-class House:
-    """Workers and their router, told of everything as the dispatcher tells it."""
+class Workers:
+    """Workers and their selector, updated as the dispatcher updates it."""
 
     def __init__(self) -> None:
         self.typical = TYPICAL
         self.workers: list[WorkerAgent] = []
-        self.router = WorkerSelector(KIND, lambda: self.typical)
+        self.selector = WorkerSelector(KIND, lambda: self.typical)
 
     def add(self, slots: int = 1) -> WorkerAgent:
         worker = make(f"w{len(self.workers)}", slots)
         self.workers.append(worker)
-        self.router.update(worker)
+        self.selector.update(worker)
         return worker
 
     def take(self, worker: WorkerAgent) -> None:
         worker.current_tasks += 1
-        self.router.mark_busy(worker)
+        self.selector.mark_busy(worker)
 
     def finish(self, worker: WorkerAgent, seconds: float | None = None) -> None:
         worker.current_tasks -= 1
@@ -61,7 +61,7 @@ class House:
 
     def announce(self, worker: WorkerAgent) -> None:
         if worker.can_accept():
-            self.router.update(worker)
+            self.selector.update(worker)
 
     def score(self, worker: WorkerAgent) -> float:
         return worker.score(KIND, self.typical)
@@ -71,72 +71,72 @@ class House:
         return [worker for worker in self.workers if worker.can_accept()]
 
 
-class RouterMachine(RuleBasedStateMachine):
-    """Whatever happens to the workers, the pick has the least score of those that can accept."""
+class SelectionMachine(RuleBasedStateMachine):
+    """A state machine: whatever happens to the workers, the pick has the least score of those that can accept."""
 
     @initialize(slots=st.lists(st.integers(1, 4), max_size=6))
     def build(self, slots: list[int]) -> None:
-        self.house = House()
+        self.fleet = Workers()
         for count in slots:
-            self.house.add(count)
+            self.fleet.add(count)
 
     def draw(self, data: st.DataObject, workers: list[WorkerAgent]) -> WorkerAgent:
         return data.draw(st.sampled_from(sorted(workers, key=lambda worker: worker.name)))
 
     @rule(slots=st.integers(1, 4))
     def come(self, slots: int) -> None:
-        self.house.add(slots)
+        self.fleet.add(slots)
 
-    @precondition(lambda self: self.house.accepting)
+    @precondition(lambda self: self.fleet.accepting)
     @rule(idle_first=st.booleans())
     def dispatch(self, *, idle_first: bool) -> None:
-        worker = self.house.router.pick(idle_first=idle_first)
+        worker = self.fleet.selector.pick(idle_first=idle_first)
         assert worker is not None
-        self.house.take(worker)
+        self.fleet.take(worker)
 
-    @precondition(lambda self: self.house.accepting)
+    @precondition(lambda self: self.fleet.accepting)
     @rule(data=st.data())
     def take_elsewhere(self, data: st.DataObject) -> None:
-        """A worker of several pools takes a task of another."""
-        self.house.take(self.draw(data, self.house.accepting))
+        """Have a worker of several pools take a task of another one."""
+        self.fleet.take(self.draw(data, self.fleet.accepting))
 
-    @precondition(lambda self: any(worker.current_tasks for worker in self.house.workers))
+    @precondition(lambda self: any(worker.current_tasks for worker in self.fleet.workers))
     @rule(data=st.data(), seconds=st.none() | st.floats(0.01, 100.0))
     def finish(self, data: st.DataObject, seconds: float | None) -> None:
-        busy = [worker for worker in self.house.workers if worker.current_tasks]
-        self.house.finish(self.draw(data, busy), seconds)
+        busy = [worker for worker in self.fleet.workers if worker.current_tasks]
+        self.fleet.finish(self.draw(data, busy), seconds)
 
-    @precondition(lambda self: self.house.workers)
+    @precondition(lambda self: self.fleet.workers)
     @rule(data=st.data())
     def forgive(self, data: st.DataObject) -> None:
-        worker = self.draw(data, self.house.workers)
+        worker = self.draw(data, self.fleet.workers)
         worker.lower_penalty()
-        self.house.announce(worker)
+        self.fleet.announce(worker)
 
-    @precondition(lambda self: self.house.workers)
+    @precondition(lambda self: self.fleet.workers)
     @rule(data=st.data(), failed=st.booleans())
     def fail_or_recover(self, data: st.DataObject, *, failed: bool) -> None:
-        worker = self.draw(data, self.house.workers)
+        worker = self.draw(data, self.fleet.workers)
         worker.failed = failed
-        self.house.announce(worker)
+        self.fleet.announce(worker)
 
     @rule(typical=st.floats(0.01, 100.0))
     def pace_of_the_pool_changes(self, typical: float) -> None:
-        self.house.typical = typical
+        self.fleet.typical = typical
 
     @invariant()
     def picks_the_least(self) -> None:
-        picked = self.house.router.pick()
-        accepting = self.house.accepting
+        picked = self.fleet.selector.pick()
+        accepting = self.fleet.accepting
         assert (picked is None) == (not accepting)
         if picked is not None:
             assert picked in accepting
-            assert self.house.score(picked) == pytest.approx(min(map(self.house.score, accepting)))
+            assert self.fleet.score(picked) == pytest.approx(min(map(self.fleet.score, accepting)))
 
     @invariant()
     def picks_an_idle_one_first_if_asked(self) -> None:
-        picked = self.house.router.pick(idle_first=True)
-        accepting = self.house.accepting
+        picked = self.fleet.selector.pick(idle_first=True)
+        accepting = self.fleet.accepting
         assert (picked is None) == (not accepting)
         if picked is not None:
             assert picked in accepting
@@ -145,15 +145,15 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def keeps_no_more_than_it_needs(self) -> None:
-        held = sum(map(len, self.house.router._heaps))
-        assert held <= 2 * len(self.house.workers) + 16 + 1
+        held = sum(map(len, self.fleet.selector._heaps))
+        assert held <= 2 * len(self.fleet.workers) + 16 + 1
 
 
-TestRouter = RouterMachine.TestCase
+TestRouter = SelectionMachine.TestCase
 TestRouter.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-def test_nobody_is_picked_of_nobody() -> None:
+def test_without_workers_none_is_picked() -> None:
     assert WorkerSelector(KIND, lambda: TYPICAL).pick() is None
 
 
@@ -164,7 +164,7 @@ def test_the_score_is_the_expected_finish() -> None:
     assert worker.score(KIND, TYPICAL) == 3 * 8.0 / 4
 
 
-def test_a_failure_raises_the_score_by_half_and_is_forgiven() -> None:
+def test_a_failure_raises_the_score_by_half_until_it_is_lowered_again() -> None:
     worker = make("w")
     worker.raise_penalty()
     assert worker.score(KIND, TYPICAL) == pytest.approx(1.5)
@@ -175,14 +175,14 @@ def test_a_failure_raises_the_score_by_half_and_is_forgiven() -> None:
     assert worker.score(KIND, TYPICAL) == 1.0
 
 
-def test_a_hundred_failures_do_not_raise_it_out_of_sight() -> None:
+def test_the_penalty_of_many_failures_is_bounded() -> None:
     worker = make("w")
     for _ in range(100):
         worker.raise_penalty()
     assert worker.score(KIND, TYPICAL) < 10.0
 
 
-def test_the_pace_follows_the_latest_successes() -> None:
+def test_the_duration_follows_the_latest_successes() -> None:
     worker = make("w")
     for _ in range(30):
         worker.record_success(KIND, 10.0)
@@ -191,10 +191,10 @@ def test_the_pace_follows_the_latest_successes() -> None:
     assert worker.score(KIND, TYPICAL) == pytest.approx(1.0, rel=0.05)
 
 
-def test_a_pick_looks_at_few_workers_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    house = House()
+def test_a_pick_examines_few_workers_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Workers()
     for _ in range(5000):
-        house.add(slots=2)
+        fleet.add(slots=2)
     scored = 0
     score = WorkerAgent.score
 
@@ -205,8 +205,8 @@ def test_a_pick_looks_at_few_workers_however_many_there_are(monkeypatch: pytest.
 
     monkeypatch.setattr(WorkerAgent, "score", counting)
     for _ in range(5000):
-        worker = house.router.pick()
+        worker = fleet.selector.pick()
         assert worker is not None
-        house.take(worker)
-        house.finish(worker, 1.0)
+        fleet.take(worker)
+        fleet.finish(worker, 1.0)
     assert scored < 10 * 5000

@@ -434,10 +434,10 @@ async def test_a_remaining_timer_and_background_task_are_named() -> None:
     check_nothing_left(supervisor)
     dispatcher = supervisor._dispatcher
     assert dispatcher is not None
-    dispatcher.timers.at(1e6, lambda: None)
+    dispatcher.core.timers.at(1e6, lambda: None)
     assert violations(lambda: check_nothing_left(supervisor)) == "timers are set, although it is closed"
-    dispatcher.timers.close()
-    dispatcher.run_in_background(asyncio.sleep(1.0))
+    dispatcher.core.timers.close()
+    dispatcher.core.run_in_background(asyncio.sleep(1.0))
     assert violations(lambda: check_nothing_left(supervisor)).startswith("1 background tasks are running")
     await asyncio.sleep(2.0)
 

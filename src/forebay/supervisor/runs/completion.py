@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay.errors import Overloaded, RemoteError, StillSpilled
-from forebay.events import EventBus, WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
+from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.pool import Pool, Pools
-    from forebay.supervisor.runs.timers import Timer, Timers
-    from forebay.supervisor.start_gate import StartGate
-    from forebay.supervisor.ticket_registry import TicketRegistry
+    from forebay.supervisor.core import Core
+    from forebay.supervisor.pool import Pool
+    from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
 
 # attribute access on an enum is slow on the hot path
@@ -30,10 +29,6 @@ _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts again
 
 class CompletionDispatcher(Protocol):
     """The dispatcher, as far as the end of a run needs it."""
-
-    @property
-    def pools(self) -> Pools:
-        """The pools of the supervisor."""
 
     def finish(self, ticket: Ticket, result: TaskResult) -> None:
         """Give a ticket its result; if it is stored, once the store has it."""
@@ -57,6 +52,13 @@ class CompletionDispatcher(Protocol):
         """Count the slots that `worker` has now, and dispatch to it."""
 
 
+class ExpectedCalls(Protocol):
+    """The start gate, as far as the end of a run needs it."""
+
+    def run_ended(self, run: Run) -> None:
+        """Stop expecting calls of a run."""
+
+
 class RunCompletion:
     """The ways in which a run ends.
 
@@ -67,27 +69,25 @@ class RunCompletion:
         timed_workers: workers with a timer for those of their runs that end at the worker's timeout.
     """
 
-    def __init__(  # noqa: PLR0913 - its collaborators
+    def __init__(
         self,
+        core: Core,
         dispatcher: CompletionDispatcher,
         *,
-        loop: asyncio.AbstractEventLoop,
-        timers: Timers,
-        registry: TicketRegistry,
         runs: ActiveRuns,
-        start_gate: StartGate,
-        bus: EventBus,
+        expected_calls: ExpectedCalls,
         zombie_grace: float,
     ) -> None:
         self._dispatcher = dispatcher
-        self._loop = loop
-        self._timers = timers
-        self._registry = registry
+        self._loop = core.loop
+        self._timers = core.timers
+        self._registry = core.registry
+        self._bus = core.bus
+        self._pools: Mapping[str, Pool] = core.pools.by_type
+        self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
         self._runs = runs
-        self._start_gate = start_gate
-        self._bus = bus
+        self._expected_calls = expected_calls
         self._grace = zombie_grace  # seconds
-        self._pools: Mapping[str, Pool] = dispatcher.pools.by_type
         self.zombies = 0
         self.timed_workers: dict[WorkerAgent, Timer] = {}  # the timer may be late, if the run that it is for has ended
         self._breaker_timers: dict[WorkerAgent, Timer] = {}  # when time alone changes a breaker
@@ -181,13 +181,13 @@ class RunCompletion:
         if run.timer is not None:
             self._timers.cancel(run.clear_timer())
         if run.expected_sources:
-            self._start_gate.run_ended(run)
+            self._expected_calls.run_ended(run)
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
-        if ticket.run is run:  # otherwise it has been started again beside a handler that did not stop
+        if ticket.run is run:  # otherwise it was started again while an earlier handler had not stopped
             ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)
@@ -271,7 +271,7 @@ class RunCompletion:
     def _lower_penalty(self, worker: WorkerAgent) -> None:
         worker.lower_penalty()
         if worker.can_accept():
-            for pool in self._dispatcher.pools.by_worker[worker]:
+            for pool in self._pools_of[worker]:
                 pool.selector.update(worker)
 
     def trip_breaker(self, worker: WorkerAgent, reason: str) -> bool:

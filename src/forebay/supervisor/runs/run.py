@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import inspect
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
@@ -16,13 +16,11 @@ from forebay.events import TaskProgress, log
 from forebay.task import Deadline, Task, TaskStatus
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
+    from forebay.supervisor.core import Core
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.ticket import Ticket
-    from forebay.supervisor.ticket_registry import TicketRegistry
     from forebay.supervisor.worker import WorkerAgent
 
 Ts = TypeVarTuple("Ts")
@@ -65,16 +63,8 @@ class RunOwner(Protocol):
     """The dispatcher, as far as its runs need it."""
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it runs on."""
-
-    @property
-    def threads(self) -> Executor:
-        """Where blocking handlers run."""
-
-    @property
-    def registry(self) -> TicketRegistry:
-        """The tickets, and the listeners to their events."""
+    def core(self) -> Core:
+        """The objects that the parts of the supervisor share."""
 
     @property
     def completion(self) -> RunEnder:
@@ -92,9 +82,6 @@ class RunOwner(Protocol):
 
     def source_used(self, run: Run, source: LoadSource) -> None:
         """Take note that the run is the first of its worker to call `source`."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
 
 
 class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
@@ -126,7 +113,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def attempt(self) -> int:
-        """Which start of the task's handler this is, from 1."""
+        """The number of this start of the task's handler, from 1."""
         return self.ticket.attempts
 
     def record_call(self, source: LoadSource) -> None:
@@ -153,17 +140,17 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         self._in_loop(self._emit_progress, value)
 
     def _in_loop(self, callback: Callable[[*Ts], object], *arguments: *Ts) -> None:
-        if asyncio._get_running_loop() is self.dispatcher.loop:  # noqa: SLF001 - documented; None in a thread
+        if asyncio._get_running_loop() is self.dispatcher.core.loop:  # noqa: SLF001 - documented; None in a thread
             callback(*arguments)
         else:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
-                self.dispatcher.loop.call_soon_threadsafe(callback, *arguments)
+                self.dispatcher.core.loop.call_soon_threadsafe(callback, *arguments)
 
     def _emit_progress(self, value: Any) -> None:
         if not self.ended:
-            at = self.dispatcher.loop.time()
+            at = self.dispatcher.core.loop.time()
             event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
-            self.dispatcher.registry.emit(self.ticket, event)
+            self.dispatcher.core.registry.emit(self.ticket, event)
 
     # --- calls that are expected of it ---
 
@@ -189,18 +176,18 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def is_probe(self) -> bool:
-        """Whether it is a probe of its worker's half-open breaker, and has not been abandoned."""
+        """True for a probe of its worker's half-open breaker that has not been abandoned."""
         worker = self.worker
         return worker.probing and self.breaker_phase == worker.breaker_phase and self.abandoned_at is None
 
     @property
     def lends_slot(self) -> bool:
-        """Whether others may use its slot now: see `SlotLoan`."""
+        """True while others may use its slot: see `SlotLoan`."""
         return self.awaited_tasks > 0 and self.slot_loans > 0
 
     @property
     def lacks_slot(self) -> bool:
-        """Whether it goes on and has no slot: it lent its own, and waits for nothing any more."""
+        """True if it goes on without a slot: it lent its own, and waits for nothing any more."""
         return not (self.holds_slot or self.lends_slot or self.ended)
 
     def take_slot(self) -> None:
@@ -241,10 +228,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """Call the handler in a thread, and return its value."""
         # The thread returns an exception as a value, because no future can carry StopIteration.
         self.in_thread = True
-        loop, work = self.dispatcher.loop, copy_context().run
+        loop, work = self.dispatcher.core.loop, copy_context().run
         try:
             value, cause = await loop.run_in_executor(
-                self.dispatcher.threads, work, _call_handler, self.worker.handler.call, self.task
+                self.dispatcher.core.threads, work, _call_handler, self.worker.handler.call, self.task
             )
         finally:
             self.in_thread = False
@@ -267,7 +254,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             try:
                 asked = on_cancel(self.task)
                 if inspect.isawaitable(asked):
-                    self.dispatcher.run_in_background(asked)
+                    self.dispatcher.core.run_in_background(asked)
             except Exception:  # noqa: BLE001 - it is the user's, and the run must be stopped all the same
                 log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
         if self.runner is not None and not self.in_thread:
@@ -295,7 +282,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def ends_with_worker_timeout(self) -> bool:
-        """Whether the timer of its worker ends it, because it has none of its own."""
+        """True if the timer of its worker ends it, because it has none of its own."""
         return self.timer is None and self.abandoned_at is None and self.ticket.slot is None
 
     # --- its end ---
@@ -392,7 +379,7 @@ class SlotClaims:
             return None
         if run.abandoned_at is not None:
             return None
-        granted: asyncio.Future[None] = run.dispatcher.loop.create_future()
+        granted: asyncio.Future[None] = run.dispatcher.core.loop.create_future()
         self._claims.setdefault(worker, deque()).append((run, granted))
         worker.add_claim()
         return granted

@@ -57,7 +57,7 @@ class Timers:
 
     @property
     def armed(self) -> bool:
-        """Whether the loop has been asked to call."""
+        """True while the loop is asked to call."""
         return self._armed is not None
 
     def close(self) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from forebay.errors import ForebayError, StoreUnavailable, UnknownTask
 from forebay.interfaces import RecordState
@@ -11,27 +10,17 @@ from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket
 from forebay.task import Task
 
 if TYPE_CHECKING:
+    from forebay.supervisor.core import Core
     from forebay.supervisor.spill.stored_tasks import StoredTasks
-    from forebay.supervisor.ticket_registry import TicketRegistry
-
-
-class LookupDispatcher(TicketOwner, Protocol):
-    """The dispatcher, as far as lookups need it."""
-
-    @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
 
 
 class StoreLookup:
     """Tickets for tasks that only the store may know."""
 
-    def __init__(self, dispatcher: LookupDispatcher, stored: StoredTasks) -> None:
+    def __init__(self, core: Core, dispatcher: TicketOwner, stored: StoredTasks) -> None:
+        self._core = core
         self._dispatcher = dispatcher
-        self._registry = dispatcher.registry
+        self._registry = core.registry
         self._stored = stored
 
     def by_id(self, task_id: str) -> Ticket:
@@ -42,7 +31,7 @@ class StoreLookup:
         ticket.move_to_store()
         ticket.begin_store_call()
         self._registry.add(ticket)
-        self._dispatcher.run_in_background(self._find(ticket))
+        self._core.run_in_background(self._find(ticket))
         return ticket
 
     async def by_key(self, key: str) -> Ticket | None:

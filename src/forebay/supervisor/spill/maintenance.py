@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from forebay import clock
 from forebay.errors import StoreUnavailable
@@ -12,41 +11,19 @@ from forebay.supervisor.spill.leases import Heartbeat
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
-    import asyncio
-
-    from forebay.supervisor.pool import Pools
+    from forebay.supervisor.core import Core
     from forebay.supervisor.spill.refill import Refiller
     from forebay.supervisor.spill.stored_tasks import StoredTasks
-    from forebay.supervisor.ticket_registry import TicketRegistry
 
 _RESULT_RETENTION = 86_400.0  # seconds for which the store keeps results
 _MAX_LOOKUPS = 1000  # tickets at a time
-
-
-class MaintenanceDispatcher(Protocol):
-    """The dispatcher, as far as maintenance needs it."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it runs on."""
-
-    @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    @property
-    def pools(self) -> Pools:
-        """Its pools."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
 
 
 class StoreMaintenance:
     """The chores of a shared store, three times in the duration of a lease.
 
     Args:
-        dispatcher: the dispatcher.
+        core: what the parts of the supervisor share.
         stored: the tasks with a record in the store.
         refiller: what counts the records that wait.
         lease: seconds that a lease lasts unless renewed.
@@ -55,14 +32,14 @@ class StoreMaintenance:
 
     def __init__(
         self,
-        dispatcher: MaintenanceDispatcher,
+        core: Core,
         stored: StoredTasks,
         refiller: Refiller,
         *,
         lease: float,
         max_attempts: int,
     ) -> None:
-        self._dispatcher = dispatcher
+        self._core = core
         self._stored = stored
         self._refiller = refiller
         self._lease = lease
@@ -70,7 +47,7 @@ class StoreMaintenance:
         self._running = False
         self._stopped = False
         self._heartbeat = Heartbeat(
-            dispatcher.loop, interval=lease / 3, beat=self._renew_leases, after_beat=self._on_heartbeat
+            core.loop, interval=lease / 3, beat=self._renew_leases, after_beat=self._on_heartbeat
         )
 
     def start(self) -> None:
@@ -88,10 +65,10 @@ class StoreMaintenance:
     def _on_heartbeat(self) -> None:
         if not self._running:  # otherwise it takes longer than a third of a lease, and the next beat will do
             self._running = True
-            self._dispatcher.run_in_background(self._maintain())
+            self._core.run_in_background(self._maintain())
 
     async def _maintain(self) -> None:
-        pools = self._dispatcher.pools.by_type
+        pools = self._core.pools.by_type
         try:
             await self.reap()
             await self._refiller.recount(list(pools.values()))
@@ -113,7 +90,7 @@ class StoreMaintenance:
     async def _check_tasks_elsewhere(self) -> None:
         """Look up tasks that others may have run: those that lost their lease here, and those that are awaited."""
         elsewhere = self._stored.leased_elsewhere
-        spilled = (ticket for ticket in self._dispatcher.registry.live.values() if ticket.status is TaskStatus.SPILLED)
+        spilled = (ticket for ticket in self._core.registry.live.values() if ticket.status is TaskStatus.SPILLED)
         awaited = (ticket for ticket in spilled if ticket.has_waiters or ticket.listeners is not None)
         for ticket in [*elsewhere.values(), *itertools.islice(awaited, _MAX_LOOKUPS)]:
             found = await self._stored.store.find(ticket.task_id)

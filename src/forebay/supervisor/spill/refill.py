@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Awaitable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
 from forebay.errors import InvalidPayload
-from forebay.events import EventBus, TaskRefilled, log
+from forebay.events import TaskRefilled, log
 from forebay.interfaces import Completion, Lease
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
 from forebay.supervisor.runs.completion import describe_error
@@ -19,10 +18,8 @@ from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket, unsuc
 from forebay.task import Deadline, Priority, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.codecs import TaskCodecs
-    from forebay.supervisor.pool import Pool, Pools
-    from forebay.supervisor.runs.timers import Timers
-    from forebay.supervisor.ticket_registry import TicketRegistry
+    from forebay.supervisor.core import Core
+    from forebay.supervisor.pool import Pool
     from forebay.supervisor.worker import WorkerAgent
 
 _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
@@ -30,33 +27,6 @@ _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 
 class RefillDispatcher(TicketOwner, Protocol):
     """The dispatcher, as far as refilling needs it."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it runs on."""
-
-    @property
-    def timers(self) -> Timers:
-        """Its timers."""
-
-    @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    @property
-    def pools(self) -> Pools:
-        """Its pools."""
-
-    @property
-    def bus(self) -> EventBus:
-        """Where it sends events."""
-
-    @property
-    def codecs(self) -> TaskCodecs:
-        """How payloads and results are stored."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
 
     def is_waiting(self, ticket: Ticket) -> bool:
         """Return whether a task waits in the queue, or behind another one of its thread."""
@@ -83,9 +53,10 @@ class Refiller:
         unserved_depths: how many records wait, by task type and priority, of types that nobody here serves.
     """
 
-    def __init__(self, dispatcher: RefillDispatcher, stored: StoredTasks, *, lease: float) -> None:
+    def __init__(self, core: Core, dispatcher: RefillDispatcher, stored: StoredTasks, *, lease: float) -> None:
+        self._core = core
         self._dispatcher = dispatcher
-        self._registry = dispatcher.registry
+        self._registry = core.registry
         self._stored = stored
         self._lease = lease  # seconds that a lease lasts
         self.refilling: set[Pool] = set()
@@ -117,20 +88,20 @@ class Refiller:
                 continue
             for priority in Priority:
                 pool.set_spilled(priority, depths.get((pool.task_type, priority), 0))
-        served = self._dispatcher.pools.by_type
+        served = self._core.pools.by_type
         self.unserved_depths = {key: depth for key, depth in depths.items() if key[0] not in served}
 
     async def refresh(self) -> None:
         """Count what waits in the store now, and refill."""
-        pools = list(self._dispatcher.pools.by_type.values())
+        pools = list(self._core.pools.by_type.values())
         await self.recount(pools)
         for pool in pools:
             self.refill(pool)
 
     @property
     def spilled_tasks(self) -> int:
-        """How many records wait, as far as is known."""
-        pools = self._dispatcher.pools.by_type.values()
+        """The number of records that wait, as far as is known."""
+        pools = self._core.pools.by_type.values()
         return sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
 
     # --- back into the queue ---
@@ -139,7 +110,7 @@ class Refiller:
         """Lease records of `pool` if there is room for them."""
         if not self._stored.refill_stopped and pool not in self.refilling and self._demand(pool) is not None:
             self.refilling.add(pool)
-            self._dispatcher.run_in_background(self._refill(pool))
+            self._core.run_in_background(self._refill(pool))
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
         """Bring nothing back into `pools`; return those of them that `resume` has to resume."""
@@ -167,7 +138,7 @@ class Refiller:
         )
 
     async def _refill(self, pool: Pool) -> None:
-        loop, store = self._dispatcher.loop, self._stored.store
+        loop, store = self._core.loop, self._stored.store
         try:
             while not self._stored.refill_stopped and (demand := self._demand(pool)) is not None:
                 priority, room = demand
@@ -213,15 +184,15 @@ class Refiller:
         return self._dispatcher.is_waiting(ticket)
 
     def _start_or_queue(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
-        record, stored, dispatcher = lease.record, self._stored, self._dispatcher
+        record, stored, core, dispatcher = lease.record, self._stored, self._core, self._dispatcher
         ticket.refill(lease)
-        dispatcher.timers.cancel(ticket.clear_expiry())
+        core.timers.cancel(ticket.clear_expiry())
         stored.leases.hold(lease)
         if ticket.done():  # it has ended meanwhile: its completion is on its way to the store
             return
         self.refilled += 1
-        if dispatcher.bus.active or ticket.listeners is not None:
-            event = TaskRefilled(at=dispatcher.loop.time(), task_id=record.task_id, task_type=record.task_type)
+        if core.bus.active or ticket.listeners is not None:
+            event = TaskRefilled(at=core.loop.time(), task_id=record.task_id, task_type=record.task_type)
             self._registry.emit(ticket, event)
         if ticket.cancel_reason is not None:
             stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, ticket.cancel_reason))
@@ -234,7 +205,7 @@ class Refiller:
         """Return the ticket of a record that another process stored, or None if this one cannot read it."""
         record = lease.record
         try:
-            task = records.task_of_record(record, self._dispatcher.codecs)
+            task = records.task_of_record(record, self._core.codecs)
         except EnvelopeTooNew:
             if record.task_id not in self.unreadable:  # otherwise its lease had lapsed, and no newer process took it
                 log.warning("task %r was stored by a newer version of Forebay and is left for it", record.task_id)

@@ -11,20 +11,22 @@ from forebay.events import log
 from forebay.interfaces import Completion, Lease, PutResult, TaskStore
 from forebay.overflow import encode_task
 from forebay.supervisor.spill import records
-from forebay.supervisor.spill.lookup import LookupDispatcher, StoreLookup
-from forebay.supervisor.spill.maintenance import MaintenanceDispatcher, StoreMaintenance
+from forebay.supervisor.spill.lookup import StoreLookup
+from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.refill import RefillDispatcher, Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTaskDispatcher, StoredTasks
 from forebay.task import Task, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
+    from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.settings import SupervisorSettings
     from forebay.supervisor.ticket import Ticket
 
 
-class SpillDispatcher(StoredTaskDispatcher, RefillDispatcher, MaintenanceDispatcher, LookupDispatcher, Protocol):
+class SpillDispatcher(StoredTaskDispatcher, RefillDispatcher, Protocol):
     """The dispatcher, as far as the spill and its parts need it."""
 
 
@@ -41,17 +43,25 @@ class Spill:
         codecs: how payloads and results are stored.
     """
 
-    def __init__(self, dispatcher: SpillDispatcher, store: TaskStore, settings: SupervisorSettings) -> None:
-        self.codecs: TaskCodecs = dispatcher.codecs
-        self.stored = StoredTasks(dispatcher, store, max_payload_bytes=settings.max_payload_bytes)
+    def __init__(
+        self,
+        core: Core,
+        dispatcher: SpillDispatcher,
+        store: TaskStore,
+        *,
+        runs: ActiveRuns,
+        settings: SupervisorSettings,
+    ) -> None:
+        self.codecs: TaskCodecs = core.codecs
+        self.stored = StoredTasks(core, dispatcher, store, runs=runs, max_payload_bytes=settings.max_payload_bytes)
         # Seconds that a lease lasts unless renewed. What no other process can see, none can take over.
         self._lease = settings.lease if store.durable else math.inf
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
-        self.refiller = Refiller(dispatcher, self.stored, lease=self._lease)
-        self.lookup = StoreLookup(dispatcher, self.stored)
+        self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
+        self.lookup = StoreLookup(core, dispatcher, self.stored)
         self._maintenance = StoreMaintenance(
-            dispatcher, self.stored, self.refiller, lease=settings.lease, max_attempts=settings.max_attempts
+            core, self.stored, self.refiller, lease=settings.lease, max_attempts=settings.max_attempts
         )
         self._last_submitted_at = 0.0
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
 from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable
-from forebay.events import EventBus, TaskDeadLettered, log
+from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.leases import HeldLeases
@@ -17,46 +16,12 @@ from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.supervisor.codecs import TaskCodecs
-    from forebay.supervisor.pool import Pools
+    from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns, Run
-    from forebay.supervisor.runs.timers import Timers
-    from forebay.supervisor.ticket_registry import TicketRegistry
 
 
 class StoredTaskDispatcher(Protocol):
     """The dispatcher, as far as stored tasks need it."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it runs on."""
-
-    @property
-    def timers(self) -> Timers:
-        """Its timers."""
-
-    @property
-    def registry(self) -> TicketRegistry:
-        """Its tickets."""
-
-    @property
-    def pools(self) -> Pools:
-        """Its pools."""
-
-    @property
-    def runs(self) -> ActiveRuns:
-        """Its runs in progress."""
-
-    @property
-    def bus(self) -> EventBus:
-        """Where it sends events."""
-
-    @property
-    def codecs(self) -> TaskCodecs:
-        """How payloads and results are stored."""
-
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue."""
@@ -79,9 +44,19 @@ class StoredTasks:
         refill_stopped: whether tasks that are in the store will not come in any more.
     """
 
-    def __init__(self, dispatcher: StoredTaskDispatcher, store: TaskStore, *, max_payload_bytes: int) -> None:
+    def __init__(
+        self,
+        core: Core,
+        dispatcher: StoredTaskDispatcher,
+        store: TaskStore,
+        *,
+        runs: ActiveRuns,
+        max_payload_bytes: int,
+    ) -> None:
+        self._core = core
         self._dispatcher = dispatcher
-        self._registry = dispatcher.registry
+        self._registry = core.registry
+        self._runs = runs
         self._max_payload_bytes = max_payload_bytes
         self.store = store
         self.durable = store.durable
@@ -91,7 +66,7 @@ class StoredTasks:
 
     @property
     def stays_stored(self) -> bool:
-        """Whether tasks that are in the store will not come in any more, and survive this process."""
+        """True if tasks that are in the store will not come in any more, and survive this process."""
         return self.durable and self.refill_stopped
 
     # --- tickets of tasks that wait in the store ---
@@ -99,11 +74,11 @@ class StoredTasks:
     def wait_in_store(self, ticket: Ticket) -> None:
         """Watch the deadline of a task that waits in the store, and hold its ticket no longer than needed."""
         if ticket.deadline is not None and ticket.expiry_timer is None:
-            due = self._dispatcher.loop.time() + ticket.deadline.remaining()
+            due = self._core.loop.time() + ticket.deadline.remaining()
             error = "its deadline passed while it waited in the overflow"
             expired = unsuccessful_result(ticket, TaskStatus.EXPIRED, error)
             # A weak reference: the timer must not keep the ticket alive.
-            ticket.set_expiry(self._dispatcher.timers.at(due, self._end_spilled, ref(ticket), expired))
+            ticket.set_expiry(self._core.timers.at(due, self._end_spilled, ref(ticket), expired))
         self.hold_weakly(ticket)
 
     def hold_weakly(self, ticket: Ticket) -> None:
@@ -168,7 +143,7 @@ class StoredTasks:
         """
         lease = run.ticket.lease
         assert lease is not None  # noqa: S101 - it is stored, and its lease is still valid
-        self._dispatcher.run_in_background(self._record_start(run, lease))
+        self._core.run_in_background(self._record_start(run, lease))
 
     async def _record_start(self, run: Run, lease: Lease) -> None:
         ticket = run.ticket
@@ -178,8 +153,8 @@ class StoredTasks:
             log.error("the start of task %r could not be recorded, and it runs all the same: %s", ticket.task_id, exc)
             held = True
         if run.abandoned_at is None and held:
-            run.restart_clock(self._dispatcher.loop.time())
-            self._dispatcher.runs.move_to_end(run)
+            run.restart_clock(self._core.loop.time())
+            self._runs.move_to_end(run)
             self._dispatcher.start_handler(run)
             return
         if run.abandoned_at is None:  # another process has it
@@ -194,17 +169,17 @@ class StoredTasks:
     def complete(self, ticket: Ticket, result: TaskResult) -> None:
         """Store how a task ended, and only then give its ticket the result."""
         self._registry.hold_strongly(ticket.task_id)
-        self._dispatcher.timers.cancel(ticket.clear_expiry())
+        self._core.timers.cancel(ticket.clear_expiry())
         ticket.begin_store_call()
-        self._dispatcher.run_in_background(self._complete(ticket, result, self.drop_lease(ticket)))
+        self._core.run_in_background(self._complete(ticket, result, self.drop_lease(ticket)))
 
     def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
         """Store under a new lease how a task ended, because the store did not learn it the first time."""
         ended.begin_store_call()
-        self._dispatcher.run_in_background(self._complete(ended, result, lease.fence))
+        self._core.run_in_background(self._complete(ended, result, lease.fence))
 
     async def _complete(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
-        codec = self._dispatcher.codecs.result_codec(ticket.task.task_type)
+        codec = self._core.codecs.result_codec(ticket.task.task_type)
         result, completion = records.completion_of_result(result, codec, bound=self._max_payload_bytes)
         try:
             stored = await self.store.finish(ticket.task_id, completion, fence=fence)
@@ -226,7 +201,7 @@ class StoredTasks:
             self.leave_to_other_process(ticket)
 
     def _uncount_spilled(self, ticket: Ticket) -> None:
-        pool = self._dispatcher.pools.by_type.get(ticket.task.task_type)
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
         if pool is not None:
             pool.remove_spilled(ticket.task.priority)
 
@@ -234,7 +209,7 @@ class StoredTasks:
         self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion
     ) -> None:
         """End a ticket as the store says."""
-        self._registry.settle(ticket, records.result_of_record(record, completion, self._dispatcher.codecs))
+        self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
             self._registry.forget_end(ticket.task_id)  # it may be requeued, and end otherwise
 
@@ -242,10 +217,10 @@ class StoredTasks:
         """Report a stored task that nobody will try again."""
         error = completion.error or ""
         log.error("task %r is dead, and kept among the dead letters: %s", record.task_id, completion.error)
-        if self._dispatcher.bus.active:
-            self._dispatcher.bus.emit(
+        if self._core.bus.active:
+            self._core.bus.emit(
                 TaskDeadLettered(
-                    at=self._dispatcher.loop.time(),
+                    at=self._core.loop.time(),
                     task_id=record.task_id,
                     task_type=record.task_type,
                     attempts=record.attempts,
@@ -279,7 +254,7 @@ class StoredTasks:
 
     def release(self, ticket: Ticket) -> None:
         """End the ticket of a task that is left to the next process: nobody must wait for it here."""
-        self._dispatcher.timers.cancel(ticket.clear_expiry())
+        self._core.timers.cancel(ticket.clear_expiry())
         ticket.move_to_store()
         self._registry.discard(ticket)
         ticket.resolve(StillSpilled(task_id=ticket.task_id))

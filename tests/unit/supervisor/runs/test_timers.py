@@ -15,7 +15,7 @@ from forebay.supervisor.runs.timers import Timer, Timers
 
 
 class Handle:
-    """What is armed."""
+    """A timer handle of the loop."""
 
     def __init__(self, loop: Clockwork, when: float, callback: Callable[[], object]) -> None:
         self.loop = loop
@@ -28,7 +28,7 @@ class Handle:
 
 
 class Clockwork:
-    """As much of a loop as timers use; what it was asked to do is done when the test says so."""
+    """As much of an event loop as timers use; the test says when it runs what it was asked to."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,7 +50,7 @@ class Clockwork:
         return [handle.when for handle in self.handles]
 
     def pass_to(self, when: float) -> None:
-        """Jump to `when`, as a loop does that was held up, and call what is due."""
+        """Jump to `when`, as a loop does that was blocked, and call what is due."""
         self.now = when
         for handle in [handle for handle in self.handles if handle.when <= when]:
             handle.cancel()
@@ -82,7 +82,7 @@ def test_each_timer_fires_when_it_is_due_and_not_before(dues: list[float]) -> No
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1, max_size=30))
-def test_timers_set_by_timers_fire_when_they_are_due_and_hold_up_no_others(pairs: list[tuple[float, float]]) -> None:
+def test_timers_set_by_timers_fire_when_they_are_due_and_delay_no_others(pairs: list[tuple[float, float]]) -> None:
     fired: list[tuple[float, float]] = []
 
     async def main() -> None:
@@ -102,7 +102,7 @@ def test_timers_set_by_timers_fire_when_they_are_due_and_hold_up_no_others(pairs
     assert all(due <= at <= due + TIMER_JITTER for due, at in fired)
 
 
-def test_a_timer_set_by_a_timer_does_not_put_off_the_next_one() -> None:
+def test_a_timer_set_by_a_timer_does_not_delay_the_next_one() -> None:
     loop = Clockwork()
     timers = timers_of(loop)
     fired: list[str] = []
@@ -142,7 +142,7 @@ async def test_a_timer_may_cancel_another_that_is_due_with_it() -> None:
 
 
 @virtual
-async def test_many_cancelled_timers_are_swept_out_even_while_others_fire() -> None:
+async def test_many_cancelled_timers_are_removed_even_while_others_fire() -> None:
     timers = Timers(asyncio.get_running_loop())
     fired: list[int] = []
     doomed = [timers.at(50.0, lambda: fired.append(-1)) for _ in range(1000)]
@@ -179,7 +179,7 @@ def test_a_timer_that_is_on_time_fires_at_once() -> None:
     assert fired == ["now"]
 
 
-def test_timers_that_fell_due_while_the_loop_was_held_up_give_it_one_turn() -> None:
+def test_timers_that_fell_due_while_the_loop_was_blocked_give_it_one_turn() -> None:
     loop = Clockwork()
     timers = timers_of(loop)
     fired: list[str] = []
@@ -188,7 +188,7 @@ def test_timers_that_fell_due_while_the_loop_was_held_up_give_it_one_turn() -> N
     timers.at(9.0, lambda: fired.append("last"))
     loop.pass_to(4.0)
     assert fired == []
-    timers.cancel(second)  # what it was to end has finished in that turn
+    timers.cancel(second)  # the run that it was to end has finished in that turn
     loop.turn()
     assert fired == ["first"]
     assert loop.armed == [9.0]

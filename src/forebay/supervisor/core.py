@@ -1,0 +1,74 @@
+"""The core of a supervisor: what its parts share, and none of them owns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from forebay.events import EventBus, log
+from forebay.supervisor.codecs import TaskCodecs
+from forebay.supervisor.pool import Pools
+from forebay.supervisor.runs.timers import Timers
+from forebay.supervisor.ticket_registry import TicketRegistry
+
+T = TypeVar("T")
+
+
+class Core:
+    """The loop, the timers, the tickets, the pools and the event bus of one supervisor.
+
+    Attributes:
+        loop: the event loop that it runs on.
+        threads: where blocking handlers run.
+        bus: where it sends events.
+        codecs: the declared types of payloads and results.
+        timers: its timers.
+        registry: its tickets.
+        pools: its pools.
+    """
+
+    def __init__(  # noqa: PLR0913 - two numbers and what they are for
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        threads: Executor,
+        bus: EventBus,
+        codecs: TaskCodecs,
+        max_queue_size: int | None,
+        keep_results: int,
+    ) -> None:
+        self.loop = loop
+        self.threads = threads
+        self.bus = bus
+        self.codecs = codecs
+        self.timers = Timers(loop)
+        self.registry = TicketRegistry(loop, bus, keep=keep_results)
+        self.pools = Pools(max_queue_size)
+        self._background_tasks: set[asyncio.Future[Any]] = set()
+
+    def run_in_background(self, work: Awaitable[Any]) -> None:
+        """Await `work`, and log it if it fails."""
+        self.run_to_completion(work).add_done_callback(_log_failure)
+
+    def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
+        """Await `work` to its end, even if the caller is cancelled; closing the supervisor waits for it."""
+        future = asyncio.ensure_future(work)
+        self._background_tasks.add(future)
+        future.add_done_callback(self._background_task_done)
+        return future
+
+    def _background_task_done(self, future: asyncio.Future[Any]) -> None:
+        self._background_tasks.discard(future)
+        self.registry.notify_progress()
+
+    @property
+    def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
+        """The work that runs in the background."""
+        return frozenset(self._background_tasks)
+
+
+def _log_failure(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled() and future.exception() is not None:
+        log.error("a background task of the supervisor failed", exc_info=future.exception())
