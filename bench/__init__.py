@@ -1,1 +1,1 @@
-"""Benchmarks: Forebay beside a baseline, in one run, so that every result is a ratio."""
+"""Benchmarks: Forebay compared with a baseline, in one run, so that every result is a ratio."""

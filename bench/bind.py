@@ -1,4 +1,4 @@
-"""Time that `bind` adds to a call, beside the bare SDK over a transport that answers at once."""
+"""Time that `bind` adds to a call, compared with the bare SDK over a transport that answers at once."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Goodput of calls and tasks with short deadlines under overload.
 
 The share of 50 slots that does useful work, from the second to the third minute, medians over seeds (SEEDS=3). Of a
-provider: calls through a whole Upstream that knows their deadlines, beside one that does not. The provider refuses
-calls beyond its slots, or shares its capacity among all, or shares it and works on for callers that have left. Of a
-worker: tasks with deadlines, with an overflow and without. The average call or task takes 6.8 seconds alone, a quarter
-of them more than 12.
+provider: calls through a whole Upstream that knows their deadlines, compared with one that does not. The provider
+refuses calls beyond its slots, or shares its capacity among all, or shares it and works on for callers that have left.
+Of a worker: tasks with deadlines, with an overflow and without. The average call or task takes 6.8 seconds alone, a
+quarter of them more than 12.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latency that the gateway adds to a call, beside proxies that only forward, each in its own process.
+"""Latency that the gateway adds to a call, compared with proxies that only forward, each in its own process.
 
 Milliseconds that each adds to the direct call, at the median and at the 99th percentile: two callers in a closed loop,
 interleaved rounds, medians over the rounds. Requests per second of 32 callers. Memory per open stream, of a thousand.

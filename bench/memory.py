@@ -1,4 +1,4 @@
-"""Memory per waiting task, without its payload, beside a bare asyncio task that waits."""
+"""Memory per waiting task, without its payload, compared with a bare asyncio task that waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time per supervised task, beside tasks by hand: Semaphore, asyncio.timeout, create_task and gather."""
+"""Time per supervised task, compared with tasks by hand: Semaphore, asyncio.timeout, create_task and gather."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time per task with 10,000 workers, beside 10 workers: it should not depend on their number."""
+"""Time per task with 10,000 workers, compared with 10 workers: it should not depend on their number."""
 
 from __future__ import annotations
 

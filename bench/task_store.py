@@ -1,4 +1,4 @@
-"""Task stores: puts, leases and completions beside raw inserts of the same durability; a million tasks spilled."""
+"""Task stores: puts, leases and completions compared with raw inserts of equal durability; a million tasks spilled."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def refused(samples: Sequence[Sample], window: float = 20.0) -> float:
         return 0.0
     since, last = _lately(samples, window)
     calls = last.calls - since.calls
-    return (last.calls_429 - since.calls_429) / calls if calls else 0.0
+    return min(1.0, (last.calls_429 - since.calls_429) / calls) if calls else 0.0  # answers lag behind calls
 
 
 def process_usage() -> tuple[float, float]:

@@ -37,18 +37,18 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
     ("  critical, high", lambda s: f"{s.done_by['critical']:,}, {s.done_by['high']:,}"),
     ("done a minute", lambda s: f"{s.done_per_minute:g}"),
     ("failed", lambda s: _count(s.failed)),
-    ("lost with the process", lambda s: _count(s.lost)),
+    ("lost from memory", lambda s: _count(s.lost)),
     ("kept on disk", lambda s: _count(s.spilled)),
-    ("submitted to done, p50", lambda s: _seconds(s.p50_s)),
+    ("latency, p50", lambda s: _seconds(s.p50_s)),
     ("  p99", lambda s: _seconds(s.p99_s)),
-    ("calls, HTTP attempts", lambda s: _count(s.calls)),
+    ("HTTP attempts", lambda s: _count(s.calls)),
     ("  answered", lambda s: _count(s.calls_answered)),
     ("  refused with 429", lambda s: _part(s.calls_429, s.refused_share)),
     ("tokens billed", lambda s: _count(s.tokens)),
     ("  wasted", lambda s: _part(s.tokens_wasted, s.wasted_share)),
     ("  nobody received", lambda s: "-" if s.tokens_left is None else _count(s.tokens_left)),
     ("dollars", lambda s: f"${s.usd:.2f}"),
-    ("dollars per task done", lambda s: _money(s.usd_per_done)),
+    ("dollars per task", lambda s: _money(s.usd_per_done)),
     ("  over the least", lambda s: "-" if s.usd_ratio is None else f"{s.usd_ratio:.2f} x"),
     ("limited by", lambda s: s.limited_by or "unknown"),
     ("  short of", lambda s: s.waiting_for or "-"),
@@ -60,10 +60,10 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
 def summary(found: Report) -> RenderableType:
     """Return the table of all sides, row by row, and the verdict."""
     size = Text(f"{found.tasks:,} tasks, {found.seconds:g} s for each side, seed {found.seed}", style="bright_black")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("", style="bright_black")
     for side in SIDES:
-        table.add_column(Text(NAMES[side], style=f"bold {COLOURS[side]}"), justify="right")
+        table.add_column(Text(NAMES[side], style=f"bold {COLOURS[side]}"), justify="right", overflow="fold")
     for name, cell in _ROWS:
         table.add_row(name, *(Text(cell(found.side(side))) for side in SIDES))  # Text: ":key:" is not an emoji
     return Group(Padding(size, (0, 1)), table, Padding(Text(found.verdict), (1, 1, 0, 1)))

@@ -1,4 +1,4 @@
-"""What the acceptance tests are given."""
+"""Fixtures of the acceptance tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import GatewayHarness, Provider
+from tests.support.gateway_harness import GatewayHarness, ScriptedProvider
 
 
 @pytest.fixture
-async def scene() -> AsyncIterator[GatewayHarness]:
-    provider = Provider()
+async def harness() -> AsyncIterator[GatewayHarness]:
+    provider = ScriptedProvider()
     server = web.Server(provider.handle, handler_cancellation=True, auto_decompress=False, access_log=None)
     listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]

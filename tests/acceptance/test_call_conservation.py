@@ -1,7 +1,8 @@
-"""Conservation of calls: every permit is closed, and every reservation is settled or released, whatever calls do.
+"""Conservation: after any calls, every permit is closed, and all that was reserved is settled or released.
 
-Scripts are drawn at random and run in virtual time: calls made by hand, through a guarded function, as the transports
-make them, and within tasks; answers of every kind; callers that leave at any step. A failure prints the script.
+Scripts are drawn at random and run in virtual time: calls made with a context manager, through a guarded function, as
+the transports make them, and within tasks; results of every kind; callers who cancel at any step. A failure prints the
+script.
 """
 
 from __future__ import annotations
@@ -33,39 +34,39 @@ from forebay.upstream.shared_account import SharedAccount
 
 MODELS = ("small", "large")
 PRICE = 1e4  # dollars for a million tokens: a call of 100 costs one
-MOST_OVERSPENT = 3  # a call that costs more than expected costs three times as much
+MAX_OVERSPEND = 3  # a call that costs more than was reserved costs three times as much
 
 
-class CallFailed(Exception):
+class Broken(Exception):
     """The error of a failed call."""
 
 
-# --- calls and their ends ---
+# --- scripts ---
 
 ENDS = ("success", "more", "silent", "fault", "final", "rate", "rate at once", "congested", "unsent", "spent", "bug")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call, and when its caller leaves."""
+    """One call, and when its caller cancels it."""
 
     at: float
-    way: str  # by hand, guarded, driven, streamed
-    ends: tuple[str, ...]  # of its attempts; the next ones succeed
+    way: str  # context manager, guarded, driven, streamed
+    ends: tuple[str, ...]  # results of its attempts; the next ones succeed
     seconds: float
     model: str
     tokens: int
     priority: Priority
     tenant: str
     deadline: float | None
-    leaves: int | None  # steps of the event loop after its start
-    leaves_after: float | None  # seconds after its start
+    leaves: int | None  # steps of the loop after it began
+    leaves_after: float | None  # seconds after it began
 
 
 CALLS = st.builds(
     Call,
     at=st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0, 5.0]),
-    way=st.sampled_from(["by hand", "guarded", "driven", "driven", "streamed"]),
+    way=st.sampled_from(["context manager", "guarded", "driven", "driven", "streamed"]),
     ends=st.lists(st.sampled_from(ENDS), max_size=3).map(tuple),
     seconds=st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]),
     model=st.sampled_from(MODELS),
@@ -80,7 +81,7 @@ CALLS = st.builds(
 
 @dataclass(frozen=True)
 class Script:
-    """An upstream, and all calls that it gets."""
+    """An upstream and its calls."""
 
     max_concurrent: int | None
     quotas: tuple[Quota, ...]
@@ -90,8 +91,8 @@ class Script:
     task_budget: float | None
     max_wait: float
     reset_timeout: float
-    down: tuple[float, float]  # from, to: every call fails
-    tasks: tuple[tuple[Call, ...], ...]  # calls made within tasks
+    down: tuple[float, float]  # from, to: all calls fail
+    tasks: tuple[tuple[Call, ...], ...]  # calls within tasks
     calls: tuple[Call, ...]
     seed: int
 
@@ -105,15 +106,15 @@ QUOTAS = st.sampled_from(
         (Quota(input_tokens=300, per="minute"), Quota(output_tokens=300, per="minute")),
     ]
 )
-MONEY = st.sampled_from([None, None, 2.0, 20.0])
+BUDGETS = st.sampled_from([None, None, 2.0, 20.0])
 SCRIPTS = st.builds(
     Script,
     max_concurrent=st.sampled_from([None, 1, 1, 2]),
     quotas=QUOTAS,
     grouped=st.booleans(),
-    budget=MONEY,
-    tenant_budget=MONEY,
-    task_budget=MONEY,
+    budget=BUDGETS,
+    tenant_budget=BUDGETS,
+    task_budget=BUDGETS,
     max_wait=st.sampled_from([1.0, 60.0]),
     reset_timeout=st.sampled_from([0.5, 10.0]),
     down=st.sampled_from([(0.0, 0.0), (0.0, 0.7), (0.3, 5.5), (0.0, 30.0)]),
@@ -152,36 +153,41 @@ class Calls:
         self.down = down
 
     def _end(self, ends: list[str]) -> str:
-        """Return how the next attempt ends."""
+        """Return the result of the next attempt."""
         if self.down[0] <= now() < self.down[1]:
             return "final"
         return ends.pop(0) if ends else "success"
 
     async def make(self, call: Call) -> None:
-        """Make one call. Its caller ignores how it ends, except for a cancellation."""
-        ways = {"by hand": self._by_hand, "guarded": self._guarded, "driven": self._driven, "streamed": self._driven}
-        with contextlib.suppress(Overloaded, CallFailed, RuntimeError):
+        """Make one call, and ignore every result but a cancellation."""
+        ways = {
+            "context manager": self._with_context_manager,
+            "guarded": self._guarded,
+            "driven": self._driven,
+            "streamed": self._driven,
+        }
+        with contextlib.suppress(Overloaded, Broken, RuntimeError):
             await ways[call.way](call)
 
     def _how(self, call: Call) -> dict[str, Any]:
         deadline = None if call.deadline is None else Deadline.within(call.deadline)
         return {"priority": call.priority, "tenant": call.tenant, "deadline": deadline}
 
-    async def _by_hand(self, call: Call) -> None:
+    async def _with_context_manager(self, call: Call) -> None:
         half = call.tokens // 2
         async with self.upstream.call(call.model, input_tokens=half, output_tokens=half, **self._how(call)) as held:
             await asyncio.sleep(call.seconds)
             end = self._end([*call.ends])
             if end in ("success", "more"):
-                times = MOST_OVERSPENT if end == "more" else 1
+                times = MAX_OVERSPEND if end == "more" else 1
                 held.settle(input_tokens=times * half, output_tokens=half)
             elif end in ("rate", "congested"):
                 held.overloaded()
             elif end == "spent":
                 held.ignored()
-                raise CallFailed
+                raise Broken
             elif end != "silent":
-                raise CallFailed
+                raise Broken
 
     async def _guarded(self, call: Call) -> None:
         ends = [*call.ends]
@@ -190,13 +196,13 @@ class Calls:
         async def work() -> None:
             await asyncio.sleep(call.seconds)
             if self._end(ends) in ("fault", "final", "bug"):
-                raise CallFailed
+                raise Broken
 
         await work()
 
     async def _driven(self, call: Call) -> None:
         upstream = self.upstream
-        account = upstream.core.accounts.account(call.model)
+        shared = upstream.core.accounts.account(call.model)
         half = call.tokens // 2
         charge = Charge(input_tokens=half, output_tokens=half, tokens=2 * half)
         ends = [*call.ends]
@@ -207,25 +213,23 @@ class Calls:
             if end == "bug":
                 raise RuntimeError
             await asyncio.sleep(call.seconds / 2)
-            return self._result(account, permit, charge, end, streaming=call.way == "streamed")
+            return self._result(shared, permit, charge, end, open_=call.way == "streamed")
 
         request = upstream.core.request(call.model, charge, **self._how(call))
-        permit = await upstream.runner.run(PlainRoute(upstream, account, request), attempt)
-        if isinstance(permit, Permit) and not permit.closed:  # a reader closes it, however it leaves
+        permit = await upstream.runner.run(PlainRoute(upstream, shared, request), attempt)
+        if isinstance(permit, Permit) and not permit.closed:  # its reader closes it in any case
             try:
                 await asyncio.sleep(call.seconds)
             finally:
-                account.settle(permit, CallOutcome(kind=Outcome.SUCCESS, used=charge, latency=2 * call.seconds))
+                shared.settle(permit, CallOutcome(kind=Outcome.SUCCESS, used=charge, latency=2 * call.seconds))
 
-    def _result(
-        self, account: SharedAccount, permit: Permit, charge: Charge, end: str, *, streaming: bool
-    ) -> AttemptResult:
-        notices = (RateLimitHeaders(unit="requests", limit=50, remaining=10, reset=3.0),)
+    def _result(self, shared: SharedAccount, permit: Permit, charge: Charge, end: str, *, open_: bool) -> AttemptResult:
+        headers = (RateLimitHeaders(unit="requests", limit=50, remaining=10, reset=3.0),)
         failures = {
             "rate": CallOutcome(
-                kind=Outcome.IGNORED, rate_limited=True, retry_after=3.0, rate_limit_headers=notices, usd=0.0
+                kind=Outcome.IGNORED, rate_limited=True, retry_after=3.0, rate_limit_headers=headers, usd=0.0
             ),
-            "rate at once": CallOutcome(kind=Outcome.IGNORED, rate_limited=True, rate_limit_headers=notices, usd=0.0),
+            "rate at once": CallOutcome(kind=Outcome.IGNORED, rate_limited=True, rate_limit_headers=headers, usd=0.0),
             "congested": CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0),
             "spent": CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0),
             "unsent": CallOutcome(kind=Outcome.FAULT, released=True, usd=0.0),
@@ -233,34 +237,34 @@ class Calls:
             "final": CallOutcome(kind=Outcome.FAULT, latency=0.5),
         }
         if end == "spent":
-            account.suspend(5.0)
+            shared.suspend(5.0)
         if (failed := failures.get(end)) is not None:
-            again, counts = end not in ("spent", "final"), failed.kind is Outcome.FAULT
+            retryable, uses_attempt = end not in ("spent", "final"), failed.kind is Outcome.FAULT
             return AttemptResult(
-                error=CallFailed(end),
-                retryable=again,
-                uses_attempt=counts,
+                error=Broken(end),
+                retryable=retryable,
+                uses_attempt=uses_attempt,
                 retry_after=failed.retry_after,
                 outcome=failed,
             )
-        account.answer_began(permit, notices)
-        if streaming:
+        shared.answer_began(permit, headers)
+        if open_:
             return AttemptResult(value=permit, streaming=True, outcome=CallOutcome(kind=Outcome.SUCCESS))
-        usd = None if end == "silent" else permit.request.usd * (MOST_OVERSPENT if end == "more" else 1)
+        usd = None if end == "silent" else permit.request.usd * (MAX_OVERSPEND if end == "more" else 1)
         return AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS, used=charge, usd=usd, latency=1.0))
 
 
-async def make_and_leave(call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def start(call: Call, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Start a call at its time, and cancel it when its caller leaves."""
     await asyncio.sleep(call.at)
-    doing = asyncio.ensure_future(work())
+    calling = asyncio.ensure_future(work())
     if call.leaves is not None:
         await run_ready(call.leaves)
-        doing.cancel()
+        calling.cancel()
     if call.leaves_after is not None:
-        await asyncio.wait([doing], timeout=call.leaves_after)
-        doing.cancel()
-    await asyncio.wait([doing])
+        await asyncio.wait([calling], timeout=call.leaves_after)
+        calling.cancel()
+    await asyncio.wait([calling])
 
 
 async def play(script: Script) -> None:
@@ -281,42 +285,42 @@ async def play(script: Script) -> None:
             with contextlib.suppress(Overloaded):
                 await supervisor.submit_nowait(Task("run", plan, priority=plan[0].priority, timeout=8.0))
 
-        comers = [make_and_leave(call, lambda call=call: calls.make(call)) for call in script.calls]  # type: ignore[misc]
-        comers += [make_and_leave(plan[0], lambda plan=plan: run(plan)) for plan in script.tasks]  # type: ignore[misc]
-        await asyncio.gather(*comers)
+        callers = [start(call, lambda call=call: calls.make(call)) for call in script.calls]  # type: ignore[misc]
+        callers += [start(plan[0], lambda plan=plan: run(plan)) for plan in script.tasks]  # type: ignore[misc]
+        await asyncio.gather(*callers)
     check_supervisor(record)
     check_upstream(upstream)
-    check_money(upstream, script)
+    check_budgets(upstream, script)
     await check_it_still_serves(upstream, script)
     check_upstream(upstream)
     assert virtual_loop().pending() == [asyncio.current_task()]
     assert not virtual_loop().errors
 
 
-def check_money(upstream: Upstream, script: Script) -> None:
-    """Check that spend exceeds a budget by no more than what was in flight when it ran out."""
+def check_budgets(upstream: Upstream, script: Script) -> None:
+    """Check that spend exceeds a budget by no more than the calls in flight when it ran out."""
     most = max((call.tokens for calls in (script.calls, *script.tasks) for call in calls), default=0)
-    in_flight = sum(account.account.peak_in_flight for account in upstream.core.accounts)
+    in_flight = sum(shared.account.peak_in_flight for shared in upstream.core.accounts)
     for budget in upstream.core.budgets.all_budgets():
-        bound = budget._tracker.budget.usd + in_flight * (MOST_OVERSPENT - 1) * most * PRICE / 1e6
+        bound = budget._tracker.budget.usd + in_flight * (MAX_OVERSPEND - 1) * most * PRICE / 1e6
         assert budget.spent() <= bound
 
 
 async def check_it_still_serves(upstream: Upstream, script: Script) -> None:
-    """Check that a call that costs nothing is admitted afterwards, unless all money is spent."""
+    """Check that a free call is admitted, if there are dollars left at all."""
     await asyncio.sleep(100.0)
     try:
-        async with asyncio.timeout(100.0), upstream.call(MODELS[0], tenant="a new one"):
+        async with asyncio.timeout(100.0), upstream.call(MODELS[0], tenant="new"):
             pass
-    except Overloaded as refusal:
+    except Overloaded as rejection:
         assert script.budget is not None
-        assert refusal.limited_by is not None  # noqa: PT017 - it may succeed as well
-        assert refusal.limited_by.endswith("budget")  # noqa: PT017 - as above
+        assert rejection.limited_by is not None  # noqa: PT017 - it may succeed as well
+        assert rejection.limited_by.endswith("budget")  # noqa: PT017 - as above
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(script=SCRIPTS)
-def test_everything_is_returned_whatever_calls_do_and_whichever_callers_leave(script: Script) -> None:
+def test_after_random_calls_and_cancellations_nothing_is_held(script: Script) -> None:
     simulate(lambda: play(script), seed=script.seed)
 
 
@@ -327,9 +331,9 @@ FULL = Script(1, (Quota(requests=3, per="second"),), False, 20.0, 20.0, 20.0, 60
 
 
 @pytest.mark.parametrize("ends", [(), ("fault", "rate"), ("congested", "bug"), ("unsent", "final")], ids=" ".join)
-@pytest.mark.parametrize("way", ["by hand", "guarded", "driven", "streamed"])
-def test_a_call_cancelled_at_any_step_leaves_nothing_reserved(way: str, ends: tuple[str, ...]) -> None:
-    """Cancel a call of a full account when it arrives, waits, is admitted, is in flight, backs off, and is read."""
+@pytest.mark.parametrize("way", ["context manager", "guarded", "driven", "streamed"])
+def test_a_call_cancelled_at_any_step_leaves_nothing_behind(way: str, ends: tuple[str, ...]) -> None:
+    """Cancel it at a full account: as it arrives, waits, is admitted, in flight, backs off, and is read."""
     for step in range(45):
         leaver = replace(PLAIN, way=way, ends=ends, leaves=step if step < 30 else None)
         if step >= 30:
@@ -338,7 +342,7 @@ def test_a_call_cancelled_at_any_step_leaves_nothing_reserved(way: str, ends: tu
         simulate(lambda script=script: play(script), seed=step)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("way", ["by hand", "guarded", "driven", "streamed"])
+@pytest.mark.parametrize("way", ["context manager", "guarded", "driven", "streamed"])
 def test_a_probe_cancelled_at_any_step_is_returned(way: str) -> None:
     broken = tuple(replace(PLAIN, ends=("final",)) for _ in range(5))
     for step in range(25):
@@ -350,21 +354,21 @@ def test_a_probe_cancelled_at_any_step_is_returned(way: str) -> None:
 @pytest.mark.parametrize("leaves", [{"leaves": step} for step in range(25)] + [{"leaves_after": 0.01}], ids=str)
 def test_a_run_that_ends_before_its_first_call_is_no_longer_expected(leaves: dict[str, Any]) -> None:
     plan = (replace(PLAIN, **leaves), PLAIN)
-    first = (PLAIN,)  # so that the supervisor knows what its runs depend on
+    first = (PLAIN,)  # so that the supervisor knows the account of its runs
     later = replace(plan[0], at=0.1), replace(PLAIN, at=0.1)
     simulate(lambda: play(replace(FULL, tasks=(first, later, plan, later))))
 
 
 def test_held_back_runs_count_once_however_often_they_are_noted() -> None:
     async def main() -> None:
-        account = Upstream("llm").core.accounts.account("")
+        shared = Upstream("llm").core.accounts.account("")
         for runs in (3, 5, 2):
-            account.hold_back("worker", runs)
-            assert account.account.expected_calls == runs
-        account.hold_back("another", 4)
-        assert account.account.expected_calls == 6
-        account.forget("worker")
-        account.hold_back("another", 0)
-        assert account.account.expected_calls == 0
+            shared.hold_back("worker", runs)
+            assert shared.account.expected_calls == runs
+        shared.hold_back("another", 4)
+        assert shared.account.expected_calls == 6
+        shared.forget("worker")
+        shared.hold_back("another", 0)
+        assert shared.account.expected_calls == 0
 
     simulate(main)

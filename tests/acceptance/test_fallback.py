@@ -1,4 +1,4 @@
-"""Fallbacks: calls that their own account cannot serve go to another that can."""
+"""Fallbacks: another model or upstream serves the calls that their own account cannot serve, and no others."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def in_flight(*upstreams: Upstream) -> int:
     )
 
 
-async def destination(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
-    """Make a call, and return the upstream and the model that it is sent to."""
+async def served_by(upstream: Upstream, model: str = "gpt-4o", **how: Any) -> tuple[str, str]:
+    """Make a call; return the upstream and the model that serve it."""
     async with upstream.call(model, **how) as call:
         return call.upstream.name, call.model
 
 
-async def fail(upstream: Upstream, model: str = "gpt-4o") -> None:
+async def open_breaker(upstream: Upstream, model: str = "gpt-4o") -> None:
     """Open the breaker of an account."""
-    account = upstream.core.accounts.account(model)
-    while account.account.breaker.ready(now()):
-        permit = await account.acquire(CallRequest())
-        account.settle(permit, CallOutcome(kind=Outcome.FAULT))
+    shared = upstream.core.accounts.account(model)
+    while shared.account.breaker.ready(now()):
+        permit = await shared.acquire(CallRequest())
+        shared.settle(permit, CallOutcome(kind=Outcome.FAULT))
 
 
-# --- calls by hand ---
+# --- calls with a context manager ---
 
 
 @virtual
-async def test_a_rejected_call_goes_to_the_other_model() -> None:
+async def test_a_rejected_call_falls_back_to_the_other_model() -> None:
     llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini", models="gpt-4o"))
-    assert [await destination(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
+    assert [await served_by(llm) for _ in range(3)] == [("llm", "gpt-4o"), *[("llm", "gpt-4o-mini")] * 2]
     assert {account.name: account.served_by_fallback for account in llm.statistics().accounts} == {
         "upstream:llm:gpt-4o": 2,
         "upstream:llm:gpt-4o-mini": 0,
@@ -54,7 +54,7 @@ async def test_a_rejected_call_goes_to_the_other_model() -> None:
     assert in_flight(llm) == 0
 
 
-def test_a_rejected_call_in_a_plain_thread_goes_to_the_other_model() -> None:
+def test_in_a_plain_thread_a_rejected_call_falls_back_too() -> None:
     llm = Upstream("llm", models={**EACH, "gpt-4o": ONE_A_DAY}, fallback=Fallback(to="gpt-4o-mini"))
 
     def two() -> list[str]:
@@ -68,7 +68,7 @@ def test_a_rejected_call_in_a_plain_thread_goes_to_the_other_model() -> None:
 
 
 @virtual
-async def test_an_open_breaker_makes_queued_calls_fall_back_too() -> None:
+async def test_calls_fall_back_from_an_open_breaker_queued_ones_too() -> None:
     spare = Upstream("spare")
     llm = Upstream(
         "llm", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare, model="llama")
@@ -81,14 +81,14 @@ async def test_an_open_breaker_makes_queued_calls_fall_back_too() -> None:
                 raise ConnectionError
             return call.model
 
-    came = await asyncio.gather(*(fails() for _ in range(9)), return_exceptions=True)
-    assert [type(result) for result in came[:5]] == [ConnectionError] * 5
-    assert came[5:] == ["llama"] * 4
+    ends = await asyncio.gather(*(fails() for _ in range(9)), return_exceptions=True)
+    assert [type(result) for result in ends[:5]] == [ConnectionError] * 5
+    assert ends[5:] == ["llama"] * 4
     assert in_flight(llm, spare) == 0
 
 
 @virtual
-async def test_a_spent_budget_makes_calls_fall_back_to_a_cheaper_model() -> None:
+async def test_a_call_too_expensive_for_the_budget_falls_back_to_a_cheaper_model() -> None:
     prices = {"gpt-4o": Price(input=1e6, output=0), "gpt-4o-mini": Price(input=1e5, output=0)}
     llm = Upstream(
         "llm", models=EACH, budget=Budget(usd=25, per="day"), prices=prices, fallback=Fallback(to="gpt-4o-mini")
@@ -100,21 +100,19 @@ async def test_a_spent_budget_makes_calls_fall_back_to_a_cheaper_model() -> None
 
 
 @virtual
-async def test_from_the_load_threshold_on_calls_go_to_a_less_loaded_account() -> None:
+async def test_from_the_load_threshold_on_calls_go_to_the_less_loaded_upstream() -> None:
     spare = Upstream("spare", max_concurrent=1)
     llm = Upstream("llm", max_concurrent=1, max_wait=10.0, fallback=Fallback(to=spare, load_threshold=0.25))
 
-    async def call() -> str:
+    async def one() -> str:
         async with llm.call("gpt-4o") as call:
             await asyncio.sleep(2.0)
             return call.upstream.name
 
-    assert (
-        await call() == "llm"
-    )  # so a call is known to take two seconds, and each queued call adds a fifth to the load
-    assert await asyncio.gather(*(call() for _ in range(5))) == ["llm", "llm", "spare", "spare", "spare"]
+    assert await one() == "llm"  # a call takes two seconds, so each queued one adds a load of 0.2
+    assert await asyncio.gather(*(one() for _ in range(5))) == ["llm", "llm", "spare", "spare", "spare"]
     began = now()
-    assert await destination(llm) == ("llm", "gpt-4o")
+    assert await served_by(llm) == ("llm", "gpt-4o")
     assert now() == approximately(began)
 
 
@@ -129,19 +127,19 @@ async def test_a_call_stays_if_the_fallback_is_more_loaded() -> None:
             return call.upstream.name
 
     await asyncio.gather(take(llm), take(spare))
-    sent = await asyncio.gather(take(spare), take(llm), take(spare), take(llm))
-    assert [*sent] == ["spare", "llm", "spare", "llm"]
+    served = await asyncio.gather(take(spare), take(llm), take(spare), take(llm))
+    assert [*served] == ["spare", "llm", "spare", "llm"]
 
 
 @virtual
 async def test_a_rejection_by_both_is_that_of_the_first_with_the_reason_of_the_other() -> None:
     spare = Upstream("spare", quotas=ONE_A_DAY)
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=10.0), fallback=Fallback(to=spare))
-    await fail(llm)
-    await destination(llm)
-    with pytest.raises(Overloaded) as refused:
-        await destination(llm)
-    error = refused.value
+    await open_breaker(llm)
+    await served_by(llm)
+    with pytest.raises(Overloaded) as rejection:
+        await served_by(llm)
+    error = rejection.value
     assert error.limited_by == "upstream:llm:breaker"
     assert error.reason.startswith("llm: its breaker is open; spare: a call would wait about ")
     assert error.retry_after is not None
@@ -150,53 +148,53 @@ async def test_a_rejection_by_both_is_that_of_the_first_with_the_reason_of_the_o
 
 
 @virtual
-async def test_several_are_tried_in_order_and_their_own_fallbacks_after_them() -> None:
+async def test_several_fallbacks_are_tried_in_order_then_their_own() -> None:
     last = Upstream("last", quotas=ONE_A_DAY)
     second = Upstream("second", quotas=ONE_A_DAY, fallback=Fallback(to=last))
     third = Upstream("third", quotas=ONE_A_DAY)
     llm = Upstream("llm", quotas=ONE_A_DAY, fallback=[Fallback(to=second), Fallback(to=third)])
-    assert [(await destination(llm))[0] for _ in range(4)] == ["llm", "second", "third", "last"]
+    assert [(await served_by(llm))[0] for _ in range(4)] == ["llm", "second", "third", "last"]
     with pytest.raises(Overloaded, match=r"llm: .*; second: .*; third: .*; last: "):
-        await destination(llm)
+        await served_by(llm)
 
 
 @virtual
-async def test_a_call_whose_deadline_has_passed_does_not_fall_back() -> None:
+async def test_a_call_past_its_deadline_does_not_fall_back() -> None:
     spare = Upstream("spare")
     llm = Upstream("llm", max_concurrent=1, fallback=Fallback(to=spare))
     async with llm.call("gpt-4o"):
         began = now()
         with pytest.raises(Overloaded, match="deadline passed while it waited"):
-            await destination(llm, deadline=Deadline.within(3.0))
+            await served_by(llm, deadline=Deadline.within(3.0))
         assert now() - began == approximately(3.0)
     assert [*spare.core.accounts] == [] or in_flight(spare) == 0
     assert sum(account.served_by_fallback for account in llm.statistics().accounts) == 0
 
 
 @virtual
-async def test_a_call_cancelled_anywhere_leaves_nothing_behind() -> None:
+async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
     for moment in range(14):
         spare = Upstream("spare", max_concurrent=1)
         llm = Upstream("llm", max_concurrent=1, max_wait=5.0, fallback=Fallback(to=spare, load_threshold=0.1))
-        await destination(llm)
+        await served_by(llm)
         llm.core.accounts.account("gpt-4o").account.durations.held = 1.0
 
-        async def call(upstream: Upstream) -> None:
+        async def one(upstream: Upstream) -> None:
             async with upstream.call("gpt-4o"):
                 await run_ready(3)
 
-        tasks = [asyncio.create_task(call(upstream)) for upstream in (llm, spare, llm, llm)]
+        tasks = [asyncio.create_task(one(upstream)) for upstream in (llm, spare, llm, llm)]
         await run_ready(moment)
         tasks[2].cancel()
         await asyncio.wait(tasks)
         assert in_flight(llm, spare) == 0
 
 
-# --- functions ---
+# --- guarded functions ---
 
 
 @virtual
-async def test_a_guarded_function_is_called_with_the_upstream_to_use() -> None:
+async def test_a_guarded_function_is_called_with_the_upstream_that_serves_it() -> None:
     spare = Upstream("spare")
     search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
 
@@ -208,7 +206,7 @@ async def test_a_guarded_function_is_called_with_the_upstream_to_use() -> None:
 
 
 @virtual
-async def test_a_guarded_function_that_fails_at_all_upstreams_raises_its_own_error() -> None:
+async def test_a_guarded_function_that_keeps_failing_falls_back_and_raises_its_first_error() -> None:
     spare = Upstream("spare", retry=Retry(max_attempts=2, base_delay=0.1))
     search = Upstream("search", retry=Retry(max_attempts=3, base_delay=0.1), fallback=Fallback(to=spare))
     tries: list[str] = []
@@ -227,7 +225,7 @@ async def test_a_guarded_function_that_fails_at_all_upstreams_raises_its_own_err
     assert in_flight(search, spare) == 0
 
 
-def test_a_function_without_the_parameter_does_not_fall_back() -> None:
+def test_a_guarded_function_without_an_upstream_parameter_does_not_fall_back() -> None:
     search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=Upstream("spare")))
 
     @search.guard
@@ -239,7 +237,7 @@ def test_a_function_without_the_parameter_does_not_fall_back() -> None:
         look_up()
 
 
-def test_a_plain_guarded_function_falls_back_too() -> None:
+def test_a_guarded_plain_function_falls_back_too() -> None:
     spare = Upstream("spare")
     search = Upstream("search", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
 
@@ -253,23 +251,23 @@ def test_a_plain_guarded_function_falls_back_too() -> None:
 # --- tasks ---
 
 
-def supervisor_of(agent: Any) -> BackpressureSupervisor:
+def new_supervisor(agent: Any) -> BackpressureSupervisor:
     supervisor = BackpressureSupervisor()
     supervisor.register_worker("agent", handler=agent, task_types=["ask"], max_concurrent=4)
     return supervisor
 
 
 @virtual
-async def test_tasks_are_not_rejected_if_only_the_first_account_is_full() -> None:
+async def test_a_full_upstream_with_a_fallback_rejects_no_task() -> None:
     spare = Upstream("spare")
     llm = Upstream("llm", breaker=BreakerRules(reset_timeout=60.0), fallback=Fallback(to=spare))
 
     async def agent(_: Task) -> str:
-        return (await destination(llm))[0]
+        return (await served_by(llm))[0]
 
-    async with supervisor_of(agent) as supervisor:
+    async with new_supervisor(agent) as supervisor:
         assert await supervisor.run(Task("ask")) == "llm"
-        await fail(llm)
+        await open_breaker(llm)
         assert {reading.resource: reading.load for reading in supervisor.readings()} == {
             "pool:ask": 0.0,
             "upstream:llm": 1.0,
@@ -278,14 +276,14 @@ async def test_tasks_are_not_rejected_if_only_the_first_account_is_full() -> Non
         }
         tickets = flood(supervisor, "ask", 8)
         assert [await ticket.value() for ticket in tickets] == ["spare"] * 8
-        await fail(spare)
+        await open_breaker(spare)
         ticket = supervisor.submit_nowait(Task("ask"))
         assert not ticket
         assert ticket.limited_by == "upstream:llm or upstream:spare"
 
 
 @virtual
-async def test_tasks_whose_other_calls_have_no_fallback_are_rejected() -> None:
+async def test_a_full_account_without_a_fallback_rejects_tasks() -> None:
     spare = Upstream("spare")
     models = {"gpt-4o": (), "o3": ()}
     llm = Upstream(
@@ -293,33 +291,33 @@ async def test_tasks_whose_other_calls_have_no_fallback_are_rejected() -> None:
     )
 
     async def agent(_: Task) -> None:
-        await destination(llm, "gpt-4o")
-        await destination(llm, "o3")
+        await served_by(llm, "gpt-4o")
+        await served_by(llm, "o3")
 
-    async with supervisor_of(agent) as supervisor:
+    async with new_supervisor(agent) as supervisor:
         await supervisor.run(Task("ask"))
-        await fail(llm, "gpt-4o")
+        await open_breaker(llm, "gpt-4o")
         assert supervisor.submit_nowait(Task("ask"))
-        await fail(llm, "o3")
+        await open_breaker(llm, "o3")
         assert supervisor.submit_nowait(Task("ask")).limited_by == "upstream:llm:o3"
 
 
 @virtual
-async def test_a_call_that_the_fallback_served_does_not_end_its_run_as_overloaded() -> None:
+async def test_a_call_served_by_the_fallback_does_not_end_its_run_as_overloaded() -> None:
     llm = Upstream("llm", quotas=ONE_A_DAY, fallback=Fallback(to=Upstream("spare")))
 
     async def agent(_: Task) -> None:
-        await destination(llm)
-        await destination(llm)
+        await served_by(llm)
+        await served_by(llm)
         raise ValueError("ours")
 
-    async with supervisor_of(agent) as supervisor:
+    async with new_supervisor(agent) as supervisor:
         result = await (await supervisor.submit(Task("ask")))
         assert "ours" in (result.error or "")
 
 
 @virtual
-async def test_a_run_rejected_by_all_accounts_ends_as_overloaded_and_its_further_calls_fail_at_once() -> None:
+async def test_a_call_that_all_reject_ends_its_run_as_overloaded_and_later_calls_fail_at_once() -> None:
     spare = Upstream("spare", quotas=ONE_A_DAY)
     llm = Upstream("llm", quotas=ONE_A_DAY, fallback=Fallback(to=spare))
     reasons: list[str] = []
@@ -327,12 +325,12 @@ async def test_a_run_rejected_by_all_accounts_ends_as_overloaded_and_its_further
     async def agent(_: Task) -> None:
         for _attempt in range(4):
             try:
-                await destination(llm)
+                await served_by(llm)
             except Overloaded as error:
                 reasons.append(error.reason)
-        raise ValueError("what its framework made of it")
+        raise ValueError("an error of its framework")
 
-    async with supervisor_of(agent) as supervisor:
+    async with new_supervisor(agent) as supervisor:
         with pytest.raises(Overloaded, match=r"llm: .*; spare: "):
             await supervisor.run(Task("ask"))
     assert len(reasons) == 2
@@ -340,7 +338,7 @@ async def test_a_run_rejected_by_all_accounts_ends_as_overloaded_and_its_further
 
 
 @virtual
-async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full() -> None:
+async def test_runs_are_held_back_only_while_all_accounts_that_could_serve_them_are_full() -> None:
     spare = Upstream("spare", max_concurrent=2)
     llm = Upstream("llm", max_concurrent=2, fallback=Fallback(to=spare, load_threshold=0.01))
     served: list[str] = []
@@ -386,17 +384,17 @@ async def test_runs_are_held_back_only_while_all_that_could_serve_them_are_full(
         {"to": Upstream("a"), "api_key": "sk-secret\r\nx: y"},
     ],
 )
-def test_an_invalid_fallback_is_rejected_without_its_secrets(how: dict[str, Any]) -> None:
-    with pytest.raises(InvalidSetting) as refused:
+def test_an_invalid_fallback_is_rejected_without_showing_a_secret(how: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting) as rejection:
         Fallback(**how)
-    assert "secret" not in str(refused.value)
+    assert "secret" not in str(rejection.value)
 
 
 def test_a_key_is_never_shown() -> None:
     fallback = Fallback(to=Upstream("azure", provider="azure"), api_key="sk-secret", base_url="https://a.test")
     llm = Upstream("llm", provider="openai", fallback=fallback)
-    (stop,) = llm.runner.resolver.routes("gpt-4o")
-    assert "secret" not in repr(fallback) + repr(llm) + repr(stop)
+    (route,) = llm.runner.resolver.routes("gpt-4o")
+    assert "secret" not in repr(fallback) + repr(llm) + repr(route)
 
 
 @pytest.mark.parametrize(
@@ -408,8 +406,8 @@ def test_a_key_is_never_shown() -> None:
         lambda: Upstream("llm", fallback="gpt-4o-mini"),  # type: ignore[arg-type]
         lambda: Upstream("llm", fallback=Fallback(to=3)),  # type: ignore[arg-type]
     ],
-    ids=["protocol", "call account", "call group", "a name", "a number"],
+    ids=["protocol", "one account", "one group", "a name", "a number"],
 )
-def test_a_fallback_that_leads_nowhere_is_rejected_by_the_upstream(made: Any) -> None:
+def test_a_fallback_that_can_serve_no_call_is_rejected_where_it_is_given(made: Any) -> None:
     with pytest.raises(InvalidSetting, match="fallback"):
         made()

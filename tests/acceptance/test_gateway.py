@@ -1,4 +1,4 @@
-"""A gateway before a provider that does as it is told: what passes, what is refused, and what is left behind."""
+"""A gateway in front of a scripted provider: calls that pass, rejections, faults, draining."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import (
+from tests.support.gateway_harness import (
     CHAT_REQUEST,
     CHAT_RESPONSE,
     CUT,
     DONE,
     EVENT,
-    NOTHING,
+    NOTHING_LEFT,
     STOP,
     GatewayHarness,
     leftovers,
@@ -39,239 +39,245 @@ from forebay.gateway import (
 from forebay.gateway.server import CannotListen, Gateway
 from forebay.quota import Price
 
-# --- what passes ---
+# --- forwarding ---
 
 
-async def test_an_answer_passes_and_its_caller_is_not_to_call_again(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        status, headers, body = await scene.post(gateway, headers={"authorization": "Bearer sk-1", "x-custom": "ü"})
+async def test_a_response_passes_and_is_not_to_be_retried(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        status, headers, body = await harness.post(gateway, headers={"authorization": "Bearer sk-1", "x-custom": "ü"})
         assert (status, body) == (200, CHAT_RESPONSE)
         assert headers["x-request-id"] == "req_1"
         assert headers.getall("x-should-retry") == ["false"]
-        (asked,) = scene.provider.asked
-        assert asked.headers["authorization"] == "Bearer sk-1"
-        assert asked.headers["x-custom"] == "ü"
-        assert asked.headers["host"] == scene.url.removeprefix("http://")
-        assert leftovers(gateway) == NOTHING
+        (request,) = harness.provider.requests
+        assert request.headers["authorization"] == "Bearer sk-1"
+        assert request.headers["x-custom"] == "ü"
+        assert request.headers["host"] == harness.url.removeprefix("http://")
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_a_provider_is_reached_through_the_proxy_of_the_environment(scene: GatewayHarness) -> None:
+async def test_a_provider_is_reached_through_the_http_proxy_of_the_environment(harness: GatewayHarness) -> None:
     target = TargetSettings(name="openai", url="http://llm.example")
-    environment = {"http_proxy": scene.url.replace("://", "://me:hidden@")}
+    environment = {"http_proxy": harness.url.replace("://", "://me:hidden@")}
     async with Gateway(GatewaySettings(targets=(target,), listen="127.0.0.1:0"), environment) as gateway:
-        status, _, body = await scene.post(gateway, headers={"authorization": "Bearer sk-1"})
+        status, _, body = await harness.post(gateway, headers={"authorization": "Bearer sk-1"})
         assert (status, body) == (200, CHAT_RESPONSE)
-        (asked,) = scene.provider.asked
-        assert asked.raw_path == "http://llm.example/v1/chat/completions"
-        assert asked.headers["authorization"] == "Bearer sk-1"
-        assert "proxy-authorization" in asked.headers
+        (request,) = harness.provider.requests
+        assert request.raw_path == "http://llm.example/v1/chat/completions"
+        assert request.headers["authorization"] == "Bearer sk-1"
+        assert "proxy-authorization" in request.headers
 
 
-async def test_what_is_the_gateways_own_goes_no_further(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        await scene.post(gateway, headers={"x-forebay-tenant": "acme", "connection": "keep-alive, x-hop", "x-hop": "1"})
-        (asked,) = scene.provider.asked
-        assert not [name for name in asked.headers if name.lower().startswith("x-forebay") or name.lower() == "x-hop"]
+async def test_headers_for_the_gateway_are_not_forwarded(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        await harness.post(
+            gateway, headers={"x-forebay-tenant": "acme", "connection": "keep-alive, x-hop", "x-hop": "1"}
+        )
+        (request,) = harness.provider.requests
+        assert not [name for name in request.headers if name.lower().startswith("x-forebay") or name.lower() == "x-hop"]
 
 
-async def test_a_stream_passes_byte_by_byte_and_at_once(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT, b": a comment\r\n\r\n", EVENT[:30], EVENT[30:], STOP, DONE)
-    async with Gateway(scene.settings()) as gateway:
+async def test_a_stream_passes_unchanged_and_at_once(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, b": a comment\r\n\r\n", EVENT[:30], EVENT[30:], STOP, DONE)
+    async with Gateway(harness.settings()) as gateway:
         asking: Any = {"json": {**CHAT_REQUEST, "stream": True, "stream_options": {"include_usage": True}}}
-        async with scene.session.post(scene.at(gateway), **asking) as answer:
-            assert await answer.read() == EVENT + b": a comment\r\n\r\n" + EVENT + STOP + DONE
-            assert answer.content_type == "text/event-stream"
-        assert leftovers(gateway) == NOTHING
-        scene.provider.behaviour = streaming(EVENT, None)
-        async with scene.session.post(scene.at(gateway), **asking) as answer:
-            assert await answer.content.readany() == EVENT  # though nothing follows
+        async with harness.session.post(harness.at(gateway), **asking) as response:
+            assert await response.read() == EVENT + b": a comment\r\n\r\n" + EVENT + STOP + DONE
+            assert response.content_type == "text/event-stream"
+        assert leftovers(gateway) == NOTHING_LEFT
+        harness.provider.behaviour = streaming(EVENT, None)
+        async with harness.session.post(harness.at(gateway), **asking) as response:
+            assert await response.content.readany() == EVENT  # although nothing follows
 
 
-async def test_a_packed_answer_stays_packed_and_is_metered(scene: GatewayHarness) -> None:
+async def test_a_compressed_response_stays_compressed_and_is_metered(harness: GatewayHarness) -> None:
     packed = gzip.compress(json.dumps(CHAT_RESPONSE).encode())
-    scene.provider.behaviour = responding(200, packed, content_encoding="gzip", content_type="application/json")
-    async with Gateway(scene.settings()) as gateway:
-        async with scene.session.post(scene.at(gateway), json=CHAT_REQUEST, auto_decompress=False) as answer:
-            assert await answer.read() == packed
-        async with scene.session.get(scene.at(gateway, "/metrics")) as answer:
-            told = await answer.text()
-    assert 'forebay_tokens_total{direction="input",model="gpt-4o",target="openai"} 30.0' in told
-    assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in told
+    harness.provider.behaviour = responding(200, packed, content_encoding="gzip", content_type="application/json")
+    async with Gateway(harness.settings()) as gateway:
+        async with harness.session.post(harness.at(gateway), json=CHAT_REQUEST, auto_decompress=False) as response:
+            assert await response.read() == packed
+        async with harness.session.get(harness.at(gateway, "/metrics")) as response:
+            received = await response.text()
+    assert 'forebay_tokens_total{direction="input",model="gpt-4o",target="openai"} 30.0' in received
+    assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in received
 
 
-async def test_the_metrics_tell_of_attempts_and_of_quotas(scene: GatewayHarness) -> None:
+async def test_the_metrics_have_attempts_and_quotas(harness: GatewayHarness) -> None:
     limits = {"x_ratelimit_limit_requests": "100", "x_ratelimit_remaining_requests": "40"}
-    scene.provider.behaviour = responding(
+    harness.provider.behaviour = responding(
         200, json.dumps(CHAT_RESPONSE).encode(), content_type="application/json", **limits
     )
-    async with Gateway(scene.settings()) as gateway:
-        async with scene.session.post(scene.at(gateway), json=CHAT_REQUEST):
+    async with Gateway(harness.settings()) as gateway:
+        async with harness.session.post(harness.at(gateway), json=CHAT_REQUEST):
             pass
-        async with scene.session.get(scene.at(gateway, "/metrics")) as answer:
-            lines = [line for line in (await answer.text()).splitlines() if not line.startswith("#")]
-    told = {line.partition("{")[0]: line for line in lines if 'quota="requests per minute"' in line}
-    assert float(told["forebay_quota_remaining"].split()[-1]) == pytest.approx(40, abs=1)
-    assert float(told["forebay_quota_amount"].split()[-1]) == 100.0
+        async with harness.session.get(harness.at(gateway, "/metrics")) as response:
+            lines = [line for line in (await response.text()).splitlines() if not line.startswith("#")]
+    received = {line.partition("{")[0]: line for line in lines if 'quota="requests per minute"' in line}
+    assert float(received["forebay_quota_remaining"].split()[-1]) == pytest.approx(40, abs=1)
+    assert float(received["forebay_quota_amount"].split()[-1]) == 100.0
     attempts = [line for line in lines if line.startswith("forebay_attempts_total") and 'outcome="succeeded"' in line]
     assert [line.split()[-1] for line in attempts] == ["1.0"]
 
 
-async def test_a_target_by_its_name_gets_whatever_is_asked(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = responding(200, b"binary", content_type="audio/mpeg")
-    async with Gateway(scene.settings()) as gateway:
-        status, _, body = await scene.post(gateway, "/openai/v1/audio/speech?x=%20y")
+async def test_a_target_can_be_called_by_its_name_on_any_path(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = responding(200, b"binary", content_type="audio/mpeg")
+    async with Gateway(harness.settings()) as gateway:
+        status, _, body = await harness.post(gateway, "/openai/v1/audio/speech?x=%20y")
         assert (status, body) == (200, b"binary")
-        assert scene.provider.asked[0].raw_path == "/v1/audio/speech?x=%20y"
-        assert leftovers(gateway) == NOTHING
+        assert harness.provider.requests[0].raw_path == "/v1/audio/speech?x=%20y"
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-# --- whose it is ---
+# --- callers ---
 
 
-async def test_keys_have_accounts_of_their_own_unless_told_otherwise(scene: GatewayHarness) -> None:
+async def test_each_key_has_its_own_account_unless_keys_share_one(harness: GatewayHarness) -> None:
     for share, count in ((False, 2), (True, 1)):
-        async with Gateway(scene.settings(share_keys=share)) as gateway:
+        async with Gateway(harness.settings(share_keys=share)) as gateway:
             for key in ("sk-1", "sk-2", "sk-1"):
-                await scene.post(gateway, headers={"authorization": f"Bearer {key}"})
-            names = [desk.name for desk in gateway.forwarder.targets[0].upstream.core.accounts]
+                await harness.post(gateway, headers={"authorization": f"Bearer {key}"})
+            names = [account.name for account in gateway.forwarder.targets[0].upstream.core.accounts]
             assert len(names) == count
             assert "sk-" not in repr(names)
 
 
-async def test_headers_put_a_call_in_its_place(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(max_concurrent=1)) as gateway:
+async def test_calls_are_served_by_the_priority_in_their_headers(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(max_concurrent=1)) as gateway:
         gate = asyncio.Event()
 
         async def slow(request: web.BaseRequest) -> web.StreamResponse:
             await gate.wait()
-            return await scene.provider.answer(request)
+            return await harness.provider.reply(request)
 
-        scene.provider.behaviour = slow
-        (desk,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
+        harness.provider.behaviour = slow
+        (account,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         async with asyncio.TaskGroup() as group:
-            group.create_task(scene.post(gateway))
-            await until(lambda: desk.account.in_flight == 1)
-            for number, rung in enumerate(["low", "normal", "critical", "high"], start=1):
-                told = {"x-forebay-priority": rung, "x-rung": rung}
-                group.create_task(scene.post(gateway, headers=told))
-                await until(lambda number=number: len(desk.account.queue) == number)  # type: ignore[misc]
+            group.create_task(harness.post(gateway))
+            await until(lambda: account.account.in_flight == 1)
+            for number, level in enumerate(["low", "normal", "critical", "high"], start=1):
+                sent = {"x-forebay-priority": level, "x-level": level}
+                group.create_task(harness.post(gateway, headers=sent))
+                await until(lambda number=number: len(account.account.queue) == number)  # type: ignore[misc]
             gate.set()
-        assert [asked.headers.get("x-rung") for asked in scene.provider.asked] == [
+        assert [request.headers.get("x-level") for request in harness.provider.requests] == [
             *(None, "critical", "high", "normal", "low")
         ]
-        assert leftovers(gateway) == NOTHING
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_a_deadline_that_has_passed_costs_nothing(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        status, headers, body = await scene.post(gateway, headers={"x-forebay-deadline": str(clock.wall_time() - 1)})
+async def test_a_call_after_its_deadline_is_rejected_without_cost(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        status, headers, body = await harness.post(gateway, headers={"x-forebay-deadline": str(clock.wall_time() - 1)})
         assert status == 408
         assert headers["x-should-retry"] == "false"
         assert "deadline" in body["error"]["message"]
-        assert scene.provider.asked == []
+        assert harness.provider.requests == []
 
 
-async def test_a_header_that_cannot_be_meant_is_told(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        status, _, body = await scene.post(gateway, "/v1/messages", headers={"x-forebay-priority": "urgent"})
+async def test_an_invalid_header_is_a_400_that_names_what_is_allowed(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        status, _, body = await harness.post(gateway, "/v1/messages", headers={"x-forebay-priority": "urgent"})
         assert status == 400
         assert body["type"] == "error"
         assert "critical, high, normal, low" in body["error"]["message"]
 
 
-# --- who is let in ---
+# --- access ---
 
 
-async def test_beyond_loopback_a_token_is_wanted(scene: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_beyond_loopback_a_token_is_needed(harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "0123456789abcdef0123"  # noqa: S105 - of this test
     monkeypatch.setenv("GATE", token)
-    settings = scene.settings(gateway={"listen": "0.0.0.0:0", "token_env": "GATE"})
+    settings = harness.settings(gateway={"listen": "0.0.0.0:0", "token_env": "GATE"})
     async with Gateway(settings) as gateway:
         for path in ("/v1/chat/completions", "/metrics", "/nowhere"):
-            status, _, body = await scene.post(gateway, path)
+            status, _, body = await harness.post(gateway, path)
             assert status == 401
             assert "x-forebay-token" in body["error"]["message"]
-        assert scene.provider.asked == []
-        status, _, _ = await scene.post(gateway, headers={"x-forebay-token": token})
+        assert harness.provider.requests == []
+        status, _, _ = await harness.post(gateway, headers={"x-forebay-token": token})
         assert status == 200
-        assert token not in repr(scene.provider.asked[0].headers)
-        async with scene.session.get(scene.at(gateway, "/healthz")) as answer:
-            assert await answer.json() == {"status": "ok"}
+        assert token not in repr(harness.provider.requests[0].headers)
+        async with harness.session.get(harness.at(gateway, "/healthz")) as response:
+            assert await response.json() == {"status": "ok"}
 
 
-async def test_only_who_is_trusted_speaks_for_a_tenant(scene: GatewayHarness) -> None:
-    settings = scene.settings(
+async def test_only_a_trusted_caller_may_name_its_tenant(harness: GatewayHarness) -> None:
+    settings = harness.settings(
         gateway={"context": ContextSettings(trust="nobody")},
         tenant_budget_usd=1e-9,
         prices={"*": Price(input=1e6, output=1e6)},
     )
     async with Gateway(settings) as gateway:
-        assert (await scene.post(gateway, headers={"x-forebay-tenant": "a"}))[0] == 402
-    async with Gateway(scene.settings(gateway={"context": ContextSettings(tenant_headers=("x-user",))})) as gateway:
-        assert (await scene.post(gateway, headers={"x-user": "a"}))[0] == 200
+        assert (await harness.post(gateway, headers={"x-forebay-tenant": "a"}))[0] == 402
+    async with Gateway(harness.settings(gateway={"context": ContextSettings(tenant_headers=("x-user",))})) as gateway:
+        assert (await harness.post(gateway, headers={"x-user": "a"}))[0] == 200
 
 
-async def test_an_address_that_is_taken_is_told_in_a_word(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_an_address_in_use_is_reported_in_one_line(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
         address = f"127.0.0.1:{gateway.port}"
-        with pytest.raises(CannotListen) as refused:
-            await Gateway(scene.settings(gateway={"listen": address})).__aenter__()
-    told = f"Nothing can listen on {address}: Address already in use. Give another address, or stop what listens there."
-    assert str(refused.value) == told
+        with pytest.raises(CannotListen) as rejected:
+            await Gateway(harness.settings(gateway={"listen": address})).__aenter__()
+    assert str(rejected.value) == (
+        f"The gateway cannot listen on {address}: Address already in use."
+        " Give another address, or stop the program that uses it."
+    )
 
 
-# --- what is refused ---
+# --- rejections ---
 
 
-async def test_money_that_is_spent_is_a_402(scene: GatewayHarness) -> None:
-    settings = scene.settings(budget_usd=60.0, prices={"gpt-4o": Price(input=0, output=1e6)})
+async def test_a_spent_budget_is_a_402(harness: GatewayHarness) -> None:
+    settings = harness.settings(budget_usd=60.0, prices={"gpt-4o": Price(input=0, output=1e6)})
     async with Gateway(settings) as gateway:
-        assert [(await scene.post(gateway))[0] for _ in range(2)] == [200, 402]
-        status, headers, body = await scene.post(gateway)
+        assert [(await harness.post(gateway))[0] for _ in range(2)] == [200, 402]
+        status, headers, body = await harness.post(gateway)
         assert (status, body["error"]["type"]) == (402, "insufficient_quota")
         assert headers["x-should-retry"] == "false"
-        assert int(headers["retry-after"]) > 0  # the day's end
+        assert int(headers["retry-after"]) > 0  # the end of the day
         assert gateway.forwarder.targets[0].upstream.statistics().spent_usd == 20.0
-        assert leftovers(gateway) == NOTHING
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
 @pytest.mark.parametrize("budget", ["budget_usd", "tenant_budget_usd", "task_budget_usd"])
-async def test_what_costs_nothing_passes_though_the_money_is_spent(scene: GatewayHarness, budget: str) -> None:
+async def test_free_requests_pass_with_a_spent_budget(harness: GatewayHarness, budget: str) -> None:
     spends: dict[str, Any] = {budget: 20.0, "prices": {"gpt-4o": Price(input=0, output=1e6)}}
-    async with Gateway(scene.settings(**spends)) as gateway:
+    async with Gateway(harness.settings(**spends)) as gateway:
         task = {"x-forebay-task": "t"}
         ask = {**CHAT_REQUEST, "max_tokens": 20}
-        assert (await scene.post(gateway, headers=task, json=ask))[0] == 200
-        assert (await scene.post(gateway, headers=task, json=ask))[0] == 402
-        models = scene.at(gateway, "/v1/models")
-        async with scene.session.get(models, headers=task) as answer:
-            assert answer.status == 200
-        assert (await scene.post(gateway, headers=task, json=ask))[0] == 402
-        assert leftovers(gateway) == NOTHING
+        assert (await harness.post(gateway, headers=task, json=ask))[0] == 200
+        assert (await harness.post(gateway, headers=task, json=ask))[0] == 402
+        models = harness.at(gateway, "/v1/models")
+        async with harness.session.get(models, headers=task) as response:
+            assert response.status == 200
+        assert (await harness.post(gateway, headers=task, json=ask))[0] == 402
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_a_call_larger_than_its_bucket_will_never_pass(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(models={"gpt-4o": QuotaSettings(output_tpm=10)})) as gateway:
-        status, headers, body = await scene.post(gateway)
+async def test_a_call_that_exceeds_its_whole_quota_is_a_413(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(models={"gpt-4o": QuotaSettings(output_tpm=10)})) as gateway:
+        status, headers, body = await harness.post(gateway)
         assert status == 413
         assert headers["x-should-retry"] == "false"
         assert "larger" in body["error"]["message"]
 
 
-async def test_who_cannot_wait_is_told_when_to_come_back(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(rpm=2)) as gateway:
-        assert [(await scene.post(gateway))[0] for _ in range(2)] == [200, 200]
-        status, headers, body = await scene.post(gateway, headers={"x-stainless-read-timeout": "2"})
+async def test_a_caller_that_cannot_wait_gets_a_429_with_a_retry_after(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(rpm=2)) as gateway:
+        assert [(await harness.post(gateway))[0] for _ in range(2)] == [200, 200]
+        status, headers, body = await harness.post(gateway, headers={"x-stainless-read-timeout": "2"})
         assert (status, body["error"]["type"]) == (429, "rate_limit_error")
         assert headers["x-should-retry"] == "true"
         assert 0 < int(headers["retry-after-ms"]) <= 35_000
-        assert len(scene.provider.asked) == 2
-        status, _, body = await scene.post(gateway, "/anthropic/v1/messages", headers={"x-stainless-read-timeout": "2"})
-        assert status == 200  # another account
+        assert len(harness.provider.requests) == 2
+        status, _, body = await harness.post(
+            gateway, "/anthropic/v1/messages", headers={"x-stainless-read-timeout": "2"}
+        )
+        assert status == 200  # it has another account
 
 
-async def test_what_a_provider_need_not_be_asked_is_answered_here(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"max_body_bytes": 10_000})) as gateway:
+async def test_invalid_requests_are_answered_without_the_provider(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_body_bytes": 10_000})) as gateway:
         for path, sent, status in (
             ("/v1/chat/completions", b"{", 400),
             ("/v1/messages", b"[1]", 400),
@@ -281,7 +287,7 @@ async def test_what_a_provider_need_not_be_asked_is_answered_here(scene: Gateway
             ("/nowhere", b"{}", 404),
             ("/v1/../etc/passwd", b"{}", 404),
         ):
-            got, headers, body = await scene.post(gateway, path, data=sent)
+            got, headers, body = await harness.post(gateway, path, data=sent)
             assert got == status, path
             assert headers["x-should-retry"] == "false"
             assert body["error"]["message"]
@@ -291,13 +297,13 @@ async def test_what_a_provider_need_not_be_asked_is_answered_here(scene: Gateway
                 yield b" " * 4096
 
         try:
-            got, _, _ = await scene.post(gateway, data=endless())
-        except aiohttp.ClientError:  # it hangs up on whoever goes on
+            got, _, _ = await harness.post(gateway, data=endless())
+        except aiohttp.ClientError:  # it disconnects a caller that goes on sending
             pass
         else:
             assert got == 413
-        assert scene.provider.asked == []
-        assert leftovers(gateway) == NOTHING
+        assert harness.provider.requests == []
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
 @pytest.mark.parametrize(
@@ -309,25 +315,27 @@ async def test_what_a_provider_need_not_be_asked_is_answered_here(scene: Gateway
         b"content-length: two\r\n",
     ],
 )
-async def test_lengths_that_contradict_each_other_are_no_http(scene: GatewayHarness, lengths: bytes) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        told = await raw(gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n" + lengths + b"\r\n{}")
-        assert told.startswith(b"HTTP/1.0 400"), told
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
-        assert scene.provider.asked == []
-        assert (await scene.post(gateway))[0] == 200  # it lives on
+async def test_contradicting_lengths_are_invalid_http(harness: GatewayHarness, lengths: bytes) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        received = await raw(
+            gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n" + lengths + b"\r\n{}"
+        )
+        assert received.startswith(b"HTTP/1.0 400"), received
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert harness.provider.requests == []
+        assert (await harness.post(gateway))[0] == 200  # the gateway still works
 
 
-async def test_headers_without_end_are_refused(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"max_header_bytes": 4096})) as gateway:
+async def test_endless_headers_are_rejected(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_header_bytes": 4096})) as gateway:
         for head in (b"x: " + b"a" * 8192 + b"\r\n", b"".join(b"x%d: a\r\n" % n for n in range(300))):
-            told = await raw(gateway, b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n")
-            assert told.startswith(b"HTTP/1.0 400"), told[:100]
-        assert (await scene.post(gateway))[0] == 200
+            received = await raw(gateway, b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n")
+            assert received.startswith(b"HTTP/1.0 400"), received[:100]
+        assert (await harness.post(gateway))[0] == 200
 
 
-async def test_connections_are_bounded(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"max_connections": 2})) as gateway:
+async def test_connections_are_limited(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_connections": 2})) as gateway:
         open_ = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
         for _, writer in open_:
             writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -338,177 +346,177 @@ async def test_connections_are_bounded(scene: GatewayHarness) -> None:
             writer.close()
             await writer.wait_closed()
         await until(lambda: not gateway._web.connections)
-        assert (await scene.post(gateway))[0] == 200
+        assert (await harness.post(gateway))[0] == 200
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"body_timeout": 0.05})) as gateway:
-        told = await raw(
+async def test_a_body_that_does_not_arrive_is_a_408(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"body_timeout": 0.05})) as gateway:
+        received = await raw(
             gateway, b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{"
         )
-        assert told.startswith(b"HTTP/1.1 408")
-        assert scene.provider.asked == []
+        assert received.startswith(b"HTTP/1.1 408")
+        assert harness.provider.requests == []
 
 
-# --- providers that go wrong ---
+# --- faults of providers ---
 
 
-async def test_a_provider_that_is_down_is_a_502(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(url="http://127.0.0.1:9", max_attempts=2)) as gateway:
+async def test_a_provider_that_is_down_is_a_502(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(url="http://127.0.0.1:9", max_attempts=2)) as gateway:
         for path, kind in (("/v1/chat/completions", "server_error"), ("/v1/messages", "api_error")):
-            status, headers, body = await scene.post(gateway, path)
+            status, headers, body = await harness.post(gateway, path)
             assert (status, body["error"]["type"]) == (502, kind)
             assert headers["x-should-retry"] == "false"
-        assert leftovers(gateway) == NOTHING
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_garbage_for_an_answer_is_handed_on(scene: GatewayHarness) -> None:
+async def test_an_invalid_body_from_the_provider_is_passed_on(harness: GatewayHarness) -> None:
     async def garbage(request: web.BaseRequest) -> web.StreamResponse:
         assert request.transport is not None
         request.transport.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
         request.transport.close()
         return web.Response()
 
-    async with Gateway(scene.settings(max_attempts=2)) as gateway:
-        scene.provider.behaviour = garbage
-        assert (await scene.post(gateway))[0] == 502
-        scene.provider.behaviour = responding(200, b"\x00\xffno json", content_type="application/json")
-        status, _, body = await scene.post(gateway)
+    async with Gateway(harness.settings(max_attempts=2)) as gateway:
+        harness.provider.behaviour = garbage
+        assert (await harness.post(gateway))[0] == 502
+        harness.provider.behaviour = responding(200, b"\x00\xffno json", content_type="application/json")
+        status, _, body = await harness.post(gateway)
         assert (status, body) == (200, b"\x00\xffno json")
-        assert leftovers(gateway) == NOTHING
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_faults_are_mended_here(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_faults_are_retried_here(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
         bad = responding(500)
 
         async def twice(request: web.BaseRequest) -> web.StreamResponse:
-            return await (bad if len(scene.provider.asked) < 2 else scene.provider.answer)(request)
+            return await (bad if len(harness.provider.requests) < 2 else harness.provider.reply)(request)
 
-        scene.provider.behaviour = twice
-        assert (await scene.post(gateway))[0] == 200
-        assert len(scene.provider.asked) == 2
+        harness.provider.behaviour = twice
+        assert (await harness.post(gateway))[0] == 200
+        assert len(harness.provider.requests) == 2
 
 
-@pytest.mark.parametrize(("path", "told"), [("/v1/chat/completions", b"data: {"), ("/v1/messages", b"event: error")])
-async def test_a_stream_that_is_cut_ends_with_an_event_that_says_so(
-    scene: GatewayHarness, path: str, told: bytes
+@pytest.mark.parametrize(("path", "event"), [("/v1/chat/completions", b"data: {"), ("/v1/messages", b"event: error")])
+async def test_a_stream_that_is_cut_off_ends_with_an_error_event(
+    harness: GatewayHarness, path: str, event: bytes
 ) -> None:
-    scene.provider.behaviour = streaming(EVENT, CUT)
-    async with Gateway(scene.settings()) as gateway:
-        async with scene.session.post(scene.at(gateway, path), json={**CHAT_REQUEST, "stream": True}) as answer:
-            raw = await answer.read()
+    harness.provider.behaviour = streaming(EVENT, CUT)
+    async with Gateway(harness.settings()) as gateway:
+        async with harness.session.post(harness.at(gateway, path), json={**CHAT_REQUEST, "stream": True}) as response:
+            raw = await response.read()
         assert raw.startswith(EVENT)
-        assert raw[len(EVENT) :].startswith(told)
+        assert raw[len(EVENT) :].startswith(event)
         assert b"broke off" in raw
-        assert leftovers(gateway) == NOTHING
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_half_an_event_is_not_followed_by_another(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT, EVENT[:20], CUT)
-    async with Gateway(scene.settings()) as gateway:
+async def test_an_unfinished_event_is_not_followed_by_an_error_event(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, EVENT[:20], CUT)
+    async with Gateway(harness.settings()) as gateway:
         asking: Any = {"json": {**CHAT_REQUEST, "stream": True, "stream_options": {"include_usage": True}}}
-        async with scene.session.post(scene.at(gateway), **asking) as answer:
+        async with harness.session.post(harness.at(gateway), **asking) as response:
             with pytest.raises(aiohttp.ClientPayloadError):
-                await answer.read()
-        assert leftovers(gateway) == NOTHING
+                await response.read()
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-# --- calls that are sent on ---
+# --- fallbacks ---
 
 
-async def test_what_its_account_cannot_serve_goes_to_another_target(scene: GatewayHarness) -> None:
-    spare = TargetSettings(name="spare", url=f"{scene.url}/llm", provider="openai-compatible")
+async def test_a_rejected_call_falls_back_to_another_target(harness: GatewayHarness) -> None:
+    spare = TargetSettings(name="spare", url=f"{harness.url}/llm", provider="openai-compatible")
     elsewhere = FallbackSettings(target="spare", model="llama", api_key_env="SPARE")
-    own = TargetSettings(name="openai", url=scene.url, rpm=1, fallback=(elsewhere,))
+    own = TargetSettings(name="openai", url=harness.url, rpm=1, fallback=(elsewhere,))
     settings = GatewaySettings(targets=(own, spare), listen="127.0.0.1:0")
     with pytest.raises(MissingFallbackKey, match="SPARE"):
         async with Gateway(settings, {}):
             pass
     async with Gateway(settings, {"SPARE": "sk-spare"}) as gateway:
         for _ in range(2):
-            told = {"authorization": "Bearer sk-1", "x-stainless-read-timeout": "2", "x-kept": "1"}
-            assert (await scene.post(gateway, headers=told))[0] == 200
-        first, second = scene.provider.asked
+            sent = {"authorization": "Bearer sk-1", "x-stainless-read-timeout": "2", "x-kept": "1"}
+            assert (await harness.post(gateway, headers=sent))[0] == 200
+        first, second = harness.provider.requests
         assert (first.raw_path, second.raw_path) == ("/v1/chat/completions", "/llm/v1/chat/completions")
         assert first.headers.getall("authorization") == ["Bearer sk-1"]
         assert second.headers.getall("authorization") == ["Bearer sk-spare"]
         assert second.headers["x-kept"] == "1"
-        assert scene.provider.bodies[1] == {**CHAT_REQUEST, "model": "llama"}
-        assert leftovers(gateway) == NOTHING
+        assert harness.provider.bodies[1] == {**CHAT_REQUEST, "model": "llama"}
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_or_to_another_model_of_its_own(scene: GatewayHarness) -> None:
+async def test_a_rejected_call_falls_back_to_another_model(harness: GatewayHarness) -> None:
     models = {"gpt-4o": QuotaSettings(rpm=1), "gpt-4o-mini": QuotaSettings(rpm=1)}
     smaller = FallbackSettings(model="gpt-4o-mini", models="gpt-4o")
-    settings = scene.settings(models=models, fallback=(smaller,))
+    settings = harness.settings(models=models, fallback=(smaller,))
     async with Gateway(settings) as gateway:
-        statuses = [(await scene.post(gateway, headers={"x-stainless-read-timeout": "2"}))[0] for _ in range(3)]
+        statuses = [(await harness.post(gateway, headers={"x-stainless-read-timeout": "2"}))[0] for _ in range(3)]
         assert statuses == [200, 200, 429]
-        assert [body["model"] for body in scene.provider.bodies] == ["gpt-4o", "gpt-4o-mini"]
-        assert leftovers(gateway) == NOTHING
+        assert [body["model"] for body in harness.provider.bodies] == ["gpt-4o", "gpt-4o-mini"]
+        assert leftovers(gateway) == NOTHING_LEFT
 
 
-# --- callers who hang up ---
+# --- callers that disconnect ---
 
 
 @pytest.mark.parametrize("behaviour", ["silent", "streaming"])
-async def test_who_hangs_up_is_hung_up_on_behind_the_gateway(scene: GatewayHarness, behaviour: str) -> None:
+async def test_a_disconnected_caller_ends_the_call_to_the_provider(harness: GatewayHarness, behaviour: str) -> None:
     async def silent(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         await asyncio.Event().wait()
         raise AssertionError
 
-    scene.provider.behaviour = silent if behaviour == "silent" else streaming(EVENT, None)
-    async with Gateway(scene.settings(max_concurrent=1)) as gateway:
-        (desk,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
+    harness.provider.behaviour = silent if behaviour == "silent" else streaming(EVENT, None)
+    async with Gateway(harness.settings(max_concurrent=1)) as gateway:
+        (account,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
         _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         body = json.dumps({**CHAT_REQUEST, "stream": True}).encode()
         writer.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
         )
-        await until(lambda: desk.account.in_flight == 1 and len(scene.provider.asked) == 1)
+        await until(lambda: account.account.in_flight == 1 and len(harness.provider.requests) == 1)
         writer.close()
-        await scene.provider.left.wait()
-        await until(lambda: leftovers(gateway) == NOTHING)
+        await harness.provider.disconnected.wait()
+        await until(lambda: leftovers(gateway) == NOTHING_LEFT)
 
 
-async def test_who_hangs_up_in_line_leaves_it(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT, None)
-    async with Gateway(scene.settings(max_concurrent=1)) as gateway:
-        (desk,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
-        first = asyncio.create_task(scene.post(gateway, json={**CHAT_REQUEST, "stream": True}))
-        await until(lambda: desk.account.in_flight == 1)
-        second = asyncio.create_task(scene.post(gateway))
-        await until(lambda: len(desk.account.queue) == 1)
+async def test_a_queued_call_leaves_the_queue_when_its_caller_disconnects(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, None)
+    async with Gateway(harness.settings(max_concurrent=1)) as gateway:
+        (account,) = [gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")]
+        first = asyncio.create_task(harness.post(gateway, json={**CHAT_REQUEST, "stream": True}))
+        await until(lambda: account.account.in_flight == 1)
+        second = asyncio.create_task(harness.post(gateway))
+        await until(lambda: len(account.account.queue) == 1)
         second.cancel()
-        await until(lambda: len(desk.account.queue) == 0)
+        await until(lambda: len(account.account.queue) == 0)
         first.cancel()
-        await until(lambda: leftovers(gateway) == NOTHING)
-        assert len(scene.provider.asked) == 1
+        await until(lambda: leftovers(gateway) == NOTHING_LEFT)
+        assert len(harness.provider.requests) == 1
 
 
-# --- the end ---
+# --- draining ---
 
 
-async def test_at_the_end_calls_under_way_are_finished_and_who_comes_is_told(scene: GatewayHarness) -> None:
+async def test_draining_finishes_calls_in_progress_and_rejects_new_ones(harness: GatewayHarness) -> None:
     gate = asyncio.Event()
 
     async def slow(request: web.BaseRequest) -> web.StreamResponse:
         await gate.wait()
-        return await scene.provider.answer(request)
+        return await harness.provider.reply(request)
 
-    scene.provider.behaviour = slow
-    gateway = Gateway(scene.settings(max_concurrent=1))
+    harness.provider.behaviour = slow
+    gateway = Gateway(harness.settings(max_concurrent=1))
     await gateway.__aenter__()
-    calls = [asyncio.create_task(scene.post(gateway)) for _ in range(2)]  # one under way, one in line
+    calls = [asyncio.create_task(harness.post(gateway)) for _ in range(2)]  # one in flight, one queued
     await until(lambda: leftovers(gateway)[:2] == (1, 1))
     end = asyncio.create_task(gateway.__aexit__(None, None, None))
     await until(lambda: gateway.forwarder.draining)
-    async with scene.session.get(scene.at(gateway, "/healthz")) as answer:
-        assert (answer.status, await answer.json()) == (503, {"status": "draining"})
-        assert answer.headers["connection"] == "close"
-    status, headers, body = await scene.post(gateway, "/v1/messages")
+    async with harness.session.get(harness.at(gateway, "/healthz")) as response:
+        assert (response.status, await response.json()) == (503, {"status": "draining"})
+        assert response.headers["connection"] == "close"
+    status, headers, body = await harness.post(gateway, "/v1/messages")
     assert (status, body["type"]) == (503, "error")
     assert headers["connection"] == "close"
     gate.set()
@@ -516,40 +524,42 @@ async def test_at_the_end_calls_under_way_are_finished_and_who_comes_is_told(sce
     assert [(await call)[0] for call in calls] == [200, 200]
     await end
     with pytest.raises(aiohttp.ClientConnectionError):
-        await scene.session.get(f"http://127.0.0.1:{port}/healthz")
-    assert leftovers(gateway) == NOTHING
+        await harness.session.get(f"http://127.0.0.1:{port}/healthz")
+    assert leftovers(gateway) == NOTHING_LEFT
 
 
 @pytest.mark.parametrize(
-    ("path", "told"), [("/v1/chat/completions", b'data: {"error"'), ("/v1/messages", b"event: error")]
+    ("path", "event"), [("/v1/chat/completions", b'data: {"error"'), ("/v1/messages", b"event: error")]
 )
-async def test_what_does_not_end_is_cut_off_and_told_so(scene: GatewayHarness, path: str, told: bytes) -> None:
-    scene.provider.behaviour = streaming(EVENT, None)
-    gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.05}, max_concurrent=1))
+async def test_calls_that_do_not_end_in_time_are_aborted_with_an_error(
+    harness: GatewayHarness, path: str, event: bytes
+) -> None:
+    harness.provider.behaviour = streaming(EVENT, None)
+    gateway = Gateway(harness.settings(gateway={"drain_timeout": 0.05}, max_concurrent=1))
     await gateway.__aenter__()
-    async with scene.session.post(scene.at(gateway, path), json={**CHAT_REQUEST, "stream": True}) as answer:
-        assert await answer.content.readany() == EVENT
-        waits = asyncio.create_task(scene.post(gateway, path))
+    async with harness.session.post(harness.at(gateway, path), json={**CHAT_REQUEST, "stream": True}) as response:
+        assert await response.content.readany() == EVENT
+        waits = asyncio.create_task(harness.post(gateway, path))
         await until(lambda: leftovers(gateway)[1] == 1)
         await gateway.__aexit__(None, None, None)
-        last = await answer.read()
-        assert last.startswith(told)
+        last = await response.read()
+        assert last.startswith(event)
         assert b"shut down" in last
     status, headers, body = await waits
     assert (status, body["error"]["code"]) == (503, "forebay_draining")
     assert headers["retry-after-ms"] == "1000"
-    await scene.provider.left.wait()
-    assert leftovers(gateway) == NOTHING
+    await harness.provider.disconnected.wait()
+    assert leftovers(gateway) == NOTHING_LEFT
 
 
-async def test_who_is_cut_off_already_is_not_cut_off_again(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT, None)
-    async with Gateway(scene.settings()) as gateway:
-        path = scene.at(gateway, "/v1/chat/completions")
-        async with scene.session.post(path, json={**CHAT_REQUEST, "stream": True}) as answer:
-            assert await answer.content.readany() == EVENT
+async def test_a_call_is_aborted_only_once(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, None)
+    async with Gateway(harness.settings()) as gateway:
+        path = harness.at(gateway, "/v1/chat/completions")
+        async with harness.session.post(path, json={**CHAT_REQUEST, "stream": True}) as response:
+            assert await response.content.readany() == EVENT
             gateway.abort()
-            await asyncio.sleep(0)  # it is being cut off, and does not know it yet
+            await asyncio.sleep(0)  # it is being aborted, and has not noticed yet
             gateway.abort()
-            assert b"shut down" in await answer.read()
-        await scene.provider.left.wait()
+            assert b"shut down" in await response.read()
+        await harness.provider.disconnected.wait()

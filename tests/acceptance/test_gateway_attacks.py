@@ -1,4 +1,4 @@
-"""What is sent to a gateway by those who mean no good, or know no better: it says no, and lives on."""
+"""Malicious and malformed traffic: the gateway rejects it, and keeps working."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import (
+from tests.support.gateway_harness import (
     CHAT_REQUEST,
     CHAT_RESPONSE,
     DONE,
     EVENT,
-    NOTHING,
+    NOTHING_LEFT,
     STOP,
     GatewayHarness,
     connect,
@@ -35,7 +35,7 @@ from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway
 
 BODY = json.dumps(CHAT_REQUEST).encode()
-HIDDEN = request_bytes(start=b"GET /openai/v1/hidden HTTP/1.1")  # what is to pass as the body of another
+HIDDEN = request_bytes(start=b"GET /openai/v1/hidden HTTP/1.1")  # a request hidden in the body of another
 CHUNKED = b"transfer-encoding: chunked"
 
 
@@ -43,15 +43,15 @@ def chunks(body: bytes, *fields: bytes) -> bytes:
     return request_bytes(b"", CHUNKED, *fields) + body
 
 
-async def lives(scene: GatewayHarness, gateway: Gateway) -> None:
-    """It serves the next one, and nothing is held of those before."""
-    scene.provider.behaviour = scene.provider.answer
-    status, _, _ = await scene.post(gateway)
+async def check_works(harness: GatewayHarness, gateway: Gateway) -> None:
+    """Check that the next call is served, and that earlier ones left nothing."""
+    harness.provider.behaviour = harness.provider.reply
+    status, _, _ = await harness.post(gateway)
     assert status == 200
-    assert leftovers(gateway) == NOTHING
+    assert leftovers(gateway) == NOTHING_LEFT
 
 
-# --- one request that is two ---
+# --- request smuggling ---
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ async def lives(scene: GatewayHarness, gateway: Gateway) -> None:
     [
         request_bytes(BODY, b"content-length: %d" % len(BODY)),
         *(
-            request_bytes(b"", b"content-length: " + told) + b"{}"
-            for told in (b"+2", b"0_2", b"2 2", b"0x2", b"", b"2,2")
+            request_bytes(b"", b"content-length: " + value) + b"{}"
+            for value in (b"+2", b"0_2", b"2 2", b"0x2", b"", b"2,2")
         ),
         request_bytes(b"", b"content-length: 99999999999999999999999") + b"{}",
         request_bytes(b"", b"content-length : 2") + b"{}",
@@ -68,8 +68,8 @@ async def lives(scene: GatewayHarness, gateway: Gateway) -> None:
         chunks(b"0\r\n\r\n", CHUNKED),
         chunks(b"0\r\n\r\n", b"transfer-encoding: identity"),
         *(
-            request_bytes(b"", b"transfer-encoding: " + told) + b"2\r\n{}\r\n0\r\n\r\n"
-            for told in (b"xchunked", b"chunked, identity", b"identity", b"gzip, chunked", b"\x0bchunked")
+            request_bytes(b"", b"transfer-encoding: " + value) + b"2\r\n{}\r\n0\r\n\r\n"
+            for value in (b"xchunked", b"chunked, identity", b"identity", b"gzip, chunked", b"\x0bchunked")
         ),
         request_bytes(b"", b"transfer-encoding : chunked") + b"2\r\n{}\r\n0\r\n\r\n",
         request_bytes(b"{}", b"x: folded\r\n into: this"),
@@ -91,23 +91,23 @@ async def lives(scene: GatewayHarness, gateway: Gateway) -> None:
         request_bytes(b"{}").replace(b"host: localhost\r\n", b""),
     ],
 )
-async def test_what_two_could_read_differently_is_read_by_nobody(scene: GatewayHarness, sent: bytes) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        told = await raw(gateway, sent + HIDDEN)
-        assert told[:12] in (b"HTTP/1.0 400", b"HTTP/1.1 501"), told
-        assert len(re.findall(rb"HTTP/1\.[01] [0-9]{3} ", told)) == 1
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
-        assert scene.provider.asked == []
-        await lives(scene, gateway)
+async def test_an_ambiguous_request_is_rejected(harness: GatewayHarness, sent: bytes) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        received = await raw(gateway, sent + HIDDEN)
+        assert received[:12] in (b"HTTP/1.0 400", b"HTTP/1.1 501"), received
+        assert len(re.findall(rb"HTTP/1\.[01] [0-9]{3} ", received)) == 1
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert harness.provider.requests == []
+        await check_works(harness, gateway)
 
 
-async def test_calls_in_a_row_are_answered_in_a_row(scene: GatewayHarness) -> None:
+async def test_pipelined_calls_are_answered_in_order(harness: GatewayHarness) -> None:
     async def echo(request: web.BaseRequest) -> web.StreamResponse:
         asked = json.loads(await request.read())
         return web.json_response({"echo": asked["seed"], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
-    scene.provider.behaviour = echo
-    async with Gateway(scene.settings()) as gateway:
+    harness.provider.behaviour = echo
+    async with Gateway(harness.settings()) as gateway:
         last: list[tuple[bytes, ...]] = [()] * 19 + [(b"connection: close",)]
         sent = [request_bytes(json.dumps({**CHAT_REQUEST, "seed": n}).encode(), *end) for n, end in enumerate(last)]
         answers = re.findall(rb'"echo": ([0-9]+)', await raw(gateway, b"".join(sent)))
@@ -115,30 +115,30 @@ async def test_calls_in_a_row_are_answered_in_a_row(scene: GatewayHarness) -> No
 
 
 @pytest.mark.parametrize("method", [b"HEAD", b"POST"])
-async def test_the_next_answer_is_found_whatever_the_one_before_was(scene: GatewayHarness, method: bytes) -> None:
-    scene.provider.behaviour = responding(200, b"HTTP/1.1 200 OK\r\n\r\n")
-    async with Gateway(scene.settings()) as gateway:
+async def test_the_next_response_is_found_after_any_body(harness: GatewayHarness, method: bytes) -> None:
+    harness.provider.behaviour = responding(200, b"HTTP/1.1 200 OK\r\n\r\n")
+    async with Gateway(harness.settings()) as gateway:
         first = request_bytes(BODY if method == b"POST" else b"", start=method + b" /openai/v1/other HTTP/1.1")
         last = request_bytes(b"", b"connection: close", start=b"GET /healthz HTTP/1.1")
-        told = await raw(gateway, first + last)
-        assert told.endswith(b'{"status":"ok"}')
-        head, _, rest = told.partition(b"\r\n\r\n")
+        received = await raw(gateway, first + last)
+        assert received.endswith(b'{"status":"ok"}')
+        head, _, rest = received.partition(b"\r\n\r\n")
         assert rest.startswith(b"13\r\nHTTP/1.1 200 OK\r\n\r\n\r\n0\r\n\r\nHTTP" if method == b"POST" else b"HTTP"), (
             head
         )
 
 
-async def test_who_speaks_an_older_http_is_answered_in_it(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT, STOP, DONE)
-    async with Gateway(scene.settings()) as gateway:
+async def test_http_1_0_is_answered_without_chunks(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, STOP, DONE)
+    async with Gateway(harness.settings()) as gateway:
         body = json.dumps({**CHAT_REQUEST, "stream": True, "stream_options": {"include_usage": True}}).encode()
-        told = await raw(gateway, request_bytes(body, start=b"POST /v1/chat/completions HTTP/1.0"))
-        assert told.partition(b"\r\n\r\n")[2] == EVENT + STOP + DONE
-        assert b"chunked" not in told
-        await lives(scene, gateway)
+        received = await raw(gateway, request_bytes(body, start=b"POST /v1/chat/completions HTTP/1.0"))
+        assert received.partition(b"\r\n\r\n")[2] == EVENT + STOP + DONE
+        assert b"chunked" not in received
+        await check_works(harness, gateway)
 
 
-# --- paths and hosts that are not its own ---
+# --- paths and hosts ---
 
 
 @pytest.mark.parametrize(
@@ -150,36 +150,38 @@ async def test_who_speaks_an_older_http_is_answered_in_it(scene: GatewayHarness)
         "*", "/", "/v1", "/v2/models", "/openai", "/openai@evil.example/v1/x", "/.well-known/x",
     ],
 )  # fmt: skip
-async def test_what_is_not_below_a_target_is_nowhere(scene: GatewayHarness, path: str) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_a_path_outside_the_targets_is_a_404(harness: GatewayHarness, path: str) -> None:
+    async with Gateway(harness.settings()) as gateway:
         method = b"OPTIONS " if path == "*" else b"GET "
-        told = await raw(gateway, request_bytes(b"", b"connection: close", start=method + path.encode() + b" HTTP/1.1"))
-        assert told.startswith(b"HTTP/1.1 404"), told
-        assert scene.provider.asked == []
+        received = await raw(
+            gateway, request_bytes(b"", b"connection: close", start=method + path.encode() + b" HTTP/1.1")
+        )
+        assert received.startswith(b"HTTP/1.1 404"), received
+        assert harness.provider.requests == []
 
 
-async def test_what_is_below_a_target_goes_there_as_it_is(scene: GatewayHarness) -> None:
+async def test_a_path_below_a_target_is_forwarded_unchanged(harness: GatewayHarness) -> None:
     path = "/v1/models/meta%2Fllama%203?a=%2e%2e&b=../c&c=%00"
-    async with Gateway(scene.settings()) as gateway:
+    async with Gateway(harness.settings()) as gateway:
         start = f"GET /openai{path} HTTP/1.1".encode()
         assert (await raw(gateway, request_bytes(b"", b"connection: close", start=start))).startswith(b"HTTP/1.1 200")
-        (asked,) = scene.provider.asked
-        assert asked.raw_path == path
+        (request,) = harness.provider.requests
+        assert request.raw_path == path
 
 
 @pytest.mark.parametrize("start", [b"CONNECT evil.example:443", b"TRACE /openai/v1/x"])
-async def test_it_is_no_tunnel_and_no_mirror(scene: GatewayHarness, start: bytes) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        told = await raw(gateway, request_bytes(b"", b"cookie: SECRET", start=start + b" HTTP/1.1"))
-        assert told.startswith(b"HTTP/1.1 405")
-        assert b"SECRET" not in told
-        assert scene.provider.asked == []
+async def test_connect_and_trace_are_rejected(harness: GatewayHarness, start: bytes) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        received = await raw(gateway, request_bytes(b"", b"cookie: SECRET", start=start + b" HTTP/1.1"))
+        assert received.startswith(b"HTTP/1.1 405")
+        assert b"SECRET" not in received
+        assert harness.provider.requests == []
 
 
-async def test_a_web_page_from_elsewhere_gets_nothing(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_a_foreign_web_page_is_rejected(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
         for headers in (
-            {"host": "evil.example"},  # its name leads to loopback by now: DNS rebinding
+            {"host": "evil.example"},  # DNS rebinding: the name resolves to loopback
             {"host": "127.0.0.1.evil.example:80"},
             {"host": "[::1"},
             {"origin": "https://evil.example"},
@@ -187,9 +189,9 @@ async def test_a_web_page_from_elsewhere_gets_nothing(scene: GatewayHarness) -> 
             {"origin": "null"},
         ):
             for path in ("/v1/chat/completions", "/metrics", "/healthz"):
-                status, _, body = await scene.post(gateway, path, headers=headers)
+                status, _, body = await harness.post(gateway, path, headers=headers)
                 assert (status, "token" in body["error"]["message"]) == (403, True), headers
-        assert scene.provider.asked == []
+        assert harness.provider.requests == []
         for headers in (
             {"host": f"localhost:{gateway.port}", "origin": "http://localhost:3000"},
             {"host": "[::1]:80"},
@@ -197,27 +199,27 @@ async def test_a_web_page_from_elsewhere_gets_nothing(scene: GatewayHarness) -> 
             {"host": "127.9.9.9"},
             {"host": "host.docker.internal:8787"},
         ):
-            assert (await scene.post(gateway, headers=headers))[0] == 200, headers
+            assert (await harness.post(gateway, headers=headers))[0] == 200, headers
 
 
-async def test_who_has_the_token_may_come_by_any_name(scene: GatewayHarness) -> None:
+async def test_with_the_token_any_host_and_origin_pass(harness: GatewayHarness) -> None:
     token = "0123456789abcdef0123"  # noqa: S105 - of this test
-    settings = scene.settings(gateway={"token_env": "GATE"})
+    settings = harness.settings(gateway={"token_env": "GATE"})
     async with Gateway(settings, {"GATE": token}) as gateway:
-        told = {"host": "api.example", "origin": "https://chat.example"}
-        assert (await scene.post(gateway, headers=told))[0] == 401
+        sent = {"host": "api.example", "origin": "https://chat.example"}
+        assert (await harness.post(gateway, headers=sent))[0] == 401
         for wrong in ("", token[:-1], token + "x", "ü" * 20, token.upper()):
-            assert (await scene.post(gateway, headers={**told, "x-forebay-token": wrong}))[0] == 401
-        assert (await scene.post(gateway, headers={**told, "x-forebay-token": token}))[0] == 200
-        assert len(scene.provider.asked) == 1
+            assert (await harness.post(gateway, headers={**sent, "x-forebay-token": wrong}))[0] == 401
+        assert (await harness.post(gateway, headers={**sent, "x-forebay-token": token}))[0] == 200
+        assert len(harness.provider.requests) == 1
 
 
-# --- the slow, and what has no end ---
+# --- slow and endless traffic ---
 
 
-async def drip(gateway: Gateway, begun: bytes, piece: bytes) -> bytes:
-    """What comes back to somebody who sends a piece now and then, to the end of the connection."""
-    reader, writer = await connect(gateway, begun)
+async def drip(gateway: Gateway, start: bytes, piece: bytes) -> bytes:
+    """Send a start and then a piece now and then; return what comes back, to the end of the connection."""
+    reader, writer = await connect(gateway, start)
     coming = asyncio.create_task(read_to_end(reader))
     while not coming.done():
         writer.write(piece)
@@ -226,30 +228,30 @@ async def drip(gateway: Gateway, begun: bytes, piece: bytes) -> bytes:
     return await coming
 
 
-async def test_a_head_that_drips_is_not_waited_for(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"idle_timeout": 0.1})) as gateway:
-        for begun in (b"GET /", request_bytes()[:-2]):  # from the start, or in the middle of the headers
-            assert await drip(gateway, begun, b"a") == b""
+async def test_a_slow_head_times_out(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"idle_timeout": 0.1})) as gateway:
+        for start in (b"GET /", request_bytes()[:-2]):  # from the start, or in the middle of the headers
+            assert await drip(gateway, start, b"a") == b""
         assert await raw(gateway, b"") == b""  # nothing at all
         _, writer = await connect(gateway, request_bytes(BODY))
-        await until(lambda: len(scene.provider.bodies) == 1)
-        await until(lambda: not gateway._web.connections)  # it was kept for another call, and none came
+        await until(lambda: len(harness.provider.bodies) == 1)
+        await until(lambda: not gateway._web.connections)  # it was kept alive, and no other call came
         writer.close()
-        await lives(scene, gateway)
+        await check_works(harness, gateway)
 
 
-async def test_a_body_that_drips_is_not_waited_for(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"body_timeout": 0.1})) as gateway:
+async def test_a_slow_body_times_out(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"body_timeout": 0.1})) as gateway:
         for field, piece in ((b"content-length: 1000000", b"a"), (CHUNKED, b"1\r\na\r\n")):
-            told = await drip(gateway, request_bytes(b"", field), piece)
-            assert told.startswith(b"HTTP/1.1 408")
-            assert b"timeout_error" in told
-        assert scene.provider.asked == []
-        await lives(scene, gateway)
+            received = await drip(gateway, request_bytes(b"", field), piece)
+            assert received.startswith(b"HTTP/1.1 408")
+            assert b"timeout_error" in received
+        assert harness.provider.requests == []
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize(
-    ("begun", "piece", "status"),
+    ("start", "piece", "status"),
     [
         (b"", b"a" * 1000, 400),  # a method
         (b"GET /", b"a" * 1000, 400),
@@ -259,27 +261,25 @@ async def test_a_body_that_drips_is_not_waited_for(scene: GatewayHarness) -> Non
         (b"", b"\r\n" * 500, 431),
     ],
 )
-async def test_a_head_without_end_is_not_read_on(
-    scene: GatewayHarness, begun: bytes, piece: bytes, status: int
-) -> None:
-    async with Gateway(scene.settings(gateway={"max_header_bytes": 10_000})) as gateway:
-        told = await drip(gateway, begun, piece)
-        assert int(told.split()[1]) == status
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
-        await lives(scene, gateway)
+async def test_an_endless_head_is_rejected(harness: GatewayHarness, start: bytes, piece: bytes, status: int) -> None:
+    async with Gateway(harness.settings(gateway={"max_header_bytes": 10_000})) as gateway:
+        received = await drip(gateway, start, piece)
+        assert int(received.split()[1]) == status
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        await check_works(harness, gateway)
 
 
-async def test_headers_are_bounded_together_not_each(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings(gateway={"max_header_bytes": 10_000})) as gateway:
-        status, _, body = await scene.post(gateway, headers={f"x-{n}": "a" * 3_000 for n in range(4)})
+async def test_headers_are_limited_together(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_header_bytes": 10_000})) as gateway:
+        status, _, body = await harness.post(gateway, headers={f"x-{n}": "a" * 3_000 for n in range(4)})
         assert (status, "10,000" in body["error"]["message"]) == (431, True)
-        assert scene.provider.asked == []
-        assert (await scene.post(gateway, headers={f"x-{n}": "a" * 3_000 for n in range(3)}))[0] == 200
+        assert harness.provider.requests == []
+        assert (await harness.post(gateway, headers={f"x-{n}": "a" * 3_000 for n in range(3)}))[0] == 200
 
 
-async def test_a_body_without_end_is_not_read_on(scene: GatewayHarness) -> None:
+async def test_an_endless_body_is_rejected(harness: GatewayHarness) -> None:
     taken = 0
-    async with Gateway(scene.settings(gateway={"max_body_bytes": 1 << 20})) as gateway:
+    async with Gateway(harness.settings(gateway={"max_body_bytes": 1 << 20})) as gateway:
         reader, writer = await connect(gateway, request_bytes(b"", CHUNKED))
         coming = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
         while not coming.done() and taken < 100 << 20:
@@ -288,13 +288,15 @@ async def test_a_body_without_end_is_not_read_on(scene: GatewayHarness) -> None:
             await writer.drain()
         assert (await coming).startswith(b"HTTP/1.1 413")
         writer.close()
-        assert taken < 32 << 20  # what sockets hold, and then nobody read on
-        assert scene.provider.asked == []
-        await lives(scene, gateway)
+        assert taken < 32 << 20  # what sockets buffer; then reading stopped
+        assert harness.provider.requests == []
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: GatewayHarness, *, stream: bool) -> None:
+async def test_a_caller_that_reads_nothing_is_disconnected_and_its_call_ends(
+    harness: GatewayHarness, *, stream: bool
+) -> None:
     async def flood(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         if not stream:
@@ -304,60 +306,60 @@ async def test_who_does_not_read_is_hung_up_on_and_so_is_the_provider(scene: Gat
         while True:
             await response.write(EVENT * 1000)
 
-    scene.provider.behaviour = flood
-    async with Gateway(scene.settings(gateway={"send_timeout": 0.2})) as gateway:
+    harness.provider.behaviour = flood
+    async with Gateway(harness.settings(gateway={"send_timeout": 0.2})) as gateway:
         reader, writer = await connect(gateway, request_bytes(json.dumps({**CHAT_REQUEST, "stream": stream}).encode()))
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await until(lambda: len(gateway._web.connections) == 1)
-        (handler,) = gateway._web.connections
+        (connection,) = gateway._web.connections
         held = 0
         while gateway._web.connections:
-            held = max(held, handler._wire.get_write_buffer_size())  # type: ignore[attr-defined]
+            held = max(held, connection._wire.get_write_buffer_size())  # type: ignore[attr-defined]
             await asyncio.sleep(0)
         if stream:
-            await scene.provider.left.wait()
+            await harness.provider.disconnected.wait()
             assert 0 < held < 1 << 20
         writer.close()
         del reader
-        await lives(scene, gateway)
+        await check_works(harness, gateway)
 
 
-async def test_who_does_not_read_holds_nothing_up_at_the_end(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT * 100_000, None)
-    gateway = Gateway(scene.settings(gateway={"drain_timeout": 0.1}))
+async def test_a_caller_that_reads_nothing_does_not_delay_the_end(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT * 100_000, None)
+    gateway = Gateway(harness.settings(gateway={"drain_timeout": 0.1}))
     await gateway.__aenter__()
     _, writer = await connect(gateway, request_bytes(json.dumps({**CHAT_REQUEST, "stream": True}).encode()))
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await until(lambda: any(handler.writing_paused for handler in gateway._web.connections))
-    (handler,) = gateway._web.connections
+    await until(lambda: any(connection.writing_paused for connection in gateway._web.connections))
+    (connection,) = gateway._web.connections
     async with asyncio.timeout(20):  # less than its send_timeout
         await gateway.__aexit__(None, None, None)
-    assert handler._wire.get_write_buffer_size() == 0  # type: ignore[attr-defined] # the socket is closed
-    await scene.provider.left.wait()
-    assert leftovers(gateway) == NOTHING
+    assert connection._wire.get_write_buffer_size() == 0  # type: ignore[attr-defined] # the socket is closed
+    await harness.provider.disconnected.wait()
+    assert leftovers(gateway) == NOTHING_LEFT
     writer.close()
 
 
-async def test_who_hangs_up_in_the_middle_of_its_request_has_not_called(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_an_unfinished_request_makes_no_call(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
         for part in (1, 40, len(request_bytes(BODY)) - 1):
             _, writer = await connect(gateway, request_bytes(BODY)[:part])
             await until(lambda: len(gateway._web.connections) == 1)
             writer.close()
             await until(lambda: not gateway._web.connections)
-        assert scene.provider.asked == []
-        await lives(scene, gateway)
+        assert harness.provider.requests == []
+        await check_works(harness, gateway)
 
 
-async def test_who_reads_slowly_gets_all_of_it(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = responding(200, b"a" * (16 << 20))
-    async with Gateway(scene.settings(gateway={"send_timeout": 0.2})) as gateway:
+async def test_a_slow_reader_gets_the_whole_response(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = responding(200, b"a" * (16 << 20))
+    async with Gateway(harness.settings(gateway={"send_timeout": 0.2})) as gateway:
         reader, writer = await connect(gateway, request_bytes(BODY, b"connection: close"))
         await reader.readuntil(b"\r\n\r\n")
         size = 0
         while piece := await reader.read(1 << 16):
             size += len(piece)
-            await asyncio.sleep(0.002)  # in all it takes longer than nothing may be taken for
+            await asyncio.sleep(0.002)  # all in all longer than send_timeout
         writer.close()
         assert size == 16 << 20
 
@@ -365,9 +367,9 @@ async def test_who_reads_slowly_gets_all_of_it(scene: GatewayHarness) -> None:
 # --- bodies ---
 
 
-async def test_who_asks_whether_to_send_its_body_is_told(scene: GatewayHarness) -> None:
+async def test_expect_100_continue_is_answered(harness: GatewayHarness) -> None:
     expects = b"expect: 100-continue"
-    async with Gateway(scene.settings(gateway={"max_body_bytes": 1_000})) as gateway:
+    async with Gateway(harness.settings(gateway={"max_body_bytes": 1_000})) as gateway:
         reader, writer = await connect(gateway, request_bytes(BODY, expects).removesuffix(BODY))
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(BODY)
@@ -378,11 +380,11 @@ async def test_who_asks_whether_to_send_its_body_is_told(scene: GatewayHarness) 
             ((expects, b"content-length: 9", b"x-forebay-priority: urgent"), 400),
             ((b"expect: the worst",), 417),
         ):
-            told = await raw(gateway, request_bytes(b"", *fields))
-            assert int(told.split()[1]) == status, told
-            assert b"100 Continue" not in told
-            assert b"connection: close" in told.lower()
-        assert len(scene.provider.asked) == 1
+            received = await raw(gateway, request_bytes(b"", *fields))
+            assert int(received.split()[1]) == status, received
+            assert b"100 Continue" not in received
+            assert b"connection: close" in received.lower()
+        assert len(harness.provider.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -395,13 +397,13 @@ async def test_who_asks_whether_to_send_its_body_is_told(scene: GatewayHarness) 
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-async def test_what_is_no_json_object_is_answered_here(scene: GatewayHarness, path: str, body: bytes) -> None:
-    async with Gateway(scene.settings()) as gateway:
-        status, _, told = await scene.post(gateway, path, data=body)
-        assert (status, told["error"]["type"]) == (400, "invalid_request_error")
-        assert told["error"]["message"].startswith("the body is no JSON object: ")
-        assert scene.provider.asked == []
-        await lives(scene, gateway)
+async def test_a_body_that_is_not_a_json_object_is_a_400(harness: GatewayHarness, path: str, body: bytes) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        status, _, received = await harness.post(gateway, path, data=body)
+        assert (status, received["error"]["type"]) == (400, "invalid_request_error")
+        assert received["error"]["message"].startswith("the body is not a JSON object: ")
+        assert harness.provider.requests == []
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize(
@@ -412,22 +414,22 @@ async def test_what_is_no_json_object_is_answered_here(scene: GatewayHarness, pa
         b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}",
     ],
 )  # fmt: skip
-async def test_json_that_only_its_provider_can_judge_goes_there_as_it_is(scene: GatewayHarness, body: bytes) -> None:
+async def test_odd_json_is_forwarded_unchanged(harness: GatewayHarness, body: bytes) -> None:
     got: list[bytes] = []
 
     async def keep(request: web.BaseRequest) -> web.StreamResponse:
         got.append(await request.read())
         return web.json_response({})
 
-    scene.provider.behaviour = keep
-    async with Gateway(scene.settings()) as gateway:
-        assert (await scene.post(gateway, data=body))[0] == 200
+    harness.provider.behaviour = keep
+    async with Gateway(harness.settings()) as gateway:
+        assert (await harness.post(gateway, data=body))[0] == 200
         assert got == [body]
-        await lives(scene, gateway)
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
-async def test_a_packed_body_goes_on_unread_whatever_it_unpacks_to(scene: GatewayHarness, coding: str) -> None:
+async def test_a_compressed_body_is_forwarded_unread(harness: GatewayHarness, coding: str) -> None:
     got: list[tuple[bytes, str]] = []
 
     async def keep(request: web.BaseRequest) -> web.StreamResponse:
@@ -435,116 +437,116 @@ async def test_a_packed_body_goes_on_unread_whatever_it_unpacks_to(scene: Gatewa
         got.append((b"".join(pieces), request.headers["content-encoding"]))
         return web.json_response({})
 
-    scene.provider.behaviour = keep
+    harness.provider.behaviour = keep
     bomb = gzip.compress(b" " * (8 << 20))
-    async with Gateway(scene.settings()) as gateway:
-        status, _, _ = await scene.post(gateway, data=bomb, headers={"content-encoding": coding})
+    async with Gateway(harness.settings()) as gateway:
+        status, _, _ = await harness.post(gateway, data=bomb, headers={"content-encoding": coding})
         assert status == 200
         assert got == [(bomb, coding)]
 
 
-# --- targets that go wrong ---
+# --- broken providers ---
 
 OK = b"HTTP/1.1 200 OK\r\n"
-SAID = b'{"a": 1}'
-LENGTH = b"content-length: %d\r\n\r\n" % len(SAID)
-CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + SAID + b"\r\n"
+JSON_BODY = b'{"a": 1}'
+LENGTH = b"content-length: %d\r\n\r\n" % len(JSON_BODY)
+CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "response",
     [
         b"",
         b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
-        SAID,
+        JSON_BODY,
         OK,
-        OK + b"x: a\x00b\r\n" + LENGTH + SAID,
-        OK + b"x: " + b"a" * 100_000 + b"\r\n" + LENGTH + SAID,
-        OK + b"x: a\r\n" * 10_000 + LENGTH + SAID,
-        b"HTTP/1.1 200 O\rK\r\n" + LENGTH + SAID,
+        OK + b"x: a\x00b\r\n" + LENGTH + JSON_BODY,
+        OK + b"x: " + b"a" * 100_000 + b"\r\n" + LENGTH + JSON_BODY,
+        OK + b"x: a\r\n" * 10_000 + LENGTH + JSON_BODY,
+        b"HTTP/1.1 200 O\rK\r\n" + LENGTH + JSON_BODY,
         b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
-        OK + b"content-length: 9\r\n" + LENGTH + SAID,
+        OK + b"content-length: 9\r\n" + LENGTH + JSON_BODY,
         OK + b"content-length: 8\r\n" + CHUNKS + b"0\r\n\r\n",
-        OK + b"transfer-encoding: chunked\r\n\r\nzz\r\n" + SAID,
+        OK + b"transfer-encoding: chunked\r\n\r\nzz\r\n" + JSON_BODY,
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/openai/v1/other"])
-async def test_what_is_no_answer_is_told_as_a_502(scene: GatewayHarness, path: str, said: bytes) -> None:
-    scene.provider.behaviour = writing_raw(said)
-    async with Gateway(scene.settings(max_attempts=1)) as gateway:
-        status, headers, body = await scene.post(gateway, path)
+async def test_an_invalid_response_is_a_502(harness: GatewayHarness, path: str, response: bytes) -> None:
+    harness.provider.behaviour = writing_raw(response)
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        status, headers, body = await harness.post(gateway, path)
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
         assert headers["x-should-retry"] == "false"
-        assert len(scene.provider.asked) == 1
-        await lives(scene, gateway)
+        assert len(harness.provider.requests) == 1
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "response",
     [
-        OK + b"content-length: 99\r\n\r\n" + SAID,
+        OK + b"content-length: 99\r\n\r\n" + JSON_BODY,
         OK + CHUNKS,
         OK + b"content-length: 99\r\n\r\n",
         OK + b"content-encoding: gzip\r\ncontent-length: 99\r\n\r\n\x1f\x8b",
     ],
 )
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(scene: GatewayHarness, said: bytes) -> None:
-    scene.provider.behaviour = writing_raw(said)
-    async with Gateway(scene.settings(max_attempts=1)) as gateway:
-        status, _, body = await scene.post(gateway)
+async def test_a_response_that_breaks_off_is_a_502(harness: GatewayHarness, response: bytes) -> None:
+    harness.provider.behaviour = writing_raw(response)
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        status, _, body = await harness.post(gateway)
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
-        with pytest.raises(aiohttp.ClientPayloadError):  # this one passes while it comes
-            await scene.post(gateway, "/openai/v1/other")
-        await lives(scene, gateway)
+        with pytest.raises(aiohttp.ClientPayloadError):  # this one is streamed
+            await harness.post(gateway, "/openai/v1/other")
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "body"),
+    ("response", "status", "body"),
     [
-        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK + LENGTH + SAID, 200, SAID),
-        (b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + OK + LENGTH + SAID, 200, SAID),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + OK + LENGTH + JSON_BODY, 200, JSON_BODY),
         (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
         (b"HTTP/1.1 304 Not Modified\r\netag: a\r\n\r\n", 304, b""),
-        (b"HTTP/1.1 200\r\n" + LENGTH + SAID, 200, SAID),
-        (b"HTTP/1.0 200 OK\r\n\r\n" + SAID, 200, SAID),
-        (OK + b"trailer: x-t\r\n" + CHUNKS + b"0\r\nx-t: a\r\n\r\n", 200, SAID),
-        (OK + b"content-encoding: br\r\n" + LENGTH + SAID, 200, SAID),
-        (OK + b"content-encoding: gzip\r\n" + LENGTH + SAID, 200, SAID),
+        (b"HTTP/1.1 200\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (b"HTTP/1.0 200 OK\r\n\r\n" + JSON_BODY, 200, JSON_BODY),
+        (OK + b"trailer: x-t\r\n" + CHUNKS + b"0\r\nx-t: a\r\n\r\n", 200, JSON_BODY),
+        (OK + b"content-encoding: br\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (OK + b"content-encoding: gzip\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
         (b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", 404, b""),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/openai/v1/other"])
-async def test_what_is_an_answer_however_odd_passes(
-    scene: GatewayHarness, path: str, said: bytes, status: int, body: bytes
+async def test_an_odd_but_valid_response_passes(
+    harness: GatewayHarness, path: str, response: bytes, status: int, body: bytes
 ) -> None:
-    scene.provider.behaviour = writing_raw(said)
-    async with Gateway(scene.settings(max_attempts=1)) as gateway:
+    harness.provider.behaviour = writing_raw(response)
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
         sent = request_bytes(BODY, b"connection: close", start=b"POST " + path.encode() + b" HTTP/1.1")
-        head, _, told = (await raw(gateway, sent)).partition(b"\r\n\r\n")
+        head, _, received = (await raw(gateway, sent)).partition(b"\r\n\r\n")
         assert int(head.split()[1]) == status
-        assert told in (body, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        assert received in (body, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
         assert re.search(rb"(?i)^trailer|^x-t|early", head, re.MULTILINE) is None
-        assert (b"content-encoding: br" in head.lower()) == (b"\r\ncontent-encoding: br" in said)
-        await lives(scene, gateway)
+        assert (b"content-encoding: br" in head.lower()) == (b"\r\ncontent-encoding: br" in response)
+        await check_works(harness, gateway)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_nobody_is_followed_elsewhere_with_a_key(scene: GatewayHarness, status: int) -> None:
-    there = f"{scene.url}/elsewhere"
-    scene.provider.behaviour = responding(status, b"", location=there)
-    async with Gateway(scene.settings()) as gateway:
+async def test_redirects_are_not_followed(harness: GatewayHarness, status: int) -> None:
+    there = f"{harness.url}/elsewhere"
+    harness.provider.behaviour = responding(status, b"", location=there)
+    async with Gateway(harness.settings()) as gateway:
         how: dict[str, Any] = {
             "json": CHAT_REQUEST,
             "allow_redirects": False,
             "headers": {"authorization": "Bearer sk-1"},
         }
-        async with scene.session.post(scene.at(gateway), **how) as answer:
-            assert (answer.status, answer.headers["location"]) == (status, there)
-        assert len(scene.provider.asked) == 1
+        async with harness.session.post(harness.at(gateway), **how) as response:
+            assert (response.status, response.headers["location"]) == (status, there)
+        assert len(harness.provider.requests) == 1
 
 
 @pytest.mark.parametrize("head", [b"", OK, OK + b"x: ", OK + b"content-type: application/json\r\n\r\n"])
-async def test_an_answer_without_end_is_not_held(scene: GatewayHarness, head: bytes) -> None:
+async def test_an_endless_response_is_a_502(harness: GatewayHarness, head: bytes) -> None:
     async def endless(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         assert request.transport is not None
@@ -555,139 +557,139 @@ async def test_an_answer_without_end_is_not_held(scene: GatewayHarness, head: by
             await asyncio.sleep(0)
         return web.Response()
 
-    scene.provider.behaviour = endless
-    async with Gateway(scene.settings(max_attempts=3)) as gateway:
-        status, _, body = await scene.post(gateway, headers={"x-stainless-read-timeout": "60"})
+    harness.provider.behaviour = endless
+    async with Gateway(harness.settings(max_attempts=3)) as gateway:
+        status, _, body = await harness.post(gateway, headers={"x-stainless-read-timeout": "60"})
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
         if head.endswith(b"\r\n\r\n"):
-            assert "longer than 67,108,864 bytes" in body["error"]["message"]
-            assert len(scene.provider.asked) == 1  # all of it again would be no better
-        await lives(scene, gateway)
+            assert "larger than 67,108,864 bytes" in body["error"]["message"]
+            assert len(harness.provider.requests) == 1  # a retry would not help
+        await check_works(harness, gateway)
 
 
-async def test_an_answer_that_unpacks_to_more_than_is_held_passes_unread(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_a_decompression_bomb_passes_unread(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
         for megabytes in (1, 80):
-            content = "{" + " " * (megabytes << 20) + json.dumps(CHAT_RESPONSE)[1:]  # its usage stands at the end
+            content = "{" + " " * (megabytes << 20) + json.dumps(CHAT_RESPONSE)[1:]  # its usage is at the end
             packed = gzip.compress(content.encode(), 1)
-            scene.provider.behaviour = responding(200, packed, content_encoding="gzip")
-            async with scene.session.post(scene.at(gateway), json=CHAT_REQUEST, auto_decompress=False) as answer:
-                assert await answer.read() == packed
+            harness.provider.behaviour = responding(200, packed, content_encoding="gzip")
+            async with harness.session.post(harness.at(gateway), json=CHAT_REQUEST, auto_decompress=False) as response:
+                assert await response.read() == packed
             tokens = re.search(rb'direction="output".* ([0-9.]+)', gateway.forwarder.metrics.render())
             assert tokens is not None
-            assert float(tokens[1]) == 20.0  # of the first alone
-        await lives(scene, gateway)
+            assert float(tokens[1]) == 20.0  # of the first only
+        await check_works(harness, gateway)
 
 
 @pytest.mark.slow
-async def test_a_stream_that_hangs_is_given_up_when_its_caller_would(scene: GatewayHarness) -> None:
-    scene.provider.behaviour = streaming(EVENT, None)
-    async with Gateway(scene.settings()) as gateway:
-        told: dict[str, Any] = {
+async def test_a_stalled_stream_ends_with_the_timeout_of_its_caller(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, None)
+    async with Gateway(harness.settings()) as gateway:
+        options: dict[str, Any] = {
             "json": {**CHAT_REQUEST, "stream": True},
             "headers": {"x-stainless-read-timeout": "0.1"},
         }
-        async with scene.session.post(scene.at(gateway), **told) as answer:
-            last = (await answer.read()).removeprefix(EVENT)
+        async with harness.session.post(harness.at(gateway), **options) as response:
+            last = (await response.read()).removeprefix(EVENT)
         assert b'"error"' in last
-        await scene.provider.left.wait()
-        await lives(scene, gateway)
+        await harness.provider.disconnected.wait()
+        await check_works(harness, gateway)
 
 
-async def test_a_target_that_hangs_before_it_says_a_word_is_given_up_too(
-    scene: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+async def test_a_silent_provider_ends_with_the_timeout_of_its_caller(
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def hang(_: web.BaseRequest) -> web.StreamResponse:
         await asyncio.Event().wait()
         raise AssertionError
 
     monkeypatch.setattr("forebay.gateway.caller._GRACE", 0.1)
-    scene.provider.behaviour = hang
-    async with Gateway(scene.settings()) as gateway:
-        for path, ask in (("/v1/chat/completions", CHAT_REQUEST), ("/v1/messages", {**CHAT_REQUEST, "stream": True})):
-            scene.provider.left.clear()
-            told: dict[str, Any] = {"json": ask, "headers": {"x-stainless-read-timeout": "0.1"}}
-            status, _, body = await scene.post(gateway, path, **told)
-            assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
-            await scene.provider.left.wait()
-        await lives(scene, gateway)
+    harness.provider.behaviour = hang
+    async with Gateway(harness.settings()) as gateway:
+        for path, body in (("/v1/chat/completions", CHAT_REQUEST), ("/v1/messages", {**CHAT_REQUEST, "stream": True})):
+            harness.provider.disconnected.clear()
+            options: dict[str, Any] = {"json": body, "headers": {"x-stainless-read-timeout": "0.1"}}
+            status, _, error = await harness.post(gateway, path, **options)
+            assert (status, error["error"]["code"]) == (502, "forebay_upstream_failed")
+            await harness.provider.disconnected.wait()
+        await check_works(harness, gateway)
 
 
-async def test_what_a_target_says_too_much_is_nobody_elses_answer(scene: GatewayHarness) -> None:
+async def test_surplus_bytes_of_a_provider_reach_no_other_call(harness: GatewayHarness) -> None:
     for extra in (OK + LENGTH + b'{"b": 2}', b"garbage"):
-        scene.provider.behaviour = writing_raw(OK + LENGTH + SAID, extra, stays=True)
-        async with Gateway(scene.settings(max_attempts=1)) as gateway:
-            status, _, _ = await scene.post(gateway)
-            assert status in (200, 502)  # as both came at once, or one after the other
-            scene.provider.behaviour = scene.provider.answer
-            assert (await scene.post(gateway))[2] == CHAT_RESPONSE
+        harness.provider.behaviour = writing_raw(OK + LENGTH + JSON_BODY, extra, stays=True)
+        async with Gateway(harness.settings(max_attempts=1)) as gateway:
+            status, _, _ = await harness.post(gateway)
+            assert status in (200, 502)  # depending on whether both came at once
+            harness.provider.behaviour = harness.provider.reply
+            assert (await harness.post(gateway))[2] == CHAT_RESPONSE
 
 
 # --- headers ---
 
 
-async def test_headers_of_one_hop_go_no_further(scene: GatewayHarness) -> None:
-    said = b"connection: x-foo\r\nconnection: x-bar, close\r\nx-foo: 1\r\nx-bar: 1\r\nproxy-authenticate: 1\r\n"
-    scene.provider.behaviour = writing_raw(OK + said + b"keep-alive: timeout=5\r\nx-kept: 1\r\n" + LENGTH + SAID)
+async def test_hop_by_hop_headers_are_not_forwarded(harness: GatewayHarness) -> None:
+    fields = b"connection: x-foo\r\nconnection: x-bar, close\r\nx-foo: 1\r\nx-bar: 1\r\nproxy-authenticate: 1\r\n"
+    harness.provider.behaviour = writing_raw(
+        OK + fields + b"keep-alive: timeout=5\r\nx-kept: 1\r\n" + LENGTH + JSON_BODY
+    )
     own = "connection: close, x-foo|connection: x-bar|x-foo: 1|x-bar: 1|te: trailers|trailer: x-t|keep-alive: timeout=5"
     own += "|proxy-authorization: Basic c2VjcmV0|proxy-connection: keep-alive|x-forebay-task: t"
     sent = request_bytes(BODY, *own.encode().split(b"|"), b"x-kept: 1", b"accept-encoding: br, zstd, gzip")
-    async with Gateway(scene.settings()) as gateway:
-        told = (await raw(gateway, sent)).partition(b"\r\n\r\n")[0].lower()
-        assert b"\r\nx-kept: 1" in told
+    async with Gateway(harness.settings()) as gateway:
+        received = (await raw(gateway, sent)).partition(b"\r\n\r\n")[0].lower()
+        assert b"\r\nx-kept: 1" in received
         for name in (b"x-foo", b"x-bar", b"proxy-authenticate", b"keep-alive"):
-            assert b"\r\n" + name not in told
-        (asked,) = scene.provider.asked
-        assert {name.lower(): value for name, value in asked.headers.items()} == {
+            assert b"\r\n" + name not in received
+        (request,) = harness.provider.requests
+        assert {name.lower(): value for name, value in request.headers.items()} == {
             "x-kept": "1",
             "accept-encoding": "gzip",
-            "host": scene.url.removeprefix("http://"),
+            "host": harness.url.removeprefix("http://"),
             "content-length": str(len(BODY)),
         }
 
 
-async def test_keys_are_told_to_nobody_but_their_provider(
-    scene: GatewayHarness, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_keys_reach_only_their_provider(harness: GatewayHarness, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     asyncio.get_running_loop().set_debug(True)
     token = "0123456789-gateway-token"  # noqa: S105 - of this test
     keys = ("sk-caller-0123456789", "sk-ant-0123456789", "azure-0123456789")
     headers = dict(zip(("authorization", "x-api-key", "api-key"), keys, strict=True))
-    settings = scene.settings(gateway={"token_env": "GATE"}, max_attempts=1, rpm=1)
-    told: list[str] = []
+    settings = harness.settings(gateway={"token_env": "GATE"}, max_attempts=1, rpm=1)
+    shown: list[str] = []
 
-    async def ask(gateway: Gateway, path: str, **how: Any) -> None:
-        sent = {**headers, "x-forebay-token": token, "x-stainless-read-timeout": "1", **how.pop("headers", {})}
-        _, back, body = await scene.post(gateway, path, headers=sent, **how)
-        told.append(f"{back} {body}")
+    async def call(gateway: Gateway, path: str, **options: Any) -> None:
+        sent = {**headers, "x-forebay-token": token, "x-stainless-read-timeout": "1", **options.pop("headers", {})}
+        _, back, body = await harness.post(gateway, path, headers=sent, **options)
+        shown.append(f"{back} {body}")
 
     async with Gateway(settings, {"GATE": token}) as gateway:
         for behaviour in (
-            scene.provider.answer,
+            harness.provider.reply,
             writing_raw(b"garbage"),
             responding(500),
             responding(429),
             streaming(EVENT),
         ):
-            scene.provider.behaviour = behaviour
+            harness.provider.behaviour = behaviour
             for path in ("/v1/chat/completions", "/v1/messages", "/openai/v1/x", "/nowhere", "/metrics", "/healthz"):
-                await ask(gateway, path)
-        await ask(gateway, "/v1/chat/completions", data=b"{")
-        await ask(gateway, "/v1/chat/completions", headers={"x-forebay-token": "wrong" * 5})
-        await ask(gateway, "/v1/chat/completions", headers={"x-forebay-deadline": "soon"})
-        await ask(gateway, "/v1/chat/completions", headers={"upgrade": "websocket", "connection": "upgrade"})
-        told.append(repr(gateway.forwarder.targets[0].upstream.statistics()))
-        told.append(repr(gateway.settings))
-    assert len(scene.provider.asked) > 1
-    for asked in scene.provider.asked:
-        assert token not in str(asked.headers)
+                await call(gateway, path)
+        await call(gateway, "/v1/chat/completions", data=b"{")
+        await call(gateway, "/v1/chat/completions", headers={"x-forebay-token": "wrong" * 5})
+        await call(gateway, "/v1/chat/completions", headers={"x-forebay-deadline": "soon"})
+        await call(gateway, "/v1/chat/completions", headers={"upgrade": "websocket", "connection": "upgrade"})
+        shown.append(repr(gateway.forwarder.targets[0].upstream.statistics()))
+        shown.append(repr(gateway.settings))
+    assert len(harness.provider.requests) > 1
+    for request in harness.provider.requests:
+        assert token not in str(request.headers)
     for secret in (*keys, token):
-        assert secret not in "\n".join(told)
+        assert secret not in "\n".join(shown)
         assert secret not in caplog.text
 
 
-async def test_the_password_of_a_proxy_is_told_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_password_of_an_http_proxy_is_never_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -701,20 +703,20 @@ async def test_the_password_of_a_proxy_is_told_to_nobody(caplog: pytest.LogCaptu
         settings = GatewaySettings(targets=(target,), listen="127.0.0.1:0")
         environment = {"HTTPS_PROXY": f"http://me:swordfish@127.0.0.1:{port}"}
         async with Gateway(settings, environment) as gateway:
-            told = (await raw(gateway, request_bytes(BODY, b"connection: close"))).decode()
-    assert told.startswith("HTTP/1.1 502")
-    assert "answered 407" in told
-    assert "swordfish" not in told + caplog.text
+            received = (await raw(gateway, request_bytes(BODY, b"connection: close"))).decode()
+    assert received.startswith("HTTP/1.1 502")
+    assert "answered 407" in received
+    assert "swordfish" not in received + caplog.text
 
 
-async def test_what_would_become_something_else_than_http_stays_http(scene: GatewayHarness) -> None:
-    async with Gateway(scene.settings()) as gateway:
+async def test_upgrades_are_not_accepted(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
         opens = (b"connection: upgrade", b"upgrade: websocket", b"sec-websocket-key: a", b"sec-websocket-version: 13")
-        told = await raw(gateway, request_bytes(b"", *opens, start=b"GET /v1/realtime HTTP/1.1"))
-        assert told.startswith(b"HTTP/1.1 400")
-        assert b"WebSockets do not pass" in told
-        assert scene.provider.asked == []
-        # Some clients ask for HTTP/2 with their first request: that is not taken up, and the next is served too.
+        received = await raw(gateway, request_bytes(b"", *opens, start=b"GET /v1/realtime HTTP/1.1"))
+        assert received.startswith(b"HTTP/1.1 400")
+        assert b"WebSockets do not pass" in received
+        assert harness.provider.requests == []
+        # Some clients offer HTTP/2 with their first request: it is ignored, and the next request is served too.
         reader, writer = await connect(
             gateway, request_bytes(BODY, b"connection: upgrade, http2-settings", b"upgrade: h2c")
         )
@@ -724,4 +726,4 @@ async def test_what_would_become_something_else_than_http_stays_http(scene: Gate
             await reader.readexactly(length)
             writer.write(request_bytes(BODY))
         writer.close()
-        assert "upgrade" not in scene.provider.asked[0].headers
+        assert "upgrade" not in harness.provider.requests[0].headers

@@ -1,4 +1,4 @@
-"""A thousand streams at once, most of whose callers hang up somewhere: nothing of them is left behind."""
+"""A thousand streams at once, most of whose callers disconnect early: everything is released."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.acceptance.gateways import CHAT_REQUEST, NOTHING, leftovers, request_bytes, until
+from tests.support.gateway_harness import CHAT_REQUEST, NOTHING_LEFT, leftovers, request_bytes, until
 
 from forebay import clock
 from forebay.gateway import GatewaySettings, QuotaSettings, TargetSettings
@@ -24,11 +24,11 @@ from forebay.simulation.provider.http_server import ProviderServer, start_server
 from forebay.simulation.provider.provider_config import Faults, ProviderConfig
 from forebay.upstream.metered_stream import MeteredStream
 
-pytestmark = [pytest.mark.slow, pytest.mark.blocks]  # a thousand of anything takes its time
+pytestmark = [pytest.mark.slow, pytest.mark.blocks]  # a thousand streams take a while
 
 CALLERS = 1_000
-UNDER_WAY = 500  # at most; the others wait in line
-KEPT = {
+MAX_IN_FLIGHT = 500  # the others are queued
+TYPES_OF_A_CALL = {
     ForwardedCall,
     StreamingResponse,
     MeteredStream,
@@ -38,142 +38,142 @@ KEPT = {
 }  # while a call is under way
 
 
-class ResponseKind(Enum):
-    """Where a caller hangs up; how many of a thousand do so there."""
+class Disconnect(Enum):
+    """The point at which a caller disconnects, with the number of callers that do so there."""
 
-    AT_ONCE = 100  # with the request just sent
-    WAITING = 260  # without having read anything
-    BEGUN = 110  # after the head
-    AMID = 240  # amid the events
-    OVER = 90  # after the last event
+    AT_ONCE = 100  # right after the request
+    WAITING = 260  # before reading anything
+    AFTER_HEAD = 110
+    MIDSTREAM = 240  # between events
+    AFTER_END = 90  # after the last event
     NEVER = 200
 
 
 ENDLESS = (
-    ResponseKind.WAITING,
-    ResponseKind.BEGUN,
-    ResponseKind.AMID,
-)  # what such a caller gets does not end by itself
+    Disconnect.WAITING,
+    Disconnect.AFTER_HEAD,
+    Disconnect.MIDSTREAM,
+)  # their streams do not end by themselves
 
 
-class Caller:
-    """One of them."""
+class StreamCaller:
+    """A caller of one stream, over a raw socket."""
 
-    def __init__(self, fate: ResponseKind, *, events: int, resets: bool) -> None:
-        self.fate = fate
-        self._events = events  # that it reads
+    def __init__(self, disconnect: Disconnect, *, events: int, resets: bool) -> None:
+        self.disconnect = disconnect
+        self._events = events  # to read
         self._resets = resets
-        tokens = 1_000_000 if fate in ENDLESS else 8
+        tokens = 1_000_000 if disconnect in ENDLESS else 8
         body = json.dumps(
             {"model": CHAT_REQUEST["model"], "messages": CHAT_REQUEST["messages"], "stream": True}
         ).encode()
         self._request = request_bytes(body, b"x-simulated-output-tokens: %d" % tokens, b"connection: close")
         self.status = 0
-        self.told = b""
+        self.received = b""
 
     async def call(self, port: int, together: asyncio.Event) -> None:
-        """Call, and hang up where it is its fate, but for those of the first moment not before all have called."""
+        """Call, wait until all have called unless it disconnects at once, and disconnect at its point."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(self._request)
-        if self.fate != ResponseKind.AT_ONCE:
+        if self.disconnect != Disconnect.AT_ONCE:
             await together.wait()
             await self._read(reader)
-        if self._resets and self.fate != ResponseKind.AT_ONCE:
+        if self._resets and self.disconnect != Disconnect.AT_ONCE:
             writer.transport.abort()
         writer.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        if self.fate == ResponseKind.WAITING:
+        if self.disconnect == Disconnect.WAITING:
             return
         head = await reader.readuntil(b"\r\n\r\n")
         self.status = int(head.split()[1])
         while not self._has_enough() and (piece := await reader.read(4096)):
-            self.told += piece
+            self.received += piece
 
     def _has_enough(self) -> bool:
-        match self.fate:
-            case ResponseKind.BEGUN:
+        match self.disconnect:
+            case Disconnect.AFTER_HEAD:
                 return True
-            case ResponseKind.AMID:
-                return self.told.count(b"data: ") >= self._events
-            case ResponseKind.OVER:
-                return b"data: [DONE]" in self.told
+            case Disconnect.MIDSTREAM:
+                return self.received.count(b"data: ") >= self._events
+            case Disconnect.AFTER_END:
+                return b"data: [DONE]" in self.received
             case _:
                 return False
 
 
 @pytest.fixture
-async def plant() -> AsyncIterator[tuple[ProviderServer, str]]:
+async def provider() -> AsyncIterator[tuple[ProviderServer, str]]:
     config = ProviderConfig(slots=CALLERS, ttft=0.05, tpot=0.1, tokens_per_event=2, faults=Faults(cut=0.02))
-    plant = ProviderServer(config, seed=7)
-    runner, url = await start_server(plant)
-    yield plant, url
+    server = ProviderServer(config, seed=7)
+    runner, url = await start_server(server)
+    yield server, url
     await runner.cleanup()
 
 
-def files() -> int:
+def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def answers(metrics: str) -> Counter[int]:
-    """How often each status was given, as the gateway counts."""
+def responses_by_status(metrics: str) -> Counter[int]:
+    """Return how many responses the gateway counts for each status."""
     pattern = r'forebay_gateway_requests_total\{status="(\d+)",target="openai"\} ([0-9.]+)'
     return Counter({int(status): int(float(count)) for status, count in re.findall(pattern, metrics)})
 
 
 @pytest.mark.parametrize("seed", [7])
-async def test_a_thousand_streams_leave_nothing_behind(plant: tuple[ProviderServer, str], seed: int) -> None:
-    provider, url = plant
+async def test_a_thousand_streams_release_everything(provider: tuple[ProviderServer, str], seed: int) -> None:
+    server, url = provider
     target = TargetSettings(
         name="openai",
         url=url,
         models={"gpt-4o": QuotaSettings(rpm=10**6, input_tpm=10**9, output_tpm=10**9)},
-        max_concurrent=UNDER_WAY,
+        max_concurrent=MAX_IN_FLIGHT,
         budget_usd=1e6,
     )
     draws = clock.new_random(seed)
     callers = [
-        Caller(fate, events=draws.randrange(1, 5), resets=draws.random() < 0.5)
-        for fate in ResponseKind
-        for _ in range(fate.value)
+        StreamCaller(disconnect, events=draws.randrange(1, 5), resets=draws.random() < 0.5)
+        for disconnect in Disconnect
+        for _ in range(disconnect.value)
     ]
     draws.shuffle(callers)
-    callers.sort(key=lambda caller: caller.fate not in ENDLESS)  # so that all are there at once: these do not end
-    tasks, fds = len(asyncio.all_tasks()), files()
+    callers.sort(key=lambda caller: caller.disconnect not in ENDLESS)  # these do not end, so all are there at once
+    tasks, fds = len(asyncio.all_tasks()), open_files()
     async with Gateway(GatewaySettings(targets=(target,), listen="127.0.0.1:0")) as gateway:
         upstream = gateway.forwarder.targets[0].upstream
-        desk = upstream.core.accounts.account("gpt-4o")
+        shared = upstream.core.accounts.account("gpt-4o")
         together = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for caller in callers:
                 group.create_task(caller.call(gateway.port, together))
-            await until(lambda: len(desk.account.queue) == CALLERS - ResponseKind.AT_ONCE.value - UNDER_WAY)
-            assert desk.account.in_flight == UNDER_WAY
+            await until(lambda: len(shared.account.queue) == CALLERS - Disconnect.AT_ONCE.value - MAX_IN_FLIGHT)
+            assert shared.account.in_flight == MAX_IN_FLIGHT
             together.set()
-        await until(lambda: leftovers(gateway) == NOTHING and not gateway._web.connections)
+        await until(lambda: leftovers(gateway) == NOTHING_LEFT and not gateway._web.connections)
 
-        # Those who stayed have got all of it, or were told what went wrong.
-        served = [caller for caller in callers if caller.fate == ResponseKind.NEVER]
-        whole = [caller for caller in served if b"data: [DONE]" in caller.told]
+        # Callers that stayed got the whole stream or an error.
+        served = [caller for caller in callers if caller.disconnect == Disconnect.NEVER]
+        whole = [caller for caller in served if b"data: [DONE]" in caller.received]
         assert len(whole) > len(served) / 2
-        assert all(b'"error"' in caller.told for caller in served if caller not in whole)
+        assert all(b'"error"' in caller.received for caller in served if caller not in whole)
 
-        # The provider was hung up on for each of those who hung up on us, and works for nobody.
-        await until(lambda: provider._provider.statistics().in_flight == 0)
-        now = provider._provider.statistics()
-        assert now.calls == now.refused + now.finished + now.cut + now.hung_up
-        assert now.hung_up >= sum(caller.status == 200 for caller in callers if caller.fate in ENDLESS)
+        # The calls of disconnected callers ended at the provider, too.
+        await until(lambda: server._provider.statistics().in_flight == 0)
+        statistics = server._provider.statistics()
+        assert statistics.calls == statistics.refused + statistics.finished + statistics.cut + statistics.hung_up
+        assert statistics.hung_up >= sum(caller.status == 200 for caller in callers if caller.disconnect in ENDLESS)
 
-        # Nothing is held of anybody, and what is told adds up.
-        (account,) = [account for account in upstream.statistics().accounts if account.name == desk.name]
+        # Nothing is held, and the counts add up.
+        (account,) = [account for account in upstream.statistics().accounts if account.name == shared.name]
         assert (account.in_flight, account.queued) == (0, 0)
         assert upstream.core.budgets.upstream_budget is not None
         assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
-        given = answers(gateway.forwarder.metrics.render().decode())
-        assert given.total() == gateway._web.requests_count >= CALLERS - ResponseKind.AT_ONCE.value
-        assert given[499] >= sum(fate.value for fate in ENDLESS)
+        responses = responses_by_status(gateway.forwarder.metrics.render().decode())
+        assert responses.total() == gateway._web.requests_count >= CALLERS - Disconnect.AT_ONCE.value
+        assert responses[499] >= sum(disconnect.value for disconnect in ENDLESS)
         for status, count in Counter(caller.status for caller in served).items():
-            assert given[status] >= count
+            assert responses[status] >= count
     gc.collect()
-    assert [thing for thing in gc.get_objects() if type(thing) in KEPT] == []
-    await until(lambda: len(asyncio.all_tasks()) == tasks and files() == fds)
+    assert [thing for thing in gc.get_objects() if type(thing) in TYPES_OF_A_CALL] == []
+    await until(lambda: len(asyncio.all_tasks()) == tasks and open_files() == fds)

@@ -48,9 +48,9 @@ async def test_tasks_that_come_back_after_the_retry_after_of_a_loaded_source_are
                 returns.append(asyncio.create_task(come_back(ticket.retry_after)))
             await asyncio.sleep(0.05)
         flooded = True
-        let_in = [back for back in [await back for back in returns] if back is not None]
-    assert len(let_in) > 150
-    assert sum(let_in) / len(let_in) > 0.95
+        admissions = [back for back in [await back for back in returns] if back is not None]
+    assert len(admissions) > 150
+    assert sum(admissions) / len(admissions) > 0.95
 
 
 async def rejected_ticket(supervisor: BackpressureSupervisor, **how: Any) -> Ticket:
@@ -119,19 +119,19 @@ async def test_retry_after_is_that_of_the_worker_that_has_room_first() -> None:
 @virtual
 async def test_an_upstream_estimates_when_its_wait_has_fallen_and_the_time_between_calls() -> None:
     upstream = Upstream("key", quotas=[Quota(requests=60, per="minute")], max_wait=LONGEST)
-    desk = upstream.core.accounts.account("")
-    assert desk.time_until_below(Priority.NORMAL, THRESHOLD)[0] == 0.0
+    shared_account = upstream.core.accounts.account("")
+    assert shared_account.time_until_below(Priority.NORMAL, THRESHOLD)[0] == 0.0
     for _ in range(60):
         async with upstream.call():
             pass
-    desk.add_expected_calls(54)
+    shared_account.add_expected_calls(54)
     started = now()
-    seconds, each = desk.time_until_below(Priority.NORMAL, THRESHOLD)
+    seconds, each = shared_account.time_until_below(Priority.NORMAL, THRESHOLD)
     assert seconds == approximately(55.0 - THRESHOLD * LONGEST)
     assert each == approximately(1.0)
     await asyncio.sleep(seconds)
     assert now() > started
-    assert desk.load()[0] == pytest.approx(THRESHOLD, abs=1e-3)
-    assert desk.time_until_below(Priority.NORMAL, THRESHOLD)[0] == approximately(0.0)
-    desk.suspend(30.0)
-    assert desk.time_until_below(Priority.NORMAL, THRESHOLD) == (approximately(30.0), 0.0)
+    assert shared_account.load()[0] == pytest.approx(THRESHOLD, abs=1e-3)
+    assert shared_account.time_until_below(Priority.NORMAL, THRESHOLD)[0] == approximately(0.0)
+    shared_account.suspend(30.0)
+    assert shared_account.time_until_below(Priority.NORMAL, THRESHOLD) == (approximately(30.0), 0.0)

@@ -108,16 +108,18 @@ async def test_a_call_that_is_sent_after_an_outage_lets_a_run_start_before_it_en
     async with make_supervisor() as (key, supervisor, starts):
         await supervisor.run(Task("work"))  # one starts in each typical latency: this was it
         starts.at.clear()
-        desk = key.core.accounts.account("")
+        shared_account = key.core.accounts.account("")
         for _ in range(SLOTS):
-            desk.settle(await desk.acquire(CallRequest()), CallOutcome(kind=Outcome.OVERLOAD, latency=LONG))
-        permit = await desk.acquire(CallRequest())
+            shared_account.settle(
+                await shared_account.acquire(CallRequest()), CallOutcome(kind=Outcome.OVERLOAD, latency=LONG)
+            )
+        permit = await shared_account.acquire(CallRequest())
         ticket = await held_task(supervisor, starts)
         at = now()
-        desk.answer_began(permit)
+        shared_account.answer_began(permit)
         await ticket
         assert starts.at == [approximately(at)]
-        desk.settle(permit, CallOutcome(kind=Outcome.SUCCESS))
+        shared_account.settle(permit, CallOutcome(kind=Outcome.SUCCESS))
 
 
 @virtual

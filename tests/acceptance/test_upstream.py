@@ -1,4 +1,4 @@
-"""An upstream: its calls wait, are sent, are rejected and are paid for, from any task, thread and event loop."""
+"""Calls of an upstream: slots, quotas, faults, budgets, and tasks that make calls."""
 
 from __future__ import annotations
 
@@ -18,29 +18,34 @@ from forebay.upstream import Upstream
 from forebay.upstream.shared_account import SharedAccount
 
 
-def only_account(upstream: Upstream) -> SharedAccount:
+def shared_account(upstream: Upstream) -> SharedAccount:
     return upstream.core.accounts.account("")
 
 
-def held(upstream: Upstream) -> tuple[int, int]:
-    """Return the calls in flight and in the queue; both are 0 after the last call."""
-    return only_account(upstream).account.in_flight, len(only_account(upstream).account.queue)
+def left(upstream: Upstream) -> tuple[int, int]:
+    """Return the number of calls in flight and in the queue."""
+    return shared_account(upstream).account.in_flight, len(shared_account(upstream).account.queue)
 
 
-class CallHarness:
-    """Calls through one upstream, recorded in the order in which they were sent."""
+class CallRecorder:
+    """Makes calls of one upstream.
+
+    Attributes:
+        admitted: names of the calls, in the order in which they were admitted.
+        peak: most calls in flight at once.
+    """
 
     def __init__(self, upstream: Upstream, *, seconds: float = 1.0) -> None:
         self.upstream = upstream
         self.seconds = seconds
-        self.sent: list[Any] = []
+        self.admitted: list[Any] = []
         self.peak = 0
 
     async def call(self, name: Any = None, **how: Any) -> float:
-        """Make a call, and return the loop time when it ended."""
+        """Make a call; return when it ended, in loop time."""
         async with self.upstream.call(**how):
-            self.sent.append(name)
-            self.peak = max(self.peak, held(self.upstream)[0])
+            self.admitted.append(name)
+            self.peak = max(self.peak, left(self.upstream)[0])
             await asyncio.sleep(self.seconds)
         return now()
 
@@ -55,107 +60,107 @@ class CallHarness:
 
 @virtual
 async def test_no_more_calls_are_in_flight_than_max_concurrent() -> None:
-    harness = CallHarness(Upstream("tool", max_concurrent=3))
+    recorder = CallRecorder(Upstream("tool", max_concurrent=3))
     began = now()
-    ends = await harness.together(*[{}] * 9)
-    assert harness.peak == 3
+    ends = await recorder.together(*[{}] * 9)
+    assert recorder.peak == 3
     assert max(ends) - began == approximately(3.0)
-    assert held(harness.upstream) == (0, 0)
+    assert left(recorder.upstream) == (0, 0)
 
 
 @virtual
-async def test_calls_wait_by_priority_and_then_in_the_order_in_which_they_came() -> None:
-    harness = CallHarness(Upstream("tool", max_concurrent=1))
+async def test_calls_are_served_by_priority_then_in_the_order_of_arrival() -> None:
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1))
     priorities = [Priority.NORMAL, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL]
-    await harness.together(*[{"priority": priority} for priority in priorities])
-    assert harness.sent == [0, 4, 3, 2, 1]
+    await recorder.together(*[{"priority": priority} for priority in priorities])
+    assert recorder.admitted == [0, 4, 3, 2, 1]
 
 
 @virtual
 async def test_a_call_that_would_wait_too_long_is_rejected_with_a_retry_after() -> None:
     upstream = Upstream("tool", max_concurrent=1, max_wait=3.5)
-    harness = CallHarness(upstream)
-    await harness.call()  # so a call is known to take a second
-    calls = [asyncio.create_task(harness.call()) for _ in range(4)]
+    recorder = CallRecorder(upstream)
+    await recorder.call()  # the account learns that a call takes a second
+    calls = [asyncio.create_task(recorder.call()) for _ in range(4)]
     await run_ready()
-    with pytest.raises(Overloaded) as refusal:
-        await harness.call()
-    assert refusal.value.limited_by == "upstream:tool:concurrency"
-    assert refusal.value.retry_after is not None
+    with pytest.raises(Overloaded) as rejection:
+        await recorder.call()
+    assert rejection.value.limited_by == "upstream:tool:concurrency"
+    assert rejection.value.retry_after is not None
     await asyncio.gather(*calls)
 
 
 @virtual
 async def test_a_call_whose_deadline_comes_before_its_turn_is_rejected_at_once() -> None:
-    harness = CallHarness(Upstream("tool", max_concurrent=1), seconds=10.0)
-    await harness.call()
-    first = asyncio.create_task(harness.call())
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
+    await recorder.call()
+    first = asyncio.create_task(recorder.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline"):
-        await harness.call(deadline=Deadline.within(5.0))
+        await recorder.call(deadline=Deadline.within(5.0))
     assert now() == approximately(began)
     await first
 
 
 @virtual
 async def test_a_call_whose_deadline_passes_while_it_waits_is_rejected_then() -> None:
-    harness = CallHarness(Upstream("tool", max_concurrent=1), seconds=10.0)
-    first = asyncio.create_task(harness.call())
+    recorder = CallRecorder(Upstream("tool", max_concurrent=1), seconds=10.0)
+    first = asyncio.create_task(recorder.call())
     await run_ready()
     began = now()
     with pytest.raises(Overloaded, match="deadline passed"):
-        await harness.call(deadline=Deadline.within(5.0))
+        await recorder.call(deadline=Deadline.within(5.0))
     assert now() - began == approximately(5.0)
     await first
-    assert held(harness.upstream) == (0, 0)
+    assert left(recorder.upstream) == (0, 0)
 
 
 @virtual
-async def test_a_call_cancelled_anywhere_leaves_nothing_behind() -> None:
+async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
     for moment in range(12):
         upstream = Upstream("tool", max_concurrent=1)
-        harness = CallHarness(upstream, seconds=0.0)
-        holder = asyncio.create_task(harness.call())
-        waiting = asyncio.create_task(harness.call())
-        after = asyncio.create_task(harness.call())
+        recorder = CallRecorder(upstream, seconds=0.0)
+        holder = asyncio.create_task(recorder.call())
+        waiting = asyncio.create_task(recorder.call())
+        after = asyncio.create_task(recorder.call())
         await run_ready(moment)
         waiting.cancel()
         await asyncio.gather(holder, after)
         await asyncio.wait([waiting])
-        assert held(upstream) == (0, 0)
+        assert left(upstream) == (0, 0)
 
 
 # --- quotas ---
 
 
 @virtual
-async def test_calls_are_paced_by_their_quota() -> None:
-    harness = CallHarness(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
+async def test_calls_are_paced_by_a_configured_quota() -> None:
+    recorder = CallRecorder(Upstream("tool", quotas=[Quota(requests=10, per="second")]), seconds=0.0)
     began = now()
-    ends = await harness.together(*[{}] * 30)
-    assert sum(end - began < 0.05 for end in ends) == 10  # the whole quota is used at once
+    ends = await recorder.together(*[{}] * 30)
+    assert sum(end - began < 0.05 for end in ends) == 10  # a whole bucket is admitted at once
     assert max(ends) - began == pytest.approx(2.0, abs=0.05)
 
 
 @virtual
-async def test_a_call_larger_than_its_quota_is_rejected_without_a_retry_after() -> None:
+async def test_a_call_larger_than_its_bucket_is_rejected_without_a_retry_after() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
-    with pytest.raises(Overloaded, match="larger") as refusal:
+    with pytest.raises(Overloaded, match="larger") as rejection:
         async with upstream.call(input_tokens=900, output_tokens=200):
             pass
-    assert refusal.value.retry_after is None
-    assert held(upstream) == (0, 0)
+    assert rejection.value.retry_after is None
+    assert left(upstream) == (0, 0)
 
 
 @virtual
-async def test_unused_reserved_tokens_are_returned() -> None:
+async def test_reserved_tokens_that_were_not_used_come_back() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="minute")])
     began = now()
     for _ in range(5):
         async with upstream.call(input_tokens=100, output_tokens=800) as call:
             call.settle(input_tokens=100, output_tokens=50)
-    assert now() - began < 40.0  # 750 are used; the last call needs 900 free
+    assert now() - began < 40.0  # 750 used; the last needs 900 free
 
 
 @virtual
@@ -175,7 +180,7 @@ async def test_each_group_of_models_has_an_account_of_its_own() -> None:
 
 
 @virtual
-async def test_an_open_breaker_rejects_queued_calls_too() -> None:
+async def test_an_open_breaker_rejects_queued_calls_at_once_too() -> None:
     upstream = Upstream("tool", max_concurrent=1, breaker=BreakerRules(reset_timeout=10.0))
 
     async def fails() -> None:
@@ -190,26 +195,26 @@ async def test_an_open_breaker_rejects_queued_calls_too() -> None:
     assert results[-1].limited_by == "upstream:tool:breaker"
     assert results[-1].retry_after is not None
     assert upstream.statistics().accounts[0].breaker == "open"
-    assert held(upstream) == (0, 0)
+    assert left(upstream) == (0, 0)
 
 
-async def mistaken(upstream: Upstream) -> None:
+async def call_ignored(upstream: Upstream) -> None:
     async with upstream.call() as call:
         call.ignored()
         raise ValueError("ours")
 
 
 @virtual
-async def test_a_mistake_of_the_caller_does_not_count_against_the_upstream() -> None:
+async def test_ignored_failures_do_not_open_the_breaker() -> None:
     upstream = Upstream("tool")
     for _ in range(20):
         with pytest.raises(ValueError, match="ours"):
-            await mistaken(upstream)
+            await call_ignored(upstream)
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
 @virtual
-async def test_a_guarded_function_is_retried_with_growing_waits() -> None:
+async def test_a_guarded_function_is_retried_with_backoff() -> None:
     search = Upstream("search", retry=Retry(max_attempts=4, base_delay=1.0))
     tries: list[float] = []
 
@@ -222,7 +227,7 @@ async def test_a_guarded_function_is_retried_with_growing_waits() -> None:
 
     assert await look_up("rivers") == "rivers"
     assert len(tries) == 3
-    assert held(search) == (0, 0)
+    assert left(search) == (0, 0)
 
 
 @virtual
@@ -272,7 +277,7 @@ def test_a_plain_function_is_guarded_in_plain_threads() -> None:
         thread.join(30.0)
     assert sorted(results) == list(range(10))
     assert peak == 2
-    assert held(search) == (0, 0)
+    assert left(search) == (0, 0)
 
 
 def test_several_loops_and_threads_share_one_upstream() -> None:
@@ -282,60 +287,60 @@ def test_several_loops_and_threads_share_one_upstream() -> None:
     async def calls() -> None:
         async def one() -> None:
             async with upstream.call():
-                peak.append(held(upstream)[0])
+                peak.append(left(upstream)[0])
                 await asyncio.sleep(0)
 
         await asyncio.gather(*(one() for _ in range(200)))
 
-    def plainly() -> None:
+    def blocking_calls() -> None:
         for _ in range(200):
             with upstream.call():
-                peak.append(held(upstream)[0])
+                peak.append(left(upstream)[0])
 
     threads = [threading.Thread(target=lambda: asyncio.run(calls())) for _ in range(3)]
-    threads += [threading.Thread(target=plainly) for _ in range(2)]
+    threads += [threading.Thread(target=blocking_calls) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60.0)
     assert len(peak) == 1000
     assert max(peak) <= 3
-    assert held(upstream) == (0, 0)
+    assert left(upstream) == (0, 0)
 
 
-# --- money ---
+# --- budgets ---
 
 
 @virtual
-async def test_a_budget_is_not_exceeded_and_a_rejection_says_when_it_resets() -> None:
+async def test_a_spent_budget_rejects_calls_until_it_renews() -> None:
     upstream = Upstream("llm", budget=Budget(usd=1.0, per="day"))
     for _ in range(4):
         async with upstream.call("gpt") as call:
             call.settle(input_tokens=10, output_tokens=10, usd=0.25)
     assert upstream.statistics().spent_usd == pytest.approx(1.0)
-    with pytest.raises(Overloaded, match="budget") as refusal:
+    with pytest.raises(Overloaded, match="budget") as rejection:
         async with upstream.call("gpt"):
             pass
-    assert refusal.value.retry_after is not None
+    assert rejection.value.retry_after is not None
 
 
 @virtual
-async def test_a_rejection_by_a_budget_gives_the_amounts() -> None:
+async def test_a_rejection_for_a_budget_says_its_state_and_the_cost_of_the_call() -> None:
     budget = Budget(usd=1.0, per="day", reserved_share=0.1)
     upstream = Upstream("llm", budget=budget, prices={"gpt": Price(input=1.0, output=1.0)})
     async with upstream.call("gpt", input_tokens=800_000):
         pass
-    with pytest.raises(Overloaded) as refusal:
+    with pytest.raises(Overloaded) as rejection:
         await upstream.call("gpt", input_tokens=200_000).__aenter__()
-    assert refusal.value.reason == (
+    assert rejection.value.reason == (
         "llm: the budget of llm would be overspent: it has 1 USD a day, 0.1 of it for HIGH and CRITICAL alone, of which"
         " 0.8 are spent or reserved, and this may cost 0.2"
     )
-    assert refusal.value.retry_after is not None
+    assert rejection.value.retry_after is not None
 
 
 @virtual
-async def test_a_call_above_the_whole_budget_is_rejected_without_a_retry_after() -> None:
+async def test_a_call_that_no_budget_will_ever_afford_has_no_retry_after() -> None:
     prices = {"gpt": Price(input=1.0, output=1.0)}
     for upstream, tokens in (
         (Upstream("llm", budget=Budget(usd=1.0, per="hour"), prices=prices), 2_000_000),
@@ -343,22 +348,24 @@ async def test_a_call_above_the_whole_budget_is_rejected_without_a_retry_after()
     ):
         async with upstream.call("gpt", input_tokens=500_000):
             pass
-        with pytest.raises(Overloaded, match=r": ask for less, or raise that budget\. Nothing was started") as refusal:
+        with pytest.raises(
+            Overloaded, match=r": ask for less, or raise that budget\. Nothing was started"
+        ) as rejection:
             await upstream.call("gpt", input_tokens=tokens).__aenter__()
-        assert refusal.value.retry_after is None
+        assert rejection.value.retry_after is None
 
 
 # --- with a supervisor ---
 
 
 @virtual
-async def test_calls_inherit_priority_deadline_and_tenant_of_their_task() -> None:
+async def test_calls_have_the_priority_of_their_task() -> None:
     upstream = Upstream("llm", max_concurrent=1)
-    went: list[str] = []
+    admitted: list[str] = []
 
     async def agent(task: Task) -> None:
         async with upstream.call():
-            went.append(task.payload)
+            admitted.append(task.payload)
             await asyncio.sleep(1.0)
 
     async with BackpressureSupervisor() as supervisor:
@@ -368,11 +375,11 @@ async def test_calls_inherit_priority_deadline_and_tenant_of_their_task() -> Non
             supervisor.run(Task("work", "low", priority=Priority.LOW)),
             supervisor.run(Task("work", "high", priority=Priority.HIGH)),
         )
-    assert went == ["first", "high", "low"]
+    assert admitted == ["first", "high", "low"]
 
 
 @virtual
-async def test_each_call_of_a_run_goes_before_calls_of_newer_runs() -> None:
+async def test_calls_of_an_earlier_run_go_before_those_of_later_runs() -> None:
     upstream = Upstream("llm", max_concurrent=1, max_start_wait=1e9)
     ended: list[int] = []
 
@@ -388,27 +395,27 @@ async def test_each_call_of_a_run_goes_before_calls_of_newer_runs() -> None:
         tickets = [supervisor.submit_nowait(Task("work", number)) for number in range(4)]
         times = [(await ticket, now() - began)[1] for ticket in tickets]
     assert ended == [0, 1, 2, 3]
-    assert times[0] < 8.0  # 13 s if all runs took turns
+    assert times[0] < 8.0  # 13 if all took turns
 
 
 @virtual
-async def test_no_run_starts_while_its_calls_would_wait_behind_others() -> None:
+async def test_no_run_starts_while_its_first_call_would_wait_too_long() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=20, per="second")], max_concurrent=100)
-    harness = CallHarness(upstream)
-    await harness.call()
-    calls = [asyncio.create_task(harness.call(priority=Priority.LOW)) for _ in range(50)]
+    recorder = CallRecorder(upstream)
+    await recorder.call()
+    calls = [asyncio.create_task(recorder.call(priority=Priority.LOW)) for _ in range(50)]
     await run_ready(3)
-    assert held(upstream) == (20, 30)  # one more LOW call would wait 1.5 s, and a run starts up to 0.25 s
-    assert [priority for priority in Priority if only_account(upstream).may_start(priority)] == list(Priority)[:-1]
+    assert left(upstream) == (20, 30)  # one more LOW call waits 1.5 s; a run starts below 0.25 s
+    assert [priority for priority in Priority if shared_account(upstream).may_start(priority)] == list(Priority)[:-1]
     for call in calls[23:]:
         call.cancel()
     await run_ready(3)
-    assert [priority for priority in Priority if only_account(upstream).may_start(priority)] == list(Priority)
+    assert [priority for priority in Priority if shared_account(upstream).may_start(priority)] == list(Priority)
     await asyncio.wait(calls)
 
 
 @virtual
-async def test_admission_depends_on_the_load_of_the_key() -> None:
+async def test_a_full_account_rejects_new_tasks() -> None:
     upstream = Upstream("llm", quotas=[Quota(requests=6, per="minute")], max_wait=60.0)
 
     async def agent(_: Task) -> None:
@@ -419,9 +426,9 @@ async def test_admission_depends_on_the_load_of_the_key() -> None:
         supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=20)
         await supervisor.run(Task("work"))
         tickets = [supervisor.submit_nowait(Task("work")) for _ in range(40)]
-        refused = [ticket for ticket in tickets if not ticket]
-        assert refused
-        assert {ticket.limited_by for ticket in refused} == {"upstream:llm"}
+        rejected = [ticket for ticket in tickets if not ticket]
+        assert rejected
+        assert {ticket.limited_by for ticket in rejected} == {"upstream:llm"}
         assert supervisor.system_load() >= 0.8
         assert "upstream:llm" in {reading.resource for reading in supervisor.readings()}
         for ticket in tickets:
@@ -466,12 +473,12 @@ def test_an_invalid_setting_is_rejected_by_name(settings: dict[str, Any]) -> Non
         Upstream("llm", **settings)
 
 
-def test_a_fallback_given_as_a_string_is_shown_whole() -> None:
+def test_the_error_for_a_fallback_that_is_a_string_shows_the_string() -> None:
     with pytest.raises(InvalidSetting, match=r"fallback='gpt-4o-mini'"):
         Upstream("llm", fallback="gpt-4o-mini")  # type: ignore[arg-type]
 
 
-def test_max_start_wait_may_be_zero() -> None:
+def test_max_start_wait_may_be_0() -> None:
     assert Upstream("llm", max_start_wait=0).core.settings.max_start_wait == 0
 
 

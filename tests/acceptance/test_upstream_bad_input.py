@@ -1,4 +1,4 @@
-"""Wrong calls, quotas, prices and clocks, by each way to use an upstream."""
+"""Invalid calls, quotas and prices, and jumps of the clock, by each way to call an upstream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 from tests.support.task_plane import approximately, now, virtual
-from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Answer, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Reply, Script, left
 
 from forebay import Overloaded, clock
 from forebay.errors import InvalidQuota, NotGuardable
@@ -21,24 +21,24 @@ from forebay.upstream import Upstream
 PER_MINUTE = [Quota(requests=60, per="minute")]
 
 
-# --- calls larger than their quota ---
+# --- calls larger than their bucket ---
 
 
 @virtual
-async def test_a_bound_call_larger_than_its_quota_is_rejected_at_once_with_advice() -> None:
+async def test_a_bound_call_larger_than_its_bucket_is_rejected_at_once_with_advice() -> None:
     upstream = Upstream("key", provider="openai", models={"gpt-4o": [Quota(tokens=99, per="minute")]})
     script = Script(httpx2)
     began = now()
-    with pytest.raises(Overloaded, match="larger than tokens per minute will ever be: ask for less") as refused:
+    with pytest.raises(Overloaded, match="larger than tokens per minute will ever be: ask for less") as rejection:
         await script.client(upstream).post(URL, json=REQUEST)
-    assert isinstance(refused.value, httpx2.HTTPError)
-    assert refused.value.retry_after is None
+    assert isinstance(rejection.value, httpx2.HTTPError)
+    assert rejection.value.retry_after is None
     assert now() == began
     assert not script.requests
     assert left(upstream) == NOTHING
 
 
-def test_a_bound_call_larger_than_its_quota_is_rejected_in_a_plain_thread_too() -> None:
+def test_a_call_in_a_plain_thread_larger_than_its_bucket_is_rejected_too() -> None:
     upstream = Upstream("key", quotas=[Quota(tokens=99, per="minute")])
     with pytest.raises(Overloaded, match="larger than tokens per minute"), upstream.call(input_tokens=100):
         pass
@@ -46,12 +46,12 @@ def test_a_bound_call_larger_than_its_quota_is_rejected_in_a_plain_thread_too() 
 
 
 @pytest.mark.parametrize("unit", ["requests", "input_tokens", "output_tokens", "tokens"])
-def test_an_empty_quota_is_rejected_when_it_is_created(unit: str) -> None:
+def test_a_quota_of_0_is_rejected_where_it_is_made(unit: str) -> None:
     with pytest.raises(InvalidQuota, match="to let nothing through, leave the upstream out"):
         Upstream("key", quotas=[Quota(**{unit: 0}, per="minute")])
 
 
-# --- models without a price ---
+# --- missing prices ---
 
 
 @virtual
@@ -60,17 +60,17 @@ async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
 ) -> None:
     upstream = Upstream("key", provider="openai", budget=Budget(usd=1), prices={"known": Price(input=1.0, output=1.0)})
     client = Script(httpx2).client(upstream)
-    for model in ("own-model", "own-model", "known"):
+    for model in ("custom-model", "custom-model", "known"):
         await client.post(URL, json={**REQUEST, "model": model})
-    async with upstream.call("own-model", input_tokens=5):
+    async with upstream.call("custom-model", input_tokens=5):
         pass
     assert upstream.statistics().unpriced == 3
     (record,) = caplog.records
-    assert "'own-model'" in record.message
+    assert "'custom-model'" in record.message
     assert "prices=" in record.message
 
 
-def test_only_so_many_unpriced_models_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_a_bounded_number_of_models_without_a_price_is_remembered(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key", budget=Budget(usd=1))
     for number in range(1_500):
         upstream.call(f"invented-{number}")
@@ -78,9 +78,9 @@ def test_only_so_many_unpriced_models_are_remembered(caplog: pytest.LogCaptureFi
     assert upstream.statistics().unpriced == 1_500
 
 
-def test_without_a_budget_no_price_is_looked_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_budget_a_missing_price_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key")
-    upstream.call("own-model", input_tokens=5)
+    upstream.call("custom-model", input_tokens=5)
     assert upstream.statistics().unpriced == 0
     assert not caplog.records
 
@@ -88,8 +88,8 @@ def test_without_a_budget_no_price_is_looked_up(caplog: pytest.LogCaptureFixture
 # --- clocks ---
 
 
-def test_a_leap_of_time_serves_the_queue_and_refills_each_quota_once() -> None:
-    """A laptop that slept for an hour, during which nothing ran."""
+def test_a_leap_in_time_serves_the_queue_and_refills_each_quota_once() -> None:
+    """Check it as on a laptop that slept for an hour."""
 
     async def main() -> None:
         upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], max_wait=600.0)
@@ -107,7 +107,7 @@ def test_a_leap_of_time_serves_the_queue_and_refills_each_quota_once() -> None:
             assert len(sent) == 2
             loop.stall(3600.0)
         woke = [at for at in sent if at >= 3600.0]
-        assert len([at for at in woke if at < 3602.0]) == 2  # not what a quota of an hour would have allowed
+        assert len([at for at in woke if at < 3602.0]) == 2  # the bucket, not the calls that an hour of quota allows
         assert max(sent) == approximately(woke[0] + 120.0)
         assert left(upstream) == NOTHING
 
@@ -115,7 +115,7 @@ def test_a_leap_of_time_serves_the_queue_and_refills_each_quota_once() -> None:
 
 
 @pytest.mark.parametrize("by", [-86_400.0, -10.0, 10.0, 86_400.0])
-def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jump_of_the_wall_clock_during_a_call_loses_no_dollars(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
     wall = 1_000_000.0
     monkeypatch.setattr(clock, "wall_time", lambda: wall)
     upstream = Upstream("key", budget=Budget(usd=100, per="day"), prices={"m": Price(input=1e6, output=1e6)})
@@ -134,15 +134,15 @@ def test_a_wall_clock_that_jumps_while_a_call_runs_loses_no_money(by: float, mon
 
 @virtual
 @pytest.mark.parametrize("reset", ["1999-01-01T00:00:00Z", "-5s", "0s", "Wed, 21 Oct 2015 07:28:00 GMT"])
-async def test_a_reset_in_the_past_delays_no_call(reset: str) -> None:
+async def test_a_reset_in_the_past_blocks_no_call(reset: str) -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
-    values = {
+    headers = {
         "x-ratelimit-limit-requests": "60",
         "x-ratelimit-remaining-requests": "59",
         "x-ratelimit-reset-requests": reset,
         "retry-after": "Wed, 21 Oct 2015 07:28:00 GMT",
     }
-    client = Script(httpx2, Answer.error(429, "requests per min", **values), Answer(headers=values)).client(upstream)
+    client = Script(httpx2, Reply.error(429, "requests per min", **headers), Reply(headers=headers)).client(upstream)
     began = now()
     for _ in range(5):
         assert (await client.post(URL, json=REQUEST)).status_code == 200
@@ -150,9 +150,9 @@ async def test_a_reset_in_the_past_delays_no_call(reset: str) -> None:
 
 
 @virtual
-async def test_a_retry_after_of_a_day_reaches_its_caller_and_delays_others_for_one_period_at_most() -> None:
+async def test_a_retry_after_of_a_day_is_passed_on_and_blocks_other_calls_for_one_period_at_most() -> None:
     upstream = Upstream("key", provider="openai", quotas=PER_MINUTE)
-    client = Script(httpx2, Answer.error(429, "requests per day", retry_after="86400"), Answer()).client(upstream)
+    client = Script(httpx2, Reply.error(429, "requests per day", retry_after="86400"), Reply()).client(upstream)
     assert (await client.post(URL, json=REQUEST)).headers["retry-after"] == "86400"
     began = now()
     assert (await client.post(URL, json=REQUEST)).status_code == 200
@@ -176,7 +176,7 @@ def test_a_generator_function_cannot_be_guarded() -> None:
             upstream.guard(function)
 
 
-def test_a_plain_function_that_returns_an_awaitable_is_an_error_and_no_success() -> None:
+def test_a_plain_function_that_returns_an_awaitable_is_rejected() -> None:
     upstream = Upstream("key")
 
     async def work(question: str) -> str:
@@ -191,7 +191,7 @@ def test_a_plain_function_that_returns_an_awaitable_is_an_error_and_no_success()
 
 
 class Agent:
-    """An object that is called like a coroutine function."""
+    """An object with an asynchronous `__call__`."""
 
     async def __call__(self, question: str) -> str:
         await asyncio.sleep(2.0)
@@ -199,7 +199,7 @@ class Agent:
 
 
 @virtual
-async def test_an_object_whose_call_is_awaited_holds_its_permit_until_it_is_done() -> None:
+async def test_a_guarded_object_with_an_asynchronous_call_holds_its_permit_until_it_returns() -> None:
     upstream = Upstream("key", max_concurrent=1)
     ask = upstream.guard(Agent())
     began = now()

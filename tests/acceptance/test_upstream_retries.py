@@ -1,6 +1,6 @@
-"""Retries of calls: the end of each attempt, the order, the retry budgets and the outcomes.
+"""Retries: what an attempt leaves behind, how many there may be, their order, and which failures count.
 
-The call flow is driven as the transports drive it, with attempts that have the given results.
+The call flow is driven as the transports drive it; the attempts have scripted results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def route(upstream: Upstream, request: CallRequest) -> PlainRoute:
 
 
 def fault() -> AttemptResult:
-    """Return a failure that may be retried, which uses up an attempt."""
+    """Return a failed attempt that is retryable and uses up an attempt."""
     return AttemptResult(error=ConnectionError("gone"), retryable=True, outcome=CallOutcome(kind=Outcome.FAULT))
 
 
@@ -45,24 +45,28 @@ def success() -> AttemptResult:
 
 
 def rate_limited(retry_after: float | None = None) -> AttemptResult:
-    """Return a 429 for a rate."""
-    ended = CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=retry_after, usd=0.0)
+    """Return an attempt throttled because a quota of the provider is used up."""
+    outcome = CallOutcome(kind=Outcome.IGNORED, rate_limited=True, retry_after=retry_after, usd=0.0)
     error = ConnectionError("429")
-    return AttemptResult(error=error, retryable=True, uses_attempt=False, retry_after=retry_after, outcome=ended)
+    return AttemptResult(error=error, retryable=True, uses_attempt=False, retry_after=retry_after, outcome=outcome)
 
 
 def congested() -> AttemptResult:
-    """Return a 429 for too many calls in flight."""
-    ended = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
-    return AttemptResult(error=ConnectionError("529"), retryable=True, uses_attempt=False, outcome=ended)
+    """Return an attempt throttled because too many of our calls are in flight."""
+    outcome = CallOutcome(kind=Outcome.OVERLOAD, released=True, usd=0.0)
+    return AttemptResult(error=ConnectionError("529"), retryable=True, uses_attempt=False, outcome=outcome)
 
 
 class Calls:
-    """Calls through one upstream whose attempts have the given results, one after the other, and then succeed."""
+    """Makes calls through one upstream. Their attempts have the given results, one after the other; then they succeed.
+
+    Attributes:
+        sent: name and time of each attempt.
+    """
 
     def __init__(self, upstream: Upstream, *results: Callable[[], AttemptResult], seconds: float = 0.1) -> None:
         self.upstream = upstream
-        self.comes = list(results)
+        self.results = list(results)
         self.seconds = seconds
         self.sent: list[tuple[str, float]] = []
 
@@ -72,18 +76,18 @@ class Calls:
         async def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
             self.sent.append((name, now()))
             await asyncio.sleep(self.seconds)
-            return (self.comes.pop(0) if self.comes else success)()
+            return (self.results.pop(0) if self.results else success)()
 
         return await self.upstream.runner.run(
             route(self.upstream, self.upstream.core.request("", CALL, **how)), attempt
         )
 
 
-# --- the end of an attempt ---
+# --- what an attempt leaves behind ---
 
 
 @virtual
-async def test_a_rate_limited_attempt_takes_nothing_of_the_quota() -> None:
+async def test_a_throttled_attempt_uses_no_quota() -> None:
     upstream = Upstream("llm", quotas=[Quota(tokens=1000, per="day")])
     calls = Calls(upstream, congested, congested, congested)
     await calls.call()
@@ -92,7 +96,7 @@ async def test_a_rate_limited_attempt_takes_nothing_of_the_quota() -> None:
 
 
 @virtual
-async def test_the_retry_after_of_one_call_holds_for_all() -> None:
+async def test_the_retry_after_of_one_call_blocks_all() -> None:
     upstream = Upstream("llm")
     calls = Calls(upstream, lambda: rate_limited(20.0))
     first = asyncio.create_task(calls.call("first"))
@@ -104,7 +108,7 @@ async def test_the_retry_after_of_one_call_holds_for_all() -> None:
 
 
 @virtual
-async def test_a_retry_waits_at_least_the_retry_after() -> None:
+async def test_a_retry_waits_at_least_as_long_as_retry_after() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     calls = Calls(
         upstream, lambda: AttemptResult(error=OSError(), retryable=True, retry_after=9.0, outcome=fault().outcome)
@@ -127,7 +131,7 @@ async def test_only_the_last_attempt_of_a_call_counts_for_the_breaker() -> None:
 
 
 @virtual
-async def test_no_storm_of_retries_when_a_provider_fails() -> None:
+async def test_no_retry_storm_while_a_provider_fails() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.01), breaker=BreakerRules(triggers=(consecutive_faults(1000),)))
     calls = Calls(upstream, *[fault] * 1000)
     for _ in range(50):
@@ -137,26 +141,24 @@ async def test_no_storm_of_retries_when_a_provider_fails() -> None:
 
 
 @virtual
-async def test_a_throttled_call_waits_for_permission_to_retry_instead_of_giving_up() -> None:
+async def test_a_throttled_call_waits_for_its_retry_rather_than_fail() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     assert await asyncio.gather(*(calls.call() for _ in range(50))) == ["done"] * 50
-    assert len(calls.sent) == 150  # accepted retries go back to the budget
+    assert len(calls.sent) == 150  # retries of calls that are then accepted are not limited
 
 
 @virtual
-async def test_no_storm_of_retries_when_a_provider_throttles() -> None:
+async def test_no_retry_storm_while_a_provider_throttles() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01))
     calls = Calls(upstream, *[congested] * 10_000)
     outcomes = await asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
     assert all(isinstance(outcome, ConnectionError) for outcome in outcomes)
-    assert (
-        len([at for _, at in calls.sent if at < 60.0]) <= 50 + 0.2 * 50 + 10 + 60 / 5
-    )  # the last term: periodic retries
+    assert len([at for _, at in calls.sent if at < 60.0]) <= 50 + 0.2 * 50 + 10 + 60 / 5  # one in five seconds tries
 
 
 @virtual
-async def test_once_a_call_is_accepted_all_calls_throttled_before_it_may_retry() -> None:
+async def test_once_a_call_is_accepted_all_calls_throttled_before_may_retry() -> None:
     upstream = Upstream("llm", max_concurrent=100, retry=Retry(base_delay=0.01, max_total_delay=600.0))
     calls = Calls(upstream, *[congested] * 100)
     await asyncio.gather(*(calls.call() for _ in range(80)))
@@ -164,7 +166,7 @@ async def test_once_a_call_is_accepted_all_calls_throttled_before_it_may_retry()
 
 
 @virtual
-async def test_an_accepted_retry_goes_back_to_the_budget() -> None:
+async def test_an_accepted_retry_of_a_throttled_call_uses_up_no_budget() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.01))
     for _ in range(100):
         assert await Calls(upstream, congested).call() == "done"
@@ -172,15 +174,15 @@ async def test_an_accepted_retry_goes_back_to_the_budget() -> None:
 
 
 @virtual
-async def test_throttled_calls_use_up_no_retries_of_failed_ones() -> None:
+async def test_throttled_calls_use_up_no_retry_of_failed_ones() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=5.0))
-    refusing = Calls(upstream, *[congested] * 10_000)
-    await asyncio.gather(*(refusing.call() for _ in range(50)), return_exceptions=True)
+    throttled = Calls(upstream, *[congested] * 10_000)
+    await asyncio.gather(*(throttled.call() for _ in range(50)), return_exceptions=True)
     assert await Calls(upstream, fault).call() == "done"
 
 
 @virtual
-async def test_no_retry_waits_beyond_the_deadline() -> None:
+async def test_no_call_waits_for_a_retry_beyond_its_deadline() -> None:
     upstream = Upstream("llm", max_concurrent=1000, retry=Retry(base_delay=0.01, max_total_delay=30.0))
     calls = Calls(upstream, *[congested] * 10_000)
     others = asyncio.gather(*(calls.call() for _ in range(50)), return_exceptions=True)
@@ -193,54 +195,54 @@ async def test_no_retry_waits_beyond_the_deadline() -> None:
 
 
 def balances(upstream: Upstream) -> tuple[float, float]:
-    """Return how many retries the budgets allow: of failed calls, and of throttled calls."""
+    """Return the retries left in the budgets for failed and for throttled calls."""
     budgets = upstream.core.retries._budgets
     at = clock.now()
     return budgets.faults.balance(at), budgets.throttles.balance(at)
 
 
-async def rejected_before_retry(upstream: Upstream, make_result: Callable[[], AttemptResult]) -> None:
-    """Make a call with that result whose retry is rejected."""
-    call = asyncio.create_task(Calls(upstream, make_result).call())
-    await asyncio.sleep(0.2)  # the first attempt has ended, and the retry waits
+async def reject_retry(upstream: Upstream, result: Callable[[], AttemptResult]) -> None:
+    """Make a call whose first attempt has this result, and which gets no second permit."""
+    call = asyncio.create_task(Calls(upstream, result).call())
+    await asyncio.sleep(0.2)  # the first attempt has ended, and a retry is due
     upstream.core.accounts.account("").suspend(60.0)
     with pytest.raises(Overloaded):
         await call
 
 
-async def cancelled(upstream: Upstream, make_result: Callable[[], AttemptResult]) -> None:
-    """Make a call with that result that is cancelled before its retry."""
-    call = asyncio.create_task(Calls(upstream, make_result).call())
+async def cancel_retry(upstream: Upstream, result: Callable[[], AttemptResult]) -> None:
+    """Make a call whose first attempt has this result, and cancel it before the second."""
+    call = asyncio.create_task(Calls(upstream, result).call())
     await asyncio.sleep(0.2)
     call.cancel()
     await asyncio.wait([call])
 
 
-@pytest.mark.parametrize("make_result", [fault, congested])
-@pytest.mark.parametrize("end", [rejected_before_retry, cancelled])
+@pytest.mark.parametrize("result", [fault, congested])
+@pytest.mark.parametrize("end", [reject_retry, cancel_retry])
 @virtual
-async def test_a_retry_that_is_not_sent_goes_back_to_the_budget(
-    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], make_result: Callable[[], AttemptResult]
+async def test_a_retry_that_is_not_sent_returns_to_its_budget(
+    end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]], result: Callable[[], AttemptResult]
 ) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=20.0))
     before = balances(upstream)
-    await end(upstream, make_result)
-    first = 0.2  # the share of a first attempt
+    await end(upstream, result)
+    first = 0.2  # what a first attempt adds
     assert balances(upstream) == pytest.approx((before[0] + first, before[1] + first))
 
 
-@pytest.mark.parametrize("end", [rejected_before_retry, cancelled])
+@pytest.mark.parametrize("end", [reject_retry, cancel_retry])
 @virtual
-async def test_a_periodic_retry_without_a_permit_is_left_to_another_call(
+async def test_a_periodic_retry_that_gets_no_permit_is_left_to_another_call(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
     budgets = upstream.core.retries._budgets
-    while budgets.throttles.withdraw(now()):  # the budget is empty, so only a periodic retry is left
+    while budgets.throttles.withdraw(now()):  # the budget is empty, so the only retry is the periodic one
         pass
 
     async def takes_the_slot() -> None:
-        await asyncio.sleep(0.05)  # while the other call is throttled
+        await asyncio.sleep(0.05)  # while the other is being throttled
         await Calls(upstream, seconds=1.0).call(priority=Priority.CRITICAL)
 
     other = asyncio.create_task(takes_the_slot())
@@ -250,24 +252,24 @@ async def test_a_periodic_retry_without_a_permit_is_left_to_another_call(
     assert budgets.request_retry(now(), throttled_at=now()) is RetryPermission.DENIED
 
 
-@pytest.mark.parametrize("make_result", [fault, congested])
-def test_a_retry_that_is_not_sent_in_a_thread_goes_back_to_the_budget(make_result: Callable[[], AttemptResult]) -> None:
+@pytest.mark.parametrize("result", [fault, congested])
+def test_a_retry_that_is_not_sent_returns_to_its_budget_in_a_thread_too(result: Callable[[], AttemptResult]) -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before = balances(upstream)
 
     def attempt(_: PlainRoute, __: Permit) -> AttemptResult:
-        result = make_result()
+        attempted = result()
         upstream.core.accounts.account("").suspend(60.0)
-        return result
+        return attempted
 
-    with pytest.raises(Overloaded) as kept:  # keeps the frames alive, as a debugger does
+    with pytest.raises(Overloaded) as kept:  # its frames keep the call flow open, as a debugger does
         upstream.runner.run_blocking(route(upstream, upstream.core.request("", CALL)), attempt)
     assert balances(upstream) == pytest.approx((before[0] + 0.2, before[1] + 0.2))
     assert kept.value.retry_after is not None
 
 
 @virtual
-async def test_a_retry_that_was_sent_counts_even_if_its_caller_is_cancelled() -> None:
+async def test_a_retry_that_was_sent_stays_withdrawn_after_a_cancellation() -> None:
     upstream = Upstream("llm", retry=Retry(base_delay=0.001))
     before, _ = balances(upstream)
     call = asyncio.create_task(Calls(upstream, fault, seconds=1.0).call())
@@ -281,7 +283,7 @@ async def test_a_retry_that_was_sent_counts_even_if_its_caller_is_cancelled() ->
 
 
 @virtual
-async def test_a_retried_call_goes_before_later_calls() -> None:
+async def test_a_retry_goes_before_calls_that_arrived_later() -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
@@ -294,7 +296,7 @@ async def test_a_retried_call_goes_before_later_calls() -> None:
 
 
 @virtual
-async def test_a_retried_call_does_not_go_before_better_priorities() -> None:
+async def test_a_retry_does_not_go_before_calls_of_higher_priority() -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.5))
     calls = Calls(upstream, congested, seconds=1.0)
     first = asyncio.create_task(calls.call("first"))
@@ -304,11 +306,11 @@ async def test_a_retried_call_does_not_go_before_better_priorities() -> None:
     assert [name for name, _ in calls.sent] == ["first", "0", "1", "2", "first"]
 
 
-# --- outcomes ---
+# --- failures that do not count ---
 
 
 @virtual
-async def test_an_overloaded_raised_by_a_guarded_function_is_no_fault() -> None:
+async def test_a_rejection_by_a_nested_upstream_is_no_fault_of_the_guarded_one() -> None:
     behind = Upstream("behind", quotas=[Quota(tokens=10, per="minute")])
     guarded = Upstream("guarded")
     tries = 0
@@ -328,15 +330,15 @@ async def test_an_overloaded_raised_by_a_guarded_function_is_no_fault() -> None:
 
 
 @virtual
-async def test_failed_calls_do_not_count_in_the_expected_latency() -> None:
+async def test_failed_calls_teach_nothing_about_latency() -> None:
     upstream = Upstream("llm")
     for _ in range(20):
         with pytest.raises(ConnectionError):
-            await _fails(upstream)
+            await _overloaded_call(upstream)
     assert account(upstream).latency_model.expected(100) is None
 
 
-async def _fails(upstream: Upstream) -> None:
+async def _overloaded_call(upstream: Upstream) -> None:
     async with upstream.call() as call:
         call.settle(input_tokens=10, output_tokens=100)
         call.overloaded()
@@ -347,23 +349,23 @@ async def _fails(upstream: Upstream) -> None:
 
 
 @virtual
-async def test_an_invalid_cost_is_rejected_by_settle_and_nothing_stays_reserved() -> None:
+async def test_a_negative_cost_is_rejected_and_nothing_stays_reserved() -> None:
     upstream = Upstream("llm", budget=Budget(usd=10.0), prices={"m": Price(input=1.0, output=1.0)})
     for _ in range(9):
         with pytest.raises(InvalidAmount):
-            await _costs(upstream, -1.0)
+            await _call_costing(upstream, -1.0)
     assert account(upstream, "m").in_flight == 0
     assert upstream.statistics().spent_usd == pytest.approx(9 * 2e-6)
     assert upstream.statistics().accounts[0].breaker == "closed"
 
 
-async def _costs(upstream: Upstream, usd: float) -> None:
+async def _call_costing(upstream: Upstream, usd: float) -> None:
     async with upstream.call("m", input_tokens=1, output_tokens=1) as call:
         call.settle(input_tokens=1, output_tokens=1, usd=usd)
 
 
 @virtual
-async def test_a_call_entered_twice_at_the_same_time_is_an_error() -> None:
+async def test_a_call_entered_twice_at_the_same_moment_is_entered_once() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     holder = asyncio.create_task(Calls(upstream, seconds=1.0).call())
     await run_ready()
@@ -380,7 +382,7 @@ async def test_a_call_entered_twice_at_the_same_time_is_an_error() -> None:
 
 
 @virtual
-async def test_a_deadline_that_passes_behind_the_head_of_the_queue_rejects_at_that_time() -> None:
+async def test_a_deadline_that_passes_behind_the_head_of_the_queue_rejects_its_call_then() -> None:
     upstream = Upstream("tool", max_concurrent=1)
     calls = Calls(upstream, seconds=100.0)
     holder = asyncio.create_task(calls.call())
@@ -399,7 +401,7 @@ async def _never(_: PlainRoute, __: Permit) -> AttemptResult:
     raise AssertionError
 
 
-def test_retries_depend_on_the_seed_alone() -> None:
+def test_the_seed_alone_decides_when_calls_are_sent() -> None:
     def times(seed: int) -> list[float]:
         async def main() -> list[float]:
             calls = Calls(Upstream("llm"), *[fault] * 5)

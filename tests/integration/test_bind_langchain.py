@@ -1,4 +1,4 @@
-"""Bound LangChain models with a simulated provider, alone and in a LangGraph graph."""
+"""Bound models of LangChain with the simulated provider, alone and in a graph of LangGraph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from langchain_openai.chat_models import _client_utils
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
-from tests.unit.upstream.httpx_binding.wire import NOTHING, Answer, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, Reply, Script, left
 
 from forebay import BackpressureSupervisor, Overloaded, Task
 from forebay.quota import Quota
@@ -29,31 +29,31 @@ GPT, CLAUDE = "gpt-4o-mini", "claude-sonnet-5"
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[ProviderProcess]:
-    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as provider:
-        yield provider
+    with start_provider(ProviderConfig(ttft=0.01, tpot=0.0005, noise=0.0)) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
-async def closed() -> AsyncIterator[None]:
-    """Close LangChain's HTTP clients, which all models share: the asynchronous ones belong to the loop of one test."""
+async def close_clients() -> AsyncIterator[None]:
+    """Close the asynchronous HTTP clients that LangChain caches: each belongs to the event loop of its test."""
     yield
     for make in (_client_utils._cached_async_httpx_client, anthropic_utils._get_default_async_httpx_client):
         make.cache_clear()
-    for client in made:
+    for client in created:
         await client.aclose()
-    made.clear()
+    created.clear()
 
 
-made: list[Any] = []
+created: list[Any] = []
 
 
 def model(name: str, provider: ProviderProcess) -> Any:
     if name == "openai":
         chat: Any = ChatOpenAI(model=GPT, api_key="sk-simulated", base_url=provider.openai_url, max_tokens=40)  # type: ignore[call-arg,arg-type]
-        made.append(chat.root_async_client._client)
+        created.append(chat.root_async_client._client)
     else:
         chat = ChatAnthropic(model=CLAUDE, api_key="sk-simulated", base_url=provider.url, max_tokens=40)  # type: ignore[call-arg,arg-type]
-        made.append(chat._async_client._client)
+        created.append(chat._async_client._client)
     return chat
 
 
@@ -66,7 +66,7 @@ def message(answer: Any) -> Any:
 
 
 @NAMES
-async def test_a_bound_model_answers_as_a_bare_one(name: str, provider: ProviderProcess) -> None:
+async def test_a_bound_model_answers_as_an_unbound_one(name: str, provider: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
     bare = model(name, provider)
     bound = upstream.bind(bare)
@@ -79,7 +79,7 @@ async def test_a_bound_model_answers_as_a_bare_one(name: str, provider: Provider
 
 
 @NAMES
-def test_it_does_the_same_in_a_plain_thread(name: str, provider: ProviderProcess) -> None:
+def test_in_a_plain_thread_a_bound_model_answers_as_an_unbound_one(name: str, provider: ProviderProcess) -> None:
     upstream = Upstream("key", provider=name)
     bare = model(name, provider)
     bound = upstream.bind(bare)
@@ -89,12 +89,12 @@ def test_it_does_the_same_in_a_plain_thread(name: str, provider: ProviderProcess
 
 
 @NAMES
-async def test_a_rejection_comes_out_of_the_model_unchanged(name: str, provider: ProviderProcess) -> None:
+async def test_a_model_raises_a_rejection_unchanged(name: str, provider: ProviderProcess) -> None:
     bound = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")]).bind(model(name, provider))
     await bound.ainvoke("Rivers?")
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await bound.ainvoke("Rivers?")
-    assert isinstance(refused.value, ERRORS[name])
+    assert isinstance(rejection.value, ERRORS[name])
     with pytest.raises(Overloaded):
         async for _ in bound.astream("Rivers?"):
             pass
@@ -109,16 +109,16 @@ class State(TypedDict, total=False):
 
 
 @NAMES
-async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
+async def test_a_graph_that_retries_ends_overloaded_without_further_requests(
     name: str, provider: ProviderProcess
 ) -> None:
     await asyncio.get_running_loop().run_in_executor(None, provider.reset)
     upstream = Upstream("key", provider=name, quotas=[Quota(requests=1, per="day")])
     bound = upstream.bind(model(name, provider))
-    asked: list[int] = []
+    attempts: list[int] = []
 
     async def think(_: State) -> State:
-        asked.append(len(asked))
+        attempts.append(len(attempts))
         await bound.ainvoke("Rivers?")
         return {"answer": (await bound.ainvoke("And lakes?")).content}
 
@@ -130,22 +130,22 @@ async def test_a_graph_that_retries_ends_overloaded_without_asking_the_provider(
     graph.add_edge("think", END)
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("graph", handler=graph.compile(), task_types=["ask"])
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(Overloaded) as rejection:
             await supervisor.run(Task("ask", {}))
-    assert refused.value.retry_after is not None
-    assert len(asked) == 3  # the graph retried, and was rejected at once
+    assert rejection.value.retry_after is not None
+    assert len(attempts) == 3  # the graph retried, and each retry was rejected at once
     assert sum((await statistics(provider))["by_status"].values()) == 1
     assert left(upstream) == NOTHING
 
 
-def test_embeddings_are_counted() -> None:
+def test_embeddings_use_the_quota() -> None:
     vector = {
         "object": "list",
         "model": "e",
         "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}],
         "usage": {"prompt_tokens": 7, "total_tokens": 7},
     }
-    script = Script(httpx2, Answer(body=[json.dumps(vector).encode()]))
+    script = Script(httpx2, Reply(body=[json.dumps(vector).encode()]))
     upstream = Upstream("key", provider="openai", quotas=[Quota(input_tokens=1000, per="day")])
     bare = OpenAIEmbeddings(
         api_key="k",  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The SDKs of the generation before, openai 2 and anthropic 0, which use httpx: the same promises, asked of them."""
+"""The previous major versions of the SDKs, openai 2 and anthropic 0, which use httpx, pass the same tests."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).parents[2]
-LOCK = HOUSE / "requirements" / "older.txt"
+ROOT = Path(__file__).parents[2]
+LOCK = ROOT / "requirements" / "older.txt"
 SUITE = ("tests/contract/sdks", "tests/integration/test_bind_sdks.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_sdks_of_the_generation_before(tmp_path: Path) -> None:
-    there = tmp_path / "venv"
-    python = there / "bin" / "python"
+def test_the_previous_major_versions_of_the_sdks_pass_the_suite(tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    python = environment / "bin" / "python"
     for command in (
-        [sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, str(there)],
+        [sys.executable, "-m", "uv", "venv", "--quiet", "--python", sys.executable, str(environment)],
         [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python), "-r", str(LOCK)],
     ):
         subprocess.run(command, check=True, timeout=300)
-    ran = subprocess.run(
+    result = subprocess.run(
         [str(python), "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *SUITE],
-        cwd=HOUSE,
-        env={**os.environ, "PYTHONPATH": str(HOUSE / "src")},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert ran.returncode == 0, ran.stdout[-5000:]
-    assert "passed" in ran.stdout
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "passed" in result.stdout

@@ -50,10 +50,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_upstream.test_no_more_calls_are_in_flight_than_max_concurrent
     ),
     bugs.an_attempt_that_is_cancelled_keeps_its_permit: (
-        test_call_conservation.test_everything_is_returned_whatever_calls_do_and_whichever_callers_leave
+        test_call_conservation.test_after_random_calls_and_cancellations_nothing_is_held
     ),
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
-        test_upstream.test_a_call_cancelled_anywhere_leaves_nothing_behind
+        test_upstream.test_a_call_cancelled_at_any_step_leaves_nothing_behind
     ),
     bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_changes_nothing,
     bugs.a_coroutine_pauses_between_the_check_and_the_take: test_bad_input.test_two_tasks_of_one_id_at_the_same_moment,
@@ -66,14 +66,14 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_submitting.test_no_two_rejections_get_the_same_retry_after_and_they_are_one_drain_interval_apart
     ),
     bugs.a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for: (
-        test_bypass.test_quota_is_kept_for_the_calls_in_between
+        test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
     bugs.tasks_of_a_conversation_wait_for_ever: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
     bugs.a_child_does_not_inherit_its_parents_deadline: (
         test_nested.test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own
     ),
     bugs.a_call_is_sent_that_cannot_meet_its_deadline: (
-        test_decisions.test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_end_in_time
+        test_decisions.test_in_the_last_quarter_of_its_time_a_call_is_sent_only_if_it_can_meet_its_deadline
     ),
     bugs.what_a_zombie_returns_is_taken_for_its_result: test_ending.test_what_a_zombie_returns_changes_nothing,
     bugs.whoever_lost_its_lease_may_still_finish: test_task_store.test_a_lost_lease_is_rejected_everywhere,
@@ -83,16 +83,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
     bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,
-    bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_money_is_not_available_to_others,
-    bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_call_that_failed_midway_costs_what_was_reserved,
-    bugs.two_api_keys_share_an_account: test_decisions.test_each_api_key_has_one_account,
+    bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
+    bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
+    bugs.two_api_keys_share_an_account: test_decisions.test_each_key_has_an_account_of_its_own_and_one_key_has_one,
     bugs.a_throttled_call_counts_as_a_fault: (
-        test_decisions.test_neither_throttled_nor_retried_attempts_open_the_breaker
+        test_decisions.test_throttled_calls_and_retried_attempts_never_open_the_breaker
     ),
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
-    bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_storm_of_retries_when_a_provider_fails,
-    bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_the_retry_after,
-    bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_web_page_from_elsewhere_gets_nothing,
+    bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
+    bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
+    bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
 }
 
 

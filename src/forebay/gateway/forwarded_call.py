@@ -61,8 +61,8 @@ class StreamingResponse:
 
     __slots__ = ("_events", "at_event_boundary", "headers", "reader", "response")
 
-    def __init__(self, answer: aiohttp.ClientResponse, headers: CIMultiDict[str], reader: MeteredStream) -> None:
-        self.response = answer
+    def __init__(self, response: aiohttp.ClientResponse, headers: CIMultiDict[str], reader: MeteredStream) -> None:
+        self.response = response
         self.headers = headers
         self.reader = reader
         content_type = headers.get("content-type", "").lower()

@@ -16,7 +16,7 @@ class FixedLimit(Limit):
     """A limit of `n` calls in flight: for a limit fixed by contract, or for your own server.
 
     It backs off only while the provider refuses everything. After ten refusals in a row (or `n`, if that is more)
-    without a success, the limit is 0 for a second; then one trial call goes, beside the calls that still run. Each
+    without a success, the limit is 0 for a second; then one trial call goes, in addition to those that still run. Each
     refusal of a trial call doubles the silence, up to five seconds. Each trial call that is accepted is followed by
     another, and the first success restores `n`.
 

@@ -28,19 +28,11 @@ from forebay.upstream.providers import (
     read_retry_after,
     read_should_retry,
 )
+from forebay.upstream.providers.classify import NO_RESPONSE
 from forebay.upstream.reroute import ReroutedRequest, can_reroute, reroute_request
 
 ERRORS: Final = 400
 REDIRECTS: Final = 300
-_THROTTLED: Final = frozenset(
-    {
-        ErrorKind.RATE_LIMIT,
-        ErrorKind.CONCURRENCY_LIMIT,
-        ErrorKind.ACCELERATION_LIMIT,
-        ErrorKind.OVERLOADED,
-        ErrorKind.SPEND_CAP,
-    }
-)
 _ONE_REQUEST: Final = Charge()
 _SUSPENSION: Final = 60.0  # seconds without calls after the provider says that the account's money is spent
 _MAX_SUSPENSION: Final = 3_600.0  # ... however long it says that this lasts: money can be paid in at any time
@@ -128,7 +120,7 @@ class Exchange:
 
     def throttled_error(self) -> Overloaded | None:
         """Return the provider's latest answer as an error if the provider throttled the call, else None."""
-        if self.error_kind not in _THROTTLED:
+        if not self.error_kind.throttled:
             return None
         return Overloaded(self.describe_failure(), limited_by=self.account.name, retry_after=self._retry_after)
 
@@ -208,7 +200,7 @@ class Exchange:
             sent: bytes may have reached the provider.
             local: the provider had no part in it, and another attempt would not help.
         """
-        self.error_kind = ErrorKind.FAULT
+        self.error_kind = NO_RESPONSE
         self._status = None
         kind = Outcome.IGNORED if local else Outcome.FAULT
         if sent and not local:
@@ -263,8 +255,7 @@ def judge_error(
         rate_limits: what the answer's headers say about the quotas.
         retry: whether the call may be retried; None if that follows from the kind.
     """
-    throttled = kind in _THROTTLED
-    if throttled:  # nothing was used, but a quota that is exceeded counts the request
+    if kind.throttled:  # nothing was used, but a quota that is exceeded counts the request
         rate_limited = kind is ErrorKind.RATE_LIMIT
         outcome = CallOutcome(
             kind=kind.outcome,
@@ -284,7 +275,7 @@ def judge_error(
         retryable=kind.retryable if retry is None else retry,
         uses_attempt=kind.uses_attempt,
         retry_after=retry_after,
-        can_fall_back=throttled or kind is ErrorKind.FAULT,
+        can_fall_back=kind.can_fall_back,
     )
 
 

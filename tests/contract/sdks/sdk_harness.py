@@ -264,7 +264,7 @@ class CallPath(abc.ABC):
 
     @property
     def accounts(self) -> list[Any]:
-        return [desk.account for desk in self.upstream.core.accounts]
+        return [shared.account for shared in self.upstream.core.accounts]
 
     @abc.abstractmethod
     def is_idle(self) -> bool:

@@ -62,7 +62,7 @@ def test_a_call_whose_deadline_comes_before_its_turn_is_rejected(
     path = harness.open(provider.url, max_concurrent=1)
     with path.caller.start_stream(**LONG):
         error = error_of(path.within(0.5).with_options(max_retries=0).create)
-    path.check_rejection(error, 429, "line")
+    path.check_rejection(error, 429, "queue")
     assert provider.statistics()["calls"] == 1
     assert path.is_idle()
 
@@ -82,7 +82,7 @@ def test_a_queued_call_is_rejected_before_its_caller_times_out(harness: SdkHarne
         error = error_of(
             path.caller.with_options(timeout=2.0, max_retries=0).create
         )  # a later response would be a timeout
-    path.check_rejection(error, 429, "line")
+    path.check_rejection(error, 429, "queue")
     assert error.response.headers["x-should-retry"] == "true"
     assert path.is_idle()
 

@@ -1,4 +1,4 @@
-"""The priority queue beside a plain list, under pushes, removals and dequeues in any order."""
+"""The priority queue compared with a plain list, under pushes, removals and dequeues in any order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Item:
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """A queue beside its naive model: a list, and how often each priority was passed over."""
+    """A queue compared with its naive model: a list, and how often each priority was passed over."""
 
     @initialize(bound=st.integers(1, 5))
     def build(self, bound: int) -> None:

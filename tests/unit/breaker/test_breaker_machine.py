@@ -15,7 +15,7 @@ CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.H
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """Calls on a breaker, beside a model that knows only which calls are in flight, and under which epoch."""
+    """Calls on a breaker, compared with a model that knows only which calls are in flight, and under which epoch."""
 
     @initialize(
         probes=st.integers(1, 3),

@@ -1,4 +1,4 @@
-"""The fault window beside a plain count of all calls, and the Wilson bound."""
+"""The fault window compared with a plain count of all calls, and the Wilson bound."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from forebay.limit import Grant, Limit
 
 @dataclass
 class Server:
-    """A server that refuses calls beyond `capacity`, and one in `stray` calls besides."""
+    """A server that refuses calls beyond `capacity`, and one in every `stray` calls."""
 
     limit: Limit
     capacity: int

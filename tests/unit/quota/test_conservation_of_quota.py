@@ -50,7 +50,7 @@ def test_no_span_gets_more_than_amount_and_amount_times_t_over_period(
 
 
 class RateLimiterMachine(RuleBasedStateMachine):
-    """Calls that reserve and end in every way, beside a model that counts exactly."""
+    """Calls that reserve and end in every way, compared with a model that counts exactly."""
 
     @initialize(requests=st.integers(1, 50), tokens=st.integers(1, 500))
     def build(self, requests: int, tokens: int) -> None:

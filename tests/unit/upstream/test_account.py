@@ -1,4 +1,4 @@
-"""An account under calls that come, wait, leave and end in any order: no limit is exceeded, and nothing stays held."""
+"""An account under random calls that arrive, wait, leave and end: no limit is exceeded, and nothing is kept."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from forebay.upstream.call_queue import QueuedCall
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 
 SLOTS = 3
-TOKENS = 1_000  # per minute
+TOKENS = 1_000  # a minute
 
 
-class ListeningWaiter:
-    """Records the decision and the time to wake at."""
+class DecisionWaiter:
+    """A waiter that records its decision."""
 
     def __init__(self) -> None:
         self.decision: Admitted | Rejected | None = None
@@ -40,7 +40,7 @@ class ListeningWaiter:
 
 
 class EndlessBudget:
-    """A budget without a bound that counts what is held and spent."""
+    """An unlimited budget that counts what is reserved and spent."""
 
     name = "the budget"
 
@@ -60,14 +60,14 @@ class EndlessBudget:
 
 
 class EndlessReservation:
-    def __init__(self, money: EndlessBudget, usd: float) -> None:
-        self.money = money
+    def __init__(self, budget: EndlessBudget, usd: float) -> None:
+        self.budget = budget
         self.usd: float | None = usd
 
     def settle(self, usd: float) -> None:
         assert self.usd is not None, "settled twice"
-        self.money.held -= self.usd
-        self.money.spent += usd
+        self.budget.held -= self.usd
+        self.budget.spent += usd
         self.usd = None
 
 
@@ -75,49 +75,49 @@ class AccountMachine(RuleBasedStateMachine):
     @initialize()
     def build(self) -> None:
         self.now = 0.0
-        self.money = EndlessBudget()
+        self.budget = EndlessBudget()
         self.account = Account(
             "upstream:test",
             limit=FixedLimit(SLOTS),
             quotas=RateLimiter([Quota(tokens=TOKENS, per="minute")]),
             breaker=Breaker(UPSTREAM_RULES, draw=lambda: 0.5),
-            budgets=lambda _: (self.money,),
+            budgets=lambda _: (self.budget,),
             max_wait=1_000.0,
             draw=lambda: 0.5,
         )
         self.permits: list[Permit] = []
-        self.waiting: list[tuple[QueuedCall, ListeningWaiter]] = []
-        self.given = 0.0  # tokens
+        self.waiting: list[tuple[QueuedCall, DecisionWaiter]] = []
+        self.granted = 0.0  # tokens
 
     @rule(
         tokens=st.integers(0, TOKENS + 1),
         priority=st.sampled_from(Priority),
-        task_id=st.sampled_from([None, "a", "b"]),
-        time_left=st.sampled_from([1.0, 50.0, math.inf]),
+        run=st.sampled_from([None, "a", "b"]),
+        patience=st.sampled_from([1.0, 50.0, math.inf]),
     )
-    def arrive(self, tokens: int, priority: Priority, task_id: str | None, time_left: float) -> None:
+    def request(self, tokens: int, priority: Priority, run: str | None, patience: float) -> None:
         request = CallRequest(
-            charge=Charge(tokens=tokens), usd=1.0, priority=priority, task_id=task_id, deadline=self.now + time_left
+            charge=Charge(tokens=tokens), usd=1.0, priority=priority, task_id=run, deadline=self.now + patience
         )
-        decision = self.account.try_acquire(self.now, request)
-        if isinstance(decision, Admitted):
-            self.permits.append(decision.permit)
-            self.given += tokens
-        elif isinstance(decision, Queued):
-            waiter = ListeningWaiter()
+        answer = self.account.try_acquire(self.now, request)
+        if isinstance(answer, Admitted):
+            self.permits.append(answer.permit)
+            self.granted += tokens
+        elif isinstance(answer, Queued):
+            waiter = DecisionWaiter()
             self.waiting.append((self.account.enqueue(self.now, request, waiter), waiter))
             self.serve_queue()
         elif tokens > TOKENS:
-            assert decision.retry_after is None
+            assert answer.retry_after is None
 
     def serve_queue(self) -> None:
         self.account.serve_queue(self.now)
-        for call, waiter in [*self.waiting]:
+        for waiting, waiter in [*self.waiting]:
             if waiter.decision is not None:
-                self.waiting.remove((call, waiter))
+                self.waiting.remove((waiting, waiter))
                 if isinstance(waiter.decision, Admitted) and not waiter.gone:
                     self.permits.append(waiter.decision.permit)
-                    self.given += call.request.charge.tokens
+                    self.granted += waiting.request.charge.tokens
 
     @rule(seconds=st.floats(0.01, 90.0))
     def wait(self, seconds: float) -> None:
@@ -127,12 +127,12 @@ class AccountMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data(), withdraws=st.booleans())
     def leave(self, data: st.DataObject, *, withdraws: bool) -> None:
-        call, waiter = data.draw(st.sampled_from(self.waiting))
+        waiting, waiter = data.draw(st.sampled_from(self.waiting))
         if withdraws:
-            self.account.withdraw(call)
-            self.waiting.remove((call, waiter))
+            self.account.withdraw(waiting)
+            self.waiting.remove((waiting, waiter))
         else:
-            waiter.gone = True  # its event loop has closed
+            waiter.gone = True  # its loop has closed
         self.serve_queue()
 
     @precondition(lambda self: self.permits)
@@ -140,7 +140,7 @@ class AccountMachine(RuleBasedStateMachine):
     def end(self, data: st.DataObject, outcome: Outcome, how: str) -> None:
         permit = data.draw(st.sampled_from(self.permits))
         self.permits.remove(permit)
-        call_outcome = CallOutcome(
+        ended = CallOutcome(
             kind=outcome,
             used=Charge(tokens=permit.request.charge.tokens + 10) if how == "more" else None,
             released=how == "released",
@@ -148,9 +148,9 @@ class AccountMachine(RuleBasedStateMachine):
             usd=0.0 if how == "released" else None,
             latency=1.0,
         )
-        if how in ("released", "rate"):  # the provider did not count it
-            self.given -= permit.request.charge.tokens
-        self.account.settle(self.now, permit, call_outcome)
+        if how in ("released", "rate"):  # the quota did not count it
+            self.granted -= permit.request.charge.tokens
+        self.account.settle(self.now, permit, ended)
         with pytest.raises(ReservationClosed):
             self.account.quotas.release(self.now, permit.reservation)
         self.serve_queue()
@@ -159,32 +159,32 @@ class AccountMachine(RuleBasedStateMachine):
     def no_limit_is_exceeded(self) -> None:
         if hasattr(self, "account"):
             assert self.account.in_flight == len(self.permits) <= SLOTS
-            assert self.given <= TOKENS + TOKENS * self.now / 60 + 1e-6
+            assert self.granted <= TOKENS + TOKENS * self.now / 60 + 1e-6
 
     @invariant()
-    def reservations_belong_to_calls(self) -> None:
+    def only_calls_in_flight_hold_dollars(self) -> None:
         if hasattr(self, "account"):
-            assert self.money.held == len(self.permits)
+            assert self.budget.held == len(self.permits)
             alive = sum(not waiter.gone for _, waiter in self.waiting)
             assert alive <= len(self.account.queue)
 
     @invariant()
-    def the_head_of_the_queue_wakes_up(self) -> None:
-        """Check that the head is woken by time: with nothing in flight no end of a call can wake it."""
+    def the_head_of_the_queue_knows_when_to_wake(self) -> None:
+        """Check it while nothing is in flight: then no settled call serves the queue."""
         if hasattr(self, "account") and self.account.queue and not self.permits:
-            entry = self.account.queue.head()
-            assert entry is not None
-            assert getattr(entry[2].waiter, "when", None) is not None
+            head = self.account.queue.head()
+            assert head is not None
+            assert getattr(head[2].waiter, "when", None) is not None
 
     def teardown(self) -> None:
         if hasattr(self, "account"):
             for permit in self.permits:
                 self.account.release_unsent(self.now, permit)
-            for call, _ in self.waiting:
-                self.account.withdraw(call)
+            for waiting, _ in self.waiting:
+                self.account.withdraw(waiting)
             assert not self.account.in_flight
             assert not self.account.queue
-            assert self.money.held == 0
+            assert self.budget.held == 0
 
 
 TestAccount = AccountMachine.TestCase

@@ -1,4 +1,4 @@
-"""The order of calls: runs that started earlier first, tenants in turns, retries at the head."""
+"""The order of calls: earlier runs first, tenants by weighted turns, retries at the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from forebay.upstream.call_request import CallRequest
 from forebay.upstream.fair_order import FairOrder
 
 
-def test_calls_of_runs_that_started_earlier_go_first_however_late_they_come() -> None:
+def test_calls_of_earlier_runs_go_first_however_late_they_arrive() -> None:
     order = FairOrder()
     first = order.rank(CallRequest(task_id="first"))
     second = order.rank(CallRequest(task_id="second"))
@@ -35,7 +35,7 @@ def test_within_a_run_the_earlier_deadline_goes_first() -> None:
     )
 
 
-def test_a_tenant_with_many_runs_leaves_the_next_turn_to_one_with_few() -> None:
+def test_a_tenant_with_many_runs_does_not_delay_one_with_few() -> None:
     order = FairOrder()
     many = [order.rank(CallRequest(task_id=f"many-{n}", tenant="many")) for n in range(100)]
     for rank in many[:10]:
@@ -44,7 +44,7 @@ def test_a_tenant_with_many_runs_leaves_the_next_turn_to_one_with_few() -> None:
     assert sum(rank < few for rank in many[10:]) <= 1
 
 
-def test_a_tenant_that_was_idle_gets_no_credit_for_it() -> None:
+def test_an_idle_tenant_earns_no_credit() -> None:
     order = FairOrder()
     for n in range(100):
         order.record_served(order.rank(CallRequest(task_id=f"here-{n}", tenant="here")))
@@ -63,11 +63,11 @@ def test_turns_follow_the_weights(arrivals: list[str]) -> None:
     total = {tenant: arrivals.count(tenant) for tenant in served}
     for _, tenant in ranks:
         served[tenant] += 1
-        if all(served[tenant] < total[tenant] for tenant in served):  # both still wait
+        if all(served[name] < total[name] for name in served):  # both still wait
             assert abs(served["heavy"] - 2 * served["light"]) <= 2
 
 
-def test_a_call_outside_of_any_task_counts_as_a_run_of_its_own() -> None:
+def test_a_call_without_a_task_is_a_run_of_its_own() -> None:
     order = FairOrder()
     assert order.rank(CallRequest()) < order.rank(CallRequest())
     assert order.rank(CallRequest())[1] == math.inf

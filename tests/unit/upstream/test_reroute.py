@@ -1,4 +1,4 @@
-"""Rerouted requests: only what must change does, and no key goes to another provider."""
+"""Rerouted requests: only the necessary parts change, and no key is sent to another provider."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def route_of(fallback: Fallback, model: str = "gpt-4o", **how: Any) -> FallbackR
     return route
 
 
-def mini() -> FallbackRoute:
+def to_mini() -> FallbackRoute:
     return route_of(Fallback(to="gpt-4o-mini"), models={"gpt-4o": (), "gpt-4o-mini": ()})
 
 
-def other_upstream(provider: str = "openai", model: str = "gpt-4o", first: str = "openai", **how: Any) -> FallbackRoute:
+def to_other(provider: str = "openai", model: str = "gpt-4o", first: str = "openai", **how: Any) -> FallbackRoute:
     return route_of(Fallback(to=Upstream("other", provider=provider), **how), model, provider=first)
 
 
@@ -44,15 +44,15 @@ def sent(route: FallbackRoute, path: str = CHAT, body: bytes = BODY) -> Rerouted
 
 
 def test_another_model_is_all_that_changes_in_a_body() -> None:
-    changed = sent(mini())
-    kept = b'[ {"role":"user","content":"\\u00e9 1.0"} ]', b"1e2"
-    assert changed.body == b'{"model":"gpt-4o-mini","messages":%b,"x":%b}' % kept
+    changed = sent(to_mini())
+    unchanged = b'[ {"role":"user","content":"\\u00e9 1.0"} ]', b"1e2"
+    assert changed.body == b'{"model":"gpt-4o-mini","messages":%b,"x":%b}' % unchanged
     assert (changed.origin, changed.path, changed.added_headers) == (None, CHAT, {})
     headers = Headers({"authorization": "Bearer sk-1", "content-length": "3", "x": "y"})
     assert changed.headers(headers) == {"authorization": "Bearer sk-1", "x": "y"}
 
 
-def test_azure_names_the_model_in_the_path() -> None:
+def test_with_azure_the_path_names_the_model() -> None:
     path = "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
     body = b'{"messages":[]}'
     route = route_of(Fallback(to="mini/1"), provider="azure", models={"gpt-4o": (), "mini/1": ()})
@@ -76,81 +76,76 @@ def test_azure_names_the_model_in_the_path() -> None:
          "https://b.test/openai/deployments/x/chat/completions?api-version=1"),
     ],
 )  # fmt: skip
-def test_a_rerouted_request_goes_below_the_base_url_as_an_sdk_would_send_it(
+def test_the_url_is_built_from_the_other_base_url_as_an_sdk_would_build_it(
     provider: str, base_url: str, path: str, expected: str
 ) -> None:
-    changed = sent(other_upstream(provider, base_url=base_url), path)
+    changed = sent(to_other(provider, base_url=base_url), path)
     assert f"{changed.origin}{changed.path}" == expected
 
 
 @pytest.mark.parametrize("base_url", ["https://b.test", "https://b.test/v1"])
-def test_the_base_url_of_anthropic_has_no_version(base_url: str) -> None:
-    route = other_upstream("anthropic", first="anthropic", base_url=base_url, api_key="sk-2")
+def test_with_anthropic_the_base_url_may_lack_the_version(base_url: str) -> None:
+    route = to_other("anthropic", first="anthropic", base_url=base_url, api_key="sk-2")
     changed = sent(route, "/v1/messages")
     assert f"{changed.origin}{changed.path}" == "https://b.test/v1/messages"
     assert changed.added_headers == {"x-api-key": "sk-2"}
-    assert route.auth_headers("Bearer sk-1") == {
-        "authorization": "Bearer sk-2"
-    }  # as its SDK sends it from version 2 on
+    assert route.auth_headers("Bearer sk-1") == {"authorization": "Bearer sk-2"}  # as its SDK does from version 2 on
 
 
-def test_no_identity_of_the_caller_goes_to_another_provider() -> None:
+def test_headers_that_identify_the_caller_are_not_sent_to_another_provider() -> None:
     headers = Headers(
         {"authorization": "Bearer sk-1", "cookie": "c", "openai-organization": "o", "host": "a.test", "accept": "x"}
     )
-    assert sent(other_upstream(base_url="https://b.test")).headers(headers) == {"accept": "x"}
-    rerouted = sent(other_upstream(base_url="https://b.test", api_key="sk-2")).headers(headers)
+    assert sent(to_other(base_url="https://b.test")).headers(headers) == {"accept": "x"}
+    rerouted = sent(to_other(base_url="https://b.test", api_key="sk-2")).headers(headers)
     assert rerouted == {"accept": "x", "authorization": "Bearer sk-2"}
-    assert sent(other_upstream("azure", api_key="sk-2")).headers(headers) == {"accept": "x", "api-key": "sk-2"}
+    assert sent(to_other("azure", api_key="sk-2")).headers(headers) == {"accept": "x", "api-key": "sk-2"}
 
 
-def test_a_route_uses_the_account_of_its_own_api_key() -> None:
-    route = other_upstream(base_url="https://b.test", api_key="sk-2")
+def test_the_account_belongs_to_the_other_key() -> None:
+    route = to_other(base_url="https://b.test", api_key="sk-2")
     assert route.account("Bearer sk-1") is route.upstream.core.accounts.account("gpt-4o", "Bearer sk-2")
-    assert mini().account_key("Bearer sk-1") == "Bearer sk-1"
+    assert to_mini().account_key("Bearer sk-1") == "Bearer sk-1"
 
 
-def test_a_request_that_cannot_be_changed_is_not_rerouted() -> None:
-    other = other_upstream(base_url="https://b.test/v1", model="gpt-4o")
-    assert send(mini(), authorization="AWS4-HMAC-SHA256 x") is None
-    assert send(mini(), CHAT, BODY, "POST", **{"content-encoding": "gzip"}) is None
-    assert send(mini(), body=b"garbage") is None
+def test_a_request_that_cannot_be_changed_or_served_by_the_other_is_not_rerouted() -> None:
+    other = to_other(base_url="https://b.test/v1", model="gpt-4o")
+    assert send(to_mini(), authorization="AWS4-HMAC-SHA256 x") is None
+    assert send(to_mini(), CHAT, BODY, "POST", **{"content-encoding": "gzip"}) is None
+    assert send(to_mini(), body=b"garbage") is None
     assert send(other, "/v1/files", b"{}") is None
     assert send(other, "/v1/models", b"", "GET") is None
-    goes_on = json.dumps({"model": "gpt-4o", "input": "x", "previous_response_id": "resp_1"}).encode()
-    assert send(other, "/v1/responses", goes_on) is None
-    assert send(mini(), "/v1/responses", goes_on) is not None
-    assert send(other, "/v1/responses", goes_on.replace(b'"resp_1"', b"null")) is not None
+    continued = json.dumps({"model": "gpt-4o", "input": "x", "previous_response_id": "resp_1"}).encode()
+    assert send(other, "/v1/responses", continued) is None
+    assert send(to_mini(), "/v1/responses", continued) is not None
+    assert send(other, "/v1/responses", continued.replace(b'"resp_1"', b"null")) is not None
 
 
-def test_embeddings_go_to_another_model_only_if_the_fallback_names_models() -> None:
+def test_embeddings_are_rerouted_to_another_model_only_if_a_fallback_names_it() -> None:
     body = json.dumps({"model": "embed-1", "input": "x"}).encode()
     path = "/v1/embeddings"
     models = {"embed-1": (), "embed-2": ()}
     assert send(route_of(Fallback(to="embed-2"), "embed-1", models=models), path, body) is None
     assert send(route_of(Fallback(to="embed-2", models="embed-*"), "embed-1", models=models), path, body) is not None
-    assert send(other_upstream(model="embed-1", base_url="https://b.test"), path, body) is not None
+    assert send(to_other(model="embed-1", base_url="https://b.test"), path, body) is not None
 
 
-def test_a_request_without_a_model_goes_only_between_unknown_providers() -> None:
-    route = other_upstream("generic", "", "generic", base_url="https://mirror.test/api")
+def test_a_request_without_a_model_is_rerouted_between_generic_upstreams() -> None:
+    route = to_other("generic", "", "generic", base_url="https://mirror.test/api")
     changed = send(route, "/search?q=x", b"", "GET")
     assert changed is not None
     assert f"{changed.origin}{changed.path}" == "https://mirror.test/api/search?q=x"
 
 
-def test_routes_have_no_loop_and_no_account_twice() -> None:
+def test_fallback_routes_have_no_loop_and_no_account_twice() -> None:
     models = {"a": (), "b": (), "c": ()}
     up = Upstream("up", models=models, fallback=[Fallback(to="b"), Fallback(to="c"), Fallback(to="b", models="a")])
     routes = up.runner.resolver.routes("a")
     own = up.core.accounts.account("a")
-    assert [account.name for _, account in up.runner.resolver.accounts(own, routes)] == [
-        "upstream:up:b",
-        "upstream:up:c",
-    ]
+    assert [shared.name for _, shared in up.runner.resolver.accounts(own, routes)] == ["upstream:up:b", "upstream:up:c"]
     assert [
-        account.name
-        for _, account in up.runner.resolver.accounts(up.core.accounts.account("b"), up.runner.resolver.routes("b"))
+        shared.name
+        for _, shared in up.runner.resolver.accounts(up.core.accounts.account("b"), up.runner.resolver.routes("b"))
     ] == ["upstream:up:c"]
     other = Upstream("other", models=models, fallback=[Fallback(to=up), Fallback(to="b")])
     found = [(route.upstream.name, route.model) for route in other.runner.resolver.routes("a")]

@@ -1,4 +1,4 @@
-"""The bounded cache: thousands of accounts and budgets, and never two for one key while one is in use."""
+"""The cache of accounts and budgets: it stays bounded, and an entry in use is never made a second time."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from forebay.testing import virtual
 from forebay.upstream.weak_lru import WeakLRU
 
 
-class Thing:
-    """A cached value."""
+class Entry:
+    """An entry of the cache."""
 
     def __init__(self, key: int) -> None:
         self.key = key
 
 
-def test_the_most_recent_values_are_kept_and_no_more() -> None:
-    kept = WeakLRU[int, Thing](10)
+def test_only_the_latest_entries_are_kept() -> None:
+    cache = WeakLRU[int, Entry](10)
     for key in range(100):
-        kept.get(key, Thing)
+        cache.get(key, Entry)
     gc.collect()
-    assert [thing.key for thing in kept.values()] == list(range(90, 100))
+    assert [entry.key for entry in cache.values()] == list(range(90, 100))
 
 
-def test_a_recently_used_value_stays() -> None:
-    kept = WeakLRU[int, Thing](10)
+def test_a_recently_used_entry_stays() -> None:
+    cache = WeakLRU[int, Entry](10)
     for key in range(1, 100):
-        kept.get(0, Thing)
-        kept.get(key, Thing)
-    assert 0 in [thing.key for thing in kept.values()]
+        cache.get(0, Entry)
+        cache.get(key, Entry)
+    assert 0 in [entry.key for entry in cache.values()]
 
 
-def test_a_value_that_is_held_is_found_however_old_it_is() -> None:
-    kept = WeakLRU[int, Thing](10)
-    held = kept.get(0, Thing)
+def test_an_entry_in_use_is_found_however_many_came_since() -> None:
+    cache = WeakLRU[int, Entry](10)
+    held = cache.get(0, Entry)
     for key in range(1, 100):
-        kept.get(key, Thing)
-    assert kept.get(0, Thing) is held
-    assert held in kept.values()
+        cache.get(key, Entry)
+    assert cache.get(0, Entry) is held
+    assert held in cache.values()
 
 
 # --- accounts and budgets ---
 
 
-async def fill_caches(upstream: Upstream, **how: Any) -> None:
-    """Use more accounts, and more tenants, than are kept."""
+async def call_others(upstream: Upstream, **how: Any) -> None:
+    """Make calls for more accounts and tenants than the cache keeps."""
     for number in range(10_001):
         async with upstream.call(f"model-{number % 1_001}", tenant=f"tenant-{number}", **how):
             pass
 
 
 @virtual
-async def test_an_account_that_a_call_is_about_to_use_is_not_opened_a_second_time() -> None:
+async def test_an_account_that_a_call_holds_is_not_opened_a_second_time() -> None:
     upstream = Upstream("llm", models={"own": []}, max_concurrent=1)
-    later = upstream.call("own")  # it has its account, and no permit yet
-    await fill_caches(upstream)
+    later = upstream.call("own")  # it has its account, and has not requested a permit
+    await call_others(upstream)
     async with upstream.call("own"):
         entering = asyncio.create_task(later.__aenter__())
         await asyncio.sleep(1.0)
-        assert not entering.done()  # the only slot is taken
+        assert not entering.done()  # there is one slot
         assert [account.in_flight for account in upstream.statistics().accounts if account.name.endswith(":own")] == [1]
     await entering
     await later.__aexit__(None, None, None)
 
 
 @virtual
-async def test_the_budget_of_a_call_in_flight_does_not_exist_twice() -> None:
+async def test_dollars_that_a_call_reserved_are_not_available_a_second_time() -> None:
     prices = {"*": Price(input=1_000_000, output=0)}
     upstream = Upstream("llm", tenant_budget=Budget(usd=1), prices=prices)
     async with upstream.call("model", input_tokens=1, tenant="acme"):
-        await fill_caches(upstream)
+        await call_others(upstream)
         with pytest.raises(Overloaded, match="overspent"):
             async with upstream.call("model", input_tokens=1, tenant="acme"):
                 pass
 
 
-def test_the_load_source_of_a_run_stays_the_same_among_many_others() -> None:
+def test_the_load_source_of_a_run_stays_the_same_however_many_others_there_are() -> None:
     upstream = Upstream("llm", models={"a": [], "b": []}, fallback=Fallback("b", models="a"))
     accounts = [upstream.core.accounts.account("a"), upstream.core.accounts.account("b")]
     any_of = upstream.runner.resolver.any_of(accounts)

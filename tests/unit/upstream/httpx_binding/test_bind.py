@@ -1,4 +1,4 @@
-"""Binding: copies keep the settings of their clients, and the clients stay unchanged."""
+"""Bound clients: copies that keep the settings of the original, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_bound(client: Any) -> bool:
 
 
 @LIBRARIES
-def test_a_bound_copy_keeps_the_settings_of_the_client(http: ModuleType) -> None:
+def test_a_copy_keeps_the_settings_of_the_client(http: ModuleType) -> None:
     seen: list[Any] = []
     script, proxied = Script(http), Script(http)
     client = http.Client(
@@ -67,7 +67,7 @@ def test_a_bound_copy_keeps_the_settings_of_the_client(http: ModuleType) -> None
 
 
 @LIBRARIES
-def test_binding_again_changes_nothing_and_binding_to_two_upstreams_is_an_error(http: ModuleType) -> None:
+def test_binding_again_returns_the_same_client_and_binding_to_another_upstream_is_an_error(http: ModuleType) -> None:
     upstream = Upstream("key")
     bound = upstream.bind(http.Client())
     assert upstream.bind(bound) is bound
@@ -75,7 +75,7 @@ def test_binding_again_changes_nothing_and_binding_to_two_upstreams_is_an_error(
         Upstream("other").bind(bound)
 
 
-def test_binding_sdks_and_models_again_changes_nothing() -> None:
+def test_sdk_clients_and_models_are_bound_to_one_upstream_too() -> None:
     upstream = Upstream("key", provider="openai")
     clients: list[Any] = [
         openai.AsyncOpenAI(api_key="k"),
@@ -107,11 +107,11 @@ def test_an_sdk_client_keeps_its_settings_and_its_copies_stay_bound() -> None:
         assert copy.max_retries == 0
 
 
-def test_a_websocket_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_websocket_that_bypasses_the_upstream_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream("key", provider="openai")
     bound = upstream.bind(openai.AsyncOpenAI(api_key="k"))
     for over_http in (bound.chat.completions.create, bound.responses.create, bound.realtime.client_secrets.create):
-        assert callable(over_http)  # no warning for HTTP
+        assert callable(over_http)  # these go through the upstream
     assert not caplog.records
     for client in (bound, bound, bound.with_options(timeout=3)):
         client.realtime.connect(model="gpt-realtime")
@@ -123,13 +123,15 @@ def test_a_websocket_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("kind", [openai.OpenAI, openai.AsyncOpenAI])
 @pytest.mark.parametrize("where", ["responses", "realtime", "beta.responses", "beta.realtime", "realtime.translations"])
-def test_every_way_to_open_a_websocket_is_warned_about(kind: Any, where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_place_where_the_sdk_opens_a_websocket_warns(
+    kind: Any, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     bound = Upstream("key", provider="openai").bind(kind(api_key="k"))
     operator.attrgetter(where)(bound).connect(**({"model": "gpt-realtime"} if "realtime" in where else {}))
     assert len(caplog.records) == 1
 
 
-def test_a_copy_with_an_http_client_of_its_own_is_not_bound_and_not_warned_about(
+def test_a_copy_with_an_http_client_of_its_own_is_not_bound_and_does_not_warn(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     bound: Any = Upstream("key", provider="openai").bind(openai.OpenAI(api_key="k"))
@@ -146,15 +148,15 @@ def test_the_connections_of_a_client_that_is_dropped_stay_open() -> None:
     client: Any = openai.OpenAI(api_key="k")
     client._client._transport = transport
     bound = Upstream("key", provider="openai").bind(client)
-    of_the_client = client._client
+    http_client = client._client
     del client
     gc.collect()
     bound.chat.completions.create(**REQUEST)
     assert not closed
-    del bound  # only the client itself is left: collecting its copy does not close it
+    del bound  # the HTTP client of the original stays open
     gc.collect()
     assert not closed
-    of_the_client.close()
+    http_client.close()
     assert closed
 
 
@@ -178,7 +180,7 @@ def test_all_clients_of_a_langchain_model_are_bound() -> None:
 @pytest.mark.parametrize(
     "thing", [object(), "client", None, DeterministicFakeEmbedding(size=3), httpx2.HTTPTransport()]
 )
-def test_binding_something_else_is_an_error_that_names_the_gateway(thing: Any) -> None:
-    with pytest.raises(NotBindable, match="forebay gateway") as error:
+def test_the_error_for_an_unsupported_object_names_the_gateway(thing: Any) -> None:
+    with pytest.raises(NotBindable, match="forebay gateway") as raised:
         Upstream("key").bind(thing)
-    assert isinstance(error.value, TypeError)
+    assert isinstance(raised.value, TypeError)

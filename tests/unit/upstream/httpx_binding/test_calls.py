@@ -1,4 +1,4 @@
-"""Calls of bound httpx clients: answers passed on, retries, rejections, and that nothing stays reserved."""
+"""Calls of bound httpx clients: responses, retries, streams and rejections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.upstream.httpx_binding.wire import (
     STOP,
     STREAM,
     URL,
-    Answer,
+    Reply,
     Script,
     left,
     words,
@@ -44,9 +44,9 @@ def upstream(**how: Any) -> Upstream:
     return Upstream("key", **{"provider": "openai", **how})
 
 
-def only(up: Upstream) -> SharedAccount:
-    (account,) = up.core.accounts
-    return account
+def only_account(up: Upstream) -> SharedAccount:
+    (shared,) = up.core.accounts
+    return shared
 
 
 async def ask(client: Any, **body: Any) -> Any:
@@ -58,14 +58,14 @@ async def pieces(client: Any, **body: Any) -> list[bytes]:
         return [piece async for piece in response.aiter_raw()]
 
 
-# --- answers ---
+# --- responses ---
 
 
 @LIBRARIES
 @virtual
-async def test_an_answer_is_passed_on_unchanged_and_nothing_stays_reserved(http: ModuleType) -> None:
+async def test_a_response_passes_unchanged_and_nothing_is_left_behind(http: ModuleType) -> None:
     up = upstream()
-    script = Script(http, Answer(headers={"x-request-id": "req_7"}))
+    script = Script(http, Reply(headers={"x-request-id": "req_7"}))
     response = await ask(script.client(up))
     assert response.json() == CHAT
     assert response.headers["x-request-id"] == "req_7"
@@ -75,12 +75,12 @@ async def test_an_answer_is_passed_on_unchanged_and_nothing_stays_reserved(http:
 
 
 @LIBRARIES
-def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
+def test_in_a_plain_thread_a_response_passes_unchanged_too(http: ModuleType) -> None:
     up = upstream()
     script = Script(http)
     client = script.blocking_client(up)
     assert client.post(URL, json=REQUEST).json() == CHAT
-    script.answers = [Answer.stream()]
+    script.replies = [Reply.stream()]
     with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         assert b"".join(response.iter_raw()) == b"".join([*words("The ", "Danube."), STOP, DONE])
     assert script.closed == 2
@@ -89,9 +89,9 @@ def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
 
 @LIBRARIES
 @virtual
-async def test_usage_is_requested_in_a_stream_and_removed_if_the_caller_did_not_ask_for_it(http: ModuleType) -> None:
+async def test_a_stream_asks_for_usage_and_hides_it_from_a_caller_who_did_not(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=1e5)})
-    script = Script(http, Answer.stream(*STREAM))
+    script = Script(http, Reply.stream(*STREAM))
     client = script.client(up)
     assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
     assert json.loads(script.requests[0].content)["stream_options"] == {"include_usage": True}
@@ -100,8 +100,8 @@ async def test_usage_is_requested_in_a_stream_and_removed_if_the_caller_did_not_
 
 @LIBRARIES
 @virtual
-async def test_a_caller_that_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
-    script = Script(http, Answer.stream(*STREAM))
+async def test_a_caller_who_asked_for_usage_gets_every_byte(http: ModuleType) -> None:
+    script = Script(http, Reply.stream(*STREAM))
     client = script.client(upstream())
     asked = {"stream_options": {"include_usage": True}}
     assert await pieces(client, **asked) == STREAM
@@ -110,11 +110,11 @@ async def test_a_caller_that_asked_for_usage_gets_every_byte(http: ModuleType) -
 
 @LIBRARIES
 @virtual
-async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
+async def test_compressed_responses_are_metered_too(http: ModuleType) -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=1e6, output=0)})
     zipped = {"content-encoding": "gzip"}
-    whole = Answer(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
-    stream = Answer.stream(gzip.compress(b"".join(STREAM)))
+    whole = Reply(body=[gzip.compress(json.dumps(CHAT).encode())], headers=zipped)
+    stream = Reply.stream(gzip.compress(b"".join(STREAM)))
     stream.headers |= zipped
     client = Script(http, whole, stream).client(up)
     response = await ask(client)
@@ -126,7 +126,7 @@ async def test_compressed_answers_are_metered_too(http: ModuleType) -> None:
 
 @virtual
 async def test_a_signed_request_is_sent_unchanged() -> None:
-    script = Script(httpx2, Answer.stream(*STREAM))
+    script = Script(httpx2, Reply.stream(*STREAM))
     client = script.client(upstream())
     signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
     body = json.dumps({**REQUEST, "stream": True}).encode()
@@ -136,26 +136,26 @@ async def test_a_signed_request_is_sent_unchanged() -> None:
 
 
 @virtual
-async def test_calls_use_the_account_of_their_key_and_model() -> None:
+async def test_calls_belong_to_the_account_of_their_key_and_model() -> None:
     up = upstream(models={"gpt-4o*": [], "o3": []})
     client = Script(httpx2).client(up)
     for header, model in (("authorization", "gpt-4o-mini"), ("x-api-key", "gpt-4o"), ("api-key", "o3")):
         await client.post(URL, json={**REQUEST, "model": model}, headers={header: "sk-secret"})
-    names = {account.name for account in up.core.accounts}
+    names = {shared.name for shared in up.core.accounts}
     assert {name.rpartition(":")[2] for name in names} == {"gpt-4o*", "o3"}
-    assert len(names) == 2  # both headers have the same key
+    assert len(names) == 2  # the first two headers carry the same key
     assert "secret" not in repr(names) + repr(up.statistics())
 
 
 @virtual
-async def test_headers_teach_the_account_its_quotas() -> None:
-    values = {
+async def test_the_account_learns_its_quotas_from_headers() -> None:
+    headers = {
         "x-ratelimit-limit-requests": "2",
         "x-ratelimit-remaining-requests": "0",
         "x-ratelimit-reset-requests": "60s",
     }
     up = upstream()
-    client = Script(httpx2, Answer(headers=values), Answer()).client(up)
+    client = Script(httpx2, Reply(headers=headers), Reply()).client(up)
     began = now()
     await ask(client)
     await ask(client)
@@ -163,7 +163,7 @@ async def test_headers_teach_the_account_its_quotas() -> None:
 
 
 def quota_left(up: Upstream) -> float:
-    (level,) = only(up).account.quotas.levels(now())
+    (level,) = only_account(up).account.quotas.levels(now())
     return level.remaining
 
 
@@ -173,27 +173,27 @@ def limits(remaining: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @virtual
-async def test_use_of_the_quota_by_others_is_noticed_within_a_moment(streamed: bool) -> None:  # noqa: FBT001
+async def test_usage_by_other_clients_is_read_from_headers_after_a_moment_at_most(streamed: bool) -> None:  # noqa: FBT001
     up = upstream()
-    answers = [Answer.stream() if streamed else Answer() for _ in range(4)]
-    for says, remaining in zip(answers, (99, 70, 60, 50), strict=True):
-        says.headers.update(limits(remaining))
-    client = Script(httpx2, *answers).client(up)
+    replies = [Reply.stream() if streamed else Reply() for _ in range(4)]
+    for reply, remaining in zip(replies, (99, 70, 60, 50), strict=True):
+        reply.headers.update(limits(remaining))
+    client = Script(httpx2, *replies).client(up)
     call = pieces if streamed else ask
     await call(client)
     await call(client)
-    assert quota_left(up) == pytest.approx(98, abs=0.1)  # without the second answer, whose headers were not read
+    assert quota_left(up) == pytest.approx(98, abs=0.1)  # our own usage: the headers of the second were not read
     await asyncio.sleep(0.1)
     await call(client)
     assert quota_left(up) == pytest.approx(60, abs=0.1)
 
 
 @virtual
-async def test_the_headers_of_a_429_are_always_read() -> None:
+async def test_the_headers_of_an_error_are_always_read() -> None:
     up = upstream(retry=Retry(max_attempts=1))
-    refused = Answer.error(400)
-    refused.headers.update(limits(40))
-    client = Script(httpx2, Answer(headers=limits(99)), refused).client(up)
+    error = Reply.error(400)
+    error.headers.update(limits(40))
+    client = Script(httpx2, Reply(headers=limits(99)), error).client(up)
     await ask(client)
     await ask(client)
     assert quota_left(up) == pytest.approx(40, abs=0.1)
@@ -204,18 +204,18 @@ async def test_the_headers_of_a_429_are_always_read() -> None:
 
 @LIBRARIES
 @virtual
-async def test_faults_are_retried_until_one_attempt_succeeds(http: ModuleType) -> None:
+async def test_faults_are_retried_until_an_attempt_succeeds(http: ModuleType) -> None:
     up = upstream()
-    script = Script(http, Answer.error(500), http.ConnectError("no route"), Answer.error(502), Answer())
+    script = Script(http, Reply.error(500), http.ConnectError("no route"), Reply.error(502), Reply())
     assert (await ask(script.client(up))).json() == CHAT
     assert len(script.requests) == 4
     assert left(up) == NOTHING
 
 
 @virtual
-async def test_a_truncated_body_is_retried() -> None:
+async def test_a_call_whose_response_body_breaks_off_is_retried() -> None:
     up = upstream()
-    script = Script(httpx2, Answer(body=[b'{"id":', httpx2.ReadError("cut")]), Answer())
+    script = Script(httpx2, Reply(body=[b'{"id":', httpx2.ReadError("cut")]), Reply())
     assert (await ask(script.client(up))).json() == CHAT
     assert script.closed == 2
     assert left(up) == NOTHING
@@ -223,9 +223,9 @@ async def test_a_truncated_body_is_retried() -> None:
 
 @LIBRARIES
 @virtual
-async def test_after_the_last_retry_the_caller_gets_the_providers_answer(http: ModuleType) -> None:
+async def test_after_the_last_retry_the_caller_gets_the_error_of_the_provider(http: ModuleType) -> None:
     up = upstream(retry=Retry(max_attempts=3))
-    script = Script(http, Answer.error(500, "boom"))
+    script = Script(http, Reply.error(500, "boom"))
     response = await ask(script.client(up))
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "boom"
@@ -239,9 +239,9 @@ async def test_after_the_last_retry_the_caller_gets_the_providers_answer(http: M
 
 
 @virtual
-async def test_a_wrong_request_is_not_retried() -> None:
-    for answer in (Answer.error(400), Answer.error(401), Answer.error(404), Answer.error(500, x_should_retry="false")):
-        script = Script(httpx2, answer)
+async def test_a_request_error_is_not_retried() -> None:
+    for reply in (Reply.error(400), Reply.error(401), Reply.error(404), Reply.error(500, x_should_retry="false")):
+        script = Script(httpx2, reply)
         await ask(script.client(upstream()))
         assert len(script.requests) == 1
 
@@ -251,17 +251,17 @@ async def test_a_streamed_request_body_is_sent_once() -> None:
     async def body() -> Any:
         yield b"x"
 
-    script = Script(httpx2, Answer.error(500))
+    script = Script(httpx2, Reply.error(500))
     response = await script.client(upstream()).post("https://provider.test/v1/files", content=body())
     assert response.status_code == 500
     assert len(script.requests) == 1
 
 
 @virtual
-async def test_a_throttled_call_waits_and_uses_up_no_attempt() -> None:
+async def test_a_throttled_call_waits_and_uses_no_attempt() -> None:
     up = upstream(retry=Retry(max_attempts=2))
-    refusals = [Answer.error(429, "tokens per min", retry_after="2") for _ in range(4)]
-    script = Script(httpx2, *refusals, Answer())
+    throttled = [Reply.error(429, "tokens per min", retry_after="2") for _ in range(4)]
+    script = Script(httpx2, *throttled, Reply())
     began = now()
     assert (await ask(script.client(up))).status_code == 200
     assert now() - began >= 8.0
@@ -269,9 +269,9 @@ async def test_a_throttled_call_waits_and_uses_up_no_attempt() -> None:
 
 
 @virtual
-async def test_a_rate_limit_delays_all_calls_of_the_account() -> None:
+async def test_while_a_rate_limited_call_waits_all_others_wait_too() -> None:
     up = upstream()
-    client = Script(httpx2, Answer.error(429, "requests per min", retry_after="5"), Answer()).client(up)
+    client = Script(httpx2, Reply.error(429, "requests per min", retry_after="5"), Reply()).client(up)
     began = now()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(ask(client))
@@ -285,7 +285,7 @@ async def test_a_rate_limit_delays_all_calls_of_the_account() -> None:
 @virtual
 async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
     up = upstream()
-    script = Script(httpx2, Answer.error(429, "requests per day", retry_after="86400"))
+    script = Script(httpx2, Reply.error(429, "requests per day", retry_after="86400"))
     began = now()
     response = await ask(script.client(up))
     assert response.status_code == 429
@@ -294,21 +294,21 @@ async def test_a_retry_after_of_a_day_is_not_waited_for() -> None:
 
 
 @virtual
-async def test_no_calls_are_sent_after_the_providers_spend_cap() -> None:
+async def test_at_the_spend_cap_of_the_provider_calls_are_rejected() -> None:
     up = upstream()
-    script = Script(httpx2, Answer.error(429, "You exceeded your current quota, check your spending limit"))
+    script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"))
     client = script.client(up)
     assert (await ask(client)).status_code == 429
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert refused.value.retry_after == approximately(60.0)
+    assert rejection.value.retry_after == approximately(60.0)
     assert len(script.requests) == 1
 
 
 @virtual
-async def test_free_requests_are_sent_in_spite_of_a_spend_cap() -> None:
+async def test_at_the_spend_cap_of_the_provider_a_free_request_is_still_sent() -> None:
     up = upstream()
-    script = Script(httpx2, Answer.error(429, "You exceeded your current quota, check your spending limit"), Answer())
+    script = Script(httpx2, Reply.error(429, "You exceeded your current quota, check your spending limit"), Reply())
     client = script.client(up)
     assert (await ask(client)).status_code == 429
     assert (await client.get("https://provider.test/v1/models")).status_code == 200
@@ -318,49 +318,49 @@ async def test_free_requests_are_sent_in_spite_of_a_spend_cap() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @virtual
-async def test_a_fetched_answer_does_not_count_in_the_latency(*, stream: bool) -> None:
+async def test_a_fetched_response_teaches_nothing_about_latency_and_tokens(*, stream: bool) -> None:
     up = upstream()
-    client = Script(httpx2, *[Answer.stream() if stream else Answer()] * 20).client(up)
+    client = Script(httpx2, *[Reply.stream() if stream else Reply()] * 20).client(up)
     for _ in range(20):
         assert (await client.get("https://provider.test/v1/responses/resp_1")).status_code == 200
-    (account,) = up.core.accounts
-    assert account.account.latency_model.expected(100) is None
-    assert account.token_estimates.output_tokens == TokenEstimates().output_tokens
+    (shared,) = up.core.accounts
+    assert shared.account.latency_model.expected(100) is None
+    assert shared.token_estimates.output_tokens == TokenEstimates().output_tokens
 
 
 @virtual
-async def test_free_requests_do_not_count_in_the_typical_cost() -> None:
+async def test_a_free_request_does_not_change_the_typical_cost_of_a_call() -> None:
     up = upstream(budget=Budget(usd=1e6), prices={"gpt-4o": Price(input=1e6, output=1e6)})
-    client = Script(httpx2, *[Answer()] * 21).client(up)
+    client = Script(httpx2, *[Reply()] * 21).client(up)
     await ask(client)
-    (account,) = up.core.accounts
-    typical = account._typical.usd
+    (shared,) = up.core.accounts
+    typical = shared._typical.usd
     assert typical > 0
     for _ in range(20):
         await client.get("https://provider.test/v1/models")
-    assert account._typical.usd == typical
+    assert shared._typical.usd == typical
 
 
 @virtual
-async def test_a_spend_cap_suspends_the_account_for_an_hour_at_most() -> None:
-    client = Script(httpx2, Answer.error(402, "no", retry_after="9" * 40), Answer()).client(upstream())
+async def test_at_the_spend_cap_calls_are_rejected_for_an_hour_at_most() -> None:
+    client = Script(httpx2, Reply.error(402, "no", retry_after="9" * 40), Reply()).client(upstream())
     assert (await ask(client)).status_code == 402
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    assert refused.value.retry_after == approximately(3600.0)
+    assert rejection.value.retry_after == approximately(3600.0)
     await asyncio.sleep(3600.0)
     assert (await ask(client)).status_code == 200
 
 
 @virtual
-async def test_a_concurrency_429_lowers_the_limit() -> None:
+async def test_429_for_too_many_concurrent_requests_lowers_the_limit() -> None:
     up = upstream(retry=Retry(max_attempts=1, max_total_delay=0))
-    client = Script(httpx2, Answer(), *[Answer.error(429, "too many concurrent requests")] * 9).client(up)
+    client = Script(httpx2, Reply(), *[Reply.error(429, "too many concurrent requests")] * 9).client(up)
     await ask(client)
-    before = only(up).account.limit.limit(now())
+    before = only_account(up).account.limit.limit(now())
     for _ in range(8):
         await ask(client)
-    assert only(up).account.limit.limit(now()) < before
+    assert only_account(up).account.limit.limit(now()) < before
 
 
 # --- streams ---
@@ -369,17 +369,17 @@ async def test_a_concurrency_429_lowers_the_limit() -> None:
 @virtual
 async def test_a_stream_holds_its_permit_until_it_ends() -> None:
     up = upstream()
-    client = Script(httpx2, Answer.stream(pause=1.0)).client(up)
+    client = Script(httpx2, Reply.stream(pause=1.0)).client(up)
     async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
-        assert {only(up).account.in_flight async for _ in response.aiter_raw()} == {1}
+        assert {only_account(up).account.in_flight async for _ in response.aiter_raw()} == {1}
     assert left(up) == NOTHING
-    assert only(up).account.durations.typical == approximately(5.0)
+    assert only_account(up).account.durations.typical == approximately(5.0)
 
 
 @virtual
-async def test_a_caller_that_closes_a_stream_pays_for_what_was_sent() -> None:
+async def test_a_caller_who_closes_a_stream_early_pays_for_the_received_part() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
-    script = Script(httpx2, Answer.stream(*words(*["word"] * 50)))
+    script = Script(httpx2, Reply.stream(*words(*["word"] * 50)))
     async with script.client(up).stream("POST", URL, json={**REQUEST, "stream": True}) as response:
         async for _ in response.aiter_raw():
             break
@@ -389,34 +389,34 @@ async def test_a_caller_that_closes_a_stream_pays_for_what_was_sent() -> None:
 
 
 @virtual
-async def test_a_broken_stream_is_a_fault_and_raises_the_error_in_the_caller() -> None:
+async def test_a_stream_that_breaks_off_is_a_fault_and_raises_the_error() -> None:
     up = upstream(retry=Retry(max_attempts=1))
-    client = Script(httpx2, Answer.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
+    client = Script(httpx2, Reply.stream(*words("a"), httpx2.RemoteProtocolError("cut"))).client(up)
     for _ in range(5):
         with pytest.raises(httpx2.RemoteProtocolError, match="cut"):
             await pieces(client)
     assert left(up) == NOTHING
-    assert only(up).account.breaker.state(now()) is BreakerState.OPEN
+    assert only_account(up).account.breaker.state(now()) is BreakerState.OPEN
 
 
 @virtual
-async def test_a_truncated_stream_or_one_with_an_error_is_a_fault() -> None:
+async def test_a_stream_that_ends_too_early_or_with_an_error_event_is_a_fault() -> None:
     error = b'event: error\ndata: {"type": "error", "error": {"type": "api_error", "message": "x"}}\n\n'
     for end in ([], [error]):
         up = upstream(retry=Retry(max_attempts=1))
-        client = Script(httpx2, Answer.stream(*words("a"), *end)).client(up)
+        client = Script(httpx2, Reply.stream(*words("a"), *end)).client(up)
         for _ in range(5):
             assert await pieces(client) == [*words("a"), *end]
-        assert only(up).account.breaker.state(now()) is BreakerState.OPEN
+        assert only_account(up).account.breaker.state(now()) is BreakerState.OPEN
         assert left(up) == NOTHING
 
 
 @virtual
-async def test_a_malformed_answer_is_passed_on_and_costs_what_was_reserved() -> None:
+async def test_an_unparsable_response_passes_and_costs_the_reserved_amount() -> None:
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": Price(input=0, output=1e6)})
-    client = Script(
-        httpx2, Answer(body=[b"\xff\x00garbage"]), Answer.stream(b"\xffgarbage\n\n", b"data: {\n\n")
-    ).client(up)
+    client = Script(httpx2, Reply(body=[b"\xff\x00garbage"]), Reply.stream(b"\xffgarbage\n\n", b"data: {\n\n")).client(
+        up
+    )
     assert (await ask(client)).content == b"\xff\x00garbage"
     assert up.statistics().spent_usd == 100.0  # max_tokens
     assert b"".join(await pieces(client)) == b"\xffgarbage\n\ndata: {\n\n"
@@ -425,48 +425,46 @@ async def test_a_malformed_answer_is_passed_on_and_costs_what_was_reserved() -> 
 
 @LIBRARIES
 @virtual
-async def test_the_permit_of_a_stream_that_is_garbage_collected_is_returned(http: ModuleType) -> None:
+async def test_a_discarded_stream_returns_its_permit(http: ModuleType) -> None:
     up = upstream()
-    client = Script(http, Answer.stream()).client(up)
+    client = Script(http, Reply.stream()).client(up)
     request = client.build_request("POST", URL, json={**REQUEST, "stream": True})
     response = await client.send(request, stream=True)
-    assert only(up).account.in_flight == 1
+    assert only_account(up).account.in_flight == 1
     del response
     gc.collect()
     await asyncio.sleep(0)
     assert left(up) == NOTHING
 
 
-def test_the_permit_of_a_stream_that_is_garbage_collected_in_a_thread_is_returned() -> None:
+def test_a_discarded_stream_in_a_thread_returns_its_permit() -> None:
     up = upstream()
-    client = Script(httpx2, Answer.stream()).blocking_client(up)
+    client = Script(httpx2, Reply.stream()).blocking_client(up)
     response = client.send(client.build_request("POST", URL, json={**REQUEST, "stream": True}), stream=True)
     settled = threading.Event()
-    settle = only(up).settle
+    settle = only_account(up).settle
 
-    def counting_settle(*given: Any) -> None:
-        settle(*given)
+    def watched(*arguments: Any) -> None:
+        settle(*arguments)
         settled.set()
 
-    only(up).settle = counting_settle  # type: ignore[method-assign,assignment]
+    only_account(up).settle = watched  # type: ignore[method-assign,assignment]
     del response
     gc.collect()
     assert settled.wait(5.0)
     assert left(up) == NOTHING
 
 
-@pytest.mark.parametrize("says", [Answer(), Answer.stream(), Answer.error(500)], ids=["whole", "stream", "error"])
-def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Answer) -> None:
+@pytest.mark.parametrize("reply", [Reply(), Reply.stream(), Reply.error(500)], ids=["whole", "stream", "error"])
+def test_a_call_cancelled_at_any_moment_leaves_nothing_behind(reply: Reply) -> None:
     @virtual
-    async def cancelled_after(turns: int) -> None:
+    async def cancelled_after(iterations: int) -> None:
         up = upstream(quotas=[Quota(requests=100, per="minute")], retry=Retry(base_delay=0.001, max_attempts=3))
-        script = Script(httpx2, says)
+        script = Script(httpx2, reply)
         client = script.client(up)
-        task = asyncio.create_task(pieces(client) if says.headers else ask(client))
-        for turn in range(turns):
-            await asyncio.sleep(
-                0 if turn < 12 else 0.0002
-            )  # retries wait for time, everything else for turns of the loop
+        task = asyncio.create_task(pieces(client) if reply.headers else ask(client))
+        for iteration in range(iterations):
+            await asyncio.sleep(0 if iteration < 12 else 0.0002)  # retries sleep
         ended.append(task.done())
         task.cancel()
         await asyncio.wait([task])
@@ -485,14 +483,14 @@ def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Answer) ->
 
 @LIBRARIES
 @virtual
-async def test_a_rejection_to_a_bare_client_is_an_error_of_forebay_and_of_the_library(http: ModuleType) -> None:
+async def test_a_rejection_is_both_overloaded_and_an_error_of_the_http_library(http: ModuleType) -> None:
     up = upstream(quotas=[Quota(requests=1, per="day")])
     script = Script(http)
     client = script.client(up)
     await ask(client)
-    with pytest.raises(Overloaded) as refused:
+    with pytest.raises(Overloaded) as rejection:
         await ask(client)
-    error = refused.value
+    error = rejection.value
     assert isinstance(error, http.HTTPError)
     assert not isinstance(error, http.TransportError)
     assert error.request.url == URL
@@ -505,7 +503,7 @@ async def test_a_rejection_to_a_bare_client_is_an_error_of_forebay_and_of_the_li
 
 
 @virtual
-async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_its_handler_raises() -> None:
+async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_it_raises() -> None:
     up = upstream(quotas=[Quota(requests=1, per="day")])
     script = Script(httpx2)
     client = script.client(up)
@@ -514,7 +512,7 @@ async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_its_hand
         try:
             await ask(client)
         except httpx2.HTTPError:
-            raise ValueError("what now") from None
+            raise ValueError("ours") from None
 
     async with BackpressureSupervisor() as supervisor:
         worker = supervisor.register_worker("agent", handler=agent, task_types=["ask"])
@@ -525,26 +523,26 @@ async def test_a_run_whose_call_is_rejected_ends_as_overloaded_whatever_its_hand
 
 
 @virtual
-async def test_a_run_that_is_throttled_for_good_ends_as_overloaded() -> None:
+async def test_a_run_whose_call_the_provider_throttles_to_the_end_ends_as_overloaded() -> None:
     up = upstream()
-    client = Script(httpx2, Answer.error(429, "requests per day", retry_after="86400")).client(up)
+    client = Script(httpx2, Reply.error(429, "requests per day", retry_after="86400")).client(up)
 
     async def agent(_: Task) -> None:
         (await ask(client)).raise_for_status()
 
     async with BackpressureSupervisor() as supervisor:
         supervisor.register_worker("agent", handler=agent, task_types=["ask"])
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(Overloaded) as rejection:
             await supervisor.run(Task("ask"))
-        assert refused.value.retry_after == 86400.0
+        assert rejection.value.retry_after == 86400.0
 
 
 @virtual
-async def test_a_call_outside_of_a_task_is_counted_as_unattributed() -> None:
+async def test_a_call_outside_of_a_task_counts_and_belongs_to_no_task() -> None:
     up = upstream(task_budget=Budget(usd=1e-9, per="day"))
-    client = Script(httpx2, Answer(pause=1.0)).client(up)
+    client = Script(httpx2, Reply(pause=1.0)).client(up)
     assert (await ask(client)).status_code == 200
-    assert only(up).account.durations.typical > 0
+    assert only_account(up).account.durations.typical > 0
 
 
 def test_threads_and_loops_share_one_account() -> None:
@@ -566,11 +564,11 @@ def test_threads_and_loops_share_one_account() -> None:
         thread.join(30)
     assert len(script.requests) == 60
     assert left(up) == NOTHING
-    assert max(account.account.peak_in_flight for account in up.core.accounts) <= 2
+    assert max(shared.account.peak_in_flight for shared in up.core.accounts) <= 2
 
 
 @virtual
-async def test_an_sdk_that_retries_a_failed_call_gets_the_same_error_at_once() -> None:
+async def test_an_sdk_that_retries_a_call_after_its_last_retry_gets_the_same_error_at_once() -> None:
     up = upstream(retry=Retry(max_attempts=2))
     script = Script(httpx2, httpx2.ConnectError("no route"))
     client = script.client(up)
@@ -584,10 +582,10 @@ async def test_an_sdk_that_retries_a_failed_call_gets_the_same_error_at_once() -
 
 
 @virtual
-async def test_cached_input_tokens_cost_their_own_price() -> None:
+async def test_cached_input_tokens_cost_the_cached_price() -> None:
     price = Price(input=1e6, output=0, cached_input=1e5)
     up = upstream(budget=Budget(usd=1000, per="day"), prices={"gpt-4o": price})
     usage = {**CHAT["usage"], "prompt_tokens_details": {"cached_tokens": 10}}
-    client = Script(httpx2, Answer(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
+    client = Script(httpx2, Reply(body=[json.dumps({**CHAT, "usage": usage}).encode()])).client(up)
     await ask(client)
     assert up.statistics().spent_usd == 20 * 1.0 + 10 * 0.1

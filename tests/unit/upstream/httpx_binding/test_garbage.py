@@ -1,4 +1,4 @@
-"""Malformed answers: callers get them, an error of their library, or a rejection, and no call is blocked for good."""
+"""Random replies of a provider: callers get them, an error of their library or a rejection, and no call hangs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import httpx2
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, STREAM, URL, Answer, Script, left
+from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, STREAM, URL, Reply, Script, left
 
 from forebay import Overloaded
 from forebay.quota import Budget, Price, Quota
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
 
-CALLS = 6  # to a provider with malformed answers
-RECOVERS_AFTER = 3_700.0  # seconds: an hour, if it answered that the money is spent
+CALLS = 6  # while the provider sends garbage
+RECOVERY = 3_700.0  # seconds: over an hour, the longest pause after a reached spend cap
 
 NUMBERS: Final = ["", "-5", "0", "1", "0.5", "NaN", "inf", "1e999", "9" * 40, "abc", "\xff", "5, 7", "-0"]
 MOMENTS: Final = ["1999-01-01T00:00:00Z", "2999-13-99T99:99:99Z", "6m0s", "-3s", "1ms", "Wed, 21 Oct 2015 07:28:00 GMT"]
@@ -67,15 +67,15 @@ BREAKS: Final = ["no", "in the middle", "before"]
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> tuple[Answer, str]:
-    """Draw an answer, and how it ends."""
+def replies(draw: st.DrawFn) -> tuple[Reply, str]:
+    """Return a reply, and where it breaks off."""
     values = draw(headers)
     values["content-type"] = draw(st.sampled_from(KINDS))
     if draw(st.booleans()):
         values["content-encoding"] = draw(st.sampled_from(["gzip", "deflate", "none of these"]))
     status = draw(st.sampled_from([200, 200, 204, 301, 400, 401, 402, 408, 413, 429, 429, 500, 503, 529, 599]))
     wire: Any = {name.encode(): value.encode("latin-1") for name, value in values.items()}
-    return Answer(status=status, body=list(draw(pieces)), headers=wire), draw(st.sampled_from(BREAKS))
+    return Reply(status=status, body=list(draw(pieces)), headers=wire), draw(st.sampled_from(BREAKS))
 
 
 def upstream() -> Upstream:
@@ -89,18 +89,18 @@ def upstream() -> Upstream:
 
 
 async def call(client: Any, http: ModuleType) -> str:
-    """Make a call, and return how it ended. Anything unexpected is raised."""
+    """Make a call and return its end; raise any unexpected exception."""
     try:
-        answer = await client.post(URL, json={**REQUEST, "stream": True})
+        response = await client.post(URL, json={**REQUEST, "stream": True})
     except Overloaded:
-        return "refused"
+        return "rejected"
     except (http.HTTPError, http.StreamError):
         return "failed"
-    return str(answer.status_code)
+    return str(response.status_code)
 
 
 def check(up: Upstream) -> None:
-    """Check that nothing is held without a call, and that all numbers of the account are plausible."""
+    """Check that no ended call holds anything, and that the numbers of the account are plausible."""
     assert left(up) == NOTHING
     spent = up.statistics().spent_usd
     assert spent is not None
@@ -115,30 +115,32 @@ def check(up: Upstream) -> None:
 
 
 @pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
-@given(said=st.lists(answers(), min_size=1, max_size=CALLS))
-def test_no_answer_of_the_provider_blocks_the_account(http: ModuleType, said: list[tuple[Answer, str]]) -> None:
+@given(script_of=st.lists(replies(), min_size=1, max_size=CALLS))
+def test_after_any_replies_no_call_hangs_and_a_recovered_provider_serves(
+    http: ModuleType, script_of: list[tuple[Reply, str]]
+) -> None:
     async def main() -> None:
         up = upstream()
         script = Script(http)
-        script.answers = []
-        for says, breaks in said:
+        script.replies = []
+        for reply, breaks in script_of:
             broken = http.ReadError("cut")
             if breaks == "before":
-                script.answers.append(broken)
+                script.replies.append(broken)
             else:
-                script.answers.append(says)
+                script.replies.append(reply)
                 if breaks == "in the middle":
-                    says.body.append(broken)
+                    reply.body.append(broken)
         client = script.client(up)
         for _ in range(CALLS):
             await call(client, http)
             check(up)
-        script.answers = [Answer.stream()]
-        await asyncio.sleep(RECOVERS_AFTER)
-        for _ in range(5):  # a breaker may need two probes, and reject other calls meanwhile
-            came = await call(client, http)
+        script.replies = [Reply.stream()]
+        await asyncio.sleep(RECOVERY)
+        for _ in range(5):  # a breaker may need two probes, and rejects other calls meanwhile
+            end = await call(client, http)
             await asyncio.sleep(5.0)
-        assert came == "200"
+        assert end == "200"
         check(up)
 
     simulate(main)

@@ -1,4 +1,4 @@
-"""Providers without a network, which answer httpx and httpx2 by a script."""
+"""Scripted providers without a network, for httpx and httpx2."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ def words(*texts: str) -> list[bytes]:
 
 
 STOP = chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
-USAGE_CHUNK = chunk(choices=[], usage=USAGE)
+USAGE_EVENT = chunk(choices=[], usage=USAGE)
 DONE = b"data: [DONE]\n\n"
-STREAM = [*words("The ", "Danube."), STOP, USAGE_CHUNK, DONE]
+STREAM = [*words("The ", "Danube."), STOP, USAGE_EVENT, DONE]
 
 
 @dataclass
-class Answer:
-    """One answer.
+class Reply:
+    """One reply of a scripted provider.
 
     Attributes:
-        body: its pieces; each takes `pause` seconds, or one turn of the loop. An exception among them is raised.
+        body: its pieces. An exception is raised in place of a piece.
+        pause: seconds before each piece; 0 is one iteration of the event loop.
     """
 
     status: int = 200
@@ -53,11 +54,11 @@ class Answer:
     pause: float = 0.0
 
     @classmethod
-    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Answer:
+    def stream(cls, *pieces: bytes | Exception, **rest: Any) -> Reply:
         return cls(body=list(pieces or STREAM), headers={"content-type": "text/event-stream"}, **rest)
 
     @classmethod
-    def error(cls, status: int, message: str = "no", **headers: str) -> Answer:
+    def error(cls, status: int, message: str = "no", **headers: str) -> Reply:
         body = json.dumps({"error": {"message": message, "type": "x", "code": None}}).encode()
         return cls(
             status=status, body=[body], headers={name.replace("_", "-"): value for name, value in headers.items()}
@@ -65,38 +66,38 @@ class Answer:
 
 
 class Script:
-    """A provider that gives one answer per call, and repeats the last.
+    """A provider that replies from a list, call by call; the last reply is repeated.
 
     Attributes:
-        requests: the requests that it got.
-        opened: answers that have begun.
-        closed: answers that were closed.
+        requests: all requests that it received.
+        opened: number of replies that it began.
+        closed: number of those that were closed.
     """
 
-    def __init__(self, http: ModuleType, *answers: Answer | Exception) -> None:
+    def __init__(self, http: ModuleType, *replies: Reply | Exception) -> None:
         self.http = http
-        self.answers = list(answers) or [Answer()]
+        self.replies = list(replies) or [Reply()]
         self.requests: list[Any] = []
         self.opened = 0
         self.closed = 0
 
-    def next(self, request: Any) -> Answer:
+    def next(self, request: Any) -> Reply:
         self.requests.append(request)
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def asynchronous(self) -> Any:
         script, http = self, self.http
 
         class Pieces(http.AsyncByteStream):  # type: ignore[name-defined,misc]
-            def __init__(self, answer: Answer) -> None:
-                self.answer = answer
+            def __init__(self, reply: Reply) -> None:
+                self.reply = reply
 
             async def __aiter__(self) -> AsyncIterator[bytes]:
-                for piece in self.answer.body:
-                    await asyncio.sleep(self.answer.pause)
+                for piece in self.reply.body:
+                    await asyncio.sleep(self.reply.pause)
                     if isinstance(piece, Exception):
                         raise piece
                     yield piece
@@ -107,9 +108,9 @@ class Script:
         class Provider(http.AsyncBaseTransport):  # type: ignore[name-defined,misc]
             async def handle_async_request(self, request: Any) -> Any:
                 await asyncio.sleep(0)
-                answer = script.next(request)
+                reply = script.next(request)
                 script.opened += 1
-                return http.Response(answer.status, headers=answer.headers, stream=Pieces(answer))
+                return http.Response(reply.status, headers=reply.headers, stream=Pieces(reply))
 
         return Provider()
 
@@ -117,11 +118,11 @@ class Script:
         script, http = self, self.http
 
         class Pieces(http.SyncByteStream):  # type: ignore[name-defined,misc]
-            def __init__(self, answer: Answer) -> None:
-                self.answer = answer
+            def __init__(self, reply: Reply) -> None:
+                self.reply = reply
 
             def __iter__(self) -> Iterator[bytes]:
-                for piece in self.answer.body:
+                for piece in self.reply.body:
                     if isinstance(piece, Exception):
                         raise piece
                     yield piece
@@ -131,26 +132,26 @@ class Script:
 
         class Provider(http.BaseTransport):  # type: ignore[name-defined,misc]
             def handle_request(self, request: Any) -> Any:
-                answer = script.next(request)
+                reply = script.next(request)
                 script.opened += 1
-                return http.Response(answer.status, headers=answer.headers, stream=Pieces(answer))
+                return http.Response(reply.status, headers=reply.headers, stream=Pieces(reply))
 
         return Provider()
 
     def client(self, upstream: Upstream | None = None, **how: Any) -> Any:
-        """Return an asynchronous client of this provider, bound if there is an upstream."""
+        """Return an asynchronous client of this provider, bound if an upstream is given."""
         client = self.http.AsyncClient(transport=self.asynchronous(), **how)
         return client if upstream is None else upstream.bind(client)
 
     def blocking_client(self, upstream: Upstream | None = None, **how: Any) -> Any:
-        """Return a client for plain threads, bound if there is an upstream."""
+        """Return a blocking client of this provider, bound if an upstream is given."""
         client = self.http.Client(transport=self.blocking(), **how)
         return client if upstream is None else upstream.bind(client)
 
 
 def left(upstream: Upstream) -> dict[str, float]:
-    """Return what the calls of an upstream still hold; all of it should be 0."""
-    accounts = [account.account for account in upstream.core.accounts]
+    """Return what the calls of an upstream hold; all of it is 0 once they have ended."""
+    accounts = [shared.account for shared in upstream.core.accounts]
     return {
         "in_flight": sum(account.in_flight for account in accounts),
         "waiting": sum(len(account.queue) for account in accounts),

@@ -8,7 +8,7 @@ import httpx2
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Answer, Script
+from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Reply, Script
 
 from forebay.upstream import Upstream
 from forebay.upstream.providers import Headers
@@ -67,12 +67,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.mark.parametrize("provider", ["openai", "azure", "anthropic", "generic"])
 async def test_only_relevant_headers_are_looked_up(provider: str, asked: set[str]) -> None:
     answers = [
-        Answer(headers={"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "99", "date": "now"}),
-        Answer.stream(),
-        Answer.error(400),
-        Answer.error(429, retry_after="0.001"),
-        Answer.error(503),
-        Answer(),
+        Reply(headers={"x-ratelimit-limit-requests": "100", "x-ratelimit-remaining-requests": "99", "date": "now"}),
+        Reply.stream(),
+        Reply.error(400),
+        Reply.error(429, retry_after="0.001"),
+        Reply.error(503),
+        Reply(),
     ]
     client = Script(httpx2, *answers).client(Upstream("key", provider=provider))
     for _ in range(4):

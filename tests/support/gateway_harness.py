@@ -1,4 +1,4 @@
-"""The words in which the tests of the gateway speak: a provider that does as it is told, and somebody who calls."""
+"""The harness of the gateway's tests: a scripted provider, a gateway and a caller."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ DONE = b"data: [DONE]\n\n"
 Behaviour = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-class Provider:
-    """Does as its behaviour says, and keeps what it was asked."""
+class ScriptedProvider:
+    """A provider that responds as its `behaviour` says, and records its requests."""
 
     def __init__(self) -> None:
-        self.behaviour: Behaviour = self.answer
-        self.asked: list[web.BaseRequest] = []
-        self.bodies: list[Any] = []  # of those that were answered
-        self.left = asyncio.Event()  # a caller has hung up
+        self.behaviour: Behaviour = self.reply
+        self.requests: list[web.BaseRequest] = []
+        self.bodies: list[Any] = []  # of requests answered by `reply`
+        self.disconnected = asyncio.Event()  # a caller has disconnected
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.asked.append(request)
+        self.requests.append(request)
         try:
             return await self.behaviour(request)
         except asyncio.CancelledError:
-            self.left.set()
+            self.disconnected.set()
             raise
 
-    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def reply(self, request: web.BaseRequest) -> web.StreamResponse:
         self.bodies.append(json.loads(await request.read() or b"null"))
         return web.json_response(CHAT_RESPONSE, headers={"x-request-id": "req_1", "x-should-retry": "true"})
 
 
 def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream") -> Behaviour:
-    """Events: a number waits so many seconds, None for ever, and what follows breaks the connection off."""
+    """Return a behaviour that streams pieces; None waits forever, and a number closes the connection."""
 
     async def behave(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
@@ -77,6 +77,8 @@ CUT = 0.0
 
 
 def responding(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
+    """Return a behaviour that gives this response."""
+
     async def behave(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -86,75 +88,81 @@ def responding(status: int, body: bytes = b"{}", **headers: str) -> Behaviour:
 
 
 class GatewayHarness:
-    """A provider, a gateway before it, and somebody who calls."""
+    """A scripted provider, settings of a gateway in front of it, and a caller.
 
-    def __init__(self, provider: Provider, url: str, session: aiohttp.ClientSession) -> None:
+    Args:
+        provider: the scripted provider.
+        url: of the provider.
+        session: of the caller.
+    """
+
+    def __init__(self, provider: ScriptedProvider, url: str, session: aiohttp.ClientSession) -> None:
         self.provider = provider
         self.url = url
         self.session = session
         self.gateway: Gateway | None = None
 
     def settings(self, *, gateway: dict[str, Any] | None = None, **target: Any) -> GatewaySettings:
-        both = tuple(TargetSettings(**{"name": name, "url": self.url, **target}) for name in ("openai", "anthropic"))
-        return GatewaySettings(targets=both, **{"listen": "127.0.0.1:0", "drain_timeout": 5.0, **(gateway or {})})
+        targets = tuple(TargetSettings(**{"name": name, "url": self.url, **target}) for name in ("openai", "anthropic"))
+        return GatewaySettings(targets=targets, **{"listen": "127.0.0.1:0", "drain_timeout": 5.0, **(gateway or {})})
 
     def at(self, gateway: Gateway, path: str = "/v1/chat/completions") -> str:
         return f"http://127.0.0.1:{gateway.port}{path}"
 
     async def post(self, gateway: Gateway, path: str = "/v1/chat/completions", **how: Any) -> tuple[int, Any, Any]:
-        """Status, headers and decoded body."""
+        """Make a call; return status, headers and decoded body."""
         how = how if "data" in how else {"json": CHAT_REQUEST, **how}
-        async with self.session.post(self.at(gateway, path), **how) as answer:
-            raw = await answer.read()
-            return answer.status, answer.headers, json.loads(raw) if raw[:1] == b"{" else raw
+        async with self.session.post(self.at(gateway, path), **how) as response:
+            raw = await response.read()
+            return response.status, response.headers, json.loads(raw) if raw[:1] == b"{" else raw
 
 
 def leftovers(gateway: Gateway) -> tuple[int, int, int]:
-    """Calls in flight, in line, and tokens reserved: nothing may be left behind."""
-    accounts = [desk.account for target in gateway.forwarder.targets for desk in target.upstream.core.accounts]
+    """Return the calls in flight, the queued ones, and the reserved tokens; all must be 0 in the end."""
+    accounts = [account.account for target in gateway.forwarder.targets for account in target.upstream.core.accounts]
     reserved = sum(sum(account.quotas._under_way.values()) for account in accounts)
     return sum(account.in_flight for account in accounts), sum(len(account.queue) for account in accounts), reserved
 
 
-NOTHING = (0, 0, 0)
+NOTHING_LEFT = (0, 0, 0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what events will bring about; a test that waits in vain ends by its timeout."""
-    while not condition():  # noqa: ASYNC110 - sockets of the machine bring it about, and they have no event
+    """Wait for a condition; a test that waits in vain ends by its timeout."""
+    while not condition():  # noqa: ASYNC110 - sockets bring it about, without an event
         await asyncio.sleep(0)
 
 
 async def raw(gateway: Gateway, sent: bytes) -> bytes:
-    """What comes back for these bytes, to the end of the connection."""
+    """Send bytes; return what comes back, to the end of the connection."""
     reader, writer = await connect(gateway, sent)
-    told = await read_to_end(reader)
+    received = await read_to_end(reader)
     writer.close()
-    return told
+    return received
 
 
 async def read_to_end(reader: asyncio.StreamReader) -> bytes:
-    """What comes until a connection is closed, or reset."""
-    told = b""
+    """Return what arrives until the connection is closed or reset."""
+    received = b""
     with contextlib.suppress(ConnectionError):
         while piece := await reader.read(1 << 16):
-            told += piece
-    return told
+            received += piece
+    return received
 
 
 def request_bytes(body: bytes = b"", *fields: bytes, start: bytes = b"POST /v1/chat/completions HTTP/1.1") -> bytes:
-    """A request as it stands on the wire, its length told unless it is empty."""
+    """Return the bytes of a request, with a content-length unless it is empty."""
     length = (b"content-length: %d" % len(body),) if body else ()
     return b"\r\n".join((start, b"host: localhost", *fields, *length, b"", body))
 
 
-def writing_raw(*said: bytes, stays: bool = False) -> Behaviour:
-    """These bytes, whatever HTTP wants; then the connection closes, unless it stays."""
+def writing_raw(*pieces: bytes, stays: bool = False) -> Behaviour:
+    """Return a behaviour that writes raw bytes, and then closes the connection unless it `stays`."""
 
     async def behave(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         assert request.transport is not None
-        for piece in said:
+        for piece in pieces:
             request.transport.write(piece)
         if stays:
             await asyncio.Event().wait()
@@ -165,7 +173,7 @@ def writing_raw(*said: bytes, stays: bool = False) -> Behaviour:
 
 
 async def connect(gateway: Gateway, sent: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection on which these bytes were sent."""
+    """Open a connection and send bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(sent)
     return reader, writer

@@ -1,4 +1,4 @@
-"""Calls of bound clients that fall back to another model or upstream, streams included."""
+"""Fallback for calls of bound clients, whole and streamed: another model or another upstream serves them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.upstream.httpx_binding.wire import (
     STOP,
     STREAM,
     URL,
-    Answer,
+    Reply,
     Script,
     left,
     words,
@@ -30,7 +30,7 @@ from forebay.errors import InvalidSetting
 
 LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
 ONCE = [Quota(requests=1, per="day")]
-BUSY = Answer.error(503, "busy")
+BUSY = Reply.error(503, "busy")
 QUICK = Retry(max_attempts=2, base_delay=0.01, max_total_delay=0.02)
 KEY = {"authorization": "Bearer sk-first"}
 
@@ -70,7 +70,7 @@ def served_by_fallback(up: Upstream) -> int:
 
 @LIBRARIES
 @virtual
-async def test_a_rejected_call_goes_to_the_other_model_with_the_same_key(http: ModuleType) -> None:
+async def test_a_rejected_call_falls_back_to_the_other_model_with_the_same_key(http: ModuleType) -> None:
     up = to_mini(models={"gpt-4o": ONCE, "gpt-4o-mini": ()})
     script = Script(http)
     client = script.client(up)
@@ -84,10 +84,10 @@ async def test_a_rejected_call_goes_to_the_other_model_with_the_same_key(http: M
 
 
 @LIBRARIES
-def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
+def test_in_a_plain_thread_a_rejected_call_falls_back_too(http: ModuleType) -> None:
     other = spare()
     up = first(to_spare(other), quotas=ONCE)
-    script = Script(http, Answer(), Answer(), Answer.stream(*STREAM))
+    script = Script(http, Reply(), Reply(), Reply.stream(*STREAM))
     client = script.blocking_client(up)
     for _ in range(2):
         assert client.post(URL, json=REQUEST, headers=KEY).json() == CHAT
@@ -99,7 +99,7 @@ def test_it_does_the_same_in_a_plain_thread(http: ModuleType) -> None:
 
 @LIBRARIES
 @virtual
-async def test_only_its_own_key_goes_to_another_provider(http: ModuleType) -> None:
+async def test_another_provider_gets_no_key_but_its_own(http: ModuleType) -> None:
     for api_key in (None, "sk-spare"):
         other = spare()
         up = first(to_spare(other, api_key=api_key), quotas=ONCE)
@@ -112,16 +112,16 @@ async def test_only_its_own_key_goes_to_another_provider(http: ModuleType) -> No
         assert request.headers["host"] == "spare.test"
         assert request.headers.get("authorization") == (None if api_key is None else "Bearer sk-spare")
         assert "sk-first" not in str(request.headers)
-        (account,) = other.core.accounts
-        assert account is other.core.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
+        (shared,) = other.core.accounts
+        assert shared is other.core.accounts.account("llama", "" if api_key is None else "Bearer sk-spare")
 
 
 @virtual
-async def test_a_rerouted_stream_holds_the_permit_of_the_account_that_serves_it() -> None:
+async def test_a_stream_falls_back_too_and_holds_the_permit_of_the_account_that_serves_it() -> None:
     price = {"llama": Price(input=1e6, output=1e5)}
     other = spare(budget=Budget(usd=1000, per="day"), prices=price)
     up = first(to_spare(other), quotas=ONCE)
-    script = Script(httpx2, Answer(), Answer.stream(*STREAM))
+    script = Script(httpx2, Reply(), Reply.stream(*STREAM))
     client = script.client(up)
     await ask(client)
     assert b"".join(await pieces(client)) == b"".join([*words("The ", "Danube."), STOP, DONE])
@@ -132,27 +132,27 @@ async def test_a_rerouted_stream_holds_the_permit_of_the_account_that_serves_it(
 
 
 @pytest.mark.parametrize(
-    "says",
+    "reply",
     [
         BUSY,
-        Answer.error(529),
-        Answer.error(429, "requests per day", retry_after="86400"),
-        Answer.error(429, "insufficient credits"),
-        Answer.error(500),
+        Reply.error(529),
+        Reply.error(429, "requests per day", retry_after="86400"),
+        Reply.error(429, "insufficient credits"),
+        Reply.error(500),
         httpx2.ConnectError("no route"),
     ],
     ids=["503", "529", "429", "spend cap", "500", "unreachable"],
 )
 @virtual
-async def test_a_call_falls_back_after_the_providers_last_error(says: Answer | Exception) -> None:
-    class Dead(Script):
-        def next(self, request: Any) -> Answer:
-            self.answers = [Answer() if request.url.host == "spare.test" else says]
+async def test_a_call_falls_back_after_the_last_error_of_the_provider(reply: Reply | Exception) -> None:
+    class FailingFirst(Script):
+        def next(self, request: Any) -> Reply:
+            self.replies = [Reply() if request.url.host == "spare.test" else reply]
             return super().next(request)
 
     other = spare()
     up = first(to_spare(other))
-    script = Dead(httpx2)
+    script = FailingFirst(httpx2)
     assert (await ask(script.client(up))).json() == CHAT
     assert served_by_fallback(up) == 1
     assert left(up) == left(other) == NOTHING
@@ -160,23 +160,23 @@ async def test_a_call_falls_back_after_the_providers_last_error(says: Answer | E
 
 
 @virtual
-async def test_a_wrong_request_does_not_fall_back() -> None:
-    script = Script(httpx2, Answer.error(400, "no such parameter"))
+async def test_a_request_error_does_not_fall_back() -> None:
+    script = Script(httpx2, Reply.error(400, "no such parameter"))
     assert (await ask(script.client(to_mini()))).status_code == 400
     assert len(script.requests) == 1
 
 
 @virtual
-async def test_if_the_fallback_fails_too_the_caller_gets_its_own_providers_answer() -> None:
+async def test_if_the_fallback_fails_too_the_caller_gets_the_error_of_its_own_provider() -> None:
     up = first(to_spare(spare()))
     script = Script(httpx2, BUSY)
-    for end in (404, 503):
+    for status in (404, 503):
 
-        def answer(request: Any, end: int = end) -> Answer:
+        def reply(request: Any, status: int = status) -> Reply:
             script.requests.append(request)
-            return Answer.error(end) if request.url.host == "spare.test" else BUSY
+            return Reply.error(status) if request.url.host == "spare.test" else BUSY
 
-        script.next = answer  # type: ignore[method-assign]
+        script.next = reply  # type: ignore[method-assign]
         response = await ask(script.client(up))
         assert response.status_code == 503
         assert response.headers["x-should-retry"] == "false"
@@ -185,9 +185,9 @@ async def test_if_the_fallback_fails_too_the_caller_gets_its_own_providers_answe
 
 
 @virtual
-async def test_a_rejection_by_both_includes_the_answer_of_the_other_provider() -> None:
+async def test_a_rejection_by_both_says_what_the_other_provider_answered() -> None:
     up = first(to_spare(spare()), quotas=ONCE)
-    script = Script(httpx2, Answer(), Answer.error(401))
+    script = Script(httpx2, Reply(), Reply.error(401))
     client = script.client(up)
 
     async def agent(_: Task) -> None:
@@ -201,10 +201,10 @@ async def test_a_rejection_by_both_includes_the_answer_of_the_other_provider() -
 
 
 @virtual
-async def test_above_the_load_threshold_a_throttled_call_falls_back_at_once() -> None:
+async def test_with_a_load_threshold_a_call_with_a_long_retry_after_falls_back_at_once() -> None:
     other = spare()
     up = first(to_spare(other, load_threshold=0.25), retry=Retry())
-    script = Script(httpx2, Answer.error(429, "requests per minute", retry_after="30"), Answer())
+    script = Script(httpx2, Reply.error(429, "requests per minute", retry_after="30"), Reply())
     began = now()
     assert (await ask(script.client(up))).json() == CHAT
     assert now() - began < 1.0
@@ -215,9 +215,9 @@ async def test_above_the_load_threshold_a_throttled_call_falls_back_at_once() ->
 
 
 @virtual
-async def test_without_a_load_threshold_a_throttled_call_waits_for_its_own_account() -> None:
+async def test_without_a_load_threshold_a_call_waits_for_its_own_provider() -> None:
     up = first(to_spare(spare()), retry=Retry())
-    script = Script(httpx2, Answer.error(429, "requests per minute", retry_after="30"), Answer())
+    script = Script(httpx2, Reply.error(429, "requests per minute", retry_after="30"), Reply())
     began = now()
     await ask(script.client(up))
     assert 30.0 <= now() - began <= 37.0
@@ -225,7 +225,7 @@ async def test_without_a_load_threshold_a_throttled_call_waits_for_its_own_accou
 
 
 @virtual
-async def test_a_signed_request_is_rejected_instead_of_changed() -> None:
+async def test_a_signed_request_is_rejected_rather_than_changed() -> None:
     script = Script(httpx2)
     client = script.client(to_mini(models={"gpt-4o": ONCE, "gpt-4o-mini": ()}))
     signed = {"authorization": "AWS4-HMAC-SHA256 Credential=x", "x-amz-date": "20260101T000000Z"}
@@ -235,19 +235,19 @@ async def test_a_signed_request_is_rejected_instead_of_changed() -> None:
     assert len(script.requests) == 1
 
 
-@pytest.mark.parametrize("says", [Answer(), Answer.stream(), BUSY], ids=["whole", "stream", "busy"])
-def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Answer) -> None:
+@pytest.mark.parametrize("reply", [Reply(), Reply.stream(), BUSY], ids=["whole", "stream", "busy"])
+def test_a_call_cancelled_at_any_moment_leaves_nothing_behind(reply: Reply) -> None:
     @virtual
-    async def cancelled_after(turns: int) -> None:
+    async def cancelled_after(iterations: int) -> None:
         soon = Retry(max_attempts=2, base_delay=0.0005, max_total_delay=0.001)
         other = spare(retry=soon, max_concurrent=4)
         up = first(to_spare(other), quotas=ONCE, retry=soon, max_concurrent=4)
-        script = Script(httpx2, Answer(), says)
+        script = Script(httpx2, Reply(), reply)
         client = script.client(up)
         await ask(client)
-        task = asyncio.create_task(pieces(client) if says.headers else ask(client))
-        for turn in range(turns):
-            await asyncio.sleep(0 if turn < 12 else 0.0002 * 1.3 ** (turn - 12))  # it may retry for a minute
+        task = asyncio.create_task(pieces(client) if reply.headers else ask(client))
+        for iteration in range(iterations):
+            await asyncio.sleep(0 if iteration < 12 else 0.0002 * 1.3 ** (iteration - 12))  # it may retry for a minute
         ended.append(task.done())
         task.cancel()
         await asyncio.wait([task])
@@ -261,7 +261,7 @@ def test_a_call_cancelled_at_any_moment_leaves_nothing_reserved(says: Answer) ->
     assert len(ended) > 3
 
 
-def test_a_client_is_not_bound_if_a_fallback_cannot_be_reached() -> None:
+def test_a_client_is_not_bound_to_a_fallback_that_requests_cannot_be_sent_to() -> None:
     up = first(Fallback(to=spare()))
     with pytest.raises(InvalidSetting, match="base_url"):
         Script(httpx2).client(up)
