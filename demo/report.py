@@ -262,7 +262,7 @@ def _verdict(classic: SideReport, semaphore: SideReport, forebay: SideReport, se
     if similar and (ratio is None or ratio > _FAR):
         sentences.append(
             f"The key gave the classic one about as many answers as Forebay, {classic.calls_answered:,} and"
-            f" {forebay.calls_answered:,}; they differ in how many were of use."
+            f" {forebay.calls_answered:,}; they differ in how many were useful."
         )
     sentences.append(_refusals(classic, semaphore, forebay))
     if classic.usd_ratio and semaphore.usd_ratio and forebay.usd_ratio:

@@ -46,7 +46,7 @@ async def test_what_an_upstream_tries_again_is_counted_each_time(http: Any) -> N
     client = counted(http.AsyncClient(transport=flaky(http, 503, None, 200)), counts)
     upstream = Upstream("key", provider="openai-compatible", retry=Retry(base_delay=0.001))
     async with upstream.bind(client) as bound:
-        assert (await bound.post("http://plant/v1/chat/completions", json={})).status_code == 200
+        assert (await bound.post("http://provider/v1/chat/completions", json={})).status_code == 200
     assert (counts.attempts, counts.statuses) == (3, [503, 200])
 
 

@@ -1,4 +1,4 @@
-"""What a side tells of itself."""
+"""The samples that a side of the demo writes about itself."""
 
 from __future__ import annotations
 

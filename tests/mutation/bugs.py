@@ -142,7 +142,7 @@ def a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for() -> None:
     bypass._leaves_enough.__code__ = _leaves_enough.__code__
 
 
-def tasks_of_a_conversation_wait_for_ever() -> None:
+def tasks_of_a_conversation_never_start() -> None:
     skip(RunCompletion.handler_ended, Dispatcher.next_in_conversation)
 
 

@@ -68,7 +68,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for: (
         test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
-    bugs.tasks_of_a_conversation_wait_for_ever: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
+    bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
     bugs.a_child_does_not_inherit_its_parents_deadline: (
         test_nested.test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own
     ),
