@@ -1,1 +1,1 @@
-"""The surge: fifty agents on one key and ten thousand tasks, first under a classic supervisor, then under Forebay."""
+"""The surge: fifty agents on one key and ten thousand tasks, without Forebay and with it."""

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Final
 
 LIBRARIES: Final = ("aiohttp", "langgraph", "matplotlib", "openai", "rich", "typer")
-"""What the demo imports beside Forebay itself."""
+"""Libraries that the demo imports, apart from Forebay's own requirements."""
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: for ``OpenAIWriter(base_url=...)``.
         model: what is asked for.
-        simulated: it is the simulated provider, which is told the length of each answer.
+        simulated: it is the simulated provider, which gets the length of each answer in a header.
     """
 
     url: str

@@ -39,7 +39,7 @@ SIDES: Final = (Side.CLASSIC, Side.SEMAPHORE, Side.FOREBAY)
 
 
 class Instructions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a side's process is to do, from its command line; the API key is in its environment.
+    """Instructions to a side's process, on its command line; the API key is in its environment.
 
     Attributes:
         side: the side to run.

@@ -10,7 +10,7 @@ It bounds its own concurrency, so it neither runs out of memory nor drowns the p
   grants, so the provider refuses most calls, and some runs give up and pay again from their first call. A smaller
   semaphore would fit, if somebody knew both numbers at every hour.
 - Tasks wait in memory in the order of their submission, whatever their priority, and they are lost with the process.
-- Nobody who submits another task is rejected, or told when to come back.
+- A caller who submits another task is never rejected, and never learns when to come back.
 """
 
 from __future__ import annotations

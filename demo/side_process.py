@@ -23,7 +23,7 @@ from demo.sample import Instructions, Sample, Side
 _LOOK: Final = 0.05  # seconds between readings of a side's memory
 _TICK: Final = 0.25  # seconds between updates of the screen
 _START: Final = 60.0  # seconds until it must be ready
-_GRACE: Final = 10.0  # seconds to end in, once told to
+_GRACE: Final = 10.0  # seconds to end in after `stop`
 _LOG_TAIL: Final = 15  # lines
 
 _ROOT: Final = Path(__file__).parents[1]  # the repository, which the child imports `demo` from
@@ -32,7 +32,7 @@ _decode: Final = msgspec.json.Decoder(Sample).decode
 
 
 class Ending(StrEnum):
-    """How a side's process ended."""
+    """The reason why a side's process ended."""
 
     DONE = "all done"
     TIME_UP = "time is up"
@@ -65,7 +65,7 @@ class SideProcess:
         self._log = log
         self._born = time.monotonic()
         self._began: float | None = None
-        self._stopped_at: float | None = None  # when it was told to end
+        self._stopped_at: float | None = None  # when `stop` was called
         self._why: Ending | None = None  # what it was ended for, if not for time
         self._buffer = b""
         command = [sys.executable, "-m", "demo.side_main", msgspec.json.encode(instructions).decode()]

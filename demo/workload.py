@@ -18,7 +18,7 @@ _QUESTIONS: Final = (
     "why is it late",
     "what has changed since last month",
     "what is the risk",
-    "who has to be told",
+    "who has to be informed",
     "what does it cost us",
     "how do the others handle it",
 )

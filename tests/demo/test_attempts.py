@@ -14,7 +14,7 @@ from forebay.upstream import Upstream
 
 
 class Counts:
-    """What was told."""
+    """A counter that keeps what it counts."""
 
     def __init__(self) -> None:
         self.attempts = 0

@@ -29,7 +29,7 @@ BILL: dict[str, Any] = {
 STRAY = BILL | {"by_reason": {"stray": 7}}
 
 
-def told(**counts: Any) -> Sample:
+def last_sample(**counts: Any) -> Sample:
     return Sample(t=60.0, stage="ended", **counts)
 
 
@@ -48,20 +48,21 @@ def played(last: Sample, **rest: Any) -> SideRun:
 def classic(**rest: Any) -> SideRun:
     counts = {"done": 20, "failed": 30, "usd": 10.0, "input_tokens": 900, "output_tokens": 100, "useful_tokens": 250}
     counts["useful_usd"] = 0.5
-    return played(told(**counts, calls=5000, calls_429=4000, answered=900), **rest)
+    return played(last_sample(**counts, calls=5000, calls_429=4000, answered=900), **rest)
 
 
 def forebay(**rest: Any) -> SideRun:
     counts: dict[str, Any] = {"done": 200, "usd": 2.1, "useful_usd": 2.0, "input_tokens": 2000, "useful_tokens": 1900}
     counts |= {"calls_429": 7, "load": 0.5, "limited_by": "upstream:key", "waiting_for": "requests per minute"}
     return played(
-        told(**counts, calls=700, answered=650), **{"stored": StoredTasks(waiting=790, leased=10, done=200)} | rest
+        last_sample(**counts, calls=700, answered=650),
+        **{"stored": StoredTasks(waiting=790, leased=10, done=200)} | rest,
     )
 
 
 def semaphore(**rest: Any) -> SideRun:
     counts = {"done": 160, "failed": 4, "usd": 2.24, "input_tokens": 1500, "useful_tokens": 1200, "useful_usd": 1.6}
-    return played(told(**counts, calls=1000, calls_429=600, answered=380), **rest)
+    return played(last_sample(**counts, calls=1000, calls_429=600, answered=380), **rest)
 
 
 def compared(first: SideRun, last: SideRun, second: SideRun | None = None) -> Report:
@@ -119,7 +120,7 @@ def test_shares_are_of_calls_sent_and_of_tokens_billed() -> None:
     figures = side_report(forebay(bill=BILL), SETTINGS)
     assert figures.refused_share == 0.01
     assert figures.wasted_share == pytest.approx(1600 / 3500, abs=1e-5)
-    idle = side_report(played(told()), SETTINGS)
+    idle = side_report(played(last_sample()), SETTINGS)
     assert idle.refused_share == idle.wasted_share == 0.0
 
 
@@ -152,7 +153,7 @@ def test_latencies_are_reported_by_median_and_99th_percentile() -> None:
 
 
 def test_a_side_that_did_nothing_has_no_cost_and_no_ratio() -> None:
-    idle = played(told())
+    idle = played(last_sample())
     assert side_report(idle, SETTINGS).usd_per_done is None
     found = compared(idle, forebay())
     assert found.ratio is None
@@ -160,7 +161,7 @@ def test_a_side_that_did_nothing_has_no_cost_and_no_ratio() -> None:
 
 
 def test_a_side_killed_before_it_was_ready_lost_everything() -> None:
-    figures = side_report(played(told(), samples=(), ending=Ending.OUT_OF_MEMORY, ended_at=0.0), SETTINGS)
+    figures = side_report(played(last_sample(), samples=(), ending=Ending.OUT_OF_MEMORY, ended_at=0.0), SETTINGS)
     assert (figures.done, figures.lost, figures.p50_s) == (0, 1000, None)
 
 

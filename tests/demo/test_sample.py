@@ -30,10 +30,10 @@ def test_early_on_the_pace_is_over_as_long_as_there_is() -> None:
 
 
 def test_what_was_refused_lately_is_a_share_of_what_was_sent_lately() -> None:
-    told = [Sample(t=float(t), stage="surge", calls=10 * t, calls_429=5 * min(t, 60)) for t in range(100)]
-    assert refused(told[:50]) == 0.5
-    assert refused(told) == 0.0
-    assert refused([]) == refused(told[:1]) == 0.0
+    samples = [Sample(t=float(t), stage="surge", calls=10 * t, calls_429=5 * min(t, 60)) for t in range(100)]
+    assert refused(samples[:50]) == 0.5
+    assert refused(samples) == 0.0
+    assert refused([]) == refused(samples[:1]) == 0.0
 
 
 def test_tokens_are_useless_until_the_task_that_they_are_of_is_done() -> None:
@@ -47,8 +47,8 @@ def test_orders_and_samples_survive_the_wire() -> None:
         side=Side.RESUME, settings=Settings(seconds=ENDLESS), provider=Provider(url="http://127.0.0.1:1")
     )
     assert msgspec.json.decode(msgspec.json.encode(instructions), type=Instructions) == instructions
-    told = Sample(t=1.5, stage="draining", done_by=(1, 2, 3, 4), latencies=(0.5,), workers={"busy": 3})
-    assert msgspec.json.decode(msgspec.json.encode(told), type=Sample) == told
+    samples = Sample(t=1.5, stage="draining", done_by=(1, 2, 3, 4), latencies=(0.5,), workers={"busy": 3})
+    assert msgspec.json.decode(msgspec.json.encode(samples), type=Sample) == samples
 
 
 def test_the_draining_is_a_part_of_the_time_and_shorter_on_a_faster_provider() -> None:

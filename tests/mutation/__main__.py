@@ -87,9 +87,10 @@ def _run(name: str, area: Area, arguments: argparse.Namespace) -> bool:
     counts = Counter(found.values())
     killed, tried = counts[KILLED] + counts[TIMED_OUT], len(found)
     score = 100 * killed / tried if tried else 0.0
-    told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     print(
-        f"{name}: {score:.0f} % killed (baseline {area.baseline} %) in {monotonic() - began:.0f} s; {told}", flush=True
+        f"{name}: {score:.0f} % killed (baseline {area.baseline} %) in {monotonic() - began:.0f} s; {statuses}",
+        flush=True,
     )
     return round(score) >= area.baseline
 

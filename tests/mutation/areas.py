@@ -45,7 +45,10 @@ AREAS: Final = {
     ),
     "selection": Area(
         files=("supervisor/worker_selection.py", "supervisor/pool.py", "supervisor/worker.py"),
-        tests=("unit/supervisor", "acceptance/test_routing.py", "acceptance/test_workers.py"),
+        tests=(
+            *("unit/supervisor", "acceptance/test_routing.py", "acceptance/test_workers.py"),
+            *("acceptance/test_retry_after.py", "acceptance/test_start_deadlines.py", "acceptance/test_submitting.py"),
+        ),
         baseline=0,
     ),
     "overflow": Area(
