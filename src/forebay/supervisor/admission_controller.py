@@ -133,7 +133,7 @@ class AdmissionController:
         """Submit a task and return its value: see ``BackpressureSupervisor.run``."""
         task = self._codecs.fit_payload(task)
         ticket = await self._submit(task)
-        return await ticket.value(abandon=ticket.task is task)  # not what someone else submitted under the same key
+        return await ticket.value(cancel_task=ticket.task is task)  # not what someone else submitted under the same key
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
