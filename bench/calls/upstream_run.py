@@ -16,11 +16,11 @@ from forebay.simulation import Traffic, simulate
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.exchange import judge_error
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 from forebay.upstream.providers import classify, read_rate_limits
-from forebay.upstream.shared_account import SharedAccount
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate

@@ -28,9 +28,9 @@ from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord
 from forebay.upstream import Upstream
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
-from forebay.upstream.fallback_chain import PlainRoute
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 MODELS = ("small", "large")
 PRICE = 1e4  # dollars for a million tokens: a call of 100 costs one

@@ -15,7 +15,7 @@ from forebay.errors import CallMisused, InvalidSetting
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.accounts.shared_account import SharedAccount
 
 
 def shared_account(upstream: Upstream) -> SharedAccount:

@@ -20,9 +20,9 @@ from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry, RetryPermission
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
-from forebay.upstream.account import Account
+from forebay.upstream.accounts.account import Account
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 CALL = Charge(input_tokens=10, output_tokens=10, tokens=20)
 

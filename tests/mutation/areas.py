@@ -30,11 +30,16 @@ AREAS: Final = {
     "limit": Area(
         files=("limit/*.py", "limit/adaptive/*.py"), tests=("unit/limit", "contract/test_limit.py"), baseline=0
     ),
-    "quota": Area(files=("quota/*.py",), tests=("unit/quota", "unit/upstream/test_decisions.py"), baseline=0),
+    "quota": Area(files=("quota/*.py",), tests=("unit/quota", "unit/upstream/accounts/test_decisions.py"), baseline=0),
     "breaker": Area(files=("breaker/*.py",), tests=("unit/breaker",), baseline=0),
     "retry": Area(files=("retry/*.py",), tests=("unit/retry", "acceptance/test_upstream_retries.py"), baseline=0),
     "account": Area(
-        files=("upstream/account.py", "upstream/call_queue.py", "upstream/fair_order.py", "upstream/bypass.py"),
+        files=(
+            "upstream/accounts/account.py",
+            "upstream/accounts/call_queue.py",
+            "upstream/accounts/fair_order.py",
+            "upstream/accounts/bypass.py",
+        ),
         tests=("unit/upstream", "acceptance/test_upstream.py", "acceptance/test_outage.py"),
         baseline=0,
     ),

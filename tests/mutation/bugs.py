@@ -31,12 +31,13 @@ from forebay.supervisor.runs.run import Run
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskStatus
-from forebay.upstream import bypass, call_flow
-from forebay.upstream.account import Account
-from forebay.upstream.account_registry import AccountRegistry
+from forebay.upstream import call_flow
+from forebay.upstream.accounts import bypass
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.account_registry import AccountRegistry
+from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import CallOutcome, Permit
-from forebay.upstream.latency import CallDurations
-from forebay.upstream.shared_account import SharedAccount
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
 

@@ -30,7 +30,7 @@ from tests.mutation import bugs
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
-from tests.unit.upstream import test_bypass, test_decisions
+from tests.unit.upstream.accounts import test_bypass, test_decisions
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")

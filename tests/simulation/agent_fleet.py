@@ -18,7 +18,7 @@ from forebay.simulation.provider.provider_config import BusyReason, ProviderConf
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
 from forebay.upstream.call_request import AttemptResult, Permit
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 CALLS = 4  # in a run
 CALLER_TIMEOUT = 60.0  # seconds after which the result of a run is worthless

@@ -44,7 +44,7 @@ from forebay.simulation.provider.simulated_provider import SimulatedProvider
 from forebay.simulation.provider.traffic import Traffic
 from forebay.testing import EventRecord
 from forebay.upstream.call_request import AttemptResult, Permit
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 COUNTED = ("admitted", "spilled", "rejected", "succeeded", "failed", "timed_out", "cancelled", "expired")
 CALL_ENDS = ("answered", "refused by the provider", "call failed", "call cancelled", "rejected by the upstream")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from tests.support.supervisor_checks import fail_if_any
 
 from forebay.upstream import Upstream
-from forebay.upstream.shared_account import SharedAccount
-from forebay.upstream.spend import SharedBudget
+from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.spend import SharedBudget
 
 _ROUNDING = 1e-9  # dollars
 

@@ -22,9 +22,9 @@ from forebay.upstream.providers import Headers, Usage
 from forebay.upstream.providers.content_encoding import Decompressor
 
 if TYPE_CHECKING:
-    from forebay.upstream.fallback_routes import FallbackRoute
-    from forebay.upstream.reroute import ReroutedRequest
-    from forebay.upstream.shared_account import SharedAccount
+    from forebay.upstream.accounts.shared_account import SharedAccount
+    from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
+    from forebay.upstream.fallbacks.reroute import ReroutedRequest
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from forebay import clock, context
+from forebay._text import format_duration
 from forebay.admission import PriorityThresholds
 from forebay.context import RunningTask
 from forebay.errors import (
@@ -132,7 +133,7 @@ class AdmissionController:
         """Submit a task and return its value: see ``BackpressureSupervisor.run``."""
         task = self._codecs.fit_payload(task)
         ticket = await self._submit(task)
-        return await ticket.value(abandon=ticket.task is task)  # not what someone else submitted under the same key
+        return await ticket.value(cancel_task=ticket.task is task)  # not what someone else submitted under the same key
 
     def submit_nowait(self, task: Task) -> Ticket:
         """Submit a task without waiting: see ``BackpressureSupervisor.submit_nowait``."""
@@ -280,7 +281,9 @@ class AdmissionController:
         if remaining < math.inf:
             wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
             if remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining):
-                return Refusal(f"its deadline in {remaining:.3g} s cannot be met", resource, load, may_spill=False)
+                return Refusal(
+                    f"its deadline in {format_duration(remaining)} cannot be met", resource, load, may_spill=False
+                )
         ticket.admit(path_load)
         self.submitted += 1
         if self._bus.active:

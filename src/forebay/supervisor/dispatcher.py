@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from forebay._text import format_duration
 from forebay.admission import RANK_LAST
 from forebay.context import RunningTask
 from forebay.errors import UnknownTask
@@ -187,7 +188,9 @@ class Dispatcher:
             self.slot_claims.grant(worker)
         pools = self._pools_of[worker]
         while worker.can_accept():
-            pool = next_pool(pools)
+            pool = pools[0] if len(pools) == 1 else next_pool(pools)
+            if pool is not None and not pool.queue.length:
+                pool = None
             if worker.sources and not self.start_gate.may_start_head(worker, pool):
                 pool = None
             if pool is None:
@@ -218,7 +221,9 @@ class Dispatcher:
         time = deadline.at - ticket.submitted_at if ticket.submitted_at is not None and pool.has_waiting else None
         if remaining > 0 and not pool.cannot_meet_deadline(self.loop.time(), 0.0, remaining, time=time):
             return None
-        return f"its turn came {remaining:.3g} s before its deadline, which is too late to finish"
+        if remaining <= 0:
+            return f"its turn came {format_duration(-remaining)} after its deadline"
+        return f"its turn came {format_duration(remaining)} before its deadline, which is too late to finish"
 
     def start(self, ticket: Ticket, worker: WorkerAgent, now: float | None = None) -> None:
         """Start a task on a worker that can accept it. `now` saves asking the clock again."""

@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from forebay import clock
+from forebay._text import format_duration
 from forebay.events import EventBus, LoopStalled, log
 
 if TYPE_CHECKING:
@@ -114,9 +115,8 @@ class LoopMonitor:
         task_id = None if culprit is None else culprit.task.task_id
         worker_id = None if culprit is None else culprit.worker.name
         log.warning(
-            "the event loop was blocked for %.2f s by %s (%s): make blocking code a plain function, which runs in a"
-            " thread",
-            stall.seconds,
+            "the event loop was blocked for %s by %s (%s): make blocking code a plain function, which runs in a thread",
+            format_duration(stall.seconds),
             "code outside of any task" if culprit is None else f"task {task_id!r} on worker {worker_id!r}",
             stall.where,
         )

@@ -258,13 +258,10 @@ class Pools:
 
 
 def next_pool(pools: Sequence[Pool]) -> Pool | None:
-    """Return the pool whose head a shared worker takes next, or None if no task waits.
+    """Return the pool whose head a worker of several pools takes next, or None if no task waits.
 
     The best priority goes first, then rank, then sequence number; a pool that was passed over too often goes before.
     """
-    if len(pools) == 1:
-        pool = pools[0]
-        return pool if pool.queue.length else None
     waiting = [pool for pool in pools if pool.queue]
     if not waiting:
         return None

@@ -209,7 +209,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             return self._outcome
         return (yield from self._wait().__await__())
 
-    async def _wait(self, *, abandon: bool = False) -> TaskResult:
+    async def _wait(self, *, cancel_task: bool = False) -> TaskResult:
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
@@ -218,7 +218,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
                     await self._wait_until_resolved()
             except asyncio.CancelledError:
-                if abandon and not self.has_waiters:  # before the slot comes back: the task may be what holds it
+                if cancel_task and not self.has_waiters:  # before the slot comes back: the task may be what holds it
                     self.cancel("its caller has gone")
                 raise
             finally:
@@ -252,11 +252,11 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             self.reason or "rejected", limited_by=self.limited_by, load=self.load, retry_after=self.retry_after
         )
 
-    async def value(self, *, abandon: bool = False) -> Any:
+    async def value(self, *, cancel_task: bool = False) -> Any:
         """Wait for the task and return its handler's value.
 
         Args:
-            abandon: cancelling this await cancels the task too, unless others wait for it.
+            cancel_task: cancelling this await cancels the task too, unless others wait for it.
 
         Raises:
             Overloaded: it was rejected, or a call of its handler was.
@@ -264,7 +264,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             TaskTimedOut: it ran longer than its timeout. TaskExpired if its deadline passed.
             ResultUnavailable: it succeeded, but only the process that ran it has its value.
         """
-        result = await self._wait(abandon=abandon)
+        result = await self._wait(cancel_task=cancel_task)
         if result.status is TaskStatus.SUCCEEDED:
             if isinstance(result.cause, ResultUnavailable):
                 raise result.cause

@@ -1,16 +1,17 @@
 """The call plane: what agents share and can overload, such as a provider's account.
 
-The steps of a call of a bound client, from the client to the socket:
+`accounts` decides which calls may be sent, `fallbacks` where else they can go, `providers` knows the APIs, and
+`httpx_binding` binds clients. The steps of a call of a bound client, from the client to the socket:
 
 1. ``AsyncTransport.handle_async_request`` (`httpx_binding/httpx_transport.py`): takes the request from httpx.
 2. ``BoundExchange`` (`httpx_binding/bound_exchange.py`): reads its bytes and headers from the HTTP library.
 3. ``Exchange`` (`exchange.py`): what the request asks for and needs, by the provider's profile.
-4. ``AccountRegistry.account`` (`account_registry.py`): whose limits apply, by API key and model.
-5. ``UpstreamCore.request`` (`core.py`): priority, deadline and tenant of the running task, and the price.
+4. ``AccountRegistry.account`` (`accounts/account_registry.py`): whose limits apply, by API key and model.
+5. ``UpstreamCore.request`` (`core.py`): priority, deadline and tenant of the running task, and the expected cost.
 6. ``CallRunner.run`` (`call_flow.py`): drives the flow on the event loop.
 7. ``call_flow`` (`call_flow.py`): retry and fallback.
-8. ``SharedAccount.acquire`` (`shared_account.py`): takes the lock, or waits.
-9. ``Account.try_acquire`` (`account.py`): decides over slot, quotas, money and breaker.
+8. ``SharedAccount.acquire`` (`accounts/shared_account.py`): takes the lock, or waits.
+9. ``Account.try_acquire`` (`accounts/account.py`): decides over slot, quotas, money and breaker.
 10. ``AsyncTransport._send``: sends one attempt, and has ``Exchange.judge_answer`` say what the answer means.
 11. The client's own transport, and the socket.
 
@@ -18,7 +19,7 @@ A guarded function, a permit by `Upstream.call`, a request by `Upstream.send` an
 differ only in how they send.
 """
 
-from forebay.upstream.fallback import Fallback
+from forebay.upstream.fallbacks.fallback import Fallback
 from forebay.upstream.http_call import HttpRequest, HttpResponse
 from forebay.upstream.upstream import Upstream
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from forebay.task import Priority
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.accounts.shared_account import SharedAccount
 
 
 class AnyOf:

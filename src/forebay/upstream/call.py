@@ -13,8 +13,8 @@ from forebay.quota import check_dollars
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback import FallbackTarget
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback import FallbackTarget
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 _PERMITTED = CallOutcome(kind=Outcome.SUCCESS)  # as far as the flow sees: the block decides how the call ends
 

@@ -19,11 +19,11 @@ from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
 from forebay.retry import RetryPermission, RetryState
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback_chain import CallRoute, FallbackChain, make_chain
-from forebay.upstream.fallback_routes import FallbackResolver
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.fallbacks.fallback_chain import CallRoute, FallbackChain, make_chain
+from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 
 RouteT = TypeVar("RouteT", bound=CallRoute)
 

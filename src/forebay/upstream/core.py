@@ -10,10 +10,10 @@ from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import Prices
 from forebay.task import Deadline, Priority
-from forebay.upstream.account_registry import AccountRegistry
+from forebay.upstream.accounts.account_registry import AccountRegistry
+from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import Caller, CallRequest
 from forebay.upstream.providers import profile_for
-from forebay.upstream.spend import UpstreamBudgets
 from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forebay.interfaces import LoadSource
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback_routes import FallbackResolver
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 
 
 class DeclaredUpstream(AnyOf):

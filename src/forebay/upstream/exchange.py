@@ -13,7 +13,8 @@ from forebay.errors import Overloaded
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.reroute import ReroutedRequest, can_reroute, reroute_request
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import (
     Endpoint,
@@ -29,7 +30,6 @@ from forebay.upstream.providers import (
     read_should_retry,
 )
 from forebay.upstream.providers.classify import NO_RESPONSE
-from forebay.upstream.reroute import ReroutedRequest, can_reroute, reroute_request
 
 ERRORS: Final = 400
 REDIRECTS: Final = 300

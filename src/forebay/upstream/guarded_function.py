@@ -13,8 +13,8 @@ from forebay.interfaces import Charge, Outcome
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback import FallbackTarget
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback import FallbackTarget
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,12 +7,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
-from forebay.upstream.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.providers import Headers
-from forebay.upstream.shared_account import SharedAccount
 
 
 class HttpRequest(msgspec.Struct, frozen=True):

@@ -14,17 +14,17 @@ from forebay.limit import Limit
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
+from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call import UpstreamCall
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.declared_upstream import DeclaredUpstream
-from forebay.upstream.fallback import Fallback, check_fallbacks, check_reachable
-from forebay.upstream.fallback_routes import FallbackResolver
+from forebay.upstream.fallbacks.fallback import Fallback, check_fallbacks, check_reachable
+from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
-from forebay.upstream.spend import UpstreamBudgets
 from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot

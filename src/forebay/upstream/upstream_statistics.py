@@ -6,8 +6,8 @@ import msgspec
 
 from forebay import clock
 from forebay.quota import QuotaLevel
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.shared_account import SharedAccount
 
 
 class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):

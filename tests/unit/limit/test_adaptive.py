@@ -9,7 +9,7 @@ from tests.unit.limit.server import Server
 
 from forebay.interfaces import Outcome
 from forebay.limit import AdaptiveLimit, AdaptiveLimitState, Grant
-from forebay.upstream.latency import LatencyModel
+from forebay.upstream.accounts.latency import LatencyModel
 
 
 def settled_server(capacity: int = 50, stray: int = 0) -> Server:

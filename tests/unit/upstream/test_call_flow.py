@@ -12,7 +12,7 @@ from forebay.interfaces import Outcome
 from forebay.retry import Retry
 from forebay.upstream.call_flow import Acquire, Flow, Release, Send, Sleep, Step, call_flow
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
-from forebay.upstream.fallback_chain import PlainRoute
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 SUCCESS = AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS), value="done")
 FAULT = AttemptResult(outcome=CallOutcome(kind=Outcome.FAULT), retryable=True)

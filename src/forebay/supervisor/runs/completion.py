@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from forebay._text import format_duration
 from forebay.errors import Overloaded, RemoteError, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
@@ -101,7 +102,7 @@ class RunCompletion:
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
             timeout = run.task.timeout or run.worker.timeout
-            self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {timeout:g} s")
+            self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
 
     def arm_timeout(self, run: Run) -> None:
         """Set the timer that ends `run` when its time is up.
@@ -299,7 +300,7 @@ class RunCompletion:
         self.arm_breaker_timer(worker)
         if worker.failed and not failed:
             retry_in = worker.breaker.retry_after(now)
-            until = "until it is revived" if retry_in is None else f"for {retry_in:.1f} s"
+            until = "until it is revived" if retry_in is None else f"for {format_duration(retry_in)}"
             log.warning("worker %r is FAILED %s: %s", worker.name, until, reason)
             self._bus.emit(WorkerFailed(at=now, worker_id=worker.name, reason=reason, retry_in=retry_in))
         elif failed and not worker.failed:

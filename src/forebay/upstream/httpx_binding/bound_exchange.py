@@ -8,14 +8,14 @@ from types import ModuleType
 from typing import Any
 
 from forebay.errors import Overloaded
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
-from forebay.upstream.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.httpx_binding.sdk_errors import SdkErrors, find_sdk_errors
 from forebay.upstream.providers import Headers
-from forebay.upstream.shared_account import SharedAccount
 
 _last_failure: ContextVar[tuple[type[Exception], str] | None] = ContextVar("forebay_last_failure", default=None)
 

@@ -34,8 +34,8 @@ from forebay.breaker import BreakerState
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
-from forebay.upstream.shared_account import SharedAccount
-from forebay.upstream.token_estimates import TokenEstimates
+from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.token_estimates import TokenEstimates
 
 LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
 

@@ -9,12 +9,12 @@ from typing import Final, Generic, Protocol, Self, TypeVar
 from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.call_request import AttemptResult, CallRequest
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback import FallbackTarget
-from forebay.upstream.fallback_routes import FallbackResolver, FallbackRoute
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.fallbacks.fallback import FallbackTarget
+from forebay.upstream.fallbacks.fallback_routes import FallbackResolver, FallbackRoute
 
 
 class CallRoute(Protocol):

@@ -11,11 +11,11 @@ from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit
 from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.task import Priority
-from forebay.upstream.account import Account
-from forebay.upstream.account_registry import AccountRegistry
-from forebay.upstream.call_queue import DeadlineHeap, QueuedCall
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.account_registry import AccountRegistry
+from forebay.upstream.accounts.call_queue import DeadlineHeap, QueuedCall
+from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
-from forebay.upstream.spend import UpstreamBudgets
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 FAULT = CallOutcome(kind=Outcome.FAULT)

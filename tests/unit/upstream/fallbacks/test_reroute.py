@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from forebay import Fallback, Upstream
-from forebay.upstream.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.reroute import ReroutedRequest, can_reroute, reroute_request
 from forebay.upstream.providers import Headers, profile_for
-from forebay.upstream.reroute import ReroutedRequest, can_reroute, reroute_request
 
 KEY = "sk-1"
 CHAT = "/v1/chat/completions"

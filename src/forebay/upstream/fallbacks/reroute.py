@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import msgspec
 
-from forebay.upstream.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.providers import (
     Endpoint,
     Headers,

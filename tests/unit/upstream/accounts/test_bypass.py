@@ -19,8 +19,8 @@ from forebay.limit import FixedLimit, Grant
 from forebay.quota import Quota, RateLimiter
 from forebay.quota.observed import ObservedLimit
 from forebay.task import Priority
-from forebay.upstream.account import Account
-from forebay.upstream.bypass import LOOK_AHEAD
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.bypass import LOOK_AHEAD
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 
 UNITS = ("requests", "input_tokens", "output_tokens")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from forebay.clock import new_random
-from forebay.upstream.latency import LatencyModel
+from forebay.upstream.accounts.latency import LatencyModel
 
 
 def trained(calls: int, *, ttft: float, tpot: float, noise: float = 0.0) -> LatencyModel:

@@ -7,8 +7,8 @@ import math
 import hypothesis.strategies as st
 from hypothesis import given
 
+from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.call_request import CallRequest
-from forebay.upstream.fair_order import FairOrder
 
 
 def test_calls_of_earlier_runs_go_first_however_late_they_arrive() -> None:

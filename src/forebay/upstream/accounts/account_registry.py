@@ -9,9 +9,9 @@ from typing import Final
 from forebay._validate import reject
 from forebay.breaker import Breaker
 from forebay.quota import RateLimiter
-from forebay.upstream.account import Account
-from forebay.upstream.shared_account import SharedAccount
-from forebay.upstream.spend import UpstreamBudgets
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 

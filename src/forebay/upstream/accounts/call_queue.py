@@ -8,9 +8,9 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from forebay.admission import PriorityQueue, QueueEntry
 from forebay.task import Priority
+from forebay.upstream.accounts.fair_order import FairOrder
+from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_request import CallRequest
-from forebay.upstream.fair_order import FairOrder
-from forebay.upstream.waiters import Waiter
 
 _GAIN: Final = 0.05  # weight of the newest wait in the typical one
 _PROMOTE_AFTER: Final = 4  # typical waits after which a call rises to the next better priority

@@ -15,8 +15,8 @@ from forebay.interfaces import Charge, Outcome
 from forebay.limit import FixedLimit
 from forebay.quota import Quota, RateLimiter
 from forebay.task import Priority
-from forebay.upstream.account import Account
-from forebay.upstream.call_queue import QueuedCall
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.call_queue import QueuedCall
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 
 SLOTS = 3

@@ -16,8 +16,12 @@ from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.limit import Limit
 from forebay.quota import RateLimiter
 from forebay.task import Priority
-from forebay.upstream.bypass import find_bypass
-from forebay.upstream.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.bypass import find_bypass
+from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.fair_order import FairOrder
+from forebay.upstream.accounts.latency import CallDurations, LatencyModel
+from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -28,10 +32,6 @@ from forebay.upstream.call_request import (
     Rejected,
     scale_charge,
 )
-from forebay.upstream.fair_order import FairOrder
-from forebay.upstream.latency import CallDurations, LatencyModel
-from forebay.upstream.outage_detector import OutageDetector
-from forebay.upstream.waiters import Waiter
 
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
 _ACCEPTED_AFTER: Final = 1.0  # seconds without being throttled after which a call counts as accepted

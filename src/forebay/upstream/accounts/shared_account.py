@@ -13,11 +13,11 @@ from forebay.errors import Overloaded
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
 from forebay.task import Priority
-from forebay.upstream.account import Account
-from forebay.upstream.call_queue import QueuedCall
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.token_estimates import TokenEstimates
+from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
-from forebay.upstream.token_estimates import TokenEstimates
-from forebay.upstream.waiters import AsyncWaiter, ThreadWaiter, Waiter
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 

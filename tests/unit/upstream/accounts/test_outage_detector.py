@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forebay.interfaces import Outcome
 from forebay.limit import FixedLimit
-from forebay.upstream.outage_detector import OutageDetector
+from forebay.upstream.accounts.outage_detector import OutageDetector
 
 
 def limit_in_outage(now: float) -> FixedLimit:

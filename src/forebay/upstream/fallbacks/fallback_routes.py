@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.fallback import Fallback, FallbackTarget
-from forebay.upstream.shared_account import SharedAccount
+from forebay.upstream.fallbacks.fallback import Fallback, FallbackTarget
 from forebay.upstream.weak_lru import WeakLRU
 
 _CACHED = 1_000  # models whose routes are kept, and combinations of accounts
