@@ -94,7 +94,7 @@ class RetryBudget:
 
 
 class RetryPermission(Enum):
-    """Whether a throttled call may be retried now."""
+    """The answer to a throttled call that asks for a retry."""
 
     DENIED = "denied"  # not yet
     FREE = "free"  # the provider accepts other calls
