@@ -1,9 +1,9 @@
-"""What calls and accounts say to each other: requests, permits, decisions, outcomes."""
+"""The data that calls and accounts exchange: requests, permits, decisions, outcomes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -15,7 +15,7 @@ from forebay.task import Priority
 
 
 class CallRequest(msgspec.Struct, kw_only=True, eq=False):
-    """What a call needs of its account. Times are seconds of the account's clock.
+    """The needs of a call. Times are seconds of the account's clock.
 
     Attributes:
         charge: what it is expected to take of the quotas.
@@ -25,7 +25,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         tenant: for whom it is made.
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
-        free: it costs no money in any case, so no budget is asked.
+        free: it costs no money in any case, so no budget is checked.
         retries: how often it has been retried; a retried call goes to the head of its priority.
         asked_at: when it first asked for a permit; set by the account.
     """
@@ -60,13 +60,6 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
 
 
-class SpendReservation(Protocol):
-    """Dollars that a call holds of one budget until they are settled."""
-
-    def settle(self, usd: float) -> None:
-        """Replace the reservation by the `usd` dollars that the call has cost."""
-
-
 class CallBudget(Protocol):
     """A budget that calls spend from. It knows the time."""
 
@@ -75,11 +68,11 @@ class CallBudget(Protocol):
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved."""
 
-    def reserve(self, usd: float) -> SpendReservation:
-        """Reserve `usd` dollars."""
+    def reserve(self, usd: float) -> Callable[[float], None]:
+        """Reserve `usd` dollars; return a function that replaces them by the dollars that the call has cost."""
 
     def rejection(self, usd: float) -> Rejected:
-        """Return why `usd` dollars cannot be reserved, and when they may be."""
+        """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
 
 
 class Permit(msgspec.Struct, eq=False):
@@ -90,8 +83,8 @@ class Permit(msgspec.Struct, eq=False):
         granted_at: when it was granted.
         grant: the slot, as the limit marked it.
         breaker_epoch: the epoch of the account's breaker.
-        reservation: what it holds of the quotas.
-        spend: what it holds of each budget.
+        reservation: the requests and tokens that it holds of the quotas.
+        spend: for each budget, a function that replaces the dollars held by those that the call has cost.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
     """
@@ -101,7 +94,7 @@ class Permit(msgspec.Struct, eq=False):
     grant: Grant
     breaker_epoch: int
     reservation: QuotaReservation
-    spend: Sequence[SpendReservation] = ()
+    spend: Sequence[Callable[[float], None]] = ()
     accepted: bool = False
     closed: bool = False
 

@@ -1,1 +1,1 @@
-"""The accounts of an upstream: permits, queue, money, and what each account has learned."""
+"""The accounts of an upstream: permits, queue, money, and learned estimates."""

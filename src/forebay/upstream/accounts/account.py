@@ -21,7 +21,6 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.outage_detector import OutageDetector
-from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -34,15 +33,13 @@ from forebay.upstream.call_request import (
 )
 
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
-_ACCEPTED_AFTER: Final = 1.0  # seconds without being throttled after which a call counts as accepted
-_DEADLINE_SLACK: Final = (
-    0.01  # seconds before its deadline from which a call that ends is taken to have run out of time
-)
+_ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
+_DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
 class CallCounts(msgspec.Struct):
-    """What the attempts at an account's calls have come to since it was opened. See `AccountStatistics`."""
+    """Counts of an account's attempts since it was opened, by how they ended. See `AccountStatistics`."""
 
     sent: int = 0
     succeeded: int = 0
@@ -55,15 +52,15 @@ class CallCounts(msgspec.Struct):
 
 
 class Account:
-    """What has its own limits within an upstream: an API key and a model group.
+    """The limits of one API key and one model group: it decides which calls are sent, and has their queue.
 
     Pure: the caller passes the time and holds the lock. Each permit that it grants is closed exactly once, by `settle`.
 
     Args:
         name: its name in readings and rejections.
         limit: how many calls may be in flight.
-        quotas: what its calls may take of requests and tokens.
-        breaker: whether its provider is asked at all.
+        quotas: how many requests and tokens its calls may use.
+        breaker: stops calls while its provider fails.
         budgets: returns the budgets that a call spends from.
         upstream_budget: the budget that all its calls spend from, if there is one; `budgets` returns it too.
         max_wait: seconds of expected wait above which a call is rejected.
@@ -110,7 +107,7 @@ class Account:
     def try_acquire(self, now: float, request: CallRequest) -> Admitted | Queued | Rejected:
         """Admit a call, or return how long it would wait, or why it is rejected.
 
-        `Admitted` has taken all that the call needs. `Queued` has taken nothing: the caller may `enqueue` the call.
+        `Admitted` has taken all that the call needs. `Queued` has taken nothing: the caller may put it into `queue`.
         """
         self._confirm_accepted(now)
         request.asked_at = min(request.asked_at, now)
@@ -134,14 +131,6 @@ class Account:
         retry_after = self._schedule_retry(now, request, seconds)
         return Rejected(reason, limited_by, seconds / self._max_wait, retry_after)
 
-    def enqueue(self, now: float, request: CallRequest, waiter: Waiter) -> QueuedCall:
-        """Put a call into the queue, and return its entry."""
-        return self.queue.enqueue(now, request, waiter)
-
-    def withdraw(self, call: QueuedCall) -> None:
-        """Take a call out of the queue. Nothing happens if it is not in it any more."""
-        self.queue.withdraw(call)
-
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
         self.counts.rejected += 1
@@ -151,7 +140,7 @@ class Account:
         self.expected_calls += calls
 
     def _rejection(self, now: float, request: CallRequest, *, fits: bool = False) -> Rejected | None:
-        """Return why a call is rejected however long it waits, if it is; `fits`: no quota is too small for it."""
+        """Return a rejection if waiting would not help the call; `fits`: no quota is too small for it."""
         if request.deadline <= now:
             reason = "its deadline passed before it was sent: give a later one"
             return Rejected(reason, "deadline", math.inf, None)
@@ -164,7 +153,7 @@ class Account:
         return self._provider_unavailable(now, free=request.free)
 
     def _provider_unavailable(self, now: float, *, free: bool = False) -> Rejected | None:
-        """Return why the provider is not asked at all, if it is not; `free`: the call costs nothing there."""
+        """Return a rejection if no calls are sent to the provider now; `free`: the call costs nothing there."""
         if now < self._suspended_until and not free:
             reason = "its provider says that the account's money is spent"
             return Rejected(reason, "budget", 1.0, self._suspended_until - now)
@@ -208,15 +197,15 @@ class Account:
     # --- the queue moves ---
 
     def serve_queue(self, now: float) -> None:
-        """Answer the queued calls that can be answered, and wake the head when time alone will let it go."""
+        """Answer the queued calls that can be answered, and set a timer for the head if it waits only for time."""
         while self.queue.length and (when := self._serve_queue(now)) is not None:
             entry = self.queue.head()
             if entry is None or entry[2].waiter.wake_at(when):
                 return
-            self.withdraw(entry[2])  # its event loop is closed: nobody waits
+            self.queue.withdraw(entry[2])  # its event loop is closed: nobody waits
 
     def _serve_queue(self, now: float) -> float | None:
-        """Answer queued calls; return when time alone will let the head go, or None if nothing waits for time."""
+        """Answer queued calls; return when to look again, or None if only the end of a call can move the queue."""
         confirmed_at = self._confirm_accepted(now)
         while (overdue := self.queue.pop_overdue(now)) is not None:
             seconds = self.expected_wait(now, overdue.request)[0]
@@ -278,7 +267,7 @@ class Account:
     # --- a call ends ---
 
     def answer_began(self, now: float, permit: Permit, headers: Sequence[RateLimitHeaders] = ()) -> None:
-        """Note that a call was not throttled: its answer has begun. `headers`: what it says about the quotas."""
+        """Note that a call was not throttled: its answer has begun. `headers`: its rate-limit headers."""
         if not permit.closed:
             self._accept(now, permit)
         self._outage.record_accepted()
@@ -335,8 +324,8 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for reservation in permit.spend:
-            reservation.settle(request.usd if outcome.usd is None else outcome.usd)
+        for settle_budget in permit.spend:
+            settle_budget(request.usd if outcome.usd is None else outcome.usd)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
@@ -351,7 +340,7 @@ class Account:
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
     def suspend(self, now: float, seconds: float) -> None:
-        """Send no calls for `seconds`: the provider says that the account's money is spent, and would answer none."""
+        """Send no calls for `seconds`: by the provider's answer, the account's money there is spent."""
         self._suspended_until = now + seconds
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
@@ -392,7 +381,7 @@ class Account:
         return seconds, limited_by
 
     def blocking_reason(self, now: float, usd: float, priority: Priority) -> Rejected | None:
-        """Return why no call of that cost and priority is sent, however long it waits; None if calls are sent."""
+        """Return a rejection if no call of that cost and priority is sent now, however long it waits; else None."""
         budget = self._upstream_budget
         if budget is not None and not budget.can_afford(usd, priority):
             return budget.rejection(usd)

@@ -5,38 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
 from forebay.quota import QuotaHeadroom, RateLimiter
+from forebay.upstream.accounts.call_queue import QueuedCall
 from forebay.upstream.call_request import CallBudget, CallRequest
 
 LOOK_AHEAD: Final = 16
 """How many calls are considered, the head included."""
 
 
-class HasRequest(Protocol):
-    """A call in a queue."""
-
-    request: CallRequest
-
-
-CallT = TypeVar("CallT", bound=HasRequest)
-
-
 def find_bypass(
     now: float,
-    queue: Iterable[CallT],
+    queue: Iterable[QueuedCall],
     quotas: RateLimiter,
     budgets: Callable[[CallRequest], Sequence[CallBudget]],
     *,
     slots: int,
-) -> tuple[float, CallT | None]:
+) -> tuple[float, QueuedCall | None]:
     """Return the seconds until a call may overtake, 0 for now, and that call; infinity and None if none may.
 
-    A call overtakes only for what those ahead of it do not need. Of each quota that it takes from, so much is left that
-    all of them find theirs as early as the head can have it at all, even if the calls in flight return whatever they
-    hold. The same holds for the slots, of which each of them keeps one however long this call runs, and for the money.
-    It holds as long as calls use no more than was reserved for them.
+    A call overtakes only if it leaves enough for all calls ahead of it: of each quota that it takes from, as much as
+    they need by the time at which the head could go, even if the calls in flight return all that they hold; one slot
+    for each, however long this call runs; and the money. This is exact as long as calls use no more than they reserved.
 
     Args:
         now: the time.

@@ -1,10 +1,10 @@
-"""The queue of calls in front of an account: its order, how calls rise in it, and whose deadline has passed."""
+"""The queue of calls in front of an account: their order, their promotion, and their deadlines."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final
 
 from forebay.admission import PriorityQueue, QueueEntry
 from forebay.task import Priority
@@ -14,52 +14,7 @@ from forebay.upstream.call_request import CallRequest
 
 _GAIN: Final = 0.05  # weight of the newest wait in the typical one
 _PROMOTE_AFTER: Final = 4  # typical waits after which a call rises to the next better priority
-_MIN_SWEEP: Final = 64  # entries below which removing those that have left is not worth the time
-
-
-class DeadlineEntry(Protocol):
-    """Something that waits in a queue."""
-
-    @property
-    def is_queued(self) -> bool:
-        """True while it waits."""
-
-
-EntryT = TypeVar("EntryT", bound=DeadlineEntry)
-
-
-class DeadlineHeap(Generic[EntryT]):
-    """Finds the entries of a queue whose deadline has passed, wherever they stand. Entries that have left drop out."""
-
-    __slots__ = ("_heap", "_sequence")
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, EntryT]] = []
-        self._sequence = 0
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def add(self, deadline: float, entry: EntryT, *, length: int) -> None:
-        """Add an entry that waits until `deadline`, which may be infinity; `length`: of the queue."""
-        if deadline == math.inf:
-            return
-        if len(self._heap) > 2 * length + _MIN_SWEEP:
-            self._heap = [item for item in self._heap if item[2].is_queued]
-            heapq.heapify(self._heap)
-        self._sequence += 1
-        heapq.heappush(self._heap, (deadline, self._sequence, entry))
-
-    def next_deadline(self) -> float | None:
-        """Return the earliest deadline; None if there is none."""
-        while self._heap and not self._heap[0][2].is_queued:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-    def pop_overdue(self, now: float) -> EntryT | None:
-        """Remove and return an entry whose deadline has passed by `now`."""
-        deadline = self.next_deadline()
-        return heapq.heappop(self._heap)[2] if deadline is not None and deadline <= now else None
+_MIN_SWEEP: Final = 64  # deadlines below which removing those of calls that have left does not pay
 
 
 class QueuedCall:
@@ -94,7 +49,7 @@ class CallQueue(PriorityQueue[QueuedCall]):
     def __init__(self, order: FairOrder) -> None:
         super().__init__()
         self._order = order
-        self._deadlines: DeadlineHeap[QueuedCall] = DeadlineHeap()
+        self._deadlines: list[tuple[float, int, QueuedCall]] = []  # a heap, with calls that have left the queue
         self._sequence = 0
         self._typical_wait = 0.0  # seconds, as a moving mean
 
@@ -102,7 +57,11 @@ class CallQueue(PriorityQueue[QueuedCall]):
         """Add a call, and return its entry."""
         call = QueuedCall(request, waiter, rank=self._order.rank(request), now=now)
         self._insert(call)
-        self._deadlines.add(request.deadline, call, length=self.length)
+        if request.deadline < math.inf:
+            if len(self._deadlines) > 2 * self.length + _MIN_SWEEP:
+                self._deadlines = [item for item in self._deadlines if item[2].is_queued]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, self._sequence, call))
         return call
 
     def _insert(self, call: QueuedCall) -> None:
@@ -141,9 +100,16 @@ class CallQueue(PriorityQueue[QueuedCall]):
                 self._insert(call)
 
     def next_deadline(self) -> float | None:
-        """Return the earliest deadline of the calls in the queue; None if there is none."""
-        return self._deadlines.next_deadline()
+        """Return the earliest deadline of the calls in the queue; None if none has a deadline."""
+        heap = self._deadlines
+        while heap and not heap[0][2].is_queued:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
 
     def pop_overdue(self, now: float) -> QueuedCall | None:
-        """Return a call whose deadline has passed by `now`, once; the caller takes it out of the queue."""
-        return self._deadlines.pop_overdue(now)
+        """Return a call whose deadline has passed by `now`, once; None if there is none.
+
+        The call is still in the queue: the caller withdraws it.
+        """
+        deadline = self.next_deadline()
+        return heapq.heappop(self._deadlines)[2] if deadline is not None and deadline <= now else None

@@ -1,4 +1,4 @@
-"""What calls take: latency by output tokens, how long slots are held, and whether a call can still end in time."""
+"""The durations of calls: latency by output tokens, time in a slot, and whether a call can still end in time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_request import CallOutcome, CallRequest
 
 _DECAY: Final = 0.98  # weight of the calls before, at each new call
-_MIN_CALLS: Final = 12  # before the model says anything
+_MIN_CALLS: Final = 12  # before the model gives an estimate
 _MIN_LATENCY: Final = 1e-3  # seconds
 _FAST: Final = 2 / 3  # of the expected latency
 
@@ -25,7 +25,7 @@ class LatencyModel:
     """Expected latency of a call: ``ttft + output_tokens * tpot``, by least squares with exponential forgetting.
 
     `ttft` is the time to the first token and `tpot` the time for each further one, in seconds. After a dozen calls only
-    calls under light load are learned from: otherwise the slowdown that our own load causes, little by little, would
+    calls under light load are learned from: otherwise the slowdown that our own load causes would, little by little,
     pass for normal. If a dozen calls in a row are far faster than expected, the model was wrong and starts again.
     """
 
@@ -83,9 +83,10 @@ class LatencyModel:
 class CallDurations:
     """How long calls take and hold their slots, learned from calls that have ended. Times are seconds.
 
-    There are two means, because one would feed an overload. What a call *takes* is learned from successes, each divided
-    by its slowdown, so that a slowdown of our own making does not pass for normal. How long a slot is *held* is learned
-    from all calls that held one, those that were cut short included, so that the wait for a slot is not underestimated.
+    There are two means, because one would feed an overload. The *typical* duration is learned from successes, each
+    divided by its slowdown, so that a slowdown of our own making does not pass for normal. The time for which a slot is
+    *held* is learned from all calls that held one, those cut short included, so that the wait for a slot is not
+    underestimated.
 
     Attributes:
         typical: seconds that a call takes; 0 before the first success.
@@ -140,8 +141,8 @@ class CallDurations:
     def is_too_late(self, now: float, request: CallRequest, *, contested: bool) -> bool:
         """Return whether a call that could be sent now is not expected to end before its deadline.
 
-        An estimate must not reject every call (see `EstimateBypass`). So it is a kind one, what the fastest quarter of
-        calls took; but where calls with more time wait (`contested`), the call has to be likely to end in time.
+        An estimate must not reject every call (see `EstimateBypass`). So it is optimistic, the time in which the
+        fastest quarter of calls ended. Where other calls wait (`contested`), the call must be likely to end in time.
         """
         left, time = request.deadline - now, request.deadline - request.asked_at
         if contested:

@@ -1,4 +1,4 @@
-"""Detects an outage: a provider that throttles every call for longer than anybody should wait."""
+"""Detection of an outage: a provider that throttles every call for longer than any call may wait."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Final
 from forebay.limit import Limit
 
 _SPREAD: Final = 10.0  # seconds over which rejected calls come back
-_FORGET: Final = 60.0  # seconds without a throttled call after which an outage is not known to go on
+_FORGET: Final = 60.0  # seconds without a throttled call after which the outage counts as over
 
 
 class OutageDetector:
-    """Knows since when the provider has throttled every call.
+    """The time for which the provider has throttled every call.
 
-    A throttled call is not a fault, so no breaker opens; the limit sends a single call from time to time meanwhile.
+    A throttled call is not a fault, so no breaker opens. Meanwhile the limit sends a single trial call now and then.
 
     Args:
-        limit: of the account; it is 0 between two such calls.
+        limit: of the account; it is 0 between two trial calls.
         patience: seconds after which no call should wait any longer.
     """
 
@@ -39,7 +39,7 @@ class OutageDetector:
         self._since = math.inf
 
     def duration(self, now: float) -> float | None:
-        """Return how many seconds an outage has lasted, if that is too long to wait and no call is due; else None."""
+        """Return the seconds that an outage has lasted; None if that is short, or the next trial call is due."""
         seconds = now - self._since
         return seconds if seconds >= self._patience and self._limit.limit(now) == 0 else None
 

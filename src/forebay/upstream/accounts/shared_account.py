@@ -29,13 +29,13 @@ class SharedAccount:
     """One account with its lock, its waiting callers, and the runs that watch its load. It is a `LoadSource`.
 
     Args:
-        account: decides.
+        account: makes the decisions.
         upstream: name of the account's upstream, for messages.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
 
     Attributes:
-        token_estimates: what its calls use, as learned from those that have ended.
+        token_estimates: the tokens that its calls use, learned from those that have ended.
         served_by_fallback: calls of this account that another account has served.
     """
 
@@ -59,8 +59,8 @@ class SharedAccount:
 
         Args:
             request: of the call.
-            sole_account: no other account can serve the call, so the run that makes it is told about this account, and
-                about a rejection.
+            sole_account: no other account can serve the call, so the call, and its rejection, are reported to the run
+                that makes it.
 
         Raises:
             Overloaded: the call is rejected; ``retry_after`` says when to try again.
@@ -107,7 +107,7 @@ class SharedAccount:
             if isinstance(decision, Rejected):
                 raise self._overloaded(decision, sole_account=sole_account)
             waiter = make_waiter(self._look)
-            call = self.account.enqueue(now, request, waiter)
+            call = self.account.queue.enqueue(now, request, waiter)
             self.account.serve_queue(now)
         return call, waiter
 
@@ -134,7 +134,7 @@ class SharedAccount:
         """Take a call whose caller was cancelled out of the queue, and return what it was given meanwhile."""
         now = clock.now()
         with self._lock:
-            self.account.withdraw(call)
+            self.account.queue.withdraw(call)
             if isinstance(decision := call.waiter.decision, Admitted):
                 self.account.release_unsent(now, decision.permit)
         self._look()
@@ -143,18 +143,27 @@ class SharedAccount:
         """Answer the queued calls that can be answered now."""
         now = clock.now()
         with self._lock:
-            self.account.serve_queue(now)
-            relieved = self._relieved(now)
+            relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
 
+    def _serve_queue(self, now: float) -> Iterable[Callable[[], None]]:
+        """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
+        self.account.serve_queue(now)
+        if not self._held_back:
+            return ()
+        if self._may_start(now, Priority.NORMAL):
+            holders: Iterable[object] = self._held_back
+        else:
+            holders = self._critical if self._critical and self._may_start(now, Priority.CRITICAL) else ()
+        return [self._on_relief[holder] for holder in holders if holder in self._on_relief]
+
     def answer_began(self, permit: Permit, headers: Sequence[RateLimitHeaders] = ()) -> None:
-        """Note that the answer of a call has begun. `headers`: what it says about the quotas."""
+        """Note that the answer of a call has begun. `headers`: its rate-limit headers."""
         now = clock.now()
         with self._lock:
             self.account.answer_began(now, permit, headers)
-            self.account.serve_queue(now)
-            relieved = self._relieved(now) if self._held_back else ()
+            relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
 
@@ -165,13 +174,12 @@ class SharedAccount:
             self.account.settle(now, permit, outcome)
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
                 self.token_estimates.observe(outcome.estimated_input_tokens, outcome.used)
-            self.account.serve_queue(now)
-            relieved = self._relieved(now) if self._held_back else ()
+            relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
 
     def suspend(self, seconds: float) -> None:
-        """Send no calls for `seconds`, and let none wait: the provider says that the account's money is spent."""
+        """Send no calls for `seconds`, and reject those that wait: the account's money at the provider is spent."""
         now = clock.now()
         with self._lock:
             self.account.suspend(now, seconds)
@@ -179,7 +187,8 @@ class SharedAccount:
 
     def count_served_by_fallback(self) -> None:
         """Count a call of this account that another account has served."""
-        self.served_by_fallback += 1
+        with self._lock:
+            self.served_by_fallback += 1
 
     def needs_headers(self) -> bool:
         """Return whether the rate limit headers of a success can matter now; if not, they need not be read."""
@@ -284,16 +293,8 @@ class SharedAccount:
             self._on_relief.pop(holder, None)
         self.hold_back(holder, 0)
 
-    def _relieved(self, now: float) -> list[Callable[[], None]]:
-        """Return the callbacks of the holders whose runs may start now."""
-        if self._may_start(now, Priority.NORMAL):
-            holders: Iterable[object] = self._held_back
-        else:
-            holders = self._critical if self._critical and self._may_start(now, Priority.CRITICAL) else ()
-        return [self._on_relief[holder] for holder in holders if holder in self._on_relief]
-
     def _learn_typical(self, request: CallRequest) -> None:
-        """Update what a typical call needs, as moving means."""
+        """Update the needs of a typical call, which are moving means."""
         usd = self._typical.usd
         self._typical.usd = usd + _GAIN * (request.usd - usd) if usd else request.usd
         old, new = self._typical.charge, request.charge

@@ -1,10 +1,11 @@
-"""The money of an upstream: budgets that several accounts spend from, and what calls hold of them."""
+"""The money of an upstream: budgets that several accounts spend from."""
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from forebay import clock
@@ -17,7 +18,7 @@ _CACHED: Final = 10_000  # budgets of tenants and of tasks
 
 
 class SharedBudget:
-    """A budget that the calls of several accounts spend from, at the present time. Safe to use from any thread."""
+    """A budget that the calls of several accounts spend from. Safe to use from any thread."""
 
     def __init__(self, name: str, budget: Budget) -> None:
         self.name = name
@@ -25,12 +26,12 @@ class SharedBudget:
         self._lock = threading.Lock()
 
     def can_afford(self, usd: float, priority: Priority) -> bool:
-        """Return whether `usd` dollars may be reserved; never once the budget is spent."""
+        """Return whether `usd` dollars may be reserved; False, even for 0, once the budget is spent."""
         with self._lock:
             return self._tracker.can_afford(clock.wall_time(), usd, priority)
 
     def rejection(self, usd: float) -> Rejected:
-        """Return why `usd` dollars cannot be reserved, and when they may be: never, if the budget is smaller."""
+        """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
         now = clock.wall_time()
         with self._lock:
             budget = self._tracker.budget
@@ -46,13 +47,12 @@ class SharedBudget:
         )
         return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)
 
-    def reserve(self, usd: float) -> SharedReservation:
-        """Reserve `usd` dollars."""
+    def reserve(self, usd: float) -> Callable[[float], None]:
+        """Reserve `usd` dollars; return a function that replaces them by the dollars that the call has cost."""
         with self._lock:
-            return SharedReservation(self, self._tracker.reserve(clock.wall_time(), usd))
+            return functools.partial(self._settle, self._tracker.reserve(clock.wall_time(), usd))
 
-    def settle(self, reservation: BudgetReservation, usd: float) -> None:
-        """Replace a reservation by the `usd` dollars that the call has cost."""
+    def _settle(self, reservation: BudgetReservation, usd: float) -> None:
         with self._lock:
             self._tracker.settle(clock.wall_time(), reservation, usd)
 
@@ -62,7 +62,7 @@ class SharedBudget:
             return self._tracker.spent(clock.wall_time())
 
     def reserved(self) -> tuple[int, float]:
-        """Return how many calls hold dollars, and how many dollars."""
+        """Return the number of calls that hold dollars, and the dollars."""
         with self._lock:
             return self._tracker.reserved()
 
@@ -70,20 +70,6 @@ class SharedBudget:
         """Return the seconds until the budget is full again; None for never."""
         with self._lock:
             return self._tracker.resets_in(clock.wall_time())
-
-
-class SharedReservation:
-    """Dollars that one call holds of a shared budget."""
-
-    __slots__ = ("_budget", "_reservation")
-
-    def __init__(self, budget: SharedBudget, reservation: BudgetReservation) -> None:
-        self._budget = budget
-        self._reservation = reservation
-
-    def settle(self, usd: float) -> None:
-        """Replace the reservation by the `usd` dollars that the call has cost."""
-        self._budget.settle(self._reservation, usd)
 
 
 class UpstreamBudgets:

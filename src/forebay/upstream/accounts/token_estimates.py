@@ -1,4 +1,4 @@
-"""What an account's calls use, learned from those that have ended: the next call reserves by it."""
+"""Estimates of the tokens that an account's calls use, learned from those that have ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MIN_CALLS: Final = 5  # before their mean is used
 
 
 class TokenEstimates:
-    """Learned output tokens, and how far the estimates of input tokens are off.
+    """The output tokens of a typical call, and a correction of estimated input tokens.
 
     Attributes:
         input_ratio: counted input tokens over estimated ones.

@@ -1,4 +1,4 @@
-"""How callers wait for an account's decision: on an event loop, or in a plain thread."""
+"""Callers that wait for an account's decision: on an event loop, or in a plain thread."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Waiter(Protocol):
         """Wake the caller with a decision. Return False if nobody waits any more."""
 
     def wake_at(self, when: float) -> bool:
-        """Have the caller look whether the queue moves, at `when` of `clock.now`. Return False if nobody waits."""
+        """Let the caller call `look` at `when` of `clock.now`. Return False if nobody waits any more."""
 
 
 class AsyncWaiter:
-    """Waits on the running event loop.
+    """A caller that waits on the running event loop.
 
     Args:
-        look: called in that loop when the queue may move.
+        look: serves the queue; called in that loop when the queue may move.
     """
 
     def __init__(self, look: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ class AsyncWaiter:
 
     def wake_at(self, when: float) -> bool:
         """See `Waiter`."""
-        if self._when <= when and not self._loop.is_closed():  # that look finds out when to look again
+        if self._when <= when and not self._loop.is_closed():  # the earlier look will set the next timer
             return True
         self._when = when
         return self._call_in_loop(lambda: self._set_timer(when))
@@ -88,10 +88,10 @@ class AsyncWaiter:
 
 
 class ThreadWaiter:
-    """Waits in a plain thread.
+    """A caller that waits in a plain thread.
 
     Args:
-        look: called in that thread when the queue may move.
+        look: serves the queue; called in that thread when the queue may move.
     """
 
     def __init__(self, look: Callable[[], None]) -> None:

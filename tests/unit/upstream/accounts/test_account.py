@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -51,24 +52,19 @@ class EndlessBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return usd >= 0 and priority in Priority
 
-    def reserve(self, usd: float) -> EndlessReservation:
+    def reserve(self, usd: float) -> Callable[[float], None]:
         self.held += usd
-        return EndlessReservation(self, usd)
+        held = [usd]
+
+        def settle(cost: float) -> None:
+            assert held, "settled twice"
+            self.held -= held.pop()
+            self.spent += cost
+
+        return settle
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
-
-
-class EndlessReservation:
-    def __init__(self, budget: EndlessBudget, usd: float) -> None:
-        self.budget = budget
-        self.usd: float | None = usd
-
-    def settle(self, usd: float) -> None:
-        assert self.usd is not None, "settled twice"
-        self.budget.held -= self.usd
-        self.budget.spent += usd
-        self.usd = None
 
 
 class AccountMachine(RuleBasedStateMachine):
@@ -105,7 +101,7 @@ class AccountMachine(RuleBasedStateMachine):
             self.granted += tokens
         elif isinstance(answer, Queued):
             waiter = DecisionWaiter()
-            self.waiting.append((self.account.enqueue(self.now, request, waiter), waiter))
+            self.waiting.append((self.account.queue.enqueue(self.now, request, waiter), waiter))
             self.serve_queue()
         elif tokens > TOKENS:
             assert answer.retry_after is None
@@ -129,7 +125,7 @@ class AccountMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject, *, withdraws: bool) -> None:
         waiting, waiter = data.draw(st.sampled_from(self.waiting))
         if withdraws:
-            self.account.withdraw(waiting)
+            self.account.queue.withdraw(waiting)
             self.waiting.remove((waiting, waiter))
         else:
             waiter.gone = True  # its loop has closed
@@ -181,7 +177,7 @@ class AccountMachine(RuleBasedStateMachine):
             for permit in self.permits:
                 self.account.release_unsent(self.now, permit)
             for waiting, _ in self.waiting:
-                self.account.withdraw(waiting)
+                self.account.queue.withdraw(waiting)
             assert not self.account.in_flight
             assert not self.account.queue
             assert self.budget.held == 0

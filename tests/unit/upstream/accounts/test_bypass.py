@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -175,12 +175,9 @@ class ConstantBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return usd <= self.usd / (1 + priority)
 
-    def reserve(self, usd: float) -> ConstantBudget:
+    def reserve(self, usd: float) -> Callable[[float], None]:
         del usd
-        return self
-
-    def settle(self, usd: float) -> None:
-        """Do nothing: the spend stays 0."""
+        return lambda _: None
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
@@ -229,7 +226,7 @@ class Run:
             return
         assert isinstance(answer, Queued), answer
         self.waiting[number] = NumberedWaiter(number)
-        self.account.enqueue(now, request, self.waiting[number])
+        self.account.queue.enqueue(now, request, self.waiting[number])
         self.serve_queue(now)
 
     def serve_queue(self, now: float) -> None:
@@ -349,7 +346,7 @@ def request(account: Account, reserved: tuple[int, int, int], now: float = 0.0, 
     call = CallRequest(charge=Charge(**dict(zip(UNITS, reserved, strict=True))), **how)  # type: ignore[arg-type]
     answer = account.try_acquire(now, call)
     if isinstance(answer, Queued):
-        account.enqueue(now, call, caller)
+        account.queue.enqueue(now, call, caller)
         account.serve_queue(now)
     else:
         caller.decision = answer

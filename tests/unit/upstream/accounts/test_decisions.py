@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit
-from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
+from forebay.quota import Budget, BudgetTracker, Quota, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
-from forebay.upstream.accounts.call_queue import DeadlineHeap, QueuedCall
+from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -51,19 +54,11 @@ class NoonBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return self.tracker.can_afford(43_200.0, usd, priority)
 
-    def reserve(self, usd: float) -> NoonReservation:
-        return NoonReservation(self.tracker, self.tracker.reserve(43_200.0, usd))
+    def reserve(self, usd: float) -> Callable[[float], None]:
+        return functools.partial(self.tracker.settle, 43_200.0, self.tracker.reserve(43_200.0, usd))
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 1.0, None)
-
-
-class NoonReservation:
-    def __init__(self, tracker: BudgetTracker, held: BudgetReservation) -> None:
-        self.tracker, self.held = tracker, held
-
-    def settle(self, usd: float) -> None:
-        self.tracker.settle(43_200.0, self.held, usd)
 
 
 class AccountHarness:
@@ -97,7 +92,7 @@ class AccountHarness:
         """Return the queue entry and the waiter of a call that has to wait."""
         request, caller = CallRequest(**how), RecordingWaiter()  # type: ignore[arg-type]
         assert isinstance(self.account.try_acquire(now, request), Queued)
-        waiting = self.account.enqueue(now, request, caller)
+        waiting = self.account.queue.enqueue(now, request, caller)
         self.account.serve_queue(now)
         return waiting, caller
 
@@ -477,29 +472,23 @@ def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
 # --- deadlines ---
 
 
-class FakeEntry:
-    is_queued = True
-
-
-def test_a_deadline_heap_drops_withdrawn_entries_but_for_a_few() -> None:
-    deadlines = DeadlineHeap[FakeEntry]()
-    staying = FakeEntry()
-    deadlines.add(1e9, staying, length=1)
+def test_a_queue_drops_the_deadlines_of_withdrawn_calls_but_for_a_few() -> None:
+    queue = CallQueue(FairOrder())
+    staying = queue.enqueue(0.0, CallRequest(deadline=1e9), RecordingWaiter())
     for moment in range(1000):
-        withdrawn = FakeEntry()
-        deadlines.add(moment, withdrawn, length=1)
-        withdrawn.is_queued = False
-    assert len(deadlines) < 100
-    assert deadlines.next_deadline() == 1e9
-    assert deadlines.pop_overdue(1e9 - 1) is None
-    assert deadlines.pop_overdue(1e9) is staying
-    assert deadlines.next_deadline() is None
+        queue.withdraw(queue.enqueue(0.0, CallRequest(deadline=moment), RecordingWaiter()))
+    assert len(queue._deadlines) < 100
+    assert queue.next_deadline() == 1e9
+    assert queue.pop_overdue(1e9 - 1) is None
+    assert queue.pop_overdue(1e9) is staying
+    assert queue.next_deadline() is None
 
 
-def test_an_entry_without_a_deadline_is_not_in_the_heap() -> None:
-    deadlines = DeadlineHeap[FakeEntry]()
-    deadlines.add(math.inf, FakeEntry(), length=1)
-    assert deadlines.next_deadline() is None
+def test_a_call_without_a_deadline_is_never_overdue() -> None:
+    queue = CallQueue(FairOrder())
+    queue.enqueue(0.0, CallRequest(deadline=math.inf), RecordingWaiter())
+    assert queue.next_deadline() is None
+    assert queue.pop_overdue(1e9) is None
 
 
 def test_while_probes_are_in_flight_retry_after_is_shorter_than_their_timeout() -> None:
