@@ -151,7 +151,8 @@ class Upstream:
 
         A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
         raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
-        not count as a fault.
+        not count as a fault. Every other exception does: the function cannot report that the provider throttled it, so
+        the limit does not learn from a 429. For that use `bind`, `send`, or `call` with ``call.overloaded()``.
 
         To follow a `fallback` to another upstream the function must take a keyword-only parameter ``upstream``: it is
         called with the upstream to use.
