@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from tests.support.killed_calls import lost_calls
 from tests.support.task_stores import DURABLE, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
@@ -676,6 +678,11 @@ async def test_a_durable_store_has_its_records_when_opened_again(
     assert found is not None
     assert found[2] == DONE
     assert await again.finish("held", DONE, fence=held.fence)
+
+
+def test_an_acknowledged_write_survives_the_death_of_its_process(backend: StoreBackend, tmp_path: Path) -> None:
+    backend.needs(DURABLE)
+    assert lost_calls(backend, tmp_path) == []
 
 
 async def test_two_openings_of_a_shared_store_agree(
