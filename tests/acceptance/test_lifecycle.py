@@ -20,6 +20,7 @@ from tests.support.task_plane import (
     submit_all,
     virtual,
 )
+from tests.support.task_stores import OVERFLOWS, StoreBackend, overflow_url
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskCancelled, TaskStatus
 from forebay.errors import AlreadyStarted, DrainInside, StillSpilled, SupervisorClosed
@@ -101,12 +102,12 @@ async def test_a_cancellation_while_leaving_normally_cuts_the_draining_short() -
 
 
 @pytest.mark.parametrize("after", range(8))
-@pytest.mark.parametrize("overflow", [None, "memory://", "sqlite://"])
+@pytest.mark.parametrize("overflow", OVERFLOWS, ids=str)
 @virtual
 async def test_a_second_cancellation_while_closing_leaves_no_ticket_open(
-    after: int, overflow: str | None, tmp_path: Path
+    after: int, overflow: StoreBackend | None, tmp_path: Path
 ) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db" if overflow == "sqlite://" else overflow
+    url = overflow_url(overflow, tmp_path)
     supervisor = make_supervisor(UncancellableHandler(2.0), overflow=url, max_queue_size=4)
     await supervisor.start()
     tickets = [await supervisor.submit(Task("work")) for _ in range(9)]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from tests.support.killed_calls import lost_calls
+from tests.support.task_stores import DURABLE, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore
 from forebay.task import Priority
 
 if TYPE_CHECKING:
-    from tests.contract.conftest import MakeRecord, OpenStore, StoreBackend, Take
+    from tests.contract.conftest import MakeRecord, OpenStore, Take
 
 DONE = Completion(status="succeeded", worker_id="w", result=b"result", duration_ms=1.5, attempts=1, finished_at=50.0)
 
@@ -629,7 +632,7 @@ async def test_depths_count_waiting_records_by_type_and_priority(
 
 
 async def test_a_store_says_whether_it_is_durable(store: TaskStore, backend: StoreBackend) -> None:
-    assert store.durable is ("durable" in backend.can)
+    assert store.durable is (DURABLE in backend.can)
 
 
 async def test_open_and_close_may_be_repeated(store: TaskStore, record: MakeRecord) -> None:
@@ -661,7 +664,7 @@ async def test_close_finishes_the_pending_operations(store: TaskStore, record: M
 async def test_a_durable_store_has_its_records_when_opened_again(
     store: TaskStore, backend: StoreBackend, open_store: OpenStore, record: MakeRecord, take: Take
 ) -> None:
-    backend.needs("durable")
+    backend.needs(DURABLE)
     await put_all(store, [record("held", priority=Priority.HIGH), record("a"), record("b"), record("done", key="k")])
     (held,) = await take(1)
     await store.begin_attempt(held)
@@ -677,10 +680,15 @@ async def test_a_durable_store_has_its_records_when_opened_again(
     assert await again.finish("held", DONE, fence=held.fence)
 
 
+def test_an_acknowledged_write_survives_the_death_of_its_process(backend: StoreBackend, tmp_path: Path) -> None:
+    backend.needs(DURABLE)
+    assert lost_calls(backend, tmp_path) == []
+
+
 async def test_two_openings_of_a_shared_store_agree(
     store: TaskStore, backend: StoreBackend, open_store: OpenStore, record: MakeRecord
 ) -> None:
-    backend.needs("shared")
+    backend.needs(SHARED)
     other = await open_store()
     await put_all(store, [record() for _ in range(50)])
     await put_all(other, [record() for _ in range(50)])
