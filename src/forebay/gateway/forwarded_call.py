@@ -182,7 +182,8 @@ class ForwardedCall(Exchange):
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 result = self.stream_result()
-                result.value = StreamingResponse(response, returned, self.metered_stream(permit, headers))
+                stream = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
+                result.value = StreamingResponse(response, returned, stream)
                 return result
             body = await _read(response)
         except BaseException as error:

@@ -73,7 +73,7 @@ class MeteredStream:
             self.settled = True
         meter = self._meter
         if meter is not None and meter.error_kind is not None:
-            kind = meter.error_kind.outcome
+            kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
         self._settle(kind, None if meter is None else meter.usage)
