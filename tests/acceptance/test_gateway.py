@@ -101,6 +101,23 @@ async def test_a_compressed_response_stays_compressed_and_is_metered(harness: Ga
     assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in received
 
 
+async def test_a_compressed_stream_stays_compressed_and_is_metered(harness: GatewayHarness) -> None:
+    usage = {"prompt_tokens": 30, "completion_tokens": 20}
+    packed = gzip.compress(EVENT + STOP + b"data: %b\n\n" % json.dumps({"choices": [], "usage": usage}).encode() + DONE)
+    harness.provider.behaviour = streaming(packed[:20], packed[20:], encoding="gzip")
+    asking: Any = {"json": {**CHAT_REQUEST, "stream": True, "stream_options": {"include_usage": True}}}
+    async with Gateway(harness.settings()) as gateway:
+        async with harness.session.post(
+            harness.at(gateway), **asking, headers={"accept-encoding": "gzip"}, auto_decompress=False
+        ) as response:
+            assert await response.read() == packed
+        async with harness.session.get(harness.at(gateway, "/metrics")) as response:
+            received = await response.text()
+    assert 'forebay_tokens_total{direction="input",model="gpt-4o",target="openai"} 30.0' in received
+    assert 'forebay_tokens_total{direction="output",model="gpt-4o",target="openai"} 20.0' in received
+    assert [line for line in received.splitlines() if 'outcome="failed"' in line and not line.endswith(" 0.0")] == []
+
+
 async def test_the_metrics_have_attempts_and_quotas(harness: GatewayHarness) -> None:
     limits = {"x_ratelimit_limit_requests": "100", "x_ratelimit_remaining_requests": "40"}
     harness.provider.behaviour = responding(

@@ -51,12 +51,14 @@ class ScriptedProvider:
         return web.json_response(CHAT_RESPONSE, headers={"x-request-id": "req_1", "x-should-retry": "true"})
 
 
-def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream") -> Behaviour:
+def streaming(*pieces: bytes | float | None, kind: str = "text/event-stream", encoding: str = "") -> Behaviour:
     """Return a behaviour that streams pieces; None waits forever, and a number closes the connection."""
 
     async def behave(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         response = web.StreamResponse(headers={"content-type": kind})
+        if encoding:
+            response.headers["content-encoding"] = encoding
         await response.prepare(request)
         for piece in pieces:
             if piece is None:

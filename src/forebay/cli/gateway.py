@@ -1,4 +1,4 @@
-"""``forebay gateway``."""
+"""The command ``forebay gateway``."""
 
 from __future__ import annotations
 

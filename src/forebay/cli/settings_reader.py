@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
@@ -44,7 +45,7 @@ class SettingsSource:
     """
 
     def __init__(self, document: TomlDocument | None, name: str) -> None:
-        self.values: dict[str, Any] = {} if document is None else _copy(document.values)
+        self.values: dict[str, Any] = {} if document is None else copy.deepcopy(dict(document.values))
         self._default = SourceLocation(0, name if document is None else document.name)
         self._locations: dict[KeyPath, SourceLocation] = {}
         if document is not None:
@@ -116,7 +117,7 @@ class SettingsReader:
             return None
 
     def read_named(self, kind: type[S], keys: KeyPath, table: Any) -> tuple[S, ...]:
-        """Return structs from a table that has, by the name of each, its table."""
+        """Return the structs of a table of tables; the key of each is its name."""
         if not self._is_table(keys, table):
             return ()
         structs = [self.read_struct(kind, (*keys, name), part, name=name) for name, part in table.items()]
@@ -197,11 +198,6 @@ class SettingsReader:
 
 def _is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a deep copy of tables."""
-    return {key: _copy(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
 def _not_a_table(keys: KeyPath, value: Any) -> str:

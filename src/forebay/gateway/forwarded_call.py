@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Container
+from typing import Final, TypeAlias
 
 import aiohttp
 import msgspec
@@ -14,17 +15,15 @@ from forebay.gateway.error_responses import GatewayResponse
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.interfaces import Outcome, RateLimitHeaders
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
+from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
+from forebay.upstream.fallbacks.reroute import ReroutedRequest
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers, Usage
 from forebay.upstream.providers.content_encoding import Decompressor
-
-if TYPE_CHECKING:
-    from forebay.upstream.accounts.shared_account import SharedAccount
-    from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
-    from forebay.upstream.fallbacks.reroute import ReroutedRequest
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
@@ -53,9 +52,6 @@ class StreamingResponse:
         reader: meters the body.
 
     Attributes:
-        response: of the provider.
-        headers: that the caller gets.
-        reader: meters the body.
         at_event_boundary: whether the bytes passed on end between two events, so that an error event may follow.
     """
 
@@ -182,7 +178,8 @@ class ForwardedCall(Exchange):
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 result = self.stream_result()
-                result.value = StreamingResponse(response, returned, self.metered_stream(permit, headers))
+                stream = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
+                result.value = StreamingResponse(response, returned, stream)
                 return result
             body = await _read(response)
         except BaseException as error:
@@ -219,45 +216,40 @@ def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[
         request: as it was received.
         metered: whether the response must be read, so that it may not be compressed.
     """
-    headers: CIMultiDict[str] = CIMultiDict()
-    connection = []
-    for name, value in request.raw_headers:
-        lower = name.decode("latin-1").lower()
-        if lower == "connection":
-            connection.append(value)
-        if lower not in _NOT_SENT and not lower.startswith("x-forebay-"):
-            headers.add(lower, value.decode("utf-8", "surrogateescape"))
-    _remove_named(connection, headers)
+    headers = _end_to_end(request.raw_headers, _NOT_SENT)
+    for name in [name for name in headers if name.startswith("x-forebay-")]:
+        headers.popall(name, None)
     gzip = not metered and "gzip" in request.headers.get("accept-encoding", "")
     headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
     return headers
 
 
 def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
-    """Return the headers that the caller gets, who is not to retry: retries happen here.
+    """Return the headers that the caller gets. They tell its SDK not to retry: retries happen here.
 
     Raises:
         UnexpectedUpgrade: the provider switched to another protocol.
     """
     if response.status == _SWITCHING_PROTOCOLS:
         raise UnexpectedUpgrade("the provider switched to another protocol, unasked")
-    headers: CIMultiDict[str] = CIMultiDict()
-    connection = []
-    for name, value in response.raw_headers:
-        lower = name.decode("latin-1").lower()
-        if lower == "connection":
-            connection.append(value)
-        if lower not in _NOT_RETURNED:
-            headers.add(lower, value.decode("utf-8", "surrogateescape"))
-    _remove_named(connection, headers)
+    headers = _end_to_end(response.raw_headers, _NOT_RETURNED)
     headers.add("x-should-retry", "false")
     return headers
 
 
-def _remove_named(connection: list[bytes], headers: CIMultiDict[str]) -> None:
-    """Remove the headers that a Connection header names: they hold for one connection only, too."""
-    for name in b",".join(connection).decode("latin-1").split(",") if connection else ():
-        headers.popall(name.strip(), None)
+def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict[str]:
+    """Return headers without those in `dropped`, and those that a Connection header names: they are hop-by-hop too."""
+    headers: CIMultiDict[str] = CIMultiDict()
+    connection = []
+    for name, value in raw_headers:
+        lower = name.decode("latin-1").lower()
+        if lower == "connection":
+            connection.append(value)
+        if lower not in dropped:
+            headers.add(lower, value.decode("utf-8", "surrogateescape"))
+    for named in b",".join(connection).decode("latin-1").split(",") if connection else ():
+        headers.popall(named.strip(), None)
+    return headers
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -63,7 +63,8 @@ class Forwarder:
     Attributes:
         targets: the providers.
         metrics: of the gateway.
-        body_memory: that request bodies take.
+        body_memory: the memory that request bodies take.
+        draining: new calls are rejected.
 
     Raises:
         InvalidSecret: the token is missing, or not fit to be one.
@@ -84,21 +85,16 @@ class Forwarder:
             max_header_bytes=settings.max_header_bytes,
             local_only=settings.address.loopback and not settings.has_token,
         )
-        self._draining = False
+        self.draining = False
         self._in_progress = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._abortable: set[asyncio.Timeout] = set()
         self._aborted = False
 
-    @property
-    def draining(self) -> bool:
-        """Return whether new calls are rejected."""
-        return self._draining
-
     def drain(self) -> None:
         """Reject new calls from now on."""
-        self._draining = True
+        self.draining = True
 
     async def wait_idle(self) -> None:
         """Wait until no call is in progress."""
@@ -138,7 +134,7 @@ class Forwarder:
         self._in_progress += 1
         self._idle.clear()
         try:
-            with self.body_memory.reserve() as reservation:
+            with BodyReservation(self.body_memory) as reservation:
                 response = await self._forward(request, headers, destination, reservation)
             status = response.status
         except EarlyResponse as early:
@@ -152,8 +148,8 @@ class Forwarder:
         return response
 
     def _close_if_needed(self, request: web.BaseRequest, response: web.Response) -> web.Response:
-        """Mark the connection for closing if its next request could not be found, or not be served."""
-        if self._draining or not request.content.is_eof():
+        """Close the connection after this response while draining, or if the body of the request was not read."""
+        if self.draining or not request.content.is_eof():
             response.force_close()
         return response
 
@@ -170,8 +166,8 @@ class Forwarder:
             EarlyResponse: the caller is not authorized.
         """
         if path == "/healthz":
-            body = msgspec.json.encode({"status": "draining" if self._draining else "ok"})
-            return web.Response(status=503 if self._draining else 200, body=body, content_type=JSON)
+            body = msgspec.json.encode({"status": "draining" if self.draining else "ok"})
+            return web.Response(status=503 if self.draining else 200, body=body, content_type=JSON)
         if not self._callers.is_authorized(headers):
             message = f"this gateway needs its token in the header {TOKEN_HEADER}"
             raise EarlyResponse(error_response(detect_protocol(path, headers), 401, "forebay_token", message))
@@ -186,7 +182,7 @@ class Forwarder:
             EarlyResponse: the gateway is draining, or no target has this path.
         """
         protocol = detect_protocol(path, headers)
-        if self._draining:
+        if self.draining:
             raise _draining_response(protocol)
         destination = find_destination(self.targets, path, headers)
         if destination is None:
@@ -312,7 +308,7 @@ async def _copy(streaming: StreamingResponse, response: web.StreamResponse) -> s
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:
-    """Check a call that its provider need not be asked about.
+    """Check a call for mistakes that are certain before its provider is asked.
 
     Raises:
         EarlyResponse: it opens a WebSocket, or its body is not the JSON object that its endpoint needs.

@@ -14,7 +14,7 @@ _SUFFIX: Final = "_proxy"
 
 
 def http_proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
-    """Return the HTTP proxy for an address, by the environment as curl and the SDKs read it; None for a direct way.
+    """Return the HTTP proxy for an address, by the environment as curl and the SDKs read it; None to connect directly.
 
     ``HTTPS_PROXY``, ``HTTP_PROXY`` and ``ALL_PROXY`` name it, ``NO_PROXY`` the hosts that are reached directly; a name
     in lower case outweighs one in upper case. Loopback is always reached directly.

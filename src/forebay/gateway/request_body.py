@@ -27,23 +27,17 @@ class BodyMemory:
     Args:
         max_body_bytes: of one body.
         max_held_bytes: of all bodies together.
+
+    Attributes:
+        held_bytes: held now, of all bodies.
     """
 
-    __slots__ = ("_held_bytes", "_max_body_bytes", "_max_held_bytes")
+    __slots__ = ("_max_body_bytes", "_max_held_bytes", "held_bytes")
 
     def __init__(self, max_body_bytes: int, max_held_bytes: int) -> None:
         self._max_body_bytes = max_body_bytes
         self._max_held_bytes = max_held_bytes
-        self._held_bytes = 0
-
-    @property
-    def held_bytes(self) -> int:
-        """Return the bytes held now, of all bodies."""
-        return self._held_bytes
-
-    def reserve(self) -> BodyReservation:
-        """Return the reservation of one request, whose body is held until its block ends."""
-        return BodyReservation(self)
+        self.held_bytes = 0
 
     def check(self, size: int, *, more: int) -> None:
         """Check that a body of `size` bytes may be held, `more` of which are not held yet.
@@ -54,16 +48,16 @@ class BodyMemory:
         """
         if size > self._max_body_bytes:
             raise BodyTooLarge
-        if self._held_bytes + more > self._max_held_bytes:
+        if self.held_bytes + more > self._max_held_bytes:
             raise BodyMemoryFull
 
     def add(self, size: int) -> None:
         """Add received bytes to those held."""
-        self._held_bytes += size
+        self.held_bytes += size
 
     def release(self, size: int) -> None:
         """Remove the bytes of a request that has ended."""
-        self._held_bytes -= size
+        self.held_bytes -= size
 
 
 class BodyReservation:

@@ -10,9 +10,7 @@ from urllib.parse import urlsplit
 from forebay.gateway.address import is_loopback
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_CONTAINER_NAMES: Final = frozenset(
-    {"host.docker.internal", "host.containers.internal"}
-)  # this machine, from inside one
+_CONTAINER_NAMES: Final = frozenset({"host.docker.internal", "host.containers.internal"})  # of the container's host
 _FIELD_OVERHEAD: Final = 4  # bytes of a header field besides its name and value
 _MAX_SHOWN: Final = 100  # characters of a header in a message
 

@@ -1,6 +1,6 @@
-"""The call plane: what agents share and can overload, such as a provider's account.
+"""The call plane: dependencies that agents share and can overload, such as a provider's account.
 
-`accounts` decides which calls may be sent, `fallbacks` where else they can go, `providers` knows the APIs, and
+`accounts` decides which calls may be sent, `fallbacks` finds other accounts for them, `providers` knows the APIs, and
 `httpx_binding` binds clients. The steps of a call of a bound client, from the client to the socket:
 
 1. ``AsyncTransport.handle_async_request`` (`httpx_binding/httpx_transport.py`): takes the request from httpx.

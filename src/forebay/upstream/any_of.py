@@ -17,8 +17,8 @@ class AnyOf:
 
     Args:
         name: its name in messages.
-        find: returns the accounts, at least one. They may change from one call to the next: what is expected and held
-            back follows them.
+        find: returns the accounts, at least one. They may change from one call to the next: expected and held-back
+            runs move with them.
     """
 
     def __init__(self, name: str, find: Callable[[], Sequence[SharedAccount]]) -> None:
@@ -28,12 +28,7 @@ class AnyOf:
         self._expected = 0
         self._held: dict[object, tuple[int, Priority]] = {}
         self._relief: dict[object, Callable[[], None]] = {}
-        self._registered: list[SharedAccount] = []  # where what is expected and held back is noted
-
-    @classmethod
-    def of(cls, accounts: tuple[SharedAccount, ...]) -> AnyOf:
-        """Return the load source of accounts that do not change; the call's own account comes first."""
-        return cls(" or ".join(account.name for account in accounts), lambda: accounts)
+        self._registered: list[SharedAccount] = []  # the accounts that count the expected and held-back runs
 
     @property
     def accounts(self) -> Sequence[SharedAccount]:
@@ -98,7 +93,7 @@ class AnyOf:
             self._members()
 
     def _members(self) -> Sequence[SharedAccount]:
-        """Return the accounts, after moving what is expected and held back to them."""
+        """Return the accounts, after moving the expected and held-back runs to them."""
         members = self._find()
         with self._lock:
             wanted: Sequence[SharedAccount] = members if self._expected or self._held else ()

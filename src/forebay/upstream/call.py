@@ -16,25 +16,24 @@ from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.fallback import FallbackTarget
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
-_PERMITTED = CallOutcome(kind=Outcome.SUCCESS)  # as far as the flow sees: the block decides how the call ends
+_PERMITTED = CallOutcome(kind=Outcome.SUCCESS)  # for the flow; the block settles the real outcome
 
 
 class UpstreamCall:
     """One call through an upstream, as an async or a plain context manager.
 
     Leaving the block is a success, leaving it by an exception a fault, unless `overloaded` or `ignored` was called. A
-    cancellation says nothing about the upstream.
+    cancellation is no evidence about the upstream.
 
     Attributes:
-        upstream: where to send the call: the upstream that was asked, or inside the block the one that a fallback led
-            to.
-        model: the model to ask there.
+        upstream: the upstream to send the call to; inside the block it may be that of a fallback.
+        model: the model to call there.
 
     Args:
-        upstream: the upstream that was asked.
+        upstream: the call's own upstream.
         runner: runs its calls.
         model: the model of the call.
-        request_at: returns what the call needs of an account, by upstream and model.
+        request_at: returns the needs of the call, by upstream and model.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class UpstreamCall:
         self._leave(cause)
 
     def settle(self, *, input_tokens: int, output_tokens: int, usd: float | None = None) -> None:
-        """Say what the call used; the last time counts.
+        """Report the usage of the call; the last report counts.
 
         Args:
             input_tokens: tokens that it sent.
@@ -84,18 +83,18 @@ class UpstreamCall:
             usd: dollars that it cost; None to look up the price of its model.
 
         Raises:
-            InvalidAmount: `usd` is not an amount of money; what was said before still counts.
+            InvalidAmount: `usd` is not an amount of money; the report before still counts.
         """
         cost = None if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
         self._usd = self._route.core.cost(self.model, self._used) if cost is None else cost
 
     def overloaded(self) -> None:
-        """Say that the provider throttled the call for congestion: fewer calls are sent for a while."""
+        """Report that the provider throttled the call for congestion: fewer calls are sent for a while."""
         self._kind = Outcome.OVERLOAD
 
     def ignored(self) -> None:
-        """Say that the end of the call says nothing about the upstream, for example because the request was wrong."""
+        """Report that the call's end is no evidence about the upstream, for example because the request was wrong."""
         self._kind = Outcome.IGNORED
 
     def _enter_once(self) -> None:

@@ -40,7 +40,7 @@ class Acquire(msgspec.Struct, frozen=True):
 
     Attributes:
         account: gives the permit.
-        request: says what the call needs.
+        request: the needs of the call.
         sole_account: no other account can serve the call.
     """
 
@@ -133,7 +133,7 @@ class CallRunner:
                 finally:
                     del error  # its traceback holds this frame
         except StopIteration as end:
-            return unwrap_result(end.value)
+            return _unwrap_result(end.value)
 
     def run_blocking(
         self, route: RouteT, send: Callable[[RouteT, Permit], AttemptResult], *, retried: bool = True
@@ -163,14 +163,14 @@ class CallRunner:
                 finally:
                     del error  # its traceback holds this frame
         except StopIteration as end:
-            return unwrap_result(end.value)
+            return _unwrap_result(end.value)
 
 
 def call_flow(own: CallRoute, resolver: FallbackResolver, *, retried: bool = True) -> Flow:
     """Return the flow of one call: a generator of its steps that returns the result for its caller.
 
-    The call is tried at its own account first, unless a fallback's load threshold is reached, and then at those that
-    its upstream's fallbacks lead to.
+    The call is tried at its own account first, unless a fallback's load threshold is reached, and then at the accounts
+    of its upstream's fallbacks.
 
     Args:
         own: the call, prepared for its own account.
@@ -314,12 +314,8 @@ class _Retrying:
         return permit
 
 
-def unwrap_result(result: AttemptResult) -> Any:
-    """Return the value of a call, or raise its error. A fault is reported to the run that is under way.
-
-    Raises:
-        Exception: the error of the last attempt.
-    """
+def _unwrap_result(result: AttemptResult) -> Any:
+    """Return the value of a call, or raise its error. A fault is reported to the run that is under way."""
     if result.outcome.kind is Outcome.FAULT and (run := context.call_observer()) is not None:
         run.record_upstream_fault()
     if result.error is not None:

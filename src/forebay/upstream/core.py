@@ -1,4 +1,4 @@
-"""What all calls of one upstream share: provider profile, accounts, money and retries."""
+"""The state that all calls of one upstream share: provider profile, accounts, money and retries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UpstreamCore:
 
     Args:
         name: the upstream's name, in readings and messages.
-        provider: whose API it is.
+        provider: the provider whose API it is.
         settings: limits of its accounts.
         budgets: dollars that its calls may spend.
         prices: of its models.
@@ -62,11 +62,6 @@ class UpstreamCore:
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
 
-    @property
-    def has_budgets(self) -> bool:
-        """True if the cost of calls is counted."""
-        return self.budgets.has_budgets
-
     def request(  # noqa: PLR0913 - what a caller may say about a call
         self,
         model: str,
@@ -77,11 +72,11 @@ class UpstreamCore:
         deadline: Deadline | None = None,
         tenant: str | None = None,
     ) -> CallRequest:
-        """Return the request of a call made here. What is not given comes from the task that is running, if one is.
+        """Return the request of a call made here. Arguments left out come from the running task, if there is one.
 
         Args:
             model: the model of the call.
-            charge: what the call is expected to take of the quotas.
+            charge: the requests and tokens that the call is expected to use.
             free: the call costs no money.
             priority: None for the task's, or NORMAL.
             deadline: None for the task's, or none.
@@ -125,7 +120,7 @@ class UpstreamCore:
         return self._price(model, charge, cached_tokens) or 0.0
 
     def _expected_cost(self, model: str, charge: Charge) -> float:
-        """Return the dollars that a call may cost. Calls without a known price are counted; each model is warned of."""
+        """Return the dollars that a call may cost. Calls without a known price are counted, and logged once a model."""
         usd = self._price(model, charge)
         if usd is None and model:
             with self._lock:

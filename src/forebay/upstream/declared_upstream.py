@@ -12,11 +12,11 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 
 
 class DeclaredUpstream(AnyOf):
-    """The accounts of an upstream, one of which the calls of a worker will use, as one `LoadSource`.
+    """The accounts of an upstream as one `LoadSource`, for a worker that will use one of them.
 
-    The API key and the model of the first call show which account it is; then that account takes the place of this
-    source. Until then the least loaded open account counts, those of the upstream's fallbacks included. While no
-    account is open, one with the upstream's settings and without calls counts.
+    The API key and the model of the first call show which account it is; then that account replaces this source. Until
+    then the least loaded open account counts, those of the upstream's fallbacks included. While no account is open, one
+    with the upstream's settings and without calls counts.
 
     Args:
         core: of the upstream.
@@ -32,7 +32,7 @@ class DeclaredUpstream(AnyOf):
         self._model = model
 
     def covers(self, source: LoadSource) -> bool:
-        """Return whether `source`, which a run has called, is what was declared."""
+        """Return whether `source`, which a run has called, belongs to the declared upstream and model."""
         return source.accounts[0] in self._core.accounts.accounts_of(self._model)
 
     def _open_accounts(self) -> Sequence[SharedAccount]:

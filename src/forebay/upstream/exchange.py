@@ -1,6 +1,7 @@
-"""One HTTP request to a provider: which account it uses, what it needs, and what its answers mean. Nothing here waits.
+"""One HTTP request to a provider: its account, its needs, and the results of its attempts. Nothing here waits.
 
-It knows no HTTP library. Whoever sends the request passes in what came back, and adds the response for the caller.
+It is independent of the HTTP library: a subclass reads the library's messages, sends the request, and adds the response
+for the caller.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from forebay.upstream.providers.classify import NO_RESPONSE
 ERRORS: Final = 400
 REDIRECTS: Final = 300
 _ONE_REQUEST: Final = Charge()
-_SUSPENSION: Final = 60.0  # seconds without calls after the provider says that the account's money is spent
-_MAX_SUSPENSION: Final = 3_600.0  # ... however long it says that this lasts: money can be paid in at any time
+_SUSPENSION: Final = 60.0  # seconds without calls after the provider reported that the account's money is spent
+_MAX_SUSPENSION: Final = 3_600.0  # seconds, whatever its Retry-After: money can be paid in at any time
 
 
 class Exchange:
@@ -47,16 +48,16 @@ class Exchange:
         path: of its URL, with the query.
         headers: of the request.
         body: as it is sent; None for a stream, which cannot be sent again.
-        caller: for whom it is sent; None for the task that runs here, if one does.
+        caller: a caller in another process; None for the task that runs here, if there is one.
 
     Attributes:
         core: of the upstream.
         api_key: the API key that the account belongs to, as the request's header has it.
-        parsed: what is asked for.
+        parsed: the request's endpoint, model and tokens.
         account: the account that it uses.
-        call_request: what it needs of the account.
+        call_request: its needs.
         changed_body: the body to send instead of its own, or None.
-        error_kind: what its latest answer means.
+        error_kind: the kind of its latest answer.
     """
 
     __slots__ = (
@@ -119,13 +120,13 @@ class Exchange:
         return reroute_request(route, self._path, self.parsed, self._original_body, self.api_key)
 
     def throttled_error(self) -> Overloaded | None:
-        """Return the provider's latest answer as an error if the provider throttled the call, else None."""
-        if not self.error_kind.throttled:
+        """Return the provider's latest answer as an error if it throttled the call, else None."""
+        if not self.error_kind.rule.throttled:
             return None
         return Overloaded(self.describe_failure(), limited_by=self.account.name, retry_after=self._retry_after)
 
     def describe_failure(self) -> str:
-        """Return what happened to the latest attempt, for a person."""
+        """Return a description of the latest attempt's failure, for a person."""
         if self._status is None:
             return f"{self.core.name}: its provider could not be reached"
         return f"{self.core.name}: its provider answered {self._status} ({self.error_kind.value})"
@@ -133,16 +134,16 @@ class Exchange:
     # --- an answer that streams ---
 
     def is_streamed(self, status: int, content_type: str) -> bool:
-        """Return whether the caller gets the answer while it comes: events, or an answer of an unknown kind."""
+        """Return whether the answer is passed on as it arrives: an event stream, or from an unknown endpoint."""
         return status < REDIRECTS and (self.parsed.endpoint is Endpoint.OTHER or _is_event_stream(content_type))
 
-    def metered_stream(self, permit: Permit, headers: Headers) -> MeteredStream:
-        """Return what meters a streaming answer and releases its permit."""
+    def metered_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
+        """Return the stream that meters a streaming answer and releases its permit; `encoding`: of the bytes fed."""
         self.account.answer_began(permit, self._rate_limits(headers))
         meter = None
         generated = not self.parsed.free  # a free request fetches an answer that was metered when it was generated
         if generated and _is_event_stream(headers.get("content-type", "")):
-            meter = UsageMeter(stream=True, input_tokens=self.call_request.charge.input_tokens)
+            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens, encoding=encoding)
         usage_filter = None if self.changed_body is None else UsageFilter()
         settle = functools.partial(self._settle_stream, permit)
         return MeteredStream(settle, meter, usage_filter, detects_truncation=self.parsed.generates_tokens)
@@ -190,11 +191,11 @@ class Exchange:
             outcome = CallOutcome(kind=Outcome.IGNORED, used=_ONE_REQUEST, usd=0.0, rate_limit_headers=rate_limits)
             return AttemptResult(outcome=outcome)
         response = read_response(body)
-        kind_of_outcome = Outcome.SUCCESS if response.error_kind is None else response.error_kind.outcome
+        kind_of_outcome = Outcome.SUCCESS if response.error_kind is None else response.error_kind.rule.outcome
         return AttemptResult(outcome=self.call_outcome(permit, kind_of_outcome, response.usage, rate_limits))
 
     def _rate_limits(self, headers: Headers, *, always: bool = False) -> tuple[RateLimitHeaders, ...]:
-        """Return what an answer's headers say about the quotas, if that can matter; for an error it `always` does."""
+        """Return the rate-limit headers of an answer, if they can matter; those of an error `always` do."""
         if always or self.account.needs_headers():
             return read_rate_limits(headers, wall=clock.wall_time())
         return ()
@@ -228,7 +229,7 @@ class Exchange:
         usage: Usage | None,
         rate_limit_headers: tuple[RateLimitHeaders, ...] = (),
     ) -> CallOutcome:
-        """Return how an answered attempt ended, with what it used."""
+        """Return the outcome of an answered attempt, with its usage and cost."""
         latency = clock.now() - permit.granted_at
         if usage is None:
             return CallOutcome(kind=kind, latency=latency, rate_limit_headers=rate_limit_headers)
@@ -257,7 +258,7 @@ def judge_error(
     rate_limits: tuple[RateLimitHeaders, ...] = (),
     retry: bool | None = None,
 ) -> AttemptResult:
-    """Return the result of an attempt that the provider answered with an error. What each kind means: `classify.py`.
+    """Return the result of an attempt that the provider answered with an error, by the kind's rule (`classify.py`).
 
     Args:
         permit: of the attempt.
@@ -267,10 +268,11 @@ def judge_error(
         rate_limits: what the answer's headers say about the quotas.
         retry: whether the call may be retried; None if that follows from the kind.
     """
-    if kind.throttled:  # nothing was used: `RateLimiter.record_throttled` returns what a rate-limited call reserved
+    rule = kind.rule
+    if rule.throttled:  # nothing was used: `RateLimiter.record_throttled` returns what a rate-limited call reserved
         rate_limited = kind is ErrorKind.RATE_LIMIT
         outcome = CallOutcome(
-            kind=kind.outcome,
+            kind=rule.outcome,
             released=not rate_limited,
             rate_limited=rate_limited,
             retry_after=retry_after,
@@ -280,14 +282,14 @@ def judge_error(
     else:
         latency = clock.now() - permit.granted_at
         outcome = CallOutcome(
-            kind=kind.outcome, used=_ONE_REQUEST, usd=0.0, latency=latency, rate_limit_headers=rate_limits
+            kind=rule.outcome, used=_ONE_REQUEST, usd=0.0, latency=latency, rate_limit_headers=rate_limits
         )
     return AttemptResult(
         outcome=outcome,
-        retryable=kind.retryable if retry is None else retry,
-        uses_attempt=kind.uses_attempt,
+        retryable=rule.retryable if retry is None else retry,
+        uses_attempt=rule.uses_attempt,
         retry_after=retry_after,
-        can_fall_back=kind.can_fall_back,
+        can_fall_back=rule.can_fall_back,
     )
 
 

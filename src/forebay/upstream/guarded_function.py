@@ -19,7 +19,7 @@ from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PARAMETER: Final = "upstream"  # by which a function learns which upstream to call
+_PARAMETER: Final = "upstream"  # receives the upstream to call
 
 
 def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, T]) -> Callable[P, T]:
@@ -111,7 +111,7 @@ def _succeeded(value: Any, permit: Permit) -> AttemptResult:
 
 def _failed(exc: Exception, permit: Permit) -> AttemptResult:
     latency = clock.now() - permit.granted_at
-    if isinstance(exc, Overloaded):  # of another upstream or a supervisor: it has waited as long as it may
+    if isinstance(exc, Overloaded):  # by another upstream or a supervisor, which has made its retries already
         return AttemptResult(error=exc, outcome=CallOutcome(kind=Outcome.IGNORED, latency=latency))
     outcome = CallOutcome(kind=Outcome.FAULT, latency=latency)
     return AttemptResult(error=exc, retryable=True, can_fall_back=True, outcome=outcome)

@@ -1,4 +1,4 @@
-"""HTTP requests that a user sends with a client of their own, through `Upstream.send`."""
+"""HTTP requests that users send through `Upstream.send`, with a client of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HttpRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         method: such as ``"POST"``.
-        url: where it goes.
+        url: with scheme, host and query.
         headers: by name.
         body: its bytes.
     """

@@ -11,13 +11,16 @@ from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
 
 
 class MeteredStream:
-    """Takes the bytes of one streaming answer, and returns those that its caller gets.
+    """One streaming answer: it takes the provider's bytes, and returns those that the caller gets.
 
     Args:
-        settle: releases the permit, given how the answer ended and what it used.
+        settle: releases the permit; takes the outcome of the answer and its usage.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
-        detects_truncation: an answer that was cut short can be told from a complete one.
+        detects_truncation: whether a truncated answer can be told from a complete one.
+
+    Attributes:
+        settled: the permit is released.
     """
 
     __slots__ = ("_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
@@ -70,7 +73,7 @@ class MeteredStream:
             self.settled = True
         meter = self._meter
         if meter is not None and meter.error_kind is not None:
-            kind = meter.error_kind.outcome
+            kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
         self._settle(kind, None if meter is None else meter.usage)

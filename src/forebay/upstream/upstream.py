@@ -34,7 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 ClientT = TypeVar("ClientT")
 
-_CACHED = 1_000  # models that workers declare
+_CACHED = 1_000  # load sources of models that workers declare
 
 
 class Upstream:
@@ -47,25 +47,25 @@ class Upstream:
 
     Args:
         name: its name in readings and messages.
-        provider: whose API it is: ``"openai"``, ``"anthropic"``, ``"generic"``...
+        provider: the provider whose API it is: ``"openai"``, ``"anthropic"``, ``"generic"``...
         models: quotas by pattern of model name, such as ``{"gpt-4o*": [Quota(requests=500, per="minute")]}``. Each
             pattern has an account of its own; so has each model that matches none.
         quotas: of a dependency without models, or of models that match no pattern.
         budget: dollars that all calls together may spend.
         tenant_budget: dollars that each tenant may spend.
         task_budget: dollars that each task may spend.
-        max_concurrent: calls in flight at most; None finds out how many the provider can take.
-        limit: how many calls may be in flight, instead of `max_concurrent`: a `Limit`, such as ``VegasLimit()``, for an
+        max_concurrent: calls in flight at most; None learns how many the provider can take.
+        limit: the limit of calls in flight, instead of `max_concurrent`: a `Limit`, such as ``VegasLimit()``, for an
             upstream with a single account (no `models`, one API key); or a callable that makes one for each account,
             such as ``VegasLimit``.
-        retry: how failed calls are retried.
-        breaker: when no calls are sent for a while.
-        fallback: where calls go that it cannot serve; several are tried in order.
+        retry: the retries of failed calls.
+        breaker: the rules by which a failing provider is sent no calls for a while.
+        fallback: another model or upstream for calls that this one cannot serve; several are tried in order.
         max_wait: seconds of expected wait above which a call is rejected.
         max_start_wait: seconds of expected wait for the next call up to which another run may start; None for a quarter
             of a typical call.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.
-        prices: of models that the price list does not know, or knows wrongly, by name.
+        prices: by model, of those that the price list lacks or has wrong.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -174,17 +174,17 @@ class Upstream:
     ) -> UpstreamCall:
         """Return one call, for clients that cannot be bound: ``async with upstream.call("gpt-4o", ...) as call: ...``.
 
-        Entering waits for a permit; in a plain thread use ``with``. Say what the call used by ``call.settle(...)``;
-        otherwise what was expected counts as used. It is not retried. With a `fallback`, ``call.upstream`` and
-        ``call.model`` say where to send it.
+        Entering waits for a permit; in a plain thread use ``with``. Report the usage by ``call.settle(...)``; otherwise
+        the expected tokens count as used. It is not retried. With a `fallback`, send it to ``call.upstream`` and
+        ``call.model``.
 
         Args:
             model: the model of the call.
             input_tokens: tokens that it will send.
             output_tokens: tokens that it is expected to receive.
             priority: None for that of the task that is running.
-            deadline: when its answer becomes worthless; None for the task's.
-            tenant: for whom it is; None for the task's.
+            deadline: the time when its answer becomes worthless; None for the task's.
+            tenant: the tenant that it is for; None for the task's.
 
         Raises:
             Overloaded: on entering, if it is rejected.
@@ -202,9 +202,9 @@ class Upstream:
         """Send an HTTP request with a client of your own; retries, fallbacks and metering are the upstream's.
 
         Args:
-            request: the request. It is metered by what its body asks for, as a bound client's.
+            request: the request. Its needs are estimated from its body, as for a bound client.
             transport: sends it once, and returns the answer, whatever its status. It is called again for a retry, and
-                with another URL, key and model for a fallback. What it raises is a fault of the provider.
+                with another URL, key and model for a fallback. An exception that it raises is a fault of the provider.
 
         Returns:
             The answer to the last attempt.
@@ -212,7 +212,7 @@ class Upstream:
         Raises:
             Overloaded: the call was rejected.
             InvalidSetting: a fallback to another upstream has neither an address nor a key.
-            Exception: what `transport` raised at the last attempt.
+            Exception: the exception of `transport` at the last attempt.
         """
         check_reachable(self)
 

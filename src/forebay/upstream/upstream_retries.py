@@ -1,4 +1,4 @@
-"""The retries of one upstream: how a call is retried, and how many retries all its calls may make together."""
+"""The retries of one upstream: the policy for each call, and the budgets for all calls together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class UpstreamRetries:
     """The retry policy of an upstream and its retry budgets, safe to use from any thread.
 
     Args:
-        retry: how one call is retried.
+        retry: the policy for each call.
         draw: returns random numbers from [0, 1).
     """
 

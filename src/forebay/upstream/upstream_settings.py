@@ -17,9 +17,10 @@ _LIMIT: Final = "a limit, such as VegasLimit(), or a callable that makes one for
 
 
 class UpstreamSettings:
-    """The limits that the accounts of an upstream work under. Raises `InvalidSetting` if one is invalid.
+    """The settings of an upstream's accounts. See `Upstream` for the arguments.
 
-    See `Upstream` for the arguments.
+    Raises:
+        InvalidSetting: a setting is invalid.
     """
 
     def __init__(  # noqa: PLR0913 - as Upstream takes them
@@ -69,7 +70,7 @@ class UpstreamSettings:
 
     @property
     def single_limit(self) -> Limit | None:
-        """The limit that was given as an object, so only one account can have it."""
+        """The limit that was given as an object, which only one account can have; None if there is none."""
         return self._limit if isinstance(self._limit, Limit) else None
 
     def new_limit(self) -> Limit:

@@ -16,17 +16,17 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: as in readings; an API key is shown as eight digits of its hash.
         in_flight: calls under way.
-        limit: how many calls may be.
+        limit: how many calls may be under way.
         queued: calls in its queue.
         expected_calls: runs that have started, or are held back for its sake, and have not made their first call.
         breaker: ``"closed"``, ``"open"`` or ``"half_open"``.
         load: expected wait of the next typical call over the longest allowed.
-        limited_by: what that wait is for.
+        limited_by: the part of the account that causes that wait.
         typical_latency: seconds that a call takes.
         served_by_fallback: calls that another account has served, by a fallback.
-        quotas: what is left of each, those learned from headers included.
+        quotas: the level of each, those learned from headers included.
         sent: attempts that were sent since the account was opened. Those under way, those cut off by their caller and
-            those that were wrong are in none of the next three.
+            invalid requests are in none of the next three.
         succeeded: attempts that were answered.
         throttled: attempts that the provider throttled (429, 503, 529): for a rate, for congestion, for lack of
             capacity. Not those for lack of money (``insufficient_quota``).

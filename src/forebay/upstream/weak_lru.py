@@ -13,12 +13,12 @@ ValueT = TypeVar("ValueT")
 
 
 class WeakLRU(Generic[KeyT, ValueT]):
-    """Keeps the most recently used values by key, and finds older ones for as long as somebody holds them.
+    """A cache of the most recently used values by key; older ones are found as long as somebody holds them.
 
     So a limit, or a budget, that is dropped while a call holds it does not exist twice. Safe to use from any thread.
 
     Args:
-        capacity: how many values are kept that nobody else holds.
+        capacity: values that are kept even if nobody else holds them.
     """
 
     __slots__ = ("_all", "_capacity", "_latest", "_lock")

@@ -1,4 +1,4 @@
-"""Fallbacks: where calls go that their own account cannot serve."""
+"""The setting of a fallback: another model or upstream for calls that their own account cannot serve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OWNER: Final = "Fallback"
 
 
 class FallbackTarget(Protocol):
-    """An `Upstream`, as far as fallbacks need it."""
+    """The part of an `Upstream` that fallbacks need."""
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class Fallback:
         load_threshold: the load from which calls go there without being rejected first: the expected wait of the call
             over the longest allowed, above 0 and at most 1. 1.0 waits for a rejection.
         models: pattern of the models whose calls may fall back.
-        model: what the model is called there, if `to` is an upstream; None for the same name.
+        model: the model's name there, if `to` is an upstream; None for the same name.
         base_url: address of that upstream's API, as an SDK takes it; None for the address of the call.
         api_key: key for that upstream. It is never shown or logged. Without it no key is sent to another `base_url`.
 
@@ -87,12 +87,12 @@ class Fallback:
 
     @property
     def names_models(self) -> bool:
-        """True if it is for particular models."""
+        """True if it applies to particular models only."""
         return self.models != "*"
 
     @property
     def is_reachable(self) -> bool:
-        """True if it says how a request gets there."""
+        """True if a request can be sent there: to a model here, or with the address or the key of another upstream."""
         return isinstance(self.to, str) or self.base_url is not None or self.api_key is not None
 
 

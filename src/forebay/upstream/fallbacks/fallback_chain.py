@@ -1,4 +1,4 @@
-"""The accounts that one call tries, one after another, and what its caller gets in the end. Nothing here waits."""
+"""The accounts that one call tries, one after another, and the result for its caller. Nothing here waits."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class CallRoute(Protocol):
         """The API key of the call, as its header has it."""
 
     def throttled_error(self) -> Overloaded | None:
-        """Return the provider's latest answer as an error if the provider throttled the call, else None."""
+        """Return the provider's latest answer as an error if it throttled the call, else None."""
 
     def describe_failure(self) -> str:
-        """Return what happened to the latest attempt, for a person."""
+        """Return a description of the latest attempt's failure, for a person."""
 
     def can_reroute(self, route: FallbackRoute) -> bool:
         """Return whether the call could be served there, as far as that is cheap to tell."""
@@ -58,8 +58,8 @@ class PlainRoute:
     Args:
         upstream: the `Upstream` that the account belongs to.
         account: the account.
-        call_request: what the call needs of it.
-        request_at: returns what it needs of an account of another model or upstream; None if it cannot go there.
+        call_request: the needs of the call.
+        request_at: returns the needs of the call at another upstream or model; None if it cannot fall back.
     """
 
     __slots__ = ("_request_at", "account", "call_request", "core", "upstream")
@@ -128,7 +128,7 @@ class FallbackChain(Generic[RouteT]):
             for route, account in others
             if route.load_threshold < 1.0 and route.load_threshold <= load and account.load_for() < load
         ]
-        behind = [way for way in others if way not in ahead]
+        behind = [other for other in others if other not in ahead]
         self._untried: deque[tuple[FallbackRoute, SharedAccount] | None] = deque([*ahead, None, *behind])  # None: own
         self._own_result: Overloaded | AttemptResult | None = None
         self._other_failures: list[str] = []
@@ -143,14 +143,14 @@ class FallbackChain(Generic[RouteT]):
         while self._untried:
             if self._own_result is not None and self.own.call_request.deadline <= clock.now():
                 return None
-            way = self._untried.popleft()
-            route = self.own if way is None else self.own.reroute(*way)
+            other = self._untried.popleft()
+            route = self.own if other is None else self.own.reroute(*other)
             if route is not None:
                 return route
         return None
 
     def skips_retry(self, route: RouteT) -> bool:
-        """Return whether a throttled call goes to the next account at once, instead of waiting to retry at this one."""
+        """Return whether a throttled call goes to the next account at once, instead of waiting for a retry here."""
         if route is not self.own or not any(self._untried):
             return False
         load = self._own_load()

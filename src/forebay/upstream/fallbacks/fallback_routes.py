@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict, deque
+import functools
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -14,7 +14,7 @@ from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.fallback import Fallback, FallbackTarget
 from forebay.upstream.weak_lru import WeakLRU
 
-_CACHED = 1_000  # models whose routes are kept, and combinations of accounts
+_CACHED = 1_000  # models whose routes are kept; combinations of accounts whose load source is kept
 
 
 class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -22,13 +22,13 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     Attributes:
         upstream: the `Upstream` that the account belongs to.
-        model: what the model is called there.
+        model: the model's name there.
         fallback: the setting that leads there.
         load_threshold: the load of the call's own account from which the call goes there.
         other_upstream: the account belongs to another upstream than the call's own.
         base_url: address of the API there; None for the address of the call.
         api_key: key to send there; None for the call's own upstream, or if there is no key.
-        reachable: it is known how a request gets there.
+        reachable: a request can be sent there: the address or the key is known.
     """
 
     upstream: FallbackTarget
@@ -72,11 +72,11 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return self.core.accounts.account(self.model, self.account_key(own_key))
 
 
-def resolve_routes(upstream: FallbackTarget, model: str) -> tuple[FallbackRoute, ...]:
-    """Return where a call of `model` can fall back to, in order.
+def _find_routes(upstream: FallbackTarget, model: str) -> tuple[FallbackRoute, ...]:
+    """Return the routes by which a call of `model` can fall back, in order.
 
-    The fallbacks of each upstream are followed once, so there are no loops. Two routes can lead to the same account:
-    that is known once the API key of the call is known.
+    The fallbacks of each upstream are followed once, so there are no loops. Two routes may lead to the same account,
+    which only the API key of a call shows.
     """
     found: list[FallbackRoute] = []
     followed = {upstream.core}
@@ -134,20 +134,12 @@ class FallbackResolver:
 
     def __init__(self, upstream: FallbackTarget) -> None:
         self.has_fallbacks = bool(upstream.fallbacks)
-        self._upstream = upstream
-        self._lock = threading.Lock()
-        self._routes: OrderedDict[str, tuple[FallbackRoute, ...]] = OrderedDict()
+        self._routes = functools.lru_cache(_CACHED)(functools.partial(_find_routes, upstream))
         self._any_of: WeakLRU[tuple[SharedAccount, ...], AnyOf] = WeakLRU(_CACHED)
 
     def routes(self, model: str) -> tuple[FallbackRoute, ...]:
-        """Return where a call of `model` can fall back to, in order."""
-        with self._lock:
-            routes = self._routes.get(model)
-            if routes is None:
-                routes = self._routes[model] = resolve_routes(self._upstream, model)
-                if len(self._routes) > _CACHED:
-                    self._routes.popitem(last=False)
-        return routes
+        """Return the routes by which a call of `model` can fall back, in order."""
+        return self._routes(model)
 
     def accounts(
         self, own: SharedAccount, routes: Iterable[FallbackRoute], key: str = ""
@@ -167,5 +159,6 @@ class FallbackResolver:
         return [(route, account) for account, route in found.items()]
 
     def any_of(self, accounts: Sequence[SharedAccount]) -> AnyOf:
-        """Return the load source that stands for all of these accounts: the same one each time, as runs remember it."""
-        return self._any_of.get(tuple(accounts), AnyOf.of)
+        """Return the load source of these accounts, the call's own first: always the same one, as runs keep it."""
+        name = " or ".join(account.name for account in accounts)
+        return self._any_of.get(tuple(accounts), lambda members: AnyOf(name, lambda: members))

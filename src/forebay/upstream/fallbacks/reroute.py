@@ -1,4 +1,4 @@
-"""A request that is sent to another account: its address, key and model there. Nothing here waits."""
+"""A request rewritten for another account: its address, key and model there. Nothing here waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forebay.upstream.providers import (
     with_model,
 )
 
-_IDENTITY_HEADERS: Final = frozenset(  # identify the caller to the provider that it chose
+_IDENTITY_HEADERS: Final = frozenset(  # they are for the provider that the caller chose, and no other
     {
         *("authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"),
         *("openai-organization", "openai-project"),
@@ -114,7 +114,7 @@ def _below(base_url: str, path: str, endpoint: Endpoint, *, azure: bool) -> tupl
     root = base.path.rstrip("/")
     ending = _PATHS.get(endpoint, old.path)
     if ending.startswith("/v1/"):
-        root = root.removesuffix("/v1")  # Anthropic's SDK takes a base URL without it, and many write it all the same
+        root = root.removesuffix("/v1")  # Anthropic's SDK wants a base URL without it, but many people write it
     deployment = azure and _DEPLOYMENTS in old.path and _DEPLOYMENTS not in root and not root.endswith("/v1")
     if deployment:
         root = root or "/openai"

@@ -1,4 +1,4 @@
-"""One request of an httpx client and its answers: an exchange in the terms of its HTTP library."""
+"""An exchange that reads the requests and responses of httpx or httpx2."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _last_failure: ContextVar[tuple[type[Exception], str] | None] = ContextVar("fore
 
 @dataclass(frozen=True, slots=True)
 class ClientBinding:
-    """What the calls of one bound client have in common.
+    """The upstream, HTTP library and SDK of one bound client.
 
     Attributes:
         core: of the upstream that they are sent through.
         runner: runs the upstream's calls.
         http: the HTTP library of the client.
-        sdk_errors: of the SDK that makes the calls; None to find it out from each request.
+        sdk_errors: of the SDK that makes the calls; None to detect it from each request.
     """
 
     core: UpstreamCore
@@ -50,13 +50,13 @@ class BoundExchange(Exchange):
         request: as it is sent.
     """
 
-    __slots__ = ("_binding", "_errors", "_http", "_original", "request")
+    __slots__ = ("_binding", "_errors", "_original", "request")
 
     def __init__(
         self, binding: ClientBinding, request: Any, core: UpstreamCore | None = None, *, original: Any = None
     ) -> None:
         self._binding = binding
-        self._http = http = binding.http
+        http = binding.http
         self.request = request
         self._original = request if original is None else original
         try:
@@ -84,17 +84,17 @@ class BoundExchange(Exchange):
         sent = self.rerouted_request(route)
         if sent is None:
             return None
-        old = self._original
+        http, old = self._binding.http, self._original
         headers = old.headers.copy()
         for name in sent.dropped_headers:
             headers.pop(name, None)
         headers.update(sent.added_headers)
         path = sent.path.encode("ascii")
-        url = old.url.copy_with(raw_path=path) if sent.origin is None else self._http.URL(sent.origin + sent.path)
-        request = self._http.Request(old.method, url, headers=headers, content=sent.body, extensions=old.extensions)
+        url = old.url.copy_with(raw_path=path) if sent.origin is None else http.URL(sent.origin + sent.path)
+        request = http.Request(old.method, url, headers=headers, content=sent.body, extensions=old.extensions)
         return BoundExchange(self._binding, request, route.core, original=old)
 
-    # --- errors, as the caller's SDK knows them ---
+    # --- errors, in the classes of the caller's SDK ---
 
     def check_sdk_retry(self) -> None:
         """Raise the last error again if an SDK retries a call that has failed here: only the upstream retries."""
@@ -112,7 +112,7 @@ class BoundExchange(Exchange):
 
     def _sdk_error(self, error: Exception) -> Exception:
         """Return a connection's error as the caller's SDK raises it."""
-        http = self._http
+        http = self._binding.http
         if isinstance(error, http.RequestError):
             _last_failure.set((type(error), str(error)))
             error.request = self._original
@@ -122,9 +122,10 @@ class BoundExchange(Exchange):
 
     def answered(self, permit: Permit, response: Any, headers: Headers, raw: bytes) -> AttemptResult:
         """Return the result of an attempt whose answer was read to its end, and whose stream was closed."""
-        body = _decoded(self._http, headers, raw)
+        http = self._binding.http
+        body = _decoded(http, headers, raw)
         result = self.judge_answer(permit, response.status_code, headers, body)
-        response.stream = self._http.ByteStream(raw)  # nobody else has the response: a new one took 5 us of a call
+        response.stream = http.ByteStream(raw)  # nobody else has the response: a new one took 5 us of a call
         response.headers["x-should-retry"] = "false"
         result.value = response
         return result
@@ -139,7 +140,7 @@ class BoundExchange(Exchange):
         headers = [pair for pair in response.headers.raw if pair[0].lower() not in dropped]
         headers.append((b"x-should-retry", b"false"))
         result = self.stream_result()
-        result.value = self._http.Response(
+        result.value = self._binding.http.Response(
             response.status_code, headers=headers, stream=stream, extensions=response.extensions
         )
         return result
@@ -148,9 +149,9 @@ class BoundExchange(Exchange):
         """Return the result of an attempt whose connection failed, before the answer or within it.
 
         Raises:
-            Exception: `error`, if it is not a connection's.
+            Exception: `error`, if it is not an error of the connection.
         """
-        http = self._http
+        http = self._binding.http
         if not isinstance(error, http.RequestError | OSError):
             raise error
         local = isinstance(error, http.LocalProtocolError | http.UnsupportedProtocol | http.PoolTimeout)

@@ -1,4 +1,4 @@
-"""Finds out what kind of client it is, and makes the copy whose calls go through an upstream."""
+"""Binding of clients of any known kind: copies whose calls go through an upstream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forebay.errors import AlreadyBound, NotBindable
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.httpx_binding.bound_exchange import ClientBinding
-from forebay.upstream.httpx_binding.httpx_transport import transport_classes
+from forebay.upstream.httpx_binding.httpx_transport import async_transport, blocking_transport
 from forebay.upstream.httpx_binding.sdk_errors import SdkErrors, sdk_errors_of
 from forebay.upstream.httpx_binding.websocket_warning import with_websocket_warning
 
@@ -31,7 +31,7 @@ def bind_client(core: UpstreamCore, runner: CallRunner, client: ClientT) -> Clie
 
 
 class ClientBinder:
-    """Makes bound copies. What several of the originals share, their copies share.
+    """Makes bound copies. Clients that share an HTTP client or an SDK client get copies that share its copy.
 
     Args:
         core: of the upstream.
@@ -66,8 +66,8 @@ class ClientBinder:
         if self._is_bound(client):
             return client
         binding = ClientBinding(self._core, self._runner, http, errors)
-        classes = transport_classes(http)
-        wrap = classes.asynchronous if isinstance(client, http.AsyncClient) else classes.blocking
+        make_transport = async_transport if isinstance(client, http.AsyncClient) else blocking_transport
+        wrap = make_transport(http)
         bound = copy.copy(client)
         bound.__class__ = _without_finalizer(type(client))  # type: ignore[arg-type]  # a class can be hashed
         bound.headers, bound.cookies, bound.params = client.headers, client.cookies, client.params
@@ -131,16 +131,16 @@ class ClientBinder:
 
 
 def _library_of(client: Any) -> ModuleType | None:
-    """Return the HTTP library that the client is of; None if it is not an HTTP client."""
+    """Return the HTTP library of a client; None if it is not an HTTP client."""
     for name in _LIBRARIES:
-        http = sys.modules.get(name)  # whoever has a client has imported it
+        http = sys.modules.get(name)  # a client's library is imported already
         if http is not None and isinstance(client, http.Client | http.AsyncClient):
             return http
     return None
 
 
 def _sdk_of(client: Any) -> str | None:
-    """Return the package of the SDK that the client is of; None if it is not an SDK's client."""
+    """Return the package of a client's SDK; None if it is not an SDK's client."""
     return _package_of_base(client, _SDK_BASES)
 
 
@@ -158,7 +158,7 @@ def _is_langchain(client: Any) -> bool:
 
 @functools.cache
 def _without_finalizer(kind: Any) -> Any:
-    """Return a client's class without the finalizer by which SDKs close connections: the original uses them too."""
+    """Return a client's class without the finalizer of SDKs: it would close connections that the original uses."""
     if not hasattr(kind, "__del__"):
         return kind
     members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__del__": _close_nothing}

@@ -52,7 +52,7 @@ class AsyncBody:
     def __del__(self) -> None:
         if self._stream.settled:
             return
-        try:  # not here: garbage is collected in the middle of anything
+        try:  # not here: garbage collection may run while any lock is held
             self._loop.call_soon_threadsafe(self._stream.abandon)
         except RuntimeError:  # the loop is closed
             _abandon_in_thread(self._stream)
@@ -73,7 +73,7 @@ class AsyncTransport:
         self.binding = binding
 
     async def handle_async_request(self, request: Any) -> Any:
-        """Return the answer to a request, after as many attempts as that takes."""
+        """Return the answer to a request, after all its attempts."""
         exchange = BoundExchange(self.binding, request)
         exchange.check_sdk_retry()
         try:
@@ -160,7 +160,7 @@ class BlockingTransport:
         self.binding = binding
 
     def handle_request(self, request: Any) -> Any:
-        """Return the answer to a request, after as many attempts as that takes."""
+        """Return the answer to a request, after all its attempts."""
         exchange = BoundExchange(self.binding, request)
         exchange.check_sdk_retry()
         try:
@@ -200,30 +200,21 @@ class BlockingTransport:
         self.inner.__exit__(*raised)
 
 
-class TransportClasses:
-    """The transports for one HTTP library.
-
-    Attributes:
-        asynchronous: for clients on an event loop.
-        blocking: for clients in plain threads.
-    """
-
-    def __init__(self, http: ModuleType) -> None:
-        body: type[Any] = type("AsyncBody", (AsyncBody, http.AsyncByteStream), {})
-        self.asynchronous: type[Any] = type(
-            "UpstreamTransport", (AsyncTransport, http.AsyncBaseTransport), {"body": body}
-        )
-        body = type("BlockingBody", (BlockingBody, http.SyncByteStream), {})
-        self.blocking: type[Any] = type("UpstreamTransport", (BlockingTransport, http.BaseTransport), {"body": body})
+@cache
+def async_transport(http: ModuleType) -> type[Any]:
+    """Return the transport of asynchronous clients of `http`, which is the module httpx or httpx2."""
+    body = type("AsyncBody", (AsyncBody, http.AsyncByteStream), {})
+    return type("UpstreamTransport", (AsyncTransport, http.AsyncBaseTransport), {"body": body})
 
 
 @cache
-def transport_classes(http: ModuleType) -> TransportClasses:
-    """Return the transports for `http`, which is the module httpx or httpx2."""
-    return TransportClasses(http)
+def blocking_transport(http: ModuleType) -> type[Any]:
+    """Return the transport of blocking clients of `http`, which is the module httpx or httpx2."""
+    body = type("BlockingBody", (BlockingBody, http.SyncByteStream), {})
+    return type("UpstreamTransport", (BlockingTransport, http.BaseTransport), {"body": body})
 
 
 def _abandon_in_thread(stream: MeteredStream) -> None:
-    """Release the permit of an answer that was thrown away, in a thread: garbage collection may hold any lock."""
+    """Release the permit of a dropped answer in a new thread: garbage collection may run while any lock is held."""
     with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
         _thread.start_new_thread(stream.abandon, ())

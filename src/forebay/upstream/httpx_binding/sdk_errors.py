@@ -1,4 +1,4 @@
-"""Errors as the caller's SDK knows them: those that it raises itself, and rejections that it passes on."""
+"""Errors in the classes of the caller's SDK: connection errors, and rejections that it passes on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ class SdkErrors(NamedTuple):
     """The errors of one SDK.
 
     Attributes:
-        base: a rejection is a subclass of it: an SDK takes errors that it does not know for a broken connection, and
-            retries.
+        base: the base class of rejections: an SDK treats errors of other classes as a broken connection, and retries.
         connection_error: the SDK's error for a connection that failed; None for the transport's own.
         timeout_error: the SDK's error for a timeout, likewise.
     """
@@ -70,12 +69,12 @@ def sdk_errors_of(name: str) -> SdkErrors:
 
 @cache
 def http_errors_of(http: ModuleType) -> SdkErrors:
-    """Return the errors of a bare client. The base is not TransportError, which helpers retry."""
+    """Return the errors of a bare client. The base is not TransportError, on which retry libraries retry."""
     return SdkErrors(base=http.HTTPError)
 
 
 def find_sdk_errors(http: ModuleType, headers: Mapping[str, str], provider: str) -> SdkErrors:
-    """Return the errors for the maker of a request: an SDK may use a bare client that is bound."""
+    """Return the errors for the SDK that made a request: it may use a bare client that is bound."""
     if "x-stainless-lang" not in headers:
         return http_errors_of(http)
     agent = headers.get("user-agent", "").lower()

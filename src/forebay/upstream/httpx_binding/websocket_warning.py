@@ -1,4 +1,4 @@
-"""A warning for WebSockets of SDKs: they bypass the transport, so the upstream neither paces nor counts them."""
+"""A warning about WebSockets of SDKs: they bypass the transport, so the upstream neither paces nor counts them."""
 
 from __future__ import annotations
 

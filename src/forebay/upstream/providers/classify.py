@@ -52,31 +52,6 @@ class ErrorKind(Enum):
         """Return the consequences of this kind."""
         return ERROR_RULES[self]
 
-    @property
-    def outcome(self) -> Outcome:
-        """Return the outcome for the account's limit and circuit breaker."""
-        return ERROR_RULES[self].outcome
-
-    @property
-    def retryable(self) -> bool:
-        """Return whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``)."""
-        return ERROR_RULES[self].retryable
-
-    @property
-    def uses_attempt(self) -> bool:
-        """Return whether it uses one of `Retry.max_attempts`; a throttled attempt does not: its deadline bounds it."""
-        return ERROR_RULES[self].uses_attempt
-
-    @property
-    def throttled(self) -> bool:
-        """Return whether the provider rejected the call before doing any work, so that nothing was used."""
-        return ERROR_RULES[self].throttled
-
-    @property
-    def can_fall_back(self) -> bool:
-        """Return whether another account of the fallback chain may serve the call."""
-        return ERROR_RULES[self].can_fall_back
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorRule:
@@ -86,8 +61,8 @@ class ErrorRule:
         meaning: in a few words.
         outcome: for the account's limit and circuit breaker: SUCCESS; OVERLOAD counts for the limit and the outage
             detector; FAULT counts for the circuit breaker, if the attempt is the last of its call; IGNORED for neither.
-        retryable: whether another attempt may succeed.
-        uses_attempt: whether it uses one of `Retry.max_attempts`.
+        retryable: whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``).
+        uses_attempt: whether a retry uses one of `Retry.max_attempts`; that of a throttled call does not.
         throttled: whether the provider rejected the call before doing any work, so that nothing was used.
         can_fall_back: whether another account of the fallback chain may serve the call.
         counted_by: the part of the account that reacts, and how.

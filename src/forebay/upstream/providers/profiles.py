@@ -14,6 +14,7 @@ from forebay.upstream.providers.request import Endpoint, ProviderRequest, read_r
 from forebay.upstream.providers.usage import Usage
 
 _TYPICAL_OUTPUT: Final = 500  # tokens, where neither the request nor earlier calls give a number
+_AZURE_USAGE_SINCE: Final = "2024-09-01"  # api-version; older ones reject unknown fields
 
 
 class TokenCounting(Enum):
@@ -108,17 +109,14 @@ class ProviderProfile:
 
         The response to a changed body goes through a `UsageFilter`, since the caller did not ask for its usage.
         """
-        streams = (
-            request.endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS) and request.stream and not request.include_usage
-        )
-        if not self.supports_include_usage or not streams or request.signed:
+        if not self.supports_include_usage or not request.stream or request.include_usage or request.signed:
+            return None
+        if request.endpoint not in (Endpoint.CHAT, Endpoint.COMPLETIONS):
             return None
         if request.api_version is not None and request.api_version < _AZURE_USAGE_SINCE:
             return None
         return with_include_usage(body)
 
-
-_AZURE_USAGE_SINCE: Final = "2024-09-01"  # api-version; older ones reject unknown fields
 
 _OPENAI: Final = ProviderProfile(provider="openai", token_counting=TokenCounting.LARGER, supports_include_usage=True)
 _PROFILES: Final = {

@@ -1,4 +1,4 @@
-"""Rate-limit headers, Retry-After and x-should-retry: what a provider's response says about quotas and retries.
+"""Rate-limit headers, Retry-After and x-should-retry of a provider's response.
 
 These families of rate-limit headers are read, from any provider:
 
@@ -33,9 +33,8 @@ _MAX_LIMIT: Final = 10**15
 _MAX_VALUE: Final = 64  # characters of a header; longer ones are ignored
 _MAX_CLOCK_SKEW: Final = 2.0  # seconds; from there on points in time are read by the provider's clock
 
-_NUMBER: Final = re.compile(
-    r"\s*(-?\d+(?:\.\d+)?)\s*(?:[,;].*)?", re.ASCII | re.DOTALL
-)  # a second value is a repetition
+# A value after a comma or a semicolon is ignored: the header was repeated, or has parameters.
+_NUMBER: Final = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:[,;].*)?", re.ASCII | re.DOTALL)
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|d|h|m|s)", re.ASCII)  # as Go writes it
 _SECONDS: Final = {"d": _DAY, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _RETRY_MESSAGE: Final = re.compile(
@@ -59,7 +58,7 @@ _NO_FAMILY: Final = -1
 
 
 def read_rate_limits(headers: Mapping[str, str], *, wall: float) -> tuple[RateLimitHeaders, ...]:
-    """Return what the headers say about the account's quotas: at most one entry for each unit, without invalid ones.
+    """Return the rate limits in the headers: at most one for each unit; invalid ones are left out.
 
     Args:
         headers: of any response.
@@ -80,9 +79,7 @@ def read_rate_limits(headers: Mapping[str, str], *, wall: float) -> tuple[RateLi
         if limit is not None or remaining is not None:
             text = values.get(reset_name, "")
             reset = _duration(text) if len(text) <= _MAX_VALUE else None
-            if (
-                reset is None or reset > _MAX_RESET
-            ):  # not a duration: it may be a point in time, by the provider's clock
+            if reset is None or reset > _MAX_RESET:  # perhaps a point in time, by the provider's clock
                 now = _provider_time(values, wall) if now is None else now
                 reset = read_reset(text, wall=now)
             found[unit] = RateLimitHeaders(unit=unit, limit=limit, remaining=remaining, reset=reset)

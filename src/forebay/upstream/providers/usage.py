@@ -1,4 +1,4 @@
-"""Usage: the tokens of a call, as the provider counted them."""
+"""The usage of a call: its tokens, as the provider counted them."""
 
 from __future__ import annotations
 

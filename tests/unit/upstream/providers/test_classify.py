@@ -152,9 +152,9 @@ def test_the_wording_outweighs_a_header() -> None:
     ],
 )
 def test_what_follows_from_each_kind(kind: ErrorKind, outcome: Outcome, follows: str) -> None:
-    assert kind.outcome is outcome
+    assert kind.rule.outcome is outcome
     names = ("retryable", "uses_attempt", "throttled", "can_fall_back")
-    assert [name for name in names if getattr(kind, name)] == [name for name in names if name in follows.split()]
+    assert [name for name in names if getattr(kind.rule, name)] == [name for name in names if name in follows.split()]
 
 
 def test_no_response_is_a_fault() -> None:

@@ -23,6 +23,7 @@ from forebay.upstream.providers import (
     classify_stream_error,
     profile_for,
     read_rate_limits,
+    read_response,
     read_retry_after,
 )
 
@@ -47,8 +48,8 @@ def stream(writer: wire.OpenAIWriter | wire.AnthropicWriter, input_tokens: int, 
     )
 
 
-def metered(data: bytes, *, is_stream: bool = True) -> UsageMeter:
-    meter = UsageMeter(stream=is_stream, input_tokens=7)
+def metered(data: bytes) -> UsageMeter:
+    meter = UsageMeter(input_tokens=7)
     meter.feed(data)
     meter.end()
     return meter
@@ -58,7 +59,7 @@ def metered(data: bytes, *, is_stream: bool = True) -> UsageMeter:
 def test_its_usage_is_read_from_bodies_and_streams(protocol: Dialect, input_tokens: int, output_tokens: int) -> None:
     usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens)
     whole = writer_for(protocol).response((input_tokens, output_tokens), "stop")
-    assert metered(whole, is_stream=False).usage == usage
+    assert read_response(whole).usage == usage
     assert metered(stream(writer_for(protocol), input_tokens, output_tokens)).usage == usage
 
 

@@ -15,12 +15,12 @@ from hypothesis import given
 from tests.unit.upstream.providers import streams
 from tests.unit.upstream.providers.streams import INPUT
 
-from forebay.upstream.providers import ErrorKind, Usage, UsageMeter
+from forebay.upstream.providers import ErrorKind, Usage, UsageMeter, read_response
 from forebay.upstream.providers.content_encoding import Decompressor
 
 
-def metered(data: bytes, *, stream: bool = True, cuts: list[int] | None = None) -> UsageMeter:
-    meter = UsageMeter(stream=stream, input_tokens=INPUT)
+def metered(data: bytes, *, cuts: list[int] | None = None) -> UsageMeter:
+    meter = UsageMeter(input_tokens=INPUT)
     for begin, end in pairwise([0, *sorted(cuts or []), len(data)]):
         meter.feed(data[begin:end])
     meter.end()
@@ -28,7 +28,7 @@ def metered(data: bytes, *, stream: bool = True, cuts: list[int] | None = None) 
 
 
 def reading(meter: UsageMeter) -> tuple[Any, ...]:
-    return meter.usage, meter.started, meter.complete, meter.error_kind, meter.output_tokens
+    return meter.usage, meter.complete, meter.error_kind, meter.output_tokens
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -49,7 +49,6 @@ def reading(meter: UsageMeter) -> tuple[Any, ...]:
 def test_the_usage_of_a_stream_is_read_or_else_estimated(stream: str, usage: Usage) -> None:
     meter = metered(streams.ALL[stream])
     assert meter.usage == usage
-    assert meter.started
     assert meter.complete
     assert meter.error_kind is None
 
@@ -98,20 +97,6 @@ def test_totals_never_decrease() -> None:
     ]
     meter = metered(streams.sse(*streams.MESSAGES_PARTS, *events, {"type": "message_stop"}))
     assert meter.usage == Usage(input_tokens=145, output_tokens=9, cache_read_tokens=100, cache_write_tokens=20)
-
-
-def test_the_first_token_is_told_from_earlier_events() -> None:
-    meter = UsageMeter(stream=True)
-    for event in streams.MESSAGES_PARTS[:3]:
-        meter.feed(streams.sse(event, named=True))
-        assert not meter.started
-    meter.feed(streams.sse(streams.MESSAGES_PARTS[3], named=True))
-    assert meter.started
-    chat = UsageMeter(stream=True)
-    chat.feed(streams.sse(streams.CHAT_PARTS[0]))
-    assert not chat.started
-    chat.feed(streams.sse(streams.CHAT_PARTS[1]))
-    assert chat.started
 
 
 def test_a_long_piece_counts_as_several_tokens() -> None:
@@ -205,32 +190,17 @@ def test_noise_between_events_changes_nothing(noise: bytes) -> None:
     ],
 )
 def test_the_usage_of_a_body_is_read(body: dict[str, Any], usage: Usage | None) -> None:
-    meter = metered(json.dumps({"id": "x", "choices": []} | body).encode(), stream=False)
-    assert meter.usage == usage
-    assert meter.complete
-    assert meter.started
+    assert read_response(json.dumps({"id": "x", "choices": []} | body).encode()).usage == usage
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b'{"usage": {"prompt_tok', b"[" * 100_000, b"3", b"\xff"])
 def test_an_unreadable_body_has_no_usage(body: bytes) -> None:
-    meter = metered(body, stream=False)
-    assert meter.usage is None
-    assert not meter.complete
+    assert read_response(body).usage is None
 
 
 def test_the_usage_of_an_enormous_body_is_found_at_its_end() -> None:
     embedding = b'{"object":"list","data":[' + b"0.123456789," * 1_000_000 + b'0],"usage":{"prompt_tokens":812}}'
-    meter = metered(embedding, stream=False, cuts=list(range(0, len(embedding), 65_536)))
-    assert meter.usage == Usage(input_tokens=812, output_tokens=0)
-    assert meter.complete
-
-
-@given(cuts=st.lists(st.integers(0, 400), max_size=20))
-def test_the_usage_of_a_body_does_not_depend_on_its_pieces(cuts: list[int]) -> None:
-    body = json.dumps({"choices": [{"message": {"content": "x" * 100}}], "usage": streams.CHAT_USAGE}).encode()
-    assert reading(metered(body, stream=False, cuts=[min(cut, len(body)) for cut in cuts])) == reading(
-        metered(body, stream=False)
-    )
+    assert read_response(embedding).usage == Usage(input_tokens=812, output_tokens=0)
 
 
 # --- compressed -------------------------------------------------------------------------------------------------------
@@ -243,7 +213,7 @@ def test_the_usage_of_a_body_does_not_depend_on_its_pieces(cuts: list[int]) -> N
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_a_compressed_response_is_decompressed(encoding: str, pack: Callable[[bytes], bytes], size: int) -> None:
     packed = pack(streams.CHAT_WITH_USAGE)
-    meter = UsageMeter(stream=True, encoding=encoding)
+    meter = UsageMeter(encoding=encoding)
     for begin in range(0, len(packed), size):
         meter.feed(packed[begin : begin + size])
     meter.end()
@@ -252,13 +222,12 @@ def test_a_compressed_response_is_decompressed(encoding: str, pack: Callable[[by
 
 @pytest.mark.parametrize(("encoding", "data"), [("br", streams.CHAT), ("gzip", b"no gzip"), ("gzip, br", b"x")])
 def test_a_response_that_cannot_be_decompressed_has_no_usage(encoding: str, data: bytes) -> None:
-    for stream in (True, False):
-        meter = UsageMeter(stream=stream, encoding=encoding)
-        meter.feed(data)
-        meter.feed(data)
-        meter.end()
-        assert meter.usage is None
-        assert not meter.complete
+    meter = UsageMeter(encoding=encoding)
+    meter.feed(data)
+    meter.feed(data)
+    meter.end()
+    assert meter.usage is None
+    assert not meter.complete
 
 
 def test_a_decompression_bomb_takes_bounded_memory() -> None:
@@ -268,38 +237,35 @@ def test_a_decompression_bomb_takes_bounded_memory() -> None:
     pieces = [len(piece) for piece in Decompressor("deflate").feed(packed)]
     assert max(pieces) <= 1 << 16
     assert sum(pieces) == 100 << 20
-    for stream in (True, False):
-        meter = UsageMeter(stream=stream, encoding="deflate")
-        meter.feed(packed)
-        assert len(meter._body) <= 1 << 21
-        meter.end()
-        assert meter.usage is None
+    meter = UsageMeter(encoding="deflate")
+    meter.feed(packed)
+    assert len(meter._events._line) <= 1 << 21
+    meter.end()
+    assert meter.usage is None
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("piece", "megabytes"),
     [(b"x" * 65_536, 100), (b"data: " + b"x" * 65_530, 100), (b"data: x\n" * 8192, 4), (b"\n\r" * 32_768, 2)],
     ids=["one line", "one line of data", "one event of many lines", "empty lines"],
 )
-def test_memory_is_bounded_for_any_input(piece: bytes, megabytes: int, *, stream: bool) -> None:
-    meter = UsageMeter(stream=stream)
+def test_memory_is_bounded_for_any_input(piece: bytes, megabytes: int) -> None:
+    meter = UsageMeter()
     largest = 0
     for _ in range((megabytes << 20) // len(piece)):
         meter.feed(piece)
         events = meter._events
-        kept = len(meter._body) if events is None else len(events._line) + sum(map(len, events._data))
-        largest = max(largest, kept)
+        largest = max(largest, len(events._line) + sum(map(len, events._data)))
     meter.end()
     assert 0 < largest <= 1 << 21 or piece.isspace()
     assert meter.usage is None
 
 
 def test_an_event_that_is_too_long_is_not_read() -> None:
-    meter = UsageMeter(stream=True)
+    meter = UsageMeter()
     meter.feed(b"data: " + b"x" * (1 << 21))
     meter.feed(b'\ndata: {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}\n\n')
     meter.end()
@@ -307,7 +273,7 @@ def test_an_event_that_is_too_long_is_not_read() -> None:
 
 
 def test_after_an_event_that_was_too_long_the_next_is_read() -> None:
-    meter = UsageMeter(stream=True)
+    meter = UsageMeter()
     for _ in range(40):
         meter.feed(b"x" * 65_536)
     meter.feed(b"\n\n" + streams.CHAT_WITH_USAGE)
@@ -321,9 +287,10 @@ def test_after_an_event_that_was_too_long_the_next_is_read() -> None:
     )
 )
 def test_no_bytes_raise(chunks: list[bytes]) -> None:
-    for stream in (True, False):
-        meter = UsageMeter(stream=stream)
-        for part in chunks:
-            meter.feed(part)
-        meter.end()
-        assert meter.usage is None or meter.usage.output_tokens >= 0
+    meter = UsageMeter()
+    for part in chunks:
+        meter.feed(part)
+    meter.end()
+    assert meter.usage is None or meter.usage.output_tokens >= 0
+    whole = read_response(b"".join(chunks))
+    assert whole.usage is None or whole.usage.output_tokens >= 0
