@@ -11,8 +11,8 @@ from typing import Any
 from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler, InvalidSetting
 
-#: By the top-level package of an agent's class: the adapter, a module that is imported when such an agent is met. It
-#: has ``handler(agent, *, worker, config) -> Handler``.
+#: By the top-level package of an agent's class: its adapter, a module that is imported when such an agent is
+#: registered. It has ``handler(agent, *, worker, config) -> Handler``.
 FRAMEWORKS = {"langgraph": "forebay.adapters.langgraph"}
 
 
@@ -103,7 +103,7 @@ def _mistake(obj: Any) -> str | None:
 
 
 def _check_takes_task(obj: Any, worker: str) -> None:
-    """Check the signature at registration, or each of the first tasks would fail."""
+    """Check that `obj` can be called with the task; otherwise every task would fail at its start."""
     try:
         signature = inspect.signature(obj)
     except (TypeError, ValueError):  # some builtins have no signature

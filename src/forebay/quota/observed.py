@@ -37,7 +37,7 @@ class QuotaSnapshot(NamedTuple):
 
 
 class _ResetObservation(NamedTuple):
-    """What a header said about the reset, for comparison with the next one."""
+    """The reset that a header reported, for comparison with the next one."""
 
     sent: float
     full_at: tuple[float, float]  # range of the moment when the limit is full, in seconds of our clock

@@ -1,4 +1,4 @@
-"""What all stores share: the URL that names a store, and the single writer of a SQLite file."""
+"""Parts that all stores share: the URL that names a store, and the single writer of a SQLite file."""
 
 from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.sqlite_file import Schema

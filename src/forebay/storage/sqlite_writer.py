@@ -143,8 +143,7 @@ class SqliteWriter:
             raise self._not_open()
         future: asyncio.Future[Any] = self._loop.create_future()
         self._pending.append((future, (op, item, writes)))
-        if not self._flushing:
-            self._schedule_flush()
+        self._schedule_flush()
         return future
 
     def _schedule_flush(self) -> None:

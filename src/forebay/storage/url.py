@@ -17,7 +17,7 @@ _PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put a passw
 
 
 class Synchronous(Enum):
-    """How far SQLite writes a commit towards the disk before it is acknowledged.
+    """The durability of a SQLite commit: how far it is written towards the disk before it is acknowledged.
 
     An acknowledged write then survives:
 

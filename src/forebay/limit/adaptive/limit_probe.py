@@ -14,7 +14,7 @@ _FIRST_STEP: Final = 1 / 8  # of the limit
 
 
 class LimitProbe:
-    """When the limit may rise above the best one, and by how much per round.
+    """The schedule of probes: when the limit may rise above the best one, and by how much per round.
 
     Attributes:
         active: whether the limit is above the best one.

@@ -1,4 +1,4 @@
-"""Running coroutines on a virtual loop, and ending it cleanly."""
+"""Run coroutines on a virtual loop, and end it cleanly."""
 
 from __future__ import annotations
 

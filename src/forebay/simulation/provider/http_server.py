@@ -37,6 +37,8 @@ _JSON: Final = "application/json"
 _MAX_REQUEST_BYTES: Final = 8 << 20
 _SSE: Final = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
+AnswerWriter = wire_messages.OpenAIWriter | wire_messages.AnthropicWriter
+
 
 class ProviderServer:
     """A simulated provider behind HTTP routes. Create it in the event loop that serves it.
@@ -93,9 +95,8 @@ class ProviderServer:
             return _response(outcome)
         with outcome as stream:
             if dialect is Dialect.OPENAI:
-                created, usage = int(clock.wall_time()), body.include_usage
                 writer: AnswerWriter = wire_messages.OpenAIWriter(
-                    stream.call_id, body.model, created, include_usage=usage
+                    stream.call_id, body.model, int(clock.wall_time()), include_usage=body.include_usage
                 )
             else:
                 writer = wire_messages.AnthropicWriter(stream.call_id, body.model)
@@ -139,9 +140,6 @@ class ProviderServer:
         except InvalidProviderConfig as error:
             return web.Response(status=400, body=msgspec.json.encode({"error": str(error)}), content_type=_JSON)
         return web.Response(body=b"{}", content_type=_JSON)
-
-
-AnswerWriter = wire_messages.OpenAIWriter | wire_messages.AnthropicWriter
 
 
 async def _set_date(_request: web.Request, response: web.StreamResponse) -> None:

@@ -287,8 +287,8 @@ class ProviderConfig:
     def from_json(cls, text: str | bytes) -> Self:
         """Read a configuration from a JSON object with the names of its fields; an unknown name is an error.
 
-        Raises: InvalidProviderConfig: the text is not JSON, or it has an unknown name, a wrong type or a value out of
-            range.
+        Raises:
+            InvalidProviderConfig: the text is not JSON, or has an unknown name, a wrong type or a value out of range.
         """
         try:
             raw = msgspec.json.decode(text)
