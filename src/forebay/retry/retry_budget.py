@@ -94,11 +94,7 @@ class RetryBudget:
 
 
 class RetryPermission(Enum):
-<<<<<<< HEAD
-    """The answer to a throttled call that asks for a retry."""
-=======
     """The answer to a throttled call that asks to be retried now."""
->>>>>>> r3
 
     DENIED = "denied"  # not yet
     FREE = "free"  # the provider accepts other calls
