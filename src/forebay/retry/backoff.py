@@ -23,8 +23,8 @@ class Retry:
             (429, 503, 529) uses up none; those are bounded by the deadline and by `max_total_delay`.
         base_delay: longest backoff before the first retry, in seconds.
         max_delay: longest backoff before any retry, in seconds. A longer Retry-After of the provider still counts.
-        max_total_delay: longest wait of one call between its attempts, all together, in seconds. Waits in the call queue
-            do not count. The call is not retried if the provider asks for as much or more.
+        max_total_delay: longest wait of one call between its attempts, all together, in seconds. Waits in the call
+            queue do not count. The call is not retried if the provider asks for as much or more.
 
     Raises:
         InvalidSetting: a setting is invalid; the message names it.
