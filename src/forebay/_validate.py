@@ -28,7 +28,6 @@ def reject(owner: str, name: str, value: object, expected: str) -> NoReturn:
     raise InvalidSetting(owner=owner, name=name, value=value, expected=expected)
 
 
-
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a number: an int or a float, but not a bool and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
@@ -42,7 +41,6 @@ def is_positive(value: object) -> TypeGuard[float]:
 def is_whole(value: object, minimum: int = 1) -> TypeGuard[int]:
     """Return whether `value` is a whole number of at least `minimum`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
 
 
 def check_positive(owner: str, name: str, value: object, *, unit: str, none: str | None = None) -> None:

@@ -124,7 +124,6 @@ class _TaskMeta(msgspec.StructMeta):
     """
 
     if not TYPE_CHECKING:  # type checkers take the signature from the fields
-
         # `args` begins with the class: passing it on whole is a third cheaper than `super().__call__(*args, **kwargs)`.
         def __call__(*args: Any, **kwargs: Any) -> Any:
             try:
