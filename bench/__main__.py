@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("name", choices=names, nargs="?", help="the benchmark; without one, all are listed")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="run less of it, where a benchmark takes minutes")
+    parser.add_argument("--only", metavar="NAME", help="measure one entry, where a benchmark compares several")
     arguments = parser.parse_args()
     if arguments.name is None:
         for name in names:
@@ -28,9 +29,10 @@ def main() -> None:
             print(f"{name:10} {summary}")
         return
     run = importlib.import_module(f"bench.{arguments.name}").run
-    if arguments.quick and "quick" not in inspect.signature(run).parameters:
-        parser.error(f"{arguments.name} has no --quick")
-    results = run(quick=True) if arguments.quick else run()
+    options = {name: value for name in ("quick", "only") if (value := getattr(arguments, name))}
+    for name in options.keys() - inspect.signature(run).parameters.keys():
+        parser.error(f"{arguments.name} has no --{name}")
+    results = run(**options)
     report = {"bench": arguments.name, "python": platform.python_version(), **results}
     for name, result in report.items():
         print(f"{name:28} {result:.4g}" if isinstance(result, float) else f"{name:28} {result}")

@@ -15,7 +15,7 @@ from typing import Final
 from bench.baselines.semaphore import SEMAPHORE
 from bench.calls.charts import plot_recovery
 from bench.calls.limit_run import Callers, LimitRun, RunRecord
-from bench.calls.limits import LIMITS, OURS, UPSTREAM
+from bench.calls.limits import LIMITS, OURS, UPSTREAM, select
 from bench.calls.parallel_runs import CHARTS, SEEDS, rounded_median, run_parallel
 from bench.calls.scenarios import CALL, SLOTS, provider, steps
 from bench.calls.upstream_run import UpstreamRun
@@ -67,14 +67,18 @@ def seconds(record: RunRecord) -> float:
     return math.inf
 
 
-def run() -> dict[str, float | bool | None]:
-    """Return the seconds by provider and limit, and the service at the end over the service before the outage."""
+def run(*, only: str | None = None) -> dict[str, float | bool | None]:
+    """Return the seconds by provider and limit, and the service at the end over the service before the outage.
+
+    With `only`, those of one name in `NAMES`.
+    """
+    names = select(NAMES, only)
     results: dict[str, float | bool | None] = {}
     for shares in (True, False):
-        cases = [(name, seed, shares) for name in NAMES for seed in range(SEEDS)]
+        cases = [(name, seed, shares) for name in names for seed in range(SEEDS)]
         records = dict(zip(cases, run_parallel(one, cases), strict=True))
-        kind = "sharing" if shares else "refusing"
-        for name in NAMES:
+        kind = "sharing" if shares else "throttling"
+        for name in names:
             runs = [records[name, seed, shares] for seed in range(SEEDS)]
             recovery = rounded_median(seconds(record) for record in runs)
             results[f"{kind}, {name}, seconds"] = recovery if recovery < math.inf else None
@@ -83,9 +87,10 @@ def run() -> dict[str, float | bool | None]:
                 record.work(end - 120, end) / record.work(60, TRIGGER[0]) for record in runs
             )
         CHARTS.mkdir(parents=True, exist_ok=True)
-        plot_recovery({name: records[name, 0, shares] for name in NAMES}, kind, TRIGGER, CHARTS)
-    for name in (UPSTREAM, OURS):
-        ours = [results[f"{kind}, {name}, seconds"] for kind in ("sharing", "refusing")]
+        plot_recovery({name: records[name, 0, shares] for name in names}, kind, TRIGGER, CHARTS)
+    for name in (name for name in (UPSTREAM, OURS) if name in names):
+        ours = [results[f"{kind}, {name}, seconds"] for kind in ("sharing", "throttling")]
         results[f"{name} within 90 s"] = all(recovery is not None and recovery <= 90 for recovery in ours)
-    results["the control collapses"] = results[f"sharing, {CONTROL}, seconds"] is None
+    if CONTROL in names:
+        results["the control collapses"] = results[f"sharing, {CONTROL}, seconds"] is None
     return results

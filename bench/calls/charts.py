@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,10 +11,11 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bench.calls.limit_run import RunRecord
-from bench.calls.limits import LIMITS, OURS, UPSTREAM
+from bench.calls.limits import OURS, UPSTREAM
 
 # The palette of Okabe and Ito, which is safe for colour-blind readers.
 _COLOURS: Final = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#222222", "#999999")
+_DASHES: Final = ("-", "--", ":")  # when the colours have been used up, they return with other dashes
 _STYLE: Final[dict[Any, Any]] = {
     "font.size": 10.5,
     "axes.spines.right": False,
@@ -24,8 +26,13 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def _width(name: str) -> float:
-    return 3.0 if name in (UPSTREAM, OURS) else 1.5
+def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the style of each line, as arguments of ``plot``, for any number of names."""
+    looks = itertools.cycle(itertools.product(_DASHES, _COLOURS))
+    return {
+        name: {"color": colour, "linestyle": dashes, "linewidth": 3.0 if name in (UPSTREAM, OURS) else 1.5}
+        for name, (dashes, colour) in zip(names, looks, strict=False)
+    }
 
 
 def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[float], folder: Path) -> None:
@@ -34,8 +41,9 @@ def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[
         figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title("Goodput relative to an oracle, by offered load")
-        for (name, values), colour in zip(shares.items(), _COLOURS, strict=False):
-            axes.plot(loads, values, color=colour, label=name, linewidth=_width(name), marker="o")
+        styles = line_styles(shares)
+        for name, values in shares.items():
+            axes.plot(loads, values, label=name, marker="o", **styles[name])
         axes.set(xlabel="offered load over capacity", xlim=(0.8, max(loads)), ylim=(0, 1.08))
         axes.grid(visible=True)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -45,9 +53,9 @@ def plot_goodput_by_load(shares: Mapping[str, Sequence[float]], loads: Sequence[
 def plot_goodput_by_scenario(shares: Mapping[tuple[str, str], float], folder: Path) -> None:
     """Plot goodput by scenario and limit, as a table with colours."""
     names = list(dict.fromkeys(name for name, _ in shares))
-    limits = [UPSTREAM, *LIMITS]
+    limits = list(dict.fromkeys(limit for _, limit in shares))
     with mpl.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(9, 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
+        figure = Figure(figsize=(2.8 + 0.9 * len(limits), 1.5 + 0.36 * len(names)), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title("Goodput relative to an oracle, by scenario", pad=14)
         axes.imshow(
@@ -71,11 +79,12 @@ def plot_recovery(records: Mapping[str, RunRecord], kind: str, trigger: tuple[fl
         figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.set_title(f"A minute without any answer, at a {kind} provider")
-        for (name, record), colour in zip(records.items(), _COLOURS, strict=True):
+        styles = line_styles(records)
+        for name, record in records.items():
             end = int(max((at for at, *_ in record.levels), default=0))
             times = range(0, end, step)
             served = [record.work(at, at + step) for at in times]
-            axes.plot(times, served, color=colour, label=name, linewidth=_width(name))
+            axes.plot(times, served, label=name, **styles[name])
         axes.axvspan(*trigger, color="#f0f0f0")
         axes.set(xlabel="seconds", ylabel="slots in use", xlim=(0, None), ylim=(0, 100))
         axes.grid(visible=True)

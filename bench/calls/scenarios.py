@@ -135,13 +135,13 @@ class EvenPacer:
         return 0.0
 
 
-SCENARIOS: Final[Mapping[str, Scenario]] = {
+SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same names
     "steady": Scenario(config=provider()),
     "burst": Scenario(config=provider(), shape=_wave),
     "halved and back": Scenario(config=provider(capacity_steps=steps((200, SLOTS // 2), (320, SLOTS)))),
     "quartered and back": Scenario(config=provider(capacity_steps=steps((200, SLOTS // 4), (320, SLOTS)))),
     "four times the capacity": Scenario(config=provider(capacity_steps=steps((200, 4 * SLOTS)))),
-    "silent slow-down": Scenario(
+    "silent slowdown": Scenario(
         config=provider(overcommit=None, capacity_steps=steps((200, SLOTS // 2), (400, SLOTS)))
     ),
     "quota-bound": Scenario(
@@ -152,17 +152,17 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     "acceleration limit": Scenario(
         config=provider(acceleration=AccelerationLimit(unit=Unit.REQUESTS, start=100, growth=60))
     ),
-    "1 % stray": Scenario(config=provider(faults=Faults(stray=0.01))),
-    "3 % stray": Scenario(config=provider(faults=Faults(stray=0.03))),
+    "1 % background refusals": Scenario(config=provider(faults=Faults(stray=0.01))),
+    "3 % background refusals": Scenario(config=provider(faults=Faults(stray=0.03))),
     "outage of a minute": Scenario(config=provider(capacity_steps=steps((200, 0), (260, SLOTS)))),
     "outage of five minutes": Scenario(config=provider(capacity_steps=steps((150, 0), (450, SLOTS)))),
-    "slow, not through us": Scenario(config=provider(slowdowns=(Slowdown(at=200, seconds=200, factor=2.0),))),
+    "slow whatever our load": Scenario(config=provider(slowdowns=(Slowdown(at=200, seconds=200, factor=2.0),))),
     "noisy neighbours": Scenario(config=provider(capacity_steps=_neighbours())),
     "bursts of 529": Scenario(config=provider(faults=Faults(bursts=Bursts(every=60, seconds=3)))),
-    "half refused, 5 s a minute": Scenario(
+    "half throttled, 5 s a minute": Scenario(
         config=provider(faults=Faults(bursts=Bursts(every=60, seconds=5, share=0.5, regular=True)))
     ),
-    "400 slots, 3 % stray": Scenario(config=provider(slots=400, faults=Faults(stray=0.03)), offered=1.5),
+    "400 slots, 3 % background refusals": Scenario(config=provider(slots=400, faults=Faults(stray=0.03)), offered=1.5),
     "baseline 50 % too long": Scenario(
         config=provider(overcommit=None, capacity_steps=steps((200, SLOTS // 2), (400, SLOTS))), duration_error=1.5
     ),

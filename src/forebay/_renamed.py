@@ -10,7 +10,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def renamed(owner: str, old: str, new: str) -> str:
-    """Return the message for an argument or attribute that has another name now; or with other advice in `new`."""
+    """Return the message for an argument or attribute with a new name; `new` may also be a sentence of advice."""
     return f"{owner}: {old} is now {new}" if new.isidentifier() else f"{owner} has no {old}: {new}"
 
 
@@ -26,8 +26,7 @@ def renamed_arguments(**renames: str) -> Callable[[_F], _F]:
 
     def decorate(target: _F) -> _F:
         if isinstance(target, type):
-            kind: Any = target
-            kind.__init__ = _rejecting(kind.__init__, renames)
+            target.__init__ = _rejecting(target.__init__, renames)  # type: ignore[misc]
             return target
         wrapped: Any = _rejecting(target, renames)
         return wrapped  # type: ignore[no-any-return]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-# Each unit up to which duration it is used, how many seconds it has, and its name.
+# For each unit: the number below which it is used, its size in seconds (or bytes), and its name.
 _DURATIONS = (
-    (0.9995e-3, 1e-6, "us"),  # what rounds to 1,000 takes the next unit
+    (0.9995e-3, 1e-6, "us"),  # a number that would round to 1,000 takes the next unit
     (0.9995, 1e-3, "ms"),
     (2 * 60.0, 1.0, "s"),
     (3600.0, 60.0, "min"),

@@ -28,9 +28,6 @@ def reject(owner: str, name: str, value: object, expected: str) -> NoReturn:
     raise InvalidSetting(owner=owner, name=name, value=value, expected=expected)
 
 
-# --- questions ---
-
-
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a number: an int or a float, but not a bool and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
@@ -44,9 +41,6 @@ def is_positive(value: object) -> TypeGuard[float]:
 def is_whole(value: object, minimum: int = 1) -> TypeGuard[int]:
     """Return whether `value` is a whole number of at least `minimum`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-# --- checks ---
 
 
 def check_positive(owner: str, name: str, value: object, *, unit: str, none: str | None = None) -> None:
@@ -69,7 +63,7 @@ def check_positive(owner: str, name: str, value: object, *, unit: str, none: str
 def check_not_negative(  # noqa: PLR0913 - each a word of the message
     owner: str, name: str, value: object, *, unit: str, none: str | None = None, infinite: bool = False
 ) -> None:
-    """Check that `value` is a number of at least 0; a finite one, unless `infinite`. `unit` and `none`: see above.
+    """Check that `value` is a number of at least 0, and finite unless `infinite`; for the rest see `check_positive`.
 
     Raises:
         InvalidSetting: it is not.

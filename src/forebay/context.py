@@ -1,4 +1,4 @@
-"""The context of a call: the task that is running here, what its supervisor learns from its calls, and `progress`."""
+"""The running task of the current context, the observer of its calls, and `progress`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class CallObserver(Protocol):
-    """A run whose supervisor learns from its calls which load sources it depends on.
+    """A run that reports its calls to its supervisor, which learns from them which load sources it depends on.
 
     Attributes:
-        rejections: the rejections of its calls for good, by source; its further calls there fail at once.
+        rejections: the final rejections of its calls, by source; its further calls of that source fail at once.
     """
 
     rejections: dict[object, Overloaded] | None
@@ -25,10 +25,10 @@ class CallObserver(Protocol):
         """Note that the run calls `source`; the other runs of its worker depend on it too. Callable from any thread."""
 
     def record_rejection(self, by: object, error: Overloaded) -> None:
-        """Note that `by` rejected a call for good: unless the run succeeds all the same, it ends as Overloaded."""
+        """Note that `by` rejected a call for good: if the run fails after that, it ends as Overloaded."""
 
     def record_upstream_fault(self) -> None:
-        """Note that a call failed by the upstream's fault: if the run fails, that does not count against its worker."""
+        """Note a failure of the upstream: if the run fails after that, it does not count against its worker."""
 
 
 class RunningTask(Protocol):
@@ -44,7 +44,7 @@ class RunningTask(Protocol):
 
     @property
     def attempt(self) -> int:
-        """Number of the handler's start, from 1."""
+        """The number of this start of the handler, from 1."""
 
     def report(self, value: Any) -> None:
         """Pass `value` to the listeners of the task's events. Callable from any thread."""
@@ -56,7 +56,7 @@ set_running_task = _current.set
 
 
 def call_observer() -> CallObserver | None:
-    """Return the run that is under way here, if its supervisor learns from its calls; not so in a worker process."""
+    """Return the running task if it observes calls, otherwise None. In a worker process it does not."""
     running = _current.get()
     return cast("CallObserver", running) if hasattr(running, "record_call") else None
 

@@ -66,7 +66,7 @@ class _TypeName(str):
 
 
 def _shown(name: str, fact: object) -> object:
-    """Return a fact as a message may show it: of a value that is not plain, or is long, it could be a payload."""
+    """Return a fact as a message shows it: any value that may be a payload is cut, or named by its type only."""
     if fact is None or isinstance(fact, bool | int | float):
         return fact
     if isinstance(fact, str):
@@ -75,7 +75,7 @@ def _shown(name: str, fact: object) -> object:
 
 
 def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:
-    return kind._from(facts)  # noqa: SLF001 - how pickle makes the error again
+    return kind._from(facts)  # noqa: SLF001 - called by pickle
 
 
 # --- mistakes: raised by the call that made them -------------------------------------------------------------------
@@ -365,7 +365,7 @@ class NotTransferable(ForebayError, TypeError):
 class Overloaded(ForebayError):
     """Rejected: {reason}{hint}. Nothing was started."""
 
-    # Worded so that no framework takes it for a provider's rejection and retries it (design 4).
+    # Worded so that no framework takes it for a provider's rejection and retries it: see docs/design.md, Admission.
     reason: str
     limited_by: str | None
     load: float | None
@@ -385,7 +385,7 @@ class Overloaded(ForebayError):
         """
         if retry_after is not None:
             hint = f"; come back in {format_duration(retry_after)}"
-        elif load == float("inf"):  # never: the reason says what to do
+        elif load == float("inf"):  # coming back cannot help: the reason says what to do
             hint = ""
         else:
             hint = "; back off before you come back: it is not known when there will be room"

@@ -140,7 +140,7 @@ class Subscription:
 
     @property
     def empty(self) -> bool:
-        """Return whether reading would have to wait."""
+        """True if reading would have to wait."""
         return not self._buffer and not self._closed
 
     def put(self, event: Event) -> None:
@@ -186,7 +186,7 @@ class EventBus:
     """Delivers each event to sinks and subscriptions. Not thread-safe: it belongs to one loop.
 
     Attributes:
-        active: whether there is a sink or a subscription; a caller of `emit` asks first, and makes no event in vain.
+        active: whether there is a sink or a subscription. Callers of `emit` check it first, to make no event in vain.
     """
 
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
@@ -201,12 +201,12 @@ class EventBus:
             try:
                 sink(event)
             except Exception:
-                log.exception("event sink %r failed on %s and is passed over", sink, event.kind)
+                log.exception("event sink %r failed on %s; the other sinks still get the event", sink, event.kind)
         for subscription in self._subscriptions:
             subscription.put(event)
 
     def add_sink(self, sink: Sink) -> None:
-        """Call `sink` for each event from now on; before the other sinks, whose actions may cause the next event."""
+        """Call `sink` for each event from now on, before the other sinks: these may cause the next event."""
         self._sinks = (sink, *self._sinks)
         self.active = True
 

@@ -25,7 +25,7 @@ class Priority(IntEnum):
 
 
 class Verdict(Enum):
-    """The decision of admission."""
+    """The decision of admission control on a task."""
 
     ADMITTED = "admitted"
     SPILLED = "spilled"
@@ -47,7 +47,7 @@ class TaskStatus(Enum):
 
     @property
     def final(self) -> bool:
-        """Return whether a task in this status stays in it."""
+        """True if a task never leaves this status."""
         return self not in _NOT_FINAL
 
 
@@ -103,7 +103,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 _POSITIONAL = 2  # task_type and payload
 
-#: The names of arguments in an earlier Forebay and in other supervisors, and what to pass instead.
+# Names of arguments in an earlier Forebay and in other supervisors, and what to pass instead.
 _OTHER_NAMES = {
     "thread": "thread_id",
     "timeout_seconds": "timeout",
@@ -114,19 +114,22 @@ _OTHER_NAMES = {
 }
 
 
-class _TaskMeta(msgspec.StructMeta):
-    """The metaclass of Task: it explains arguments that Task does not have, which msgspec at most names.
+_make_struct = msgspec.StructMeta.__call__
 
-    A Struct is made in C, so that there is no ``__init__`` to wrap.
+
+class _TaskMeta(msgspec.StructMeta):
+    """The metaclass of Task: it explains arguments that Task does not have; msgspec at most names them.
+
+    A Struct is made in C, so there is no ``__init__`` to wrap.
     """
 
-    if not TYPE_CHECKING:  # type checkers are to see the signature that the fields make
-
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - a metaclass
+    if not TYPE_CHECKING:  # type checkers take the signature from the fields
+        # `args` begins with the class: passing it on whole is a third cheaper than `super().__call__(*args, **kwargs)`.
+        def __call__(*args: Any, **kwargs: Any) -> Any:
             try:
-                return super().__call__(*args, **kwargs)
+                return _make_struct(*args, **kwargs)
             except TypeError:
-                explanation = _explain(args, kwargs)
+                explanation = _explain(args[1:], kwargs)
                 if explanation is None:
                     raise
                 raise TypeError(explanation) from None
@@ -215,7 +218,7 @@ class Task(_Options, frozen=True):
 
     def _set_priority(self) -> None:
         expected = "a Priority: CRITICAL, HIGH, NORMAL or LOW"
-        if self.priority == 0:  # elsewhere the default; here the highest, so that it is hardly meant
+        if self.priority == 0:  # the default of other systems and the best priority here, so probably a mistake
             expected += "; 0 would be CRITICAL, so write Priority.CRITICAL if you mean it, or leave it out for NORMAL"
             raise InvalidTask(field="priority", value=self.priority, expected=expected)
         try:

@@ -1,4 +1,4 @@
-"""The contract of every limit. To add one, add a line to `LIMITS`."""
+"""The contract of every limit. "Add a limit" in CONTRIBUTING.md lists the other files to change."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 import _forebay_pytest as plugin
-from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing
+from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, events, supervisor, testing, upstream
 from forebay.breaker import BreakerRules
 from forebay.engine import ProcessEngine
 from forebay.quota import RateLimiter
@@ -27,6 +27,7 @@ from forebay.retry import Retry
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "src" / "forebay"
 SUBMITTING = DOCS / "guide" / "submitting.md"
 PRIORITIES = DOCS / "guide" / "priorities.md"
 EVENTS = DOCS / "guide" / "events.md"
@@ -38,6 +39,7 @@ OPERATE = DOCS / "operate"
 TESTING = DOCS / "testing.md"
 RECIPE = DOCS / "howto" / "tests.md"
 DESIGN = DOCS / "design.md"
+CLIENTS = DOCS / "guide" / "clients.md"
 PAGES = (README, *sorted(DOCS.rglob("*.md")))
 
 BLOCK = re.compile(r"^```python( fragment| test)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -325,6 +327,17 @@ def test_the_glossary_and_the_design_name_what_there_is() -> None:
     for module in re.split(r"`, `", "`, `".join(modules)):
         path = ROOT / "src" / "forebay" / module.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").exists(), module
+
+
+def test_the_steps_of_a_call_are_those_of_the_package_docstring() -> None:
+    lists = [text for text in (inspect.getdoc(upstream) or "").split("\n\n") if text.startswith("1. ")]
+    tables = [rows(CLIENTS, heading) for heading in ("## From a bound call to the socket", "## From the answer to the")]
+    for text, table in zip(lists, tables, strict=True):
+        items = [" ".join(item.split()) for item in re.split(r"\n(?=\d+\. )", text.replace("``", "`"))]
+        assert [f"{number}. {step}: {effect}." for number, step, effect in table] == items
+        for name, file in (names(step) for _, step, _ in table if names(step)):
+            (source,) = (root / file for root in (PACKAGE, PACKAGE / "upstream") if (root / file).exists())
+            assert re.search(rf"(?:def|class) {name.rpartition('.')[2]}\b", source.read_text()), name
 
 
 @pytest.mark.slow

@@ -43,6 +43,11 @@ AREAS: Final = {
         tests=("unit/upstream", "acceptance/test_upstream.py", "acceptance/test_outage.py"),
         baseline=0,
     ),
+    "call-flow": Area(
+        files=("upstream/call_flow.py",),
+        tests=("unit/upstream/test_call_flow.py", "acceptance/test_upstream_retries.py"),
+        baseline=0,
+    ),
     "selection": Area(
         files=("supervisor/worker_selection.py", "supervisor/pool.py", "supervisor/worker.py"),
         tests=(

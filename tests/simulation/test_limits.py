@@ -23,11 +23,11 @@ MIN_SHARES = {  # of the ideal scheduler's work; slightly less than measured, be
     "burst": 0.97,
     "halved and back": 0.94,
     "four times the capacity": 0.9,
-    "silent slow-down": 0.97,
+    "silent slowdown": 0.97,
     "concurrency-bound": 0.95,
-    "3 % stray": 0.96,
+    "3 % background refusals": 0.96,
     "outage of a minute": 0.95,
-    "slow, not through us": 0.94,
+    "slow whatever our load": 0.94,
     "baseline 25 % too short": 0.93,
 }
 
@@ -54,16 +54,16 @@ def test_goodput_is_monotone_in_the_offered_load() -> None:
     assert all(more >= 0.95 * less for less, more in itertools.pairwise(shares))
 
 
-@pytest.mark.parametrize("limit", ["vegas", "AIMD by timeout"])
+@pytest.mark.parametrize("limit", ["Vegas", "timeout AIMD"])
 def test_latency_based_limits_fail_on_language_models(limit: str) -> None:
     assert share("steady", limit) < 0.4
 
 
-def test_a_few_stray_429s_ruin_plain_aimd() -> None:
-    assert share("1 % stray", "epoch AIMD") < 0.7
+def test_a_few_background_refusals_ruin_plain_aimd() -> None:
+    assert share("1 % background refusals", "AIMD") < 0.7
 
 
-@pytest.mark.parametrize("shares", [True, False], ids=["sharing", "refusing"])
+@pytest.mark.parametrize("shares", [True, False], ids=["sharing", "throttling"])
 def test_goodput_recovers_within_ninety_seconds(shares: bool) -> None:  # noqa: FBT001 - a parameter
     assert recovery.seconds(recovery.one((OURS, 1, shares))) <= 90
 

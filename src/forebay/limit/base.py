@@ -1,6 +1,7 @@
 """The interface of a concurrency limit.
 
-To add a limit, subclass `Limit`, write `observe`, and add one line to ``tests/contract/test_limit.py``.
+A limit of your own is a subclass of `Limit` with one method, `observe`; docs/limits.md has an example. To add one to
+this package, follow "Add a limit" in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ class Grant(msgspec.Struct):
         granted_at: seconds, on the clock of the limit's owner.
         in_flight: calls in flight at that moment, this one included.
         epoch: the limit's epoch at that moment, for a limit that has epochs.
-        at_limit: whether the limit was used up, or nearly, at that moment.
+        at_limit: whether the limit was used up, or nearly, at that moment. Raise a limit only for calls that have it:
+            their success shows that the provider serves so many, while others would raise the limit of an idle account
+            far above any load that was ever tried.
     """
 
     granted_at: float

@@ -237,7 +237,8 @@ class RateLimiter:
         Args:
             now: when the refusal came.
             reservation: of the call.
-            retry_after: seconds, or None if the provider gave none. At most the longest period of a quota here counts.
+            retry_after: seconds, or None if the provider gave none. At most the longest period of a quota here counts;
+                without a quota, a minute.
             headers: the rate limit headers of the refusal; do not pass them to `update_from_headers` again.
 
         Raises:

@@ -20,11 +20,11 @@ class Retry:
 
     Attributes:
         max_attempts: attempts at one call, the first included; 1 is no retry. An attempt that the provider throttles
-            (429, 529) uses up none; those are bounded by the deadline and by `max_total_delay`.
+            (429, 503, 529) uses up none; those are bounded by the deadline and by `max_total_delay`.
         base_delay: seconds; the first retry waits at most so long.
         max_delay: seconds that one backoff lasts at most. A longer Retry-After of the provider still counts.
-        max_total_delay: seconds that one call waits for all its retries together, at most. The call is not retried if
-            the provider asks for more.
+        max_total_delay: seconds that one call waits between its attempts, all together, at most. Waits in the call
+            queue do not count. The call is not retried if the provider asks for as much or more.
 
     Raises:
         InvalidSetting: a setting is invalid; the message names it.

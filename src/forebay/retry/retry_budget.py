@@ -94,7 +94,7 @@ class RetryBudget:
 
 
 class RetryPermission(Enum):
-    """Whether a throttled call may be retried now."""
+    """The answer to a throttled call that asks for a retry."""
 
     DENIED = "denied"  # not yet
     FREE = "free"  # the provider accepts other calls
@@ -103,7 +103,7 @@ class RetryPermission(Enum):
 
 
 class RetryBudgets:
-    """The retry budgets of one dependency: one for failed calls, one for throttled calls (429, 529).
+    """The retry budgets of one dependency: one for failed calls, one for throttled calls (429, 503, 529).
 
     Refusing a call costs the provider next to nothing, and says nothing against the call. So a throttled call uses up
     no retry of the failed ones, and one that may not be retried yet can wait instead of giving up. While every call is

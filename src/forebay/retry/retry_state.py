@@ -10,9 +10,9 @@ from forebay.retry.backoff import Retry
 class RetryState:
     """The attempts of one call.
 
-    Faults and throttled attempts (429, 529) are counted apart: a provider that throttles is healthy, so its answer uses
-    up none of the attempts that are kept for faults. Each kind backs off by its own count: the first throttled attempt
-    after a fault waits like a first retry.
+    Faults and throttled attempts (429, 503, 529) are counted apart: a provider that throttles is healthy, so its answer
+    uses up none of the attempts that are kept for faults. Each kind backs off by its own count: the first throttled
+    attempt after a fault waits like a first retry.
 
     Attributes:
         failed: attempts that were used up.

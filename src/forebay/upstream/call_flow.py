@@ -4,6 +4,10 @@
 permit, `Sleep`) and is sent the reply, as httpx does for authentication. `CallRunner.run` drives it on an event loop,
 and `CallRunner.run_blocking` in a plain thread. Transport, guard, context manager and gateway differ only in how they
 send.
+
+A failed attempt (500, a timeout) waits for a backoff. A throttled one (429, 503, 529) waits for the provider's
+Retry-After or a backoff, and then for the retry budget. Both waits are outside of the call queue; after them the call
+asks for another permit, which may be rejected.
 """
 
 from __future__ import annotations
@@ -251,7 +255,14 @@ class _Retrying:
         self.withdrawn_at: float | None = None
 
     def next_permit(self, permit: Permit, result: AttemptResult) -> _Backoff:
-        """Release the permit of an attempt, wait, and return the permit of the next attempt; None to give up."""
+        """Release the permit of an attempt, wait, and return the permit of the next attempt; None to give up.
+
+        A retry is given up at once if its Retry-After is not below the time to the call's deadline and what is left of
+        `Retry.max_total_delay`. Only then is the attempt final, and counts for the breaker.
+
+        Raises:
+            Overloaded: the account rejects the retry.
+        """
         failed_at = clock.now()
         delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=self._request.deadline)
         if delay is None:
@@ -281,7 +292,7 @@ class _Retrying:
         return permit
 
     def _wait_for_permission(self, delay: float, throttled_at: float) -> _Backoff:
-        """Wait until a throttled call (429, 529) may be retried, and return a permit; None if that is too late."""
+        """Wait until a throttled call (429, 503, 529) may be retried, and return a permit; None if that is too late."""
         self.withdrawn_at = None
         permission, now = RetryPermission.DENIED, throttled_at
         try:

@@ -105,8 +105,8 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: what the end says about the upstream.
         used: what it took of the quotas; None for as much as was reserved.
-        released: it took nothing of them: it was not sent, or it was throttled and not counted.
-        rate_limited: it was throttled because a quota is used up.
+        released: it took nothing of them: it was not sent, or it was throttled for another reason than a rate.
+        rate_limited: it was throttled because a quota is used up (429). It took nothing of them either.
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: what the answer's headers say about the quotas, unless the account has read them.
         usd: dollars that it cost; None for as much as was reserved.
@@ -132,14 +132,16 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
 class AttemptResult(msgspec.Struct, kw_only=True, eq=False):
     """The result of one attempt, whose permit is still open.
 
+    The caller gets the result of the last attempt, or ``Overloaded`` if the account rejects a retry.
+
     Attributes:
         outcome: how it ended, for the account.
         value: what the caller gets if this is the last attempt.
         error: what is raised instead if this is the last attempt.
         retryable: another attempt could succeed.
-        uses_attempt: a retry uses up one of the attempts; throttled calls (429, 529) use none.
+        uses_attempt: a retry uses up one of the attempts; throttled calls (429, 503, 529) use none.
         retry_after: seconds that the provider asked to wait, or None.
-        streaming: the answer is still coming; whoever reads it releases the permit.
+        streaming: the answer is still coming; its reader releases the permit. It is not retried, even if it breaks off.
         can_fall_back: another account could do better.
     """
 

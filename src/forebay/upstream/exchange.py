@@ -159,7 +159,17 @@ class Exchange:
     # --- the result of an attempt ---
 
     def judge_answer(self, permit: Permit, status: int, headers: Headers, body: bytes) -> AttemptResult:
-        """Return the result of an attempt whose answer is complete; `body`: without its Content-Encoding."""
+        """Return the result of an attempt whose answer is complete.
+
+        An error (429, 503, 500 ...) is classified, and its Retry-After and rate limit headers are read. That the
+        account's money is spent (402, or 429 with ``insufficient_quota``) suspends the account here.
+
+        Args:
+            permit: of the attempt.
+            status: of the answer.
+            headers: of the answer.
+            body: without its Content-Encoding.
+        """
         rate_limits = self._rate_limits(headers, always=status >= ERRORS)
         self.error_kind = ErrorKind.SUCCESS
         self._status = status
@@ -198,8 +208,9 @@ class Exchange:
         Args:
             permit: of the attempt.
             error: raised for the caller if it is the last attempt.
-            sent: bytes may have reached the provider.
-            local: the cause is on this side, and another attempt would not help.
+            sent: bytes may have reached the provider, as before a read timeout. Then the attempt takes all that was
+                reserved, tokens and dollars, and so does each retry that ends so.
+            local: the cause is on this side (a pool timeout, for example), and another attempt would not help.
         """
         self.error_kind = NO_RESPONSE
         self._status = None
@@ -252,12 +263,13 @@ def judge_error(
     Args:
         permit: of the attempt.
         kind: of the error.
-        retry_after: seconds that the provider asked to wait, or None.
+        retry_after: seconds that the provider asked to wait, or None. For a rate limit (429) all calls of the account
+            wait for that; for any other kind only this call does.
         rate_limits: the rate-limit headers of the answer.
         retry: whether the call may be retried; None if that follows from the kind.
     """
     rule = kind.rule
-    if rule.throttled:  # nothing was used, but a quota that is exceeded counts the request
+    if rule.throttled:  # nothing was used: `RateLimiter.record_throttled` returns what a rate-limited call reserved
         rate_limited = kind is ErrorKind.RATE_LIMIT
         outcome = CallOutcome(
             kind=rule.outcome,

@@ -10,7 +10,7 @@ from forebay.limit import Grant, Limit
 
 
 class HalvingLimit(Limit):
-    """The smallest limit: half after a refusal, one more after a success."""
+    """The example of docs/limits.md: half after a refusal, one more after a success while all of it is used."""
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:  # noqa: ARG002
         if outcome is Outcome.OVERLOAD:
@@ -26,6 +26,13 @@ def test_a_subclass_that_writes_only_observe_is_a_limit() -> None:
     limit.observe(2.0, limit.grant(1.0, 5), Outcome.OVERLOAD)
     assert limit.limit(2.0) == 2
     assert limit.reopens_at(2.0) is None
+
+
+def test_a_limit_does_not_rise_while_less_than_all_of_it_is_used() -> None:
+    limit = HalvingLimit(initial_limit=4)
+    for _ in range(100):
+        limit.observe(1.0, limit.grant(0.0, in_flight=1), Outcome.SUCCESS)
+    assert limit.limit(1.0) == 4
 
 
 def test_a_grant_is_at_the_limit_from_the_last_slot_on() -> None:

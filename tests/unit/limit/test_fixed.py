@@ -1,8 +1,9 @@
-"""A fixed limit in an outage: it sends trial calls, and the first success restores it."""
+"""A fixed limit stays as it is, except in an outage: it sends trial calls, and the first success restores it."""
 
 from __future__ import annotations
 
 import pytest
+from tests.unit.limit.answers import run_answers
 
 from forebay.interfaces import Outcome
 from forebay.limit import FixedLimit, Grant
@@ -96,3 +97,11 @@ def test_a_trial_call_without_a_signal_is_followed_by_another(outcome: Outcome) 
     limit.observe(1.5, trial, outcome)
     assert limit.limit(1.5) == 1
     assert limit.reopens_at(1.5) is None
+
+
+def test_latency_and_a_lone_refusal_do_not_change_the_limit() -> None:
+    limit = FixedLimit(7)
+    assert run_answers(limit, lambda _: 1000.0, 10) == 7
+    limit.observe(0.0, limit.grant(0.0, 7), Outcome.OVERLOAD)
+    assert limit.limit(0.0) == 7
+    assert limit.reopens_at(0.0) is None

@@ -60,13 +60,13 @@ class ErrorRule:
     Attributes:
         meaning: in a few words.
         outcome: for the account's limit and circuit breaker: SUCCESS; OVERLOAD counts for the limit and the outage
-            detector; FAULT counts for the circuit breaker; IGNORED for neither.
+            detector; FAULT counts for the circuit breaker, if the attempt is the last of its call; IGNORED for neither.
         retryable: whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``).
         uses_attempt: whether a retry uses one of `Retry.max_attempts`; that of a throttled call does not.
         throttled: whether the provider rejected the call before doing any work, so that nothing was used.
         can_fall_back: whether another account of the fallback chain may serve the call.
         counted_by: the part of the account that reacts, and how.
-        caller_gets: when no attempt is left.
+        caller_gets: when no attempt is left. A retry needs a permit of its own, and may be rejected instead.
     """
 
     meaning: str
@@ -80,6 +80,11 @@ class ErrorRule:
 
 
 _PROVIDERS_RESPONSE: Final = "the provider's response"
+_REJECTED_RETRY: Final = "or `Overloaded` if the account rejects the retry"
+_CONGESTION_COUNTED: Final = (
+    "limit, if it is learned: lowered once such responses are too many to be chance; "
+    "outage detector: rejects calls once none was accepted for `max_wait`"
+)
 
 ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
     {
@@ -100,8 +105,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=False,
             throttled=True,
             can_fall_back=True,
-            counted_by="quota: sends nothing until it has refilled, or Retry-After has passed",
-            caller_gets=_PROVIDERS_RESPONSE,
+            counted_by="quota: sends nothing until Retry-After has passed (at most its period), or it has refilled",
+            caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.CONCURRENCY_LIMIT: ErrorRule(
             meaning="too many calls in flight; also a 429 that gives no reason",
@@ -110,8 +115,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=False,
             throttled=True,
             can_fall_back=True,
-            counted_by="limit: lowered, unless such responses come by chance",
-            caller_gets=_PROVIDERS_RESPONSE,
+            counted_by=_CONGESTION_COUNTED,
+            caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.ACCELERATION_LIMIT: ErrorRule(
             meaning="usage grows too fast",
@@ -120,8 +125,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=False,
             throttled=True,
             can_fall_back=True,
-            counted_by="limit: lowered, then grows again slowly",
-            caller_gets=_PROVIDERS_RESPONSE,
+            counted_by=_CONGESTION_COUNTED,
+            caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.OVERLOADED: ErrorRule(
             meaning="the provider has no capacity, for any customer",
@@ -130,8 +135,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=False,
             throttled=True,
             can_fall_back=True,
-            counted_by="limit: lowered; outage detector: rejects calls once nothing was accepted for `max_wait`",
-            caller_gets=f"{_PROVIDERS_RESPONSE}; in an outage `Overloaded`, limited by `outage`",
+            counted_by=_CONGESTION_COUNTED,
+            caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.SPEND_CAP: ErrorRule(
             meaning="the account's money at the provider is used up",
@@ -140,7 +145,7 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=False,
             throttled=True,
             can_fall_back=True,
-            counted_by="account: sends nothing for 60 s, or for Retry-After up to 1 h",
+            counted_by="account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h",
             caller_gets=f"{_PROVIDERS_RESPONSE}; the calls after it `Overloaded`, limited by `budget`",
         ),
         ErrorKind.FAULT: ErrorRule(
@@ -150,8 +155,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=True,
             throttled=False,
             can_fall_back=True,
-            counted_by="circuit breaker: opens after enough of them; retry budget",
-            caller_gets=f"{_PROVIDERS_RESPONSE}, or the connection error; with the breaker open `Overloaded`",
+            counted_by="circuit breaker: counts the last attempt; retry budget for failures: counts each retry",
+            caller_gets=f"{_PROVIDERS_RESPONSE} or the connection error, {_REJECTED_RETRY}",
         ),
         ErrorKind.TRANSIENT: ErrorRule(
             meaning="says nothing about the provider, and another attempt may succeed",
@@ -160,8 +165,8 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             uses_attempt=True,
             throttled=False,
             can_fall_back=False,
-            counted_by="nothing but the retry budget",
-            caller_gets=_PROVIDERS_RESPONSE,
+            counted_by="retry budget for failures: counts each retry",
+            caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.CLIENT_ERROR: ErrorRule(
             meaning="the request is wrong, and would be wrong again",

@@ -1,0 +1,100 @@
+"""The pages of docs/reference/api are lists kept by hand: every public name of a package stands on one of them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.contract.test_limit import LIMITS
+from tests.integration.test_docs import DOCS, ERRORS, names
+
+import forebay
+from forebay import errors, limit
+from forebay.limit import Limit
+
+API = sorted((DOCS / "reference" / "api").glob("*.md"))
+PACKAGES = (
+    "forebay",
+    "forebay.breaker",
+    "forebay.events",
+    "forebay.limit",
+    "forebay.quota",
+    "forebay.retry",
+    "forebay.supervisor",
+    "forebay.testing",
+    "forebay.upstream",
+)
+# Exported for the other packages of Forebay alone.
+INTERNAL = {
+    "forebay.breaker": {"UPSTREAM_RULES", "WORKER_RULES"},
+    "forebay.events": {"EventBus"},
+    "forebay.quota": {"check_dollars"},
+}
+DIRECTIVE = re.compile(r"^::: ([\w.]+)\n(?: +options:\n +members: (\[[\w, ]*\]|false)$)?", re.MULTILINE)
+
+
+def find(path: str) -> Any:
+    """Return the name in a module, or else the module, at a path with dots."""
+    module, _, name = path.rpartition(".")
+    parent = importlib.import_module(module)
+    return getattr(parent, name) if hasattr(parent, name) else importlib.import_module(path)
+
+
+def shown(page: Path) -> list[Any]:
+    """Return what a page documents: the object of each directive, and a module's names as far as they are listed."""
+    found = []
+    for path, members in DIRECTIVE.findall(page.read_text()):
+        target = find(path)
+        found.append(target)
+        if inspect.ismodule(target) and members != "false":
+            listed = re.findall(r"\w+", members) or getattr(target, "__all__", [])
+            found.extend(getattr(target, name) for name in listed)
+    return found
+
+
+def public_names(package: str) -> set[str]:
+    """Return the names in ``__all__``; without one, the public classes and functions that are defined there."""
+    module = importlib.import_module(package)
+    defined = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == package}
+    return set(getattr(module, "__all__", {name for name in defined if not name.startswith("_")}))
+
+
+def is_error(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, errors.ForebayError)
+
+
+@pytest.mark.parametrize("page", API, ids=lambda page: page.stem)
+def test_a_page_shows_each_name_once(page: Path) -> None:
+    found = [id(value) for value in shown(page)]
+    assert len(found) == len(set(found)) > 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_of_a_package_stands_on_a_page(package: str) -> None:
+    listed = [value for page in API for value in shown(page)]
+    public = {name: find(f"{package}.{name}") for name in public_names(package) - INTERNAL.get(package, set())}
+    missing = [
+        name for name, value in public.items() if not is_error(value) and not any(value is other for other in listed)
+    ]
+    assert missing == [], f"add ::: {package}.NAME to a page of docs/reference/api"
+
+
+def test_every_public_error_stands_on_the_page_of_errors() -> None:
+    public = {name for name in forebay.__all__ if is_error(getattr(forebay, name))}
+    assert public <= set(names(ERRORS.read_text()))
+
+
+@pytest.mark.parametrize("package", INTERNAL)
+def test_an_internal_name_is_still_exported(package: str) -> None:
+    assert INTERNAL[package] <= public_names(package)
+
+
+def test_the_contract_is_tested_on_every_limit() -> None:
+    kinds = {getattr(limit, name) for name in limit.__all__}
+    expected = {kind for kind in kinds if issubclass(kind, Limit)} - {Limit}
+    tested = {type(make()) for make in LIMITS.values()}
+    assert expected <= tested
