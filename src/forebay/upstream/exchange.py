@@ -97,7 +97,7 @@ class Exchange:
             core.warn_unmetered()
         estimates = self.account.token_estimates
         charge = profile.estimate_charge(
-            parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio.value
+            parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
         if caller is None:
             self.call_request = core.request(model, charge, free=parsed.free)
