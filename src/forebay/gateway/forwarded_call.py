@@ -15,7 +15,6 @@ from forebay.gateway.error_responses import GatewayResponse
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.interfaces import Outcome, RateLimitHeaders
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
@@ -141,7 +140,7 @@ class ForwardedCall(Exchange):
         self._headers = _request_headers(request, metered=self.changed_body is not None)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.read_timeout)
 
-    def reroute(self, route: FallbackRoute, account: SharedAccount) -> ForwardedCall | None:  # noqa: ARG002
+    def reroute(self, route: FallbackRoute) -> ForwardedCall | None:
         """See `CallRoute`."""
         rerouted = self.rerouted_request(route)
         if rerouted is None:

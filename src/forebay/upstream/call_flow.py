@@ -245,12 +245,13 @@ class _Retrying:
         withdrawn_at: when the latest retry was taken from the budget of throttled calls; None if it was not.
     """
 
-    __slots__ = ("_account", "_chain", "_request", "_retries", "_route", "_state", "withdrawn_at")
+    __slots__ = ("_acquire", "_chain", "_retries", "_route", "_state", "withdrawn_at")
 
     def __init__(self, route: CallRoute, chain: FallbackChain[Any] | None) -> None:
         self._route = route
-        self._account, self._request, self._retries = route.account, route.call_request, route.core.retries
+        self._retries = route.core.retries
         self._chain = chain
+        self._acquire = Acquire(route.account, route.call_request, chain is None)
         self._state = RetryState(self._retries.retry)
         self.withdrawn_at: float | None = None
 
@@ -263,29 +264,27 @@ class _Retrying:
         Raises:
             Overloaded: the account rejects the retry.
         """
+        account, request = self._route.account, self._route.call_request
         failed_at = clock.now()
-        delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=self._request.deadline)
+        delay = self._retries.next_delay(self._state, result, now=failed_at, deadline=request.deadline)
         if delay is None:
-            yield Release(self._account, permit, result.outcome)
+            yield Release(account, permit, result.outcome)
             return None
-        yield Release(self._account, permit, msgspec.structs.replace(result.outcome, final=False))
+        yield Release(account, permit, msgspec.structs.replace(result.outcome, final=False))
         throttled = not result.uses_attempt
         if throttled and self._chain is not None and self._chain.skips_retry(self._route):
             return None
-        self._request.retries += 1
+        request.retries += 1
+        self.withdrawn_at = None
         if throttled:
             return (yield from self._wait_for_permission(delay, failed_at))
         return (yield from self._wait(delay, failed_at))
 
-    def _acquire(self) -> Acquire:
-        return Acquire(self._account, self._request, self._chain is None)
-
     def _wait(self, delay: float, failed_at: float) -> _Backoff:
         """Wait `delay` seconds, and return a permit. A retry that is not sent goes back to the budget of faults."""
-        self.withdrawn_at = None
         try:
             yield Sleep(delay)
-            permit: Permit = yield self._acquire()
+            permit: Permit = yield self._acquire
         except BaseException:
             self._retries.refund_fault(failed_at)
             raise
@@ -293,7 +292,6 @@ class _Retrying:
 
     def _wait_for_permission(self, delay: float, throttled_at: float) -> _Backoff:
         """Wait until a throttled call (429, 503, 529) may be retried, and return a permit; None if that is too late."""
-        self.withdrawn_at = None
         permission, now = RetryPermission.DENIED, throttled_at
         try:
             yield Sleep(delay)
@@ -302,10 +300,10 @@ class _Retrying:
                 pause = _POLL * (0.5 + self._retries.draw())
                 permission = self._retries.request_retry(now, throttled_at)
                 if permission is RetryPermission.DENIED:
-                    if not self._state.add_delay(pause, time_left=self._request.deadline - now):
+                    if not self._state.add_delay(pause, time_left=self._route.call_request.deadline - now):
                         return None
                     yield Sleep(pause)
-            permit: Permit = yield self._acquire()
+            permit: Permit = yield self._acquire
         except BaseException:
             self._retries.return_unused(permission, now)
             raise

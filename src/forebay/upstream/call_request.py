@@ -43,7 +43,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """The caller of a request that does not come from a task of this process.
+    """The caller of a request: a task, or another process.
 
     Attributes:
         priority: of its call.
@@ -54,7 +54,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     priority: Priority = Priority.NORMAL
-    deadline: float = float("inf")
+    deadline: float = math.inf
     tenant: str = "default"
     task_id: str | None = None
     api_key: str | None = None

@@ -85,19 +85,16 @@ class UpstreamCore:
         running = context.running_task()
         task = None if running is None else running.task
         by = deadline if deadline is not None or running is None else running.deadline
-        return CallRequest(
-            charge=charge,
-            usd=self._expected_cost(model, charge) if self.budgets.has_budgets and not free else 0.0,
+        caller = Caller(
             priority=priority if priority is not None else (Priority.NORMAL if task is None else task.priority),
             deadline=math.inf if by is None else clock.now() + by.remaining(),
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
             task_id=None if task is None else task.task_id,
-            model=model,
-            free=free,
         )
+        return self.request_for(caller, model, charge, free=free)
 
     def request_for(self, caller: Caller, model: str, charge: Charge, *, free: bool = False) -> CallRequest:
-        """Return the request of a call that is made for a caller in another process."""
+        """Return the request of a call that is made for a caller."""
         return CallRequest(
             charge=charge,
             usd=self._expected_cost(model, charge) if self.budgets.has_budgets and not free else 0.0,

@@ -97,7 +97,7 @@ class Exchange:
             core.warn_unmetered()
         estimates = self.account.token_estimates
         charge = profile.estimate_charge(
-            parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio.value
+            parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
         if caller is None:
             self.call_request = core.request(model, charge, free=parsed.free)
@@ -207,10 +207,10 @@ class Exchange:
 
         Args:
             permit: of the attempt.
-            error: what its caller gets if it is the last attempt.
+            error: raised for the caller if it is the last attempt.
             sent: bytes may have reached the provider, as before a read timeout. Then the attempt takes all that was
                 reserved, tokens and dollars, and so does each retry that ends so.
-            local: the provider had no part in it, and another attempt would not help (a pool timeout, for example).
+            local: the cause is on this side (a pool timeout, for example), and another attempt would not help.
         """
         self.error_kind = NO_RESPONSE
         self._status = None
@@ -265,7 +265,7 @@ def judge_error(
         kind: of the error.
         retry_after: seconds that the provider asked to wait, or None. For a rate limit (429) all calls of the account
             wait for that; for any other kind only this call does.
-        rate_limits: what the answer's headers say about the quotas.
+        rate_limits: the rate-limit headers of the answer.
         retry: whether the call may be retried; None if that follows from the kind.
     """
     rule = kind.rule

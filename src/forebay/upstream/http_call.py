@@ -7,7 +7,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
@@ -63,10 +62,11 @@ class HttpCall(Exchange):
         path = urlunsplit(("", "", parts.path, parts.query, ""))
         super().__init__(core, method=request.method, path=path, headers=_headers(request.headers), body=request.body)
         if self.changed_body is not None:
-            request = _with_body(request, self.changed_body)
+            kept = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
+            request = msgspec.structs.replace(request, headers=kept, body=self.changed_body)
         self.request = request
 
-    def reroute(self, route: FallbackRoute, account: SharedAccount) -> HttpCall | None:  # noqa: ARG002 - see CallRoute
+    def reroute(self, route: FallbackRoute) -> HttpCall | None:
         """See `CallRoute`."""
         sent = self.rerouted_request(route)
         if sent is None:
@@ -92,8 +92,3 @@ class HttpCall(Exchange):
 
 def _headers(headers: Mapping[str, str]) -> Headers:
     return Headers({name.lower(): value for name, value in headers.items()})
-
-
-def _with_body(request: HttpRequest, body: bytes) -> HttpRequest:
-    headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
-    return msgspec.structs.replace(request, headers=headers, body=body)

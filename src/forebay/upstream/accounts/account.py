@@ -116,7 +116,10 @@ class Account:
         if rejection is not None:
             return rejection
         if at_once:
-            return self._too_late(now, request) or self._admit(now, request)
+            if (rejection := self._too_late(now, request)) is not None:
+                return rejection
+            self.order.record_served(self.order.rank(request))
+            return Admitted(self._take(now, request))
         seconds, limited_by = self.expected_wait(now, request)
         if len(self.queue) >= _QUEUE_BOUND:
             reason = f"{_QUEUE_BOUND} calls wait already"
@@ -173,10 +176,6 @@ class Account:
             return None
         retry_after = self._schedule_retry(now, request, self.expected_wait(now, request)[0])
         return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
-
-    def _admit(self, now: float, request: CallRequest) -> Admitted:
-        self.order.record_served(self.order.rank(request))
-        return Admitted(self._take(now, request))
 
     def _has_slot(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)

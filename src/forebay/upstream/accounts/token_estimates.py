@@ -5,23 +5,25 @@ from __future__ import annotations
 from typing import Final
 
 from forebay.interfaces import Charge
-from forebay.upstream.providers import InputTokenRatio
 
 _GAIN: Final = 0.05  # weight of the newest call
-_MIN_CALLS: Final = 5  # before their mean is used
+_MIN_CALLS: Final = 5  # before the mean of their output tokens is used
+_MIN_RATIO: Final = 0.1
+_MAX_RATIO: Final = 10.0
 
 
 class TokenEstimates:
     """The output tokens of a typical call, and a correction of estimated input tokens.
 
     Attributes:
-        input_ratio: counted input tokens over estimated ones.
+        input_ratio: charged input tokens over estimated ones, as a moving mean.
     """
 
-    __slots__ = ("_calls", "_mean", "input_ratio")
+    __slots__ = ("_calls", "_mean", "_ratios", "input_ratio")
 
     def __init__(self) -> None:
-        self.input_ratio = InputTokenRatio()
+        self.input_ratio = 1.0
+        self._ratios = 0
         self._mean = 0.0
         self._calls = 0
 
@@ -32,6 +34,9 @@ class TokenEstimates:
 
     def observe(self, estimated: int, used: Charge) -> None:
         """Learn from a call that was estimated to send `estimated` input tokens, and used `used`."""
-        self.input_ratio.observe(estimated, used.input_tokens)
+        if estimated > 0 and used.input_tokens > 0:
+            self._ratios += 1
+            newest = min(_MAX_RATIO, max(_MIN_RATIO, used.input_tokens / estimated))
+            self.input_ratio += (newest - self.input_ratio) * max(_GAIN, 1.0 / self._ratios)
         self._calls += 1
         self._mean += (used.output_tokens - self._mean) * max(_GAIN, 1.0 / self._calls)

@@ -45,7 +45,7 @@ class CallRoute(Protocol):
     def can_reroute(self, route: FallbackRoute) -> bool:
         """Return whether the call could be served there, as far as that is cheap to tell."""
 
-    def reroute(self, route: FallbackRoute, account: SharedAccount) -> Self | None:
+    def reroute(self, route: FallbackRoute) -> Self | None:
         """Return the call, prepared for another account; None if it cannot be served there."""
 
 
@@ -90,11 +90,11 @@ class PlainRoute:
         """See `CallRoute`."""
         return self._request_at is not None
 
-    def reroute(self, route: FallbackRoute, account: SharedAccount) -> PlainRoute:
+    def reroute(self, route: FallbackRoute) -> PlainRoute:
         """See `CallRoute`."""
         assert self._request_at is not None  # noqa: S101 - or it is not rerouted
         request = self._request_at(route.core, route.model)
-        return PlainRoute(route.upstream, account, request, self._request_at)
+        return PlainRoute(route.upstream, route.account(self.api_key), request, self._request_at)
 
 
 class FallbackChain(Generic[RouteT]):
@@ -124,12 +124,12 @@ class FallbackChain(Generic[RouteT]):
                 raise error
         load = self._own_load()
         ahead = [
-            (route, account)
+            route
             for route, account in others
             if route.load_threshold < 1.0 and route.load_threshold <= load and account.load_for() < load
         ]
-        behind = [other for other in others if other not in ahead]
-        self._untried: deque[tuple[FallbackRoute, SharedAccount] | None] = deque([*ahead, None, *behind])  # None: own
+        behind = [route for route, _ in others if route not in ahead]
+        self._untried: deque[FallbackRoute | None] = deque([*ahead, None, *behind])  # None: own
         self._own_result: Overloaded | AttemptResult | None = None
         self._other_failures: list[str] = []
         self._retry_after: list[float] = []
@@ -144,7 +144,7 @@ class FallbackChain(Generic[RouteT]):
             if self._own_result is not None and self.own.call_request.deadline <= clock.now():
                 return None
             other = self._untried.popleft()
-            route = self.own if other is None else self.own.reroute(*other)
+            route = self.own if other is None else self.own.reroute(other)
             if route is not None:
                 return route
         return None

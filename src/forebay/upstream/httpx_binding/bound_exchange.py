@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 from forebay.errors import Overloaded
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.core import UpstreamCore
@@ -79,7 +78,7 @@ class BoundExchange(Exchange):
                 request.method, request.url, headers=sent, content=self.changed_body, extensions=request.extensions
             )
 
-    def reroute(self, route: FallbackRoute, account: SharedAccount) -> BoundExchange | None:  # noqa: ARG002
+    def reroute(self, route: FallbackRoute) -> BoundExchange | None:
         """See `CallRoute`."""
         sent = self.rerouted_request(route)
         if sent is None:

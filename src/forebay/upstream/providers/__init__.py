@@ -7,14 +7,13 @@ from forebay.upstream.providers.profiles import ProviderProfile, TokenCounting, 
 from forebay.upstream.providers.rate_limit_headers import read_rate_limits, read_retry_after, read_should_retry
 from forebay.upstream.providers.request import Endpoint, ProviderRequest
 from forebay.upstream.providers.rewrite import depends_on_stored_state, path_with_model, with_model
-from forebay.upstream.providers.usage import InputTokenRatio, Usage
+from forebay.upstream.providers.usage import Usage
 from forebay.upstream.providers.usage_meter import UsageMeter, read_response
 
 __all__ = [
     "Endpoint",
     "ErrorKind",
     "Headers",
-    "InputTokenRatio",
     "ProviderProfile",
     "ProviderRequest",
     "TokenCounting",

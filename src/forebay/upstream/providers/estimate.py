@@ -10,7 +10,7 @@ as it is sent, without being decoded. Tools are text. Media in base64 is not:
 - sound: some 10 tokens a second, about 2,000 characters of base64 each at 16 kB/s.
 - a document: about 2,000 tokens a page, and a page is about 100 kB.
 
-The last two are guesses. `InputTokenRatio` corrects the estimate by what the account was charged. Content that a
+The last two are guesses. `TokenEstimates` corrects the estimate by what the account was charged. Content that a
 request only refers to (files, earlier responses, a conversation stored by the provider) is invisible here and left to
 it, too.
 """

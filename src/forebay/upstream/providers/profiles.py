@@ -70,7 +70,7 @@ class ProviderProfile:
         Args:
             request: the call.
             output_tokens: typical of such a call, or None if unknown.
-            input_ratio: charged over estimated input tokens of the account (`InputTokenRatio`).
+            input_ratio: charged over estimated input tokens of the account (see `TokenEstimates`).
         """
         if request.endpoint is Endpoint.COUNT_TOKENS and self.count_tokens_is_free:
             return Charge(requests=0)

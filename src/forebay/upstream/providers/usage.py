@@ -84,25 +84,3 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
         cache_read_tokens=cached,
         cache_write_tokens=written,
     )
-
-
-class InputTokenRatio:
-    """The charged input tokens over the estimated ones, as a moving mean over an account's settled calls."""
-
-    __slots__ = ("_seen", "value")
-
-    def __init__(self) -> None:
-        self.value = 1.0
-        self._seen = 0
-
-    def observe(self, estimated: int, counted: int) -> None:
-        """Learn from a call of `estimated` input tokens that was charged `counted`; counts below 1 are ignored."""
-        if estimated <= 0 or counted <= 0:
-            return
-        self._seen += 1
-        newest = _credible(counted / estimated)
-        self.value = _credible(self.value + (newest - self.value) * max(0.05, 1.0 / self._seen))
-
-
-def _credible(ratio: float) -> float:
-    return min(10.0, max(0.1, ratio))

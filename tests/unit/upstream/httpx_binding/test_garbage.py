@@ -108,7 +108,7 @@ def check(up: Upstream) -> None:
     for shared in up.core.accounts:
         account = shared.account
         assert 0.0 <= account.durations.typical < 600.0
-        assert 0.1 <= shared.token_estimates.input_ratio.value <= 10.0
+        assert 0.1 <= shared.token_estimates.input_ratio <= 10.0
         for level in account.quotas.levels(asyncio.get_running_loop().time()):
             assert level.amount >= 1
             assert -level.amount <= level.remaining <= level.amount

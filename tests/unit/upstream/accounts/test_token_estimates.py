@@ -1,0 +1,39 @@
+"""The estimates of an account are corrected by the usage of its calls."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from forebay.interfaces import Charge
+from forebay.upstream.accounts.token_estimates import TokenEstimates
+
+
+def test_the_ratio_of_input_tokens_follows_the_observed_usage() -> None:
+    estimates = TokenEstimates()
+    assert estimates.input_ratio == 1.0
+    for _ in range(200):
+        estimates.observe(100, Charge(input_tokens=150))
+    assert estimates.input_ratio == pytest.approx(1.5, abs=0.01)
+    estimates.observe(0, Charge(input_tokens=10))
+    estimates.observe(10, Charge(input_tokens=0))
+    estimates.observe(1, Charge(input_tokens=10**9))
+    assert estimates.input_ratio < 2.0
+
+
+@given(observed=st.lists(st.tuples(st.integers(-5, 10**9), st.integers(-5, 10**9)), max_size=50))
+def test_the_ratio_of_input_tokens_stays_within_reason(observed: list[tuple[int, int]]) -> None:
+    estimates = TokenEstimates()
+    for estimated, used in observed:
+        estimates.observe(estimated, Charge(input_tokens=used))
+    assert 0.1 - 1e-9 <= estimates.input_ratio <= 10.0 + 1e-9
+
+
+def test_the_output_of_a_typical_call_is_known_after_five_calls() -> None:
+    estimates = TokenEstimates()
+    for tokens in (100, 200, 300, 400):
+        estimates.observe(10, Charge(output_tokens=tokens))
+        assert estimates.output_tokens is None
+    estimates.observe(10, Charge(output_tokens=500))
+    assert estimates.output_tokens == 300
