@@ -295,8 +295,8 @@ class TaskStore(Protocol):
     StoreUnavailable or was cancelled, the write may have happened. A read may return a write whose call has not
     returned yet, but only one that is as durable as if it had.
 
-    **Failures.** Every method raises StoreUnavailable if the store is not open or has failed. The next call tries again:
-    a supervisor opens its store once, and does not open it again after a failure.
+    **Failures.** Every method raises StoreUnavailable if the store is not open or has failed. After a failure the next
+    call tries again, since a supervisor opens its store only once.
 
     **Threads.** All methods are called on the event loop that opened the store, except `renew`, which may be called
     from any thread at any time. None but `renew` may block. A client that blocks runs in an executor of the store's
