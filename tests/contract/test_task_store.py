@@ -661,6 +661,33 @@ async def test_close_finishes_the_pending_operations(store: TaskStore, record: M
     assert await asyncio.gather(*puts) == [PutResult.STORED] * 10
 
 
+async def test_a_cancelled_close_still_closes(store: TaskStore, record: MakeRecord) -> None:
+    closing = asyncio.ensure_future(store.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    await store.close()
+    with pytest.raises(StoreUnavailable, match="not open"):
+        await store.put(record())
+
+
+async def test_the_same_store_opened_again_has_its_records(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    await store.close()
+    await store.open()
+    assert ids(await take()) == ["a", "b"]
+
+
+async def test_a_lease_is_held_past_its_time_until_it_is_reaped(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a"))
+    (lease,) = await take(until=10.0)  # long ago
+    assert await store.begin_attempt(lease)
+    assert list(await renew(store, [lease], until=20.0)) == []
+    assert await store.finish("a", DONE, fence=lease.fence)
+
+
 async def test_a_durable_store_has_its_records_when_opened_again(
     store: TaskStore, backend: StoreBackend, open_store: OpenStore, record: MakeRecord, take: Take
 ) -> None:

@@ -78,7 +78,7 @@ class MemoryTaskStore:
     """A task store in memory. It keeps its records through close() and open(), as long as the object itself lives.
 
     Args:
-        bound: records that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
     """
 
     durable = False
