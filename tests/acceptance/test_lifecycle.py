@@ -179,6 +179,21 @@ async def test_a_start_that_failed_may_be_tried_again(tmp_path: Path) -> None:
 
 
 @virtual
+async def test_a_worker_may_be_registered_while_the_supervisor_starts(tmp_path: Path) -> None:
+    below = make_supervisor(Agent(), overflow=f"sqlite:///{tmp_path / 'spill.db'}")
+    supervisor = make_supervisor(below)
+    starting = asyncio.ensure_future(supervisor.start())
+    await asyncio.sleep(0)
+    assert not starting.done()
+    supervisor.register_worker("late", handler=make_supervisor(Agent()), task_types=["work"])
+    await starting
+    started = now()
+    assert await statuses(flood(supervisor, "work", 6)) == [TaskStatus.SUCCEEDED] * 6
+    assert now() - started == approximately(3.0)  # both workers took three, one at a time
+    await supervisor.close()
+
+
+@virtual
 async def test_a_supervisor_can_be_read_before_it_starts_and_after_it_closes() -> None:
     supervisor = make_supervisor(Agent())
     assert supervisor.system_load() == 0.0

@@ -18,7 +18,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
     try:
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
-        await start_handlers(workers.values())
+        await start_handlers(workers)
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:

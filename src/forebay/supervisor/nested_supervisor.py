@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -65,13 +65,17 @@ def contains(supervisor: object, other: object) -> bool:
     )
 
 
-async def start_handlers(workers: Iterable[WorkerAgent]) -> None:
-    """Start the handlers that need it, in order. If one cannot be started, those before it are stopped again."""
+async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
+    """Start the handlers that need it, in order, including those of workers that are registered meanwhile.
+
+    If one cannot be started, those before it are stopped again.
+    """
     started: list[WorkerAgent] = []
     try:
-        for worker in workers:
-            if worker.handler.start is not None:
-                await worker.handler.start()
+        while more := list(workers.values())[len(started) :]:
+            for worker in more:
+                if worker.handler.start is not None:
+                    await worker.handler.start()
                 started.append(worker)
     except BaseException:
         await stop_handlers(started)

@@ -106,6 +106,7 @@ class BackpressureSupervisor:
         self._admission: AdmissionController | None = None
         self._threads = DaemonThreadExecutor()
         self._loop_monitor: LoopMonitor | None = None
+        self._starting = False
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
 
@@ -175,7 +176,7 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None:
+        if self._dispatcher is not None and not self._starting:
             add_running_worker(self._dispatcher, worker)
         return worker
 
@@ -342,11 +343,14 @@ class BackpressureSupervisor:
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
+        self._starting = True  # a worker that is registered meanwhile is left to `start_up`
         try:
             await start_up(dispatcher, self._workers)
         except BaseException:
             self._dispatcher = self._admission = None
             raise
+        finally:
+            self._starting = False
         if settings.lag_bound is not None and not clock.is_virtual(loop):
             self._loop_monitor = LoopMonitor(
                 loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
