@@ -39,7 +39,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
         return _handler_from_framework(adapter, obj, worker, config)
     if config is not None:
         expected = "left out: only an agent of a framework takes one"
-        raise InvalidSetting(owner=worker, name="config", value=_type_name(config), expected=expected)
+        raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
     if isinstance(obj, Handler):
         return obj
     hint = _mistake(obj)
@@ -80,7 +80,7 @@ def _check_config(config: Config | None, worker: str) -> None:
     if config is None or isinstance(config, Mapping) or (callable(config) and not _is_async(config)):
         return
     expected = "a mapping, or a plain callable of the Task that returns one"
-    raise InvalidSetting(owner=worker, name="config", value=_type_name(config), expected=expected)
+    raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
 
 
 def _mistake(obj: Any) -> str | None:

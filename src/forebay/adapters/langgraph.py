@@ -94,7 +94,7 @@ def _configure(
     given = config(task) if callable(config) else config or {}
     if not isinstance(given, Mapping):
         expected = "a plain callable that returns a RunnableConfig, a mapping"
-        raise InvalidSetting(owner=worker, name="config", value=type(given).__name__, expected=expected)
+        raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=type(given).__name__, expected=expected)
 
     thread = {} if task.thread_id is None else {"thread_id": task.thread_id}
     own = given.get("configurable") or {}

@@ -58,7 +58,7 @@ class Bucket:
     def refill(self, now: float) -> None:
         """Refill for the time until `now`."""
         passed = now - self.updated_at
-        if not passed:  # one call looks ten times at the same moment
+        if not passed:  # one call asks about ten times at the same moment
             return
         self.updated_at = now
         if self.window_end is None:

@@ -157,7 +157,7 @@ async def _send_whole(
     async for event in stream:
         if isinstance(event, CallCompleted):
             usage = event.usage.input_tokens, event.usage.output_tokens
-            body = writer.response(usage, writer.finish_reason(stopped=call.stops))
+            body = writer.response(usage, stopped=call.stops)
             return web.Response(body=body, headers=stream.headers, content_type=_JSON)
         if isinstance(event, CallCut):
             if event.reported:
@@ -183,7 +183,7 @@ async def _send_events(
                 sent += tokens
             case CallCompleted(usage=usage):
                 totals = usage.input_tokens, usage.output_tokens
-                await response.write(writer.stream_end(totals, writer.finish_reason(stopped=call.stops)))
+                await response.write(writer.stream_end(totals, stopped=call.stops))
                 await response.write_eof()
             case CallCut(reported=True):
                 dialect = call.dialect or Dialect.OPENAI

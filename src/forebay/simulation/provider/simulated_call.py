@@ -11,7 +11,7 @@ from forebay.simulation.provider.provider_config import Dialect
 
 
 class InvalidSimulatedCall(ForebayError, ValueError):
-    """A call needs tokens >= 0 and max_tokens >= 1; it has {input_tokens} in, {output_tokens} out, {max_tokens} max."""
+    """Tokens must be >= 0, max_tokens >= 1; got {input_tokens} input, {output_tokens} output, {max_tokens} at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ def stream(writer: wire.OpenAIWriter | wire.AnthropicWriter, input_tokens: int, 
         [
             writer.stream_start(input_tokens),
             *pieces,
-            writer.stream_end((input_tokens, output_tokens), writer.finish_reason(stopped=True)),
+            writer.stream_end((input_tokens, output_tokens), stopped=True),
         ]
     )
 
@@ -58,8 +58,8 @@ def metered(data: bytes) -> UsageMeter:
 @given(protocol=st.sampled_from(Dialect), input_tokens=TOKENS, output_tokens=TOKENS)
 def test_its_usage_is_read_from_bodies_and_streams(protocol: Dialect, input_tokens: int, output_tokens: int) -> None:
     usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens)
-    whole = writer_for(protocol).response((input_tokens, output_tokens), "stop")
-    assert read_response(whole).usage == usage
+    whole = writer_for(protocol).response((input_tokens, output_tokens), stopped=True)
+    assert metered(whole, is_stream=False).usage == usage
     assert metered(stream(writer_for(protocol), input_tokens, output_tokens)).usage == usage
 
 
