@@ -31,7 +31,7 @@ test-quick: install ## the inner loop: one Python, few examples, nothing slow
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) -m 'not slow' --hypothesis-profile=quick $(ARGS)
 
 mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then inject the bugs that matter most
-	@$(RUN) uv pip install --quiet --python $(VENV) --constraint requirements/dev.txt --requirement requirements/mutation.txt
+	@$(RUN) uv pip install --quiet --python $(VENV)/bin/python --constraint requirements/dev.txt --requirement requirements/mutation.txt
 	@$(RUN) tests.mutation $(ARGS)
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) tests/mutation
 

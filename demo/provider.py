@@ -45,7 +45,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """An OpenAI-compatible server.
 
     Attributes:
-        url: for ``OpenAIWriter(base_url=...)``.
+        url: for ``OpenAI(base_url=...)``.
         model: what is asked for.
         simulated: it is the simulated provider, which gets the length of each answer in a header.
     """

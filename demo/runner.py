@@ -105,7 +105,7 @@ def resume(settings: Settings, console: Console, *, real: tuple[Provider, str] |
 
 @dataclass(frozen=True, slots=True)
 class _Runner:
-    """Runs the sides, one after the other."""
+    """A runner of the sides, one after the other."""
 
     settings: Settings
     screen: Screen

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -44,22 +44,6 @@ _LABEL_WIDTH: Final = 8  # columns
 _SIDE_WIDTH: Final = 36  # columns that a side needs at least
 
 
-class Screen(Protocol):
-    """A place where the demo is shown."""
-
-    def __enter__(self) -> Self:
-        """Prepare the terminal."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Restore the terminal."""
-
-    def show(self, sides: Sequence[SideProcess]) -> None:
-        """Show the sides so far, of which the last may be running."""
-
-
 class LiveScreen:
     """A table that is redrawn four times a second, on the terminal's alternate screen."""
 
@@ -77,7 +61,7 @@ class LiveScreen:
         self._live.stop()
 
     def show(self, sides: Sequence[SideProcess]) -> None:
-        """Draw the table."""
+        """Draw the table of the sides so far, of which the last may be running."""
         width = self._live.console.width
         table = board(sides, self._settings, self._provider, resumed=self._resumed, width=width)
         self._live.update(table, refresh=True)
@@ -106,6 +90,9 @@ class PlainScreen:
             return
         self._printed[process.side] = inf if process.ending else time.monotonic()
         self._console.print(Text(line(process)), soft_wrap=True)
+
+
+Screen = LiveScreen | PlainScreen
 
 
 def line(side: SideProcess) -> str:
@@ -143,7 +130,7 @@ def board(
 
 
 def _shown_sides(latest: Side, width: int) -> Sequence[Side]:
-    """Return as many sides as fit into so many columns, `latest` and those before it first of all."""
+    """Return as many sides as fit into `width` columns: `latest` and those before it, then those after it."""
     fit = min(len(SIDES), max(2, (width - _LABEL_WIDTH) // _SIDE_WIDTH))
     first = max(0, SIDES.index(latest) + 1 - fit)
     return SIDES[first : first + fit]

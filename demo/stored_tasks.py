@@ -19,7 +19,7 @@ _completion = msgspec.msgpack.Decoder(Completion)
 
 
 class StoredTasks(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers of tasks in a task store, by state."""
+    """The numbers of tasks in a task store, by state."""
 
     waiting: int = 0
     leased: int = 0

@@ -38,7 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def surge(tasks: int, seed: int) -> list[Job]:
-    """Return so many jobs of mixed priority, with answers as long as in the Azure conversation trace."""
+    """Return `tasks` jobs of mixed priority, with answers as long as in the Azure conversation trace."""
     rng = random.Random(f"{seed}/surge")  # noqa: S311 - arrivals, not secrets
     traffic = Traffic.conversation()
     priorities = rng.choices(list(MIX), weights=list(MIX.values()), k=tasks)

@@ -18,7 +18,7 @@ settings.register_profile(
 settings.register_profile("quick", settings.get_profile("explore"), max_examples=15)
 # For mutants: it is enough to find one failure, and the same one each time.
 _FIND = (Phase.explicit, Phase.generate)
-settings.register_profile("mutation", settings.get_profile("ci"), phases=_FIND, max_examples=20, database=None)
+settings.register_profile("mutation", settings.get_profile("ci"), phases=_FIND, max_examples=40, database=None)
 settings.load_profile("ci" if "CI" in os.environ else "explore")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; programs of tests inherit it

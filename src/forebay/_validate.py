@@ -7,7 +7,6 @@ often what to do. A check does nothing if its argument is valid.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import NoReturn, TypeGuard
 
 from forebay.errors import InvalidSetting
@@ -125,16 +124,6 @@ def check_name(owner: str, name: str, value: object) -> None:
     """
     if not isinstance(value, str) or not value:
         reject(owner, name, value, "a non-empty string")
-
-
-def check_one_of(owner: str, name: str, value: object, allowed: Collection[object]) -> None:
-    """Check that `value` is one of the `allowed` ones.
-
-    Raises:
-        InvalidSetting: it is not.
-    """
-    if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
-        reject(owner, name, value, f"one of {', '.join(map(repr, allowed))}")
 
 
 def check_instance(  # noqa: PLR0913 - each a word of the message

@@ -235,10 +235,7 @@ class OverflowRequired(ForebayError, ValueError):
 
 
 class InvalidOverflowUrl(ForebayError, ValueError):
-    """The overflow {url!r} cannot be opened: {why}. Known forms: sqlite:///relative.db, sqlite:////absolute.db,
-    memory://, each with ?bound=ROWS if 100,000 rows are not what you want, and SQLite with synchronous=full, normal or
-    off. For a path p: "sqlite:///" + str(p).
-    """
+    """The overflow {url!r} cannot be opened: {why}. Known forms: {forms}."""
 
 
 class StoreUnavailable(ForebayError):

@@ -288,27 +288,47 @@ class PutResult(Enum):
 class TaskStore(Protocol):
     """A store of task records (the overflow), each WAITING, LEASED, DONE or DEAD.
 
-    Times are epoch seconds, given by the caller. A write has happened, as durably as the store promises, when its call
-    returns; if the call was cancelled, it may have happened. Records that are WAITING or LEASED count towards the
-    store's bound. In addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
+    Times are epoch seconds, given by the caller. Each task that is WAITING or LEASED counts towards the store's bound.
+    In addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
 
-    Every method raises StoreUnavailable if the store is not open or has failed.
+    **Writes.** When a call returns, its write has happened, as durably as the store promises. If it raised
+    StoreUnavailable or was cancelled, the write may have happened. A read may return a write whose call has not
+    returned yet, but only one that is as durable as if it had.
+
+    **Failures.** Every method raises StoreUnavailable if the store is not open or has failed. After a failure the next
+    call tries again, since a supervisor opens its store only once.
+
+    **Threads.** All methods are called on the event loop that opened the store, except `renew`, which may be called
+    from any thread at any time. None but `renew` may block. A client that blocks runs in an executor of the store's
+    own, through `loop.run_in_executor`: the event loop of the simulation runs such a job inline, in virtual time.
+
+    **Fences.** A lease is held as long as its fence is the record's, even past its time: only `reap` ends it.
+
+    Attributes:
+        durable: True if its records survive the process. A supervisor does not need to know if several processes may
+            open the store at once, so there is no attribute for that; the store's documentation says it.
     """
 
-    durable: bool  # whether its records survive the process
+    durable: bool
 
     async def open(self) -> None:
-        """Connect and prepare.
+        """Connect and prepare. Idempotent; also after `close`. If it is cancelled, the store is not open.
 
         Raises:
             StoreUnavailable: it cannot be opened; the message says why and what to do.
         """
 
     async def close(self) -> None:
-        """Finish the pending operations and disconnect. Idempotent."""
+        """Finish the pending operations and disconnect. Idempotent.
+
+        If it is cancelled, the store closes nevertheless; the next `close` or `open` waits for that. The same object
+        may be opened again, and then has its records, even if it is not durable.
+        """
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         """Store `record`: WAITING, behind its equals; or, if a fence is given, LEASED under it until `until`.
+
+        Calls that run at once insert their records in the order of the calls.
 
         Returns:
             STORED; DUPLICATE, also if the store is full; or FULL.
@@ -320,7 +340,7 @@ class TaskStore(Protocol):
         """Lease up to `limit` waiting records of `task_type`, and of `priority` if it is given.
 
         The order is by priority, then deadline (none last), then `enqueued_at`, then order of insertion. If the call is
-        cancelled, it holds no lease: what was leased after all is released.
+        cancelled, it holds no lease: what was leased after all is released. A limit below 1 leases nothing.
         """
 
     async def begin_attempt(self, lease: Lease) -> bool:
@@ -343,7 +363,7 @@ class TaskStore(Protocol):
         """
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        """Release every lease that expired before `now`.
+        """Release every lease whose `until` is before `now`; one that lasts until `now` is still held.
 
         Returns:
             The records with `max_attempts` starts: these became DEAD instead, with a completion of status FAILED.

@@ -14,6 +14,7 @@ import msgspec
 import pydantic
 import pytest
 from tests.support.task_plane import Agent, error_of, now, submit_all, virtual
+from tests.support.task_stores import OVERFLOWS, overflow_url
 
 from forebay import BackpressureSupervisor, Deadline, Task, TaskFailed, TaskStatus, Verdict
 from forebay.adapters import Handler
@@ -59,10 +60,10 @@ def file(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/spill.db"
 
 
-@pytest.fixture(params=["none", "memory", "sqlite"])
-def overflow(request: pytest.FixtureRequest, file: str) -> str | None:
+@pytest.fixture(params=OVERFLOWS, ids=str)
+def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
     """Return the URL of each kind of overflow, and None."""
-    return {"none": None, "memory": "memory://", "sqlite": file}[request.param]
+    return overflow_url(request.param, tmp_path)
 
 
 def make_supervisor(

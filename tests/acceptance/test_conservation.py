@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from tests.support.supervisor_checks import check_supervisor, check_task_ends
 from tests.support.task_plane import results, run_ready, virtual
+from tests.support.task_stores import DURABLE_STORES, OVERFLOWS, StoreBackend, overflow_url
 
 from forebay import (
     BackpressureSupervisor,
@@ -167,7 +168,7 @@ class Script:
     shared: bool
     nested: bool  # the second worker is a supervisor
     queue_size: int | None
-    overflow: str | None
+    overflow: tuple[StoreBackend | None, int]  # with its bound
     reset_timeout: float | None
     submissions: list[Submission]
     ends_at: float
@@ -181,7 +182,7 @@ SCRIPTS = st.builds(
     shared=st.booleans(),
     nested=st.booleans(),
     queue_size=st.sampled_from([None, 0, 1, 3]),
-    overflow=st.sampled_from([None, None, "memory://", "memory://?bound=2", "sqlite"]),
+    overflow=st.tuples(st.sampled_from([None, *OVERFLOWS]), st.sampled_from([2, 10_000])),
     reset_timeout=st.sampled_from([None, 0.5, 10.0]),
     submissions=st.lists(SUBMISSIONS, min_size=1, max_size=8),
     ends_at=st.sampled_from([0.0, 0.002, 0.5, 1.0, 4.0, 60.0]),
@@ -257,7 +258,8 @@ def add_workers(
 
 
 async def play(script: Script, directory: Path) -> None:
-    overflow = f"sqlite:///{directory}/s.db?synchronous=off" if script.overflow == "sqlite" else script.overflow
+    backend, bound = script.overflow
+    overflow = overflow_url(backend, directory, bound=bound)
     supervisor = BackpressureSupervisor(max_queue_size=script.queue_size, overflow=overflow, zombie_grace=0.5)
     record = EventRecord(supervisor)
     add_workers(
@@ -280,7 +282,7 @@ async def play(script: Script, directory: Path) -> None:
     await asyncio.sleep(30.0)  # whatever is stubborn ends
 
     check_supervisor(record, tickets=tickets, nested=True)
-    if script.overflow == "sqlite":
+    if backend in DURABLE_STORES:
         await check_the_rest_runs_next_time(str(overflow), record)
     assert virtual_loop().pending() == [asyncio.current_task()]
 
@@ -302,7 +304,7 @@ async def check_the_rest_runs_next_time(overflow: str, before: EventRecord) -> N
 def test_every_task_ends_once_every_slot_is_returned_and_the_counts_add_up(
     script: Script, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    directory = tmp_path_factory.mktemp("spill") if script.overflow == "sqlite" else Path()
+    directory = tmp_path_factory.mktemp("spill") if script.overflow[0] in DURABLE_STORES else Path()
     simulate(lambda: play(script, directory), seed=script.seed)
 
 
@@ -562,18 +564,19 @@ DEEDS = [do_submit, do_submit_keyed, do_run, do_hold_a_slot, do_wait, do_listen,
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["free", "full"])
-@pytest.mark.parametrize("overflow", [None, "memory://", "sqlite"])
+@pytest.mark.parametrize("overflow", OVERFLOWS, ids=str)
 @pytest.mark.parametrize("deed", DEEDS, ids=lambda deed: deed.__name__)
 def test_a_cancellation_at_any_moment_leaves_the_supervisor_consistent(
     deed: Callable[[BackpressureSupervisor], Coroutine[Any, Any, None]],
-    overflow: str | None,
+    overflow: StoreBackend | None,
     tmp_path: Path,
     *,
     full: bool,
 ) -> None:
     async def main(moment: int) -> None:
-        url = f"sqlite:///{tmp_path}/{moment}.db?synchronous=off" if overflow == "sqlite" else overflow
-        supervisor = BackpressureSupervisor(max_queue_size=1, overflow=url)
+        directory = tmp_path / str(moment)
+        directory.mkdir()
+        supervisor = BackpressureSupervisor(max_queue_size=1, overflow=overflow_url(overflow, directory))
         record = EventRecord(supervisor)
 
         async def works(task: Task) -> None:

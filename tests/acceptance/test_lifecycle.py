@@ -20,6 +20,7 @@ from tests.support.task_plane import (
     submit_all,
     virtual,
 )
+from tests.support.task_stores import OVERFLOWS, StoreBackend, overflow_url
 
 from forebay import BackpressureSupervisor, Priority, Task, TaskCancelled, TaskStatus
 from forebay.errors import AlreadyStarted, DrainInside, StillSpilled, SupervisorClosed
@@ -101,12 +102,12 @@ async def test_a_cancellation_while_leaving_normally_cuts_the_draining_short() -
 
 
 @pytest.mark.parametrize("after", range(8))
-@pytest.mark.parametrize("overflow", [None, "memory://", "sqlite://"])
+@pytest.mark.parametrize("overflow", OVERFLOWS, ids=str)
 @virtual
 async def test_a_second_cancellation_while_closing_leaves_no_ticket_open(
-    after: int, overflow: str | None, tmp_path: Path
+    after: int, overflow: StoreBackend | None, tmp_path: Path
 ) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db" if overflow == "sqlite://" else overflow
+    url = overflow_url(overflow, tmp_path)
     supervisor = make_supervisor(UncancellableHandler(2.0), overflow=url, max_queue_size=4)
     await supervisor.start()
     tickets = [await supervisor.submit(Task("work")) for _ in range(9)]
@@ -175,6 +176,21 @@ async def test_a_start_that_failed_may_be_tried_again(tmp_path: Path) -> None:
     (tmp_path / "not" / "there").mkdir(parents=True)
     async with supervisor:
         assert await supervisor.run(Task("work", 7)) == 7
+
+
+@virtual
+async def test_a_worker_may_be_registered_while_the_supervisor_starts(tmp_path: Path) -> None:
+    below = make_supervisor(Agent(), overflow=f"sqlite:///{tmp_path / 'spill.db'}")
+    supervisor = make_supervisor(below)
+    starting = asyncio.ensure_future(supervisor.start())
+    await asyncio.sleep(0)
+    assert not starting.done()
+    supervisor.register_worker("late", handler=make_supervisor(Agent()), task_types=["work"])
+    await starting
+    started = now()
+    assert await statuses(flood(supervisor, "work", 6)) == [TaskStatus.SUCCEEDED] * 6
+    assert now() - started == approximately(3.0)  # both workers took three, one at a time
+    await supervisor.close()
 
 
 @virtual

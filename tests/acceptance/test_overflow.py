@@ -21,6 +21,7 @@ from tests.support.task_plane import (
     submit_all,
     virtual,
 )
+from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import (
     BackpressureSupervisor,
@@ -39,10 +40,16 @@ pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's
 LOW, NORMAL, HIGH, CRITICAL = Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.CRITICAL
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def overflow(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=STORES, ids=str)
+def backend(request: pytest.FixtureRequest) -> StoreBackend:
+    chosen: StoreBackend = request.param
+    return chosen
+
+
+@pytest.fixture
+def overflow(backend: StoreBackend, tmp_path: Path) -> str:
     """Return the URL of an overflow of each kind."""
-    return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/spill.db"
+    return backend.url(tmp_path)
 
 
 @pytest.fixture
@@ -172,8 +179,8 @@ async def test_a_spilled_task_that_is_cancelled_twice_and_expires_ends_once(over
 
 
 @virtual
-async def test_a_full_overflow_rejects_and_is_named(overflow: str) -> None:
-    async with make_supervisor(Agent(), f"{overflow}?bound=3") as supervisor:
+async def test_a_full_overflow_rejects_and_is_named(backend: StoreBackend, tmp_path: Path) -> None:
+    async with make_supervisor(Agent(), backend.url(tmp_path, bound=3)) as supervisor:
         await supervisor.run(Task("work"))
         tickets = await submit_all(supervisor, work(*range(8)))
         assert [ticket.verdict for ticket in tickets[3:]] == [Verdict.SPILLED] * 3 + [Verdict.REJECTED] * 2
@@ -220,7 +227,7 @@ async def test_spilled_tasks_come_back_by_priority_then_deadline_then_age(overfl
             deadline = None if within is None else Deadline.within(within)
             ticket = await supervisor.submit(Task("work", name, priority=priority, deadline=deadline))
             assert ticket.verdict is Verdict.SPILLED
-        await supervisor.drain() if overflow == "memory://" else await asyncio.sleep(10.0)
+        await supervisor.drain() if overflow.startswith("memory://") else await asyncio.sleep(10.0)
     assert agent.started == [
         "running",
         "critical",

@@ -1,4 +1,4 @@
-"""The implementations of each interface. A new one adds a line here, and is tested for every promise."""
+"""The implementations of each interface. A new one is added to STORES or ENGINES, and is tested for every promise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.contract import engine_handlers
+from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import BackpressureSupervisor, WorkerAgent
 from forebay.engine import Engine, ProcessEngine
@@ -17,30 +18,8 @@ from forebay.interfaces import Lease, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.task import Priority
 
-DURABLE = "durable"  # records survive close() and open()
-SHARED = "shared"  # several processes may have it open at once
 
-
-@dataclass(frozen=True)
-class StoreBackend:
-    """A kind of task store, and the promises that it makes beyond those that all make."""
-
-    name: str
-    url: str  # {path} is a fresh directory
-    can: frozenset[str] = frozenset()
-
-    def needs(self, capability: str) -> None:
-        if capability not in self.can:
-            pytest.skip(f"{self.name} is not {capability}")
-
-
-STORES = [
-    StoreBackend("memory", "memory://?bound={bound}"),
-    StoreBackend("sqlite", "sqlite:///{path}/store.db?bound={bound}", frozenset({DURABLE, SHARED})),
-]
-
-
-@pytest.fixture(params=STORES, ids=lambda backend: backend.name)
+@pytest.fixture(params=STORES, ids=str)
 def backend(request: pytest.FixtureRequest) -> StoreBackend:
     chosen: StoreBackend = request.param
     return chosen
@@ -55,7 +34,7 @@ async def open_store(backend: StoreBackend, tmp_path: Path) -> AsyncIterator[Ope
     opened: list[TaskStore] = []
 
     async def open_one(bound: int = 10_000) -> TaskStore:
-        store = open_task_store(backend.url.format(path=tmp_path, bound=bound))
+        store = open_task_store(backend.url(tmp_path, bound=bound))
         opened.append(store)
         await store.open()
         return store

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from tests.support.killed_calls import lost_calls
+from tests.support.task_stores import DURABLE, SHARED, StoreBackend
 
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, Lease, PutResult, RecordState, TaskRecord, TaskStore
 from forebay.task import Priority
 
 if TYPE_CHECKING:
-    from tests.contract.conftest import MakeRecord, OpenStore, StoreBackend, Take
+    from tests.contract.conftest import MakeRecord, OpenStore, Take
 
 DONE = Completion(status="succeeded", worker_id="w", result=b"result", duration_ms=1.5, attempts=1, finished_at=50.0)
 
@@ -629,7 +632,7 @@ async def test_depths_count_waiting_records_by_type_and_priority(
 
 
 async def test_a_store_says_whether_it_is_durable(store: TaskStore, backend: StoreBackend) -> None:
-    assert store.durable is ("durable" in backend.can)
+    assert store.durable is (DURABLE in backend.can)
 
 
 async def test_open_and_close_may_be_repeated(store: TaskStore, record: MakeRecord) -> None:
@@ -658,10 +661,37 @@ async def test_close_finishes_the_pending_operations(store: TaskStore, record: M
     assert await asyncio.gather(*puts) == [PutResult.STORED] * 10
 
 
+async def test_a_cancelled_close_still_closes(store: TaskStore, record: MakeRecord) -> None:
+    closing = asyncio.ensure_future(store.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    await store.close()
+    with pytest.raises(StoreUnavailable, match="not open"):
+        await store.put(record())
+
+
+async def test_the_same_store_opened_again_has_its_records(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    await store.close()
+    await store.open()
+    assert ids(await take()) == ["a", "b"]
+
+
+async def test_a_lease_is_held_past_its_time_until_it_is_reaped(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a"))
+    (lease,) = await take(until=10.0)  # long ago
+    assert await store.begin_attempt(lease)
+    assert list(await renew(store, [lease], until=20.0)) == []
+    assert await store.finish("a", DONE, fence=lease.fence)
+
+
 async def test_a_durable_store_has_its_records_when_opened_again(
     store: TaskStore, backend: StoreBackend, open_store: OpenStore, record: MakeRecord, take: Take
 ) -> None:
-    backend.needs("durable")
+    backend.needs(DURABLE)
     await put_all(store, [record("held", priority=Priority.HIGH), record("a"), record("b"), record("done", key="k")])
     (held,) = await take(1)
     await store.begin_attempt(held)
@@ -677,10 +707,15 @@ async def test_a_durable_store_has_its_records_when_opened_again(
     assert await again.finish("held", DONE, fence=held.fence)
 
 
+def test_an_acknowledged_write_survives_the_death_of_its_process(backend: StoreBackend, tmp_path: Path) -> None:
+    backend.needs(DURABLE)
+    assert lost_calls(backend, tmp_path) == []
+
+
 async def test_two_openings_of_a_shared_store_agree(
     store: TaskStore, backend: StoreBackend, open_store: OpenStore, record: MakeRecord
 ) -> None:
-    backend.needs("shared")
+    backend.needs(SHARED)
     other = await open_store()
     await put_all(store, [record() for _ in range(50)])
     await put_all(other, [record() for _ in range(50)])

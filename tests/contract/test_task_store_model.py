@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from tests.support.task_stores import StoreBackend
 
 from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
 from forebay.overflow import open_task_store
@@ -100,13 +102,13 @@ class ModelStore:
 class TaskStoreMachine(RuleBasedStateMachine):
     """Does random operations on a task store and on the model."""
 
-    url: ClassVar[str]
+    store_backend: ClassVar[StoreBackend]
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
         self.runner = asyncio.Runner()
-        self.store = open_task_store(self.url.format(path=self.directory.name, bound=BOUND))
+        self.store = open_task_store(self.store_backend.fast_url(Path(self.directory.name), bound=BOUND))
         self.run(self.store.open())
         self.model = ModelStore()
         self.leases: list[Lease] = []
@@ -326,19 +328,14 @@ class TaskStoreMachine(RuleBasedStateMachine):
         assert self.run(self.store.depths()) == expected
 
 
-class MemoryMachine(TaskStoreMachine):
-    """The store in memory."""
+def test_random_operations_give_the_answers_of_the_model(backend: StoreBackend) -> None:
+    class Machine(TaskStoreMachine):
+        store_backend = backend
 
-    url = "memory://?bound={bound}"
-
-
-class SqliteMachine(TaskStoreMachine):
-    """The store in a SQLite file."""
-
-    url = "sqlite:///{path}/store.db?bound={bound}&synchronous=off"
-
-
-TestMemory = MemoryMachine.TestCase
-TestMemory.settings = settings(max_examples=settings().max_examples // 2)
-TestSqlite = SqliteMachine.TestCase
-TestSqlite.settings = settings(max_examples=settings().max_examples // 5, stateful_step_count=30)  # a file is slow
+    profile = settings()
+    if "{path}" in backend.template:  # a file is slow
+        run_state_machine_as_test(
+            Machine, settings=settings(max_examples=profile.max_examples // 5, stateful_step_count=30)
+        )
+    else:
+        run_state_machine_as_test(Machine, settings=settings(max_examples=profile.max_examples // 2))

@@ -1,4 +1,4 @@
-"""The pages of docs/reference/api are lists kept by hand: every public name of a package stands on one of them."""
+"""Lists on pages that are kept by hand: every public name of a package stands on a page of docs/reference/api."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.contract.test_limit import LIMITS
 from tests.integration.test_docs import DOCS, ERRORS, names
+from tests.unit.upstream.providers.test_request import PROVIDERS
 
 import forebay
 from forebay import errors, limit
@@ -91,6 +92,12 @@ def test_every_public_error_stands_on_the_page_of_errors() -> None:
 @pytest.mark.parametrize("package", INTERNAL)
 def test_an_internal_name_is_still_exported(package: str) -> None:
     assert INTERNAL[package] <= public_names(package)
+
+
+@pytest.mark.parametrize("page", ["reference/settings.md", "gateway.md"])
+def test_the_setting_of_the_provider_names_every_provider(page: str) -> None:
+    (row,) = (line for line in (DOCS / page).read_text().splitlines() if line.startswith("| `provider` |"))
+    assert [name for name in PROVIDERS if f'`"{name}"`' not in row] == []
 
 
 def test_the_contract_is_tested_on_every_limit() -> None:

@@ -6,7 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.*")), ids=lambda path: path.name)
+def test_an_example_is_embedded_in_a_page(example: Path) -> None:
+    line = f'--8<-- "examples/{example.name}"'
+    assert any(line in page.read_text() for page in (ROOT / "docs").rglob("*.md"))
 
 
 def test_a_langgraph_agent_is_backpressured_in_twenty_lines(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Killing processes at any moment: no acknowledged task is lost, and none is completed twice."""
+"""Killing processes at any moment: no acknowledged task is lost, and none is completed twice.
+
+The processes share one store, so this is tested on the stores that are durable and shared.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.support.task_stores import SHARED_STORES, StoreBackend
 
 KILLS = 20
 
@@ -17,7 +21,7 @@ import asyncio, os, sys
 from forebay import BackpressureSupervisor, Task
 from forebay.events import TaskFinished
 
-folder, role = sys.argv[1:]
+folder, role, url = sys.argv[1:]
 
 def note(name, task_id):  # one write, which a kill leaves whole or undone
     os.write(files[name], f"{task_id}\\n".encode())
@@ -37,7 +41,7 @@ async def work(task):
 
 async def main():
     supervisor = BackpressureSupervisor(
-        overflow=f"sqlite:///{folder}/spill.db", max_queue_size=5, lease=1.0, max_attempts=100, on_event=on_event
+        overflow=url, max_queue_size=5, lease=1.0, max_attempts=100, on_event=on_event
     )
     supervisor.register_worker(role, handler=work, task_types=["work"], max_concurrent=4)
 
@@ -63,8 +67,8 @@ asyncio.run(main())
 """
 
 
-def start(folder: Path, role: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WORKER, str(folder), role]
+def start(folder: Path, role: str, url: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WORKER, str(folder), role, url]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -73,13 +77,15 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_acknowledged_tasks_survive_twenty_kills_and_are_completed_once(tmp_path: Path) -> None:
-    with start(tmp_path, "survivor") as survivor:
+@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+def test_acknowledged_tasks_survive_twenty_kills_and_are_completed_once(backend: StoreBackend, tmp_path: Path) -> None:
+    url = backend.url(tmp_path)
+    with start(tmp_path, "survivor", url) as survivor:
         try:
             assert survivor.stdout is not None
             assert survivor.stdout.readline() == "ready\n"
             for kill in range(KILLS):
-                with start(tmp_path, f"victim{kill}") as victim:
+                with start(tmp_path, f"victim{kill}", url) as victim:
                     assert victim.stdout is not None
                     for _ in range(1 + kill * 7 % 60):  # in the middle of submitting, of running, of completing
                         assert victim.stdout.readline()

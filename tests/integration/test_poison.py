@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.task_stores import DURABLE_STORES, StoreBackend
 
 ATTEMPTS = 3
 
@@ -52,9 +53,12 @@ def run(url: str, way: str, which: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
 
 
+@pytest.mark.parametrize("backend", DURABLE_STORES, ids=str)
 @pytest.mark.parametrize(("way", "code"), [("exit", 7), ("kill", -9)])
-def test_a_task_that_kills_its_process_becomes_a_dead_letter(tmp_path: Path, way: str, code: int) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db"
+def test_a_task_that_kills_its_process_becomes_a_dead_letter(
+    backend: StoreBackend, tmp_path: Path, way: str, code: int
+) -> None:
+    url = backend.url(tmp_path)
     for attempt in range(ATTEMPTS):
         assert run(url, way, "first" if attempt == 0 else "again").returncode == code
     survivor = run(url, way, "again")

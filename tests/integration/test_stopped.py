@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from tests.support.task_stores import SHARED_STORES, StoreBackend
+
 from forebay.interfaces import RecordState
-from forebay.overflow import SqliteTaskStore, decode_result
+from forebay.overflow import decode_result, open_task_store
 
 HOLDER = """
 import asyncio, sys
@@ -51,8 +54,9 @@ def start(code: str, url: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_late_completion_of_a_stopped_process_is_rejected(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db"
+@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+def test_the_late_completion_of_a_stopped_process_is_rejected(backend: StoreBackend, tmp_path: Path) -> None:
+    url = backend.url(tmp_path)
     with start(HOLDER, url) as holder:
         try:
             assert holder.stdout is not None
@@ -68,7 +72,7 @@ def test_the_late_completion_of_a_stopped_process_is_rejected(tmp_path: Path) ->
     assert late == "successor in time 2\n"  # its ticket has the result that counts
 
     async def check() -> None:
-        store = SqliteTaskStore(tmp_path / "spill.db")
+        store = open_task_store(url)
         await store.open()
         found = await store.find("the task")
         await store.close()

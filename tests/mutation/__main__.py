@@ -26,7 +26,7 @@ ROOT: Final = Path(__file__).parents[2]
 WORK: Final = ROOT / "build" / "mutation"
 COPIED: Final = ("src", "tests", "docs", "README.md", "pyproject.toml")
 OPTIONS: Final = ("-n0", "-m", "not slow", "--hypothesis-profile=mutation", "-p", "no:cacheprovider")
-IGNORED: Final = (r"\braise\b", r"_refuse\(")  # an error's words are reviewed by people
+IGNORED: Final = (r"\braise\b", r"\breject\(", r"\bcheck_\w+\(", r"_refuse\(")  # people review the words of errors
 KILLED: Final = "killed"
 TIMED_OUT: Final = "timeout"  # a mutant that never ends is noticed too
 _CONFIGURATION: Final = """

@@ -45,7 +45,9 @@ AREAS: Final = {
     ),
     "call-flow": Area(
         files=("upstream/call_flow.py",),
-        tests=("unit/upstream/test_call_flow.py", "acceptance/test_upstream_retries.py"),
+        tests=(
+            *("unit/upstream/test_call_flow.py", "acceptance/test_upstream_retries.py", "acceptance/test_fallback.py"),
+        ),
         baseline=0,
     ),
     "selection": Area(

@@ -76,13 +76,6 @@ def test_a_name_is_required() -> None:
         assert "a non-empty string." in rejection(_validate.check_name, value)
 
 
-def test_one_of_the_allowed_values_is_required() -> None:
-    _validate.check_one_of("Thing", "size", None, ("day", None))
-    _validate.check_one_of("Thing", "size", "day", ("day", None))
-    assert "size='week'; it must be one of 'day', 1." in rejection(_validate.check_one_of, "week", allowed=("day", 1))
-    assert "one of 'day', 1." in rejection(_validate.check_one_of, True, allowed=("day", 1))
-
-
 def test_an_instance_is_required() -> None:
     _validate.check_instance("Thing", "size", 3, int, example="3")
     _validate.check_instance("Thing", "size", None, int, example="3", optional=True)

@@ -1,4 +1,4 @@
-"""Adapters that turn agents into handlers: one file per framework, imported when one of its agents is met."""
+"""Adapters that turn agents into handlers: one file per framework, imported when one of its agents is registered."""
 
 from forebay.adapters.declared_types import codec_for, type_name
 from forebay.adapters.detect import FRAMEWORKS, as_handler

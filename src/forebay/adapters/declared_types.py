@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -56,13 +55,9 @@ def _uses_pydantic(declared: Any, seen: set[int]) -> bool:
     parts: list[Any] = [*typing.get_args(declared)]
     parts += [getattr(declared, name) for name in _INNER_TYPES if hasattr(declared, name)]
     if isinstance(declared, type) and not issubclass(declared, msgspec.Struct) and _has_fields(declared):
-        parts += _hints(declared).values()
+        parts += typing.get_type_hints(declared, include_extras=True).values()
     return any(_uses_pydantic(part, seen) for part in parts)
 
 
 def _has_fields(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or typing.is_typeddict(kind) or hasattr(kind, "_fields")
-
-
-def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)

@@ -11,8 +11,8 @@ from typing import Any
 from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler, InvalidSetting
 
-#: By the top-level package of an agent's class: the adapter, a module that is imported when such an agent is met. It
-#: has ``handler(agent, *, worker, config) -> Handler``.
+#: By the top-level package of an agent's class: its adapter, a module that is imported when such an agent is
+#: registered. It has ``handler(agent, *, worker, config) -> Handler``.
 FRAMEWORKS = {"langgraph": "forebay.adapters.langgraph"}
 
 
@@ -39,7 +39,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
         return _handler_from_framework(adapter, obj, worker, config)
     if config is not None:
         expected = "left out: only an agent of a framework takes one"
-        raise InvalidSetting(owner=worker, name="config", value=_type_name(config), expected=expected)
+        raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
     if isinstance(obj, Handler):
         return obj
     hint = _mistake(obj)
@@ -80,7 +80,7 @@ def _check_config(config: Config | None, worker: str) -> None:
     if config is None or isinstance(config, Mapping) or (callable(config) and not _is_async(config)):
         return
     expected = "a mapping, or a plain callable of the Task that returns one"
-    raise InvalidSetting(owner=worker, name="config", value=_type_name(config), expected=expected)
+    raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
 
 
 def _mistake(obj: Any) -> str | None:
@@ -103,7 +103,7 @@ def _mistake(obj: Any) -> str | None:
 
 
 def _check_takes_task(obj: Any, worker: str) -> None:
-    """Check the signature at registration, or each of the first tasks would fail."""
+    """Check that `obj` can be called with the task; otherwise every task would fail at its start."""
     try:
         signature = inspect.signature(obj)
     except (TypeError, ValueError):  # some builtins have no signature

@@ -11,6 +11,17 @@ from forebay.errors import InvalidHandler
 from forebay.task import Task
 
 
+def check_factory(factory: Any, worker: str) -> None:
+    """Check that `factory` can be called; `worker` is the worker's name, for the message.
+
+    Raises:
+        InvalidHandler: it is not callable.
+    """
+    if not callable(factory):
+        hint = "factory= takes a callable without arguments that makes an agent"
+        raise InvalidHandler(worker=worker, type=type(factory).__name__, hint=hint)
+
+
 def handler_from_factory(
     factory: Callable[[], Any], *, worker: str = "handler", config: Config | None = None
 ) -> Handler:
@@ -26,9 +37,7 @@ def handler_from_factory(
     Raises:
         InvalidHandler: `factory` is not callable, or its agent cannot be run.
     """
-    if not callable(factory):
-        hint = "factory= takes a callable without arguments that makes an agent"
-        raise InvalidHandler(worker=worker, type=type(factory).__name__, hint=hint)
+    check_factory(factory, worker)
     sample = as_handler(factory(), worker=worker, config=config)
     live: dict[str, Handler] = {}
 

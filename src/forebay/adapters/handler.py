@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from forebay.interfaces import Codec
@@ -20,7 +20,7 @@ class Handler:
 
     Attributes:
         call: takes the task and returns its value or an awaitable of it; the engine awaits an awaitable.
-        blocking: whether `call` needs a thread of the engine's, because it does not yield to the event loop.
+        blocking: True if `call` needs a thread, because it does not yield to the event loop.
         on_cancel: stops a run that cancellation alone does not stop; called once, in the loop, just before the run is
             cancelled. None: nothing more can be done, and a thread runs on to its end.
         on_end: called in the loop once a run has really ended.
@@ -41,10 +41,6 @@ class Handler:
     start: Callable[[], Awaitable[object]] | None = None
     stop: Callable[[], Awaitable[object]] | None = None
     codec: Codec | None = None
-
-    def with_on_cancel(self, on_cancel: Callable[[Task], object]) -> Handler:
-        """Return the same handler, stopped by `on_cancel`."""
-        return replace(self, on_cancel=on_cancel)
 
 
 class SupportsHandler(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from forebay.adapters.detect import as_handler
@@ -50,7 +50,7 @@ class HandlerSpec:
             handler = handler_from_factory(self._resolve(self.factory), worker=self.worker, config=self.config)
         else:
             handler = as_handler(self._resolve(self.handler), worker=self.worker, config=self.config)
-        return handler if self.on_cancel is None else handler.with_on_cancel(self.on_cancel)
+        return handler if self.on_cancel is None else replace(handler, on_cancel=self.on_cancel)
 
     def _resolve(self, given: Any) -> Any:
         """Return the object that an import path names; anything else as it is."""

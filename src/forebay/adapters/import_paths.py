@@ -44,7 +44,7 @@ def import_path_of(obj: Any, *, worker: str, what: str) -> str:
     if name.endswith("<lambda>"):
         raise NotImportable(worker=worker, what=what, got="a lambda", why="it has no name")
     if "<locals>" in name:
-        raise NotImportable(worker=worker, what=what, got=f"{name!r}", why="it was made inside of a function")
+        raise NotImportable(worker=worker, what=what, got=f"{name!r}", why="it is defined inside a function")
     _check_found(obj, module, name, worker=worker, what=what)
     return f"{_module_path(module, worker=worker, what=what, name=name)}:{name}"
 
@@ -68,7 +68,7 @@ def _module_path(module: str, *, worker: str, what: str, name: str) -> str:
         return str(spec.name)
     file = getattr(main, "__file__", None)
     if file is None or not Path(file).is_file():
-        why = "it was defined at a prompt, in no file"
+        why = "it was defined interactively, not in a file"
         raise NotImportable(worker=worker, what=what, got=f"{name!r}", why=why)
     return str(Path(file).resolve())
 

@@ -1,12 +1,12 @@
 """A compiled LangGraph graph as a handler: its input is the payload, its result what ``ainvoke`` returns.
 
-How LangGraph treats a run, as far as a worker must know it (1.2):
+LangGraph 1.2 treats a run as follows:
 
 - Cancelling the run cancels its async nodes and waits for them to end. A *plain* node runs in the event loop's default
   executor; cancelling leaves its thread running, and the run ends without it.
 - That executor is asyncio's own, of few threads (``min(32, cpus + 4)``), shared by all graphs, and no config selects
   another: a graph of plain nodes runs no wider than that, whatever ``max_concurrent`` says, unless the loop was given a
-  larger one by ``loop.set_default_executor``.
+  larger one with ``loop.set_default_executor``.
 - Context variables reach the nodes, plain ones too.
 """
 
@@ -47,7 +47,7 @@ def handler(graph: Any, *, worker: str, config: Config | None) -> Handler:
     if isinstance(graph, StateGraph):
         raise InvalidHandler(worker=worker, type=type(graph).__name__, hint="compile it first: graph.compile()")
     if not isinstance(graph, Pregel):
-        hint = "of LangGraph, pass a compiled graph; call anything else in an async function that takes the Task"
+        hint = "pass a compiled graph, or an async function that takes the Task and calls this object"
         raise InvalidHandler(worker=worker, type=type(graph).__name__, hint=hint)
     return Handler(call=partial(_run, graph, worker, config), codec=CODEC)
 
@@ -94,7 +94,7 @@ def _configure(
     given = config(task) if callable(config) else config or {}
     if not isinstance(given, Mapping):
         expected = "a plain callable that returns a RunnableConfig, a mapping"
-        raise InvalidSetting(owner=worker, name="config", value=type(given).__name__, expected=expected)
+        raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=type(given).__name__, expected=expected)
 
     thread = {} if task.thread_id is None else {"thread_id": task.thread_id}
     own = given.get("configurable") or {}

@@ -1,4 +1,4 @@
-"""Objects of a framework as plain data: of a few classes that are listed, and of no others."""
+"""Objects of a framework as plain data: of the listed classes only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SerializableClass(NamedTuple):
     Attributes:
         cls: the class itself; an object of a derived class is rejected.
         to_fields: returns the fields of an object, by name.
-        from_fields: makes an object of its fields. They may come from anywhere, so it must check them, and must do
+        from_fields: makes an object from its fields. They may come from anywhere, so it must check them, and must do
             nothing but make the object.
     """
 

@@ -1,4 +1,4 @@
-"""Deadline feasibility: whether a deadline can be met, by estimates that a bad spell cannot make permanent."""
+"""Deadline feasibility: estimates of whether a deadline can be met, which recover after a slow spell."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _OCCUPANCY_WEIGHT = 0.05  # of one task; with more, each dip would admit more th
 _LIKELY, _NEARLY_ALL = 0.75, 0.95  # shares of the latest service times
 _SLACK = 1.25  # times as long as nearly all take, because a task may start later than expected
 _MIN_WAIT_SHARE = 0.125  # of the time that remains
-_TIMEOUT_FACTOR = 1.5  # the service time of a task that timed out is taken to be so many times its timeout
+_TIMEOUT_FACTOR = 1.5  # a task that timed out is taken to need this many times its timeout
 
 
 class ServiceTimes:
-    """The latest service times of a task type, in seconds, and what follows from them.
+    """The latest service times of a task type, in seconds, and the estimates that follow from them.
 
     Args:
         samples: how many are remembered, of successes and of timeouts.
@@ -45,13 +45,13 @@ class ServiceTimes:
     def record_timeout(self, seconds: float) -> None:
         """Record that a task was cut off after `seconds`: it needs longer, though it is not known how much.
 
-        Without these, long tasks would count the less the fewer of them finish.
+        Without timeouts, the fewer long tasks finish, the less they would count.
         """
         self._latest.append(_TIMEOUT_FACTOR * seconds)
         self._sorted = []
 
     def quantile(self, share: float) -> float:
-        """Return the seconds that so large a share of the latest did not exceed; 0 while there are fewer than 8."""
+        """Return the seconds that this share of the latest did not exceed; 0 while there are fewer than 8."""
         if len(self._latest) < _MIN_SAMPLES:
             return 0.0
         if not self._sorted:
@@ -59,18 +59,19 @@ class ServiceTimes:
         return self._sorted[int(share * len(self._sorted))]
 
     def max_wait(self, remaining: float) -> float:
-        """Return the longest acceptable wait for a task with `remaining` seconds: nearly every task fits in the rest.
+        """Return the longest acceptable wait for a task with `remaining` seconds; it leaves time for nearly every task.
 
-        At least an eighth of `remaining`; infinity while nothing is known. After a longer wait a task would start with
-        too little time left, and the slots would be full of tasks that time out. A task rejected earlier costs no slot.
+        It is at least an eighth of `remaining`, and infinity while nothing is known. After a longer wait a task would
+        start with too little time left, and the slots would fill with tasks that time out. Rejection costs no slot.
         """
         ample = self._ample()
         return max(_MIN_WAIT_SHARE * remaining, remaining - ample) if ample else math.inf
 
     def required_time(self, time: float) -> float:
-        """Return the seconds a task must have left of `time`, if others wait that have more: three quarters fit in it.
+        """Return the seconds that a task must have left to be served while tasks with more time wait.
 
-        If its time was short from the start, the optimistic estimate is required, as if nobody waited.
+        Three quarters of all tasks need no more. If `time`, the seconds that the task had in all, was short from the
+        start, the optimistic estimate is enough, as if nobody waited.
         """
         return self.quantile(_LIKELY) if time >= self._ample() else self.optimistic()
 

@@ -69,7 +69,7 @@ class PriorityQueue(Generic[T]):
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Return the number of items by priority."""
+        """The number of items by priority."""
         return self._lengths
 
     def ahead(self, priority: Priority) -> int:

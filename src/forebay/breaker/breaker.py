@@ -28,15 +28,15 @@ class BreakerState(Enum):
 @renamed_arguments(arms="triggers", cool_off="reset_timeout", ceiling="max_reset_timeout", probe_time="probe_timeout")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakerRules:
-    """When a breaker opens, how long it stays open, and what closes it again.
+    """The rules of a breaker: when it opens, how long it stays open, and what closes it again.
 
     The n-th opening in a row lasts between half and all of ``min(max_reset_timeout, reset_timeout * 2**(n - 1))``
     seconds. The jitter keeps the breakers of one dependency from probing it together.
 
     Attributes:
         triggers: the breaker opens as soon as one of these says so.
-        reset_timeout: seconds for which it is open at most, the first time; None keeps it open until `Breaker.reset`.
-        max_reset_timeout: seconds for which it is open at most, any time. A recovery is noticed up to so much later.
+        reset_timeout: seconds that the first opening lasts at most; None keeps it open until `Breaker.reset`.
+        max_reset_timeout: seconds that any opening lasts at most. A recovery is noticed with up to this delay.
         probes: calls let through at a time while half-open.
         successes: probes that must succeed, with no fault in between, for it to close. One fault opens it again.
         probe_timeout: seconds in which a probe must answer, else the breaker opens again. The success of a late probe
@@ -133,7 +133,7 @@ class Breaker:
         """
         if epoch == self._closed_epoch:
             window = self._window
-            if outcome is _SUCCESS:
+            if outcome is _SUCCESS:  # as `add_success`, without the cost of a call
                 if now >= window.bucket_ends:
                     window.begin_bucket(now)
                 window.calls += 1

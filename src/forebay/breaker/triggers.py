@@ -17,11 +17,11 @@ class Trigger(Protocol):
 
     @property
     def seconds(self) -> int:
-        """Return how many seconds it looks back; 0 for none."""
+        """The seconds that it looks back; 0 for none."""
 
     @property
     def calls(self) -> int:
-        """Return how many calls it looks back; 0 for none."""
+        """The calls that it looks back; 0 for none."""
 
     def should_open(self, window: FaultWindow) -> bool:
         """Return whether the faults in the window are enough to open the breaker."""
@@ -100,7 +100,7 @@ class FaultCountTrigger:
 
 
 def consecutive_faults(faults: int = 5) -> FaultCountTrigger:
-    """Return the trigger that opens on so many faults in a row.
+    """Return the trigger that opens after this many faults in a row.
 
     Raises:
         InvalidSetting: `faults` is not a whole number of at least 1.

@@ -1,4 +1,4 @@
-"""Engines: where a handler runs. In the event loop, in a thread, or in a process of the worker's own."""
+"""Engines: they run handlers in the event loop, in threads, or in processes of the worker's own."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from forebay import context
@@ -45,14 +46,14 @@ def main(fd: int) -> None:
     ChildRuntime(channel).serve()
 
 
+@dataclass(slots=True)
 class ChildTaskContext:
     """The task that is running in this process, as `forebay.context` shows it to the handler's calls."""
 
-    def __init__(self, task: Task, deadline: Deadline | None, attempt: int, report: Callable[[Any], None]) -> None:
-        self.task = task
-        self.deadline = deadline
-        self.attempt = attempt
-        self.report = report
+    task: Task
+    deadline: Deadline | None
+    attempt: int
+    report: Callable[[Any], None]
 
 
 class ChildRuntime:

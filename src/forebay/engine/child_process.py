@@ -117,7 +117,7 @@ class ChildProcess(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Return whether it may be given a run."""
+        """True if it may be given a run."""
         return not self._retiring and not self._disconnected and self._exitcode is None
 
     # --- a run ---

@@ -23,7 +23,7 @@ _MAX_TEXT, _MAX_TRACEBACK = 10_000, 50_000  # characters sent of an exception's 
 
 
 class ImportState:
-    """Whether this process is a worker's process that is still importing its handler."""
+    """The state of a worker's process: `importing` is True while it imports its handler."""
 
     importing = False
 
@@ -130,10 +130,10 @@ def encode_frame(message: _Message) -> bytes:
 
 
 class FrameDecoder:
-    """Splits a stream of bytes into messages.
+    """A decoder that splits a stream of bytes into messages.
 
     Raises:
-        FrameTooLarge: a message with more than `bound` bytes of content is announced; the stream cannot be read on.
+        FrameTooLarge: a message with more than `bound` bytes of content is announced; the rest cannot be read.
     """
 
     def __init__(self, bound: int) -> None:

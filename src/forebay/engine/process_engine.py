@@ -12,13 +12,13 @@ from forebay import clock, context
 from forebay._text import format_duration
 from forebay._validate import check_positive, check_whole
 from forebay.adapters import Handler
+from forebay.adapters.factory import check_factory
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_path_of
 from forebay.engine import messages
 from forebay.engine.child_process import ChildProcess, spawn
 from forebay.engine.thread_executor import DaemonThreadExecutor
 from forebay.errors import (
-    InvalidHandler,
     InvalidSetting,
     NotSerializable,
     NotTransferable,
@@ -76,17 +76,17 @@ class ProcessEngine:
 def _load_request(engine: ProcessEngine, spec: HandlerSpec) -> messages.LoadHandler:
     """Return the request to load a handler, after every check that needs no import and makes no agent."""
     worker, handler, factory, config = spec.worker, spec.handler, spec.factory, spec.config
-    if factory is None and not isinstance(handler, str):
-        spec.build()
-    elif factory is not None and not isinstance(factory, str) and not callable(factory):
-        hint = "factory= takes a callable without arguments that makes an agent"
-        raise InvalidHandler(worker=worker, type=type(factory).__name__, hint=hint)
+    if factory is None:
+        if not isinstance(handler, str):
+            spec.build()
+    elif not isinstance(factory, str):
+        check_factory(factory, worker)
     encoded = None
     if isinstance(config, Mapping):
         try:
             encoded = encode_result(dict(config), task_id="", bound=engine.max_message_bytes)
         except (NotSerializable, PayloadTooLarge):
-            expected = "plain data, or a function of a module that makes it of the Task: it is sent to other processes"
+            expected = "plain data, or a module's function that makes it from the Task: it is sent to other processes"
             raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=config, expected=expected) from None
     path_of = partial(import_path_of, worker=worker)
     return messages.LoadHandler(
@@ -117,7 +117,7 @@ class _ProcessPool:
         self._closed = False
 
     async def start(self) -> None:
-        """Start one process, so that a handler that cannot be imported is found out now.
+        """Start one process, so that a handler that cannot be imported fails now.
 
         Raises:
             ProcessNotStarted: it does not start.
@@ -138,8 +138,8 @@ class _ProcessPool:
             ProcessNotStarted: no process could be started; nothing was begun.
             RemoteError, Overloaded, CancelledError, WorkerDied: as `ChildProcess.run`.
         """
-        request = self._run_request(task)
         running = context.running_task()
+        request = self._run_request(task, running)
         child = await self._acquire()
         try:
             report = _ignore_progress if running is None else running.report
@@ -149,8 +149,7 @@ class _ProcessPool:
             if not child.usable and not self._idle and not self._starting and self._has_room():
                 self._start_spare()  # now, so that the next task does not wait for the start
 
-    def _run_request(self, task: Task) -> messages.RunTask:
-        running = context.running_task()
+    def _run_request(self, task: Task, running: context.RunningTask | None) -> messages.RunTask:
         deadline = task.deadline if running is None else running.deadline
         try:
             encoded = encode_task(task, task.payload, bound=self._engine.max_message_bytes)

@@ -13,7 +13,7 @@ from typing import Final
 from forebay.interfaces import Outcome
 from forebay.limit.base import Grant, Limit
 
-_REMEASURE_AFTER: Final = 30  # times the limit: after so many answers the least latency is measured again
+_REMEASURE_AFTER: Final = 30  # times the limit: after this many answers the least latency is measured again
 
 
 class VegasLimit(Limit):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path, PurePath
+
 from forebay.errors import InvalidOverflowUrl
 from forebay.interfaces import TaskStore
 from forebay.overflow.envelope import (
@@ -15,7 +17,7 @@ from forebay.overflow.envelope import (
 from forebay.overflow.memory import MemoryTaskStore
 from forebay.overflow.refill_policy import RefillPolicy
 from forebay.overflow.sqlite import SqliteTaskStore
-from forebay.storage.url import parse_url
+from forebay.storage.url import StoreUrl, known_forms, parse_url
 
 __all__ = [
     "EnvelopeDamaged",
@@ -36,7 +38,7 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
 
     Args:
         overflow: ``sqlite:///relative.db``, ``sqlite:////absolute.db`` (with ``?synchronous=full|normal|off``) or
-            ``memory://``, each with ``?bound=ROWS`` for how many tasks may wait or run in it (100,000 by default).
+            ``memory://``, each with ``?bound=TASKS`` for how many tasks may wait or run in it (100,000 by default).
 
     Raises:
         InvalidOverflowUrl: it is neither a known URL nor a task store.
@@ -44,9 +46,15 @@ def open_task_store(overflow: str | TaskStore) -> TaskStore:
     if not isinstance(overflow, str):
         if not hasattr(overflow, "lease"):
             why = f"it is a {type(overflow).__name__}, not a URL or a task store"
-            raise InvalidOverflowUrl(url=overflow, why=why)
+            if isinstance(overflow, PurePath):
+                why += '; for a SQLite file, write "sqlite:///" + str(path)'
+            raise InvalidOverflowUrl(url=overflow, why=why, forms=known_forms())
         return overflow
-    store = parse_url(overflow)
-    if store.path is None:
-        return MemoryTaskStore(bound=store.bound)
-    return SqliteTaskStore(store.path, bound=store.bound, synchronous=store.synchronous)
+    match parse_url(overflow):
+        case StoreUrl(scheme="memory", bound=bound):
+            return MemoryTaskStore(bound=bound)
+        case StoreUrl(scheme="sqlite", path=Path() as path, bound=bound, synchronous=synchronous):
+            return SqliteTaskStore(path, bound=bound, synchronous=synchronous)
+        case store:
+            why = f"no task store is known for {store.scheme}://"
+            raise InvalidOverflowUrl(url=f"{store.scheme}://", why=why, forms=known_forms())

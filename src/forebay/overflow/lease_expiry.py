@@ -1,4 +1,4 @@
-"""What happens to a task whose lease has expired because its holder went silent. Every store applies this rule."""
+"""The rule that every store applies to a task whose lease has expired because its holder went silent."""
 
 from __future__ import annotations
 

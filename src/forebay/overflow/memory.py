@@ -36,7 +36,7 @@ class _Entry:
 
 
 class _Heap:
-    """Entries in the order of their keys. Stale items are removed at the top, or once they are more than half."""
+    """A heap of entries by key. Stale items are removed at the top, or once they are more than half."""
 
     __slots__ = ("_items", "_stale")
 
@@ -78,7 +78,7 @@ class MemoryTaskStore:
     """A task store in memory. It keeps its records through close() and open(), as long as the object itself lives.
 
     Args:
-        bound: records that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
+        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
     """
 
     durable = False
@@ -173,14 +173,12 @@ class MemoryTaskStore:
         entry = self._entries.get(task_id)
         if entry is None or entry.fence != fence or entry.state not in (RecordState.WAITING, RecordState.LEASED):
             return False
+        heap = self._leased
         if entry.state is RecordState.WAITING:
-            queue = self._queues[entry.record.task_type, entry.record.priority]
+            heap = self._queues[entry.record.task_type, entry.record.priority]
             self._count_left(entry)
-            self._end(entry, RecordState.DONE, completion)
-            queue.mark_stale()
-        else:
-            self._end(entry, RecordState.DONE, completion)
-            self._leased.mark_stale()
+        self._end(entry, RecordState.DONE, completion)
+        heap.mark_stale()
         return True
 
     async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:

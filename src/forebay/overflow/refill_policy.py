@@ -1,4 +1,4 @@
-"""Which stored tasks come back into the queue next, and how many. A pure decision."""
+"""The refill policy: which stored tasks come back into the queue next, and how many. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_SKIPPED = 20  # records of better priorities after which one of a priority 
 
 
 class RefillPolicy:
-    """Decides which stored tasks of one task type come back into the queue.
+    """A policy that decides which stored tasks of one task type come back into the queue.
 
     The best stored priority comes first. Queued tasks count only as far as they would be served before it: a better
     task in the store does not wait until a queue of worse ones is empty. And even under a flood of better work every

@@ -108,7 +108,7 @@ class SqliteTaskStore:
 
     Args:
         path: the file; it is created if missing.
-        bound: records that may wait or be leased; as many ended ones are kept, the oldest dropped first.
+        bound: tasks that may wait or be leased; as many DONE and as many DEAD are kept, the oldest dropped first.
         synchronous: what an acknowledged write survives, see `Synchronous`.
     """
 

@@ -12,7 +12,7 @@ EPSILON: Final = 1e-9  # relative: a call that waits exactly as long as it was t
 
 
 class Bucket:
-    """How much of a quota is left.
+    """The level of one quota.
 
     A level below zero is a debt, of one whole amount at most: a call that used more than twice the amount is an error
     in the numbers.
@@ -58,7 +58,7 @@ class Bucket:
     def refill(self, now: float) -> None:
         """Refill for the time until `now`."""
         passed = now - self.updated_at
-        if not passed:  # one call looks ten times at the same moment
+        if not passed:  # one call asks about ten times at the same moment
             return
         self.updated_at = now
         if self.window_end is None:
@@ -75,7 +75,7 @@ class Bucket:
 
     @property
     def margin(self) -> float:
-        """Return the part of the level that is never taken."""
+        """The part of the level that is never taken."""
         return self.margin_share * self.amount if self.window_end is None else 0.0
 
     def wait(self, now: float, amount: float, ahead: float = 0.0) -> float:

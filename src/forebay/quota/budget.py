@@ -61,7 +61,7 @@ class _BudgetPeriod:
 
 
 class BudgetReservation:
-    """Dollars that a call holds of a budget. It is settled or released exactly once."""
+    """A reservation of dollars for one call. It is settled or released exactly once."""
 
     __slots__ = ("open", "period", "usd")
 

@@ -15,13 +15,10 @@ from forebay.quota.bucket import Bucket
 from forebay.quota.quota import PERIODS
 
 _TOLERANCE: Final = 0.02  # of a period: error of a reset through rounding and the network
-_MARGIN: Final = 0.01  # of a bucket that is never taken, because estimates err and calls overtake each other; it costs
-# no throughput
+_MARGIN: Final = 0.01  # of a bucket that is never taken: estimates err, calls overtake. It costs no throughput
 _ROUNDING: Final = 1.0  # units: headers leave out the fraction of a bucket
 _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing is sent, because clocks differ
-_LATE_WINDOW_WAIT: Final = (
-    1.0  # seconds to wait for a window that should have reset, but has not by the provider's clock
-)
+_LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
 _STALE_PERIODS: Final = 2.0  # periods without headers after which a limit is stale
 _MIN_STALE: Final = 60.0  # seconds
@@ -31,13 +28,13 @@ class QuotaSnapshot(NamedTuple):
     """The state of an observed limit when a call was sent, with the call itself taken off."""
 
     level: float
-    corrected: float
+    corrected: float  # the limit's sum of corrections at that time
     window_number: int
     reserved: float  # by all calls under way, this one included: the provider may have counted any part of it
 
 
 class _ResetObservation(NamedTuple):
-    """What a header said about the reset, for comparison with the next one."""
+    """The reset that a header reported, for comparison with the next one."""
 
     sent: float
     full_at: tuple[float, float]  # range of the moment when the limit is full, in seconds of our clock

@@ -92,11 +92,6 @@ class Prices:
         return self._listed[key]
 
 
-def price_list_installed() -> bool:
-    """Return whether `genai-prices` is installed."""
-    return _price_list() is not None
-
-
 @functools.cache
 def _price_list() -> Any | None:
     try:

@@ -61,16 +61,16 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unit(self) -> str:
-        """Return the unit that it counts, a field of `Charge`."""
+        """The unit that it counts, a field of `Charge`."""
         return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def amount(self) -> int:
-        """Return the amount that a period grants."""
+        """The amount that a period grants."""
         amount: int = getattr(self, self.unit)
         return amount
 
     @property
     def seconds(self) -> float:
-        """Return the length of its period in seconds."""
+        """The length of its period in seconds."""
         return PERIODS[self.per]

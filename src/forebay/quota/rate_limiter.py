@@ -1,4 +1,4 @@
-"""The rate limiter of one account: when a call may go, what it takes from the quotas, and what comes back."""
+"""The rate limiter of one account: when a call may be sent, what it takes from the quotas, and what is refunded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RETRY_AFTER: Final = "retry-after"
 _MINUTE: Final = PERIODS["minute"]
 _MAX_RESET: Final = 2 * PERIODS["day"]
 _MAX_LIMIT: Final = 10**10  # many times the largest limit that is sold; a larger one limits nobody
-_ROOMY: Final = 0.5  # of a quota: while so much is left of each, no quota can run out in the next moment
+_ROOMY: Final = 0.5  # of a quota: while this share of each is left, none can run out in the next moment
 _MOMENT: Final = 1 / 600  # of a period ...
 _MAX_MOMENT: Final = 0.1  # ... in seconds, at most
 _NAMES: Final = {seconds: name for name, seconds in PERIODS.items()}
 
 
 class QuotaDelay(NamedTuple):
-    """How long a call must wait.
+    """The wait of a call for its quotas.
 
     Attributes:
         seconds: 0 is now; infinity is never, because the call is larger than a whole quota.
@@ -41,13 +41,13 @@ class QuotaDelay(NamedTuple):
 
 
 class QuotaLevel(msgspec.Struct, frozen=True):
-    """What is left of one quota, for display.
+    """The level of one quota, for display.
 
     Attributes:
         name: such as ``"requests per minute"``.
         amount: granted in a period.
         remaining: of the amount, now; below 0 is a debt.
-        learned: whether it was learned from the provider's headers.
+        learned: True if it was learned from the provider's headers.
     """
 
     name: str
@@ -57,7 +57,7 @@ class QuotaLevel(msgspec.Struct, frozen=True):
 
 
 class QuotaHeadroom(NamedTuple):
-    """What others may take of one quota without delaying a waiting call.
+    """The amount of one quota that others may take without delaying a waiting call.
 
     Attributes:
         spare: what is available beyond the need of that call, at the time when it could go; below 0 is what it lacks.
@@ -73,7 +73,7 @@ class QuotaHeadroom(NamedTuple):
 
 
 class QuotaReservation(msgspec.Struct, eq=False):
-    """What one call holds of the quotas. It is settled, released or recorded as throttled exactly once."""
+    """The amounts that one call holds of the quotas. It is settled, released or recorded as throttled exactly once."""
 
     number: int
     reserved_at: float
@@ -88,7 +88,7 @@ class _GivenQuota(NamedTuple):
 
 
 class RateLimiter:
-    """The rate limiter of one account: of the quotas that were given, and of those that the provider's headers show.
+    """The rate limiter of one account: of the given quotas, and of those that the provider's headers show.
 
     Pure. The caller passes the time, in seconds of a clock that does not go back, and where threads share it holds the
     lock. If the clock does go back, the levels stay; if it leaps ahead, each quota is full at most.
@@ -157,16 +157,15 @@ class RateLimiter:
         they hold: what others take before may come back. A window that resets by then is left out.
         """
         self._advance(now)
-        buckets = [(given.unit, given.bucket) for given in self._given]
-        buckets += [(unit, observed.bucket) for unit, observed in self._observed.items()]
+        buckets = self._buckets()
         seconds = max(0.0, self._hold_until - now)
-        for unit, bucket in buckets:
+        for unit, bucket, _ in buckets:
             amount = getattr(charge, unit)
             if 0 < amount <= bucket.amount:
                 needed = min(amount + bucket.margin, bucket.capacity)
                 seconds = max(seconds, bucket.time_until(now, needed - self._under_way[unit]))
         headroom = []
-        for unit, bucket in buckets:
+        for unit, bucket, _ in buckets:
             level, capacity = bucket.level_in(now, seconds) - bucket.margin, bucket.capacity - bucket.margin
             if level < math.inf:
                 spare = level - min(getattr(charge, unit), capacity)
@@ -294,16 +293,22 @@ class RateLimiter:
     def levels(self, now: float) -> list[QuotaLevel]:
         """Return what is left of each quota."""
         self._advance(now)
-        buckets = [(name, bucket, False) for _, name, bucket in self._given]
-        buckets += [
-            (_name(unit, observed.bucket.period), observed.bucket, True) for unit, observed in self._observed.items()
-        ]
-        for _, bucket, _ in buckets:
+        levels = []
+        for unit, bucket, observed in self._buckets():
             bucket.refill(now)
-        return [QuotaLevel(name, bucket.amount, bucket.level, learned) for name, bucket, learned in buckets]
+            name = _name(unit, bucket.period)
+            levels.append(QuotaLevel(name, bucket.amount, bucket.level, learned=observed is not None))
+        return levels
+
+    def _buckets(self) -> list[tuple[str, Bucket, ObservedLimit | None]]:
+        """Return the unit and the bucket of each quota, and the observed limit that it belongs to, if any."""
+        buckets: list[tuple[str, Bucket, ObservedLimit | None]] = [
+            (unit, bucket, None) for unit, _, bucket in self._given
+        ]
+        return buckets + [(unit, observed.bucket, observed) for unit, observed in self._observed.items()]
 
     def _advance(self, now: float) -> None:
-        """Note the time; if the clock went back, keep the distances to what is to come."""
+        """Set the time; if the clock went back, keep the remaining seconds of all waits."""
         if now < self._now:
             back = now - self._now
             self._hold_until += back
@@ -347,8 +352,7 @@ class RateLimiter:
         return moment
 
     def _longest_period(self) -> float:
-        buckets = [*(given.bucket for given in self._given), *(observed.bucket for observed in self._observed.values())]
-        return max((bucket.period for bucket in buckets), default=_MINUTE)
+        return max((bucket.period for _, bucket, _ in self._buckets()), default=_MINUTE)
 
     def _empty_tightest(self, now: float, charge: Charge, wanted: float) -> None:
         """Lower the tightest quota, which is most likely the one that the provider refused for.
@@ -356,11 +360,7 @@ class RateLimiter:
         What is left is just enough for the same call again in `wanted` seconds.
         """
         tightest: tuple[float, float, Bucket, ObservedLimit | None, float] | None = None
-        candidates: list[tuple[str, Bucket, ObservedLimit | None]] = [
-            (unit, bucket, None) for unit, _, bucket in self._given
-        ]
-        candidates += [(unit, observed.bucket, observed) for unit, observed in self._observed.items()]
-        for unit, bucket, observed in candidates:
+        for unit, bucket, observed in self._buckets():
             amount = getattr(charge, unit)
             key = (bucket.time_until(now, amount), -bucket.level / bucket.amount)
             if amount and (tightest is None or key > tightest[:2]):
@@ -395,7 +395,7 @@ def _without_negatives(charge: Charge) -> Charge:
 
 
 def _without_impossible_values(headers: RateLimitHeaders) -> RateLimitHeaders:
-    """Return headers without values that no provider can mean."""
+    """Return headers without values that no provider would send."""
     plausible = 1 <= (headers.limit or 0) <= _MAX_LIMIT
     if plausible and (headers.remaining or 0) >= 0 and 0 < (headers.reset or 0.0) <= _MAX_RESET:
         return headers

@@ -1,4 +1,4 @@
-"""Retries: how long one waits, whether there is one, and how many all callers together may make."""
+"""Retries: exponential backoff, the attempts of one call, and the retry budget that all callers share."""
 
 from forebay.retry.backoff import Retry
 from forebay.retry.retry_budget import RetryBudget, RetryBudgets, RetryPermission

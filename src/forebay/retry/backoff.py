@@ -21,9 +21,9 @@ class Retry:
     Attributes:
         max_attempts: attempts at one call, the first included; 1 is no retry. An attempt that the provider throttles
             (429, 503, 529) uses up none; those are bounded by the deadline and by `max_total_delay`.
-        base_delay: seconds; the first retry waits at most so long.
-        max_delay: seconds that one backoff lasts at most. A longer Retry-After of the provider still counts.
-        max_total_delay: seconds that one call waits between its attempts, all together, at most. Waits in the call
+        base_delay: longest backoff before the first retry, in seconds.
+        max_delay: longest backoff before any retry, in seconds. A longer Retry-After of the provider still counts.
+        max_total_delay: longest wait of one call between its attempts, all together, in seconds. Waits in the call
             queue do not count. The call is not retried if the provider asks for as much or more.
 
     Raises:

@@ -14,11 +14,11 @@ _PERIOD = 5.0  # seconds without a retry of a throttled call after which one may
 
 
 class RetryBudget:
-    """A budget of retries: a share of the recent first attempts, and a few more.
+    """A budget of retries: a share of the recent first attempts, and a few extra.
 
     If each call had retries of its own, a failing dependency would get six times its load just when it can serve the
-    least. Here the first attempts before an outage bound the retries in it, and what was saved up before counts for
-    `window` seconds only. The few more are for callers that call rarely.
+    least. Here the first attempts before an outage bound the retries during it, and they count for `window` seconds
+    only. The extra retries are for callers that call rarely.
 
     In any `window` seconds there are at most ``share * first + extra`` retries, where `first` are the first attempts of
     those seconds and of the tenth of a window before. A retry budget alone does not end an overload that feeds itself;
@@ -94,7 +94,7 @@ class RetryBudget:
 
 
 class RetryPermission(Enum):
-    """The answer to a throttled call that asks for a retry."""
+    """The answer to a throttled call that asks to be retried now."""
 
     DENIED = "denied"  # not yet
     FREE = "free"  # the provider accepts other calls
@@ -129,7 +129,7 @@ class RetryBudgets:
         self.throttles.deposit(now)
 
     def record_accepted(self, sent: float, withdrawn_at: float | None = None) -> None:
-        """Note that the call sent at `sent` was accepted, and refund its retry if it was withdrawn from the budget."""
+        """Record that the call sent at `sent` was accepted; refund its retry if it was withdrawn from the budget."""
         self._accepted_at = max(self._accepted_at, sent)
         if withdrawn_at is not None:
             self.throttles.refund(withdrawn_at)

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from forebay.simulation.provider.provider_config import Dialect, InvalidProviderConfig, ProviderConfig
+from forebay.simulation.provider.provider_config import UNITS_BY_NAME, Dialect, ProviderConfig
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,10 +30,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--slots", type=int, help="calls at full speed")
     command.add_argument("--ttft", type=float, help="seconds to the first token")
     command.add_argument("--tpot", type=float, help="seconds per output token")
-    command.add_argument("--rpm", type=int, help="requests a minute")
-    command.add_argument("--tpm", type=int, help="tokens a minute")
-    command.add_argument("--itpm", type=int, help="input tokens a minute")
-    command.add_argument("--otpm", type=int, help="output tokens a minute")
+    for name, unit in UNITS_BY_NAME.items():
+        command.add_argument(f"--{name}", type=int, help=f"{unit.replace('_', ' ')} a minute")
     command.add_argument(
         "--traffic",
         choices=["conversation", "code"],
@@ -49,11 +47,12 @@ def config_from_options(options: argparse.Namespace) -> ProviderConfig:
 
     Raises:
         InvalidProviderConfig: a value is unknown or out of range.
+        json.JSONDecodeError: ``--config`` is not JSON.
     """
     raw = json.loads(options.config) if options.config else {}
     raw |= {n: v for n in ("dialect", "slots", "ttft", "tpot") if (v := getattr(options, n)) is not None}
-    units = {"rpm": "requests", "tpm": "tokens", "itpm": "input_tokens", "otpm": "output_tokens"}
-    limits = [{"unit": units[n], "amount": v} for n in units if (v := getattr(options, n)) is not None]
+    units = UNITS_BY_NAME.items()
+    limits = [{"unit": unit, "amount": v} for n, unit in units if (v := getattr(options, n)) is not None]
     if limits:
         raw["rate_limits"] = [*raw.get("rate_limits", []), *limits]
     return ProviderConfig.from_json(json.dumps(raw))
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     options = command.parse_args(arguments)
     try:
         config = config_from_options(options)
-    except (InvalidProviderConfig, ValueError) as error:
+    except ValueError as error:  # InvalidProviderConfig is one, too
         command.error(str(error))
     asyncio.run(serve(options, config))
     return 0

@@ -1,4 +1,8 @@
-"""What all stores share: the URL that names a store, and the single writer of a SQLite file."""
+"""The URL that names a store, and what stores in a SQLite file share.
+
+`url` is for every store. `sqlite_file` opens and migrates a file, `sqlite_writer` is its single writer, and
+`batch_statement` a statement for many rows.
+"""
 
 from forebay.storage.batch_statement import BatchStatement
 from forebay.storage.sqlite_file import Schema

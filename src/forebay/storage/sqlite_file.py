@@ -1,4 +1,4 @@
-"""A SQLite file: open it, check that it is ours, migrate it, and say what is wrong with it."""
+"""Open a SQLite file, check that Forebay wrote it, migrate it, and explain why it cannot be used."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The tables of a file, and how they came to be.
+    """The schema of a file, as migrations.
 
     Attributes:
         application_id: the number in the file's header that says which application owns it.
@@ -66,7 +66,7 @@ class Schema:
 
     @property
     def version(self) -> int:
-        """Return the version that this code writes."""
+        """The version that this code writes."""
         return len(self.migrations)
 
 

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -73,23 +74,24 @@ class SqliteWriter:
         if self._connection is not None:
             return
         self._loop = asyncio.get_running_loop()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
+        executor = self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
         opening = self._run_in_thread(open_file, self._path, self._schema, self._synchronous, self._busy_timeout)
         try:
             self._connection = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(self._close_late_connection)
+            opening.add_done_callback(partial(self._close_late_connection, executor))
             raise
         except BaseException:
-            self._executor.shutdown(wait=False)
+            executor.shutdown(wait=False)
             raise
         self._closed = None
 
-    def _close_late_connection(self, opening: asyncio.Future[sqlite3.Connection]) -> None:
-        """Close a file that was opened after `open` had been cancelled."""
+    def _close_late_connection(self, executor: ThreadPoolExecutor, opening: asyncio.Future[sqlite3.Connection]) -> None:
+        """Close a file that was opened after `open` had been cancelled; by now another `open` may have succeeded."""
         if not opening.cancelled() and opening.exception() is None:
-            self._run_in_thread(opening.result().close)
-        self._executor.shutdown(wait=False)  # jobs that were already submitted still run
+            with suppress(RuntimeError):  # the interpreter is shutting down and starts no more threads
+                self._loop.run_in_executor(executor, opening.result().close)
+        executor.shutdown(wait=False)  # jobs that were already submitted still run
 
     async def close(self) -> None:
         """Finish the pending operations and close the file. Idempotent."""
@@ -143,8 +145,7 @@ class SqliteWriter:
             raise self._not_open()
         future: asyncio.Future[Any] = self._loop.create_future()
         self._pending.append((future, (op, item, writes)))
-        if not self._flushing:
-            self._schedule_flush()
+        self._schedule_flush()
         return future
 
     def _schedule_flush(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,14 +11,14 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from forebay.errors import InvalidOverflowUrl
 
-DEFAULT_BOUND = 100_000  # rows
+DEFAULT_BOUND = 100_000  # tasks
 
 _COUNT = re.compile(r"[1-9][0-9]{0,17}")  # within SQLite's integers
 _PASSWORD = re.compile(r"://[^/?#]*@")  # a mistyped scheme must not put a password into a log
 
 
 class Synchronous(Enum):
-    """How far SQLite writes a commit towards the disk before it is acknowledged.
+    """The durability of a SQLite commit: how far it is written towards the disk before it is acknowledged.
 
     An acknowledged write then survives:
 
@@ -40,10 +41,10 @@ class StoreUrl:
     """A store as a user named it.
 
     Attributes:
-        scheme: ``"sqlite"`` or ``"memory"``.
+        scheme: the kind of store, such as ``"sqlite"`` or ``"memory"``.
         path: the file, absolute; None if the store has none.
         bound: how many tasks may wait or be leased in it.
-        synchronous: for SQLite, what a committed write survives.
+        synchronous: what a committed write survives; only SQLite has it.
     """
 
     scheme: str
@@ -53,7 +54,7 @@ class StoreUrl:
 
 
 def parse_url(url: str) -> StoreUrl:
-    """Parse the URL of a store. A relative path is resolved against the current directory.
+    """Return the store that a URL names. A relative path is resolved against the current directory.
 
     Raises:
         InvalidOverflowUrl: the URL has none of the known forms, or an option is unknown or out of range.
@@ -61,7 +62,13 @@ def parse_url(url: str) -> StoreUrl:
     try:
         return _parse(urlsplit(url))
     except ValueError as error:
-        raise InvalidOverflowUrl(url=_PASSWORD.sub("://***@", url), why=str(error)) from None
+        raise InvalidOverflowUrl(url=_PASSWORD.sub("://***@", url), why=str(error), forms=known_forms()) from None
+
+
+def known_forms() -> str:
+    """Return the forms of all URLs of stores, for a message."""
+    forms = ", ".join(kind.form for kind in _KINDS.values())
+    return f"{forms}, each with ?bound=TASKS for how many tasks may wait or run in it (by default {DEFAULT_BOUND:,})"
 
 
 def _parse(parts: SplitResult) -> StoreUrl:
@@ -69,26 +76,29 @@ def _parse(parts: SplitResult) -> StoreUrl:
     options = dict(pairs)
     if len(options) < len(pairs):
         raise ValueError("an option is given twice")
-    match parts.scheme:
-        case "memory":
-            if parts.netloc or parts.path:
-                raise ValueError("a store in memory has no name or path")
-            store = StoreUrl(scheme="memory", bound=_bound(options))
-        case "sqlite":
-            path, synchronous = _path(parts), _synchronous(options)
-            store = StoreUrl(scheme="sqlite", path=path, bound=_bound(options), synchronous=synchronous)
-        case "":
-            raise ValueError("it does not begin with the name of a store and ://")
-        case scheme:
-            raise ValueError(f"there is no store {scheme!r}")
+    if not parts.scheme:
+        raise ValueError("it does not begin with the name of a store and ://")
+    if (kind := _KINDS.get(parts.scheme)) is None:
+        raise ValueError(f"there is no store {parts.scheme!r}")
+    store = kind.parse(parts, options, _bound(options))
     if options:
         raise ValueError(f"it has no option {min(options)!r}")
     return store
 
 
+def _memory(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:  # noqa: ARG001 - it has no options
+    if parts.netloc or parts.path:
+        raise ValueError("a store in memory has no name or path")
+    return StoreUrl(scheme="memory", bound=bound)
+
+
+def _sqlite(parts: SplitResult, options: dict[str, str], bound: int) -> StoreUrl:
+    return StoreUrl(scheme="sqlite", path=_path(parts), bound=bound, synchronous=_synchronous(options))
+
+
 def _path(parts: SplitResult) -> Path:
     if parts.netloc:
-        raise ValueError("a relative path follows three slashes, an absolute one four")
+        raise ValueError('a relative path follows three slashes, an absolute one four: "sqlite:///" + str(path)')
     if parts.fragment:
         raise ValueError("a '#' in a path is written %23")
     path = unquote(parts.path.removeprefix("/"))
@@ -102,7 +112,7 @@ def _path(parts: SplitResult) -> Path:
 def _bound(options: dict[str, str]) -> int:
     text = options.pop("bound", str(DEFAULT_BOUND))
     if not _COUNT.fullmatch(text):
-        raise ValueError(f"bound={text} is not a whole number of rows of at least 1")
+        raise ValueError(f"bound={text} is not a whole number of tasks of at least 1")
     return int(text)
 
 
@@ -112,3 +122,20 @@ def _synchronous(options: dict[str, str]) -> Synchronous:
         return Synchronous(text.lower())
     except ValueError:
         raise ValueError(f"synchronous={text} is none of full, normal, off") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The URLs of one kind of store: their form, and the function that parses the rest of one.
+
+    The function removes the options that it knows.
+    """
+
+    form: str
+    parse: Callable[[SplitResult, dict[str, str], int], StoreUrl]
+
+
+_KINDS = {
+    "sqlite": _Kind("sqlite:///relative.db, sqlite:////absolute.db (?synchronous=full, normal or off)", _sqlite),
+    "memory": _Kind("memory://", _memory),
+}

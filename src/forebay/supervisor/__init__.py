@@ -1,10 +1,11 @@
 """The task plane: admits, queues, runs, times out, spills and refills agent runs.
 
-The way of a task: `supervisor` (the public face), `admission_controller` (admit, spill or reject), `dispatcher`
+A task passes through `supervisor` (the public interface), `admission_controller` (admit, spill or reject), `dispatcher`
 (queue, select a worker, start), `runs` (run the handler, end the run) and `ticket` (the result). The other parts are
-`pool`, `worker` and `worker_selection` (where a task runs), `load` and `start_gate` (how full everything is), `spill`
-(the task store), `slot`, `portal` and `nested_supervisor` (other ways in), `lifecycle` and `drain` (start and end),
-`statistics` and `loop_monitor` (what can be observed). `core` and `ticket_registry` are what these parts share.
+`settings`, `registration` and `codecs` (checked arguments, declared types), `pool`, `worker` and `worker_selection`
+(where a task runs), `load` and `start_gate` (how full each resource is, and whether a run may start), `spill` (the task
+store), `slot`, `portal` and `nested_supervisor` (other ways to submit), `lifecycle` and `drain` (start and end),
+`statistics` and `loop_monitor`. They share the objects in `core`, such as the `ticket_registry`.
 """
 
 from forebay.supervisor.drain import DrainReport

@@ -1,4 +1,4 @@
-"""Admission control: the way of a task from `submit` to its verdict."""
+"""Admission control: a task from `submit` to its verdict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay import clock, context
 from forebay._text import format_duration
@@ -62,11 +62,11 @@ class AdmissionDispatcher(TicketOwner, Protocol):
 
     @property
     def conversations(self) -> Container[str]:
-        """The threads of which a task is inside."""
+        """The ids of the conversations with a task inside."""
 
     @property
     def spill(self) -> Spill | None:
-        """The way out to the overflow, if there is one."""
+        """The overflow, if there is one."""
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
@@ -82,7 +82,7 @@ _OPEN = _State.OPEN  # attribute access on an enum is slow on the hot path
 
 
 class AdmissionController:
-    """Checks what is submitted; admits it, stores it in the overflow, or rejects it.
+    """Checks each submitted task, and admits it, stores it in the overflow, or rejects it.
 
     Attributes:
         thresholds: the loads from which each priority is rejected.
@@ -115,7 +115,7 @@ class AdmissionController:
         return self.submitted - self.spilled - self.rejected
 
     def stop_admitting(self) -> None:
-        """Admit only what the tasks inside submit."""
+        """Admit only tasks that are submitted by tasks inside."""
         if self._state is _State.OPEN:
             self._state = _State.DRAINING
 
@@ -146,7 +146,7 @@ class AdmissionController:
             return known
         spill = self._dispatcher.spill
         if spill is not None and task.spill:
-            spill.encode(task)  # draining may store it: a task that cannot be stored is rejected now
+            spill.encode(task)  # draining may store it, so a task that cannot be stored is an error now
         ticket = self._new_ticket(task, parent)
         refusal = self.try_admit(ticket, pool, may_spill=False)
         return ticket if refusal is None else self._reject(ticket, pool, refusal)
@@ -168,15 +168,17 @@ class AdmissionController:
         spill = self._dispatcher.spill
         if task.durable:
             if spill is None:
+                why = "there is no overflow to record it in"
                 advice = 'give the supervisor one, for example overflow="sqlite:///spill.db"'
-                _require_overflow(task, "there is no overflow to record it in", advice)
+                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
             if not spill.stored.durable:
+                why = "the overflow does not survive its process"
                 advice = 'use one that does, for example overflow="sqlite:///spill.db"'
-                _require_overflow(task, "the overflow does not survive its process", advice)
+                raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
         if task.key is not None:
             if (known := await self._find_by_key(task.key)) is not None:
                 return known
-            self._check(task)  # again: much may have happened during the await
+            self._check(task)  # again, because anything may have happened during the await
         if spill is None or not (task.spill or task.durable):
             ticket = self._new_ticket(task, parent)
             refusal = self.try_admit(ticket, pool, may_spill=False)
@@ -221,9 +223,9 @@ class AdmissionController:
     # --- keys ---
 
     async def _find_by_key(self, key: str) -> Ticket | None:
-        """Return the ticket of the same work, if it was submitted before."""
+        """Return the ticket that was submitted under `key` before, if any."""
         while (answer := self._store_answers.get(key)) is not None:
-            await asyncio.wait([answer])  # it may be rejected
+            await asyncio.wait([answer])  # then look again: it may have been rejected
         if key not in self._keys and self._dispatcher.spill is not None:
             found = await self._dispatcher.spill.lookup.by_key(key)
             if key in self._keys:
@@ -261,7 +263,7 @@ class AdmissionController:
         return ticket
 
     def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
-        """Start or queue a task, or return why it is not admitted. What was decided has happened on return."""
+        """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
         path_load, resource = self._load.on_path(pool, priority)
@@ -287,7 +289,7 @@ class AdmissionController:
         ticket.admit(path_load)
         self.submitted += 1
         if self._bus.active:
-            self._emit_submitted(ticket)  # first that it was admitted, then that it started
+            self._emit_submitted(ticket)  # before it starts, which is the next event
         self._dispatcher.start_or_queue(ticket, pool, worker)
         return None
 
@@ -309,7 +311,7 @@ class AdmissionController:
         return f"{full}, and {priority.name} is rejected from {self.thresholds.threshold_for(priority):.0%}"
 
     def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
-        """Return whether a task that waits in the overflow can still meet its deadline."""
+        """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
         if remaining == math.inf:
             return True
         wait = pool.expected_wait(priority, spilled=True)
@@ -385,7 +387,7 @@ class AdmissionController:
             raise
 
     def _resolve_key_waiters(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
-        """Answer whoever got the ticket by its key before the store answered, if it was not stored."""
+        """If the task was not stored, answer the callers that got its ticket by its key meanwhile."""
         if answer.cancelled():
             return
         error = answer.exception()
@@ -445,10 +447,6 @@ class AdmissionController:
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:
     """Return whether a task may wait in the overflow.
 
-    Once nothing comes back from there, a task that a run inside may wait for must stay inside.
+    While draining, nothing comes back from there, so a task whose parent still runs, and may await it, stays inside.
     """
     return not spill.stored.stays_stored or not isinstance(ticket.parent, Run) or ticket.parent.ended
-
-
-def _require_overflow(task: Task, why: str, advice: str) -> NoReturn:
-    raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)

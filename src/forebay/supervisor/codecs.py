@@ -1,4 +1,4 @@
-"""The types of the payloads and results of each task type: what its workers declare, and agree on."""
+"""The types of payloads and results that workers declare for their task types, and the codecs of these types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _TypeDeclaration:
     """The type of the payloads, or of the results, of one task type."""
 
     declared: Any = None  # the type, or None
-    codec: Codec | None = None  # of that type; without one, of the framework of its agents
+    codec: Codec | None = None  # of that type or, if none is declared, of the framework of the agents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +41,12 @@ class TaskCodecs:
         self._entries: dict[str, _TaskTypeCodecs] = {}
 
     def declare(self, worker: WorkerAgent, *, payload: Any, result: Any) -> None:
-        """Add what a worker declares, and have what its handler returns checked.
+        """Add the types that a worker declares, and have the results of its handler checked.
 
-        The first worker of a task type decides; those after it declare the same, or nothing.
+        The first worker of a task type decides; the others declare the same types, or none.
 
         Raises:
-            InvalidSetting: what is declared is no type, or another one than before.
+            InvalidSetting: `payload` or `result` is not a type, or not the one that was declared before.
         """
         own = _TaskTypeCodecs(
             worker=worker.name,
@@ -59,7 +59,7 @@ class TaskCodecs:
             worker.replace_call(self._checked(worker.name, worker.handler))
 
     def _merge(self, task_type: str, own: _TaskTypeCodecs) -> _TaskTypeCodecs:
-        """Return what holds for a task type together with what another of its workers declares."""
+        """Return the codecs of a task type after another worker has declared its own."""
         first = self._entries.get(task_type)
         if first is None:
             return own
@@ -71,29 +71,29 @@ class TaskCodecs:
         )
 
     def fit_payload(self, task: Task) -> Task:
-        """Return the task as its handler gets it: with a payload of the declared type.
+        """Return the task with a payload of the declared type, as its handler gets it.
 
         Raises:
             InvalidPayload: the payload is not of that type.
         """
-        # Admission rejects what is not a Task, with the right error.
+        # Admission checks that it is a Task, and raises the right error.
         entry = self._entries.get(task.task_type) if isinstance(task, Task) else None
         if entry is None or entry.payload.codec is None:
             return task
         return _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))
 
     def dump_payload(self, task: Task) -> Any:
-        """Return the payload of a task as plain data; `fit_payload` has given it its type."""
+        """Return the payload of a task as plain data; it has the declared type, by `fit_payload`."""
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
             return task.payload
         return _convert(entry.payload.codec.dump, task, entry.payload)
 
     def load_payload(self, task: Task) -> Task:
-        """Return the task as its handler gets it, with a payload made of the plain data that were stored.
+        """Return the task with a payload made of the stored plain data, as its handler gets it.
 
         Raises:
-            InvalidPayload: the data do not make the declared type.
+            InvalidPayload: the data do not fit the declared type.
         """
         entry = self._entries.get(task.task_type)
         if entry is None or entry.payload.codec is None:
@@ -106,7 +106,7 @@ class TaskCodecs:
         return None if entry is None else entry.result.codec
 
     def _checked(self, worker: str, handler: Handler) -> Any:
-        """Return a callable that calls the handler, and raises if what it returns is not of the declared type."""
+        """Return a callable that calls the handler, and raises InvalidResult if the result is of another type."""
 
         def call(task: Task) -> Any:
             value = handler.call(task)
@@ -142,10 +142,10 @@ def _declaration(worker: WorkerAgent, name: str, declared: Any) -> _TypeDeclarat
 def _merge_declarations(
     name: str, first: _TypeDeclaration, own: _TypeDeclaration, worker: str, where: str
 ) -> _TypeDeclaration:
-    """Return what two workers of a task type declare together: the same, or the second one nothing.
+    """Return the declaration of a task type, `first`, merged with that of another worker, `own`.
 
     Raises:
-        InvalidSetting: the second one declares something else.
+        InvalidSetting: `own` declares another type.
     """
     owner = f"worker {worker!r}"
     if own.declared is not None and own.declared != first.declared:
@@ -161,10 +161,10 @@ def _merge_declarations(
 
 
 def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration) -> Any:
-    """Return what `function`, of a codec, makes of the payload.
+    """Return the payload, converted by a method of a codec.
 
     Raises:
-        InvalidPayload: it fails.
+        InvalidPayload: the method fails.
     """
     try:
         return function(task.payload)
@@ -177,7 +177,7 @@ def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration)
 
 
 def _with_payload(task: Task, payload: Any) -> Task:
-    """Return the same task with another payload; unlike a new one, it may be past its deadline."""
+    """Return the task with another payload: a copy, because a new Task would reject a deadline that has passed."""
     if payload is task.payload:
         return task
     same = copy(task)

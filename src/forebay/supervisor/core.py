@@ -1,4 +1,4 @@
-"""The core of a supervisor: what its parts share, and none of them owns."""
+"""The core of a supervisor: the objects that its parts share and that none of them owns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Core:
         pools: its pools.
     """
 
-    def __init__(  # noqa: PLR0913 - two numbers and what they are for
+    def __init__(  # noqa: PLR0913 - the shared objects, and the settings of those made here
         self,
         loop: asyncio.AbstractEventLoop,
         *,
@@ -65,7 +65,7 @@ class Core:
 
     @property
     def background_tasks(self) -> frozenset[asyncio.Future[Any]]:
-        """The work that runs in the background."""
+        """The background work that has not ended."""
         return frozenset(self._background_tasks)
 
 

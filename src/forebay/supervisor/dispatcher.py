@@ -20,7 +20,7 @@ from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
-from forebay.supervisor.ticket import Ticket, unsuccessful_result
+from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskResult, TaskStatus
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Dispatcher:
-    """The tasks inside a supervisor: those that wait, and those that run. It belongs to one event loop.
+    """The tasks inside a supervisor, waiting and running. It belongs to one event loop.
 
     Attributes:
         started: how many handlers have been started.
@@ -44,12 +44,12 @@ class Dispatcher:
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
         self.started = 0
-        # By thread id: the task of it that is inside, and those that wait behind it.
+        # By thread id: the task of the conversation that is queued or runs, and those that wait behind it.
         self.conversations: dict[str, deque[Ticket]] = {}
         self.load = SystemLoad(core.pools.by_type, self.workers)
         self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
         self.completion = RunCompletion(
-            core, self, runs=self.runs, expected_calls=self.start_gate, zombie_grace=settings.zombie_grace
+            core, self, runs=self.runs, on_run_end=self.start_gate.run_ended, zombie_grace=settings.zombie_grace
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
@@ -96,14 +96,14 @@ class Dispatcher:
             pool.slot_returned(worker)
         self.dispatch(worker, now)
 
-    def lend_slots(self, running: RunningTask | None) -> SlotLoan | None:
+    def lend_slots(self, running: RunningTask | None) -> Reclaim | None:
         """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
-        return SlotLoan(self, running) if isinstance(running, Run) else None
+        return SlotLoan(self, running).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        """Park an admitted task behind its thread, start it on `worker`, or queue it."""
+        """Park an admitted task behind its conversation, start it on `worker`, or queue it."""
         self._registry.add(ticket)
         thread_id = ticket.task.thread_id
         if thread_id is not None:
@@ -140,11 +140,11 @@ class Dispatcher:
         self._end_waiting(ticket, TaskStatus.EXPIRED, "its deadline passed while it waited")
 
     def is_waiting(self, ticket: Ticket) -> bool:
-        """Return whether a task waits in the queue, or behind another one of its thread."""
+        """Return whether a task waits in the queue, or behind another one of its conversation."""
         return ticket.queue_entry is not None or ticket in self.conversations.get(ticket.task.thread_id or "", ())
 
     def dequeue(self, ticket: Ticket) -> None:
-        """Take a waiting ticket out of the queue, or from behind its thread."""
+        """Take a waiting ticket out of the queue or of its conversation."""
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
         thread_id = ticket.task.thread_id
@@ -158,7 +158,7 @@ class Dispatcher:
         self.next_in_conversation(ticket)
 
     def next_in_conversation(self, ticket: Ticket) -> None:
-        """Let the next task of the thread have its turn, because `ticket` has really ended."""
+        """Start or queue the next task of the conversation, because `ticket` has really ended."""
         thread_id = ticket.task.thread_id
         conversation = None if thread_id is None else self.conversations.get(thread_id)
         if thread_id is None or conversation is None or conversation[0] is not ticket:
@@ -183,7 +183,7 @@ class Dispatcher:
         return None if pool.queue else self.start_gate.pick(pool, priority)
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
-        """Fill the slots of `worker`: first for runs that lent theirs, then from the heads of its queues."""
+        """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
         if worker.pending_claims:
             self.slot_claims.grant(worker)
         pools = self._pools_of[worker]
@@ -241,7 +241,7 @@ class Dispatcher:
         for pool in self._pools_of[worker]:
             pool.slot_taken(worker)
         if worker.sources:  # now, or the next task would be started as if this one made no calls
-            self.start_gate.run_started(run)
+            run.expect_calls(worker.sources)
         self.started += 1
         if self._bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
@@ -264,14 +264,14 @@ class Dispatcher:
     # --- what its runs call ---
 
     def source_used(self, run: Run, source: LoadSource) -> None:
-        """Take note that a run calls `source`, and that others of its worker will."""
+        """Record that a run calls `source`, and that the other runs of its worker will."""
         worker = run.worker
         if source not in worker.sources:
             worker.add_source(source)
             self.start_gate.source_used(run, source)
             for pool in self._pools_of[worker]:
                 pool.update_source_paths()
-        else:  # another run has used it meanwhile, and then this one was expected to
+        else:  # another run has called it meanwhile, so a call of this run was expected
             run.first_call_made(source)
 
     # --- ends ---
@@ -288,20 +288,20 @@ class Dispatcher:
             self._end_waiting(ticket, TaskStatus.CANCELLED, reason)
 
     def _end_waiting(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
-        """End a ticket that waits inside, and free its place."""
+        """End a ticket that waits inside, and free its place in the queue."""
         self.dequeue(ticket)
         ticket.forget_parent()
         self.finish(ticket, unsuccessful_result(ticket, status, error))
 
     def finish(self, ticket: Ticket, result: TaskResult) -> None:
-        """Give a ticket its result; if it is stored, once the store has it."""
+        """Give a ticket its result; if the task is stored, only once the store has the result."""
         if ticket.stored and self.spill is not None:
             self.spill.stored.complete(ticket, result)
         else:
             self._registry.settle(ticket, result)
 
     def can_requeue(self, ticket: Ticket) -> bool:
-        """Return whether a task is stored so that the next process finds it."""
+        """Return whether a task is stored where the next process finds it."""
         return ticket.lease is not None and self.spill is not None and self.spill.stored.durable
 
     def requeue(self, ticket: Ticket) -> None:

@@ -1,15 +1,13 @@
-"""Drain: stop admitting, finish, and report what did not finish."""
+"""Drain: finish what is inside, cancel the rest when the time is up, and report both."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from forebay._validate import check_not_negative
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
@@ -24,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of draining: what became of the tasks that were inside when it started.
+    """The outcome of draining, for the tasks that were inside when it started.
 
     Attributes:
         finished: how many ended by themselves: succeeded, failed, timed out or expired.
-        spilled: how many went out to the overflow, to be run later.
+        spilled: how many are left in the overflow, to be run later.
         cancelled: how many were cancelled when the time was up, and stopped.
         orphans: ids of those whose handler did not stop and may still be running.
     """
@@ -52,7 +50,7 @@ class DrainDispatcher(Protocol):
 
     @property
     def spill(self) -> Spill | None:
-        """The way out to the overflow, if there is one."""
+        """The overflow, if there is one."""
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue."""
@@ -61,7 +59,7 @@ class DrainDispatcher(Protocol):
         """Start a task on `worker`, or queue it."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
-        """Return whether a task is stored so that the next process finds it."""
+        """Return whether a task is stored where the next process finds it."""
 
     def requeue(self, ticket: Ticket) -> None:
         """Stop a stored task, so that the next process runs it again."""
@@ -71,7 +69,7 @@ class Drain:
     """One draining of a supervisor that admits nothing any more. Several may run at a time.
 
     Args:
-        core: what the parts of the supervisor share.
+        core: the objects that the parts of the supervisor share.
         dispatcher: the dispatcher.
         grace: seconds that a cancelled handler has to stop.
     """
@@ -84,7 +82,7 @@ class Drain:
         self._progress = asyncio.Event()
 
     async def run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
-        """Finish what is inside, for at most `timeout` seconds, then cancel."""
+        """Let what is inside finish for at most `timeout` seconds, and cancel the rest."""
         self._registry.add_listener(self._progress.set)
         try:
             return await self._run(timeout)
@@ -104,7 +102,7 @@ class Drain:
         left = self._unfinished_tickets()
         spilled += self._cancel(left)
         await self._wait_for_handlers()
-        if late := self._unfinished_tickets():  # on their way in or out when the rest was cancelled
+        if late := self._unfinished_tickets():  # their store calls were pending when the rest was cancelled
             spilled += self._cancel(late)
             await self._wait_for_handlers()
         orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
@@ -112,16 +110,16 @@ class Drain:
         return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
 
     async def _spill_waiting(self, spill: Spill) -> int:
-        """Spill what waits inside; return how many went out."""
+        """Spill the waiting tasks that may wait in the overflow; return how many are there now."""
         out = 0
-        for ticket in self._waiting_tickets():
-            if ticket.status is not TaskStatus.WAITING or ticket.pending_store_calls:
+        for ticket in [ticket for ticket in self._registry.live.values() if _is_waiting(ticket)]:
+            if not _is_waiting(ticket):
                 continue  # it has ended, or is about to, while others were spilled
             if ticket.slot or not (ticket.task.spill or ticket.stored):
                 continue
             if isinstance(ticket.parent, Run) and not ticket.parent.ended:
-                continue  # a run inside may wait for it
-            self._dispatcher.dequeue(ticket)  # first, or a worker might start it meanwhile
+                continue  # its parent may await it
+            self._dispatcher.dequeue(ticket)  # before the await, or a worker might start it meanwhile
             ticket.move_to_store()
             if ticket.stored:
                 spill.stored.release(ticket)
@@ -150,7 +148,7 @@ class Drain:
         self._cancel(self._unfinished_tickets())
 
     def _cancel(self, tickets: list[Ticket]) -> int:
-        """Cancel these; leave stored ones to the next process instead. Return how many were left to it."""
+        """Cancel `tickets`, or requeue them if they are stored; return how many were requeued."""
         requeued = 0
         for ticket in tickets:
             if ticket.done():
@@ -163,7 +161,7 @@ class Drain:
         return requeued
 
     async def _wait_for_handlers(self) -> None:
-        """Wait for handlers to stop and for the store to answer, as long as the grace."""
+        """Wait for handlers to stop and for the store to answer, for at most the grace."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace):
                 while self._dispatcher.runs.all() or self._core.background_tasks:
@@ -182,10 +180,9 @@ class Drain:
     def _may_run(self, ticket: Ticket) -> bool:
         """Return whether a worker could still take a task.
 
-        A worker that stays FAILED until it is revived would delay the end without limit.
+        Workers that stay FAILED until they are revived do not count: waiting for them could take forever.
         """
-        pools: Mapping[str, Pool] = self._core.pools.by_type
-        pool = pools.get(ticket.task.task_type)
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
         now = self._core.loop.time()
         return pool is not None and any(worker.breaker.retry_after(now) is not None for worker in pool.workers)
 
@@ -197,15 +194,6 @@ class Drain:
             return list(tickets)
         return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]
 
-    def _waiting_tickets(self) -> list[Ticket]:
-        tickets = self._registry.live.values()
-        return [ticket for ticket in tickets if ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls]
 
-
-def check_drain_timeout(timeout: float | None) -> None:
-    """Return if `timeout` is valid.
-
-    Raises:
-        InvalidSetting: it is neither None nor a number of seconds.
-    """
-    check_not_negative("drain", "timeout", timeout, unit="seconds", none="for no limit")
+def _is_waiting(ticket: Ticket) -> bool:
+    return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
-    """Open the overflow, start what the workers hold, and add the workers. If that fails, nothing stays open."""
+    """Open the overflow, start the handlers, and add the workers. If that fails, nothing stays open."""
     try:
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
-        await start_handlers(workers.values())
+        await start_handlers(workers)
     except BaseException:
         dispatcher.core.timers.close()
         if dispatcher.spill is not None:
@@ -29,14 +29,14 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
-    """Add a worker to a supervisor that runs; what it holds is started in the background."""
+    """Add a worker to a supervisor that runs; its handler is started in the background if it needs that."""
     if worker.handler.start is not None:
         dispatcher.core.run_in_background(worker.handler.start())
     dispatcher.add_worker(worker)
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
-    """End everything, in the order in which nothing is lost. If it is cancelled, it still ends every ticket."""
+    """End everything, in an order that loses nothing. If this is cancelled, it still ends every ticket."""
     drain = Drain(dispatcher.core, dispatcher, grace=grace)
     spill = dispatcher.spill
     try:

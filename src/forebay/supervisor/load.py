@@ -1,4 +1,4 @@
-"""Load: how full each resource is, and which of them limits a task."""
+"""Load: how full each resource is, and which one limits a task."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class SystemLoad:
-    """The load readings of one supervisor. Pure: it reads its pools and workers; the loop monitor reports the host.
+    """The load of one supervisor's resources, computed from its pools and workers.
 
     Attributes:
-        host: the lag of the event loop over the lag that is allowed.
+        host: the lag of the event loop over the lag that is allowed, as the loop monitor measured it.
     """
 
     __slots__ = ("_pools", "_workers", "host")
@@ -34,8 +34,8 @@ class SystemLoad:
     def on_path(self, pool: Pool, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
         """Return the load on a task's path, and the resource that limits it.
 
-        It is the highest reading on the path of the worker for which that is lowest. All workers of a pool share its
-        queue and this host; those that are supervisors have a load of their own below.
+        The load of a path is its highest reading. Each worker has a path: its pool, the host, the sources that its
+        calls use and, if it is a supervisor, its own load. The worker with the lowest load counts.
         """
         if pool.nested_supervisors or pool.source_paths:
             load, resource = self.beyond_pool(pool, priority)
@@ -45,7 +45,7 @@ class SystemLoad:
         return (own, pool.resource) if own >= load else (load, resource)
 
     def beyond_pool(self, pool: Pool, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """Return what `on_path` does without the pool itself, which rejects nothing while a slot is free."""
+        """Return `on_path` without the reading of the pool, which rejects nothing while a slot is free."""
         load, resource = self.host, "host"
         if pool.nested_supervisors and len(pool.nested_supervisors) == len(pool.workers):
             below, name = min((_nested_load(worker, pool.task_type), worker.name) for worker in pool.nested_supervisors)
@@ -58,19 +58,19 @@ class SystemLoad:
         return load, resource
 
     def time_until_below(self, pool: Pool, priority: Priority, load: float) -> tuple[float, float]:
-        """Return when the sources of a worker read less than `load`, and the seconds between two runs then.
+        """Return the seconds until the sources of a worker read less than `load`, and those between two runs from then.
 
-        Both are 0 if no source of some worker is short: then the pool's own pace counts. See
+        Both are 0 if some worker has no source that is short: then the pool's own rate counts. See
         `LoadSource.time_until_below`.
         """
         paths = pool.source_paths
         return min((_path_time_until_below(pool, path, priority, load) for path in paths), default=(0.0, 0.0))
 
     def limiting_resource(self, resource: str) -> str:
-        """Return what has to be relieved for `resource` to be: of a pool whose runs wait for a source, that source.
+        """Return the cause of the load on `resource`: for a pool whose runs all wait for a source, the source.
 
-        A queue fills up before a busy provider as it does before busy workers, and more workers would help only the
-        second.
+        Its queue fills up because of the source, and more workers would not help. For any other resource, the cause is
+        the resource itself.
         """
         pool = next((pool for pool in self._pools.values() if pool.resource == resource), None)
         if pool is None or not pool.source_paths or not pool.slots:
@@ -104,7 +104,7 @@ def _highest_reading(path: tuple[LoadSource, ...], priority: Priority) -> tuple[
 def _path_time_until_below(
     pool: Pool, path: tuple[LoadSource, ...], priority: Priority, load: float
 ) -> tuple[float, float]:
-    """Return when the last of the sources that are short reads less than `load`, and the seconds between runs then."""
+    """Return `SystemLoad.time_until_below` for the sources of one worker: the last one that is short counts."""
     last = 0.0, 0.0
     for source in path:
         seconds, each = source.time_until_below(priority, load)
@@ -114,7 +114,7 @@ def _path_time_until_below(
 
 
 def _first_blocked(path: tuple[LoadSource, ...]) -> str | None:
-    """Return the name of the first source for which no run may start, at least none of the lowest priority."""
+    """Return the name of the first source for which no run of the lowest priority may start."""
     return next((source.name for source in path if not source.may_start(Priority.LOW)), None)
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from forebay import clock
 from forebay._text import format_duration
@@ -22,24 +22,16 @@ _INTERVAL = 0.25  # seconds between two beats
 _SAMPLES = 4
 
 
-class Stall(NamedTuple):
-    """Code that blocked the loop: for how long in seconds, in which run, if in any, and where."""
-
-    seconds: float
-    run: Run | None
-    where: str
-
-
 class LoopMonitor:
-    """A thread that asks the loop for a beat now and then, and measures how long the answer takes.
+    """A thread that asks the loop for a beat four times a second, and measures how late the beat comes.
 
-    The load of the host is the least of the last four answers over `bound`: a single slow answer says nothing, a
-    standing delay is overload. A beat that takes longer than `bound` is a stall: the stack of the loop's thread is
-    sampled while it lasts, and it is counted and reported once it is over.
+    The load of the host is the least of the last four lags over `bound`: one late beat says nothing, but a lag that
+    lasts is overload. A beat that is later than `bound` is a stall: the stack of the loop's thread is sampled while it
+    lasts, and it is counted and reported once it is over.
 
     Args:
-        loop: the loop to monitor.
-        bound: seconds of lag that read 1.0.
+        loop: the loop to monitor; the monitor is made and started in its thread.
+        bound: seconds of lag at which the load is 1.0.
         runs: the runs in progress.
         load: where the lag is recorded.
         bus: where stalls are reported.
@@ -60,15 +52,14 @@ class LoopMonitor:
         self._stopped = threading.Event()
         self._beat = threading.Event()
         self._lags: deque[float] = deque([0.0] * _SAMPLES, maxlen=_SAMPLES)
-        self._ident = threading.get_ident()
+        self._loop_thread = threading.get_ident()
 
     def start(self) -> None:
-        """Start the thread; to be called in the loop's own thread."""
-        self._ident = threading.get_ident()
+        """Start the thread."""
         threading.Thread(target=self._watch, name="forebay-loop-monitor", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop. Does not wait for the thread, which does nothing any more."""
+        """Stop, without waiting for the thread, which does nothing any more."""
         self._stopped.set()
         self._beat.set()
 
@@ -89,37 +80,34 @@ class LoopMonitor:
             self._lags.append(lag)
             self._load.record_host(min(self._lags) / self._bound)
             if culprit is not None and not self._stopped.is_set():
-                stall = Stall(lag, *culprit)
                 try:
-                    self._loop.call_soon_threadsafe(self.report_stall, stall)
+                    self._loop.call_soon_threadsafe(self._report_stall, lag, *culprit)
                 except RuntimeError:
                     return
 
     def _sample_stack(self) -> tuple[Run | None, str]:
-        frame = sys._current_frames().get(self._ident)  # noqa: SLF001 - the documented way
+        frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - the documented way
         stack = traceback.extract_stack(frame) if frame is not None else []
         where = " < ".join(f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in reversed(stack[-3:]))
         return self._find_run(asyncio.current_task(self._loop)), where
 
     def _find_run(self, aio: asyncio.Task[object] | None) -> Run | None:
-        """Return the run whose handler is running in `aio`."""
-        # Called in the monitoring thread while the loop is blocked: nothing is likely to change meanwhile.
+        """Return the run whose handler is running in the asyncio task `aio`."""
+        # Called in the monitor's thread while the loop is blocked, so the runs are unlikely to change meanwhile.
         with contextlib.suppress(RuntimeError):
             return next((run for run in self._runs.all() if run.is_handled_in(aio)), None)
         return None
 
-    def report_stall(self, stall: Stall) -> None:
-        """Count a stall, and report which code blocked the loop."""
+    def _report_stall(self, seconds: float, run: Run | None, where: str) -> None:
         self.stalls += 1
-        culprit = stall.run
-        task_id = None if culprit is None else culprit.task.task_id
-        worker_id = None if culprit is None else culprit.worker.name
+        task_id = None if run is None else run.task.task_id
+        worker_id = None if run is None else run.worker.name
         log.warning(
             "the event loop was blocked for %s by %s (%s): make blocking code a plain function, which runs in a thread",
-            format_duration(stall.seconds),
-            "code outside of any task" if culprit is None else f"task {task_id!r} on worker {worker_id!r}",
-            stall.where,
+            format_duration(seconds),
+            "code outside of any task" if run is None else f"task {task_id!r} on worker {worker_id!r}",
+            where,
         )
         if self._bus.active:
-            at, seconds, where = self._loop.time(), stall.seconds, stall.where
+            at = self._loop.time()
             self._bus.emit(LoopStalled(at=at, seconds=seconds, task_id=task_id, worker_id=worker_id, where=where))

@@ -1,9 +1,9 @@
-"""A supervisor as the handler of another: fleets nest, and load below is felt above."""
+"""A supervisor as the handler of another: fleets nest, and the load below counts above."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -56,7 +56,7 @@ def as_handler(nested: NestedSupervisor) -> Handler:
 
 
 def contains(supervisor: object, other: object) -> bool:
-    """Return whether `supervisor` is `other`, or has it anywhere below."""
+    """Return whether `other` is `supervisor` or anywhere below it."""
     workers: Iterable[WorkerAgent] = getattr(supervisor, "workers", {}).values()
     return supervisor is other or any(
         contains(worker.handler.nested_supervisor, other)
@@ -65,13 +65,17 @@ def contains(supervisor: object, other: object) -> bool:
     )
 
 
-async def start_handlers(workers: Iterable[WorkerAgent]) -> None:
-    """Start what the workers hold, in order. If one cannot be started, those before it are stopped again."""
+async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
+    """Start the handlers that need it, in order, including those of workers that are registered meanwhile.
+
+    If one cannot be started, those before it are stopped again.
+    """
     started: list[WorkerAgent] = []
     try:
-        for worker in workers:
-            if worker.handler.start is not None:
-                await worker.handler.start()
+        while more := list(workers.values())[len(started) :]:
+            for worker in more:
+                if worker.handler.start is not None:
+                    await worker.handler.start()
                 started.append(worker)
     except BaseException:
         await stop_handlers(started)
@@ -79,10 +83,10 @@ async def start_handlers(workers: Iterable[WorkerAgent]) -> None:
 
 
 async def stop_handlers(workers: Iterable[WorkerAgent]) -> None:
-    """Stop what the workers hold, in reverse order; a failure does not keep the others from being stopped."""
+    """Stop the handlers that need it, in reverse order. If one fails, the others are still stopped."""
     for worker in reversed(list(workers)):
         if worker.handler.stop is not None:
             try:
                 await worker.handler.stop()
-            except Exception:  # noqa: BLE001 - logged; the others must be stopped all the same
+            except Exception:  # noqa: BLE001 - logged; the others must still be stopped
                 log.exception("the handler of worker %r could not be stopped", worker.name)

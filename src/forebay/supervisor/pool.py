@@ -1,4 +1,4 @@
-"""Pools: everything of one task type, that is its workers, its queue and its pace."""
+"""Pools: the workers, the queue and the measured times of each task type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was
 
 
 class Pool:
-    """The workers and the queue of one task type, and its measured pace. Pure: it is called, and answers."""
+    """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing."""
 
     __slots__ = (
         "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested_supervisors", "parked",
@@ -40,7 +40,7 @@ class Pool:
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}
         self.calls_per_run: dict[LoadSource, float] = {}
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
-        self.parked = 0  # tasks behind another one of their thread: they take room in the queue, but have no entry yet
+        self.parked = 0  # tasks behind another one of their conversation: they count as waiting, but have no entry yet
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.reserved = 0  # room kept for records that are being leased from the overflow
         self.running = 0  # slots taken on workers that are not FAILED
@@ -69,7 +69,7 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        """Tasks in the queue, parked behind their thread, or on their way in from the overflow."""
+        """Tasks in the queue, parked behind their conversation, or being leased from the overflow."""
         return len(self.queue) + self.parked + self.reserved
 
     @property
@@ -99,17 +99,17 @@ class Pool:
         return None if rate is None else ahead / rate if rate else math.inf
 
     def cannot_meet_deadline(self, now: float, wait: float, remaining: float, *, time: float | None = None) -> bool:
-        """Return whether a task that waits `wait` seconds ends too late, as far as the measured times tell.
+        """Return whether a task that waits `wait` seconds would end too late, by the measured times.
 
-        If nearly any task would fit into the time that is left after the wait, the task is given the benefit of the
-        doubt: it is expected to take as long as the fastest quarter did.
+        It is expected to take as long as the fastest quarter did, or longer if `time` is given. If it waits longer than
+        `ServiceTimes.max_wait`, it ends too late in any case.
 
         Args:
-            now: the present, in seconds of the loop's clock.
+            now: loop time, in seconds.
             wait: seconds until it would start.
             remaining: seconds until its deadline.
-            time: the seconds that it had in all, if others wait who have more time left than it: then it must be likely
-                to end in time.
+            time: the seconds from its submission to its deadline, if other tasks wait: they may have more time left, so
+                this one must be likely to end in time.
         """
         times = self.service_times
         service = times.optimistic() if time is None else times.required_time(time)
@@ -121,22 +121,24 @@ class Pool:
         """Reserve the next slot of the retry schedule; return the seconds until then, or None if unknown.
 
         Args:
-            now: the present, in seconds of the loop's clock.
+            now: loop time, in seconds.
             draw: uniform in [0, 1).
-            source_wait: when the sources of a worker allow another run, and the seconds between two runs then: see
-                `SystemLoad.time_until_below`. Runs that ended before a source became the limit do not tell that pace.
+            source_wait: the seconds until the sources of a worker allow another run, and those between two runs from
+                then on: see `SystemLoad.time_until_below`. The pool's own rate may be from before they were the limit.
         """
         early, each = source_wait
+        if early == math.inf:
+            return None
+        if early and not each:
+            return early
         rate = self.service_times.drain_rate(self.usable_slots)
-        if early == math.inf or (early and not each):
-            return None if early == math.inf else early
         if each:
             rate = min(1 / each, rate or math.inf)
         slot = self.retry_schedule.reserve(now + early, rate, draw)
         return None if slot is None else early + slot
 
     def record_calls(self, calls: Mapping[LoadSource, int]) -> None:
-        """Record how often a successful run called each of its sources."""
+        """Record how often a successful run called each source."""
         for source, count in calls.items():
             mean = self.calls_per_run.get(source, float(count))
             self.calls_per_run[source] = mean + _CALLS_GAIN * (count - mean)
@@ -144,7 +146,7 @@ class Pool:
     # --- workers ---
 
     def add_worker(self, worker: WorkerAgent) -> None:
-        """Add a worker; `count_slots` adds its slots."""
+        """Add a worker. Its slots are added by `count_slots`."""
         self.workers.append(worker)
         self.update_source_paths()
         if worker.handler.load is not None:
@@ -159,7 +161,7 @@ class Pool:
         self.source_paths = paths if any(paths) else {}
 
     def count_slots(self, worker: WorkerAgent, before: int) -> None:
-        """Count the slots of `worker` after a change; `before` is how many were counted for it."""
+        """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""
         now = worker.counted_slots
         self.slots += now - before
         if before and not now:
@@ -168,14 +170,14 @@ class Pool:
             self.running += worker.current_tasks
 
     def slot_taken(self, worker: WorkerAgent) -> None:
-        """Take note that `worker` has taken one more slot."""
+        """Record that `worker` has one more slot taken."""
         if worker.counted_slots:
             self.running += 1
         if worker.current_tasks == 1:  # otherwise it was not idle
             self.selector.mark_busy(worker)
 
     def slot_returned(self, worker: WorkerAgent) -> None:
-        """Take note that `worker` has one slot less taken."""
+        """Record that `worker` has one slot less taken."""
         if worker.counted_slots:
             self.running -= 1
 
@@ -188,17 +190,17 @@ class Pool:
         self.blocked_workers.pop(worker, None)
 
     def pass_over(self, *, served: bool) -> None:
-        """Count how often in a row a shared worker has served another pool."""
+        """Record whether a shared worker served this pool or another one, while a task waited here."""
         self.times_passed_over = 0 if served else self.times_passed_over + 1
 
-    # --- tasks that wait elsewhere ---
+    # --- tasks that wait outside the queue ---
 
     def park(self) -> None:
-        """Count a task that waits behind another one of its thread."""
+        """Count a task that waits behind another one of its conversation."""
         self.parked += 1
 
     def unpark(self) -> None:
-        """Stop counting a task that waited behind another one of its thread."""
+        """Stop counting a task that waited behind another one of its conversation."""
         self.parked -= 1
 
     def reserve(self, room: int) -> None:
@@ -210,7 +212,7 @@ class Pool:
         self.reserved -= room
 
     def spilled_ahead(self, priority: Priority) -> int:
-        """Return how many records of `priority` or better wait in the overflow: no new task may overtake them."""
+        """Return how many tasks of `priority` or better wait in the overflow, where no new task may overtake them."""
         return sum(self.spilled[better] + self.spilling[better] for better in Priority if better <= priority)
 
     def begin_spill(self, priority: Priority) -> None:
@@ -226,11 +228,11 @@ class Pool:
         self.spilled[priority] += 1
 
     def remove_spilled(self, priority: Priority) -> None:
-        """Count one record less that waits in the overflow; there may have been fewer than counted."""
+        """Count one record less that waits in the overflow, but not less than none: the count may be out of date."""
         self.spilled[priority] = max(0, self.spilled[priority] - 1)
 
     def set_spilled(self, priority: Priority, count: int) -> None:
-        """Replace the count of records that wait in the overflow by what the store says."""
+        """Replace the count of records that wait in the overflow by that of the store."""
         self.spilled[priority] = count
 
 
@@ -260,7 +262,7 @@ class Pools:
 def next_pool(pools: Sequence[Pool]) -> Pool | None:
     """Return the pool whose head a worker of several pools takes next, or None if no task waits.
 
-    The best priority goes first, then rank, then sequence number; a pool that was passed over too often goes before.
+    The order is by priority, rank and sequence number; a pool that was passed over too often goes first.
     """
     waiting = [pool for pool in pools if pool.queue]
     if not waiting:

@@ -1,4 +1,4 @@
-"""Portal: blocking access to a supervisor, for programs and threads without an event loop of their own."""
+"""Portal: blocking access to a supervisor, for threads and programs without an event loop."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PortalTicket:
         return self._ticket.status
 
     def result(self, timeout: float | None = None) -> TaskResult:
-        """Wait for the task to end, at most `timeout` seconds; the task goes on if that is not enough.
+        """Wait for the task to end, for at most `timeout` seconds; after that the task goes on.
 
         Raises:
             Overloaded: it was rejected.
@@ -98,7 +98,7 @@ class PortalTicket:
 
 
 class Portal:
-    """Blocking access to a supervisor, from any thread but its loop's.
+    """Blocking access to a supervisor, from any thread except its loop's.
 
     If the supervisor runs, the portal is ready at once. If it has not been started, the portal is a context manager: it
     runs an event loop in a thread of its own, starts the supervisor there, and drains it on leaving.

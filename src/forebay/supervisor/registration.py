@@ -1,4 +1,4 @@
-"""Registration: from the arguments of `register_worker` to a worker, checked."""
+"""Registration: checks the arguments of `register_worker` and makes a worker of them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     draw: Callable[[], float],
     on_revive: Callable[[WorkerAgent], None],
 ) -> WorkerAgent:
-    """Return a worker.
+    """Return a worker with the arguments of `register_worker`.
 
     Raises:
-        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid, as each says.
+        InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
@@ -73,7 +73,7 @@ def _breaker_rules(reset_timeout: float | None, timeout: float) -> BreakerRules:
     longest = WORKER_RULES.max_reset_timeout
     if reset_timeout is not None:
         longest = max(longest, reset_timeout)
-    # A probe is a whole run, so it is overdue only after it has timed out, which is a fault anyway.
+    # A probe is a whole run, so it cannot be overdue before its timeout, which is a fault anyway.
     return BreakerRules(
         triggers=WORKER_RULES.triggers,
         reset_timeout=reset_timeout,
@@ -108,7 +108,7 @@ def _declared_upstreams(owner: str, upstreams: Any, engine: Engine) -> tuple[Dec
 
 
 def check_decorator_arguments(task_types: Sequence[object]) -> None:
-    """Return if ``@supervisor.worker(...)`` was given task types, and not the function itself.
+    """Check that ``@supervisor.worker(...)`` was given task types, and not the function itself.
 
     Raises:
         InvalidSetting: it was given a callable.

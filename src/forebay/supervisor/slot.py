@@ -1,4 +1,4 @@
-"""Slot: the caller's own code, in its own coroutine, admitted as a task is."""
+"""Slot: the caller's own code, in its own coroutine, admitted like a task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from forebay import context
 from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
-from forebay.supervisor.ticket import Loan, Ticket, TicketOwner, TicketRun, as_error
+from forebay.supervisor.ticket import Reclaim, Ticket, TicketOwner, TicketRun, as_error
 from forebay.task import TaskResult
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Slot:
         self._cancelling = 0  # cancellations of the owner that were pending on entering
         self._timeout: asyncio.Timeout | None = None
         self._outer_run: context.RunningTask | None = None
-        self._loan: Loan | None = None
+        self._reclaim: Reclaim | None = None
         self._stopped = False
 
     @property
@@ -63,7 +63,7 @@ class Slot:
         if not ticket:
             raise ticket.refusal()
         # Lent for as long as the body runs, because the body may need the slot of the outer run.
-        self._loan = self._dispatcher.lend_slots(ticket.parent)
+        self._reclaim = self._dispatcher.lend_slots(ticket.parent)
         try:
             run = await self._granted
         except asyncio.CancelledError:
@@ -87,9 +87,8 @@ class Slot:
     ) -> None:
         run = self._entered()
         assert self._timeout is not None  # noqa: S101 - entered
-        context.set_running_task(
-            self._outer_run
-        )  # no token, because an async generator may be closed from another context
+        # Set, not reset with a token, because an async generator may be closed from another context.
+        context.set_running_task(self._outer_run)
         facts = {"task_id": self.task_id, "worker_id": run.worker.name}
         try:
             await self._timeout.__aexit__(kind, cause, trace)
@@ -98,7 +97,7 @@ class Slot:
             result = self._ticket.result
             raise (TaskTimedOut(error="its time was up", **facts) if result is None else as_error(result)) from None
         finally:
-            # A generator that its reader closes is a caller that has gone, and no fault of the worker.
+            # If the body is in a generator that its reader closes, the caller has gone: not the worker's fault.
             gone = isinstance(cause, GeneratorExit)
             run.handler_ended(None, asyncio.CancelledError() if gone else cause)
             await self._return_loan()
@@ -113,20 +112,20 @@ class Slot:
         return self._run
 
     async def _return_loan(self) -> None:
-        if self._loan is not None:
-            loan, self._loan = self._loan, None
-            await loan.reclaim()
+        if self._reclaim is not None:
+            reclaim, self._reclaim = self._reclaim, None
+            await reclaim()
 
     # --- what its ticket and its run call ---
 
     def grant(self, run: TicketRun) -> None:
-        """Let the body run. If its caller was cancelled in this very turn of the loop, it returns the slot itself."""
+        """Let the body run. If the caller was cancelled in the same turn of the loop, `__aenter__` returns the slot."""
         self._run = run
         if not self._granted.done():
             self._granted.set_result(run)
 
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
-        """Take note that its ticket has ended; if it has no slot yet, it will get none."""
+        """Record that its ticket has ended; if it has no slot yet, entering raises."""
         if not self._granted.done():
             self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else outcome)
 

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
     from forebay.upstream.declared_upstream import DeclaredUpstream
 
-_MIN_RECHECK: Final = 0.25  # seconds, at least, until a source that blocks everybody is asked again
+_MIN_RECHECK: Final = 0.25  # seconds, at least, until a source that blocks all runs is asked again
 
 
 class StartGate:
     """Keeps runs in the queue while the load sources of their worker are under pressure, so that started runs can end.
 
-    Runs that all start and then wait for each other's calls end late, or never: all calls of a run must be made before
-    any of them counts. But an estimate must not lock the gate. While no call of its priority or a better one is queued,
-    one run of each priority starts in the time of each typical call, whatever wait is expected. If runs started past
-    calls that do wait, then runs with more calls than there are slots would start faster than they end, until none ends
-    in time.
+    If all runs start and then wait for each other's calls, they end late or never, because a run is worth something
+    only after its last call. But an estimate must not lock the gate: while no call of a priority or a better one is
+    queued, one run of the priority starts in the time of each typical call, whatever wait is expected. No run starts
+    past calls that do wait: runs with more calls than there are slots would start faster than they end, until none
+    ends in time.
     """
 
     def __init__(self, core: Core, *, dispatch: Callable[[WorkerAgent], None], runs: ActiveRuns) -> None:
@@ -49,15 +49,16 @@ class StartGate:
         source.on_relief(worker, partial(self._relieved, worker))
 
     def source_used(self, run: Run, source: LoadSource) -> None:
-        """Take note that `run` is the first of its worker that calls `source`, which may have been declared."""
+        """Record that `run` is the first of its worker to call `source`, which may have been declared."""
         worker = run.worker
         self.watch(worker, source)
         self._last_start.setdefault((source, run.task.priority), run.started_at)
-        for declared in [declared for declared in worker.declared if declared.covers(source)]:
-            self._replace_declared(run, declared, source)
+        for declared in tuple(worker.declared):
+            if declared.covers(source):
+                self._replace_declared(run, declared, source)
 
     def _replace_declared(self, run: Run, declared: DeclaredUpstream, source: LoadSource) -> None:
-        """Put `source` in the place of what was declared for a worker."""
+        """Replace a declared upstream of the run's worker by `source`, the real one."""
         worker = run.worker
         for priority in Priority:
             if (last := self._last_start.get((declared, priority))) is not None:
@@ -99,7 +100,7 @@ class StartGate:
             again = now if last is None else last + source.typical_latency()
             if source.may_start(priority) or (now >= again and not source.blocks(priority)):
                 continue
-            if again <= now:  # whatever frees a slot dispatches to this worker; if nothing does, ask again
+            if again <= now:  # a slot that becomes free dispatches to this worker; if none does, ask again
                 again = now + max(_MIN_RECHECK, source.typical_latency())
             self._blocked[worker] = source, priority
             for pool in self._pools_of[worker]:
@@ -118,10 +119,6 @@ class StartGate:
             blocked[0].hold_back(worker, 0)
             for pool in self._pools_of[worker]:
                 pool.unblock_worker(worker)
-
-    def run_started(self, run: Run) -> None:
-        """Expect the first calls of a run that has its slot."""
-        run.expect_calls(run.worker.sources)
 
     def run_ended(self, run: Run) -> None:
         """Stop expecting calls of a run: a call that never came makes room for another run."""

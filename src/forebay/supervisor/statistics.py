@@ -1,4 +1,4 @@
-"""The frozen snapshot of what a supervisor counts and holds."""
+"""Statistics: a frozen snapshot of a supervisor."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of a supervisor.
 
     Attributes:
-        submitted, admitted, spilled, rejected: verdicts since the start; a task that was in the overflow at the start
-            counts in none of them.
+        submitted, admitted, spilled, rejected: verdicts since the start. Tasks that were in the overflow at the start
+            do not count.
         refilled: spilled tasks that came back inside.
         started: starts of handlers.
         succeeded, failed, timed_out, cancelled, expired: how many tasks ended in each way.
@@ -44,8 +44,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         waiting: tasks in the queues now.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
-        limited_by: the resource with the highest reading or, if its runs wait for another one, that one; None if all
-            read 0.
+        limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
+            upstream; None if every load is 0.
         utilization: slots taken over slots.
         workers: each worker.
     """
@@ -78,7 +78,7 @@ def snapshot(
     monitor: LoopMonitor | None,
     workers: Mapping[str, WorkerAgent],
 ) -> Statistics:
-    """Return what a supervisor that has been started has counted, and what it holds."""
+    """Return the statistics of a supervisor that has been started."""
     highest = max(dispatcher.load.readings(), key=lambda reading: reading.load)
     ends, spill = dispatcher.core.registry.ends, dispatcher.spill
     return Statistics(
@@ -104,7 +104,7 @@ def snapshot(
 
 
 def worker_statistics(workers: Mapping[str, WorkerAgent]) -> dict[str, Any]:
-    """Return the fields of `Statistics` that only the workers tell."""
+    """Return the fields of `Statistics` that are computed from the workers alone."""
     return {
         "running": sum(worker.current_tasks for worker in workers.values()),
         "utilization": utilization(workers),

@@ -1,4 +1,4 @@
-"""BackpressureSupervisor: the public face of the task plane."""
+"""BackpressureSupervisor: the public interface of the task plane."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 from forebay import clock, context
 from forebay._renamed import renamed_arguments
+from forebay._validate import check_not_negative
 from forebay.adapters import Config, Handler
 from forebay.engine import DaemonThreadExecutor, Engine
 from forebay.errors import (
@@ -27,7 +28,7 @@ from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
-from forebay.supervisor.drain import Drain, DrainReport, check_drain_timeout
+from forebay.supervisor.drain import Drain, DrainReport
 from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
@@ -55,16 +56,18 @@ class BackpressureSupervisor:
     Args:
         backpressure_threshold: the load from which NORMAL tasks are rejected, in (0, 1]. LOW is rejected from 0.75 of
             it, HIGH from half way between it and 1, CRITICAL at 1.
-        max_queue_size: tasks of each type that may wait inside; by default 100, or as many as the type has slots.
-        overflow: where tasks wait that are not admitted: ``sqlite:///spill.db``, ``memory://``, a TaskStore, or None:
+        max_queue_size: tasks of each type that may wait inside; by default 100, or the slots of the type if these are
+            more.
+        overflow: where tasks that are not admitted wait: ``sqlite:///spill.db``, ``memory://`` or a TaskStore. None:
             they are rejected.
         lease: seconds that a lease on a stored task lasts unless renewed.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
-        max_attempts: starts of a stored task's handler, over lost leases, after which it is dead.
+        max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
         keep_results: how many ended tickets `ticket` still finds.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
-        lag_bound: event-loop lag in seconds that reads 1.0; longer is reported as a stall. None: not measured.
-        on_event: sinks that are called with each event, in the loop.
+        lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
+            measured.
+        on_event: one sink or several, called with each event, in the loop.
 
     Raises:
         InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
@@ -103,6 +106,7 @@ class BackpressureSupervisor:
         self._admission: AdmissionController | None = None
         self._threads = DaemonThreadExecutor()
         self._loop_monitor: LoopMonitor | None = None
+        self._starting = False
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
 
@@ -130,20 +134,21 @@ class BackpressureSupervisor:
 
         Args:
             name: unique among the workers.
-            handler: a callable, an agent of a known framework, a supervisor, or the path of one, ``"module:name"``.
+            handler: a callable, an agent of a supported framework, a supervisor, or the import path of any of these,
+                ``"module:name"``.
             factory: instead of a handler: makes a fresh agent for each task.
             task_types: the task types that it accepts.
             max_concurrent: how many tasks it runs at a time.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
-            payload: the type of its payloads, checked at `submit`. The workers of a task type agree on it.
-            result: the type of what it returns. A task whose handler returns something else ends FAILED.
+            payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
+            result: the type of its results. A task whose handler returns anything else ends FAILED.
             config: a framework's own configuration for its agent, or a callable of the Task that makes one.
             engine: ``"loop"``, ``"thread"``, ``"process"`` or an Engine; by default a plain function runs in a thread.
             on_cancel: called with the task when its run is to stop, for handlers that a cancellation does not stop.
             reset_timeout: seconds for which it stays FAILED after five failures in a row (or 5 % of a thousand tasks)
                 before it is tried again; longer each time that it fails again. None: until ``revive()``.
-            upstreams: the upstreams that its calls use, each alone or in a pair with the model, so that their load
-                counts before the first call.
+            upstreams: the upstreams that its calls use, so that their load counts before the first call; each an
+                Upstream, or a pair of an Upstream and a model.
 
         Raises:
             DuplicateWorker, InvalidHandler, InvalidSetting, InvalidTimeout, NotImportable: an argument is invalid.
@@ -171,14 +176,14 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None:
+        if self._dispatcher is not None and not self._starting:
             add_running_worker(self._dispatcher, worker)
         return worker
 
     def worker(self, *task_types: str, name: str | None = None, **settings: Any) -> Callable[[F], F]:
         """Register the decorated callable as a worker, named after it unless `name` is given.
 
-        It takes the settings of `register_worker`, and returns the callable as it was.
+        It takes the settings of `register_worker`, and returns the callable unchanged.
         """
         check_decorator_arguments(task_types)
 
@@ -204,11 +209,11 @@ class BackpressureSupervisor:
         """Submit a task to admission control.
 
         Returns:
-            A ticket: ADMITTED, SPILLED or REJECTED. Overload is never an exception here.
+            A ticket: ADMITTED, SPILLED or REJECTED. Overload raises nothing here.
 
         Raises:
-            UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid, as each describes.
-            InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid, as each describes.
+            UnknownTaskType, DuplicateTask, DeadlinePassed: the task is invalid.
+            InvalidPayload, NotSerializable, PayloadTooLarge: its payload is invalid.
             OverflowRequired: it is durable, and there is no overflow that survives the process.
             NotStarted, SupervisorClosed: the supervisor is not running.
             WrongLoop: it runs on another event loop.
@@ -267,7 +272,7 @@ class BackpressureSupervisor:
     def ticket(self, task_id: str) -> Ticket:
         """Return the ticket of a task that is inside, has ended lately, or is stored in the overflow.
 
-        The overflow is asked only when the ticket is awaited: that raises UnknownTask if the task is not there.
+        The overflow is asked in the background: awaiting the ticket raises UnknownTask if the task is not there.
 
         Raises:
             UnknownTask: there is no such task, and no overflow to ask.
@@ -276,21 +281,21 @@ class BackpressureSupervisor:
 
     @property
     def dead_letters(self) -> DeadLetters:
-        """Stored tasks that nobody will try again by itself, for a person to look at."""
+        """The stored tasks that will not be tried again until a person requeues them."""
         return DeadLetters(lambda: self._dispatcher_here().spill)
 
     def portal(self) -> Portal:
         """Return blocking access for threads and programs without an event loop: ``with supervisor.portal(): ...``."""
         return Portal(self)
 
-    # --- what can be read ---
+    # --- load, statistics and events ---
 
     def system_load(self) -> float:
-        """Return the highest reading: how full the fullest resource is, room in its queue included."""
+        """Return the load of the fullest resource, the room in its queue included."""
         return max(reading.load for reading in self.readings())
 
     def readings(self) -> tuple[Reading, ...]:
-        """Return how full each resource is."""
+        """Return the load of each resource."""
         return (Reading("host", 0.0),) if self._dispatcher is None else self._dispatcher.load.readings()
 
     def utilization(self) -> float:
@@ -298,13 +303,13 @@ class BackpressureSupervisor:
         return utilization(self._workers)
 
     def statistics(self) -> Statistics:
-        """Return a snapshot of what was counted and of what is inside."""
+        """Return a snapshot of the counters since the start, and of what is inside now."""
         if self._dispatcher is None or self._admission is None:
             return Statistics(**worker_statistics(self._workers))
         return snapshot(self._dispatcher, self._admission, self._loop_monitor, self._workers)
 
     def events(self, *, bound: int = 1000) -> Subscription:
-        """Return everything that happens from now on, as an async iterator that keeps the newest `bound` unread."""
+        """Return an async iterator over the events from now on, which keeps the newest `bound` unread ones."""
         return self._bus.subscribe(bound=bound)
 
     @property
@@ -338,11 +343,14 @@ class BackpressureSupervisor:
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
+        self._starting = True  # a worker that is registered meanwhile is left to `start_up`
         try:
             await start_up(dispatcher, self._workers)
         except BaseException:
             self._dispatcher = self._admission = None
             raise
+        finally:
+            self._starting = False
         if settings.lag_bound is not None and not clock.is_virtual(loop):
             self._loop_monitor = LoopMonitor(
                 loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
@@ -350,16 +358,16 @@ class BackpressureSupervisor:
             self._loop_monitor.start()
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
-        """Stop admitting and let what is inside finish, for at most `timeout` seconds; cancel the rest.
+        """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
 
-        If there is an overflow that survives its process, waiting tasks go out to it, and so do stored ones that run
-        when the time is up. What runs inside may still submit tasks of its own. Draining twice is the same as once.
+        If the overflow survives the process, waiting tasks go out to it, and so do stored tasks that still run when the
+        time is up. Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
             DrainInside: it was called by a task that runs inside.
         """
-        check_drain_timeout(timeout)
+        check_not_negative("drain", "timeout", timeout, unit="seconds", none="for no limit")
         dispatcher = self._running()
         for run in active_runs(context.running_task(), dispatcher):
             raise DrainInside(task_id=run.task.task_id)
@@ -372,7 +380,7 @@ class BackpressureSupervisor:
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent.
 
-        Cancelling this leaves nothing half closed: it goes on in the background.
+        If this is cancelled, closing goes on in the background.
         """
         if self._dispatcher is None:
             return
@@ -383,7 +391,7 @@ class BackpressureSupervisor:
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
             self._admission_here().close()
-            grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has granted it already
+            grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
         finally:
             if self._loop_monitor is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
 from forebay import context
 from forebay._renamed import renamed
+from forebay.context import RunningTask
 from forebay.errors import (
     ForebayError,
     Overloaded,
@@ -25,7 +26,6 @@ from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdi
 
 if TYPE_CHECKING:
     from forebay.admission import QueueEntry
-    from forebay.context import RunningTask
     from forebay.interfaces import Lease
     from forebay.supervisor.runs.timers import Timer
     from forebay.supervisor.worker import WorkerAgent
@@ -45,24 +45,15 @@ class Refusal(NamedTuple):
     retry_after: float | None = None  # seconds, infinity if unknown; None: take the next slot of the retry schedule
 
 
-class TicketRun(Protocol):
-    """The run of a ticket's handler, as far as the ticket and its slot know it."""
+class TicketRun(RunningTask, Protocol):
+    """The run of a ticket's handler, as far as the ticket and its slot need it."""
 
-    task: Task
-    deadline: Deadline | None
     worker: WorkerAgent
     started_at: float
     abandoned_at: float | None
 
-    @property
-    def attempt(self) -> int:
-        """The number of this start of the task's handler, from 1."""
-
-    def report(self, value: Any) -> None:
-        """Send `value` to the listeners of the task's events."""
-
     def ends_at(self) -> float:
-        """Return the loop time at which the run is ended: its timeout or its deadline."""
+        """Return the loop time of its timeout or its deadline, whichever comes first."""
 
     def time_out(self) -> None:
         """End the ticket because its time is up, and ask the handler to stop."""
@@ -84,17 +75,14 @@ class TicketSlot(Protocol):
         """Let the body run."""
 
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
-        """Take note that the ticket has ended."""
+        """Record that the ticket has ended."""
 
     def stop(self) -> None:
         """Cancel the body."""
 
 
-class Loan(Protocol):
-    """Slots that were lent for the time of an await."""
-
-    async def reclaim(self) -> None:
-        """Wait until the run that awaited has a slot again."""
+# Waits until the run that lent its slot has one again.
+Reclaim = Callable[[], Awaitable[None]]
 
 
 class TicketOwner(Protocol):
@@ -107,25 +95,25 @@ class TicketOwner(Protocol):
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
 
-    def lend_slots(self, running: RunningTask | None) -> Loan | None:
-        """Lend the slot of `running` while it awaits a task."""
+    def lend_slots(self, running: RunningTask | None) -> Reclaim | None:
+        """Lend the slot of `running` while it awaits a task; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
         """Hold the ticket of a spilled task, because somebody waits for it."""
 
 
 class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is made in C
-    """The answer of admission control to one task and, unless it is REJECTED, an awaitable ``TaskResult``.
+    """The answer of admission control to one task; awaiting it returns the ``TaskResult``.
 
-    False if rejected. Awaiting a rejected ticket raises ``Overloaded``. Awaiting any other returns its result however
-    the task ended. Cancelling an await leaves the task running; `cancel` ends it.
+    A rejected ticket is false, and awaiting it raises ``Overloaded``. Awaiting any other returns its result however the
+    task ended. Cancelling an await leaves the task running; `cancel` ends it.
 
     Attributes:
         task: the task that was submitted.
         verdict: ADMITTED, SPILLED or REJECTED.
         reason: why it was not admitted, otherwise None.
-        limited_by: the resource because of which it was not admitted, otherwise None.
-        load: the load that admission control read, of the fullest resource on the task's path.
+        limited_by: the resource that kept it from being admitted, otherwise None.
+        load: the load of the fullest resource on the task's path, as admission control read it.
         retry_after: if rejected, seconds after which to try again, or None if unknown.
         status: where the task is now.
         deadline: its own deadline or its parent's, whichever is earlier.
@@ -134,8 +122,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     _dispatcher: TicketOwner
     task: Task
     deadline: Deadline | None
-    parent: RunningTask | None  # the run that submitted it: such work goes before newer work of its priority
-    submitted_at: float | None = None  # epoch seconds, if it has a deadline or there is an overflow, which orders by it
+    parent: RunningTask | None  # the run that submitted it: nested work goes before newer work of its priority
+    submitted_at: float | None = None  # epoch seconds; set if it has a deadline or there is an overflow to order
     verdict: Verdict = Verdict.ADMITTED
     status: TaskStatus = TaskStatus.WAITING
     reason: str | None = None
@@ -150,8 +138,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     lease: Lease | None = None  # this process's right to its stored record
     stored: bool = False  # the task store has a record of it, so its end must be written there first
     attempts: int = 0
-    cancel_reason: str | None = None  # why it was cancelled, while the answer of the store is outstanding
-    pending_store_calls: int = 0  # calls of the store on whose answers its fate depends
+    cancel_reason: str | None = None  # why it was cancelled while the store had not answered
+    pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
     listeners: EventBus | None = None  # None if nobody listens to its events
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
@@ -213,18 +201,23 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
-            loan = self._dispatcher.lend_slots(context.running_task())
+            reclaim = self._dispatcher.lend_slots(context.running_task())
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
                     await self._wait_until_resolved()
             except asyncio.CancelledError:
-                if cancel_task and not self.has_waiters:  # before the slot comes back: the task may be what holds it
+                if cancel_task and not self.has_waiters:  # before reclaiming the slot: this task may hold it
                     self.cancel("its caller has gone")
                 raise
             finally:
-                if loan is not None:
-                    await loan.reclaim()
-        return self._result_or_raise()
+                if reclaim is not None:
+                    await reclaim()
+        if self.verdict is Verdict.REJECTED:
+            raise self.refusal()
+        if isinstance(self._outcome, ForebayError):
+            raise self._outcome
+        assert self._outcome is not None  # noqa: S101 - resolved
+        return self._outcome
 
     async def _wait_until_resolved(self) -> None:
         waiter = self._dispatcher.loop.create_future()
@@ -237,14 +230,6 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         finally:
             if self._waiters is not None:
                 self._waiters.remove(waiter)
-
-    def _result_or_raise(self) -> TaskResult:
-        if self.verdict is Verdict.REJECTED:
-            raise self.refusal()
-        if isinstance(self._outcome, ForebayError):
-            raise self._outcome
-        assert self._outcome is not None  # noqa: S101 - only called once it is resolved
-        return self._outcome
 
     def refusal(self) -> Overloaded:
         """Return the rejection as an exception."""
@@ -274,15 +259,19 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     async def events(self) -> AsyncIterator[Event]:
         """Yield what happens to the task from now on: TaskStarted, TaskProgress, and last TaskFinished.
 
-        A TaskStarted or TaskFinished that has already happened is yielded again. Of events that nobody reads the newest
-        1,000 are kept.
+        If the task has started or finished already, that event is yielded first. The newest 1,000 unread events are
+        kept.
         """
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
         if self._outcome is None:
-            async with self._event_bus().subscribe(bound=MAX_UNREAD_EVENTS + 1) as subscription:
-                if self.run is not None:
-                    yield self._started_event(self.run)
+            self._hold_strongly()
+            if self.listeners is None:
+                self.listeners = EventBus()
+            async with self.listeners.subscribe(bound=MAX_UNREAD_EVENTS + 1) as subscription:
+                if (run := self.run) is not None:
+                    at, worker_id = run.started_at, run.worker.name
+                    yield TaskStarted(at=at, task_id=self.task_id, worker_id=worker_id, attempt=self.attempts)
                 while (event := await self._next_event(subscription)) is not None:
                     yield event
         elif isinstance(self._outcome, ForebayError):
@@ -292,33 +281,29 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     async def _next_event(self, events: Subscription) -> Event | None:
         """Wait for the next event. A run that waits for it lends its slot, because the task may need it to start."""
-        loan = self._dispatcher.lend_slots(context.running_task()) if events.empty else None
+        reclaim = self._dispatcher.lend_slots(context.running_task()) if events.empty else None
         try:
             return await anext(events, None)
         finally:
-            if loan is not None:
-                await loan.reclaim()
-
-    def _event_bus(self) -> EventBus:
-        self._hold_strongly()
-        if self.listeners is None:
-            self.listeners = EventBus()
-        return self.listeners
+            if reclaim is not None:
+                await reclaim()
 
     def _hold_strongly(self) -> None:
         """Have the dispatcher hold a spilled ticket, because somebody waits for it."""
         if self.status is TaskStatus.SPILLED:
             self._dispatcher.hold_strongly(self.task_id)
 
-    def _started_event(self, run: TicketRun) -> TaskStarted:
-        return TaskStarted(at=run.started_at, task_id=self.task_id, worker_id=run.worker.name, attempt=self.attempts)
-
     # --- what the dispatcher reads ---
 
     @property
     def has_waiters(self) -> bool:
-        """True if anyone waits for its end."""
+        """True if anyone awaits its end."""
         return bool(self._waiters)
+
+    @property
+    def is_observed(self) -> bool:
+        """True if anyone awaits its end or listens to its events."""
+        return bool(self._waiters) or self.listeners is not None
 
     def emit(self, event: Event) -> None:
         """Send `event` to the listeners of this ticket."""
@@ -342,14 +327,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.explain(refusal)
         self.retry_after = retry_after
 
-    def wake_waiters(self) -> None:
-        """Wake whoever got this ticket by its key before it was rejected."""
-        self._wake()
-
     # --- the queue ---
 
     def wait(self) -> None:
-        """Make it WAITING, without an entry in the queue: behind another task of its thread."""
+        """Make it WAITING without an entry in the queue: behind another task of its conversation."""
         self.status = _WAITING
 
     def enqueue(self, entry: QueueEntry) -> None:
@@ -389,7 +370,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.attempts -= 1
 
     def end_run(self) -> None:
-        """Forget the run, and the parent: what it knew of its ancestors must not keep them alive."""
+        """Forget the run and the parent: an ended ticket must not keep its ancestors alive."""
         self.run = None
         self.parent = None
 
@@ -422,7 +403,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.verdict = Verdict.SPILLED
 
     def move_to_store(self) -> None:
-        """Make it SPILLED whatever its verdict was: it waits in the store, or another process has it."""
+        """Set the status to SPILLED, whatever the verdict was: it waits in the store, or another process has it."""
         self.status = TaskStatus.SPILLED
 
     def mark_stored(self) -> None:
@@ -453,7 +434,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.lease = None
 
     def restore(self, task: Task, deadline: Deadline | None) -> None:
-        """Replace the task by what the store has of it."""
+        """Replace the task and its deadline by those in the store."""
         self.task = task
         self.deadline = deadline
 
@@ -467,8 +448,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
             self.resolve(error)
 
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
-        """End it, exactly once: a second call is a bug of the caller."""
-        assert self._outcome is None  # noqa: S101 - every ticket ends exactly once
+        """End it with its result, or with the error that awaiting it raises. Every ticket ends exactly once."""
+        assert self._outcome is None  # noqa: S101 - a second end is a bug of the caller
         self._outcome = outcome
         if isinstance(outcome, TaskResult):
             self.status = outcome.status
@@ -477,9 +458,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         if self.listeners is not None and isinstance(outcome, TaskResult):
             self.listeners.emit(TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=outcome))
         if self._waiters is not None or self.listeners is not None:
-            self._wake()
+            self.wake_waiters()
 
-    def _wake(self) -> None:
+    def wake_waiters(self) -> None:
+        """Wake whoever awaits the ticket or listens to its events: it has ended, or was rejected."""
         if self._waiters is not None:
             for waiter in self._waiters:
                 if not waiter.done():
@@ -498,7 +480,7 @@ _DOCUMENTED = (
 
 
 def as_error(result: TaskResult) -> ForebayError:
-    """Return the exception that stands for a result without success."""
+    """Return the exception that `Ticket.value` raises for a result without success."""
     facts = {"task_id": result.task_id, "worker_id": result.worker_id, "error": result.error}
     match result.status:
         case TaskStatus.TIMED_OUT:

@@ -1,4 +1,4 @@
-"""The tickets of a supervisor: those that have not ended, those that ended lately, and the news of both."""
+"""The tickets of a supervisor: those that have not ended, those that ended lately, and the listeners to both."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TicketRegistry:
     Attributes:
         live: tickets that have not ended, apart from the weakly held ones.
         ended: the latest tickets that have ended; `keep` of them.
-        weak: tickets of spilled tasks that nobody here waits for. Their record holds everything, so that a million
-            spilled tasks take no memory; whoever still has such a ticket gets its result.
-        listeners: called whenever something has ended.
+        weak: tickets of spilled tasks that nobody here awaits. The store can restore them, so a million spilled tasks
+            take no memory; a caller that still has such a ticket gets its result.
+        listeners: called whenever a task or background work has ended.
         succeeded: how many tasks have succeeded.
         ends: how many tasks have ended in each other status.
     """
@@ -46,14 +46,14 @@ class TicketRegistry:
         self.live[ticket.task.task_id] = ticket
 
     def discard(self, ticket: Ticket) -> None:
-        """Forget a ticket, because its task is not ours any more."""
+        """Forget a ticket, because another process or no process has its task."""
         if self.live.get(ticket.task_id) is ticket:
             del self.live[ticket.task_id]
         if self.weak.get(ticket.task_id) is ticket:
             del self.weak[ticket.task_id]
 
     def forget_end(self, task_id: str) -> None:
-        """Forget how a task ended, because it may run again and end otherwise."""
+        """Forget the end of a task, because it may run again."""
         self.ended.pop(task_id, None)
 
     def get(self, task_id: str) -> Ticket | None:
@@ -65,7 +65,7 @@ class TicketRegistry:
         return [*self.live.values(), *self.weak.values()]
 
     def hold_weakly(self, ticket: Ticket) -> None:
-        """Hold a spilled ticket only as long as somebody else does."""
+        """Hold the ticket of a spilled task only as long as other code does."""
         self.weak[ticket.task_id] = ticket
         self.live.pop(ticket.task_id, None)
 
@@ -94,13 +94,13 @@ class TicketRegistry:
             self.notify_progress()
 
     def emit(self, ticket: Ticket, event: Event) -> None:
-        """Send an event to everyone who listens to the supervisor or to the ticket."""
+        """Send an event to the listeners of the ticket and of the supervisor."""
         ticket.emit(event)
         if self._bus.active:
             self._bus.emit(event)
 
     def add_listener(self, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever something has ended."""
+        """Call `listener` whenever a task or background work has ended."""
         self.listeners.append(listener)
 
     def remove_listener(self, listener: Callable[[], None]) -> None:
@@ -108,6 +108,6 @@ class TicketRegistry:
         self.listeners.remove(listener)
 
     def notify_progress(self) -> None:
-        """Wake `drain()`: something has ended."""
+        """Call the listeners, such as `drain()`: a task or background work has ended."""
         for listener in self.listeners:
             listener()

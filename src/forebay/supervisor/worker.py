@@ -1,4 +1,4 @@
-"""WorkerAgent: a registered handler, its slots, how fast it is, and its circuit breaker."""
+"""WorkerAgent: a registered handler, its slots, its measured durations, and its circuit breaker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WorkerAgent:
     are, IDLE when none is. ``supervisor.register_worker`` makes it; read it, and `revive` it.
     """
 
-    def __init__(  # noqa: PLR0913 - the arguments of register_worker, checked there
+    def __init__(  # noqa: PLR0913 - the arguments of register_worker, checked in `registration`
         self,
         name: str,
         handler: Handler,
@@ -49,7 +49,7 @@ class WorkerAgent:
         self.failed = False  # the breaker is open; a copy, because every decision reads it
         self.probing = False  # the breaker is half-open: only as many slots as it allows probes
         self.probes = min(probes, max_concurrent)
-        self.breaker_phase = 0  # grows with each change of `failed` or `probing`; the probes are the runs of this phase
+        self.breaker_phase = 0  # counts the changes of `failed` or `probing`; runs started in this phase are its probes
         self.counted_slots = 0  # the slots that its pools count for it
         self.pending_claims = 0  # runs that lent their slot and wait to have it back
         self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
@@ -93,7 +93,7 @@ class WorkerAgent:
         """Return whether a task could start on this worker now."""
         if self.failed or self.pending_claims or self.current_tasks >= self.max_concurrent:
             return False
-        # A probe that lent its slot waits for a task that may need to run here, so only those that hold one count.
+        # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
 
     def revive(self) -> None:
@@ -119,12 +119,12 @@ class WorkerAgent:
         self._probes_in_flight -= 1
 
     def count_slots(self) -> int:
-        """Set `counted_slots` to the slots that there are now; return what it was."""
+        """Set `counted_slots` to the present number of slots; return the number before."""
         before, self.counted_slots = self.counted_slots, self.slots
         return before
 
     def has_free_slot(self) -> bool:
-        """Return whether a slot is free for a run that has already started, which the breaker does not stop."""
+        """Return whether a slot is free for a run that has started already: the breaker does not stop it."""
         return self.current_tasks < self.max_concurrent
 
     def add_claim(self) -> None:
@@ -135,7 +135,7 @@ class WorkerAgent:
         """Stop counting a run that waited to have its slot back."""
         self.pending_claims -= 1
 
-    # --- how fast and how reliable it is ---
+    # --- its score ---
 
     def score(self, task_type: str, typical: float) -> float:
         """Return the expected seconds until one more task would finish.
@@ -173,7 +173,7 @@ class WorkerAgent:
     # --- its breaker and its zombies ---
 
     def update_from_breaker(self, now: float) -> None:
-        """Read `failed` and `probing` from the breaker; a change of either begins a new breaker phase."""
+        """Set `failed` and `probing` by the breaker's state; a change of either begins a new breaker phase."""
         state = self.breaker.state(now)
         before = (self.failed, self.probing)
         self.failed = state is BreakerState.OPEN
@@ -195,18 +195,18 @@ class WorkerAgent:
         self.stuck = True
 
     def close_breaker(self) -> None:
-        """Close the breaker; `update_from_breaker` makes the worker follow."""
+        """Close the breaker. `update_from_breaker` is to be called next."""
         self.stuck = False
         self.breaker.reset()
 
-    # --- what its runs call ---
+    # --- the sources that its runs call ---
 
     def add_source(self, source: LoadSource) -> None:
-        """Add something that the calls of its runs use."""
+        """Add a source that the calls of its runs use."""
         self.sources[source] = None
 
     def remove_declared(self, declared: DeclaredUpstream) -> None:
-        """Remove a declared upstream, because the real one has been used."""
+        """Remove a declared upstream, because a run has called the real one."""
         self.declared.remove(declared)
         del self.sources[declared]
 

@@ -1,4 +1,4 @@
-"""Worker selection: of the workers that can accept a task, the one that would finish it first, in O(log workers)."""
+"""Worker selection: finds the worker that would finish a task first, in O(log workers)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
 class WorkerSelector:
     """The workers of one task type by score, in heaps that are corrected when they are read.
 
-    A score that has *risen* since its entry was pushed (the worker took a task) is found when the entry reaches the
-    top. A score that has *fallen* must be announced by `update`; without that the better worker would stay hidden.
+    A score that has *risen* since its entry was pushed (the worker took a task) is corrected when the entry reaches the
+    top. After a score has *fallen*, `update` must be called, or the worker would stay too far down.
 
-    Workers whose duration is not known yet are scored with the pool's typical one. When that falls they all become
-    better at once, so they have a heap of their own whose scores leave it out.
+    Workers without a measured duration are scored with the pool's typical one. All these scores change when it does, so
+    they have a heap of their own, ordered without it.
 
     Args:
         task_type: the task type whose durations count.
@@ -36,7 +36,7 @@ class WorkerSelector:
         self._stamp = 0
 
     def update(self, worker: WorkerAgent) -> None:
-        """Push `worker` again: it finished something, is new, or can accept tasks again."""
+        """Push `worker` again, because it is new, finished a task, or can accept tasks again."""
         if not worker.current_tasks and worker.can_accept():
             self._idle[worker] = None
         self._push(worker)
@@ -44,7 +44,7 @@ class WorkerSelector:
             self._compact()
 
     def mark_busy(self, worker: WorkerAgent) -> None:
-        """Remove `worker` from the idle ones: it took a task."""
+        """Remove `worker` from the idle ones, because it took a task."""
         self._idle.pop(worker, None)
 
     def pick(self, *, idle_first: bool = False) -> WorkerAgent | None:

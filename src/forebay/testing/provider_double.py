@@ -18,15 +18,12 @@ from forebay.simulation.provider import (
     ProviderProcess,
     ProviderStatistics,
     SimulatedProvider,
-    SimulatedRateLimit,
-    Unit,
     start_provider,
 )
+from forebay.simulation.provider.provider_config import UNITS_BY_NAME, limits_per_minute
 
 FAST_PROVIDER: Final = ProviderConfig(ttft=0.01, tpot=0.0001, noise=0.0)
 """The default of a test: fifty calls at a time, each in some hundredths of a second, without limits and faults."""
-
-_UNITS: Final = {"rpm": Unit.REQUESTS, "tpm": Unit.TOKENS, "itpm": Unit.INPUT_TOKENS, "otpm": Unit.OUTPUT_TOKENS}
 
 
 class SimulatedProviderNotInstalled(ForebayError, ImportError):
@@ -93,9 +90,7 @@ class ProviderDouble:
             InvalidProviderConfig: a value is out of range.
             TypeError: there is no such field.
         """
-        limits = [
-            SimulatedRateLimit(unit=unit, amount=fields.pop(name)) for name, unit in _UNITS.items() if name in fields
-        ]
+        limits = limits_per_minute(**{name: fields.pop(name) for name in UNITS_BY_NAME if name in fields})
         if limits:
             fields["rate_limits"] = (*fields.get("rate_limits", ()), *limits)
         self.config = replace(self.config if config is None else config, **fields)

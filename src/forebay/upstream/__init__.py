@@ -5,9 +5,9 @@
 
 1. ``AsyncTransport.handle_async_request`` (`httpx_binding/httpx_transport.py`): takes the request from httpx.
 2. ``BoundExchange`` (`httpx_binding/bound_exchange.py`): reads its bytes and headers from the HTTP library.
-3. ``Exchange`` (`exchange.py`): parses the request, and estimates its needs, by the provider's profile.
+3. ``Exchange`` (`exchange.py`): reads what the request asks for and needs, by the provider's profile.
 4. ``AccountRegistry.account`` (`accounts/account_registry.py`): finds the account, by API key and model.
-5. ``UpstreamCore.request`` (`core.py`): adds priority, deadline and tenant of the running task, and the cost.
+5. ``UpstreamCore.request`` (`core.py`): adds priority, deadline and tenant of the running task, and the expected cost.
 6. ``CallRunner.run`` (`call_flow.py`): drives the flow on the event loop.
 7. ``call_flow`` (`call_flow.py`): decides over retry and fallback.
 8. ``SharedAccount.acquire`` (`accounts/shared_account.py`): returns a permit, or waits for it in the call queue.

@@ -149,8 +149,10 @@ class Upstream:
     def guard(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return a function with each call sent through this upstream; it may be async or not.
 
-        A call is retried when the function raises, as set by `retry`, so calling it twice must be harmless. A rejected
-        call raises ``Overloaded``. An ``Overloaded`` of the function itself is passed on, and is not a fault.
+        A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
+        raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
+        not count as a fault. Every other exception does: the function cannot report that the provider throttled it, so
+        the limit does not learn from a 429. For that use `bind`, `send`, or `call` with ``call.overloaded()``.
 
         To follow a `fallback` to another upstream the function must take a keyword-only parameter ``upstream``: it is
         called with the upstream to use.

@@ -267,7 +267,7 @@ async def test_two_hundred_tasks_over_four_processes_that_crash_all_end() -> Non
     ("handler", "why"),
     [
         (lambda _: None, "is a lambda: it has no name"),
-        (outer(), "it was made inside of a function"),
+        (outer(), "it is defined inside a function"),
         (partial(plain), "only functions and classes have an import path"),
         (engine_handlers.StatefulAgent(), "is a StatefulAgent: only functions and classes have an import path"),
         ("engine_handlers", "not of the form"),

@@ -7,9 +7,11 @@ from typing import cast
 
 import pytest
 
+from forebay import overflow
 from forebay.errors import InvalidOverflowUrl
 from forebay.interfaces import TaskStore
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore, open_task_store
+from forebay.storage import StoreUrl
 
 
 def test_a_url_selects_the_kind_of_store() -> None:
@@ -27,3 +29,22 @@ def test_a_task_store_is_returned_as_it_is() -> None:
 def test_any_other_value_is_rejected(value: object) -> None:
     with pytest.raises(InvalidOverflowUrl, match="not a URL or a task store"):
         open_task_store(cast("TaskStore", value))
+
+
+def test_a_kind_of_url_without_a_task_store_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overflow, "parse_url", lambda _: StoreUrl(scheme="redis"))
+    with pytest.raises(InvalidOverflowUrl, match="no task store is known for redis://"):
+        open_task_store("redis://host")
+
+
+@pytest.mark.parametrize("value", [Path("spill.db"), "sqlite://spill.db"])
+def test_what_looks_like_a_path_gets_the_way_to_write_one(value: object) -> None:
+    with pytest.raises(InvalidOverflowUrl, match=r'"sqlite:///" \+ str\(path\)'):
+        open_task_store(cast("TaskStore", value))
+
+
+@pytest.mark.parametrize("value", ["postgres://host", "memory://name", 7])
+def test_what_is_no_path_gets_no_advice_about_paths(value: object) -> None:
+    with pytest.raises(InvalidOverflowUrl) as caught:
+        open_task_store(cast("TaskStore", value))
+    assert "str(path)" not in str(caught.value)

@@ -61,7 +61,7 @@ def test_without_the_list_only_own_prices_are_known(monkeypatch: pytest.MonkeyPa
         table = Prices({"m": Price(input=1, output=1)})
         assert table.usd("openai", "gpt-4o", 10, 10) is None
         assert table.has_price("openai", "m")
-        assert not prices.price_list_installed()
+        assert prices._price_list() is None
     finally:
         prices._price_list.cache_clear()
 

@@ -324,6 +324,35 @@ async def test_a_cancelled_open_leaves_no_connection_open(tmp_path: Path, monkey
         writer.run(numbers)
 
 
+async def test_a_writer_opened_again_outlives_a_cancelled_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    entered, closed, proceed = asyncio.Event(), asyncio.Event(), threading.Event()
+
+    class Opened:
+        def close(self) -> None:
+            loop.call_soon_threadsafe(closed.set)
+
+    def slow(*_: object) -> Opened:
+        loop.call_soon_threadsafe(entered.set)
+        proceed.wait(10)
+        return Opened()
+
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_writer, "open_file", slow)
+        opening = asyncio.ensure_future(writer.open())
+        await entered.wait()
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await writer.open()
+    proceed.set()
+    async with asyncio.timeout(10):
+        await closed.wait()
+    assert await writer.run(partial(add, 1)) == 1
+    await writer.close()
+
+
 async def test_open_works_after_a_failed_open(tmp_path: Path) -> None:
     writer = SqliteWriter(tmp_path / "missing" / "numbers.db", SCHEMA)
     with pytest.raises(StoreUnavailable, match="mkdir"):

@@ -56,7 +56,7 @@ def test_a_known_form_is_parsed(url: str, store: StoreUrl) -> None:
         ("sqlite:///a.db?bound=-1", "bound=-1"),
         ("sqlite:///a.db?bound=1e5", "bound=1e5"),
         ("sqlite:///a.db?bound=", "bound= is"),
-        ("sqlite:///a.db?bound=99999999999999999999", "is not a whole number of rows"),
+        ("sqlite:///a.db?bound=99999999999999999999", "is not a whole number of tasks"),
         ("sqlite:///a.db?synchronous=on", "none of full, normal, off"),
         ("sqlite://[/a.db", "Invalid IPv6"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.support.supervisor_checks import check_supervisor
+from tests.support.task_stores import STORES, StoreBackend
 
 from forebay import (
     BackpressureSupervisor,
@@ -108,12 +109,13 @@ async def test_task_types_and_priorities_can_be_chosen(chosen: dict[str, Any], r
     assert {(ticket.task.task_type, ticket.priority.name) for ticket in tickets if not ticket} == refused
 
 
-@pytest.mark.parametrize("overflow", ["memory://", "sqlite"])
+@pytest.mark.parametrize("overflow", STORES, ids=str)
 @pytest.mark.blocks
 @virtual
-async def test_with_an_overflow_tasks_are_spilled_and_refilled_afterwards(overflow: str, tmp_path: Any) -> None:
-    url = f"sqlite:///{tmp_path}/spill.db?synchronous=off" if overflow == "sqlite" else overflow
-    async with make_supervisor(overflow=url) as supervisor:
+async def test_with_an_overflow_tasks_are_spilled_and_refilled_afterwards(
+    overflow: StoreBackend, tmp_path: Any
+) -> None:
+    async with make_supervisor(overflow=overflow.fast_url(tmp_path)) as supervisor:
         with overload(supervisor, task_types="work"):
             ticket = await supervisor.submit(Task("work", "later"))
             assert (ticket.verdict, ticket.limited_by) == (Verdict.SPILLED, "pool:work")

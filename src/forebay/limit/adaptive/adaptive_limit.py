@@ -70,7 +70,7 @@ class AdaptiveLimit(Limit):
 
     @property
     def epoch(self) -> int:
-        """Return the epoch: it changes when the limit falls, so that earlier grants say nothing about the limit."""
+        """The epoch: it changes when the limit falls, so that earlier grants say nothing about the limit."""
         return self._epoch
 
     def limit(self, now: float) -> int:

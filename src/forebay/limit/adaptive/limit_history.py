@@ -1,4 +1,4 @@
-"""The limits that held, and the one that did not."""
+"""The history of the adaptive limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _STALE_AFTER: Final = 600.0  # seconds after which a limit that held counts no m
 
 
 class LimitHistory:
-    """What the adaptive limit remembers of its earlier levels.
+    """The memory of the adaptive limit: the levels that held, and the one that did not.
 
     Attributes:
         best: the highest limit that got through a round without a refusal, to which the limit returns after trouble;
@@ -26,12 +26,12 @@ class LimitHistory:
 
     @property
     def known(self) -> bool:
-        """Return whether there is a limit to return to."""
+        """True if there is a limit to return to."""
         return self.best < math.inf
 
     @property
     def safe(self) -> float:
-        """Return the highest limit that needs no probing."""
+        """The highest limit that needs no probing."""
         return min(self.best, self.ceiling)
 
     def is_proven(self, level: float) -> bool:

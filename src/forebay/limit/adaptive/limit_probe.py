@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 _FIRST_WAIT: Final = 4.0  # seconds after a refusal until the next probe
-_MAX_WAIT: Final = (
-    30.0  # seconds; a refused probe doubles the wait up to this, or to half of it far below the best limit
-)
+_MAX_WAIT: Final = 30.0  # seconds; a refused probe doubles the wait up to this, or half of it far below the best limit
 _SLOW_WAIT: Final = 60.0  # seconds more while calls are a little slow; bounded, since the expectation may be wrong
 _FAST_WAIT: Final = 2.0  # seconds until the first probe after a sudden fall, which may have been a passing fault
 _FIRST_STEP: Final = 1 / 8  # of the limit
 
 
 class LimitProbe:
-    """When the limit may rise above the best one, and by how much per round.
+    """The schedule of probes: when the limit may rise above the best one, and by how much per round.
 
     Attributes:
         active: whether the limit is above the best one.

@@ -32,7 +32,7 @@ class ExperimentStage(Enum):
 
 
 class ExperimentResult(Enum):
-    """What the limit has to do; each but the last begins a new epoch."""
+    """The step that the limit has to take; each but the last begins a new epoch."""
 
     STOP_GROWTH = "stop_growth"  # calls are slow: do not grow for now
     LOWER = "lower"  # go down to `SlowdownExperiment.target_limit`
@@ -119,7 +119,7 @@ class SlowdownExperiment:
 
     @property
     def calls_are_fast(self) -> bool:
-        """Return whether calls are not slow, as far as is known."""
+        """True if calls are not slow, as far as is known."""
         return not self._samples or self._samples.median() <= _FAST * self._norm
 
     def observe(

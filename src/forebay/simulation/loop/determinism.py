@@ -50,6 +50,9 @@ class NumberedFuture(asyncio.Future[T]):
         return self.number
 
 
+NumberedFuture.__name__ = "Future"
+
+
 class OrderedWeakSet(weakref.WeakKeyDictionary[T, None]):
     """A weak set that iterates in insertion order."""
 
@@ -60,9 +63,6 @@ class OrderedWeakSet(weakref.WeakKeyDictionary[T, None]):
     def discard(self, item: T) -> None:
         """Remove `item` if it is present."""
         self.pop(item, None)
-
-
-NumberedFuture.__name__ = "Future"
 
 
 @contextlib.contextmanager

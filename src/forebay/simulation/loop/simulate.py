@@ -1,4 +1,4 @@
-"""Running coroutines on a virtual loop, and ending it cleanly."""
+"""Run coroutines on a virtual loop, and end it cleanly."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Simulation:
             UnhandledErrors: there are such errors.
         """
         gc.collect(1 if self.loop.steps < _LONG_RUN else 2)  # asyncio reports an unhandled error on collection
-        self.loop._report_unretrieved()  # noqa: SLF001 - the loop is made and owned here
+        self.loop.report_unretrieved()
         if self.loop.errors:
             errors = tuple(self.loop.errors)
             self.loop.errors.clear()

@@ -250,8 +250,8 @@ class VirtualLoop(NoIOLoop):
         )
         super().call_exception_handler(context)
 
-    def _report_unretrieved(self) -> None:
-        """Report failed tasks whose exception was never retrieved.
+    def report_unretrieved(self) -> None:
+        """Pass failed tasks whose exception was never retrieved to the exception handler, each of them once.
 
         asyncio reports such a task when it is garbage collected: too late, if a reference to it outlives the run.
         """

@@ -37,6 +37,8 @@ _JSON: Final = "application/json"
 _MAX_REQUEST_BYTES: Final = 8 << 20
 _SSE: Final = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
+AnswerWriter = wire_messages.OpenAIWriter | wire_messages.AnthropicWriter
+
 
 class ProviderServer:
     """A simulated provider behind HTTP routes. Create it in the event loop that serves it.
@@ -93,9 +95,8 @@ class ProviderServer:
             return _response(outcome)
         with outcome as stream:
             if dialect is Dialect.OPENAI:
-                created, usage = int(clock.wall_time()), body.include_usage
                 writer: AnswerWriter = wire_messages.OpenAIWriter(
-                    stream.call_id, body.model, created, include_usage=usage
+                    stream.call_id, body.model, int(clock.wall_time()), include_usage=body.include_usage
                 )
             else:
                 writer = wire_messages.AnthropicWriter(stream.call_id, body.model)
@@ -141,9 +142,6 @@ class ProviderServer:
         return web.Response(body=b"{}", content_type=_JSON)
 
 
-AnswerWriter = wire_messages.OpenAIWriter | wire_messages.AnthropicWriter
-
-
 async def _set_date(_request: web.Request, response: web.StreamResponse) -> None:
     """Set the Date header from the clock that the resets are computed from, which may be virtual."""
     response.headers["date"] = email.utils.formatdate(clock.wall_time(), usegmt=True)
@@ -159,7 +157,7 @@ async def _send_whole(
     async for event in stream:
         if isinstance(event, CallCompleted):
             usage = event.usage.input_tokens, event.usage.output_tokens
-            body = writer.response(usage, writer.finish_reason(stopped=call.stops))
+            body = writer.response(usage, stopped=call.stops)
             return web.Response(body=body, headers=stream.headers, content_type=_JSON)
         if isinstance(event, CallCut):
             if event.reported:
@@ -185,7 +183,7 @@ async def _send_events(
                 sent += tokens
             case CallCompleted(usage=usage):
                 totals = usage.input_tokens, usage.output_tokens
-                await response.write(writer.stream_end(totals, writer.finish_reason(stopped=call.stops)))
+                await response.write(writer.stream_end(totals, stopped=call.stops))
                 await response.write_eof()
             case CallCut(reported=True):
                 dialect = call.dialect or Dialect.OPENAI

@@ -52,6 +52,12 @@ class Unit(enum.StrEnum):
     OUTPUT_TOKENS = "output_tokens"
 
 
+UNITS_BY_NAME: Final[Mapping[str, Unit]] = MappingProxyType(
+    {"rpm": Unit.REQUESTS, "tpm": Unit.TOKENS, "itpm": Unit.INPUT_TOKENS, "otpm": Unit.OUTPUT_TOKENS}
+)
+"""Units of the rate limits a minute, by their usual short names."""
+
+
 class BusyReason(enum.StrEnum):
     """The reason that a provider gives when too many calls are in flight."""
 
@@ -266,7 +272,7 @@ class ProviderConfig:
             tpm: tokens a minute; None: no limit.
             **rest: other fields.
         """
-        return cls(dialect=Dialect.OPENAI, rate_limits=_per_minute(requests=rpm, tokens=tpm), **rest)
+        return cls(dialect=Dialect.OPENAI, rate_limits=limits_per_minute(rpm=rpm, tpm=tpm), **rest)
 
     @classmethod
     def anthropic(
@@ -280,15 +286,15 @@ class ProviderConfig:
             otpm: output tokens a minute; None: no limit.
             **rest: other fields.
         """
-        limits = _per_minute(requests=rpm, input_tokens=itpm, output_tokens=otpm)
+        limits = limits_per_minute(rpm=rpm, itpm=itpm, otpm=otpm)
         return cls(dialect=Dialect.ANTHROPIC, rate_limits=limits, **rest)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Read a configuration from a JSON object with the names of its fields; an unknown name is an error.
 
-        Raises: InvalidProviderConfig: the text is not JSON, or it has an unknown name, a wrong type or a value out of
-            range.
+        Raises:
+            InvalidProviderConfig: the text is not JSON, or has an unknown name, a wrong type or a value out of range.
         """
         try:
             raw = msgspec.json.decode(text)
@@ -307,8 +313,9 @@ class ProviderConfig:
         return msgspec.json.encode(self)
 
 
-def _per_minute(**amounts: int | None) -> tuple[SimulatedRateLimit, ...]:
-    return tuple(SimulatedRateLimit(unit=Unit(unit), amount=n) for unit, n in amounts.items() if n is not None)
+def limits_per_minute(**amounts: int | None) -> tuple[SimulatedRateLimit, ...]:
+    """Return rate limits a minute by the short names of their units, as in ``rpm=500``; None is no limit."""
+    return tuple(SimulatedRateLimit(unit=UNITS_BY_NAME[name], amount=n) for name, n in amounts.items() if n is not None)
 
 
 def _unknown_names(raw: Any, known: Any) -> list[str]:

@@ -36,7 +36,7 @@ EPOCH: Final = 1_767_225_600.0
 
 @dataclass(slots=True, eq=False)
 class _CallInFlight:
-    """One call in flight."""
+    """A call in flight: its price, its speed and its progress."""
 
     call_id: int
     call: SimulatedCall
@@ -178,7 +178,7 @@ class ProviderModel:
         self._now = now
 
     def _enter_phase(self, phase: CapacityPhase) -> None:
-        """Change the capacity."""
+        """Change the capacity, and cut the calls in flight if the phase begins with a restart."""
         self._now = phase.at
         self._sharing.slots, self._sharing.speed = phase.slots, phase.speed
         if phase.cut:

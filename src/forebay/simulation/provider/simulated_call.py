@@ -11,7 +11,7 @@ from forebay.simulation.provider.provider_config import Dialect
 
 
 class InvalidSimulatedCall(ForebayError, ValueError):
-    """A call has 0 tokens or more, and max_tokens of 1 or more; got {input_tokens}, {output_tokens}, {max_tokens}."""
+    """Tokens must be >= 0, max_tokens >= 1; got {input_tokens} input, {output_tokens} output, {max_tokens} at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,9 @@ class SimulatedCall:
 
     def __post_init__(self) -> None:
         if min(self.input_tokens, self.output_tokens) < 0 or (self.max_tokens is not None and self.max_tokens < 1):
-            facts = {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens}
-            raise InvalidSimulatedCall(**facts, max_tokens=self.max_tokens)
+            raise InvalidSimulatedCall(
+                input_tokens=self.input_tokens, output_tokens=self.output_tokens, max_tokens=self.max_tokens
+            )
 
     @property
     def stops(self) -> bool:

@@ -20,7 +20,7 @@ _WORDS: Final = [
     *("shore", "cloud", "rain", "delta", "bank", "reed", "current", "pool", "weir", "source", "mill", "rapid"),
     *("heron", "silt", "estuary", "tide", "canal", "harbour", "lock", "basin", "brook"),
 ]
-_TEXT_WORDS: Final = 4096
+_TEXT_WORDS: Final = 4096  # after which the text repeats
 
 
 def _filler() -> tuple[str, list[int]]:
@@ -122,6 +122,9 @@ def model_list(names: list[str]) -> bytes:
 # --- answers of OpenAI ----------------------------------------------------------------------------------------------
 
 
+_OPENAI_REASONS: Final = {True: "stop", False: "length"}  # finish reasons, by whether the answer stopped by itself
+
+
 class OpenAIWriter:
     """The writer of one chat completion, whole or as server-sent events."""
 
@@ -129,8 +132,9 @@ class OpenAIWriter:
         self._base = {"id": f"chatcmpl-{call_id:029d}", "created": created, "model": model}
         self._include_usage = include_usage
 
-    def response(self, usage: tuple[int, int], reason: str) -> bytes:
-        """Return the whole answer; `usage` is input and output tokens, `reason` the finish reason."""
+    def response(self, usage: tuple[int, int], *, stopped: bool) -> bytes:
+        """Return the whole answer; `usage` is input and output tokens. It `stopped` by itself, or reached its bound."""
+        reason = _OPENAI_REASONS[stopped]
         message: Body = {"role": "assistant", "content": answer_text(0, usage[1]), "refusal": None, "annotations": []}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
         body = self._base | {"object": "chat.completion", "choices": [choice], "usage": self._usage(usage)}
@@ -144,9 +148,9 @@ class OpenAIWriter:
         """Return the event with `tokens` tokens, starting with token `first`."""
         return self._chunk({"content": answer_text(first, tokens)})
 
-    def stream_end(self, usage: tuple[int, int], reason: str) -> bytes:
-        """Return the events after the last token."""
-        events = [self._chunk({}, reason)]
+    def stream_end(self, usage: tuple[int, int], *, stopped: bool) -> bytes:
+        """Return the events after the last token; the arguments are those of `response`."""
+        events = [self._chunk({}, _OPENAI_REASONS[stopped])]
         if self._include_usage:
             usage_chunk = {"object": "chat.completion.chunk", "choices": [], "usage": self._usage(usage)}
             events.append(_data(self._base | usage_chunk))
@@ -155,11 +159,6 @@ class OpenAIWriter:
     def stream_error(self, body: Body) -> bytes:
         """Return the event that reports an error."""
         return _data(body)
-
-    @staticmethod
-    def finish_reason(*, stopped: bool) -> str:
-        """Return the finish reason: the answer `stopped` by itself, or reached its bound."""
-        return "stop" if stopped else "length"
 
     def _chunk(self, delta: Body, reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -187,15 +186,19 @@ def _data(body: Body) -> bytes:
 # --- answers of Anthropic -------------------------------------------------------------------------------------------
 
 
+_ANTHROPIC_REASONS: Final = {True: "end_turn", False: "max_tokens"}  # as above
+
+
 class AnthropicWriter:
     """The writer of one message, whole or as server-sent events."""
 
     def __init__(self, call_id: int, model: str) -> None:
         self._base = {"id": f"msg_{call_id:024d}", "type": "message", "role": "assistant", "model": model}
 
-    def response(self, usage: tuple[int, int], reason: str) -> bytes:
-        """Return the whole answer; `usage` is input and output tokens, `reason` the finish reason."""
+    def response(self, usage: tuple[int, int], *, stopped: bool) -> bytes:
+        """Return the whole answer; `usage` is input and output tokens. It `stopped` by itself, or reached its bound."""
         content = [{"type": "text", "text": answer_text(0, usage[1])}]
+        reason = _ANTHROPIC_REASONS[stopped]
         ending = {"content": content, "stop_reason": reason, "stop_sequence": None, "usage": self._usage(usage)}
         return msgspec.json.encode(self._base | ending)
 
@@ -216,9 +219,9 @@ class AnthropicWriter:
         delta = {"type": "text_delta", "text": answer_text(first, tokens)}
         return _event({"type": "content_block_delta", "index": 0, "delta": delta})
 
-    def stream_end(self, usage: tuple[int, int], reason: str) -> bytes:
-        """Return the events after the last token."""
-        delta = {"stop_reason": reason, "stop_sequence": None}
+    def stream_end(self, usage: tuple[int, int], *, stopped: bool) -> bytes:
+        """Return the events after the last token; the arguments are those of `response`."""
+        delta = {"stop_reason": _ANTHROPIC_REASONS[stopped], "stop_sequence": None}
         ending = {"type": "message_delta", "delta": delta, "usage": {"output_tokens": usage[1]}}
         stop = _event({"type": "content_block_stop", "index": 0})
         return stop + _event(ending) + _event({"type": "message_stop"})
@@ -226,11 +229,6 @@ class AnthropicWriter:
     def stream_error(self, body: Body) -> bytes:
         """Return the event that reports an error."""
         return _event(body)
-
-    @staticmethod
-    def finish_reason(*, stopped: bool) -> str:
-        """Return the finish reason: the answer `stopped` by itself, or reached its bound."""
-        return "end_turn" if stopped else "max_tokens"
 
     @staticmethod
     def _usage(usage: tuple[int, int]) -> Body:

@@ -1,9 +1,9 @@
-"""How runs end: by their handler, or before their handler has (a zombie); and what that means for their worker."""
+"""The end of a run: when its handler ends, or before that (a zombie); and what it means for the worker's breaker."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._text import format_duration
@@ -32,16 +32,16 @@ class CompletionDispatcher(Protocol):
     """The dispatcher, as far as the end of a run needs it."""
 
     def finish(self, ticket: Ticket, result: TaskResult) -> None:
-        """Give a ticket its result; if it is stored, once the store has it."""
+        """Give a ticket its result; if the task is stored, only once the store has the result."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
-        """Return whether a task is stored so that the next process finds it."""
+        """Return whether a task is stored where the next process finds it."""
 
     def requeue(self, ticket: Ticket) -> None:
         """Leave a stored task to the next process."""
 
     def next_in_conversation(self, ticket: Ticket) -> None:
-        """Let the next task of its thread have its turn."""
+        """Start or queue the next task of the conversation."""
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
@@ -53,17 +53,17 @@ class CompletionDispatcher(Protocol):
         """Count the slots that `worker` has now, and dispatch to it."""
 
 
-class ExpectedCalls(Protocol):
-    """The start gate, as far as the end of a run needs it."""
-
-    def run_ended(self, run: Run) -> None:
-        """Stop expecting calls of a run."""
-
-
 class RunCompletion:
     """The ways in which a run ends.
 
     Each gives the ticket its result exactly once, and returns the slot once the handler has ended.
+
+    Args:
+        core: the objects that the parts of the supervisor share.
+        dispatcher: the dispatcher.
+        runs: the runs in progress.
+        on_run_end: called with a run that ends with calls still expected of it.
+        zombie_grace: seconds that a handler has to stop before it is a zombie.
 
     Attributes:
         zombies: how many handlers have outlived their timeout or cancellation, and the grace after it.
@@ -76,7 +76,7 @@ class RunCompletion:
         dispatcher: CompletionDispatcher,
         *,
         runs: ActiveRuns,
-        expected_calls: ExpectedCalls,
+        on_run_end: Callable[[Run], None],
         zombie_grace: float,
     ) -> None:
         self._dispatcher = dispatcher
@@ -87,8 +87,8 @@ class RunCompletion:
         self._pools: Mapping[str, Pool] = core.pools.by_type
         self._pools_of: Mapping[WorkerAgent, list[Pool]] = core.pools.by_worker
         self._runs = runs
-        self._expected_calls = expected_calls
-        self._grace = zombie_grace  # seconds
+        self._on_run_end = on_run_end
+        self._grace = zombie_grace
         self.zombies = 0
         self.timed_workers: dict[WorkerAgent, Timer] = {}  # the timer may be late, if the run that it is for has ended
         self._breaker_timers: dict[WorkerAgent, Timer] = {}  # when time alone changes a breaker
@@ -107,8 +107,8 @@ class RunCompletion:
     def arm_timeout(self, run: Run) -> None:
         """Set the timer that ends `run` when its time is up.
 
-        Runs that may take as long as their worker says end in the order in which they started. So one timer a worker is
-        enough for them, and none has to be cancelled.
+        Runs with the worker's timeout end in the order in which they started, so one timer a worker is enough for them,
+        and none has to be cancelled.
         """
         worker, timers = run.worker, self._timers
         if run.task.timeout is not None or run.deadline is not None:
@@ -147,7 +147,7 @@ class RunCompletion:
             run.stop()
 
     def _detach(self, run: Run, outcome: Outcome) -> None:
-        """Make sure that nothing which the handler still does matters to the ticket."""
+        """Abandon the run: whatever its handler still does no longer changes the ticket."""
         now = self._loop.time()
         run.mark_abandoned(now)
         self._timers.cancel(run.clear_timer())
@@ -165,9 +165,9 @@ class RunCompletion:
             name,
         )
         self._registry.emit(run.ticket, ZombieFound(at=self._loop.time(), task_id=task_id, worker_id=name))
-        if sum(other.zombie for other in self._runs.on(worker)) >= worker.max_concurrent and self.trip_breaker(
-            worker, "every slot is held by a handler that does not stop"
-        ):
+        every_slot = sum(other.zombie for other in self._runs.on(worker)) >= worker.max_concurrent
+        if every_slot and worker.breaker.trip(self._loop.time()) is not None:
+            self.update_breaker(worker, "every slot is held by a handler that does not stop")
             worker.mark_stuck()
 
     # --- when the handler has ended ---
@@ -182,13 +182,13 @@ class RunCompletion:
         if run.timer is not None:
             self._timers.cancel(run.clear_timer())
         if run.expected_sources:
-            self._expected_calls.run_ended(run)
+            self._on_run_end(run)
         if worker.handler.on_end is not None:
             worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
-        if ticket.run is run:  # otherwise it was started again while an earlier handler had not stopped
+        if ticket.run is run:  # otherwise the task was started again before this handler had stopped
             ticket.end_run()
         if success:
             self._succeeded(run, value, now, seconds, pool)
@@ -229,16 +229,17 @@ class RunCompletion:
         worker = run.worker
         worker.remove_zombie()
         if run.zombie:
-            self._revive_if_stuck(worker)
-            task_id, now = run.task.task_id, self._loop.time()
-            event = ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after)
-            self._registry.emit(run.ticket, event)
+            now = self._loop.time()
+            if worker.stuck and worker.breaker.retry_after(now) is not None:  # None: a person is to revive it
+                self.revive(worker)
+            task_id = run.task.task_id
+            self._registry.emit(run.ticket, ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after))
 
     def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
         if run.rejections and not isinstance(cause, Overloaded):
-            cause = next(reversed(run.rejections.values()))  # whatever its framework has made of it
+            cause = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
         if isinstance(cause, StillSpilled) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
             self._dispatcher.requeue(ticket)  # what it waited for is left to the next process, and so is this task
@@ -247,7 +248,7 @@ class RunCompletion:
             status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
-            outcome = Outcome.IGNORED  # rejected or put off further on: that says nothing about this worker
+            outcome = Outcome.IGNORED  # what it called was rejected or put off: that says nothing about this worker
             error = describe_error(cause)
         else:
             error = describe_error(cause)
@@ -260,7 +261,7 @@ class RunCompletion:
     # --- the worker's breaker ---
 
     def _record_outcome(self, run: Run, outcome: Outcome) -> None:
-        """Record in the worker's breaker and in its score how a run went."""
+        """Record the outcome of a run in its worker's breaker and score."""
         worker = run.worker
         now = self._loop.time()
         if outcome is Outcome.FAULT:
@@ -274,18 +275,6 @@ class RunCompletion:
         if worker.can_accept():
             for pool in self._pools_of[worker]:
                 pool.selector.update(worker)
-
-    def trip_breaker(self, worker: WorkerAgent, reason: str) -> bool:
-        """Open the breaker of a worker for a reason other than faults. False: it was open already."""
-        opened = worker.breaker.trip(self._loop.time()) is not None
-        if opened:
-            self.update_breaker(worker, reason)
-        return opened
-
-    def _revive_if_stuck(self, worker: WorkerAgent) -> None:
-        """Revive a worker that was FAILED only because of zombies, unless a person is to revive it."""
-        if worker.stuck and worker.breaker.retry_after(self._loop.time()) is not None:
-            self.revive(worker)
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
@@ -310,24 +299,21 @@ class RunCompletion:
         self._registry.notify_progress()
 
     def arm_breaker_timer(self, worker: WorkerAgent) -> None:
-        """Set the timer for when time alone changes a worker's breaker: it closes to a probe, or a probe is overdue."""
+        """Set the timer for the next change of a worker's breaker by time: it allows a probe, or a probe is overdue."""
         now = self._loop.time()
         self._timers.cancel(self._breaker_timers.pop(worker, None))
         remaining = worker.breaker.retry_after(now)
-        if remaining:  # neither None nor 0; a sum of floats may fall short of it by a hair
-            due = now + remaining + 1e-6
-            self._breaker_timers[worker] = self._timers.at(due, self._breaker_timer_fired, worker)
-
-    def _breaker_timer_fired(self, worker: WorkerAgent) -> None:
-        self.update_breaker(worker, "a probe is overdue")
+        if remaining:  # neither None nor 0
+            due = now + remaining + 1e-6  # a sum of floats may fall a little short
+            self._breaker_timers[worker] = self._timers.at(due, self.update_breaker, worker, "a probe is overdue")
 
 
 def describe_error(cause: BaseException | None) -> str:
-    """Return an exception as ``"ValueError: ..."``; its own ``str`` may fail."""
+    """Return an exception as ``"ValueError: ..."``, even if its ``str`` fails."""
     try:
         text = str(cause)
     except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
         text = "(its message cannot be shown)"
     if isinstance(cause, RemoteError):
-        return text  # its first word is the type
+        return text  # it begins with the type already
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__

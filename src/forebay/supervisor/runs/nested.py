@@ -1,4 +1,4 @@
-"""Nested work lends its slot: a run that awaits a task does not hold the slot that the task may need."""
+"""Slot loans: a run that awaits a task does not hold the slot that the task may need."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def active_runs(running: RunningTask | None, dispatcher: object) -> Iterator[Run
 class SlotLoan:
     """The slots that are lent while one run awaits a task of `dispatcher`.
 
-    The task may need the slot of every run from the one that awaits it up to the last of `dispatcher`, because the
-    chain of work may come down the same way. So each of these runs lends its slot while it awaits a task itself. Work
-    that goes down a tree of supervisors and up again cannot deadlock, and a run that submits a task and works on keeps
-    its slot, whatever that task waits for. A run may await several tasks at once (a gather): any of them will do.
+    The task may need the slot of every run from the one that awaits it up to the outermost run of `dispatcher`, because
+    nested tasks may pass through the same workers again. So each of these runs lends its slot while it awaits a task
+    itself. Then work that goes down a tree of supervisors and up again cannot deadlock, and a run that submits a task
+    and works on keeps its slot, whatever that task waits for. A run that awaits several tasks at once (a gather) lends
+    its slot as long as it awaits any of them.
     """
 
     __slots__ = ("_awaiting_run", "_runs")
@@ -34,7 +35,7 @@ class SlotLoan:
     def __init__(self, dispatcher: RunOwner, awaiting: Run) -> None:
         self._awaiting_run = awaiting
         chain = tuple(run_and_ancestors(awaiting))
-        needed = max((place for place, run in enumerate(chain, start=1) if run.dispatcher is dispatcher), default=0)
+        needed = max((count for count, run in enumerate(chain, start=1) if run.dispatcher is dispatcher), default=0)
         self._runs = chain[:needed]
         awaiting.begin_await()
         for run in self._runs:
@@ -47,8 +48,8 @@ class SlotLoan:
     async def reclaim(self) -> None:
         """Wait, ahead of the queue of its worker, until the run that awaited has a slot again.
 
-        The runs above it claim theirs in the same way, but nobody waits for that here: what holds their slot may need
-        the slot of this run. A run that is being cancelled does not wait: it ends without a slot.
+        The runs above it claim their slots too, but this does not wait for them: a task that holds one of these slots
+        may need the slot of this run. A run that is being cancelled does not wait: it ends without a slot.
         """
         awaiting = self._awaiting_run
         awaiting.end_await()
@@ -58,15 +59,10 @@ class SlotLoan:
             if run is not awaiting and run.lacks_slot:
                 run.dispatcher.slot_claims.claim(run)
         if awaiting.lacks_slot:
-            await _reclaim_slot(awaiting)
-
-
-async def _reclaim_slot(run: Run) -> None:
-    claims = run.dispatcher.slot_claims
-    granted = claims.claim(run)
-    if granted is None:
-        return
-    try:
-        await granted
-    finally:
-        claims.withdraw(run, granted)
+            claims = awaiting.dispatcher.slot_claims
+            granted = claims.claim(awaiting)
+            if granted is not None:
+                try:
+                    await granted
+                finally:
+                    claims.withdraw(awaiting, granted)

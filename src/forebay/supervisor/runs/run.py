@@ -27,7 +27,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class StopIterationCarrier(BaseException):
-    """Carries a handler's StopIteration out of a coroutine, which would take one for its own end."""
+    """Carries a handler's StopIteration out of a coroutine, where raising it would mean the end of the coroutine."""
 
     def __init__(self, cause: StopIteration) -> None:
         self.cause = cause
@@ -81,11 +81,11 @@ class RunOwner(Protocol):
         """Return the slot of a run, and start what comes next."""
 
     def source_used(self, run: Run, source: LoadSource) -> None:
-        """Take note that the run is the first of its worker to call `source`."""
+        """Record that the run is the first of its worker to call `source`."""
 
 
 class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
-    """A task in progress on a worker. The task's own calls see it as the running task."""
+    """One attempt at a task, in progress on a worker. It is the running task in the context of its handler."""
 
     dispatcher: RunOwner
     ticket: Ticket
@@ -109,7 +109,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
 
-    # --- what its calls and its listeners see ---
+    # --- as the running task ---
 
     @property
     def attempt(self) -> int:
@@ -152,10 +152,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
             self.dispatcher.core.registry.emit(self.ticket, event)
 
-    # --- calls that are expected of it ---
+    # --- expected calls ---
 
     def expect_calls(self, sources: Mapping[LoadSource, None]) -> None:
-        """Expect a first call of each of these sources."""
+        """Expect a first call of each of `sources`."""
         self.expected_sources = dict(sources)
         for source in sources:
             source.add_expected_calls(1)
@@ -176,7 +176,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def is_probe(self) -> bool:
-        """True for a probe of its worker's half-open breaker that has not been abandoned."""
+        """True if it is a probe of its worker's half-open breaker and has not been abandoned."""
         worker = self.worker
         return worker.probing and self.breaker_phase == worker.breaker_phase and self.abandoned_at is None
 
@@ -187,15 +187,15 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     @property
     def lacks_slot(self) -> bool:
-        """True if it goes on without a slot: it lent its own, and waits for nothing any more."""
+        """True if it lent its slot, and would now go on without one."""
         return not (self.holds_slot or self.lends_slot or self.ended)
 
     def take_slot(self) -> None:
-        """Take a slot of its worker again."""
+        """Record that it has a slot of its worker again."""
         self.holds_slot = True
 
     def give_slot(self) -> None:
-        """Give its slot away while it awaits a task."""
+        """Record that it has lent its slot."""
         self.holds_slot = False
 
     def begin_await(self) -> None:
@@ -217,7 +217,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     # --- its handler ---
 
     def attach(self, runner: HandlerRunner) -> None:
-        """Remember what steps its handler."""
+        """Remember the runner that steps its handler."""
         self.runner = runner
 
     def is_handled_in(self, aio: asyncio.Task[Any] | None) -> bool:
@@ -242,9 +242,9 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return await value if inspect.isawaitable(value) else value
 
     def stop(self) -> None:
-        """Ask the handler, or the body of the slot, to stop. It may not: then it is a zombie until it does.
+        """Ask the handler, or the body of the slot, to stop. If it does not, it is a zombie until it does.
 
-        A thread cannot be stopped. Cancelling what waits for it would only hide it.
+        A thread cannot be stopped, and cancelling the coroutine that waits for it would only hide it.
         """
         if self.ticket.slot is not None:
             self.ticket.slot.stop()
@@ -255,7 +255,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
                 asked = on_cancel(self.task)
                 if inspect.isawaitable(asked):
                     self.dispatcher.core.run_in_background(asked)
-            except Exception:  # noqa: BLE001 - it is the user's, and the run must be stopped all the same
+            except Exception:  # noqa: BLE001 - user code; the run must be stopped whatever it raises
                 log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
         if self.runner is not None and not self.in_thread:
             self.runner.stop(self)
@@ -263,16 +263,16 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     # --- its time ---
 
     def restart_clock(self, now: float) -> None:
-        """Count its time from `now`: its start has been recorded, and its handler starts only now."""
+        """Count its time from `now`: its handler starts only now that the start is recorded."""
         self.started_at = now
 
     def ends_at(self) -> float:
-        """Return the loop time at which it is ended: its timeout, or its deadline if that comes first."""
+        """Return the loop time of its timeout or its deadline, whichever comes first."""
         timeout = self.started_at + (self.task.timeout or self.worker.timeout)
         return timeout if self.deadline is None else min(timeout, self.started_at + self.deadline.remaining())
 
     def set_timer(self, timer: Timer) -> None:
-        """Keep a timer of its own: of its end or, once it is abandoned, of its grace."""
+        """Keep a timer of its own: for its end or, once it is abandoned, for its grace."""
         self.timer = timer
 
     def clear_timer(self) -> Timer | None:
@@ -304,18 +304,18 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         self.dispatcher.completion.handler_ended(self, value, cause)
 
     def mark_abandoned(self, now: float) -> None:
-        """Remember that nothing which its handler still does matters to the ticket."""
+        """Record that its ticket no longer depends on its handler, which has been asked to stop."""
         if self.holds_slot and self.is_probe:
             self.worker.abandon_probe()
         self.abandoned_at = now
         self.worker.add_zombie()
 
     def mark_zombie(self) -> None:
-        """Remember that its handler has not stopped within the grace."""
+        """Record that its handler has not stopped within the grace."""
         self.zombie = True
 
     def end(self) -> bool:
-        """Remember that its handler has really ended; return whether it held a slot, which the caller now returns."""
+        """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
         self.ended = True
         held, self.holds_slot = self.holds_slot, False
         return held
@@ -343,7 +343,7 @@ class ActiveRuns:
         self._by_worker[run.worker][run] = None
 
     def move_to_end(self, run: Run) -> None:
-        """Make it the latest of its worker, because its handler starts only now."""
+        """Make it the latest run of its worker, because its handler starts only now."""
         runs = self._by_worker[run.worker]
         runs[run] = runs.pop(run)
 
@@ -361,7 +361,7 @@ class ActiveRuns:
 
 
 class SlotClaims:
-    """The runs that lent their slot and wait to have it back, by worker, in the order in which they asked."""
+    """The runs that lent their slot and wait to have it back, by worker, in the order of their claims."""
 
     def __init__(self) -> None:
         self._claims: dict[WorkerAgent, deque[tuple[Run, asyncio.Future[None]]]] = {}
@@ -370,8 +370,8 @@ class SlotClaims:
         """Take a slot for `run` if one is free.
 
         Returns:
-            Otherwise a future that is done when it has one, or None if it need not wait: a run that is being cancelled
-            ends without a slot.
+            None if `run` need not wait: it has a slot, or is being cancelled and ends without one. Otherwise a future
+            that is done when it has a slot.
         """
         worker = run.worker
         if worker.has_free_slot() and not worker.pending_claims:
@@ -389,7 +389,7 @@ class SlotClaims:
         self._remove(run.worker, [claim for claim in self._claims.get(run.worker, ()) if claim == (run, granted)])
 
     def grant(self, worker: WorkerAgent) -> None:
-        """Give the free slots of `worker` to the runs that claim them, in order."""
+        """Give the free slots of `worker` to the runs that claim them, the oldest claim first."""
         while worker.pending_claims and worker.has_free_slot():
             run, _ = self._claims[worker][0]
             if run.lacks_slot:

@@ -1,9 +1,9 @@
-"""Runners: asyncio tasks that are kept, and run one handler after another, each in a context of its own.
+"""Runners: asyncio tasks that are reused to run one handler after another, each in a context of its own.
 
-To create an asyncio task, to have it called back and to dispose of it costs more than everything else that a supervised
-task needs. So the asyncio task that ran the last handler of a slot runs the next one too: it steps the handler by hand
-within a fresh context. Handlers see an ordinary ``asyncio.current_task()``. A task that anybody else still knows of, by
-a reference, a weak reference or a callback, or that was ever cancelled, is not used again.
+Creating an asyncio task, calling it back and disposing of it costs more than everything else that a supervised task
+needs. So the asyncio task that ran the last handler of a slot runs the next one too: it steps the handler by hand in a
+fresh context. Handlers see an ordinary ``asyncio.current_task()``. An asyncio task is not reused if it was ever
+cancelled, or if other code still holds a reference, a weak reference or a callback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OnEnd = Callable[[Run, Any, BaseException | None], None]
 
 
 class RunnerPool:
-    """The runners of a dispatcher. Their contexts are copies of the one in which the pool was made.
+    """The runners of a dispatcher. Handlers run in copies of the context in which the pool was made.
 
     Args:
         loop: the event loop of the runners.
@@ -76,7 +76,7 @@ class Runner:
         self.aio = pool.loop.create_task(self._main(), context=pool.base_context.copy())
 
     def wake(self) -> None:
-        """Wake it: it has something to do, or may end."""
+        """Wake it, because it has a handler to run or may end."""
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
@@ -100,11 +100,11 @@ class Runner:
 
     @types.coroutine
     def _work(self) -> Generator[Any, None, None]:
-        """Run one handler after another, until there is a reason to leave the next one to a new task."""
+        """Run one handler after another, until this asyncio task cannot be reused."""
         pool, in_a_row = self._pool, 0
         loop, on_end = pool.loop, pool.on_end
         if self.aio is None:
-            yield  # an eager task factory starts this before the task is known
+            yield  # an eager task factory starts this before `create_task` has returned
         aio: Any = self.aio
         references = _reference_count(aio) if isinstance(aio, asyncio.Task) else -1  # unknown for another kind of task
         while (run := self.next_run) is not None:
@@ -124,7 +124,7 @@ class Runner:
                 pool.reusable = self
             try:
                 on_end(run, value, cause)
-            except Exception:  # noqa: BLE001 - the runner has others to run
+            except Exception:  # noqa: BLE001 - the runner goes on with other handlers
                 log.exception("the end of task %r could not be processed", run.task.task_id)
             pool.reusable = run = value = cause = None
             if not reusable:
@@ -156,7 +156,7 @@ def _step(run: Run, own: Context) -> Generator[Any, None, tuple[Any, BaseExcepti
             except GeneratorExit:
                 loop_gone = True
                 raise
-            except BaseException as exc:  # noqa: BLE001 - for the handler to catch
+            except BaseException as exc:  # noqa: BLE001 - thrown into the handler below
                 thrown = exc
             awaited = own.run(coroutine.send, None) if thrown is None else own.run(coroutine.throw, thrown)
     except StopIteration as end:
@@ -175,7 +175,7 @@ def _reference_count(aio: asyncio.Task[None]) -> int:
 
 
 def _start_handler(run: Run) -> tuple[Coroutine[Any, Any, Any], Any]:
-    """Call the handler in the context that is its own, and take its first step.
+    """Call the handler, in its own context, and take its first step.
 
     Raises:
         StopIteration: it has ended, with this value.

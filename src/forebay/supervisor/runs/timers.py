@@ -9,9 +9,9 @@ from typing import TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
 
-# [due, order, callback, arguments]: a list, so that cancelling is one assignment and the heap finds out later
+# [due, order, callback, arguments]: a list, so that cancelling is one assignment; the heap drops the timer later
 _CALLBACK, _ARGUMENTS = 2, 3
-_MAX_LATENESS = 0.1  # seconds; if a timer fires later than that, something has blocked the loop
+_MAX_LATENESS = 0.1  # seconds; a timer that fires later than that shows that the loop was blocked
 _MIN_CANCELLED = 64  # fewer cancelled timers than that are not worth a sweep
 
 
@@ -24,8 +24,8 @@ class Timer(list):  # type: ignore[type-arg]
 class Timers:
     """Callbacks at a loop time, in seconds.
 
-    Timers that fell due while something blocked the loop give it one turn before they fire: what they are about to
-    cancel may be ready to finish.
+    Timers that fell due while the loop was blocked fire one turn later, because the work that they are about to cancel
+    may be ready to finish.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -57,7 +57,7 @@ class Timers:
 
     @property
     def armed(self) -> bool:
-        """True while the loop is asked to call."""
+        """True while the loop has a callback scheduled for the timers."""
         return self._armed is not None
 
     def close(self) -> None:
@@ -94,6 +94,6 @@ class Timers:
                     callback(*timer[_ARGUMENTS])
                 heap = self._heap  # a callback that cancels a timer may have replaced it
         finally:
-            # A callback that set a timer has armed the loop for that one, though others may be due sooner.
+            # A callback may have set a timer and armed the loop for it, though other timers are due sooner.
             if self._heap and (self._armed is None or self._heap[0][0] < self._armed_for):
                 self._arm(self._heap[0][0])

@@ -1,4 +1,4 @@
-"""Dead letters: stored tasks that nobody will try again by itself, for a person to look at."""
+"""Dead letters: stored tasks that will not be tried again until a person requeues them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from forebay.errors import InvalidPayload, InvalidSetting, Overloaded, UnknownTask
+from forebay._validate import check_whole
+from forebay.errors import InvalidPayload, Overloaded, UnknownTask
 from forebay.interfaces import PutResult, RecordState
 from forebay.overflow import decode_task
 from forebay.supervisor.spill import records
@@ -27,7 +28,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         task_id: the task's id; `DeadLetters.task` returns the task itself.
         task_type: the type of the task.
         priority: the priority of the task.
-        key: its idempotency key, or None. The same key remains the same work while the letter is there.
+        key: its idempotency key, or None. While the letter is kept, no other task may use the key.
         deadline: epoch seconds, or None.
         attempts: starts of its handler.
         error: why it died.
@@ -60,14 +61,12 @@ class DeadLetters:
         self._find_spill = spill
 
     async def page(self, *, limit: int = 100, after: DeadLetter | None = None) -> tuple[DeadLetter, ...]:
-        """Return up to `limit` letters; those that follow `after`, the last one of the page before, if it is given.
+        """Return up to `limit` letters, from the oldest on, or those after `after`, the last letter of the page before.
 
         Raises:
             InvalidSetting: `limit` is not a whole number from 1 to 1000.
         """
-        if type(limit) is not int or not 1 <= limit <= _MAX_PAGE:
-            expected = f"a whole number from 1 to {_MAX_PAGE}"
-            raise InvalidSetting(owner="DeadLetters.page", name="limit", value=limit, expected=expected)
+        check_whole("DeadLetters.page", "limit", limit, maximum=_MAX_PAGE)
         spill = self._find_spill()
         if spill is None:
             return ()
@@ -83,7 +82,7 @@ class DeadLetters:
             page = await self.page(after=page[-1])
 
     async def task(self, task_id: str) -> Task:
-        """Return the task of a letter. Its payload is plain data if it does not have the type that is declared now.
+        """Return the task of a letter. If the payload does not fit the type that is declared now, it is plain data.
 
         Raises:
             UnknownTask: there is no letter of that id.
@@ -99,9 +98,9 @@ class DeadLetters:
             return decode_task(found[1].envelope)
 
     async def requeue(self, task_id: str) -> None:
-        """Put the task of a letter back into the overflow, at its old place and with all its attempts.
+        """Put the task of a letter back into the overflow, in its old order and with no attempts counted.
 
-        Its tickets have ended; ``supervisor.ticket(task_id)`` returns a new one. A task whose deadline has passed
+        Its old tickets have ended; ``supervisor.ticket(task_id)`` returns a new one. A task whose deadline has passed
         expires.
 
         Raises:

@@ -13,7 +13,7 @@ from forebay.interfaces import Lease, TaskStore
 
 
 class _HeldLease:
-    """A lease and its end, in one object, because the heartbeat's thread writes what the loop reads."""
+    """A lease and its end, in one object because the heartbeat's thread writes the end and the loop reads it."""
 
     __slots__ = ("lease", "until")
 
@@ -57,13 +57,13 @@ class HeldLeases:
         return leases
 
     def renew(self, store: TaskStore, *, until: float) -> None:
-        """Make all of them last until `until`, in epoch seconds. Blocks; callable from any thread."""
+        """Extend every lease to `until`, in epoch seconds. It blocks, and may be called from any thread."""
         held = list(self._held.values())
         lost = {lease.fence for lease in store.renew([each.lease for each in held], until=until)}
         for each in held:
             if each.lease.fence not in lost:
                 each.extend(until)
-            elif self._held.get(each.lease.record.task_id) is each:  # otherwise it was given back meanwhile
+            elif self._held.get(each.lease.record.task_id) is each:  # otherwise it was dropped meanwhile
                 each.lose()
                 task_id = each.lease.record.task_id
                 log.warning("the lease on task %r was lost: the result of its handler will not be stored", task_id)
@@ -72,7 +72,7 @@ class HeldLeases:
 class Heartbeat:
     """Calls `beat` every `interval` seconds in a thread of its own, and then `after_beat` in the loop.
 
-    A handler that blocks the loop delays `after_beat`, but no beat. In virtual time, beats are jobs of the loop.
+    A handler that blocks the loop delays `after_beat`, but no beat. In virtual time, the loop itself schedules beats.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Lookup of tasks that this process has no ticket of, by id or by idempotency key, in the task store."""
+"""Lookup in the task store, by id or idempotency key, of tasks without a ticket in this process."""
 
 from __future__ import annotations
 

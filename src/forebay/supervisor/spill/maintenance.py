@@ -1,4 +1,4 @@
-"""Maintenance of a task store that is shared with other processes: leases, counts, and what others finished."""
+"""Maintenance of a task store that other processes share: lapsed leases, counts, and results of other processes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MAX_LOOKUPS = 1000  # tickets at a time
 
 
 class StoreMaintenance:
-    """The chores of a shared store, three times in the duration of a lease.
+    """The regular work on a shared store, done three times in the duration of a lease.
 
     Args:
-        core: what the parts of the supervisor share.
+        core: the objects that the parts of the supervisor share.
         stored: the tasks with a record in the store.
-        refiller: what counts the records that wait.
+        refiller: counts the records that wait, and takes them in.
         lease: seconds that a lease lasts unless renewed.
         max_attempts: starts of a handler, over lost leases, after which a task is dead.
     """
@@ -63,7 +63,7 @@ class StoreMaintenance:
         self._stored.leases.renew(self._stored.store, until=clock.wall_time() + self._lease)
 
     def _on_heartbeat(self) -> None:
-        if not self._running:  # otherwise it takes longer than a third of a lease, and the next beat will do
+        if not self._running:  # otherwise the last one takes longer than a third of a lease: leave it to the next beat
             self._running = True
             self._core.run_in_background(self._maintain())
 
@@ -75,7 +75,7 @@ class StoreMaintenance:
             await self._check_tasks_elsewhere()
             await self._stored.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
         except StoreUnavailable:
-            if not self._stopped:  # otherwise the store was closed in the middle of this
+            if not self._stopped:  # otherwise the store was closed meanwhile
                 raise
         finally:
             self._running = False
@@ -88,11 +88,11 @@ class StoreMaintenance:
             self._stored.report_dead(dead.record, dead.completion)
 
     async def _check_tasks_elsewhere(self) -> None:
-        """Look up tasks that others may have run: those that lost their lease here, and those that are awaited."""
+        """Look up tasks that other processes may have run: those whose lease was lost here, and those observed here."""
         elsewhere = self._stored.leased_elsewhere
         spilled = (ticket for ticket in self._core.registry.live.values() if ticket.status is TaskStatus.SPILLED)
-        awaited = (ticket for ticket in spilled if ticket.has_waiters or ticket.listeners is not None)
-        for ticket in [*elsewhere.values(), *itertools.islice(awaited, _MAX_LOOKUPS)]:
+        observed = (ticket for ticket in spilled if ticket.is_observed)
+        for ticket in [*elsewhere.values(), *itertools.islice(observed, _MAX_LOOKUPS)]:
             found = await self._stored.store.find(ticket.task_id)
             if found is None or found[2] is not None:
                 self._stored.forget_elsewhere(ticket.task_id)

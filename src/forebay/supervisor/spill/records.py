@@ -43,16 +43,16 @@ def task_of_record(record: TaskRecord, codecs: TaskCodecs) -> Task:
 
 
 def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int) -> tuple[TaskResult, Completion]:
-    """Return a result as its ticket gives it, and as it is stored.
+    """Return the result for the ticket and the completion for the store.
 
-    A value that cannot be stored within `bound` bytes is left out of the store, and both say so.
+    A value that cannot be stored within `bound` bytes is left out of the completion, and the error of both says so.
     """
     encoded, error = None, result.error
     if result.success:
         try:
             plain = result.result if codec is None else codec.dump(result.result)
             encoded = encode_result(plain, task_id=result.task_id, bound=bound)
-        except Exception as exc:  # noqa: BLE001 - whatever a codec may raise, the task succeeded
+        except Exception as exc:  # noqa: BLE001 - whatever a codec raises, the task succeeded
             error = f"only the process that ran it has its value, which cannot be stored: {_why_unstorable(exc)}"
             log.warning("task %r succeeded, but %s", result.task_id, error)
             result = msgspec.structs.replace(result, error=error)
@@ -81,13 +81,13 @@ def _why_unstorable(error: Exception) -> str:
 
 
 def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs) -> TaskResult:
-    """Return a stored completion as the result that its ticket gives. A value that is missing is no silent None."""
+    """Return the result of a stored completion. If its value is missing, the cause is ResultUnavailable."""
     status = TaskStatus(stored.status)
     value, error, cause = None, stored.error, None
     if status is TaskStatus.SUCCEEDED:
         try:
             value = _stored_value(record, stored, codecs)
-        except Exception as exc:  # noqa: BLE001 - whatever a codec may raise, the ticket must end
+        except Exception as exc:  # noqa: BLE001 - whatever a codec raises, the ticket must end
             error = stored.error or f"it cannot be read: {_why_unstorable(exc)}"
             cause = ResultUnavailable(task_id=record.task_id, error=error)
     return TaskResult(

@@ -29,28 +29,29 @@ class RefillDispatcher(TicketOwner, Protocol):
     """The dispatcher, as far as refilling needs it."""
 
     def is_waiting(self, ticket: Ticket) -> bool:
-        """Return whether a task waits in the queue, or behind another one of its thread."""
+        """Return whether a task waits in the queue, or behind another one of its conversation."""
 
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
         """Return why it is too late for a task to start, or None if it is not."""
 
     def pick_worker(self, pool: Pool, priority: Priority) -> WorkerAgent | None:
-        """Return the worker on which a task may start now, if no other task waits for it."""
+        """Return the worker on which a task may start now, unless other tasks wait for it."""
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Start a task on `worker`, or queue it."""
 
 
 class Refiller:
-    """Pull, not push: room is reserved first, and then exactly that many records are leased.
+    """Takes stored tasks back into the queue: it reserves room first, and then leases exactly that many records.
 
     A refilled task is not admitted a second time.
 
     Attributes:
-        refilling: the pools for which records are being leased.
+        refilling: the pools for which records are being leased, and those that are paused.
         refilled: how many stored tasks have come back.
-        unreadable: leases on records that this version cannot read, kept from others like it until the end.
-        unserved_depths: how many records wait, by task type and priority, of types that nobody here serves.
+        unreadable: leases on records that a newer version stored, by task id. They are held until the end, so that no
+            process of this version leases the records again.
+        unserved_depths: how many records wait, by task type and priority, of types that no worker here serves.
     """
 
     def __init__(self, core: Core, dispatcher: RefillDispatcher, stored: StoredTasks, *, lease: float) -> None:
@@ -67,20 +68,16 @@ class Refiller:
 
     # --- how much waits in the store ---
 
-    async def read_depths(self) -> None:
-        """Read how many records wait, before any pool is there."""
-        self.unserved_depths = dict(await self._stored.store.depths())
-
     def add_pool(self, pool: Pool) -> None:
         """Count the records of a task type that is served from now on."""
         for priority in Priority:
             pool.set_spilled(priority, self.unserved_depths.pop((pool.task_type, priority), 0))
 
     async def recount(self, pools: Iterable[Pool], *, refilling: Pool | None = None) -> None:
-        """Replace the counts of `pools` by what the store says: other processes put and lease too.
+        """Replace the counts of `pools` and of unserved types by those of the store, which other processes use too.
 
-        A pool that is being refilled is left out, because its leases may be counted in the answer or not; unless it is
-        `refilling`, whose refill calls this.
+        A pool that is being refilled is left out, because the store may or may not have counted its new leases. The
+        exception is `refilling`, whose own refill calls this.
         """
         depths = dict(await self._stored.store.depths())
         for pool in pools:
@@ -113,19 +110,19 @@ class Refiller:
             self._core.run_in_background(self._refill(pool))
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
-        """Bring nothing back into `pools`; return those of them that `resume` has to resume."""
+        """Take nothing back into `pools`; return those of them that `resume` has to resume."""
         paused = set(pools) - self.refilling
         self.refilling |= paused
         return paused
 
     def resume(self, pools: Iterable[Pool]) -> None:
-        """Bring tasks back into `pools` again."""
+        """Take tasks back into `pools` again."""
         for pool in pools:
             self.refilling.discard(pool)
             self.refill(pool)
 
     def _demand(self, pool: Pool) -> tuple[Priority, int] | None:
-        """Return what to lease: one record for each free slot, and as many as drain within two round trips."""
+        """Return what to lease: a record for each free slot, and as many more as start within two round trips."""
         if not any(pool.spilled.values()):
             return None
         rate = pool.service_times.drain_rate(pool.usable_slots) or 0.0
@@ -178,7 +175,7 @@ class Refiller:
                 self._start_or_queue(ticket, lease, pool)
 
     def _is_inside(self, ticket: Ticket) -> bool:
-        """Return whether a task waits or runs here; one that was told to stop does not count."""
+        """Return whether a task waits or runs here and was not asked to stop."""
         if ticket.run is not None:
             return ticket.run.abandoned_at is None
         return self._dispatcher.is_waiting(ticket)
@@ -188,7 +185,7 @@ class Refiller:
         ticket.refill(lease)
         core.timers.cancel(ticket.clear_expiry())
         stored.leases.hold(lease)
-        if ticket.done():  # it has ended meanwhile: its completion is on its way to the store
+        if ticket.done():  # it has ended meanwhile, and its completion is on its way to the store
             return
         self.refilled += 1
         if core.bus.active or ticket.listeners is not None:

@@ -1,4 +1,4 @@
-"""Spill: tasks go out to the task store instead of being rejected, and durable ones are recorded there first."""
+"""Spill: tasks go out to the task store instead of being rejected; durable ones are recorded there before admission."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class SpillDispatcher(StoredTaskDispatcher, RefillDispatcher, Protocol):
 
 
 class Spill:
-    """The way out to the task store, which waits in front of the queue of this process and of others.
+    """The task store of a supervisor: it puts tasks into it, and its parts take them back.
 
-    While records of a priority or a better one wait there, new tasks of that type and priority join them: nothing
-    overtakes.
+    While records of a priority or a better one wait in the store, new tasks of that type and priority join them, so
+    that no task overtakes another.
 
     Attributes:
-        stored: the tasks inside that have a record in the store.
-        refiller: what brings tasks back.
-        lookup: tickets for tasks that only the store may know.
-        codecs: how payloads and results are stored.
+        stored: the tasks of this process that have a record in the store.
+        refiller: takes tasks back.
+        lookup: makes tickets for tasks that only the store may know.
+        codecs: the declared types of payloads and results.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Spill:
     ) -> None:
         self.codecs: TaskCodecs = core.codecs
         self.stored = StoredTasks(core, dispatcher, store, runs=runs, max_payload_bytes=settings.max_payload_bytes)
-        # Seconds that a lease lasts unless renewed. What no other process can see, none can take over.
+        # Seconds that a lease lasts unless renewed. Without end in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
@@ -66,19 +66,19 @@ class Spill:
         self._last_submitted_at = 0.0
 
     async def open(self) -> None:
-        """Connect to the store, and read what is there.
+        """Connect to the store, and count what waits there.
 
         Raises:
             StoreUnavailable: the store cannot be opened.
         """
         await self._store.open()
         await self._maintenance.reap()
-        await self.refiller.read_depths()
+        await self.refiller.recount([])
         if self.stored.durable:
             self._maintenance.start()
 
     def submission_time(self) -> float:
-        """Return the epoch seconds at which a task is submitted, which order the store. No two are the same."""
+        """Return epoch seconds for a task that is submitted now. They order the store, so no two are the same."""
         self._last_submitted_at = max(clock.wall_time(), math.nextafter(self._last_submitted_at, math.inf))
         return self._last_submitted_at
 
@@ -102,7 +102,7 @@ class Spill:
                 raise
         finally:
             pool.end_spill(priority)
-        if ticket.stored:  # it was refilled before the answer arrived: whatever the answer, the record is there
+        if ticket.stored:  # it was refilled before the answer arrived, so the record is there whatever the answer
             ticket.confirm_spilled()
             put = PutResult.STORED
         elif put is PutResult.STORED:
@@ -113,7 +113,7 @@ class Spill:
         return put
 
     async def record(self, ticket: Ticket, envelope: bytes) -> PutResult:
-        """Store a durable task, already leased, before it is offered to admission."""
+        """Store a durable task, already leased, before admission decides on it."""
         record = records.record_of_ticket(ticket, envelope)
         lease = Lease(record=record, fence=clock.new_id(), until=clock.wall_time() + self._lease)
         put = await self._store.put(record, fence=lease.fence, until=lease.until)
@@ -140,7 +140,7 @@ class Spill:
         self._wait_in_store(ticket, pool)
 
     def _wait_in_store(self, ticket: Ticket, pool: Pool) -> None:
-        """Have a spilled task wait in the store; for the next process if nothing comes back into this one any more."""
+        """Leave a spilled task in the store: to the next process if this one takes nothing back any more."""
         if self.stored.stays_stored:
             self.stored.release(ticket)
         else:
@@ -148,9 +148,9 @@ class Spill:
             self.refiller.refill(pool)
 
     async def spill_waiting(self, ticket: Ticket) -> None:
-        """Store a task that was waiting in the queue, and has left it.
+        """Store a task that has just left the queue.
 
-        A task that cannot be stored stays as it is: the caller queues it again.
+        A task that cannot be stored is not changed: the caller queues it again.
         """
         try:
             put = await self._store.put(records.record_of_ticket(ticket, self.encode(ticket.task)))
@@ -173,6 +173,6 @@ class Spill:
             await self._store.close()
 
     def end_tickets(self) -> None:
-        """End the tickets of what stays in the store."""
+        """End every ticket that is left."""
         self._maintenance.stop()
         self.stored.end_tickets()

@@ -1,4 +1,4 @@
-"""The tasks inside that have a record in the task store: the right to them, how they start, and how they end."""
+"""Stored tasks: the tickets whose tasks have a record in the task store, with their leases, starts and ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredTaskDispatcher(Protocol):
         """Take a waiting ticket out of the queue."""
 
     def next_in_conversation(self, ticket: Ticket) -> None:
-        """Let the next task of its thread have its turn."""
+        """Start or queue the next task of the conversation."""
 
     def start_handler(self, run: Run) -> None:
         """Start the handler of a run."""
@@ -39,9 +39,9 @@ class StoredTasks:
     Attributes:
         store: the task store.
         durable: whether it survives its process.
-        leases: the rights to records that this process holds.
-        leased_elsewhere: tickets whose records another process holds.
-        refill_stopped: whether tasks that are in the store will not come in any more.
+        leases: the leases on records that this process holds.
+        leased_elsewhere: tickets whose records another process holds, by task id.
+        refill_stopped: whether this process takes no more tasks from the store.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StoredTasks:
 
     @property
     def stays_stored(self) -> bool:
-        """True if tasks that are in the store will not come in any more, and survive this process."""
+        """True if stored tasks are left to the next process: they survive this one, which takes no more of them."""
         return self.durable and self.refill_stopped
 
     # --- tickets of tasks that wait in the store ---
@@ -82,54 +82,49 @@ class StoredTasks:
         self.hold_weakly(ticket)
 
     def hold_weakly(self, ticket: Ticket) -> None:
-        """Hold the ticket of a spilled task no longer than somebody else does, if that is possible.
+        """Hold the ticket of a spilled task weakly, if the store can restore it.
 
-        In a store that ends with this process nothing is left to others, so its tickets are held. So are those that
-        somebody waits for, and the child of a run, whose place among its ancestors no record has.
+        A store that ends with this process has nothing to restore it from. Nor does a record have the parent of a
+        nested task. A ticket that is awaited is held until it ends.
         """
         spilled = ticket.status is TaskStatus.SPILLED and ticket.lease is None
-        if (
-            self.durable
-            and spilled
-            and ticket.parent is None
-            and not (ticket.has_waiters or ticket.listeners is not None)
-        ):
+        if self.durable and spilled and ticket.parent is None and not ticket.is_observed:
             self._registry.hold_weakly(ticket)
 
-    # --- the right to a record ---
+    # --- leases ---
 
     def hold_lease(self, ticket: Ticket, lease: Lease) -> None:
-        """Take the right to a record, and renew it from now on."""
+        """Hold the lease on a task's record, and renew it from now on."""
         ticket.hold_lease(lease)
         self.leases.hold(lease)
 
     def drop_lease(self, ticket: Ticket) -> str | None:
-        """Forget the right to a record; return its fence, if there was one."""
+        """Forget the lease on a task's record; return its fence, if there was one."""
         ticket.drop_lease()
         return self.leases.drop(ticket.task_id)
 
     def lease_is_valid(self, ticket: Ticket) -> bool:
-        """Return whether this process still has the right to start a task, as far as its clock tells."""
+        """Return whether this process may start a task: it needs no lease, or its lease has not lapsed."""
         return ticket.lease is None or self.leases.is_valid(ticket.task_id, clock.wall_time())
 
     def lease_lapsed(self, ticket: Ticket) -> None:
-        """Leave a task to another process, because the right to it lapsed before its turn came."""
+        """Leave a task to another process, because its lease lapsed before its turn came."""
         ticket.leave_queue()
         self.drop_lease(ticket)
         self._dispatcher.next_in_conversation(ticket)
         self.leave_to_other_process(ticket)
 
     def leave_to_other_process(self, ticket: Ticket) -> None:
-        """Wait for what another process makes of a task."""
+        """Let another process end a task; `StoreMaintenance` looks up the result."""
         ticket.move_to_store()
         self.leased_elsewhere[ticket.task_id] = ticket
 
     def forget_elsewhere(self, task_id: str) -> None:
-        """Stop waiting for what another process makes of a task."""
+        """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
 
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
-        """Take back the right to a task that still waits or runs here, though it was lost meanwhile."""
+        """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
         self.forget_elsewhere(ticket.task_id)
         ticket.adopt(lease)
         self.leases.hold(lease)
@@ -137,9 +132,9 @@ class StoredTasks:
     # --- starts ---
 
     def record_start(self, run: Run) -> None:
-        """Start the handler of a stored task once its start is on record.
+        """Record the start of a stored task in the store, and only then start its handler.
 
-        Not before: a task that kills its process would be tried again without end.
+        Otherwise a task that kills its process would be tried again without end.
         """
         lease = run.ticket.lease
         assert lease is not None  # noqa: S101 - it is stored, and its lease is still valid
@@ -150,7 +145,7 @@ class StoredTasks:
         try:
             held = await self.store.begin_attempt(lease)
         except StoreUnavailable as exc:
-            log.error("the start of task %r could not be recorded, and it runs all the same: %s", ticket.task_id, exc)
+            log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
         if run.abandoned_at is None and held:
             run.restart_clock(self._core.loop.time())
@@ -167,14 +162,14 @@ class StoredTasks:
     # --- ends ---
 
     def complete(self, ticket: Ticket, result: TaskResult) -> None:
-        """Store how a task ended, and only then give its ticket the result."""
+        """Store the end of a task, and only then give its ticket the result."""
         self._registry.hold_strongly(ticket.task_id)
         self._core.timers.cancel(ticket.clear_expiry())
         ticket.begin_store_call()
         self._core.run_in_background(self._complete(ticket, result, self.drop_lease(ticket)))
 
     def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
-        """Store under a new lease how a task ended, because the store did not learn it the first time."""
+        """Store the end of a task under a new lease, because the store does not have it yet."""
         ended.begin_store_call()
         self._core.run_in_background(self._complete(ended, result, lease.fence))
 
@@ -190,33 +185,29 @@ class StoredTasks:
         if ticket.done():
             return
         if stored:
-            if fence is None:
-                self._uncount_spilled(ticket)
+            pool = self._core.pools.by_type.get(ticket.task.task_type)
+            if fence is None and pool is not None:  # without a lease, the record was waiting in the store
+                pool.remove_spilled(ticket.task.priority)
             self._registry.settle(ticket, result)
         elif ticket.pending_store_calls or ticket.lease is not None:
-            pass  # it came in meanwhile, and ends there
+            pass  # it was refilled meanwhile, and that run ends it
         elif self.stays_stored:
             self.release(ticket)
         else:
             self.leave_to_other_process(ticket)
 
-    def _uncount_spilled(self, ticket: Ticket) -> None:
-        pool = self._core.pools.by_type.get(ticket.task.task_type)
-        if pool is not None:
-            pool.remove_spilled(ticket.task.priority)
-
     def apply_stored_completion(
         self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion
     ) -> None:
-        """End a ticket as the store says."""
+        """End a ticket with the result in the store."""
         self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
-            self._registry.forget_end(ticket.task_id)  # it may be requeued, and end otherwise
+            self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
 
     def report_dead(self, record: TaskRecord, completion: Completion) -> None:
-        """Report a stored task that nobody will try again."""
+        """Report a stored task that became a dead letter."""
         error = completion.error or ""
-        log.error("task %r is dead, and kept among the dead letters: %s", record.task_id, completion.error)
+        log.error("task %r is a dead letter, and will not be tried again: %s", record.task_id, error)
         if self._core.bus.active:
             self._core.bus.emit(
                 TaskDeadLettered(
@@ -228,10 +219,10 @@ class StoredTasks:
                 )
             )
 
-    # --- the transitions of a stored task that does not run to its end here ---
+    # --- a stored task leaves this process before its end: see the package ---
 
     def cancel(self, ticket: Ticket, reason: str) -> None:
-        """Cancel a task that waits in the store, or was to."""
+        """Cancel a task that waits in the store, or was on its way there."""
         ticket.cancel_later(reason)
         result = unsuccessful_result(ticket, TaskStatus.CANCELLED, reason)
         if ticket.stored:
@@ -253,7 +244,7 @@ class StoredTasks:
         self.release(ticket)
 
     def release(self, ticket: Ticket) -> None:
-        """End the ticket of a task that is left to the next process: nobody must wait for it here."""
+        """End the ticket of a task that is left to the next process, so that nobody waits for it here."""
         self._core.timers.cancel(ticket.clear_expiry())
         ticket.move_to_store()
         self._registry.discard(ticket)
@@ -261,19 +252,15 @@ class StoredTasks:
         self._registry.notify_progress()
 
     def stop_refilling(self) -> None:
-        """Release what waits in the store: it will not come in any more."""
+        """Take no more tasks from the store, and release those that wait there if it survives this process."""
         self.refill_stopped = True
-        for ticket in self._registry.all_unfinished():
-            if (
-                self.durable
-                and ticket.stored
-                and ticket.status is TaskStatus.SPILLED
-                and not ticket.pending_store_calls
-            ):
-                self.release(ticket)
+        if self.durable:
+            for ticket in self._registry.all_unfinished():
+                if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
+                    self.release(ticket)
 
     def end_tickets(self) -> None:
-        """End every ticket that is left: the supervisor stops."""
+        """End every ticket that is left, because the supervisor stops."""
         for ticket in self._registry.all_unfinished():
             if ticket.stored and self.durable:
                 self.release(ticket)

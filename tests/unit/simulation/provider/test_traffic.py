@@ -22,7 +22,7 @@ PUBLISHED = {  # in the README of the traces
     "conv": {"rate": 5.5, "input": {0.5: 1020, 0.99: 4142}, "output": {0.01: 16, 0.5: 129, 0.99: 601, 1.0: 1000}},
     "code": {"rate": 2.6, "input": {0.5: 1469, 0.99: 7436}, "output": {0.01: 6, 0.5: 13, 0.99: 252, 1.0: 1899}},
 }
-FOLDERS = [Path(os.environ.get("FOREBAY_TRACES", "/nowhere")), Path(__file__).parents[4] / "shared" / "data"]
+FOLDERS = [Path(os.environ.get("FOREBAY_TRACES", "/nowhere")), Path(__file__).parents[5] / "shared" / "data"]
 DATA = next((folder for folder in FOLDERS if folder.is_dir()), None)
 needs_traces = pytest.mark.skipif(DATA is None, reason="the traces are not here")
 

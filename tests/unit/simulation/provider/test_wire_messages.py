@@ -57,6 +57,6 @@ def test_an_invalid_request_is_refused_with_its_field() -> None:
 
 def test_an_openai_stream_has_usage_only_if_requested() -> None:
     for asked in (False, True):
-        end = wire.OpenAIWriter(1, "m", 0, include_usage=asked).stream_end((5, 10), "stop")
+        end = wire.OpenAIWriter(1, "m", 0, include_usage=asked).stream_end((5, 10), stopped=True)
         assert (b'"total_tokens":15' in end) is asked
         assert end.endswith(b"data: [DONE]\n\n")

@@ -23,7 +23,6 @@ from forebay.upstream.providers import (
     classify_stream_error,
     profile_for,
     read_rate_limits,
-    read_response,
     read_retry_after,
 )
 
@@ -43,7 +42,7 @@ def stream(writer: wire.OpenAIWriter | wire.AnthropicWriter, input_tokens: int, 
         [
             writer.stream_start(input_tokens),
             *pieces,
-            writer.stream_end((input_tokens, output_tokens), writer.finish_reason(stopped=True)),
+            writer.stream_end((input_tokens, output_tokens), stopped=True),
         ]
     )
 
@@ -58,7 +57,7 @@ def metered(data: bytes) -> UsageMeter:
 @given(protocol=st.sampled_from(Dialect), input_tokens=TOKENS, output_tokens=TOKENS)
 def test_its_usage_is_read_from_bodies_and_streams(protocol: Dialect, input_tokens: int, output_tokens: int) -> None:
     usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens)
-    whole = writer_for(protocol).response((input_tokens, output_tokens), "stop")
+    whole = writer_for(protocol).response((input_tokens, output_tokens), stopped=True)
     assert read_response(whole).usage == usage
     assert metered(stream(writer_for(protocol), input_tokens, output_tokens)).usage == usage
 

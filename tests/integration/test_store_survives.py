@@ -1,4 +1,4 @@
-"""The task store in SQLite: a process killed during a write, several processes on one file."""
+"""Durable task stores: a process killed at any moment. Those that are also shared: several processes on one store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.support.task_stores import DURABLE_STORES, SHARED_STORES, StoreBackend
 
 from forebay.interfaces import PutResult, RecordState, TaskRecord
 from forebay.overflow import open_task_store
@@ -77,9 +78,16 @@ def child(code: str, url: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("synchronous", ["full", "normal", "off"])
-def test_acknowledged_writes_survive_a_kill(tmp_path: Path, synchronous: str) -> None:
-    url = f"sqlite:///{tmp_path}/store.db?synchronous={synchronous}"
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        pytest.param(backend, options, id=f"{backend}{options}")
+        for backend in DURABLE_STORES
+        for options in backend.options
+    ],
+)
+def test_acknowledged_writes_survive_a_kill(backend: StoreBackend, options: str, tmp_path: Path) -> None:
+    url = backend.url(tmp_path, options=options)
     with child(PUTS, url) as process:
         assert process.stdout is not None
         output = [process.stdout.readline() for _ in range(400)]
@@ -108,8 +116,9 @@ def test_acknowledged_writes_survive_a_kill(tmp_path: Path, synchronous: str) ->
     asyncio.run(check())
 
 
-def test_two_processes_never_lease_the_same_record(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/store.db?synchronous=off"
+@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+def test_two_processes_never_lease_the_same_record(backend: StoreBackend, tmp_path: Path) -> None:
+    url = backend.fast_url(tmp_path)
 
     async def fill() -> None:
         store = open_task_store(url)
@@ -139,12 +148,14 @@ def test_two_processes_never_lease_the_same_record(tmp_path: Path) -> None:
     assert sorted(outputs[0] + outputs[1], key=int) == [f"{number}" for number in range(2_000)]
 
 
-def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
-    """The first to come switches on the write-ahead log and creates the tables; the others wait for it."""
+@pytest.mark.parametrize("backend", SHARED_STORES, ids=str)
+def test_many_may_open_a_new_store_at_once(backend: StoreBackend, tmp_path: Path) -> None:
+    """The first to come creates it, in SQLite the write-ahead log and the tables; the others wait for it."""
     for attempt in range(10):
-        url = f"sqlite:///{tmp_path}/store-{attempt}.db"
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
 
-        async def open_all(url: str = url) -> None:
+        async def open_all(url: str = backend.url(directory)) -> None:
             stores = [open_task_store(url) for _ in range(8)]
             await asyncio.gather(*(store.open() for store in stores))
             await asyncio.gather(*(store.close() for store in stores))
