@@ -103,5 +103,5 @@ def test_a_limit_that_does_not_fit_is_rejected_by_name(settings: dict[str, Any],
 
 def test_a_callable_that_returns_something_else_is_rejected_at_the_first_call() -> None:
     upstream = Upstream("llm", limit=lambda: 5)  # type: ignore[arg-type,return-value]
-    with pytest.raises(InvalidSetting, match="what the callable returned is not a limit"), upstream.call():
+    with pytest.raises(InvalidSetting, match="the callable returned something else"), upstream.call():
         pass

@@ -8,7 +8,7 @@ from forebay.cli.extras import missing_extra_message
 
 
 def main() -> None:
-    """Run the command, or print one line that says which libraries to install."""
+    """Run the command, or print one line with the libraries to install."""
     try:
         from forebay.cli.app import app  # noqa: PLC0415 - typer is an extra
     except ModuleNotFoundError as error:

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def missing_extra_message(libraries: list[str], extra: str) -> str:
-    """Return a message that says how to install the missing libraries of an extra."""
+    """Return the message for missing libraries of an extra, with the command that installs them."""
     return f'forebay: this command needs {", ".join(libraries)}. To install: pip install "forebay[{extra}]"'

@@ -56,7 +56,7 @@ class EarlyResponse(Exception):
     """A response that ends a request before a provider is asked.
 
     Args:
-        response: what the caller gets.
+        response: sent to the caller.
         close: whether to close the connection after it, because the rest of the request cannot be read.
     """
 

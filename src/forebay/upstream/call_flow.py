@@ -62,7 +62,7 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class Release(msgspec.Struct, frozen=True):
-    """Close a permit: return what was reserved and not used. There is no reply."""
+    """Close a permit, which returns the reserved amounts that were not used. There is no reply."""
 
     account: SharedAccount
     permit: Permit

@@ -18,11 +18,11 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     """The needs of a call. Times are seconds of the account's clock.
 
     Attributes:
-        charge: what it is expected to take of the quotas.
+        charge: requests and tokens that it is expected to use.
         usd: dollars that it is expected to cost at most.
         priority: its priority.
         deadline: when its answer becomes worthless; infinity for never.
-        tenant: for whom it is made.
+        tenant: the tenant that it is made for.
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
         free: it costs no money in any case, so no budget is checked.
@@ -103,14 +103,14 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How an attempt ended, for its account.
 
     Attributes:
-        kind: what the end says about the upstream.
-        used: what it took of the quotas; None for as much as was reserved.
+        kind: the evidence about the upstream.
+        used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent, or it was throttled for another reason than a rate.
         rate_limited: it was throttled because a quota is used up (429). It took nothing of them either.
         retry_after: seconds that the provider asked to wait, or None.
-        rate_limit_headers: what the answer's headers say about the quotas, unless the account has read them.
+        rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
-        latency: seconds that it took, if that says anything about the upstream; else None.
+        latency: seconds that it took; None if that is no evidence about the upstream.
         output_tokens: of a success, if known.
         estimated_input_tokens: the estimate made before it was sent; None if it cannot be compared with `used`.
         final: it is not retried. Only final attempts count for the breaker.
@@ -136,8 +136,8 @@ class AttemptResult(msgspec.Struct, kw_only=True, eq=False):
 
     Attributes:
         outcome: how it ended, for the account.
-        value: what the caller gets if this is the last attempt.
-        error: what is raised instead if this is the last attempt.
+        value: returned to the caller if this is the last attempt.
+        error: raised instead if this is the last attempt.
         retryable: another attempt could succeed.
         uses_attempt: a retry uses up one of the attempts; throttled calls (429, 503, 529) use none.
         retry_after: seconds that the provider asked to wait, or None.

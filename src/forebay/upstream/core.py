@@ -62,7 +62,7 @@ class UpstreamCore:
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
 
-    def request(  # noqa: PLR0913 - what a caller may say about a call
+    def request(  # noqa: PLR0913 - the facts about a call
         self,
         model: str,
         charge: Charge,

@@ -111,7 +111,7 @@ class Exchange:
     # --- fallback ---
 
     def can_reroute(self, route: FallbackRoute) -> bool:
-        """Return whether another account could serve it, as far as that is cheap to tell."""
+        """Return whether another account could serve it, by a cheap check."""
         return self._original_body is not None and can_reroute(route, self.parsed, self.call_request.model)
 
     def rerouted_request(self, route: FallbackRoute) -> ReroutedRequest | None:
@@ -152,7 +152,7 @@ class Exchange:
         self.account.settle(permit, self.call_outcome(permit, kind, usage))
 
     def stream_result(self) -> AttemptResult:
-        """Return the result of an attempt whose answer has begun; whoever reads the answer releases the permit."""
+        """Return the result of an attempt whose answer has begun; the reader of the answer releases the permit."""
         self.error_kind = ErrorKind.SUCCESS
         return AttemptResult(outcome=CallOutcome(kind=Outcome.SUCCESS), streaming=True)
 

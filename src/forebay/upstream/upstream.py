@@ -162,7 +162,7 @@ class Upstream:
         """
         return guarded(self, self.runner, function)
 
-    def call(  # noqa: PLR0913 - what a caller may say about a call
+    def call(  # noqa: PLR0913 - the facts about a call
         self,
         model: str = "",
         *,

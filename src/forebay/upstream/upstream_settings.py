@@ -83,7 +83,7 @@ class UpstreamSettings:
             return AdaptiveLimit() if self.max_concurrent is None else FixedLimit(self.max_concurrent)
         limit: Any = self._limit if isinstance(self._limit, Limit) else self._limit()
         if not isinstance(limit, Limit):
-            reject(f"Upstream {self.name!r}", "limit", limit, f"{_LIMIT}; what the callable returned is not a limit")
+            reject(f"Upstream {self.name!r}", "limit", limit, f"{_LIMIT}; the callable returned something else")
         return limit
 
 

@@ -290,7 +290,7 @@ class Account:
         return None
 
     def settle(self, now: float, permit: Permit, outcome: CallOutcome) -> None:
-        """Close a permit: return its slot, and what it reserved and did not use.
+        """Close a permit: return its slot, and the reserved amounts that were not used.
 
         Raises:
             AssertionError: it is closed already: a bug of the caller.
@@ -358,7 +358,7 @@ class Account:
     def expected_wait(
         self, now: float, request: CallRequest, *, others: int = 0, guess: float = 0.0
     ) -> tuple[float, str]:
-        """Return the seconds until such a call would be sent, and what it waits for.
+        """Return the seconds until such a call would be sent, and the part of the account that it waits for.
 
         Args:
             now: the time.

@@ -60,7 +60,7 @@ def find_bypass(
 
 
 def _leaves_enough(quota: QuotaHeadroom, request: CallRequest, ahead: Sequence[CallRequest]) -> bool:
-    """Return whether the calls ahead still find what they need of a quota."""
+    """Return whether a quota has enough left for the calls ahead."""
     unit = quota.unit
     amount: int = getattr(request.charge, unit)
     if not amount or amount > quota.spare:

@@ -63,7 +63,7 @@ class SharedAccount:
                 that makes it.
 
         Raises:
-            Overloaded: the call is rejected; ``retry_after`` says when to try again.
+            Overloaded: the call is rejected; ``retry_after`` is the time until a retry may succeed.
         """
         acquired = self._try_acquire(request, AsyncWaiter, sole_account=sole_account)
         if isinstance(acquired, Permit):
@@ -131,7 +131,7 @@ class SharedAccount:
         return error
 
     def _abandon(self, call: QueuedCall) -> None:
-        """Take a call whose caller was cancelled out of the queue, and return what it was given meanwhile."""
+        """Take a call whose caller was cancelled out of the queue, and release the permit that it may have got."""
         now = clock.now()
         with self._lock:
             self.account.queue.withdraw(call)
@@ -168,7 +168,7 @@ class SharedAccount:
             callback()
 
     def settle(self, permit: Permit, outcome: CallOutcome) -> None:
-        """Close a permit: return its slot, and what it reserved and did not use."""
+        """Close a permit: return its slot, and the reserved amounts that were not used."""
         now = clock.now()
         with self._lock:
             self.account.settle(now, permit, outcome)
@@ -195,7 +195,7 @@ class SharedAccount:
         return self.account.quotas.needs_headers(clock.now())  # reads one number: no lock
 
     def quota_levels(self) -> list[QuotaLevel]:
-        """Return what is left of each quota."""
+        """Return the level of each quota."""
         with self._lock:
             return self.account.quotas.levels(clock.now())
 

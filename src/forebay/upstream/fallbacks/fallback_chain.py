@@ -43,7 +43,7 @@ class CallRoute(Protocol):
         """Return a description of the latest attempt's failure, for a person."""
 
     def can_reroute(self, route: FallbackRoute) -> bool:
-        """Return whether the call could be served there, as far as that is cheap to tell."""
+        """Return whether the call could be served there, by a cheap check."""
 
     def reroute(self, route: FallbackRoute) -> Self | None:
         """Return the call, prepared for another account; None if it cannot be served there."""
@@ -182,7 +182,7 @@ class FallbackChain(Generic[RouteT]):
         """Return the caller's result when no account has served the call. A rejection is reported to the run.
 
         Raises:
-            Overloaded: the call's own account rejected it. The reason includes what the others answered.
+            Overloaded: the call's own account rejected it. The reason includes the failures of the others.
         """
         own = self._own_result
         if isinstance(own, Overloaded):

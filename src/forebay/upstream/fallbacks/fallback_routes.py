@@ -144,7 +144,7 @@ class FallbackResolver:
     def accounts(
         self, own: SharedAccount, routes: Iterable[FallbackRoute], key: str = ""
     ) -> list[tuple[FallbackRoute, SharedAccount]]:
-        """Return `routes` with their accounts: each account once, and without the call's own.
+        """Return the routes to other accounts than the call's own, one for each, with the account.
 
         Args:
             own: the call's own account.

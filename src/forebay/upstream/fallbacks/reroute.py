@@ -60,7 +60,7 @@ class ReroutedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def can_reroute(route: FallbackRoute, parsed: ProviderRequest, model: str) -> bool:
-    """Return whether a request for `model` could be answered there, as far as that is cheap to tell.
+    """Return whether a request for `model` could be answered there, by a cheap check.
 
     A signed or compressed request cannot be changed. A request without a model goes only between upstreams of unknown
     providers: another provider has other files. Embeddings of different models cannot be compared, so they go to
@@ -82,7 +82,7 @@ def reroute_request(
     Args:
         route: to the account.
         path: of the request's URL, with the query.
-        parsed: what it asks for.
+        parsed: the request's endpoint, model and tokens.
         body: of the request.
         key: its API key, as its header has it.
     """

@@ -249,7 +249,7 @@ STREAM_ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
         "invalid_prompt": ErrorKind.CLIENT_ERROR,
     }
 )
-"""What further codes mean in the middle of a stream, where no status says it."""
+"""The kinds of further codes in the middle of a stream, where there is no status."""
 
 _WORDINGS: Final = (
     # Anthropic, both 400: "Your credit balance is too low", "You have reached your specified API usage limits"
@@ -271,7 +271,7 @@ WORDINGS: Final = tuple((re.compile(pattern), ErrorKind[name]) for pattern, name
 
 
 def classify(status: int | None, headers: Mapping[str, str], body: bytes = b"") -> ErrorKind:
-    """Return what a response means, by the tables above.
+    """Return the kind of a response, by the tables above.
 
     Args:
         status: of the response; None if none came (a connection error or a timeout).
@@ -292,7 +292,7 @@ def classify(status: int | None, headers: Mapping[str, str], body: bytes = b"") 
 
 
 def classify_stream_error(error: Any) -> ErrorKind:
-    """Return what an error means that is reported in the middle of a stream, under the status 200.
+    """Return the kind of an error that is reported in the middle of a stream, under the status 200.
 
     Args:
         error: decoded from the event: an object, a string or anything else.
@@ -317,7 +317,7 @@ def _names_a_quota(headers: Mapping[str, str]) -> bool:
 
 
 def _kind_in_body(body: bytes) -> ErrorKind | None:
-    """Return what the body of an error says, or None."""
+    """Return the kind of an error by its body; None if the body does not show it."""
     if not body:
         return None
     error: Any = None
@@ -335,7 +335,7 @@ def _kind_in_body(body: bytes) -> ErrorKind | None:
 
 
 def _read_error(error: Any) -> tuple[ErrorKind | None, str]:
-    """Return what an error's code or type means, or None and its message in lower case."""
+    """Return the kind of an error by its code or type; if these are unknown, None and its message in lower case."""
     if not isinstance(error, dict):
         return None, error[:_MAX_TEXT].lower() if isinstance(error, str) else ""
     for code in _error_codes(error):

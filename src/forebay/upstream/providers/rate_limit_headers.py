@@ -89,7 +89,7 @@ def read_rate_limits(headers: Mapping[str, str], *, wall: float) -> tuple[RateLi
 
 
 def _amount(text: str | None, *, if_negative: int | None = None) -> int | None:
-    """Return a limit, or what is left of one; None if it is not one, and `if_negative` below zero."""
+    """Return the number in a limit or remaining header; None if it is not valid, and `if_negative` below zero."""
     if text is None or len(text) > _MAX_VALUE:
         return None
     if text.isdecimal():  # nearly all are, and this is ten times as fast

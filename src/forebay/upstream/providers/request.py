@@ -53,7 +53,7 @@ _UNUSUAL: Final = SIGNATURE_HEADERS | {"upgrade", "sec-websocket-key", "content-
 
 
 class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to a provider, as far as Forebay reads it.
+    """The parts of a request to a provider that Forebay reads.
 
     Attributes:
         endpoint: of the provider's API.

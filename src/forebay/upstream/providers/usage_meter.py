@@ -200,7 +200,7 @@ class UsageMeter:
 
 
 def _arguments(delta: dict[str, Any]) -> list[object]:
-    """Return what a delta adds to the names and arguments of tool calls."""
+    """Return the names and arguments of tool calls in a delta."""
     calls = delta.get("tool_calls")
     parts: list[object] = []
     for call in calls if isinstance(calls, list) else ():
