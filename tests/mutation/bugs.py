@@ -26,8 +26,8 @@ from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.runs.completion import RunCompletion
-from forebay.supervisor.runs.nested import SlotLoan
 from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskStatus

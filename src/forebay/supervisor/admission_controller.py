@@ -24,8 +24,8 @@ from forebay.errors import (
 )
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
-from forebay.supervisor.runs.nested import active_runs
 from forebay.supervisor.runs.run import Run
+from forebay.supervisor.runs.slot_loans import active_runs
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
 from forebay.task import Priority, Task

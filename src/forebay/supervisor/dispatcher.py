@@ -15,9 +15,9 @@ from forebay.events import TaskStarted
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.runs.completion import RunCompletion
-from forebay.supervisor.runs.nested import SlotLoan
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
+from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result

@@ -1,4 +1,4 @@
-"""A run: one attempt at one task, from the slot that it takes to the moment its handler has really ended."""
+"""Run: the state of one attempt at a task; with the runs in progress, and the claims of those that lent their slot."""
 
 from __future__ import annotations
 

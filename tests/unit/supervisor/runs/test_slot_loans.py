@@ -9,8 +9,8 @@ from tests.support.task_plane import virtual
 from tests.unit.supervisor.test_pool import worker
 from tests.unit.supervisor.test_ticket import new_ticket
 
-from forebay.supervisor.runs.nested import SlotLoan, active_runs
 from forebay.supervisor.runs.run import ActiveRuns, Run, RunOwner, SlotClaims
+from forebay.supervisor.runs.slot_loans import SlotLoan, active_runs
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Task
