@@ -23,6 +23,7 @@ from forebay.upstream.providers import (
     classify_stream_error,
     profile_for,
     read_rate_limits,
+    read_response,
     read_retry_after,
 )
 
