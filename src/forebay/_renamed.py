@@ -21,7 +21,7 @@ def renamed_arguments(**renames: str) -> Callable[[_F], _F]:
         **renames: the new name of an argument by its old name, or advice if that is more than one word.
 
     Returns:
-        A decorator. Calling what it decorates with an old name raises a TypeError.
+        A decorator. The decorated function or class raises a TypeError if it is called with an old name.
     """
 
     def decorate(target: _F) -> _F:

@@ -257,8 +257,8 @@ class SupervisorClosed(ForebayError, RuntimeError):
 
 
 class DrainInside(ForebayError, RuntimeError):
-    """The supervisor was told to drain from inside task {task_id!r}, for which it would wait: drain it from outside of
-    its tasks, or have the task set an event that the code which started the supervisor waits for.
+    """drain() was called inside task {task_id!r}, and would wait for that task: call it outside of the supervisor's
+    tasks, or have the task set an event that the code which started the supervisor waits for.
     """
 
     task_id: str
@@ -271,7 +271,7 @@ class WrongLoop(ForebayError, RuntimeError):
 
 
 class SlotMisused(ForebayError, RuntimeError):
-    """A slot {why}: it is entered once, by `async with supervisor.slot(...) as slot:`, and known inside that block."""
+    """A slot {why}: enter it once, by `async with supervisor.slot(...) as slot:`, and read its worker in that block."""
 
 
 class NotGuardable(ForebayError, TypeError):

@@ -257,6 +257,7 @@ class Dispatcher:
 
     def start_handler(self, run: Run) -> None:
         """Start the handler of a run."""
+        # `arm_timeout` checks this too; here it saves a call for nearly every run.
         if run.worker not in self.completion.timed_workers or run.deadline is not None or run.task.timeout is not None:
             self.completion.arm_timeout(run)
         self.runner_pool.start(run)
@@ -324,5 +325,5 @@ class Dispatcher:
         return self.spill.lookup.by_id(task_id)
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
-        """Hold the ticket of a spilled task, because somebody waits for it."""
+        """Hold the ticket of a spilled task, because it is awaited."""
         return self._registry.hold_strongly(task_id)

@@ -99,7 +99,7 @@ class TicketOwner(Protocol):
         """Lend the slot of `running` while it awaits a task; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
-        """Hold the ticket of a spilled task, because somebody waits for it."""
+        """Hold the ticket of a spilled task, because it is awaited."""
 
 
 class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is made in C
@@ -289,7 +289,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
                 await reclaim()
 
     def _hold_strongly(self) -> None:
-        """Have the dispatcher hold a spilled ticket, because somebody waits for it."""
+        """Have the dispatcher hold a spilled ticket, because it is awaited."""
         if self.status is TaskStatus.SPILLED:
             self._dispatcher.hold_strongly(self.task_id)
 

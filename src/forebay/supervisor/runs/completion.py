@@ -242,13 +242,13 @@ class RunCompletion:
             cause = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
         if isinstance(cause, StillSpilled) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
-            self._dispatcher.requeue(ticket)  # what it waited for is left to the next process, and so is this task
+            self._dispatcher.requeue(ticket)  # the task that it awaited is left to the next process, and so is this one
             return
         if isinstance(cause, asyncio.CancelledError):
             status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
-            outcome = Outcome.IGNORED  # what it called was rejected or put off: that says nothing about this worker
+            outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
             error = describe_error(cause)
         else:
             error = describe_error(cause)
