@@ -63,13 +63,10 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             return {"x-api-key": self.api_key}
         return {"authorization": f"Bearer {self.api_key}"}
 
-    def account_key(self, own_key: str) -> str:
-        """Return the API key that the account belongs to, for a call with the key `own_key`."""
-        return next(iter(self.auth_headers(own_key).values()), "") if self.other_upstream else own_key
-
     def account(self, own_key: str) -> SharedAccount:
         """Return the account, for a call with the API key `own_key`."""
-        return self.core.accounts.account(self.model, self.account_key(own_key))
+        key = next(iter(self.auth_headers(own_key).values()), "") if self.other_upstream else own_key
+        return self.core.accounts.account(self.model, key)
 
 
 def _find_routes(upstream: FallbackTarget, model: str) -> tuple[FallbackRoute, ...]:
