@@ -92,8 +92,8 @@ def _subtitle(report: Report) -> str:
     killed = f" and ran out of memory after {classic.ended_at_s:.0f} s" if classic.out_of_memory else ""
     return (
         f"In {report.seconds:g} s Forebay did {forebay.done:,} tasks and keeps {forebay.spilled:,} on disk. A"
-        f" supervisor with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}; a classic one did {classic.done:,} and"
-        f" lost {classic.lost:,}{killed}."
+        f" supervisor with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}; a classic one did"
+        f" {classic.done:,} and lost {classic.lost:,}{killed}."
     )
 
 
