@@ -57,22 +57,22 @@ Points = tuple[list[float], list[float]]
 Runs = Mapping[Side, SideRun]
 
 
-def draw(runs: Runs, found: Report, settings: Settings, path: Path) -> None:
+def draw(runs: Runs, report: Report, settings: Settings, path: Path) -> None:
     """Draw the picture into a PNG file."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(16, 8), dpi=100)
         figure.subplots_adjust(left=0.045, right=0.98, top=0.84, bottom=0.1, hspace=0.3, wspace=0.18)
-        figure.text(0.018, 0.945, _headline(found), fontsize=17, fontweight="bold")
-        figure.text(0.018, 0.907, _subtitle(found), fontsize=12, color=_SOFT)
-        figure.text(0.018, 0.022, _footer(found), fontsize=9.5, color=_SOFT)
+        figure.text(0.018, 0.945, _headline(report), fontsize=17, fontweight="bold")
+        figure.text(0.018, 0.907, _subtitle(report), fontsize=12, color=_SOFT)
+        figure.text(0.018, 0.022, _footer(report), fontsize=9.5, color=_SOFT)
         (queue, goodput, refusals), (memory, spend, tokens) = figure.subplots(2, 3, sharex=True)
         _queue(queue, runs)
         granted = None if runs[Side.FOREBAY].bill is None else RPM * settings.speed / len(STEPS)
-        _goodput(goodput, runs, granted, found)
+        _goodput(goodput, runs, granted, report)
         _memory(memory, runs, settings.memory_mb)
-        _spend(spend, runs, found)
-        _refusals(refusals, runs, found)
-        _tokens(tokens, runs, found)
+        _spend(spend, runs, report)
+        _refusals(refusals, runs, report)
+        _tokens(tokens, runs, report)
         for axes in (memory, spend, tokens):
             axes.set_xlabel("seconds since the surge")
         for axes, (corner, height) in zip((queue, goodput, refusals, memory, spend, tokens), _LEGENDS, strict=True):
@@ -83,25 +83,25 @@ def draw(runs: Runs, found: Report, settings: Settings, path: Path) -> None:
         figure.savefig(path)
 
 
-def _headline(found: Report) -> str:
-    return f"{found.tasks:,} tasks at once, {found.workers * found.slots} agents, one rate-limited key"
+def _headline(report: Report) -> str:
+    return f"{report.tasks:,} tasks at once, {report.workers * report.slots} agents, one rate-limited key"
 
 
-def _subtitle(found: Report) -> str:
-    classic, semaphore, forebay = found.classic, found.semaphore, found.forebay
+def _subtitle(report: Report) -> str:
+    classic, semaphore, forebay = report.classic, report.semaphore, report.forebay
     killed = f" and ran out of memory after {classic.ended_at_s:.0f} s" if classic.out_of_memory else ""
     return (
-        f"In {found.seconds:g} s Forebay did {forebay.done:,} tasks and keeps {forebay.spilled:,} on disk. A supervisor"
-        f" with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}; a classic one did {classic.done:,} and"
-        f" lost {classic.lost:,}{killed}."
+        f"In {report.seconds:g} s Forebay did {forebay.done:,} tasks and keeps {forebay.spilled:,} on disk. A"
+        f" supervisor with semaphores did {semaphore.done:,} and lost {semaphore.lost:,}; a classic one did"
+        f" {classic.done:,} and lost {classic.lost:,}{killed}."
     )
 
 
-def _footer(found: Report) -> str:
-    limit = f" Forebay was limited by {limit_of(found.forebay)}." if found.forebay.limited_by else ""
+def _footer(report: Report) -> str:
+    limit = f" Forebay was limited by {limit_of(report.forebay)}." if report.forebay.limited_by else ""
     return (
-        f"Provider: {found.provider}. Seed {found.seed}. One side after the other, each with {found.seconds:g} s and"
-        f" {found.memory_limit_mb} MB. Python {found.python}.{limit}"
+        f"Provider: {report.provider}. Seed {report.seed}. One side after the other, each with {report.seconds:g} s and"
+        f" {report.memory_limit_mb} MB. Python {report.python}.{limit}"
     )
 
 
@@ -119,7 +119,7 @@ def _queue(axes: Axes, runs: Runs) -> None:
     axes.set_ylim(1, max([10, 4 * highest, *(4 * value for value in disk[1])]))
 
 
-def _goodput(axes: Axes, runs: Runs, granted: float | None, found: Report) -> None:
+def _goodput(axes: Axes, runs: Runs, granted: float | None, report: Report) -> None:
     axes.set_title("Goodput: tasks done a minute")
     if granted:
         axes.axhline(granted, color=_SOFT, linewidth=1.2, linestyle=":")
@@ -127,7 +127,7 @@ def _goodput(axes: Axes, runs: Runs, granted: float | None, found: Report) -> No
     highest = granted or 1.0
     for side in SIDES:
         points = _over_time(runs[side], pace)
-        words = f"{NAMES[side]}: {found.side(side).done_per_minute:g} over all"
+        words = f"{NAMES[side]}: {report.side(side).done_per_minute:g} over all"
         _line(axes, points, COLOURS[side], words, ending=runs[side].ending)
         highest = max([highest, *points[1]])
     axes.set_ylim(0, 1.5 * highest)
@@ -145,20 +145,20 @@ def _memory(axes: Axes, runs: Runs, limit: int) -> None:
     axes.set_ylim(0, 1.15 * limit)
 
 
-def _refusals(axes: Axes, runs: Runs, found: Report) -> None:
+def _refusals(axes: Axes, runs: Runs, report: Report) -> None:
     axes.set_title("Refusals: calls answered 429, last 20 s")
     for side in SIDES:
-        figures = found.side(side)
+        figures = report.side(side)
         points = _over_time(runs[side], lambda samples: 100 * refused(samples))
         none = ", none for its load" if figures.calls_429 and figures.calls_429 == figures.stray_429 else ""
         _share(axes, runs[side], points, f"{NAMES[side]}: {percent(figures.refused_share)} over all{none}", side)
 
 
-def _tokens(axes: Axes, runs: Runs, found: Report) -> None:
+def _tokens(axes: Axes, runs: Runs, report: Report) -> None:
     axes.set_title("Waste: tokens so far of no task done")
     for side in SIDES:
         points = _over_time(runs[side], lambda samples: 100 * samples[-1].useless if samples[-1].tokens else math.nan)
-        words = f"{NAMES[side]}: {percent(found.side(side).wasted_share)} at the end"
+        words = f"{NAMES[side]}: {percent(report.side(side).wasted_share)} at the end"
         _share(axes, runs[side], points, words, side)
 
 
@@ -168,15 +168,15 @@ def _share(axes: Axes, run: SideRun, points: Points, words: str, side: Side) -> 
     _line(axes, points, COLOURS[side], words, ending=run.ending)
 
 
-def _spend(axes: Axes, runs: Runs, found: Report) -> None:
-    least = found.usd_least
+def _spend(axes: Axes, runs: Runs, report: Report) -> None:
+    least = report.usd_least
     axes.set_title("Spend: dollars so far, per task done so far")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"${value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     values = [least] if least else []
     for side in SIDES:
-        figures, points = found.side(side), _usd_per_done(runs[side])
+        figures, points = report.side(side), _usd_per_done(runs[side])
         over = f", {figures.usd_ratio:.2f}x the least" if figures.usd_ratio else ""
         each = f": ${figures.usd_per_done:.4f}" if figures.usd_per_done else ""
         _line(axes, points, COLOURS[side], f"{NAMES[side]}{each}{over}", ending=runs[side].ending)

@@ -74,7 +74,8 @@ def run(settings: Settings, console: Console, *, real: tuple[Provider, str] | No
             _print_stored(settings, console)
             return INTERRUPTED
         _conclude(runs, settings, console, _name(settings, real))
-        console.print("Most tasks are not done, by design: no side can do more than the key grants.", soft_wrap=True)
+        if (stored := runs[Side.FOREBAY].stored) and stored.to_do:
+            console.print("Not all tasks are done, by design: no side can do more than the key grants.", soft_wrap=True)
         _print_stored(settings, console)
     return 0
 

@@ -20,10 +20,10 @@ import msgspec
 from demo.provider import KEY
 from demo.sample import Instructions, Sample, Side
 
-_LOOK: Final = 0.05  # seconds between readings of a side's memory
-_TICK: Final = 0.25  # seconds between updates of the screen
-_START: Final = 60.0  # seconds until it must be ready
-_GRACE: Final = 10.0  # seconds to end in after `stop`
+_MEMORY_INTERVAL: Final = 0.05  # seconds between readings of a side's memory
+_SHOW_INTERVAL: Final = 0.25  # seconds between updates of the screen
+_START_TIMEOUT: Final = 60.0  # seconds until a side must be ready
+_STOP_TIMEOUT: Final = 10.0  # seconds until a side that was told to stop is killed
 _LOG_TAIL: Final = 15  # lines
 
 _ROOT: Final = Path(__file__).parents[1]  # the repository, which the child imports `demo` from
@@ -63,10 +63,10 @@ class SideProcess:
         self.ending: Ending | None = None
         self.ended_at: float | None = None  # seconds after it was ready
         self._log = log
-        self._born = time.monotonic()
-        self._began: float | None = None
+        self._started_at = time.monotonic()
+        self._ready_at: float | None = None
         self._stopped_at: float | None = None  # when `stop` was called
-        self._why: Ending | None = None  # what it was ended for, if not for time
+        self._stop_reason: Ending | None = None  # what it was ended for, if not for time
         self._buffer = b""
         command = [sys.executable, "-m", "demo.side_main", msgspec.json.encode(instructions).decode()]
         with log.open("wb") as errors:
@@ -81,8 +81,8 @@ class SideProcess:
             )
         assert self._process.stdin is not None  # noqa: S101 - it was asked for
         assert self._process.stdout is not None  # noqa: S101
-        self._to_it = self._process.stdin
-        self._from_it = self._process.stdout
+        self._stdin = self._process.stdin
+        self._stdout = self._process.stdout
 
     def __enter__(self) -> Self:
         return self
@@ -91,11 +91,11 @@ class SideProcess:
         self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(OSError):
-            self._to_it.close()
+            self._stdin.close()
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        self._from_it.close()
+        self._stdout.close()
 
     @property
     def side(self) -> Side:
@@ -112,7 +112,7 @@ class SideProcess:
         """Seconds since it was ready, until it ended."""
         if self.ended_at is not None:
             return self.ended_at
-        return 0.0 if self._began is None else time.monotonic() - self._began
+        return 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
 
     @property
     def status(self) -> int | None:
@@ -121,11 +121,11 @@ class SideProcess:
 
     def stop(self, why: Ending | None = None) -> None:
         """Tell it to end."""
-        self._why = why or self._why
+        self._stop_reason = why or self._stop_reason
         self._stopped_at = time.monotonic()
         with contextlib.suppress(OSError):
-            self._to_it.write(b"stop\n")
-            self._to_it.flush()
+            self._stdin.write(b"stop\n")
+            self._stdin.flush()
 
     def follow(self, tick: Callable[[], object]) -> None:
         """Watch it until it ends, and call `tick` four times a second.
@@ -135,13 +135,13 @@ class SideProcess:
         """
         shown = -inf
         with selectors.DefaultSelector() as selector:
-            selector.register(self._from_it, selectors.EVENT_READ)
+            selector.register(self._stdout, selectors.EVENT_READ)
             while self.ending is None:
-                if selector.select(_LOOK):
+                if selector.select(_MEMORY_INTERVAL):
                     self._read()
                 self._check_memory()
                 self._check_time()
-                if time.monotonic() - shown >= _TICK:
+                if time.monotonic() - shown >= _SHOW_INTERVAL:
                     shown = time.monotonic()
                     tick()
         tick()
@@ -153,29 +153,30 @@ class SideProcess:
     # --- inside ---
 
     def _read(self) -> None:
-        chunk = os.read(self._from_it.fileno(), 1 << 16)
+        chunk = os.read(self._stdout.fileno(), 1 << 16)
         if not chunk:
-            self._take_end()
+            self._record_end()
             return
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         for line in lines:
             sample = _decode(line)
-            if self._began is None:
-                self._began = time.monotonic() - sample.t
+            if self._ready_at is None:
+                self._ready_at = time.monotonic() - sample.t
             self.samples.append(sample)
             self.latencies.extend(sample.latencies)
 
     def _check_memory(self) -> None:
         """Read its memory, and kill it if that is too much."""
-        if self.ending is not None or self._why is Ending.OUT_OF_MEMORY:
+        if self.ending is not None or self._stop_reason is Ending.OUT_OF_MEMORY:
             return
         now, peak = resident_mb(self._process.pid) or self._reported_memory()
         self.peak_rss_mb = max(self.peak_rss_mb, peak)
         too_much = now > self.instructions.settings.memory_mb
-        if self._began is not None and (too_much or not self.memory or self.seconds - self.memory[-1][0] >= _TICK):
+        due = not self.memory or self.seconds - self.memory[-1][0] >= _SHOW_INTERVAL
+        if self._ready_at is not None and (too_much or due):
             self.memory.append((self.seconds, now))
         if too_much:
-            self._why = Ending.OUT_OF_MEMORY
+            self._stop_reason = Ending.OUT_OF_MEMORY
             self._process.kill()
 
     def _reported_memory(self) -> tuple[float, float]:
@@ -187,22 +188,22 @@ class SideProcess:
             all_ended = last is not None and last.submitted >= self.instructions.settings.tasks and not last.inside
             if self.seconds >= self.instructions.settings.seconds or (all_ended and not self.side.stores_tasks):
                 self.stop()
-        elif now - self._stopped_at > _GRACE:
+        elif now - self._stopped_at > _STOP_TIMEOUT:
             self._process.kill()
-        if self._began is None and now - self._born > _START:
+        if self._ready_at is None and now - self._started_at > _START_TIMEOUT:
             self._process.kill()
 
-    def _take_end(self) -> None:
+    def _record_end(self) -> None:
         last = self.last
         self.ended_at = last.t if last is not None and last.stage == "ended" else self.seconds
         self._process.wait()
-        if self._why is Ending.OUT_OF_MEMORY:
-            self.ending = self._why
+        if self._stop_reason is Ending.OUT_OF_MEMORY:
+            self.ending = self._stop_reason
         elif last is None or last.stage != "ended":
             self.ending = Ending.CRASHED
         else:
             nothing_left = not last.inside and not last.spilled
-            self.ending = self._why or (Ending.DONE if nothing_left else Ending.TIME_UP)
+            self.ending = self._stop_reason or (Ending.DONE if nothing_left else Ending.TIME_UP)
 
 
 def resident_mb(pid: int) -> tuple[float, float] | None:

@@ -57,13 +57,13 @@ _ROWS: Final[tuple[tuple[str, Callable[[SideReport], str]], ...]] = (
 )
 
 
-def summary(found: Report) -> RenderableType:
+def summary(report: Report) -> RenderableType:
     """Return the table of all sides, row by row, and the verdict."""
-    size = Text(f"{found.tasks:,} tasks, {found.seconds:g} s for each side, seed {found.seed}", style="bright_black")
+    size = Text(f"{report.tasks:,} tasks, {report.seconds:g} s for each side, seed {report.seed}", style="bright_black")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     table.add_column("", style="bright_black")
     for side in SIDES:
         table.add_column(Text(NAMES[side], style=f"bold {COLOURS[side]}"), justify="right", overflow="fold")
     for name, cell in _ROWS:
-        table.add_row(name, *(Text(cell(found.side(side))) for side in SIDES))  # Text: ":key:" is not an emoji
-    return Group(Padding(size, (0, 1)), table, Padding(Text(found.verdict), (1, 1, 0, 1)))
+        table.add_row(name, *(Text(cell(report.side(side))) for side in SIDES))  # Text: ":key:" is not an emoji
+    return Group(Padding(size, (0, 1)), table, Padding(Text(report.verdict), (1, 1, 0, 1)))

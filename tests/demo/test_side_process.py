@@ -1,4 +1,4 @@
-"""How a process is weighed."""
+"""The memory of a process, as another process reads it."""
 
 from __future__ import annotations
 

@@ -201,10 +201,10 @@ def _drop_connection(request: web.Request) -> web.Response:
     return web.Response(status=500)
 
 
-async def start_server(server: ProviderServer, *, host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, str]:
-    """Start to serve; return the runner, which the caller must clean up, and the URL. Port 0 takes a free port."""
+async def start_server(server: ProviderServer, *, port: int = 0) -> tuple[web.AppRunner, str]:
+    """Serve on 127.0.0.1; return the runner, which the caller must clean up, and the URL. Port 0 is any free one."""
     runner = web.AppRunner(server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
-    await web.TCPSite(runner, host, port, backlog=1024).start()
+    await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
     address = runner.addresses[0]
     return runner, f"http://{address[0]}:{address[1]}"

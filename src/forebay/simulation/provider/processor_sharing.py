@@ -52,13 +52,13 @@ def capacity_phases(
 class ProcessorSharing(Generic[T]):
     """A set of marks, each reached when every call in flight has been given enough work.
 
-    The owner sets `population`, the number of calls that share the capacity. A mark whose owner no longer needs it
-    stays in the heap and is reported like any other, unless `discard_unwanted` removes it.
+    The owner sets `slots`, `speed` and `population`, the number of calls that share the capacity. A mark that nobody
+    needs any more stays in the heap and is reported like any other, unless `discard_unwanted` removes it.
     """
 
-    def __init__(self, slots: int, speed: float = 1.0) -> None:
+    def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.speed = speed
+        self.speed = 1.0
         self.population = 0
         self.work = 0.0  # seconds at full speed given to each call
         self.busy_slot_seconds = 0.0  # the same, summed over the calls
