@@ -91,18 +91,18 @@ class ChildProcess(asyncio.Protocol):
         runs: how many runs it was given.
         ready: done once it has loaded its handler, with None, or with the failure to load it.
         gone: done once it has ended and its channel is closed.
-        idle_timer: ends it when it has been idle for too long; set by its pool.
     """
 
-    def __init__(self, spawned: SpawnedProcess, *, worker: str, bound: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.worker = worker
+    def __init__(self, spawned: SpawnedProcess, load: messages.LoadHandler, *, loop: asyncio.AbstractEventLoop) -> None:
+        self.worker = load.worker
         self.pid = spawned.process.pid
         self.runs = 0
         self.ready: asyncio.Future[messages.RemoteFailure | None] = loop.create_future()
         self.gone: asyncio.Future[None] = loop.create_future()
+        self._load = load
         self._loop = loop
         self._process = spawned.process
-        self._decoder = messages.FrameDecoder(bound)
+        self._decoder = messages.FrameDecoder(load.bound)
         self._transport: asyncio.Transport | None = None
         self._lock = threading.Lock()  # no kill after its pid is free for another process
         self._reaped = False
@@ -113,7 +113,7 @@ class ChildProcess(asyncio.Protocol):
         self._ended: asyncio.Future[_RunEnd | None] | None = None
         self._report: Callable[[Any], None] | None = None
         self._kill_timer: asyncio.TimerHandle | None = None
-        self.idle_timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     @property
     def usable(self) -> bool:
@@ -202,11 +202,15 @@ class ChildProcess(asyncio.Protocol):
             self._kill_timer.cancel()
             self._kill_timer = None
 
+    def retire_after(self, idle: float, grace: float) -> None:
+        """Retire it, with `grace`, once it has been idle for `idle` seconds."""
+        self._idle_timer = self._loop.call_later(idle, self.retire, grace)
+
     def cancel_idle_timer(self) -> None:
-        """Cancel the end of an idle process, because it is used again."""
-        if self.idle_timer is not None:
-            self.idle_timer.cancel()
-            self.idle_timer = None
+        """Keep it, because it is used again."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
     def reap(self) -> int:
         """Wait for its end, kill what it has started, and return its exit code. Blocks: for a thread."""
@@ -242,18 +246,15 @@ class ChildProcess(asyncio.Protocol):
 
     # --- the channel ---
 
-    def load(self, request: messages.LoadHandler) -> None:
-        """Tell it which handler to load."""
-        self._send(request)
-
     def _send(self, message: Any) -> None:
         if self._transport is not None and not self._disconnected:
             self._transport.write(messages.encode_frame(message))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Store the transport, as asyncio's Protocol requires."""
+        """Tell it which handler to load, now that its channel is open."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a socket's
         self._transport = transport
+        self._send(self._load)
 
     def data_received(self, data: bytes) -> None:
         """Handle its messages, and kill it if they cannot be decoded."""

@@ -202,8 +202,7 @@ class _ProcessPool:
             if self._engine.max_tasks is not None and child.runs >= self._engine.max_tasks:
                 child.retire(self._engine.grace)
             else:
-                loop = asyncio.get_running_loop()
-                child.idle_timer = loop.call_later(self._engine.idle_timeout, child.retire, self._engine.grace)
+                child.retire_after(self._engine.idle_timeout, self._engine.grace)
                 self._idle.append(child)
         self._wake_waiters()
 
@@ -251,13 +250,12 @@ class _ProcessPool:
         except OSError as error:
             advice = "Lower max_concurrent, or allow this program more processes."
             raise ProcessNotStarted(worker=worker, why=f"the system refused: {error}", advice=advice) from error
-        child = ChildProcess(spawned, worker=worker, bound=self._engine.max_message_bytes, loop=loop)
+        child = ChildProcess(spawned, self._load, loop=loop)
         self._children.add(child)
         child.gone.add_done_callback(partial(self._on_gone, child))
         reaping = loop.run_in_executor(self._threads, child.reap)
         reaping.add_done_callback(lambda done: child.on_exit(done.result()))
         await loop.create_unix_connection(lambda: child, sock=spawned.channel)
-        child.load(self._load)
         failure: messages.RemoteFailure | None
         try:
             async with asyncio.timeout(self._engine.start_timeout):
