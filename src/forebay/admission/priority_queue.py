@@ -130,12 +130,23 @@ class PriorityQueue(Generic[T]):
         Raises:
             IndexError: the queue is empty.
         """
+        priority = self._last_served
+        fifo = self._fifos[priority]
+        if self._lengths[priority] == self.length and fifo and not self._heaps[priority]:
+            # Nearly always: the items have one priority and wait in sequence. Then none is passed over.
+            item: T | None = fifo[0][_ITEM]
+            if item is not None:
+                fifo.popleft()[_ITEM] = None
+                self.length -= 1
+                self._lengths[priority] -= 1
+                self._passed_over[priority] = 0
+                return item
         entry = self.head()
         if entry is None:
             raise IndexError
-        item: T = entry[_ITEM]
+        served: T = entry[_ITEM]
         self.serve(entry)
-        return item
+        return served
 
     def serve(self, head: QueueEntry, joined_priority: Priority | None = None) -> None:
         """Remove the head as served, which counts against starvation; a removal by `remove` does not.
