@@ -2,7 +2,7 @@
 
 Everything runs in virtual time. Agents call the simulated provider. Callers flood the supervisors, cancel, set
 deadlines and retry when they are told to. Handlers raise, hang, swallow cancellations, block threads and the loop, and
-submit tasks of tsuccessor own. Processes share a store that is slow, full or silent, and crash at any moment; others
+submit tasks of their own. Processes share a store that is slow, full or silent, and crash at any moment; others
 take over the tasks that they left. The checks use only what a user of the public interface can see.
 """
 
@@ -289,7 +289,7 @@ class Surge:
         if script.overflow == "sqlite":
             await self.finish_leftovers()
         self.check()
-        await asyncio.sleep(100.0)  # until handlers that swallowed tsuccessor cancellation have ended
+        await asyncio.sleep(100.0)  # until handlers that swallowed their cancellation have ended
         if (left := virtual_loop().pending()) != [asyncio.current_task()]:
             raise InvariantViolation(f"asyncio tasks are left: {left}")
 
