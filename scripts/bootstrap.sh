@@ -5,7 +5,7 @@
 #   scripts/bootstrap.sh VENV MINOR    on that minor, such as 3.11; exits 3 where none can be used
 #
 # Safe to run at any time. It does nothing if the environment is complete, installs what the requirements changed, and
-# begins anew if a run was interrupted, the environment's Python has gone or the checkout has moved.
+# starts again if a run was interrupted, the environment's Python has gone or the checkout has moved.
 set -euo pipefail
 cd -P "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1

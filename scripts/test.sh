@@ -17,7 +17,7 @@ for minor in 3.11 3.13; do
     esac
 done
 
-# What says nothing of the Python, and takes minutes, is tried on one: injected bugs, and SDKs of the generation before.
+# Tests that take minutes and do not depend on the version of Python run on one only: injected bugs, and earlier SDKs.
 others=()
 for python in "${pythons[@]}"; do
     echo "== tests on $("$python" --version) =="
