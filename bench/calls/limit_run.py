@@ -79,7 +79,7 @@ class CallerJob:
 
 @dataclass
 class RunRecord:
-    """What happened in a run.
+    """The events of one run.
 
     Attributes:
         done: when each answer arrived in time, and its service time in seconds.

@@ -21,7 +21,7 @@ class WorkerState(Enum):
 
 
 class Outcome(Enum):
-    """What the end of a call or a run says about the upstream or the worker that served it."""
+    """The meaning of an end of a call or a run for the upstream or the worker that served it."""
 
     SUCCESS = "success"
     OVERLOAD = "overload"  # evidence of congestion

@@ -16,7 +16,7 @@ from forebay.errors import DeadlinePassed, InvalidDeadline, InvalidEstimate, Inv
 
 
 class Priority(IntEnum):
-    """How much a task matters; a lower number goes first."""
+    """The importance of a task; a lower number goes first."""
 
     CRITICAL = 0
     HIGH = 1
@@ -84,7 +84,7 @@ class Deadline(msgspec.Struct, frozen=True, order=True):
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """How many calls and LLM tokens one run is expected to need. Without one, it is learned per task type.
+    """The calls and LLM tokens that one run is expected to need. Without one, it is learned per task type.
 
     Raises:
         InvalidEstimate: a figure is negative or not a whole number.

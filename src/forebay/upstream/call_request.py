@@ -100,7 +100,7 @@ class Permit(msgspec.Struct, eq=False):
 
 
 class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How an attempt ended, for its account.
+    """The end of an attempt, for its account.
 
     Attributes:
         kind: the evidence about the upstream.

@@ -12,7 +12,7 @@ from forebay.upstream.accounts.call_queue import QueuedCall
 from forebay.upstream.call_request import CallBudget, CallRequest
 
 LOOK_AHEAD: Final = 16
-"""How many calls are considered, the head included."""
+"""The number of calls that are considered, the head included."""
 
 
 def find_bypass(

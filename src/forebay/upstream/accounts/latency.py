@@ -81,7 +81,7 @@ class LatencyModel:
 
 
 class CallDurations:
-    """How long calls take and hold their slots, learned from calls that have ended. Times are seconds.
+    """The times that calls take and hold their slots, learned from calls that have ended. Times are seconds.
 
     There are two means, because one would feed an overload. The *typical* duration is learned from successes, each
     divided by its slowdown, so that a slowdown of our own making does not pass for normal. The time for which a slot is

@@ -180,7 +180,7 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
         ),
     }
 )
-"""What follows from each kind of response."""
+"""The rule for each kind of response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +212,12 @@ STATUS_RULES: Final[Mapping[int, StatusRule]] = MappingProxyType(
         529: _CAPACITY,
     }
 )
-"""What single statuses mean; `OTHER_4XX` and `OTHER_5XX` hold for the others."""
+"""The kinds of single statuses; `OTHER_4XX` and `OTHER_5XX` hold for the others."""
 
 OTHER_4XX: Final = StatusRule(ErrorKind.CLIENT_ERROR)
 OTHER_5XX: Final = StatusRule(ErrorKind.FAULT, frozenset({ErrorKind.SPEND_CAP, ErrorKind.OVERLOADED}))
 NO_RESPONSE: Final = ErrorKind.FAULT
-"""What it means that no response came: a connection error or a timeout, or a stream that was cut off."""
+"""The kind of an attempt without a response: a connection error or a timeout, or a stream that was cut off."""
 
 ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
     {
@@ -235,7 +235,7 @@ ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
         "resource_exhausted": ErrorKind.RATE_LIMIT,  # Google's, even where its message speaks of billing
     }
 )
-"""What the code or type of an error means, in lower case, under any status that allows it."""
+"""Kinds by the code or type of an error, in lower case, under any status that allows it."""
 
 STREAM_ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
     {
@@ -267,7 +267,7 @@ _WORDINGS: Final = (
     ),
 )
 WORDINGS: Final = tuple((re.compile(pattern), ErrorKind[name]) for pattern, name in _WORDINGS)
-"""What the wording of a message means, in lower case; the first that matches counts."""
+"""Kinds by the wording of a message, in lower case; the first that matches counts."""
 
 
 def classify(status: int | None, headers: Mapping[str, str], body: bytes = b"") -> ErrorKind:
