@@ -153,6 +153,7 @@ def test_a_fragment_is_python(block: Block) -> None:
     compile(code, block.page, "exec", dont_inherit=True)
 
 
+@pytest.mark.slow
 @pytest.mark.blocks
 def test_the_suites_of_the_page_on_testing_pass_as_they_stand(pytester: pytest.Pytester) -> None:
     (briefs,) = (block.code for block in FRAGMENTS if block.code.startswith("# briefs.py"))

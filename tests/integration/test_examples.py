@@ -29,6 +29,7 @@ def test_a_langgraph_agent_is_backpressured_in_twenty_lines(tmp_path: Path) -> N
     assert (tmp_path / "spill.db").exists()
 
 
+@pytest.mark.slow
 def test_a_stuck_agent_is_killed_and_its_slot_serves_the_next(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, str(EXAMPLES / "stuck_agent.py")],

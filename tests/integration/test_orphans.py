@@ -50,6 +50,7 @@ def over(pid: int) -> bool:
         os.close(watched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["waits", "holds the lock"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda end: end.name)
 def test_no_process_outlives_the_program(task: str, end: signal.Signals, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def run(url: str, way: str, which: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", DURABLE_STORES, ids=str)
 @pytest.mark.parametrize(("way", "code"), [("exit", 7), ("kill", -9)])
 def test_a_task_that_kills_its_process_becomes_a_dead_letter(

@@ -100,6 +100,7 @@ def goodput(
     return service
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_goodput_never_falls_as_more_is_offered(seed: int) -> None:
     reached = [goodput(forebay, times, seed=seed).per_second(60) for times in (0.5, 1, 2, 4, 7, 10)]

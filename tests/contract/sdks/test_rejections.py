@@ -74,6 +74,7 @@ def test_queued_calls_are_served(harness: SdkHarness, provider: ProviderControl)
     until(lambda: provider.statistics()["in_flight"] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harness", [ThroughGateway], ids=["gateway"], indirect=True)
 def test_a_queued_call_is_rejected_before_its_caller_times_out(harness: SdkHarness, provider: ProviderControl) -> None:
     path = harness.open(provider.url, max_concurrent=1)

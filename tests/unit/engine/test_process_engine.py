@@ -236,6 +236,7 @@ def report_an_object(_: Task) -> None:
     progress("sent")
 
 
+@pytest.mark.slow
 async def test_two_hundred_tasks_over_four_processes_that_crash_all_end() -> None:
     before = descriptors()
     async with BackpressureSupervisor(backpressure_threshold=1.0, max_queue_size=300) as supervisor:
