@@ -33,7 +33,7 @@ class Grant(msgspec.Struct):
 
 
 class Limit(ABC):
-    """How many calls may be in flight at one account. Pure: it sees grants, outcomes and times, nothing else.
+    """A limit on the calls in flight at one account. Pure: it sees grants, outcomes and times, nothing else.
 
     A subclass has to write `observe`, which learns from finished calls and moves the limit by `_set_level`; `_level` is
     the limit before rounding. Every other method has a default. Times are seconds on one clock that does not go back,
