@@ -168,6 +168,20 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        try:
+            result = await self._attempt(permit)
+        except BaseException:
+            self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
+            raise
+        if not result.streaming:  # else it is counted at the end of the stream
+            self._metrics.count_attempt(self.core.name, result.outcome.kind)
+        return result
+
+    def _settle_stream(self, permit: Permit, kind: Outcome, usage: Usage | None) -> None:
+        self._metrics.count_attempt(self.core.name, kind)
+        super()._settle_stream(permit, kind, usage)
+
+    async def _attempt(self, permit: Permit) -> AttemptResult:
         response: aiohttp.ClientResponse | None = None
         try:
             response = await self._client.send(

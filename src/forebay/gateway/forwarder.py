@@ -15,7 +15,8 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
-from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, read_client_timeouts
+from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader
+from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -77,10 +78,11 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
-        self.metrics = GatewayMetrics(self.targets)
+        self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
         self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = RequestValidator(
             max_header_bytes=settings.max_header_bytes,
             local_only=settings.address.loopback and not settings.has_token,
@@ -215,14 +217,23 @@ class Forwarder:
         """
         target = destination.target
         call = await self._read_call(request, headers, destination, reservation)
+        started = clock.now()
         try:
-            return await target.upstream.runner.run(call, ForwardedCall.attempt)
+            response = await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
         except TRANSPORT_ERRORS as error:
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
+        except asyncio.CancelledError:
+            if not self.draining:
+                now = clock.now()
+                self._client_timeouts.record_hang_up(now, headers, now - started)
+            raise
+        now = clock.now()
+        self._client_timeouts.record_answer(now, headers, now - started)
+        return response
 
     async def _read_call(
         self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
@@ -243,13 +254,14 @@ class Forwarder:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
             raise self._body_memory_full(target) from None
-        timeouts = read_client_timeouts(headers)
+        now = clock.now()
+        timeouts = self._client_timeouts.read(now, headers)
         incoming = IncomingRequest(
             method=request.method,
             raw_headers=request.raw_headers,
             headers=headers,
             body=body,
-            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, clock.now() + timeouts.max_wait)),
+            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
         )
         call = ForwardedCall(
