@@ -15,9 +15,9 @@ _GRACE: Final = 5.0  # seconds that the gateway reads longer than its caller, wh
 _MARGIN: Final = 1.0  # seconds before its timeout at which a queued call is rejected, so that the response arrives
 _MAX_MARGIN_SHARE: Final = 0.1  # of the timeout
 
-# Seconds that clients wait at their defaults without saying so, by the start of the user agent, in lower case. The
-# SDKs for JavaScript have a timeout of 600 s, but Node's fetch (undici) gives up after 300 s without a header
-# (`headersTimeout`). aiohttp's default for a whole call is 300 s as well.
+# Seconds that clients wait at their defaults, by the start of the user agent, in lower case. The SDKs for JavaScript
+# announce 600 s or nothing, but Node's fetch (undici) gives up after 300 s without a header (`headersTimeout`): measured
+# with openai 7.59, @anthropic-ai/sdk 1.14, ai 7.0 and fetch of Node 20. aiohttp's default for a whole call is 300 s.
 _BY_USER_AGENT: Final = (
     ("openai/js", 300.0),
     ("anthropic/js", 300.0),
@@ -66,10 +66,11 @@ class ClientTimeoutReader:
         """Return the timeouts of the caller with these headers (by lower-case name)."""
         seconds = _from_headers(headers)
         read_timeout = _DEFAULT_READ_TIMEOUT if seconds is None else seconds + _GRACE
-        if seconds is None:
-            seconds = _from_user_agent(headers.get("user-agent", ""))
-        if seconds is None:
-            seconds = self._default
+        by_kind = _from_user_agent(headers.get("user-agent", ""))
+        if seconds is None or by_kind is None:
+            seconds = seconds or by_kind or self._default
+        else:
+            seconds = min(seconds, by_kind)
         waits = self._clients.get(client_kind(headers)) if self._clients else None
         learned = None if waits is None else waits.timeout(now)
         if learned is not None:

@@ -56,10 +56,16 @@ def test_three_hang_ups_after_equally_long_show_the_timeout_of_that_kind_of_clie
 
 def test_a_learned_timeout_goes_before_what_the_client_says() -> None:
     reader = ClientTimeoutReader(300.0)
-    headers = {"user-agent": "Anthropic/JS 1.14.0", "x-stainless-timeout": "600"}
+    headers = {"user-agent": "OpenAI/Python 3.3.0", "x-stainless-read-timeout": "600"}
     assert reader.read(100.0, headers).max_wait == 599.0
-    hang_up(reader, 300.1, 300.2, 300.3, headers=headers)
-    assert reader.read(100.0, headers) == (pytest.approx(299.1), 605.0)
+    hang_up(reader, 100.1, 100.2, 100.3, headers=headers)
+    assert reader.read(100.0, headers) == (pytest.approx(99.1), 605.0)
+
+
+def test_nodes_fetch_gives_up_before_the_timeout_that_its_sdk_announces() -> None:
+    headers = {"user-agent": "Anthropic/JS 1.14.0", "x-stainless-timeout": "600"}
+    assert ClientTimeoutReader(300.0).read(0.0, headers) == (299.0, 605.0)
+    assert ClientTimeoutReader(300.0).read(0.0, headers | {"x-stainless-timeout": "20"}).max_wait == 19.0
 
 
 def test_cancellations_at_different_times_are_no_timeout() -> None:
