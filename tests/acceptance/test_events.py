@@ -75,6 +75,30 @@ async def test_several_may_listen_and_one_may_leave() -> None:
 
 
 @virtual
+async def test_several_may_read_one_subscription_and_none_waits_in_vain() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
+        async with supervisor.events() as events:
+            readers = [asyncio.ensure_future(anext(events)) for _ in range(4)]
+            await run_ready()
+            readers[0].cancel()
+            await supervisor.submit_nowait(Task("work"))
+            read = await asyncio.gather(*readers, return_exceptions=True)
+    assert isinstance(read[0], asyncio.CancelledError)
+    assert [getattr(event, "kind", None) for event in read[1:]] == ["submitted", "started", "finished"]
+
+
+@virtual
+async def test_a_closed_subscription_ends_for_each_of_its_readers() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        events = supervisor.events()
+        readers = [asyncio.ensure_future(anext(events, None)) for _ in range(3)]
+        await run_ready()
+        events.close()
+        assert await asyncio.gather(*readers) == [None, None, None]
+
+
+@virtual
 async def test_listening_to_a_rejected_ticket_raises_overloaded() -> None:
     async with BackpressureSupervisor(max_queue_size=0) as supervisor:
         supervisor.register_worker("worker", handler=reports, task_types=["work"])

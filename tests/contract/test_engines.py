@@ -193,6 +193,8 @@ async def test_a_handler_may_raise_anything(
     supervisor: BackpressureSupervisor, worker: WorkerAgent, engine_case: EngineCase
 ) -> None:
     for kind in engine_handlers.ERRORS:
+        if kind == "KeyboardInterrupt" and ISOLATES not in engine_case.can:
+            continue  # in the supervisor's own loop it is a Ctrl-C, which ends the loop
         worker.revive()
         result = await ended(supervisor, "raise", kind)
         assert result.status is TaskStatus.FAILED

@@ -344,6 +344,7 @@ class AdmissionController:
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)
+            self._bus.limit_backlog()  # a caller that goes on when it is rejected may never give the loop a turn
 
     def _emit_submitted(self, ticket: Ticket) -> None:
         task = ticket.task

@@ -42,6 +42,7 @@ class Core:
         self.loop = loop
         self.threads = threads
         self.bus = bus
+        bus.start(loop)
         self.codecs = codecs
         self.timers = Timers(loop)
         self.registry = TicketRegistry(loop, bus, keep=keep_results)

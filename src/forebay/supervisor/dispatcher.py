@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -246,9 +245,7 @@ class Dispatcher:
         if self._bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
             self._registry.emit(ticket, started)
-        if run.abandoned_at is not None:  # cancelled by a sink, when it received the event
-            self.completion.handler_ended(run, None, asyncio.CancelledError())
-        elif ticket.slot is not None:
+        if ticket.slot is not None:
             ticket.slot.grant(run)
         elif ticket.lease is not None and self.spill is not None:
             self.spill.stored.record_start(run)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from forebay._hooks import is_async
 from forebay._validate import check_positive, check_whole, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
@@ -44,10 +45,13 @@ def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
     """Return the sinks that were given, one or several.
 
     Raises:
-        InvalidSetting: `on_event` is neither a callable nor a sequence of them.
+        InvalidSetting: `on_event` is neither a plain callable nor a sequence of them.
     """
     sinks = (on_event,) if callable(on_event) else tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)
     if not all(map(callable, sinks)):
         expected = "a callable that takes an Event, or a list of such callables"
         reject(_OWNER, "on_event", on_event, expected)
+    if any(map(is_async, sinks)):
+        expected = "a plain function: a sink is called, not awaited. `async for event in supervisor.events()` may await"
+        reject(_OWNER, "on_event", "an async function", expected)
     return sinks

@@ -29,7 +29,7 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_running_worker, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -106,7 +106,7 @@ class BackpressureSupervisor:
         self._admission: AdmissionController | None = None
         self._threads = DaemonThreadExecutor()
         self._loop_monitor: LoopMonitor | None = None
-        self._starting = False
+        self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
 
@@ -176,7 +176,7 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None and not self._starting:
+        if self._dispatcher is not None and not self._is_starting:  # otherwise it is left to `start_up`
             add_running_worker(self._dispatcher, worker)
         return worker
 
@@ -202,6 +202,8 @@ class BackpressureSupervisor:
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
             self._dispatcher.completion.revive(worker)
+            if not self._is_starting:
+                start_running_worker(self._dispatcher, worker)
 
     # --- work ---
 
@@ -325,9 +327,12 @@ class BackpressureSupervisor:
         Raises:
             AlreadyStarted: it has been started before.
             StoreUnavailable: the overflow cannot be opened.
+            SupervisorClosed: it was closed meanwhile.
         """
         if self._dispatcher is not None:
             raise AlreadyStarted
+        if self._closing is not None:
+            raise SupervisorClosed(state="closed")
         loop = asyncio.get_running_loop()
         self._draw = clock.draw_function(loop)
         settings = self._settings
@@ -343,14 +348,20 @@ class BackpressureSupervisor:
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
-        self._starting = True  # a worker that is registered meanwhile is left to `start_up`
+        self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
         try:
-            await start_up(dispatcher, self._workers)
+            await self._starting
         except BaseException:
-            self._dispatcher = self._admission = None
+            if self._is_starting or self._starting.cancelled() or self._starting.exception() is not None:
+                self._dispatcher = self._admission = None
+            elif self._closing is None:  # cancelled in the turn of the loop in which it had started
+                await self.close()
+                raise
+            if self._closing is not None:
+                raise SupervisorClosed(state="closed") from None
             raise
-        finally:
-            self._starting = False
+        if self._closing is not None:
+            raise SupervisorClosed(state="closed")
         if settings.lag_bound is not None and not clock.is_virtual(loop):
             self._loop_monitor = LoopMonitor(
                 loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
@@ -378,7 +389,7 @@ class BackpressureSupervisor:
             self._drained = True
 
     async def close(self) -> None:
-        """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent.
+        """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.
 
         If this is cancelled, closing goes on in the background.
         """
@@ -390,6 +401,10 @@ class BackpressureSupervisor:
 
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
+            if self._starting is not None and not self._starting.done():
+                self._starting.cancel()
+                await asyncio.wait((self._starting,))
+                return
             self._admission_here().close()
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
@@ -430,6 +445,10 @@ class BackpressureSupervisor:
         return 0.0 if dispatcher is None or pool is None else dispatcher.load.on_path(pool)[0]  # None: about to start
 
     # --- inside ---
+
+    @property
+    def _is_starting(self) -> bool:
+        return self._starting is not None and not self._starting.done()
 
     def _running(self) -> Dispatcher:
         if self._dispatcher is None:

@@ -87,9 +87,9 @@ class TicketRegistry:
         self.ended[task_id] = ticket
         if len(self.ended) > self.keep:
             self.ended.popitem(last=False)
-        ticket.resolve(result)
-        if self._bus.active:
+        if self._bus.active:  # first, so that sinks are called before those who await the task wake up
             self._bus.emit(TaskFinished(at=self._loop.time(), task_id=task_id, result=result))
+        ticket.resolve(result)
         if self.listeners:
             self.notify_progress()
 

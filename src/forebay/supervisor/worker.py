@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,6 +56,8 @@ class WorkerAgent:
         self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
         self.declared = list(declared)  # those sources that no call has used yet
         self.penalty = 1.0
+        self.ready = handler.start is None  # its handler has started, or need not be started
+        self.starting: asyncio.Future[None] | None = None  # the start of its handler, at run time
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
         self._on_revive = on_revive
@@ -91,7 +94,7 @@ class WorkerAgent:
 
     def can_accept(self) -> bool:
         """Return whether a task could start on this worker now."""
-        if self.failed or self.pending_claims or self.current_tasks >= self.max_concurrent:
+        if self.failed or self.pending_claims or not self.ready or self.current_tasks >= self.max_concurrent:
             return False
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
@@ -99,6 +102,17 @@ class WorkerAgent:
     def revive(self) -> None:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
+
+    # --- the start of its handler ---
+
+    def begin_start(self, starting: asyncio.Future[None]) -> None:
+        """Keep the start of its handler, which ends before the worker takes a task."""
+        self.starting = starting
+
+    def mark_ready(self) -> None:
+        """Record that its handler has started."""
+        self.ready = True
+        self.starting = None
 
     # --- slots ---
 

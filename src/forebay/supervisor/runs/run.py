@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 import msgspec
 
-from forebay.events import TaskProgress, log
+from forebay._hooks import await_hook, call_hook, is_awaitable
+from forebay.events import TaskProgress
 from forebay.task import Deadline, Task, TaskStatus
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             at = self.dispatcher.core.loop.time()
             event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
             self.dispatcher.core.registry.emit(self.ticket, event)
+            self.dispatcher.core.bus.limit_backlog()  # a handler may report much without ever giving the loop a turn
 
     # --- expected calls ---
 
@@ -251,12 +253,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             return
         on_cancel = self.worker.handler.on_cancel
         if on_cancel is not None:
-            try:
-                asked = on_cancel(self.task)
-                if inspect.isawaitable(asked):
-                    self.dispatcher.core.run_in_background(asked)
-            except Exception:  # noqa: BLE001 - user code; the run must be stopped whatever it raises
-                log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
+            what = f"on_cancel of worker {self.worker.name!r}"
+            asked = call_hook(what, on_cancel, self.task)
+            if is_awaitable(asked):
+                self.dispatcher.core.run_in_background(await_hook(what, asked))
         if self.runner is not None and not self.in_thread:
             self.runner.stop(self)
 
@@ -319,6 +319,12 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         self.ended = True
         held, self.holds_slot = self.holds_slot, False
         return held
+
+
+def interrupt_of(run: Run, cause: BaseException | None) -> KeyboardInterrupt | None:
+    """Return `cause` if it is a Ctrl-C, and not an error of the handler: no thread receives one."""
+    in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
+    return cause if in_loop and isinstance(cause, KeyboardInterrupt) else None
 
 
 def _call_handler(call: Any, task: Task) -> tuple[Any, BaseException | None]:
