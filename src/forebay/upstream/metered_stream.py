@@ -15,6 +15,7 @@ class MeteredStream:
 
     Args:
         settle: releases the permit; takes the outcome of the answer and its usage.
+        judge: returns what an exception that ends the answer says about the provider.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
         detects_truncation: whether a truncated answer can be told from a complete one.
@@ -23,17 +24,19 @@ class MeteredStream:
         settled: the permit is released.
     """
 
-    __slots__ = ("_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
+    __slots__ = ("_detects_truncation", "_judge", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
 
     def __init__(
         self,
         settle: Callable[[Outcome, Usage | None], None],
+        judge: Callable[[Exception], Outcome],
         meter: UsageMeter | None,
         usage_filter: UsageFilter | None,
         *,
         detects_truncation: bool,
     ) -> None:
         self._settle = settle
+        self._judge = judge
         self._meter = meter
         self._usage_filter = usage_filter
         self._detects_truncation = detects_truncation
@@ -57,9 +60,10 @@ class MeteredStream:
         self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
         return rest
 
-    def fail(self) -> None:
-        """Note that the connection failed."""
-        self._settle_once(Outcome.FAULT)
+    def fail(self, error: Exception) -> None:
+        """Note that the connection failed, or that the caller stopped waiting: by which exception."""
+        if not self.settled:
+            self._settle_once(self._judge(error))
 
     def abandon(self) -> None:
         """Note that the reader has gone. After the end of the answer this changes nothing."""

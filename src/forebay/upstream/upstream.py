@@ -151,8 +151,10 @@ class Upstream:
 
         A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
         raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
-        not count as a fault. Every other exception does: the function cannot report that the provider throttled it, so
-        the limit does not learn from a 429. For that use `bind`, `send`, or `call` with ``call.overloaded()``.
+        not count as a fault. An exception that reports an answer, as those of SDKs and HTTP libraries do
+        (``status_code``, ``response``, also of the exception that it was raised from), counts as that answer: a 429 or
+        503 as throttled, a 400 as the caller's mistake, which is not retried. A timeout counts as a fault only if the
+        silence is unusual. Every other exception is a fault.
 
         To follow a `fallback` to another upstream the function must take a keyword-only parameter ``upstream``: it is
         called with the upstream to use.
@@ -204,7 +206,8 @@ class Upstream:
         Args:
             request: the request. Its needs are estimated from its body, as for a bound client.
             transport: sends it once, and returns the answer, whatever its status. It is called again for a retry, and
-                with another URL, key and model for a fallback. An exception that it raises is a fault of the provider.
+                with another URL, key and model for a fallback. An exception that it raises is a fault of the provider,
+                unless it reports an answer, or is a timeout: see `guard`.
 
         Returns:
             The answer to the last attempt.
@@ -220,7 +223,7 @@ class Upstream:
             try:
                 return call.answered(permit, await transport(call.request))
             except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                return call.connection_failed(permit, error)
+                return call.failed(permit, error)
 
         response: HttpResponse = await self.runner.run(HttpCall(self.core, request), attempt)
         return response
@@ -233,7 +236,7 @@ class Upstream:
             try:
                 return call.answered(permit, transport(call.request))
             except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                return call.connection_failed(permit, error)
+                return call.failed(permit, error)
 
         response: HttpResponse = self.runner.run_blocking(HttpCall(self.core, request), attempt)
         return response

@@ -21,6 +21,7 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -91,6 +92,7 @@ class Account:
         self.peak_in_flight = 0
         self.expected_calls = 0  # runs that have started, or are held back, and have not made their first call
         self.durations = CallDurations()
+        self.timeouts = TimeoutEvidence()
         self.counts = CallCounts()
         self.queue = CallQueue(self.order)
         self._budgets = budgets
@@ -270,6 +272,7 @@ class Account:
         if not permit.closed:
             self._accept(now, permit)
         self._outage.record_accepted()
+        self.timeouts.record_answer()
         self.quotas.update_from_headers(now, headers, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
@@ -304,8 +307,10 @@ class Account:
             counts.succeeded += 1
             self._outage.record_accepted()
             self._accept(now, permit)
+            self.timeouts.record_success(now - permit.granted_at)
         elif kind is Outcome.OVERLOAD:
             counts.throttled += 1
+            self.timeouts.record_answer()
             self._outage.record_throttled(now)
         elif kind is Outcome.FAULT:
             counts.failed += 1
@@ -315,6 +320,7 @@ class Account:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
             counts.throttled += 1
+            self.timeouts.record_answer()
             self.quotas.record_throttled(now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers)
         elif outcome.released:
             self.quotas.release(now, permit.reservation)

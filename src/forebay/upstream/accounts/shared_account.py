@@ -15,6 +15,7 @@ from forebay.quota import QuotaLevel
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
@@ -177,6 +178,12 @@ class SharedAccount:
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
+
+    def judge_timeout(self, permit: Permit) -> TimeoutVerdict:
+        """Return whether an attempt that its caller cut off now speaks against the provider. See `TimeoutEvidence`."""
+        now = clock.now()
+        with self._lock:
+            return self.account.timeouts.judge(now - permit.granted_at)
 
     def suspend(self, seconds: float) -> None:
         """Send no calls for `seconds`, and reject those that wait: the account's money at the provider is spent."""

@@ -33,8 +33,8 @@ class AsyncBody:
             async for chunk in chunks:
                 if passed := stream.feed(chunk):
                     yield passed
-        except Exception:
-            stream.fail()
+        except Exception as error:
+            stream.fail(error)
             raise
         finally:
             if isinstance(chunks, AsyncGenerator):
@@ -127,8 +127,8 @@ class BlockingBody:
             for chunk in self._chunks:
                 if passed := stream.feed(chunk):
                     yield passed
-        except Exception:
-            stream.fail()
+        except Exception as error:
+            stream.fail(error)
             raise
         if rest := stream.end():
             yield rest
