@@ -196,7 +196,7 @@ async def test_no_call_waits_for_a_retry_beyond_its_deadline() -> None:
 
 def balances(upstream: Upstream) -> tuple[float, float]:
     """Return the retries left in the budgets for failed and for throttled calls."""
-    budgets = upstream.core.retries._budgets
+    budgets = upstream.core.accounts.account("").retries._budgets
     at = clock.now()
     return budgets.faults.balance(at), budgets.throttles.balance(at)
 
@@ -237,7 +237,7 @@ async def test_a_periodic_retry_that_gets_no_permit_is_left_to_another_call(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
-    budgets = upstream.core.retries._budgets
+    budgets = upstream.core.accounts.account("").retries._budgets
     while budgets.throttles.withdraw(now()):  # the budget is empty, so the only retry is the periodic one
         pass
 

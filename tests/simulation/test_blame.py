@@ -11,11 +11,12 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from forebay import Overloaded, Upstream
+from forebay.retry import Retry
 from forebay.testing import now, virtual
 from forebay.upstream import HttpRequest, HttpResponse
 
 CALLERS = 40
-MINUTES = 10
+MINUTES = 5
 HEADERS = {"Authorization": "Bearer sk-1", "Content-Type": "application/json"}
 
 Transport = Callable[[HttpRequest], Awaitable[HttpResponse]]
@@ -86,3 +87,48 @@ async def test_hasty_callers_do_not_shut_the_account_for_the_others(share: float
     assert callers.ends["patient"].keys() == {"served"}
     assert callers.ends["hasty"].keys() == {"failed"}
     assert callers.sent["hasty"] <= 1.1 * callers.ends["hasty"].total()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.6])
+@virtual
+async def test_a_model_that_is_down_does_not_shut_the_account_for_the_others(share: float) -> None:
+    callers = Callers(Upstream("llm", provider="openai", retry=Retry(max_attempts=3, base_delay=0.2)))
+
+    def call(kind: str) -> tuple[HttpRequest, Transport]:
+        async def transport(_: HttpRequest) -> HttpResponse:
+            callers.sent[kind] += 1
+            await asyncio.sleep(callers.draw.uniform(0.5, 1.5))
+            return answer(500 if kind == "dead" else 200)
+
+        return request(kind), transport
+
+    dead = round(share * CALLERS)
+    await callers.run({"dead": dead, "alive": CALLERS - dead}, call)
+    assert callers.ends["alive"].keys() == {"served"}
+    assert callers.ends["dead"]["refused"] > callers.ends["dead"]["failed"]  # its own breaker opened
+    assert callers.sent["dead"] < 1.5 * callers.ends["dead"].total()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+@virtual
+async def test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries_of_the_others(share: float) -> None:
+    callers = Callers(Upstream("llm", provider="openai", retry=Retry(max_attempts=3, base_delay=0.2)))
+
+    def call(kind: str) -> tuple[HttpRequest, Transport]:
+        tried = 0
+        unlucky = callers.draw.random() < 0.02  # a call that one retry helps
+
+        async def transport(_: HttpRequest) -> HttpResponse:
+            nonlocal tried
+            tried += 1
+            callers.sent[kind] += 1
+            await asyncio.sleep(callers.draw.uniform(0.5, 1.5))
+            return answer(500 if kind == "poisoned" or (unlucky and tried == 1) else 200)
+
+        return request(text=kind), transport
+
+    poisoned = round(share * CALLERS)
+    await callers.run({"poisoned": poisoned, "good": CALLERS - poisoned}, call)
+    assert callers.ends["poisoned"].keys() == {"failed"}
+    assert callers.ends["good"].keys() == {"served"}
+    assert callers.sent.total() <= 1.25 * sum(end.total() for end in callers.ends.values())

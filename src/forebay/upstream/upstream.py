@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
-from forebay import clock
 from forebay._renamed import renamed_arguments
 from forebay._validate import check_instance, check_name
 from forebay.breaker import BreakerRules
@@ -25,7 +24,6 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
-from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
@@ -49,8 +47,9 @@ class Upstream:
         name: its name in readings and messages.
         provider: the provider whose API it is: ``"openai"``, ``"anthropic"``, ``"generic"``...
         models: quotas by pattern of model name, such as ``{"gpt-4o*": [Quota(requests=500, per="minute")]}``. Each
-            pattern has an account of its own; so has each model that matches none.
-        quotas: of a dependency without models, or of models that match no pattern.
+            pattern has an account of its own; so has each model that matches none, and each model if there are no
+            patterns. Then `quotas`, `max_concurrent` and a `limit` object hold for all models together, as one account.
+        quotas: of a dependency without models, of all models together, or of each model that matches no pattern.
         budget: dollars that all calls together may spend.
         tenant_budget: dollars that each tenant may spend.
         task_budget: dollars that each task may spend.
@@ -120,7 +119,7 @@ class Upstream:
             settings=settings,
             budgets=UpstreamBudgets(name, budget, tenant_budget, task_budget),
             prices=Prices(prices),
-            retries=UpstreamRetries(retry or Retry(), draw=clock.draw),
+            retry=retry or Retry(),
         )
         self.fallbacks = check_fallbacks(self.core, fallback)
         self.runner = CallRunner(self.core, FallbackResolver(self))

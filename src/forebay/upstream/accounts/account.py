@@ -155,16 +155,24 @@ class Account:
         if not fits and (quota := self.quotas.quota_too_small_for(now, request.charge)) is not None:
             reason = f"it is larger than {quota} will ever be: ask for less (max_tokens counts), or raise that quota"
             return Rejected(reason, quota, math.inf, None)
-        return self._provider_unavailable(now, free=request.free)
+        return self._provider_unavailable(now, free=request.free, failed=request.failed)
 
-    def _provider_unavailable(self, now: float, *, free: bool = False) -> Rejected | None:
-        """Return a rejection if no calls are sent to the provider now; `free`: the call costs nothing there."""
+    def _provider_unavailable(self, now: float, *, free: bool = False, failed: bool = False) -> Rejected | None:
+        """Return a rejection if a call is not sent to the provider now.
+
+        Args:
+            now: the time.
+            free: it costs nothing there.
+            failed: it has failed there already; then it does not probe, since it may be the call that is at fault.
+        """
         if now < self._suspended_until and not free:
             reason = "its provider says that the account's money is spent"
             return Rejected(reason, "budget", 1.0, self._suspended_until - now)
-        if not self.breaker.ready(now):
+        if not self.breaker.ready(now) or (failed and self.breaker.state(now) is not BreakerState.CLOSED):
             probe = max(_PROBE_DURATION, self.durations.typical)
-            return Rejected("its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe))
+            return Rejected(
+                "its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe) or probe
+            )
         if (seconds := self._outage.duration(now)) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
             return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
@@ -334,9 +342,13 @@ class Account:
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
-        judged = kind if outcome.final else Outcome.IGNORED
-        if self.breaker.record(now, judged, permit.breaker_epoch) is not None:
+        if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+
+    def _judged(self, now: float, outcome: CallOutcome) -> Outcome:
+        """Return the evidence of an attempt for the breaker: only the last of a call counts, but each probe does."""
+        counts = outcome.final or self.breaker.state(now) is not BreakerState.CLOSED
+        return outcome.kind if counts else Outcome.IGNORED
 
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""
@@ -347,6 +359,12 @@ class Account:
     def suspend(self, now: float, seconds: float) -> None:
         """Send no calls for `seconds`: by the provider's answer, the account's money there is spent."""
         self._suspended_until = now + seconds
+
+    def is_fresh(self, now: float) -> bool:
+        """Return whether a new account would decide as this one does, but for what it has learned about durations."""
+        idle = not (self.in_flight or self.queue or self.expected_calls)
+        usable = now >= self._suspended_until and self.breaker.state(now) is BreakerState.CLOSED
+        return idle and usable and self.quotas.is_full(now)
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
         """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.

@@ -14,6 +14,7 @@ from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
@@ -32,6 +33,8 @@ class SharedAccount:
     Args:
         account: makes the decisions.
         upstream: name of the account's upstream, for messages.
+        retries: of its calls.
+        same_key: returns all accounts of its API key, itself included.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
 
@@ -40,9 +43,19 @@ class SharedAccount:
         served_by_fallback: calls of this account that another account has served.
     """
 
-    def __init__(self, account: Account, *, upstream: str, max_start_wait: float | None) -> None:
+    def __init__(
+        self,
+        account: Account,
+        *,
+        upstream: str,
+        retries: AccountRetries,
+        same_key: Callable[[], Iterable[SharedAccount]],
+        max_start_wait: float | None,
+    ) -> None:
         self.name = account.name
         self.account = account
+        self.retries = retries
+        self._same_key = same_key
         self.token_estimates = TokenEstimates()
         self.served_by_fallback = 0
         self._upstream = upstream
@@ -186,11 +199,20 @@ class SharedAccount:
             return self.account.timeouts.judge(now - permit.granted_at)
 
     def suspend(self, seconds: float) -> None:
-        """Send no calls for `seconds`, and reject those that wait: the account's money at the provider is spent."""
+        """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone."""
+        for account in self._same_key():
+            account._suspend(seconds)  # noqa: SLF001 - one of its kind
+
+    def _suspend(self, seconds: float) -> None:
         now = clock.now()
         with self._lock:
             self.account.suspend(now, seconds)
             self.account.reject_queued(now)
+
+    def is_fresh(self) -> bool:
+        """Return whether nothing would be lost if it were closed: no calls, no used quota, no open breaker."""
+        with self._lock:
+            return not self._on_relief and self.account.is_fresh(clock.now())
 
     def count_served_by_fallback(self) -> None:
         """Count a call of this account that another account has served."""
