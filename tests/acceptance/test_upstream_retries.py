@@ -383,7 +383,7 @@ async def test_a_call_entered_twice_at_the_same_moment_is_entered_once() -> None
 
 @virtual
 async def test_a_deadline_that_passes_behind_the_head_of_the_queue_rejects_its_call_then() -> None:
-    upstream = Upstream("tool", max_concurrent=1)
+    upstream = Upstream("tool", max_concurrent=1, max_wait=600.0)
     calls = Calls(upstream, seconds=100.0)
     holder = asyncio.create_task(calls.call())
     await run_ready()

@@ -155,6 +155,12 @@ class Exchange:
             detects_truncation=self.parsed.generates_tokens,
         )
 
+    def open_stream(self, permit: Permit, headers: Headers) -> MeteredStream:
+        """Return the same for a stream that a user reads, who may drop it unread; its bytes are fed decoded."""
+        stream = self.metered_stream(permit, headers)
+        self.account.add_open_answer(stream)
+        return stream
+
     def _judge_break(self, permit: Permit, error: Exception) -> Outcome:
         """Return what an exception that ends a streaming answer says about the provider."""
         return judge_failure(self.account, permit, error).outcome.kind

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
-from forebay import context
+from forebay import clock, context
 from forebay.interfaces import Outcome
 from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
 
@@ -22,9 +23,21 @@ class MeteredStream:
 
     Attributes:
         settled: the permit is released.
+        unread_since: when its reader got the latest part; infinity while it waits for the next one.
     """
 
-    __slots__ = ("_detects_truncation", "_judge", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
+    __slots__ = (
+        "__weakref__",
+        "_detects_truncation",
+        "_judge",
+        "_lock",
+        "_meter",
+        "_run",
+        "_settle",
+        "_usage_filter",
+        "settled",
+        "unread_since",
+    )
 
     def __init__(
         self,
@@ -43,6 +56,15 @@ class MeteredStream:
         self._lock = threading.Lock()
         self._run = context.call_observer()
         self.settled = False
+        self.unread_since = clock.now()
+
+    def passed_on(self) -> None:
+        """Note that the reader gets a part now."""
+        self.unread_since = clock.now()
+
+    def awaited(self) -> None:
+        """Note that the reader waits for the next part."""
+        self.unread_since = math.inf
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""

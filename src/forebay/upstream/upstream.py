@@ -60,7 +60,7 @@ class Upstream:
         retry: the retries of failed calls.
         breaker: the rules by which a failing provider is sent no calls for a while.
         fallback: another model or upstream for calls that this one cannot serve; several are tried in order.
-        max_wait: seconds of expected wait above which a call is rejected.
+        max_wait: seconds of expected wait above which a call is rejected; none waits for more than 1.5 times as long.
         max_start_wait: seconds of expected wait for the next call up to which another run may start; None for a quarter
             of a typical call.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.

@@ -20,6 +20,7 @@ from forebay.upstream.accounts.bypass import find_bypass
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
+from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence
 from forebay.upstream.call_request import (
@@ -36,6 +37,7 @@ from forebay.upstream.call_request import (
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
 _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
+_LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -94,7 +96,8 @@ class Account:
         self.durations = CallDurations()
         self.timeouts = TimeoutEvidence()
         self.counts = CallCounts()
-        self.queue = CallQueue(self.order)
+        self.queue = CallQueue(self.order, longest_wait=_LONGEST_WAIT * max_wait)
+        self.open_answers = OpenAnswers()
         self._budgets = budgets
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait
@@ -217,9 +220,7 @@ class Account:
         """Answer queued calls; return when to look again, or None if only the end of a call can move the queue."""
         confirmed_at = self._confirm_accepted(now)
         while (overdue := self.queue.pop_overdue(now)) is not None:
-            seconds = self.expected_wait(now, overdue.request)[0]
-            retry_after = self._schedule_retry(now, overdue.request, seconds)
-            self._resolve(overdue, Rejected("its deadline passed while it waited", "queue", 1.0, retry_after))
+            self._resolve(overdue, self._overdue(now, overdue))
         if not self.queue:
             return None
         self.queue.promote(now, self.durations.typical_or_guess)
@@ -230,7 +231,8 @@ class Account:
                 self._resolve(call, rejection)
                 continue
             if not self._has_slot(now):
-                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at)
+                look = self.open_answers.next_look(now)
+                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look)
             seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
                 bypass = self._bypass_head(now)
@@ -239,6 +241,18 @@ class Account:
                 continue
             self._send(now, self.queue.serve_head(now, entry))
         return None
+
+    def _overdue(self, now: float, call: QueuedCall) -> Rejected:
+        """Return the rejection of a call that has waited for too long."""
+        seconds, limited_by = self.expected_wait(now, call.request)
+        retry_after = self._schedule_retry(now, call.request, seconds)
+        if call.request.deadline <= now:
+            return Rejected("its deadline passed while it waited", "queue", 1.0, retry_after)
+        waited, allowed = format_duration(now - call.enqueued_at), format_duration(self._max_wait)
+        reason = f"it has waited for {waited}, and max_wait allows {allowed}"
+        if unread := self.open_answers.unread(now):
+            reason += f": nobody reads {unread} streaming answers that hold slots; close a stream that you leave early"
+        return Rejected(reason, limited_by if seconds else "queue", 1.0, retry_after)
 
     def _bypass_head(self, now: float) -> float:
         """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.

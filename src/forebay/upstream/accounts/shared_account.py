@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
@@ -157,6 +159,10 @@ class SharedAccount:
         """Answer the queued calls that can be answered now."""
         now = clock.now()
         with self._lock:
+            collect = self.account.queue.length > 0 and self.account.open_answers.begin_collection(now)
+        if collect:
+            gc.collect()
+        with self._lock:
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
@@ -191,6 +197,11 @@ class SharedAccount:
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
+
+    def add_open_answer(self, answer: OpenAnswer) -> None:
+        """Note that a streaming answer has begun whose reader may drop it. See `OpenAnswers`."""
+        with self._lock:
+            self.account.open_answers.add(answer)
 
     def judge_timeout(self, permit: Permit) -> TimeoutVerdict:
         """Return whether an attempt that its caller cut off now speaks against the provider. See `TimeoutEvidence`."""

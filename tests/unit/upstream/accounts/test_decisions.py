@@ -161,7 +161,22 @@ def test_a_deadline_that_passes_in_the_queue_rejects_its_call_at_any_position() 
     assert isinstance(behind.decision, Rejected)
     assert "deadline" in behind.decision.reason
     assert head.decision is None
-    assert head.wake_time is None, "the head wakes again and again for a deadline that has passed"
+    assert head.wake_time == 90.0, "the head wakes again and again for a deadline that has passed"
+
+
+def test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait() -> None:
+    harness = AccountHarness(max_wait=10.0)
+    harness.admit(0.0)
+    _, head = harness.enqueue(0.0)
+    _, behind = harness.enqueue(1.0, priority=Priority.LOW, deadline=500.0)
+    assert head.wake_time == 15.0
+    harness.account.serve_queue(15.0)
+    assert isinstance(head.decision, Rejected)
+    assert "waited for 15 s" in head.decision.reason
+    assert behind.decision is None
+    harness.account.serve_queue(16.0)
+    assert isinstance(behind.decision, Rejected)
+    assert harness.account.queue.length == 0
 
 
 def test_a_queued_call_that_became_larger_than_its_bucket_takes_no_retry_slot() -> None:
