@@ -312,7 +312,7 @@ async def _copy(streaming: StreamingResponse, response: web.StreamResponse) -> s
         try:
             chunk = await anext(chunks, None)
         except TRANSPORT_ERRORS as error:
-            streaming.reader.fail()
+            streaming.reader.fail(error)
             return f"the provider broke off: {_describe(error)}"
         if passed := streaming.feed(chunk):
             await response.write(passed)

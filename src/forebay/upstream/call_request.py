@@ -27,6 +27,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         model: the model that it is for.
         free: it costs no money in any case, so no budget is checked.
         retries: how often it has been retried; a retried call goes to the head of its priority.
+        failed: an attempt of it has failed, so that it is no probe of a breaker.
         asked_at: when it first asked for a permit; set by the account.
     """
 
@@ -39,6 +40,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     model: str = ""
     free: bool = False
     retries: int = 0
+    failed: bool = False
     asked_at: float = math.inf
 
 

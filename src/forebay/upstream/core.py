@@ -9,12 +9,12 @@ from forebay import clock, context
 from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import Prices
+from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import Caller, CallRequest
 from forebay.upstream.providers import profile_for
-from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -29,7 +29,7 @@ class UpstreamCore:
         settings: limits of its accounts.
         budgets: dollars that its calls may spend.
         prices: of its models.
-        retries: of its calls.
+        retry: of its calls.
 
     Attributes:
         profile: how the provider's API works.
@@ -44,7 +44,7 @@ class UpstreamCore:
         settings: UpstreamSettings,
         budgets: UpstreamBudgets,
         prices: Prices,
-        retries: UpstreamRetries,
+        retry: Retry,
     ) -> None:
         self.name = name
         self.provider = provider
@@ -52,8 +52,8 @@ class UpstreamCore:
         self.settings = settings
         self.budgets = budgets
         self.prices = prices
-        self.retries = retries
-        self.accounts = AccountRegistry(settings, budgets, draw=clock.draw)
+        self.retry = retry
+        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
         self.unpriced_calls = 0
         self._unpriced_models: set[str] = set()
         self._websocket_warned = False

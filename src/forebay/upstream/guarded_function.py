@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, Final, ParamSpec, TypeVar
 
 from forebay import clock
-from forebay.errors import NotGuardable, Overloaded
+from forebay.errors import NotGuardable
 from forebay.interfaces import Charge, Outcome
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
+from forebay.upstream.exchange import judge_exception
 from forebay.upstream.fallbacks.fallback import FallbackTarget
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
@@ -49,7 +50,7 @@ class _Guard:
                 try:
                     return _succeeded(await self._function(*args, **self._arguments(kwargs, route)), permit)
                 except Exception as exc:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                    return _failed(exc, permit)
+                    return judge_exception(route.account, permit, exc)
 
             return await self._runner.run(self._route(), send)
 
@@ -63,7 +64,7 @@ class _Guard:
                 try:
                     value = self._function(*args, **self._arguments(kwargs, route))
                 except Exception as exc:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                    return _failed(exc, permit)
+                    return judge_exception(route.account, permit, exc)
                 if inspect.isawaitable(value):
                     if inspect.iscoroutine(value):
                         value.close()  # it is never awaited
@@ -107,11 +108,3 @@ def _takes_upstream(function: Callable[..., Any]) -> bool:
 def _succeeded(value: Any, permit: Permit) -> AttemptResult:
     latency = clock.now() - permit.granted_at
     return AttemptResult(value=value, outcome=CallOutcome(kind=Outcome.SUCCESS, latency=latency))
-
-
-def _failed(exc: Exception, permit: Permit) -> AttemptResult:
-    latency = clock.now() - permit.granted_at
-    if isinstance(exc, Overloaded):  # by another upstream or a supervisor, which has made its retries already
-        return AttemptResult(error=exc, outcome=CallOutcome(kind=Outcome.IGNORED, latency=latency))
-    outcome = CallOutcome(kind=Outcome.FAULT, latency=latency)
-    return AttemptResult(error=exc, retryable=True, can_fall_back=True, outcome=outcome)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
-from forebay import context
+from forebay import clock, context
 from forebay.interfaces import Outcome
 from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
 
@@ -15,31 +16,55 @@ class MeteredStream:
 
     Args:
         settle: releases the permit; takes the outcome of the answer and its usage.
+        judge: returns what an exception that ends the answer says about the provider.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
         detects_truncation: whether a truncated answer can be told from a complete one.
 
     Attributes:
         settled: the permit is released.
+        unread_since: when its reader got the latest part; infinity while it waits for the next one.
     """
 
-    __slots__ = ("_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
+    __slots__ = (
+        "__weakref__",
+        "_detects_truncation",
+        "_judge",
+        "_lock",
+        "_meter",
+        "_run",
+        "_settle",
+        "_usage_filter",
+        "settled",
+        "unread_since",
+    )
 
     def __init__(
         self,
         settle: Callable[[Outcome, Usage | None], None],
+        judge: Callable[[Exception], Outcome],
         meter: UsageMeter | None,
         usage_filter: UsageFilter | None,
         *,
         detects_truncation: bool,
     ) -> None:
         self._settle = settle
+        self._judge = judge
         self._meter = meter
         self._usage_filter = usage_filter
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
         self._run = context.call_observer()
         self.settled = False
+        self.unread_since = clock.now()
+
+    def passed_on(self) -> None:
+        """Note that the reader gets a part now."""
+        self.unread_since = clock.now()
+
+    def awaited(self) -> None:
+        """Note that the reader waits for the next part."""
+        self.unread_since = math.inf
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""
@@ -57,9 +82,10 @@ class MeteredStream:
         self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
         return rest
 
-    def fail(self) -> None:
-        """Note that the connection failed."""
-        self._settle_once(Outcome.FAULT)
+    def fail(self, error: Exception) -> None:
+        """Note that the connection failed, or that the caller stopped waiting: by which exception."""
+        if not self.settled:
+            self._settle_once(self._judge(error))
 
     def abandon(self) -> None:
         """Note that the reader has gone. After the end of the answer this changes nothing."""

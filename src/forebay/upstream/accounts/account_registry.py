@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -9,30 +10,41 @@ from typing import Final
 from forebay._validate import reject
 from forebay.breaker import Breaker
 from forebay.quota import RateLimiter
+from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 
-_CACHED: Final = 1_000  # accounts that nobody holds; the least recently used go first
+_MOST: Final = 1_000  # accounts that are kept
 _KNOWN: Final = 1_000  # pairs of model and API key whose account is remembered
+_OTHERS: Final = ("", "others")  # the account of all calls for which no further one can be opened
 
 
 class AccountRegistry:
     """Finds the account of a call, and opens it at its first call.
 
+    The names of models and keys come from callers, so the number of accounts is bounded. The least recently used ones
+    are dropped for new ones, but none that a new one could not replace: with calls, a used quota, an open breaker. If
+    all are such, further models and keys share one account.
+
     Args:
         settings: of the upstream.
         budgets: that its calls spend from.
+        retry: of its calls.
         draw: returns random numbers from [0, 1).
     """
 
-    def __init__(self, settings: UpstreamSettings, budgets: UpstreamBudgets, *, draw: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: UpstreamSettings, budgets: UpstreamBudgets, retry: Retry, *, draw: Callable[[], float]
+    ) -> None:
         self.settings = settings
         self.budgets = budgets
+        self._retry = retry
         self._draw = draw
-        self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(_CACHED)
+        self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(_MOST, can_drop=SharedAccount.is_fresh)
         self._unopened: dict[str, SharedAccount] = {}  # by model group: how an account would look at its first call
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # so that calls need not hash and match patterns
         self._limit_place: tuple[str, str] | None = None  # the account that has the limit that was given as an object
@@ -54,11 +66,19 @@ class AccountRegistry:
         group = self.settings.model_group(model) if model else ""
         found = [account for (_, other), account in self._accounts.items() if other == group or not model]
         if not found:
+            if len(self._unopened) >= _MOST:
+                self._unopened = {}
             found = [self._unopened.get(group) or self._unopened.setdefault(group, self._make(("", group)))]
         return found
 
+    def _accounts_of_key(self, mark: str) -> Sequence[SharedAccount]:
+        """Return the open accounts of an API key, given its fingerprint."""
+        return [account for (other, _), account in self._accounts.items() if other == mark]
+
     def _place(self, model: str, key: str) -> tuple[str, str]:
         place = (fingerprint(key), self.settings.model_group(model))
+        if place not in self._accounts and not self._accounts.has_room():
+            place = _OTHERS
         if len(self._known) >= _KNOWN:
             self._known = {}
         self._known[model, key] = place
@@ -89,7 +109,13 @@ class AccountRegistry:
             weights=settings.weights,
             draw=self._draw,
         )
-        return SharedAccount(account, upstream=settings.name, max_start_wait=settings.max_start_wait)
+        return SharedAccount(
+            account,
+            upstream=settings.name,
+            retries=AccountRetries(self._retry, draw=self._draw),
+            same_key=functools.partial(self._accounts_of_key, mark),
+            max_start_wait=settings.max_start_wait,
+        )
 
 
 def fingerprint(key: str) -> str:

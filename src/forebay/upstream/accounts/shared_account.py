@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,10 @@ from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.open_answers import OpenAnswer
+from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
@@ -31,6 +35,8 @@ class SharedAccount:
     Args:
         account: makes the decisions.
         upstream: name of the account's upstream, for messages.
+        retries: of its calls.
+        same_key: returns all accounts of its API key, itself included.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
 
@@ -39,9 +45,19 @@ class SharedAccount:
         served_by_fallback: calls of this account that another account has served.
     """
 
-    def __init__(self, account: Account, *, upstream: str, max_start_wait: float | None) -> None:
+    def __init__(
+        self,
+        account: Account,
+        *,
+        upstream: str,
+        retries: AccountRetries,
+        same_key: Callable[[], Iterable[SharedAccount]],
+        max_start_wait: float | None,
+    ) -> None:
         self.name = account.name
         self.account = account
+        self.retries = retries
+        self._same_key = same_key
         self.token_estimates = TokenEstimates()
         self.served_by_fallback = 0
         self._upstream = upstream
@@ -143,6 +159,10 @@ class SharedAccount:
         """Answer the queued calls that can be answered now."""
         now = clock.now()
         with self._lock:
+            collect = self.account.queue.length > 0 and self.account.open_answers.begin_collection(now)
+        if collect:
+            gc.collect()
+        with self._lock:
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
@@ -178,12 +198,32 @@ class SharedAccount:
         for callback in relieved:
             callback()
 
+    def add_open_answer(self, answer: OpenAnswer) -> None:
+        """Note that a streaming answer has begun whose reader may drop it. See `OpenAnswers`."""
+        with self._lock:
+            self.account.open_answers.add(answer)
+
+    def judge_timeout(self, permit: Permit) -> TimeoutVerdict:
+        """Return whether an attempt that its caller cut off now speaks against the provider. See `TimeoutEvidence`."""
+        now = clock.now()
+        with self._lock:
+            return self.account.timeouts.judge(now - permit.granted_at)
+
     def suspend(self, seconds: float) -> None:
-        """Send no calls for `seconds`, and reject those that wait: the account's money at the provider is spent."""
+        """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone."""
+        for account in self._same_key():
+            account._suspend(seconds)  # noqa: SLF001 - one of its kind
+
+    def _suspend(self, seconds: float) -> None:
         now = clock.now()
         with self._lock:
             self.account.suspend(now, seconds)
             self.account.reject_queued(now)
+
+    def is_fresh(self) -> bool:
+        """Return whether nothing would be lost if it were closed: no calls, no used quota, no open breaker."""
+        with self._lock:
+            return not self._on_relief and self.account.is_fresh(clock.now())
 
     def count_served_by_fallback(self) -> None:
         """Count a call of this account that another account has served."""
