@@ -53,7 +53,7 @@ RETURNING {_ROW}, fence, sequence
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
 _RENEW = BatchStatement(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
-_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
+_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3 {_BY_HOLDER}", 3)
 # A waiting row has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
     """
@@ -282,7 +282,7 @@ def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection
 
 
 def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
-    _RELEASE.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
+    _RELEASE.run(connection, [(lease.record.task_id, lease.fence, lease.record.attempts) for lease in leases])
 
 
 def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishItem]) -> Sequence[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -250,6 +251,12 @@ class StoredTasks:
         self._registry.discard(ticket)
         ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._registry.notify_progress()
+
+    async def return_leases(self, task_ids: Iterable[str]) -> None:
+        """Return the leases on released tasks that were not started here, so that another process need not wait."""
+        leases = self.leases.take(task_ids)
+        if leases:
+            await self.store.release(leases)
 
     def stop_refilling(self) -> None:
         """Take no more tasks from the store, and release those that wait there if it survives this process."""
