@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
+from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker
 from forebay.gateway.request_validator import RequestValidator
@@ -235,6 +236,10 @@ def a_task_whose_write_is_not_answered_never_ends() -> None:
 
 def closing_starts_what_waits() -> None:
     skip(Drain._run, QueueSpill.empty_queue)
+
+
+def the_text_of_an_error_is_stored_as_it_came() -> None:
+    error_text.__code__ = (lambda text: text).__code__
 
 
 def an_orderly_stop_counts_as_a_crash() -> None:

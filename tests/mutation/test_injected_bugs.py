@@ -22,6 +22,7 @@ from tests.acceptance import (
     test_overflow,
     test_routing,
     test_shared_overflow,
+    test_stored_text,
     test_submitting,
     test_upstream,
     test_upstream_retries,
@@ -91,6 +92,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
     ),
     bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
+    bugs.the_text_of_an_error_is_stored_as_it_came: (
+        test_stored_text.test_an_error_of_any_text_is_stored_and_its_task_not_run_again
+    ),
     bugs.an_orderly_stop_counts_as_a_crash: test_drain.test_orderly_stops_are_no_crashes,
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from forebay._text import is_unicode
 from forebay.clock import new_id
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
@@ -197,19 +198,20 @@ class SqliteTaskStore:
 
     async def requeue(self, task_id: str) -> PutResult | None:
         """Make a DEAD record WAITING again."""
-        return await self._writer.run(partial(_requeue, self._bound, task_id))
+        return await self._writer.run(partial(_requeue, self._bound, task_id)) if is_unicode(task_id) else None
 
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
-        return await self._writer.run(partial(_delete_dead, task_id))
+        return is_unicode(task_id) and await self._writer.run(partial(_delete_dead, task_id))
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
         """Return a record by its task id."""
-        return await self._writer.run(partial(_find, task_id), writes=False)
+        # What is not valid Unicode was never stored, and SQLite cannot be asked for it.
+        return await self._writer.run(partial(_find, task_id), writes=False) if is_unicode(task_id) else None
 
     async def find_key(self, key: str) -> str | None:
         """Return the task id stored under a key."""
-        return await self._writer.run(partial(_find_key, key), writes=False)
+        return await self._writer.run(partial(_find_key, key), writes=False) if is_unicode(key) else None
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         """Return how many records are WAITING."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from forebay._text import format_duration
+from forebay._text import error_text, format_duration
 from forebay.errors import Overloaded, RemoteError, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
@@ -309,11 +309,11 @@ class RunCompletion:
 
 
 def describe_error(cause: BaseException | None) -> str:
-    """Return an exception as ``"ValueError: ..."``, even if its ``str`` fails."""
+    """Return an exception as ``"ValueError: ..."``, as it can be stored, even if its ``str`` fails."""
     try:
-        text = str(cause)
+        text = error_text(str(cause))
     except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
         text = "(its message cannot be shown)"
     if isinstance(cause, RemoteError):
         return text  # it begins with the type already
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+    return error_text(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)
