@@ -304,12 +304,16 @@ class TaskStore(Protocol):
 
     **Fences.** A lease is held as long as its fence is the record's, even past its time: only `reap` ends it.
 
-    Attributes:
-        durable: True if its records survive the process. A supervisor does not need to know if several processes may
-            open the store at once, so there is no attribute for that; the store's documentation says it.
+    Whether several processes may open the store at once, a supervisor does not need to know: the store's documentation
+    says it.
     """
 
-    durable: bool
+    @property
+    def durable(self) -> bool:
+        """True if its records survive the process.
+
+        It may turn False while the store is open, because somebody has removed what it writes to. Then `put` raises.
+        """
 
     async def open(self) -> None:
         """Connect and prepare. Idempotent; also after `close`. If it is cancelled, the store is not open.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.task_plane import Agent, error_of, virtual
@@ -24,8 +25,8 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/store.db?synchronous=off"
 
 
-def make_supervisor(url: str, handler: object, **options: int) -> BackpressureSupervisor:
-    supervisor = BackpressureSupervisor(overflow=url, **options)
+def make_supervisor(url: str, handler: object) -> BackpressureSupervisor:
+    supervisor = BackpressureSupervisor(overflow=url)
     supervisor.register_worker("worker", handler=handler, task_types=["work"])
     return supervisor
 
@@ -96,8 +97,9 @@ async def test_half_a_surrogate_pair_in_a_task_is_an_error_that_names_its_place(
     field: str, url: str, *, durable: bool
 ) -> None:
     async with make_supervisor(url, Agent()) as supervisor:
+        fields: dict[str, Any] = {field: HALF}
         with pytest.raises(NotSerializable, match=field):
-            await supervisor.submit(Task("work", durable=durable, **{field: HALF}))
+            await supervisor.submit(Task("work", durable=durable, **fields))
         good = await supervisor.submit(Task("work", "good", durable=durable))
         assert (await good).result == "good"
 

@@ -24,6 +24,7 @@ from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BudgetTracker
 from forebay.retry import RetryBudget, RetryState
+from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain
@@ -236,6 +237,10 @@ def a_task_whose_write_is_not_answered_never_ends() -> None:
 
 def closing_starts_what_waits() -> None:
     skip(Drain._run, QueueSpill.empty_queue)
+
+
+def nobody_looks_whether_the_file_is_still_there() -> None:
+    always(FileWatch, FileWatch.find_change, returns=None)
 
 
 def the_text_of_an_error_is_stored_as_it_came() -> None:

@@ -18,6 +18,7 @@ from tests.acceptance import (
     test_ending,
     test_gateway_attacks,
     test_leases,
+    test_lost_file,
     test_nested,
     test_overflow,
     test_routing,
@@ -92,6 +93,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
     ),
     bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
+    bugs.nobody_looks_whether_the_file_is_still_there: (
+        test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
+    ),
     bugs.the_text_of_an_error_is_stored_as_it_came: (
         test_stored_text.test_an_error_of_any_text_is_stored_and_its_task_not_run_again
     ),

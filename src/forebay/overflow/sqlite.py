@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf, isinf
@@ -113,13 +113,21 @@ class SqliteTaskStore:
         synchronous: what an acknowledged write survives, see `Synchronous`.
     """
 
-    durable = True
-
     def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
         self._bound = bound
         self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
-        self._put = partial(_put, bound)
+        self._put = partial(_put, bound, self._writer.check_file)
+        self._requeue = partial(_requeue, bound, self._writer.check_file)
         self._finish = partial(_finish, bound)
+
+    @property
+    def durable(self) -> bool:
+        """False once the file was removed, replaced or emptied while it was open: its records end with this process."""
+        try:
+            self._writer.check_file()
+        except StoreUnavailable:
+            return False
+        return True
 
     async def open(self) -> None:
         """Open the file."""
@@ -130,8 +138,10 @@ class SqliteTaskStore:
         await self._writer.close()
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        """Store `record`."""
-        return await self._writer.run_batched(self._put, (record, fence, until))
+        """Store `record`, where another process finds it."""
+        put = await self._writer.run_batched(self._put, (record, fence, until))
+        self._writer.check_file()
+        return put
 
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
@@ -198,7 +208,7 @@ class SqliteTaskStore:
 
     async def requeue(self, task_id: str) -> PutResult | None:
         """Make a DEAD record WAITING again."""
-        return await self._writer.run(partial(_requeue, self._bound, task_id)) if is_unicode(task_id) else None
+        return await self._writer.run(partial(self._requeue, task_id)) if is_unicode(task_id) else None
 
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
@@ -221,7 +231,10 @@ class SqliteTaskStore:
 _DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)
 
 
-def _put(bound: int, connection: sqlite3.Connection, items: Sequence[_PutItem]) -> Sequence[PutResult]:
+def _put(
+    bound: int, check_file: Callable[[], None], connection: sqlite3.Connection, items: Sequence[_PutItem]
+) -> Sequence[PutResult]:
+    check_file()
     (held,) = connection.execute(_HELD).fetchone()
     capacity = bound - held
     rows = [
@@ -329,7 +342,10 @@ def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.
     return [DeadRecord(record=_record(row), completion=_decode_completion(row[-1])) for row in rows]
 
 
-def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> PutResult | None:
+def _requeue(
+    bound: int, check_file: Callable[[], None], task_id: str, connection: sqlite3.Connection
+) -> PutResult | None:
+    check_file()
     if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
         return None
     (held,) = connection.execute(_HELD).fetchone()

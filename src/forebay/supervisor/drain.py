@@ -91,8 +91,10 @@ class Drain:
             self._registry.remove_listener(self._progress.set)
 
     async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
+        spill = self._dispatcher.spill
+        survives = spill is not None and spill.stored.survives()
         inside = self._unfinished_tickets()
-        moving = self._queue_spill = self._move_queue()
+        moving = self._queue_spill = self._move_queue(spill) if spill is not None and survives else None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._wait_until_empty()
@@ -128,11 +130,8 @@ class Drain:
             orphans=orphans,
         )
 
-    def _move_queue(self) -> QueueSpill | None:
-        """Begin to move the waiting tasks to the overflow, if it survives the process."""
-        spill = self._dispatcher.spill
-        if spill is None or not spill.stored.durable:
-            return None
+    def _move_queue(self, spill: Spill) -> QueueSpill:
+        """Begin to move the waiting tasks to the overflow, which survives the process."""
         spill.stored.stop_refilling()
         moving = QueueSpill(self._core, self._dispatcher, spill)
         moving.start([ticket for ticket in self._registry.live.values() if _may_move(ticket)])
