@@ -243,9 +243,9 @@ async def test_an_attempt_is_counted(store: TaskStore, record: MakeRecord, take:
     (lease,) = await take()
     assert lease.record.attempts == 0
     assert await store.begin_attempt(lease)
-    await store.release([lease])
-    (again,) = await take()
-    assert again.record.attempts == 1
+    found = await store.find("a")
+    assert found is not None
+    assert found[1].attempts == 1
 
 
 async def test_two_attempts_at_once_under_one_lease_are_counted_twice(
@@ -254,8 +254,9 @@ async def test_two_attempts_at_once_under_one_lease_are_counted_twice(
     await store.put(record("a"))
     (lease,) = await take()
     assert all(await asyncio.gather(store.begin_attempt(lease), store.begin_attempt(lease)))
-    await store.release([lease])
-    assert [lease.record.attempts for lease in await take()] == [2]
+    found = await store.find("a")
+    assert found is not None
+    assert found[1].attempts == 2
 
 
 async def test_a_lost_lease_is_rejected_everywhere(store: TaskStore, record: MakeRecord, take: Take) -> None:
@@ -297,6 +298,20 @@ async def test_released_records_keep_their_order(store: TaskStore, record: MakeR
     await store.put(record("d"))
     await store.release(leases)
     assert ids(await take()) == ["c", "a", "b", "d"]
+
+
+async def test_a_released_record_has_the_attempts_that_it_was_leased_with(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await put_all(store, [record("a"), record("b"), record("c")])
+    for lease in await take(3, until=100.0):
+        await store.begin_attempt(lease)
+    await store.reap(now=101.0, max_attempts=9)  # a crash, which counts
+    leases = await take(3, until=200.0)
+    for lease in leases[:2]:
+        await store.begin_attempt(lease)
+    await store.release(leases)
+    assert [lease.record.attempts for lease in await take(3)] == [1, 1, 1]
 
 
 async def test_renewing_or_releasing_no_lease_is_allowed(store: TaskStore) -> None:

@@ -212,7 +212,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         self.run(self.store.release(chosen))
         for lease in chosen:
             if (stored := self.model.held(lease)) is not None:
-                stored.state, stored.fence = RecordState.WAITING, None
+                stored.state, stored.fence, stored.record = RecordState.WAITING, None, lease.record
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import ast
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
+from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker
 from forebay.gateway.request_validator import RequestValidator
-from forebay.interfaces import Completion, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BudgetTracker
 from forebay.retry import RetryBudget, RetryState
+from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.dispatcher import Dispatcher
+from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
+from forebay.supervisor.queue_spill import QueueSpill
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskStatus
 from forebay.upstream import call_flow
@@ -210,6 +216,47 @@ def a_start_is_not_recorded() -> None:
 
 def new_work_overtakes_spilled_work() -> None:
     always(Pool, Pool.spilled_ahead, returns=0)
+
+
+# --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
+
+
+def waiting_tasks_are_moved_one_commit_each() -> None:
+    original = QueueSpill._write
+
+    async def write(self: QueueSpill, batch: dict[Ticket, bytes]) -> None:
+        for ticket, envelope in batch.items():
+            await original(self, {ticket: envelope})
+
+    replace(QueueSpill, original, write)
+
+
+def a_task_whose_write_is_not_answered_never_ends() -> None:
+    skip(Drain._run, QueueSpill.abandon)
+
+
+def closing_starts_what_waits() -> None:
+    skip(Drain._run, QueueSpill.empty_queue)
+
+
+def nobody_looks_whether_the_file_is_still_there() -> None:
+    always(FileWatch, FileWatch.find_change, returns=None)
+
+
+def the_text_of_an_error_is_stored_as_it_came() -> None:
+    error_text.__code__ = (lambda text: text).__code__
+
+
+def an_orderly_stop_counts_as_a_crash() -> None:
+    original = SqliteTaskStore.release
+
+    async def release(self: SqliteTaskStore, leases: Sequence[Lease]) -> None:
+        counted = [msgspec.structs.replace(each.record, attempts=each.record.attempts + 1) for each in leases]
+        await original(
+            self, [msgspec.structs.replace(each, record=record) for each, record in zip(leases, counted, strict=True)]
+        )
+
+    replace(SqliteTaskStore, original, release)
 
 
 # --- spend and quotas ---

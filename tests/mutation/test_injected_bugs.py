@@ -14,13 +14,16 @@ import pytest
 from tests.acceptance import (
     test_bad_input,
     test_call_conservation,
+    test_drain,
     test_ending,
     test_gateway_attacks,
     test_leases,
+    test_lost_file,
     test_nested,
     test_overflow,
     test_routing,
     test_shared_overflow,
+    test_stored_text,
     test_submitting,
     test_upstream,
     test_upstream_retries,
@@ -83,6 +86,20 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
     bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,
+    bugs.waiting_tasks_are_moved_one_commit_each: (
+        test_drain.test_draining_moves_the_whole_queue_to_the_overflow_within_its_limit
+    ),
+    bugs.a_task_whose_write_is_not_answered_never_ends: (
+        test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
+    ),
+    bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
+    bugs.nobody_looks_whether_the_file_is_still_there: (
+        test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
+    ),
+    bugs.the_text_of_an_error_is_stored_as_it_came: (
+        test_stored_text.test_an_error_of_any_text_is_stored_and_its_task_not_run_again
+    ),
+    bugs.an_orderly_stop_counts_as_a_crash: test_drain.test_orderly_stops_are_no_crashes,
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
     bugs.two_api_keys_share_an_account: test_decisions.test_each_key_has_an_account_of_its_own_and_one_key_has_one,

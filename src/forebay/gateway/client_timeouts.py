@@ -16,7 +16,7 @@ _MARGIN: Final = 1.0  # seconds before its timeout at which a queued call is rej
 _MAX_MARGIN_SHARE: Final = 0.1  # of the timeout
 
 # Seconds that clients wait at their defaults, by the start of the user agent, in lower case. The SDKs for JavaScript
-# announce 600 s or nothing, but Node's fetch (undici) gives up after 300 s without a header (`headersTimeout`): measured
+# announce 600 s or nothing, but Node's fetch (undici) gives up after 300 s without a header (`headersTimeout`), measured
 # with openai 7.59, @anthropic-ai/sdk 1.14, ai 7.0 and fetch of Node 20. aiohttp's default for a whole call is 300 s.
 _BY_USER_AGENT: Final = (
     ("openai/js", 300.0),
@@ -66,11 +66,8 @@ class ClientTimeoutReader:
         """Return the timeouts of the caller with these headers (by lower-case name)."""
         seconds = _from_headers(headers)
         read_timeout = _DEFAULT_READ_TIMEOUT if seconds is None else seconds + _GRACE
-        by_kind = _from_user_agent(headers.get("user-agent", ""))
-        if seconds is None or by_kind is None:
-            seconds = seconds or by_kind or self._default
-        else:
-            seconds = min(seconds, by_kind)
+        known = [each for each in (seconds, _from_user_agent(headers.get("user-agent", ""))) if each is not None]
+        seconds = min(known, default=self._default)
         waits = self._clients.get(client_kind(headers)) if self._clients else None
         learned = None if waits is None else waits.timeout(now)
         if learned is not None:

@@ -164,6 +164,7 @@ class MemoryTaskStore:
         for lease in leases:
             entry = self._leased_entry(lease)
             if entry is not None:
+                entry.record = lease.record
                 self._leased.mark_stale()
                 self._enqueue(entry)
 

@@ -371,8 +371,9 @@ class BackpressureSupervisor:
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
 
-        If the overflow survives the process, waiting tasks go out to it, and so do stored tasks that still run when the
-        time is up. Tasks inside may still submit tasks. Draining twice is the same as draining once.
+        If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
+        still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
@@ -383,10 +384,9 @@ class BackpressureSupervisor:
         for run in active_runs(context.running_task(), dispatcher):
             raise DrainInside(task_id=run.task.task_id)
         self._admission_here().stop_admitting()
-        try:
-            return await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
-        finally:
-            self._drained = True
+        report = await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
+        self._drained = True
+        return report
 
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.

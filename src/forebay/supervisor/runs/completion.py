@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
-from forebay._text import format_duration
+from forebay._text import error_text, format_duration
 from forebay.errors import Overloaded, RemoteError, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
@@ -319,12 +319,12 @@ class RunCompletion:
 
 
 def describe_error(cause: BaseException | None) -> str:
-    """Return an exception as ``"ValueError: ..."``, even if its ``str`` fails."""
+    """Return an exception as ``"ValueError: ..."``, as it can be stored, even if its ``str`` fails."""
     try:
-        text = str(cause)
+        text = error_text(str(cause))
     except BaseException as error:  # noqa: BLE001 - a broken __str__ must not lose the task
         raise_again_if_interrupt(error)
         text = "(its message cannot be shown)"
     if isinstance(cause, RemoteError):
         return text  # it begins with the type already
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+    return error_text(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)

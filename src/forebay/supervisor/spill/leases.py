@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from forebay import clock
 from forebay.events import log
@@ -50,11 +50,14 @@ class HeldLeases:
         held = self._held.get(task_id)
         return held is not None and now < held.until
 
+    def take(self, task_ids: Iterable[str]) -> Sequence[Lease]:
+        """Return the leases on tasks, and forget them."""
+        held = [self._held.pop(task_id, None) for task_id in task_ids]
+        return [each.lease for each in held if each is not None]
+
     def take_all(self) -> Sequence[Lease]:
         """Return every lease, and forget them."""
-        leases = [held.lease for held in self._held.values()]
-        self._held.clear()
-        return leases
+        return self.take(list(self._held))
 
     def renew(self, store: TaskStore, *, until: float) -> None:
         """Extend every lease to `until`, in epoch seconds. It blocks, and may be called from any thread."""

@@ -46,8 +46,10 @@ class StoreLookup:
         missing: ForebayError = UnknownTask(task_id=task_id)
         try:
             found = await self._stored.store.find(task_id)
-        except StoreUnavailable as exc:
-            found, missing = None, exc
+        except Exception as exc:  # noqa: BLE001 - whatever a store raises, the ticket must end
+            why, advice = f"it raised {type(exc).__name__}", "Look into the log of the store."
+            failed = StoreUnavailable(where="the overflow", why=why, advice=advice)
+            found, missing = None, exc if isinstance(exc, StoreUnavailable) else failed
         ticket.end_store_call()
         if ticket.done():
             return

@@ -69,6 +69,7 @@ class StoreMaintenance:
 
     async def _maintain(self) -> None:
         pools = self._core.pools.by_type
+        self._stored.check_store()
         try:
             await self.reap()
             await self._refiller.recount(list(pools.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -60,6 +61,7 @@ class StoredTasks:
         self._max_payload_bytes = max_payload_bytes
         self.store = store
         self.durable = store.durable
+        self._survives = store.durable
         self.leases = HeldLeases()
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
@@ -68,6 +70,25 @@ class StoredTasks:
     def stays_stored(self) -> bool:
         """True if stored tasks are left to the next process: they survive this one, which takes no more of them."""
         return self.durable and self.refill_stopped
+
+    def check_store(self) -> bool:
+        """Return whether the store survives this process; log it once if it no longer does."""
+        survives = self.store.durable
+        if self._survives and not survives:
+            log.error(
+                "the overflow was removed or replaced while it was open: tasks that wait there run here and are lost"
+                " with this process, and new ones are rejected. Put it back, or restart the processes that use it"
+            )
+        self._survives = survives
+        return survives
+
+    def survives(self) -> bool:
+        """Return whether tasks may be left to the next process; if the store was lost, none may from now on."""
+        if self.durable and not self.check_store():
+            self.durable = False
+            for ticket in self._registry.all_unfinished():
+                self._registry.hold_strongly(ticket.task_id)
+        return self.durable
 
     # --- tickets of tasks that wait in the store ---
 
@@ -251,10 +272,16 @@ class StoredTasks:
         ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._registry.notify_progress()
 
+    async def return_leases(self, task_ids: Iterable[str]) -> None:
+        """Return the leases on released tasks that were not started here, so that another process need not wait."""
+        leases = self.leases.take(task_ids)
+        if leases:
+            await self.store.release(leases)
+
     def stop_refilling(self) -> None:
         """Take no more tasks from the store, and release those that wait there if it survives this process."""
         self.refill_stopped = True
-        if self.durable:
+        if self.survives():
             for ticket in self._registry.all_unfinished():
                 if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
                     self.release(ticket)
