@@ -16,7 +16,7 @@ _MARGIN: Final = 1.0  # seconds before its timeout at which a queued call is rej
 _MAX_MARGIN_SHARE: Final = 0.1  # of the timeout
 
 # Seconds that clients wait at their defaults, by the start of the user agent, in lower case. The SDKs for JavaScript
-# announce 600 s or nothing, but Node's fetch (undici) gives up after 300 s without a header (`headersTimeout`), measured
+# announce 600 s or nothing, but Node's fetch (undici) gives up after 300 s without a header (`headersTimeout`): seen
 # with openai 7.59, @anthropic-ai/sdk 1.14, ai 7.0 and fetch of Node 20. aiohttp's default for a whole call is 300 s.
 _BY_USER_AGENT: Final = (
     ("openai/js", 300.0),

@@ -59,7 +59,7 @@ def test_a_learned_timeout_goes_before_what_the_client_says() -> None:
     headers = {"user-agent": "OpenAI/Python 3.3.0", "x-stainless-read-timeout": "600"}
     assert reader.read(100.0, headers).max_wait == 599.0
     hang_up(reader, 100.1, 100.2, 100.3, headers=headers)
-    assert reader.read(100.0, headers) == (pytest.approx(99.1), 605.0)
+    assert reader.read(100.0, headers).max_wait == pytest.approx(99.1)
 
 
 def test_nodes_fetch_gives_up_before_the_timeout_that_its_sdk_announces() -> None:
