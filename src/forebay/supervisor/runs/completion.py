@@ -241,7 +241,7 @@ class RunCompletion:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
         if run.rejections and not isinstance(cause, Overloaded):
-            cause = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
+            cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
             error = describe_error(cause)
         interrupted = interrupt_of(run, cause) is not None
         if (interrupted or isinstance(cause, StillSpilled)) and self._dispatcher.can_requeue(ticket):

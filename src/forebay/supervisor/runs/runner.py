@@ -127,7 +127,8 @@ class Runner:
                 on_end(run, value, cause)
             except BaseException:  # noqa: BLE001 - the runner goes on with other handlers
                 log.exception("the end of task %r could not be processed", run.task.task_id)
-            raise_again_if_interrupt(interrupt_of(run, cause))
+            if cause is not None:
+                raise_again_if_interrupt(interrupt_of(run, cause))
             pool.reusable = run = value = cause = None
             if not reusable:
                 return
