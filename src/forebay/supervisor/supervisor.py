@@ -29,7 +29,7 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_running_worker, start_up
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -205,8 +205,6 @@ class BackpressureSupervisor:
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
             self._dispatcher.completion.revive(worker)
-            if not self._is_starting:
-                start_running_worker(self._dispatcher, worker)
 
     # --- work ---
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 import msgspec
 
 from forebay import clock
-from forebay._hooks import await_hook, call_hook, is_awaitable
+from forebay._hooks import await_hook, call_hook, is_awaitable, is_interrupt
 from forebay.errors import Overloaded, fresh_copy
 from forebay.events import TaskProgress
 from forebay.task import Deadline, Task, TaskStatus
@@ -339,10 +339,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return held
 
 
-def interrupt_of(run: Run, cause: BaseException | None) -> KeyboardInterrupt | None:
-    """Return `cause` if it is a Ctrl-C, and not an error of the handler: no thread receives one."""
+def was_interrupted(run: Run, cause: BaseException | None) -> bool:
+    """Return whether a Ctrl-C ended the handler of `run`, which cannot be if it ran in a thread."""
     in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
-    return cause if in_loop and isinstance(cause, KeyboardInterrupt) else None
+    return in_loop and cause is not None and is_interrupt(cause)
 
 
 def _call_handler(call: Any, task: Task) -> tuple[Any, BaseException | None]:
