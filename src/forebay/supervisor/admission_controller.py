@@ -21,6 +21,7 @@ from forebay.errors import (
     StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
+    fresh_copy,
 )
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
@@ -389,8 +390,8 @@ class AdmissionController:
         error = answer.exception()
         if error is not None:
             self._forget_key(ticket)
-            if isinstance(error, ForebayError) and not ticket.done():
-                ticket.resolve(error)
+            if not ticket.done():
+                ticket.resolve(fresh_copy(error) if isinstance(error, ForebayError) else _store_failed(error))
         elif not ticket:
             ticket.wake_waiters()
         elif (other := answer.result()) is not ticket and not ticket.done():
@@ -438,6 +439,12 @@ class AdmissionController:
             self._keys[ticket.task.key] = known
             return known
         raise DuplicateTask(task_id=ticket.task_id)
+
+
+def _store_failed(error: BaseException) -> StoreUnavailable:
+    """Return the error for those who wait for a task that its submitter could not store."""
+    why = f"it raised {type(error).__name__}"
+    return StoreUnavailable(where="the overflow", why=why, advice="The submitter has the error.")
 
 
 class _Undecided:
