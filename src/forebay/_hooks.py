@@ -9,6 +9,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, TypeVarTuple
 
@@ -67,14 +68,19 @@ def report_failure(what: str, error: BaseException) -> None:
 
 def raise_again_if_interrupt(error: BaseException | None) -> None:
     """Raise a Ctrl-C in a turn of the running loop of its own: it ends the loop, but leaves no work half done."""
-    if isinstance(error, KeyboardInterrupt):
-        loop = asyncio._get_running_loop()  # noqa: SLF001 - public by `__all__`; None in a thread
+    if error is not None and is_interrupt(error):
+        loop = asyncio._get_running_loop()  # noqa: SLF001 - public by `__all__`; None where there is no loop
         if loop is None:
             raise error
         loop.call_soon(_raise, error)
 
 
-def _raise(error: KeyboardInterrupt) -> NoReturn:
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether `error` is a Ctrl-C. No thread but the main one receives one."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+def _raise(error: BaseException) -> NoReturn:
     raise error
 
 

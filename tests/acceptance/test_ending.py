@@ -126,7 +126,9 @@ async def test_an_overloaded_raised_inside_a_handler_is_passed_on_unchanged() ->
         supervisor.register_worker("worker", handler=Agent(error=overload), task_types=["work"])
         with pytest.raises(Overloaded) as caught:
             await supervisor.run(Task("work"))
-    assert caught.value is overload
+    error = caught.value
+    assert (error.reason, error.limited_by, error.load, error.retry_after) == ("the well is dry", "well", 1.0, 3.0)
+    assert error.__cause__ is overload
 
 
 # --- timeouts and zombies --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import pytest
-from tests.support.task_plane import Agent, approximately, now, results, run_ready, virtual
+from tests.support.task_plane import Agent, approximately, error_of, now, results, run_ready, virtual
 
 from forebay import (
     BackpressureSupervisor,
@@ -21,11 +21,13 @@ from forebay import (
     TaskResult,
     TaskStatus,
     Ticket,
+    Verdict,
     WorkerState,
 )
 from forebay.adapters import Handler
-from forebay.errors import InvalidSetting, SupervisorClosed
+from forebay.errors import InvalidSetting, StoreUnavailable, SupervisorClosed
 from forebay.events import Event, TaskStarted, TaskSubmitted
+from forebay.overflow import MemoryTaskStore
 
 SLOTS = 2
 MAX_CALLBACKS = 30  # of one test
@@ -519,3 +521,43 @@ def test_ctrl_c_leaves_the_loop_once_everything_is_in_order(hook: str, loop: asy
     assert second.result == "second"
     assert supervisor.workers["worker"].current_tasks == 0
     assert supervisor.workers["worker"].state is WorkerState.IDLE
+
+
+# --- a task store of the user's own ----------------------------------------------------------------------------------
+
+
+class BrokenStore(MemoryTaskStore):
+    """A store with a bug in one method."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+
+        async def broken(*_: Any, **__: Any) -> NoReturn:
+            await asyncio.sleep(1.0)
+            raise LookupError
+
+        setattr(self, method, broken)
+
+
+@pytest.mark.parametrize("method", ["begin_attempt", "finish"])
+@virtual
+async def test_a_store_that_raises_costs_no_slot_and_no_ticket(method: str) -> None:
+    async with BackpressureSupervisor(overflow=BrokenStore(method), max_queue_size=0) as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
+        tickets = [await supervisor.submit(Task("work", number)) for number in range(3)]
+        assert [ticket.verdict for ticket in tickets] == [Verdict.ADMITTED, Verdict.SPILLED, Verdict.SPILLED]
+        assert [result.result for result in await results(tickets)] == [0, 1, 2]
+        assert worker.current_tasks == 0
+
+
+@virtual
+async def test_a_store_that_raises_as_it_stores_a_task_ends_its_ticket() -> None:
+    async with BackpressureSupervisor(overflow=BrokenStore("put"), max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(10.0), task_types=["work"])
+        supervisor.submit_nowait(Task("work"))
+        task = Task("work", task_id="a")
+        submitting = asyncio.ensure_future(supervisor.submit(task))
+        await run_ready()
+        waiting = asyncio.ensure_future(supervisor.ticket("a").value())
+        assert isinstance(await error_of(submitting), LookupError)
+        assert isinstance(await error_of(waiting), StoreUnavailable)

@@ -311,35 +311,56 @@ async def test_a_worker_registered_after_the_start_takes_no_task_before_its_hand
         assert now() == approximately(6.0)
 
 
+@pytest.mark.parametrize("reset_timeout", [10.0, None])
 @virtual
-async def test_a_worker_whose_start_fails_is_failed_until_it_is_revived(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_worker_whose_start_fails_is_failed_until_it_starts(
+    reset_timeout: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
     agent = Agent(1.0)
     handler = StartingHandler(agent, failures=1)
     async with BackpressureSupervisor() as supervisor:
-        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"])
-        (waiting,) = flood(supervisor, "work", 1)
-        await asyncio.sleep(2.0)
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"], reset_timeout=reset_timeout)
+        waiting = flood(supervisor, "work", 2, thread_id="one")
+        failed = await results(waiting)  # there is no other worker to wait for
+        assert [(result.status, result.error) for result in failed] == [(TaskStatus.FAILED, "SystemExit: 1")] * 2
+        assert all(isinstance(result.cause, SystemExit) for result in failed)
+        assert now() == approximately(1.0)
         assert worker.state is WorkerState.FAILED
         assert not supervisor.submit_nowait(Task("work"))
-        await asyncio.sleep(1000.0)  # the reset timeout does not start it
-        assert worker.state is WorkerState.FAILED
-        assert not waiting.done()
-        worker.revive()
-        worker.revive()
-        assert (await waiting).status is TaskStatus.SUCCEEDED
+        if reset_timeout is None:
+            await asyncio.sleep(1000.0)
+            assert handler.calls == ["start"]
+            worker.revive()
+            worker.revive()
+        else:
+            await asyncio.sleep(reset_timeout)
+        assert await supervisor.run(Task("work", 7)) == 7
         assert handler.calls == ["start", "start", "started"]
+        assert worker.state.value == "idle"
     assert "start of worker 'worker' raised SystemExit" in caplog.text
 
 
 @virtual
-async def test_draining_does_not_wait_for_a_worker_that_could_not_be_started() -> None:
+async def test_a_task_waits_for_another_worker_if_one_cannot_be_started() -> None:
     async with BackpressureSupervisor() as supervisor:
-        handler = StartingHandler(Agent(), failures=1)
+        supervisor.register_worker("good", handler=Agent(10.0), task_types=["work"])
+        first, second = flood(supervisor, "work", 2)
+        supervisor.register_worker("bad", handler=StartingHandler(Agent(), failures=9), task_types=["work"])
+        assert [result.worker_id for result in await results([first, second])] == ["good", "good"]
+
+
+@virtual
+async def test_a_start_that_fails_for_good_leaves_no_task_waiting() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        handler = StartingHandler(Agent(), failures=1000)
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
-        (waiting,) = flood(supervisor, "work", 1)
-        await asyncio.sleep(2.0)
+        tickets = []
+        for _ in range(200):
+            tickets += flood(supervisor, "work", 1)
+            await asyncio.sleep(1.0)
+        assert 3 <= handler.calls.count("start") <= 20
+        assert all(ticket.status is TaskStatus.FAILED for ticket in tickets[:100] if ticket)
         await supervisor.drain()
-        assert waiting.status is TaskStatus.CANCELLED
 
 
 @virtual

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forebay import Overloaded, Task, context, progress
+from forebay.adapters import Handler
 
 note: contextvars.ContextVar[str] = contextvars.ContextVar("note", default="blank")
 
@@ -22,12 +23,20 @@ class NotAnException(BaseException):
     """An error that is not an Exception."""
 
 
+class UnprintableError(Exception):
+    """An exception whose message fails."""
+
+    def __str__(self) -> str:
+        raise SystemExit(5)
+
+
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "ValueError": lambda: ValueError("no such river"),
     "SystemExit": lambda: SystemExit(4),
     "KeyboardInterrupt": KeyboardInterrupt,
     "GeneratorExit": GeneratorExit,
     "NotAnException": lambda: NotAnException("strange"),
+    "UnprintableError": UnprintableError,
     "StopIteration": lambda: StopIteration(1),
     "StopAsyncIteration": lambda: StopAsyncIteration(1),
     "TimeoutError": lambda: TimeoutError("mine"),
@@ -46,6 +55,24 @@ async def coroutine(task: Task) -> Any:
     await asyncio.sleep(0)
     what, *rest = task.payload
     return IMMEDIATE[what](*rest) if what in IMMEDIATE else await ASYNC[what](*rest)
+
+
+class HostileHooks:
+    """An agent whose hooks, and the message of whose error, raise SystemExit."""
+
+    def __init__(self, call: Callable[[Task], Any]) -> None:
+        self._call = call
+
+    def __forebay_handler__(self) -> Handler:
+        return Handler(call=self._call, blocking=self._call is plain, on_cancel=_exit, on_end=_exit)
+
+
+def _exit(_: Task) -> None:
+    raise SystemExit(6)
+
+
+hostile_plain = HostileHooks(plain)
+hostile_coroutine = HostileHooks(coroutine)
 
 
 class StatefulAgent:

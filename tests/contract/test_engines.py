@@ -204,6 +204,22 @@ async def test_a_handler_may_raise_anything(
         assert (await ended(supervisor, "echo", 1)).result == 1
 
 
+async def test_hooks_of_a_handler_may_raise_anything(
+    supervisor: BackpressureSupervisor, engine_case: EngineCase, progress: ProgressListener, tmp_path: Path
+) -> None:
+    hostile = f"tests.contract.engine_handlers:hostile_{engine_case.handler}"
+    engine_case.register(supervisor, handler=hostile)
+    for number in range(2):
+        assert (await ended(supervisor, "echo", number)).result == number
+        assert (await ended(supervisor, "raise", "UnprintableError")).status is TaskStatus.FAILED
+    if STOPS in engine_case.can:
+        ticket = await supervisor.submit(work("wait", str(tmp_path / "mark")))
+        await progress.began(ticket)
+        ticket.cancel()
+        assert (await ended(supervisor, "echo", 1)).result == 1  # in the slot of the other, once that has stopped
+    await stopped(supervisor)
+
+
 async def test_an_overload_inside_the_handler_is_raised_as_one(
     supervisor: BackpressureSupervisor, worker: WorkerAgent
 ) -> None:

@@ -145,17 +145,14 @@ class Breaker:
             return None
         return self._record_late_or_probe(now, outcome, epoch)
 
-    def trip(self, now: float, *, until_reset: bool = False) -> BreakerState | None:
-        """Open it for a reason of the caller's; do nothing while it is open, unless it is to stay so until `reset`.
+    def trip(self, now: float) -> BreakerState | None:
+        """Open it for a reason of the caller's; do nothing while it is open.
 
         Returns:
             OPEN if it was not open before, else None.
         """
         self._advance(now)
-        changed = None if self._state is BreakerState.OPEN else self._open(now)
-        if until_reset:
-            self._until = math.inf
-        return changed
+        return None if self._state is BreakerState.OPEN else self._open(now)
 
     def reset(self) -> None:
         """Close it and forget all faults; calls under way no longer count."""

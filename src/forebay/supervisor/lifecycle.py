@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from forebay._hooks import raise_if_cancelled, report_failure
 from forebay.events import log
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.nested_supervisor import start_handlers, stop_handlers
@@ -37,28 +36,7 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
     """Add a worker to a supervisor that runs. If its handler has to be started first, tasks wait for that."""
     dispatcher.add_worker(worker)
-    start_running_worker(dispatcher, worker)
-
-
-def start_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
-    """Start the handler of a worker in the background, if it needs that and is not being started already."""
-    if not worker.ready and (worker.starting is None or worker.starting.done()):
-        worker.begin_start(dispatcher.core.run_to_completion(_start_worker(dispatcher, worker)))
-
-
-async def _start_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
-    """Start the handler of a worker, and then give it tasks; if that fails, it is FAILED until it is revived."""
-    start = worker.handler.start
-    assert start is not None  # noqa: S101 - it is not ready
-    try:
-        await start()
-    except BaseException as error:  # noqa: BLE001 - user code
-        raise_if_cancelled(error)
-        report_failure(f"start of worker {worker.name!r}", error)
-        dispatcher.completion.fail_until_revived(worker, "its handler could not be started")
-    else:
-        worker.mark_ready()
-        dispatcher.update_slots(worker)
+    dispatcher.starts.begin(worker)
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
@@ -68,9 +46,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
     try:
         if spill is not None:
             spill.stored.stop_refilling()
-        for worker in workers.values():
-            if worker.starting is not None:
-                worker.starting.cancel()
+        dispatcher.starts.close()
         await drain.run(0.0, closing=True)
         await stop_handlers(workers.values())
         if spill is not None:

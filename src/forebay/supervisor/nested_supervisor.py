@@ -70,7 +70,7 @@ async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
             for worker in more:
                 if worker.handler.start is not None:
                     await worker.handler.start()
-                worker.mark_ready()
+                worker.end_start(ready=True)
                 started.append(worker)
     except BaseException:
         await stop_handlers(started)

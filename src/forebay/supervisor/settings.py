@@ -28,6 +28,7 @@ class SupervisorSettings:
     max_payload_bytes: int
     max_attempts: int
     keep_results: int
+    keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
 
@@ -37,7 +38,12 @@ class SupervisorSettings:
             check_positive(_OWNER, name, getattr(self, name), unit="seconds")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
-        for name, minimum in (("max_payload_bytes", 1), ("max_attempts", 1), ("keep_results", 0)):
+        for name, minimum in (
+            ("max_payload_bytes", 1),
+            ("max_attempts", 1),
+            ("keep_results", 0),
+            ("keep_results_bytes", 0),
+        ):
             check_whole(_OWNER, name, getattr(self, name), minimum=minimum)
 
 

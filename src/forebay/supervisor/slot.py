@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from forebay import context
-from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
+from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut, fresh_copy
 from forebay.supervisor.ticket import Reclaim, Ticket, TicketOwner, TicketRun, as_error
 from forebay.task import TaskResult
 
@@ -143,7 +143,7 @@ class Slot:
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
         """Record that its ticket has ended; if it has no slot yet, entering raises."""
         if not self._granted.done():
-            self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else outcome)
+            self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else fresh_copy(outcome))
 
     def stop(self) -> None:
         """Cancel the body."""

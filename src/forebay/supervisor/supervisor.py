@@ -29,7 +29,7 @@ from forebay.supervisor.codecs import TaskCodecs
 from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain, DrainReport
-from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_running_worker, start_up
+from forebay.supervisor.lifecycle import add_running_worker, shut_down, start_up
 from forebay.supervisor.loop_monitor import LoopMonitor
 from forebay.supervisor.nested_supervisor import as_handler, contains
 from forebay.supervisor.portal import Portal
@@ -63,7 +63,8 @@ class BackpressureSupervisor:
         lease: seconds that a lease on a stored task lasts unless renewed.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
-        keep_results: how many ended tickets `ticket` still finds.
+        keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
+        keep_results_bytes: estimated bytes of payloads and results that these tickets may take together.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
@@ -83,6 +84,7 @@ class BackpressureSupervisor:
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
         keep_results: int = 1000,
+        keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
         on_event: Sink | Sequence[Sink] = (),
@@ -94,6 +96,7 @@ class BackpressureSupervisor:
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
             keep_results=keep_results,
+            keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
         )
@@ -202,8 +205,6 @@ class BackpressureSupervisor:
     def _revive(self, worker: WorkerAgent) -> None:
         if self._dispatcher is not None:
             self._dispatcher.completion.revive(worker)
-            if not self._is_starting:
-                start_running_worker(self._dispatcher, worker)
 
     # --- work ---
 
@@ -343,6 +344,7 @@ class BackpressureSupervisor:
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
             keep_results=settings.keep_results,
+            keep_results_bytes=settings.keep_results_bytes,
         )
         dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store)
         self._admission = AdmissionController(

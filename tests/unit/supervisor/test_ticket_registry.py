@@ -15,7 +15,7 @@ from forebay.supervisor.ticket_registry import TicketRegistry
 
 
 def new_registry(keep: int = 2) -> TicketRegistry:
-    return TicketRegistry(asyncio.get_running_loop(), EventBus(), keep=keep)
+    return TicketRegistry(asyncio.get_running_loop(), EventBus(), keep=keep, keep_bytes=1_000_000)
 
 
 @virtual
@@ -80,7 +80,7 @@ async def test_settling_reports_the_end_and_wakes_the_listeners() -> None:
     progress: list[None] = []
     bus = EventBus()
     bus.add_observer(events.append)
-    registry = TicketRegistry(asyncio.get_running_loop(), bus, keep=1)
+    registry = TicketRegistry(asyncio.get_running_loop(), bus, keep=1, keep_bytes=1_000_000)
 
     def listener() -> None:
         progress.append(None)

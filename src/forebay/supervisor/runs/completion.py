@@ -11,7 +11,7 @@ from forebay._text import error_text, format_duration
 from forebay.errors import Overloaded, RemoteError, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
-from forebay.supervisor.runs.run import ActiveRuns, Run, interrupt_of
+from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskResult, TaskStatus
 
@@ -52,6 +52,9 @@ class CompletionDispatcher(Protocol):
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
+
+    def start_worker(self, worker: WorkerAgent) -> None:
+        """Start the handler of a worker."""
 
 
 class RunCompletion:
@@ -241,9 +244,9 @@ class RunCompletion:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
         if run.rejections and not isinstance(cause, Overloaded):
-            cause = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
+            cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
             error = describe_error(cause)
-        interrupted = interrupt_of(run, cause) is not None
+        interrupted = was_interrupted(run, cause)
         if (interrupted or isinstance(cause, StillSpilled)) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
             # The task that it awaited is left to the next process, or this process ends; so it is left too.
@@ -281,10 +284,10 @@ class RunCompletion:
             for pool in self._pools_of[worker]:
                 pool.selector.update(worker)
 
-    def fail_until_revived(self, worker: WorkerAgent, reason: str) -> None:
-        """Make a worker FAILED until it is revived."""
-        worker.breaker.trip(self._loop.time(), until_reset=True)
-        self.update_breaker(worker, reason)
+    def fail_start(self, worker: WorkerAgent) -> None:
+        """Make a worker FAILED whose handler could not be started."""
+        worker.breaker.trip(self._loop.time())
+        self.update_breaker(worker, "its handler could not be started")
 
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
@@ -305,6 +308,8 @@ class RunCompletion:
         elif failed and not worker.failed:
             log.info("worker %r accepts tasks again", worker.name)
             self._bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
+        if not (worker.ready or worker.failed):
+            self._dispatcher.start_worker(worker)  # the start is its probe
         self._dispatcher.update_slots(worker)
         self._registry.notify_progress()
 

@@ -13,6 +13,7 @@ from forebay.quota import RateLimiter
 from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
+from forebay.upstream.accounts.guarded_limit import guarded_limit
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -100,7 +101,7 @@ class AccountRegistry:
         settings = self.settings
         account = Account(
             ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
-            limit=settings.new_limit(),
+            limit=guarded_limit(settings.new_limit()),
             quotas=RateLimiter(settings.models.get(group, settings.quotas)),
             breaker=Breaker(settings.breaker, draw=self._draw),
             budgets=self.budgets.for_request,
