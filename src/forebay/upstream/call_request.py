@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -60,6 +60,16 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
 
 
+class SpendReservation(Protocol):
+    """The dollars of one budget that are held for one call. They are settled exactly once."""
+
+    def settle(self, usd: float) -> None:
+        """Replace them by the dollars that the call has cost."""
+
+    def revise(self, usd: float) -> None:
+        """Correct the cost, after `settle`, by usage that became known later."""
+
+
 class CallBudget(Protocol):
     """A budget that calls spend from. It knows the time."""
 
@@ -68,8 +78,8 @@ class CallBudget(Protocol):
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved."""
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        """Reserve `usd` dollars; return a function that replaces them by the dollars that the call has cost."""
+    def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
+        """Reserve `usd` dollars, or return None if they may not be: check and take are one step."""
 
     def rejection(self, usd: float) -> Rejected:
         """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
@@ -84,7 +94,7 @@ class Permit(msgspec.Struct, eq=False):
         grant: the slot, as the limit marked it.
         breaker_epoch: the epoch of the account's breaker.
         reservation: the requests and tokens that it holds of the quotas.
-        spend: for each budget, a function that replaces the dollars held by those that the call has cost.
+        spend: the dollars that are held for it, of each budget.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
     """
@@ -94,7 +104,7 @@ class Permit(msgspec.Struct, eq=False):
     grant: Grant
     breaker_epoch: int
     reservation: QuotaReservation
-    spend: Sequence[Callable[[float], None]] = ()
+    spend: Sequence[SpendReservation] = ()
     accepted: bool = False
     closed: bool = False
 
@@ -107,6 +117,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent, or it was throttled for another reason than a rate.
         rate_limited: it was throttled because a quota is used up (429). It took nothing of them either.
+        spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
@@ -120,6 +131,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     used: Charge | None = None
     released: bool = False
     rate_limited: bool = False
+    spend_cap: bool = False
     retry_after: float | None = None
     rate_limit_headers: tuple[RateLimitHeaders, ...] = ()
     usd: float | None = None

@@ -275,6 +275,7 @@ def judge_error(
             kind=rule.outcome,
             released=not rate_limited,
             rate_limited=rate_limited,
+            spend_cap=kind is ErrorKind.SPEND_CAP,
             retry_after=retry_after,
             rate_limit_headers=rate_limits,
             usd=0.0,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from forebay import clock
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
 from forebay.task import Priority
-from forebay.upstream.call_request import CallRequest, Rejected
+from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
 from forebay.upstream.weak_lru import WeakLRU
 
 _CACHED: Final = 10_000  # budgets of tenants and of tasks
@@ -47,14 +46,21 @@ class SharedBudget:
         )
         return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        """Reserve `usd` dollars; return a function that replaces them by the dollars that the call has cost."""
+    def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
+        """Reserve `usd` dollars, or return None if they may not be: check and take are one step, under one lock."""
         with self._lock:
-            return functools.partial(self._settle, self._tracker.reserve(clock.wall_time(), usd))
+            reservation = self._tracker.try_reserve(clock.wall_time(), usd, priority)
+        return None if reservation is None else _HeldDollars(self, reservation)
 
-    def _settle(self, reservation: BudgetReservation, usd: float) -> None:
+    def settle(self, reservation: BudgetReservation, usd: float) -> None:
+        """Replace a reservation by the dollars that its call has cost."""
         with self._lock:
             self._tracker.settle(clock.wall_time(), reservation, usd)
+
+    def revise(self, reservation: BudgetReservation, usd: float) -> None:
+        """Correct the cost of a call that was settled before its usage was known."""
+        with self._lock:
+            self._tracker.revise(clock.wall_time(), reservation, usd)
 
     def spent(self) -> float:
         """Return the dollars spent in this period."""
@@ -70,6 +76,22 @@ class SharedBudget:
         """Return the seconds until the budget is full again; None for never."""
         with self._lock:
             return self._tracker.resets_in(clock.wall_time())
+
+
+class _HeldDollars:
+    """The dollars of a shared budget that are held for one call. It keeps the budget alive. See `SpendReservation`."""
+
+    __slots__ = ("_budget", "_reservation")
+
+    def __init__(self, budget: SharedBudget, reservation: BudgetReservation) -> None:
+        self._budget = budget
+        self._reservation = reservation
+
+    def settle(self, usd: float) -> None:
+        self._budget.settle(self._reservation, usd)
+
+    def revise(self, usd: float) -> None:
+        self._budget.revise(self._reservation, usd)
 
 
 class UpstreamBudgets:
