@@ -3,7 +3,14 @@
 from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import Price, Prices
 from forebay.quota.quota import Quota
-from forebay.quota.rate_limiter import QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
+from forebay.quota.rate_limiter import (
+    QuotaDelay,
+    QuotaHeadroom,
+    QuotaLevel,
+    QuotaReservation,
+    RateLimiter,
+    new_buckets,
+)
 
 __all__ = [
     "Budget",
@@ -18,4 +25,5 @@ __all__ = [
     "QuotaReservation",
     "RateLimiter",
     "check_dollars",
+    "new_buckets",
 ]

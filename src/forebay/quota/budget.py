@@ -83,6 +83,8 @@ class BudgetTracker:
         budget: the amount and its period.
     """
 
+    __slots__ = ("_period", "_previous", "budget")
+
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self._period = _BudgetPeriod(-math.inf)

@@ -37,6 +37,7 @@ class TokenEstimates:
         if estimated > 0 and used.input_tokens > 0:
             self._ratios += 1
             newest = min(_MAX_RATIO, max(_MIN_RATIO, used.input_tokens / estimated))
-            self.input_ratio += (newest - self.input_ratio) * max(_GAIN, 1.0 / self._ratios)
+            mean = self.input_ratio + (newest - self.input_ratio) * max(_GAIN, 1.0 / self._ratios)
+            self.input_ratio = max(_MIN_RATIO, mean)  # not a rounding error below
         self._calls += 1
         self._mean += (used.output_tokens - self._mean) * max(_GAIN, 1.0 / self._calls)
