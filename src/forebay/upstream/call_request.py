@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -12,6 +12,37 @@ from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
 from forebay.quota import QuotaReservation
 from forebay.task import Priority
+
+UNREADABLE: Final = "unreadable"
+UNPRICED: Final = "unpriced"
+UNMETERED: Final = (UNREADABLE, UNPRICED)
+"""The values of ``limited_by`` of calls that a budget or a quota cannot count."""
+
+
+class Unmetered(NamedTuple):
+    """The reason why a call cannot be metered, for which it is rejected.
+
+    Attributes:
+        reason: for a person, with what to do.
+        limited_by: ``"unreadable"`` or ``"unpriced"``.
+    """
+
+    reason: str
+    limited_by: str
+
+
+class CallPrice(NamedTuple):
+    """The price of a call before it is sent.
+
+    Attributes:
+        usd: dollars that it is expected to cost at most.
+        usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
+        unmetered: why it cannot be metered, or None.
+    """
+
+    usd: float = 0.0
+    usd_per_second: float = 0.0
+    unmetered: Unmetered | None = None
 
 
 class CallRequest(msgspec.Struct, kw_only=True, eq=False):
@@ -26,6 +57,8 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
         free: it costs no money in any case, so no budget is checked.
+        usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
+        unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
         asked_at: when it first asked for a permit; set by the account.
     """
@@ -40,6 +73,12 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     free: bool = False
     retries: int = 0
     asked_at: float = math.inf
+    usd_per_second: float = 0.0
+    unmetered: Unmetered | None = None
+
+    def unreported_cost(self, seconds: float) -> float:
+        """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""
+        return max(self.usd, self.usd_per_second * seconds)
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):

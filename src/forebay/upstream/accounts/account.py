@@ -150,6 +150,8 @@ class Account:
 
     def _rejection(self, now: float, request: CallRequest, *, fits: bool = False) -> Rejected | None:
         """Return a rejection if waiting would not help the call; `fits`: no quota is too small for it."""
+        if request.unmetered is not None:
+            return Rejected(request.unmetered.reason, request.unmetered.limited_by, math.inf, None)
         if request.deadline <= now:
             reason = "its deadline passed before it was sent: give a later one"
             return Rejected(reason, "deadline", math.inf, None)
@@ -351,8 +353,9 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for reservation in permit.spend:
-            reservation.settle(request.usd if outcome.usd is None else outcome.usd)
+        usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
+        for dollars in permit.spend:
+            dollars.settle(usd)
         self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
