@@ -5,17 +5,32 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from forebay import clock, context
 from forebay.interfaces import Outcome
-from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
+from forebay.upstream.providers import UsageFilter, UsageMeter
+
+
+class StreamEnd(NamedTuple):
+    """The end of a streaming answer.
+
+    Attributes:
+        kind: the evidence about the provider.
+        ended: the provider has closed it; else it broke off, or its reader has left.
+        output_at: the time when its output began; None if none came.
+    """
+
+    kind: Outcome
+    ended: bool
+    output_at: float | None
 
 
 class MeteredStream:
     """One streaming answer: it takes the provider's bytes, and returns those that the caller gets.
 
     Args:
-        settle: releases the permit; takes the outcome of the answer and its usage.
+        settle: releases the permit; takes the end of the answer.
         judge: returns what an exception that ends the answer says about the provider.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
@@ -27,21 +42,13 @@ class MeteredStream:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_detects_truncation",
-        "_judge",
-        "_lock",
-        "_meter",
-        "_run",
-        "_settle",
-        "_usage_filter",
-        "settled",
-        "unread_since",
+        *("_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_run", "_settle", "_usage_filter"),
+        *("__weakref__", "settled", "unread_since"),
     )
 
     def __init__(
         self,
-        settle: Callable[[Outcome, Usage | None], None],
+        settle: Callable[[StreamEnd], None],
         judge: Callable[[Exception], Outcome],
         meter: UsageMeter | None,
         usage_filter: UsageFilter | None,
@@ -54,6 +61,7 @@ class MeteredStream:
         self._usage_filter = usage_filter
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
+        self._output_at: float | None = None
         self._run = context.call_observer()
         self.settled = False
         self.unread_since = clock.now()
@@ -70,6 +78,8 @@ class MeteredStream:
         """Take the next bytes, and return what may be passed on now."""
         if self._meter is not None:
             self._meter.feed(chunk)
+            if self._output_at is None and self._meter.has_output:
+                self._output_at = clock.now()
         return chunk if self._usage_filter is None else self._usage_filter.feed(chunk)
 
     def end(self) -> bytes:
@@ -79,7 +89,7 @@ class MeteredStream:
         if meter is not None:
             meter.end()
         complete = meter is None or meter.complete or not self._detects_truncation
-        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
+        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT, ended=True)
         return rest
 
     def fail(self, error: Exception) -> None:
@@ -92,7 +102,7 @@ class MeteredStream:
         complete = self._meter is not None and self._meter.complete
         self._settle_once(Outcome.SUCCESS if complete else Outcome.IGNORED)
 
-    def _settle_once(self, kind: Outcome) -> None:
+    def _settle_once(self, kind: Outcome, *, ended: bool = False) -> None:
         with self._lock:
             if self.settled:
                 return
@@ -102,5 +112,5 @@ class MeteredStream:
             kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
-        self._settle(kind, None if meter is None else meter.usage)
+        self._settle(StreamEnd(kind, ended, self._output_at))
         self._run = None

@@ -21,7 +21,7 @@ from forebay.upstream.accounts.open_answers import OpenAnswer
 from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
-from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 
@@ -142,7 +142,8 @@ class SharedAccount:
             load=rejected.load,
             retry_after=rejected.retry_after,
         )
-        if sole_account and (run := context.call_observer()) is not None:
+        unmetered = rejected.limited_by in UNMETERED  # it would be so at any time: the run's other calls are not
+        if sole_account and not unmetered and (run := context.call_observer()) is not None:
             run.record_rejection(self, error)
         return error
 
@@ -211,7 +212,7 @@ class SharedAccount:
 
     def suspend(self, seconds: float) -> None:
         """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone."""
-        for account in self._same_key():
+        for account in {self, *self._same_key()}:
             account._suspend(seconds)  # noqa: SLF001 - one of its kind
 
     def _suspend(self, seconds: float) -> None:
@@ -220,10 +221,10 @@ class SharedAccount:
             self.account.suspend(now, seconds)
             self.account.reject_queued(now)
 
-    def is_fresh(self) -> bool:
-        """Return whether nothing would be lost if it were closed: no calls, no used quota, no open breaker."""
+    def is_expendable(self) -> bool:
+        """Return whether a new account could replace it. See `Account.is_expendable`."""
         with self._lock:
-            return not self._on_relief and self.account.is_fresh(clock.now())
+            return not self._on_relief and self.account.is_expendable(clock.now())
 
     def count_served_by_fallback(self) -> None:
         """Count a call of this account that another account has served."""

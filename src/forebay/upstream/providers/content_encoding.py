@@ -28,6 +28,11 @@ class Decompressor:
         self._uncompressed = name in _UNCOMPRESSED
         self._decompressor = zlib.decompressobj(_GZIP_OR_ZLIB) if name in _COMPRESSED else None
 
+    @property
+    def readable(self) -> bool:
+        """Return whether the content can be read: the encoding is known, and no byte was corrupt so far."""
+        return self._uncompressed or self._decompressor is not None
+
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Yield the decompressed content of `chunk` in pieces of at most 64 KiB."""
         if self._uncompressed:
