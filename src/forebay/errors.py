@@ -270,6 +270,15 @@ class WrongLoop(ForebayError, RuntimeError):
     """
 
 
+class ForkedProcess(ForebayError, RuntimeError):
+    """{what} belongs to process {parent}, and this is a child that was forked from it, without its threads: make a new
+    one here, or start the child with the method 'spawn' or 'forkserver'.
+    """
+
+    what: str
+    parent: int
+
+
 class SlotMisused(ForebayError, RuntimeError):
     """A slot {why}: enter it once, by `async with supervisor.slot(...) as slot:`, and read its worker in that block."""
 

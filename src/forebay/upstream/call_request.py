@@ -136,6 +136,7 @@ class Permit(msgspec.Struct, eq=False):
         breaker_epoch: the epoch of the account's breaker.
         reservation: the requests and tokens that it holds of the quotas.
         spend: the dollars that are held for it, of each budget.
+        account: the account that granted it.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
     """
@@ -146,6 +147,7 @@ class Permit(msgspec.Struct, eq=False):
     breaker_epoch: int
     reservation: QuotaReservation
     spend: Sequence[SpendReservation] = ()
+    account: object = None
     accepted: bool = False
     closed: bool = False
 

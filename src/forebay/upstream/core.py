@@ -6,6 +6,7 @@ import math
 import threading
 
 from forebay import clock, context
+from forebay._fork import reset_in_child
 from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
@@ -60,6 +61,17 @@ class UpstreamCore:
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
         self._lock = threading.Lock()
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The child has no calls under way, and what the parent has spent and learned counts on.
+
+        Each process has the limits for itself from then on: nothing is shared between them.
+        """
+        self._lock = threading.Lock()
+        self.budgets.reset_after_fork()
+        self.accounts.reset_after_fork()
+        self.background.reset_after_fork()
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"

@@ -211,7 +211,7 @@ class Account:
         self.counts.unattributed += request.task_id is None
         reservation = self.quotas.reserve(now, request.charge)
         grant = self.limit.grant(now, self.in_flight)
-        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend)
+        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
         self._unconfirmed.append(permit)
         self._suspension.record_sent(permit)
         return permit

@@ -91,6 +91,12 @@ class AccountRegistry:
             found = [self._unopened.get(group) or self._unopened.setdefault(group, self._make(("", group)))]
         return found
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._accounts.reset_after_fork()
+        for account in (*self._accounts.values(), *self._shared.values(), *self._unopened.values()):
+            account.reset_after_fork()
+
     def _accounts_of_key(self, mark: str) -> Sequence[SharedAccount]:
         """Return the open accounts of an API key, given its fingerprint."""
         return [account for (other, _), account in self._accounts.items() if other == mark]
@@ -130,19 +136,22 @@ class AccountRegistry:
     def _make(self, place: tuple[str, str], levels: _QuotaLevels | None = None) -> SharedAccount:
         mark, group = place
         settings = self.settings
-        account = Account(
-            ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
-            limit=settings.new_limit(),
-            quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
-            breaker=Breaker(settings.breaker, draw=self._draw),
-            budgets=self.budgets.for_request,
-            upstream_budget=self.budgets.upstream_budget,
-            max_wait=settings.max_wait,
-            weights=settings.weights,
-            draw=self._draw,
-        )
+
+        def open_account() -> Account:
+            return Account(
+                ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
+                limit=settings.new_limit(),
+                quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
+                breaker=Breaker(settings.breaker, draw=self._draw),
+                budgets=self.budgets.for_request,
+                upstream_budget=self.budgets.upstream_budget,
+                max_wait=settings.max_wait,
+                weights=settings.weights,
+                draw=self._draw,
+            )
+
         return SharedAccount(
-            account,
+            open_account,
             upstream=settings.name,
             retries=AccountRetries(self._retry, draw=self._draw),
             same_key=functools.partial(self._accounts_of_key, mark),
