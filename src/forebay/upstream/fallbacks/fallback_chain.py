@@ -101,7 +101,7 @@ _Other: TypeAlias = tuple[FallbackRoute, SharedAccount]
 
 
 def _is_less_loaded(other: _Other, load: float) -> bool:
-    """Return whether calls of an account with this load go to another one first: over its threshold, and less loaded."""
+    """Return whether calls of an account with this load go to another first: over its threshold, and less loaded."""
     route, account = other
     return route.load_threshold < 1.0 and route.load_threshold <= load and account.load_for() < load
 
