@@ -137,12 +137,13 @@ class Upstream:
     def bind(self, client: ClientT) -> ClientT:
         """Return a copy of an SDK client, a LangChain model or an httpx client, whose calls go through this upstream.
 
-        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these, of httpx
-        and of httpx2, asynchronous or not. The copy keeps all settings of the client, and shares its connections:
-        closing one closes both. Only the upstream retries. A client that is bound already is returned as it is.
+        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these and what
+        ``bind_tools`` and ``with_structured_output`` make of them, of httpx and of httpx2, asynchronous or not. The
+        copy keeps all settings of the client, and shares its connections: closing one closes both. Only the upstream
+        retries. A client that is bound already is returned as it is.
 
         Raises:
-            NotBindable: it is another kind of client: use the gateway, `send`, or `call`.
+            NotBindable: it is another kind of client, or a LangChain model ``with_retry``: the message says what to do.
             AlreadyBound: it is bound to another upstream.
             InvalidSetting: a fallback to another upstream has neither an address nor a key.
         """
@@ -151,6 +152,8 @@ class Upstream:
 
     def guard(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return a function with each call sent through this upstream; it may be async or not.
+
+        A LangChain tool that is made from a function stays a tool.
 
         A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
         raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
@@ -163,7 +166,8 @@ class Upstream:
         called with the upstream to use.
 
         Raises:
-            NotGuardable: it is a generator function; or, when called, a plain function returns an awaitable.
+            NotGuardable: it is a generator function, or a tool that is not made from a function; or, when called, a
+                plain function returns an awaitable.
         """
         return guarded(self, self.runner, function)
 
