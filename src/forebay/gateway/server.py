@@ -18,6 +18,7 @@ from prometheus_client import disable_created_metrics
 from forebay._text import format_duration
 from forebay.errors import ForebayError
 from forebay.events import log
+from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.settings import GatewaySettings
@@ -32,7 +33,6 @@ _HEAD_TOO_LONG: Final = (
 )
 _MAX_FIELDS: Final = 200  # header fields of a request
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
-_KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
 _FILES_PER_CALL: Final = 2  # the sockets to its caller and to its provider
 _OTHER_FILES: Final = 100
 _ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of aborted calls
@@ -199,17 +199,13 @@ class _Server(web.Server):
             cast("_Connection", connection).abort()
 
 
-def _tcp_connector() -> aiohttp.BaseConnector:
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE)
-
-
 class Gateway:
     """A gateway that listens while its block runs; leaving the block drains it.
 
     Args:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
-        connector: makes the aiohttp connector to its providers, by default over TCP.
+        connector: makes the aiohttp connector to its providers; None for a `ConnectionPool`, over TCP.
 
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
@@ -223,17 +219,20 @@ class Gateway:
         settings: GatewaySettings,
         environment: Mapping[str, str] = os.environ,
         *,
-        connector: Callable[[], aiohttp.BaseConnector] = _tcp_connector,
+        connector: Callable[[], aiohttp.BaseConnector] | None = None,
     ) -> None:
         self.settings = settings
         self._environment = environment
-        self._make_connector = connector
+        self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=self._make_connector(), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            connector=self._make_connector(),
+            request_class=PooledRequest,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
         )
         address = self.settings.address
         try:
@@ -247,6 +246,9 @@ class Gateway:
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
+
+    def _new_pool(self) -> aiohttp.BaseConnector:
+        return ConnectionPool(self.settings.max_connections)
 
     @property
     def port(self) -> int:
