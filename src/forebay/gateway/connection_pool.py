@@ -11,6 +11,7 @@ many, each later call of that connection gets the answer of another. Four rules 
 
 from __future__ import annotations
 
+import re
 import select
 from asyncio import BaseTransport
 from typing import Any, Final
@@ -25,6 +26,7 @@ from forebay.events import log
 _KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
 _REST: Final = 0.01  # seconds between two calls on one connection
 _DISTRUST: Final = 600.0  # seconds without reuse for a provider that sent bytes unasked
+_BARE: Final = re.compile(rb"\0|\r(?!\n|\Z)")
 _CREDENTIALS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie")
 _IDLE_TIMEOUT_ANSWER: Final = (b"HTTP/1.1 408", b"HTTP/1.0 408")  # with which load balancers close idle connections
 
@@ -85,7 +87,8 @@ class PooledConnection(ResponseHandler):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`; closes the connection if no call is under way."""
         if self.idle_key is None:
-            super().data_received(data)
+            awaits_head = self._payload is None or self._payload.is_eof()
+            super().data_received(_clean_head(data) if awaits_head else data)
         elif data.strip(b"\r\n"):  # an empty line is allowed before an answer
             if not data.startswith(_IDLE_TIMEOUT_ANSWER):
                 self._pool.distrust(self.idle_key)
@@ -159,6 +162,17 @@ class ConnectionPool(aiohttp.TCPConnector):
         super()._release(key, protocol, should_close=should_close or self._is_distrusted(key))
         if isinstance(protocol, PooledConnection):
             protocol.rest(key)
+
+
+def _clean_head(data: bytes) -> bytes:
+    """Return data with a space for each NUL and bare CR in the head of a response. Source: RFC 9110, 5.5.
+
+    Such a head would be invalid, and a response lost that has been paid for.
+    """
+    head, end, body = data.partition(b"\r\n\r\n")
+    if b"\0" not in head and head.count(b"\r") == head.count(b"\r\n"):
+        return data
+    return _BARE.sub(b" ", head) + end + body
 
 
 def _has_unread_bytes(transport: BaseTransport | None) -> bool:

@@ -32,6 +32,8 @@ _HEAD_TOO_LONG: Final = (
     b"content-length: %d\r\n\r\n%b"
 )
 _MAX_FIELDS: Final = 200  # header fields of a request
+_MAX_RESPONSE_FIELD: Final = 128 << 10  # bytes of a header field of a provider's response
+_MAX_RESPONSE_FIELDS: Final = 1000
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
 _FILES_PER_CALL: Final = 2  # the sockets to its caller and to its provider
 _OTHER_FILES: Final = 100
@@ -233,6 +235,9 @@ class Gateway:
             request_class=PooledRequest,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            max_line_size=_MAX_RESPONSE_FIELD,
+            max_field_size=_MAX_RESPONSE_FIELD,
+            max_headers=_MAX_RESPONSE_FIELDS,
         )
         address = self.settings.address
         try:

@@ -18,6 +18,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest, can_reroute, reroute_request
 from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import (
+    BodyMeter,
     Endpoint,
     ErrorKind,
     Headers,
@@ -134,19 +135,24 @@ class Exchange:
     # --- an answer that streams ---
 
     def is_streamed(self, status: int, content_type: str) -> bool:
-        """Return whether the answer is passed on as it arrives: an event stream, or from an unknown endpoint."""
+        """Return whether the answer is always passed on as it arrives: an event stream, or from an unknown endpoint."""
         return status < REDIRECTS and (self.parsed.endpoint is Endpoint.OTHER or _is_event_stream(content_type))
 
     def metered_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
         """Return the stream that meters a streaming answer and releases its permit; `encoding`: of the bytes fed."""
         self.account.answer_began(permit, self._rate_limits(headers))
-        meter = None
-        generated = not self.parsed.free  # a free request fetches an answer that was metered when it was generated
-        if generated and _is_event_stream(headers.get("content-type", "")):
-            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens, encoding=encoding)
-        usage_filter = None if self.changed_body is None else UsageFilter()
+        meter: UsageMeter | BodyMeter | None = None
+        events = _is_event_stream(headers.get("content-type", ""))
+        if self.parsed.free:  # it fetches an answer that was metered when it was generated
+            pass
+        elif events:
+            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens)
+        elif self.parsed.endpoint is not Endpoint.OTHER:
+            meter = BodyMeter()
+        usage_filter = UsageFilter() if events and self.changed_body is not None else None
         settle = functools.partial(self._settle_stream, permit)
-        return MeteredStream(settle, meter, usage_filter, detects_truncation=self.parsed.generates_tokens)
+        truncation = self.parsed.generates_tokens
+        return MeteredStream(settle, meter, usage_filter, detects_truncation=truncation, encoding=encoding)
 
     def _settle_stream(self, permit: Permit, kind: Outcome, usage: Usage | None) -> None:
         self.account.settle(permit, self.call_outcome(permit, kind, usage))

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from forebay import context
 from forebay.interfaces import Outcome
-from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
+from forebay.upstream.providers import BodyMeter, Usage, UsageFilter, UsageMeter
+from forebay.upstream.providers.content_encoding import Decompressor
 
 
 class MeteredStream:
@@ -18,24 +19,32 @@ class MeteredStream:
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
         detects_truncation: whether a truncated answer can be told from a complete one.
+        encoding: the Content-Encoding of the bytes that it takes.
 
     Attributes:
+        decoded: it returns bytes without that Content-Encoding, since there is usage to remove.
         settled: the permit is released.
     """
 
-    __slots__ = ("_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
+    __slots__ = (
+        *("_decompressor", "_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter"),
+        *("decoded", "settled"),
+    )
 
     def __init__(
         self,
         settle: Callable[[Outcome, Usage | None], None],
-        meter: UsageMeter | None,
+        meter: UsageMeter | BodyMeter | None,
         usage_filter: UsageFilter | None,
         *,
         detects_truncation: bool,
+        encoding: str = "",
     ) -> None:
         self._settle = settle
         self._meter = meter
-        self._usage_filter = usage_filter
+        self._decompressor = Decompressor(encoding)
+        self._usage_filter = usage_filter if self._decompressor.readable else None
+        self.decoded = self._usage_filter is not None and self._decompressor.compressed
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
         self._run = context.call_observer()
@@ -43,17 +52,33 @@ class MeteredStream:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""
-        if self._meter is not None:
-            self._meter.feed(chunk)
-        return chunk if self._usage_filter is None else self._usage_filter.feed(chunk)
+        meter, usage_filter = self._meter, self._usage_filter
+        if meter is None and usage_filter is None:
+            return chunk
+        passed: list[bytes] = []
+        for content in self._decompressor.feed(chunk):
+            if meter is not None:
+                meter.feed(content)
+            if usage_filter is not None:
+                passed.append(usage_filter.feed(content))
+        return chunk if usage_filter is None else b"".join(passed)
+
+    @property
+    def corrupt(self) -> bool:
+        """Return whether bytes to pass on are lost, because they cannot be decompressed."""
+        return self.decoded and not self._decompressor.readable
 
     def end(self) -> bytes:
-        """Note that the provider has closed the answer, and return the bytes that were held back."""
+        """Note that the provider has closed the answer, and return the bytes that were held back.
+
+        An answer that cannot be read is no fault: nothing shows that it is truncated.
+        """
         rest = b"" if self._usage_filter is None else self._usage_filter.end()
         meter = self._meter
         if meter is not None:
             meter.end()
-        complete = meter is None or meter.complete or not self._detects_truncation
+        readable = meter is not None and meter.readable and self._decompressor.readable
+        complete = meter is None or meter.complete or not (self._detects_truncation and readable)
         self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
         return rest
 
