@@ -101,6 +101,38 @@ async def test_an_ambiguous_request_is_rejected(harness: GatewayHarness, sent: b
         await check_works(harness, gateway)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"authorization: Bearer sk-secret\x00",
+        b"authorization : Bearer sk-secret",
+        b"authorization: Bearer\rsk-secret",
+        b"authorization: Bearer sk-secret\r\n folded sk-secret",
+        b"authorization\x01: Bearer sk-secret",
+        b"authorization: " + b"sk-secret" * 20_000,
+        b"sk-secret",
+        b"content-length: sk-secret",
+        b"host: sk-secret\r\nhost: sk-secret",
+    ],
+)
+async def test_a_400_repeats_no_bytes_of_the_request(
+    harness: GatewayHarness, caplog: pytest.LogCaptureFixture, field: bytes
+) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        for sent in (request_bytes(b"{}", field), request_bytes(b"{}", start=b"POST /sk-secret\x01 HTTP/1.1")):
+            received = await raw(gateway, sent)
+            assert received[9:12] in (b"400", b"431"), received
+            assert b"sk-secret" not in received
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert "sk-secret" not in caplog.text
+
+
+async def test_a_404_repeats_no_query(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        status, _, body = await harness.post(gateway, "/nowhere/v1/models?key=sk-secret")
+        assert (status, "sk-secret" in str(body)) == (404, False)
+
+
 async def test_pipelined_calls_are_answered_in_order(harness: GatewayHarness) -> None:
     async def echo(request: web.BaseRequest) -> web.StreamResponse:
         asked = json.loads(await request.read())
@@ -252,10 +284,10 @@ async def test_a_slow_body_times_out(harness: GatewayHarness) -> None:
     ("start", "piece", "status"),
     [
         (b"", b"a" * 1000, 400),  # a method
-        (b"GET /", b"a" * 1000, 400),
-        (b"GET / HTTP/1.1\r\nx: ", b"a" * 1000, 400),
+        (b"GET /", b"a" * 1000, 431),
+        (b"GET / HTTP/1.1\r\nx: ", b"a" * 1000, 431),
         (b"GET / HTTP/1.1\r\n", b"x: " + b"a" * 1000 + b"\r\n", 431),
-        (b"GET / HTTP/1.1\r\n", b"x: a\r\n", 400),
+        (b"GET / HTTP/1.1\r\n", b"x: a\r\n", 431),
         (b"", b"\r\n" * 500, 431),
     ],
 )

@@ -96,9 +96,11 @@ class PooledConnection(ResponseHandler):
 
     def is_connected(self) -> bool:
         """Return whether it is open and, while it is idle, fit for another call."""
-        if not super().is_connected():
+        if not super().is_connected() or self.transport is None:
             return False
-        return self.idle_key is None or not (self.should_close or _has_unread_bytes(self.transport))
+        if self.idle_key is None:
+            return True
+        return not self.should_close and not _has_unread_bytes(self.transport)
 
 
 class ConnectionPool(aiohttp.TCPConnector):
@@ -175,9 +177,9 @@ def _clean_head(data: bytes) -> bytes:
     return _BARE.sub(b" ", head) + end + body
 
 
-def _has_unread_bytes(transport: BaseTransport | None) -> bool:
+def _has_unread_bytes(transport: BaseTransport) -> bool:
     """Return whether something has arrived that the event loop has not read yet, the end of the connection included."""
-    socket = None if transport is None else transport.get_extra_info("socket")
+    socket = transport.get_extra_info("socket")
     if socket is None or not hasattr(select, "poll"):
         return False
     poll = select.poll()

@@ -14,6 +14,7 @@ StreamProtocol = Literal["openai", "openai-responses", "anthropic"]
 
 JSON: Final = "application/json"
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
+_SERVER_ERRORS: Final = 500
 _PAYMENT, _TIMEOUT, _TOO_LARGE, _TOO_MANY, _BAD_GATEWAY = 402, 408, 413, 429, 502
 
 # The error type of a status. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
@@ -162,7 +163,7 @@ def _retry_after(seconds: float) -> tuple[tuple[str, str], ...]:
 
 def _body(protocol: ApiProtocol, status: int, code: str, message: str) -> bytes:
     if protocol == "anthropic":
-        kind = _ANTHROPIC_TYPES.get(status, "api_error")
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < _SERVER_ERRORS else "api_error")
         return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message, "code": code}})
-    kind = _OPENAI_TYPES.get(status, "server_error")
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < _SERVER_ERRORS else "server_error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})

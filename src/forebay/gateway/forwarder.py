@@ -148,7 +148,7 @@ class Forwarder:
         headers = Headers.from_wire(request.raw_headers)
         try:
             self._validate(request, headers)
-            if (own := self._own_response(request.raw_path, headers)) is not None:
+            if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
             destination = self._find_destination(request.raw_path, headers)
         except EarlyResponse as early:
@@ -219,7 +219,8 @@ class Forwarder:
         if destination is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
             paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
-            message = f"the path {path[:_MAX_PATH_SHOWN]!r} leads nowhere; the paths of this gateway are {paths}"
+            shown = path.partition("?")[0][:_MAX_PATH_SHOWN]  # a query may contain an API key
+            message = f"the path {shown!r} leads nowhere; the paths of this gateway are {paths}"
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
