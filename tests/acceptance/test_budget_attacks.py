@@ -52,7 +52,7 @@ async def send(harness: GatewayHarness, gateway: Gateway, method: str, path: str
     ("method", "path", "headers", "body"),
     [
         ("POST", PATH, {"content-encoding": "identity"}, BODY),
-        ("POST", PATH, {"content-encoding": "gzip"}, gzip.compress(BODY)),
+        ("POST", PATH, {"content-encoding": "gzip"}, gzip.compress(BODY, mtime=0)),
         ("POST", PATH, {"content-encoding": "gzip"}, BODY),
         ("POST", PATH, {"content-encoding": "nonsense"}, BODY),
         ("POST", "/openai/v1/chat%2Fcompletions", {}, BODY),
@@ -104,7 +104,13 @@ async def test_no_spelling_of_a_call_spends_more_than_the_budget(
 @pytest.mark.parametrize(
     ("path", "headers", "body", "status", "says"),
     [
-        (PATH, {"content-encoding": "gzip"}, gzip.compress(BODY), 415, "Content-Encoding 'gzip': send it as it is"),
+        (
+            PATH,
+            {"content-encoding": "gzip"},
+            gzip.compress(BODY, mtime=0),
+            415,
+            "Content-Encoding 'gzip': send it as it is",
+        ),
         (PATH, {}, BODY.replace(b'"model"', b'"model": "x", "model"'), 415, "a key twice"),
         ("/openai/v1/batches", {}, b"{}", 400, "its cost arises later, in a job"),
         (PATH, {}, BODY.replace(b"gpt-4o", b"mine"), 400, "no price is known for model 'mine'"),
@@ -130,7 +136,7 @@ async def test_calls_that_cannot_be_counted_pass_where_that_is_allowed(harness: 
     async with Gateway(harness.settings(budget_usd=1.0, rpm=100, unmetered="allow")) as gateway:
         bill = Bill(harness)
         packed = {**JSON_TYPE, "content-encoding": "gzip"}
-        assert (await harness.post(gateway, PATH, headers=packed, data=gzip.compress(BODY)))[0] == 200
+        assert (await harness.post(gateway, PATH, headers=packed, data=gzip.compress(BODY, mtime=0)))[0] == 200
         assert (await harness.post(gateway, "/openai/v1/batches", data=b"{}"))[0] == 200
         assert bill.calls == 2
         assert gateway.forwarder.targets[0].upstream.statistics().unpriced == 2
@@ -139,15 +145,15 @@ async def test_calls_that_cannot_be_counted_pass_where_that_is_allowed(harness: 
 async def test_a_quota_rejects_what_cannot_be_read_too(harness: GatewayHarness) -> None:
     async with Gateway(harness.settings(tpm=1_000)) as gateway:
         packed = {**JSON_TYPE, "content-encoding": "gzip"}
-        assert (await harness.post(gateway, PATH, headers=packed, data=gzip.compress(BODY)))[0] == 415
+        assert (await harness.post(gateway, PATH, headers=packed, data=gzip.compress(BODY, mtime=0)))[0] == 415
         assert (await harness.post(gateway, "/openai/v1/batches", data=b"{}"))[0] == 200  # it counts as one request
 
 
 # --- through a bound client ---
 
 
-def json_reply(**fields: Any) -> Reply:
-    return Reply(body=[json.dumps(fields).encode()], headers={"content-type": "application/json"})
+def json_reply(*, pause: float = 0.0, **fields: Any) -> Reply:
+    return Reply(body=[json.dumps(fields).encode()], headers={"content-type": "application/json"}, pause=pause)
 
 
 def upstream_of(provider: str = "openai", **how: Any) -> Upstream:
@@ -358,9 +364,8 @@ async def test_small_calls_do_not_lower_what_a_large_one_reserves() -> None:
 @virtual
 async def test_after_large_answers_calls_without_a_bound_reserve_as_much() -> None:
     upstream = upstream_of()
-    script = Script(httpx2, json_reply(usage={"prompt_tokens": 1, "completion_tokens": 30_000}))
+    script = Script(httpx2, json_reply(pause=60.0, usage={"prompt_tokens": 1, "completion_tokens": 30_000}))
     await post(script, upstream, "/chat/completions", model="gpt-4o", messages=[])
-    script.replies[0].pause = 60.0
     calls = [post(script, upstream, "/chat/completions", model="gpt-4o", messages=[]) for _ in range(50)]
     await asyncio.gather(*calls, return_exceptions=True)
     assert spent(upstream) <= 1.0
@@ -373,10 +378,84 @@ async def test_a_body_that_is_read_while_it_is_sent_cannot_be_counted() -> None:
 
     for how in ({"budget": DOLLAR}, {"quotas": [Quota(tokens=100_000, per="minute")]}):
         script = Script(httpx2)
-        upstream = Upstream("openai", provider="openai", **how)  # type: ignore[arg-type]
+        upstream = Upstream("openai", provider="openai", **how)
         with pytest.raises(Overloaded, match="not a JSON object"):
             await script.client(upstream).post(OPENAI + "/chat/completions", content=pieces())
         assert not script.requests
+
+
+# --- what a request sends unseen ---
+
+
+@virtual
+async def test_calls_that_continue_a_stored_response_reserve_its_length() -> None:
+    upstream = upstream_of()
+    usage = {"input_tokens": 150_000, "output_tokens": 10_000}
+    script = Script(httpx2, json_reply(pause=60.0, id="resp_1", usage=usage))
+    await post(script, upstream, "/responses", model="gpt-4o", input="x", max_output_tokens=1)
+    left_over = 1.0 - spent(upstream)
+    asked = {"model": "gpt-4o", "input": "x", "max_output_tokens": 1, "previous_response_id": "resp_1"}
+    answers = await asyncio.gather(
+        *[post(script, upstream, "/responses", **asked) for _ in range(50)], return_exceptions=True
+    )
+    assert sum(not isinstance(answer, Exception) for answer in answers) == left_over // 0.4
+
+
+@virtual
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": "x", "previous_response_id": "elsewhere"},
+        {"input": "x", "conversation": "conv_1"},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "https://x"}]}]},
+    ],
+)
+async def test_what_is_stored_elsewhere_is_reserved(body: dict[str, Any]) -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply(pause=60.0))
+    calls = [post(script, upstream, "/responses", model="gpt-4o", max_output_tokens=1, **body) for _ in range(50)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(not isinstance(answer, Exception) for answer in answers) == 7  # 50,000 tokens cost 0.125 dollars
+
+
+@virtual
+async def test_a_dearer_model_that_answers_is_paid() -> None:
+    upstream = upstream_of()
+    usage = {"prompt_tokens": 100_000, "completion_tokens": 0}
+    for answers in ({"model": "gpt-4o"}, {"model": "gpt-4o-mini"}, {"model": "unheard-of"}, {}):
+        script = Script(httpx2, json_reply(usage=usage, **answers))
+        await post(script, upstream, "/chat/completions", model="gpt-4o-mini", messages=[], max_tokens=1)
+    assert spent(upstream) == pytest.approx(0.25 + 3 * 0.015)
+
+
+@virtual
+async def test_the_deployment_in_the_path_is_paid_whatever_the_body_says() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(usage={"prompt_tokens": 100_000, "completion_tokens": 0}))
+    path = "/openai/deployments/gpt-4o/chat/completions"
+    await post(script, upstream, path, model="gpt-4o-mini", messages=[], max_tokens=1)
+    assert spent(upstream) == pytest.approx(0.25)
+
+
+@virtual
+async def test_the_largest_of_several_bounds_is_reserved() -> None:
+    upstream = upstream_of()
+    bounds = {"max_completion_tokens": 1, "max_tokens": 200_000}
+    with pytest.raises(Overloaded, match="may cost 2"):
+        await post(Script(httpx2), upstream, "/chat/completions", model="gpt-4o", messages=[], **bounds)
+
+
+@virtual
+async def test_a_burst_of_calls_without_a_bound_reserves_what_they_can_make() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(usage={"prompt_tokens": 1, "completion_tokens": 1}))
+    for _ in range(20):
+        await post(script, upstream, "/chat/completions", model="gpt-4o", messages=[])
+    script.replies = [json_reply(pause=60.0, usage={"prompt_tokens": 1, "completion_tokens": 16_384})]
+    calls = [post(script, upstream, "/chat/completions", model="gpt-4o", messages=[]) for _ in range(50)]
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert spent(upstream) <= 1.0
 
 
 @virtual

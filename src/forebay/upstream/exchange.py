@@ -67,6 +67,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_answered_by",
         "_original_body",
         "_path",
         "_retry_after",
@@ -112,6 +113,7 @@ class Exchange:
             self.call_request = core.request_for(caller, model, charge, free=parsed.free, price=price)
         self.changed_body = profile.with_include_usage(parsed, body)
         self.error_kind = ErrorKind.SUCCESS
+        self._answered_by = ""
         self._retry_after: float | None = None
         self._status: int | None = None
 
@@ -127,7 +129,10 @@ class Exchange:
         if unpriced := unreadable or find_unpriced(parsed):
             return core.unpriced_call(unpriced, model)
         usage = core.profile.estimate_usage(
-            parsed, largest_output=estimates.largest_output, input_ratio=estimates.input_ratio
+            parsed,
+            largest_output=estimates.largest_output,
+            input_ratio=estimates.input_ratio,
+            continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
         )
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = _TOKENS_PER_SECOND * parsed.choices
@@ -182,8 +187,9 @@ class Exchange:
     def _settle_stream(self, permit: Permit, meter: UsageMeter | None, end: StreamEnd) -> None:
         """Release the permit of a streaming answer; `meter` has read it, if it can be read."""
         usage = None if meter is None else self._stream_usage(permit, meter, end)
-        if meter is not None and (usage is None or usage.estimated):
-            self._remember_background(permit, meter.response_id)
+        if meter is not None:
+            self._answered_by = meter.model or ""
+            self._remember(permit, meter.response_id, usage)
         self.account.settle(permit, self.call_outcome(permit, end.kind, usage))
 
     def _stream_usage(self, permit: Permit, meter: UsageMeter, end: StreamEnd) -> Usage | None:
@@ -206,9 +212,13 @@ class Exchange:
             hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
         return meter.unfinished_usage(hidden)
 
-    def _remember_background(self, permit: Permit, response_id: str | None) -> None:
-        """Remember a response whose usage comes later, so that the dollars counted for it can be corrected."""
-        if self.parsed.background and response_id is not None and permit.spend:
+    def _remember(self, permit: Permit, response_id: str | None, usage: Usage | None) -> None:
+        """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""
+        if self.parsed.endpoint is not Endpoint.RESPONSES or response_id is None or not permit.spend:
+            return
+        if usage is not None and not usage.estimated:
+            self.core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
+        elif self.parsed.background:
             response = BackgroundResponse(self.call_request.model, self.parsed.tier, permit.spend)
             self.core.background.add(response_id, response)
 
@@ -217,10 +227,11 @@ class Exchange:
         response = self.core.background.pop(response_id)
         if response is None:
             return
-        usd = self.core.cost(response.model, usage.billed(tier=response.tier))
+        usd = self.core.cost(response.model, usage.billed(tier=response.tier), answered_by=self._answered_by)
         if usd is not None:
             for counted in response.spend:
                 counted.revise(usd)
+        self.core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
 
     def stream_result(self) -> AttemptResult:
         """Return the result of an attempt whose answer has begun; the reader of the answer releases the permit."""
@@ -262,8 +273,8 @@ class Exchange:
             outcome = CallOutcome(kind=Outcome.IGNORED, used=_ONE_REQUEST, usd=0.0, rate_limit_headers=rate_limits)
             return AttemptResult(outcome=outcome)
         response = read_response(body)
-        if response.usage is None:
-            self._remember_background(permit, response.response_id)
+        self._answered_by = response.model or ""
+        self._remember(permit, response.response_id, response.usage)
         kind_of_outcome = Outcome.SUCCESS if response.error_kind is None else response.error_kind.rule.outcome
         return AttemptResult(outcome=self.call_outcome(permit, kind_of_outcome, response.usage, rate_limits))
 
@@ -314,7 +325,7 @@ class Exchange:
         usd: float | None = 0.0
         if self.core.budgets.has_budgets:
             billed = usage.billed(tier=self.parsed.tier, web_searches=self.parsed.searches)
-            usd = self.core.cost(self.call_request.model, billed)
+            usd = self.core.cost(self.call_request.model, billed, answered_by=self._answered_by)
             if usd is None and self.call_request.usd:
                 self.core.count_unpriced()
         reported = kind is Outcome.SUCCESS and not usage.estimated

@@ -38,6 +38,7 @@ class _ResponseBody(msgspec.Struct):
     usage: Any = None
     error: Any = None
     id: Any = None
+    model: Any = None
     service_tier: Any = None
     output: msgspec.Raw = _NO_OUTPUT
 
@@ -52,11 +53,13 @@ class WholeResponse(NamedTuple):
         usage: None if the response does not report it.
         error_kind: of an error reported within the response, or None.
         response_id: by which it can be fetched later, or None.
+        model: that has answered, or None.
     """
 
     usage: Usage | None
     error_kind: ErrorKind | None = None
     response_id: str | None = None
+    model: str | None = None
 
 
 _NOTHING: Final = WholeResponse(None)
@@ -72,23 +75,27 @@ def read_response(body: bytes) -> WholeResponse:
         return _read_tail(body)
     error = classify_stream_error(response.error) if isinstance(response.error, dict) else None
     usage = read_usage(response.usage)
-    if usage is not None and (response.service_tier is not None or response.output):
+    if usage is not None:
         found = _ITEM.findall(bytes(response.output)) if response.output else []
         tier = _read_name(response.service_tier)
-        usage = _with_tier_and_searches(usage, tier, found.count(b"web"), found.count(b"file"))
-    return WholeResponse(usage, error, _read_name(response.id))
+        usage = _complete(usage, tier, web_searches=found.count(b"web"), file_searches=found.count(b"file"))
+    return WholeResponse(usage, error, _read_name(response.id), _read_name(response.model))
 
 
 def _read_name(value: object) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= _MAX_NAME else None
 
 
-def _with_tier_and_searches(usage: Usage, tier: str | None, web_searches: int, file_searches: int) -> Usage:
-    """Return a usage with what OpenAI reports elsewhere in the response."""
-    name = usage.tier if tier is None else tier
-    if name == usage.tier and not web_searches and not file_searches:
+def _complete(usage: Usage, tier: str | None, *, web_searches: int, file_searches: int) -> Usage:
+    """Return a usage with what the response reports elsewhere."""
+    if tier is None and not web_searches and not file_searches:
         return usage
-    return msgspec.structs.replace(usage, tier=name, web_searches=web_searches, file_searches=file_searches)
+    return msgspec.structs.replace(
+        usage,
+        tier=usage.tier if tier is None else tier,
+        web_searches=max(usage.web_searches, web_searches),
+        file_searches=file_searches,
+    )
 
 
 def _read_tail(body: bytes) -> WholeResponse:
@@ -120,11 +127,12 @@ class UsageMeter:
         complete: whether the response ended properly; a stream that was cut off did not.
         error_kind: of an error reported within the response, or None.
         response_id: by which it can be fetched later, or None.
+        model: that answers, or None.
     """
 
     __slots__ = (
         *("_characters", "_decompressor", "_events", "_input_tokens", "_open_choices", "_pieces", "_reported"),
-        *("_searches", "_tier", "complete", "error_kind", "response_id"),
+        *("_searches", "_tier", "complete", "error_kind", "model", "response_id"),
     )
 
     def __init__(self, *, input_tokens: int = 0, encoding: str = "") -> None:
@@ -140,6 +148,7 @@ class UsageMeter:
         self._tier: str | None = None
         self._searches = {_WEB_SEARCH: 0, _FILE_SEARCH: 0}
         self.response_id: str | None = None
+        self.model: str | None = None
 
     def feed(self, chunk: bytes) -> None:
         """Read the next bytes of the response, a piece of any size."""
@@ -191,9 +200,7 @@ class UsageMeter:
 
     def _with_extras(self, usage: Usage) -> Usage:
         web, file = self._searches.values()
-        if self._tier is None and not web and not file:
-            return usage
-        return _with_tier_and_searches(usage, self._tier, web or usage.web_searches, file)
+        return _complete(usage, self._tier, web_searches=web, file_searches=file)
 
     def _event(self, data: bytes) -> None:
         if data == b"[DONE]":
@@ -227,6 +234,7 @@ class UsageMeter:
         if isinstance(body, dict):
             self._reported = read_usage(body.get("usage"), self._reported) or self._reported
             self._tier = _read_name(body.get("service_tier")) or self._tier
+            self.model = self.model or _read_name(body.get("model"))
             if self.response_id is None and kind.startswith("response."):
                 self.response_id = _read_name(body.get("id"))
             if kind == "response.failed":
@@ -244,6 +252,7 @@ class UsageMeter:
             return
         self._reported = read_usage(event.get("usage"), self._reported) or self._reported
         self._tier = _read_name(event.get("service_tier")) or self._tier
+        self.model = self.model or _read_name(event.get("model"))
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict):
