@@ -247,8 +247,8 @@ async def test_speech_is_paid_by_the_character() -> None:
 @virtual
 async def test_sound_is_rejected_where_the_list_has_no_price_for_it() -> None:
     upstream = upstream_of()
-    heard = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}]
-    for body in ({"messages": heard}, {"messages": [], "modalities": ["text", "audio"]}):
+    spoken = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}]
+    for body in ({"messages": spoken}, {"messages": [], "modalities": ["text", "audio"]}):
         with pytest.raises(Overloaded, match="no price is known"):
             await post(Script(httpx2), upstream, "/chat/completions", model="gpt-4o-audio-preview", **body)
 
@@ -423,8 +423,8 @@ async def test_what_is_stored_elsewhere_is_reserved(body: dict[str, Any]) -> Non
 async def test_a_dearer_model_that_answers_is_paid() -> None:
     upstream = upstream_of()
     usage = {"prompt_tokens": 100_000, "completion_tokens": 0}
-    for answers in ({"model": "gpt-4o"}, {"model": "gpt-4o-mini"}, {"model": "unheard-of"}, {}):
-        script = Script(httpx2, json_reply(usage=usage, **answers))
+    for answered_by in ("gpt-4o", "gpt-4o-mini", "unheard-of", None):
+        script = Script(httpx2, json_reply(usage=usage, model=answered_by))
         await post(script, upstream, "/chat/completions", model="gpt-4o-mini", messages=[], max_tokens=1)
     assert spent(upstream) == pytest.approx(0.25 + 3 * 0.015)
 
