@@ -15,6 +15,7 @@ StreamProtocol = Literal["openai", "openai-responses", "anthropic"]
 JSON: Final = "application/json"
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
 _SERVER_ERRORS: Final = 500
+_UNMETERED: Final = {"unreadable": 415, "unpriced": 400}  # status of a call that cannot be counted, by its reason
 _PAYMENT, _TIMEOUT, _TOO_LARGE, _TOO_MANY, _BAD_GATEWAY = 402, 408, 413, 429, 502
 
 # The error type of a status. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
@@ -25,6 +26,7 @@ _OPENAI_TYPES: Final = {
     404: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
 }
 _ANTHROPIC_TYPES: Final = {
@@ -34,6 +36,7 @@ _ANTHROPIC_TYPES: Final = {
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     504: "timeout_error",
     529: "overloaded_error",
@@ -111,6 +114,8 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     ============================================  ===========================================
     ``budget``                                    402
     ``deadline``, which has passed                408
+    ``unreadable``: its body cannot be read       415
+    ``unpriced``: a budget cannot count it        400
     a quota that the call can never fit           413
     ``breaker``, ``outage``                       503; for Anthropic 529
     a quota, ``concurrency``, the queue, other    429
@@ -119,7 +124,9 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     With a Retry-After (``retry-after-ms``), a different one for each caller, where a later retry may succeed.
     """
     limit = (error.limited_by or "").rpartition(":")[2]
-    if limit == "budget":
+    if limit in _UNMETERED:
+        status = _UNMETERED[limit]
+    elif limit == "budget":
         status = _PAYMENT
     elif limit == "deadline" and error.retry_after is None:
         status = _TIMEOUT  # it has passed

@@ -146,6 +146,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         tenant_budget_usd: US dollars that each tenant may spend in a day.
         task_budget_usd: US dollars that each task may spend in all.
         prices: US dollars per million tokens, by pattern of model, of models that the price list lacks.
+        unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read
+            or their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
         share_keys: whether callers with different API keys share the accounts; else each key has its own.
         max_wait: seconds that a call may be expected to wait, if its caller waits that long; else it is rejected.
         max_attempts: of each call, the first included.
@@ -166,6 +168,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     tenant_budget_usd: float | None = None
     task_budget_usd: float | None = None
     prices: dict[str, Price] = field(default_factory=dict)
+    unmetered: Literal["reject", "allow"] = "reject"
     share_keys: bool = False
     max_wait: float = 600.0
     max_attempts: int = 6
@@ -192,6 +195,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         self._check_whole("max_attempts")
         self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
         self._check_positive("max_wait", unit="seconds")
+        if self.unmetered not in ("reject", "allow"):
+            self._reject("unmetered", "'reject' or 'allow'")
         for tenant, weight in self.weights.items():
             if not is_positive(weight):
                 self._reject(f"weights.{tenant}", "a positive number", value=weight)
@@ -227,6 +232,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             max_wait=self.max_wait,
             weights=self.weights,
             prices=self.prices,
+            unmetered=self.unmetered,
             fallback=fallbacks,
         )
 

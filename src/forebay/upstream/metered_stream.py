@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
-from forebay import context
+from forebay import clock, context
 from forebay.interfaces import Outcome
-from forebay.upstream.providers import BodyMeter, Usage, UsageFilter, UsageMeter
+from forebay.upstream.providers import BodyMeter, UsageFilter, UsageMeter
 from forebay.upstream.providers.content_encoding import Decompressor
+
+
+class StreamEnd(NamedTuple):
+    """The end of a streaming answer.
+
+    Attributes:
+        kind: the evidence about the provider.
+        ended: the provider has closed it; else it broke off, or its reader has left.
+        readable: the meter could read all of it.
+        output_at: the time when its output began; None if none came.
+    """
+
+    kind: Outcome
+    ended: bool
+    readable: bool
+    output_at: float | None
 
 
 class MeteredStream:
     """One streaming answer: it takes the provider's bytes, and returns those that the caller gets.
 
     Args:
-        settle: releases the permit; takes the outcome of the answer and its usage.
+        settle: releases the permit; takes the end of the answer.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
         detects_truncation: whether a truncated answer can be told from a complete one.
@@ -27,13 +44,13 @@ class MeteredStream:
     """
 
     __slots__ = (
-        *("_decompressor", "_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter"),
+        *("_decompressor", "_detects_truncation", "_lock", "_meter", "_output_at", "_run", "_settle", "_usage_filter"),
         *("decoded", "settled"),
     )
 
     def __init__(
         self,
-        settle: Callable[[Outcome, Usage | None], None],
+        settle: Callable[[StreamEnd], None],
         meter: UsageMeter | BodyMeter | None,
         usage_filter: UsageFilter | None,
         *,
@@ -47,6 +64,7 @@ class MeteredStream:
         self.decoded = self._usage_filter is not None and self._decompressor.compressed
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
+        self._output_at: float | None = None
         self._run = context.call_observer()
         self.settled = False
 
@@ -61,12 +79,18 @@ class MeteredStream:
                 meter.feed(content)
             if usage_filter is not None:
                 passed.append(usage_filter.feed(content))
+        if self._output_at is None and meter is not None and meter.has_output:
+            self._output_at = clock.now()
         return chunk if usage_filter is None else b"".join(passed)
 
     @property
     def corrupt(self) -> bool:
         """Return whether bytes to pass on are lost, because they cannot be decompressed."""
         return self.decoded and not self._decompressor.readable
+
+    @property
+    def _readable(self) -> bool:
+        return self._meter is not None and self._meter.readable and self._decompressor.readable
 
     def end(self) -> bytes:
         """Note that the provider has closed the answer, and return the bytes that were held back.
@@ -77,9 +101,8 @@ class MeteredStream:
         meter = self._meter
         if meter is not None:
             meter.end()
-        readable = meter is not None and meter.readable and self._decompressor.readable
-        complete = meter is None or meter.complete or not (self._detects_truncation and readable)
-        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
+        complete = meter is None or meter.complete or not (self._detects_truncation and self._readable)
+        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT, ended=True)
         return rest
 
     def fail(self) -> None:
@@ -91,7 +114,7 @@ class MeteredStream:
         complete = self._meter is not None and self._meter.complete
         self._settle_once(Outcome.SUCCESS if complete else Outcome.IGNORED)
 
-    def _settle_once(self, kind: Outcome) -> None:
+    def _settle_once(self, kind: Outcome, *, ended: bool = False) -> None:
         with self._lock:
             if self.settled:
                 return
@@ -101,5 +124,5 @@ class MeteredStream:
             kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
-        self._settle(kind, None if meter is None else meter.usage)
+        self._settle(StreamEnd(kind, ended, self._readable, self._output_at))
         self._run = None

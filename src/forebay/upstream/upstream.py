@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from forebay import clock
 from forebay._renamed import renamed_arguments
@@ -11,7 +11,7 @@ from forebay._validate import check_instance, check_name
 from forebay.breaker import BreakerRules
 from forebay.interfaces import Charge, Reading
 from forebay.limit import Limit
-from forebay.quota import Budget, Price, Prices, Quota
+from forebay.quota import BilledUsage, Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.spend import UpstreamBudgets
@@ -66,6 +66,8 @@ class Upstream:
             of a typical call.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.
         prices: by model, of those that the price list lacks or has wrong.
+        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
+            their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -95,6 +97,7 @@ class Upstream:
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
+        unmetered: Literal["reject", "allow"] = "reject",
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -111,6 +114,7 @@ class Upstream:
             max_wait=max_wait,
             max_start_wait=max_start_wait,
             weights=weights,
+            unmetered=unmetered,
         )
         self.name = name
         self.provider = provider
@@ -192,7 +196,9 @@ class Upstream:
         charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
 
         def request_at(core: UpstreamCore, model: str) -> CallRequest:
-            return core.request(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+            usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
+            price = core.price(model, usage, by_hand=True)
+            return core.request(model, charge, price=price, priority=priority, deadline=deadline, tenant=tenant)
 
         return UpstreamCall(self, self.runner, model, request_at)
 

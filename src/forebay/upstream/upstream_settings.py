@@ -35,6 +35,7 @@ class UpstreamSettings:
         max_wait: float = 60.0,
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
+        unmetered: str = "reject",
     ) -> None:
         owner = f"Upstream {name!r}"
         _check_models(owner, models or {})
@@ -47,6 +48,9 @@ class UpstreamSettings:
             owner, "max_start_wait", max_start_wait, unit="seconds", none="for a quarter of a typical call"
         )
         _check_weights(owner, weights or {})
+        if unmetered not in ("reject", "allow"):
+            reject(owner, "unmetered", unmetered, "'reject' or 'allow'")
+        self.unmetered = unmetered
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
@@ -56,6 +60,11 @@ class UpstreamSettings:
         self.max_start_wait = max_start_wait
         self.weights = dict(weights or {})
         self._limit = limit
+
+    @property
+    def has_quotas(self) -> bool:
+        """Whether a quota was given for any model."""
+        return bool(self.quotas) or any(self.models.values())
 
     def model_group(self, model: str) -> str:
         """Return the model group of `model`: the longest pattern that matches it, or the model itself.

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.upstream.providers import streams
 
 from forebay.interfaces import Outcome
-from forebay.upstream.metered_stream import MeteredStream
+from forebay.upstream.metered_stream import MeteredStream, StreamEnd
 from forebay.upstream.providers import BodyMeter, Usage, UsageFilter, UsageMeter
 
 CUT = streams.CHAT_WITH_USAGE.partition(b'"finish_reason": "stop"')[0]
@@ -19,12 +19,12 @@ class Recorder:
     """A stream, and how it was settled."""
 
     def __init__(self, encoding: str = "", *, body: bool = False, filtered: bool = False) -> None:
-        self.settled: list[tuple[Outcome, Usage | None]] = []
-        meter: Any = BodyMeter() if body else UsageMeter(input_tokens=5)
+        self.settled: list[StreamEnd] = []
+        self.meter: UsageMeter | BodyMeter = BodyMeter() if body else UsageMeter(input_tokens=5)
         usage_filter = UsageFilter() if filtered else None
         self.stream = MeteredStream(
-            lambda kind, usage: self.settled.append((kind, usage)),
-            meter,
+            self.settled.append,
+            self.meter,
             usage_filter,
             detects_truncation=True,
             encoding=encoding,
@@ -35,14 +35,13 @@ class Recorder:
         return b"".join(pieces) + self.stream.end()
 
     @property
-    def outcome(self) -> Outcome:
-        [(kind, _)] = self.settled
-        return kind
+    def end(self) -> StreamEnd:
+        [end] = self.settled
+        return end
 
     @property
     def usage(self) -> Usage | None:
-        [(_, usage)] = self.settled
-        return usage
+        return self.meter.usage
 
 
 def members(data: bytes) -> bytes:
@@ -53,7 +52,7 @@ def members(data: bytes) -> bytes:
 def test_a_compressed_stream_is_metered_and_passes_as_it_came(pack: Any) -> None:
     recorder, packed = Recorder("gzip"), pack(streams.CHAT_WITH_USAGE)
     assert recorder.pass_all(packed) == packed
-    assert recorder.outcome is Outcome.SUCCESS
+    assert recorder.end.kind is Outcome.SUCCESS
     assert recorder.usage == Usage(input_tokens=19, output_tokens=10, cache_read_tokens=12)
 
 
@@ -61,7 +60,7 @@ def test_a_compressed_stream_is_metered_and_passes_as_it_came(pack: Any) -> None
 def test_a_stream_that_was_cut_off_is_a_fault(encoding: str) -> None:
     recorder = Recorder(encoding)
     recorder.pass_all(gzip.compress(CUT) if encoding else CUT)
-    assert recorder.outcome is Outcome.FAULT
+    assert recorder.end.kind is Outcome.FAULT
 
 
 @pytest.mark.parametrize(
@@ -72,14 +71,15 @@ def test_a_stream_that_was_cut_off_is_a_fault(encoding: str) -> None:
 def test_what_cannot_be_read_is_no_fault_and_counts_as_reserved(encoding: str, data: bytes) -> None:
     recorder = Recorder(encoding)
     assert recorder.pass_all(data, size=1 << 16) == data
-    assert recorder.outcome is Outcome.SUCCESS
+    assert recorder.end.kind is Outcome.SUCCESS
+    assert not recorder.end.readable
     assert recorder.usage is None
 
 
 def test_an_empty_stream_is_a_fault() -> None:
     recorder = Recorder()
     recorder.pass_all(b"")
-    assert recorder.outcome is Outcome.FAULT
+    assert recorder.end.kind is Outcome.FAULT
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, members])
@@ -109,7 +109,7 @@ def test_a_large_body_is_metered_at_its_end(encoding: str) -> None:
     body = b'{"data": [' + b"0.25, " * 100_000 + b'1], "usage": {"prompt_tokens": 812, "completion_tokens": 0}}'
     recorder, packed = Recorder(encoding, body=True), gzip.compress(body) if encoding else body
     assert recorder.pass_all(packed, size=1000) == packed
-    assert recorder.outcome is Outcome.SUCCESS
+    assert recorder.end.kind is Outcome.SUCCESS
     assert recorder.usage == Usage(input_tokens=812, output_tokens=0)
 
 
@@ -117,4 +117,4 @@ def test_a_body_that_its_reader_leaves_is_no_evidence() -> None:
     recorder = Recorder(body=True)
     recorder.stream.feed(b'{"data": [')
     recorder.stream.abandon()
-    assert recorder.outcome is Outcome.IGNORED
+    assert recorder.end.kind is Outcome.IGNORED

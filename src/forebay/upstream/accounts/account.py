@@ -21,6 +21,7 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -29,6 +30,7 @@ from forebay.upstream.call_request import (
     Permit,
     Queued,
     Rejected,
+    SpendReservation,
     scale_charge,
 )
 
@@ -98,7 +100,7 @@ class Account:
         self._max_wait = max_wait
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
-        self._suspended_until = -math.inf
+        self._suspension = SpendSuspension()
         self._outage = OutageDetector(limit, max_wait)
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
@@ -116,10 +118,7 @@ class Account:
         if rejection is not None:
             return rejection
         if at_once:
-            if (rejection := self._too_late(now, request)) is not None:
-                return rejection
-            self.order.record_served(self.order.rank(request))
-            return Admitted(self._take(now, request))
+            return self._too_late(now, request) or self._admit(now, request)
         seconds, limited_by = self.expected_wait(now, request)
         if len(self.queue) >= _QUEUE_BOUND:
             reason = f"{_QUEUE_BOUND} calls wait already"
@@ -134,6 +133,13 @@ class Account:
         retry_after = self._schedule_retry(now, request, seconds)
         return Rejected(reason, limited_by, seconds / self._max_wait, retry_after)
 
+    def _admit(self, now: float, request: CallRequest) -> Admitted | Rejected:
+        taken = self._take(now, request)
+        if isinstance(taken, Rejected):
+            return taken
+        self.order.record_served(self.order.rank(request))
+        return Admitted(taken)
+
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
         self.counts.rejected += 1
@@ -144,6 +150,8 @@ class Account:
 
     def _rejection(self, now: float, request: CallRequest, *, fits: bool = False) -> Rejected | None:
         """Return a rejection if waiting would not help the call; `fits`: no quota is too small for it."""
+        if request.unmetered is not None:
+            return Rejected(request.unmetered.reason, request.unmetered.limited_by, math.inf, None)
         if request.deadline <= now:
             reason = "its deadline passed before it was sent: give a later one"
             return Rejected(reason, "deadline", math.inf, None)
@@ -157,11 +165,11 @@ class Account:
 
     def _provider_unavailable(self, now: float, *, free: bool = False) -> Rejected | None:
         """Return a rejection if no calls are sent to the provider now; `free`: the call costs nothing there."""
-        if now < self._suspended_until and not free:
+        probe = max(_PROBE_DURATION, self.durations.typical)
+        if not free and (left := self._suspension.time_left(now, probe_duration=probe)) is not None:
             reason = "its provider says that the account's money is spent"
-            return Rejected(reason, "budget", 1.0, self._suspended_until - now)
+            return Rejected(reason, "budget", 1.0, left)
         if not self.breaker.ready(now):
-            probe = max(_PROBE_DURATION, self.durations.typical)
             return Rejected("its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe))
         if (seconds := self._outage.duration(now)) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
@@ -180,18 +188,36 @@ class Account:
     def _has_slot(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
-    def _take(self, now: float, request: CallRequest) -> Permit:
-        """Take a slot, quotas and dollars for a call."""
+    def _take(self, now: float, request: CallRequest) -> Permit | Rejected:
+        """Take dollars, a slot and quotas for a call; a rejection if another account took the dollars meanwhile."""
+        spend = self._reserve_dollars(request)
+        if isinstance(spend, Rejected):
+            return spend
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
         self.counts.unattributed += request.task_id is None
         reservation = self.quotas.reserve(now, request.charge)
-        spend = [budget.reserve(request.usd) for budget in self._budgets(request)]
         grant = self.limit.grant(now, self.in_flight)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend)
         self._unconfirmed.append(permit)
+        self._suspension.record_sent(permit)
         return permit
+
+    def _reserve_dollars(self, request: CallRequest) -> Sequence[SpendReservation] | Rejected:
+        """Reserve the dollars of a call from all its budgets, or from none.
+
+        Budgets are shared with other accounts, which have locks of their own: only `try_reserve` can tell.
+        """
+        reserved: list[SpendReservation] = []
+        for budget in self._budgets(request):
+            reservation = budget.try_reserve(request.usd, request.priority)
+            if reservation is None:
+                for other in reserved:
+                    other.settle(0.0)
+                return budget.rejection(request.usd)
+            reserved.append(reservation)
+        return reserved
 
     # --- the queue moves ---
 
@@ -248,9 +274,11 @@ class Account:
         if (rejection := self._too_late(now, call.request)) is not None:
             self._resolve(call, rejection)
             return
-        permit = self._take(now, call.request)
-        if not self._resolve(call, Admitted(permit)):
-            self.release_unsent(now, permit)
+        taken = self._take(now, call.request)
+        if isinstance(taken, Rejected):
+            self._resolve(call, taken)
+        elif not self._resolve(call, Admitted(taken)):
+            self.release_unsent(now, taken)
 
     def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
         self.queue.withdraw(call)
@@ -270,6 +298,7 @@ class Account:
         if not permit.closed:
             self._accept(now, permit)
         self._outage.record_accepted()
+        self._suspension.record_accepted(permit)
         self.quotas.update_from_headers(now, headers, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
@@ -309,6 +338,7 @@ class Account:
             self._outage.record_throttled(now)
         elif kind is Outcome.FAULT:
             counts.failed += 1
+        counts.throttled += outcome.spend_cap
         self.in_flight -= 1
         self.limit.observe(now, permit.grant, kind, slowdown=slowdown)
         if outcome.rate_limit_headers and not outcome.rate_limited:
@@ -323,8 +353,10 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for settle_budget in permit.spend:
-            settle_budget(request.usd if outcome.usd is None else outcome.usd)
+        usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
+        for dollars in permit.spend:
+            dollars.settle(usd)
+        self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
@@ -339,8 +371,8 @@ class Account:
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
     def suspend(self, now: float, seconds: float) -> None:
-        """Send no calls for `seconds`: by the provider's answer, the account's money there is spent."""
-        self._suspended_until = now + seconds
+        """Send no calls for `seconds`, and then one: by the provider's answer, the account's money there is spent."""
+        self._suspension.begin(now, seconds)
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
         """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.

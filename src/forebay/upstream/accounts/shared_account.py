@@ -17,7 +17,7 @@ from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.call_queue import QueuedCall
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
-from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 
@@ -126,7 +126,8 @@ class SharedAccount:
             load=rejected.load,
             retry_after=rejected.retry_after,
         )
-        if sole_account and (run := context.call_observer()) is not None:
+        unmetered = rejected.limited_by in UNMETERED  # it would be so at any time: the run's other calls are not
+        if sole_account and not unmetered and (run := context.call_observer()) is not None:
             run.record_rejection(self, error)
         return error
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import pytest
 
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit
-from forebay.quota import Budget, BudgetTracker, Quota, RateLimiter
+from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
@@ -43,6 +41,20 @@ class RecordingWaiter:
         return not self.gone
 
 
+class NoonReservation:
+    """Dollars held of a `NoonBudget`."""
+
+    def __init__(self, tracker: BudgetTracker, reservation: BudgetReservation) -> None:
+        self.tracker = tracker
+        self.reservation = reservation
+
+    def settle(self, usd: float) -> None:
+        self.tracker.settle(43_200.0, self.reservation, usd)
+
+    def revise(self, usd: float) -> None:
+        self.tracker.revise(43_200.0, self.reservation, usd)
+
+
 class NoonBudget:
     """A budget whose clock stands at noon of the first day."""
 
@@ -54,8 +66,9 @@ class NoonBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return self.tracker.can_afford(43_200.0, usd, priority)
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        return functools.partial(self.tracker.settle, 43_200.0, self.tracker.reserve(43_200.0, usd))
+    def try_reserve(self, usd: float, priority: Priority) -> NoonReservation | None:
+        reservation = self.tracker.try_reserve(43_200.0, usd, priority)
+        return None if reservation is None else NoonReservation(self.tracker, reservation)
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 1.0, None)
