@@ -1,4 +1,4 @@
-"""Responses that a provider makes in the background: paid as reserved, and corrected when their usage arrives."""
+"""Responses that a provider stores: those made in the background, whose usage comes later, and how long all are."""
 
 from __future__ import annotations
 
@@ -49,3 +49,22 @@ class BackgroundResponses:
         """Return a response whose usage has arrived, and forget it; None if it is unknown."""
         with self._lock:
             return self._responses.pop(response_id, None)
+
+
+class StoredTokens:
+    """The tokens of stored responses, by id: a call that continues one sends as many unseen. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._tokens: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, response_id: str, tokens: int) -> None:
+        """Remember the input and output of a response."""
+        with self._lock:
+            self._tokens[response_id] = tokens
+            if len(self._tokens) > _MAX_RESPONSES:
+                self._tokens.popitem(last=False)
+
+    def get(self, response_id: str | None) -> int | None:
+        """Return the tokens of a response; None if they are not known."""
+        return None if response_id is None else self._tokens.get(response_id)

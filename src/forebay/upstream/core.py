@@ -14,7 +14,7 @@ from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.background_responses import BackgroundResponses
+from forebay.upstream.background_responses import BackgroundResponses, StoredTokens
 from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -57,6 +57,7 @@ class UpstreamCore:
         self.retry = retry
         self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
         self.background = BackgroundResponses()
+        self.stored_tokens = StoredTokens()
         self.unpriced_calls = 0
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
@@ -129,14 +130,20 @@ class UpstreamCore:
             free=free,
         )
 
-    def cost(self, model: str, usage: BilledUsage) -> float | None:
+    def cost(self, model: str, usage: BilledUsage, *, answered_by: str = "") -> float | None:
         """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
 
         Args:
             model: the model of the call.
             usage: of the call.
+            answered_by: the model that has answered, by the answer; if it is dearer, that counts.
         """
-        return self.prices.cost(self.provider, model, usage) if self.budgets.has_budgets else 0.0
+        if not self.budgets.has_budgets:
+            return 0.0
+        usd = self.prices.cost(self.provider, model, usage)
+        if usd is not None and answered_by and answered_by != model:
+            usd = max(usd, self.prices.cost(self.provider, answered_by, usage) or 0.0)
+        return usd
 
     def price(
         self, model: str, usage: BilledUsage, *, per_second: BilledUsage | None = None, by_hand: bool = False

@@ -21,6 +21,7 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest, can_reroute, reroute_request
 from forebay.upstream.metered_stream import MeteredStream, StreamEnd
 from forebay.upstream.providers import (
+    BodyMeter,
     Endpoint,
     ErrorKind,
     Headers,
@@ -69,6 +70,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_answered_by",
         "_original_body",
         "_path",
         "_retry_after",
@@ -114,6 +116,7 @@ class Exchange:
             self.call_request = core.request_for(caller, model, charge, free=parsed.free, price=price)
         self.changed_body = profile.with_include_usage(parsed, body)
         self.error_kind = ErrorKind.SUCCESS
+        self._answered_by = ""
         self._retry_after: float | None = None
         self._status: int | None = None
 
@@ -129,7 +132,10 @@ class Exchange:
         if unpriced := unreadable or find_unpriced(parsed):
             return core.unpriced_call(unpriced, model)
         usage = core.profile.estimate_usage(
-            parsed, largest_output=estimates.largest_output, input_ratio=estimates.input_ratio
+            parsed,
+            largest_output=estimates.largest_output,
+            input_ratio=estimates.input_ratio,
+            continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
         )
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = _TOKENS_PER_SECOND * parsed.choices
@@ -163,32 +169,39 @@ class Exchange:
     # --- an answer that streams ---
 
     def is_streamed(self, status: int, content_type: str) -> bool:
-        """Return whether the answer is passed on as it arrives: an event stream, or from an unknown endpoint."""
+        """Return whether the answer is always passed on as it arrives: an event stream, or from an unknown endpoint."""
         if status >= REDIRECTS:
             return False
-        unread = self.parsed.endpoint in _UNREAD and self.parsed.response_id is None
-        return unread or _is_event_stream(content_type)
+        return self._is_unread() or _is_event_stream(content_type)
+
+    def _is_unread(self) -> bool:
+        return self.parsed.endpoint in _UNREAD and self.parsed.response_id is None
 
     def metered_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
         """Return the stream that meters a streaming answer and releases its permit; `encoding`: of the bytes fed."""
         self.account.answer_began(permit, self._rate_limits(headers))
-        meter = None
+        meter: UsageMeter | BodyMeter | None = None
+        events = _is_event_stream(headers.get("content-type", ""))
         # A free request fetches an answer that was metered when it was generated, unless that was in the background.
-        metered = not self.parsed.free or self.parsed.response_id is not None
-        if metered and _is_event_stream(headers.get("content-type", "")):
-            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens, encoding=encoding)
-        usage_filter = None if self.changed_body is None else UsageFilter()
+        if self.parsed.free and self.parsed.response_id is None:
+            pass
+        elif events:
+            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens)
+        elif not self._is_unread():
+            meter = BodyMeter()
+        usage_filter = UsageFilter() if events and self.changed_body is not None else None
         return MeteredStream(
             functools.partial(self._settle_stream, permit, meter),
             functools.partial(self._judge_break, permit),
             meter,
             usage_filter,
             detects_truncation=self.parsed.generates_tokens,
+            encoding=encoding,
         )
 
-    def open_stream(self, permit: Permit, headers: Headers) -> MeteredStream:
-        """Return the same for a stream that a user reads, who may drop it unread; its bytes are fed decoded."""
-        stream = self.metered_stream(permit, headers)
+    def open_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
+        """Return the same for a stream that a user reads, who may drop it unread."""
+        stream = self.metered_stream(permit, headers, encoding=encoding)
         self.account.add_open_answer(stream)
         return stream
 
@@ -196,14 +209,15 @@ class Exchange:
         """Return what an exception that ends a streaming answer says about the provider."""
         return judge_failure(self.account, permit, error).outcome.kind
 
-    def _settle_stream(self, permit: Permit, meter: UsageMeter | None, end: StreamEnd) -> None:
+    def _settle_stream(self, permit: Permit, meter: UsageMeter | BodyMeter | None, end: StreamEnd) -> None:
         """Release the permit of a streaming answer; `meter` has read it, if it can be read."""
         usage = None if meter is None else self._stream_usage(permit, meter, end)
-        if meter is not None and (usage is None or usage.estimated):
-            self._remember_background(permit, meter.response_id)
+        if meter is not None:
+            self._answered_by = meter.model or ""
+            self._remember(permit, meter.response_id, usage)
         self.account.settle(permit, self.call_outcome(permit, end.kind, usage))
 
-    def _stream_usage(self, permit: Permit, meter: UsageMeter, end: StreamEnd) -> Usage | None:
+    def _stream_usage(self, permit: Permit, meter: UsageMeter | BodyMeter, end: StreamEnd) -> Usage | None:
         """Return the usage of a streaming answer; None for as much as was reserved.
 
         Of one that broke off, or that was left, the output that arrived is counted, and what may have been made before
@@ -213,7 +227,7 @@ class Exchange:
         if usage is not None and not usage.estimated:
             return usage
         parsed = self.parsed
-        if parsed.background or parsed.free or not meter.readable:
+        if parsed.background or parsed.free or not end.readable or isinstance(meter, BodyMeter):
             return None
         if end.ended:
             return usage
@@ -223,9 +237,13 @@ class Exchange:
             hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
         return meter.unfinished_usage(hidden)
 
-    def _remember_background(self, permit: Permit, response_id: str | None) -> None:
-        """Remember a response whose usage comes later, so that the dollars counted for it can be corrected."""
-        if self.parsed.background and response_id is not None and permit.spend:
+    def _remember(self, permit: Permit, response_id: str | None, usage: Usage | None) -> None:
+        """Remember a stored response: its length, for calls that continue it, or that its usage comes later."""
+        if self.parsed.endpoint is not Endpoint.RESPONSES or response_id is None or not permit.spend:
+            return
+        if usage is not None and not usage.estimated:
+            self.core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
+        elif self.parsed.background:
             response = BackgroundResponse(self.call_request.model, self.parsed.tier, permit.spend)
             self.core.background.add(response_id, response)
 
@@ -234,10 +252,11 @@ class Exchange:
         response = self.core.background.pop(response_id)
         if response is None:
             return
-        usd = self.core.cost(response.model, usage.billed(tier=response.tier))
+        usd = self.core.cost(response.model, usage.billed(tier=response.tier), answered_by=self._answered_by)
         if usd is not None:
             for counted in response.spend:
                 counted.revise(usd)
+        self.core.stored_tokens.add(response_id, usage.input_tokens + usage.output_tokens)
 
     def stream_result(self) -> AttemptResult:
         """Return the result of an attempt whose answer has begun; the reader of the answer releases the permit."""
@@ -273,8 +292,8 @@ class Exchange:
             outcome = CallOutcome(kind=Outcome.IGNORED, used=_ONE_REQUEST, usd=0.0, rate_limit_headers=rate_limits)
             return AttemptResult(outcome=outcome)
         response = read_response(body)
-        if response.usage is None:
-            self._remember_background(permit, response.response_id)
+        self._answered_by = response.model or ""
+        self._remember(permit, response.response_id, response.usage)
         kind_of_outcome = Outcome.SUCCESS if response.error_kind is None else response.error_kind.rule.outcome
         return AttemptResult(outcome=self.call_outcome(permit, kind_of_outcome, response.usage, rate_limits))
 
@@ -326,7 +345,7 @@ class Exchange:
         usd: float | None = 0.0
         if self.core.budgets.has_budgets:
             billed = usage.billed(tier=self.parsed.tier, web_searches=self.parsed.searches)
-            usd = self.core.cost(self.call_request.model, billed)
+            usd = self.core.cost(self.call_request.model, billed, answered_by=self._answered_by)
             if usd is None and self.call_request.usd:
                 self.core.count_unpriced()
         reported = kind is Outcome.SUCCESS and not usage.estimated

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay.upstream.providers.endpoints import Billing, Endpoint
-from forebay.upstream.providers.request import ProviderRequest
+from forebay.upstream.providers.request import ESCAPED_LETTER, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
 
@@ -24,7 +24,6 @@ _TYPE: Final = re.compile(rb'"type"\s*:\s*"([a-z0-9_]+)"')
 _SCHEMA_TYPES: Final = frozenset(
     {b"function", b"custom", b"object", b"string", b"number", b"integer", b"boolean", b"array", b"null"}
 )
-_ESCAPED_LETTER: Final = re.compile(rb"\\u00[4-7]")  # in no JSON that an encoder writes
 _EXPECTED_SEARCHES: Final = 5  # of a call with a web search tool
 
 _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -39,7 +38,9 @@ _tools: Final = msgspec.json.Decoder(list[_Tool])
 
 def find_unreadable(request: ProviderRequest, body: bytes) -> str:
     """Return why a request cannot be read for certain, with what to do; empty if it can be."""
-    if request.unreadable or request.free or request.endpoint is Endpoint.OTHER:
+    if request.free:
+        return ""
+    if request.unreadable or request.endpoint is Endpoint.OTHER:
         return request.unreadable
     if _has_duplicate_keys(body):
         return "its body has a key twice, or written in escapes: servers do not agree on what that means"
@@ -73,7 +74,7 @@ def _find_unpriced_tool(tools: bytes) -> str:
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
             return f"its provider bills the tool {str(kind)[:_MAX_SHOWN]!r} apart from the tokens"
-    unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
+    unusual = ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
     if unusual and _repeats_a_key(tools, everywhere=True):
         return "its tools have a key twice, or written in escapes"
     return ""

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
-from forebay.upstream.providers.endpoints import Billing, Endpoint, find_rule
+from forebay.upstream.providers.endpoints import Billing, Endpoint, EndpointRule, find_rule
 from forebay.upstream.providers.estimate import estimate_tokens
 from forebay.upstream.providers.http_headers import SIGNATURE_HEADERS, normalize_headers
 
@@ -21,6 +21,8 @@ _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
 _SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
 _AUDIO_PART: Final = b'"input_audio"'
+_STORED: Final = re.compile(rb'"(?:file_id|file_url)"\s*:\s*"')
+ESCAPED_LETTER: Final = re.compile(rb"\\u00[4-7]")  # no encoder writes it
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 
@@ -64,6 +66,8 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         characters: of the text that it asks to be spoken.
         searches: searches of the web that it makes without a tool.
         uses_audio: whether it sends or asks for sound.
+        previous_response_id: of the stored response that it continues, or None.
+        stored_inputs: how many files and conversations it refers to, whose length is not told.
         tools: as JSON, or empty.
     """
 
@@ -87,6 +91,8 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     characters: int = 0
     searches: int = 0
     uses_audio: bool = False
+    previous_response_id: str | None = None
+    stored_inputs: int = 0
     tools: msgspec.Raw = _NOTHING
 
     @property
@@ -101,6 +107,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _GENERATING: Final = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES})
+_GENERATED: Final = (Billing.USAGE, Billing.CHARACTERS)
 _NEEDS_JSON: Final = _GENERATING | {Endpoint.EMBEDDINGS, Endpoint.IMAGES, Endpoint.SPEECH}
 
 
@@ -119,6 +126,8 @@ class _RequestBody(msgspec.Struct):
     speed: Any = None
     background: Any = None
     modalities: Any = None
+    previous_response_id: Any = None
+    conversation: Any = None
     web_search_options: msgspec.Raw = _NOTHING
     messages: msgspec.Raw = _NOTHING  # the input starts here
     system: msgspec.Raw = _NOTHING
@@ -158,24 +167,25 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     values = normalize_headers(headers)
     line = _read_request_line(method, path)
     websocket, signed = line.websocket, line.signed
-    billing, reason = line.billing, line.billing_reason
+    reads, route, billing, reason = line.read_or_delete, line.endpoint, line.billing, line.billing_reason
+    if reads and body and line.rule.billing in _GENERATED:  # a lenient server may take it for a POST
+        reads, route, billing, reason = False, line.rule.endpoint, line.rule.billing, line.rule.reason
     if not _UNUSUAL.isdisjoint(values):  # one check for headers that nearly no request has
         websocket, signed = websocket or _opens_websocket(values), signed or _is_signed(values)
         if not _OVERRIDES.isdisjoint(values):
             billing, reason = Billing.UNPRICED, "a header says that its method is another one"
     elif values.get("authorization", "").startswith(_SIGNATURES):
         signed = True
+    read, unreadable = (None, "") if reads else _read_body(values, body)
     if websocket:
         billing, reason = Billing.UNPRICED, "the content of a WebSocket cannot be metered"
-    route = line.endpoint
-    read, unreadable = (None, "") if line.read_or_delete else _read_body(values, body)
     if read is None or (route is Endpoint.OTHER and billing is Billing.FREE):
         return ProviderRequest(
             endpoint=route,
             model=line.model,
             websocket=websocket,
             signed=signed,
-            read_or_delete=line.read_or_delete,
+            read_or_delete=reads,
             billing=billing,
             billing_reason=reason,
             unreadable=unreadable if route in _NEEDS_JSON or "Content-Encoding" in unreadable else "",
@@ -184,7 +194,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     if route is Endpoint.OTHER:
         return ProviderRequest(
             endpoint=route,
-            model=_name(read.model) or line.model,
+            model=line.model or _name(read.model),
             websocket=websocket,
             signed=signed,
             billing=billing,
@@ -194,13 +204,15 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     choices = 1
     if read.n is not None or read.best_of is not None:
         choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
-    options, model = read.stream_options, _name(read.model) or line.model
+    # The deployment in Azure's path is what answers, whatever the body says.
+    options, model = read.stream_options, line.model or _name(read.model)
+    previous = read.previous_response_id
     return ProviderRequest(
         endpoint=route,
         model=model,
         stream=read.stream is True,
         input_tokens=estimate_tokens(pieces, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
-        max_output_tokens=_first_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
+        max_output_tokens=_largest_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
@@ -213,6 +225,8 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         characters=_spoken(read.input) if route is Endpoint.SPEECH else 0,
         searches=int(bool(read.web_search_options) or (model is not None and _SEARCH_MODEL.search(model) is not None)),
         uses_audio=_uses_audio(read),
+        previous_response_id=previous if isinstance(previous, str) else None,
+        stored_inputs=_count_stored_inputs(read),
         tools=read.tools,
     )
 
@@ -230,6 +244,7 @@ class _RequestLine(NamedTuple):
         billing: see `ProviderRequest`.
         billing_reason: see `ProviderRequest`.
         response_id: see `ProviderRequest`.
+        rule: of its path, for any method.
     """
 
     endpoint: Endpoint
@@ -241,6 +256,7 @@ class _RequestLine(NamedTuple):
     billing: Billing
     billing_reason: str
     response_id: str | None
+    rule: EndpointRule
 
 
 @lru_cache(maxsize=256)  # calls go to a few paths, and parsing one takes several microseconds
@@ -265,6 +281,7 @@ def _read_request_line(method: str, path: str) -> _RequestLine:
         billing=billing,
         billing_reason=reason,
         response_id=unquote(response[1]) if response and endpoint is Endpoint.OTHER else None,
+        rule=rule,
     )
 
 
@@ -315,18 +332,32 @@ def _uses_audio(read: _RequestBody) -> bool:
     """Return whether sound is sent or asked for: its tokens are many times as dear as those of text."""
     if isinstance(read.modalities, list) and "audio" in read.modalities:
         return True
-    return bool(read.messages) and _AUDIO_PART in bytes(read.messages)
+    return any(_AUDIO_PART in _without_escapes(bytes(part)) for part in (read.messages, read.input) if part)
+
+
+def _count_stored_inputs(read: _RequestBody) -> int:
+    """Return how many files and conversations a request refers to."""
+    parts = [_without_escapes(bytes(part)) for part in (read.messages, read.input) if part]
+    return sum(len(_STORED.findall(part)) for part in parts) + (read.conversation is not None)
+
+
+def _without_escapes(text: bytes) -> bytes:
+    """Return JSON without letters that are written as escapes, in which a word could hide."""
+    if ESCAPED_LETTER.search(text) is None:
+        return text
+    try:
+        return msgspec.json.encode(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return text
 
 
 def _name(model: object) -> str | None:
     return model[:_MAX_MODEL] if isinstance(model, str) and model else None
 
 
-def _first_bound(*values: object) -> int | None:
-    for value in values:
-        if value is not None and (bound := _bound(value)) is not None:
-            return bound
-    return None
+def _largest_bound(*values: object) -> int | None:
+    """Return the largest of several bounds: servers do not agree on which of them counts."""
+    return max((bound for value in values if (bound := _bound(value)) is not None), default=None)
 
 
 def _bound(value: object) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from forebay.upstream.providers.classify import ErrorKind, classify_stream_error
-from forebay.upstream.providers.content_encoding import Decompressor
+from forebay.upstream.providers.content_encoding import BodyEnd
 from forebay.upstream.providers.event_stream import EventStreamParser
 from forebay.upstream.providers.usage import Usage, read_usage
 
@@ -38,6 +38,7 @@ class _ResponseBody(msgspec.Struct):
     usage: Any = None
     error: Any = None
     id: Any = None
+    model: Any = None
     service_tier: Any = None
     output: msgspec.Raw = _NO_OUTPUT
 
@@ -52,11 +53,13 @@ class WholeResponse(NamedTuple):
         usage: None if the response does not report it.
         error_kind: of an error reported within the response, or None.
         response_id: by which it can be fetched later, or None.
+        model: that has answered, or None.
     """
 
     usage: Usage | None
     error_kind: ErrorKind | None = None
     response_id: str | None = None
+    model: str | None = None
 
 
 _NOTHING: Final = WholeResponse(None)
@@ -72,23 +75,27 @@ def read_response(body: bytes) -> WholeResponse:
         return _read_tail(body)
     error = classify_stream_error(response.error) if isinstance(response.error, dict) else None
     usage = read_usage(response.usage)
-    if usage is not None and (response.service_tier is not None or response.output):
+    if usage is not None:
         found = _ITEM.findall(bytes(response.output)) if response.output else []
         tier = _read_name(response.service_tier)
-        usage = _with_tier_and_searches(usage, tier, found.count(b"web"), found.count(b"file"))
-    return WholeResponse(usage, error, _read_name(response.id))
+        usage = _complete(usage, tier, web_searches=found.count(b"web"), file_searches=found.count(b"file"))
+    return WholeResponse(usage, error, _read_name(response.id), _read_name(response.model))
 
 
 def _read_name(value: object) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= _MAX_NAME else None
 
 
-def _with_tier_and_searches(usage: Usage, tier: str | None, web_searches: int, file_searches: int) -> Usage:
-    """Return a usage with what OpenAI reports elsewhere in the response."""
-    name = usage.tier if tier is None else tier
-    if name == usage.tier and not web_searches and not file_searches:
+def _complete(usage: Usage, tier: str | None, *, web_searches: int, file_searches: int) -> Usage:
+    """Return a usage with what the response reports elsewhere."""
+    if tier is None and not web_searches and not file_searches:
         return usage
-    return msgspec.structs.replace(usage, tier=name, web_searches=web_searches, file_searches=file_searches)
+    return msgspec.structs.replace(
+        usage,
+        tier=usage.tier if tier is None else tier,
+        web_searches=max(usage.web_searches, web_searches),
+        file_searches=file_searches,
+    )
 
 
 def _read_tail(body: bytes) -> WholeResponse:
@@ -103,6 +110,41 @@ def _read_tail(body: bytes) -> WholeResponse:
     return WholeResponse(read_usage(usage))
 
 
+class BodyMeter:
+    """A meter of one JSON response that is passed on as it arrives, since it is too large to be held in memory.
+
+    Attributes:
+        complete: whether the response has ended.
+        error_kind: of an error reported within the response, or None.
+        usage: None if the response does not report it at its end, or has not ended.
+        response_id: by which it can be fetched later, or None.
+        model: that has answered, or None.
+        has_output: False; of JSON, the begin says nothing.
+        readable: True; of JSON, HTTP tells whether it was cut off.
+    """
+
+    __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage")
+    has_output = False
+    readable = True
+
+    def __init__(self) -> None:
+        self._end = BodyEnd(4 * _TAIL)
+        self.complete = False
+        self.error_kind: ErrorKind | None = None
+        self.usage: Usage | None = None
+        self.response_id: str | None = None
+        self.model: str | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
+        self._end.feed(chunk)
+
+    def end(self) -> None:
+        """Note that the response has ended. Feeding more is not allowed."""
+        self.usage, self.error_kind, self.response_id, self.model = read_response(self._end.read())
+        self.complete = True
+
+
 class UsageMeter:
     """A meter of one stream of events (``text/event-stream``): it is fed the bytes, and knows the usage.
 
@@ -114,43 +156,49 @@ class UsageMeter:
 
     Args:
         input_tokens: estimated, for a provider that does not report them.
-        encoding: its Content-Encoding; gzip and deflate are decompressed, and no other is read.
 
     Attributes:
         complete: whether the response ended properly; a stream that was cut off did not.
         error_kind: of an error reported within the response, or None.
         response_id: by which it can be fetched later, or None.
+        model: that answers, or None.
     """
 
     __slots__ = (
-        *("_characters", "_decompressor", "_events", "_input_tokens", "_open_choices", "_pieces", "_reported"),
-        *("_searches", "_tier", "complete", "error_kind", "response_id"),
+        *("_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_recognized", "_reported"),
+        *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
     )
 
-    def __init__(self, *, input_tokens: int = 0, encoding: str = "") -> None:
+    def __init__(self, *, input_tokens: int = 0) -> None:
         self.complete = False
         self.error_kind: ErrorKind | None = None
         self._events = EventStreamParser()
-        self._decompressor = Decompressor(encoding)
         self._input_tokens = input_tokens
         self._reported: Usage | None = None
         self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
         self._characters = 0
+        self._recognized = False  # an event of a known form
+        self._unknown = False  # an event of another form
         self._tier: str | None = None
         self._searches = {_WEB_SEARCH: 0, _FILE_SEARCH: 0}
         self.response_id: str | None = None
+        self.model: str | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """Read the next bytes of the response, a piece of any size."""
-        for content in self._decompressor.feed(chunk):
-            for event in self._events.feed(content):
-                self._event(event)
+        """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
+        for event in self._events.feed(chunk):
+            self._event(event)
 
     def end(self) -> None:
         """Note that the response has ended, properly or not. Feeding more is not allowed."""
         for event in self._events.end():
             self._event(event)
+
+    @property
+    def readable(self) -> bool:
+        """Return whether its events are of a known form, or it has none: of others no end can be recognized."""
+        return self._recognized or not self._unknown
 
     @property
     def output_tokens(self) -> int:
@@ -159,11 +207,6 @@ class UsageMeter:
         if reported and self.complete:
             return reported
         return max(reported, self._pieces, self._characters // _CHARACTERS_PER_TOKEN)
-
-    @property
-    def readable(self) -> bool:
-        """Return whether its Content-Encoding can be read."""
-        return self._decompressor.readable
 
     @property
     def has_output(self) -> bool:
@@ -191,20 +234,21 @@ class UsageMeter:
 
     def _with_extras(self, usage: Usage) -> Usage:
         web, file = self._searches.values()
-        if self._tier is None and not web and not file:
-            return usage
-        return _with_tier_and_searches(usage, self._tier, web or usage.web_searches, file)
+        return _complete(usage, self._tier, web_searches=web, file_searches=file)
 
     def _event(self, data: bytes) -> None:
         if data == b"[DONE]":
-            self.complete = True
+            self.complete = self._recognized = True
             return
         try:
             event = msgspec.json.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError):
+            self._unknown = True
             return
         if not isinstance(event, dict):
+            self._unknown = True
             return
+        self._recognized = True
         kind = event.get("type")
         if isinstance(kind, str):
             self._typed(kind, event)
@@ -227,6 +271,7 @@ class UsageMeter:
         if isinstance(body, dict):
             self._reported = read_usage(body.get("usage"), self._reported) or self._reported
             self._tier = _read_name(body.get("service_tier")) or self._tier
+            self.model = self.model or _read_name(body.get("model"))
             if self.response_id is None and kind.startswith("response."):
                 self.response_id = _read_name(body.get("id"))
             if kind == "response.failed":
@@ -244,6 +289,7 @@ class UsageMeter:
             return
         self._reported = read_usage(event.get("usage"), self._reported) or self._reported
         self._tier = _read_name(event.get("service_tier")) or self._tier
+        self.model = self.model or _read_name(event.get("model"))
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict):

@@ -101,6 +101,15 @@ def test_a_response_in_the_background_needs_a_bound() -> None:
     assert not unpriced(background=True, max_output_tokens=100)
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE", "OPTIONS", "PUT", "PATCH"])
+def test_a_body_for_a_priced_endpoint_is_read_by_any_method(method: str) -> None:
+    request = OPENAI.read_request(method, "/v1/chat/completions", {}, json.dumps(BODY).encode())
+    assert (request.endpoint.value, request.model, request.free) == ("chat", "m", False)
+    if method == "GET":
+        assert OPENAI.read_request(method, "/v1/chat/completions", {}, b"").free
+        assert OPENAI.read_request(method, "/v1/files", {}, b"{}").free
+
+
 @pytest.mark.parametrize("header", ["x-http-method-override", "X-HTTP-Method", "x-method-override"])
 def test_a_method_that_a_header_changes_is_unpriced(header: str) -> None:
     request = OPENAI.read_request("GET", "/v1/chat/completions", {header: "POST"}, b"{}")
