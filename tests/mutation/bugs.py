@@ -24,7 +24,7 @@ from forebay.gateway.request_validator import RequestValidator
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BudgetTracker
+from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
@@ -49,7 +49,11 @@ from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.shared_account import SharedAccount
-from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.call_request import CallOutcome, CallPrice, Permit
+from forebay.upstream.exchange import Exchange
+from forebay.upstream.providers import Usage, UsageMeter, endpoints
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
 
@@ -287,6 +291,74 @@ def a_call_that_failed_midway_costs_nothing() -> None:
         original(self, now, permit, outcome)
 
     replace(Account, original, settle)
+
+
+# --- money: every call is metered or rejected, and no table forgets what it protects ---
+
+
+def dollars_that_another_account_has_taken_are_reserved() -> None:
+    def try_reserve(
+        self: BudgetTracker, now: float, usd: float, priority: Priority = Priority.NORMAL
+    ) -> BudgetReservation:
+        del priority
+        return self.reserve(now, usd)
+
+    replace(BudgetTracker, BudgetTracker.try_reserve, try_reserve)
+
+
+def a_tenant_that_has_spent_is_forgotten() -> None:
+    always(SharedBudget, SharedBudget.is_fresh, returns=True)
+
+
+def a_used_quota_is_forgotten_with_its_account() -> None:
+    original = AccountRegistry._make
+
+    def _make(self: AccountRegistry, place: tuple[str, str], levels: object = None) -> Any:
+        del levels
+        return original(self, place)
+
+    replace(AccountRegistry, original, _make)
+
+
+def after_a_suspension_all_calls_go() -> None:
+    always(SpendSuspension, SpendSuspension.record_sent, returns=None)
+
+
+def a_call_that_cannot_be_metered_passes() -> None:
+    original = Exchange._price
+
+    def _price(self: Exchange, body: bytes) -> CallPrice:
+        return original(self, body)._replace(unmetered=None)
+
+    replace(Exchange, original, _price)
+
+
+def an_escaped_path_is_another_endpoint() -> None:
+    def normalize_path(path: str) -> str:
+        return path.rstrip("/")
+
+    endpoints.normalize_path.__code__ = normalize_path.__code__
+
+
+def writes_to_a_cache_cost_as_much_as_other_input() -> None:
+    def cost(self: Price, usage: BilledUsage) -> float:
+        return self.usd(usage.input_tokens, usage.output_tokens, usage.cached_input_tokens)
+
+    replace(Price, Price.cost, cost)
+
+
+def hidden_output_of_a_stream_that_is_left_is_free() -> None:
+    original = UsageMeter.unfinished_usage
+
+    def unfinished_usage(self: UsageMeter, hidden_tokens: int) -> Usage:
+        del hidden_tokens
+        return original(self, 0)
+
+    replace(UsageMeter, original, unfinished_usage)
+
+
+def the_usage_of_a_response_in_the_background_is_ignored() -> None:
+    always(Exchange, Exchange._correct_background, returns=None)
 
 
 def two_api_keys_share_an_account() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.acceptance import (
     test_bad_input,
+    test_budget_attacks,
     test_call_conservation,
     test_drain,
     test_ending,
@@ -37,7 +38,8 @@ from tests.mutation import bugs
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
-from tests.unit.upstream.accounts import test_bypass, test_decisions, test_guarded_limit
+from tests.unit.upstream.accounts import test_bypass, test_decisions, test_guarded_limit, test_spend, test_tables
+from tests.unit.upstream.providers import test_endpoints
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -106,6 +108,27 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.an_orderly_stop_counts_as_a_crash: test_drain.test_orderly_stops_are_no_crashes,
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
+    bugs.dollars_that_another_account_has_taken_are_reserved: (
+        test_spend.test_two_accounts_that_both_see_the_last_dollar_spend_it_once
+    ),
+    bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
+    bugs.a_used_quota_is_forgotten_with_its_account: (
+        test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
+    ),
+    bugs.after_a_suspension_all_calls_go: test_spend.test_after_a_suspension_one_call_goes_until_it_has_succeeded,
+    bugs.a_call_that_cannot_be_metered_passes: (
+        test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
+    ),
+    bugs.an_escaped_path_is_another_endpoint: (
+        test_endpoints.test_a_path_is_compared_as_the_most_lenient_server_reads_it
+    ),
+    bugs.writes_to_a_cache_cost_as_much_as_other_input: test_budget_attacks.test_the_writes_to_a_cache_are_paid,
+    bugs.hidden_output_of_a_stream_that_is_left_is_free: (
+        test_budget_attacks.test_hidden_output_of_a_stream_that_is_left_is_paid
+    ),
+    bugs.the_usage_of_a_response_in_the_background_is_ignored: (
+        test_budget_attacks.test_a_response_in_the_background_counts_as_reserved_until_its_usage_arrives
+    ),
     bugs.two_api_keys_share_an_account: test_decisions.test_each_key_has_an_account_of_its_own_and_one_key_has_one,
     bugs.a_throttled_call_counts_as_a_fault: (
         test_decisions.test_throttled_calls_and_retried_attempts_never_open_the_breaker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -16,6 +17,7 @@ from forebay.errors import (
     AlreadyStarted,
     DrainInside,
     DuplicateWorker,
+    ForkedProcess,
     InvalidHandler,
     NotStarted,
     SupervisorClosed,
@@ -109,6 +111,7 @@ class BackpressureSupervisor:
         self._admission: AdmissionController | None = None
         self._threads = DaemonThreadExecutor()
         self._loop_monitor: LoopMonitor | None = None
+        self._process: int | None = None  # in which it was started
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
@@ -335,6 +338,7 @@ class BackpressureSupervisor:
         if self._closing is not None:
             raise SupervisorClosed(state="closed")
         loop = asyncio.get_running_loop()
+        self._process = os.getpid()
         self._draw = clock.draw_function(loop)
         settings = self._settings
         core = Core(
@@ -438,6 +442,11 @@ class BackpressureSupervisor:
         """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
 
+    @property
+    def forked_from(self) -> int | None:
+        """The process in which it was started, if this is another one: a child that was forked from it."""
+        return self._process if self._process not in (None, os.getpid()) else None
+
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task of `task_type`; 1.0 if no worker here accepts it."""
         if not any(task_type in worker.task_types for worker in self._workers.values()):
@@ -461,6 +470,8 @@ class BackpressureSupervisor:
         if (admission := self._admission) is None:
             raise NotStarted
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
+            if (parent := self.forked_from) is not None:
+                raise ForkedProcess(what="The supervisor", parent=parent)
             raise WrongLoop(what="The supervisor")
         return admission
 

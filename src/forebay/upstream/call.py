@@ -11,7 +11,7 @@ import msgspec
 from forebay import clock
 from forebay.errors import CallMisused
 from forebay.interfaces import Charge, Outcome
-from forebay.quota import check_dollars
+from forebay.quota import BilledUsage, check_dollars
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
@@ -91,7 +91,8 @@ class UpstreamCall:
         """
         cost = None if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        self._usd = self._route.core.cost(self.model, self._used) if cost is None else cost
+        usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
+        self._usd = self._route.core.cost(self.model, usage) if cost is None else cost
 
     def overloaded(self) -> None:
         """Report that the provider throttled the call for congestion: fewer calls are sent for a while."""

@@ -21,12 +21,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PARAMETER: Final = "upstream"  # receives the upstream to call
+_LATER: Final = (
+    "calling it returns {made}, and its work is done only later. Guard the function that does the work, `async def` or"
+    " plain; for a stream hold a permit: `async with upstream.call(...):`."
+)
+_TOOL: Final = (
+    "it is a LangChain tool that is not made from a function. Guard what its _run and _arun call: `@upstream.guard`"
+    " above that function."
+)
+_TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of LangChain's tools that are made from functions
 
 
 def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, T]) -> Callable[P, T]:
     """Return `function` with each call sent through `upstream`. See `Upstream.guard`."""
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise NotGuardable(function=_name(function), made="a generator")
+        raise NotGuardable(function=_name(function), why=_LATER.format(made="a generator"))
+    if _is_tool(function):
+        tool: Callable[P, T] = _guarded_tool(upstream, runner, function)
+        return tool
     guard = _Guard(upstream, runner, function)
     wrapper = guard.async_wrapper() if _is_async(function) else guard.blocking_wrapper()
     return functools.wraps(function)(wrapper)
@@ -68,7 +80,7 @@ class _Guard:
                 if inspect.isawaitable(value):
                     if inspect.iscoroutine(value):
                         value.close()  # it is never awaited
-                    raise NotGuardable(function=_name(self._function), made="an awaitable")
+                    raise NotGuardable(function=_name(self._function), why=_LATER.format(made="an awaitable"))
                 return _succeeded(value, permit)
 
             return self._runner.run_blocking(self._route(), send)
@@ -81,6 +93,26 @@ class _Guard:
 
     def _arguments(self, kwargs: dict[str, Any], route: PlainRoute) -> dict[str, Any]:
         return {**kwargs, _PARAMETER: route.upstream} if self._passes_upstream else kwargs
+
+
+def _is_tool(function: Any) -> bool:
+    """Return whether this is a tool of LangChain."""
+    return any(
+        base.__module__ == "langchain_core.tools.base" and base.__name__ == "BaseTool"
+        for base in type(function).__mro__
+    )
+
+
+def _guarded_tool(upstream: FallbackTarget, runner: CallRunner, tool: Any) -> Any:
+    """Return a copy of a LangChain tool whose functions are guarded, so that it stays a tool.
+
+    Raises:
+        NotGuardable: it is not made from functions.
+    """
+    functions = {name: function for name in _TOOL_FUNCTIONS if callable(function := getattr(tool, name, None))}
+    if not functions:
+        raise NotGuardable(function=_name(tool), why=_TOOL)
+    return tool.model_copy(update={name: guarded(upstream, runner, each) for name, each in functions.items()})
 
 
 def _request_at(core: UpstreamCore, model: str) -> CallRequest:

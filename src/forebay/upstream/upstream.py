@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from forebay._renamed import renamed_arguments
 from forebay._validate import check_instance, check_name
 from forebay.breaker import BreakerRules
 from forebay.interfaces import Charge, Reading
 from forebay.limit import Limit
-from forebay.quota import Budget, Price, Prices, Quota
+from forebay.quota import BilledUsage, Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.spend import UpstreamBudgets
@@ -65,6 +65,8 @@ class Upstream:
             of a typical call.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.
         prices: by model, of those that the price list lacks or has wrong.
+        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
+            their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -94,6 +96,7 @@ class Upstream:
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
+        unmetered: Literal["reject", "allow"] = "reject",
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -110,6 +113,7 @@ class Upstream:
             max_wait=max_wait,
             max_start_wait=max_start_wait,
             weights=weights,
+            unmetered=unmetered,
         )
         self.name = name
         self.provider = provider
@@ -133,12 +137,13 @@ class Upstream:
     def bind(self, client: ClientT) -> ClientT:
         """Return a copy of an SDK client, a LangChain model or an httpx client, whose calls go through this upstream.
 
-        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these, of httpx
-        and of httpx2, asynchronous or not. The copy keeps all settings of the client, and shares its connections:
-        closing one closes both. Only the upstream retries. A client that is bound already is returned as it is.
+        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these and what
+        ``bind_tools`` and ``with_structured_output`` make of them, of httpx and of httpx2, asynchronous or not. The
+        copy keeps all settings of the client, and shares its connections: closing one closes both. Only the upstream
+        retries. A client that is bound already is returned as it is.
 
         Raises:
-            NotBindable: it is another kind of client: use the gateway, `send`, or `call`.
+            NotBindable: it is another kind of client, or a LangChain model ``with_retry``: the message says what to do.
             AlreadyBound: it is bound to another upstream.
             InvalidSetting: a fallback to another upstream has neither an address nor a key.
         """
@@ -147,6 +152,8 @@ class Upstream:
 
     def guard(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return a function with each call sent through this upstream; it may be async or not.
+
+        A LangChain tool that is made from a function stays a tool.
 
         A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
         raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
@@ -159,7 +166,8 @@ class Upstream:
         called with the upstream to use.
 
         Raises:
-            NotGuardable: it is a generator function; or, when called, a plain function returns an awaitable.
+            NotGuardable: it is a generator function, or a tool that is not made from a function; or, when called, a
+                plain function returns an awaitable.
         """
         return guarded(self, self.runner, function)
 
@@ -193,7 +201,9 @@ class Upstream:
         charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
 
         def request_at(core: UpstreamCore, model: str) -> CallRequest:
-            return core.request(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+            usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
+            price = core.price(model, usage, by_hand=True)
+            return core.request(model, charge, price=price, priority=priority, deadline=deadline, tenant=tenant)
 
         return UpstreamCall(self, self.runner, model, request_at)
 

@@ -38,6 +38,7 @@ class UpstreamSettings:
         max_wait: float = 60.0,
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
+        unmetered: str = "reject",
     ) -> None:
         owner = f"Upstream {name!r}"
         _check_models(owner, models or {})
@@ -50,6 +51,9 @@ class UpstreamSettings:
             owner, "max_start_wait", max_start_wait, unit="seconds", none="for a quarter of a typical call"
         )
         _check_weights(owner, weights or {})
+        if unmetered not in ("reject", "allow"):
+            reject(owner, "unmetered", unmetered, "'reject' or 'allow'")
+        self.unmetered = unmetered
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
@@ -61,6 +65,11 @@ class UpstreamSettings:
         self._limit = limit
         given = bool(self.quotas) or max_concurrent is not None or isinstance(limit, Limit)
         self._one_group = given and not self.models
+
+    @property
+    def has_quotas(self) -> bool:
+        """Whether a quota was given for any model."""
+        return bool(self.quotas) or any(self.models.values())
 
     def model_group(self, model: str) -> str:
         """Return the model group of `model`: the longest pattern that matches it, or the model itself without its date.

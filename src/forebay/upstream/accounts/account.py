@@ -22,6 +22,7 @@ from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence
 from forebay.upstream.call_request import (
     Admitted,
@@ -31,6 +32,7 @@ from forebay.upstream.call_request import (
     Permit,
     Queued,
     Rejected,
+    SpendReservation,
     scale_charge,
 )
 
@@ -103,7 +105,7 @@ class Account:
         self._max_wait = max_wait
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
-        self._suspended_until = -math.inf
+        self._suspension = SpendSuspension()
         self._outage = OutageDetector(limit, max_wait)
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
@@ -121,10 +123,7 @@ class Account:
         if rejection is not None:
             return rejection
         if at_once:
-            if (rejection := self._too_late(now, request)) is not None:
-                return rejection
-            self.order.record_served(self.order.rank(request))
-            return Admitted(self._take(now, request))
+            return self._too_late(now, request) or self._admit(now, request)
         seconds, limited_by = self.expected_wait(now, request)
         if len(self.queue) >= _QUEUE_BOUND:
             reason = f"{_QUEUE_BOUND} calls wait already"
@@ -139,6 +138,13 @@ class Account:
         retry_after = self._schedule_retry(now, request, seconds)
         return Rejected(reason, limited_by, seconds / self._max_wait, retry_after)
 
+    def _admit(self, now: float, request: CallRequest) -> Admitted | Rejected:
+        taken = self._take(now, request)
+        if isinstance(taken, Rejected):
+            return taken
+        self.order.record_served(self.order.rank(request))
+        return Admitted(taken)
+
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
         self.counts.rejected += 1
@@ -149,6 +155,8 @@ class Account:
 
     def _rejection(self, now: float, request: CallRequest, *, fits: bool = False) -> Rejected | None:
         """Return a rejection if waiting would not help the call; `fits`: no quota is too small for it."""
+        if request.unmetered is not None:
+            return Rejected(request.unmetered.reason, request.unmetered.limited_by, math.inf, None)
         if request.deadline <= now:
             reason = "its deadline passed before it was sent: give a later one"
             return Rejected(reason, "deadline", math.inf, None)
@@ -168,14 +176,13 @@ class Account:
             free: it costs nothing there.
             failed: it has failed there already; then it does not probe, since it may be the call that is at fault.
         """
-        if now < self._suspended_until and not free:
+        probe = max(_PROBE_DURATION, self.durations.typical)
+        if not free and (left := self._suspension.time_left(now, probe_duration=probe)) is not None:
             reason = "its provider says that the account's money is spent"
-            return Rejected(reason, "budget", 1.0, self._suspended_until - now)
+            return Rejected(reason, "budget", 1.0, left)
         if not self.breaker.ready(now) or (failed and self.breaker.state(now) is not BreakerState.CLOSED):
-            probe = max(_PROBE_DURATION, self.durations.typical)
-            return Rejected(
-                "its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe) or probe
-            )
+            retry_after = self.breaker.retry_after(now, probe_duration=probe)
+            return Rejected("its breaker is open", "breaker", 1.0, probe if retry_after == 0.0 else retry_after)
         if (seconds := self._outage.duration(now)) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
             return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
@@ -193,18 +200,36 @@ class Account:
     def _has_slot(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
-    def _take(self, now: float, request: CallRequest) -> Permit:
-        """Take a slot, quotas and dollars for a call."""
+    def _take(self, now: float, request: CallRequest) -> Permit | Rejected:
+        """Take dollars, a slot and quotas for a call; a rejection if another account took the dollars meanwhile."""
+        spend = self._reserve_dollars(request)
+        if isinstance(spend, Rejected):
+            return spend
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
         self.counts.unattributed += request.task_id is None
         reservation = self.quotas.reserve(now, request.charge)
-        spend = [budget.reserve(request.usd) for budget in self._budgets(request)]
         grant = self.limit.grant(now, self.in_flight)
-        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend)
+        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
         self._unconfirmed.append(permit)
+        self._suspension.record_sent(permit)
         return permit
+
+    def _reserve_dollars(self, request: CallRequest) -> Sequence[SpendReservation] | Rejected:
+        """Reserve the dollars of a call from all its budgets, or from none.
+
+        Budgets are shared with other accounts, which have locks of their own: only `try_reserve` can tell.
+        """
+        reserved: list[SpendReservation] = []
+        for budget in self._budgets(request):
+            reservation = budget.try_reserve(request.usd, request.priority)
+            if reservation is None:
+                for other in reserved:
+                    other.settle(0.0)
+                return budget.rejection(request.usd)
+            reserved.append(reservation)
+        return reserved
 
     # --- the queue moves ---
 
@@ -272,9 +297,11 @@ class Account:
         if (rejection := self._too_late(now, call.request)) is not None:
             self._resolve(call, rejection)
             return
-        permit = self._take(now, call.request)
-        if not self._resolve(call, Admitted(permit)):
-            self.release_unsent(now, permit)
+        taken = self._take(now, call.request)
+        if isinstance(taken, Rejected):
+            self._resolve(call, taken)
+        elif not self._resolve(call, Admitted(taken)):
+            self.release_unsent(now, taken)
 
     def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
         self.queue.withdraw(call)
@@ -295,6 +322,7 @@ class Account:
             self._accept(now, permit)
         self._outage.record_accepted()
         self.timeouts.record_answer()
+        self._suspension.record_accepted(permit)
         self.quotas.update_from_headers(now, headers, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
@@ -336,6 +364,7 @@ class Account:
             self._outage.record_throttled(now)
         elif kind is Outcome.FAULT:
             counts.failed += 1
+        counts.throttled += outcome.spend_cap
         self.in_flight -= 1
         self.limit.observe(now, permit.grant, kind, slowdown=slowdown)
         if outcome.rate_limit_headers and not outcome.rate_limited:
@@ -351,8 +380,10 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for settle_budget in permit.spend:
-            settle_budget(request.usd if outcome.usd is None else outcome.usd)
+        usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
+        for dollars in permit.spend:
+            dollars.settle(usd)
+        self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
@@ -371,14 +402,21 @@ class Account:
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
     def suspend(self, now: float, seconds: float) -> None:
-        """Send no calls for `seconds`: by the provider's answer, the account's money there is spent."""
-        self._suspended_until = now + seconds
+        """Send no calls for `seconds`, and then one: by the provider's answer, the account's money there is spent."""
+        self._suspension.begin(now, seconds)
 
-    def is_fresh(self, now: float) -> bool:
-        """Return whether a new account would decide as this one does, but for what it has learned about durations."""
+    def is_expendable(self, now: float) -> bool:
+        """Return whether a new account could replace it: it never succeeded, or has no calls, and no quota is used.
+
+        One that is suspended, or whose breaker is open, cannot be replaced. What was learned of limits and durations
+        would be learned again.
+        """
+        if self._suspension.time_left(now, probe_duration=0.0) is not None:
+            return False
+        if self.breaker.state(now) is not BreakerState.CLOSED:
+            return False
         idle = not (self.in_flight or self.queue or self.expected_calls)
-        usable = now >= self._suspended_until and self.breaker.state(now) is BreakerState.CLOSED
-        return idle and usable and self.quotas.is_full(now)
+        return not self.counts.succeeded or (idle and self.quotas.is_full(now))
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
         """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.

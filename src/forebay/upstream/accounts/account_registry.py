@@ -7,9 +7,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from forebay import clock
 from forebay._validate import reject
 from forebay.breaker import Breaker
-from forebay.quota import RateLimiter
+from forebay.quota import Quota, RateLimiter, new_buckets
+from forebay.quota.bucket import Bucket
 from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
@@ -19,17 +21,29 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 
-_MOST: Final = 1_000  # accounts that are kept
+_CACHED: Final = 1_000  # accounts that nobody holds; those that a new one could replace go first
+_MAX_LEVELS: Final = 131_072  # accounts whose given quotas are not full: none of them is forgotten
 _KNOWN: Final = 1_000  # pairs of model and API key whose account is remembered
-_OTHERS: Final = ("", "others")  # the account of all calls for which no further one can be opened
+
+
+class _QuotaLevels:
+    """The levels of the given quotas of one account. They outlive it."""
+
+    __slots__ = ("__weakref__", "buckets")
+
+    def __init__(self, buckets: Sequence[Bucket] = ()) -> None:
+        self.buckets = buckets
+
+
+_SHARED: Final = _QuotaLevels()  # of the accounts beyond the bound: they share one
 
 
 class AccountRegistry:
     """Finds the account of a call, and opens it at its first call.
 
-    The names of models and keys come from callers, so the number of accounts is bounded. The least recently used ones
-    are dropped for new ones, but none that a new one could not replace: with calls, a used quota, an open breaker. If
-    all are such, further models and keys share one account.
+    Accounts are dropped when too many are open, and what they have learned with them; first those that a new one could
+    replace. What is left of the quotas that were given is not: it is kept until they are full again. When too many wait
+    for that, further keys and models share an account, so that no list of junk keys or models refills a quota.
 
     Args:
         settings: of the upstream.
@@ -45,13 +59,19 @@ class AccountRegistry:
         self.budgets = budgets
         self._retry = retry
         self._draw = draw
-        self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(_MOST, can_drop=SharedAccount.is_fresh)
+        self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(
+            _CACHED, expendable=lambda _, account: account.is_expendable()
+        )
+        self._levels: WeakLRU[tuple[str, str], _QuotaLevels] = WeakLRU(
+            _MAX_LEVELS, expendable=self._is_expendable, overflow=lambda _: _SHARED
+        )
+        self._shared: dict[str, SharedAccount] = {}  # by model group: of keys beyond `_MAX_LEVELS`
         self._unopened: dict[str, SharedAccount] = {}  # by model group: how an account would look at its first call
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # so that calls need not hash and match patterns
         self._limit_place: tuple[str, str] | None = None  # the account that has the limit that was given as an object
 
     def __iter__(self) -> Iterator[SharedAccount]:
-        return iter(self._accounts.values())
+        return iter(dict.fromkeys(self._accounts.values()))  # a shared one has several keys
 
     def account(self, model: str, key: str = "") -> SharedAccount:
         """Return the account of `model` under an API key, of which only a fingerprint is kept.
@@ -67,10 +87,16 @@ class AccountRegistry:
         group = self.settings.model_group(model) if model else ""
         found = [account for (_, other), account in self._accounts.items() if other == group or not model]
         if not found:
-            if len(self._unopened) >= _MOST:
+            if len(self._unopened) >= _CACHED:
                 self._unopened = {}
             found = [self._unopened.get(group) or self._unopened.setdefault(group, self._make(("", group)))]
         return found
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._accounts.reset_after_fork()
+        for account in (*self._accounts.values(), *self._shared.values(), *self._unopened.values()):
+            account.reset_after_fork()
 
     def _accounts_of_key(self, mark: str) -> Sequence[SharedAccount]:
         """Return the open accounts of an API key, given its fingerprint."""
@@ -78,15 +104,16 @@ class AccountRegistry:
 
     def _place(self, model: str, key: str) -> tuple[str, str]:
         place = (fingerprint(key), self.settings.model_group(model))
-        if place not in self._accounts and not self._accounts.has_room():
-            place = _OTHERS
         if len(self._known) >= _KNOWN:
             self._known = {}
         self._known[model, key] = place
         return place
 
     def _open(self, place: tuple[str, str]) -> SharedAccount:
-        account = self._make(place)
+        levels = self._levels.get(place, self._new_levels) if self._quotas(place[1]) else None
+        if levels is _SHARED:
+            return self._shared.get(place[1]) or self._shared.setdefault(place[1], self._make(("others", place[1])))
+        account = self._make(place, levels)
         if (single := self.settings.single_limit) is not None:
             if self._limit_place not in (None, place):
                 expected = (
@@ -96,22 +123,36 @@ class AccountRegistry:
             self._limit_place = place
         return account
 
-    def _make(self, place: tuple[str, str]) -> SharedAccount:
+    def _quotas(self, group: str) -> Sequence[Quota]:
+        return self.settings.models.get(group, self.settings.quotas)
+
+    def _new_levels(self, place: tuple[str, str]) -> _QuotaLevels:
+        return _QuotaLevels(new_buckets(self._quotas(place[1])))
+
+    def _is_expendable(self, place: tuple[str, str], levels: _QuotaLevels) -> bool:
+        """Return whether levels may be forgotten: they are full, and no account uses them."""
+        now = clock.now()
+        return all(bucket.is_full(now) for bucket in levels.buckets) and not self._accounts.holds(place)
+
+    def _make(self, place: tuple[str, str], levels: _QuotaLevels | None = None) -> SharedAccount:
         mark, group = place
         settings = self.settings
-        account = Account(
-            ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
-            limit=guarded_limit(settings.new_limit()),
-            quotas=RateLimiter(settings.models.get(group, settings.quotas)),
-            breaker=Breaker(settings.breaker, draw=self._draw),
-            budgets=self.budgets.for_request,
-            upstream_budget=self.budgets.upstream_budget,
-            max_wait=settings.max_wait,
-            weights=settings.weights,
-            draw=self._draw,
-        )
+
+        def open_account() -> Account:
+            return Account(
+                ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
+                limit=guarded_limit(settings.new_limit()),
+                quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
+                breaker=Breaker(settings.breaker, draw=self._draw),
+                budgets=self.budgets.for_request,
+                upstream_budget=self.budgets.upstream_budget,
+                max_wait=settings.max_wait,
+                weights=settings.weights,
+                draw=self._draw,
+            )
+
         return SharedAccount(
-            account,
+            open_account,
             upstream=settings.name,
             retries=AccountRetries(self._retry, draw=self._draw),
             same_key=functools.partial(self._accounts_of_key, mark),

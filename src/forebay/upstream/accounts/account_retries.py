@@ -32,6 +32,10 @@ class AccountRetries:
         self._budgets = RetryBudgets()
         self._lock = threading.Lock()  # calls come from many threads
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._lock = threading.Lock()
+
     def record_first_attempt(self) -> None:
         """Count the first attempt of a call: retries are a share of these."""
         with self._lock:

@@ -91,9 +91,10 @@ class AsyncTransport:
             response = await self.inner.handle_async_request(exchange.request)
             headers = Headers.relevant(response.headers.raw)
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
-                decoded = "content-encoding" in headers
-                body = self.body(response, exchange.open_stream(permit, headers), decoded=decoded)
-                return exchange.opened(response, body, decoded=decoded)
+                encoding = headers.get("content-encoding", "")
+                decoded = bool(encoding) and exchange.can_decode(encoding)
+                stream = exchange.open_stream(permit, headers, encoding="" if decoded else encoding)
+                return exchange.opened(response, self.body(response, stream, decoded=decoded), decoded=decoded)
             raw = b"".join([chunk async for chunk in response.stream])
         except BaseException as error:
             if response is not None:
@@ -181,9 +182,10 @@ class BlockingTransport:
             response = self.inner.handle_request(exchange.request)
             headers = Headers.relevant(response.headers.raw)
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
-                decoded = "content-encoding" in headers
-                body = self.body(response, exchange.open_stream(permit, headers), decoded=decoded)
-                return exchange.opened(response, body, decoded=decoded)
+                encoding = headers.get("content-encoding", "")
+                decoded = bool(encoding) and exchange.can_decode(encoding)
+                stream = exchange.open_stream(permit, headers, encoding="" if decoded else encoding)
+                return exchange.opened(response, self.body(response, stream, decoded=decoded), decoded=decoded)
             raw = b"".join(response.stream)
         except BaseException as error:
             if response is not None:

@@ -142,7 +142,10 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             retryable=False,  # every retry would be rejected, whatever x-should-retry says
             throttled=True,
             can_fall_back=True,
-            counted_by="account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h",
+            counted_by=(
+                "account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h, "
+                "and then one call at a time until one succeeds"
+            ),
             caller_gets=f"{_PROVIDERS_RESPONSE}; the calls after it `Overloaded`, limited by `budget`",
         ),
         ErrorKind.FAULT: ErrorRule(

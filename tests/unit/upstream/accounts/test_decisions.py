@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from forebay import Overloaded
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import FixedLimit, VegasLimit
-from forebay.quota import Budget, BudgetTracker, Quota, RateLimiter
+from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
 from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
@@ -47,6 +45,20 @@ class RecordingWaiter:
         return not self.gone
 
 
+class NoonReservation:
+    """Dollars held of a `NoonBudget`."""
+
+    def __init__(self, tracker: BudgetTracker, reservation: BudgetReservation) -> None:
+        self.tracker = tracker
+        self.reservation = reservation
+
+    def settle(self, usd: float) -> None:
+        self.tracker.settle(43_200.0, self.reservation, usd)
+
+    def revise(self, usd: float) -> None:
+        self.tracker.revise(43_200.0, self.reservation, usd)
+
+
 class NoonBudget:
     """A budget whose clock stands at noon of the first day."""
 
@@ -58,8 +70,9 @@ class NoonBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return self.tracker.can_afford(43_200.0, usd, priority)
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        return functools.partial(self.tracker.settle, 43_200.0, self.tracker.reserve(43_200.0, usd))
+    def try_reserve(self, usd: float, priority: Priority) -> NoonReservation | None:
+        reservation = self.tracker.try_reserve(43_200.0, usd, priority)
+        return None if reservation is None else NoonReservation(self.tracker, reservation)
 
     def rejection(self, usd: float) -> Rejected:
         return Rejected(f"{usd} is too much", "budget", 1.0, None)
@@ -549,19 +562,6 @@ def test_a_used_quota_is_not_forgotten_for_models_that_do_not_exist() -> None:
     assert len(list(registry)) <= 1001
     with pytest.raises(Overloaded):
         registry.account("gpt-4o").acquire_blocking(CallRequest(charge=Charge()))
-
-
-def test_accounts_that_all_have_used_quotas_stay_and_further_ones_are_one() -> None:
-    registry = make_registry(quotas=[Quota(requests=1, per="day")])
-    for number in range(1000):
-        account = registry.account("", f"key-{number}")
-        account.settle(take_one(account), NOT_FOUND)
-    one, two = registry.account("", "key-1000"), registry.account("", "key-1001")
-    assert one is two
-    assert one.name == "upstream:llm:others"
-    for number in (0, 500, 999):
-        with pytest.raises(Overloaded):
-            registry.account("", f"key-{number}").acquire_blocking(CallRequest(charge=Charge()))
 
 
 def test_spent_money_stops_all_models_of_the_key_and_no_other() -> None:

@@ -223,6 +223,20 @@ async def test_a_call_whose_response_body_breaks_off_is_retried() -> None:
 
 @LIBRARIES
 @virtual
+async def test_a_stream_in_an_encoding_that_cannot_be_read_passes_as_it_came_and_is_no_fault(http: ModuleType) -> None:
+    up = upstream()
+    stream = Reply.stream(b"\x1b\x02", b"\x03packed")
+    stream.headers |= {"content-encoding": "x-packed"}
+    client = Script(http, stream).client(up)
+    async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
+        assert b"".join([piece async for piece in response.aiter_raw()]) == b"\x1b\x02\x03packed"
+        assert response.headers["content-encoding"] == "x-packed"
+    assert only_account(up).account.counts.failed == 0
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
 async def test_a_timeout_of_the_caller_is_retried_once_and_is_no_fault(http: ModuleType) -> None:
     up = upstream()
     script = Script(http, http.ReadTimeout("slow"))
