@@ -71,6 +71,7 @@ class Exchange:
         "_original_body",
         "_path",
         "_retry_after",
+        "_sent_tokens",
         "_status",
         "account",
         "api_key",
@@ -106,6 +107,7 @@ class Exchange:
         charge = profile.estimate_charge(
             parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
+        self._sent_tokens = charge.input_tokens
         price = self._price(body) if core.is_metered else CallPrice()
         if caller is None:
             self.call_request = core.request(model, charge, free=parsed.free, price=price)
@@ -134,6 +136,7 @@ class Exchange:
             input_ratio=estimates.input_ratio,
             continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
         )
+        self._sent_tokens = max(self._sent_tokens, usage.input_tokens)
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = _TOKENS_PER_SECOND * parsed.choices
         return core.price(
@@ -179,7 +182,7 @@ class Exchange:
         # A free request fetches an answer that was metered when it was generated, unless that was in the background.
         metered = not self.parsed.free or self.parsed.response_id is not None
         if metered and _is_event_stream(headers.get("content-type", "")):
-            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens, encoding=encoding)
+            meter = UsageMeter(input_tokens=self._sent_tokens, encoding=encoding)
         usage_filter = None if self.changed_body is None else UsageFilter()
         settle = functools.partial(self._settle_stream, permit, meter)
         return MeteredStream(settle, meter, usage_filter, detects_truncation=self.parsed.generates_tokens)
@@ -202,12 +205,12 @@ class Exchange:
         if usage is not None and not usage.estimated:
             return usage
         parsed = self.parsed
-        if parsed.background or parsed.free or not meter.readable:
+        if parsed.background or not parsed.generates_tokens or not meter.readable:
             return None
         if end.ended:
             return usage
         output_at = clock.now() if end.output_at is None else end.output_at
-        hidden = int(_TOKENS_PER_SECOND * (output_at - permit.granted_at))
+        hidden = int(_TOKENS_PER_SECOND * parsed.choices * (output_at - permit.granted_at))
         if parsed.max_output_tokens is not None:
             hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
         return meter.unfinished_usage(hidden)
