@@ -128,7 +128,7 @@ class SharedAccount:
                 raise error
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
-            if not request.free:
+            if not request.free and request.unmetered is None:
                 self._learn_typical(request)
             decision = self.account.try_acquire(now, request)
             if isinstance(decision, Admitted):
