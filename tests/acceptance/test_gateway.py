@@ -118,6 +118,14 @@ async def test_a_compressed_stream_stays_compressed_and_is_metered(harness: Gate
     assert [line for line in received.splitlines() if 'outcome="failed"' in line and not line.endswith(" 0.0")] == []
 
 
+async def test_pages_of_the_gateway_are_found_with_a_query(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        for path in ("/metrics?name[]=forebay_tokens_total", "/metrics?", "/healthz?verbose"):
+            async with harness.session.get(harness.at(gateway, path)) as response:
+                assert response.status == 200
+    assert harness.provider.requests == []
+
+
 async def test_the_metrics_have_attempts_and_quotas(harness: GatewayHarness) -> None:
     limits = {"x_ratelimit_limit_requests": "100", "x_ratelimit_remaining_requests": "40"}
     harness.provider.behaviour = responding(
@@ -449,7 +457,14 @@ async def test_faults_are_retried_here(harness: GatewayHarness) -> None:
         assert len(harness.provider.requests) == 2
 
 
-@pytest.mark.parametrize(("path", "event"), [("/v1/chat/completions", b"data: {"), ("/v1/messages", b"event: error")])
+@pytest.mark.parametrize(
+    ("path", "event"),
+    [
+        ("/v1/chat/completions", b"data: {"),
+        ("/v1/messages", b"event: error"),
+        ("/v1/responses", b'event: error\ndata: {"type":"error",'),
+    ],
+)
 async def test_a_stream_that_is_cut_off_ends_with_an_error_event(
     harness: GatewayHarness, path: str, event: bytes
 ) -> None:

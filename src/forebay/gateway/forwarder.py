@@ -42,6 +42,7 @@ from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.upstream.providers import Endpoint, Headers
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _JSON_ENDPOINTS: Final = frozenset(
     {
@@ -408,7 +409,7 @@ def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None
         raise EarlyResponse(error_response(protocol, 400, "forebay_websocket", message), close=True)
     if parsed.endpoint in _JSON_ENDPOINTS and not parsed.signed and not parsed.input_tokens:
         try:  # no input was found: is the body valid at all?
-            _object.decode(body)
+            _object.decode(replace_lone_surrogates(body))
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = f"the body is not a JSON object: {error}"
             raise EarlyResponse(error_response(protocol, 400, "forebay_bad_json", message)) from None
