@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
-from forebay import clock
 from forebay.errors import StillSpilled, StoreUnavailable
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
@@ -45,13 +44,14 @@ class StoredTasks:
         refill_stopped: whether this process takes no more tasks from the store.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the objects that it shares, and two bounds
         self,
         core: Core,
         dispatcher: StoredTaskDispatcher,
         store: TaskStore,
         *,
         runs: ActiveRuns,
+        lease: float,
         max_payload_bytes: int,
     ) -> None:
         self._core = core
@@ -62,7 +62,7 @@ class StoredTasks:
         self.store = store
         self.durable = store.durable
         self._survives = store.durable
-        self.leases = HeldLeases()
+        self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
 
@@ -126,7 +126,7 @@ class StoredTasks:
 
     def lease_is_valid(self, ticket: Ticket) -> bool:
         """Return whether this process may start a task: it needs no lease, or its lease has not lapsed."""
-        return ticket.lease is None or self.leases.is_valid(ticket.task_id, clock.wall_time())
+        return ticket.lease is None or self.leases.is_valid(ticket.task_id)
 
     def lease_lapsed(self, ticket: Ticket) -> None:
         """Leave a task to another process, because its lease lapsed before its turn came."""
