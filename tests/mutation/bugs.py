@@ -35,6 +35,7 @@ from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket
@@ -240,6 +241,10 @@ def a_task_whose_write_is_not_answered_never_ends() -> None:
 
 def closing_starts_what_waits() -> None:
     skip(Drain._run, QueueSpill.empty_queue)
+
+
+def a_ticket_asked_for_by_id_has_no_deadline() -> None:
+    skip(StoreLookup._find, Ticket.restore)
 
 
 def deadlines_follow_the_wall_clock() -> None:

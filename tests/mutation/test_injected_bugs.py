@@ -25,6 +25,7 @@ from tests.acceptance import (
     test_routing,
     test_shared_overflow,
     test_stored_text,
+    test_stored_tickets,
     test_submitting,
     test_upstream,
     test_upstream_retries,
@@ -95,6 +96,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
     ),
     bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
+    bugs.a_ticket_asked_for_by_id_has_no_deadline: (
+        test_stored_tickets.test_a_ticket_that_was_asked_for_too_late_expires_at_once
+    ),
     bugs.deadlines_follow_the_wall_clock: (
         test_clock_steps.test_a_task_that_runs_past_its_deadline_expires_then_and_its_worker_is_not_blamed
     ),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
-from forebay.errors import StillSpilled, StoreUnavailable
+from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.supervisor.spill import records
@@ -31,6 +31,15 @@ class StoredTaskDispatcher(Protocol):
 
     def start_handler(self, run: Run) -> None:
         """Start the handler of a run."""
+
+
+def _is_stored_only(ticket: Ticket) -> bool:
+    """Return whether a task waits in the store or is with another process, and no answer of the store is awaited."""
+    return (
+        ticket.status is TaskStatus.SPILLED
+        and ticket.lease is None
+        and not (ticket.pending_store_calls or ticket.done())
+    )
 
 
 class StoredTasks:
@@ -144,6 +153,31 @@ class StoredTasks:
         """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
 
+    def stored_ids(self) -> list[str]:
+        """Return the ids of the tasks whose tickets are held here, by anybody, while they wait in the store."""
+        spilled = [ticket.task_id for ticket in self._registry.live.values() if _is_stored_only(ticket)]
+        return [*spilled, *self._registry.weak.keys()]
+
+    def found(self, task_id: str, found: tuple[RecordState, TaskRecord, Completion | None] | None) -> None:
+        """Follow what the store says of a task whose ticket is held here."""
+        ticket = self._registry.live.get(task_id) or self._registry.weak.get(task_id)
+        if ticket is None or not _is_stored_only(ticket):
+            return  # it has come back, or ended, meanwhile
+        if found is None:  # it has ended, and its result is not kept any more
+            self.forget_elsewhere(task_id)
+            self._core.timers.cancel(ticket.clear_expiry())
+            self._registry.discard(ticket)
+            ticket.resolve(UnknownTask(task_id=task_id))
+            self._registry.notify_progress()
+        elif found[2] is not None:
+            self.forget_elsewhere(task_id)
+            self._core.timers.cancel(ticket.clear_expiry())
+            self._registry.hold_strongly(task_id)
+            self.apply_stored_completion(ticket, found[0], found[1], found[2])
+        elif found[0] is RecordState.WAITING and task_id in self.leased_elsewhere:  # that process has left it again
+            self.forget_elsewhere(task_id)
+            self.wait_in_store(ticket)
+
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
         """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
         self.forget_elsewhere(ticket.task_id)
@@ -206,6 +240,7 @@ class StoredTasks:
         if ticket.done():
             return
         if stored:
+            self.forget_elsewhere(ticket.task_id)
             pool = self._core.pools.by_type.get(ticket.task.task_type)
             if fence is None and pool is not None:  # without a lease, the record was waiting in the store
                 pool.remove_spilled(ticket.task.priority)
