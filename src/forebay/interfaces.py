@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol
@@ -351,7 +352,9 @@ class TaskStore(Protocol):
         """Count a start of the handler. Return False if the lease is lost, so that the handler must not start."""
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
-        """Extend `leases` to `until`, and return those that are lost. It shortens none.
+        """Let `leases` last until `until`, and return those that are lost.
+
+        That may be earlier than before, if the wall clock was set back.
 
         It blocks, and may be called from any thread, so that a blocked event loop does not lose leases.
         """
@@ -369,8 +372,13 @@ class TaskStore(Protocol):
             False if it was in another state, and nothing was written.
         """
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
         """Release every lease whose `until` is before `now`; one that lasts until `now` is still held.
+
+        Args:
+            now: epoch seconds.
+            max_attempts: starts of a handler, over lost leases, after which a record is dead.
+            latest: also release leases whose `until` is after that: they are from before the wall clock was set back.
 
         Returns:
             The records with `max_attempts` starts: these became DEAD instead, with a completion of status FAILED.

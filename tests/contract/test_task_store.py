@@ -467,12 +467,26 @@ async def test_a_renewed_lease_does_not_expire(store: TaskStore, record: MakeRec
     assert await state(store, "a") is RecordState.WAITING
 
 
-async def test_renew_shortens_no_lease(store: TaskStore, record: MakeRecord, take: Take) -> None:
-    await store.put(record("a"))
-    (lease,) = await take(until=20.0)
-    await renew(store, [lease], until=5.0)
-    await store.reap(now=10.0, max_attempts=3)
+async def test_a_renewed_lease_may_end_earlier_than_before(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    leases = await take(2, until=20.0)
+    await renew(store, leases[:1], until=5.0)
+    await store.reap(now=5.0, max_attempts=3)
     assert await state(store, "a") is RecordState.LEASED
+    await store.reap(now=10.0, max_attempts=3)
+    assert await state(store, "a") is RecordState.WAITING
+    assert await state(store, "b") is RecordState.LEASED
+
+
+async def test_a_lease_that_ends_later_than_any_can_is_reaped(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    near, far = [(await take(1, until=until))[0] for until in (20.0, 3600.0)]
+    await store.reap(now=10.0, max_attempts=3, latest=3600.0)
+    assert await state(store, far.record.task_id) is RecordState.LEASED
+    await store.reap(now=10.0, max_attempts=3, latest=100.0)
+    assert await state(store, far.record.task_id) is RecordState.WAITING
+    assert await state(store, near.record.task_id) is RecordState.LEASED
+    assert list(await renew(store, [near, far], until=30.0)) == [far]
 
 
 @pytest.mark.blocks  # as a handler may

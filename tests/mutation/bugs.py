@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
-from forebay import BackpressureSupervisor, _hooks, errors
+from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker
@@ -37,11 +37,14 @@ from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
 from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.lookup import StoreLookup
+from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
-from forebay.task import Priority, TaskResult, TaskStatus
+from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 from forebay.upstream import call_flow
 from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
@@ -247,6 +250,22 @@ def a_task_whose_write_is_not_answered_never_ends() -> None:
 
 def closing_starts_what_waits() -> None:
     skip(Drain._run, QueueSpill.empty_queue)
+
+
+def a_ticket_asked_for_by_id_has_no_deadline() -> None:
+    skip(StoreLookup._find, Ticket.restore)
+
+
+def deadlines_follow_the_wall_clock() -> None:
+    replace(Deadline, Deadline.remaining, lambda self: self.at - clock.wall_time())
+
+
+def leases_are_valid_by_the_wall_clock() -> None:
+    replace(HeldLeases, HeldLeases.is_valid, lambda self, task_id: clock.wall_time() < self._held[task_id].lease.until)
+
+
+def a_clock_that_was_set_is_not_noticed() -> None:
+    always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
 
 
 def nobody_looks_whether_the_file_is_still_there() -> None:

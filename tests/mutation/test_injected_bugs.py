@@ -15,6 +15,7 @@ from tests.acceptance import (
     test_bad_input,
     test_budget_attacks,
     test_call_conservation,
+    test_clock_steps,
     test_drain,
     test_ending,
     test_events,
@@ -29,6 +30,7 @@ from tests.acceptance import (
     test_shared_overflow,
     test_slot,
     test_stored_text,
+    test_stored_tickets,
     test_submitting,
     test_upstream,
     test_upstream_retries,
@@ -38,6 +40,7 @@ from tests.mutation import bugs
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
+from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream.accounts import test_bypass, test_decisions, test_guarded_limit, test_spend, test_tables
 from tests.unit.upstream.providers import test_endpoints
 
@@ -99,6 +102,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
     ),
     bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
+    bugs.a_ticket_asked_for_by_id_has_no_deadline: (
+        test_stored_tickets.test_a_ticket_that_was_asked_for_too_late_expires_at_once
+    ),
+    bugs.deadlines_follow_the_wall_clock: (
+        test_clock_steps.test_a_task_that_runs_past_its_deadline_expires_then_and_its_worker_is_not_blamed
+    ),
+    bugs.leases_are_valid_by_the_wall_clock: (
+        test_held_leases.test_a_lease_lasts_as_long_whatever_the_wall_clock_is_set_to
+    ),
+    bugs.a_clock_that_was_set_is_not_noticed: test_clock_steps.test_what_runs_is_not_given_to_another_process,
     bugs.nobody_looks_whether_the_file_is_still_there: (
         test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
@@ -153,8 +154,8 @@ class UnreliableStore:
             self._acknowledged.ended[task_id] += 1
         return finished
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        dead = await self._call(self._inner.reap(now=now, max_attempts=max_attempts))
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
+        dead = await self._call(self._inner.reap(now=now, max_attempts=max_attempts, latest=latest))
         self._acknowledged.ended.update(record.record.task_id for record in dead)
         return dead
 

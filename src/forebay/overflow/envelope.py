@@ -107,7 +107,7 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
         task_id=_exact_str(task.task_id),
         priority=task.priority,
         timeout=None if task.timeout is None else float(task.timeout),
-        deadline=None if task.deadline is None else float(task.deadline.at),
+        deadline=None if task.deadline is None else float(task.deadline.by_wall_clock()),
         spill=bool(task.spill),
         durable=bool(task.durable),
         key=None if task.key is None else _exact_str(task.key),

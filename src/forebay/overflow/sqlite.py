@@ -53,7 +53,7 @@ RETURNING {_ROW}, fence, sequence
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
-_RENEW = BatchStatement(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
+_RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
 _RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3 {_BY_HOLDER}", 3)
 # A waiting row has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
@@ -65,6 +65,7 @@ _FINISH = BatchStatement(
 )
 _MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE sequence = ?"
 _EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
+_TOO_LATE = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until > ? ORDER BY until LIMIT ?"
 _REQUEUE_EXPIRED = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE sequence = ?"
 _OLDEST_DONE = "SELECT sequence FROM task WHERE state = 2 ORDER BY finished_at, sequence"
 _OLDEST_DEAD = "SELECT sequence FROM task WHERE state = 3 ORDER BY finished_at, task_id"
@@ -180,11 +181,11 @@ class SqliteTaskStore:
         item = (task_id, fence, completion.finished_at, _encode(completion))
         return await self._writer.run_batched(self._finish, item)
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD."""
         dead: list[DeadRecord] = []
         while True:
-            count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
+            count, more = await self._writer.run(partial(_reap, now, latest, max_attempts, self._bound))
             dead += more
             if count < _BATCH:
                 return dead
@@ -307,10 +308,11 @@ def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishI
 
 
 def _reap(
-    now: float, max_attempts: int, bound: int, connection: sqlite3.Connection
+    now: float, latest: float, max_attempts: int, bound: int, connection: sqlite3.Connection
 ) -> tuple[int, Sequence[DeadRecord]]:
     """Release a batch of expired leases; return how many there were, and the records that became DEAD."""
     rows = connection.execute(_EXPIRED, (now, _BATCH)).fetchall()
+    rows += connection.execute(_TOO_LATE, (latest, _BATCH - len(rows))).fetchall()
     dead = []
     for row in rows:
         record, sequence = _record(row), row[-1]

@@ -62,7 +62,7 @@ class BackpressureSupervisor:
             more.
         overflow: where tasks that are not admitted wait: ``sqlite:///spill.db``, ``memory://`` or a TaskStore. None:
             they are rejected.
-        lease: seconds that a lease on a stored task lasts unless renewed.
+        lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.

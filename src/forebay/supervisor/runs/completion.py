@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
     Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
-_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and the wall clock may differ when a timer fires
+_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
@@ -101,11 +101,11 @@ class RunCompletion:
 
     def time_out(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
-        if run.deadline is not None and run.deadline.remaining() <= _CLOCK_TOLERANCE:
-            self._pools[run.task.task_type].service_times.record_timeout(self._loop.time() - run.started_at)
+        now, timeout = self._loop.time(), run.task.timeout or run.worker.timeout
+        if run.deadline is not None and now + run.deadline.remaining() <= run.started_at + timeout + _CLOCK_TOLERANCE:
+            self._pools[run.task.task_type].service_times.record_timeout(now - run.started_at)
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
-            timeout = run.task.timeout or run.worker.timeout
             self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
 
     def arm_timeout(self, run: Run) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from forebay.errors import ForebayError, StoreUnavailable, UnknownTask
 from forebay.interfaces import RecordState
 from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket
-from forebay.task import Task
+from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
@@ -58,6 +58,8 @@ class StoreLookup:
             ticket.resolve(missing)
             return
         state, record, completion = found
+        if ticket.lease is None:  # otherwise it has come back meanwhile, and has its task
+            ticket.restore(ticket.task, None if record.deadline is None else Deadline(record.deadline))
         if completion is not None:
             self._stored.apply_stored_completion(ticket, state, record, completion)
         elif self._stored.stays_stored:
@@ -65,6 +67,6 @@ class StoreLookup:
         elif state is RecordState.LEASED and ticket.lease is None:
             self._stored.leave_to_other_process(ticket)
         else:
-            self._stored.hold_weakly(ticket)
+            self._stored.wait_in_store(ticket)
         if ticket.cancel_reason is not None:
             ticket.cancel(ticket.cancel_reason)

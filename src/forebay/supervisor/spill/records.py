@@ -29,7 +29,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         priority=task.priority,
         envelope=envelope,
         enqueued_at=clock.wall_time() if ticket.submitted_at is None else ticket.submitted_at,
-        deadline=None if ticket.deadline is None else ticket.deadline.at,
+        deadline=None if ticket.deadline is None else ticket.deadline.by_wall_clock(),
         key=task.key,
     )
 

@@ -55,9 +55,11 @@ class Spill:
         settings: SupervisorSettings,
     ) -> None:
         self.codecs: TaskCodecs = core.codecs
-        self.stored = StoredTasks(core, dispatcher, store, runs=runs, max_payload_bytes=settings.max_payload_bytes)
         # Seconds that a lease lasts unless renewed. Without end in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
+        self.stored = StoredTasks(
+            core, dispatcher, store, runs=runs, lease=self._lease, max_payload_bytes=settings.max_payload_bytes
+        )
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
