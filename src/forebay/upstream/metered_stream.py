@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -35,6 +36,7 @@ class MeteredStream:
 
     Args:
         settle: releases the permit; takes the end of the answer.
+        judge: returns what an exception that ends the answer says about the provider.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
         detects_truncation: whether a truncated answer can be told from a complete one.
@@ -43,16 +45,18 @@ class MeteredStream:
     Attributes:
         decoded: it returns bytes without that Content-Encoding, since there is usage to remove.
         settled: the permit is released.
+        unread_since: when its reader got the latest part; infinity while it waits for the next one.
     """
 
     __slots__ = (
-        *("_decompressor", "_detects_truncation", "_lock", "_meter", "_output_at", "_run", "_settle", "_usage_filter"),
-        *("decoded", "settled"),
+        *("_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_run", "_settle"),
+        *("__weakref__", "_usage_filter", "decoded", "settled", "unread_since"),
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a stream
         self,
         settle: Callable[[StreamEnd], None],
+        judge: Callable[[Exception], Outcome],
         meter: UsageMeter | BodyMeter | None,
         usage_filter: UsageFilter | None,
         *,
@@ -60,6 +64,7 @@ class MeteredStream:
         encoding: str = "",
     ) -> None:
         self._settle = settle
+        self._judge = judge
         self._meter = meter
         self._decompressor = Decompressor(encoding, line_cost=_LINE_COST if isinstance(meter, UsageMeter) else 0)
         self._usage_filter = usage_filter if self._decompressor.readable else None
@@ -69,6 +74,15 @@ class MeteredStream:
         self._output_at: float | None = None
         self._run = context.call_observer()
         self.settled = False
+        self.unread_since = clock.now()
+
+    def passed_on(self) -> None:
+        """Note that the reader gets a part now."""
+        self.unread_since = clock.now()
+
+    def awaited(self) -> None:
+        """Note that the reader waits for the next part."""
+        self.unread_since = math.inf
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""
@@ -107,9 +121,10 @@ class MeteredStream:
         self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT, ended=True)
         return rest
 
-    def fail(self) -> None:
-        """Note that the connection failed."""
-        self._settle_once(Outcome.FAULT)
+    def fail(self, error: Exception) -> None:
+        """Note that the connection failed, or that the caller stopped waiting: by which exception."""
+        if not self.settled:
+            self._settle_once(self._judge(error))
 
     def abandon(self) -> None:
         """Note that the reader has gone. After the end of the answer this changes nothing."""

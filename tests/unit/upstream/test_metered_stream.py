@@ -24,6 +24,7 @@ class Recorder:
         usage_filter = UsageFilter() if filtered else None
         self.stream = MeteredStream(
             self.settled.append,
+            lambda _: Outcome.FAULT,
             self.meter,
             usage_filter,
             detects_truncation=True,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from forebay import clock
+from forebay.events import log
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
 from forebay.task import Priority
 from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
@@ -75,6 +76,11 @@ class SharedBudget:
         with self._lock:
             return self._tracker.reserved()
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The dollars that the parent's calls hold are the parent's; what was spent stays spent."""
+        self._lock = threading.Lock()
+        self._tracker.drop_reservations()
+
     def is_fresh(self) -> bool:
         """Return whether nothing is spent or reserved, so that another budget in its place would be the same."""
         with self._lock:
@@ -131,6 +137,13 @@ class UpstreamBudgets:
             budgets.append(self._tasks.get(request.task_id, self._new_task_budget))
         return budgets
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._tenants.reset_after_fork()
+        self._tasks.reset_after_fork()
+        for budget in self.all_budgets():
+            budget.reset_after_fork()
+
     def all_budgets(self) -> Sequence[SharedBudget]:
         """Return all budgets that exist now."""
         single = [budget for budget in (self.upstream_budget, self._further_tenants) if budget is not None]
@@ -149,6 +162,9 @@ class UpstreamBudgets:
         del tenant
         if self._further_tenants is None:
             assert self._tenant is not None  # noqa: S101 - tenants have budgets
+            log.warning(
+                "more than %d tenants have spent: others share one budget until its period is over", _MAX_TENANTS
+            )
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
             self._further_tenants = SharedBudget(name, self._tenant)
         return self._further_tenants

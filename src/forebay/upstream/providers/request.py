@@ -20,6 +20,7 @@ _MAX_CHOICES: Final = 128  # as at OpenAI
 _MAX_MODEL: Final = 256  # characters
 _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
+_MINI_IMAGE: Final = 25_501  # tokens of an image on gpt-4o-mini: 2,833 and 5,667 a tile (OpenAI, "Images and vision")
 _SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
 _AUDIO_PART: Final = b'"input_audio"'
 _STORED: Final = re.compile(rb'"(?:file_id|file_url)"\s*:\s*"')
@@ -212,7 +213,11 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         endpoint=route,
         model=model,
         stream=read.stream is True,
-        input_tokens=estimate_tokens(pieces, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
+        input_tokens=estimate_tokens(
+            pieces,
+            bytes_per_token=bytes_per_token,
+            image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
+        ),
         max_output_tokens=_largest_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
