@@ -358,8 +358,10 @@ class Forwarder:
                 raise _CutOff(status)  # an error event would be read as the rest of an unfinished event
             await response.write_eof()
         finally:
-            streaming.reader.abandon()
-            upstream.close()
+            try:
+                streaming.reader.abandon()
+            finally:
+                upstream.close()
         return response, status
 
     def _out_of_files(self, target: Target) -> EarlyResponse:
