@@ -20,7 +20,12 @@ from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker
 from forebay.events import Event, EventBus, Subscription
+from forebay.gateway import forwarded_call
+from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
@@ -57,6 +62,7 @@ from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.call_request import CallOutcome, CallPrice, Permit
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.providers import Usage, UsageMeter, endpoints
+from forebay.upstream.providers.content_encoding import _Inflater
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
 
@@ -430,6 +436,52 @@ def a_retry_ignores_retry_after() -> None:
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+def callers_of_different_keys_share_connections() -> None:
+    always(PooledRequest, PooledRequest.credentials, returns=())
+
+
+def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
+    def is_connected(self: PooledConnection) -> bool:
+        return self.transport is not None
+
+    replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def decompression_ends_with_the_first_member() -> None:
+    original = _Inflater._begin
+
+    def _begin(self: _Inflater, chunk: bytes) -> bytes:
+        return b"" if self._members else original(self, chunk)
+
+    replace(_Inflater, original, _begin)
+
+
+def responses_take_any_memory_together() -> None:
+    always(BodyMemory, BodyMemory.check, returns=None)
+
+
+def what_is_bound_to_fail_again_is_sent_again() -> None:
+    original = ForwardedCall._failed
+
+    def _failed(self: ForwardedCall, permit: Permit, error: Exception, connection: Any) -> Any:
+        result = original(self, permit, error, connection)
+        result.retryable = True
+        return result
+
+    replace(ForwardedCall, original, _failed)
+
+
+def a_process_without_files_blames_its_provider() -> None:
+    def _is_out_of_files(_: object) -> bool:
+        return False
+
+    forwarded_call._is_out_of_files.__code__ = _is_out_of_files.__code__
+
+
+def the_last_callers_are_reset() -> None:
+    always(_Server, _Server.answer_last_requests, returns=None)
 
 
 # --- user code at hooks, and what ended tasks hold ---

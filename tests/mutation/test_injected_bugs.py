@@ -20,6 +20,9 @@ from tests.acceptance import (
     test_ending,
     test_events,
     test_gateway_attacks,
+    test_gateway_connections,
+    test_gateway_end,
+    test_gateway_responses,
     test_hooks,
     test_leases,
     test_lifecycle,
@@ -150,6 +153,21 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
+    bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
+        test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
+    ),
+    bugs.decompression_ends_with_the_first_member: (
+        test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults
+    ),
+    bugs.responses_take_any_memory_together: (
+        test_gateway_responses.test_responses_are_bounded_together_and_pass_without_being_held
+    ),
+    bugs.what_is_bound_to_fail_again_is_sent_again: test_gateway_attacks.test_an_invalid_response_is_a_502,
+    bugs.a_process_without_files_blames_its_provider: (
+        test_gateway_responses.test_a_process_without_files_is_no_fault_of_the_provider
+    ),
+    bugs.the_last_callers_are_reset: (test_gateway_end.test_a_caller_that_is_about_to_send_its_first_request_is_told),
     bugs.sinks_are_called_in_the_middle_of_the_supervisors_work: (
         test_hooks.test_a_sink_that_submits_never_exceeds_the_limit_of_a_worker
     ),
