@@ -35,6 +35,10 @@ class UpstreamCore:
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
+        background: responses whose usage comes later.
+        stored_tokens: how long stored responses are.
+        unpriced_calls: number of calls whose price was not known.
+        is_metered: a budget or a quota was given, so that calls must be readable.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an upstream
@@ -58,6 +62,7 @@ class UpstreamCore:
         self.background = BackgroundResponses()
         self.stored_tokens = StoredTokens()
         self.unpriced_calls = 0
+        self.is_metered = budgets.has_budgets or settings.has_quotas
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
         self._lock = threading.Lock()
@@ -181,11 +186,6 @@ class UpstreamCore:
         advice = "(unmetered='allow' lets such calls pass, and counts them as one request)"
         reason = f"it cannot be counted in a budget or a quota, because {reason} {advice}"
         return CallPrice(unmetered=Unmetered(reason, UNREADABLE))
-
-    @property
-    def is_metered(self) -> bool:
-        """Return whether a budget or a quota was given, so that calls must be readable."""
-        return self.budgets.has_budgets or self.settings.has_quotas
 
     def warn_unmetered(self) -> None:
         """Log, once, that calls over a WebSocket are neither paced nor counted."""

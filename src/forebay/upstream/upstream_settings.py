@@ -54,17 +54,13 @@ class UpstreamSettings:
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
+        self.has_quotas = bool(self.quotas) or any(self.models.values())
         self.max_concurrent = max_concurrent
         self.breaker = breaker or UPSTREAM_RULES
         self.max_wait = max_wait
         self.max_start_wait = max_start_wait
         self.weights = dict(weights or {})
         self._limit = limit
-
-    @property
-    def has_quotas(self) -> bool:
-        """Whether a quota was given for any model."""
-        return bool(self.quotas) or any(self.models.values())
 
     def model_group(self, model: str) -> str:
         """Return the model group of `model`: the longest pattern that matches it, or the model itself.
