@@ -10,9 +10,11 @@ import msgspec
 from forebay.errors import Overloaded
 
 ApiProtocol = Literal["openai", "anthropic"]
+StreamProtocol = Literal["openai", "openai-responses", "anthropic"]
 
 JSON: Final = "application/json"
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
+_SERVER_ERRORS: Final = 500
 _UNMETERED: Final = {"unreadable": 415, "unpriced": 400}  # status of a call that cannot be counted, by its reason
 _PAYMENT, _TIMEOUT, _TOO_LARGE, _TOO_MANY, _BAD_GATEWAY = 402, 408, 413, 429, 502
 
@@ -85,7 +87,9 @@ def error_response(
     return GatewayResponse(status, (("content-type", JSON), no_retry, *headers), body)
 
 
-def capacity_response(protocol: ApiProtocol, code: str, message: str, *, seconds: float) -> GatewayResponse:
+def capacity_response(
+    protocol: ApiProtocol, code: str, message: str, *, seconds: float, limited_by: str | None = None
+) -> GatewayResponse:
     """Return an error for a call that the gateway has no capacity for now, with a Retry-After.
 
     Args:
@@ -93,10 +97,13 @@ def capacity_response(protocol: ApiProtocol, code: str, message: str, *, seconds
         code: for programs.
         message: for a person.
         seconds: until the caller should retry.
+        limited_by: what the gateway lacks, for the header ``x-forebay-limited-by``.
     """
     status = _unavailable(protocol)
-    headers = (("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds))
-    return GatewayResponse(status, headers, _body(protocol, status, code, message))
+    headers = [("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds)]
+    if limited_by is not None:
+        headers.append(("x-forebay-limited-by", limited_by))
+    return GatewayResponse(status, tuple(headers), _body(protocol, status, code, message))
 
 
 def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResponse:
@@ -139,10 +146,17 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     return GatewayResponse(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))
 
 
-def stream_error_event(protocol: ApiProtocol, message: str) -> bytes:
+def stream_error_event(protocol: StreamProtocol, message: str) -> bytes:
     """Return the event that reports an error within a stream that has started."""
-    body = _body(protocol, _BAD_GATEWAY, "forebay_upstream_failed", message)
-    return b"event: error\ndata: " + body + b"\n\n" if protocol == "anthropic" else b"data: " + body + b"\n\n"
+    code = "forebay_upstream_failed"
+    if protocol == "anthropic":
+        return b"event: error\ndata: " + _body("anthropic", _BAD_GATEWAY, code, message) + b"\n\n"
+    body = _body("openai", _BAD_GATEWAY, code, message)
+    if protocol == "openai":
+        return b"data: " + body + b"\n\n"
+    # Some SDKs read the fields of the event, others those of its error. Source: OpenAI's reference of streaming events.
+    event = {"type": "error", "code": code, "message": message, "param": None, "sequence_number": 0}
+    return b"event: error\ndata: " + msgspec.json.encode({**event, **msgspec.json.decode(body)}) + b"\n\n"
 
 
 def _unavailable(protocol: ApiProtocol) -> int:
@@ -156,7 +170,7 @@ def _retry_after(seconds: float) -> tuple[tuple[str, str], ...]:
 
 def _body(protocol: ApiProtocol, status: int, code: str, message: str) -> bytes:
     if protocol == "anthropic":
-        kind = _ANTHROPIC_TYPES.get(status, "api_error")
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < _SERVER_ERRORS else "api_error")
         return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message, "code": code}})
-    kind = _OPENAI_TYPES.get(status, "server_error")
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < _SERVER_ERRORS else "server_error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})

@@ -147,6 +147,12 @@ class BudgetTracker:
         """
         self._close(now, reservation)
 
+    def drop_reservations(self) -> None:
+        """Return all dollars that are reserved. None of the open reservations may be settled after that."""
+        for period in (self._period, self._previous):
+            if period is not None:
+                period.open, period.reserved = 0, 0.0
+
     def spent(self, now: float) -> float:
         """Return the US dollars spent in the present period."""
         return self._present(now).spent

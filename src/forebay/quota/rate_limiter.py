@@ -289,6 +289,10 @@ class RateLimiter:
         if headers:  # an answer without headers says nothing, and must not prolong the moment
             self._quiet_until = now + self._quiet_seconds()
 
+    def is_full(self, now: float) -> bool:
+        """Return whether no quota is used, and no Retry-After runs."""
+        return self._hold_until <= now and all(bucket.is_full(now) for _, bucket, _ in self._buckets())
+
     def levels(self, now: float) -> list[QuotaLevel]:
         """Return what is left of each quota."""
         self._advance(now)

@@ -33,6 +33,11 @@ class BackgroundResponses:
         self._responses: OrderedDict[str, BackgroundResponse] = OrderedDict()
         self._lock = threading.Lock()
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The parent gets the usage of its responses."""
+        self._lock = threading.Lock()
+        self._responses.clear()
+
     def add(self, response_id: str, response: BackgroundResponse) -> None:
         """Remember a response that was created."""
         with self._lock:

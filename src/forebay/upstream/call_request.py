@@ -60,6 +60,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
         unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
+        failed: an attempt of it has failed, so that it is no probe of a breaker.
         asked_at: when it first asked for a permit; set by the account.
     """
 
@@ -72,6 +73,7 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     model: str = ""
     free: bool = False
     retries: int = 0
+    failed: bool = False
     asked_at: float = math.inf
     usd_per_second: float = 0.0
     unmetered: Unmetered | None = None
@@ -134,6 +136,7 @@ class Permit(msgspec.Struct, eq=False):
         breaker_epoch: the epoch of the account's breaker.
         reservation: the requests and tokens that it holds of the quotas.
         spend: the dollars that are held for it, of each budget.
+        account: the account that granted it.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
     """
@@ -144,6 +147,7 @@ class Permit(msgspec.Struct, eq=False):
     breaker_epoch: int
     reservation: QuotaReservation
     spend: Sequence[SpendReservation] = ()
+    account: object = None
     accepted: bool = False
     closed: bool = False
 

@@ -6,16 +6,17 @@ import math
 import threading
 
 from forebay import clock, context
+from forebay._fork import reset_in_child
 from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
+from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.background_responses import BackgroundResponses, StoredTokens
 from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
-from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -30,7 +31,7 @@ class UpstreamCore:
         settings: limits of its accounts.
         budgets: dollars that its calls may spend.
         prices: of its models.
-        retries: of its calls.
+        retry: of its calls.
 
     Attributes:
         profile: how the provider's API works.
@@ -49,7 +50,7 @@ class UpstreamCore:
         settings: UpstreamSettings,
         budgets: UpstreamBudgets,
         prices: Prices,
-        retries: UpstreamRetries,
+        retry: Retry,
     ) -> None:
         self.name = name
         self.provider = provider
@@ -57,8 +58,8 @@ class UpstreamCore:
         self.settings = settings
         self.budgets = budgets
         self.prices = prices
-        self.retries = retries
-        self.accounts = AccountRegistry(settings, budgets, draw=clock.draw)
+        self.retry = retry
+        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
         self.background = BackgroundResponses()
         self.stored_tokens = StoredTokens()
         self.unpriced_calls = 0
@@ -66,6 +67,17 @@ class UpstreamCore:
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
         self._lock = threading.Lock()
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The child has no calls under way, and what the parent has spent and learned counts on.
+
+        Each process has the limits for itself from then on: nothing is shared between them.
+        """
+        self._lock = threading.Lock()
+        self.budgets.reset_after_fork()
+        self.accounts.reset_after_fork()
+        self.background.reset_after_fork()
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Final, Generic, TypeVar
 from weakref import WeakValueDictionary
 
+from forebay._fork import reset_in_child
+
 KeyT = TypeVar("KeyT", bound=Hashable)
 ValueT = TypeVar("ValueT")
 
@@ -28,7 +30,7 @@ class WeakLRU(Generic[KeyT, ValueT]):
             least recently used one is dropped all the same.
     """
 
-    __slots__ = ("_all", "_capacity", "_expendable", "_latest", "_lock", "_overflow")
+    __slots__ = ("__weakref__", "_all", "_capacity", "_expendable", "_latest", "_lock", "_overflow")
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class WeakLRU(Generic[KeyT, ValueT]):
         self._expendable = expendable
         self._overflow = overflow
         self._lock = threading.Lock()
+        reset_in_child(self)
         self._latest: OrderedDict[KeyT, ValueT] = OrderedDict()
         self._all: WeakValueDictionary[KeyT, ValueT] = WeakValueDictionary()  # in the order in which they were made
 
@@ -60,6 +63,10 @@ class WeakLRU(Generic[KeyT, ValueT]):
                 value = self._all[key] = make(key)
             self._latest[key] = value
         return value
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._lock = threading.Lock()
 
     def holds(self, key: KeyT) -> bool:
         """Return whether there is a value of `key`, even one that is only held elsewhere."""

@@ -76,6 +76,11 @@ class SharedBudget:
         with self._lock:
             return self._tracker.reserved()
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The dollars that the parent's calls hold are the parent's; what was spent stays spent."""
+        self._lock = threading.Lock()
+        self._tracker.drop_reservations()
+
     def is_fresh(self) -> bool:
         """Return whether nothing is spent or reserved, so that another budget in its place would be the same."""
         with self._lock:
@@ -131,6 +136,13 @@ class UpstreamBudgets:
         if self._task is not None and request.task_id is not None:
             budgets.append(self._tasks.get(request.task_id, self._new_task_budget))
         return budgets
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._tenants.reset_after_fork()
+        self._tasks.reset_after_fork()
+        for budget in self.all_budgets():
+            budget.reset_after_fork()
 
     def all_budgets(self) -> Sequence[SharedBudget]:
         """Return all budgets that exist now."""

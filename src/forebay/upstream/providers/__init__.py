@@ -10,10 +10,11 @@ from forebay.upstream.providers.rate_limit_headers import read_rate_limits, read
 from forebay.upstream.providers.request import ProviderRequest
 from forebay.upstream.providers.rewrite import depends_on_stored_state, path_with_model, with_model
 from forebay.upstream.providers.usage import Usage
-from forebay.upstream.providers.usage_meter import UsageMeter, read_response
+from forebay.upstream.providers.usage_meter import BodyMeter, UsageMeter, read_response
 
 __all__ = [
     "Billing",
+    "BodyMeter",
     "Endpoint",
     "ErrorKind",
     "Headers",

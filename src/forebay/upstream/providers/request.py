@@ -13,6 +13,7 @@ import msgspec
 from forebay.upstream.providers.endpoints import Billing, Endpoint, EndpointRule, find_rule
 from forebay.upstream.providers.estimate import estimate_tokens
 from forebay.upstream.providers.http_headers import SIGNATURE_HEADERS, normalize_headers
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _MAX_TOKENS: Final = 10**9  # a larger bound is ignored
 _MAX_CHOICES: Final = 128  # as at OpenAI
@@ -319,10 +320,12 @@ def _read_body(headers: Mapping[str, str], body: bytes) -> tuple[_RequestBody | 
     content_type = headers.get("content-type", "").lower()
     if "charset" in content_type and not any(charset in content_type for charset in _CHARSETS):
         return None, "its body is not in UTF-8: encode it so"
-    try:
-        return _decoder.decode(body), ""
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None, "its body is not a JSON object in UTF-8: send it as one"
+    for text in (body, replace_lone_surrogates(body)):
+        try:
+            return _decoder.decode(text), ""
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            continue
+    return None, "its body is not a JSON object in UTF-8: send it as one"
 
 
 def _spoken(text: msgspec.Raw) -> int:

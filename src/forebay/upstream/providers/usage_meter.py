@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from forebay.upstream.providers.classify import ErrorKind, classify_stream_error
-from forebay.upstream.providers.content_encoding import Decompressor
+from forebay.upstream.providers.content_encoding import BodyEnd
 from forebay.upstream.providers.event_stream import EventStreamParser
 from forebay.upstream.providers.usage import Usage, read_usage
 
@@ -110,6 +110,41 @@ def _read_tail(body: bytes) -> WholeResponse:
     return WholeResponse(read_usage(usage))
 
 
+class BodyMeter:
+    """A meter of one JSON response that is passed on as it arrives, since it is too large to be held in memory.
+
+    Attributes:
+        complete: whether the response has ended.
+        error_kind: of an error reported within the response, or None.
+        usage: None if the response does not report it at its end, or has not ended.
+        response_id: by which it can be fetched later, or None.
+        model: that has answered, or None.
+        has_output: False; of JSON, the begin says nothing.
+        readable: True; of JSON, HTTP tells whether it was cut off.
+    """
+
+    __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage")
+    has_output = False
+    readable = True
+
+    def __init__(self) -> None:
+        self._end = BodyEnd(4 * _TAIL)
+        self.complete = False
+        self.error_kind: ErrorKind | None = None
+        self.usage: Usage | None = None
+        self.response_id: str | None = None
+        self.model: str | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
+        self._end.feed(chunk)
+
+    def end(self) -> None:
+        """Note that the response has ended. Feeding more is not allowed."""
+        self.usage, self.error_kind, self.response_id, self.model = read_response(self._end.read())
+        self.complete = True
+
+
 class UsageMeter:
     """A meter of one stream of events (``text/event-stream``): it is fed the bytes, and knows the usage.
 
@@ -121,7 +156,6 @@ class UsageMeter:
 
     Args:
         input_tokens: estimated, for a provider that does not report them.
-        encoding: its Content-Encoding; gzip and deflate are decompressed, and no other is read.
 
     Attributes:
         complete: whether the response ended properly; a stream that was cut off did not.
@@ -131,35 +165,40 @@ class UsageMeter:
     """
 
     __slots__ = (
-        *("_characters", "_decompressor", "_events", "_input_tokens", "_open_choices", "_pieces", "_reported"),
-        *("_searches", "_tier", "complete", "error_kind", "model", "response_id"),
+        *("_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_recognized", "_reported"),
+        *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
     )
 
-    def __init__(self, *, input_tokens: int = 0, encoding: str = "") -> None:
+    def __init__(self, *, input_tokens: int = 0) -> None:
         self.complete = False
         self.error_kind: ErrorKind | None = None
         self._events = EventStreamParser()
-        self._decompressor = Decompressor(encoding)
         self._input_tokens = input_tokens
         self._reported: Usage | None = None
         self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
         self._characters = 0
+        self._recognized = False  # an event of a known form
+        self._unknown = False  # an event of another form
         self._tier: str | None = None
         self._searches = {_WEB_SEARCH: 0, _FILE_SEARCH: 0}
         self.response_id: str | None = None
         self.model: str | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """Read the next bytes of the response, a piece of any size."""
-        for content in self._decompressor.feed(chunk):
-            for event in self._events.feed(content):
-                self._event(event)
+        """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
+        for event in self._events.feed(chunk):
+            self._event(event)
 
     def end(self) -> None:
         """Note that the response has ended, properly or not. Feeding more is not allowed."""
         for event in self._events.end():
             self._event(event)
+
+    @property
+    def readable(self) -> bool:
+        """Return whether its events are of a known form, or it has none: of others no end can be recognized."""
+        return self._recognized or not self._unknown
 
     @property
     def output_tokens(self) -> int:
@@ -168,11 +207,6 @@ class UsageMeter:
         if reported and self.complete:
             return reported
         return max(reported, self._pieces, self._characters // _CHARACTERS_PER_TOKEN)
-
-    @property
-    def readable(self) -> bool:
-        """Return whether its Content-Encoding can be read."""
-        return self._decompressor.readable
 
     @property
     def has_output(self) -> bool:
@@ -204,14 +238,17 @@ class UsageMeter:
 
     def _event(self, data: bytes) -> None:
         if data == b"[DONE]":
-            self.complete = True
+            self.complete = self._recognized = True
             return
         try:
             event = msgspec.json.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError):
+            self._unknown = True
             return
         if not isinstance(event, dict):
+            self._unknown = True
             return
+        self._recognized = True
         kind = event.get("type")
         if isinstance(kind, str):
             self._typed(kind, event)

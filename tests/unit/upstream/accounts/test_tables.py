@@ -11,6 +11,7 @@ import pytest
 from forebay import clock
 from forebay.interfaces import Charge, Outcome
 from forebay.quota import Budget, Quota
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.testing import virtual
 from forebay.upstream.accounts import account_registry, spend
@@ -114,7 +115,7 @@ def test_of_tasks_the_one_whose_last_call_is_longest_ago_is_forgotten() -> None:
 
 def registry_of(*quotas: Quota) -> AccountRegistry:
     settings = UpstreamSettings("llm", models={"spent": quotas}, quotas=quotas)
-    return AccountRegistry(settings, UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
+    return AccountRegistry(settings, UpstreamBudgets("llm", None, None, None), Retry(), draw=lambda: 0.0)
 
 
 def use(account: SharedAccount) -> None:
