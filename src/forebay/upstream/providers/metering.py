@@ -58,6 +58,8 @@ def find_unpriced(request: ProviderRequest) -> str:
         return request.billing_reason
     if request.background and request.max_output_tokens is None:
         return "a response in the background is paid before its usage is known: give it max_output_tokens"
+    if request.stored_prompt:
+        return "it names a stored prompt, whose tools and input are not told: send them in the request"
     if request.endpoint is Endpoint.IMAGES and request.stream and request.choices > 1:
         return "a stream of several images does not report their usage together"
     return _find_unpriced_tool(bytes(request.tools)) if request.tools else ""

@@ -67,6 +67,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         asks_for_audio: whether it asks for sound.
         previous_response_id: of the stored response that it continues, or None.
         conversation: whether it continues a conversation that the provider stores.
+        stored_prompt: whether it names a prompt that the provider stores.
         content: its messages or other input, as JSON, or empty.
         tools: as JSON, or empty.
     """
@@ -93,6 +94,7 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     asks_for_audio: bool = False
     previous_response_id: str | None = None
     conversation: bool = False
+    stored_prompt: bool = False
     content: msgspec.Raw = _NOTHING
     tools: msgspec.Raw = _NOTHING
 
@@ -232,6 +234,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
         conversation=read.conversation is not None,
+        stored_prompt=route is Endpoint.RESPONSES and bytes(read.prompt).startswith(b"{"),
         content=read.messages or read.input,
         tools=read.tools,
     )
