@@ -78,6 +78,7 @@ class UpstreamCore:
         self.budgets.reset_after_fork()
         self.accounts.reset_after_fork()
         self.background.reset_after_fork()
+        self.stored_tokens.reset_after_fork()
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
