@@ -202,7 +202,7 @@ class Exchange:
     def open_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
         """Return the same for a stream that a user reads, who may drop it unread."""
         stream = self.metered_stream(permit, headers, encoding=encoding)
-        self.account.add_open_answer(stream)
+        stream.on_abandoned = self.account.add_open_answer(stream)
         return stream
 
     def _judge_break(self, permit: Permit, error: Exception) -> Outcome:
