@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class CallObserver(Protocol):
-    """A run that reports its calls to its supervisor, which learns from them which load sources it depends on.
+    """A run that reports its calls to its supervisor, which learns from them which load sources it depends on."""
 
-    Attributes:
-        rejections: the final rejections of its calls, by source; its further calls of that source fail at once.
-    """
+    def rejection_by(self, by: object) -> Overloaded | None:
+        """Return the error with which a call fails at once, because `by` rejected an earlier call of the run for good.
 
-    rejections: dict[object, Overloaded] | None
+        None if it rejected none, or once the time has passed after which that call could come back.
+        """
 
     def record_call(self, source: LoadSource) -> None:
         """Note that the run calls `source`; the other runs of its worker depend on it too. Callable from any thread."""

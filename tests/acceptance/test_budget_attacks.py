@@ -420,6 +420,29 @@ async def test_what_is_stored_elsewhere_is_reserved(body: dict[str, Any]) -> Non
 
 
 @virtual
+async def test_a_stream_that_is_left_pays_for_what_was_sent_unseen() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(id="resp_1", usage={"input_tokens": 10_000, "output_tokens": 10_000}))
+    await post(script, upstream, "/responses", model="gpt-4o", input="x", max_output_tokens=1)
+    before = spent(upstream)
+    script.replies = [Reply.stream(chunk(type="response.created"), *words("x"), pause=1.0)]
+    asked = {"model": "gpt-4o", "input": "x", "stream": True, "max_output_tokens": 1, "previous_response_id": "resp_1"}
+    async with script.client(upstream).stream("POST", OPENAI + "/responses", json=asked) as response:
+        await anext(response.aiter_raw())
+    assert spent(upstream) - before == pytest.approx(0.05, rel=0.01)
+
+
+@virtual
+async def test_an_image_that_is_left_is_paid() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply.stream(chunk(type="image_generation.partial_image"), *words("x"), pause=1.0))
+    asked = {"model": "gpt-image-1", "prompt": "a dam", "stream": True}
+    async with script.client(upstream).stream("POST", OPENAI + "/images/generations", json=asked) as response:
+        await anext(response.aiter_raw())
+    assert spent(upstream) == pytest.approx(0.4, rel=0.01)
+
+
+@virtual
 async def test_a_dearer_model_that_answers_is_paid() -> None:
     upstream = upstream_of()
     usage = {"prompt_tokens": 100_000, "completion_tokens": 0}

@@ -217,6 +217,7 @@ async def test_a_foreign_web_page_is_rejected(harness: GatewayHarness) -> None:
             {"origin": "https://evil.example"},
             {"origin": "https://localhost.evil.example"},
             {"origin": "null"},
+            {"sec-fetch-site": "cross-site"},
         ):
             for path in ("/v1/chat/completions", "/metrics", "/healthz"):
                 status, _, body = await harness.post(gateway, path, headers=headers)
@@ -421,7 +422,7 @@ async def test_expect_100_continue_is_answered(harness: GatewayHarness) -> None:
     "body",
     [
         b"", b"null", b"[]", b'"{}"', b"{", b"{}{}", b"{'model': 1}", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1,}',
-        b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b'{"a": "\\ud800"}',
+        b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b'{"a": "\\ud800}', b'["\\ud800"]',
         b'{"a": "\x00"}', "{}".encode("utf-16"), b"[" * 100_000,
         b'{"a":' * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"\x1f\x8b\x08\x00", b"model=gpt-4o",
     ],
@@ -440,6 +441,7 @@ async def test_a_body_that_is_not_a_json_object_is_a_400(harness: GatewayHarness
     "body",
     [
         b'{"model": "a", "model": "b"}', b'{"model": 7}', b'{"max_tokens": 1' + b"0" * 4_000 + b"}", b'{"n": -1}',
+        b'{"a": "\\ud800"}', b'{"messages": [{"content": "\\udfff"}], "model": "\\ud83d"}',
         b'{"messages": {"a": [[[]]]}, "stream": "yes"}', b'{"temperature": 1e308}',
         b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}",
     ],

@@ -9,34 +9,49 @@ from __future__ import annotations
 import ast
 import asyncio
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
+from forebay import BackpressureSupervisor, _hooks, clock, errors
+from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
+from forebay.events import Event, EventBus, Subscription
 from forebay.gateway.request_validator import RequestValidator
-from forebay.interfaces import Completion, Outcome, PutResult, TaskRecord
+from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
 from forebay.retry import RetryBudget, RetryState
-from forebay.supervisor.admission_controller import AdmissionController
+from forebay.storage.file_watch import FileWatch
+from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.dispatcher import Dispatcher
+from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
+from forebay.supervisor.queue_spill import QueueSpill
+from forebay.supervisor.runs import slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
+from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.lookup import StoreLookup
+from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Priority, TaskStatus
+from forebay.supervisor.worker_starts import WorkerStarts
+from forebay.task import Deadline, Priority, TaskResult, TaskStatus
 from forebay.upstream import call_flow, sdk_exceptions
 from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.shared_account import SharedAccount
@@ -221,6 +236,63 @@ def a_start_is_not_recorded() -> None:
 
 def new_work_overtakes_spilled_work() -> None:
     always(Pool, Pool.spilled_ahead, returns=0)
+
+
+# --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
+
+
+def waiting_tasks_are_moved_one_commit_each() -> None:
+    original = QueueSpill._write
+
+    async def write(self: QueueSpill, batch: dict[Ticket, bytes]) -> None:
+        for ticket, envelope in batch.items():
+            await original(self, {ticket: envelope})
+
+    replace(QueueSpill, original, write)
+
+
+def a_task_whose_write_is_not_answered_never_ends() -> None:
+    skip(Drain._run, QueueSpill.abandon)
+
+
+def closing_starts_what_waits() -> None:
+    skip(Drain._run, QueueSpill.empty_queue)
+
+
+def a_ticket_asked_for_by_id_has_no_deadline() -> None:
+    skip(StoreLookup._find, Ticket.restore)
+
+
+def deadlines_follow_the_wall_clock() -> None:
+    replace(Deadline, Deadline.remaining, lambda self: self.at - clock.wall_time())
+
+
+def leases_are_valid_by_the_wall_clock() -> None:
+    replace(HeldLeases, HeldLeases.is_valid, lambda self, task_id: clock.wall_time() < self._held[task_id].lease.until)
+
+
+def a_clock_that_was_set_is_not_noticed() -> None:
+    always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
+
+
+def nobody_looks_whether_the_file_is_still_there() -> None:
+    always(FileWatch, FileWatch.find_change, returns=None)
+
+
+def the_text_of_an_error_is_stored_as_it_came() -> None:
+    error_text.__code__ = (lambda text: text).__code__
+
+
+def an_orderly_stop_counts_as_a_crash() -> None:
+    original = SqliteTaskStore.release
+
+    async def release(self: SqliteTaskStore, leases: Sequence[Lease]) -> None:
+        counted = [msgspec.structs.replace(each.record, attempts=each.record.attempts + 1) for each in leases]
+        await original(
+            self, [msgspec.structs.replace(each, record=record) for each, record in zip(leases, counted, strict=True)]
+        )
+
+    replace(SqliteTaskStore, original, release)
 
 
 # --- spend and quotas ---
@@ -450,3 +522,111 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+# --- user code at hooks, and what ended tasks hold ---
+
+
+def sinks_are_called_in_the_middle_of_the_supervisors_work() -> None:
+    def emit(self: EventBus, event: Event) -> None:
+        for name, sink in self._sinks:
+            _hooks.call_plain_hook(name, sink, event)
+
+    replace(EventBus, EventBus.emit, emit)
+
+
+def a_hook_that_raises_stops_its_caller() -> None:
+    def call_hook(what: str, hook: Any, *arguments: Any) -> Any:
+        return hook(*arguments)
+
+    _hooks.call_hook.__code__ = call_hook.__code__
+
+
+def ctrl_c_is_taken_for_a_failure() -> None:
+    def raise_again_if_interrupt(error: BaseException | None) -> None:
+        """Do nothing."""
+
+    _hooks.raise_again_if_interrupt.__code__ = raise_again_if_interrupt.__code__
+
+
+def a_cancelled_await_goes_on_without_its_slot() -> None:
+    async def _wait_for_slot(run: Run, granted: asyncio.Future[None]) -> None:
+        await granted
+
+    slot_loans._wait_for_slot.__code__ = _wait_for_slot.__code__
+
+
+def a_slot_that_was_ended_at_once_raises_a_bare_cancellation() -> None:
+    always(Slot, Slot._was_stopped, returns=False)
+
+
+def only_one_reader_of_a_subscription_is_woken() -> None:
+    def _wake(self: Subscription) -> None:
+        if self._waiters and not self._waiters[-1].done():
+            self._waiters[-1].set_result(None)
+
+    replace(Subscription, Subscription._wake, _wake)
+
+
+def a_worker_takes_tasks_before_its_handler_has_started() -> None:
+    original = WorkerAgent.can_accept
+
+    def can_accept(self: WorkerAgent) -> bool:
+        ready, self.ready = self.ready, True
+        accepts = original(self)
+        self.ready = ready
+        return accepts
+
+    replace(WorkerAgent, original, can_accept)
+
+
+def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
+    always(WorkerStarts, WorkerStarts._end_waiting, returns=None)
+
+
+def closing_ignores_a_start_in_progress() -> None:
+    original = BackpressureSupervisor._close
+
+    async def _close(self: BackpressureSupervisor, dispatcher: Dispatcher) -> None:
+        self._starting = None
+        await original(self, dispatcher)
+
+    replace(BackpressureSupervisor, original, _close)
+
+
+def the_first_caller_of_a_key_takes_the_task_with_it() -> None:
+    original = _Undecided.wait
+
+    async def wait(self: _Undecided) -> None:
+        try:
+            await original(self)
+        except asyncio.CancelledError:
+            self._ticket.cancel("its submitter has gone")
+            raise
+
+    replace(_Undecided, original, wait)
+
+
+def an_ended_task_holds_what_its_handler_held() -> None:
+    def without_cause(self: Ticket, result: TaskResult) -> Ticket:
+        return self
+
+    replace(Ticket, Ticket.without_cause, without_cause)
+
+
+def ended_tasks_are_kept_whatever_their_size() -> None:
+    always(Ticket, Ticket.measure, returns=None)
+
+
+def a_stored_error_is_raised_again_itself() -> None:
+    def fresh_copy(error: Any) -> Any:
+        return error
+
+    errors.fresh_copy.__code__ = fresh_copy.__code__
+
+
+def a_limit_that_raises_costs_a_permit() -> None:
+    def observe(self: GuardedLimit, now: float, grant: Any, outcome: Outcome, **options: Any) -> None:
+        self._guarded.observe(now, grant, outcome, **options)
+
+    replace(GuardedLimit, GuardedLimit.observe, observe)

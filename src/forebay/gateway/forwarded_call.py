@@ -27,8 +27,8 @@ from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
-from forebay.upstream.metered_stream import MeteredStream
-from forebay.upstream.providers import Endpoint, Headers, Usage
+from forebay.upstream.metered_stream import MeteredStream, StreamEnd
+from forebay.upstream.providers import BodyMeter, Endpoint, Headers, Usage, UsageMeter
 from forebay.upstream.providers.content_encoding import decompress_end
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
@@ -215,6 +215,20 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        try:
+            result = await self._attempt(permit)
+        except BaseException:
+            self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
+            raise
+        if not result.streaming:  # else it is counted at the end of the stream
+            self._metrics.count_attempt(self.core.name, result.outcome.kind)
+        return result
+
+    def _settle_stream(self, permit: Permit, meter: UsageMeter | BodyMeter | None, end: StreamEnd) -> None:
+        self._metrics.count_attempt(self.core.name, end.kind)
+        super()._settle_stream(permit, meter, end)
+
+    async def _attempt(self, permit: Permit) -> AttemptResult:
         response: aiohttp.ClientResponse | None = None
         connection: ResponseHandler | None = None
         try:

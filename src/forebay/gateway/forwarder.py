@@ -15,7 +15,8 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
-from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, read_client_timeouts
+from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader
+from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -41,6 +42,7 @@ from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.upstream.providers import Endpoint, Headers
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _JSON_ENDPOINTS: Final = frozenset(
     {
@@ -100,11 +102,12 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
-        self.metrics = GatewayMetrics(self.targets)
+        self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
         self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
         self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
         self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = RequestValidator(
             max_header_bytes=settings.max_header_bytes,
             local_only=settings.address.loopback and not settings.has_token,
@@ -236,7 +239,16 @@ class Forwarder:
         try:
             async with self._abortable_block():
                 call = await self._read_call(request, headers, destination, body, held)
-                answer = await self._call(call, destination.target)
+                started = clock.now()
+                try:
+                    answer = await self._call(call, destination.target)
+                except asyncio.CancelledError:
+                    if not self.draining:
+                        now = clock.now()
+                        self._client_timeouts.record_hang_up(now, headers, now - started)
+                    raise
+                now = clock.now()
+                self._client_timeouts.record_answer(now, headers, now - started)
         except TimeoutError:
             raise _draining_response(destination.target.protocol) from None
         if isinstance(answer, StreamingResponse):
@@ -288,13 +300,14 @@ class Forwarder:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
             raise self._body_memory_full(target) from None
-        timeouts = read_client_timeouts(headers)
+        now = clock.now()
+        timeouts = self._client_timeouts.read(now, headers)
         incoming = IncomingRequest(
             method=request.method,
             raw_headers=request.raw_headers,
             headers=headers,
             body=body,
-            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, clock.now() + timeouts.max_wait)),
+            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
         )
         call = ForwardedCall(
@@ -396,7 +409,7 @@ def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None
         raise EarlyResponse(error_response(protocol, 400, "forebay_websocket", message), close=True)
     if parsed.endpoint in _JSON_ENDPOINTS and not parsed.signed and not parsed.input_tokens:
         try:  # no input was found: is the body valid at all?
-            _object.decode(body)
+            _object.decode(replace_lone_surrogates(body))
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = f"the body is not a JSON object: {error}"
             raise EarlyResponse(error_response(protocol, 400, "forebay_bad_json", message)) from None

@@ -283,6 +283,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         body_timeout: seconds for the body of a request to arrive.
         send_timeout: seconds after which a caller that takes nothing of its response is disconnected.
         drain_timeout: seconds for calls in progress to end when the gateway stops.
+        client_timeout: seconds that a caller is assumed to wait for its answer if nothing tells how long.
+        max_metrics_accounts: accounts of each target with gauges of their own in ``/metrics``, the busiest ones.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -302,6 +304,8 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     body_timeout: float = 60.0
     send_timeout: float = 60.0
     drain_timeout: float = 30.0
+    client_timeout: float = 300.0
+    max_metrics_accounts: int = 100
 
     def __post_init__(self) -> None:
         self._check_targets()
@@ -310,10 +314,12 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         if address is None:
             self._reject("listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
         self._check_whole("max_body_bytes", "max_held_bytes", "max_held_response_bytes")
-        self._check_whole("max_header_bytes", "max_connections")
+        self._check_whole("max_header_bytes", "max_connections", "max_metrics_accounts")
         if self.max_held_bytes < self.max_body_bytes:
             self._reject("max_held_bytes", f"at least max_body_bytes ({self.max_body_bytes:,}), to hold one such body")
-        self._check_positive("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", unit="seconds")
+        self._check_positive(
+            *("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", "client_timeout"), unit="seconds"
+        )
         self._check_token(address)
 
     def _check_targets(self) -> None:

@@ -3,14 +3,7 @@
 from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import BilledUsage, Price, Prices
 from forebay.quota.quota import Quota
-from forebay.quota.rate_limiter import (
-    QuotaDelay,
-    QuotaHeadroom,
-    QuotaLevel,
-    QuotaReservation,
-    RateLimiter,
-    new_buckets,
-)
+from forebay.quota.rate_limiter import QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
 
 __all__ = [
     "BilledUsage",
@@ -26,5 +19,4 @@ __all__ = [
     "QuotaReservation",
     "RateLimiter",
     "check_dollars",
-    "new_buckets",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from forebay._text import format_duration
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
 
 T = TypeVar("T")
+
+_LOOP_CHECK_INTERVAL = 1.0  # seconds
 
 
 class PortalSupervisor(Protocol):
@@ -76,10 +79,14 @@ class PortalTicket:
     def result(self, timeout: float | None = None) -> TaskResult:
         """Wait for the task to end, for at most `timeout` seconds; after that the task goes on.
 
+        The result of a task that has ended is there after the portal has closed, too.
+
         Raises:
             Overloaded: it was rejected.
             TimeoutError: it has not ended in time.
         """
+        if self._ticket.done():
+            return self._ticket.outcome()
 
         async def ended() -> TaskResult:
             async with asyncio.timeout(timeout):
@@ -94,6 +101,8 @@ class PortalTicket:
 
     def cancel(self) -> bool:
         """Cancel the task; return False if it had ended already."""
+        if self._ticket.done():
+            return False
 
         async def cancel() -> bool:
             return self._ticket.cancel()
@@ -146,6 +155,7 @@ class Portal:
         # The caller's context is copied, so that a nested task knows its parent.
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
+            _wait_until_done(future, loop)
             return future.result()
         except BaseException:
             future.cancel()  # the caller has gone (Ctrl-C); no effect if the work has ended
@@ -188,3 +198,14 @@ class Portal:
             self._failure = exc
         finally:
             ready.set()
+
+
+def _wait_until_done(future: Future[Any], loop: asyncio.AbstractEventLoop) -> None:
+    """Wait for work that was passed to `loop`.
+
+    Raises:
+        SupervisorClosed: the loop was closed in the moment of the call, and has dropped the work.
+    """
+    while not wait((future,), timeout=_LOOP_CHECK_INTERVAL).done:
+        if loop.is_closed():
+            raise SupervisorClosed(state="closed")

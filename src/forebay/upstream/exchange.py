@@ -74,6 +74,7 @@ class Exchange:
         "_original_body",
         "_path",
         "_retry_after",
+        "_sent_tokens",
         "_status",
         "account",
         "api_key",
@@ -109,6 +110,7 @@ class Exchange:
         charge = profile.estimate_charge(
             parsed, output_tokens=estimates.output_tokens, input_ratio=estimates.input_ratio
         )
+        self._sent_tokens = charge.input_tokens
         price = self._price(body) if core.is_metered else CallPrice()
         if caller is None:
             self.call_request = core.request(model, charge, free=parsed.free, price=price)
@@ -137,6 +139,7 @@ class Exchange:
             input_ratio=estimates.input_ratio,
             continued_tokens=core.stored_tokens.get(parsed.previous_response_id),
         )
+        self._sent_tokens = max(self._sent_tokens, usage.input_tokens)
         unbounded = parsed.generates_tokens and parsed.max_output_tokens is None
         tokens = _TOKENS_PER_SECOND * parsed.choices
         return core.price(
@@ -186,7 +189,7 @@ class Exchange:
         if self.parsed.free and self.parsed.response_id is None:
             pass
         elif events:
-            meter = UsageMeter(input_tokens=self.call_request.charge.input_tokens)
+            meter = UsageMeter(input_tokens=self._sent_tokens)
         elif not self._is_unread():
             meter = BodyMeter()
         usage_filter = UsageFilter() if events and self.changed_body is not None else None
@@ -227,12 +230,12 @@ class Exchange:
         if usage is not None and not usage.estimated:
             return usage
         parsed = self.parsed
-        if parsed.background or parsed.free or not end.readable or isinstance(meter, BodyMeter):
+        if parsed.background or not parsed.generates_tokens or not end.readable or isinstance(meter, BodyMeter):
             return None
         if end.ended:
             return usage
         output_at = clock.now() if end.output_at is None else end.output_at
-        hidden = int(_TOKENS_PER_SECOND * (output_at - permit.granted_at))
+        hidden = int(_TOKENS_PER_SECOND * parsed.choices * (output_at - permit.granted_at))
         if parsed.max_output_tokens is not None:
             hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
         return meter.unfinished_usage(hidden)

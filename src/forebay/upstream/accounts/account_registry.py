@@ -10,11 +10,14 @@ from typing import Final
 from forebay import clock
 from forebay._validate import reject
 from forebay.breaker import Breaker
-from forebay.quota import Quota, RateLimiter, new_buckets
+from forebay.events import log
+from forebay.quota import Quota, RateLimiter
 from forebay.quota.bucket import Bucket
+from forebay.quota.rate_limiter import new_buckets
 from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
+from forebay.upstream.accounts.guarded_limit import guarded_limit
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -111,7 +114,7 @@ class AccountRegistry:
     def _open(self, place: tuple[str, str]) -> SharedAccount:
         levels = self._levels.get(place, self._new_levels) if self._quotas(place[1]) else None
         if levels is _SHARED:
-            return self._shared.get(place[1]) or self._shared.setdefault(place[1], self._make(("others", place[1])))
+            return self._shared_account(place[1])
         account = self._make(place, levels)
         if (single := self.settings.single_limit) is not None:
             if self._limit_place not in (None, place):
@@ -121,6 +124,15 @@ class AccountRegistry:
                 reject(f"Upstream {self.settings.name!r}", "limit", single, expected)
             self._limit_place = place
         return account
+
+    def _shared_account(self, group: str) -> SharedAccount:
+        """Return the account that the keys beyond the bound of the table share."""
+        if group not in self._shared:
+            log.warning(
+                "more than %d keys and models use quotas of %r: others share one", _MAX_LEVELS, self.settings.name
+            )
+            self._shared[group] = self._make(("others", group))
+        return self._shared[group]
 
     def _quotas(self, group: str) -> Sequence[Quota]:
         return self.settings.models.get(group, self.settings.quotas)
@@ -140,7 +152,7 @@ class AccountRegistry:
         def open_account() -> Account:
             return Account(
                 ":".join(part for part in (f"upstream:{settings.name}", mark, group) if part),
-                limit=settings.new_limit(),
+                limit=guarded_limit(settings.new_limit()),
                 quotas=RateLimiter(self._quotas(group), buckets=None if levels is None else levels.buckets),
                 breaker=Breaker(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,

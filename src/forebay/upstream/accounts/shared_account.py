@@ -124,11 +124,11 @@ class SharedAccount:
         """Take a permit, or put the call into the queue."""
         if sole_account and (run := context.call_observer()) is not None:
             run.record_call(self)
-            if run.rejections and (error := run.rejections.get(self)) is not None:
+            if (error := run.rejection_by(self)) is not None:
                 raise error
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
-            if not request.free:
+            if not request.free and request.unmetered is None:
                 self._learn_typical(request)
             decision = self.account.try_acquire(now, request)
             if isinstance(decision, Admitted):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from forebay import clock
+from forebay.events import log
 from forebay.quota import Budget, BudgetReservation, BudgetTracker
 from forebay.task import Priority
 from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
@@ -161,6 +162,9 @@ class UpstreamBudgets:
         del tenant
         if self._further_tenants is None:
             assert self._tenant is not None  # noqa: S101 - tenants have budgets
+            log.warning(
+                "more than %d tenants have spent: others share one budget until its period is over", _MAX_TENANTS
+            )
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
             self._further_tenants = SharedBudget(name, self._tenant)
         return self._further_tenants

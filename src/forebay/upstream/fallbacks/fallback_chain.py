@@ -129,7 +129,7 @@ class FallbackChain(Generic[RouteT]):
         self._thresholds = [route.load_threshold for route, _ in others]
         if self._run is not None:
             self._run.record_call(any_of)
-            if self._run.rejections and (error := self._run.rejections.get(any_of)) is not None:
+            if (error := self._run.rejection_by(any_of)) is not None:
                 raise error
         load = self._own_load()
         ahead = [other for other in others if _is_less_loaded(other, load)]

@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from forebay.upstream.providers.endpoints import Billing, Endpoint
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.providers.request import ESCAPED_LETTER, ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
@@ -82,6 +83,7 @@ def _find_unpriced_tool(tools: bytes) -> str:
 
 def _has_duplicate_keys(body: bytes) -> bool:
     """Return whether an object has a key twice, so that two servers may take it for two different requests."""
+    body = replace_lone_surrogates(body)
     fields = _fields.decode(body)
     pairs = [(b'"%b"' % name.encode("utf-8", "replace"), bytes(value)) for name, value in fields.items()]
     if body in (

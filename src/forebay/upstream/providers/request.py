@@ -13,12 +13,14 @@ import msgspec
 from forebay.upstream.providers.endpoints import Billing, Endpoint, EndpointRule, find_rule
 from forebay.upstream.providers.estimate import estimate_tokens
 from forebay.upstream.providers.http_headers import SIGNATURE_HEADERS, normalize_headers
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _MAX_TOKENS: Final = 10**9  # a larger bound is ignored
 _MAX_CHOICES: Final = 128  # as at OpenAI
 _MAX_MODEL: Final = 256  # characters
 _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
+_MINI_IMAGE: Final = 25_501  # tokens of an image on gpt-4o-mini: 2,833 and 5,667 a tile (OpenAI, "Images and vision")
 _SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
 _AUDIO_PART: Final = b'"input_audio"'
 _STORED: Final = re.compile(rb'"(?:file_id|file_url)"\s*:\s*"')
@@ -211,7 +213,11 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         endpoint=route,
         model=model,
         stream=read.stream is True,
-        input_tokens=estimate_tokens(pieces, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
+        input_tokens=estimate_tokens(
+            pieces,
+            bytes_per_token=bytes_per_token,
+            image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
+        ),
         max_output_tokens=_largest_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
@@ -314,10 +320,12 @@ def _read_body(headers: Mapping[str, str], body: bytes) -> tuple[_RequestBody | 
     content_type = headers.get("content-type", "").lower()
     if "charset" in content_type and not any(charset in content_type for charset in _CHARSETS):
         return None, "its body is not in UTF-8: encode it so"
-    try:
-        return _decoder.decode(body), ""
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None, "its body is not a JSON object in UTF-8: send it as one"
+    for text in (body, replace_lone_surrogates(body)):
+        try:
+            return _decoder.decode(text), ""
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            continue
+    return None, "its body is not a JSON object in UTF-8: send it as one"
 
 
 def _spoken(text: msgspec.Raw) -> int:
