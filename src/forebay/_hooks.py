@@ -6,6 +6,7 @@ Whatever a hook raises, its caller goes on: nothing that was taken is lost, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -62,7 +63,8 @@ def raise_if_cancelled(error: BaseException) -> None:
 
 def report_failure(what: str, error: BaseException) -> None:
     """Log an exception of user code. A KeyboardInterrupt is also raised again, where it interrupts nothing."""
-    log.error("%s raised %s; the supervisor goes on", what, type(error).__name__, exc_info=error)
+    with contextlib.suppress(Exception):  # a log filter is user code too
+        log.error("%s raised %s; the supervisor goes on", what, type(error).__name__, exc_info=error)
     raise_again_if_interrupt(error)
 
 

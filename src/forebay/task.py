@@ -252,8 +252,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
         error: if it did not succeed, what happened, as ``"ValueError: ..."``; or why its value cannot be stored.
         duration_ms: milliseconds that the last attempt ran.
         attempts: starts of the handler.
-        cause: the handler's exception, where the task ran in this process; ResultUnavailable if it succeeded and its
-            value is not available, in which case `result` is None.
+        cause: the handler's exception, where the task ran in this process, unless the ticket was looked up after the
+            end; ResultUnavailable if it succeeded and its value is not available, in which case `result` is None.
     """
 
     task_id: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
     """Open the overflow, start the handlers, and add the workers. If that fails, nothing stays open."""
     try:
+        await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
         await start_handlers(workers)
