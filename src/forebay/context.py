@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -53,6 +54,30 @@ class RunningTask(Protocol):
 _current: ContextVar[RunningTask | None] = ContextVar("forebay_running_task", default=None)
 running_task = _current.get
 set_running_task = _current.set
+
+
+class _InheritedTask:
+    """The task that was running when this process was forked from its parent, which goes on with it.
+
+    Calls have its priority, deadline and tenant, but nobody observes them here, or listens to its progress.
+    """
+
+    def __init__(self, running: RunningTask) -> None:
+        self.task = running.task
+        self.deadline = running.deadline
+        self.attempt = running.attempt
+
+    def report(self, value: Any) -> None:
+        """See `RunningTask`."""
+
+
+def _inherit_task() -> None:
+    running = _current.get()
+    if running is not None:
+        _current.set(_InheritedTask(running))
+
+
+os.register_at_fork(after_in_child=_inherit_task)
 
 
 def call_observer() -> CallObserver | None:

@@ -285,14 +285,21 @@ class WrongLoop(ForebayError, RuntimeError):
     """
 
 
+class ForkedProcess(ForebayError, RuntimeError):
+    """{what} belongs to process {parent}, and this is a child that was forked from it, without its threads: make a new
+    one here, or start the child with the method 'spawn' or 'forkserver'.
+    """
+
+    what: str
+    parent: int
+
+
 class SlotMisused(ForebayError, RuntimeError):
     """A slot {why}: enter it once, by `async with supervisor.slot(...) as slot:`, and read its worker in that block."""
 
 
 class NotGuardable(ForebayError, TypeError):
-    """{function!r} cannot be guarded: calling it returns {made}, and its work is done only later. Guard the function
-    that does the work, `async def` or plain; for a stream hold a permit: `async with upstream.call(...):`.
-    """
+    """{function!r} cannot be guarded: {why}"""
 
 
 class CallMisused(ForebayError, RuntimeError):
@@ -314,12 +321,10 @@ class StillSpilled(ForebayError):
 
 
 class NotBindable(ForebayError, TypeError):
-    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and of their
-    subclasses, LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway
-    (`forebay gateway`), and set its address as the base URL.
-    """
+    """{kind} cannot be bound: {advice}"""
 
     kind: str
+    advice: str
 
 
 class AlreadyBound(ForebayError, ValueError):

@@ -652,7 +652,7 @@ async def test_a_durable_task_that_was_interrupted_runs_again_after_a_restart(fi
     assert isinstance(await error_of(ticket), StillSpilled)
     async with make_supervisor(agent, file) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
-    assert (result.result, result.attempts) == (7, 2)
+    assert (result.result, result.attempts) == (7, 1)  # the interrupted start was no crash
 
 
 @virtual

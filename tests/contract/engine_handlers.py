@@ -184,6 +184,17 @@ def _with_a_child() -> None:
         threading.Event().wait()
 
 
+def _with_strangers(mark: str) -> None:
+    """Start a process in a session of its own, and by a process that ends at once a second one."""
+    waits = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    daemon = f"import subprocess; print(subprocess.Popen({waits!r}, stdout=2, start_new_session=True).pid)"
+    orphan = subprocess.run([sys.executable, "-c", daemon], stdout=subprocess.PIPE, check=True).stdout
+    child = subprocess.Popen(waits, start_new_session=True, env={})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    progress([child.pid, int(orphan)])
+    _read(mark)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "read": _block,
     "block": _block,
@@ -191,6 +202,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "stubborn": _stubborn,
     "hang": _hang,
     "with a child": _with_a_child,
+    "with strangers": _with_strangers,
     "loop": lambda: asyncio.run(asyncio.sleep(0, "looped")),
 }
 
@@ -229,6 +241,10 @@ async def _hangs() -> None:
     _hang()
 
 
+async def _has_strangers(mark: str) -> None:
+    _with_strangers(mark)
+
+
 async def _has_a_child() -> None:
     _with_a_child()
 
@@ -250,5 +266,6 @@ ASYNC: dict[str, Callable[..., Any]] = {
     "stubborn": _is_stubborn,
     "hang": _hangs,
     "with a child": _has_a_child,
+    "with strangers": _has_strangers,
     "loop": _loops,
 }

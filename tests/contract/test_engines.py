@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from forebay import (
     Ticket,
     WorkerAgent,
 )
+from forebay.engine.process_tree import kill_all
 from forebay.errors import NotTransferable, RemoteError
 from forebay.events import Event, TaskProgress
 from forebay.interfaces import WorkerState
@@ -307,6 +309,28 @@ async def test_a_process_that_a_stuck_handler_has_started_is_killed_with_it(
     ticket.cancel()
     await stopped(supervisor)
     await over(grandchild)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.skipif(sys.platform != "linux", reason="strangers are found by /proc")
+@pytest.mark.parametrize("end", ["timeout", "exit"])
+async def test_processes_in_sessions_of_their_own_are_killed_with_the_process_that_started_them(
+    supervisor: BackpressureSupervisor, engine_case: EngineCase, fifo: Path, progress: ProgressListener, end: str
+) -> None:
+    engine_case.needs(KILLS)
+    ticket = await supervisor.submit(work("with strangers", str(fifo)))
+    strangers = await progress.began(ticket)
+    try:
+        assert all(map(is_there, strangers))
+        if end == "timeout":
+            ticket.cancel()
+        else:
+            await release(fifo)
+            await ticket
+            await supervisor.close()
+        await asyncio.gather(*map(over, strangers))
+    finally:
+        kill_all(strangers)
 
 
 @pytest.mark.blocks

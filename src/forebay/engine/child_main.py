@@ -8,6 +8,7 @@ the supervisor is noticed while the handler works.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import contextvars
 import inspect
@@ -28,6 +29,7 @@ from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_object
 from forebay.engine import messages
+from forebay.engine.process_tree import descendants, kill_all
 from forebay.errors import InvalidSetting, NotSerializable, Overloaded, PayloadTooLarge
 from forebay.events import log
 from forebay.overflow import decode_result, decode_task, encode_result
@@ -42,9 +44,16 @@ def main(fd: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # what is buffered when the process is killed is lost
+    atexit.register(_kill_descendants, os.getpid())  # the first to be registered is the last to run
     channel = socket.socket(fileno=fd)
     channel.set_inheritable(False)
     ChildRuntime(channel).serve()
+
+
+def _kill_descendants(pid: int) -> None:
+    """Kill what this process has started and not ended, unless this is a fork of it."""
+    if os.getpid() == pid:
+        kill_all(descendants(pid))
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
-from forebay.task import Priority, Task
+from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -247,7 +247,7 @@ class AdmissionController:
     def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
-            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
+            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
         submitted_at = None
         if self._dispatcher.spill is not None:
             submitted_at = self._dispatcher.spill.submission_time()

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from forebay._text import format_duration
-from forebay.errors import NotStarted, SupervisorClosed, WouldDeadlock
+from forebay.errors import ForkedProcess, NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ class PortalSupervisor(Protocol):
     @property
     def started(self) -> bool:
         """True once it has been started."""
+
+    @property
+    def forked_from(self) -> int | None:
+        """The process in which it was started, if this is another one."""
 
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
@@ -138,6 +142,9 @@ class Portal:
         return PortalTicket(self, self._call(self._supervisor.submit(task), "submit"))
 
     def _call(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        if (parent := self._supervisor.forked_from) is not None:
+            work.close()
+            raise ForkedProcess(what="The supervisor", parent=parent)
         loop = self._supervisor.loop
         if loop is None or loop.is_closed():
             work.close()

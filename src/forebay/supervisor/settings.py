@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay._hooks import is_async
-from forebay._validate import check_positive, check_whole, reject
+from forebay._validate import check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
 
 _OWNER: Final = "BackpressureSupervisor"
+MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,9 @@ class SupervisorSettings:
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
-        for name in ("lease", "zombie_grace"):
-            check_positive(_OWNER, name, getattr(self, name), unit="seconds")
+        check_positive(_OWNER, "zombie_grace", self.zombie_grace, unit="seconds")
+        if not is_positive(self.lease) or self.lease > MAX_LEASE:
+            reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
         for name, minimum in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -16,6 +17,7 @@ from forebay.errors import (
     AlreadyStarted,
     DrainInside,
     DuplicateWorker,
+    ForkedProcess,
     InvalidHandler,
     NotStarted,
     SupervisorClosed,
@@ -60,7 +62,7 @@ class BackpressureSupervisor:
             more.
         overflow: where tasks that are not admitted wait: ``sqlite:///spill.db``, ``memory://`` or a TaskStore. None:
             they are rejected.
-        lease: seconds that a lease on a stored task lasts unless renewed.
+        lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
         keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
@@ -109,6 +111,7 @@ class BackpressureSupervisor:
         self._admission: AdmissionController | None = None
         self._threads = DaemonThreadExecutor()
         self._loop_monitor: LoopMonitor | None = None
+        self._process: int | None = None  # in which it was started
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
@@ -335,6 +338,7 @@ class BackpressureSupervisor:
         if self._closing is not None:
             raise SupervisorClosed(state="closed")
         loop = asyncio.get_running_loop()
+        self._process = os.getpid()
         self._draw = clock.draw_function(loop)
         settings = self._settings
         core = Core(
@@ -373,8 +377,9 @@ class BackpressureSupervisor:
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
 
-        If the overflow survives the process, waiting tasks go out to it, and so do stored tasks that still run when the
-        time is up. Tasks inside may still submit tasks. Draining twice is the same as draining once.
+        If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
+        still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
@@ -385,10 +390,9 @@ class BackpressureSupervisor:
         for run in active_runs(context.running_task(), dispatcher):
             raise DrainInside(task_id=run.task.task_id)
         self._admission_here().stop_admitting()
-        try:
-            return await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
-        finally:
-            self._drained = True
+        report = await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
+        self._drained = True
+        return report
 
     async def close(self) -> None:
         """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.
@@ -438,6 +442,11 @@ class BackpressureSupervisor:
         """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
 
+    @property
+    def forked_from(self) -> int | None:
+        """The process in which it was started, if this is another one: a child that was forked from it."""
+        return self._process if self._process not in (None, os.getpid()) else None
+
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task of `task_type`; 1.0 if no worker here accepts it."""
         if not any(task_type in worker.task_types for worker in self._workers.values()):
@@ -461,6 +470,8 @@ class BackpressureSupervisor:
         if (admission := self._admission) is None:
             raise NotStarted
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
+            if (parent := self.forked_from) is not None:
+                raise ForkedProcess(what="The supervisor", parent=parent)
             raise WrongLoop(what="The supervisor")
         return admission
 

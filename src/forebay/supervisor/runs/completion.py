@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
-from forebay._text import format_duration
+from forebay._text import error_text, format_duration
 from forebay.errors import Overloaded, RemoteError, StillSpilled
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
     Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
-_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and the wall clock may differ when a timer fires
+_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
@@ -101,11 +101,11 @@ class RunCompletion:
 
     def time_out(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
-        if run.deadline is not None and run.deadline.remaining() <= _CLOCK_TOLERANCE:
-            self._pools[run.task.task_type].service_times.record_timeout(self._loop.time() - run.started_at)
+        now, timeout = self._loop.time(), run.task.timeout or run.worker.timeout
+        if run.deadline is not None and now + run.deadline.remaining() <= run.started_at + timeout + _CLOCK_TOLERANCE:
+            self._pools[run.task.task_type].service_times.record_timeout(now - run.started_at)
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
-            timeout = run.task.timeout or run.worker.timeout
             self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
 
     def arm_timeout(self, run: Run) -> None:
@@ -324,12 +324,12 @@ class RunCompletion:
 
 
 def describe_error(cause: BaseException | None) -> str:
-    """Return an exception as ``"ValueError: ..."``, even if its ``str`` fails."""
+    """Return an exception as ``"ValueError: ..."``, as it can be stored, even if its ``str`` fails."""
     try:
-        text = str(cause)
+        text = error_text(str(cause))
     except BaseException as error:  # noqa: BLE001 - a broken __str__ must not lose the task
         raise_again_if_interrupt(error)
         text = "(its message cannot be shown)"
     if isinstance(cause, RemoteError):
         return text  # it begins with the type already
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+    return error_text(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)

@@ -379,6 +379,9 @@ class ActiveRuns:
         """Return the runs on a worker, in the order in which their handlers started."""
         return list(self._by_worker.get(worker, ()))
 
+    def __bool__(self) -> bool:
+        return any(self._by_worker.values())
+
     def all(self) -> list[Run]:
         """Return every run."""
         return [run for runs in self._by_worker.values() for run in runs]

@@ -8,6 +8,7 @@ import msgspec
 
 from forebay import clock
 from forebay._hooks import raise_again_if_interrupt
+from forebay._text import error_text
 from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
 from forebay.events import log
 from forebay.interfaces import Codec, Completion, TaskRecord, TypeMismatch
@@ -28,7 +29,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         priority=task.priority,
         envelope=envelope,
         enqueued_at=clock.wall_time() if ticket.submitted_at is None else ticket.submitted_at,
-        deadline=None if ticket.deadline is None else ticket.deadline.at,
+        deadline=None if ticket.deadline is None else ticket.deadline.by_wall_clock(),
         key=task.key,
     )
 
@@ -48,7 +49,7 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
 
     A value that cannot be stored within `bound` bytes is left out of the completion, and the error of both says so.
     """
-    encoded, error = None, result.error
+    encoded, error = None, None if result.error is None else error_text(str(result.error))
     if result.success:
         try:
             plain = result.result if codec is None else codec.dump(result.result)
