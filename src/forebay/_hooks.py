@@ -102,7 +102,7 @@ def is_awaitable(value: object) -> bool:
     """Return whether `value` can be awaited, even if looking at it fails."""
     try:
         return inspect.isawaitable(value)
-    except Exception:  # noqa: BLE001 - a value that cannot be looked at cannot be awaited
+    except BaseException:  # noqa: BLE001 - a value that cannot be looked at cannot be awaited
         return False
 
 
