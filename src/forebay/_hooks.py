@@ -55,7 +55,7 @@ async def await_hook(what: str, awaitable: Any) -> None:
 
 def raise_if_cancelled(error: BaseException) -> None:
     """Raise the cancellation of the running asyncio task again. One that user code has raised is an error like any."""
-    if isinstance(error, asyncio.CancelledError):
+    if issubclass(type(error), asyncio.CancelledError):
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise error
@@ -79,7 +79,7 @@ def raise_again_if_interrupt(error: BaseException | None) -> None:
 
 def is_interrupt(error: BaseException) -> bool:
     """Return whether `error` is a Ctrl-C. No thread but the main one receives one."""
-    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    return issubclass(type(error), KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def _raise(error: BaseException) -> NoReturn:
