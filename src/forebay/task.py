@@ -193,7 +193,8 @@ class Task(_Options, frozen=True):
     Attributes:
         task_type: selects the workers that may run it.
         payload: the input of the handler; an agent of a framework gets it as its own input.
-        task_id: unique; generated if not given.
+        task_id: unique; generated if not given. An overflow keeps the ids of its tasks for a day after their end, and does
+            not store another task under one of them.
         priority: a task of a better priority is served earlier and rejected later.
         timeout: seconds that one attempt may run; by default the worker's.
         deadline: the time after which its result is worthless; waiting counts.
@@ -276,8 +277,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
         error: if it did not succeed, what happened, as ``"ValueError: ..."``; or why its value cannot be stored.
         duration_ms: milliseconds that the last attempt ran.
         attempts: starts of the handler.
-        cause: the handler's exception, where the task ran in this process; ResultUnavailable if it succeeded and its
-            value is not available, in which case `result` is None.
+        cause: the handler's exception, where the task ran in this process, unless the ticket was looked up after the
+            end; ResultUnavailable if it succeeded and its value is not available, in which case `result` is None.
     """
 
     task_id: str

@@ -70,7 +70,7 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
-        on_event: one sink or several, called with each event, in the loop.
+        on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
         InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
