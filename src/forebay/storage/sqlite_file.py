@@ -29,7 +29,7 @@ _MOUNTS = Path("/proc/mounts")
 _ADVICE = {
     sqlite3.SQLITE_BUSY: (
         "another process has been writing to it for too long",
-        "Find the process that holds it (fuser FILE) and continue it if it was stopped, or give each a file of its own.",
+        "Find the process that holds it (fuser FILE), continue it if it was stopped; or give each a file of its own.",
     ),
     sqlite3.SQLITE_CANTOPEN: (
         "it cannot be opened",
