@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections import deque
@@ -62,6 +63,7 @@ class SqliteWriter:
         self._busy_timeout = busy_timeout
         self._connection: sqlite3.Connection | None = None
         self._watch: FileWatch | None = None  # while the file is open
+        self._process: int | None = None  # that opened it
         self._connection_lock = threading.Lock()  # held by the thread that uses the connection
         self._pending: deque[_Pending] = deque()
         self._flushing = False
@@ -79,6 +81,7 @@ class SqliteWriter:
         if self._connection is not None:
             return
         self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
         ended = self._opening = self._loop.create_future()
         try:
             await self._open()
@@ -175,6 +178,7 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file is not open, or it failed and nothing was written.
         """
+        self._check_process()
         with self._connection_lock:
             if (connection := self._connection) is None or self._closed is not None:
                 raise self._not_open()
@@ -191,7 +195,18 @@ class SqliteWriter:
         advice = "Use it between open() and close()."
         return StoreUnavailable(where=str(self._path), why="it is not open", advice=advice)
 
+    def _check_process(self) -> None:
+        """Check that this is the process that has opened the file: a forked child has neither its thread nor its loop.
+
+        Raises:
+            StoreUnavailable: it is not.
+        """
+        if self._process not in (None, os.getpid()):
+            why = f"it was opened in process {self._process}, and this is a child that was forked from it"
+            raise StoreUnavailable(where=str(self._path), why=why, advice="Open a store of its own here.")
+
     def _submit(self, op: _Operation, item: Any, *, writes: bool) -> asyncio.Future[Any]:
+        self._check_process()
         if self._connection is None or self._closed is not None:
             raise self._not_open()
         future: asyncio.Future[Any] = self._loop.create_future()

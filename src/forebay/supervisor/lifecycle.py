@@ -34,10 +34,9 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
-    """Add a worker to a supervisor that runs; its handler is started in the background if it needs that."""
-    if worker.handler.start is not None:
-        dispatcher.core.run_in_background(worker.handler.start())
+    """Add a worker to a supervisor that runs. If its handler has to be started first, tasks wait for that."""
     dispatcher.add_worker(worker)
+    dispatcher.starts.begin(worker)
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
@@ -47,6 +46,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
     try:
         if spill is not None:
             spill.stored.stop_refilling()
+        dispatcher.starts.close()
         await drain.run(0.0, closing=True)
         await stop_handlers(workers.values())
         if spill is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from forebay import clock
+from forebay._hooks import raise_again_if_interrupt
 from forebay._text import error_text
 from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
 from forebay.events import log
@@ -53,7 +54,8 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
         try:
             plain = result.result if codec is None else codec.dump(result.result)
             encoded = encode_result(plain, task_id=result.task_id, bound=bound)
-        except Exception as exc:  # noqa: BLE001 - whatever a codec raises, the task succeeded
+        except BaseException as exc:  # noqa: BLE001 - whatever a codec raises, the task succeeded
+            raise_again_if_interrupt(exc)
             error = f"only the process that ran it has its value, which cannot be stored: {_why_unstorable(exc)}"
             log.warning("task %r succeeded, but %s", result.task_id, error)
             result = msgspec.structs.replace(result, error=error)
@@ -68,7 +70,7 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
     )
 
 
-def _why_unstorable(error: Exception) -> str:
+def _why_unstorable(error: BaseException) -> str:
     match error:
         case EnvelopeDamaged() | EnvelopeTooNew():
             return str(error)
@@ -88,7 +90,8 @@ def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs)
     if status is TaskStatus.SUCCEEDED:
         try:
             value = _stored_value(record, stored, codecs)
-        except Exception as exc:  # noqa: BLE001 - whatever a codec raises, the ticket must end
+        except BaseException as exc:  # noqa: BLE001 - whatever a codec raises, the ticket must end
+            raise_again_if_interrupt(exc)
             error = stored.error or f"it cannot be read: {_why_unstorable(exc)}"
             cause = ResultUnavailable(task_id=record.task_id, error=error)
     return TaskResult(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
-from forebay.errors import StillSpilled, StoreUnavailable, UnknownTask
+from forebay.errors import StillSpilled, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.supervisor.spill import records
@@ -199,7 +199,7 @@ class StoredTasks:
         ticket = run.ticket
         try:
             held = await self.store.begin_attempt(lease)
-        except StoreUnavailable as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
             log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
         if run.abandoned_at is None and held:
