@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript, WorkerPlan
+from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript, WorkerPlan, clock_steps
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
@@ -69,6 +69,7 @@ class Surge:
     """One surge on supervisors that share a store."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
         self.script = SurgeScript.draw(self.rng)
         self.acknowledged = AcknowledgedWrites()
@@ -199,6 +200,12 @@ class Surge:
                     await process.crash()
             await supervisor.close()
 
+    async def step_clock(self, at: float, seconds: float) -> None:
+        """Set the wall clock, as an operator or a time server does."""
+        await asyncio.sleep(at)
+        self.happened["clock step"] += 1
+        virtual_loop().step_wall_time(seconds)
+
     async def stall(self, at: float, seconds: float) -> None:
         """Block the loop, as bad code does."""
         await asyncio.sleep(at)
@@ -283,6 +290,8 @@ class Surge:
             callers += [group.create_task(self.slot_or_events_caller(rng.uniform(0, script.spread))) for _ in range(5)]
             for at, seconds in script.stalls:
                 group.create_task(self.stall(at, seconds))
+            for at, seconds in clock_steps(self.seed, script.spread):
+                group.create_task(self.step_clock(at, seconds))
             await asyncio.wait(callers)
             self.over.set()
             await asyncio.wait(processes)
