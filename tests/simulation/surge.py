@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import tempfile
 from collections import Counter
@@ -239,6 +240,7 @@ class Surge:
 
     async def submit(self, process: SurgeProcess, task: Task, seconds: float | None) -> float | None:
         """Submit once; return the seconds after which to retry, or None if the task is done."""
+        due = math.inf if task.deadline is None else virtual_loop().time() + task.deadline.remaining()
         if self.rng.random() < 0.1 and not task.durable:
             ticket = process.supervisor.submit_nowait(task)
         else:
@@ -255,7 +257,15 @@ class Surge:
             self.happened["still spilled"] += 1
         except (TaskFailed, TaskTimedOut, ForebayError):
             pass
+        if ticket.task is task and self.script.overflow != "sqlite":  # another process goes by the wall clock
+            self.check_expiry(ticket, due)
         return None
+
+    def check_expiry(self, ticket: Ticket, due: float) -> None:
+        """Check that a task whose deadline is said to have passed had its time, whatever the wall clock was set to."""
+        error = "" if ticket.result is None else ticket.result.error or ""
+        if ("deadline passed" in error or "after its deadline" in error) and virtual_loop().time() < due - 0.1:
+            raise InvariantViolation(f"{ticket} expired {due - virtual_loop().time():.1f} s too early: {error}")
 
     async def slot_or_events_caller(self, at: float) -> None:
         """Use a slot, or follow the events of a task."""
