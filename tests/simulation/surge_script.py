@@ -110,7 +110,7 @@ class SurgeScript:
 
 
 def clock_steps(seed: int, spread: float) -> list[tuple[float, float]]:
-    """Return when the wall clock is set during the surge of a seed, and by how many seconds; for half of the seeds never.
+    """Return when the wall clock is set in the surge of a seed, and by how many seconds; never for half of the seeds.
 
     Drawn apart from the script, so that the surges of the other seeds stay as they are.
     """
