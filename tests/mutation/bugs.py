@@ -32,6 +32,7 @@ from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
 from forebay.retry import RetryBudget, RetryState
+from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.dispatcher import Dispatcher
@@ -281,8 +282,22 @@ def a_clock_that_was_set_is_not_noticed() -> None:
     always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
 
 
+def a_process_waits_long_between_its_attempts_to_write() -> None:
+    sqlite_file._POLL_INTERVAL_MS = 5_000
+
+
+def the_log_grows_until_the_disk_is_full() -> None:
+    always(SqliteWriter, SqliteWriter._look, returns=None)
+
+
+def a_renewal_that_failed_is_not_noticed() -> None:
+    replace(
+        StoreMaintenance, StoreMaintenance._renew_leases, lambda self: self._stored.leases.renew(self._stored.store)
+    )
+
+
 def nobody_looks_whether_the_file_is_still_there() -> None:
-    always(FileWatch, FileWatch.find_change, returns=None)
+    always(FileWatch, FileWatch._find_change, returns=None)
 
 
 def the_text_of_an_error_is_stored_as_it_came() -> None:

@@ -45,6 +45,7 @@ from tests.simulation import test_blame
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
+from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
@@ -127,6 +128,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_held_leases.test_a_lease_lasts_as_long_whatever_the_wall_clock_is_set_to
     ),
     bugs.a_clock_that_was_set_is_not_noticed: test_clock_steps.test_what_runs_is_not_given_to_another_process,
+    bugs.a_process_waits_long_between_its_attempts_to_write: (
+        test_sqlite_writer.test_a_writer_asks_for_its_turn_every_few_milliseconds
+    ),
+    bugs.the_log_grows_until_the_disk_is_full: (
+        test_sqlite_writer.test_the_log_is_shortened_before_it_fills_a_small_disk
+    ),
+    bugs.a_renewal_that_failed_is_not_noticed: (
+        test_leases.test_after_an_interruption_of_the_store_no_process_takes_what_another_still_runs
+    ),
     bugs.nobody_looks_whether_the_file_is_still_there: (
         test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
     ),
