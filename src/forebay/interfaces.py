@@ -291,6 +291,11 @@ class PutResult(Enum):
     FULL = "full"  # the bound is reached; nothing was written
     DUPLICATE = "duplicate"  # its task_id or its key is stored already; nothing was written
 
+    @property
+    def written(self) -> bool:
+        """True if the record is in the store."""
+        return self in (PutResult.STORED, PutResult.PARKED)
+
 
 class TaskStore(Protocol):
     """A store of task records (the overflow), each WAITING, PARKED, LEASED, DONE or DEAD.

@@ -109,7 +109,7 @@ class UnreliableStore:
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         put = await self._call(self._inner.put(record, fence=fence, until=until), record.task_id)
-        if put in (PutResult.STORED, PutResult.PARKED):
+        if put.written:
             self._acknowledged.stored.add(record.task_id)
         return put
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from forebay.admission import RANK_LAST
 from forebay.context import RunningTask
 from forebay.errors import UnknownTask
 from forebay.events import TaskStarted
+from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
 from forebay.supervisor.pool import Pool, next_pool
 from forebay.supervisor.runs.completion import RunCompletion
@@ -44,8 +44,7 @@ class Dispatcher:
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
         self.started = 0
-        # By thread id: the task of the conversation that is queued or runs, and those that wait behind it.
-        self.conversations: dict[str, deque[Ticket]] = {}
+        self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
         self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
         self.completion = RunCompletion(
@@ -105,17 +104,11 @@ class Dispatcher:
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Park an admitted task behind its conversation, start it on `worker`, or queue it."""
         self._registry.add(ticket)
-        thread_id = ticket.task.thread_id
-        if thread_id is not None:
-            conversation = self.conversations.get(thread_id)
-            if conversation is not None:
-                ticket.wait()
-                conversation.append(ticket)
-                pool.park()
-                self._arm_expiry(ticket)
-                return
-            self.conversations[thread_id] = deque((ticket,))
-        if worker is not None:
+        if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
+            ticket.wait()
+            pool.park()
+            self._arm_expiry(ticket)
+        elif worker is not None:
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
@@ -141,16 +134,14 @@ class Dispatcher:
 
     def is_waiting(self, ticket: Ticket) -> bool:
         """Return whether a task waits in the queue, or behind another one of its conversation."""
-        return ticket.queue_entry is not None or ticket in self.conversations.get(ticket.task.thread_id or "", ())
+        return ticket.queue_entry is not None or self.conversations.is_parked(ticket)
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue or of its conversation."""
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
-        thread_id = ticket.task.thread_id
-        conversation = self.conversations.get(thread_id) if thread_id is not None else None
-        if conversation is not None and conversation[0] is not ticket and ticket in conversation:
-            conversation.remove(ticket)
+        if self.conversations.is_parked(ticket):
+            self.conversations.remove_parked(ticket)
             pool.unpark()
             return
         if (entry := ticket.leave_queue()) is not None:
@@ -159,15 +150,9 @@ class Dispatcher:
 
     def next_in_conversation(self, ticket: Ticket) -> None:
         """Start or queue the next task of the conversation, because `ticket` has really ended."""
-        thread_id = ticket.task.thread_id
-        conversation = None if thread_id is None else self.conversations.get(thread_id)
-        if thread_id is None or conversation is None or conversation[0] is not ticket:
+        following = self.conversations.end_first(ticket)
+        if following is None:
             return
-        conversation.popleft()
-        if not conversation:
-            del self.conversations[thread_id]
-            return
-        following = conversation[0]
         pool = self._pools[following.task.task_type]
         pool.unpark()
         worker = self.pick_worker(pool, following.task.priority)

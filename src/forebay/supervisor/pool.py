@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_QUEUE_SIZE = 100
 _CALLS_GAIN = 0.1  # weight of the newest run in the average number of its calls
+_MIN_PARKED = 10  # tasks that may wait behind their conversation however many wait behind others
 _MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
 
 
@@ -40,7 +41,7 @@ class Pool:
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}
         self.calls_per_run: dict[LoadSource, float] = {}
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
-        self.parked = 0  # tasks behind another one of their conversation: they count as waiting, but have no entry yet
+        self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.reserved = 0  # room kept for records that are being leased from the overflow
         self.running = 0  # slots taken on workers that are not FAILED
@@ -68,9 +69,26 @@ class Pool:
         return self.slots - max(0, idle)
 
     @property
+    def queued(self) -> int:
+        """Tasks in the queue, or being leased from the overflow."""
+        return self.queue.length + self.reserved
+
+    @property
     def waiting(self) -> int:
         """Tasks in the queue, parked behind their conversation, or being leased from the overflow."""
-        return len(self.queue) + self.parked + self.reserved
+        return self.queued + self.parked
+
+    def may_park(self, parked: int) -> bool:
+        """Return whether one more task may wait behind its conversation, behind which `parked` tasks wait already.
+
+        The tasks that are parked share twice the room of the queue, and a conversation may have as much of it as it
+        leaves free: one at most half, two a third each. Whatever the others have, it may have ten tasks (fewer in a
+        queue with less room), since no more conversations are inside than tasks run and are queued.
+
+        Source: A. Choudhury and E. Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998.
+        """
+        bound = self.queue_bound
+        return parked < max(min(_MIN_PARKED, bound), 2 * bound - self.parked)
 
     @property
     def has_waiting(self) -> bool:
@@ -81,7 +99,7 @@ class Pool:
         """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot."""
         if not self.slots:
             return 1.0
-        waiting = self.queue.length + self.parked + self.reserved
+        waiting = self.queue.length + self.reserved
         bound, slots = self.max_queue_size, self.usable_slots if self.blocked_workers else self.slots
         return (self.running + waiting) / (slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound))
 
@@ -92,7 +110,7 @@ class Pool:
 
         With `spilled`, it would wait behind what is in the overflow.
         """
-        ahead = self.queue.ahead(priority) + self.parked + (self.spilled_ahead(priority) if spilled else 0)
+        ahead = self.queue.ahead(priority) + (self.spilled_ahead(priority) if spilled else 0)
         if not ahead and self.running < self.slots:
             return 0.0
         rate = self.service_times.drain_rate(self.usable_slots)

@@ -320,6 +320,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Record why the task was not admitted."""
         self.reason, self.limited_by, self.load = refusal.reason, refusal.limited_by, refusal.load
 
+    def forget_refusal(self) -> None:
+        """Forget why the task was not admitted, because it was after all."""
+        self.reason = self.limited_by = None
+
     def reject(self, refusal: Refusal, retry_after: float | None) -> None:
         """Make it REJECTED; `retry_after` is in seconds, or None if unknown."""
         self.verdict = Verdict.REJECTED

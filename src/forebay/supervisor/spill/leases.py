@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from forebay import clock
 from forebay.events import log
@@ -49,6 +50,11 @@ class HeldLeases:
         """Return whether the lease on a task has neither lapsed at `now`, in epoch seconds, nor been lost."""
         held = self._held.get(task_id)
         return held is not None and now < held.until
+
+    def conversations(self) -> Mapping[str, int]:
+        """Return how many leases are held on tasks of each conversation."""
+        threads = (held.lease.record.thread_id for held in self._held.values())
+        return Counter(thread_id for thread_id in threads if thread_id is not None)
 
     def take_all(self) -> Sequence[Lease]:
         """Return every lease, and forget them."""

@@ -72,6 +72,7 @@ class StoreMaintenance:
         try:
             await self.reap()
             await self._refiller.recount(list(pools.values()))
+            await self._refiller.recount_conversations()
             await self._check_tasks_elsewhere()
             await self._stored.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
         except StoreUnavailable:

@@ -29,6 +29,7 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         enqueued_at=clock.wall_time() if ticket.submitted_at is None else ticket.submitted_at,
         deadline=None if ticket.deadline is None else ticket.deadline.at,
         key=task.key,
+        thread_id=task.thread_id,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -13,15 +14,20 @@ from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskS
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
-from forebay.task import TaskResult, TaskStatus
+from forebay.task import Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns, Run
 
 
 class StoredTaskDispatcher(Protocol):
     """The dispatcher, as far as stored tasks need it."""
+
+    @property
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue."""
@@ -63,6 +69,16 @@ class StoredTasks:
         self.leases = HeldLeases()
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
+        self._conversation_moved: Callable[[str], Awaitable[None]] | None = None
+
+    def on_conversation_moved(self, callback: Callable[[str], Awaitable[None]]) -> None:
+        """Call `callback` when a task of a conversation has ended in the store; with the task type."""
+        self._conversation_moved = callback
+
+    def conversation_moved(self, task: Task) -> None:
+        """Look for the next task of the conversation of `task`, whose record has ended or come back."""
+        if task.thread_id is not None and self._conversation_moved is not None:
+            self._core.run_in_background(self._conversation_moved(task.task_type))
 
     @property
     def stays_stored(self) -> bool:
@@ -182,12 +198,16 @@ class StoredTasks:
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = True
         ticket.end_store_call()
+        task = ticket.task
+        if fence is None and stored:  # without a lease, the record was waiting in the store
+            self._dispatcher.conversations.remove_stored(task.thread_id)
+        self.conversation_moved(task)
         if ticket.done():
             return
         if stored:
-            pool = self._core.pools.by_type.get(ticket.task.task_type)
-            if fence is None and pool is not None:  # without a lease, the record was waiting in the store
-                pool.remove_spilled(ticket.task.priority)
+            pool = self._core.pools.by_type.get(task.task_type)
+            if fence is None and pool is not None and task.thread_id is None:  # else it is counted again, see above
+                pool.remove_spilled(task.priority)
             self._registry.settle(ticket, result)
         elif ticket.pending_store_calls or ticket.lease is not None:
             pass  # it was refilled meanwhile, and that run ends it
