@@ -219,7 +219,8 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         deadline: epoch seconds, or None.
         key: idempotency key, or None; unique in the store while the record is kept, ended or not.
         envelope: the encoded task; empty once DONE.
-        enqueued_at: epoch seconds when it was first submitted; orders records of the same priority and deadline.
+        enqueued_at: epoch seconds when it was first submitted or, of a nested task, its outermost run was; orders
+            records of the same priority and deadline.
         attempts: starts of the handler so far.
         thread_id: the conversation that it belongs to, or None.
     """

@@ -69,7 +69,7 @@ def a_worker_takes_one_more_than_its_slots() -> None:
 
 
 def a_run_that_awaits_its_child_keeps_its_slot() -> None:
-    skip(SlotLoan.__init__, Dispatcher.return_slot)
+    skip(SlotLoan.__init__, Dispatcher.lend_slot)
 
 
 def an_account_sends_one_call_more_than_its_limit() -> None:

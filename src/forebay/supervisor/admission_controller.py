@@ -251,12 +251,15 @@ class AdmissionController:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
             deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
+        active = None if parent is None else [*active_runs(parent, self._dispatcher)]
         submitted_at = None
         if self._dispatcher.spill is not None:
             submitted_at = self._dispatcher.spill.submission_time()
         elif deadline is not None:
             submitted_at = clock.wall_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        if active:
+            ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
             self._remember_key(task.key, ticket)
         return ticket
@@ -265,13 +268,13 @@ class AdmissionController:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        path_load, resource = self._load.on_path(pool, priority)
+        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested)
         if ticket.task.thread_id is not None and ticket.lease is None:  # one with a lease is the first of those stored
-            worth = may_spill and self._worth_storing(pool, priority, remaining)
+            worth = may_spill and self._worth_storing(ticket, pool, remaining)
             if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
                 return refusal
-        if may_spill and pool.spilled_ahead(priority):
-            worth = self._worth_storing(pool, priority, remaining)
+        if may_spill and not ticket.nested and pool.spilled_ahead(priority):
+            worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
         load = path_load
@@ -281,7 +284,7 @@ class AdmissionController:
         if self.thresholds.rejects(priority, load):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
-            worth = may_spill and self._worth_storing(pool, priority, remaining)
+            worth = may_spill and self._worth_storing(ticket, pool, remaining)
             return Refusal(reason, cause, load, may_spill=worth)
         if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
             return Refusal(
@@ -301,11 +304,13 @@ class AdmissionController:
         priority = ticket.task.priority
         waterfall = priority <= _WATERFALL_PRIORITY
         ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
-        return None if ahead else self._dispatcher.start_gate.pick(pool, priority, idle_first=waterfall)
+        if ahead:
+            return None
+        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=waterfall)
 
     def _misses_deadline(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, remaining: float) -> bool:
         """Return whether a task that would start on `worker`, or wait, is expected to end after its deadline."""
-        wait = 0.0 if worker is not None else pool.expected_wait(ticket.task.priority) or 0.0
+        wait = 0.0 if worker is not None else pool.expected_wait(ticket.task.priority, nested=ticket.nested) or 0.0
         conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
         if conversation is not None:
             wait = max(wait, len(conversation.tickets) * (pool.service_times.median() or 0.0))
@@ -315,7 +320,7 @@ class AdmissionController:
         """Return why a task may not come inside because of its conversation, or None if it may."""
         thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
         conversation = conversations.get(thread_id)
-        if conversations.waits_in_overflow(thread_id):
+        if not ticket.nested and conversations.waits_in_overflow(thread_id):
             reason = "earlier tasks of its conversation wait in the overflow"
         elif conversation is not None and not pool.may_park(conversation.parked):
             reason = f"{conversation.parked} tasks of its conversation wait already"
@@ -342,11 +347,11 @@ class AdmissionController:
             full += f" because of {cause}"
         return f"{full}, and {priority.name} is rejected from {self.thresholds.threshold_for(priority):.0%}"
 
-    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
+    def _worth_storing(self, ticket: Ticket, pool: Pool, remaining: float) -> bool:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
         if remaining == math.inf:
             return True
-        wait = pool.expected_wait(priority, spilled=True)
+        wait = pool.expected_wait(ticket.task.priority, nested=ticket.nested, spilled=True)
         return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
 
     # --- the verdict ---

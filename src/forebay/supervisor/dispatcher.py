@@ -13,7 +13,7 @@ from forebay.errors import UnknownTask
 from forebay.events import TaskStarted
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
-from forebay.supervisor.pool import Pool, next_pool
+from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool, first_for, next_pool
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
@@ -25,6 +25,7 @@ from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.settings import SupervisorSettings
@@ -86,6 +87,20 @@ class Dispatcher:
         worker.take_slot(probe=run.is_probe)
         for pool in self._pools_of[worker]:
             pool.slot_taken(worker)
+            pool.resume()
+
+    def lend_slot(self, run: Run) -> None:
+        """Lend the slot of a run that awaits a task, and start what comes next."""
+        run.give_slot()
+        for pool in self._pools_of[run.worker]:
+            pool.suspend()
+        self.return_slot(run)
+
+    def suspended_run_ended(self, run: Run) -> None:
+        """Forget a run that has ended without having its slot back; a new one may begin in its place."""
+        for pool in self._pools_of[run.worker]:
+            pool.resume()
+        self.dispatch(run.worker)
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
@@ -95,9 +110,9 @@ class Dispatcher:
             pool.slot_returned(worker)
         self.dispatch(worker, now)
 
-    def lend_slots(self, running: RunningTask | None) -> Reclaim | None:
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
         """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
-        return SlotLoan(self, running).reclaim if isinstance(running, Run) else None
+        return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---
 
@@ -116,13 +131,19 @@ class Dispatcher:
     def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
         rank = RANK_LAST
         if ticket.deadline is not None or ticket.parent is not None:
-            rank = (ticket.parent is None, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
+            whose = NESTED if ticket.nested else NOT_NESTED if ticket.parent is None else NESTED_ELSEWHERE
+            rank = (whose, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
         self._sequence_number += 1
-        ticket.enqueue(pool.queue.push(ticket, ticket.task.priority, rank, self._sequence_number))
+        ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self._arm_expiry(ticket)
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
+        if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
+            for worker in pool.workers:
+                if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
+                    self.dispatch(worker)
+                    break
 
     def _arm_expiry(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry_timer is None:
@@ -145,7 +166,7 @@ class Dispatcher:
             pool.unpark()
             return
         if (entry := ticket.leave_queue()) is not None:
-            pool.queue.remove(entry)
+            pool.remove(ticket, entry)
         self.next_in_conversation(ticket)
 
     def next_in_conversation(self, ticket: Ticket) -> None:
@@ -155,7 +176,7 @@ class Dispatcher:
             return
         pool = self._pools[following.task.task_type]
         pool.unpark()
-        worker = self.pick_worker(pool, following.task.priority)
+        worker = self.pick_worker(pool, following)
         if worker is None:
             self._enqueue(following, pool)
         elif self._may_still_start(following, pool):
@@ -163,9 +184,11 @@ class Dispatcher:
 
     # --- from the queue to a worker ---
 
-    def pick_worker(self, pool: Pool, priority: Priority) -> WorkerAgent | None:
+    def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
-        return None if pool.queue else self.start_gate.pick(pool, priority)
+        if pool.queue:
+            return None
+        return self.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
@@ -173,16 +196,18 @@ class Dispatcher:
             self.slot_claims.grant(worker)
         pools = self._pools_of[worker]
         while worker.can_accept():
-            pool = pools[0] if len(pools) == 1 else next_pool(pools)
-            if pool is not None and not pool.queue.length:
-                pool = None
-            if worker.sources and not self.start_gate.may_start_head(worker, pool):
+            entry: QueueEntry | None = None
+            if worker.suspended and worker.bars_new_runs(Priority.LOW):
+                pool, entry = first_for(worker, pools)
+            else:
+                pool = next_pool(pools)
+            if worker.sources and not self.start_gate.may_start_next(worker, pool, entry):
                 pool = None
             if pool is None:
                 for pool in pools:
                     pool.selector.update(worker)
                 break
-            ticket = pool.queue.pop()
+            ticket = pool.pop() if entry is None else pool.serve(entry)
             if (ticket.deadline is None and ticket.lease is None) or self._may_still_start(ticket, pool):
                 self.start(ticket, worker, now)
         if self.spill is not None:

@@ -140,7 +140,7 @@ class Drain:
             spill.stored.release(ticket)
         else:
             pool = self._core.pools.by_type[ticket.task.task_type]
-            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority)
+            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
             self._dispatcher.start_or_queue(ticket, pool, worker)
 
     def cancel_all(self) -> None:

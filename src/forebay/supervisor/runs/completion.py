@@ -46,6 +46,9 @@ class CompletionDispatcher(Protocol):
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
 
+    def suspended_run_ended(self, run: Run) -> None:
+        """Forget a run that has ended without having its slot back."""
+
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Start as many waiting tasks on `worker` as it has slots for."""
 
@@ -200,6 +203,8 @@ class RunCompletion:
             self._dispatcher.next_in_conversation(ticket)
         if holds_slot:
             self._dispatcher.return_slot(run, now)
+        else:
+            self._dispatcher.suspended_run_ended(run)
         if self._registry.listeners:
             self._registry.notify_progress()
 

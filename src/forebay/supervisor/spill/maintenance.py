@@ -70,9 +70,9 @@ class StoreMaintenance:
     async def _maintain(self) -> None:
         pools = self._core.pools.by_type
         try:
+            await self._refiller.recount_conversations()
             await self.reap()
             await self._refiller.recount(list(pools.values()))
-            await self._refiller.recount_conversations()
             await self._check_tasks_elsewhere()
             await self._stored.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
         except StoreUnavailable:

@@ -39,7 +39,7 @@ class RefillDispatcher(TicketOwner, Protocol):
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
         """Return why it is too late for a task to start, or None if it is not."""
 
-    def pick_worker(self, pool: Pool, priority: Priority) -> WorkerAgent | None:
+    def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
@@ -92,7 +92,6 @@ class Refiller:
     ) -> None:
         for pool in pools:
             if pool in self.refilling and pool is not refilling:
-                self._recount_after.add(pool)
                 continue
             for priority in Priority:
                 pool.set_spilled(priority, depths.get((pool.task_type, priority), 0))
@@ -116,6 +115,7 @@ class Refiller:
         by_type = self._core.pools.by_type
         types = dict.fromkeys([task_type, *(waiting for waiting, _ in depths)])
         pools = [by_type[name] for name in types if name in by_type]
+        self._recount_after.update(pool for pool in pools if pool in self.refilling)
         self._set_depths(depths, pools)
         for pool in pools:
             self.refill(pool)
@@ -161,10 +161,15 @@ class Refiller:
             return None
         rate = pool.service_times.drain_rate(pool.usable_slots) or 0.0
         free = pool.usable_slots - pool.running
+        slots = max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound)
+        queued, capacity = pool.queue.lengths, pool.queue_bound + free - pool.queued
+        if pool.nested_spilled:  # they are to be served before what is queued and has not begun, as in the store
+            slots, capacity = max(slots, pool.usable_slots), capacity + pool.queue_bound
+            queued = (pool.nested, 0, 0, 0)
         return pool.refill_policy.next_batch(
-            slots=max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound),
-            capacity=pool.queue_bound + free - pool.queued,
-            queued=pool.queue.lengths,
+            slots=slots,
+            capacity=capacity,
+            queued=queued,
             stored=pool.spilled,
         )
 
@@ -205,6 +210,7 @@ class Refiller:
         if ticket is None or ticket.stored:  # otherwise it is still counted as on its way to the store
             pool.remove_spilled(record.priority)
             self._dispatcher.conversations.remove_stored(record.thread_id)
+        pool.remove_nested_spilled(record.task_id)
         ended = registry.ended.get(record.task_id) if ticket is None else None
         if ended is not None and ended.result is not None:
             stored.complete_again(ended, ended.result, lease)
@@ -238,7 +244,7 @@ class Refiller:
         elif (error := dispatcher.expiry_reason(ticket, pool)) is not None:
             stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, error))
         else:
-            dispatcher.start_or_queue(ticket, pool, dispatcher.pick_worker(pool, ticket.task.priority))
+            dispatcher.start_or_queue(ticket, pool, dispatcher.pick_worker(pool, ticket))
 
     async def _read_ticket(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
         """Return the ticket of a record that another process stored, or None if this one cannot read it."""

@@ -109,6 +109,8 @@ class Spill:
         if put is PutResult.STORED and ticket.status is TaskStatus.SPILLED and not self.stored.stays_stored:
             pool.add_spilled(priority)
         if put.written and ticket.status is TaskStatus.SPILLED:
+            if ticket.nested:
+                pool.add_nested_spilled(ticket.task_id)
             self._wait_in_store(ticket, pool)
         return put
 

@@ -199,6 +199,7 @@ class StoredTasks:
             stored = True
         ticket.end_store_call()
         task = ticket.task
+        self._left_overflow(ticket)
         if fence is None and stored:  # without a lease, the record was waiting in the store
             self._dispatcher.conversations.remove_stored(task.thread_id)
         self.conversation_moved(task)
@@ -216,10 +217,16 @@ class StoredTasks:
         else:
             self.leave_to_other_process(ticket)
 
+    def _left_overflow(self, ticket: Ticket) -> None:
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        if ticket.nested and pool is not None:
+            pool.remove_nested_spilled(ticket.task_id)
+
     def apply_stored_completion(
         self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion
     ) -> None:
         """End a ticket with the result in the store."""
+        self._left_overflow(ticket)
         self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
             self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
