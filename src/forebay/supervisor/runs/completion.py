@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._text import format_duration
-from forebay.errors import Overloaded, RemoteError, StillSpilled
+from forebay.errors import Overloaded, RemoteError, StillSpilled, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run
@@ -257,7 +257,7 @@ class RunCompletion:
             error = describe_error(cause)
         else:
             error = describe_error(cause)
-            if run.upstream_failed:
+            if run.upstream_failed or _is_submitters_mistake(cause):
                 outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
@@ -311,6 +311,13 @@ class RunCompletion:
         if remaining:  # neither None nor 0
             due = now + remaining + 1e-6  # a sum of floats may fall a little short
             self._breaker_timers[worker] = self._timers.at(due, self.update_breaker, worker, "a probe is overdue")
+
+
+def _is_submitters_mistake(cause: BaseException | None) -> bool:
+    """Return whether a handler failed because of its task, which no handler of its type could have run."""
+    if isinstance(cause, RemoteError):
+        return cause.type == UnusableTask.__name__
+    return isinstance(cause, UnusableTask)
 
 
 def describe_error(cause: BaseException | None) -> str:
