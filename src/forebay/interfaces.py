@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol
@@ -221,7 +222,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         envelope: the encoded task; empty once DONE.
         enqueued_at: epoch seconds when it was first submitted or, of a nested task, its outermost run was; orders
             records of the same priority and deadline.
-        attempts: starts of the handler so far.
+        attempts: starts of the handler so far, apart from those that an orderly stop cut off.
         thread_id: the conversation that it belongs to, or None.
     """
 
@@ -322,12 +323,16 @@ class TaskStore(Protocol):
 
     **Fences.** A lease is held as long as its fence is the record's, even past its time: only `reap` ends it.
 
-    Attributes:
-        durable: True if its records survive the process. A supervisor does not need to know if several processes may
-            open the store at once, so there is no attribute for that; the store's documentation says it.
+    Whether several processes may open the store at once, a supervisor does not need to know: the store's documentation
+    says it.
     """
 
-    durable: bool
+    @property
+    def durable(self) -> bool:
+        """True if its records survive the process.
+
+        It may turn False while the store is open, because somebody has removed what it writes to. Then `put` raises.
+        """
 
     async def open(self) -> None:
         """Connect and prepare. Idempotent; also after `close`. If it is cancelled, the store is not open.
@@ -366,13 +371,18 @@ class TaskStore(Protocol):
         """Count a start of the handler. Return False if the lease is lost, so that the handler must not start."""
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
-        """Extend `leases` to `until`, and return those that are lost. It shortens none.
+        """Let `leases` last until `until`, and return those that are lost.
+
+        That may be earlier than before, if the wall clock was set back.
 
         It blocks, and may be called from any thread, so that a blocked event loop does not lose leases.
         """
 
     async def release(self, leases: Sequence[Lease]) -> None:
-        """Make leased records WAITING again, in their old order, or PARKED. Lost leases are ignored."""
+        """Make leased records WAITING again, in their old order, or PARKED. Lost leases are ignored.
+
+        A record has as many attempts as when it was leased: a holder that gives it back has not crashed.
+        """
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         """Mark a record DONE. With a fence: only if LEASED under it; without one, for a cancelled task: if not LEASED.
@@ -381,8 +391,13 @@ class TaskStore(Protocol):
             False if it was in another state, and nothing was written.
         """
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
         """Release every lease whose `until` is before `now`; one that lasts until `now` is still held.
+
+        Args:
+            now: epoch seconds.
+            max_attempts: starts of a handler, over lost leases, after which a record is dead.
+            latest: also release leases whose `until` is after that: they are from before the wall clock was set back.
 
         Returns:
             The records with `max_attempts` starts: these became DEAD instead, with a completion of status FAILED.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import math
 from collections.abc import Mapping
 from enum import Enum, IntEnum
@@ -54,18 +56,27 @@ class TaskStatus(Enum):
 _NOT_FINAL = frozenset({TaskStatus.WAITING, TaskStatus.RUNNING, TaskStatus.SPILLED})
 
 
-class Deadline(msgspec.Struct, frozen=True, order=True):
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class Deadline:
     """The time after which a result is worthless: absolute, in epoch seconds, so that it can be sent and stored.
+
+    Its remaining time is measured from when this object was made, and not by the wall clock, which may be set.
 
     Raises:
         InvalidDeadline: `at` is not a finite number.
     """
 
     at: float
+    _due: float = dataclasses.field(init=False, repr=False, compare=False)  # by `clock.now`
+    _loop: asyncio.AbstractEventLoop | None = dataclasses.field(
+        init=False, repr=False, compare=False
+    )  # whose time that is
 
     def __post_init__(self) -> None:
         if not isinstance(self.at, int | float) or not math.isfinite(self.at):
             raise InvalidDeadline(value=self.at)
+        object.__setattr__(self, "_due", clock.now() + (self.at - clock.wall_time()))
+        object.__setattr__(self, "_loop", clock.running_virtual_loop())
 
     @classmethod
     def within(cls, seconds: float) -> Deadline:
@@ -80,7 +91,20 @@ class Deadline(msgspec.Struct, frozen=True, order=True):
 
     def remaining(self) -> float:
         """Return the seconds until it passes; negative once it has passed."""
-        return self.at - clock.wall_time()
+        if clock.running_virtual_loop() is not self._loop:  # made in another time
+            return self.at - clock.wall_time()
+        return self._due - clock.now()
+
+    def by_wall_clock(self) -> float:
+        """Return the epoch seconds at which it passes by the clock as it is set now, for another process."""
+        at = clock.wall_time() + self.remaining()
+        return at if abs(at - self.at) > _CLOCK_STEP else self.at
+
+    def __reduce__(self) -> tuple[type[Deadline], tuple[float]]:
+        return Deadline, (self.by_wall_clock(),)
+
+
+_CLOCK_STEP = 1.0  # seconds; clocks that drift apart by less were not set
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):

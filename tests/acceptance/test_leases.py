@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ class ReapCountingStore(SqliteTaskStore):
         self.times = times
         self.looked = asyncio.Event()
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        dead = await super().reap(now=now, max_attempts=max_attempts)
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
+        dead = await super().reap(now=now, max_attempts=max_attempts, latest=latest)
         self.times -= 1
         if not self.times:
             self.looked.set()
@@ -162,9 +163,9 @@ class SlowReapStore(SqliteTaskStore):
 
     seconds = 0.0
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
         await asyncio.sleep(self.seconds)
-        return await super().reap(now=now, max_attempts=max_attempts)
+        return await super().reap(now=now, max_attempts=max_attempts, latest=latest)
 
 
 @virtual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -115,6 +116,42 @@ async def test_a_run_gets_its_slot_back_before_queued_tasks() -> None:
         supervisor.register_worker("children", handler=Agent(0.5), task_types=["child"])
         await results(flood(supervisor, "parent", 3))
     assert order == ["0 starts", "1 starts", "0 continues", "2 starts"]
+
+
+@pytest.mark.parametrize("timeouts", [(1.0,), (1.0, 1.5), (1.0, 1.5, 2.0)], ids=len)
+@virtual
+async def test_timeouts_around_an_await_put_no_more_to_work_than_there_are_slots(timeouts: tuple[float, ...]) -> None:
+    at_work = peak = 0
+
+    async def work(seconds: float) -> None:
+        nonlocal at_work, peak
+        at_work += 1
+        peak = max(peak, at_work)
+        await asyncio.sleep(seconds)
+        at_work -= 1
+
+    async def impatient(remaining: tuple[float, ...]) -> None:
+        if not remaining:
+            await supervisor.run(Task("child"))
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(remaining[0]):
+                await impatient(remaining[1:])
+
+    async def agent(task: Task) -> None:
+        if task.payload == "parent":
+            await impatient(timeouts[::-1])
+        await work(10.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
+        supervisor.register_worker("children", handler=Agent(60.0), task_types=["child"], max_concurrent=2)
+        tickets = [supervisor.submit_nowait(Task("work", "parent")) for _ in range(2)]
+        tickets += [supervisor.submit_nowait(Task("work")) for _ in range(2)]
+        assert {result.status for result in await results(tickets)} == {TaskStatus.SUCCEEDED}
+        assert now() == approximately(20.0)
+        assert peak == 2
+        assert (worker.current_tasks, worker.pending_claims) == (0, 0)
 
 
 @virtual

@@ -507,6 +507,15 @@ async def test_a_worker_that_fails_and_recovers_is_reported(caplog: pytest.LogCa
 
 
 @virtual
+async def test_the_slots_of_a_worker_are_set_at_registration() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=3)
+        with pytest.raises(AttributeError, match="max_concurrent"):
+            worker.max_concurrent = 5  # type: ignore[misc]
+        assert worker.max_concurrent == 3
+
+
+@virtual
 async def test_a_failed_worker_rejects_no_task_that_another_can_run() -> None:
     agent = Agent(0.01)
     async with BackpressureSupervisor(max_queue_size=5) as supervisor:

@@ -359,9 +359,9 @@ async def test_an_attempt_is_counted(store: TaskStore, record: MakeRecord, take:
     (lease,) = await take()
     assert lease.record.attempts == 0
     assert await store.begin_attempt(lease)
-    await store.release([lease])
-    (again,) = await take()
-    assert again.record.attempts == 1
+    found = await store.find("a")
+    assert found is not None
+    assert found[1].attempts == 1
 
 
 async def test_two_attempts_at_once_under_one_lease_are_counted_twice(
@@ -370,8 +370,9 @@ async def test_two_attempts_at_once_under_one_lease_are_counted_twice(
     await store.put(record("a"))
     (lease,) = await take()
     assert all(await asyncio.gather(store.begin_attempt(lease), store.begin_attempt(lease)))
-    await store.release([lease])
-    assert [lease.record.attempts for lease in await take()] == [2]
+    found = await store.find("a")
+    assert found is not None
+    assert found[1].attempts == 2
 
 
 async def test_a_lost_lease_is_rejected_everywhere(store: TaskStore, record: MakeRecord, take: Take) -> None:
@@ -413,6 +414,20 @@ async def test_released_records_keep_their_order(store: TaskStore, record: MakeR
     await store.put(record("d"))
     await store.release(leases)
     assert ids(await take()) == ["c", "a", "b", "d"]
+
+
+async def test_a_released_record_has_the_attempts_that_it_was_leased_with(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await put_all(store, [record("a"), record("b"), record("c")])
+    for lease in await take(3, until=100.0):
+        await store.begin_attempt(lease)
+    await store.reap(now=101.0, max_attempts=9)  # a crash, which counts
+    leases = await take(3, until=200.0)
+    for lease in leases[:2]:
+        await store.begin_attempt(lease)
+    await store.release(leases)
+    assert [lease.record.attempts for lease in await take(3)] == [1, 1, 1]
 
 
 async def test_renewing_or_releasing_no_lease_is_allowed(store: TaskStore) -> None:
@@ -568,12 +583,26 @@ async def test_a_renewed_lease_does_not_expire(store: TaskStore, record: MakeRec
     assert await state(store, "a") is RecordState.WAITING
 
 
-async def test_renew_shortens_no_lease(store: TaskStore, record: MakeRecord, take: Take) -> None:
-    await store.put(record("a"))
-    (lease,) = await take(until=20.0)
-    await renew(store, [lease], until=5.0)
-    await store.reap(now=10.0, max_attempts=3)
+async def test_a_renewed_lease_may_end_earlier_than_before(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    leases = await take(2, until=20.0)
+    await renew(store, leases[:1], until=5.0)
+    await store.reap(now=5.0, max_attempts=3)
     assert await state(store, "a") is RecordState.LEASED
+    await store.reap(now=10.0, max_attempts=3)
+    assert await state(store, "a") is RecordState.WAITING
+    assert await state(store, "b") is RecordState.LEASED
+
+
+async def test_a_lease_that_ends_later_than_any_can_is_reaped(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    near, far = [(await take(1, until=until))[0] for until in (20.0, 3600.0)]
+    await store.reap(now=10.0, max_attempts=3, latest=3600.0)
+    assert await state(store, far.record.task_id) is RecordState.LEASED
+    await store.reap(now=10.0, max_attempts=3, latest=100.0)
+    assert await state(store, far.record.task_id) is RecordState.WAITING
+    assert await state(store, near.record.task_id) is RecordState.LEASED
+    assert list(await renew(store, [near, far], until=30.0)) == [far]
 
 
 @pytest.mark.blocks  # as a handler may

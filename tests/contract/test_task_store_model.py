@@ -242,7 +242,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         assert list(self.store.renew(chosen, until=until)) == lost
         for lease in chosen:
             if (stored := self.model.held(lease)) is not None:
-                stored.until = max(stored.until, until)
+                stored.until = until
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -251,7 +251,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         self.run(self.store.release(chosen))
         for lease in chosen:
             if (stored := self.model.held(lease)) is not None:
-                stored.state, stored.fence = RecordState.PARKED, None
+                stored.state, stored.fence, stored.record = RecordState.PARKED, None, lease.record
                 self.model.settle(stored.record.thread_id)
 
     @precondition(lambda self: self.leases)
@@ -274,17 +274,20 @@ class TaskStoreMachine(RuleBasedStateMachine):
         if stored is not None and waiting:
             self.model.end(stored, RecordState.DONE, "cancelled", self.now)
 
-    @rule()
-    def reap(self) -> None:
+    @rule(ahead=st.sampled_from([inf, inf, 2.0]))
+    def reap(self, ahead: float) -> None:
         now = self.tick()
+        latest = now + ahead
         dead = []
         for stored in self.model.within(RecordState.LEASED):
-            if stored.until < now and stored.record.attempts < MAX_ATTEMPTS:
+            lapsed = stored.until < now or stored.until > latest
+            if lapsed and stored.record.attempts < MAX_ATTEMPTS:
                 stored.state, stored.fence = RecordState.PARKED, None
                 self.model.settle(stored.record.thread_id)
-            elif stored.until < now:
+            elif lapsed:
                 dead.append(replace(stored))
-        found = [each.record for each in self.run(self.store.reap(now=now, max_attempts=MAX_ATTEMPTS))]
+        reaped = self.run(self.store.reap(now=now, max_attempts=MAX_ATTEMPTS, latest=latest))
+        found = [each.record for each in reaped]
         assert {record.task_id: record for record in found} == {stored.record.task_id: stored.record for stored in dead}
         # Records that become dead at once are equally old: the store may choose which of them to keep.
         for record in found:

@@ -162,7 +162,10 @@ class MemoryTaskStore:
             if entry is None:
                 lost.append(lease)
             else:
-                entry.until = max(entry.until, until)  # its item in the heap comes up too early; reap pushes it again
+                if until < entry.until:
+                    self._leased.mark_stale()
+                    self._lease(entry, lease.fence, until)
+                entry.until = until  # later: its item in the heap comes up too early, and reap pushes it again
         return lost
 
     async def release(self, leases: Sequence[Lease]) -> None:
@@ -171,6 +174,7 @@ class MemoryTaskStore:
         for lease in leases:
             entry = self._leased_entry(lease)
             if entry is not None:
+                entry.record = lease.record
                 self._leased.mark_stale()
                 self._wait(entry)
 
@@ -187,10 +191,15 @@ class MemoryTaskStore:
         heap.mark_stale()
         return True
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD."""
         self._check_open()
         dead = []
+        if latest < inf:
+            for _, entry in list(self._leased.live()):
+                if entry.until > latest:
+                    self._leased.mark_stale()
+                    self._lease(entry, str(entry.fence), -inf)
         while (first := self._leased.peek()) is not None and first[0] < now:
             entry = first[1]
             self._leased.pop()

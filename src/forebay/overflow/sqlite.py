@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf, isinf
@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from forebay._text import is_unicode
 from forebay.clock import new_id
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
@@ -72,8 +73,8 @@ RETURNING {_ROW}, fence, sequence
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
-_RENEW = BatchStatement(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
-_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
+_RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
+_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3 {_BY_HOLDER}", 3)
 # A row that is not leased has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
     """
@@ -84,6 +85,7 @@ _FINISH = BatchStatement(
 )
 _MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE sequence = ?"
 _EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
+_TOO_LATE = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until > ? ORDER BY until LIMIT ?"
 _REQUEUE_EXPIRED = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE sequence = ?"
 _OLDEST_DONE = "SELECT sequence FROM task WHERE state = 2 ORDER BY finished_at, sequence"
 _OLDEST_DEAD = "SELECT sequence FROM task WHERE state = 3 ORDER BY finished_at, task_id"
@@ -133,13 +135,21 @@ class SqliteTaskStore:
         synchronous: what an acknowledged write survives, see `Synchronous`.
     """
 
-    durable = True
-
     def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
         self._bound = bound
         self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
-        self._put = partial(_put, bound)
+        self._put = partial(_put, bound, self._writer.check_file)
+        self._requeue = partial(_requeue, bound, self._writer.check_file)
         self._finish = partial(_finish, bound)
+
+    @property
+    def durable(self) -> bool:
+        """False once the file was removed, replaced or emptied while it was open: its records end with this process."""
+        try:
+            self._writer.check_file()
+        except StoreUnavailable:
+            return False
+        return True
 
     async def open(self) -> None:
         """Open the file."""
@@ -150,8 +160,10 @@ class SqliteTaskStore:
         await self._writer.close()
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        """Store `record`."""
-        return await self._writer.run_batched(self._put, (record, fence, until))
+        """Store `record`, where another process finds it."""
+        put = await self._writer.run_batched(self._put, (record, fence, until))
+        self._writer.check_file()
+        return put
 
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
@@ -190,11 +202,11 @@ class SqliteTaskStore:
         item = (task_id, fence, completion.finished_at, _encode(completion))
         return await self._writer.run_batched(self._finish, item)
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD."""
         dead: list[DeadRecord] = []
         while True:
-            count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
+            count, more = await self._writer.run(partial(_reap, now, latest, max_attempts, self._bound))
             dead += more
             if count < _BATCH:
                 return dead
@@ -218,19 +230,20 @@ class SqliteTaskStore:
 
     async def requeue(self, task_id: str) -> PutResult | None:
         """Make a DEAD record WAITING again."""
-        return await self._writer.run(partial(_requeue, self._bound, task_id))
+        return await self._writer.run(partial(self._requeue, task_id)) if is_unicode(task_id) else None
 
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
-        return await self._writer.run(partial(_delete_dead, task_id))
+        return is_unicode(task_id) and await self._writer.run(partial(_delete_dead, task_id))
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
         """Return a record by its task id."""
-        return await self._writer.run(partial(_find, task_id), writes=False)
+        # What is not valid Unicode was never stored, and SQLite cannot be asked for it.
+        return await self._writer.run(partial(_find, task_id), writes=False) if is_unicode(task_id) else None
 
     async def find_key(self, key: str) -> str | None:
         """Return the task id stored under a key."""
-        return await self._writer.run(partial(_find_key, key), writes=False)
+        return await self._writer.run(partial(_find_key, key), writes=False) if is_unicode(key) else None
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         """Return how many records are WAITING."""
@@ -244,7 +257,10 @@ class SqliteTaskStore:
 _DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)
 
 
-def _put(bound: int, connection: sqlite3.Connection, items: Sequence[_PutItem]) -> Sequence[PutResult]:
+def _put(
+    bound: int, check_file: Callable[[], None], connection: sqlite3.Connection, items: Sequence[_PutItem]
+) -> Sequence[PutResult]:
+    check_file()
     (held,) = connection.execute(_HELD).fetchone()
     capacity = bound - held
     rows = [
@@ -334,7 +350,7 @@ def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection
 
 
 def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
-    _RELEASE.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
+    _RELEASE.run(connection, [(lease.record.task_id, lease.fence, lease.record.attempts) for lease in leases])
     for lease in leases:
         _settle(connection, lease.record.thread_id)
 
@@ -346,10 +362,11 @@ def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishI
 
 
 def _reap(
-    now: float, max_attempts: int, bound: int, connection: sqlite3.Connection
+    now: float, latest: float, max_attempts: int, bound: int, connection: sqlite3.Connection
 ) -> tuple[int, Sequence[DeadRecord]]:
     """Release a batch of expired leases; return how many there were, and the records that became DEAD."""
     rows = connection.execute(_EXPIRED, (now, _BATCH)).fetchall()
+    rows += connection.execute(_TOO_LATE, (latest, _BATCH - len(rows))).fetchall()
     dead = []
     for row in rows:
         record, sequence = _record(row), row[-1]
@@ -382,7 +399,10 @@ def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.
     return [DeadRecord(record=_record(row), completion=_decode_completion(row[-1])) for row in rows]
 
 
-def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> PutResult | None:
+def _requeue(
+    bound: int, check_file: Callable[[], None], task_id: str, connection: sqlite3.Connection
+) -> PutResult | None:
+    check_file()
     if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
         return None
     (held,) = connection.execute(_HELD).fetchone()

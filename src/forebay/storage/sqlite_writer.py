@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections import deque
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from forebay.errors import StoreUnavailable
+from forebay.storage.file_watch import FileWatch
 from forebay.storage.sqlite_file import Schema, diagnose, open_file
 from forebay.storage.url import Synchronous
 
@@ -58,6 +60,9 @@ class SqliteWriter:
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._connection: sqlite3.Connection | None = None
+        self._watch: FileWatch | None = None  # while the file is open
+        self._change: str | None = None  # what has happened to the file, as of the last transaction
+        self._process: int | None = None  # that opened it
         self._connection_lock = threading.Lock()  # held by the thread that uses the connection
         self._pending: deque[_Pending] = deque()
         self._flushing = False
@@ -74,23 +79,42 @@ class SqliteWriter:
         if self._connection is not None:
             return
         self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
         executor = self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
-        opening = self._run_in_thread(open_file, self._path, self._schema, self._synchronous, self._busy_timeout)
+        opening = self._run_in_thread(self._open_file)
         try:
-            self._connection = await asyncio.shield(opening)
+            self._connection, self._watch = await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(partial(self._close_late_connection, executor))
             raise
         except BaseException:
             executor.shutdown(wait=False)
             raise
-        self._closed = None
+        self._closed = self._change = None
 
-    def _close_late_connection(self, executor: ThreadPoolExecutor, opening: asyncio.Future[sqlite3.Connection]) -> None:
+    def _open_file(self) -> tuple[sqlite3.Connection, FileWatch]:
+        connection = open_file(self._path, self._schema, self._synchronous, self._busy_timeout)
+        return connection, FileWatch(self._path)
+
+    def check_file(self) -> None:
+        """Check that the file was where it was opened, before and after the last transaction. Callable in an operation.
+
+        What is written to it otherwise is lost with this process.
+
+        Raises:
+            StoreUnavailable: it was removed, replaced or emptied.
+        """
+        if self._change is not None:
+            advice = "Put it back, or restart the processes that use it: they make a new one."
+            raise StoreUnavailable(where=str(self._path), why=self._change, advice=advice)
+
+    def _close_late_connection(
+        self, executor: ThreadPoolExecutor, opening: asyncio.Future[tuple[sqlite3.Connection, FileWatch]]
+    ) -> None:
         """Close a file that was opened after `open` had been cancelled; by now another `open` may have succeeded."""
         if not opening.cancelled() and opening.exception() is None:
             with suppress(RuntimeError):  # the interpreter is shutting down and starts no more threads
-                self._loop.run_in_executor(executor, opening.result().close)
+                self._loop.run_in_executor(executor, opening.result()[0].close)
         executor.shutdown(wait=False)  # jobs that were already submitted still run
 
     async def close(self) -> None:
@@ -124,11 +148,12 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file is not open, or it failed and nothing was written.
         """
+        self._check_process()
         with self._connection_lock:
             if (connection := self._connection) is None or self._closed is not None:
                 raise self._not_open()
             try:
-                (value,) = _run_transaction(connection, [(_run_each, op, True)])
+                (value,) = self._run_transaction(connection, [(_run_each, op, True)])
             except BaseException as error:
                 raise diagnose(error, self._path) from error
         if isinstance(value, _OperationError):
@@ -140,7 +165,18 @@ class SqliteWriter:
         advice = "Use it between open() and close()."
         return StoreUnavailable(where=str(self._path), why="it is not open", advice=advice)
 
+    def _check_process(self) -> None:
+        """Check that this is the process that has opened the file: a forked child has neither its thread nor its loop.
+
+        Raises:
+            StoreUnavailable: it is not.
+        """
+        if self._process not in (None, os.getpid()):
+            why = f"it was opened in process {self._process}, and this is a child that was forked from it"
+            raise StoreUnavailable(where=str(self._path), why=why, advice="Open a store of its own here.")
+
     def _submit(self, op: _Operation, item: Any, *, writes: bool) -> asyncio.Future[Any]:
+        self._check_process()
         if self._connection is None or self._closed is not None:
             raise self._not_open()
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -169,7 +205,16 @@ class SqliteWriter:
 
     def _commit(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
         with self._connection_lock:
-            return _run_transaction(connection, works)
+            return self._run_transaction(connection, works)
+
+    def _run_transaction(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
+        self._find_change()
+        outcomes = _run_transaction(connection, works)
+        self._find_change()  # it may have happened meanwhile
+        return outcomes
+
+    def _find_change(self) -> None:
+        self._change = None if self._watch is None else self._watch.find_change()
 
     def _close_connection(self, connection: sqlite3.Connection) -> None:
         with self._connection_lock:
@@ -196,7 +241,7 @@ class SqliteWriter:
         self._loop.call_soon(self._flush)  # after the callers just woken, so that their next operations join the group
 
     def _on_closed(self, closing: asyncio.Future[None]) -> None:
-        self._connection = None
+        self._connection = self._watch = None
         self._flushing = False
         self._executor.shutdown(wait=False)
         if self._closed is None or self._closed.done():

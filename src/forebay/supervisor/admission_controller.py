@@ -21,6 +21,7 @@ from forebay.errors import (
     StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
+    fresh_copy,
 )
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
@@ -28,7 +29,7 @@ from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
-from forebay.task import Priority, Task
+from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.conversations import Conversation, Conversations
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.worker import WorkerAgent
 
+_ABANDONED = "its submitter has gone"
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
@@ -104,8 +106,8 @@ class AdmissionController:
         self.thresholds = PriorityThresholds(threshold)
         self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
-        self._keys: dict[str, Ticket] = {}
-        self._store_answers: dict[str, asyncio.Future[Ticket]] = {}  # by key, while the store has not answered
+        self._keys = core.registry.by_key
+        self._undecided: dict[str, _Undecided] = {}  # by key
         self.try_admit: TryAdmit = self._try_admit  # forebay.testing replaces it
 
     @property
@@ -142,6 +144,7 @@ class AdmissionController:
             advice = "use `await submit(...)`"
             raise OverflowRequired(task_id=task.task_id, why="submit_nowait cannot wait for its record", advice=advice)
         if task.key is not None and (known := self._keys.get(task.key)) is not None:
+            known.share()
             return known
         spill = self._dispatcher.spill
         if spill is not None and task.spill:
@@ -176,6 +179,7 @@ class AdmissionController:
                 raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
         if task.key is not None:
             if (known := await self._find_by_key(task.key)) is not None:
+                known.share()
                 return known
             self._check(task)  # again, because anything may have happened during the await
         if spill is None or not (task.spill or task.durable):
@@ -223,8 +227,8 @@ class AdmissionController:
 
     async def _find_by_key(self, key: str) -> Ticket | None:
         """Return the ticket that was submitted under `key` before, if any."""
-        while (answer := self._store_answers.get(key)) is not None:
-            await asyncio.wait([answer])  # then look again: it may have been rejected
+        while (undecided := self._undecided.get(key)) is not None:
+            await undecided.wait()  # then look again: it may have been rejected
         if key not in self._keys and self._dispatcher.spill is not None:
             found = await self._dispatcher.spill.lookup.by_key(key)
             if key in self._keys:
@@ -232,14 +236,6 @@ class AdmissionController:
             if found is not None:
                 self._keys[key] = found
         return self._keys.get(key)
-
-    def _remember_key(self, key: str, ticket: Ticket) -> None:
-        live, ended = self._registry.live, self._registry.ended
-        if len(self._keys) > 2 * (len(live) + self._registry.keep) + 16:
-            self._keys = {
-                key: known for key, known in self._keys.items() if known.task_id in live or known.task_id in ended
-            }
-        self._keys[key] = ticket
 
     def _forget_key(self, ticket: Ticket) -> None:
         if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
@@ -250,7 +246,7 @@ class AdmissionController:
     def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
-            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
+            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
         active = None if parent is None else [*active_runs(parent, self._dispatcher)]
         submitted_at = None
         if self._dispatcher.spill is not None:
@@ -261,7 +257,7 @@ class AdmissionController:
         if active:
             ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
-            self._remember_key(task.key, ticket)
+            self._keys[task.key] = ticket
         return ticket
 
     def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
@@ -381,6 +377,7 @@ class AdmissionController:
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)
+            self._bus.limit_backlog()  # a caller that goes on when it is rejected may never give the loop a turn
 
     def _emit_submitted(self, ticket: Ticket) -> None:
         task = ticket.task
@@ -400,28 +397,28 @@ class AdmissionController:
     # --- the overflow ---
 
     async def _await_store(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
-        """Wait for the store even if the caller is cancelled; then cancel the task once the store has answered."""
+        """Wait for the store even if the caller is cancelled; then cancel the task, unless others wait for its key."""
         ticket.begin_store_call()
         self._registry.add(ticket)  # before any await, so that no other task takes its id
 
         def answered(answer: asyncio.Future[Ticket]) -> None:
             ticket.end_store_call()
-            self._store_answers.pop(ticket.task.key or "", None)
+            self._undecided.pop(ticket.task.key or "", None)
             self._resolve_key_waiters(ticket, answer)
             if answer.cancelled() or answer.exception() is not None or answer.result() is not ticket or not ticket:
                 self._registry.discard(ticket)
             elif ticket.cancel_reason is not None:
                 ticket.cancel(ticket.cancel_reason)
+            elif not undecided.callers:
+                ticket.cancel(_ABANDONED)
 
         answer = self._core.run_to_completion(deciding)
+        undecided = _Undecided(ticket, answer)
         if ticket.task.key:
-            self._store_answers[ticket.task.key] = answer
+            self._undecided[ticket.task.key] = undecided
         answer.add_done_callback(answered)
-        try:
-            return await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            ticket.cancel("its submitter has gone")
-            raise
+        await undecided.wait()
+        return answer.result()
 
     def _resolve_key_waiters(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
         """If the task was not stored, answer the callers that got its ticket by its key meanwhile."""
@@ -430,8 +427,8 @@ class AdmissionController:
         error = answer.exception()
         if error is not None:
             self._forget_key(ticket)
-            if isinstance(error, ForebayError) and not ticket.done():
-                ticket.resolve(error)
+            if not ticket.done():
+                ticket.resolve(fresh_copy(error) if isinstance(error, ForebayError) else _store_failed(error))
         elif not ticket:
             ticket.wake_waiters()
         elif (other := answer.result()) is not ticket and not ticket.done():
@@ -498,9 +495,40 @@ class AdmissionController:
             return self._reject(ticket, pool, refusal)
         self._forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:
-            self._remember_key(ticket.task.key, known)
+            self._keys[ticket.task.key] = known
             return known
         raise DuplicateTask(task_id=ticket.task_id)
+
+
+def _store_failed(error: BaseException) -> StoreUnavailable:
+    """Return the error for those who wait for a task that its submitter could not store."""
+    why = f"it raised {type(error).__name__}"
+    return StoreUnavailable(where="the overflow", why=why, advice="The submitter has the error.")
+
+
+class _Undecided:
+    """A ticket on which the store has not answered, and its callers: the submitter, and those who came by its key.
+
+    The task is cancelled if all of them leave.
+    """
+
+    __slots__ = ("_answer", "_ticket", "callers")
+
+    def __init__(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
+        self._ticket = ticket
+        self._answer = answer
+        self.callers = 0
+
+    async def wait(self) -> None:
+        """Wait for the answer as one more caller."""
+        self.callers += 1
+        try:
+            await asyncio.wait((self._answer,))
+        except asyncio.CancelledError:
+            self.callers -= 1
+            if not self.callers and self._answer.done():  # otherwise the answer may find another caller
+                self._ticket.cancel(_ABANDONED)
+            raise
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:

@@ -178,7 +178,9 @@ def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration)
         return function(task.payload)
     except TypeMismatch as mismatch:
         path, why = mismatch.path, mismatch.reason
-    except Exception as error:  # noqa: BLE001 - a codec may be the user's own
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a codec may be the user's own
         path, why = "", f"its codec raised {type(error).__name__}"
     kind = "payload of its framework" if side.declared is None else type_name(side.declared)
     raise InvalidPayload(task_id=task.task_id, task_type=task.task_type, type=kind, path="payload" + path, why=why)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Dispatcher:
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
+        self.starts = WorkerStarts(core, self)
         self._registry = core.registry
         self._timers = core.timers
         self._bus = core.bus
@@ -72,6 +73,10 @@ class Dispatcher:
             if self.spill is not None:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
+
+    def start_worker(self, worker: WorkerAgent) -> None:
+        """Start the handler of a worker, unless it has started or is being started."""
+        self.starts.begin(worker)
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
@@ -256,9 +261,7 @@ class Dispatcher:
         if self._bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
             self._registry.emit(ticket, started)
-        if run.abandoned_at is not None:  # cancelled by a sink, when it received the event
-            self.completion.handler_ended(run, None, asyncio.CancelledError())
-        elif ticket.slot is not None:
+        if ticket.slot is not None:
             ticket.slot.grant(run)
         elif ticket.lease is not None and self.spill is not None:
             self.spill.stored.record_start(run)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from forebay._hooks import call_hook
+from forebay._validate import is_number
 from forebay.interfaces import LoadSource, Reading
 from forebay.task import Priority
 
@@ -121,4 +123,7 @@ def _first_blocked(path: tuple[LoadSource, ...]) -> str | None:
 def _nested_load(worker: WorkerAgent, task_type: str) -> float:
     """Return the load of the nested supervisor that a worker stands for; 0.0 if it stands for none."""
     load = worker.handler.load
-    return 0.0 if load is None else load(task_type)
+    if load is None:
+        return 0.0
+    reading = call_hook(f"load of worker {worker.name!r}", load, task_type)
+    return reading if is_number(reading) else 1.0  # one that cannot be read counts as full

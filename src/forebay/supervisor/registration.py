@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from forebay._text import is_unicode
 from forebay._validate import check_name, check_positive, check_whole, is_positive, reject
 from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
@@ -132,8 +133,8 @@ def _check(name: object, task_types: object, max_concurrent: object, timeout: ob
     check_name("register_worker", "name", name)
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
         reject(owner, "task_types", task_types, 'a list, such as ["research"]')
-    if not task_types or not all(isinstance(kind, str) and kind for kind in task_types):
-        reject(owner, "task_types", task_types, "a list of non-empty strings")
+    if not task_types or not all(isinstance(kind, str) and kind and is_unicode(kind) for kind in task_types):
+        reject(owner, "task_types", task_types, "a list of non-empty strings of valid Unicode")
     check_whole(owner, "max_concurrent", max_concurrent)
     if not is_positive(timeout):
         raise InvalidTimeout(value=timeout)

@@ -43,11 +43,11 @@ class EventRecord:
         self.baseline = supervisor.statistics()
         self._unseen_ids: list[str] = []  # ids in events, of tasks that are not in `tasks` yet
         # The public subscription is bounded and asynchronous; a record must not miss an event.
-        supervisor._bus.add_sink(self._on_event)  # noqa: SLF001 - see above
+        supervisor._bus.add_observer(self._on_event)  # noqa: SLF001 - see above
 
     def stop(self) -> None:
         """Stop recording."""
-        self.supervisor._bus.remove_sink(self._on_event)  # noqa: SLF001 - see __init__
+        self.supervisor._bus.remove_observer(self._on_event)  # noqa: SLF001 - see __init__
 
     def __enter__(self) -> Self:
         return self

@@ -77,7 +77,7 @@ def test_a_target_makes_an_upstream_with_its_settings() -> None:
         "o3": (),
     }
     assert (settings.max_concurrent, settings.max_wait, settings.weights) == (7, 20, {"acme": 3.0})
-    assert (upstream.core.retries.retry.max_attempts, upstream.core.retries.retry.max_total_delay) == (2, 20)
+    assert (upstream.core.retry.max_attempts, upstream.core.retry.max_total_delay) == (2, 20)
     assert upstream.core.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
 
 

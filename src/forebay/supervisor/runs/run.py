@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 import msgspec
 
-from forebay.events import TaskProgress, log
+from forebay import clock
+from forebay._hooks import await_hook, call_hook, is_awaitable, is_interrupt
+from forebay.errors import Overloaded, fresh_copy
+from forebay.events import TaskProgress
 from forebay.task import Deadline, Task, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.timers import Timer
@@ -109,7 +111,8 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     ended: bool = False
     calls: dict[LoadSource, int] | None = None  # how often it has called each source
     expected_sources: dict[LoadSource, None] | None = None  # sources that it has not called yet and is expected to
-    rejections: dict[object, Overloaded] | None = None  # final rejections of its calls, by what rejected them
+    # Final rejections of its calls, and when they came, by what rejected them.
+    rejections: dict[object, tuple[Overloaded, float]] | None = None
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
 
@@ -133,7 +136,23 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def record_rejection(self, by: object, error: Overloaded) -> None:
         """Record that a call was rejected for good."""
-        self.rejections = {**(self.rejections or {}), by: error}
+        self.rejections = {**(self.rejections or {}), by: (fresh_copy(error), clock.now())}
+
+    def rejection_by(self, by: object) -> Overloaded | None:
+        """Return the error with which a call fails at once, because `by` rejected an earlier one of the run for good.
+
+        None if it rejected none, or once its retry_after has passed: then the run has handled the rejection.
+        """
+        if not self.rejections or by not in self.rejections:
+            return None
+        error, rejected_at = self.rejections[by]
+        if error.retry_after is None:
+            return fresh_copy(error)
+        left = rejected_at + error.retry_after - clock.now()
+        if left > 0:
+            return Overloaded(error.reason, limited_by=error.limited_by, load=error.load, retry_after=left)
+        self.rejections = {other: rejection for other, rejection in self.rejections.items() if other is not by}
+        return None
 
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""
@@ -155,6 +174,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             at = self.dispatcher.core.loop.time()
             event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
             self.dispatcher.core.registry.emit(self.ticket, event)
+            self.dispatcher.core.bus.limit_backlog()  # a handler may report much without ever giving the loop a turn
 
     # --- expected calls ---
 
@@ -276,12 +296,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             return
         on_cancel = self.worker.handler.on_cancel
         if on_cancel is not None:
-            try:
-                asked = on_cancel(self.task)
-                if inspect.isawaitable(asked):
-                    self.dispatcher.core.run_in_background(asked)
-            except Exception:  # noqa: BLE001 - user code; the run must be stopped whatever it raises
-                log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
+            what = f"on_cancel of worker {self.worker.name!r}"
+            asked = call_hook(what, on_cancel, self.task)
+            if is_awaitable(asked):
+                self.dispatcher.core.run_in_background(await_hook(what, asked))
         if self.runner is not None and not self.in_thread:
             self.runner.stop(self)
 
@@ -348,6 +366,12 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         return held
 
 
+def was_interrupted(run: Run, cause: BaseException | None) -> bool:
+    """Return whether a Ctrl-C ended the handler of `run`, which cannot be if it ran in a thread."""
+    in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
+    return in_loop and cause is not None and is_interrupt(cause)
+
+
 def _call_handler(call: Any, task: Task) -> tuple[Any, BaseException | None]:
     try:
         return call(task), None
@@ -381,6 +405,9 @@ class ActiveRuns:
     def on(self, worker: WorkerAgent) -> list[Run]:
         """Return the runs on a worker, in the order in which their handlers started."""
         return list(self._by_worker.get(worker, ()))
+
+    def __bool__(self) -> bool:
+        return any(self._by_worker.values())
 
     def all(self) -> list[Run]:
         """Return every run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,10 @@ class SlotLoan:
         """Wait, ahead of the queue of its worker, until the run that awaited has a slot again.
 
         The runs above it claim their slots too, but this does not wait for them: a task that holds one of these slots
-        may need the slot of this run. A run that is being cancelled does not wait: it ends without a slot.
+        may need the slot of this run.
+
+        A cancellation of the await is raised once the run has a slot: code that catches it, such as
+        ``asyncio.timeout``, goes on to work. A run that its supervisor stops does not wait: it ends without a slot.
         """
         awaiting = self._awaiting_run
         awaiting.end_await()
@@ -80,6 +84,20 @@ class SlotLoan:
             granted = claims.claim(awaiting)
             if granted is not None:
                 try:
-                    await granted
+                    await _wait_for_slot(awaiting, granted)
                 finally:
                     claims.withdraw(awaiting, granted)
+
+
+async def _wait_for_slot(run: Run, granted: asyncio.Future[None]) -> None:
+    """Wait until `granted` is done, even if the caller is cancelled, unless the run is to stop."""
+    cancellation: asyncio.CancelledError | None = None
+    while not granted.done():
+        try:
+            await asyncio.wait((granted,))
+        except asyncio.CancelledError as error:
+            if run.abandoned_at is not None or run.ended:
+                raise
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
@@ -54,9 +56,11 @@ class Spill:
         settings: SupervisorSettings,
     ) -> None:
         self.codecs: TaskCodecs = core.codecs
-        self.stored = StoredTasks(core, dispatcher, store, runs=runs, max_payload_bytes=settings.max_payload_bytes)
         # Seconds that a lease lasts unless renewed. Without end in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
+        self.stored = StoredTasks(
+            core, dispatcher, store, runs=runs, lease=self._lease, max_payload_bytes=settings.max_payload_bytes
+        )
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
         self._conversations: Conversations = dispatcher.conversations
@@ -179,18 +183,37 @@ class Spill:
             self.stored.wait_in_store(ticket)
             self.refiller.refill(pool)
 
-    async def spill_waiting(self, ticket: Ticket) -> None:
-        """Store a task that has just left the queue.
-
-        A task that cannot be stored is not changed: the caller queues it again.
-        """
+    def encode_waiting(self, task: Task) -> bytes | None:
+        """Return an admitted task as it is stored; None if it cannot be stored, since its payload has changed."""
         try:
-            put = await self._store.put(records.record_of_ticket(ticket, self.encode(ticket.task)))
-        except (StoreUnavailable, NotSerializable, PayloadTooLarge) as exc:  # a payload may change after its check
-            log.error("task %r could not be spilled when the supervisor drained: %s", ticket.task_id, exc)
-            return
-        if put.written:
-            ticket.mark_stored()
+            return self.encode(task)
+        except (NotSerializable, PayloadTooLarge) as exc:
+            log.error("task %r could not be spilled when the supervisor drained: %s", task.task_id, exc)
+            return None
+
+    async def spill_waiting(self, envelopes: Mapping[Ticket, bytes]) -> StoreUnavailable | None:
+        """Store tasks that have just left the queue, at once, so that they share a commit.
+
+        A task that is not stored is not changed.
+
+        Returns:
+            Why the store failed, if it did for any of them.
+        """
+        puts = (self._store.put(records.record_of_ticket(ticket, envelope)) for ticket, envelope in envelopes.items())
+        failure = None
+        for ticket, put in zip(envelopes, await asyncio.gather(*puts, return_exceptions=True), strict=True):
+            if isinstance(put, PutResult) and put.written:
+                ticket.mark_stored()
+            elif isinstance(put, StoreUnavailable):
+                failure = put
+            else:
+                why = "it is full" if put is PutResult.FULL else "it has that id or key already"
+                log.error(
+                    "task %r could not be moved to the overflow: %s",
+                    ticket.task_id,
+                    put if isinstance(put, BaseException) else why,
+                )
+        return failure
 
     # --- the end ---
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from tests.support.task_plane import virtual
+from tests.support.task_plane import run_ready, virtual
 from tests.unit.supervisor.test_pool import worker
 from tests.unit.supervisor.test_ticket import new_ticket
 
@@ -122,16 +122,38 @@ async def test_a_claim_waits_until_a_slot_is_free() -> None:
 
 
 @virtual
-async def test_a_cancelled_claim_is_withdrawn() -> None:
+async def test_the_cancelled_claim_of_an_abandoned_run_is_withdrawn() -> None:
     owner, agent = Owner(), worker(slots=1)
     run = start(owner, agent)
     loan = lend(owner, run)
     start(owner, agent)
     reclaiming = asyncio.ensure_future(loan.reclaim())
     await asyncio.sleep(0)
+    run.mark_abandoned(1.0)
     reclaiming.cancel()
     await asyncio.wait([reclaiming])
+    assert reclaiming.cancelled()
     assert agent.pending_claims == 0
+
+
+@virtual
+async def test_a_cancelled_claim_of_a_run_that_goes_on_waits_for_its_slot() -> None:
+    owner, agent = Owner(), worker(slots=1)
+    run = start(owner, agent)
+    loan = lend(owner, run)
+    other = start(owner, agent)
+    reclaiming = asyncio.ensure_future(loan.reclaim())
+    for _ in range(3):
+        await asyncio.sleep(0)
+        reclaiming.cancel()
+    await run_ready()
+    assert not reclaiming.done()
+    other.end()
+    owner.return_slot(other)
+    await asyncio.wait([reclaiming])
+    assert reclaiming.cancelled()
+    assert run.holds_slot
+    assert (agent.current_tasks, agent.pending_claims) == (1, 0)
 
 
 @virtual
