@@ -43,7 +43,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         stalls: how often code blocked the event loop beyond its bound.
         running: slots taken now.
         suspended: runs that have lent their slot now, because they wait for tasks.
-        waiting: tasks in the queues now.
+        waiting: tasks in the queues now, and those parked behind their conversation inside.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
