@@ -645,7 +645,7 @@ async def test_draining_does_not_wait_for_a_run_that_waits_for_a_spilled_task(tm
     async with make_supervisor(handler, overflow=url, max_queue_size=0) as supervisor:
         handler.supervisor = supervisor
         parent = await supervisor.submit(Task("work", "parent", durable=durable))
-        other = await supervisor.submit(Task("work", "other"))
+        other = await supervisor.submit(Task("work", "other", priority=Priority.CRITICAL))
         await asyncio.sleep(1.5)  # the child is spilled, and the other task has the parent's slot
         await supervisor.drain()
         assert now() == pytest.approx(2.0, abs=0.1)

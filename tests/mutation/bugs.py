@@ -35,11 +35,12 @@ from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
+from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.queue_spill import QueueSpill
-from forebay.supervisor.runs import slot_loans
+from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
@@ -102,7 +103,7 @@ def a_worker_takes_one_more_than_its_slots() -> None:
 
 
 def a_run_that_awaits_its_child_keeps_its_slot() -> None:
-    skip(SlotLoan.__init__, Dispatcher.return_slot)
+    skip(SlotLoan.__init__, Dispatcher.lend_slot)
 
 
 def an_account_sends_one_call_more_than_its_limit() -> None:
@@ -177,6 +178,77 @@ def a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for() -> None:
 
 def tasks_of_a_conversation_never_start() -> None:
     skip(RunCompletion.handler_ended, Dispatcher.next_in_conversation)
+
+
+# --- conversations, and runs that wait: order, and bounds that starve and deadlock nobody ---
+
+
+def records_of_one_conversation_are_leased_together() -> None:
+    replace(MemoryTaskStore, MemoryTaskStore._wait, lambda self, entry: self._enqueue(entry))
+
+
+def a_new_message_overtakes_stored_ones() -> None:
+    always(Conversations, Conversations.waits_in_overflow, returns=False)
+
+
+def the_next_message_of_a_conversation_is_not_looked_for() -> None:
+    always(StoredTasks, StoredTasks.conversation_moved, returns=None)
+
+
+def a_conversation_parks_without_bound() -> None:
+    always(Pool, Pool.may_park, returns=True)
+
+
+def parked_messages_count_as_load() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        return original(self, nested=nested) + self.parked / self.queue_bound
+
+    replace(Pool, original, load)
+
+
+def new_runs_begin_however_many_wait() -> None:
+    always(WorkerAgent, WorkerAgent.bars_new_runs, returns=False)
+
+
+def a_run_that_waits_for_work_keeps_it_from_beginning() -> None:
+    always(Run, Run.begin_exemption, returns=False)
+    always(Run, Run.end_exemption, returns=None)
+
+
+def runs_of_low_priority_keep_better_ones_from_beginning() -> None:
+    original = WorkerAgent.bars_new_runs
+
+    def bars_new_runs(self: WorkerAgent, _: Priority) -> bool:
+        return original(self, Priority.LOW)
+
+    replace(WorkerAgent, original, bars_new_runs)
+
+
+def work_that_has_not_begun_takes_the_room_of_nested_tasks() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        return original(self, nested=nested and not self.task_type)
+
+    replace(Pool, original, load)
+
+
+def a_nested_task_is_stored_behind_work_that_has_not_begun() -> None:
+    original = Ticket.nest
+
+    def nest(self: Ticket, *, order_time: float | None) -> None:
+        original(self, order_time=None if order_time is None else self.submitted_at)
+
+    replace(Ticket, original, nest)
+
+
+def the_submitters_mistake_counts_against_the_worker() -> None:
+    def _is_submitters_mistake(_: object) -> bool:
+        return False
+
+    completion._is_submitters_mistake.__code__ = _is_submitters_mistake.__code__
 
 
 # --- deadlines ---

@@ -16,6 +16,7 @@ from tests.acceptance import (
     test_budget_attacks,
     test_call_conservation,
     test_clock_steps,
+    test_conversations,
     test_drain,
     test_ending,
     test_events,
@@ -28,6 +29,7 @@ from tests.acceptance import (
     test_lifecycle,
     test_lost_file,
     test_nested,
+    test_open_runs,
     test_overflow,
     test_routing,
     test_shared_overflow,
@@ -37,6 +39,7 @@ from tests.acceptance import (
     test_submitting,
     test_upstream,
     test_upstream_retries,
+    test_workers,
 )
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
@@ -97,6 +100,37 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
     bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
+    bugs.records_of_one_conversation_are_leased_together: (
+        test_task_store.test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
+    ),
+    bugs.a_new_message_overtakes_stored_ones: (
+        test_conversations.test_a_new_message_does_not_overtake_spilled_ones_of_its_conversation
+    ),
+    bugs.the_next_message_of_a_conversation_is_not_looked_for: (
+        test_conversations.test_messages_keep_their_order_beyond_the_bound_of_their_conversation
+    ),
+    bugs.a_conversation_parks_without_bound: (
+        test_conversations.test_a_conversation_is_rejected_beyond_its_bound_and_named_and_told_when_to_come_back
+    ),
+    bugs.parked_messages_count_as_load: (test_conversations.test_others_wait_as_if_a_busy_conversation_had_one_message),
+    bugs.new_runs_begin_however_many_wait: (
+        test_open_runs.test_no_new_run_begins_while_too_many_wait_for_their_sub_tasks
+    ),
+    bugs.a_run_that_waits_for_work_keeps_it_from_beginning: (
+        test_open_runs.test_runs_that_wait_for_work_that_has_not_begun_do_not_keep_it_from_beginning
+    ),
+    bugs.runs_of_low_priority_keep_better_ones_from_beginning: (
+        test_open_runs.test_runs_that_wait_keep_no_better_work_from_beginning
+    ),
+    bugs.work_that_has_not_begun_takes_the_room_of_nested_tasks: (
+        test_open_runs.test_a_queue_full_of_new_work_rejects_no_sub_task
+    ),
+    bugs.a_nested_task_is_stored_behind_work_that_has_not_begun: (
+        test_open_runs.test_a_thousand_sub_tasks_of_one_run_have_a_bound_and_come_back_before_new_work
+    ),
+    bugs.the_submitters_mistake_counts_against_the_worker: (
+        test_workers.test_a_task_that_its_handler_cannot_run_does_not_count_against_the_worker
+    ),
     bugs.a_child_does_not_inherit_its_parents_deadline: (
         test_nested.test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own
     ),

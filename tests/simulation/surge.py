@@ -52,7 +52,8 @@ class SurgeProcess:
     async def is_busy(self) -> bool:
         """Return True if tasks are stored, queued or running."""
         statistics = self.supervisor.statistics()
-        return bool(statistics.running or statistics.waiting or (self.store and await self.store.depths()))
+        stored = self.store is not None and (await self.store.depths() or await self.store.conversations())
+        return bool(statistics.running or statistics.waiting or stored)
 
     async def crash(self) -> None:
         """Crash: from now on nothing reaches the store or the callers."""

@@ -127,6 +127,7 @@ class BackpressureSupervisor:
         factory: Callable[[], Any] | str | None = None,
         task_types: Sequence[str],
         max_concurrent: int = 1,
+        max_open: int | None = None,
         timeout: float = 300.0,
         payload: Any = None,
         result: Any = None,
@@ -145,6 +146,8 @@ class BackpressureSupervisor:
             factory: instead of a handler: makes a fresh agent for each task.
             task_types: the task types that it accepts.
             max_concurrent: how many tasks it runs at a time.
+            max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
+                theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
@@ -169,6 +172,7 @@ class BackpressureSupervisor:
             factory=factory,
             task_types=task_types,
             max_concurrent=max_concurrent,
+            max_open=max_open,
             timeout=timeout,
             config=config,
             engine=engine,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import Overloaded, RemoteError, StillSpilled
+from forebay.errors import Overloaded, RemoteError, StillSpilled, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -46,6 +46,9 @@ class CompletionDispatcher(Protocol):
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
+
+    def suspended_run_ended(self, run: Run) -> None:
+        """Forget a run that has ended without having its slot back."""
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Start as many waiting tasks on `worker` as it has slots for."""
@@ -203,6 +206,8 @@ class RunCompletion:
             self._dispatcher.next_in_conversation(ticket)
         if holds_slot:
             self._dispatcher.return_slot(run, now)
+        else:
+            self._dispatcher.suspended_run_ended(run)
         if self._registry.listeners:
             self._registry.notify_progress()
         if worker.handler.on_end is not None:  # last, because it is user code and may do anything
@@ -260,7 +265,7 @@ class RunCompletion:
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
-        elif run.upstream_failed:
+        elif run.upstream_failed or _is_submitters_mistake(cause):
             outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
@@ -321,6 +326,13 @@ class RunCompletion:
         if remaining:  # neither None nor 0
             due = now + remaining + 1e-6  # a sum of floats may fall a little short
             self._breaker_timers[worker] = self._timers.at(due, self.update_breaker, worker, "a probe is overdue")
+
+
+def _is_submitters_mistake(cause: BaseException | None) -> bool:
+    """Return whether a handler failed because of its task, which no handler of its type could have run."""
+    if isinstance(cause, RemoteError):
+        return cause.type == UnusableTask.__name__
+    return isinstance(cause, UnusableTask)
 
 
 def describe_error(cause: BaseException | None) -> str:

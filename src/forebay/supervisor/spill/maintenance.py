@@ -84,6 +84,7 @@ class StoreMaintenance:
         pools = self._core.pools.by_type
         self._stored.check_store()
         try:
+            await self._refiller.recount_conversations()
             await self.reap()
             await self._refiller.recount(list(pools.values()))
             await self._look_up_tickets()
