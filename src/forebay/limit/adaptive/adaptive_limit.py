@@ -15,6 +15,7 @@ from forebay.limit.base import Grant, Limit
 from forebay.limit.outage_backoff import OutageBackoff
 
 _NEARLY_FULL: Final = 0.9  # share of the limit, less one call, from which its use shows whether the limit holds
+_FIRST_CALLS: Final = 16  # successes in a row without a slowdown after which none is expected any more
 _OFTEN: Final = 0.05  # background of refusals from which a refused probe says little
 _FALL: Final = 0.9  # what each further refusal of a fall leaves of the limit
 _CALL_WEIGHT: Final = 0.05  # of one call in the typical duration of a call
@@ -53,13 +54,15 @@ class AdaptiveLimit(Limit):
         InvalidSetting: not two whole numbers with 1 <= initial_limit <= max_limit.
     """
 
-    def __init__(self, *, initial_limit: int = 10, max_limit: int = 10_000) -> None:
+    def __init__(self, *, initial_limit: int = 5, max_limit: int = 10_000) -> None:
         super().__init__(initial_limit=initial_limit, max_limit=max_limit)
         self._history = LimitHistory()
         self._detector = RefusalDetector()
         self._probe = LimitProbe()
         self._experiment = SlowdownExperiment()
         self._backoff = OutageBackoff()
+        self._initial = initial_limit
+        self._unknown = 0  # successes before the first whose slowdown was known
         self._in_flight = 0
         self._typical_seconds = 0.0  # duration of a call; 0 until one has ended
         self._refusal_seconds = 0.0  # that the slowest refusals of late have taken
@@ -104,7 +107,7 @@ class AdaptiveLimit(Limit):
         """Return the grant of a slot that is taken now; `in_flight` includes it."""
         self._in_flight = in_flight
         grant = Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
-        self._experiment.join(grant)
+        self._experiment.start(grant)
         return grant
 
     def accepted(self, now: float, grant: Grant) -> None:
@@ -126,11 +129,21 @@ class AdaptiveLimit(Limit):
             )
             if not grant.accepted:
                 self._confirm(now, grant)
+            self._unknown = self._unknown + 1 if slowdown is None else 0
         proven = self._history.is_proven(self._level)
-        result = self._experiment.observe(now, grant, self._level, slowdown if succeeded else None, proven=proven)
+        current = grant.epoch == self._epoch
+        result = self._experiment.observe(
+            now,
+            grant,
+            self._level,
+            self._in_flight + 1,
+            slowdown if succeeded else None,
+            current=current,
+            proven=proven,
+        )
         if result is not None:
             self._apply(now, result)
-        elif succeeded and grant.epoch == self._epoch:
+        elif succeeded and current:
             self._record_success(now, grant)
 
     # --- down --------------------------------------------------------------------------------------------------------
@@ -198,7 +211,8 @@ class AdaptiveLimit(Limit):
         if not grant.at_limit or not used or not self._may_rise(now):
             return
         if not self._history.known:
-            self._raise(1.0)
+            if self._level < 2 * max(self._initial, self._experiment.tried) or self._latency_unknown:
+                self._raise(1.0)
         elif self._level >= self._history.best and self._successes <= self._level:
             self._raise(self._probe.increment_per_success(self._level))
 
@@ -228,7 +242,7 @@ class AdaptiveLimit(Limit):
         self._set_level(self._experiment.target_limit)
         if result is ExperimentResult.KEEP:
             self._history.record_slowdown(self._level)
-            self._probe.record_failure(self._calls_per_second)
+            self._probe.record_slowdown()
         self._begin_epoch(now)
 
     def _raise(self, by: float) -> None:
@@ -242,6 +256,11 @@ class AdaptiveLimit(Limit):
         return self._refusal_seconds if self._refusal_seconds > _PROMPT else 0.0
 
     @property
+    def _latency_unknown(self) -> bool:
+        """True if the slowdown of calls is hardly ever known."""
+        return self._unknown > _FIRST_CALLS
+
+    @property
     def _calls_per_second(self) -> float:
         return self._level / self._typical_seconds if self._typical_seconds else 0.0
 
@@ -251,5 +270,5 @@ class AdaptiveLimit(Limit):
         self._successes, self._round_start = 0, now
         self._base, self._confirmed = int(self._level), 0
         self._detector.reset()
-        self._experiment.clear_samples(self._level)
+        self._experiment.clear()
         self._probe.stop(now, self._late)

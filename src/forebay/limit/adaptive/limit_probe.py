@@ -7,6 +7,7 @@ from typing import Final
 _FIRST_WAIT: Final = 1.0  # seconds after a refusal until the next probe
 _MAX_WAIT: Final = 30.0  # seconds; each probe that gained nothing doubles the wait up to this ...
 _MAX_WAIT_FEW: Final = 300.0  # ... or, where so few calls are made that a refusal in 30 s were many, to at most this
+_SLOW_WAIT: Final = 30.0  # ... or where more calls would only be slower
 _CALLS_PER_PROBE: Final = 100  # calls made between probes: so at most one call in a hundred is refused for them
 _FIRST_STEP: Final = 1 / 8  # of the limit
 
@@ -48,6 +49,10 @@ class LimitProbe:
         """Double the wait: the probe gained nothing."""
         longest = max(_MAX_WAIT, min(_MAX_WAIT_FEW, _CALLS_PER_PROBE / calls_per_second if calls_per_second else 0.0))
         self._wait = min(longest, 2 * self._wait)
+
+    def record_slowdown(self) -> None:
+        """Wait long: our load slows the calls, so a higher limit gains nothing until the provider serves more."""
+        self._wait = _SLOW_WAIT
 
     def record_change(self) -> None:
         """Go back to the shortest wait: the provider serves more than before, or less."""

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Collection
 from enum import Enum
 from typing import Final
 
 from forebay.limit.base import Grant
 
 _MIN_SAMPLE, _MAX_SAMPLE = 8, 64  # calls in a sample: as many as the limit, between these
-_CERTAIN: Final = 3.0  # standard deviations from which a difference is taken for more than chance
+_CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
+_LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
+_PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
+_FEW: Final = 20  # calls in flight
 _SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not worth an experiment
-_LOWERED_SHARE: Final = 0.7  # of the calls in flight, in an experiment ...
-_LOWERED_MORE: Final = 0.5  # ... once calls have got faster, and where there are few
-_FEW: Final = 20  # calls in flight up to which an experiment costs little
+_LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves, at most ...
+_LOWEST: Final = 0.5  # ... and at least
 _HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
 _UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
-_MIN_USE: Final = 0.75  # share of the limit that has to be in flight: else our load is hardly the cause
 _FIRST_PAUSE: Final = 30.0  # seconds from an experiment that found nothing to the next
 _MAX_PAUSE: Final = 240.0  # seconds; each experiment that found nothing doubles the pause up to this
 _PASSES_AFTER: Final = 60.0  # seconds after which most slowdowns that we do not cause are over
-_STAGE_TIMEOUT: Final = 120.0  # seconds after which a sample that does not fill is given up
+_STAGE_TIMEOUT: Final = 120.0  # seconds without a slowdown after which an experiment is given up
 
 
-def rank_z(values: list[float], others: list[float], factor: float, *, missing: int = 0) -> float:
+def rank_z(values: Collection[float], others: list[float], factor: float, *, missing: int = 0) -> float:
     """Return by how many standard deviations `values` rank above `factor` times `others` (Mann and Whitney's test).
 
     Args:
@@ -42,49 +45,53 @@ def rank_z(values: list[float], others: list[float], factor: float, *, missing: 
     return (above - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)
 
 
-class CallSample:
-    """The slowdowns of some calls that were started one after the other.
+def _size(level: float) -> int:
+    """Return how many calls make a sample at a limit of `level`."""
+    return min(_MAX_SAMPLE, max(_MIN_SAMPLE, int(level)))
 
-    They are chosen as they start, because the first calls to end are the fast ones. Those still under way are known to
+
+class StartedCalls:
+    """A sample of calls that were started one after the other.
+
+    They are chosen as they start, because the first calls to end are the fast ones; those still under way are known to
     be missing.
 
     Attributes:
-        slowdowns: of the calls that have ended, sorted.
+        number: of the sample; calls that belong to it carry it in their grant.
+        slowdowns: of the calls that have ended.
         running: calls that have not ended.
-        max_in_flight: the most calls that were in flight when one of them started.
+        in_flight: calls in flight with one of them, on average.
     """
 
     def __init__(self, number: int, size: int) -> None:
         self.number = number
         self.slowdowns: list[float] = []
         self.running = 0
-        self.max_in_flight = 0
-        self._free = size  # places
+        self.in_flight = 0.0
+        self._places = size
+        self._spare = size  # places for calls that replace one whose slowdown is not known
 
     @property
     def complete(self) -> bool:
         """True once nine in ten of the calls have ended."""
-        return not self._free and self.running <= len(self.slowdowns) // 9
+        return not self._places and self.running <= len(self.slowdowns) // 9
 
-    def join(self, grant: Grant) -> None:
+    def start(self, grant: Grant) -> None:
         """Take a call that starts, while there is a place."""
-        if self._free:
-            self._free -= 1
+        if self._places:
+            self._places -= 1
             self.running += 1
-            self.max_in_flight = max(self.max_in_flight, grant.in_flight)
             grant.sample = self.number
 
-    def end(self, slowdown: float | None) -> None:
-        """Take the slowdown of one of the calls; None frees its place for another."""
+    def end(self, slowdown: float | None, in_flight: float) -> None:
+        """Take the slowdown of one of the calls; if it is not known, another call replaces this one."""
         self.running -= 1
-        if slowdown is None:
-            self._free += 1
-        else:
-            insort(self.slowdowns, slowdown)
-
-    def median(self) -> float:
-        """Return the median of those that have ended."""
-        return self.slowdowns[len(self.slowdowns) // 2]
+        if slowdown is not None:
+            self.slowdowns.append(slowdown)
+            self.in_flight += (in_flight - self.in_flight) / len(self.slowdowns)
+        elif self._spare:
+            self._spare -= 1
+            self._places += 1
 
 
 class ExperimentStage(Enum):
@@ -118,29 +125,37 @@ class SlowdownExperiment:
         stage: the present stage.
         slow: whether calls are slower than the norm; then the limit does not grow.
         target_limit: the limit that the latest result asks for.
+        tried: the most calls in flight, on average of a sample, with which they were not slow.
     """
 
     def __init__(self) -> None:
+        self.tried = 0.0
         self.stage = ExperimentStage.WATCHING
         self.slow = False
         self.target_limit = 0.0
-        self._norm = [1.0] * _MIN_SAMPLE  # slowdowns that are normal, sorted
-        self._sample = CallSample(1, _MIN_SAMPLE)
-        self._before = self._sample  # the sample before the limit was lowered
-        self._limit_before = 0.0
-        self._stage_start = 0.0  # in the clock's seconds
+        self._norm = [1.0] * (2 * _MIN_SAMPLE)  # slowdowns that are normal, sorted
+        self._norm_verified = False  # fewer calls in flight are known to be no faster
+        self._latest: deque[float] = deque(maxlen=_MAX_SAMPLE)  # slowdowns of the latest calls that have ended
+        self._in_flight = 0.0  # calls in flight with one of them, on average
+        self._at_limit = False  # one of them started at the limit: else our load is hardly the cause if they are slow
+        self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
+        self._before: list[float] = []  # slowdowns before the limit was lowered, sorted
+        self._limit_before, self._in_flight_before = 0.0, 0.0
+        self._now_in_flight = 0
+        self._known_at = 0.0  # when a slowdown was known last, in the clock's seconds
         self._slow_since = math.inf
         self._pause = _FIRST_PAUSE
         self._next_at = -math.inf
         self._passed = False  # the latest experiment ended with "it has passed": not believed twice in a row
         self._our_load = False  # this experiment has found calls to be faster once
 
-    def join(self, grant: Grant) -> None:
-        """Take a call that starts into the present sample, if there is a place."""
-        self._sample.join(grant)
+    def start(self, grant: Grant) -> None:
+        """Note a call that starts."""
+        if self.stage is ExperimentStage.LOWERED:
+            self._lowered.start(grant)
 
     def observe(
-        self, now: float, grant: Grant, level: float, slowdown: float | None, *, proven: bool
+        self, now: float, grant: Grant, level: float, in_flight: int, slowdown: float | None, *, current: bool, proven: bool
     ) -> ExperimentResult | None:
         """Take one call that has ended; return what the limit has to do, or None for nothing.
 
@@ -148,77 +163,83 @@ class SlowdownExperiment:
             now: in the clock's seconds.
             grant: of the call.
             level: the limit.
+            in_flight: calls in flight when it ended, itself included.
             slowdown: of the call; None if it is not known, or the call did not succeed.
+            current: whether it was sent under the present limit.
             proven: whether this limit has held at a provider that refuses excess calls. If calls are slow there, our
                 load is hardly the cause, and the experiment first waits for the slowdown to pass.
         """
-        sample = self._sample
-        if grant.sample == sample.number:
-            sample.end(slowdown)
-            result = self._judge(now, level) if self.stage is ExperimentStage.LOWERED else self._watch(now, level, proven=proven)
-            if result is not None or sample is not self._sample:
-                return result
-        if self.stage is ExperimentStage.LOWERED and now - self._stage_start > _STAGE_TIMEOUT:
-            return self._restore(now)
-        return None
+        mean, self._now_in_flight = (grant.in_flight + in_flight) / 2, in_flight
+        if slowdown is not None:
+            self._known_at = now
+        if self.stage is ExperimentStage.LOWERED:
+            if grant.sample == self._lowered.number:
+                self._lowered.end(slowdown, mean)
+                return self._judge(now, level)
+            return self._restore(now) if now - self._known_at > _STAGE_TIMEOUT else None
+        if not current or slowdown is None:
+            return None
+        self._at_limit = self._at_limit or grant.at_limit
+        return self._watch(now, level, mean, slowdown, proven=proven)
 
-    def clear_samples(self, level: float) -> None:
-        """Begin a new sample: calls of the old epoch say nothing about the new one."""
-        size = min(_MAX_SAMPLE, max(_MIN_SAMPLE, int(level)))
-        self._sample = CallSample(self._sample.number + 1, size)
+    def clear(self) -> None:
+        """Drop the slowdowns of the old epoch: they say nothing about the new one."""
+        self._latest.clear()
+        self._in_flight, self._at_limit = 0.0, False
 
     def abort(self) -> None:
         """End the experiment: a refusal is the stronger signal."""
         self.stage = ExperimentStage.WATCHING
 
-    def _watch(self, now: float, level: float, *, proven: bool) -> ExperimentResult | None:
-        sample = self._sample
-        slow = rank_z(sample.slowdowns, self._norm, _SLOW) >= _CERTAIN
-        if slow and sample.max_in_flight >= max(2.0, _MIN_USE * int(level)):
-            self.slow = True
-            self._slow_since = min(self._slow_since, now)
-        if not sample.complete:
-            return None
-        if self.slow and slow:
-            if now >= self._next_at and (not proven or now - self._slow_since >= _PASSES_AFTER):
-                self._our_load = False
-                return self._lower(now, level, proven=proven)
-        else:
+    def _watch(
+        self, now: float, level: float, in_flight: float, slowdown: float, *, proven: bool
+    ) -> ExperimentResult | None:
+        latest, size = self._latest, _size(level)
+        latest.append(slowdown)
+        while len(latest) > size:
+            latest.popleft()
+        self._in_flight += (in_flight - self._in_flight) / len(latest)
+        slow = self._at_limit and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
+        if not slow:
             self.slow, self._slow_since = False, math.inf
-            if rank_z(self._norm, sample.slowdowns, _SLOW) >= _CERTAIN:
-                self._norm = sample.slowdowns
-        self.clear_samples(level)
-        return None
+            if len(latest) >= _MIN_SAMPLE:
+                self.tried = max(self.tried, self._in_flight)
+            if len(latest) == size and rank_z(self._norm, sorted(latest), _SLOW) >= _CERTAIN:
+                self._norm = sorted(latest)
+            return None
+        self.slow, self._slow_since = True, min(self._slow_since, now)
+        if 2 * len(latest) < size or len(latest) < _MIN_SAMPLE or now < self._next_at:
+            return None
+        if proven and now - self._slow_since < _PASSES_AFTER:
+            return None
+        self._our_load = False
+        return self._lower(now, level, list(latest), self._in_flight, proven=proven)
 
-    def _lower(self, now: float, level: float, *, proven: bool) -> ExperimentResult:
-        used = self._sample.max_in_flight
-        bold = not proven and (self._our_load or used <= _FEW)
-        share = _LOWERED_MORE if bold else _LOWERED_SHARE
-        self._before, self._limit_before = self._sample, level
-        self.target_limit = max(1.0, min(round(share * min(level, used)), used - 1.0))
-        self.stage, self._stage_start = ExperimentStage.LOWERED, now
+    def _lower(self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool) -> ExperimentResult:
+        self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
+        fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
+        share = max(_LOWERED if proven else _LOWEST, min(_LOWERED, fast))
+        self.target_limit = max(1.0, float(round(share * min(level, self._now_in_flight))))
+        self.stage, self._known_at = ExperimentStage.LOWERED, now
+        self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
         return ExperimentResult.LOWER
 
     def _judge(self, now: float, level: float) -> ExperimentResult | None:
         """Compare the calls under the lower limit with those before."""
-        sample, before = self._sample, self._before
-        share = min(1.0, sample.max_in_flight / before.max_in_flight)
-        scale = share**_HALF_EXPLAINED
-        if rank_z(sample.slowdowns, before.slowdowns, scale, missing=sample.running) > -_CERTAIN:
-            return self._restore(now) if sample.complete else None
-        unexplained = sample.median() < _UNEXPLAINED * share * before.median()
-        self._passed = unexplained and not self._passed
+        calls, before = self._lowered, self._before
+        share = min(1.0, calls.in_flight / self._in_flight_before)
+        enough = _PROBABLE if self._in_flight_before <= _FEW else _LIKELY
+        if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
+            return self._restore(now) if calls.complete else None
+        median = sorted(calls.slowdowns)[len(calls.slowdowns) // 2]
+        self._passed = median < _UNEXPLAINED * share * before[len(before) // 2] and not self._passed
         if self._passed:
             return self._restore(now)
         self._our_load, self._pause = True, _FIRST_PAUSE
-        if sample.max_in_flight > 1:
-            return self._lower(now, level, proven=False)
-        return self._keep(level, sample)
-
-    def _keep(self, level: float, norm: CallSample) -> ExperimentResult:
-        self.stage, self.slow, self._slow_since = ExperimentStage.WATCHING, False, math.inf
-        self.target_limit, self._norm = level, norm.slowdowns or self._norm
-        return ExperimentResult.KEEP
+        still_slow = median > _SLOW * self._norm[len(self._norm) // 2]
+        if calls.in_flight > 1 and (still_slow or not self._norm_verified):
+            return self._lower(now, level, calls.slowdowns, calls.in_flight, proven=False)
+        return self._end(ExperimentResult.KEEP, level, [] if self._norm_verified else calls.slowdowns)
 
     def _restore(self, now: float) -> ExperimentResult:
         """Go back to the limit from before, which is the ceiling if calls had got faster on the way there.
@@ -226,11 +247,15 @@ class SlowdownExperiment:
         Otherwise this experiment found nothing: calls are as slow as they are, and the next one waits longer.
         """
         if self._our_load:
-            return self._keep(self._limit_before, self._before)
-        self.stage, self.slow, self._slow_since = ExperimentStage.WATCHING, False, math.inf
-        self.target_limit = self._limit_before
-        if not self._passed:
-            self._norm = self._before.slowdowns
+            return self._end(ExperimentResult.KEEP, self._limit_before, self._before)
         self._next_at = now + self._pause
         self._pause = min(_MAX_PAUSE, 2 * self._pause)
-        return ExperimentResult.RESTORE
+        norm = [] if self._passed else self._lowered.slowdowns
+        return self._end(ExperimentResult.RESTORE, self._limit_before, norm)
+
+    def _end(self, result: ExperimentResult, limit: float, norm: list[float]) -> ExperimentResult:
+        self.stage, self.slow, self._slow_since = ExperimentStage.WATCHING, False, math.inf
+        self.target_limit = limit
+        if len(norm) >= _MIN_SAMPLE:
+            self._norm, self._norm_verified = sorted(norm), result is ExperimentResult.KEEP
+        return result

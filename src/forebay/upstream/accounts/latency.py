@@ -10,7 +10,7 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_request import CallOutcome, CallRequest
 
 _DECAY: Final = 0.98  # weight of the calls before, at each new call
-_MIN_CALLS: Final = 12  # before the model gives an estimate
+_MIN_CALLS: Final = 6  # before the model gives an estimate
 _MIN_LATENCY: Final = 1e-3  # seconds
 _FAST: Final = 2 / 3  # of the expected latency
 
