@@ -17,6 +17,7 @@ from forebay.limit.outage_backoff import OutageBackoff
 _NEARLY_FULL: Final = 0.9  # share of the limit, less one call, from which its use shows whether the limit holds
 _FIRST_CALLS: Final = 16  # successes in a row without a slowdown after which none is expected any more
 _OFTEN: Final = 0.05  # background of refusals from which a refused probe says little
+_LEAP: Final = 4  # times as far as calls were accepted, the limit may rise on its way back to the best one
 _FALL: Final = 0.9  # what each further refusal of a fall leaves of the limit
 _CALL_WEIGHT: Final = 0.05  # of one call in the typical duration of a call
 _DELAY_DECAY: Final = 0.95  # of the longest time that a refusal took, at each further refusal
@@ -93,7 +94,7 @@ class AdaptiveLimit(Limit):
         """Return the phase at `now`."""
         if now < self._backoff.silent_until:
             return AdaptiveLimitState.BACKING_OFF
-        if self._experiment.stage is not ExperimentStage.WATCHING:
+        if self._experiment.slow or self._experiment.stage is not ExperimentStage.WATCHING:
             return AdaptiveLimitState.EXPERIMENT
         if not self._history.known:
             return AdaptiveLimitState.STARTING
@@ -162,7 +163,7 @@ class AdaptiveLimit(Limit):
         lowered = level - 1.0
         if probe.active:
             if level <= history.ceiling + 1 and detector.background < _OFTEN:
-                probe.record_failure(self._calls_per_second)
+                probe.record_failure(lowered / self._typical_seconds if self._typical_seconds else math.inf)
             if level >= _NEARLY_FULL * history.best:
                 history.best = min(history.best, lowered)
         else:
@@ -199,10 +200,12 @@ class AdaptiveLimit(Limit):
             self._detector.contradict_overload()
             history.ceiling = grant.in_flight
         self._confirmed = max(self._confirmed, grant.in_flight)
-        if not grant.at_limit or not history.known or self._level >= history.best or not self._may_rise(now):
+        used = 2 * grant.in_flight >= self._level
+        if not used or not history.known or self._level >= history.best or not self._may_rise(now):
             return
-        if self._level < self._base + 1 + 4 * max(0.0, self._confirmed - self._base):
-            self._raise(probe.increment_per_accepted())
+        if self._level < self._base + 1 + _LEAP * max(0, self._confirmed - self._base):
+            probe.active = True
+            self._raise(1.0)
 
     def _record_success(self, now: float, grant: Grant) -> None:
         # Used up still, not only when the call began: else each of the calls that began at the limit would raise it.
@@ -259,10 +262,6 @@ class AdaptiveLimit(Limit):
     def _latency_unknown(self) -> bool:
         """True if the slowdown of calls is hardly ever known."""
         return self._unknown > _FIRST_CALLS
-
-    @property
-    def _calls_per_second(self) -> float:
-        return self._level / self._typical_seconds if self._typical_seconds else 0.0
 
     def _begin_epoch(self, now: float) -> None:
         """Begin an epoch: grants given before now say nothing about the limit from now on."""

@@ -35,11 +35,6 @@ class LimitProbe:
         self._step = self._step or max(1.0, _FIRST_STEP * level)
         return self._step / level
 
-    def increment_per_accepted(self) -> float:
-        """Begin or continue a return to the best limit; return what one accepted call adds to the limit."""
-        self.active = True
-        return 1.0
-
     def record_clean_round(self, level: float) -> None:
         """Double the step: a round went without refusals."""
         if self.active:
@@ -47,7 +42,7 @@ class LimitProbe:
 
     def record_failure(self, calls_per_second: float) -> None:
         """Double the wait: the probe gained nothing."""
-        longest = max(_MAX_WAIT, min(_MAX_WAIT_FEW, _CALLS_PER_PROBE / calls_per_second if calls_per_second else 0.0))
+        longest = max(_MAX_WAIT, min(_MAX_WAIT_FEW, _CALLS_PER_PROBE / calls_per_second))
         self._wait = min(longest, 2 * self._wait)
 
     def record_slowdown(self) -> None:

@@ -137,11 +137,11 @@ class SlowdownExperiment:
         self._norm_verified = False  # fewer calls in flight are known to be no faster
         self._latest: deque[float] = deque(maxlen=_MAX_SAMPLE)  # slowdowns of the latest calls that have ended
         self._in_flight = 0.0  # calls in flight with one of them, on average
+        self._used = 0  # the most calls in flight when one of them started
         self._at_limit = False  # one of them started at the limit: else our load is hardly the cause if they are slow
         self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
         self._before: list[float] = []  # slowdowns before the limit was lowered, sorted
         self._limit_before, self._in_flight_before = 0.0, 0.0
-        self._now_in_flight = 0
         self._known_at = 0.0  # when a slowdown was known last, in the clock's seconds
         self._slow_since = math.inf
         self._pause = _FIRST_PAUSE
@@ -169,23 +169,26 @@ class SlowdownExperiment:
             proven: whether this limit has held at a provider that refuses excess calls. If calls are slow there, our
                 load is hardly the cause, and the experiment first waits for the slowdown to pass.
         """
-        mean, self._now_in_flight = (grant.in_flight + in_flight) / 2, in_flight
+        mean = (grant.in_flight + in_flight) / 2
         if slowdown is not None:
             self._known_at = now
         if self.stage is ExperimentStage.LOWERED:
             if grant.sample == self._lowered.number:
+                self._used = max(self._used, grant.in_flight)
                 self._lowered.end(slowdown, mean)
                 return self._judge(now, level)
             return self._restore(now) if now - self._known_at > _STAGE_TIMEOUT else None
         if not current or slowdown is None:
+            self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
             return None
         self._at_limit = self._at_limit or grant.at_limit
+        self._used = max(self._used, grant.in_flight)
         return self._watch(now, level, mean, slowdown, proven=proven)
 
     def clear(self) -> None:
         """Drop the slowdowns of the old epoch: they say nothing about the new one."""
         self._latest.clear()
-        self._in_flight, self._at_limit = 0.0, False
+        self._in_flight, self._used, self._at_limit = 0.0, 0, False
 
     def abort(self) -> None:
         """End the experiment: a refusal is the stronger signal."""
@@ -219,7 +222,7 @@ class SlowdownExperiment:
         self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
         fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
         share = max(_LOWERED if proven else _LOWEST, min(_LOWERED, fast))
-        self.target_limit = max(1.0, float(round(share * min(level, self._now_in_flight))))
+        self.target_limit = max(1.0, float(round(share * min(level, self._used))))
         self.stage, self._known_at = ExperimentStage.LOWERED, now
         self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
         return ExperimentResult.LOWER
