@@ -28,7 +28,7 @@ class AdaptiveLimitState(Enum):
     """The phase of an adaptive limit."""
 
     STARTING = "starting"  # nothing is known yet: the limit doubles each round
-    RETURNING = "returning"  # below the best limit of the last minute: rising fast, or about to
+    RETURNING = "returning"  # below the best limit of late: rising fast, or about to
     HOLDING = "holding"  # at the best limit until a probe is due
     PROBING = "probing"  # above the best limit, by growing steps
     EXPERIMENT = "experiment"  # calls are slow: measuring whether our load is the cause
@@ -41,7 +41,7 @@ class AdaptiveLimit(Limit):
     Latency alone says nothing, because a healthy call takes from half a second to minutes. The signal is refusals
     (Outcome.OVERLOAD). If they are too many to be stray ones, the limit falls to the calls that were in flight when
     the refused one was sent, because so many the provider serves. A moment later it rises again, fast up to the best
-    limit of the last minute, then by growing steps; each time that this gains nothing it waits twice as long. Only when
+    limit of late, then by growing steps; each time that this gains nothing it waits twice as long. Only when
     calls take far longer than their output tokens explain (`slowdown`) does it lower the limit for an experiment, and
     it stays there if that made them faster.
 
@@ -131,20 +131,14 @@ class AdaptiveLimit(Limit):
             if not grant.accepted:
                 self._confirm(now, grant)
             self._unknown = self._unknown + 1 if slowdown is None else 0
+        current = succeeded and grant.epoch == self._epoch
         proven = self._history.is_proven(self._level)
-        current = grant.epoch == self._epoch
         result = self._experiment.observe(
-            now,
-            grant,
-            self._level,
-            self._in_flight + 1,
-            slowdown if succeeded else None,
-            current=current,
-            proven=proven,
+            now, grant, self._level, self._in_flight + 1, slowdown if current else None, proven=proven
         )
         if result is not None:
             self._apply(now, result)
-        elif succeeded and current:
+        elif current:
             self._record_success(now, grant)
 
     # --- down --------------------------------------------------------------------------------------------------------
@@ -162,9 +156,9 @@ class AdaptiveLimit(Limit):
             return  # a stray refusal: only its call is retried
         lowered = level - 1.0
         if probe.active:
-            if level <= history.ceiling + 1 and detector.background < _OFTEN:
+            if self._late or (level <= history.ceiling + 1 and detector.background < _OFTEN):
                 probe.record_failure(lowered / self._typical_seconds if self._typical_seconds else math.inf)
-            if level >= _NEARLY_FULL * history.best:
+            if self._late or level >= _NEARLY_FULL * history.best:
                 history.best = min(history.best, lowered)
         else:
             if level <= self._held:
@@ -195,7 +189,7 @@ class AdaptiveLimit(Limit):
             return
         self._falling = False
         history, probe = self._history, self._probe
-        if probe.active and grant.in_flight > history.ceiling + 1:
+        if probe.active and grant.in_flight > history.ceiling + 1 and not self._late:
             probe.record_change()
             self._detector.contradict_overload()
             history.ceiling = grant.in_flight
@@ -217,7 +211,7 @@ class AdaptiveLimit(Limit):
             if self._level < 2 * max(self._initial, self._experiment.tried) or self._latency_unknown:
                 self._raise(1.0)
         elif self._level >= self._history.best and self._successes <= self._level:
-            self._raise(self._probe.increment_per_success(self._level))
+            self._raise(self._probe.increment_per_success(self._level, careful=bool(self._late)))
 
     def _may_rise(self, now: float) -> bool:
         """Return whether the limit may rise: not while calls are slow, and not too soon after a refusal."""

@@ -9,7 +9,7 @@ _STALE_AFTER: Final = 600.0  # seconds after which the best limit counts no more
 
 
 class LimitHistory:
-    """The memory of the adaptive limit: the best level of the last minute, and the one that did not hold.
+    """The memory of the adaptive limit: the best level of late, and the one that did not hold.
 
     Attributes:
         best: the highest limit that held, to which the limit returns fast; infinity until something is known.
@@ -38,7 +38,7 @@ class LimitHistory:
             self.best, self._best_since = level, now
 
     def keep_best(self, now: float) -> None:
-        """Begin the minute anew: an outage is over, during which nothing could be learned."""
+        """Count the age of the best limit from now: an outage is over, during which nothing could be learned."""
         self._best_since = now
 
     def assume(self, level: float) -> None:

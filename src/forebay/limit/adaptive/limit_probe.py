@@ -29,10 +29,13 @@ class LimitProbe:
         """Return whether a probe may begin or go on."""
         return now >= self._due_at
 
-    def increment_per_success(self, level: float) -> float:
-        """Begin or continue a probe; return what one success adds to `level`, so that a round adds one step."""
+    def increment_per_success(self, level: float, *, careful: bool) -> float:
+        """Begin or continue a probe; return what one success adds to `level`, so that a round adds one step.
+
+        A `careful` probe begins with a step of one call, because its refusal will come late.
+        """
         self.active = True
-        self._step = self._step or max(1.0, _FIRST_STEP * level)
+        self._step = self._step or max(1.0, 0.0 if careful else _FIRST_STEP * level)
         return self._step / level
 
     def record_clean_round(self, level: float) -> None:

@@ -14,6 +14,7 @@ _OVERLOAD_CONTRAST: Final = 4.0  # ... and at least so many times the background
 _OVERLOAD_EXCESS: Final = 0.15  # ... though at most so much above it
 _MIN_BACKGROUND: Final = 0.003  # share of calls refused below the capacity: no provider is taken to refuse fewer
 _MAX_BACKGROUND: Final = 0.25  # ... and more are not put up with
+_SATURATED: Final = 0.3  # ... share from which the limit does not rise: a higher one would cost more than it gains
 _FIRST_BACKGROUND: Final = 0.03  # ... before anything is known
 _BACKGROUND_WEIGHT: Final = 0.005  # of one call in the background: a memory of two hundred calls
 _EVIDENCE: Final = 8.0  # log-likelihood ratio, in nats, from which refusals are an overload: odds of e**8 to 1
@@ -77,7 +78,8 @@ class RefusalDetector:
     def record_refusal(self, now: float, grant: Grant) -> None:
         """Count a refused call that was sent under the present limit."""
         new = grant.in_flight > self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS
-        self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new))
+        late = now - grant.granted_at > _CONTRADICTED_WITHIN
+        self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new or late))
         self._evidence += self._refusal_weight
         self._refusals += 1
 
@@ -109,7 +111,7 @@ class RefusalDetector:
     @property
     def saturated(self) -> bool:
         """True if the background is the highest that is put up with: a higher limit would cost more."""
-        return self.background >= _MAX_BACKGROUND
+        return self.background >= _SATURATED
 
     def reset(self) -> None:
         """Drop the evidence, because the limit has changed; the background stays."""

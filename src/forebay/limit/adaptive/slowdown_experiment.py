@@ -12,6 +12,7 @@ from typing import Final
 from forebay.limit.base import Grant
 
 _MIN_SAMPLE, _MAX_SAMPLE = 8, 64  # calls in a sample: as many as the limit, between these
+_CHECKS: Final = 8  # comparisons while a sample is replaced: each takes microseconds
 _CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
 _LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
 _PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
@@ -137,6 +138,7 @@ class SlowdownExperiment:
         self._norm_verified = False  # fewer calls in flight are known to be no faster
         self._latest: deque[float] = deque(maxlen=_MAX_SAMPLE)  # slowdowns of the latest calls that have ended
         self._in_flight = 0.0  # calls in flight with one of them, on average
+        self._unchecked = 0  # calls since the latest were compared with the norm
         self._used = 0  # the most calls in flight when one of them started
         self._at_limit = False  # one of them started at the limit: else our load is hardly the cause if they are slow
         self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
@@ -154,8 +156,8 @@ class SlowdownExperiment:
         if self.stage is ExperimentStage.LOWERED:
             self._lowered.start(grant)
 
-    def observe(
-        self, now: float, grant: Grant, level: float, in_flight: int, slowdown: float | None, *, current: bool, proven: bool
+    def observe(  # noqa: PLR0913 - what the end of a call tells
+        self, now: float, grant: Grant, level: float, in_flight: int, slowdown: float | None, *, proven: bool
     ) -> ExperimentResult | None:
         """Take one call that has ended; return what the limit has to do, or None for nothing.
 
@@ -164,8 +166,7 @@ class SlowdownExperiment:
             grant: of the call.
             level: the limit.
             in_flight: calls in flight when it ended, itself included.
-            slowdown: of the call; None if it is not known, or the call did not succeed.
-            current: whether it was sent under the present limit.
+            slowdown: of the call; None if it is not known, the call did not succeed or was sent in another epoch.
             proven: whether this limit has held at a provider that refuses excess calls. If calls are slow there, our
                 load is hardly the cause, and the experiment first waits for the slowdown to pass.
         """
@@ -178,7 +179,7 @@ class SlowdownExperiment:
                 self._lowered.end(slowdown, mean)
                 return self._judge(now, level)
             return self._restore(now) if now - self._known_at > _STAGE_TIMEOUT else None
-        if not current or slowdown is None:
+        if slowdown is None:
             self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
             return None
         self._at_limit = self._at_limit or grant.at_limit
@@ -202,6 +203,10 @@ class SlowdownExperiment:
         while len(latest) > size:
             latest.popleft()
         self._in_flight += (in_flight - self._in_flight) / len(latest)
+        self._unchecked += 1
+        if self._unchecked < size // _CHECKS:
+            return None
+        self._unchecked = 0
         slow = self._at_limit and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
         if not slow:
             self.slow, self._slow_since = False, math.inf
@@ -218,7 +223,9 @@ class SlowdownExperiment:
         self._our_load = False
         return self._lower(now, level, list(latest), self._in_flight, proven=proven)
 
-    def _lower(self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool) -> ExperimentResult:
+    def _lower(
+        self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool
+    ) -> ExperimentResult:
         self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
         fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
         share = max(_LOWERED if proven else _LOWEST, min(_LOWERED, fast))
