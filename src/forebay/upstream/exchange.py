@@ -235,7 +235,8 @@ class Exchange:
         if end.ended:
             return usage
         output_at = clock.now() if end.output_at is None else end.output_at
-        hidden = int(_TOKENS_PER_SECOND * parsed.choices * (output_at - permit.granted_at))
+        seconds = max(0.0, output_at - permit.granted_at)  # not below 0 if the clock goes back
+        hidden = int(_TOKENS_PER_SECOND * parsed.choices * seconds)
         if parsed.max_output_tokens is not None:
             hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
         return meter.unfinished_usage(hidden)
