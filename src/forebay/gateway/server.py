@@ -130,7 +130,7 @@ class _Connection(web.RequestHandler):
             self._probe_timer.cancel()
         super().connection_lost(exc)
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override] # as asyncio has it
         """See `asyncio.Protocol`; returns whether the connection stays open, since its caller may wait for an answer.
 
         Most callers who close their sending side have left, but some read on. What they get shows which: who has left
