@@ -409,11 +409,12 @@ class Gateway:
             return
         loop = asyncio.get_running_loop()
         connected: list[socket.socket] = []
-        for listening in self._server.sockets:
+        sockets = [each for each in self._server.sockets if hasattr(each, "fileno")]  # none in virtual time
+        for listening in sockets:
             loop.remove_reader(listening.fileno())  # asyncio's loop accepts no more; uvloop has no reader
         for _ in range(_ACCEPTING):
             await asyncio.sleep(0)
-        for listening in self._server.sockets:
+        for listening in sockets:
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 connected.extend(_accept_all(again))
         self._server.close()
