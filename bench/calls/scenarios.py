@@ -52,6 +52,7 @@ class Scenario:
         pacer: makes the rate limiter of a quota that is known.
         duration_error: the expected duration of a call over the true one.
         queued_per_slot: calls that may wait, for each slot.
+        processes: upstreams that share the key and know nothing of each other.
     """
 
     config: ProviderConfig
@@ -60,6 +61,7 @@ class Scenario:
     pacer: Callable[[ProviderConfig], QuotaPacer] | None = None
     duration_error: float = 1.0
     queued_per_slot: int = 2
+    processes: int = 1
 
     @property
     def max_slots(self) -> int:
@@ -127,11 +129,16 @@ class EvenPacer:
         self._seconds = seconds
         self._next = 0.0
 
+    def interval(self, now: float) -> float:  # noqa: ARG002 - a subclass may need it
+        """Return the seconds between two requests at `now`."""
+        return self._seconds
+
     def wait(self, now: float, _: SimulatedCall) -> float:
         """Return the seconds until the next request may go; 0 takes it."""
         if now < self._next:
             return self._next - now
-        self._next = max(self._next, now - self._seconds) + self._seconds
+        seconds = self.interval(now)
+        self._next = max(self._next, now - seconds) + seconds
         return 0.0
 
 
