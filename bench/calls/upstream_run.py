@@ -21,7 +21,7 @@ from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.exchange import judge_error
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
-from forebay.upstream.providers import classify, read_rate_limits, read_retry_after
+from forebay.upstream.providers import classify, read_rate_limits, read_rate_scope, read_retry_after
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
@@ -38,7 +38,9 @@ async def send_call(
         kind = classify(refusal.status, refusal.headers, refusal.body)
         rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
         retry_after = read_retry_after(refusal.headers, refusal.body, wall=clock.wall_time())
-        result = judge_error(permit, kind, retry_after=retry_after, rate_limits=rate_limits)
+        result = judge_error(
+            permit, kind, retry_after=retry_after, rate_limits=rate_limits, rate_scope=read_rate_scope(refusal.body)
+        )
         result.error = ConnectionError(str(refusal))
         return result
     except AnswerCut as error:

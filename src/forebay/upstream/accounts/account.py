@@ -21,6 +21,7 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -35,6 +36,8 @@ from forebay.upstream.call_request import (
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
 _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
+_PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
+_LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -99,6 +102,7 @@ class Account:
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
         self._suspended_until = -math.inf
+        self._refusals = RefusalControl()
         self._outage = OutageDetector(limit, max_wait)
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
@@ -111,7 +115,12 @@ class Account:
         """
         self._confirm_accepted(now)
         request.asked_at = min(request.asked_at, now)
-        at_once = not self.queue.length and self._has_slot(now) and self.quotas.wait(now, request.charge)[0] <= 0.0
+        at_once = (
+            not self.queue.length
+            and self._has_slot(now)
+            and self._refusals.wait(now) <= 0.0
+            and self.quotas.wait(now, request.charge)[0] <= 0.0
+        )
         rejection = self._rejection(now, request, fits=at_once)
         if rejection is not None:
             return rejection
@@ -163,9 +172,10 @@ class Account:
         if not self.breaker.ready(now):
             probe = max(_PROBE_DURATION, self.durations.typical)
             return Rejected("its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe))
-        if (seconds := self._outage.duration(now)) is not None:
+        if (seconds := self._outage.duration(now, paused=self._refusals.paused(now))) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
-            return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
+            pause = self._refusals.wait(now)
+            return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw(), pause=pause))
         return None
 
     def _too_late(self, now: float, request: CallRequest) -> Rejected | None:
@@ -178,7 +188,11 @@ class Account:
         return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
 
     def _has_slot(self, now: float) -> bool:
-        return self.in_flight < self.limit.limit(now)
+        return self.in_flight < self._slots(now)
+
+    def _slots(self, now: float) -> int:
+        """Return how many calls may be in flight now."""
+        return self._refusals.limit(now, self.limit.limit(now))
 
     def _take(self, now: float, request: CallRequest) -> Permit:
         """Take a slot, quotas and dollars for a call."""
@@ -189,6 +203,7 @@ class Account:
         reservation = self.quotas.reserve(now, request.charge)
         spend = [budget.reserve(request.usd) for budget in self._budgets(request)]
         grant = self.limit.grant(now, self.in_flight)
+        self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend)
         self._unconfirmed.append(permit)
         return permit
@@ -221,6 +236,8 @@ class Account:
                 continue
             if not self._has_slot(now):
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at)
+            if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
+                return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
             seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
                 bypass = self._bypass_head(now)
@@ -236,7 +253,7 @@ class Account:
         Returns:
             0 if one was sent; otherwise the seconds until one can be, or infinity.
         """
-        slots = self.limit.limit(now) - self.in_flight
+        slots = self._slots(now) - self.in_flight
         if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
             return math.inf  # the only slot, or the probe, is the head's
         seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots)
@@ -276,6 +293,7 @@ class Account:
         if not permit.accepted:
             permit.accepted = True
             self.limit.accepted(now, permit.grant)
+            self._refusals.record_accepted(now, permit.granted_at, permit.grant.in_flight)
 
     def _confirm_accepted(self, now: float) -> float | None:
         """Count calls as accepted that were not throttled within a second; return when the next one will be."""
@@ -304,9 +322,10 @@ class Account:
             counts.succeeded += 1
             self._outage.record_accepted()
             self._accept(now, permit)
-        elif kind is Outcome.OVERLOAD:
+        elif kind is Outcome.OVERLOAD or outcome.refused_by_limit:
             counts.throttled += 1
             self._outage.record_throttled(now)
+            kind = self._blame(now, permit, outcome)
         elif kind is Outcome.FAULT:
             counts.failed += 1
         self.in_flight -= 1
@@ -314,8 +333,9 @@ class Account:
         if outcome.rate_limit_headers and not outcome.rate_limited:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
-            counts.throttled += 1
-            self.quotas.record_throttled(now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers)
+            self.quotas.record_throttled(
+                now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers, scope=outcome.rate_scope
+            )
         elif outcome.released:
             self.quotas.release(now, permit.reservation)
         else:
@@ -332,9 +352,24 @@ class Account:
         if self.breaker.record(now, judged, permit.breaker_epoch) is not None:
             self.reject_queued(now)
 
+    def _blame(self, now: float, permit: Permit, outcome: CallOutcome) -> Outcome:
+        """Return the outcome of a refused call for the limit: OVERLOAD, unless a rate is the likely cause."""
+        if not outcome.refused_by_limit:
+            return outcome.kind
+        rate = self._refusals.record_refused(
+            now,
+            permit.granted_at,
+            permit.grant.in_flight,
+            named=outcome.rate_limited,
+            retry_after=outcome.retry_after,
+            quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
+        )
+        return Outcome.IGNORED if rate else Outcome.OVERLOAD
+
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""
         self.counts.sent -= 1
+        self._refusals.record_unsent()
         self.counts.unattributed -= permit.request.task_id is None
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
@@ -370,7 +405,9 @@ class Account:
         ahead = self.queue.ahead(request.priority) + others
         delay = self.quotas.wait(now, request.charge, ahead=scale_charge(request.charge, ahead))
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
-        limit = self.limit.limit(now)
+        if (paused := self._refusals.expected_wait(now, ahead)) > seconds:
+            seconds, limited_by = paused, _PAUSED if self._refusals.paused(now) else _LEARNED_RATE
+        limit = self._slots(now)
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
@@ -412,7 +449,7 @@ class Account:
     def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, others: int = 0) -> float:
         """Return the seconds that one more call adds to a wait of `seconds`; 0 if that is not known."""
         added = self.expected_wait(now, request, others=others + 1)[0] - seconds
-        return added if added > 0.0 else self.durations.held / max(1, self.limit.limit(now))
+        return added if added > 0.0 else self.durations.held / max(1, self._slots(now))
 
     def _schedule_retry(self, now: float, request: CallRequest, seconds: float) -> float | None:
         """Return the seconds after which a call that would wait `seconds` may try again."""
