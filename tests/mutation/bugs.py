@@ -20,7 +20,8 @@ from forebay.gateway.request_validator import RequestValidator
 from forebay.interfaces import Completion, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BudgetTracker
+from forebay.quota import BudgetTracker, rate_limiter
+from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.supervisor.admission_controller import AdmissionController
 from forebay.supervisor.dispatcher import Dispatcher
@@ -36,6 +37,10 @@ from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.accounts.refusals import RefusalControl
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
+from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
+from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import CallOutcome, Permit
 
@@ -279,6 +284,54 @@ def a_retry_ignores_retry_after() -> None:
         return original(self, **rest)
 
     replace(RetryState, original, next_delay)
+
+
+# --- refusals: hints, weighed against what was accepted ---
+
+
+def words_alone_tell_the_cause_of_a_refusal() -> None:
+    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False) -> bool:
+        return named
+
+    replace(RefusalCause, RefusalCause.is_rate, is_rate)
+
+
+def refused_calls_are_sent_again_at_once() -> None:
+    always(RefusalPause, RefusalPause.wait, returns=0.0)
+
+
+def a_retry_after_is_believed_before_it_was_right() -> None:
+    original = RefusalPause.__init__
+
+    def begin(self: RefusalPause) -> None:
+        original(self)
+        self._trusted = True
+
+    replace(RefusalPause, original, begin)
+
+
+def no_rate_is_learned() -> None:
+    always(LearnedRate, LearnedRate.learn, returns=None)
+
+
+def a_penalty_is_tried_again_at_once() -> None:
+    original = RefusalControl.limit
+
+    def limit(_: RefusalControl, __: float, limit: int) -> int:
+        return limit
+
+    replace(RefusalControl, original, limit)
+
+
+def a_refusal_empties_the_quota_of_a_day() -> None:
+    def fits(_: str, __: float, ___: float, ____: Any) -> bool:
+        return True
+
+    rate_limiter._fits.__code__ = fits.__code__
+
+
+def a_remaining_amount_that_never_changes_is_believed() -> None:
+    always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
 
 
 # --- the gateway ---
