@@ -30,6 +30,7 @@ _FIRST_WAIT: Final = 10.0  # seconds from a block to the first step; a refused s
 _MAX_WAIT: Final = 60.0  # ... up to this
 _CALLS_PER_REFUSAL: Final = 200  # that are sent before a step may be refused again
 _MIN_RATE: Final = 1 / 60  # calls a second
+_MIN_RESUMED: Final = 1.0  # calls a second with which an account begins again at least
 _LONGEST_WAIT: Final = 600.0  # seconds, however slow the rate is
 _CERTAIN: Final = 1.5  # times the measured rate, up to which the rate before shows that the measurement is good
 _TOLERATED: Final = 0.01  # share of calls refused that does not lower a measured rate
@@ -169,9 +170,8 @@ class LearnedRate:
             self.measured = True
         elif self.known:
             self.rate = self._held = _MARGIN * self._held if self._held < self.rate else _FALL * self.rate
-        elif guess and self._earlier_mark.at > -math.inf:
-            self._before = (count - self._earlier_mark.accepted) / (block.began - self._earlier_mark.at)
-            self.rate = _FIRST_SHARE * self._before
+        elif guess and (before := self._rate_before(block)) is not None:
+            self._before, self.rate = before, _FIRST_SHARE * before
         else:
             return
         self.rate = max(_MIN_RATE, self.rate)
@@ -179,6 +179,21 @@ class LearnedRate:
         self._refusals, self._learned_count = 0, count
         near = refused_rate if self._is_short(block) else learned
         self._begin_wait(now, block, certain=self.measured and near <= _CERTAIN * self.rate)
+
+    def resume(self, now: float, block: Block) -> None:
+        """Begin again at the rate before a block whose cause is not a rate: meanwhile all slots may have become free.
+
+        Nothing else is learned, and the spacing is dropped after a few seconds without a refusal.
+        """
+        if not self.known and (before := self._rate_before(block)) is not None:
+            self.rate = self._before = self._learned = max(_MIN_RESUMED, before)
+            self._refused_at = now
+            self._begin_wait(now, block, certain=False)
+
+    def _rate_before(self, block: Block) -> float | None:
+        """Return the rate of the calls accepted in the seconds before a block; None if too little is known."""
+        mark = self._earlier_mark
+        return None if mark.at == -math.inf else (self._count - mark.accepted) / (block.began - mark.at)
 
     def _is_short(self, block: Block) -> bool:
         """Return whether a block was about as short as it takes a bucket to gain the next call."""

@@ -74,6 +74,8 @@ class RefusalControl:
             self.rate.learn(now, block, guess=not self._quota_explains)
         else:
             self.rate.forget()
+            if lasted >= _MIN_PENALTY:
+                self.rate.resume(now, block)
         if self.rate.measured:
             self._cap_until = -math.inf
         elif lasted >= _MIN_PENALTY and self._began_above and self._refused_below:
