@@ -73,7 +73,9 @@ class RefusalCause:
             self._peak = max(self._peak, in_flight)
             self._contradict(sent_at, in_flight)
 
-    def record_refused(self, now: float, sent_at: float, in_flight: int, *, rising: bool) -> None:
+    def record_refused(
+        self, now: float, sent_at: float, in_flight: int, *, rising: bool = False, penalty: bool = False
+    ) -> None:
         """Note that a call was refused.
 
         Args:
@@ -81,12 +83,14 @@ class RefusalCause:
             sent_at: when it was sent.
             in_flight: calls in flight at that time, itself included.
             rising: a learned rate is being raised, and so are the calls in flight: more of them say nothing.
+            penalty: the row of refusals began with more calls in flight than were accepted: fewer say nothing then.
         """
         self._move_window(now)
         refusal = _Refusal(now, sent_at, in_flight)
         self._refusals.append(refusal)
         if in_flight <= self.peak:
-            self._count(1.0)
+            if not penalty:
+                self._count(1.0)
         elif self.peak and not rising and sent_at >= self._judged_at:  # those sent at once are one piece of evidence
             self._judged_at = now
             self._open.append(refusal)

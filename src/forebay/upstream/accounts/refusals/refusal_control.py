@@ -103,7 +103,8 @@ class RefusalControl:
             quota_explains: a quota that is known is used up.
         """
         above = in_flight > self._cause.peak
-        self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising)
+        penalty = self._pause.blocked and self._began_above
+        self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising, penalty=penalty)
         rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
         self.rate.record_refused()
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0

@@ -22,7 +22,7 @@ class Block(NamedTuple):
 
     Attributes:
         began: when the first refusal arrived.
-        refused: when the last call was sent that was refused.
+        refused: when the last call was sent that was refused, or would have been by a Retry-After that was right.
         ended: when the first call was sent that was accepted.
         refusals: calls that were refused.
     """
@@ -106,12 +106,15 @@ class RefusalPause:
         """Note that a call was accepted. Return the block if this ends it, else None."""
         if sent_at <= self._blocked_since:
             return None
-        block = Block(self._blocked_since, self._refused_sent_at, sent_at, self._refusals)
         if self._allowed_at > self._blocked_since:
             if sent_at < self._blocked_since + _EARLY * (self._allowed_at - self._blocked_since):
                 self._trusted = False
             elif self._refused_early:
                 self._trusted = True
+        refused = self._refused_sent_at
+        if self._trusted and self._allowed_at <= sent_at:
+            refused = max(refused, self._allowed_at)  # calls before would have been refused too
+        block = Block(self._blocked_since, refused, sent_at, self._refusals)
         self._needed = self._silence if self._silence > _PLATEAU else 0.0
         self._end()
         return block

@@ -142,6 +142,17 @@ def test_a_long_block_makes_the_next_step_wait_longer() -> None:
     assert rate.rate == learned, "thirty times as long as it has blocked"
 
 
+def test_after_a_row_of_refusals_for_another_cause_calls_begin_again_at_the_rate_before() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    rate.record_sent(40.0, blocked=True)
+    rate.resume(41.0, Block(began=10.0, refused=32.0, ended=40.0, refusals=9))
+    assert rate.rate == pytest.approx(20.0, rel=0.1)
+    assert not rate.measured
+    send(rate, 41.0, 50.0, per_second=200.0)
+    assert not rate.known
+
+
 def test_what_was_accepted_before_a_time_without_calls_measures_nothing() -> None:
     rate = LearnedRate()
     send(rate, 0.0, 10.0, per_second=20.0)

@@ -92,6 +92,14 @@ def test_calls_sent_at_once_are_one_piece_of_evidence_against_words() -> None:
     assert is_rate(cause, named=True)
 
 
+def test_in_a_row_of_refusals_that_may_be_a_penalty_fewer_calls_in_flight_say_nothing() -> None:
+    cause = RefusalCause()
+    accept(cause, 0.0, 20)
+    for second in range(1, 20):
+        cause.record_refused(second + 0.1, second, 15, penalty=True)
+    assert not is_rate(cause)
+
+
 def test_while_a_rate_rises_more_calls_in_flight_say_nothing() -> None:
     cause = RefusalCause()
     accept(cause, 0.0, 20)

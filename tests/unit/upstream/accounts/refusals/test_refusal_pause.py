@@ -108,6 +108,15 @@ def test_a_trial_call_goes_when_a_retry_after_has_passed() -> None:
     assert 20.0 in [pytest.approx(at) for at in trials(RefusalPause(), 25.0, ends=20.0)]
 
 
+def test_until_a_retry_after_that_was_right_has_passed_calls_count_as_refused() -> None:
+    pause = RefusalPause()
+    trials(pause, 19.0, ends=20.0)
+    pause.record_sent(20.1)
+    block = pause.record_accepted(20.1)
+    assert block is not None
+    assert block.refused == pytest.approx(20.0)
+
+
 def test_a_retry_after_that_was_right_is_kept() -> None:
     pause = RefusalPause()
     trials(pause, 19.0, ends=20.0)
