@@ -57,6 +57,7 @@ class Scenario:
         demand: calls a second that are offered, instead of `offered`.
         minutes: how long it takes.
         lengths: draws the input and output tokens of a call.
+        processes: upstreams that share the key and know nothing of each other.
     """
 
     config: ProviderConfig
@@ -69,6 +70,7 @@ class Scenario:
     demand: float | None = None
     minutes: float = MINUTES
     lengths: Callable[[random.Random], tuple[int, int]] = Traffic.conversation().lengths
+    processes: int = 1
 
     @property
     def max_slots(self) -> int:
@@ -153,11 +155,16 @@ class EvenPacer:
         self._seconds = seconds
         self._next = 0.0
 
+    def interval(self, now: float) -> float:  # noqa: ARG002 - a subclass may need it
+        """Return the seconds between two requests at `now`."""
+        return self._seconds
+
     def wait(self, now: float, _: SimulatedCall) -> float:
         """Return the seconds until the next request may go; 0 takes it."""
         if now < self._next:
             return self._next - now
-        self._next = max(self._next, now - self._seconds) + self._seconds
+        seconds = self.interval(now)
+        self._next = max(self._next, now - seconds) + seconds
         return 0.0
 
 

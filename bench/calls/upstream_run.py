@@ -6,6 +6,7 @@ The calls depend on the seed alone, as in `bench.calls.limit_run`, so that the u
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from typing import Final
 
@@ -20,7 +21,7 @@ from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.exchange import judge_error
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
-from forebay.upstream.providers import classify, read_rate_limits
+from forebay.upstream.providers import classify, read_rate_limits, read_rate_scope, read_retry_after
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
@@ -36,7 +37,10 @@ async def send_call(
     except ProviderRefusal as refusal:
         kind = classify(refusal.status, refusal.headers, refusal.body)
         rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
-        result = judge_error(permit, kind, retry_after=refusal.retry_after, rate_limits=rate_limits)
+        retry_after = read_retry_after(refusal.headers, refusal.body, wall=clock.wall_time())
+        result = judge_error(
+            permit, kind, retry_after=retry_after, rate_limits=rate_limits, rate_scope=read_rate_scope(refusal.body)
+        )
         result.error = ConnectionError(str(refusal))
         return result
     except AnswerCut as error:
@@ -60,15 +64,30 @@ class UpstreamRun:
         callers: the callers; each hangs up after its timeout.
         seed: of all random numbers.
         with_deadlines: whether the upstream knows the callers' timeouts.
+        processes: upstreams that know nothing of each other and share the key; the callers use them in turn.
     """
 
-    def __init__(self, config: ProviderConfig, callers: Callers, *, seed: int = 0, with_deadlines: bool = True) -> None:
+    def __init__(
+        self,
+        config: ProviderConfig,
+        callers: Callers,
+        *,
+        seed: int = 0,
+        with_deadlines: bool = True,
+        processes: int = 1,
+    ) -> None:
         self.config, self.callers, self.seed = config, callers, seed
         self.record = RunRecord()
+        self.served = [0] * processes  # calls answered in time, by process
         self._with_deadlines = with_deadlines
-        self.upstream = Upstream("key", provider="openai")
-        self.account = self.upstream.core.accounts.account(MODEL)
+        self.upstreams = [Upstream("key", provider="openai") for _ in range(processes)]
+        self.accounts = [upstream.core.accounts.account(MODEL) for upstream in self.upstreams]
+        self.account = self.accounts[0]
         self.provider: SimulatedProvider
+
+    def fairness(self) -> float:
+        """Return Jain's index of the calls that each process was served: 1 if all got the same."""
+        return sum(self.served) ** 2 / (len(self.served) * sum(served**2 for served in self.served))
 
     def run(self) -> RunRecord:
         """Simulate all minutes, and let the last calls end; return what happened."""
@@ -83,20 +102,21 @@ class UpstreamRun:
         end = 60 * self.callers.minutes
         async with asyncio.TaskGroup() as group:
             sampling = group.create_task(self._sample())
+            processes = itertools.cycle(range(len(self.upstreams)))
             while loop.time() < end:
                 rate = self.callers.rate(loop.time())
                 if rate > 0:
-                    group.create_task(self._caller(self.callers.lengths(rng)))
+                    group.create_task(self._caller(self.callers.lengths(rng), next(processes)))
                 await asyncio.sleep(traffic.interarrival(rng, rate) if rate > 0 else 1.0)
             sampling.cancel()
 
-    async def _caller(self, tokens: tuple[int, int]) -> None:
+    async def _caller(self, tokens: tuple[int, int], process: int) -> None:
         loop = asyncio.get_running_loop()
         for left in range(self.callers.resubmissions, -1, -1):
             delay = self._draws.uniform(0.5, 1.5)
             try:
                 async with asyncio.timeout(self.callers.timeout):
-                    await self._call(tokens)
+                    await self._call(tokens, process)
             except Overloaded as rejection:
                 delay = rejection.retry_after or delay
             except (TimeoutError, ConnectionError, AnswerCut):
@@ -104,24 +124,26 @@ class UpstreamRun:
             else:
                 service_time = self.config.ttft + max(1, tokens[1]) * self.config.tpot
                 self.record.done.append((loop.time(), service_time))
+                self.served[process] += 1
                 return
             if not left or loop.time() + delay >= 60 * self.callers.minutes:
                 return
             await asyncio.sleep(delay)
 
-    async def _call(self, tokens: tuple[int, int]) -> None:
+    async def _call(self, tokens: tuple[int, int], process: int) -> None:
+        upstream, account = self.upstreams[process], self.accounts[process]
         charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED_OUTPUT, tokens=tokens[0] + EXPECTED_OUTPUT)
         deadline = Deadline.within(self.callers.timeout) if self._with_deadlines else None
-        request = self.upstream.core.request(MODEL, charge, deadline=deadline)
+        request = upstream.core.request(MODEL, charge, deadline=deadline)
 
         async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
             self.record.sent.append(clock.now())
-            result = await send_call(self.provider, self.account, permit, tokens)
-            if result.outcome.kind is Outcome.OVERLOAD:
+            result = await send_call(self.provider, account, permit, tokens)
+            if result.outcome.kind is Outcome.OVERLOAD or result.outcome.rate_limited:
                 self.record.refused.append(clock.now())
             return result
 
-        await self.upstream.runner.run(PlainRoute(self.upstream, self.account, request), attempt)
+        await upstream.runner.run(PlainRoute(upstream, account, request), attempt)
 
     async def _sample(self) -> None:
         account = self.account.account

@@ -30,7 +30,8 @@ from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
+from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price, rate_limiter
+from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
@@ -61,6 +62,10 @@ from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.latency import CallDurations
 from forebay.upstream.accounts.open_answers import OpenAnswers
+from forebay.upstream.accounts.refusals import RefusalControl
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
+from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
+from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
@@ -608,6 +613,54 @@ def a_throttled_call_goes_to_a_busier_account() -> None:
 
 def a_forked_child_inherits_the_calls_of_its_parent() -> None:
     always(SharedAccount, SharedAccount.reset_after_fork, returns=None)
+
+
+# --- refusals: hints, weighed against what was accepted ---
+
+
+def words_alone_tell_the_cause_of_a_refusal() -> None:
+    def is_rate(_: RefusalCause, *, measured: bool, named: bool = False) -> bool:
+        return named
+
+    replace(RefusalCause, RefusalCause.is_rate, is_rate)
+
+
+def refused_calls_are_sent_again_at_once() -> None:
+    always(RefusalPause, RefusalPause.wait, returns=0.0)
+
+
+def a_retry_after_is_believed_before_it_was_right() -> None:
+    original = RefusalPause.__init__
+
+    def begin(self: RefusalPause) -> None:
+        original(self)
+        self._trusted = True
+
+    replace(RefusalPause, original, begin)
+
+
+def no_rate_is_learned() -> None:
+    always(LearnedRate, LearnedRate.learn, returns=None)
+
+
+def a_penalty_is_tried_again_at_once() -> None:
+    original = RefusalControl.limit
+
+    def limit(_: RefusalControl, __: float, limit: int) -> int:
+        return limit
+
+    replace(RefusalControl, original, limit)
+
+
+def a_refusal_empties_the_quota_of_a_day() -> None:
+    def fits(_: str, __: float, ___: float, ____: Any) -> bool:
+        return True
+
+    rate_limiter._fits.__code__ = fits.__code__
+
+
+def a_remaining_amount_that_never_changes_is_believed() -> None:
+    always(ObservedLimit, ObservedLimit._is_stuck, returns=False)
 
 
 # --- the gateway ---

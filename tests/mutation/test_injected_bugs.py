@@ -48,6 +48,7 @@ from tests.simulation import test_blame
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
+from tests.unit.quota import test_observed, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_core
@@ -58,6 +59,12 @@ from tests.unit.upstream.accounts import (
     test_guarded_limit,
     test_spend,
     test_tables,
+)
+from tests.unit.upstream.accounts.refusals import (
+    test_learned_rate,
+    test_refusal_cause,
+    test_refusal_control,
+    test_refusal_pause,
 )
 from tests.unit.upstream.fallbacks import test_fallback_chain
 from tests.unit.upstream.httpx_binding import test_calls
@@ -235,6 +242,23 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_forked_child_inherits_the_calls_of_its_parent: (
         test_core.test_after_a_fork_the_calls_of_the_parent_hold_nothing_and_are_not_taken_back
+    ),
+    bugs.words_alone_tell_the_cause_of_a_refusal: (
+        test_refusal_cause.test_refusals_with_no_more_calls_in_flight_than_were_accepted_speak_for_a_rate
+    ),
+    bugs.refused_calls_are_sent_again_at_once: test_refusal_pause.test_one_trial_call_goes_at_a_time,
+    bugs.a_retry_after_is_believed_before_it_was_right: (
+        test_refusal_pause.test_a_retry_after_that_is_not_checked_yet_does_not_delay_the_first_trial_call
+    ),
+    bugs.no_rate_is_learned: test_learned_rate.test_the_calls_accepted_between_two_refusals_are_the_rate,
+    bugs.a_penalty_is_tried_again_at_once: (
+        test_refusal_control.test_after_a_penalty_for_calls_in_flight_their_number_stays_below_for_a_time
+    ),
+    bugs.a_refusal_empties_the_quota_of_a_day: (
+        test_rate_limiter.test_a_refusal_that_can_be_for_a_minute_leaves_the_quota_of_a_day
+    ),
+    bugs.a_remaining_amount_that_never_changes_is_believed: (
+        test_observed.test_a_remaining_amount_that_never_changes_while_calls_are_accepted_is_not_believed
     ),
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
     bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,

@@ -142,9 +142,10 @@ async def test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries
 class TwoModels(UpstreamRun):
     """Callers of two models on one key, whose limit is one for both."""
 
-    async def _call(self, tokens: tuple[int, int]) -> None:
+    async def _call(self, tokens: tuple[int, int], process: int) -> None:
+        upstream = self.upstreams[process]
         charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED_OUTPUT, tokens=tokens[0] + EXPECTED_OUTPUT)
-        model, core = self._draws.choice(["gpt-4o", "gpt-4o-mini"]), self.upstream.core
+        model, core = self._draws.choice(["gpt-4o", "gpt-4o-mini"]), upstream.core
         account = core.accounts.account(model)
         request = core.request(model, charge, deadline=Deadline.within(self.callers.timeout))
 
@@ -155,7 +156,7 @@ class TwoModels(UpstreamRun):
                 self.record.refused.append(now())
             return result
 
-        await self.upstream.runner.run(PlainRoute(self.upstream, account, request), attempt)
+        await upstream.runner.run(PlainRoute(upstream, account, request), attempt)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from forebay.quota.budget import Budget, BudgetReservation, BudgetTracker, check_dollars
 from forebay.quota.prices import BilledUsage, Price, Prices
-from forebay.quota.quota import Quota
+from forebay.quota.quota import Quota, RateScope
 from forebay.quota.rate_limiter import QuotaDelay, QuotaHeadroom, QuotaLevel, QuotaReservation, RateLimiter
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "QuotaLevel",
     "QuotaReservation",
     "RateLimiter",
+    "RateScope",
     "check_dollars",
 ]

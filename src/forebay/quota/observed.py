@@ -20,6 +20,7 @@ _ROUNDING: Final = 1.0  # units: headers leave out the fraction of a bucket
 _WINDOW_DELAY: Final = 0.2  # seconds at the start of a window in which nothing is sent, because clocks differ
 _LATE_WINDOW_WAIT: Final = 1.0  # seconds to wait for a window that has not reset by the provider's clock, but by ours
 _MIN_SPENT: Final = 5  # units; with fewer spent, rounding hides how fast they come back
+_STUCK: Final = 8  # accepted calls in a row with the same `remaining`, from which it is not believed
 _STALE_PERIODS: Final = 2.0  # periods without headers after which a limit is stale
 _MIN_STALE: Final = 60.0  # seconds
 
@@ -51,7 +52,18 @@ class ObservedLimit:
         level: what is left now.
     """
 
-    __slots__ = ("_candidate", "_last_limit", "_reset", "bucket", "corrected", "latest_sent", "updated_at")
+    __slots__ = (
+        "_candidate",
+        "_last_limit",
+        "_remaining",
+        "_repeated",
+        "_reset",
+        "_taken_off",
+        "bucket",
+        "corrected",
+        "latest_sent",
+        "updated_at",
+    )
 
     def __init__(self, limit: int, period: float, now: float, level: float) -> None:
         self.bucket = Bucket(float(limit), period, now)
@@ -64,6 +76,9 @@ class ObservedLimit:
         self._last_limit = limit  # a new limit must be seen twice: one wrong header must not block an account
         self._candidate: tuple[float, _ResetObservation] | None = None  # a new period, likewise, and its first header
         self._reset: _ResetObservation | None = None
+        self._remaining = int(level)  # as the latest header said
+        self._repeated = -1  # how often it was repeated since; the first header comes once more, as an update
+        self._taken_off = limit - self.bucket.level  # by these
 
     def is_stale(self, now: float) -> bool:
         """Return whether the last headers are so old that the limit may have changed."""
@@ -105,6 +120,8 @@ class ObservedLimit:
             self._update_limit(headers.limit)
         if headers.remaining is None or (snapshot is not None and snapshot.window_number != bucket.window_number):
             return  # of a window that is over
+        if self._is_stuck(headers.remaining, throttled=returned > 0):
+            return
         remaining = min(float(headers.remaining), bucket.amount)
         if bucket.window_end is not None and not headers.reset and remaining < bucket.amount:
             if returned:
@@ -122,11 +139,26 @@ class ObservedLimit:
         else:
             self._correct(now - sent, remaining, bucket.level + since, snapshot.reserved)
 
+    def _is_stuck(self, remaining: int, *, throttled: bool) -> bool:
+        """Return whether `remaining` is not believed, because it is the same after each call, and calls are accepted.
+
+        What it has taken off wrongly is returned.
+        """
+        if throttled or remaining != self._remaining:
+            self._remaining, self._repeated, self._taken_off = remaining, 0, 0.0
+            return False
+        self._repeated += 1
+        if self._repeated == _STUCK:
+            self.bucket.level = min(self.bucket.capacity, self.bucket.level + self._taken_off)
+            self.corrected += self._taken_off
+        return self._repeated >= _STUCK
+
     def lower(self, by: float) -> None:
         """Take off what the provider has counted and we have not."""
         before = self.bucket.level
         self.bucket.level = max(before - by, -self.bucket.amount)
         self.corrected += self.bucket.level - before
+        self._taken_off += before - self.bucket.level
 
     def _correct(self, age: float, remaining: float, level_then: float, reserved: float) -> None:
         """Move the level to the nearest one that explains `remaining`.

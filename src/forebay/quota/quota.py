@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -74,3 +74,15 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self) -> float:
         """The length of its period in seconds."""
         return PERIODS[self.per]
+
+
+class RateScope(NamedTuple):
+    """The rate that a refusal names.
+
+    Attributes:
+        unit: the unit that it counts, a field of `Charge`; None if the refusal does not say.
+        period: its seconds; None if the refusal does not say.
+    """
+
+    unit: str | None = None
+    period: float | None = None

@@ -14,10 +14,7 @@ from forebay.errors import ReservationClosed
 from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota.bucket import Bucket
 from forebay.quota.observed import ObservedLimit, QuotaSnapshot
-from forebay.quota.quota import PERIODS, UNITS, Quota
-
-RETRY_AFTER: Final = "retry-after"
-"""The value of `QuotaDelay.limited_by` while a Retry-After of the provider runs."""
+from forebay.quota.quota import PERIODS, UNITS, Quota, RateScope
 
 _MINUTE: Final = PERIODS["minute"]
 _MAX_RESET: Final = 2 * PERIODS["day"]
@@ -116,7 +113,6 @@ class RateLimiter:
         self._open: dict[int, QuotaReservation] = {}  # by number, in the order in which they were sent
         self._next_number = itertools.count().__next__
         self._under_way = dict.fromkeys(UNITS, 0)  # sum of the open reservations
-        self._hold_until = -math.inf
         self._quiet_until = -math.inf
         self._now = -math.inf
 
@@ -133,9 +129,8 @@ class RateLimiter:
     def wait(self, now: float, charge: Charge, *, ahead: Charge | None = None) -> QuotaDelay:
         """Return how long a call of this charge has to wait, after calls of `ahead` in all, and for which quota."""
         self._advance(now)
-        longest, limited_by = 0.0, None
-        if self._hold_until > now:
-            longest, limited_by = self._hold_until - now, RETRY_AFTER
+        longest: float = 0.0
+        limited_by: str | None = None
         for unit, name, bucket in self._given:
             seconds = bucket.wait(now, getattr(charge, unit), 0 if ahead is None else getattr(ahead, unit))
             if seconds > longest:
@@ -157,7 +152,7 @@ class RateLimiter:
         """
         self._advance(now)
         buckets = self._buckets()
-        seconds = max(0.0, self._hold_until - now)
+        seconds = 0.0
         for unit, bucket, _ in buckets:
             amount = getattr(charge, unit)
             if 0 < amount <= bucket.amount:
@@ -229,25 +224,27 @@ class RateLimiter:
         reservation: QuotaReservation,
         retry_after: float | None = None,
         headers: Sequence[RateLimitHeaders] = (),
+        *,
+        scope: RateScope | None = None,
     ) -> None:
-        """Release a call that the provider throttled (429), and hold all calls for its Retry-After.
+        """Release a call that the provider refused for a rate (429), and lower the quota that the refusal fits.
 
         Args:
             now: when the refusal came.
             reservation: of the call.
-            retry_after: seconds, or None if the provider gave none. At most the longest period of a quota here counts;
-                without a quota, a minute.
+            retry_after: seconds, or None if the provider gave none.
             headers: the rate limit headers of the refusal; do not pass them to `update_from_headers` again.
+            scope: the rate that the refusal names. Without it only quotas of at most a minute are lowered, which are
+                soon full again if another one was meant.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
         """
         self.release(now, reservation)
         self.update_from_headers(now, headers, reservation, throttled=True)
-        wanted = 0.0 if retry_after is None or not retry_after > 0 else min(retry_after, self._longest_period())
-        self._hold_until = max(self._hold_until, now + wanted)
-        if wanted or not self._observed:
-            self._empty_tightest(now, reservation.charge, wanted)
+        wanted = 0.0 if retry_after is None or not retry_after > 0 else retry_after
+        if wanted or scope is not None or not self._observed:
+            self._empty_tightest(now, reservation.charge, wanted, scope)
 
     def needs_headers(self, now: float) -> bool:
         """Return whether the headers of a success can change a decision now; if not, they need not be parsed.
@@ -290,8 +287,8 @@ class RateLimiter:
             self._quiet_until = now + self._quiet_seconds()
 
     def is_full(self, now: float) -> bool:
-        """Return whether no quota is used, and no Retry-After runs."""
-        return self._hold_until <= now and all(bucket.is_full(now) for _, bucket, _ in self._buckets())
+        """Return whether no quota is used."""
+        return all(bucket.is_full(now) for _, bucket, _ in self._buckets())
 
     def levels(self, now: float) -> list[QuotaLevel]:
         """Return what is left of each quota."""
@@ -314,7 +311,6 @@ class RateLimiter:
         """Set the time; if the clock went back, keep the remaining seconds of all waits."""
         if now < self._now:
             back = now - self._now
-            self._hold_until += back
             self._quiet_until = -math.inf
             for observed in self._observed.values():
                 observed.shift_clock(back)
@@ -354,19 +350,18 @@ class RateLimiter:
             moment = min(moment, _MOMENT * bucket.period)
         return moment
 
-    def _longest_period(self) -> float:
-        return max((bucket.period for _, bucket, _ in self._buckets()), default=_MINUTE)
-
-    def _empty_tightest(self, now: float, charge: Charge, wanted: float) -> None:
-        """Lower the tightest quota, which is most likely the one that the provider refused for.
+    def _empty_tightest(self, now: float, charge: Charge, wanted: float, scope: RateScope | None) -> None:
+        """Lower the tightest of the quotas that a refusal fits, which is most likely the one that was used up.
 
         What is left is just enough for the same call again in `wanted` seconds.
         """
         tightest: tuple[float, float, Bucket, ObservedLimit | None, float] | None = None
         for unit, bucket, observed in self._buckets():
             amount = getattr(charge, unit)
+            if not amount or not _fits(unit, bucket.period, wanted, scope):
+                continue
             key = (bucket.time_until(now, amount), -bucket.level / bucket.amount)
-            if amount and (tightest is None or key > tightest[:2]):
+            if tightest is None or key > tightest[:2]:
                 tightest = (*key, bucket, observed, amount)
         if tightest is None:
             return
@@ -382,6 +377,13 @@ class RateLimiter:
 def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
     """Return full levels of quotas, to be kept by somebody who outlives the `RateLimiter`."""
     return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf) for quota in quotas)
+
+
+def _fits(unit: str, period: float, wanted: float, scope: RateScope | None) -> bool:
+    """Return whether a refusal that asks to wait `wanted` seconds can be for a quota of this unit and period."""
+    if scope is None or scope.period is None:
+        return period <= _MINUTE and wanted <= period and (scope is None or scope.unit in (None, unit))
+    return scope.period == period and scope.unit in (None, unit)
 
 
 def _name(unit: str, seconds: float) -> str:

@@ -25,7 +25,7 @@ The steps after an attempt, for example one that the provider answered with 429 
 3. ``judge_error_answer`` (`exchange.py`): makes of the kind a result for the flow and an outcome for the account.
 4. ``_Retrying.next_permit`` (`call_flow.py`): decides whether the call is retried, and releases the permit.
 5. ``Account.settle`` (`accounts/account.py`): reports the outcome to limit, outage detector, budgets and breaker.
-6. ``RateLimiter.record_throttled`` (`quota/rate_limiter.py`): holds all calls of the account, for a rate limit only.
+6. ``RefusalControl.record_refused`` (`accounts/refusals/refusal_control.py`): pauses the account's calls, for a 429.
 7. ``Sleep`` (`call_flow.py`): waits outside of the call queue, for Retry-After or a backoff.
 8. ``AccountRetries.request_retry`` (`accounts/account_retries.py`): asks the retry budget for throttled calls.
 9. ``SharedAccount.acquire`` (`accounts/shared_account.py`): asks for a permit again, at the head of its priority.

@@ -10,7 +10,7 @@ import msgspec
 
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
-from forebay.quota import QuotaReservation
+from forebay.quota import QuotaReservation, RateScope
 from forebay.task import Priority
 
 UNREADABLE: Final = "unreadable"
@@ -159,8 +159,10 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         kind: the evidence about the upstream.
         used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent, or it was throttled for another reason than a rate.
-        rate_limited: it was throttled because a quota is used up (429). It took nothing of them either.
+        rate_limited: it was throttled, and its refusal names a rate (429). It took nothing of them either.
         spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
+        account_limited: it was throttled by another limit of the account, or by one that is not named (429).
+        rate_scope: the rate that a refusal names, or None.
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
@@ -175,6 +177,8 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     released: bool = False
     rate_limited: bool = False
     spend_cap: bool = False
+    account_limited: bool = False
+    rate_scope: RateScope | None = None
     retry_after: float | None = None
     rate_limit_headers: tuple[RateLimitHeaders, ...] = ()
     usd: float | None = None
@@ -182,6 +186,11 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     estimated_input_tokens: int | None = None
     final: bool = True
+
+    @property
+    def refused_by_limit(self) -> bool:
+        """True if a limit of the account refused it (429), not the provider's capacity."""
+        return self.rate_limited or self.account_limited
 
 
 class AttemptResult(msgspec.Struct, kw_only=True, eq=False):

@@ -12,7 +12,7 @@ from typing import Final
 from forebay import clock
 from forebay.errors import InvalidAmount, Overloaded
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
-from forebay.quota import BilledUsage
+from forebay.quota import BilledUsage, RateScope
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.background_responses import BackgroundResponse
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, CallPrice, Permit
@@ -32,6 +32,7 @@ from forebay.upstream.providers import (
     find_unpriced,
     find_unreadable,
     read_rate_limits,
+    read_rate_scope,
     read_response,
     read_retry_after,
     read_should_retry,
@@ -413,16 +414,18 @@ def judge_error_answer(
         kind,
         retry_after=retry_after,
         rate_limits=read_rate_limits(headers, wall=wall),
+        rate_scope=read_rate_scope(answer.body),
         retry=retry if can_resend else False,
     )
 
 
-def judge_error(
+def judge_error(  # noqa: PLR0913 - what an error says
     permit: Permit,
     kind: ErrorKind,
     *,
     retry_after: float | None = None,
     rate_limits: tuple[RateLimitHeaders, ...] = (),
+    rate_scope: RateScope | None = None,
     retry: bool | None = None,
 ) -> AttemptResult:
     """Return the result of an attempt that the provider answered with an error, by the kind's rule (`classify.py`).
@@ -430,9 +433,10 @@ def judge_error(
     Args:
         permit: of the attempt.
         kind: of the error.
-        retry_after: seconds that the provider asked to wait, or None. For a rate limit (429) all calls of the account
-            wait for that; for any other kind only this call does.
+        retry_after: seconds that the provider asked to wait, or None. This call waits for them; for a limit of the
+            account (429) they also count for the others, see `RefusalControl`.
         rate_limits: the rate-limit headers of the answer.
+        rate_scope: the rate that the answer names, or None.
         retry: whether the call may be retried; None if that follows from the kind.
     """
     rule = kind.rule
@@ -443,6 +447,8 @@ def judge_error(
             released=not rate_limited,
             rate_limited=rate_limited,
             spend_cap=kind is ErrorKind.SPEND_CAP,
+            rate_scope=rate_scope,
+            account_limited=kind is ErrorKind.CONCURRENCY_LIMIT,
             retry_after=retry_after,
             rate_limit_headers=rate_limits,
             usd=0.0,

@@ -359,3 +359,33 @@ def test_headers_are_needed_after_the_clock_went_back() -> None:
     call(limiter, 1000.0, requests_headers(remaining=50))
     limiter.wait(10.0, ONE)
     assert limiter.needs_headers(10.0)
+
+
+# --- headers that contradict what is accepted ---
+
+
+def test_a_remaining_amount_that_never_changes_while_calls_are_accepted_is_not_believed() -> None:
+    limiter = RateLimiter()
+    under_way = [limiter.reserve(0.0, ONE) for _ in range(10)]
+    for held in under_way:
+        limiter.update_from_headers(5.0, requests_headers(remaining=0, reset=55.0), held)
+        limiter.settle(5.0, held, ONE)
+    assert learned_level(limiter, 5.0) == pytest.approx(50, abs=6)
+    call(limiter, 6.0, requests_headers(remaining=0, reset=54.0))
+    assert limiter.wait(6.0, ONE).seconds == 0.0
+
+
+def test_a_remaining_amount_that_changes_is_believed_again() -> None:
+    limiter = RateLimiter()
+    for held in [limiter.reserve(0.0, ONE) for _ in range(10)]:
+        limiter.update_from_headers(5.0, requests_headers(remaining=0, reset=55.0), held)
+    call(limiter, 6.0, requests_headers(remaining=3, reset=54.0))
+    assert learned_level(limiter, 6.0) <= 4
+
+
+def test_a_refusal_makes_an_unchanged_remaining_amount_credible() -> None:
+    limiter = RateLimiter()
+    for held in [limiter.reserve(0.0, ONE) for _ in range(10)]:
+        limiter.update_from_headers(5.0, requests_headers(remaining=0, reset=55.0), held)
+    limiter.record_throttled(6.0, limiter.reserve(6.0, ONE), None, requests_headers(remaining=0, reset=54.0))
+    assert limiter.wait(6.0, ONE).seconds > 0.5

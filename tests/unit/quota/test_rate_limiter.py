@@ -8,7 +8,7 @@ import pytest
 
 from forebay.errors import ReservationClosed
 from forebay.interfaces import Charge
-from forebay.quota import Quota, RateLimiter
+from forebay.quota import Quota, RateLimiter, RateScope
 
 ONE = Charge()
 PER_MINUTE = Quota(requests=60, per="minute")
@@ -126,11 +126,10 @@ def test_the_wait_counts_calls_ahead_even_beyond_a_whole_amount() -> None:
 # --- throttled -------------------------------------------------------------------------------------------------------
 
 
-def test_a_retry_after_holds_all_calls_and_refunds_the_throttled_one() -> None:
-    limiter = RateLimiter([PER_MINUTE])
+def test_a_throttled_call_is_refunded() -> None:
+    limiter = RateLimiter([Quota(requests=60, per="hour")])
     limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 5.0)
-    assert limiter.wait(0.0, ONE) == (5.0, "retry-after")
-    assert limiter.wait(5.0, ONE).seconds == 0
+    assert limiter.levels(0.0)[0].remaining == 60
 
 
 def test_a_throttled_call_lowers_the_tightest_quota() -> None:
@@ -140,11 +139,30 @@ def test_a_throttled_call_lowers_the_tightest_quota() -> None:
     assert limiter.wait(5.0, ONE).seconds == pytest.approx(1.0), "calls go on at the rate, not in a burst"
 
 
-@pytest.mark.parametrize("retry_after", [86_400.0 * 400, math.inf])
-def test_a_retry_after_is_bounded_by_the_longest_period(retry_after: float) -> None:
+PER_DAY = Quota(requests=10_000, per="day")
+
+
+@pytest.mark.parametrize("retry_after", [None, 0.12, 5.0, 60.0, 86_400.0 * 400, math.inf])
+@pytest.mark.parametrize("scope", [None, RateScope(period=60.0), RateScope(unit="requests", period=60.0)])
+def test_a_refusal_that_can_be_for_a_minute_leaves_the_quota_of_a_day(
+    retry_after: float | None, scope: RateScope | None
+) -> None:
+    limiter = RateLimiter([PER_DAY])
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), retry_after, scope=scope)
+    assert limiter.levels(0.0)[0].remaining == 10_000
+
+
+def test_a_refusal_that_names_the_day_empties_the_quota_of_a_day_alone() -> None:
+    limiter = RateLimiter([PER_MINUTE, PER_DAY, Quota(tokens=10**6, per="day")])
+    scope = RateScope(unit="requests", period=86_400.0)
+    limiter.record_throttled(0.0, limiter.reserve(0.0, Charge(requests=1, tokens=9)), 8.64, scope=scope)
+    assert [round(level.remaining) for level in limiter.levels(0.0)] == [60, 0, 10**6]
+
+
+def test_a_refusal_longer_than_a_minute_leaves_the_quota_of_a_minute() -> None:
     limiter = RateLimiter([PER_MINUTE])
-    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), retry_after)
-    assert limiter.wait(0.0, ONE).seconds == 60.0
+    limiter.record_throttled(0.0, limiter.reserve(0.0, ONE), 3600.0)
+    assert limiter.levels(0.0)[0].remaining == 60
 
 
 @pytest.mark.parametrize("retry_after", [None, 0.0, -5.0, math.nan])
@@ -162,12 +180,6 @@ def test_a_clock_that_goes_back_neither_refills_nor_blocks() -> None:
     limiter = used_up(RateLimiter([PER_MINUTE]), now=day)
     assert limiter.wait(0.0, ONE).seconds == pytest.approx(1.0)
     assert limiter.wait(1.0, ONE).seconds == 0
-
-
-def test_a_retry_after_is_as_long_when_the_clock_goes_back() -> None:
-    limiter = RateLimiter([PER_MINUTE])
-    limiter.record_throttled(86_400.0, limiter.reserve(86_400.0, ONE), 5.0)
-    assert limiter.wait(10.0, ONE) == (5.0, "retry-after")
 
 
 def test_a_clock_that_leaps_a_day_fills_one_amount_and_no_more() -> None:

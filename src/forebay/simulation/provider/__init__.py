@@ -11,11 +11,14 @@ from forebay.simulation.provider.provider_config import (
     Dialect,
     Faults,
     InvalidProviderConfig,
+    Penalty,
     ProviderConfig,
+    ReportedLimits,
     SimulatedRateLimit,
     Slowdown,
     TokenPrice,
     Unit,
+    Wording,
 )
 from forebay.simulation.provider.provider_model import ProviderModel
 from forebay.simulation.provider.provider_process import ProviderProcess, ProviderProcessFailed, start_provider
@@ -60,6 +63,7 @@ __all__ = [
     "FirstToken",
     "InvalidProviderConfig",
     "InvalidSimulatedCall",
+    "Penalty",
     "ProviderConfig",
     "ProviderModel",
     "ProviderProcess",
@@ -68,6 +72,7 @@ __all__ = [
     "ProviderStatistics",
     "Quantiles",
     "RefusalReason",
+    "ReportedLimits",
     "SimulatedCall",
     "SimulatedProvider",
     "SimulatedRateLimit",
@@ -76,5 +81,6 @@ __all__ = [
     "TokensProduced",
     "Traffic",
     "Unit",
+    "Wording",
     "start_provider",
 ]

@@ -7,6 +7,7 @@ An account is shared by all callers, or belongs to one API key, one model, or on
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from forebay.simulation.provider import wire_errors
 from forebay.simulation.provider.fault_plan import RefusalReason
@@ -15,6 +16,14 @@ from forebay.simulation.provider.rate_meters import AccelerationMeter, AccountMe
 from forebay.simulation.provider.simulated_call import SimulatedCall
 
 _MAX_ACCOUNTS = 10_000  # further keys and models share one account
+_LIMITS = frozenset(
+    {
+        *(RefusalReason(unit.value) for unit in Unit),
+        RefusalReason.ACCELERATION,
+        RefusalReason.CONCURRENCY,
+        RefusalReason.OVERLOADED,
+    }
+)
 _FAULTS = frozenset({RefusalReason.ERROR, RefusalReason.BAD_GATEWAY, RefusalReason.UNAVAILABLE})
 
 
@@ -26,6 +35,7 @@ class AccountLimits:
         self._meters = AccountMeters(config.rate_limits, now)
         self._acceleration = AccelerationMeter(config.acceleration) if config.acceleration else None
         self._spent = 0.0  # US dollars
+        self._penalty_ends = -math.inf
         openai = config.dialect is Dialect.OPENAI
         charged_as_output = {Unit.OUTPUT_TOKENS} if openai else {Unit.OUTPUT_TOKENS, Unit.TOKENS}
         self._charged_as_output = charged_as_output & self._meters.units
@@ -51,6 +61,20 @@ class AccountLimits:
         shortage = self._acceleration.shortage(now, amounts) if self._acceleration else None
         return None if shortage is None else (RefusalReason.ACCELERATION, shortage)
 
+    def penalty(self, now: float) -> RateShortage | None:
+        """Return what is left of a penalty, which refuses every call; None if none runs."""
+        penalty, left = self._config.penalty, self._penalty_ends - now
+        if penalty is None or left <= 0:
+            return None
+        if penalty.extended:
+            self._penalty_ends, left = now + penalty.seconds, penalty.seconds
+        return RateShortage(Unit.REQUESTS, 0.0, 0.0, 1.0, left)
+
+    def begin_penalty(self, now: float, reason: RefusalReason) -> None:
+        """Begin a penalty, if the configuration has one: a limit has refused a call."""
+        if self._config.penalty is not None and reason in _LIMITS:
+            self._penalty_ends = now + self._config.penalty.seconds
+
     def charge_accepted(self, now: float, call: SimulatedCall) -> None:
         """Charge an accepted call: the request, its input, and with OpenAI its bound on output."""
         amounts = self._amounts(call)
@@ -75,7 +99,13 @@ class AccountLimits:
 
     def headers(self, dialect: Dialect, now: float, wall: float) -> dict[str, str]:
         """Return the rate limit headers of an answer; `wall` is the wall time in epoch seconds."""
-        return wire_errors.rate_limit_headers(dialect, self._meters.readings(now), wall)
+        reports = self._config.reports
+        if not reports.rate_limit_headers:
+            return {}
+        readings = self._meters.readings(now)
+        if reports.remaining is not None:
+            readings = [replace(reading, remaining=float(reports.remaining)) for reading in readings]
+        return wire_errors.rate_limit_headers(dialect, readings, wall)
 
     @property
     def next_minute_limit(self) -> float:

@@ -19,6 +19,7 @@ class RefusalReason(enum.StrEnum):
     OUTPUT_TOKENS = "output_tokens"
     TOO_LARGE = "too_large"  # the call needs more than a rate limit ever grants
     ACCELERATION = "acceleration"  # usage grows too fast
+    PENALTY = "penalty"  # a call was refused by a limit a short time ago
     SPEND_CAP = "spend_cap"  # the account's money is spent
     CONCURRENCY = "concurrency"  # too many calls in flight: the account's limit
     OVERLOADED = "overloaded"  # too many calls in flight for the provider, an outage, or a burst

@@ -67,13 +67,45 @@ class BusyReason(enum.StrEnum):
     """429: a limit on the account's calls in flight."""
 
 
+class Wording(enum.StrEnum):
+    """What the message of a 429 says about its reason, whatever the reason is."""
+
+    VAGUE = "vague"
+    """Nothing."""
+    RATE = "rate"
+    """Too many requests per minute."""
+    CONCURRENCY = "concurrency"
+    """Too many requests in flight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedLimits:
+    """How a provider's answers depart from the truth about its limits; with the defaults they do not."""
+
+    wording: Wording | None = None  # of each 429; None: the truth
+    retry_after: str | None = None  # value of the header of each 429; "" leaves it out; None: the truth
+    rate_limit_headers: bool = True  # of any answer
+    remaining: int | None = None  # what each rate limit header says is left; None: the truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalty:
+    """A penalty box: once a call was refused by a limit, every call of its account is refused for ``seconds``."""
+
+    seconds: float
+    extended: bool = False  # each call in that time begins it again
+
+    def __post_init__(self) -> None:
+        _require("penalty.seconds", self.seconds, _positive(self.seconds), "a positive number of seconds")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRateLimit:
     """A rate limit of the provider: ``amount`` of ``unit`` in every ``period`` seconds.
 
     By default a token bucket, full at the start and refilled continuously, so that in any t seconds it grants at most
     ``burst + amount * t / period``. With ``fixed_window``, ``amount`` in each window; windows start at multiples of
-    ``period``.
+    ``period``. It holds from second ``since`` until ``until``: two limits make a change of tier.
     """
 
     unit: Unit
@@ -81,6 +113,8 @@ class SimulatedRateLimit:
     period: float = 60.0  # seconds
     burst: float | None = None  # size of the bucket; None: `amount`
     fixed_window: bool = False
+    since: float = 0.0  # seconds since the start
+    until: float | None = None  # seconds since the start; None: without end
 
     def __post_init__(self) -> None:
         _require("amount", self.amount, self.amount >= 1, "at least 1")
@@ -88,6 +122,7 @@ class SimulatedRateLimit:
         _require("burst", self.burst, self.burst is None or self.burst >= 1, "None or at least 1")
         has_two = self.fixed_window and self.burst is not None
         _require("fixed_window", self.fixed_window, not has_two, "False where burst is set")
+        _require("until", self.until, self.until is None or self.until > self.since >= 0, "None or after since")
 
     @property
     def size(self) -> float:
@@ -245,6 +280,8 @@ class ProviderConfig:
     spend_cap: float | None = None  # US dollars; an account that has spent them is refused
     count_faults: bool = True  # a call answered with 5xx counts against the request limit
     count_refusals: bool = False  # a call answered with 429 counts too, so that immediate retries do not help
+    penalty: Penalty | None = None  # what follows a call that a limit has refused
+    reports: ReportedLimits = field(default_factory=ReportedLimits)
     faults: Faults = field(default_factory=Faults)
     prices: Mapping[str, TokenPrice] = field(default_factory=lambda: dict(PRICES))  # also the models that exist
     finish_abandoned: bool = False  # a call whose client hung up runs to its end and is billed in full

@@ -107,6 +107,7 @@ class ProviderModel:
         reason, shortage = self._refusal_reason(faults, account, call, replica)
         if reason is not None:
             account.charge_refused(self._now, reason)
+            account.begin_penalty(self._now, reason)
             return self._refuse(call, reason, account, shortage)
         account.charge_accepted(self._now, call)
         return self._accept(call, account, price, faults, replica)
@@ -232,11 +233,14 @@ class ProviderModel:
     def _refusal_reason(
         self, faults: CallFaults, account: AccountLimits, call: SimulatedCall, replica: int
     ) -> tuple[RefusalReason | None, RateShortage | None]:
-        """Return why a call is refused, if it is. The order is: faults, spend cap, capacity, rate limits."""
+        """Return why a call is refused, if it is. In this order: faults, spend cap, penalty, capacity, rates."""
         if faults.refusal is not None:
             return faults.refusal, None
         if account.out_of_funds:
             return RefusalReason.SPEND_CAP, None
+        penalty = account.penalty(self._now)
+        if penalty is not None:
+            return RefusalReason.PENALTY, penalty
         reason = self._capacity_refusal(call, replica)
         if reason is not None:
             return reason, None
@@ -292,7 +296,8 @@ class ProviderModel:
         dialect = call.dialect or self.config.dialect
         limits = account.headers(dialect, self._now, self._epoch + self._now) if account else {}
         next_minute_limit = account.next_minute_limit if account else 0.0
-        details = wire_errors.RefusalDetails(reason, call.model, shortage, next_minute_limit)
+        reports = self.config.reports
+        details = wire_errors.RefusalDetails(reason, call.model, shortage, next_minute_limit, reports)
         answer = wire_errors.refusal_response(dialect, details, limits, self._request_id())
         self._billing.record_refusal(call.run, answer.status, reason)
         retry_after = shortage.wait if shortage and not math.isinf(shortage.wait) else None

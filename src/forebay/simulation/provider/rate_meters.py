@@ -25,6 +25,11 @@ class RateMeter:
         self._level = self._size
         self._at = now
 
+    def holds(self, now: float) -> bool:
+        """Return whether the limit holds at `now`."""
+        until = self.rate_limit.until
+        return self.rate_limit.since <= now and (until is None or now < until)
+
     def level(self, now: float) -> float:
         """Return the amount available at `now`; a negative one is a debt."""
         self._level = min(self._size, self._level + (now - self._at) * self._rate)
@@ -107,6 +112,8 @@ class AccountMeters:
         """Return the rate limit with the longest wait for a call of these amounts; None if it can go now."""
         longest: RateShortage | None = None
         for meter in self._meters:
+            if not meter.holds(now):
+                continue
             limit = meter.rate_limit
             requested = amounts.get(limit.unit, 0.0)
             wait = meter.wait_time(now, requested)
@@ -117,19 +124,21 @@ class AccountMeters:
     def take(self, now: float, unit: Unit, amount: float) -> None:
         """Take `amount` from every rate limit of `unit`, into debt if necessary."""
         for meter in self._meters:
-            if meter.rate_limit.unit is unit:
+            if meter.rate_limit.unit is unit and meter.holds(now):
                 meter.take(now, amount)
 
     def take_at_most(self, now: float, unit: Unit, amount: float) -> None:
         """Take `amount` from every rate limit of `unit`, but not more than is available."""
         for meter in self._meters:
-            if meter.rate_limit.unit is unit:
+            if meter.rate_limit.unit is unit and meter.holds(now):
                 meter.take(now, max(0.0, min(amount, meter.level(now))))
 
     def readings(self, now: float) -> list[MeterReading]:
         """Return one reading for each unit: that of its tightest rate limit."""
         tightest: dict[Unit, tuple[float, MeterReading]] = {}
         for meter in self._meters:
+            if not meter.holds(now):
+                continue
             limit = meter.rate_limit
             left = meter.level(now)
             share = left / limit.size

@@ -16,13 +16,13 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
 from forebay.simulation.provider.fault_plan import RefusalReason
-from forebay.simulation.provider.provider_config import Dialect, Unit
+from forebay.simulation.provider.provider_config import Dialect, ReportedLimits, Unit, Wording
 from forebay.simulation.provider.rate_meters import MeterReading, RateShortage
 
 _HTML: Final = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
@@ -40,6 +40,7 @@ class RefusalDetails:
     model: str
     shortage: RateShortage | None = None
     next_minute_limit: float = 0.0  # of an acceleration limit
+    reports: ReportedLimits = field(default_factory=ReportedLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,35 @@ def refusal_response(dialect: Dialect, details: RefusalDetails, limits: dict[str
         headers |= limits
     if details.shortage is not None:
         headers |= retry_after_headers(dialect, details.shortage.wait)
+    if status == 429:  # noqa: PLR2004 - only these depart from the truth
+        headers, body = _as_reported(dialect, details, headers, body, request_id)
     return HttpReply(status, headers, msgspec.json.encode(body))
+
+
+_WORDINGS: Final = {
+    Wording.VAGUE: "Too many requests. Please slow down.",
+    Wording.RATE: "Rate limit reached: too many requests per minute.",
+    Wording.CONCURRENCY: "Too many requests in flight at once.",
+}
+
+
+def _as_reported(
+    dialect: Dialect, details: RefusalDetails, headers: dict[str, str], body: dict[str, object], request_id: str
+) -> tuple[dict[str, str], dict[str, object]]:
+    """Return the headers and body of a 429 as the configuration wants them reported."""
+    reports = details.reports
+    if reports.retry_after is not None:
+        headers = {name: value for name, value in headers.items() if not name.startswith("retry-after")}
+        headers |= {"retry-after": reports.retry_after} if reports.retry_after else {}
+    if reports.wording is not None:
+        message = _WORDINGS[reports.wording]
+        openai = dialect is Dialect.OPENAI
+        body = (
+            _openai_error(message, "requests", "rate_limit_exceeded")
+            if openai
+            else _anthropic_error(message, "rate_limit_error", request_id)
+        )
+    return headers, body
 
 
 def stream_error_body(dialect: Dialect, request_id: str) -> dict[str, object]:
@@ -165,10 +194,11 @@ _ABBREVIATIONS: Final = {Unit.REQUESTS: "RP", Unit.TOKENS: "TP", Unit.INPUT_TOKE
 
 
 def _openai(details: RefusalDetails) -> tuple[int, dict[str, object]]:
-    if details.shortage is not None and details.reason is not RefusalReason.ACCELERATION:
+    if details.shortage is not None and details.reason not in (RefusalReason.ACCELERATION, RefusalReason.PENALTY):
         kind = "requests" if details.shortage.unit is Unit.REQUESTS else "tokens"
         return 429, _openai_error(_openai_limit(details, details.shortage), kind, "rate_limit_exceeded")
     status, message, kind, code = {
+        RefusalReason.PENALTY: (429, "Too many requests. Please slow down.", "requests", "rate_limit_exceeded"),
         RefusalReason.CONCURRENCY: (429, "Too many requests in flight at once.", "requests", "rate_limit_exceeded"),
         RefusalReason.STRAY: (429, f"Rate limit reached for {details.model}.", "requests", "rate_limit_exceeded"),
         RefusalReason.SPEND_CAP: (
@@ -235,7 +265,7 @@ def _anthropic(details: RefusalDetails, request_id: str) -> tuple[int, dict[str,
 def _anthropic_limit(details: RefusalDetails) -> str:
     if details.reason is RefusalReason.CONCURRENCY:
         return "Number of concurrent connections has exceeded your rate limit. Please try again later."
-    if details.shortage is None:
+    if details.shortage is None or details.reason is RefusalReason.PENALTY:
         return "This request would exceed your account's rate limit. Please try again later."
     unit, period = _unit_text(details.shortage), _period(details.shortage)
     if details.reason is RefusalReason.ACCELERATION:

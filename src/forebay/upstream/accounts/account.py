@@ -22,6 +22,7 @@ from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
 from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence
 from forebay.upstream.call_request import (
@@ -41,6 +42,8 @@ _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttle
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
+_PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
+_LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -107,6 +110,7 @@ class Account:
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
         self._suspension = SpendSuspension()
+        self._refusals = RefusalControl()
         self._outage = OutageDetector(limit, max_wait)
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
@@ -119,7 +123,12 @@ class Account:
         """
         self._confirm_accepted(now)
         request.asked_at = min(request.asked_at, now)
-        at_once = not self.queue.length and self._has_slot(now) and self.quotas.wait(now, request.charge)[0] <= 0.0
+        at_once = (
+            not self.queue.length
+            and self._has_slot(now)
+            and self._refusals.wait(now) <= 0.0
+            and self.quotas.wait(now, request.charge)[0] <= 0.0
+        )
         rejection = self._rejection(now, request, fits=at_once)
         if rejection is not None:
             return rejection
@@ -184,9 +193,10 @@ class Account:
         if not self.breaker.ready(now) or (failed and self.breaker.state(now) is not BreakerState.CLOSED):
             retry_after = self.breaker.retry_after(now, probe_duration=probe)
             return Rejected("its breaker is open", "breaker", 1.0, probe if retry_after == 0.0 else retry_after)
-        if (seconds := self._outage.duration(now)) is not None:
+        if (seconds := self._outage.duration(now, paused=self._refusals.paused(now))) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
-            return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
+            pause = self._refusals.wait(now)
+            return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw(), pause=pause))
         return None
 
     def _too_late(self, now: float, request: CallRequest) -> Rejected | None:
@@ -199,7 +209,11 @@ class Account:
         return Rejected("it is not expected to be answered before its deadline", "deadline", 1.0, retry_after)
 
     def _has_slot(self, now: float) -> bool:
-        return self.in_flight < self.limit.limit(now)
+        return self.in_flight < self._slots(now)
+
+    def _slots(self, now: float) -> int:
+        """Return how many calls may be in flight now."""
+        return self._refusals.limit(now, self.limit.limit(now))
 
     def _take(self, now: float, request: CallRequest) -> Permit | Rejected:
         """Take dollars, a slot and quotas for a call; a rejection if another account took the dollars meanwhile."""
@@ -212,6 +226,7 @@ class Account:
         self.counts.unattributed += request.task_id is None
         reservation = self.quotas.reserve(now, request.charge)
         grant = self.limit.grant(now, self.in_flight)
+        self._refusals.record_sent(now)
         permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
         self._unconfirmed.append(permit)
         self._suspension.record_sent(permit)
@@ -259,6 +274,8 @@ class Account:
             if not self._has_slot(now):
                 look = self.open_answers.next_look(now)
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look)
+            if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
+                return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
             seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
                 bypass = self._bypass_head(now)
@@ -286,7 +303,7 @@ class Account:
         Returns:
             0 if one was sent; otherwise the seconds until one can be, or infinity.
         """
-        slots = self.limit.limit(now) - self.in_flight
+        slots = self._slots(now) - self.in_flight
         if slots == 1 or len(self.queue) == 1 or self.breaker.state(now) is not BreakerState.CLOSED:
             return math.inf  # the only slot, or the probe, is the head's
         seconds, call = find_bypass(now, self.queue.in_order(), self.quotas, self._budgets, slots=slots)
@@ -330,6 +347,7 @@ class Account:
         if not permit.accepted:
             permit.accepted = True
             self.limit.accepted(now, permit.grant)
+            self._refusals.record_accepted(now, permit.granted_at, permit.grant.in_flight)
 
     def _confirm_accepted(self, now: float) -> float | None:
         """Count calls as accepted that were not throttled within a second; return when the next one will be."""
@@ -359,10 +377,11 @@ class Account:
             self._outage.record_accepted()
             self._accept(now, permit)
             self.timeouts.record_success(now - permit.granted_at)
-        elif kind is Outcome.OVERLOAD:
+        elif kind is Outcome.OVERLOAD or outcome.refused_by_limit:
             counts.throttled += 1
             self.timeouts.record_answer()
             self._outage.record_throttled(now)
+            kind = self._blame(now, permit, outcome)
         elif kind is Outcome.FAULT:
             counts.failed += 1
         counts.throttled += outcome.spend_cap
@@ -371,9 +390,9 @@ class Account:
         if outcome.rate_limit_headers and not outcome.rate_limited:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
-            counts.throttled += 1
-            self.timeouts.record_answer()
-            self.quotas.record_throttled(now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers)
+            self.quotas.record_throttled(
+                now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers, scope=outcome.rate_scope
+            )
         elif outcome.released:
             self.quotas.release(now, permit.reservation)
         else:
@@ -396,9 +415,24 @@ class Account:
         counts = outcome.final or self.breaker.state(now) is not BreakerState.CLOSED
         return outcome.kind if counts else Outcome.IGNORED
 
+    def _blame(self, now: float, permit: Permit, outcome: CallOutcome) -> Outcome:
+        """Return the outcome of a refused call for the limit: OVERLOAD, unless a rate is the likely cause."""
+        if not outcome.refused_by_limit:
+            return outcome.kind
+        rate = self._refusals.record_refused(
+            now,
+            permit.granted_at,
+            permit.grant.in_flight,
+            named=outcome.rate_limited,
+            retry_after=outcome.retry_after,
+            quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
+        )
+        return Outcome.IGNORED if rate else Outcome.OVERLOAD
+
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""
         self.counts.sent -= 1
+        self._refusals.record_unsent()
         self.counts.unattributed -= permit.request.task_id is None
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
@@ -447,7 +481,9 @@ class Account:
         ahead = self.queue.ahead(request.priority) + others
         delay = self.quotas.wait(now, request.charge, ahead=scale_charge(request.charge, ahead))
         seconds, limited_by = delay.seconds, delay.limited_by or "nothing"
-        limit = self.limit.limit(now)
+        if (paused := self._refusals.expected_wait(now, ahead)) > seconds:
+            seconds, limited_by = paused, _PAUSED if self._refusals.paused(now) else _LEARNED_RATE
+        limit = self._slots(now)
         free = limit - self.in_flight - ahead
         if free <= 0:
             rounds = (1 - free) / max(1, limit)
@@ -489,7 +525,7 @@ class Account:
     def _wait_per_call(self, now: float, request: CallRequest, seconds: float, *, others: int = 0) -> float:
         """Return the seconds that one more call adds to a wait of `seconds`; 0 if that is not known."""
         added = self.expected_wait(now, request, others=others + 1)[0] - seconds
-        return added if added > 0.0 else self.durations.held / max(1, self.limit.limit(now))
+        return added if added > 0.0 else self.durations.held / max(1, self._slots(now))
 
     def _schedule_retry(self, now: float, request: CallRequest, seconds: float) -> float | None:
         """Return the seconds after which a call that would wait `seconds` may try again."""

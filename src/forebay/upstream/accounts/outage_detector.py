@@ -38,11 +38,22 @@ class OutageDetector:
         """Note that a call was accepted: its answer has begun."""
         self._since = math.inf
 
-    def duration(self, now: float) -> float | None:
-        """Return the seconds that an outage has lasted; None if that is short, or the next trial call is due."""
-        seconds = now - self._since
-        return seconds if seconds >= self._patience and self._limit.limit(now) == 0 else None
+    def duration(self, now: float, *, paused: bool = False) -> float | None:
+        """Return the seconds that an outage has lasted; None if that is short, or the next trial call is due.
 
-    def retry_after(self, now: float, draw: float) -> float:
-        """Return the seconds after which a rejected call may try again; `draw` is uniform in [0, 1)."""
-        return (self._limit.reopens_at(now) or now) - now + draw * _SPREAD
+        Args:
+            now: the time.
+            paused: no call is sent now because calls were refused.
+        """
+        seconds = now - self._since
+        return seconds if seconds >= self._patience and (paused or self._limit.limit(now) == 0) else None
+
+    def retry_after(self, now: float, draw: float, *, pause: float = 0.0) -> float:
+        """Return the seconds after which a rejected call may try again.
+
+        Args:
+            now: the time.
+            draw: a random number in [0, 1).
+            pause: seconds until a call may be sent, by other rules than the limit.
+        """
+        return max(pause, (self._limit.reopens_at(now) or now) - now) + draw * _SPREAD

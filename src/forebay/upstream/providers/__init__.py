@@ -6,7 +6,12 @@ from forebay.upstream.providers.http_headers import Headers
 from forebay.upstream.providers.include_usage import UsageFilter
 from forebay.upstream.providers.metering import find_unpriced, find_unreadable
 from forebay.upstream.providers.profiles import ProviderProfile, TokenCounting, profile_for
-from forebay.upstream.providers.rate_limit_headers import read_rate_limits, read_retry_after, read_should_retry
+from forebay.upstream.providers.rate_limit_headers import (
+    read_rate_limits,
+    read_rate_scope,
+    read_retry_after,
+    read_should_retry,
+)
 from forebay.upstream.providers.request import ProviderRequest
 from forebay.upstream.providers.rewrite import depends_on_stored_state, path_with_model, with_model
 from forebay.upstream.providers.usage import Usage
@@ -32,6 +37,7 @@ __all__ = [
     "path_with_model",
     "profile_for",
     "read_rate_limits",
+    "read_rate_scope",
     "read_response",
     "read_retry_after",
     "read_should_retry",

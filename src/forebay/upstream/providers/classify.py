@@ -106,7 +106,10 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             retryable=True,
             throttled=True,
             can_fall_back=True,
-            counted_by="quota: sends nothing until Retry-After has passed (at most its period), or it has refilled",
+            counted_by=(
+                "quota: the one that it fits is lowered; account: pauses its calls, and learns the rate; limit: as "
+                "congestion, if evidence is for a limit on calls in flight"
+            ),
             caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.CONCURRENCY_LIMIT: ErrorRule(
@@ -115,7 +118,7 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             retryable=True,
             throttled=True,
             can_fall_back=True,
-            counted_by=_CONGESTION_COUNTED,
+            counted_by=f"{_CONGESTION_COUNTED}; account: as `RATE_LIMIT`, if evidence is for a rate",
             caller_gets=f"{_PROVIDERS_RESPONSE}, {_REJECTED_RETRY}",
         ),
         ErrorKind.ACCELERATION_LIMIT: ErrorRule(
@@ -202,8 +205,8 @@ STATUS_RULES: Final[Mapping[int, StatusRule]] = MappingProxyType(
         408: StatusRule(ErrorKind.TRANSIENT),
         409: StatusRule(ErrorKind.TRANSIENT),
         425: StatusRule(ErrorKind.TRANSIENT),
-        # A 429 without reason, time or empty quota is taken for a concurrency limit: no provider has headers for that
-        # one, and the limit tells congestion from noise.
+        # A 429 without reason, time or empty quota is taken for a concurrency limit at first: no provider has headers
+        # for that one, and the limit tells congestion from noise. `RefusalCause` weighs it against the evidence.
         429: StatusRule(ErrorKind.CONCURRENCY_LIMIT, frozenset(ErrorKind), by_headers=ErrorKind.RATE_LIMIT),
         503: _CAPACITY,
         529: _CAPACITY,

@@ -1,4 +1,4 @@
-"""Rate-limit headers, Retry-After and x-should-retry of a provider's response.
+"""Rate-limit headers, Retry-After, x-should-retry and the named rate of a provider's response.
 
 These families of rate-limit headers are read, from any provider:
 
@@ -23,6 +23,8 @@ from itertools import repeat
 from typing import Final
 
 from forebay.interfaces import RateLimitHeaders
+from forebay.quota import RateScope
+from forebay.quota.quota import PERIODS
 from forebay.upstream.providers.http_headers import normalize_headers
 
 _DAY: Final = 86_400.0
@@ -42,6 +44,12 @@ _RETRY_MESSAGE: Final = re.compile(
     re.IGNORECASE,
 )
 _MAX_MESSAGE: Final = 8192  # bytes of a body that are searched for it
+
+_RATE: Final = re.compile(
+    rb"\b(?:(requests|(?:input |output )?tokens) per (sec|min|hour|day)|([io]?[tr])p([smhd])\b)", re.IGNORECASE
+)
+_RATE_UNITS: Final = {"r": "requests", "t": "tokens", "it": "input_tokens", "ot": "output_tokens"}
+_RATE_PERIODS: Final = {name[0]: seconds for name, seconds in PERIODS.items()}
 
 _UNITS: Final = ("requests", "tokens", "input-tokens", "output-tokens")
 _PATTERNS: Final = [
@@ -204,6 +212,17 @@ def _retry_after_in_message(body: bytes) -> float | None:
     unit = match[2].lower()
     scale = 1e-3 if unit.startswith((b"ms", b"milli")) else 60.0 if unit.startswith(b"m") else 1.0
     return min(float(match[1]) * scale, _MAX_RESET)
+
+
+def read_rate_scope(body: bytes) -> RateScope | None:
+    """Return the rate that the message of an error names, as in "requests per day (RPD)"; None if it names none."""
+    match = _RATE.search(body[:_MAX_MESSAGE])
+    if match is None:
+        return None
+    unit, period, short_unit, short_period = (part.decode().lower() if part else "" for part in match.groups())
+    return RateScope(
+        unit=unit.replace(" ", "_") or _RATE_UNITS.get(short_unit), period=_RATE_PERIODS[period[:1] or short_period]
+    )
 
 
 def read_should_retry(headers: Mapping[str, str]) -> bool | None:

@@ -21,11 +21,14 @@ from forebay.simulation.provider.provider_config import (
     Dialect,
     Faults,
     InvalidProviderConfig,
+    Penalty,
     ProviderConfig,
+    ReportedLimits,
     SimulatedRateLimit,
     Slowdown,
     TokenPrice,
     Unit,
+    Wording,
 )
 from forebay.simulation.provider.provider_model import ProviderModel
 from forebay.simulation.provider.simulated_call import (
@@ -500,3 +503,58 @@ def test_a_configuration_round_trips_as_json() -> None:
 def test_an_unknown_name_or_invalid_value_in_json_is_named(text: str, named: str) -> None:
     with pytest.raises(InvalidProviderConfig, match=named):
         ProviderConfig.from_json(text)
+
+
+# --- answers that depart from the truth, and penalties ---
+
+
+RATE_OF_ONE = (SimulatedRateLimit(unit=Unit.REQUESTS, amount=1),)
+
+
+def test_a_refusal_says_what_the_configuration_reports() -> None:
+    reports = ReportedLimits(wording=Wording.CONCURRENCY, retry_after="3600", rate_limit_headers=False)
+    provider = ProviderModel(config(rate_limits=RATE_OF_ONE, reports=reports))
+    accept(provider, 0.0, call())
+    refusal = refuse(provider, 1.0, call())
+    assert refusal.headers["retry-after"] == "3600"
+    assert "retry-after-ms" not in refusal.headers
+    assert not any("ratelimit" in name for name in refusal.headers)
+    assert b"in flight" in refusal.body
+
+
+def test_a_remaining_amount_may_be_reported_wrongly() -> None:
+    limits = (SimulatedRateLimit(unit=Unit.REQUESTS, amount=9),)
+    provider = ProviderModel(config(rate_limits=limits, reports=ReportedLimits(remaining=0)))
+    answer = provider.arrive(0.0, call())
+    assert isinstance(answer, CallAccepted)
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert answer.headers["x-ratelimit-limit-requests"] == "9"
+
+
+@pytest.mark.parametrize(("extended", "second"), [(False, RefusalReason.CONCURRENCY), (True, RefusalReason.PENALTY)])
+def test_a_penalty_refuses_every_call_for_its_time(extended: bool, second: RefusalReason) -> None:  # noqa: FBT001
+    penalty = Penalty(seconds=10, extended=extended)
+    provider = ProviderModel(config(overcommit=1.0, busy_reason=BusyReason.CONCURRENCY, penalty=penalty))
+    long = [accept(provider, 0.0, call(1000)) for _ in range(2)]
+    assert refuse(provider, 1.0, call()).reason is RefusalReason.CONCURRENCY
+    provider.hang_up(1.0, long[0])
+    in_penalty = refuse(provider, 5.0, call())
+    assert (in_penalty.status, in_penalty.reason) == (429, RefusalReason.PENALTY)
+    accept(provider, 16.0, call(1000))
+    assert refuse(provider, 16.0, call()).reason is RefusalReason.CONCURRENCY
+    refuse(provider, 20.0, call())
+    assert refuse(provider, 27.0, call()).reason is second
+
+
+def test_a_rate_limit_may_hold_for_a_time() -> None:
+    limits = (
+        SimulatedRateLimit(unit=Unit.REQUESTS, amount=3, until=30.0),
+        SimulatedRateLimit(unit=Unit.REQUESTS, amount=1, since=30.0),
+    )
+    provider = ProviderModel(config(slots=10, rate_limits=limits))
+    for _ in range(3):
+        accept(provider, 0.0, call())
+    accept(provider, 30.0, call())
+    assert refuse(provider, 31.0, call()).reason is RefusalReason.REQUESTS
+    with pytest.raises(InvalidProviderConfig, match="until"):
+        SimulatedRateLimit(unit=Unit.REQUESTS, amount=1, since=9.0, until=9.0)

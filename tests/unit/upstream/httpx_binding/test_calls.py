@@ -329,16 +329,20 @@ async def test_a_throttled_call_waits_and_uses_no_attempt() -> None:
 
 
 @virtual
-async def test_while_a_rate_limited_call_waits_all_others_wait_too() -> None:
+async def test_after_a_rate_limited_call_others_are_sent_one_at_a_time_until_one_is_accepted() -> None:
     up = upstream()
-    client = Script(httpx2, Reply.error(429, "requests per min", retry_after="5"), Reply()).client(up)
+    refusal = Reply.error(429, "requests per min", retry_after="5")
+    script = Script(httpx2, *[refusal] * 5, Reply())
+    client = script.client(up)
     began = now()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(ask(client))
-        await asyncio.sleep(1.0)
-        await ask(client)
-        assert now() - began >= 5.0
-    assert first.result().status_code == 200
+        await asyncio.sleep(0.1)
+        others = [group.create_task(ask(client)) for _ in range(20)]
+        await asyncio.sleep(4.5)
+        assert 1 <= len(script.requests) <= 5, "one for each silence, which doubles"
+    assert now() - began >= 5.0
+    assert all(call.result().status_code == 200 for call in (first, *others))
     assert left(up) == NOTHING
 
 
@@ -418,8 +422,7 @@ async def test_429_for_too_many_concurrent_requests_lowers_the_limit() -> None:
     client = Script(httpx2, Reply(), *[Reply.error(429, "too many concurrent requests")] * 9).client(up)
     await ask(client)
     before = only_account(up).account.limit.limit(now())
-    for _ in range(8):
-        await ask(client)
+    await asyncio.gather(*(ask(client) for _ in range(8)))
     assert only_account(up).account.limit.limit(now()) < before
 
 

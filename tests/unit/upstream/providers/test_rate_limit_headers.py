@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 
 from forebay.interfaces import RateLimitHeaders
-from forebay.upstream.providers import read_rate_limits, read_retry_after, read_should_retry
+from forebay.quota import RateScope
+from forebay.upstream.providers import read_rate_limits, read_rate_scope, read_retry_after, read_should_retry
 from forebay.upstream.providers.rate_limit_headers import read_reset
 
 WALL = dt.datetime(2026, 4, 1, 12, 0, 0, tzinfo=dt.UTC).timestamp()
@@ -184,6 +185,23 @@ def test_retry_after_is_read_and_an_invalid_one_is_none(headers: dict[str, str],
 def test_retry_after_is_read_from_the_message_if_no_header_has_it(message: bytes, seconds: float | None) -> None:
     assert read_retry_after({}, message, wall=WALL) == seconds
     assert read_retry_after({"retry-after": "1"}, message, wall=WALL) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("message", "scope"),
+    [
+        (b"Rate limit reached for gpt-4o on requests per min (RPM): Limit 3, Used 3", RateScope("requests", 60.0)),
+        (b"Rate limit reached for gpt-4o on tokens per day (TPD): Limit 9", RateScope("tokens", DAY)),
+        (b"exceed the rate limit of 50,000 input tokens per minute", RateScope("input_tokens", 60.0)),
+        (b"ITPM exceeded", RateScope("input_tokens", 60.0)),
+        (b"RPS: 5", RateScope("requests", 1.0)),
+        (b"more than 9 calls per hour", None),
+        (b"Too many requests. Please try again in 120ms.", None),
+        (b"", None),
+    ],
+)
+def test_the_named_rate_is_read_from_the_message(message: bytes, scope: RateScope | None) -> None:
+    assert read_rate_scope(message) == scope
 
 
 @pytest.mark.parametrize(("value", "expected"), [("true", True), ("False", False), ("maybe", None), ("", None)])

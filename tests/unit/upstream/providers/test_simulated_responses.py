@@ -130,6 +130,7 @@ MEANINGS = {
     RefusalReason.ACCELERATION: ErrorKind.ACCELERATION_LIMIT,
     RefusalReason.SPEND_CAP: ErrorKind.SPEND_CAP,
     RefusalReason.CONCURRENCY: ErrorKind.CONCURRENCY_LIMIT,
+    RefusalReason.PENALTY: ErrorKind.CONCURRENCY_LIMIT,  # it says nothing
     RefusalReason.OVERLOADED: ErrorKind.OVERLOADED,
     RefusalReason.STRAY: ErrorKind.CONCURRENCY_LIMIT,  # it gives no reason; the limiter tells noise from congestion
     RefusalReason.ERROR: ErrorKind.FAULT,

@@ -1,0 +1,5 @@
+"""What an account does about 429s: it tells a rate from a limit on calls in flight, pauses, and learns the rate."""
+
+from forebay.upstream.accounts.refusals.refusal_control import RefusalControl
+
+__all__ = ["RefusalControl"]

@@ -1,0 +1,264 @@
+"""A rate that no header tells, learned from what was accepted between refusals."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final, NamedTuple
+
+from forebay.upstream.accounts.refusals.refusal_pause import Block
+
+_MARGIN: Final = 0.98  # of the measured rate, so that the provider's bucket gains a little
+_MIN_COUNT: Final = 10  # calls accepted between two blocks from which their rate is a measurement ...
+_GOOD_COUNT: Final = 20  # ... and from which older blocks add nothing
+_MEMORY: Final = 130.0  # seconds for which a block is remembered: a rate per minute shows in two of its windows
+_MAX_BLOCKS: Final = 16  # that are remembered
+_IDLE: Final = 5.0  # seconds without a call after which earlier blocks measure nothing: the bucket may have been full
+_RECENT: Final = 5.0  # seconds; the rate before a first block is taken over one to two times as long
+_FIRST_SHARE: Final = 0.5  # of that rate, while no measurement is known
+_AT_ONCE: Final = 10.0  # seconds; blocks nearer to each other show that the rate is far too high ...
+_FAR: Final = 0.5  # ... if fewer calls than this share of what the rate allows were accepted between them
+_MAX_FALL: Final = 4.0  # times that the rate falls then, at most
+_FALL: Final = 0.9  # of the rate is left where nothing better is known
+_FIRST_STEP: Final = 0.02  # by which the rate rises first; each step without a refusal doubles the next ...
+_MAX_STEP: Final = 0.5  # ... up to this
+_UNKNOWN_STEP: Final = 0.25  # ... by which it rises each second while no measurement is known
+_STEP_SECONDS: Final = 5.0  # that a step lasts at least ...
+_FAST_STEP_SECONDS: Final = 2.0  # ... above this many times the rate that was learned
+_FAST_FROM: Final = 1.5
+_FIRST_WAIT: Final = 10.0  # seconds from a block to the first step; a refused step doubles it ...
+_MAX_WAIT: Final = 60.0  # ... up to this
+_CALLS_PER_REFUSAL: Final = 200  # that are sent before a step may be refused again
+_MIN_RATE: Final = 1 / 60  # calls a second
+_MIN_RESUMED: Final = 1.0  # calls a second with which an account begins again at least
+_LONGEST_WAIT: Final = 600.0  # seconds, however slow the rate is
+_CERTAIN: Final = 1.5  # times the measured rate, up to which the rate before shows that the measurement is good
+_TOLERATED: Final = 0.01  # share of calls refused that does not lower a measured rate
+_SHORT_BLOCK: Final = 1.0  # seconds
+_PENALTY_COST: Final = 30.0  # times as long as a refused step has blocked the account, until the next one
+_LATE: Final = 0.05  # seconds by which a call may be late without delaying the next one
+_USED: Final = 0.8  # of the rate that must be used for it to rise
+_STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
+
+
+class _BlockEnd(NamedTuple):
+    at: float  # when the first call was sent that was accepted
+    accepted: int  # calls until then
+
+
+class LearnedRate:
+    """The rate at which calls are sent to a provider that refuses faster ones. At first there is none.
+
+    When a provider stops refusing for a rate, its bucket is nearly empty, or its window has just begun. So the calls
+    that it accepted between two such moments, over the time, are the rate, whatever the size of the bucket. Calls are
+    spaced evenly at slightly less, and the rate rises by small steps that grow until a call is refused again.
+
+    Attributes:
+        rate: calls a second; infinity while none is known.
+        measured: the rate is a measurement, not a guess.
+    """
+
+    __slots__ = (
+        "_before",
+        "_blocks",
+        "_count",
+        "_earlier_mark",
+        "_held",
+        "_learned",
+        "_learned_count",
+        "_mark",
+        "_next_at",
+        "_next_step_at",
+        "_refusals",
+        "_refused_at",
+        "_sent_at",
+        "_sent_in_step",
+        "_step",
+        "_step_start",
+        "_wait",
+        "measured",
+        "rate",
+    )
+
+    def __init__(self) -> None:
+        self.rate = math.inf
+        self.measured = False
+        self._held = math.inf  # the highest rate that was not refused for a whole step, since the latest block
+        self._learned = math.inf  # the rate after the latest block, before it rose
+        self._before = math.inf  # the rate before the first block
+        self._count = 0  # calls sent and not refused
+        self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
+        self._blocks: deque[_BlockEnd] = deque(maxlen=_MAX_BLOCKS)
+        self._refusals = self._learned_count = 0  # calls refused since the rate was learned, and accepted before
+        self._refused_at = -math.inf  # when the latest block ended
+        self._sent_at = -math.inf  # when the latest call was sent
+        self._next_at = -math.inf  # when the next call may be sent
+        self._step = _FIRST_STEP
+        self._step_start = -math.inf
+        self._next_step_at = -math.inf
+        self._sent_in_step = 0
+        self._wait = _FIRST_WAIT
+
+    @property
+    def known(self) -> bool:
+        """True if calls are spaced."""
+        return self.rate < math.inf
+
+    @property
+    def rising(self) -> bool:
+        """True if the rate has risen since it was learned."""
+        return self.measured and self.rate > self._learned
+
+    def forget(self) -> None:
+        """Space calls no more: no rate is the cause of the refusals."""
+        self.rate = self._held = self._learned = math.inf
+        self.measured = False
+        self._next_at = -math.inf
+
+    def wait(self, now: float, ahead: int = 0) -> float:
+        """Return the seconds until a call may be sent, after `ahead` others."""
+        return max(0.0, self._next_at - now) + ahead / self.rate if self.rate < math.inf else 0.0
+
+    def record_sent(self, now: float, *, blocked: bool) -> None:
+        """Note that a call is sent; `blocked`: calls are refused at present."""
+        self._count += 1
+        if now > self._sent_at + _IDLE and not blocked:
+            self._blocks.clear()
+        self._sent_at = now
+        if now >= self._mark.at + _RECENT and not blocked:
+            self._earlier_mark, self._mark = self._mark, _BlockEnd(now, self._count)
+        if self.rate < math.inf:
+            self._sent_in_step += 1
+            self._next_at = max(self._next_at, now - _LATE) + 1.0 / self.rate
+            if now >= self._next_step_at and not blocked:
+                self._rise(now)
+
+    def record_refused(self) -> None:
+        """Note that a call was refused, for whatever reason, or not sent: it was not accepted."""
+        self._count -= 1
+
+    def learn(self, now: float, block: Block, *, guess: bool) -> None:
+        """Learn from a block whose cause is a rate, and that is over.
+
+        Args:
+            now: the time.
+            block: the row of refusals.
+            guess: make a guess if there is no measurement.
+        """
+        while self._blocks and self._blocks[0].at < now - _MEMORY:
+            self._blocks.popleft()
+        count, refused_rate, learned = self._count, self.rate, self._learned
+        self._blocks.append(_BlockEnd(block.ended, count))
+        self._refusals += block.refusals
+        if self._is_tolerated(block):
+            self._refused_at, self._next_at = now, now + 1.0 / self.rate
+            if self.rising:
+                self.rate = self._learned = self._held
+                self._begin_wait(now, block, certain=True)
+            return
+        if self._is_far_too_fast():
+            last = self._blocks[-2]
+            accepted = (count - last.accepted + 2) / (block.ended - last.at)
+            self.rate = self._held = min(_FALL * self.rate, max(accepted, self.rate / _MAX_FALL))
+        elif (measured := self._measure(count - 1, block.refused)) is not None:
+            if self._held < self.rate and self._is_short(block):
+                measured = max(measured, self._held)  # a small bucket was full while the rate was lower
+            measured *= _MARGIN
+            if self.measured:
+                measured = min(self.rate, max(measured, self._learned / 2))
+            self.rate = self._held = measured
+            self.measured = True
+        elif self.known:
+            self.rate = self._held = _MARGIN * self._held if self._held < self.rate else _FALL * self.rate
+        elif guess and (before := self._rate_before(block)) is not None:
+            self._before, self.rate = before, _FIRST_SHARE * before
+        else:
+            return
+        self.rate = max(_MIN_RATE, self.rate)
+        self._refused_at, self._learned = now, self.rate
+        self._refusals, self._learned_count = 0, count
+        near = refused_rate if self._is_short(block) else learned
+        self._begin_wait(now, block, certain=self.measured and near <= _CERTAIN * self.rate)
+
+    def resume(self, now: float, block: Block) -> None:
+        """Begin again at the rate before a block whose cause is not a rate: meanwhile all slots may have become free.
+
+        Nothing else is learned, and the spacing is dropped after a few seconds without a refusal.
+        """
+        if not self.known and (before := self._rate_before(block)) is not None:
+            self.rate = self._before = self._learned = max(_MIN_RESUMED, before)
+            self._refused_at = now
+            self._begin_wait(now, block, certain=False)
+
+    def _rate_before(self, block: Block) -> float | None:
+        """Return the rate of the calls accepted in the seconds before a block; None if too little is known."""
+        mark = self._earlier_mark
+        return None if mark.at == -math.inf else (self._count - mark.accepted) / (block.began - mark.at)
+
+    def _is_short(self, block: Block) -> bool:
+        """Return whether a block was about as short as it takes a bucket to gain the next call."""
+        return block.ended - block.began <= max(_SHORT_BLOCK, 3.0 / self.rate)
+
+    def _is_tolerated(self, block: Block) -> bool:
+        """Return whether refusals are so rare that the measured rate need not fall."""
+        calls = self._count - self._learned_count
+        return self.measured and self._is_short(block) and self._refusals <= _TOLERATED * calls
+
+    def _measure(self, count: int, refused: float) -> float | None:
+        """Return the rate of the calls accepted since an earlier block; None if they are too few.
+
+        The exact end of a block is not known, only the last call that was refused: a rate that is slightly too high is
+        refused once more, and then measured better.
+        """
+        for earlier in list(self._blocks)[-2::-1]:
+            accepted, seconds = count - earlier.accepted, refused - earlier.at
+            if accepted >= _GOOD_COUNT and seconds > 0.0:
+                return accepted / seconds
+        if len(self._blocks) > 1 and accepted >= _MIN_COUNT and seconds > 0.0:
+            return accepted / seconds
+        return None
+
+    def _is_far_too_fast(self) -> bool:
+        """Return whether far fewer calls than the rate allows were accepted since the block before."""
+        if not self.known or len(self._blocks) <= 1:
+            return False
+        last, latest = self._blocks[-2], self._blocks[-1]
+        seconds = latest.at - last.at
+        return seconds < _AT_ONCE and latest.accepted - last.accepted < min(_MIN_COUNT, _FAR * self.rate * seconds - 2)
+
+    def _begin_wait(self, now: float, block: Block, *, certain: bool) -> None:
+        """Wait for a time until the rate rises, longer if it had just begun to, or if the block lasted long."""
+        self._next_at = now + 1.0 / self.rate
+        if not self.measured:
+            self._step = _UNKNOWN_STEP
+            self._begin_step(now, 1.0)
+            return
+        self._step = _FIRST_STEP
+        if not certain:
+            self._wait = _FIRST_WAIT
+            self._begin_step(now, _FIRST_WAIT)
+            return
+        self._wait = min(_MAX_WAIT, 2 * self._wait)
+        wait = max(
+            self._wait, _CALLS_PER_REFUSAL * block.refusals / self.rate, _PENALTY_COST * (block.ended - block.began)
+        )
+        self._begin_step(now, min(_LONGEST_WAIT, wait))
+
+    def _begin_step(self, now: float, seconds: float) -> None:
+        self._step_start, self._next_step_at, self._sent_in_step = now, now + seconds, 0
+
+    def _rise(self, now: float) -> None:
+        """Raise the rate if it was used, and forget it if it is out of date."""
+        used = self._sent_in_step >= _USED * self.rate * (now - self._step_start)
+        if now > self._refused_at + _STALE or (not self.measured and self.rate > 2 * self._before):
+            self.forget()
+            return
+        if used:
+            self._held = self.rate
+            self.rate *= 1.0 + self._step
+            if self.measured:
+                self._step = min(_MAX_STEP, 2 * self._step)
+            if self.rate > 1.2 * self._learned:
+                self._wait = _FIRST_WAIT
+        seconds = _STEP_SECONDS if self.rate < _FAST_FROM * self._learned else _FAST_STEP_SECONDS
+        self._begin_step(now, max(seconds, _MIN_COUNT / self.rate) if self.measured else 1.0)

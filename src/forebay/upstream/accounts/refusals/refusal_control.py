@@ -1,0 +1,118 @@
+"""The reaction of an account to 429s: which of them count for the limit, when calls pause, and how fast they go."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
+from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
+from forebay.upstream.accounts.refusals.refusal_pause import RefusalPause
+
+_PENALTY_COST: Final = 30.0  # times as long as a penalty, for which the calls in flight stay below what caused it ...
+_MAX_CAP_SECONDS: Final = 600.0  # ... up to this
+_MIN_PENALTY: Final = 1.0  # seconds of a block from which it may be a penalty
+_GAP: Final = 3.0  # calls at the learned rate that the first silence leaves out
+
+
+class RefusalControl:
+    """The refusals of one account. Pure: the caller passes the time.
+
+    Attributes:
+        rate: at which calls are sent, once one is learned.
+    """
+
+    def __init__(self) -> None:
+        self.rate = LearnedRate()
+        self._cause = RefusalCause()
+        self._pause = RefusalPause()
+        self._quota_explains = False  # a known quota is used up in the present block
+        self._began_above = False  # the block began with more calls in flight than were accepted before ...
+        self._refused_below = False  # ... and then refused a call with no more than that
+        self._blocked_in_flight = 0  # calls in flight when the first refused call of the block was sent
+        self._cap = math.inf  # calls in flight, after a refusal that blocked the account for long
+        self._cap_until = -math.inf
+        self._now = -math.inf
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until a call may be sent; 0 for now."""
+        if now < self._now:  # the clock went back: no pause must become longer
+            self.rate, self._cause, self._pause = LearnedRate(), RefusalCause(), RefusalPause()
+            self._cap_until = -math.inf
+        self._now = now
+        return max(self._pause.wait(now), self.rate.wait(now))
+
+    def expected_wait(self, now: float, ahead: int) -> float:
+        """Return the seconds that a call has to expect to wait, after `ahead` others."""
+        return max(self._pause.expected_wait(now), self.rate.wait(now, ahead))
+
+    def paused(self, now: float) -> bool:
+        """Return whether calls are refused, and not even a trial call may be sent now."""
+        return self._pause.wait(now) > 0.0
+
+    def limit(self, now: float, limit: int) -> int:
+        """Return how many calls may be in flight, at most `limit`."""
+        return limit if now >= self._cap_until else min(limit, int(self._cap))
+
+    def record_sent(self, now: float) -> None:
+        """Note that a call is sent."""
+        self._pause.record_sent(now)
+        self.rate.record_sent(now, blocked=self._pause.blocked)
+
+    def record_unsent(self) -> None:
+        """Note that a call that was recorded as sent was not."""
+        self.rate.record_refused()
+
+    def record_accepted(self, now: float, sent_at: float, in_flight: int) -> None:
+        """Note that a call was accepted that was sent when `in_flight` calls were in flight, itself included."""
+        self._cause.record_accepted(now, sent_at, in_flight, decays=not self.rate.known)
+        block = self._pause.record_accepted(sent_at)
+        if block is None:
+            return
+        lasted = block.ended - block.began
+        if self._quota_explains or self._cause.is_rate(measured=self.rate.measured):
+            self.rate.learn(now, block, guess=not self._quota_explains)
+        else:
+            self.rate.forget()
+            if lasted >= _MIN_PENALTY:
+                self.rate.resume(now, block)
+        if self.rate.measured:
+            self._cap_until = -math.inf
+        elif lasted >= _MIN_PENALTY and self._began_above and self._refused_below:
+            self._cap = max(1, self._blocked_in_flight - 1)
+            self._cap_until = now + min(_MAX_CAP_SECONDS, _PENALTY_COST * lasted)
+
+    def record_refused(  # noqa: PLR0913 - what a refusal says
+        self,
+        now: float,
+        sent_at: float,
+        in_flight: int,
+        *,
+        named: bool = False,
+        retry_after: float | None = None,
+        quota_explains: bool = False,
+    ) -> bool:
+        """Note that a call was refused with a 429, and return whether a rate is the likely cause.
+
+        Args:
+            now: when the refusal arrived.
+            sent_at: when the call was sent.
+            in_flight: calls in flight at that time, itself included.
+            named: the refusal names a rate, or a time after which to come back.
+            retry_after: seconds that the provider asked for, or None.
+            quota_explains: a quota that is known is used up.
+        """
+        above = in_flight > self._cause.peak
+        penalty = self._pause.blocked and self._began_above
+        self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising, penalty=penalty)
+        rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
+        self.rate.record_refused()
+        silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
+        after = 0.0 if retry_after is None or not retry_after > 0 else retry_after
+        if self._pause.record_refused(now, sent_at, retry_after=after, rate=rate, first_silence=silence):
+            self._quota_explains = False
+            self._blocked_in_flight = in_flight
+            self._began_above, self._refused_below = above, False
+        self._refused_below = self._refused_below or not above
+        self._quota_explains = self._quota_explains or quota_explains
+        return rate

@@ -1,0 +1,101 @@
+"""A whole upstream at providers whose refusals say nothing, or the wrong thing, compared with an oracle.
+
+The numbers of docs/limits.md come from the same runs, with more seeds: `python -m bench refusals`.
+"""
+
+from __future__ import annotations
+
+import pytest
+from bench.calls.rate_scenarios import RATE_SCENARIOS
+from bench.calls.scenarios import MINUTES, SLOTS, WARM_UP, Scenario, provider
+from bench.calls.upstream_run import UpstreamRun
+
+from forebay.simulation.provider.provider_config import (
+    BusyReason,
+    ProviderConfig,
+    ReportedLimits,
+    SimulatedRateLimit,
+    Unit,
+    Wording,
+)
+
+END = 60 * MINUTES
+
+# The share of the oracle's work, at least, and the share of calls refused, at most, from the second minute on: slightly
+# less, or more, than measured, because these are single runs.
+QUICK = {
+    "rate, nothing told": (0.95, 0.02),
+    "rate, Retry-After a day": (0.95, 0.02),
+    "slots, Retry-After 30": (0.97, 0.01),
+}
+THRESHOLDS = {
+    "rate, nothing told, no burst": (0.80, 0.03),
+    "rate, Retry-After 0": (0.95, 0.02),
+    "rate, Retry-After true": (0.95, 0.02),
+    "rate, said to be concurrency": (0.95, 0.02),
+    "rate, remaining 0": (0.95, 0.01),
+    "rate and slots, nothing told": (0.95, 0.02),
+    "slots, vague, no Retry-After": (0.97, 0.01),
+    "slots, Retry-After 0": (0.97, 0.01),
+    "slots, Retry-After 1": (0.97, 0.01),
+    "slots, Retry-After 5": (0.97, 0.01),
+    "slots, Retry-After 3600": (0.97, 0.01),
+    "slots, said to be a rate, Retry-After 30": (0.97, 0.01),
+    "rate, penalty of 20 s": (0.92, 0.08),
+    "rate, penalty of 20 s, extended": (0.75, 0.06),
+    "slots, penalty of 2 s": (0.90, 0.08),
+    "slots, penalty of 20 s": (0.92, 0.02),
+    "slots, penalty of 20 s, extended": (0.75, 0.02),
+    "window of 40 in 10 s, nothing told": (0.92, 0.03),
+    "window of a minute, nothing told": (0.85, 0.04),
+    "window of a minute, Retry-After 3600": (0.85, 0.05),
+    "window of a minute, remaining 0": (0.95, 0.01),
+    "two processes, headers": (0.95, 0.03),
+    "five processes, headers": (0.95, 0.04),
+}
+
+
+def run(scenario: Scenario, *, seed: int = 1) -> UpstreamRun:
+    made = UpstreamRun(scenario.config, scenario.callers("upstream"), seed=seed, processes=scenario.processes)
+    made.run()
+    return made
+
+
+def check(name: str, min_share: float, max_refused: float) -> None:
+    scenario = RATE_SCENARIOS[name]
+    made = run(scenario)
+    share = made.record.work(WARM_UP, END) / scenario.run("oracle", None, 1).work(WARM_UP, END)
+    assert share >= min_share
+    assert made.record.share_refused(WARM_UP, END) <= max_refused
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_refusals_that_say_nothing_or_mislead_cost_no_goodput(name: str) -> None:
+    check(name, *QUICK[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_providers_that_mislead_or_penalise_cost_little_goodput(name: str) -> None:
+    check(name, *THRESHOLDS[name])
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_key_get_similar_shares() -> None:
+    assert run(RATE_SCENARIOS["five processes, headers"]).fairness() >= 0.75
+
+
+@pytest.mark.parametrize("rate_limited", [False, True])
+def test_after_a_minute_in_which_everything_was_refused_service_is_back_within_half_a_minute(
+    rate_limited: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    closed = SimulatedRateLimit(unit=Unit.REQUESTS, amount=1, period=3600.0, since=120.0, until=180.0)
+    always = (SimulatedRateLimit(unit=Unit.REQUESTS, amount=240),) if rate_limited else ()
+    reports = ReportedLimits(wording=Wording.VAGUE, retry_after="", rate_limit_headers=False)
+    config: ProviderConfig = provider(
+        busy_reason=BusyReason.CONCURRENCY, reports=reports, rate_limits=(*always, closed)
+    )
+    record = run(Scenario(config=config)).record
+    before, after = record.work(90, 120), record.work(210, 270)
+    assert before >= (20 if rate_limited else 0.95 * SLOTS)
+    assert after >= (20 if rate_limited else 0.95 * SLOTS)

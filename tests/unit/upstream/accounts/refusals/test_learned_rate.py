@@ -1,0 +1,168 @@
+"""A rate that is learned from what a provider accepted between refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
+from forebay.upstream.accounts.refusals.refusal_pause import Block
+
+
+def send(rate: LearnedRate, since: float, until: float, *, per_second: float) -> None:
+    """Send calls that are all accepted, at most as fast as the rate allows."""
+    now = since
+    while now < until:
+        now += rate.wait(now)
+        rate.record_sent(now, blocked=False)
+        now += 1.0 / per_second
+
+
+def block(rate: LearnedRate, began: float, ended: float, *, guess: bool = True, refusals: int = 1) -> None:
+    """Refuse calls from `began` on, and accept one at `ended`."""
+    for _ in range(refusals):
+        rate.record_sent(began, blocked=True)
+        rate.record_refused()
+    rate.record_sent(ended, blocked=True)
+    rate.learn(ended, Block(began=began, refused=began, ended=ended, refusals=refusals), guess=guess)
+
+
+def measured(per_second: float = 4.0) -> LearnedRate:
+    """Return a rate that was measured at second 20."""
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    block(rate, 10.0, 10.25, guess=False)
+    send(rate, 10.25, 20.0, per_second=per_second)
+    block(rate, 20.0, 20.25)
+    return rate
+
+
+def test_at_first_calls_are_not_spaced() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 1.0, per_second=1000.0)
+    assert rate.wait(1.0, ahead=1000) == 0.0
+
+
+def test_the_calls_accepted_between_two_refusals_are_the_rate() -> None:
+    rate = measured(4.0)
+    assert rate.measured
+    assert rate.rate == pytest.approx(0.98 * 4.0, rel=0.03)
+
+
+def test_calls_are_spaced_evenly_at_the_learned_rate() -> None:
+    rate = measured(4.0)
+    now = 21.0
+    rate.record_sent(now, blocked=False)
+    assert rate.wait(now) == pytest.approx(1 / rate.rate, rel=0.3)
+    assert rate.wait(now, ahead=8) == pytest.approx(9 / rate.rate, rel=0.1)
+
+
+def test_before_a_measurement_half_of_the_rate_before_is_a_guess_that_rises_each_second() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    block(rate, 10.0, 10.25)
+    assert not rate.measured
+    assert rate.rate == pytest.approx(10.0, rel=0.1)
+    send(rate, 11.0, 13.5, per_second=100.0)
+    assert rate.rate == pytest.approx(10.0 * 1.25**2, rel=0.3)
+
+
+def test_a_guess_that_nothing_refuses_is_forgotten() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    block(rate, 10.0, 10.25)
+    send(rate, 11.0, 25.0, per_second=200.0)
+    assert rate.rate == math.inf
+
+
+def test_no_guess_is_made_where_a_known_quota_explains_the_refusal() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    block(rate, 10.0, 10.25, guess=False)
+    assert not rate.known
+
+
+def test_a_rate_that_is_used_rises_by_growing_steps() -> None:
+    rate = measured(4.0)
+    before = rate.rate
+    send(rate, 20.25, 42.0, per_second=1000.0)
+    assert before < rate.rate < 1.2 * before
+    send(rate, 42.0, 80.0, per_second=1000.0)
+    assert rate.rate > 10 * before
+
+
+def test_a_rate_that_is_not_used_does_not_rise() -> None:
+    rate = measured(4.0)
+    before = rate.rate
+    send(rate, 20.25, 300.0, per_second=2.0)
+    assert rate.rate == before
+
+
+def test_a_refused_step_brings_back_the_rate_before_it() -> None:
+    rate = measured(4.0)
+    now = 20.25
+    while not rate.rising:
+        now += rate.wait(now)
+        rate.record_sent(now, blocked=False)
+    before = rate.rate
+    block(rate, now, now + 0.25)
+    assert 0.9 * before < rate.rate <= before
+    send(rate, now + 0.25, now + 50.0, per_second=1000.0)
+    assert not rate.rising
+
+
+def test_a_single_refusal_among_many_calls_does_not_lower_the_rate() -> None:
+    rate = measured(4.0)
+    send(rate, 20.25, 28.0, per_second=1000.0)
+    block(rate, 28.0, 28.25)
+    before = rate.rate
+    send(rate, 28.25, 70.0, per_second=1000.0)
+    block(rate, 70.0, 70.5)
+    assert rate.rate == before
+
+
+def test_a_tier_that_falls_far_is_found_within_seconds() -> None:
+    rate = measured(40.0)
+    assert rate.rate > 35.0
+    now = 20.25
+    for _ in range(8):  # the new limit lets six calls through in a second and a half
+        send(rate, now, now + 0.1, per_second=60.0)
+        block(rate, now + 0.2, now + 1.5, refusals=3)
+        now += 1.5
+    assert rate.rate < 8.0
+
+
+def test_a_long_block_makes_the_next_step_wait_longer() -> None:
+    rate = measured(4.0)
+    send(rate, 20.25, 75.0, per_second=1000.0)
+    block(rate, 75.0, 95.0, refusals=7)
+    learned = rate.rate
+    send(rate, 95.0, 600.0, per_second=1000.0)
+    assert rate.rate == learned, "thirty times as long as it has blocked"
+
+
+def test_after_a_row_of_refusals_for_another_cause_calls_begin_again_at_the_rate_before() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    rate.record_sent(40.0, blocked=True)
+    rate.resume(41.0, Block(began=10.0, refused=32.0, ended=40.0, refusals=9))
+    assert rate.rate == pytest.approx(20.0, rel=0.1)
+    assert not rate.measured
+    send(rate, 41.0, 50.0, per_second=200.0)
+    assert not rate.known
+
+
+def test_what_was_accepted_before_a_time_without_calls_measures_nothing() -> None:
+    rate = LearnedRate()
+    send(rate, 0.0, 10.0, per_second=20.0)
+    block(rate, 10.0, 10.25, guess=False)
+    send(rate, 60.0, 65.0, per_second=20.0)
+    block(rate, 65.0, 65.25, guess=False)
+    assert not rate.known
+
+
+def test_a_rate_without_refusals_is_forgotten_after_ten_minutes() -> None:
+    rate = measured(4.0)
+    send(rate, 20.25, 700.0, per_second=1.0)
+    assert not rate.known

@@ -1,0 +1,68 @@
+"""The reaction of an account to 429s as a whole; scenarios are in tests/simulation/test_refusals.py."""
+
+from __future__ import annotations
+
+from forebay.upstream.accounts.refusals import RefusalControl
+
+
+def refuse(control: RefusalControl, at: float, in_flight: int, *, named: bool = False) -> bool:
+    control.record_sent(at)
+    return control.record_refused(at + 0.1, at, in_flight, named=named)
+
+
+def accept(control: RefusalControl, at: float, in_flight: int) -> None:
+    control.record_sent(at)
+    control.record_accepted(at + 0.5, at, in_flight)
+
+
+def test_a_refusal_beyond_what_was_accepted_is_left_to_the_limit() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 20)
+    assert not refuse(control, 1.0, 21)
+    assert control.wait(1.1) == 0.0
+
+
+def test_a_refusal_that_names_a_rate_pauses_and_is_not_left_to_the_limit() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 20)
+    assert refuse(control, 1.0, 21, named=True)
+    assert control.paused(1.1)
+    assert control.wait(1.1) == 0.25
+
+
+def test_a_known_quota_that_is_used_up_is_the_cause() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 20)
+    control.record_sent(1.0)
+    assert control.record_refused(1.1, 1.0, 21, quota_explains=True)
+
+
+def test_after_a_penalty_for_calls_in_flight_their_number_stays_below_for_a_time() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 50)
+    refuse(control, 1.0, 51)
+    at = 1.2
+    while at < 10.0:
+        refuse(control, at, 40)
+        at += 0.1 + control.wait(at + 0.1)
+    accept(control, 20.0, 10)
+    assert control.limit(21.0, 60) == 50
+    assert control.limit(21.0, 30) == 30
+    assert control.limit(20.0 + 600.0, 60) == 60
+
+
+def test_a_short_row_of_refusals_at_a_limit_on_calls_in_flight_is_no_penalty() -> None:
+    control = RefusalControl()
+    accept(control, 0.0, 8)
+    for second in range(1, 4):
+        refuse(control, second, 9)
+    accept(control, 5.0, 8)
+    assert control.limit(6.0, 60) == 60
+
+
+def test_a_pause_is_over_when_the_clock_goes_back() -> None:
+    control = RefusalControl()
+    for second in range(10):
+        refuse(control, 1000.0 + 20 * second, 1, named=True)
+    assert control.wait(1181.0) > 0.0
+    assert control.wait(0.0) == 0.0
