@@ -365,3 +365,40 @@ async def test_bombs_in_streams_pass_unread_and_hold_up_nobody(harness: GatewayH
         assert await received(harness, gateway, **ASKING) == packed
         assert counted(gateway) | {"failed": 0.0} == counted(gateway)
         assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_a_caller_that_leaves_a_compressed_stream_is_no_fault_of_its_provider(harness: GatewayHarness) -> None:
+    packed = gzip.compress(b"".join(b"data: %d\n\n" % number for number in range(200_000)), 0)
+
+    async def endless(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "content-encoding": "gzip"})
+        await response.prepare(request)
+        while True:
+            await response.write(packed)
+
+    harness.provider.behaviour = endless
+    async with Gateway(harness.settings()) as gateway:
+        for _ in range(5):
+            async with harness.session.post(harness.at(gateway), auto_decompress=False, **ASKING) as response:
+                await response.content.readany()
+                assert response.connection is not None
+                assert response.connection.transport is not None
+                response.connection.transport.abort()
+            await until(lambda: leftovers(gateway) == NOTHING_LEFT)
+        assert counted(gateway) | {"failed": 0.0, "502": 0.0, "499": 5.0} == counted(gateway)
+
+
+async def test_a_response_in_many_small_pieces_takes_no_more_memory(harness: GatewayHarness) -> None:
+    async def drip(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(request)
+        for byte in json.dumps(CHAT_RESPONSE).encode():
+            await response.write(bytes([byte]))
+        return response
+
+    harness.provider.behaviour = drip
+    async with Gateway(harness.settings()) as gateway:
+        assert (await harness.post(gateway))[2] == CHAT_RESPONSE
+        assert counted(gateway)["tokens"] == 20.0
