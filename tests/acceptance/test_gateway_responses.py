@@ -365,3 +365,41 @@ async def test_bombs_in_streams_pass_unread_and_hold_up_nobody(harness: GatewayH
         assert await received(harness, gateway, **ASKING) == packed
         assert counted(gateway) | {"failed": 0.0} == counted(gateway)
         assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_an_error_of_the_callers_connection_is_no_fault_of_the_provider(
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = gzip.compress(b"".join(b"data: %d\n\n" % number for number in range(20_000)), 0)
+    harness.provider.behaviour = streaming(packed, None, encoding="gzip")
+
+    write = web.StreamResponse.write
+
+    async def fail(response: web.StreamResponse, data: bytes) -> None:
+        if "x-should-retry" in response.headers:  # of the gateway
+            raise ConnectionResetError
+        await write(response, data)
+
+    async with Gateway(harness.settings()) as gateway:
+        monkeypatch.setattr(web.StreamResponse, "write", fail)
+        reader, writer = await connect(gateway, request_bytes(json.dumps(ASKING["json"]).encode()))
+        await until(lambda: counted(gateway)["499"] + counted(gateway)["502"] == 1.0)
+        writer.close()
+        await read_to_end(reader)
+        assert counted(gateway) | {"failed": 0.0, "502": 0.0} == counted(gateway)
+        assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_a_response_in_many_small_pieces_takes_no_more_memory(harness: GatewayHarness) -> None:
+    async def drip(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(request)
+        for byte in json.dumps(CHAT_RESPONSE).encode():
+            await response.write(bytes([byte]))
+        return response
+
+    harness.provider.behaviour = drip
+    async with Gateway(harness.settings()) as gateway:
+        assert (await harness.post(gateway))[2] == CHAT_RESPONSE
+        assert counted(gateway)["tokens"] == 20.0

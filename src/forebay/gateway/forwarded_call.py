@@ -6,8 +6,7 @@ import asyncio
 import errno
 import functools
 import re
-from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Final, TypeAlias
 
 import aiohttp
@@ -61,28 +60,27 @@ class StreamingResponse:
         response: of the provider.
         headers: that the caller gets.
         reader: meters the body.
-        begin: what has arrived of it already.
+        begin: what has arrived of its body already.
 
     Attributes:
-        begin: what is left of that.
         compressed: whether its body is, as it arrives.
         length: of the body, if that is known and it passes as it came.
         at_event_boundary: whether the bytes passed on end between two events, so that an error event may follow.
     """
 
-    __slots__ = ("_events", "at_event_boundary", "begin", "compressed", "headers", "length", "reader", "response")
+    __slots__ = ("_begin", "_events", "at_event_boundary", "compressed", "headers", "length", "reader", "response")
 
     def __init__(
         self,
         response: aiohttp.ClientResponse,
         headers: CIMultiDict[str],
         reader: MeteredStream,
-        begin: Iterable[bytes] = (),
+        begin: bytes = b"",
     ) -> None:
         self.response = response
         self.headers = headers
         self.reader = reader
-        self.begin = deque(begin)
+        self._begin = begin
         self.compressed = "content-encoding" in headers
         if reader.decoded:
             headers.popall("content-encoding", None)
@@ -90,6 +88,11 @@ class StreamingResponse:
         self._events = content_type.startswith("text/event-stream") and "content-encoding" not in headers
         self.at_event_boundary = self._events
         self.length = None if self._events or response.method == "HEAD" else response.content_length
+
+    def take_begin(self) -> bytes:
+        """Return what has arrived of the body already, and hold it no longer."""
+        begin, self._begin = self._begin, b""
+        return begin
 
     def feed(self, chunk: bytes | None) -> bytes:
         """Read the next bytes, or None at the end; return those to pass on now.
@@ -242,10 +245,9 @@ class ForwardedCall(Exchange):
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
                 return self._stream(permit, response, headers, returned)
-            pieces, whole = await self._read(response)
+            body, whole = await self._read(response)
             if not whole and response.status < REDIRECTS:
-                return self._stream(permit, response, headers, returned, pieces)
-            body = b"".join(pieces)
+                return self._stream(permit, response, headers, returned, body)
             content = await _decompress(headers, body)
         except BaseException as error:
             result = self._failed(permit, error, connection) if isinstance(error, TRANSPORT_ERRORS) else None
@@ -268,32 +270,30 @@ class ForwardedCall(Exchange):
         response: aiohttp.ClientResponse,
         headers: Headers,
         returned: CIMultiDict[str],
-        begin: Iterable[bytes] = (),
+        begin: bytes = b"",
     ) -> AttemptResult:
         result = self.stream_result()
         reader = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
         result.value = StreamingResponse(response, returned, reader, begin)
         return result
 
-    async def _read(self, response: aiohttp.ClientResponse) -> tuple[list[bytes], bool]:
+    async def _read(self, response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
         """Return the body as it was sent, as far as it may be held, and whether that is all of it."""
         held = self._held
         held.release()  # of an attempt before
-        pieces: list[bytes] = []
+        body = bytearray()  # a list of pieces could take many times its bytes
         is_error = response.status >= REDIRECTS
-        size = 0
         try:
             if not is_error:
                 held.expect(response.content_length or 0)
             async for piece in response.content.iter_any():
-                pieces.append(piece)
-                size += len(piece)
-                if is_error and size > _MAX_ERROR:
-                    return pieces, False
+                body += piece
+                if is_error and len(body) > _MAX_ERROR:
+                    return bytes(body), False
                 held.grow(len(piece))
         except (BodyTooLarge, BodyMemoryFull):
-            return pieces, False
-        return pieces, True
+            return bytes(body), False
+        return bytes(body), True
 
     def _failed(self, permit: Permit, error: Exception, connection: ResponseHandler | None) -> AttemptResult:
         """Return the result of an attempt whose connection failed, before the response or within it."""

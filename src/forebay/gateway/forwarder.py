@@ -30,6 +30,7 @@ from forebay.gateway.error_responses import (
 )
 from forebay.gateway.forwarded_call import (
     TRANSPORT_ERRORS,
+    CorruptResponse,
     ForwardedCall,
     IncomingRequest,
     OutOfFiles,
@@ -59,6 +60,7 @@ _MAX_SHOWN: Final = 300  # characters of an error in a message
 _MAX_PATH_SHOWN: Final = 200
 _MAX_HELD_RESPONSE: Final = 16 << 20  # bytes; a longer response is passed on as it arrives
 _MAX_COMPRESSED_PART: Final = 1 << 13  # bytes of a compressed stream that are read in one turn of the event loop
+_MAX_PART: Final = 1 << 18  # bytes of any other that are passed on at a time
 _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may have ended
 _FILES_LOG_INTERVAL: Final = 10.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
@@ -388,39 +390,40 @@ class Forwarder:
 
 async def _copy(streaming: StreamingResponse, held: BodyReservation, response: web.StreamResponse) -> str:
     """Pass a response on to its end; return why it broke off, or an empty string."""
-    while streaming.begin:
-        await response.write(streaming.feed(streaming.begin.popleft()))
-    held.release()
     chunks = streaming.response.content.iter_any()
-    chunk: bytes | None = b""
-    while chunk is not None:
-        try:
-            chunk = await anext(chunks, None)
-            if chunk is not None and streaming.compressed:
-                chunk = await _copy_compressed(chunk, streaming, response)
-            passed = streaming.feed(chunk)
-        except TRANSPORT_ERRORS as error:
-            streaming.reader.fail(error)
-            return f"the provider broke off: {_describe(error)}"
-        if passed:
+    chunk: bytes | None = streaming.take_begin()
+    try:
+        while chunk is not None:
+            await _pass_on(chunk, streaming, response)
+            held.release()  # what had arrived before
+            try:
+                chunk = await anext(chunks, None)
+            except TRANSPORT_ERRORS as error:  # of the provider: an error of the caller's connection is another
+                return _broke_off(streaming, error)
+        if passed := streaming.feed(None):
             await response.write(passed)
+    except CorruptResponse as error:
+        return _broke_off(streaming, error)
     return ""
 
 
-async def _copy_compressed(chunk: bytes, streaming: StreamingResponse, response: web.StreamResponse) -> bytes:
-    """Pass a chunk on in parts, with a turn of the event loop between them, and return the last of them.
-
-    Each may become a hundred times as long.
+async def _pass_on(chunk: bytes, streaming: StreamingResponse, response: web.StreamResponse) -> None:
+    """Pass a chunk on in parts, with a turn of the event loop between them: a compressed one may become much longer.
 
     Raises:
         CorruptResponse: it cannot be decompressed.
     """
-    while len(chunk) > _MAX_COMPRESSED_PART:
-        part, chunk = chunk[:_MAX_COMPRESSED_PART], chunk[_MAX_COMPRESSED_PART:]
-        if passed := streaming.feed(part):
+    size = _MAX_COMPRESSED_PART if streaming.compressed else _MAX_PART
+    for begin in range(0, len(chunk), size):
+        if begin:
+            await asyncio.sleep(0)
+        if passed := streaming.feed(chunk[begin : begin + size]):
             await response.write(passed)
-        await asyncio.sleep(0)
-    return chunk
+
+
+def _broke_off(streaming: StreamingResponse, error: Exception) -> str:
+    streaming.reader.fail(error)
+    return f"the provider broke off: {_describe(error)}"
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:
