@@ -111,6 +111,30 @@ async def test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most(
 
 
 @virtual
+async def test_a_submit_that_the_store_does_not_answer_delays_a_drain_by_its_grace_at_most() -> None:
+    supervisor = make_supervisor(Agent(60.0), SlowStore(3600.0), zombie_grace=2.0)
+    await supervisor.start()
+    submitting = asyncio.ensure_future(supervisor.submit(Task("work", durable=True)))
+    await asyncio.sleep(0.01)
+    origin = now()
+    report = await supervisor.drain(timeout=1.0)
+    assert now() - origin == approximately(3.0)
+    assert report.spilled == 0
+    submitting.cancel()
+    await asyncio.wait([submitting])
+    await supervisor.close()
+
+
+@virtual
+async def test_what_could_not_be_moved_in_time_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with make_supervisor(Agent(60.0), SlowStore(0.4)) as supervisor:
+        flood(supervisor, "work", 6_001)
+        await asyncio.sleep(0.01)
+        await supervisor.drain(timeout=1.0)
+    assert "3000 waiting tasks were cancelled" in caplog.text
+
+
+@virtual
 async def test_a_store_that_fails_for_a_while_is_tried_again_within_the_limit() -> None:
     store = SlowStore(fails_until=2.5)
     async with make_supervisor(Agent(60.0), store) as supervisor:

@@ -103,19 +103,23 @@ class Drain:
         elif moving is not None:
             moving.stop()
         cut = self._unfinished_tickets()
+        not_moved = 0 if moving is None else sum(ticket.run is None and _may_move(ticket) for ticket in cut)
         self._cancel(cut)
-        started = self._core.loop.time()
-        await self._wait(lambda: self._dispatcher.runs or self._core.background_tasks, self._grace)
+        cut_at = self._core.loop.time()
+        await self._wait_until_stopped(self._grace)
         if moving is not None:
-            left = started + _CLOSE_TIME - self._core.loop.time()
+            left = cut_at + _CLOSE_TIME - self._core.loop.time()
             await self._wait(lambda: closing and moving.pending, left)
             moving.abandon()
             cut += moving.cut
-            if moving.cut:
-                log.error("%d waiting tasks were cancelled: the overflow did not store them in time", len(moving.cut))
+            if not_moved or moving.cut:
+                count = not_moved + len(moving.cut)
+                log.error("%d waiting tasks were cancelled: the overflow did not store them in time", count)
         if late := self._unfinished_tickets():  # their store calls were pending when the rest was cancelled
+            started = any(ticket.run is not None for ticket in late)  # since the rest was cancelled
             self._cancel(late)
-            await self._wait(lambda: self._dispatcher.runs or self._core.background_tasks, self._grace)
+            left = cut_at + self._grace - self._core.loop.time()
+            await self._wait_until_stopped(self._grace if started else left)
         return self._report(inside, [*cut, *late])
 
     def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
@@ -152,6 +156,10 @@ class Drain:
                 self._dispatcher.requeue(ticket)
             else:
                 ticket.cancel("the supervisor stopped before it was done")
+
+    async def _wait_until_stopped(self, seconds: float) -> None:
+        """Wait for handlers to stop and for the store to answer, for at most `seconds`."""
+        await self._wait(lambda: self._dispatcher.runs or self._core.background_tasks, seconds)
 
     async def _wait(self, condition: Callable[[], object], seconds: float) -> None:
         """Wait while `condition` holds, for at most `seconds`."""
