@@ -404,7 +404,10 @@ class TaskStore(Protocol):
         """
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE records that ended before `before`, and return how many."""
+        """Drop DONE records that ended before `before`, and return how many.
+
+        A store that runs out of room may drop others, the oldest first.
+        """
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
         """Mark a record DEAD that cannot be run. Return False if the lease is lost, and nothing was written."""

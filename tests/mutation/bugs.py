@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +19,20 @@ from tests.mutation.injection import always, pause_before, replace, skip, swap
 from forebay import BackpressureSupervisor, _hooks, clock, errors
 from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
-from forebay.breaker import Breaker
+from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
+from forebay.gateway import forwarded_call
+from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
 from forebay.retry import RetryBudget, RetryState
+from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
@@ -46,18 +53,25 @@ from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, TaskResult, TaskStatus
-from forebay.upstream import call_flow
+from forebay.upstream import call_flow, sdk_exceptions
 from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
+from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
-from forebay.upstream.call_request import CallOutcome, CallPrice, Permit
+from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
+from forebay.upstream.accounts.waiters import Waiter
+from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
 from forebay.upstream.exchange import Exchange
+from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.providers import Usage, UsageMeter, endpoints
+from forebay.upstream.providers.content_encoding import _Inflater
+from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
 
@@ -340,8 +354,22 @@ def a_clock_that_was_set_is_not_noticed() -> None:
     always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
 
 
+def a_process_waits_long_between_its_attempts_to_write() -> None:
+    sqlite_file._POLL_INTERVAL_MS = 5_000
+
+
+def the_log_grows_until_the_disk_is_full() -> None:
+    always(SqliteWriter, SqliteWriter._look, returns=None)
+
+
+def a_renewal_that_failed_is_not_noticed() -> None:
+    replace(
+        StoreMaintenance, StoreMaintenance._renew_leases, lambda self: self._stored.leases.renew(self._stored.store)
+    )
+
+
 def nobody_looks_whether_the_file_is_still_there() -> None:
-    always(FileWatch, FileWatch.find_change, returns=None)
+    always(FileWatch, FileWatch._find_change, returns=None)
 
 
 def the_text_of_an_error_is_stored_as_it_came() -> None:
@@ -497,11 +525,142 @@ def a_retry_ignores_retry_after() -> None:
     replace(RetryState, original, next_delay)
 
 
+# --- a fault counts for whom it belongs to, and a call that waits is not forgotten ---
+
+
+def a_timeout_of_the_caller_is_a_fault() -> None:
+    always(TimeoutEvidence, TimeoutEvidence.judge, returns=TimeoutVerdict(fault=True, retry_may_help=True))
+
+
+def an_exception_never_carries_an_answer() -> None:
+    def find_error_answer(error: BaseException) -> None:
+        del error
+
+    sdk_exceptions.find_error_answer.__code__ = find_error_answer.__code__
+
+
+def a_wrong_request_that_is_to_be_retried_uses_no_attempt() -> None:
+    original = RetryState.next_delay
+
+    def next_delay(self: RetryState, *, uses_attempt: bool, **rest: Any) -> float | None:
+        del uses_attempt
+        return original(self, uses_attempt=False, **rest)
+
+    replace(RetryState, original, next_delay)
+
+
+def all_models_share_an_account() -> None:
+    always(UpstreamSettings, UpstreamSettings.model_group, returns="")
+
+
+def a_few_faults_open_a_breaker() -> None:
+    def should_open(self: MinimumSampleTrigger, window: FaultWindow) -> bool:
+        calls, faults = window.recent()
+        return calls >= self.min_calls and faults >= self.min_faults
+
+    replace(MinimumSampleTrigger, MinimumSampleTrigger.should_open, should_open)
+
+
+def a_call_that_has_failed_probes() -> None:
+    original = Account._provider_unavailable
+
+    def _provider_unavailable(self: Account, now: float, *, free: bool = False, failed: bool = False) -> Any:
+        del failed
+        return original(self, now, free=free)
+
+    replace(Account, original, _provider_unavailable)
+
+
+def calls_that_fail_again_and_again_take_all_retries() -> None:
+    original = RetryBudget.withdraw
+
+    def withdraw(self: RetryBudget, now: float, *, keep: float = 0.0) -> bool:
+        del keep
+        return original(self, now)
+
+    replace(RetryBudget, original, withdraw)
+
+
+def spent_money_stops_one_model_only() -> None:
+    always(AccountRegistry, AccountRegistry._accounts_of_key, returns=())
+
+
+def a_call_waits_however_long_it_takes() -> None:
+    original = CallQueue.enqueue
+
+    def enqueue(self: CallQueue, now: float, request: CallRequest, waiter: Waiter) -> QueuedCall:
+        self._longest_wait = math.inf
+        return original(self, now, request, waiter)
+
+    replace(CallQueue, original, enqueue)
+
+
+def a_stream_that_is_dropped_keeps_its_permit() -> None:
+    always(OpenAnswers, OpenAnswers.begin_collection, returns=False)
+
+
+def a_throttled_call_goes_to_a_busier_account() -> None:
+    def skips_retry(self: FallbackChain[Any], route: Any) -> bool:
+        return route is self.own and any(self._untried)
+
+    replace(FallbackChain, FallbackChain.skips_retry, skips_retry)
+
+
+def a_forked_child_inherits_the_calls_of_its_parent() -> None:
+    always(SharedAccount, SharedAccount.reset_after_fork, returns=None)
+
+
 # --- the gateway ---
 
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+def callers_of_different_keys_share_connections() -> None:
+    always(PooledRequest, PooledRequest.credentials, returns=())
+
+
+def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
+    def is_connected(self: PooledConnection) -> bool:
+        return self.transport is not None
+
+    replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def decompression_ends_with_the_first_member() -> None:
+    original = _Inflater._begin
+
+    def _begin(self: _Inflater, chunk: bytes) -> bytes:
+        return b"" if self._members else original(self, chunk)
+
+    replace(_Inflater, original, _begin)
+
+
+def responses_take_any_memory_together() -> None:
+    always(BodyMemory, BodyMemory.check, returns=None)
+
+
+def what_is_bound_to_fail_again_is_sent_again() -> None:
+    original = ForwardedCall._failed
+
+    def _failed(self: ForwardedCall, permit: Permit, error: Exception, connection: Any) -> Any:
+        result = original(self, permit, error, connection)
+        result.retryable = True
+        return result
+
+    replace(ForwardedCall, original, _failed)
+
+
+def a_process_without_files_blames_its_provider() -> None:
+    def _is_out_of_files(_: object) -> bool:
+        return False
+
+    forwarded_call._is_out_of_files.__code__ = _is_out_of_files.__code__
+
+
+def the_last_callers_are_reset() -> None:
+    always(_Server, _Server.answer_last_requests, returns=None)
 
 
 # --- user code at hooks, and what ended tasks hold ---

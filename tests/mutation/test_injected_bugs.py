@@ -21,6 +21,9 @@ from tests.acceptance import (
     test_ending,
     test_events,
     test_gateway_attacks,
+    test_gateway_connections,
+    test_gateway_end,
+    test_gateway_responses,
     test_hooks,
     test_leases,
     test_lifecycle,
@@ -39,12 +42,25 @@ from tests.acceptance import (
     test_workers,
 )
 from tests.contract import test_limit, test_task_store
+from tests.integration import test_dropped_streams
 from tests.mutation import bugs
+from tests.simulation import test_blame
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
+from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor.spill import test_held_leases
-from tests.unit.upstream.accounts import test_bypass, test_decisions, test_guarded_limit, test_spend, test_tables
+from tests.unit.upstream import test_core
+from tests.unit.upstream.accounts import (
+    test_account_retries,
+    test_bypass,
+    test_decisions,
+    test_guarded_limit,
+    test_spend,
+    test_tables,
+)
+from tests.unit.upstream.fallbacks import test_fallback_chain
+from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_endpoints
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +162,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_held_leases.test_a_lease_lasts_as_long_whatever_the_wall_clock_is_set_to
     ),
     bugs.a_clock_that_was_set_is_not_noticed: test_clock_steps.test_what_runs_is_not_given_to_another_process,
+    bugs.a_process_waits_long_between_its_attempts_to_write: (
+        test_sqlite_writer.test_a_writer_asks_for_its_turn_every_few_milliseconds
+    ),
+    bugs.the_log_grows_until_the_disk_is_full: (
+        test_sqlite_writer.test_the_log_is_shortened_before_it_fills_a_small_disk
+    ),
+    bugs.a_renewal_that_failed_is_not_noticed: (
+        test_leases.test_after_an_interruption_of_the_store_no_process_takes_what_another_still_runs
+    ),
     bugs.nobody_looks_whether_the_file_is_still_there: (
         test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
     ),
@@ -183,7 +208,50 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
+    bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),
+    bugs.an_exception_never_carries_an_answer: (
+        test_upstream.test_a_guarded_function_reports_throttling_by_its_exception
+    ),
+    bugs.a_wrong_request_that_is_to_be_retried_uses_no_attempt: (
+        test_calls.test_a_provider_that_asks_for_retries_of_a_wrong_request_gets_no_more_than_max_attempts
+    ),
+    bugs.all_models_share_an_account: (test_blame.test_a_model_that_is_down_does_not_shut_the_account_for_the_others),
+    bugs.a_few_faults_open_a_breaker: (
+        test_blame.test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries_of_the_others
+    ),
+    bugs.a_call_that_has_failed_probes: test_decisions.test_a_call_that_has_failed_does_not_probe,
+    bugs.calls_that_fail_again_and_again_take_all_retries: (
+        test_account_retries.test_calls_that_fail_again_and_again_leave_retries_for_the_first_failures_of_others
+    ),
+    bugs.spent_money_stops_one_model_only: (test_decisions.test_spent_money_stops_all_models_of_the_key_and_no_other),
+    bugs.a_call_waits_however_long_it_takes: (
+        test_decisions.test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait
+    ),
+    bugs.a_stream_that_is_dropped_keeps_its_permit: (
+        test_dropped_streams.test_a_stream_of_openai_that_is_left_by_break_returns_its_permit
+    ),
+    bugs.a_throttled_call_goes_to_a_busier_account: (
+        test_fallback_chain.test_a_throttled_call_skips_its_retry_if_the_next_account_is_less_loaded
+    ),
+    bugs.a_forked_child_inherits_the_calls_of_its_parent: (
+        test_core.test_after_a_fork_the_calls_of_the_parent_hold_nothing_and_are_not_taken_back
+    ),
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
+    bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
+        test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
+    ),
+    bugs.decompression_ends_with_the_first_member: (
+        test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults
+    ),
+    bugs.responses_take_any_memory_together: (
+        test_gateway_responses.test_responses_are_bounded_together_and_pass_without_being_held
+    ),
+    bugs.what_is_bound_to_fail_again_is_sent_again: test_gateway_attacks.test_an_invalid_response_is_a_502,
+    bugs.a_process_without_files_blames_its_provider: (
+        test_gateway_responses.test_a_process_without_files_is_no_fault_of_the_provider
+    ),
+    bugs.the_last_callers_are_reset: (test_gateway_end.test_a_caller_that_is_about_to_send_its_first_request_is_told),
     bugs.sinks_are_called_in_the_middle_of_the_supervisors_work: (
         test_hooks.test_a_sink_that_submits_never_exceeds_the_limit_of_a_worker
     ),

@@ -9,11 +9,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import pytest
+from bench.calls.scenarios import SCENARIOS, WARM_UP
+from bench.calls.upstream_run import EXPECTED_OUTPUT, UpstreamRun, send_call
 
-from forebay import Overloaded, Upstream
+from forebay import Deadline, Overloaded, Upstream
+from forebay.interfaces import Charge, Outcome
 from forebay.retry import Retry
 from forebay.testing import now, virtual
 from forebay.upstream import HttpRequest, HttpResponse
+from forebay.upstream.call_request import AttemptResult, Permit
+from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
 CALLERS = 40
 MINUTES = 5
@@ -132,3 +137,32 @@ async def test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries
     assert callers.ends["poisoned"].keys() == {"failed"}
     assert callers.ends["good"].keys() == {"served"}
     assert callers.sent.total() <= 1.25 * sum(end.total() for end in callers.ends.values())
+
+
+class TwoModels(UpstreamRun):
+    """Callers of two models on one key, whose limit is one for both."""
+
+    async def _call(self, tokens: tuple[int, int]) -> None:
+        charge = Charge(input_tokens=tokens[0], output_tokens=EXPECTED_OUTPUT, tokens=tokens[0] + EXPECTED_OUTPUT)
+        model, core = self._draws.choice(["gpt-4o", "gpt-4o-mini"]), self.upstream.core
+        account = core.accounts.account(model)
+        request = core.request(model, charge, deadline=Deadline.within(self.callers.timeout))
+
+        async def attempt(_: PlainRoute, permit: Permit) -> AttemptResult:
+            self.record.sent.append(now())
+            result = await send_call(self.provider, account, permit, tokens)
+            if result.outcome.kind is Outcome.OVERLOAD:
+                self.record.refused.append(now())
+            return result
+
+        await self.upstream.runner.run(PlainRoute(self.upstream, account, request), attempt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scenario", "throttled"), [("steady", 0.03), ("quota-bound", 0.001)])
+def test_two_models_share_the_limit_of_a_key(scenario: str, throttled: float) -> None:
+    case, end = SCENARIOS[scenario], 60.0 * 10
+    best = case.run("oracle", None, 0).work(WARM_UP, end)
+    record = TwoModels(case.config, case.callers("upstream"), seed=0).run()
+    assert record.work(WARM_UP, end) >= 0.95 * best
+    assert record.share_refused(WARM_UP, end) <= throttled

@@ -18,6 +18,8 @@ Config: TypeAlias = Mapping[str, Any] | Callable[[Task], Mapping[str, Any]]
 class Handler:
     """The callables and properties by which a worker runs tasks.
 
+    What they raise costs no slot and no ticket, and they may call the supervisor. Only `call` decides about its task.
+
     Attributes:
         call: takes the task and returns its value or an awaitable of it; the engine awaits an awaitable.
         blocking: True if `call` needs a thread, because it does not yield to the event loop.

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from forebay._text import is_unicode
-from forebay.clock import new_id
+from forebay.clock import new_id, wall_time
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
 from forebay.overflow.lease_expiry import completion_after_expiry
@@ -28,6 +28,8 @@ from forebay.storage.url import DEFAULT_BOUND, Synchronous
 from forebay.task import Priority
 
 _BATCH = 500  # rows that reap and prune take at once, so that no other operation waits long behind them
+
+_MIN_RETENTION = 600.0  # seconds for which results are kept though the disk is nearly full
 
 _ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id"
 _COLUMNS = 9  # of _ROW
@@ -138,8 +140,8 @@ class SqliteTaskStore:
     def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
         self._bound = bound
         self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
-        self._put = partial(_put, bound, self._writer.check_file)
-        self._requeue = partial(_requeue, bound, self._writer.check_file)
+        self._put = partial(_put, bound, self._writer.check_growth)
+        self._requeue = partial(_requeue, bound, self._writer.check_growth)
         self._finish = partial(_finish, bound)
 
     @property
@@ -212,10 +214,10 @@ class SqliteTaskStore:
                 return dead
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE records that ended before `before`."""
+        """Drop DONE records that ended before `before`; on a disk that is nearly full, those of ten minutes ago too."""
         total = 0
         while True:
-            count = await self._writer.run(partial(_prune, before))
+            count = await self._writer.run(partial(_prune, before, self._writer.nearly_full))
             total += count
             if count < _BATCH:
                 return total
@@ -258,9 +260,12 @@ _DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)
 
 
 def _put(
-    bound: int, check_file: Callable[[], None], connection: sqlite3.Connection, items: Sequence[_PutItem]
+    bound: int,
+    check_growth: Callable[[sqlite3.Connection], None],
+    connection: sqlite3.Connection,
+    items: Sequence[_PutItem],
 ) -> Sequence[PutResult]:
-    check_file()
+    check_growth(connection)
     (held,) = connection.execute(_HELD).fetchone()
     capacity = bound - held
     rows = [
@@ -381,7 +386,9 @@ def _reap(
     return len(rows), dead
 
 
-def _prune(before: float, connection: sqlite3.Connection) -> int:
+def _prune(before: float, nearly_full: Callable[[sqlite3.Connection], bool], connection: sqlite3.Connection) -> int:
+    if nearly_full(connection):  # otherwise nothing could be stored until the results have had their time
+        before = max(before, wall_time() - _MIN_RETENTION)
     connection.execute(_DELETE_EMPTY_DEPTHS)
     return connection.execute(_PRUNE, (before, _BATCH)).rowcount
 
@@ -399,9 +406,9 @@ def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.
 
 
 def _requeue(
-    bound: int, check_file: Callable[[], None], task_id: str, connection: sqlite3.Connection
+    bound: int, check_growth: Callable[[sqlite3.Connection], None], task_id: str, connection: sqlite3.Connection
 ) -> PutResult | None:
-    check_file()
+    check_growth(connection)
     if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
         return None
     (held,) = connection.execute(_HELD).fetchone()

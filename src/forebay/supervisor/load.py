@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from forebay._hooks import call_hook
 from forebay._validate import is_number
 from forebay.interfaces import LoadSource, Reading
+from forebay.supervisor.pool import POOL_PREFIX
 from forebay.task import Priority
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class SystemLoad:
         Its queue fills up because of the source, and more workers would not help. For any other resource, the cause is
         the resource itself.
         """
-        pool = next((pool for pool in self._pools.values() if pool.resource == resource), None)
+        pool = self._pools.get(resource.removeprefix(POOL_PREFIX)) if resource.startswith(POOL_PREFIX) else None
         if pool is None or not pool.source_paths or not pool.slots:
             return resource
         blocked = [_first_blocked(path) for path in pool.source_paths]

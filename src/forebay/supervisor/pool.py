@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
 
 DEFAULT_QUEUE_SIZE = 100
+POOL_PREFIX = "pool:"  # of the name of a pool as a resource; its task type follows
 # The first part of a task's rank in its priority: nested in a run that has not ended, of this supervisor or another.
 NESTED, NESTED_ELSEWHERE, NOT_NESTED = 0, 1, RANK_LAST[0]
 _CALLS_GAIN = 0.1  # weight of the newest run in the average number of its calls
@@ -29,7 +30,7 @@ class Pool:
     """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing."""
 
     __slots__ = (
-        "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested", "nested_spilled",
+        "_paths", "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested", "nested_spilled",
         "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource", "retry_schedule", "running",
         "selector", "service_times", "slots", "source_paths", "spilled", "spilling", "suspended", "task_type",
         "times_passed_over", "workers",
@@ -37,11 +38,12 @@ class Pool:
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
         self.task_type = task_type
-        self.resource = f"pool:{task_type}"
+        self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
         self.workers: list[WorkerAgent] = []
         self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
-        # How many workers use the same load sources; empty if none uses any.
+        # How many workers use the same load sources: all of them, and the same, but empty if none uses any.
+        self._paths: dict[tuple[LoadSource, ...], int] = {}
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}
         self.calls_per_run: dict[LoadSource, float] = {}
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
@@ -182,7 +184,8 @@ class Pool:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker. Its slots are added by `count_slots`."""
         self.workers.append(worker)
-        self.update_source_paths()
+        self._add_path(self._paths, worker)
+        self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
             self.nested_supervisors.append(worker)
 
@@ -190,9 +193,14 @@ class Pool:
         """Group the workers by the load sources that they use."""
         paths: dict[tuple[LoadSource, ...], int] = {}
         for worker in self.workers:
-            path = tuple(worker.sources)
-            paths[path] = paths.get(path, 0) + 1
+            self._add_path(paths, worker)
+        self._paths = paths
         self.source_paths = paths if any(paths) else {}
+
+    @staticmethod
+    def _add_path(paths: dict[tuple[LoadSource, ...], int], worker: WorkerAgent) -> None:
+        path = tuple(worker.sources)
+        paths[path] = paths.get(path, 0) + 1
 
     def count_slots(self, worker: WorkerAgent, before: int) -> None:
         """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""

@@ -70,7 +70,7 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
-        on_event: one sink or several, called with each event, in the loop.
+        on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
         InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
@@ -377,6 +377,11 @@ class BackpressureSupervisor:
                 loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
             )
             self._loop_monitor.start()
+
+    async def wait_until_started(self) -> None:
+        """Wait for a start that somebody else has begun; return at once if there is none."""
+        if self._starting is not None:
+            await asyncio.wait((self._starting,))
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.

@@ -205,7 +205,7 @@ class Exchange:
     def open_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
         """Return the same for a stream that a user reads, who may drop it unread."""
         stream = self.metered_stream(permit, headers, encoding=encoding)
-        self.account.add_open_answer(stream)
+        stream.on_abandoned = self.account.add_open_answer(stream)
         return stream
 
     def _judge_break(self, permit: Permit, error: Exception) -> Outcome:
@@ -235,7 +235,8 @@ class Exchange:
         if end.ended:
             return usage
         output_at = clock.now() if end.output_at is None else end.output_at
-        hidden = int(_TOKENS_PER_SECOND * parsed.choices * (output_at - permit.granted_at))
+        seconds = max(0.0, output_at - permit.granted_at)
+        hidden = int(_TOKENS_PER_SECOND * parsed.choices * seconds)
         if parsed.max_output_tokens is not None:
             hidden = min(hidden, max(0, parsed.max_output_tokens * parsed.choices - meter.output_tokens))
         return meter.unfinished_usage(hidden)

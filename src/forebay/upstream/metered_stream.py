@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from forebay import clock, context
 from forebay.interfaces import Outcome
 from forebay.upstream.providers import BodyMeter, UsageFilter, UsageMeter
 from forebay.upstream.providers.content_encoding import Decompressor
+
+_LINE_COST: Final = 64  # bytes: reading a line takes as long as decompressing them
 
 
 class StreamEnd(NamedTuple):
@@ -43,12 +45,13 @@ class MeteredStream:
     Attributes:
         decoded: it returns bytes without that Content-Encoding, since there is usage to remove.
         settled: the permit is released.
+        on_abandoned: called with the seconds for which it was not read, if its reader goes before its end; or None.
         unread_since: when its reader got the latest part; infinity while it waits for the next one.
     """
 
     __slots__ = (
         *("_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_run", "_settle"),
-        *("__weakref__", "_usage_filter", "decoded", "settled", "unread_since"),
+        *("__weakref__", "_usage_filter", "decoded", "on_abandoned", "settled", "unread_since"),
     )
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
@@ -64,7 +67,7 @@ class MeteredStream:
         self._settle = settle
         self._judge = judge
         self._meter = meter
-        self._decompressor = Decompressor(encoding)
+        self._decompressor = Decompressor(encoding, line_cost=_LINE_COST if isinstance(meter, UsageMeter) else 0)
         self._usage_filter = usage_filter if self._decompressor.readable else None
         self.decoded = self._usage_filter is not None and self._decompressor.compressed
         self._detects_truncation = detects_truncation
@@ -72,6 +75,7 @@ class MeteredStream:
         self._output_at: float | None = None
         self._run = context.call_observer()
         self.settled = False
+        self.on_abandoned: Callable[[float], None] | None = None
         self.unread_since = clock.now()
 
     def passed_on(self) -> None:
@@ -126,6 +130,8 @@ class MeteredStream:
 
     def abandon(self) -> None:
         """Note that the reader has gone. After the end of the answer this changes nothing."""
+        if self.on_abandoned is not None and not self.settled:
+            self.on_abandoned(clock.now() - self.unread_since)
         complete = self._meter is not None and self._meter.complete
         self._settle_once(Outcome.SUCCESS if complete else Outcome.IGNORED)
 

@@ -9,7 +9,7 @@ import msgspec
 
 from forebay.upstream.providers import Headers
 
-_DEPTH: Final = 8  # exceptions of a chain that are looked at
+_MOST: Final = 16  # exceptions that are looked at
 _STATUSES: Final = range(400, 600)
 _STATUS_NAMES: Final = ("status_code", "http_status", "status", "code")
 _TIMEOUTS: Final = frozenset(  # by name: TimeoutError is the base of few
@@ -76,13 +76,17 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and those that it was raised from."""
-    each: BaseException | None = error
-    for _ in range(_DEPTH):
-        if each is None:
-            return
+    """Yield an exception, those that it was raised from, and those of a group."""
+    found, left = [error], _MOST
+    while found and left:
+        each = found.pop(0)
+        left -= 1
         yield each
-        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+        if isinstance(each, BaseExceptionGroup):
+            found += each.exceptions[:_MOST]
+        origin = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+        if origin is not None:
+            found.append(origin)
 
 
 def _attribute(holder: Any, name: str) -> Any:

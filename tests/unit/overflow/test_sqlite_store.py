@@ -6,11 +6,12 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from forebay import clock
-from forebay.interfaces import PutResult, TaskRecord
+from forebay.interfaces import Completion, PutResult, TaskRecord
 from forebay.overflow import SqliteTaskStore
 from forebay.overflow import sqlite as statements
 from forebay.overflow.sqlite_schema import SCHEMA
@@ -102,6 +103,24 @@ def test_it_works_in_virtual_time(tmp_path: Path) -> None:
         return [lease.record.task_id for lease in leases]
 
     assert simulate(main, seed=1) == ["a", "b"]
+
+
+async def test_on_a_disk_that_is_nearly_full_results_are_kept_for_ten_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    await store.open()
+    now = clock.wall_time()
+    for task_id, age in (("old", 700.0), ("new", 500.0)):
+        record = TaskRecord(task_id=task_id, task_type="t", priority=Priority.LOW, envelope=b"", enqueued_at=now)
+        await store.put(record)
+        await store.finish(task_id, Completion(status="succeeded", finished_at=now - age), fence=None)
+    assert await store.prune(before=now - 86_400.0) == 0
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=1))
+    await store.find("new")  # a transaction, after which the disk is looked at
+    assert await store.prune(before=now - 86_400.0) == 1
+    assert await store.find("new") is not None
+    await store.close()
 
 
 async def test_an_acknowledged_write_is_committed(tmp_path: Path) -> None:

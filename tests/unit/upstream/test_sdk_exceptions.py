@@ -54,6 +54,7 @@ def url_error() -> Exception:
         SdkError(response={"ResponseMetadata": {"HTTPStatusCode": 429, "HTTPHeaders": {"retry-after": "7"}}}),
         raised_from(RuntimeError("the tool failed"), raised_from(ValueError(), http_status_error())),
         raised_while(RuntimeError("the tool failed"), http_status_error()),
+        ExceptionGroup("two tools failed", [ValueError(), http_status_error()]),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -105,6 +106,7 @@ class APITimeoutError(Exception):
         (httpx.ReadTimeout("slow"), True),
         (APITimeoutError(), True),
         (raised_from(RuntimeError(), TimeoutError()), True),
+        (ExceptionGroup("two tools failed", [ValueError(), TimeoutError()]), True),
         (httpx.ConnectTimeout("slow"), False),
         (raised_from(APITimeoutError(), httpx.ConnectTimeout("slow")), False),
         (httpx.PoolTimeout("slow"), False),

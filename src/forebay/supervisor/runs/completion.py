@@ -189,7 +189,7 @@ class RunCompletion:
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
         worker, ticket, task = run.worker, run.ticket, run.task
-        error = "" if cause is None else describe_error(cause)  # first, because its __str__ is user code
+        cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
         seconds = now - run.started_at
         holds_slot = run.end()
@@ -349,6 +349,16 @@ def describe_error(cause: BaseException | None) -> str:
     except BaseException as error:  # noqa: BLE001 - a broken __str__ must not lose the task
         raise_again_if_interrupt(error)
         text = "(its message cannot be shown)"
-    if isinstance(cause, RemoteError):
+    if issubclass(type(cause), RemoteError):
         return text  # it begins with the type already
     return error_text(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)
+
+
+def _read_cause(cause: BaseException) -> tuple[BaseException, str]:
+    """Return the exception of a handler and its description; one that cannot be looked at is replaced."""
+    error = describe_error(cause)
+    try:
+        isinstance(cause, Overloaded)  # reads its __class__, which may be a property
+    except BaseException:  # noqa: BLE001 - user code
+        cause = RuntimeError(error)
+    return cause, error

@@ -220,10 +220,11 @@ class SharedAccount:
         for callback in relieved:
             callback()
 
-    def add_open_answer(self, answer: OpenAnswer) -> None:
-        """Note that a streaming answer has begun whose reader may drop it. See `OpenAnswers`."""
+    def add_open_answer(self, answer: OpenAnswer) -> Callable[[float], None]:
+        """Note that a streaming answer has begun whose reader may drop it; return what to call if it leaves early."""
         with self._lock:
             self.account.open_answers.add(answer)
+            return self.account.open_answers.record_abandoned
 
     def judge_timeout(self, permit: Permit) -> TimeoutVerdict:
         """Return whether an attempt that its caller cut off now speaks against the provider. See `TimeoutEvidence`."""

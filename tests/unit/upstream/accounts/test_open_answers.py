@@ -49,12 +49,26 @@ def test_collections_that_release_nothing_become_rare() -> None:
     assert moments[-1] - moments[-2] == 60
 
 
+def test_slow_readers_do_not_make_collections_frequent() -> None:
+    answers, moments = OpenAnswers(), []
+    readers = [Answer() for _ in range(10)]
+    for reader in readers:
+        answers.add(reader)
+    for second in range(1000):
+        readers[second % 10].unread_since = float(second)  # each reads once in ten seconds
+        if answers.begin_collection(float(second)):
+            moments.append(second)
+    assert len(moments) <= 22
+
+
 def test_a_collection_that_releases_some_is_soon_followed_by_another() -> None:
-    answers, kept = OpenAnswers(), [Answer(0.0) for _ in range(3)]
-    for answer in kept:
-        answers.add(answer)
+    answers, kept = OpenAnswers(), Answer(0.0)
+    answers.add(kept)
     assert answers.begin_collection(10.0)
-    kept.pop().settled = True
+    assert not answers.begin_collection(11.9)
     assert answers.begin_collection(12.0)
-    assert not answers.begin_collection(12.5)
-    assert answers.begin_collection(13.0)
+    answers.record_abandoned(0.5)  # closed by a reader who had just read it
+    answers.record_abandoned(1.5)
+    assert answers.begin_collection(16.0)
+    assert not answers.begin_collection(16.9)
+    assert answers.begin_collection(17.0)
