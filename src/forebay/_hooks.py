@@ -6,6 +6,7 @@ Whatever a hook raises, its caller goes on: nothing that was taken is lost, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -54,7 +55,7 @@ async def await_hook(what: str, awaitable: Any) -> None:
 
 def raise_if_cancelled(error: BaseException) -> None:
     """Raise the cancellation of the running asyncio task again. One that user code has raised is an error like any."""
-    if isinstance(error, asyncio.CancelledError):
+    if issubclass(type(error), asyncio.CancelledError):
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise error
@@ -62,7 +63,8 @@ def raise_if_cancelled(error: BaseException) -> None:
 
 def report_failure(what: str, error: BaseException) -> None:
     """Log an exception of user code. A KeyboardInterrupt is also raised again, where it interrupts nothing."""
-    log.error("%s raised %s; the supervisor goes on", what, type(error).__name__, exc_info=error)
+    with contextlib.suppress(Exception):  # a log filter is user code too
+        log.error("%s raised %s; the supervisor goes on", what, type(error).__name__, exc_info=error)
     raise_again_if_interrupt(error)
 
 
@@ -77,7 +79,7 @@ def raise_again_if_interrupt(error: BaseException | None) -> None:
 
 def is_interrupt(error: BaseException) -> bool:
     """Return whether `error` is a Ctrl-C. No thread but the main one receives one."""
-    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    return issubclass(type(error), KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def _raise(error: BaseException) -> NoReturn:
@@ -100,7 +102,7 @@ def is_awaitable(value: object) -> bool:
     """Return whether `value` can be awaited, even if looking at it fails."""
     try:
         return inspect.isawaitable(value)
-    except Exception:  # noqa: BLE001 - a value that cannot be looked at cannot be awaited
+    except BaseException:  # noqa: BLE001 - a value that cannot be looked at cannot be awaited
         return False
 
 

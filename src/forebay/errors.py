@@ -100,6 +100,12 @@ class InvalidTask(ForebayError, ValueError):
     """Task {field} is {value!r}; it must be {expected}."""
 
 
+class UnusableTask(InvalidTask):
+    """Task {field} is {value!r}; it must be {expected}."""
+
+    # The handler of its type cannot run it, whatever it does: the submitter's mistake, and no fault of the worker.
+
+
 class DeadlinePassed(ForebayError, ValueError):
     """The deadline of task {task_id!r} passed {late:duration} ago, so its result is already worthless: give it a later
     one, for example Deadline.within(60), or do not submit it.

@@ -120,6 +120,24 @@ async def test_an_exception_that_cannot_be_shown_still_ends_its_task() -> None:
 
 
 @virtual
+async def test_an_exception_that_cannot_be_looked_at_ends_its_own_task_and_no_other() -> None:
+    class HidingError(Exception):
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise SystemExit(5)
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker(
+            "worker", handler=raising(HidingError(), in_thread=False), task_types=["work"]
+        )
+        tickets = [supervisor.submit_nowait(Task("work", payload)) for payload in ("bad", "good")]
+        bad, good = await results(tickets)
+        assert (bad.status, bad.error) == (TaskStatus.FAILED, "HidingError")
+        assert good.result == "good"
+        assert worker.current_tasks == 0
+
+
+@virtual
 async def test_an_overloaded_raised_inside_a_handler_is_passed_on_unchanged() -> None:
     async with BackpressureSupervisor() as supervisor:
         overload = Overloaded("the well is dry", limited_by="well", load=1.0, retry_after=3.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from tests.support.gateway_harness import CHAT_RESPONSE, GatewayHarness, until
+from tests.support.gateway_harness import CHAT_RESPONSE, GatewayHarness, connect, request_bytes, until
 
 from forebay.gateway import connection_pool
 from forebay.gateway.connection_pool import ConnectionPool
@@ -133,6 +133,22 @@ async def test_a_connection_rests_between_two_calls(
         for _ in range(3):
             assert (await harness.post(gateway))[0] == 200
     assert len(set(record.used)) == 3
+
+
+async def test_a_caller_beyond_max_connections_gets_its_503_whatever_it_sends(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_connections": 1})) as gateway:
+        _, first = await connect(gateway)
+        await until(lambda: len(gateway._web.connections) == 1)
+        for _ in range(20):
+            reader, writer = await connect(gateway)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 503 ")
+            writer.write(request_bytes(b" " * (256 << 10)))
+            await writer.drain()  # which is read: otherwise the connection is reset, and the answer may be lost
+            assert b"forebay_connections" in await reader.read()
+            writer.close()
+        first.close()
+        await until(lambda: not gateway._web.connections)
+        assert (await harness.post(gateway))[0] == 200
 
 
 async def test_idle_connections_make_room_for_new_ones(harness: GatewayHarness, record: ConnectionRecord) -> None:

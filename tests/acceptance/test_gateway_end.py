@@ -65,10 +65,12 @@ async def test_a_caller_that_has_connected_and_was_not_accepted_yet_is_told(harn
 async def test_a_caller_that_is_about_to_send_its_first_request_is_told(harness: GatewayHarness) -> None:
     async with contextlib.AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(Gateway(harness.settings()))
+        listening = gateway._server
+        assert listening is not None
         reader, writer = await connect(gateway)
         await until(lambda: len(gateway._web.connections) == 1)
         ending = asyncio.create_task(stack.aclose())
-        await until(lambda: gateway.forwarder.draining)
+        await until(lambda: not listening.is_serving())
         for piece in (CALL[:100], CALL[100:]):
             writer.write(piece)
             await asyncio.sleep(0)

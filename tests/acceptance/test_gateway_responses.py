@@ -355,3 +355,13 @@ async def test_a_stream_with_a_head_that_cannot_be_passed_on_releases_its_permit
         assert await received(harness, gateway, **ASKING) == EVENT + STOP + DONE
         await asyncio.sleep(0)
         assert leftovers(gateway) == NOTHING_LEFT
+
+
+@pytest.mark.parametrize("content", [b"data: " + b"x" * (64 << 20), b"\n" * (64 << 20), EVENT * (1 << 19)])
+async def test_bombs_in_streams_pass_unread_and_hold_up_nobody(harness: GatewayHarness, content: bytes) -> None:
+    packed = gzip.compress(content, 6)
+    harness.provider.behaviour = streaming(packed, encoding="gzip")
+    async with Gateway(harness.settings()) as gateway:
+        assert await received(harness, gateway, **ASKING) == packed
+        assert counted(gateway) | {"failed": 0.0} == counted(gateway)
+        assert leftovers(gateway) == NOTHING_LEFT

@@ -25,7 +25,7 @@ from forebay import (
     WorkerState,
 )
 from forebay.adapters import Handler
-from forebay.errors import InvalidSetting, StoreUnavailable, SupervisorClosed
+from forebay.errors import InvalidHandler, InvalidSetting, StoreUnavailable, SupervisorClosed
 from forebay.events import Event, TaskStarted, TaskSubmitted
 from forebay.overflow import MemoryTaskStore
 
@@ -410,6 +410,28 @@ class AsyncSink:
 def test_an_async_sink_is_refused(sink: Any) -> None:
     with pytest.raises(InvalidSetting, match="plain function"):
         BackpressureSupervisor(on_event=sink)
+
+
+@pytest.mark.parametrize("engine", [None, "thread", "process"])
+@pytest.mark.parametrize("hook", ["on_end", "load"])
+def test_an_async_hook_of_a_handler_that_nothing_awaits_is_refused(hook: str, engine: str | None) -> None:
+    supervisor = BackpressureSupervisor()
+    handler = Hooked(Handler(call=Agent(), **{hook: async_sink}))  # type: ignore[arg-type]
+    with pytest.raises(InvalidHandler, match=f"{hook} of its Handler is an async function"):
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], engine=engine)
+
+
+@virtual
+async def test_on_end_of_agents_that_a_factory_makes_is_called_too() -> None:
+    ended: list[object] = []
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker(
+            "worker", factory=lambda: Hooked(Handler(call=Agent(), on_end=ended.append)), task_types=["work"]
+        )
+        task = Task("work")
+        await supervisor.submit_nowait(task)
+        await run_ready()
+    assert ended == [task]
 
 
 @virtual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,25 @@ async def test_a_start_cancelled_in_the_turn_in_which_it_ends_leaves_nothing_ope
             assert isinstance(await error_of(starting), asyncio.CancelledError)
             assert "started" not in handler.calls or handler.calls[-1] == "stop"
         await supervisor.close()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+def test_with_eager_tasks_a_worker_that_a_start_registers_is_registered_once() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+        supervisor = BackpressureSupervisor()
+        second = StartingHandler(Agent(0.0), seconds=0.0)
+
+        class Registering(StartingHandler):
+            async def start(self) -> None:
+                supervisor.register_worker("second", handler=second, task_types=["more"])
+
+        supervisor.register_worker("first", handler=Registering(Agent(0.0)), task_types=["work"])
+        async with supervisor:
+            assert await supervisor.run(Task("more", 1)) == 1
+        assert second.calls == ["start", "started", "stop"]
+
+    asyncio.run(main())
 
 
 @virtual
@@ -625,7 +645,7 @@ async def test_draining_does_not_wait_for_a_run_that_waits_for_a_spilled_task(tm
     async with make_supervisor(handler, overflow=url, max_queue_size=0) as supervisor:
         handler.supervisor = supervisor
         parent = await supervisor.submit(Task("work", "parent", durable=durable))
-        other = await supervisor.submit(Task("work", "other"))
+        other = await supervisor.submit(Task("work", "other", priority=Priority.CRITICAL))
         await asyncio.sleep(1.5)  # the child is spilled, and the other task has the parent's slot
         await supervisor.drain()
         assert now() == pytest.approx(2.0, abs=0.1)

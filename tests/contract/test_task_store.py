@@ -124,6 +124,122 @@ async def test_a_record_put_leased_belongs_to_its_holder(store: TaskStore, recor
     assert await store.finish("a", DONE, fence="mine")
 
 
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+async def test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("a", "b", "c"):
+        await store.put(record(name, thread="t"))
+    for name in ("a", "b", "c"):
+        (lease,) = await take()
+        assert lease.record.task_id == name
+        assert await store.finish(name, DONE, fence=lease.fence)
+    assert await store.conversations() == {}
+
+
+async def test_what_is_parked_is_not_counted_as_waiting(store: TaskStore, record: MakeRecord) -> None:
+    puts = [await store.put(record(name, thread="t")) for name in ("a", "b", "c")]
+    assert puts == [PutResult.STORED, PutResult.PARKED, PutResult.PARKED]
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await store.conversations() == {"t": 3}
+    assert await state(store, "b") is RecordState.PARKED
+
+
+async def test_a_parked_record_keeps_nobody_else_waiting(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    for number in range(50):
+        await store.put(record(f"hot {number}", thread="hot"))
+    await store.put(record("other", thread="other"))
+    await store.put(record("none"))
+    assert [lease.record.task_id for lease in await take(3)] == ["hot 0", "other", "none"]
+
+
+async def test_a_conversation_spans_task_types_and_priorities(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a", thread="t", priority=Priority.LOW))
+    await store.put(record("b", thread="t", of="write", priority=Priority.CRITICAL))
+    assert await take(of="write") == []
+    (lease,) = await take()
+    await store.finish("a", DONE, fence=lease.fence)
+    assert await store.depths() == {("write", Priority.CRITICAL): 1}
+    assert [lease.record.task_id for lease in await take(of="write")] == ["b"]
+
+
+async def test_a_record_put_leased_has_to_wait_for_its_conversation(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    first, second = record("a", thread="t"), record("b", thread="t")
+    assert await store.put(first, fence="mine", until=100.0) is PutResult.STORED
+    assert await store.put(second, fence="yours", until=100.0) is PutResult.PARKED
+    assert not await store.begin_attempt(Lease(record=second, fence="yours", until=100.0))
+    await store.finish("a", DONE, fence="mine")
+    assert [lease.record.task_id for lease in await take()] == ["b"]
+
+
+async def test_a_record_that_comes_back_stands_before_the_rest_of_its_conversation(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a", thread="t"))
+    leases = await take()
+    await store.put(record("b", thread="t"))
+    await store.release(leases)
+    assert await state(store, "b") is RecordState.PARKED
+    await take()
+    await store.reap(now=101.0, max_attempts=3)
+    assert [lease.record.task_id for lease in await take()] == ["a"]
+
+
+async def test_an_older_record_takes_the_place_of_one_that_waits(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("late", thread="t", enqueued_at=2.0, priority=Priority.LOW))
+    assert await store.put(record("early", thread="t", enqueued_at=1.0)) is PutResult.STORED
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert [lease.record.task_id for lease in await take()] == ["early"]
+
+
+async def test_a_conversation_goes_on_after_a_dead_letter_and_after_a_cancellation(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("dies", "unreadable", "cancelled", "cancelled while parked", "last"):
+        await store.put(record(name, thread="t"))
+    (lease,) = await take(until=1.0)
+    await store.begin_attempt(lease)
+    (dead,) = await store.reap(now=2.0, max_attempts=1)
+    assert dead.record.task_id == "dies"
+    (lease,) = await take()
+    assert lease.record.task_id == "unreadable"
+    await store.mark_dead(lease, DONE)
+    assert await state(store, "cancelled") is RecordState.WAITING
+    assert await store.finish("cancelled while parked", DONE, fence=None)
+    assert await store.finish("cancelled", DONE, fence=None)
+    assert [lease.record.task_id for lease in await take()] == ["last"]
+
+
+async def test_ends_of_one_conversation_at_the_same_moment_leave_the_next_one_waiting(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        await store.put(record(name, thread="t"))
+    assert await asyncio.gather(*(store.finish(name, DONE, fence=None) for name in ("a", "b", "c"))) == [True] * 3
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert [lease.record.task_id for lease in await take()] == ["d"]
+
+
+async def test_a_requeued_dead_letter_joins_its_conversation_in_its_old_place(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("dies", "runs", "waits"):
+        await store.put(record(name, thread="t"))
+    (lease,) = await take()
+    await store.mark_dead(lease, DONE)
+    (running,) = await take()
+    assert await store.requeue("dies") is PutResult.STORED
+    assert await take() == []
+    await store.finish("runs", DONE, fence=running.fence)
+    assert [lease.record.task_id for lease in await take()] == ["dies"]
+
+
 # --- leasing ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,19 +21,26 @@ from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
 from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
 from forebay.events import Event, EventBus, Subscription
+from forebay.gateway import forwarded_call
+from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
 from forebay.retry import RetryBudget, RetryState
+from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
+from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
 from forebay.supervisor.queue_spill import QueueSpill
-from forebay.supervisor.runs import slot_loans
+from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
@@ -63,6 +70,7 @@ from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, P
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.providers import Usage, UsageMeter, endpoints
+from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -95,7 +103,7 @@ def a_worker_takes_one_more_than_its_slots() -> None:
 
 
 def a_run_that_awaits_its_child_keeps_its_slot() -> None:
-    skip(SlotLoan.__init__, Dispatcher.return_slot)
+    skip(SlotLoan.__init__, Dispatcher.lend_slot)
 
 
 def an_account_sends_one_call_more_than_its_limit() -> None:
@@ -170,6 +178,77 @@ def a_call_that_overtakes_uses_what_the_head_of_the_queue_waits_for() -> None:
 
 def tasks_of_a_conversation_never_start() -> None:
     skip(RunCompletion.handler_ended, Dispatcher.next_in_conversation)
+
+
+# --- conversations, and runs that wait: order, and bounds that starve and deadlock nobody ---
+
+
+def records_of_one_conversation_are_leased_together() -> None:
+    replace(MemoryTaskStore, MemoryTaskStore._wait, lambda self, entry: self._enqueue(entry))
+
+
+def a_new_message_overtakes_stored_ones() -> None:
+    always(Conversations, Conversations.waits_in_overflow, returns=False)
+
+
+def the_next_message_of_a_conversation_is_not_looked_for() -> None:
+    always(StoredTasks, StoredTasks.conversation_moved, returns=None)
+
+
+def a_conversation_parks_without_bound() -> None:
+    always(Pool, Pool.may_park, returns=True)
+
+
+def parked_messages_count_as_load() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        return original(self, nested=nested) + self.parked / self.queue_bound
+
+    replace(Pool, original, load)
+
+
+def new_runs_begin_however_many_wait() -> None:
+    always(WorkerAgent, WorkerAgent.bars_new_runs, returns=False)
+
+
+def a_run_that_waits_for_work_keeps_it_from_beginning() -> None:
+    always(Run, Run.begin_exemption, returns=False)
+    always(Run, Run.end_exemption, returns=None)
+
+
+def runs_of_low_priority_keep_better_ones_from_beginning() -> None:
+    original = WorkerAgent.bars_new_runs
+
+    def bars_new_runs(self: WorkerAgent, _: Priority) -> bool:
+        return original(self, Priority.LOW)
+
+    replace(WorkerAgent, original, bars_new_runs)
+
+
+def work_that_has_not_begun_takes_the_room_of_nested_tasks() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        return original(self, nested=nested and not self.task_type)
+
+    replace(Pool, original, load)
+
+
+def a_nested_task_is_stored_behind_work_that_has_not_begun() -> None:
+    original = Ticket.nest
+
+    def nest(self: Ticket, *, order_time: float | None) -> None:
+        original(self, order_time=None if order_time is None else self.submitted_at)
+
+    replace(Ticket, original, nest)
+
+
+def the_submitters_mistake_counts_against_the_worker() -> None:
+    def _is_submitters_mistake(_: object) -> bool:
+        return False
+
+    completion._is_submitters_mistake.__code__ = _is_submitters_mistake.__code__
 
 
 # --- deadlines ---
@@ -275,8 +354,22 @@ def a_clock_that_was_set_is_not_noticed() -> None:
     always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
 
 
+def a_process_waits_long_between_its_attempts_to_write() -> None:
+    sqlite_file._POLL_INTERVAL_MS = 5_000
+
+
+def the_log_grows_until_the_disk_is_full() -> None:
+    always(SqliteWriter, SqliteWriter._look, returns=None)
+
+
+def a_renewal_that_failed_is_not_noticed() -> None:
+    replace(
+        StoreMaintenance, StoreMaintenance._renew_leases, lambda self: self._stored.leases.renew(self._stored.store)
+    )
+
+
 def nobody_looks_whether_the_file_is_still_there() -> None:
-    always(FileWatch, FileWatch.find_change, returns=None)
+    always(FileWatch, FileWatch._find_change, returns=None)
 
 
 def the_text_of_an_error_is_stored_as_it_came() -> None:
@@ -522,6 +615,52 @@ def a_forked_child_inherits_the_calls_of_its_parent() -> None:
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+def callers_of_different_keys_share_connections() -> None:
+    always(PooledRequest, PooledRequest.credentials, returns=())
+
+
+def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
+    def is_connected(self: PooledConnection) -> bool:
+        return self.transport is not None
+
+    replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def decompression_ends_with_the_first_member() -> None:
+    original = _Inflater._begin
+
+    def _begin(self: _Inflater, chunk: bytes) -> bytes:
+        return b"" if self._members else original(self, chunk)
+
+    replace(_Inflater, original, _begin)
+
+
+def responses_take_any_memory_together() -> None:
+    always(BodyMemory, BodyMemory.check, returns=None)
+
+
+def what_is_bound_to_fail_again_is_sent_again() -> None:
+    original = ForwardedCall._failed
+
+    def _failed(self: ForwardedCall, permit: Permit, error: Exception, connection: Any) -> Any:
+        result = original(self, permit, error, connection)
+        result.retryable = True
+        return result
+
+    replace(ForwardedCall, original, _failed)
+
+
+def a_process_without_files_blames_its_provider() -> None:
+    def _is_out_of_files(_: object) -> bool:
+        return False
+
+    forwarded_call._is_out_of_files.__code__ = _is_out_of_files.__code__
+
+
+def the_last_callers_are_reset() -> None:
+    always(_Server, _Server.answer_last_requests, returns=None)
 
 
 # --- user code at hooks, and what ended tasks hold ---

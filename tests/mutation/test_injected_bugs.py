@@ -16,15 +16,20 @@ from tests.acceptance import (
     test_budget_attacks,
     test_call_conservation,
     test_clock_steps,
+    test_conversations,
     test_drain,
     test_ending,
     test_events,
     test_gateway_attacks,
+    test_gateway_connections,
+    test_gateway_end,
+    test_gateway_responses,
     test_hooks,
     test_leases,
     test_lifecycle,
     test_lost_file,
     test_nested,
+    test_open_runs,
     test_overflow,
     test_routing,
     test_shared_overflow,
@@ -34,6 +39,7 @@ from tests.acceptance import (
     test_submitting,
     test_upstream,
     test_upstream_retries,
+    test_workers,
 )
 from tests.contract import test_limit, test_task_store
 from tests.integration import test_dropped_streams
@@ -42,6 +48,7 @@ from tests.simulation import test_blame
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.overflow import test_sqlite_store
+from tests.unit.storage import test_sqlite_writer
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
@@ -93,6 +100,37 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
     bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
+    bugs.records_of_one_conversation_are_leased_together: (
+        test_task_store.test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
+    ),
+    bugs.a_new_message_overtakes_stored_ones: (
+        test_conversations.test_a_new_message_does_not_overtake_spilled_ones_of_its_conversation
+    ),
+    bugs.the_next_message_of_a_conversation_is_not_looked_for: (
+        test_conversations.test_messages_keep_their_order_beyond_the_bound_of_their_conversation
+    ),
+    bugs.a_conversation_parks_without_bound: (
+        test_conversations.test_a_conversation_is_rejected_beyond_its_bound_and_named_and_told_when_to_come_back
+    ),
+    bugs.parked_messages_count_as_load: (test_conversations.test_others_wait_as_if_a_busy_conversation_had_one_message),
+    bugs.new_runs_begin_however_many_wait: (
+        test_open_runs.test_no_new_run_begins_while_too_many_wait_for_their_sub_tasks
+    ),
+    bugs.a_run_that_waits_for_work_keeps_it_from_beginning: (
+        test_open_runs.test_runs_that_wait_for_work_that_has_not_begun_do_not_keep_it_from_beginning
+    ),
+    bugs.runs_of_low_priority_keep_better_ones_from_beginning: (
+        test_open_runs.test_runs_that_wait_keep_no_better_work_from_beginning
+    ),
+    bugs.work_that_has_not_begun_takes_the_room_of_nested_tasks: (
+        test_open_runs.test_a_queue_full_of_new_work_rejects_no_sub_task
+    ),
+    bugs.a_nested_task_is_stored_behind_work_that_has_not_begun: (
+        test_open_runs.test_a_thousand_sub_tasks_of_one_run_have_a_bound_and_come_back_before_new_work
+    ),
+    bugs.the_submitters_mistake_counts_against_the_worker: (
+        test_workers.test_a_task_that_its_handler_cannot_run_does_not_count_against_the_worker
+    ),
     bugs.a_child_does_not_inherit_its_parents_deadline: (
         test_nested.test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own
     ),
@@ -124,6 +162,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_held_leases.test_a_lease_lasts_as_long_whatever_the_wall_clock_is_set_to
     ),
     bugs.a_clock_that_was_set_is_not_noticed: test_clock_steps.test_what_runs_is_not_given_to_another_process,
+    bugs.a_process_waits_long_between_its_attempts_to_write: (
+        test_sqlite_writer.test_a_writer_asks_for_its_turn_every_few_milliseconds
+    ),
+    bugs.the_log_grows_until_the_disk_is_full: (
+        test_sqlite_writer.test_the_log_is_shortened_before_it_fills_a_small_disk
+    ),
+    bugs.a_renewal_that_failed_is_not_noticed: (
+        test_leases.test_after_an_interruption_of_the_store_no_process_takes_what_another_still_runs
+    ),
     bugs.nobody_looks_whether_the_file_is_still_there: (
         test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
     ),
@@ -190,6 +237,21 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_core.test_after_a_fork_the_calls_of_the_parent_hold_nothing_and_are_not_taken_back
     ),
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
+    bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
+        test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
+    ),
+    bugs.decompression_ends_with_the_first_member: (
+        test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults
+    ),
+    bugs.responses_take_any_memory_together: (
+        test_gateway_responses.test_responses_are_bounded_together_and_pass_without_being_held
+    ),
+    bugs.what_is_bound_to_fail_again_is_sent_again: test_gateway_attacks.test_an_invalid_response_is_a_502,
+    bugs.a_process_without_files_blames_its_provider: (
+        test_gateway_responses.test_a_process_without_files_is_no_fault_of_the_provider
+    ),
+    bugs.the_last_callers_are_reset: (test_gateway_end.test_a_caller_that_is_about_to_send_its_first_request_is_told),
     bugs.sinks_are_called_in_the_middle_of_the_supervisors_work: (
         test_hooks.test_a_sink_that_submits_never_exceeds_the_limit_of_a_worker
     ),

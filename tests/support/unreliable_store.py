@@ -112,7 +112,7 @@ class UnreliableStore:
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         put = await self._call(self._inner.put(record, fence=fence, until=until), record.task_id)
-        if put is PutResult.STORED:
+        if put.written:
             self._acknowledged.stored.add(record.task_id)
         return put
 
@@ -184,3 +184,6 @@ class UnreliableStore:
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         return await self._call(self._inner.depths())
+
+    async def conversations(self) -> Mapping[str, int]:
+        return await self._call(self._inner.conversations())

@@ -38,9 +38,12 @@ class PooledRequest(aiohttp.ClientRequest):
     def connection_key(self) -> ConnectionKey:
         """Return the key of its connections."""
         key = super().connection_key
+        return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, self.credentials())))
+
+    def credentials(self) -> tuple[str | None, ...]:
+        """Return all that tells for whom the provider answers."""
         headers = self.headers
-        credentials = tuple([headers.get(name) for name in _CREDENTIALS])
-        return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, credentials)))
+        return tuple([headers.get(name) for name in _CREDENTIALS])
 
 
 class PooledConnection(ResponseHandler):

@@ -13,6 +13,7 @@ ApiProtocol = Literal["openai", "anthropic"]
 StreamProtocol = Literal["openai", "openai-responses", "anthropic"]
 
 JSON: Final = "application/json"
+_MAX_BUDGET_WAIT: Final = 6.0  # seconds in which dollars that calls under way have reserved may be returned
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
 _SERVER_ERRORS: Final = 500
 _UNMETERED: Final = {"unreadable": 415, "unpriced": 400}  # status of a call that cannot be counted, by its reason
@@ -137,7 +138,8 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     else:
         status = _TOO_MANY
     after = error.retry_after
-    retry = status not in (_PAYMENT, _TOO_LARGE) and after is not None and after <= _MAX_SDK_WAIT
+    longest = _MAX_BUDGET_WAIT if status == _PAYMENT else _MAX_SDK_WAIT
+    retry = status != _TOO_LARGE and after is not None and after <= longest
     headers = [("content-type", JSON), ("x-should-retry", "true" if retry else "false")]
     if error.limited_by:
         headers.append(("x-forebay-limited-by", error.limited_by))

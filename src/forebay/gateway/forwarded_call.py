@@ -65,11 +65,12 @@ class StreamingResponse:
 
     Attributes:
         begin: what is left of that.
+        compressed: whether its body is, as it arrives.
         length: of the body, if that is known and it passes as it came.
         at_event_boundary: whether the bytes passed on end between two events, so that an error event may follow.
     """
 
-    __slots__ = ("_events", "at_event_boundary", "begin", "headers", "length", "reader", "response")
+    __slots__ = ("_events", "at_event_boundary", "begin", "compressed", "headers", "length", "reader", "response")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class StreamingResponse:
         self.headers = headers
         self.reader = reader
         self.begin = deque(begin)
+        self.compressed = "content-encoding" in headers
         if reader.decoded:
             headers.popall("content-encoding", None)
         content_type = headers.get("content-type", "").lower()

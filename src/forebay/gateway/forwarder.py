@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
@@ -57,7 +58,9 @@ _JSON_ENDPOINTS: Final = frozenset(
 _MAX_SHOWN: Final = 300  # characters of an error in a message
 _MAX_PATH_SHOWN: Final = 200
 _MAX_HELD_RESPONSE: Final = 16 << 20  # bytes; a longer response is passed on as it arrives
+_MAX_COMPRESSED_PART: Final = 1 << 13  # bytes of a compressed stream that are read in one turn of the event loop
 _FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may have ended
+_FILES_LOG_INTERVAL: Final = 10.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
 _BUG, _BAD_GATEWAY, _UNAVAILABLE = 500, 502, 503
@@ -118,6 +121,7 @@ class Forwarder:
         self._idle.set()
         self._abortable: set[asyncio.Timeout] = set()
         self._aborted = False
+        self._files_logged_at = -math.inf
 
     def drain(self) -> None:
         """Reject new calls from now on."""
@@ -354,14 +358,18 @@ class Forwarder:
                 raise _CutOff(status)  # an error event would be read as the rest of an unfinished event
             await response.write_eof()
         finally:
-            streaming.reader.abandon()
-            upstream.close()
+            try:
+                streaming.reader.abandon()
+            finally:
+                upstream.close()
         return response, status
 
     def _out_of_files(self, target: Target) -> EarlyResponse:
         """Return the response to a call for which no connection can be opened. Callers retry spread out."""
         self.metrics.count_rejection(target.name, "files")
-        log.warning("no connection to %s could be opened: this process has too many open files", target.name)
+        if clock.now() >= self._files_logged_at + _FILES_LOG_INTERVAL:
+            self._files_logged_at = clock.now()
+            log.warning("no connection to %s could be opened: this process has too many open files", target.name)
         message = "this gateway has as many open files as it may have: raise its limit, or lower max_connections"
         seconds = _FILES_RETRY_AFTER * (0.5 + clock.draw())
         response = capacity_response(
@@ -388,6 +396,8 @@ async def _copy(streaming: StreamingResponse, held: BodyReservation, response: w
     while chunk is not None:
         try:
             chunk = await anext(chunks, None)
+            if chunk is not None and streaming.compressed:
+                chunk = await _copy_compressed(chunk, streaming, response)
             passed = streaming.feed(chunk)
         except TRANSPORT_ERRORS as error:
             streaming.reader.fail(error)
@@ -395,6 +405,22 @@ async def _copy(streaming: StreamingResponse, held: BodyReservation, response: w
         if passed:
             await response.write(passed)
     return ""
+
+
+async def _copy_compressed(chunk: bytes, streaming: StreamingResponse, response: web.StreamResponse) -> bytes:
+    """Pass a chunk on in parts, with a turn of the event loop between them, and return the last of them.
+
+    Each may become a hundred times as long.
+
+    Raises:
+        CorruptResponse: it cannot be decompressed.
+    """
+    while len(chunk) > _MAX_COMPRESSED_PART:
+        part, chunk = chunk[:_MAX_COMPRESSED_PART], chunk[_MAX_COMPRESSED_PART:]
+        if passed := streaming.feed(part):
+            await response.write(passed)
+        await asyncio.sleep(0)
+    return chunk
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:

@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage, BadHttpMethod, InvalidHeader, InvalidURLError, LineTooLong
 from prometheus_client import disable_created_metrics
 
+from forebay import clock
 from forebay._text import format_duration
 from forebay.errors import ForebayError
 from forebay.events import log
@@ -29,7 +30,7 @@ from forebay.gateway.settings import GatewaySettings
 
 _TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    b"retry-after-ms: 1000\r\ncontent-length: %d\r\n\r\n%b"
+    b"retry-after-ms: %d\r\ncontent-length: %d\r\n\r\n%b"
 )
 _HEAD_TOO_LONG: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -44,6 +45,7 @@ _INVALID: Final[dict[type[BaseException], str]] = {
 _MAX_FIELDS: Final = 200  # header fields of a request
 _MAX_RESPONSE_FIELD: Final = 128 << 10  # bytes of a header field of a provider's response
 _MAX_RESPONSE_FIELDS: Final = 1000
+_REJECTED_SHARE: Final = 8  # connections for each one beyond the limit whose request is read
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
 _LEAST_CONNECTIONS: Final = 5_000  # a default that is lowered to fewer is worth a warning
 _LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way when the gateway stops
@@ -52,12 +54,39 @@ _ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of
 
 
 class _TooManyConnections(asyncio.Protocol):
-    """A connection beyond the limit: it answers 503 and closes."""
+    """A connection beyond the limit: it answers 503 and closes.
+
+    The request is read, and thrown away, until its caller closes too: a connection that is closed with bytes unread is
+    reset, and the answer may be lost.
+
+    Args:
+        rejected: all such connections.
+        most: so many of them at a time; those beyond close at once.
+    """
+
+    def __init__(self, rejected: set[_TooManyConnections], most: int) -> None:
+        self._rejected = rejected
+        self._most = most
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        wire = cast("asyncio.Transport", transport)
         body = error_response("openai", 503, "forebay_connections", "this gateway has too many open connections").body
-        cast("asyncio.Transport", transport).write(_TOO_MANY_CONNECTIONS % (len(body), body))
-        transport.close()
+        retry_after = 1000 * (0.5 + clock.draw())  # callers retry spread out
+        wire.write(_TOO_MANY_CONNECTIONS % (retry_after, len(body), body))
+        if len(self._rejected) >= self._most:
+            wire.close()
+            return
+        wire.write_eof()
+        self._rejected.add(self)
+        self._timer = asyncio.get_running_loop().call_later(_LINGER, wire.abort)
+
+    def connection_lost(self, _: BaseException | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._rejected.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Connection(web.RequestHandler):
@@ -211,11 +240,12 @@ class _Server(web.Server):
         super().__init__(self._handle, handler_cancellation=True)
         self._forwarder = forwarder
         self._settings = settings
+        self._rejected: set[_TooManyConnections] = set()
         self._answered: asyncio.Event | None = None  # once no new connections are accepted
 
     def __call__(self) -> Any:
         if len(self.connections) >= self._settings.max_connections:
-            return _TooManyConnections()
+            return _TooManyConnections(self._rejected, 1 + self._settings.max_connections // _REJECTED_SHARE)
         return _Connection(self, self._settings, loop=asyncio.get_running_loop())
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:

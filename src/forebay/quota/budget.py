@@ -97,6 +97,11 @@ class BudgetTracker:
         left = self.budget.usd * share - period.spent - period.reserved
         return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
 
+    def can_afford_unreserved(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
+        """Return whether `usd` could be reserved if nothing were reserved now."""
+        share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserved_share
+        return check_dollars(usd) <= self.budget.usd * share - self._present(now).spent
+
     def try_reserve(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> BudgetReservation | None:
         """Reserve the most that a call can cost, or return None if the budget cannot afford it: check and take in one.
 

@@ -21,6 +21,7 @@ _MAX_CLOSE_TIME = 10.0  # seconds that the overflow has to take the leases back 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
     """Open the overflow, start the handlers, and add the workers. If that fails, nothing stays open."""
     try:
+        await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
         await start_handlers(workers)

@@ -165,7 +165,7 @@ class QueueSpill:
             self._hold(ticket)
         else:
             pool = self._core.pools.by_type[ticket.task.task_type]
-            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority)
+            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
             self._dispatcher.start_or_queue(ticket, pool, worker)
             if failed:
                 self._queued.append(ticket)

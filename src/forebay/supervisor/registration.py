@@ -28,6 +28,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     factory: Callable[[], Any] | str | None,
     task_types: Sequence[str],
     max_concurrent: int,
+    max_open: int | None,
     timeout: float,
     config: Config | None,
     engine: str | Engine | None,
@@ -44,6 +45,8 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
+    none = "for twice max_concurrent"
+    check_whole(owner, "max_open", max_open, minimum=max_concurrent, none=none)
     if on_cancel is not None and not callable(on_cancel):
         reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
@@ -60,6 +63,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         built,
         task_types=kinds,
         max_concurrent=max_concurrent,
+        max_open=max_open,
         timeout=float(timeout),
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,

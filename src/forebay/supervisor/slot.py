@@ -63,7 +63,7 @@ class Slot:
         if not ticket:
             raise ticket.refusal()
         # Lent for as long as the body runs, because the body may need the slot of the outer run.
-        self._reclaim = self._dispatcher.lend_slots(ticket.parent)
+        self._reclaim = self._dispatcher.lend_slots(ticket.parent, ticket)
         try:
             run = await self._granted
         except asyncio.CancelledError:

@@ -70,7 +70,7 @@ class BackpressureSupervisor:
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
-        on_event: one sink or several, called with each event, in the loop.
+        on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
         InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
@@ -127,6 +127,7 @@ class BackpressureSupervisor:
         factory: Callable[[], Any] | str | None = None,
         task_types: Sequence[str],
         max_concurrent: int = 1,
+        max_open: int | None = None,
         timeout: float = 300.0,
         payload: Any = None,
         result: Any = None,
@@ -145,6 +146,8 @@ class BackpressureSupervisor:
             factory: instead of a handler: makes a fresh agent for each task.
             task_types: the task types that it accepts.
             max_concurrent: how many tasks it runs at a time.
+            max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
+                theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
@@ -169,6 +172,7 @@ class BackpressureSupervisor:
             factory=factory,
             task_types=task_types,
             max_concurrent=max_concurrent,
+            max_open=max_open,
             timeout=timeout,
             config=config,
             engine=engine,
@@ -373,6 +377,11 @@ class BackpressureSupervisor:
                 loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
             )
             self._loop_monitor.start()
+
+    async def wait_until_started(self) -> None:
+        """Wait for a start that somebody else has begun; return at once if there is none."""
+        if self._starting is not None:
+            await asyncio.wait((self._starting,))
 
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.

@@ -96,7 +96,7 @@ class TicketOwner(Protocol):
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
 
-    def lend_slots(self, running: RunningTask | None) -> Reclaim | None:
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
@@ -138,6 +138,8 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     run: TicketRun | None = None  # while its handler runs
     lease: Lease | None = None  # this process's right to its stored record
     stored: bool = False  # the task store has a record of it, so its end must be written there first
+    nested: bool = False  # a run of its supervisor had not ended when it, or a task below it, submitted this
+    order_time: float | None = None  # epoch seconds; its place in the task store, if not the time of its submission
     attempts: int = 0
     cancel_reason: str | None = None  # why it was cancelled while the store had not answered
     pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
@@ -204,7 +206,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
-            reclaim = self._dispatcher.lend_slots(context.running_task())
+            reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
                     await self._wait_until_resolved()
@@ -290,7 +292,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     async def _next_event(self, events: Subscription) -> Event | None:
         """Wait for the next event. A run that waits for it lends its slot, because the task may need it to start."""
-        reclaim = self._dispatcher.lend_slots(context.running_task()) if events.empty else None
+        reclaim = self._dispatcher.lend_slots(context.running_task(), self) if events.empty else None
         try:
             return await anext(events, None)
         finally:
@@ -329,6 +331,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Record why the task was not admitted."""
         self.reason, self.limited_by, self.load = refusal.reason, refusal.limited_by, refusal.load
 
+    def forget_refusal(self) -> None:
+        """Forget why the task was not admitted, because it was after all."""
+        self.reason = self.limited_by = None
+
     def reject(self, refusal: Refusal, retry_after: float | None) -> None:
         """Make it REJECTED; `retry_after` is in seconds, or None if unknown."""
         self.verdict = Verdict.REJECTED
@@ -341,6 +347,16 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.shared = True
 
     # --- the queue ---
+
+    @property
+    def place_in_store(self) -> float | None:
+        """The time that orders it in the task store, in epoch seconds; None without a store."""
+        return self.submitted_at if self.order_time is None else self.order_time
+
+    def nest(self, *, order_time: float | None) -> None:
+        """Make it a nested task, stored in the place of its outermost run."""
+        self.nested = True
+        self.order_time = order_time
 
     def wait(self) -> None:
         """Make it WAITING without an entry in the queue: behind another task of its conversation."""

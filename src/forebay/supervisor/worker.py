@@ -10,6 +10,7 @@ from typing import Any
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
@@ -31,6 +32,7 @@ class WorkerAgent:
         *,
         task_types: Sequence[str],
         max_concurrent: int,
+        max_open: int | None = None,
         timeout: float,
         breaker: Breaker,
         probes: int,
@@ -41,9 +43,12 @@ class WorkerAgent:
         self.handler = handler
         self.task_types = tuple(task_types)
         self._max_concurrent = max_concurrent
+        self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
+        self.suspended = 0  # runs that have lent their slot and wait for tasks
+        self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
         self.failed = False  # the breaker is open; a copy, because every decision reads it
@@ -103,6 +108,13 @@ class WorkerAgent:
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
 
+    def bars_new_runs(self, priority: Priority) -> bool:
+        """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.
+
+        Suspended runs of lower priorities do not count: they must not keep better work waiting.
+        """
+        return self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
+
     def revive(self) -> None:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
@@ -144,6 +156,22 @@ class WorkerAgent:
     def has_free_slot(self) -> bool:
         """Return whether a slot is free for a run that has started already: the breaker does not stop it."""
         return self.current_tasks < self._max_concurrent
+
+    def suspend(self, priority: Priority, *, exempt: bool) -> None:
+        """Count a run that has lent its slot; it is `exempt` from `max_open` if a new run must begin first."""
+        self.suspended += 1
+        if not exempt:
+            self.suspended_open[priority] += 1
+
+    def resume(self, priority: Priority, *, exempt: bool) -> None:
+        """Stop counting a run that had lent its slot."""
+        self.suspended -= 1
+        if not exempt:
+            self.suspended_open[priority] -= 1
+
+    def change_exempt(self, priority: Priority, by: int) -> None:
+        """Count `by` more of the suspended runs of a priority as exempt."""
+        self.suspended_open[priority] -= by
 
     def add_claim(self) -> None:
         """Count a run that waits to have its slot back."""

@@ -58,6 +58,10 @@ class StoredTokens:
         self._tokens: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. What the provider stores is there for the child too."""
+        self._lock = threading.Lock()
+
     def add(self, response_id: str, tokens: int) -> None:
         """Remember the input and output of a response."""
         with self._lock:

@@ -122,7 +122,7 @@ class CallBudget(Protocol):
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
         """Reserve `usd` dollars, or return None if they may not be: check and take are one step."""
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
         """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
 
 

@@ -36,6 +36,10 @@ class UpstreamCore:
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
+        background: responses whose usage comes later.
+        stored_tokens: how long stored responses are.
+        unpriced_calls: number of calls whose price was not known.
+        is_metered: a budget or a quota was given, so that calls must be readable.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an upstream
@@ -59,6 +63,7 @@ class UpstreamCore:
         self.background = BackgroundResponses()
         self.stored_tokens = StoredTokens()
         self.unpriced_calls = 0
+        self.is_metered = budgets.has_budgets or settings.has_quotas
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
         self._lock = threading.Lock()
@@ -73,6 +78,7 @@ class UpstreamCore:
         self.budgets.reset_after_fork()
         self.accounts.reset_after_fork()
         self.background.reset_after_fork()
+        self.stored_tokens.reset_after_fork()
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
@@ -193,11 +199,6 @@ class UpstreamCore:
         advice = "(unmetered='allow' lets such calls pass, and counts them as one request)"
         reason = f"it cannot be counted in a budget or a quota, because {reason} {advice}"
         return CallPrice(unmetered=Unmetered(reason, UNREADABLE))
-
-    @property
-    def is_metered(self) -> bool:
-        """Return whether a budget or a quota was given, so that calls must be readable."""
-        return self.budgets.has_budgets or self.settings.has_quotas
 
     def warn_unmetered(self) -> None:
         """Log, once, that calls over a WebSocket are neither paced nor counted."""

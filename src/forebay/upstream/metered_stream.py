@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from forebay import clock, context
 from forebay.interfaces import Outcome
 from forebay.upstream.providers import BodyMeter, UsageFilter, UsageMeter
 from forebay.upstream.providers.content_encoding import Decompressor
+
+_LINE_COST: Final = 64  # bytes: reading a line takes as long as decompressing them
 
 
 class StreamEnd(NamedTuple):
@@ -62,7 +64,7 @@ class MeteredStream:
         self._settle = settle
         self._judge = judge
         self._meter = meter
-        self._decompressor = Decompressor(encoding)
+        self._decompressor = Decompressor(encoding, line_cost=_LINE_COST if isinstance(meter, UsageMeter) else 0)
         self._usage_filter = usage_filter if self._decompressor.readable else None
         self.decoded = self._usage_filter is not None and self._decompressor.compressed
         self._detects_truncation = detects_truncation

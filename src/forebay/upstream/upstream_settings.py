@@ -57,6 +57,7 @@ class UpstreamSettings:
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
+        self.has_quotas = bool(self.quotas) or any(self.models.values())
         self.max_concurrent = max_concurrent
         self.breaker = breaker or UPSTREAM_RULES
         self.max_wait = max_wait
@@ -65,11 +66,6 @@ class UpstreamSettings:
         self._limit = limit
         given = bool(self.quotas) or max_concurrent is not None or isinstance(limit, Limit)
         self._one_group = given and not self.models
-
-    @property
-    def has_quotas(self) -> bool:
-        """Whether a quota was given for any model."""
-        return bool(self.quotas) or any(self.models.values())
 
     def model_group(self, model: str) -> str:
         """Return the model group of `model`: the longest pattern that matches it, or the model itself without its date.

@@ -64,7 +64,7 @@ class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: the upstream's.
         spent_usd: dollars spent in this period of its budget; None without a budget.
-        unpriced: calls of models without a known price, which count as free; 0 without a budget.
+        unpriced: calls whose price was not known, which were rejected or counted as free; 0 without a budget.
         accounts: each of its accounts.
     """
 

@@ -43,7 +43,10 @@ def raised(protocol: ApiProtocol, response: GatewayResponse) -> Any:
         ("upstream:x:requests per minute", 1.0, 2.5, 429, True),
         ("upstream:x:concurrency", 1.0, None, 429, False),
         ("upstream:x:queue", 1.0, 3600.0, 429, False),
-        ("upstream:x:budget", 1.0, 5.0, 402, False),
+        ("upstream:x:budget", 1.0, 50.0, 402, False),
+        ("upstream:x:budget", 0.9, 5.0, 402, True),  # calls under way may return what they reserved
+        ("upstream:x:unreadable", math.inf, None, 415, False),
+        ("upstream:x:unpriced", math.inf, None, 400, False),
         ("upstream:x:tokens per minute", math.inf, None, 413, False),
     ],
 )

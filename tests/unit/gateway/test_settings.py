@@ -215,6 +215,7 @@ def test_an_invalid_address_is_rejected(listen: Any) -> None:
         ({"max_held_bytes": 0}, "max_held_bytes"),
         ({"max_body_bytes": 1000, "max_held_bytes": 999}, "max_held_bytes"),
         ({"max_header_bytes": "64k"}, "max_header_bytes"),
+        ({"max_held_response_bytes": 0}, "max_held_response_bytes"),
         ({"max_connections": 0}, "max_connections"),
         ({"body_timeout": 0}, "body_timeout"),
         ({"drain_timeout": -1}, "drain_timeout"),

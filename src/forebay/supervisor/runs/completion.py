@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay._hooks import call_plain_hook, raise_again_if_interrupt
 from forebay._text import error_text, format_duration
-from forebay.errors import Overloaded, RemoteError, StillSpilled
+from forebay.errors import Overloaded, RemoteError, StillSpilled, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
 from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
@@ -46,6 +46,9 @@ class CompletionDispatcher(Protocol):
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
+
+    def suspended_run_ended(self, run: Run) -> None:
+        """Forget a run that has ended without having its slot back."""
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Start as many waiting tasks on `worker` as it has slots for."""
@@ -179,7 +182,7 @@ class RunCompletion:
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
         worker, ticket, task = run.worker, run.ticket, run.task
-        error = "" if cause is None else describe_error(cause)  # first, because its __str__ is user code
+        cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
         seconds = now - run.started_at
         holds_slot = run.end()
@@ -203,6 +206,8 @@ class RunCompletion:
             self._dispatcher.next_in_conversation(ticket)
         if holds_slot:
             self._dispatcher.return_slot(run, now)
+        else:
+            self._dispatcher.suspended_run_ended(run)
         if self._registry.listeners:
             self._registry.notify_progress()
         if worker.handler.on_end is not None:  # last, because it is user code and may do anything
@@ -260,7 +265,7 @@ class RunCompletion:
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
-        elif run.upstream_failed:
+        elif run.upstream_failed or _is_submitters_mistake(cause):
             outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
@@ -323,6 +328,13 @@ class RunCompletion:
             self._breaker_timers[worker] = self._timers.at(due, self.update_breaker, worker, "a probe is overdue")
 
 
+def _is_submitters_mistake(cause: BaseException | None) -> bool:
+    """Return whether a handler failed because of its task, which no handler of its type could have run."""
+    if isinstance(cause, RemoteError):
+        return cause.type == UnusableTask.__name__
+    return isinstance(cause, UnusableTask)
+
+
 def describe_error(cause: BaseException | None) -> str:
     """Return an exception as ``"ValueError: ..."``, as it can be stored, even if its ``str`` fails."""
     try:
@@ -330,6 +342,16 @@ def describe_error(cause: BaseException | None) -> str:
     except BaseException as error:  # noqa: BLE001 - a broken __str__ must not lose the task
         raise_again_if_interrupt(error)
         text = "(its message cannot be shown)"
-    if isinstance(cause, RemoteError):
+    if issubclass(type(cause), RemoteError):
         return text  # it begins with the type already
     return error_text(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)
+
+
+def _read_cause(cause: BaseException) -> tuple[BaseException, str]:
+    """Return the exception of a handler and its description; one that cannot be looked at is replaced."""
+    error = describe_error(cause)
+    try:
+        isinstance(cause, Overloaded)  # reads its __class__, which may be a property
+    except BaseException:  # noqa: BLE001 - user code
+        cause = RuntimeError(error)
+    return cause, error

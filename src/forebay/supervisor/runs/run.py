@@ -79,8 +79,11 @@ class RunOwner(Protocol):
     def take_slot(self, run: Run) -> None:
         """Take a slot of the run's worker."""
 
-    def return_slot(self, run: Run) -> None:
-        """Return the slot of a run, and start what comes next."""
+    def lend_slot(self, run: Run) -> None:
+        """Lend the slot of a run, and start what comes next."""
+
+    def dispatch(self, worker: WorkerAgent) -> None:
+        """Start as many waiting tasks on `worker` as it has slots for."""
 
     def source_used(self, run: Run, source: LoadSource) -> None:
         """Record that the run is the first of its worker to call `source`."""
@@ -101,6 +104,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     runner: HandlerRunner | None = None
     timer: Timer | None = None
     awaited_tasks: int = 0  # tasks, of any supervisor, that it awaits
+    exemptions: int = 0  # awaits, here or below, for which new runs may have to begin
     slot_loans: int = 0  # tasks that it, or a run below it, awaits and that may need its slot
     abandoned_at: float | None = None  # loop time at which its ticket ended before its handler did
     zombie: bool = False  # abandoned, and still running after the grace
@@ -210,13 +214,34 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """True if it lent its slot, and would now go on without one."""
         return not (self.holds_slot or self.lends_slot or self.ended)
 
+    @property
+    def is_suspended(self) -> bool:
+        """True if it has lent its slot and has not ended."""
+        return not (self.holds_slot or self.ended)
+
     def take_slot(self) -> None:
         """Record that it has a slot of its worker again."""
+        self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
         self.holds_slot = True
 
     def give_slot(self) -> None:
         """Record that it has lent its slot."""
+        self.worker.suspend(self.task.priority, exempt=self.exemptions > 0)
         self.holds_slot = False
+
+    def begin_exemption(self) -> bool:
+        """Count an await, here or below, that may need new runs to begin; return True if it counts as open no more."""
+        self.exemptions += 1
+        first = self.exemptions == 1 and self.is_suspended
+        if first:
+            self.worker.change_exempt(self.task.priority, 1)
+        return first
+
+    def end_exemption(self) -> None:
+        """Stop counting an await that might have needed new runs."""
+        self.exemptions -= 1
+        if not self.exemptions and self.is_suspended:
+            self.worker.change_exempt(self.task.priority, -1)
 
     def begin_await(self) -> None:
         """Count a task that it awaits."""
@@ -334,6 +359,8 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def end(self) -> bool:
         """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
+        if self.is_suspended:
+            self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
         self.ended = True
         held, self.holds_slot = self.holds_slot, False
         return held

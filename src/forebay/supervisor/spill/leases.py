@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from forebay import clock
 from forebay.events import log
@@ -63,6 +64,11 @@ class HeldLeases:
         """Return the leases on tasks, and forget them."""
         held = [self._held.pop(task_id, None) for task_id in task_ids]
         return [each.lease for each in held if each is not None]
+
+    def conversations(self) -> Mapping[str, int]:
+        """Return how many leases are held on tasks of each conversation."""
+        threads = (held.lease.record.thread_id for held in self._held.values())
+        return Counter(thread_id for thread_id in threads if thread_id is not None)
 
     def take_all(self) -> Sequence[Lease]:
         """Return every lease, and forget them."""

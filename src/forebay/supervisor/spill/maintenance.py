@@ -50,6 +50,7 @@ class StoreMaintenance:
         self._max_attempts = max_attempts
         self._running = False
         self._stopped = False
+        self._renewal_failed = False
         self._to_look_up: list[str] = []  # ids
         self._clock_offset: float | None = None  # seconds from `clock.now` to the wall clock, when leases were reaped
         self._reaps_from = 0.0  # by `clock.now`: before that, live leases may look expired
@@ -68,7 +69,11 @@ class StoreMaintenance:
         self._heartbeat.stop()
 
     def _renew_leases(self) -> None:
-        self._stored.leases.renew(self._stored.store)
+        try:
+            self._stored.leases.renew(self._stored.store)
+        except StoreUnavailable:
+            self._renewal_failed = True  # written by the heartbeat's thread, read by the loop
+            raise
 
     def _on_heartbeat(self) -> None:
         if not self._running:  # otherwise the last one takes longer than a third of a lease: leave it to the next beat
@@ -79,6 +84,7 @@ class StoreMaintenance:
         pools = self._core.pools.by_type
         self._stored.check_store()
         try:
+            await self._refiller.recount_conversations()
             await self.reap()
             await self._refiller.recount(list(pools.values()))
             await self._look_up_tickets()
@@ -95,6 +101,9 @@ class StoreMaintenance:
         """Take back records whose holder has let its lease lapse, and report those that are dead."""
         now, wall = clock.now(), clock.wall_time()
         self._watch_clock(now, wall)
+        if self._renewal_failed:  # others could not renew theirs either
+            self._renewal_failed = False
+            self._reaps_from = max(self._reaps_from, now + self._lease / 2)
         if now < self._reaps_from:
             return
         latest = wall + _LONGEST_AHEAD if now >= self._judges_from else math.inf

@@ -28,9 +28,10 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         task_type=task.task_type,
         priority=task.priority,
         envelope=envelope,
-        enqueued_at=clock.wall_time() if ticket.submitted_at is None else ticket.submitted_at,
+        enqueued_at=clock.wall_time() if ticket.place_in_store is None else ticket.place_in_store,
         deadline=None if ticket.deadline is None else ticket.deadline.by_wall_clock(),
         key=task.key,
+        thread_id=task.thread_id,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -13,15 +13,20 @@ from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskS
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
-from forebay.task import TaskResult, TaskStatus
+from forebay.task import Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns, Run
 
 
 class StoredTaskDispatcher(Protocol):
     """The dispatcher, as far as stored tasks need it."""
+
+    @property
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue."""
@@ -74,6 +79,16 @@ class StoredTasks:
         self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
+        self._conversation_moved: Callable[[str], Awaitable[None]] | None = None
+
+    def on_conversation_moved(self, callback: Callable[[str], Awaitable[None]]) -> None:
+        """Call `callback` when a task of a conversation has ended in the store; with the task type."""
+        self._conversation_moved = callback
+
+    def conversation_moved(self, task: Task) -> None:
+        """Look for the next task of the conversation of `task`, whose record has ended or come back."""
+        if task.thread_id is not None and self._conversation_moved is not None:
+            self._core.run_in_background(self._conversation_moved(task.task_type))
 
     @property
     def stays_stored(self) -> bool:
@@ -174,7 +189,7 @@ class StoredTasks:
             self._core.timers.cancel(ticket.clear_expiry())
             self._registry.hold_strongly(task_id)
             self.apply_stored_completion(ticket, found[0], found[1], found[2])
-        elif found[0] is RecordState.WAITING and task_id in self.leased_elsewhere:  # that process has left it again
+        elif found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere:  # that process has left it again
             self.forget_elsewhere(task_id)
             self.wait_in_store(ticket)
 
@@ -237,13 +252,18 @@ class StoredTasks:
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = True
         ticket.end_store_call()
+        task = ticket.task
+        self._left_overflow(ticket)
+        if fence is None and stored:  # without a lease, the record was waiting in the store
+            self._dispatcher.conversations.remove_stored(task.thread_id)
+        self.conversation_moved(task)
         if ticket.done():
             return
         if stored:
             self.forget_elsewhere(ticket.task_id)
-            pool = self._core.pools.by_type.get(ticket.task.task_type)
-            if fence is None and pool is not None:  # without a lease, the record was waiting in the store
-                pool.remove_spilled(ticket.task.priority)
+            pool = self._core.pools.by_type.get(task.task_type)
+            if fence is None and pool is not None and task.thread_id is None:  # else it is counted again, see above
+                pool.remove_spilled(task.priority)
             self._registry.settle(ticket, result)
         elif ticket.pending_store_calls or ticket.lease is not None:
             pass  # it was refilled meanwhile, and that run ends it
@@ -252,10 +272,16 @@ class StoredTasks:
         else:
             self.leave_to_other_process(ticket)
 
+    def _left_overflow(self, ticket: Ticket) -> None:
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        if ticket.nested and pool is not None:
+            pool.remove_nested_spilled(ticket.task_id)
+
     def apply_stored_completion(
         self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion
     ) -> None:
         """End a ticket with the result in the store."""
+        self._left_overflow(ticket)
         self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
             self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way

@@ -163,7 +163,7 @@ class Account:
             return Rejected(reason, "deadline", math.inf, None)
         for budget in self._budgets(request):
             if not budget.can_afford(request.usd, request.priority):
-                return budget.rejection(request.usd)
+                return budget.rejection(request.usd, request.priority)
         if not fits and (quota := self.quotas.quota_too_small_for(now, request.charge)) is not None:
             reason = f"it is larger than {quota} will ever be: ask for less (max_tokens counts), or raise that quota"
             return Rejected(reason, quota, math.inf, None)
@@ -228,7 +228,7 @@ class Account:
             if reservation is None:
                 for other in reserved:
                     other.settle(0.0)
-                return budget.rejection(request.usd)
+                return budget.rejection(request.usd, request.priority)
             reserved.append(reservation)
         return reserved
 
@@ -460,7 +460,7 @@ class Account:
         """Return a rejection if no call of that cost and priority is sent now, however long it waits; else None."""
         budget = self._upstream_budget
         if budget is not None and not budget.can_afford(usd, priority):
-            return budget.rejection(usd)
+            return budget.rejection(usd, priority)
         return self._provider_unavailable(now)
 
     def load_for(self, now: float, request: CallRequest) -> float:

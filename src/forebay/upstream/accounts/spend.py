@@ -14,6 +14,7 @@ from forebay.task import Priority
 from forebay.upstream.call_request import CallRequest, Rejected, SpendReservation
 from forebay.upstream.weak_lru import WeakLRU
 
+_RETURNED_AFTER: Final = 4.0  # seconds, on average, after which reserved dollars may have been returned
 _MAX_TENANTS: Final = 131_072  # budgets of tenants: of those that have spent none is forgotten in its period
 _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last call is longest ago is forgotten first
 
@@ -33,13 +34,16 @@ class SharedBudget:
         with self._lock:
             return self._tracker.can_afford(clock.wall_time(), usd, priority)
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
         """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
         now = clock.wall_time()
         with self._lock:
             budget = self._tracker.budget
             used = budget.usd - self._tracker.remaining(now)
             retry_after = None if usd > budget.usd else self._tracker.resets_in(now)
+            affordable_later = self._tracker.can_afford_unreserved(now, usd, priority)
+        if affordable_later:  # calls under way hold the most that they may cost, and return what they do not
+            retry_after = min(_RETURNED_AFTER * (0.5 + clock.draw()), math.inf if retry_after is None else retry_after)
         period = "in all" if budget.per is None else f"a{'n' if budget.per == 'hour' else ''} {budget.per}"
         reserved = budget.usd * budget.reserved_share
         kept = f", {reserved:,.3g} of it for HIGH and CRITICAL alone" if reserved else ""

@@ -28,19 +28,22 @@ class Decompressor:
 
     Args:
         encoding: the Content-Encoding header, or an empty string.
+        line_cost: bytes for which each line counts, besides its own: for a reader of lines, a million empty ones are a
+            bomb, too.
 
     Attributes:
         readable: whether all bytes so far could be decompressed.
     """
 
-    __slots__ = ("_allowed", "_inflaters", "readable")
+    __slots__ = ("_allowed", "_inflaters", "_line_cost", "readable")
 
-    def __init__(self, encoding: str = "") -> None:
+    def __init__(self, encoding: str = "", *, line_cost: int = 0) -> None:
         names = [name.strip().lower() for name in encoding.split(",")]
         layers = [name for name in reversed(names) if name not in _UNCOMPRESSED]  # the last was applied last
         self.readable = len(layers) <= _MAX_LAYERS and all(name in _GZIP or name == "deflate" for name in layers)
         self._inflaters = [_Inflater(deflate=name == "deflate") for name in layers] if self.readable else []
         self._allowed = _FREE_BYTES
+        self._line_cost = line_cost
 
     @property
     def compressed(self) -> bool:
@@ -68,6 +71,8 @@ class Decompressor:
         for packed in pieces:
             for piece in inflater.feed(packed):
                 self._allowed -= len(piece) or _MEMBER_COST
+                if self._line_cost:
+                    self._allowed -= self._line_cost * (piece.count(b"\n") + piece.count(b"\r"))
                 if self._allowed < 0:
                     self.readable = False
                 if not self.readable:

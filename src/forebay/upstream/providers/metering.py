@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.json_text import replace_lone_surrogates
-from forebay.upstream.providers.request import ESCAPED_LETTER, ProviderRequest
+from forebay.upstream.providers.request import ProviderRequest
 
 _MAX_SHOWN: Final = 50  # characters of a tool's type in a message
 
@@ -21,6 +21,10 @@ _METERED_TOOLS: Final = re.compile(
     r"|web_fetch_\w+|computer|computer_use_preview|computer_\w+|bash_\d+|text_editor_\d+|memory_\d+|browser_\w+"
 )
 _SEARCH_TOOL: Final = re.compile(rb'"type"\s*:\s*"web_search')
+_AUDIO_PART: Final = b'"input_audio"'
+_STORED: Final = re.compile(rb'"file_(?:id|url)"\s*:\s*"')
+_ESCAPE: Final = b"\\u00"
+_ESCAPED_LETTER: Final = re.compile(rb"\\u00[4-7]")  # no encoder writes it
 _TYPE: Final = re.compile(rb'"type"\s*:\s*"([a-z0-9_]+)"')
 _SCHEMA_TYPES: Final = frozenset(
     {b"function", b"custom", b"object", b"string", b"number", b"integer", b"boolean", b"array", b"null"}
@@ -54,6 +58,8 @@ def find_unpriced(request: ProviderRequest) -> str:
         return request.billing_reason
     if request.background and request.max_output_tokens is None:
         return "a response in the background is paid before its usage is known: give it max_output_tokens"
+    if request.stored_prompt:
+        return "it names a stored prompt, whose tools and input are not told: send them in the request"
     if request.endpoint is Endpoint.IMAGES and request.stream and request.choices > 1:
         return "a stream of several images does not report their usage together"
     return _find_unpriced_tool(bytes(request.tools)) if request.tools else ""
@@ -63,6 +69,35 @@ def expected_searches(request: ProviderRequest) -> int:
     """Return how many searches of the web a request is expected to make at its provider."""
     by_tool = bool(request.tools) and _SEARCH_TOOL.search(bytes(request.tools)) is not None
     return _EXPECTED_SEARCHES if by_tool else request.searches
+
+
+class UnseenInput(NamedTuple):
+    """The parts of a request whose tokens its text does not tell.
+
+    Attributes:
+        audio: whether it sends or asks for sound, whose tokens are many times as dear as those of text.
+        stored: how many files and conversations it refers to.
+    """
+
+    audio: bool
+    stored: int
+
+
+def find_unseen_input(request: ProviderRequest) -> UnseenInput:
+    """Return what a request sends besides its text."""
+    content = _without_escapes(bytes(request.content)) if request.content else b""
+    stored = len(_STORED.findall(content)) if b'"file_' in content else 0
+    return UnseenInput(request.asks_for_audio or _AUDIO_PART in content, stored + request.conversation)
+
+
+def _without_escapes(text: bytes) -> bytes:
+    """Return JSON without letters that are written as escapes, in which a word could hide."""
+    if _ESCAPE not in text or _ESCAPED_LETTER.search(text) is None:
+        return text
+    try:
+        return msgspec.json.encode(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return text
 
 
 def _find_unpriced_tool(tools: bytes) -> str:
@@ -75,7 +110,7 @@ def _find_unpriced_tool(tools: bytes) -> str:
     for kind in kinds:
         if kind is not None and not (isinstance(kind, str) and _METERED_TOOLS.fullmatch(kind)):
             return f"its provider bills the tool {str(kind)[:_MAX_SHOWN]!r} apart from the tokens"
-    unusual = ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
+    unusual = _ESCAPED_LETTER.search(tools) or not _SCHEMA_TYPES.issuperset(_TYPE.findall(tools))
     if unusual and _repeats_a_key(tools, everywhere=True):
         return "its tools have a key twice, or written in escapes"
     return ""

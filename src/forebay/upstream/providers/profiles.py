@@ -12,7 +12,7 @@ from forebay.interfaces import Charge
 from forebay.quota import BilledUsage
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.include_usage import with_include_usage
-from forebay.upstream.providers.metering import expected_searches
+from forebay.upstream.providers.metering import expected_searches, find_unseen_input
 from forebay.upstream.providers.request import ProviderRequest, read_request
 from forebay.upstream.providers.usage import Usage
 
@@ -106,7 +106,8 @@ class ProviderProfile:
         """
         if request.billing is Billing.CHARACTERS:
             return BilledUsage(characters=request.characters)
-        sent = -int(-request.input_tokens * max(1.0, input_ratio) // 1) + _STORED_INPUT * request.stored_inputs
+        unseen = find_unseen_input(request)
+        sent = -int(-request.input_tokens * max(1.0, input_ratio) // 1) + _STORED_INPUT * unseen.stored
         if request.previous_response_id is not None:
             sent += _STORED_INPUT if continued_tokens is None else continued_tokens
         if request.endpoint is Endpoint.IMAGES:
@@ -119,8 +120,8 @@ class ProviderProfile:
         return BilledUsage(
             input_tokens=sent,
             output_tokens=received,
-            input_audio_tokens=sent if request.uses_audio else 0,
-            output_audio_tokens=received if request.uses_audio else 0,
+            input_audio_tokens=sent if unseen.audio else 0,
+            output_audio_tokens=received if unseen.audio else 0,
             web_searches=expected_searches(request),
             tier=request.tier,
         )

@@ -22,9 +22,6 @@ _MAX_SHOWN: Final = 50  # characters of a header in a message
 _DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
 _MINI_IMAGE: Final = 25_501  # tokens of an image on gpt-4o-mini: 2,833 and 5,667 a tile (OpenAI, "Images and vision")
 _SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
-_AUDIO_PART: Final = b'"input_audio"'
-_STORED: Final = re.compile(rb'"(?:file_id|file_url)"\s*:\s*"')
-ESCAPED_LETTER: Final = re.compile(rb"\\u00[4-7]")  # no encoder writes it
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 
@@ -67,9 +64,11 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         response_id: of the response that it fetches or cancels, or None.
         characters: of the text that it asks to be spoken.
         searches: searches of the web that it makes without a tool.
-        uses_audio: whether it sends or asks for sound.
+        asks_for_audio: whether it asks for sound.
         previous_response_id: of the stored response that it continues, or None.
-        stored_inputs: how many files and conversations it refers to, whose length is not told.
+        conversation: whether it continues a conversation that the provider stores.
+        stored_prompt: whether it names a prompt that the provider stores.
+        content: its messages or other input, as JSON, or empty.
         tools: as JSON, or empty.
     """
 
@@ -92,9 +91,11 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     response_id: str | None = None
     characters: int = 0
     searches: int = 0
-    uses_audio: bool = False
+    asks_for_audio: bool = False
     previous_response_id: str | None = None
-    stored_inputs: int = 0
+    conversation: bool = False
+    stored_prompt: bool = False
+    content: msgspec.Raw = _NOTHING
     tools: msgspec.Raw = _NOTHING
 
     @property
@@ -230,9 +231,11 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
         background=read.background is True,
         characters=_spoken(read.input) if route is Endpoint.SPEECH else 0,
         searches=int(bool(read.web_search_options) or (model is not None and _SEARCH_MODEL.search(model) is not None)),
-        uses_audio=_uses_audio(read),
+        asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
         previous_response_id=previous if isinstance(previous, str) else None,
-        stored_inputs=_count_stored_inputs(read),
+        conversation=read.conversation is not None,
+        stored_prompt=route is Endpoint.RESPONSES and bytes(read.prompt).startswith(b"{"),
+        content=read.messages or read.input,
         tools=read.tools,
     )
 
@@ -334,29 +337,6 @@ def _spoken(text: msgspec.Raw) -> int:
         return len(msgspec.json.decode(text, type=str))
     except (msgspec.MsgspecError, ValueError):
         return 0
-
-
-def _uses_audio(read: _RequestBody) -> bool:
-    """Return whether sound is sent or asked for: its tokens are many times as dear as those of text."""
-    if isinstance(read.modalities, list) and "audio" in read.modalities:
-        return True
-    return any(_AUDIO_PART in _without_escapes(bytes(part)) for part in (read.messages, read.input) if part)
-
-
-def _count_stored_inputs(read: _RequestBody) -> int:
-    """Return how many files and conversations a request refers to."""
-    parts = [_without_escapes(bytes(part)) for part in (read.messages, read.input) if part]
-    return sum(len(_STORED.findall(part)) for part in parts) + (read.conversation is not None)
-
-
-def _without_escapes(text: bytes) -> bytes:
-    """Return JSON without letters that are written as escapes, in which a word could hide."""
-    if ESCAPED_LETTER.search(text) is None:
-        return text
-    try:
-        return msgspec.json.encode(msgspec.json.decode(text))
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return text
 
 
 def _name(model: object) -> str | None:

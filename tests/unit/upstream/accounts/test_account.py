@@ -74,7 +74,8 @@ class EndlessBudget:
         self.held += usd
         return EndlessReservation(self, usd)
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
+        del priority
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
 
 

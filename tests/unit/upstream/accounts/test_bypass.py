@@ -189,7 +189,8 @@ class ConstantBudget:
         del usd, priority
         return NothingHeld()
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
+        del priority
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
 
 

@@ -74,7 +74,8 @@ class NoonBudget:
         reservation = self.tracker.try_reserve(43_200.0, usd, priority)
         return None if reservation is None else NoonReservation(self.tracker, reservation)
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
+        del priority
         return Rejected(f"{usd} is too much", "budget", 1.0, None)
 
 

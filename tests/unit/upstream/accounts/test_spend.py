@@ -50,6 +50,21 @@ def test_two_accounts_that_both_see_the_last_dollar_spend_it_once() -> None:
     assert (account.in_flight, account.counts.sent) == (0, 0)
 
 
+def test_dollars_that_calls_under_way_hold_may_be_returned_soon() -> None:
+    budget = SharedBudget("the budget of a", Budget(usd=10, per="day", reserved_share=0.1))
+    held = budget.try_reserve(6.0, Priority.NORMAL)
+    assert held is not None
+    soon = budget.rejection(5.0, Priority.NORMAL).retry_after
+    assert soon is not None
+    assert soon <= 6.0
+    for too_much in (9.5, 10.5):  # nothing that is returned makes room for that
+        later = budget.rejection(too_much, Priority.NORMAL).retry_after
+        assert later is None or later != pytest.approx(4.0, abs=2.0)
+    held.settle(6.0)
+    later = budget.rejection(5.0, Priority.NORMAL).retry_after
+    assert later == pytest.approx(budget.resets_in(), abs=1.0)
+
+
 class Suspended:
     """An account that its provider has refused for money, with short names for the operations of a test."""
 

@@ -84,7 +84,7 @@ def test_tenants_beyond_the_bound_share_one_budget(few_tenants: UpstreamBudgets)
     spend_all(few_tenants, tenant("another"))
     assert not can_spend(few_tenants, tenant("yet another"))
     (shared,) = few_tenants.for_request(tenant("yet another"))
-    assert "all tenants beyond 50 share" in shared.rejection(0.01).reason
+    assert "all tenants beyond 50 share" in shared.rejection(0.01, NORMAL).reason
     assert all(not can_spend(few_tenants, tenant(f"spender {number}")) for number in range(50))
 
 

@@ -104,6 +104,14 @@ def test_empty_members_count_too() -> None:
     assert not decompressor.readable
 
 
+def test_for_a_reader_of_lines_a_million_lines_are_a_bomb() -> None:
+    lines = gzip.compress(b"\n" * 1_000_000)
+    assert sum(map(len, Decompressor("gzip").feed(lines))) == 1_000_000
+    decompressor = Decompressor("gzip", line_cost=64)
+    assert sum(map(len, decompressor.feed(lines))) < 20_000
+    assert not decompressor.readable
+
+
 def test_of_a_long_body_the_end_is_read() -> None:
     text = b"".join(b"%d," % number for number in range(100_000))
     end = decompress_end("gzip", gzip.compress(text), least=1000)

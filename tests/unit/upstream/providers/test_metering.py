@@ -101,6 +101,12 @@ def test_a_response_in_the_background_needs_a_bound() -> None:
     assert not unpriced(background=True, max_output_tokens=100)
 
 
+def test_a_stored_prompt_is_unpriced() -> None:
+    assert "stored prompt" in unpriced(prompt={"id": "pmpt_1"})
+    assert not unpriced(prompt=None)
+    assert not unpriced("/v1/completions", prompt="{")
+
+
 @pytest.mark.parametrize("method", ["GET", "DELETE", "OPTIONS", "PUT", "PATCH"])
 def test_a_body_for_a_priced_endpoint_is_read_by_any_method(method: str) -> None:
     request = OPENAI.read_request(method, "/v1/chat/completions", {}, json.dumps(BODY).encode())
