@@ -15,6 +15,7 @@ from tests.unit.upstream.httpx_binding.wire import REQUEST, Reply, Script, words
 
 from forebay import Upstream
 from forebay.testing import now, virtual
+from forebay.upstream.accounts import open_answers
 
 pytestmark = pytest.mark.blocks  # a collection runs the finalizers of whatever an SDK has left
 MESSAGE = b'data: {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "The"}}\n\n'
@@ -52,10 +53,10 @@ async def test_a_stream_of_openai_that_is_left_by_break_returns_its_permit() -> 
     script = script_of(openai, *words("The ", "Danube."))
     client = openai.AsyncOpenAI(api_key="sk-1", base_url="https://provider.test/v1", http_client=script.client())
     bound = llm.bind(client)
-    for _ in range(40):
+    for _ in range(12):
         await leave_openai(bound)
-    assert now() < 40.0
-    assert len(script.requests) == 40
+    assert now() < 20.0
+    assert len(script.requests) == 12
 
 
 @virtual
@@ -120,8 +121,9 @@ async def test_a_stream_that_is_not_read_is_left_alone_while_no_call_waits() -> 
     assert (await anext(parts)).choices[0].delta.content == "Danube."
 
 
-def test_threads_that_leave_each_stream_while_they_hold_the_one_before_go_on() -> None:
-    llm = Upstream("llm", provider="openai", max_concurrent=2, max_wait=4.0)
+def test_threads_that_leave_each_stream_while_they_hold_the_one_before_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_answers, "_PATIENCE", 0.5)
+    llm = Upstream("llm", provider="openai", max_concurrent=2)
     script = script_of(openai, *words("The ", "Danube."))
     client = openai.OpenAI(api_key="sk-1", base_url="https://provider.test/v1", http_client=script.blocking_client())
     bound = llm.bind(client)

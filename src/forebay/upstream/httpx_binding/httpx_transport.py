@@ -6,6 +6,7 @@ import _thread
 import asyncio
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from functools import cache
 from types import ModuleType
@@ -19,7 +20,7 @@ from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers
 
 
-class OpenBody:
+class OpenBody(ABC):
     """The body of a streaming answer, whose reader may drop it or stop reading. It is an `OpenAnswer`.
 
     Args:
@@ -41,9 +42,9 @@ class OpenBody:
         """See `OpenAnswer`."""
         return self._stream.settled
 
+    @abstractmethod
     def take_back(self) -> None:
         """See `OpenAnswer`."""
-        raise NotImplementedError
 
     def _pass_on(self) -> None:
         """Note that the reader gets a part now."""
