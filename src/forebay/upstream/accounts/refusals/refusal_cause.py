@@ -10,7 +10,7 @@ _RECENT: Final = 10.0  # seconds in which a call that was accepted contradicts a
 _NAMED: Final = 5.0  # weight of words or headers that name a rate, in refusals
 _ENOUGH: Final = 4.0  # score from which a rate is the likely cause ...
 _ENOUGH_MEASURED: Final = 0.0  # ... where a rate has been measured, which explains the refusal
-_MAX_SCORE: Final = 8.0
+_MAX_SCORE: Final = 6.0
 _MIN_SCORE: Final = -3.0
 _DECAY: Final = 0.1  # of the score for each accepted call: stray refusals, a few in a hundred, do not add up
 _MAX_REFUSALS: Final = 64  # that are remembered
@@ -97,13 +97,14 @@ class RefusalCause:
             self._count(-1.0)
 
     def _contradict(self, sent_at: float, in_flight: int) -> None:
-        """Count the refusals that a call accepted with `in_flight` calls in flight contradicts."""
+        """Count the refusals that a call accepted with `in_flight` calls in flight contradicts, as one."""
         while self._open and self._open[0].at < sent_at - _RECENT:
             self._open.popleft()
         contradicted = [refusal for refusal in self._open if refusal.at < sent_at and refusal.in_flight <= in_flight]
+        if contradicted:
+            self._count(2.0)  # they were counted against a rate
         for refusal in contradicted:
             self._open.remove(refusal)
-            self._count(2.0)  # it was counted against a rate
 
     def _count(self, evidence: float) -> None:
         self._score = max(_MIN_SCORE, min(_MAX_SCORE, self._score + evidence))

@@ -46,6 +46,15 @@ def test_a_refusal_that_a_later_call_contradicts_speaks_for_a_rate() -> None:
     assert is_rate(cause)
 
 
+def test_refusals_that_one_accepted_call_contradicts_are_one_piece_of_evidence() -> None:
+    cause = RefusalCause()
+    accept(cause, 0.0, 6)
+    for tenth in range(10, 20):
+        refuse(cause, tenth / 5, 7)
+    accept(cause, 5.0, 7)  # one call ended in the same moment as this one began
+    assert not is_rate(cause)
+
+
 def test_calls_that_were_refused_do_not_count_as_in_flight_at_the_provider() -> None:
     cause = RefusalCause()
     accept(cause, 0.0, 8)
