@@ -14,6 +14,7 @@ from forebay.limit.base import Grant
 _MIN_SAMPLE, _MAX_SAMPLE = 8, 64  # calls in a sample: as many as the limit, between these
 _CHECKS: Final = 8  # comparisons while a sample is replaced: each takes microseconds
 _CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
+_SURE: Final = 4.0  # ... and from which they are faster: else the norm would be the fastest of many samples
 _LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
 _PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
 _FEW: Final = 20  # calls in flight
@@ -212,7 +213,7 @@ class SlowdownExperiment:
             self.slow, self._slow_since = False, math.inf
             if len(latest) >= _MIN_SAMPLE:
                 self.tried = max(self.tried, self._in_flight)
-            if len(latest) == size and rank_z(self._norm, sorted(latest), _SLOW) >= _CERTAIN:
+            if len(latest) == size and rank_z(self._norm, sorted(latest), _SLOW) >= _SURE:
                 self._norm = sorted(latest)
             return None
         self.slow, self._slow_since = True, min(self._slow_since, now)
@@ -228,7 +229,8 @@ class SlowdownExperiment:
     ) -> ExperimentResult:
         self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
         fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
-        share = max(_LOWERED if proven else _LOWEST, min(_LOWERED, fast))
+        bold = self._our_load or (in_flight <= _FEW and not proven)
+        share = max(_LOWEST, min(_LOWERED, fast)) if bold else _LOWERED
         self.target_limit = max(1.0, float(round(share * min(level, self._used))))
         self.stage, self._known_at = ExperimentStage.LOWERED, now
         self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
