@@ -19,8 +19,8 @@ _LIKELY: Final = 2.5  # ... and from which they have got faster, once they were 
 _PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
 _FEW: Final = 20  # calls in flight
 _SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not worth an experiment
-_LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves, at most ...
-_LOWEST: Final = 0.5  # ... and at least
+_LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves
+_LOWEST, _LEAST = 0.5, 0.8  # ... once our load is known to be the cause: at least, at most
 _HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
 _UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
 _FIRST_PAUSE: Final = 30.0  # seconds from an experiment that found nothing to the next
@@ -230,8 +230,8 @@ class SlowdownExperiment:
         self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
         fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
         bold = self._our_load or (in_flight <= _FEW and not proven)
-        share = max(_LOWEST, min(_LOWERED, fast)) if bold else _LOWERED
-        self.target_limit = max(1.0, float(round(share * min(level, self._used))))
+        share = max(_LOWEST, min(_LEAST, fast)) if bold else _LOWERED
+        self.target_limit = max(1.0, min(round(share * min(level, self._used)), self._used - 1.0))
         self.stage, self._known_at = ExperimentStage.LOWERED, now
         self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
         return ExperimentResult.LOWER
