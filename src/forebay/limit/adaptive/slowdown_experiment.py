@@ -231,7 +231,7 @@ class SlowdownExperiment:
         fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
         bold = self._our_load or (in_flight <= _FEW and not proven)
         share = max(_LOWEST, min(_LEAST, fast)) if bold else _LOWERED
-        self.target_limit = max(1.0, min(round(share * min(level, self._used)), self._used - 1.0))
+        self.target_limit = max(1.0, float(round(share * min(level, self._used))))
         self.stage, self._known_at = ExperimentStage.LOWERED, now
         self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
         return ExperimentResult.LOWER
@@ -240,7 +240,7 @@ class SlowdownExperiment:
         """Compare the calls under the lower limit with those before."""
         calls, before = self._lowered, self._before
         share = min(1.0, calls.in_flight / self._in_flight_before)
-        enough = _PROBABLE if self._in_flight_before <= _FEW else _LIKELY
+        enough = _PROBABLE if self._in_flight_before <= _FEW and calls.complete else _LIKELY
         if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
             return self._restore(now) if calls.complete else None
         median = sorted(calls.slowdowns)[len(calls.slowdowns) // 2]
