@@ -28,7 +28,10 @@ from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
-from forebay.limit import AdaptiveLimit
+from forebay.limit import AdaptiveLimit, Grant
+from forebay.limit.adaptive.limit_probe import LimitProbe
+from forebay.limit.adaptive.refusal_detector import RefusalDetector
+from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
 from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price, rate_limiter
 from forebay.quota.observed import ObservedLimit
@@ -515,6 +518,40 @@ def a_refusal_of_an_earlier_epoch_lowers_the_limit_again() -> None:
         original(self, now, msgspec.structs.replace(grant, epoch=self.epoch), outcome, slowdown=slowdown)
 
     replace(AdaptiveLimit, original, observe)
+
+
+# --- the limit where refusals and slow calls say little ---
+
+
+def a_refusal_is_never_contradicted() -> None:
+    def contradict(self: RefusalDetector, grant: Grant) -> int:
+        return grant.in_flight
+
+    replace(RefusalDetector, RefusalDetector._contradict, contradict)
+
+
+def a_late_refusal_is_not_waited_for() -> None:
+    def accepted(self: AdaptiveLimit, now: float, grant: Grant) -> None:
+        self._confirm(now, grant)
+
+    replace(AdaptiveLimit, AdaptiveLimit.accepted, accepted)
+
+
+def a_refused_probe_is_repeated_as_soon_as_ever() -> None:
+    always(LimitProbe, LimitProbe.record_failure, returns=None)
+
+
+def an_experiment_that_made_nothing_faster_keeps_its_limit() -> None:
+    original = SlowdownExperiment._restore
+
+    def restore(self: SlowdownExperiment, now: float) -> ExperimentResult:
+        self._our_load, self._limit_before = True, self.target_limit
+        return original(self, now)
+
+    replace(SlowdownExperiment, original, restore)
+
+
+# --- retries are bounded ---
 
 
 def nobody_asks_the_retry_budget() -> None:

@@ -47,6 +47,7 @@ from tests.mutation import bugs
 from tests.simulation import test_blame
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
+from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
 from tests.unit.quota import test_observed, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
@@ -213,6 +214,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_decisions.test_throttled_calls_and_retried_attempts_never_open_the_breaker
     ),
     bugs.a_refusal_of_an_earlier_epoch_lowers_the_limit_again: test_limit.test_refusals_of_one_epoch_lower_a_limit_once,
+    bugs.a_refusal_is_never_contradicted: test_refusal_detector.test_regular_stray_refusals_become_the_background,
+    bugs.a_late_refusal_is_not_waited_for: test_adaptive.test_refusals_that_come_late_are_learned_to_be_late,
+    bugs.a_refused_probe_is_repeated_as_soon_as_ever: test_adaptive.test_a_limit_of_few_slots_is_probed_rarely,
+    bugs.an_experiment_that_made_nothing_faster_keeps_its_limit: (
+        test_slowdown_experiment.test_calls_that_are_slow_for_another_reason_restore_the_limit
+    ),
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
     bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),

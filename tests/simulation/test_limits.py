@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import pytest
 from bench import recovery
-from bench.calls.limits import LIMITS, OURS
+from bench.calls.limits import LIMITS, OURS, UPSTREAM
 from bench.calls.scenarios import SCENARIOS
+from bench.calls.upstream_run import UpstreamRun
 
 from forebay.interfaces import Outcome
 from forebay.limit import AdaptiveLimit, Grant
@@ -32,6 +33,21 @@ MIN_SHARES = {  # of the ideal scheduler's work; slightly less than measured, be
 }
 
 
+MOST_REFUSED = {  # least of the reference's work, and most of the calls refused, where refusals say little
+    "refuses after 30 s": (0.93, 0.1),
+    "40,000 tokens in flight": (0.93, 0.6),
+    "10 replicas of 5": (0.95, 0.45),
+    "50 replicas of 1": (0.45, 0.45),
+    "1 slot for 3 s of each 20": (0.95, 0.06),
+    "1 slot for new calls, 3 s of each 20": (0.85, 0.25),
+    "1 slot": (0.95, 0.1),
+    "2 slots": (0.95, 0.06),
+    "3 slots": (0.95, 0.05),
+    "2 slots, shared": (0.8, 0.0),
+    "latency noise of 0.8": (0.93, 0.01),
+}
+
+
 def share(scenario: str, limit: str, *, seed: int = 5) -> float:
     found = SCENARIOS[scenario]
     record = found.run(limit, LIMITS[limit](found.config.slots), seed)
@@ -41,6 +57,30 @@ def share(scenario: str, limit: str, *, seed: int = 5) -> float:
 @pytest.mark.parametrize("scenario", MIN_SHARES)
 def test_the_adaptive_limit_gets_the_goodput_of_an_oracle(scenario: str) -> None:
     assert share(scenario, OURS) >= MIN_SHARES[scenario]
+
+
+@pytest.mark.parametrize("scenario", MOST_REFUSED)
+def test_the_adaptive_limit_gets_what_can_be_had_where_refusals_say_little(scenario: str) -> None:
+    found, (least, most) = SCENARIOS[scenario], MOST_REFUSED[scenario]
+    record = found.run(OURS, AdaptiveLimit(), 5)
+    assert record.work(60, 600) >= least * found.run("oracle", None, 5).work(60, 600)
+    assert record.share_refused(60, 600) <= most
+
+
+@pytest.mark.slow
+def test_the_adaptive_limit_follows_a_capacity_that_goes_up_and_down_within_a_minute() -> None:
+    found = SCENARIOS["15 to 105 slots, a sine of a minute"]
+    record = found.run(OURS, AdaptiveLimit(), 5)
+    assert record.work(60, 600) >= 0.88 * found.run("oracle", None, 5).work(60, 600)
+    assert record.share_refused(60, 600) <= 0.25
+
+
+@pytest.mark.slow
+def test_an_upstream_sees_no_limit_where_there_is_none() -> None:
+    """Check an hour of calls whose latency varies much by chance, through a whole upstream."""
+    found = SCENARIOS["no limit, latency noise of 0.8"]
+    record = UpstreamRun(found.config, found.callers(UPSTREAM), seed=1).run()
+    assert record.work(60, 3600) >= 0.95 * found.run("oracle", None, 1).work(60, 3600)
 
 
 @pytest.mark.slow

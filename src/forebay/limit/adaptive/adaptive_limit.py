@@ -55,7 +55,7 @@ class AdaptiveLimit(Limit):
         InvalidSetting: not two whole numbers with 1 <= initial_limit <= max_limit.
     """
 
-    def __init__(self, *, initial_limit: int = 5, max_limit: int = 10_000) -> None:
+    def __init__(self, *, initial_limit: int = 10, max_limit: int = 10_000) -> None:
         super().__init__(initial_limit=initial_limit, max_limit=max_limit)
         self._history = LimitHistory()
         self._detector = RefusalDetector()

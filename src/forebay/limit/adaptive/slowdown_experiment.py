@@ -11,17 +11,20 @@ from typing import Final
 
 from forebay.limit.base import Grant
 
-_MIN_SAMPLE, _MAX_SAMPLE = 8, 64  # calls in a sample: as many as the limit, between these
-_CHECKS: Final = 8  # comparisons while a sample is replaced: each takes microseconds
+_MIN_SAMPLE, _MAX_SAMPLE = 8, 128  # calls in a sample: as many as the limit, between these
+_CHECKS: Final = 4  # comparisons while a sample is replaced: each takes microseconds
 _CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
+_SURE: Final = 4.0  # ... and from which they are faster: else the norm would be the fastest of many samples
 _LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
 _PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
 _FEW: Final = 20  # calls in flight
 _SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not worth an experiment
-_LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves, at most ...
-_LOWEST: Final = 0.5  # ... and at least
+_LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves
+_LOWEST, _LEAST = 0.5, 0.8  # ... once our load is known to be the cause: at least, at most
+_NOISY: Final = 2.0  # upper quartile of the slowdowns over the lower one, from which latency varies much by chance
 _HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
 _UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
+_TINY: Final = 1e-9  # of a slowdown
 _FIRST_PAUSE: Final = 30.0  # seconds from an experiment that found nothing to the next
 _MAX_PAUSE: Final = 240.0  # seconds; each experiment that found nothing doubles the pause up to this
 _PASSES_AFTER: Final = 60.0  # seconds after which most slowdowns that we do not cause are over
@@ -212,7 +215,7 @@ class SlowdownExperiment:
             self.slow, self._slow_since = False, math.inf
             if len(latest) >= _MIN_SAMPLE:
                 self.tried = max(self.tried, self._in_flight)
-            if len(latest) == size and rank_z(self._norm, sorted(latest), _SLOW) >= _CERTAIN:
+            if len(latest) == size and rank_z(self._norm, sorted(latest), _SLOW) >= _SURE:
                 self._norm = sorted(latest)
             return None
         self.slow, self._slow_since = True, min(self._slow_since, now)
@@ -227,8 +230,12 @@ class SlowdownExperiment:
         self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool
     ) -> ExperimentResult:
         self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
-        fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
-        share = max(_LOWERED if proven else _LOWEST, min(_LOWERED, fast))
+        fast = self._norm[len(self._norm) // 2] / max(self._before[len(self._before) // 2], _TINY)
+        bold = self._our_load or (in_flight <= _FEW and not proven)
+        if self._before[3 * len(self._before) // 4] > _NOISY * self._before[len(self._before) // 4]:
+            share = _LOWEST  # a smaller step would be lost among the differences between calls
+        else:
+            share = max(_LOWEST, min(_LEAST, fast)) if bold else _LOWERED
         self.target_limit = max(1.0, float(round(share * min(level, self._used))))
         self.stage, self._known_at = ExperimentStage.LOWERED, now
         self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
@@ -238,7 +245,7 @@ class SlowdownExperiment:
         """Compare the calls under the lower limit with those before."""
         calls, before = self._lowered, self._before
         share = min(1.0, calls.in_flight / self._in_flight_before)
-        enough = _PROBABLE if self._in_flight_before <= _FEW else _LIKELY
+        enough = _PROBABLE if self._in_flight_before <= _FEW and calls.complete else _LIKELY
         if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
             return self._restore(now) if calls.complete else None
         median = sorted(calls.slowdowns)[len(calls.slowdowns) // 2]
