@@ -44,6 +44,7 @@ _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, agai
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
+_UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -141,7 +142,7 @@ class Account:
         wait = f"would wait about {format_duration(seconds)} for {limited_by}"
         if seconds > self._max_wait:
             reason = f"a call {wait}, longer than max_wait allows: {format_duration(self._max_wait)}"
-        elif seconds > self.durations.acceptable_wait(now, request):
+        elif seconds > self._acceptable_wait(now, request, limited_by):
             reason = f"it {wait}, too much of the {format_duration(request.deadline - now)} to its deadline"
         else:
             return Queued(seconds, limited_by)
@@ -399,7 +400,7 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            self.quotas.settle(now, permit.reservation, used)
+            self.quotas.settle(now, permit.reservation, used, failed=outcome.kind is Outcome.FAULT)
         usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)
@@ -504,8 +505,12 @@ class Account:
         rejection = self._rejection(now, request)
         if rejection is not None:
             return max(1.0, rejection.load)
-        seconds, _ = self.expected_wait(now, request)
-        return math.inf if seconds > self.durations.acceptable_wait(now, request) else seconds / self._max_wait
+        seconds, limited_by = self.expected_wait(now, request)
+        return math.inf if seconds > self._acceptable_wait(now, request, limited_by) else seconds / self._max_wait
+
+    def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
+        """Return the seconds that a call may be expected to wait: longer for a quota, whose wait is known well."""
+        return self.durations.acceptable_wait(since, request, certain=limited_by not in _UNCERTAIN)
 
     def load(self, now: float, request: CallRequest, priority: Priority) -> tuple[float, str]:
         """Return the expected wait of the next such call over `max_wait`, and what limits it; 1.0 while blocked."""
