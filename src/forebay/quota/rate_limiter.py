@@ -190,8 +190,8 @@ class RateLimiter:
             now: when it ended.
             reservation: of the call.
             used: by the call.
-            failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not counted,
-                since the next header corrects that; a given one as counted.
+            failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not
+                counted, since the next header corrects that; a given one as counted.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
