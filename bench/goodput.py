@@ -16,14 +16,13 @@ from typing import Final
 from bench.calls.charts import plot_goodput_by_load, plot_goodput_by_scenario
 from bench.calls.limits import LIMITS, OURS, UPSTREAM, select
 from bench.calls.parallel_runs import CHARTS, SEEDS, rounded_median, run_parallel
-from bench.calls.scenarios import MINUTES, SCENARIOS, WARM_UP
+from bench.calls.scenarios import SCENARIOS, WARM_UP
 from bench.calls.upstream_run import UpstreamRun
 
 LOADS: Final = (1.0, 2.0, 4.0, 7.0, 10.0)  # times the capacity
 QUICK: Final = ("steady", "halved and back", "silent slowdown", "1 % background refusals", "outage of a minute")
 NAMES: Final = (UPSTREAM, *LIMITS)
 _ORACLE: Final = "oracle"
-_END: Final = 60 * MINUTES
 
 
 def one(case: tuple[str, str, float | None, int]) -> tuple[float, float]:
@@ -34,7 +33,8 @@ def one(case: tuple[str, str, float | None, int]) -> tuple[float, float]:
         record = UpstreamRun(scenario.config, scenario.callers(limit), seed=seed).run()
     else:
         record = scenario.run(limit, None if limit == _ORACLE else LIMITS[limit](scenario.config.slots), seed)
-    return record.work(WARM_UP, _END), record.share_refused(WARM_UP, _END)
+    end = 60 * scenario.minutes
+    return record.work(WARM_UP, end), record.share_refused(WARM_UP, end)
 
 
 def measure(name: str, load: float | None, limits: Sequence[str], seeds: int) -> dict[str, tuple[float, float]]:

@@ -50,6 +50,7 @@ class Callers:
         resubmissions: how often a caller submits again that got no answer in time.
         base_delay: seconds of the first backoff at most.
         max_delay: seconds of any backoff at most.
+        lengths: draws the input and output tokens of a call.
     """
 
     rate: Callable[[float], float]
@@ -61,6 +62,7 @@ class Callers:
     resubmissions: int = 0
     base_delay: float = 0.5
     max_delay: float = 8.0
+    lengths: Callable[[random.Random], tuple[int, int]] = Traffic.conversation().lengths
 
 
 @dataclass(slots=True, eq=False)
@@ -164,7 +166,7 @@ class LimitRun:
         rng = self._arrivals
         rate = self.callers.rate(self.now)
         if rate > 0:
-            self._submit(self._traffic.lengths(rng), self.callers.resubmissions)
+            self._submit(self.callers.lengths(rng), self.callers.resubmissions)
         self._at(self.now + (self._traffic.interarrival(rng, rate) if rate > 0 else 1.0), self._arrive)
 
     def _submit(self, tokens: tuple[int, int], resubmissions: int) -> None:
@@ -226,6 +228,8 @@ class LimitRun:
             self._at(self.now + ACCEPTED_AFTER, lambda: self._accept(job, grant))
             return
         delay = self.config.refusal_delay
+        if delay > ACCEPTED_AFTER:
+            self._at(self.now + ACCEPTED_AFTER, lambda: self._accept(job, grant))
         self._at(self.now + delay, lambda: self._handle_refusal(job, answer.reason, answer.retry_after))
 
     def _accept(self, job: CallerJob, grant: Grant) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Final
 from bench.baselines.oracle_limit import OracleLimit
 from bench.baselines.semaphore import SEMAPHORE, retrying_inside
 from bench.calls.limit_run import Callers, LimitRun, QuotaPacer, RunRecord
-from forebay.limit import Limit
+from forebay.limit import FixedLimit, Limit
 from forebay.simulation import Traffic
 from forebay.simulation.provider.provider_config import (
     AccelerationLimit,
@@ -53,6 +54,10 @@ class Scenario:
         duration_error: the expected duration of a call over the true one.
         queued_per_slot: calls that may wait, for each slot.
         processes: upstreams that share the key and know nothing of each other.
+        best_fixed: the fixed limit that does best here, instead of the oracle, where no capacity can be known.
+        demand: calls a second that are offered, instead of `offered`.
+        minutes: how long it takes.
+        lengths: draws the input and output tokens of a call.
     """
 
     config: ProviderConfig
@@ -62,6 +67,10 @@ class Scenario:
     duration_error: float = 1.0
     queued_per_slot: int = 2
     processes: int = 1
+    best_fixed: int | None = None
+    demand: float | None = None
+    minutes: float = MINUTES
+    lengths: Callable[[random.Random], tuple[int, int]] = Traffic.conversation().lengths
 
     @property
     def max_slots(self) -> int:
@@ -71,18 +80,19 @@ class Scenario:
     def callers(self, name: str) -> Callers:
         """Return the callers; with a semaphore they retry inside it, as SDKs do."""
         callers = Callers(
-            rate=lambda now: self.offered * self.shape(now) * self.max_slots / CALL,
-            minutes=MINUTES,
+            rate=lambda now: self.shape(now) * (self.demand or self.offered * self.max_slots / CALL),
+            minutes=self.minutes,
             queue_bound=self.queued_per_slot * self.max_slots,
+            lengths=self.lengths,
         )
         return retrying_inside(callers) if name == SEMAPHORE else callers
 
     def run(self, name: str, limit: Limit | None, seed: int) -> RunRecord:
-        """Simulate ten minutes under `limit`; None for the oracle."""
+        """Simulate the minutes under `limit`; None for the oracle, or the best fixed limit."""
         return LimitRun(
             self.config,
             self.callers(name),
-            limit if limit is not None else OracleLimit(self._capacity),
+            limit or (FixedLimit(self.best_fixed) if self.best_fixed else OracleLimit(self._capacity)),
             seed=seed,
             pacer=self.pacer(self.config) if self.pacer is not None else None,
             duration_error=self.duration_error,
@@ -120,6 +130,22 @@ def _neighbours() -> tuple[CapacityStep, ...]:
     """Return capacity steps of other clients, who hold up to two fifths of the slots for twenty seconds each."""
     rng = random.Random(7)
     return steps(*((20.0 * i, SLOTS - rng.randint(0, 2 * SLOTS // 5)) for i in range(1, round(3 * MINUTES))))
+
+
+def _dips(slots: int, seconds: int, every: int) -> tuple[CapacityStep, ...]:
+    """Return capacity steps down to `slots` for the first `seconds` of each period of `every` seconds."""
+    starts = range(every, round(60 * MINUTES), every)
+    return steps(*((at + after, to) for at in starts for after, to in ((0, slots), (seconds, SLOTS))))
+
+
+def _tide() -> tuple[CapacityStep, ...]:
+    """Return capacity steps along a sine from 15 to 105 slots with a period of a minute."""
+    return steps(*((at, round(60 + 45 * math.sin(2 * math.pi * at / 60))) for at in range(round(60 * MINUTES))))
+
+
+def _two_lengths(rng: random.Random) -> tuple[int, int]:
+    """Draw the tokens of a call that is short, or in one case of ten ten times as long."""
+    return (1000, 1000) if rng.random() < 0.1 else (100, 100)
 
 
 class EvenPacer:
@@ -177,4 +203,26 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {  # docs/limits.md has the same name
         config=provider(capacity_steps=steps((200, 0), (260, SLOTS))), duration_error=0.75
     ),
     "half the load": Scenario(config=provider(), offered=0.5),
+    # --- where refusals or slow calls say little ---
+    "refuses after 30 s": Scenario(config=provider(refusal_delay=30.0)),
+    "40,000 tokens in flight": Scenario(
+        config=provider(slots=80, tokens_in_flight=40_000), queued_per_slot=1, lengths=_two_lengths, best_fixed=36
+    ),
+    "10 replicas of 5": Scenario(config=provider(replicas=10), best_fixed=40),
+    "50 replicas of 1": Scenario(config=provider(replicas=50), best_fixed=40),
+    "1 slot for 3 s of each 20": Scenario(config=provider(capacity_steps=_dips(1, 3, 20))),
+    "1 slot for new calls, 3 s of each 20": Scenario(config=provider(capacity_steps=_dips(1, 3, 20), stalls=False)),
+    "15 to 105 slots, a sine of a minute": Scenario(config=provider(capacity_steps=_tide())),
+    "1 slot": Scenario(config=provider(slots=1)),
+    "2 slots": Scenario(config=provider(slots=2)),
+    "3 slots": Scenario(config=provider(slots=3)),
+    "1 slot, shared": Scenario(config=provider(slots=1, overcommit=None)),
+    "2 slots, shared": Scenario(config=provider(slots=2, overcommit=None)),
+    "latency noise of 0.8": Scenario(config=provider(noise=0.8)),
+    "no limit, latency noise of 0.6": Scenario(
+        config=provider(slots=10_000, noise=0.6), demand=100 / CALL, queued_per_slot=1, minutes=60.0
+    ),
+    "no limit, latency noise of 0.8": Scenario(
+        config=provider(slots=10_000, noise=0.8), demand=100 / CALL, queued_per_slot=1, minutes=60.0
+    ),
 }

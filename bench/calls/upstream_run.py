@@ -106,7 +106,7 @@ class UpstreamRun:
             while loop.time() < end:
                 rate = self.callers.rate(loop.time())
                 if rate > 0:
-                    group.create_task(self._caller(traffic.lengths(rng), next(processes)))
+                    group.create_task(self._caller(self.callers.lengths(rng), next(processes)))
                 await asyncio.sleep(traffic.interarrival(rng, rate) if rate > 0 else 1.0)
             sampling.cancel()
 

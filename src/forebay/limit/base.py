@@ -24,12 +24,16 @@ class Grant(msgspec.Struct):
         at_limit: whether the limit was used up, or nearly, at that moment. Raise a limit only for calls that have it:
             their success shows that the provider serves so many, while others would raise the limit of an idle account
             far above any load that was ever tried.
+        accepted: whether the limit knows that the provider accepted the call.
+        sample: the number of the sample of calls that this one belongs to, for a limit that compares samples.
     """
 
     granted_at: float
     in_flight: int
     epoch: int = 0
     at_limit: bool = False
+    accepted: bool = False
+    sample: int = 0
 
 
 class Limit(ABC):

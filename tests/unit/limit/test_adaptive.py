@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import deque
 
 import pytest
 from tests.unit.limit.server import Server
 
+from forebay.clock import new_random
 from forebay.interfaces import Outcome
 from forebay.limit import AdaptiveLimit, AdaptiveLimitState, Grant
 from forebay.upstream.accounts.latency import LatencyModel
@@ -99,7 +102,7 @@ def test_a_call_of_an_earlier_epoch_changes_nothing() -> None:
 
 
 def test_the_limit_does_not_grow_while_it_is_not_used_up() -> None:
-    limit = AdaptiveLimit()
+    limit = AdaptiveLimit(initial_limit=10)
     for second in range(100):
         limit.observe(second + 1.0, limit.grant(float(second), 3), Outcome.SUCCESS)
     assert limit.limit(100.0) == 10
@@ -139,7 +142,9 @@ def test_a_second_slowdown_of_a_sharing_server_is_acted_on_at_once() -> None:
     server = settled_server()
     run_shared(server, 25, 200)
     assert server.seen[-1] >= 20
-    run_shared(server, 10, 30)
+    run_shared(server, 10, 5)
+    assert server.seen[-1] <= 20
+    run_shared(server, 10, 60)
     assert server.seen[-1] <= 15
 
 
@@ -213,6 +218,93 @@ def test_too_short_an_expectation_does_not_keep_the_limit_down() -> None:
     server.capacity = 50
     server.run(400)
     assert server.seen[-1] >= 45
+
+
+def test_a_fall_of_capacity_leaves_the_limit_at_the_calls_in_flight() -> None:
+    limit = AdaptiveLimit(initial_limit=50)
+    grants = [limit.grant(0.0, n) for n in range(1, 51)]
+    for grant in grants[30:]:
+        limit.observe(0.1, grant, Outcome.OVERLOAD)
+    assert 30 <= limit.limit(0.1) <= 36
+
+
+def test_a_dip_of_seconds_costs_a_limit_seconds() -> None:
+    server = settled_server()
+    for _ in range(6):
+        server.capacity = 1
+        server.run(3)
+        server.capacity = 50
+        server.run(17)
+    seen = server.seen[-17:]
+    assert seen[8] >= 45  # nine seconds later
+    assert min(seen[12:]) >= 49
+
+
+def test_a_limit_of_few_slots_is_probed_rarely() -> None:
+    """Check that of two hundred calls of a key of two slots hardly any are refused."""
+    server = settled_server(2)
+    before = server.refused
+    server.run(300)
+    assert server.refused - before <= 6
+    server.capacity = 4
+    server.run(120)
+    assert server.seen[-1] == 4
+
+
+def test_refusals_that_come_late_are_learned_to_be_late() -> None:
+    """Check that a call counts as accepted only once the refusals of late would have come."""
+    limit = AdaptiveLimit(initial_limit=20)
+    for n in range(1, 21):
+        limit.observe(30.0, limit.grant(0.0, n), Outcome.OVERLOAD if n > 10 else Outcome.SUCCESS)
+    fallen = limit.limit(30.0)
+    for second in range(31, 60):
+        grant = limit.grant(float(second), fallen)
+        limit.accepted(second + 1.0, grant)
+        assert not grant.accepted
+        limit.observe(second + 1.0, grant, Outcome.IGNORED)
+    assert limit.limit(60.0) == fallen
+
+
+def test_the_limit_of_many_small_servers_behind_a_load_balancer_is_not_that_of_the_first_refusal() -> None:
+    """Check it with ten servers of five slots, each call at one of them at random."""
+    draw, limit, now = new_random(1), AdaptiveLimit(), 0.0
+    calls: deque[tuple[float, int, Grant]] = deque()
+    busy, accepted, sent, at_work = [0] * 10, 0, 0, 0
+    for step in range(6000):
+        now = step / 10
+        while calls and calls[0][0] <= now:
+            _, server, grant = calls.popleft()
+            busy[server] -= 1
+            limit.observe(now, grant, Outcome.SUCCESS)
+        for _ in range(max(0, min(3, limit.limit(now) - len(calls)))):
+            grant, server = limit.grant(now, len(calls) + 1), draw.randrange(10)
+            sent += step > 1000
+            if busy[server] < 5:
+                busy[server] += 1
+                accepted += step > 1000
+                limit.accepted(now, grant)
+                calls.append((now + 7.0, server, grant))
+            else:
+                limit.observe(now, grant, Outcome.OVERLOAD)
+        at_work += len(calls) if step > 1000 else 0
+    assert at_work / 5000 >= 33
+    assert 1 - accepted / sent <= 0.4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_latency_that_varies_by_chance_never_lowers_a_limit_that_nothing_limits(seed: int) -> None:
+    draw, limit, now = new_random(seed), AdaptiveLimit(), 0.0
+    calls: list[tuple[float, int, float, Grant]] = []
+    lowest = math.inf
+    for n in range(20_000):
+        while len(calls) < min(100, limit.limit(now)):
+            slowdown = draw.lognormvariate(-0.32, 0.8)
+            grant = limit.grant(now, len(calls) + 1)
+            heapq.heappush(calls, (now + 7.0 * slowdown, n + len(calls), slowdown, grant))
+        now, _, slowdown, grant = heapq.heappop(calls)
+        limit.observe(now, grant, Outcome.SUCCESS, slowdown=slowdown)
+        lowest = min(lowest, limit.limit(now)) if n > 1000 else lowest
+    assert lowest >= 100
 
 
 def test_every_state_is_reached() -> None:

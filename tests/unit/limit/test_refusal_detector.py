@@ -6,52 +6,114 @@ import itertools
 
 import pytest
 
+from forebay.limit import Grant
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 
-
-def detector_used_to(one_in: int | None, answers: int = 2000) -> RefusalDetector:
-    detector = RefusalDetector()
-    for n in range(1, answers + 1):
-        if one_in is not None and n % one_in == 0:
-            detector.record_refusal()
-        else:
-            detector.record_accepted()
-    return detector
+IN_FLIGHT = 50
+EVERY = 0.14  # seconds from one call to the next
+REFUSED_AFTER = 0.1  # seconds
 
 
-def refusals_until_overload(detector: RefusalDetector, *, expected: bool = False) -> int:
+class Calls:
+    """Calls that are sent one after the other, each refused at once or accepted."""
+
+    def __init__(self) -> None:
+        self.detector = RefusalDetector()
+        self.now = 0.0
+
+    def refuse(self, in_flight: int = IN_FLIGHT) -> None:
+        self.now += EVERY
+        self.detector.record_refusal(self.now + REFUSED_AFTER, Grant(self.now, in_flight))
+
+    def accept(self, in_flight: int = IN_FLIGHT) -> None:
+        self.now += EVERY
+        self.detector.record_accepted(Grant(self.now, in_flight), current=True)
+
+    def answer(self, calls: int, one_in: int | None) -> None:
+        """Refuse one in `one_in` of so many calls."""
+        for n in range(1, calls + 1):
+            if one_in is not None and n % one_in == 0:
+                self.refuse()
+            else:
+                self.accept()
+
+
+def used_to(one_in: int | None, calls: int = 2000) -> Calls:
+    made = Calls()
+    made.answer(calls, one_in)
+    return made
+
+
+def refusals_until_overload(calls: Calls, **expected: float) -> int:
     for n in itertools.count(1):
-        detector.record_refusal()
-        if detector.is_overload(expected=expected):
+        calls.refuse()
+        if calls.detector.is_overload(**expected):
             return n
     raise AssertionError
 
 
 @pytest.mark.parametrize(("one_in", "refusals"), [(None, 3), (100, 4), (33, 6)])
 def test_more_stray_refusals_need_more_evidence(one_in: int | None, refusals: int) -> None:
-    assert abs(refusals_until_overload(detector_used_to(one_in)) - refusals) <= 1
+    assert abs(refusals_until_overload(used_to(one_in)) - refusals) <= 1
 
 
-def test_one_expected_refusal_is_enough_on_a_quiet_background() -> None:
-    assert refusals_until_overload(detector_used_to(None), expected=True) == 1
-    assert refusals_until_overload(detector_used_to(33), expected=True) > 1
+def test_one_expected_refusal_is_enough_where_stray_ones_are_rare() -> None:
+    assert refusals_until_overload(used_to(None), expected_among=50) == 1
+    assert refusals_until_overload(used_to(33), expected_among=3) == 1  # one in ten rounds of three has a stray one
+    assert refusals_until_overload(used_to(33), expected_among=50) > 1
 
 
 @pytest.mark.parametrize("one_in", [20, 33, 100])
 def test_regular_stray_refusals_become_the_background(one_in: int) -> None:
-    detector = detector_used_to(one_in, 1000)
-    for n in range(1, 5000):
-        if n % one_in == 0:
-            detector.record_refusal()
-        else:
-            detector.record_accepted()
-        assert not detector.is_overload(expected=False)
-    assert detector.background == pytest.approx(1 / one_in, rel=0.5)
+    calls = used_to(one_in, 1000)
+    for _ in range(5000 // one_in):
+        calls.answer(one_in, one_in)
+        assert not calls.detector.is_overload()
+    assert calls.detector.background == pytest.approx(1 / one_in, rel=0.5)
 
 
-def test_refusals_of_an_overload_do_not_count_as_background() -> None:
-    detector = detector_used_to(None)
-    before = detector.background
-    refusals_until_overload(detector)
-    detector.reset()
-    assert detector.background == before
+def test_refusals_that_nothing_contradicts_are_no_background() -> None:
+    calls = used_to(None)
+    refusals_until_overload(calls)
+    for _ in range(200):
+        calls.accept(IN_FLIGHT - 1)  # fewer are accepted: the provider is full at IN_FLIGHT
+    assert calls.detector.background < 0.001
+
+
+def test_a_refusal_is_not_contradicted_by_more_in_flight_seconds_later() -> None:
+    """Check that a capacity that rises is not taken for a background of refusals."""
+    calls = used_to(None)
+    calls.refuse()
+    calls.now += 10.0
+    calls.accept(IN_FLIGHT + 1)
+    assert calls.detector.background < 0.001
+
+
+def test_a_refusal_with_more_in_flight_than_ever_accepted_is_no_background() -> None:
+    calls = used_to(None)
+    calls.refuse(IN_FLIGHT + 5)
+    calls.accept(IN_FLIGHT + 5)
+    assert calls.detector.background < 0.001
+
+
+def test_a_call_that_was_refused_itself_does_not_count_as_in_flight() -> None:
+    """Check it with a provider that holds fifty calls, while the fifty-first is refused all the time."""
+    calls = used_to(None)
+    for _ in range(50):
+        calls.now += EVERY
+        sent = calls.now
+        calls.detector.record_refusal(sent + REFUSED_AFTER, Grant(sent, IN_FLIGHT + 1))
+        calls.detector.record_accepted(Grant(sent + 0.05, IN_FLIGHT + 1), current=True)  # one has ended meanwhile
+    assert calls.detector.background < 0.001
+
+
+def test_a_share_of_refusals_is_put_up_with_up_to_a_third() -> None:
+    """Check that many small servers behind a load balancer may refuse a quarter of the calls, and not half."""
+    calls = used_to(4, 1000)
+    calls.detector.reset()
+    for _ in range(400):
+        calls.answer(4, 4)
+        assert not calls.detector.is_overload()
+    calls.answer(200, 2)
+    assert calls.detector.is_overload()
+    assert calls.detector.saturated

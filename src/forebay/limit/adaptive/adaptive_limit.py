@@ -15,17 +15,20 @@ from forebay.limit.base import Grant, Limit
 from forebay.limit.outage_backoff import OutageBackoff
 
 _NEARLY_FULL: Final = 0.9  # share of the limit, less one call, from which its use shows whether the limit holds
-_NEAR_BEST: Final = 0.8  # share of the best limit up to which acceptances raise the limit, not only successes
-_HEAVY: Final = 0.1  # share of an epoch's calls refused from which an overshooting probe does not explain it
-_CUTS: Final = (1.0, 0.9, 0.8, 0.7)  # what heavy refusals leave of the limit, for each time in a row
+_FIRST_CALLS: Final = 16  # successes in a row without a slowdown after which none is expected any more
+_OFTEN: Final = 0.05  # background of refusals from which a refused probe says little
+_LEAP: Final = 4  # times as far as calls were accepted, the limit may rise on its way back to the best one
+_FALL: Final = 0.9  # what each further refusal of a fall leaves of the limit
 _CALL_WEIGHT: Final = 0.05  # of one call in the typical duration of a call
+_DELAY_DECAY: Final = 0.95  # of the longest time that a refusal took, at each further refusal
+_PROMPT: Final = 1.0  # seconds in which a refusal comes, as a rule
 
 
 class AdaptiveLimitState(Enum):
     """The phase of an adaptive limit."""
 
     STARTING = "starting"  # nothing is known yet: the limit doubles each round
-    RETURNING = "returning"  # below the best limit: rising fast
+    RETURNING = "returning"  # below the best limit of late: rising fast, or about to
     HOLDING = "holding"  # at the best limit until a probe is due
     PROBING = "probing"  # above the best limit, by growing steps
     EXPERIMENT = "experiment"  # calls are slow: measuring whether our load is the cause
@@ -36,9 +39,11 @@ class AdaptiveLimit(Limit):
     """A limit that finds how many calls an LLM provider can serve, from its refusals and from slow calls.
 
     Latency alone says nothing, because a healthy call takes from half a second to minutes. The signal is refusals
-    (Outcome.OVERLOAD): the limit falls once per epoch, if they are too many to be stray ones. It remembers the best
-    limit and is soon back there after trouble; above it, it probes. Only when calls take far longer than their output
-    tokens explain (`slowdown`) does it lower the limit for an experiment, and it stays there if that made them faster.
+    (Outcome.OVERLOAD). If they are too many to be stray ones, the limit falls to the calls that were in flight when
+    the refused one was sent, because so many the provider serves. A moment later it rises again, fast up to the best
+    limit of late, then by growing steps; each time that this gains nothing it waits twice as long. Only when
+    calls take far longer than their output tokens explain (`slowdown`) does it lower the limit for an experiment, and
+    it stays there if that made them faster.
 
     It is never below 1, except that `limit` is 0 for up to 5 seconds at a time after a lone call was refused.
 
@@ -50,21 +55,25 @@ class AdaptiveLimit(Limit):
         InvalidSetting: not two whole numbers with 1 <= initial_limit <= max_limit.
     """
 
-    def __init__(self, *, initial_limit: int = 10, max_limit: int = 10_000) -> None:
+    def __init__(self, *, initial_limit: int = 5, max_limit: int = 10_000) -> None:
         super().__init__(initial_limit=initial_limit, max_limit=max_limit)
         self._history = LimitHistory()
         self._detector = RefusalDetector()
         self._probe = LimitProbe()
         self._experiment = SlowdownExperiment()
         self._backoff = OutageBackoff()
-        self._heavy_in_a_row = 0
+        self._initial = initial_limit
+        self._unknown = 0  # successes before the first whose slowdown was known
         self._in_flight = 0
         self._typical_seconds = 0.0  # duration of a call; 0 until one has ended
+        self._refusal_seconds = 0.0  # that the slowest refusals of late have taken
         self._epoch = 1
-        self._accepted = 0  # calls of this epoch that were accepted
-        self._refusals = 0  # ... that were refused
-        self._successes = 0  # ... that succeeded in the present round
+        self._falling = False  # the limit has fallen, and nothing was accepted since
+        self._successes = 0  # calls of this epoch that succeeded in the present round
         self._round_start = 0.0  # in the clock's seconds
+        self._base = 0  # the limit at the beginning of this epoch
+        self._confirmed = 0  # the most calls in flight with which a call of this epoch was accepted
+        self._held = 0  # the limit that the latest round was made with
 
     # --- its state ---------------------------------------------------------------------------------------------------
 
@@ -85,75 +94,81 @@ class AdaptiveLimit(Limit):
         """Return the phase at `now`."""
         if now < self._backoff.silent_until:
             return AdaptiveLimitState.BACKING_OFF
-        if self._experiment.stage is not ExperimentStage.WATCHING:
+        if self._experiment.slow or self._experiment.stage is not ExperimentStage.WATCHING:
             return AdaptiveLimitState.EXPERIMENT
-        if self._probe.active:
-            return AdaptiveLimitState.PROBING
         if not self._history.known:
             return AdaptiveLimitState.STARTING
-        return AdaptiveLimitState.RETURNING if self._level < self._history.safe else AdaptiveLimitState.HOLDING
+        if self._level < self._history.best:
+            return AdaptiveLimitState.RETURNING
+        return AdaptiveLimitState.PROBING if self._probe.active else AdaptiveLimitState.HOLDING
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def grant(self, now: float, in_flight: int) -> Grant:
         """Return the grant of a slot that is taken now; `in_flight` includes it."""
         self._in_flight = in_flight
-        return Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
+        grant = Grant(now, in_flight, self._epoch, in_flight >= _NEARLY_FULL * int(self._level) - 1)
+        self._experiment.start(grant)
+        return grant
 
     def accepted(self, now: float, grant: Grant) -> None:
-        """Count an accepted call, and raise the limit while it is far below the best one."""
-        self._detector.record_accepted()
-        self._backoff.reset()
-        if grant.epoch != self._epoch:
+        """Count an accepted call, unless it may still be refused; raise a limit that is below the best one."""
+        if now - grant.granted_at < self._late:
             return
-        self._accepted += 1
-        history, probe = self._history, self._probe
-        if not grant.at_limit or not history.known or self._level >= _NEAR_BEST * history.best:
-            return
-        if self._experiment.stage is not ExperimentStage.WATCHING:
-            return  # else the experiment would compare the limit with itself
-        if self._level < history.ceiling:
-            self._raise(1.0)
-        elif probe.fast_return and probe.is_due(now, fast=True):
-            self._raise(probe.increment_per_accepted())
+        self._confirm(now, grant)
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
         """Learn from a finished call; FAULT and IGNORED say nothing about the limit."""
         self._in_flight -= 1
+        succeeded = outcome is Outcome.SUCCESS
         if outcome is Outcome.OVERLOAD:
             self._record_refusal(now, grant)
-        elif outcome is Outcome.SUCCESS:
+        elif succeeded:
             seconds = now - grant.granted_at
             self._typical_seconds += (
                 _CALL_WEIGHT * (seconds - self._typical_seconds) if self._typical_seconds else seconds
             )
-            if grant.epoch == self._epoch:
-                self._record_success(now, grant, slowdown)
+            if not grant.accepted:
+                self._confirm(now, grant)
+            self._unknown = self._unknown + 1 if slowdown is None else 0
+        current = succeeded and grant.epoch == self._epoch
+        proven = self._history.is_proven(self._level)
+        result = self._experiment.observe(
+            now, grant, self._level, self._in_flight + 1, slowdown if current else None, proven=proven
+        )
+        if result is not None:
+            self._apply(now, result)
+        elif current:
+            self._record_success(now, grant)
 
     # --- down --------------------------------------------------------------------------------------------------------
 
     def _record_refusal(self, now: float, grant: Grant) -> None:
         history, probe, detector = self._history, self._probe, self._detector
+        self._refusal_seconds = max(now - grant.granted_at, _DELAY_DECAY * self._refusal_seconds)
         if grant.epoch != self._epoch:
             return
-        self._refusals += 1
         level = max(1, min(grant.in_flight, int(self._level)))
-        expected = probe.active and level > history.ceiling
-        detector.record_refusal()
-        if int(self._level) > 1 and not detector.is_overload(expected=expected):
+        probing = probe.active and level > history.ceiling
+        detector.record_refusal(now, grant)
+        expected_among = level if probing or self._falling else math.inf
+        if int(self._level) > 1 and not detector.is_overload(expected_among=expected_among):
             return  # a stray refusal: only its call is retried
-        heavy = self._refusals >= _HEAVY * (self._accepted + self._refusals)
-        if probe.active and (heavy or expected):
-            probe.record_failure(low=level < _NEAR_BEST * history.best)
-        lowered = float(level - 1)
-        if heavy and not probe.active:
-            lowered = min(lowered, _CUTS[min(self._heavy_in_a_row, len(_CUTS) - 1)] * level)
-            probe.fast_return = probe.fast_return or (history.known and level >= _NEAR_BEST * history.best)
-            self._heavy_in_a_row += 1
-        if heavy or probe.active or not history.known:
-            history.record_refusal(level)
+        lowered = level - 1.0
+        if probe.active:
+            if self._late or (level <= history.ceiling + 1 and detector.background < _OFTEN):
+                probe.record_failure(lowered / self._typical_seconds if self._typical_seconds else math.inf)
+            if self._late or level >= _NEARLY_FULL * history.best:
+                history.best = min(history.best, lowered)
+        else:
+            if level <= self._held:
+                probe.record_change()
+            if self._falling:
+                lowered = min(lowered, _FALL * level)
+            self._falling = True
+        history.record_refusal(level)
         if level > 1:
-            history.assume(level - 1.0)
+            history.assume(lowered)
         else:
             self._backoff.record_refusal(now)
             history.ceiling = math.inf  # every call is refused, so the limit is not the cause
@@ -163,60 +178,90 @@ class AdaptiveLimit(Limit):
 
     # --- up ----------------------------------------------------------------------------------------------------------
 
-    def _record_success(self, now: float, grant: Grant, slowdown: float | None) -> None:
-        in_flight = max(grant.in_flight, self._in_flight + 1)
-        proven = self._history.is_proven(self._level)
-        result = self._experiment.observe(now, self._level, in_flight, slowdown, proven=proven)
-        if result is not None:
-            self._apply(now, result)
-            if result is not ExperimentResult.FALSE_ALARM:
-                return
-        self._count_round(now, grant)
-        # Used up still, not only when the call began: else each of the calls that began at the limit would raise it.
-        used = in_flight >= _NEARLY_FULL * int(self._level) - 1
-        if not grant.at_limit or not used or self._experiment.stage is not ExperimentStage.WATCHING:
+    def _confirm(self, now: float, grant: Grant) -> None:
+        grant.accepted = True
+        if self._backoff.silent_until:
+            self._backoff.reset()
+            self._history.keep_best(now)
+            self._probe.resume(now)
+        self._detector.record_accepted(grant, current=grant.epoch == self._epoch)
+        if grant.epoch != self._epoch:
             return
-        if self._level < self._history.safe:
+        self._falling = False
+        history, probe = self._history, self._probe
+        if probe.active and grant.in_flight > history.ceiling + 1 and not self._late:
+            probe.record_change()
+            self._detector.contradict_overload()
+            history.ceiling = grant.in_flight
+        self._confirmed = max(self._confirmed, grant.in_flight)
+        used = 2 * grant.in_flight >= self._level
+        if not used or not history.known or self._level >= history.best or not self._may_rise(now):
+            return
+        if self._level < self._base + 1 + _LEAP * max(0, self._confirmed - self._base):
+            probe.active = True
             self._raise(1.0)
-        elif self._probe.is_due(now, fast=self._experiment.calls_are_fast):
-            self._raise(self._probe.increment_per_success(self._level))
+
+    def _record_success(self, now: float, grant: Grant) -> None:
+        # Used up still, not only when the call began: else each of the calls that began at the limit would raise it.
+        used = max(grant.in_flight, self._in_flight + 1) >= _NEARLY_FULL * int(self._level) - 1
+        self._count_round(now, grant)
+        if not grant.at_limit or not used or not self._may_rise(now):
+            return
+        if not self._history.known:
+            if self._level < 2 * max(self._initial, self._experiment.tried) or self._latency_unknown:
+                self._raise(1.0)
+        elif self._level >= self._history.best and self._successes <= self._level:
+            self._raise(self._probe.increment_per_success(self._level, careful=bool(self._late)))
+
+    def _may_rise(self, now: float) -> bool:
+        """Return whether the limit may rise: not while calls are slow, and not too soon after a refusal."""
+        experiment = self._experiment
+        if experiment.slow or experiment.stage is not ExperimentStage.WATCHING:
+            return False
+        return self._probe.is_due(now) and not self._detector.saturated
 
     def _count_round(self, now: float, grant: Grant) -> None:
         """Count a success. Once the successes make a round, a limit that was used up has held."""
         self._successes += 1
         long = now - self._round_start >= 2 * self._typical_seconds and self._successes >= self._level // 2
-        if self._successes < self._level and not long:
+        if (self._successes < self._level and not long) or now - self._round_start < self._late:
             return
         self._successes, self._round_start = 0, now
-        self._heavy_in_a_row = 0
+        if grant.at_limit:
+            self._held = int(self._level)
         if grant.at_limit and self._history.known:
             self._history.record_held(now, self._level)
         self._probe.record_clean_round(self._level)
-        if self._probe.active and self._level > self._history.ceiling + 1:
-            self._probe.record_success()
-            self._history.ceiling = math.inf
 
     def _apply(self, now: float, result: ExperimentResult) -> None:
         """Do what the experiment asks for."""
-        if result is ExperimentResult.FALSE_ALARM:
-            return
-        if result is ExperimentResult.STOP_GROWTH:
-            self._history.assume(self._level / 2)
-        else:
-            self._set_level(self._experiment.target_limit)
+        self._history.assume(self._level)
+        self._set_level(self._experiment.target_limit)
         if result is ExperimentResult.KEEP:
             self._history.record_slowdown(self._level)
-            self._probe.record_failure(low=False)
+            self._probe.record_slowdown()
         self._begin_epoch(now)
 
     def _raise(self, by: float) -> None:
         self._level = min(self._level + by, self._max_level)
 
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _late(self) -> float:
+        """The seconds after which a call that was not refused is accepted, if refusals come late; otherwise 0."""
+        return self._refusal_seconds if self._refusal_seconds > _PROMPT else 0.0
+
+    @property
+    def _latency_unknown(self) -> bool:
+        """True if the slowdown of calls is hardly ever known."""
+        return self._unknown > _FIRST_CALLS
+
     def _begin_epoch(self, now: float) -> None:
         """Begin an epoch: grants given before now say nothing about the limit from now on."""
         self._epoch += 1
-        self._accepted = self._refusals = self._successes = 0
-        self._round_start = now
+        self._successes, self._round_start = 0, now
+        self._base, self._confirmed = int(self._level), 0
         self._detector.reset()
-        self._experiment.clear_samples()
-        self._probe.stop(now, self._typical_seconds)
+        self._experiment.clear()
+        self._probe.stop(now, self._late)

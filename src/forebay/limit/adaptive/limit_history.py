@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import Final
 
-_STALE_AFTER: Final = 600.0  # seconds after which a limit that held counts no more than the present one
+_STALE_AFTER: Final = 600.0  # seconds after which the best limit counts no more than the present one
 
 
 class LimitHistory:
-    """The memory of the adaptive limit: the levels that held, and the one that did not.
+    """The memory of the adaptive limit: the best level of late, and the one that did not hold.
 
     Attributes:
-        best: the highest limit that got through a round without a refusal, to which the limit returns after trouble;
-            infinity until something is known.
+        best: the highest limit that held, to which the limit returns fast; infinity until something is known.
         ceiling: just below the limit that was refused last, above which the limit probes; infinity where no limit is
             known to be too high.
     """
@@ -29,19 +28,18 @@ class LimitHistory:
         """True if there is a limit to return to."""
         return self.best < math.inf
 
-    @property
-    def safe(self) -> float:
-        """The highest limit that needs no probing."""
-        return min(self.best, self.ceiling)
-
     def is_proven(self, level: float) -> bool:
         """Return whether `level` has held at a provider that refuses excess calls."""
         return self._provider_refuses and level <= self.best
 
     def record_held(self, now: float, level: float) -> None:
-        """Record a full round at `level` without a refusal."""
+        """Record a full round at `level`."""
         if level >= self.best or now - self._best_since > _STALE_AFTER:
             self.best, self._best_since = level, now
+
+    def keep_best(self, now: float) -> None:
+        """Count the age of the best limit from now: an outage is over, during which nothing could be learned."""
+        self._best_since = now
 
     def assume(self, level: float) -> None:
         """Take `level` as the best limit, if none is known yet."""

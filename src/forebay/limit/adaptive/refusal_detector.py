@@ -1,19 +1,38 @@
-"""Telling an overload from stray refusals: a few that our load did not cause must not lower the limit."""
+"""Telling an overload from stray refusals: those that our load did not cause must not lower the limit."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass
 from typing import Final
 
+from forebay.limit.base import Grant
+
 _OVERLOAD_SHARE: Final = 0.1  # least share of calls that a provider at its capacity refuses
-_OVERLOAD_CONTRAST: Final = 4.0  # ... and at least so many times the background
+_OVERLOAD_CONTRAST: Final = 4.0  # ... and at least so many times the background ...
+_OVERLOAD_EXCESS: Final = 0.15  # ... though at most so much above it
 _MIN_BACKGROUND: Final = 0.003  # share of calls refused below the capacity: no provider is taken to refuse fewer
-_MAX_BACKGROUND: Final = 0.2  # ... and no healthy provider refuses more
+_MAX_BACKGROUND: Final = 0.25  # ... and more are not put up with
+_SATURATED: Final = 0.3  # ... share from which the limit does not rise: a higher one would cost more than it gains
 _FIRST_BACKGROUND: Final = 0.03  # ... before anything is known
 _BACKGROUND_WEIGHT: Final = 0.005  # of one call in the background: a memory of two hundred calls
 _EVIDENCE: Final = 8.0  # log-likelihood ratio, in nats, from which refusals are an overload: odds of e**8 to 1
-_EVIDENCE_EXPECTED: Final = 3.0  # the same where a refusal was expected: above a limit that was refused before ...
-_QUIET_BACKGROUND: Final = 0.004  # ... with a background of at most this
+_EVIDENCE_EXPECTED: Final = 1.0  # the same where a refusal was expected ...
+_RARELY: Final = 0.2  # ... with less than so many of the background among the calls of a round
+_CONTRADICTED_WITHIN: Final = 1.0  # seconds: later the capacity may have changed
+_PEAK_LASTS: Final = 3.0  # seconds
+_MAX_RECENT: Final = 64  # refusals that are remembered so long
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """A refused call: when it was sent and refused, and with how many calls in flight."""
+
+    sent: float
+    refused: float
+    in_flight: int
+    contradicted: bool  # or cannot be: so many in flight have not been accepted before
 
 
 class RefusalDetector:
@@ -23,47 +42,87 @@ class RefusalDetector:
     largest (Page's cumulative sum). With a background of 0.3 %, three refusals among two dozen answers are an overload;
     with 3 % it takes six or seven in a row, or twice as many among a hundred.
 
+    A refusal belongs to the background if it is contradicted: a call that was sent up to two seconds later, with as
+    many calls in flight, was accepted. So stray refusals do, and those of many small servers behind a load balancer,
+    but not those of a provider that is full.
+
     Source: E. S. Page, "Continuous Inspection Schemes", Biometrika 41, 1954.
 
     Attributes:
-        background: share of calls that are refused though the provider is below its capacity.
+        background: share of calls that are refused though as many in flight are accepted.
     """
 
     def __init__(self) -> None:
         self.background = _FIRST_BACKGROUND
         self._evidence = 0.0
-        self._answers = self._refusals = 0  # since the evidence was last reset
+        self._refusals = 0  # since there was no evidence
+        self._latest_overload = 0  # refusals that were taken for it
+        self._recent: deque[_Refusal] = deque(maxlen=_MAX_RECENT)
+        self._peak = 0  # the most calls that were in flight with one that was accepted of late
+        self._peak_sent = -math.inf  # when that one was sent
         self._weighed_background = -1.0
         self._weigh_answers()
 
-    def record_accepted(self) -> None:
-        """Count an accepted call."""
-        self._answers += 1
-        self._evidence += self._acceptance_weight
-        if self._evidence <= 0:
-            self._learn_background()
+    def record_accepted(self, grant: Grant, *, current: bool) -> None:
+        """Count an accepted call; `current`: it was sent under the present limit."""
+        served = self._contradict(grant) if self._recent else grant.in_flight
+        if served >= self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS:
+            self._peak, self._peak_sent = served, grant.granted_at
+        self.background -= _BACKGROUND_WEIGHT * self.background
+        self._weigh_answers()
+        if current:
+            self._evidence += self._acceptance_weight
+            if self._evidence <= 0.0:
+                self._evidence, self._refusals = 0.0, 0
 
-    def record_refusal(self) -> None:
-        """Count a refused call."""
-        self._answers += 1
-        self._refusals += 1
+    def record_refusal(self, now: float, grant: Grant) -> None:
+        """Count a refused call that was sent under the present limit."""
+        new = grant.in_flight > self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS
+        late = now - grant.granted_at > _CONTRADICTED_WITHIN
+        self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new or late))
         self._evidence += self._refusal_weight
+        self._refusals += 1
 
-    def is_overload(self, *, expected: bool) -> bool:
-        """Return whether the refusals are an overload; `expected` lowers the bar where refusals are rare otherwise."""
-        return self._evidence >= (_EVIDENCE_EXPECTED if expected and self.background < _QUIET_BACKGROUND else _EVIDENCE)
+    def _contradict(self, grant: Grant) -> int:
+        """Add the refusals to the background that an accepted call contradicts; return how many were in flight with it.
+
+        The calls that were refused later do not count: the provider did not have them.
+        """
+        sent, recent = grant.granted_at, self._recent
+        while recent and sent - recent[0].refused > _CONTRADICTED_WITHIN:
+            recent.popleft()
+        served = grant.in_flight - sum(refusal.sent <= sent < refusal.refused for refusal in recent)
+        for refusal in recent:
+            if refusal.sent < sent and refusal.in_flight <= served and not refusal.contradicted:
+                refusal.contradicted = True
+                self.background += _BACKGROUND_WEIGHT * (1.0 - self.background)
+        return served
+
+    def is_overload(self, *, expected_among: float = math.inf) -> bool:
+        """Return whether the refusals are an overload.
+
+        Args:
+            expected_among: where a refusal was expected, above a limit that was refused before: among how many calls.
+                If the background hardly ever refuses one of so many, a single refusal is enough.
+        """
+        expected = self.background * expected_among < _RARELY
+        return self._evidence >= (_EVIDENCE_EXPECTED if expected else _EVIDENCE)
+
+    @property
+    def saturated(self) -> bool:
+        """True if the background is the highest that is put up with: a higher limit would cost more."""
+        return self.background >= _SATURATED
 
     def reset(self) -> None:
         """Drop the evidence, because the limit has changed; the background stays."""
         self._evidence = 0.0
-        self._answers = self._refusals = 0
+        self._latest_overload, self._refusals = int(self._refusals == 1), 0
 
-    def _learn_background(self) -> None:
-        """Add the answers to the background: there is no evidence left for an overload."""
-        weight = 1 - (1 - _BACKGROUND_WEIGHT) ** self._answers
-        self.background += weight * (self._refusals / self._answers - self.background)
-        self.reset()
-        self._weigh_answers()
+    def contradict_overload(self) -> None:
+        """Add the refusals of the latest overload to the background: more calls in flight are accepted after all."""
+        for _ in range(self._latest_overload):
+            self.background += _BACKGROUND_WEIGHT * (1.0 - self.background)
+        self._latest_overload = 0
 
     def _weigh_answers(self) -> None:
         """Compute the log-likelihood ratio of one answer of each kind.
@@ -74,6 +133,6 @@ class RefusalDetector:
         if usual == self._weighed_background:
             return
         self._weighed_background = usual
-        full = max(_OVERLOAD_SHARE, _OVERLOAD_CONTRAST * usual)
+        full = max(_OVERLOAD_SHARE, min(_OVERLOAD_CONTRAST * usual, _OVERLOAD_EXCESS + usual))
         self._acceptance_weight = math.log((1 - full) / (1 - usual))
         self._refusal_weight = math.log(full / usual)

@@ -1,233 +1,271 @@
-"""An experiment on slow calls: lower the limit, and see whether our load was the cause."""
+"""An experiment on slow calls: lower the limit, and see whether calls get faster by more than chance allows."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Collection
 from enum import Enum
 from typing import Final
 
-_SLOW: Final = 1.5  # slowdown over the norm from which calls are slow
-_FAST: Final = 1.2  # slowdown over the norm up to which the limit may rise
-_TOO_FAST: Final = 2 / 3  # slowdown below which the expected duration is too long
-_MIN_SAMPLES, _MAX_SAMPLES = 8, 64  # slowdowns that make one median: half the limit, between these
-_LOWEST_SHARE: Final = 0.5  # an experiment lowers the limit to half of it at most
-_CAUTIOUS_SHARE: Final = 0.7  # ... or to this where it is doubtful that our load is the cause, or what is normal
-_MIN_USE: Final = 0.75  # share of the limit that has to be in flight: else our load is hardly the cause
+from forebay.limit.base import Grant
+
+_MIN_SAMPLE, _MAX_SAMPLE = 8, 64  # calls in a sample: as many as the limit, between these
+_CHECKS: Final = 8  # comparisons while a sample is replaced: each takes microseconds
+_CERTAIN: Final = 3.0  # standard deviations from which calls are slow by more than chance allows
+_LIKELY: Final = 2.5  # ... and from which they have got faster, once they were slow for certain
+_PROBABLE: Final = 1.0  # ... where few are in flight: samples take long there, and too low a limit is soon corrected
+_FEW: Final = 20  # calls in flight
+_SLOW: Final = 1.3  # times the norm from which calls are slow; fewer are not worth an experiment
+_LOWERED: Final = 0.7  # share of the calls in flight that an experiment leaves, at most ...
+_LOWEST: Final = 0.5  # ... and at least
+_HALF_EXPLAINED: Final = 0.5  # exponent: calls get faster by at least half of what fewer calls in flight explain
+_UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: still faster calls have another reason
 _FIRST_PAUSE: Final = 30.0  # seconds from an experiment that found nothing to the next
 _MAX_PAUSE: Final = 240.0  # seconds; each experiment that found nothing doubles the pause up to this
-_UNEXPLAINED: Final = 0.8  # of the slowdown that our load explains: faster calls have another reason
 _PASSES_AFTER: Final = 60.0  # seconds after which most slowdowns that we do not cause are over
-_STAGE_TIMEOUT: Final = 120.0  # seconds after which a stage without samples is given up
+_STAGE_TIMEOUT: Final = 120.0  # seconds without a slowdown after which an experiment is given up
+
+
+def rank_z(values: Collection[float], others: list[float], factor: float, *, missing: int = 0) -> float:
+    """Return by how many standard deviations `values` rank above `factor` times `others` (Mann and Whitney's test).
+
+    Args:
+        values: one sample.
+        others: the other sample, sorted.
+        factor: scales the other sample.
+        missing: more values of the first sample, which rank above all others.
+    """
+    n, m = len(values) + missing, len(others)
+    if not n or not m:
+        return 0.0
+    above = float(missing * m)
+    for value in values:
+        above += (bisect_left(others, value / factor) + bisect_right(others, value / factor)) / 2
+    return (above - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)
+
+
+def _size(level: float) -> int:
+    """Return how many calls make a sample at a limit of `level`."""
+    return min(_MAX_SAMPLE, max(_MIN_SAMPLE, int(level)))
+
+
+class StartedCalls:
+    """A sample of calls that were started one after the other.
+
+    They are chosen as they start, because the first calls to end are the fast ones; those still under way are known to
+    be missing.
+
+    Attributes:
+        number: of the sample; calls that belong to it carry it in their grant.
+        slowdowns: of the calls that have ended.
+        running: calls that have not ended.
+        in_flight: calls in flight with one of them, on average.
+    """
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
+        self.slowdowns: list[float] = []
+        self.running = 0
+        self.in_flight = 0.0
+        self._places = size
+        self._spare = size  # places for calls that replace one whose slowdown is not known
+
+    @property
+    def complete(self) -> bool:
+        """True once nine in ten of the calls have ended."""
+        return not self._places and self.running <= len(self.slowdowns) // 9
+
+    def start(self, grant: Grant) -> None:
+        """Take a call that starts, while there is a place."""
+        if self._places:
+            self._places -= 1
+            self.running += 1
+            grant.sample = self.number
+
+    def end(self, slowdown: float | None, in_flight: float) -> None:
+        """Take the slowdown of one of the calls; if it is not known, another call replaces this one."""
+        self.running -= 1
+        if slowdown is not None:
+            self.slowdowns.append(slowdown)
+            self.in_flight += (in_flight - self.in_flight) / len(self.slowdowns)
+        elif self._spare:
+            self._spare -= 1
+            self._places += 1
 
 
 class ExperimentStage(Enum):
     """The stage of an experiment."""
 
     WATCHING = "watching"  # no experiment runs
-    CONFIRMING = "confirming"  # calls are slow: the limit stays for one more median, to be sure
-    LOWERED = "lowered"  # the limit is lower: do calls get faster? If so, and not enough, lower it once more
+    LOWERED = "lowered"  # the limit is lower: do calls get faster?
 
 
 class ExperimentResult(Enum):
-    """The step that the limit has to take; each but the last begins a new epoch."""
+    """The step that the limit has to take; each begins a new epoch."""
 
-    STOP_GROWTH = "stop_growth"  # calls are slow: do not grow for now
     LOWER = "lower"  # go down to `SlowdownExperiment.target_limit`
     RESTORE = "restore"  # our load was not the cause, or it has passed: go back to `target_limit`
-    KEEP = "keep"  # our load was the cause: the lowered limit is the ceiling
-    FALSE_ALARM = "false_alarm"  # calls are not slow after all
-
-
-class _SlowdownSamples:
-    """The latest slowdowns, also in sorted order: sorting them for each answer took a tenth of the time of a call.
-
-    Attributes:
-        max_in_flight: the most calls that were in flight with one of these.
-    """
-
-    __slots__ = ("_latest", "_sorted", "max_in_flight")
-
-    def __init__(self) -> None:
-        self._latest: deque[float] = deque()
-        self._sorted: list[float] = []
-        self.max_in_flight = 0
-
-    def __len__(self) -> int:
-        return len(self._sorted)
-
-    def add(self, slowdown: float, in_flight: int, bound: float) -> None:
-        """Add one, and drop the oldest beyond `bound`."""
-        while len(self._latest) >= bound:
-            del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
-        self._latest.append(slowdown)
-        insort(self._sorted, slowdown)
-        self.max_in_flight = max(self.max_in_flight, in_flight)
-
-    def median(self) -> float:
-        """Return their median; there must be at least one."""
-        half = len(self._sorted) // 2
-        middle = self._sorted[half]
-        return middle if len(self._sorted) % 2 else (self._sorted[half - 1] + middle) / 2
-
-    def clear(self) -> None:
-        """Drop all samples, but not `max_in_flight`."""
-        self._latest.clear()
-        self._sorted.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _BeforeLowering:
-    """The state before the limit was lowered."""
-
-    limit: float
-    in_flight: int
-    slowdown: float
+    KEEP = "keep"  # our load was the cause: `target_limit` is the ceiling
 
 
 class SlowdownExperiment:
     """An experiment that tells a slowdown that our load causes from one that it does not.
 
     The slowdown of a call is its duration over the duration expected for its output tokens. If a provider shares its
-    capacity among the calls in flight, fewer calls get faster in proportion; if it is slow for another reason, they do
-    not.
+    capacity among the calls in flight, fewer calls get faster in proportion, and as much work is done; if calls are
+    slow for another reason, or by chance, they do not. So the limit is lowered a little, and stays there only if calls
+    have got faster by more than half of that proportion, beyond doubt: the ranks of two samples of calls are compared.
+    Then it is lowered again, until calls get no faster, because the norm may have been learned under a flood.
 
-    The expected duration may have been learned while our own load slowed the calls: under a flood there is no other
-    time to learn it. So if calls get faster with fewer in flight than at that time, the limit goes on down until they
-    no longer do. Too low a limit costs more there than too high a one, so calls have to get faster by most of what our
-    load explains.
+    Source: H. B. Mann and D. R. Whitney, "On a Test of Whether one of Two Random Variables is Stochastically Larger
+    than the Other", Annals of Mathematical Statistics 18, 1947.
 
     Attributes:
         stage: the present stage.
+        slow: whether calls are slower than the norm; then the limit does not grow.
         target_limit: the limit that the latest result asks for.
+        tried: the most calls in flight, on average of a sample, with which they were not slow.
     """
 
     def __init__(self) -> None:
+        self.tried = 0.0
         self.stage = ExperimentStage.WATCHING
+        self.slow = False
         self.target_limit = 0.0
-        self._norm = 1.0  # the slowdown that counts as normal; 1 unless an experiment found another
-        self._samples = _SlowdownSamples()
-        self._before = _BeforeLowering(0.0, 0, 0.0)
-        self._stage_start = 0.0  # in the clock's seconds
+        self._norm = [1.0] * (2 * _MIN_SAMPLE)  # slowdowns that are normal, sorted
+        self._norm_verified = False  # fewer calls in flight are known to be no faster
+        self._latest: deque[float] = deque(maxlen=_MAX_SAMPLE)  # slowdowns of the latest calls that have ended
+        self._in_flight = 0.0  # calls in flight with one of them, on average
+        self._unchecked = 0  # calls since the latest were compared with the norm
+        self._used = 0  # the most calls in flight when one of them started
+        self._at_limit = False  # one of them started at the limit: else our load is hardly the cause if they are slow
+        self._lowered = StartedCalls(0, 0)  # calls under the lowered limit
+        self._before: list[float] = []  # slowdowns before the limit was lowered, sorted
+        self._limit_before, self._in_flight_before = 0.0, 0.0
+        self._known_at = 0.0  # when a slowdown was known last, in the clock's seconds
+        self._slow_since = math.inf
         self._pause = _FIRST_PAUSE
-        self._next_at = math.inf
-        self._learned_in_flight = math.inf  # calls in flight at the first slowdown; with fewer the norm says nothing
+        self._next_at = -math.inf
         self._passed = False  # the latest experiment ended with "it has passed": not believed twice in a row
         self._our_load = False  # this experiment has found calls to be faster once
 
-    @property
-    def calls_are_fast(self) -> bool:
-        """True if calls are not slow, as far as is known."""
-        return not self._samples or self._samples.median() <= _FAST * self._norm
+    def start(self, grant: Grant) -> None:
+        """Note a call that starts."""
+        if self.stage is ExperimentStage.LOWERED:
+            self._lowered.start(grant)
 
-    def observe(
-        self, now: float, level: float, in_flight: int, slowdown: float | None, *, proven: bool
+    def observe(  # noqa: PLR0913 - what the end of a call tells
+        self, now: float, grant: Grant, level: float, in_flight: int, slowdown: float | None, *, proven: bool
     ) -> ExperimentResult | None:
-        """Take one success; return what the limit has to do, or None for nothing.
+        """Take one call that has ended; return what the limit has to do, or None for nothing.
 
         Args:
             now: in the clock's seconds.
+            grant: of the call.
             level: the limit.
-            in_flight: calls in flight when the call began or when it ended, whichever was more.
-            slowdown: of the call; None if not known.
+            in_flight: calls in flight when it ended, itself included.
+            slowdown: of the call; None if it is not known, the call did not succeed or was sent in another epoch.
             proven: whether this limit has held at a provider that refuses excess calls. If calls are slow there, our
                 load is hardly the cause, and the experiment first waits for the slowdown to pass.
         """
+        mean = (grant.in_flight + in_flight) / 2
         if slowdown is not None:
-            self._samples.add(slowdown, in_flight, min(_MAX_SAMPLES, max(2 * _MIN_SAMPLES, level)))
-            self._learned_in_flight = in_flight if self._learned_in_flight == math.inf else self._learned_in_flight
-        elif self.stage is ExperimentStage.LOWERED and self._our_load:
-            return self._keep_without_expectation(level)
-        if len(self._samples) < min(_MAX_SAMPLES, max(_MIN_SAMPLES, level / 2)):
-            late = self.stage is not ExperimentStage.WATCHING and now - self._stage_start > _STAGE_TIMEOUT
-            return self._time_out(now, level) if late else None
-        median = self._samples.median()
-        self._norm = max(1.0, min(self._norm, median))
-        judge = self._judge if self.stage is ExperimentStage.LOWERED else self._watch
-        return judge(now, level, median, proven=proven)
+            self._known_at = now
+        if self.stage is ExperimentStage.LOWERED:
+            if grant.sample == self._lowered.number:
+                self._used = max(self._used, grant.in_flight)
+                self._lowered.end(slowdown, mean)
+                return self._judge(now, level)
+            return self._restore(now) if now - self._known_at > _STAGE_TIMEOUT else None
+        if slowdown is None:
+            self.slow = self.slow and now - self._known_at <= _STAGE_TIMEOUT
+            return None
+        self._at_limit = self._at_limit or grant.at_limit
+        self._used = max(self._used, grant.in_flight)
+        return self._watch(now, level, mean, slowdown, proven=proven)
 
-    def clear_samples(self) -> None:
+    def clear(self) -> None:
         """Drop the slowdowns of the old epoch: they say nothing about the new one."""
-        self._samples = _SlowdownSamples()
+        self._latest.clear()
+        self._in_flight, self._used, self._at_limit = 0.0, 0, False
 
     def abort(self) -> None:
         """End the experiment: a refusal is the stronger signal."""
         self.stage = ExperimentStage.WATCHING
 
-    def _watch(self, now: float, level: float, median: float, *, proven: bool) -> ExperimentResult | None:
-        again = self._norm > _FAST and median > _SLOW and now >= self._next_at
-        used = self._samples.max_in_flight >= max(2.0, _MIN_USE * int(level))
-        slow = (median > _SLOW * self._norm or again) and used
-        if self.stage is ExperimentStage.WATCHING:
-            return self._enter(ExperimentStage.CONFIRMING, now, ExperimentResult.STOP_GROWTH) if slow else None
+    def _watch(
+        self, now: float, level: float, in_flight: float, slowdown: float, *, proven: bool
+    ) -> ExperimentResult | None:
+        latest, size = self._latest, _size(level)
+        latest.append(slowdown)
+        while len(latest) > size:
+            latest.popleft()
+        self._in_flight += (in_flight - self._in_flight) / len(latest)
+        self._unchecked += 1
+        if self._unchecked < size // _CHECKS:
+            return None
+        self._unchecked = 0
+        slow = self._at_limit and self._in_flight > 1 and rank_z(latest, self._norm, _SLOW) >= _CERTAIN
         if not slow:
-            self.stage = ExperimentStage.WATCHING
-            return ExperimentResult.FALSE_ALARM
-        if proven and now - self._stage_start < _PASSES_AFTER:
-            self._samples.clear()
+            self.slow, self._slow_since = False, math.inf
+            if len(latest) >= _MIN_SAMPLE:
+                self.tried = max(self.tried, self._in_flight)
+            if len(latest) == size and rank_z(self._norm, sorted(latest), _SLOW) >= _CERTAIN:
+                self._norm = sorted(latest)
+            return None
+        self.slow, self._slow_since = True, min(self._slow_since, now)
+        if 2 * len(latest) < size or len(latest) < _MIN_SAMPLE or now < self._next_at:
+            return None
+        if proven and now - self._slow_since < _PASSES_AFTER:
             return None
         self._our_load = False
-        return self._lower(now, level, median, 1.0 if again else self._norm, proven=proven)
+        return self._lower(now, level, list(latest), self._in_flight, proven=proven)
 
-    def _lower(self, now: float, level: float, median: float, norm: float, *, proven: bool) -> ExperimentResult:
-        """Go down to where calls would be fast if our load is the cause; less far where that is in doubt."""
-        used = self._samples.max_in_flight
-        share = max(_CAUTIOUS_SHARE if proven else _LOWEST_SHARE, min(1.0, _FAST * norm / median))
-        share = _CAUTIOUS_SHARE if self._norm_is_doubtful(median) else share
-        self._before = _BeforeLowering(level, used, median)
-        self.target_limit = max(1.0, min(round(share * min(level, used)), used - 1.0))
-        return self._enter(ExperimentStage.LOWERED, now, ExperimentResult.LOWER)
+    def _lower(
+        self, now: float, level: float, slowdowns: list[float], in_flight: float, *, proven: bool
+    ) -> ExperimentResult:
+        self._before, self._limit_before, self._in_flight_before = sorted(slowdowns), level, in_flight
+        fast = self._norm[len(self._norm) // 2] / self._before[len(self._before) // 2]
+        share = max(_LOWERED if proven else _LOWEST, min(_LOWERED, fast))
+        self.target_limit = max(1.0, float(round(share * min(level, self._used))))
+        self.stage, self._known_at = ExperimentStage.LOWERED, now
+        self._lowered = StartedCalls(self._lowered.number + 1, _size(self.target_limit))
+        return ExperimentResult.LOWER
 
-    def _norm_is_doubtful(self, median: float) -> bool:
-        """Return whether the norm may have been learned under our own load: the slowdown is nearer to that."""
-        used = self._samples.max_in_flight
-        return used <= self._learned_in_flight or median > (1 + used / self._learned_in_flight) / 2
-
-    def _judge(self, now: float, level: float, median: float, *, proven: bool) -> ExperimentResult:
-        """Compare the slowdown with the one that our load alone would leave, and with no change at all."""
-        before, used = self._before, self._samples.max_in_flight
-        share = used / before.in_flight
-        self.stage = ExperimentStage.WATCHING
-        self._passed = proven and not self._passed and median < _UNEXPLAINED * share * before.slowdown
+    def _judge(self, now: float, level: float) -> ExperimentResult | None:
+        """Compare the calls under the lower limit with those before."""
+        calls, before = self._lowered, self._before
+        share = min(1.0, calls.in_flight / self._in_flight_before)
+        enough = _PROBABLE if self._in_flight_before <= _FEW else _LIKELY
+        if rank_z(calls.slowdowns, before, share**_HALF_EXPLAINED, missing=calls.running) > -enough:
+            return self._restore(now) if calls.complete else None
+        median = sorted(calls.slowdowns)[len(calls.slowdowns) // 2]
+        self._passed = median < _UNEXPLAINED * share * before[len(before) // 2] and not self._passed
         if self._passed:
-            self.target_limit = before.limit
-            return ExperimentResult.RESTORE
-        most = (1 + share) / 2 if used > self._learned_in_flight else (1 + 3 * share) / 4
-        if median > before.slowdown * most:
-            self._learned_in_flight = min(self._learned_in_flight, used)
-            return self._keep(before.limit, 1.0) if self._our_load else self._restore(now, median)
-        self._our_load = True
-        self._pause = _FIRST_PAUSE
-        if used > 1 and (median > _SLOW or self._norm_is_doubtful(median)):
-            return self._lower(now, level, median, 1.0, proven=proven)
-        return self._keep(level, 1.0 if median <= _SLOW else self._norm)
+            return self._restore(now)
+        self._our_load, self._pause = True, _FIRST_PAUSE
+        still_slow = median > _SLOW * self._norm[len(self._norm) // 2]
+        if calls.in_flight > 1 and (still_slow or not self._norm_verified):
+            return self._lower(now, level, calls.slowdowns, calls.in_flight, proven=False)
+        return self._end(ExperimentResult.KEEP, level, [] if self._norm_verified else calls.slowdowns)
 
-    def _keep_without_expectation(self, level: float) -> ExperimentResult:
-        """End the way down: calls got so much faster that the expected duration was dropped."""
-        self._learned_in_flight = math.inf
-        self.stage = ExperimentStage.WATCHING
-        return self._keep(self._before.limit if self._before.slowdown <= _TOO_FAST else level, 1.0)
+    def _restore(self, now: float) -> ExperimentResult:
+        """Go back to the limit from before, which is the ceiling if calls had got faster on the way there.
 
-    def _keep(self, level: float, norm: float) -> ExperimentResult:
-        self.target_limit, self._norm = level, norm
-        return ExperimentResult.KEEP
-
-    def _restore(self, now: float, median: float) -> ExperimentResult:
-        """Go back to the limit from before, and wait longer for the next experiment: this one found nothing."""
-        self.target_limit = self._before.limit
-        self._norm = max(1.0, median)
+        Otherwise this experiment found nothing: calls are as slow as they are, and the next one waits longer.
+        """
+        if self._our_load:
+            return self._end(ExperimentResult.KEEP, self._limit_before, self._before)
         self._next_at = now + self._pause
         self._pause = min(_MAX_PAUSE, 2 * self._pause)
-        return ExperimentResult.RESTORE
+        norm = [] if self._passed else self._lowered.slowdowns
+        return self._end(ExperimentResult.RESTORE, self._limit_before, norm)
 
-    def _time_out(self, now: float, level: float) -> ExperimentResult:
-        if self.stage is ExperimentStage.CONFIRMING:
-            self._before = _BeforeLowering(level, 0, self._norm)
-        self.stage = ExperimentStage.WATCHING
-        return self._restore(now, self._norm)
-
-    def _enter(self, stage: ExperimentStage, now: float, result: ExperimentResult) -> ExperimentResult:
-        self.stage, self._stage_start = stage, now
+    def _end(self, result: ExperimentResult, limit: float, norm: list[float]) -> ExperimentResult:
+        self.stage, self.slow, self._slow_since = ExperimentStage.WATCHING, False, math.inf
+        self.target_limit = limit
+        if len(norm) >= _MIN_SAMPLE:
+            self._norm, self._norm_verified = sorted(norm), result is ExperimentResult.KEEP
         return result

@@ -253,7 +253,8 @@ class ProviderConfig:
     lognormal factor of mean 1 and deviation ``noise``. Up to ``slots`` calls run at full speed; n > ``slots`` calls
     share it, each at ``slots / n`` of the speed (processor sharing). Without ``overcommit`` nothing else happens: the
     calls get slower. With it, calls that arrive while ``overcommit * slots`` are in flight are refused with
-    ``busy_reason``; with 1.0 the speed is never shared.
+    ``busy_reason``; with 1.0 the speed is never shared. With ``replicas``, the slots are split evenly among so many;
+    each call goes to one of them at random, and is refused if that one is full: servers behind a load balancer.
 
     Raises:
         InvalidProviderConfig: a value is out of range; the message names it.
@@ -266,6 +267,9 @@ class ProviderConfig:
     overcommit: float | None = None  # calls in flight per slot above which calls are refused; None: no limit
     busy_reason: BusyReason = BusyReason.OVERLOADED
     max_in_flight: int = 10_000  # in any case; one more call is refused as overloaded
+    replicas: int = 1  # servers that share the slots; more than 1 need `overcommit`
+    tokens_in_flight: int | None = None  # input and output tokens of the calls in flight, at most; None: no limit
+    stalls: bool = True  # a fall of capacity slows the calls in flight; False: only new calls notice it
     ttft: float = 0.5  # seconds to the first token of a call that runs alone
     tpot: float = 0.03  # seconds per output token of a call that runs alone
     noise: float = 0.1
@@ -289,6 +293,11 @@ class ProviderConfig:
         _require("slots", self.slots, self.slots >= 0, "at least 0 (0 is an outage)")
         _require("overcommit", self.overcommit, self.overcommit is None or self.overcommit >= 1, "None or at least 1")
         _require("max_in_flight", self.max_in_flight, self.max_in_flight >= 1, "at least 1")
+        _require("replicas", self.replicas, self.replicas >= 1, "at least 1")
+        refuses = self.replicas == 1 or self.overcommit is not None
+        _require("replicas", self.replicas, refuses, "1 where overcommit is None")
+        tokens = self.tokens_in_flight
+        _require("tokens_in_flight", tokens, tokens is None or tokens >= 1, "None or at least 1")
         _require("ttft", self.ttft, _positive(self.ttft), "a positive number of seconds")
         _require("tpot", self.tpot, _positive(self.tpot), "a positive number of seconds per token")
         _require("noise", self.noise, 0 <= self.noise <= 2, "from 0 to 2")  # noqa: PLR2004 - more is unrealistic

@@ -49,6 +49,7 @@ class _CallInFlight:
     reported: bool  # if it ends early: reported as an error
     output_tokens: int = 0  # accounted for so far
     abandoned: bool = False  # its client hung up
+    replica: int = 0  # the server that runs it
 
     def output_tokens_at(self, work: float) -> int:
         """Return the output tokens produced at `work`."""
@@ -75,6 +76,9 @@ class ProviderModel:
         self.config = config
         self._epoch = epoch
         self._noise = random.Random(f"{seed}/noise")
+        self._routing = random.Random(f"{seed}/routing")
+        self._by_replica = [0] * config.replicas  # calls in flight
+        self._tokens_in_flight = 0
         self._fault_plan = FaultPlan(config.faults, f"{seed}/faults")
         self._prices = sorted(config.prices.items(), key=lambda item: -len(item[0]))
         self._accounts = AccountLimitsByKey(config)
@@ -99,13 +103,14 @@ class ProviderModel:
         if price is None:
             return self._refuse(call, RefusalReason.UNKNOWN_MODEL)
         account = self._accounts.get(self._now, call.key, name)
-        reason, shortage = self._refusal_reason(faults, account, call)
+        replica = self._routing.randrange(self.config.replicas) if self.config.replicas > 1 else 0
+        reason, shortage = self._refusal_reason(faults, account, call, replica)
         if reason is not None:
             account.charge_refused(self._now, reason)
             account.begin_penalty(self._now, reason)
             return self._refuse(call, reason, account, shortage)
         account.charge_accepted(self._now, call)
-        return self._accept(call, account, price, faults)
+        return self._accept(call, account, price, faults, replica)
 
     def hang_up(self, now: float, call_id: int) -> BilledUsage | None:
         """End a call whose client hung up: free its slot, and bill the output produced so far as wasted.
@@ -181,7 +186,9 @@ class ProviderModel:
     def _enter_phase(self, phase: CapacityPhase) -> None:
         """Change the capacity, and cut the calls in flight if the phase begins with a restart."""
         self._now = phase.at
-        self._sharing.slots, self._sharing.speed = phase.slots, phase.speed
+        self._slots = phase.slots
+        stalls = self.config.stalls or not phase.slots
+        self._sharing.slots, self._sharing.speed = (phase.slots if stalls else self.config.max_in_flight), phase.speed
         if phase.cut:
             for flight in list(self._flights.values()):
                 self._account_output(flight, flight.output_tokens_at(self._sharing.work))
@@ -224,7 +231,7 @@ class ProviderModel:
     # --- accepting and refusing -------------------------------------------------------------------------------------
 
     def _refusal_reason(
-        self, faults: CallFaults, account: AccountLimits, call: SimulatedCall
+        self, faults: CallFaults, account: AccountLimits, call: SimulatedCall, replica: int
     ) -> tuple[RefusalReason | None, RateShortage | None]:
         """Return why a call is refused, if it is. In this order: faults, spend cap, penalty, capacity, rates."""
         if faults.refusal is not None:
@@ -234,22 +241,26 @@ class ProviderModel:
         penalty = account.penalty(self._now)
         if penalty is not None:
             return RefusalReason.PENALTY, penalty
-        reason = self._capacity_refusal()
+        reason = self._capacity_refusal(call, replica)
         if reason is not None:
             return reason, None
         return account.shortage(self._now, call) or (None, None)
 
-    def _capacity_refusal(self) -> RefusalReason | None:
+    def _capacity_refusal(self, call: SimulatedCall, replica: int) -> RefusalReason | None:
         """Return why one more call in flight is refused, if it is."""
-        config, slots = self.config, self._sharing.slots
+        config, slots = self.config, self._slots
         if slots == 0 or len(self._flights) >= config.max_in_flight:
             return RefusalReason.OVERLOADED
-        if config.overcommit is None or len(self._flights) < config.overcommit * slots:
+        full = config.overcommit is not None and (
+            self._by_replica[replica] >= config.overcommit * slots / config.replicas
+        )
+        tokens = self._tokens_in_flight + call.input_tokens + call.length
+        if not full and (config.tokens_in_flight is None or tokens <= config.tokens_in_flight):
             return None
         return RefusalReason.CONCURRENCY if config.busy_reason is BusyReason.CONCURRENCY else RefusalReason.OVERLOADED
 
     def _accept(
-        self, call: SimulatedCall, account: AccountLimits, price: TokenPrice, faults: CallFaults
+        self, call: SimulatedCall, account: AccountLimits, price: TokenPrice, faults: CallFaults, replica: int
     ) -> CallAccepted:
         length, cut_after, sharing = call.length, faults.cut_after, self._sharing
         flight = _CallInFlight(
@@ -262,8 +273,11 @@ class ProviderModel:
             reports_progress=call.stream or account.meters_output,
             last_token=length if cut_after is None or length == 1 else 1 + math.floor(cut_after * (length - 1)),
             reported=faults.reported,
+            replica=replica,
         )
         self._flights[flight.call_id] = flight
+        self._by_replica[replica] += 1
+        self._tokens_in_flight += call.input_tokens + call.length
         sharing.population = len(self._flights)
         self._mark(flight)
         self._billing.record_acceptance(len(self._flights))
@@ -304,6 +318,8 @@ class ProviderModel:
 
     def _close_call(self, flight: _CallInFlight, *, wasted: bool) -> BilledUsage:
         del self._flights[flight.call_id]
+        self._by_replica[flight.replica] -= 1
+        self._tokens_in_flight -= flight.call.input_tokens + flight.call.length
         self._sharing.population = len(self._flights)
         self._sharing.discard_unwanted(self._is_in_flight)
         if not self._flights:

@@ -10,7 +10,9 @@ from forebay.interfaces import Outcome
 from forebay.upstream.call_request import CallOutcome, CallRequest
 
 _DECAY: Final = 0.98  # weight of the calls before, at each new call
-_MIN_CALLS: Final = 12  # before the model gives an estimate
+_MIN_CALLS: Final = 6  # before the model gives an estimate
+_FIRST_CALLS: Final = 12  # that teach at any load
+_MAX_FAST: Final = 24  # calls in a row that are fast: so many are no chance, even where latency varies much
 _MIN_LATENCY: Final = 1e-3  # seconds
 _FAST: Final = 2 / 3  # of the expected latency
 
@@ -26,7 +28,8 @@ class LatencyModel:
 
     `ttft` is the time to the first token and `tpot` the time for each further one, in seconds. After a dozen calls only
     calls under light load are learned from: otherwise the slowdown that our own load causes would, little by little,
-    pass for normal. If a dozen calls in a row are far faster than expected, the model was wrong and starts again.
+    pass for normal. If two dozen calls in a row are far faster than expected, the model was wrong and starts again.
+    Its error matters little: whoever uses a slowdown compares it with others.
     """
 
     __slots__ = ("_count", "_fast", "_n", "_x", "_xx", "_xy", "_y")
@@ -73,9 +76,9 @@ class LatencyModel:
         slowdown = None if expected is None else seconds / expected
         if slowdown is not None:
             self._fast = self._fast + 1 if slowdown < _FAST else 0
-            if self._fast == _MIN_CALLS:
+            if self._fast == _MAX_FAST:
                 self._reset()
-        if light or self._count < _MIN_CALLS:
+        if light or self._count < _FIRST_CALLS:
             self.learn(tokens, seconds)
         return slowdown
 

@@ -199,6 +199,32 @@ def test_a_concurrency_limit_answers_429() -> None:
     assert (refuse(provider, 0.0, call()).status, provider.in_flight) == (429, 1)
 
 
+def test_a_call_goes_to_a_random_replica_and_is_refused_if_that_one_is_full() -> None:
+    provider = ProviderModel(config(slots=100, overcommit=1.0, replicas=100))
+    answers = [provider.arrive(0.0, call()) for _ in range(100)]
+    accepted = sum(isinstance(answer, CallAccepted) for answer in answers)
+    assert 50 <= accepted <= 76  # 100 * (1 - (99 / 100) ** 100) = 63
+    to_the_end(provider)
+    accept(provider, 1000.0, call())
+
+
+def test_the_tokens_in_flight_are_bounded() -> None:
+    provider = ProviderModel(config(slots=100, tokens_in_flight=100))
+    long = accept(provider, 0.0, SimulatedCall(model="gpt-4o", input_tokens=10, output_tokens=80))
+    assert refuse(provider, 0.0, SimulatedCall(model="gpt-4o", input_tokens=5, output_tokens=6)).status == 503
+    accept(provider, 0.0, SimulatedCall(model="gpt-4o", input_tokens=5, output_tokens=5))
+    provider.hang_up(0.0, long)
+    accept(provider, 0.0, SimulatedCall(model="gpt-4o", input_tokens=10, output_tokens=80))
+
+
+def test_without_stalls_a_fall_of_capacity_leaves_calls_in_flight_their_speed() -> None:
+    fall = (CapacityStep(at=1.0, slots=1),)
+    provider = ProviderModel(config(slots=2, overcommit=1.0, stalls=False, capacity_steps=fall))
+    calls = [accept(provider, 0.0, call(10)) for _ in range(2)]
+    refuse(provider, 1.5, call())
+    assert ends(to_the_end(provider)) == dict.fromkeys(calls, 2.0)
+
+
 def test_a_call_succeeds_exactly_after_retry_after() -> None:
     provider = ProviderModel(ProviderConfig.openai(rpm=60, slots=1000))
     for _ in range(60):
@@ -287,7 +313,7 @@ def test_refusals_count_as_requests_only_if_configured() -> None:
     for provider, remaining in ((lenient, 10), (strict, 7)):
         for _ in range(3):
             refuse(provider, 0.0, call())
-        provider._sharing.slots = 1
+        provider._slots = 1
         answer = provider.arrive(0.0, call())
         assert answer.headers["x-ratelimit-remaining-requests"] == str(remaining - 1)
 
@@ -437,11 +463,14 @@ def test_the_longest_matching_prefix_decides_the_price() -> None:
         {"tpot": math.inf},
         {"noise": -0.1},
         {"overcommit": 0.5},
+        {"replicas": 0},
+        {"replicas": 2},
+        {"tokens_in_flight": 0},
         {"prices": {}},
         {"capacity_steps": (CapacityStep(at=2.0, slots=1), CapacityStep(at=1.0, slots=1))},
         {"tokens_per_event": 0},
     ],
-    ids=lambda wrong: next(iter(wrong)),
+    ids=lambda wrong: "{}={}".format(*next(iter(wrong.items()))),
 )
 def test_an_invalid_field_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidProviderConfig, match=next(iter(wrong))):
