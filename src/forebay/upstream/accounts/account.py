@@ -371,6 +371,7 @@ class Account:
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
         request, kind, counts, slowdown = permit.request, outcome.kind, self.counts, None
+        cause = kind  # for the limit
         if kind is Outcome.SUCCESS and outcome.latency is not None:
             slowdown = self.observe_latency(now, permit, outcome.output_tokens, outcome.latency)
         if kind is Outcome.SUCCESS:
@@ -382,12 +383,12 @@ class Account:
             counts.throttled += 1
             self.timeouts.record_answer()
             self._outage.record_throttled(now)
-            kind = self._blame(now, permit, outcome)
+            cause = self._blame(now, permit, outcome)
         elif kind is Outcome.FAULT:
             counts.failed += 1
         counts.throttled += outcome.spend_cap
         self.in_flight -= 1
-        self.limit.observe(now, permit.grant, kind, slowdown=slowdown)
+        self.limit.observe(now, permit.grant, cause, slowdown=slowdown)
         if outcome.rate_limit_headers and not outcome.rate_limited:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
@@ -452,7 +453,8 @@ class Account:
         if self.breaker.state(now) is not BreakerState.CLOSED:
             return False
         idle = not (self.in_flight or self.queue or self.expected_calls)
-        return not self.counts.succeeded or (idle and self.quotas.is_full(now))
+        forgettable = idle and self.quotas.is_full(now) and not self._refusals.paused(now)
+        return not self.counts.succeeded or forgettable
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
         """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.
