@@ -49,4 +49,6 @@ def count_stored_tasks(path: Path) -> StoredTasks:
         states = dict(connection.execute(_COUNT).fetchall())
         endings = [_completion.decode(blob).status for (blob,) in connection.execute(_ENDED)]
     done = endings.count("succeeded")
-    return StoredTasks(waiting=states.get(0, 0), leased=states.get(1, 0), done=done, failed=len(endings) - done)
+    return StoredTasks(
+        waiting=states.get(0, 0) + states.get(-1, 0), leased=states.get(1, 0), done=done, failed=len(endings) - done
+    )

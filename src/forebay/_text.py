@@ -1,4 +1,4 @@
-"""Numbers with units, as people read them: for error messages, log lines and printed reports."""
+"""Text for error messages, log lines and printed reports: numbers with units, and the words of others made safe."""
 
 from __future__ import annotations
 
@@ -20,6 +20,30 @@ _SIZES = (
     (999.5e9, 1e9, "GB"),
     (math.inf, 1e12, "TB"),
 )
+
+
+_MAX_ERROR = 10_000  # characters of an error's text
+
+
+def error_text(text: str) -> str:
+    """Return the text of an error as it can be stored, sent and printed: valid Unicode, of a bounded length.
+
+    A surrogate, which no encoding has, is written as an escape.
+    """
+    text = text.encode(errors="backslashreplace").decode()
+    if len(text) > _MAX_ERROR:
+        kept = _MAX_ERROR - 50  # so that the whole is within the bound, and the text of a text is the same
+        text = f"{text[:kept]}... ({len(text) - kept:,} more characters)"
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: it holds no surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def format_duration(seconds: float) -> str:

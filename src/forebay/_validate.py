@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NoReturn, TypeGuard
 
+from forebay._text import is_unicode
 from forebay.errors import InvalidSetting
 
 
@@ -117,13 +118,13 @@ def check_share(owner: str, name: str, value: object, *, example: float) -> None
 
 
 def check_name(owner: str, name: str, value: object) -> None:
-    """Check that `value` is a non-empty string.
+    """Check that `value` is a non-empty string, and valid Unicode.
 
     Raises:
         InvalidSetting: it is not.
     """
-    if not isinstance(value, str) or not value:
-        reject(owner, name, value, "a non-empty string")
+    if not isinstance(value, str) or not value or not is_unicode(value):
+        reject(owner, name, value, "a non-empty string of valid Unicode")
 
 
 def check_instance(  # noqa: PLR0913 - each a word of the message

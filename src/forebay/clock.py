@@ -1,7 +1,8 @@
 """Loop time, wall time, random numbers and identifiers: the only module that takes them from the machine.
 
-Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for times that are sent or stored.
-In an event loop in virtual time both are virtual, so no other module may ask the machine.
+Loop time (``loop.time()``, monotonic seconds) measures; wall time (epoch seconds) is for times that are sent or stored,
+since it may be set back or forward at any moment. In an event loop in virtual time both are virtual, so no other module
+may ask the machine.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ def wall_time() -> float:
 def is_virtual(loop: asyncio.AbstractEventLoop) -> bool:
     """Return whether `loop` keeps virtual time, so that no thread may watch it by real time."""
     return bool(getattr(loop, "virtual", False))
+
+
+def running_virtual_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop if it keeps virtual time; two calls of `now` compare only under the same one."""
+    loop = _running_loop()
+    return loop if loop is not None and is_virtual(loop) else None
 
 
 def monotonic() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class CallObserver(Protocol):
-    """A run that reports its calls to its supervisor, which learns from them which load sources it depends on.
+    """A run that reports its calls to its supervisor, which learns from them which load sources it depends on."""
 
-    Attributes:
-        rejections: the final rejections of its calls, by source; its further calls of that source fail at once.
-    """
+    def rejection_by(self, by: object) -> Overloaded | None:
+        """Return the error with which a call fails at once, because `by` rejected an earlier call of the run for good.
 
-    rejections: dict[object, Overloaded] | None
+        None if it rejected none, or once the time has passed after which that call could come back.
+        """
 
     def record_call(self, source: LoadSource) -> None:
         """Note that the run calls `source`; the other runs of its worker depend on it too. Callable from any thread."""
@@ -53,6 +54,30 @@ class RunningTask(Protocol):
 _current: ContextVar[RunningTask | None] = ContextVar("forebay_running_task", default=None)
 running_task = _current.get
 set_running_task = _current.set
+
+
+class _InheritedTask:
+    """The task that was running when this process was forked from its parent, which goes on with it.
+
+    Calls have its priority, deadline and tenant, but nobody observes them here, or listens to its progress.
+    """
+
+    def __init__(self, running: RunningTask) -> None:
+        self.task = running.task
+        self.deadline = running.deadline
+        self.attempt = running.attempt
+
+    def report(self, value: Any) -> None:
+        """See `RunningTask`."""
+
+
+def _inherit_task() -> None:
+    running = _current.get()
+    if running is not None:
+        _current.set(_InheritedTask(running))
+
+
+os.register_at_fork(after_in_child=_inherit_task)
 
 
 def call_observer() -> CallObserver | None:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import string
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from forebay._renamed import renamed, renamed_arguments
 from forebay._text import format_bytes, format_duration
@@ -33,6 +33,9 @@ class ForebayError(Exception):
     @classmethod
     def _from(cls, facts: dict[str, Any]) -> Self:
         return cls(**facts)
+
+
+E = TypeVar("E", bound=ForebayError)
 
 
 class _Formatter(string.Formatter):
@@ -74,6 +77,18 @@ def _shown(name: str, fact: object) -> object:
     return _TypeName(f"a {type(fact).__name__}")
 
 
+def fresh_copy(error: E) -> E:
+    """Return an error to be raised once more: the same, without the traceback that the last raise has left on it.
+
+    An error that is stored and raised again would hold the frames of all who caught it.
+    """
+    try:
+        copy: E = error._from(error._facts)  # noqa: SLF001 - its own module
+    except Exception:  # noqa: BLE001 - a class of the user's that takes other arguments
+        return error
+    return copy
+
+
 def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:
     return kind._from(facts)  # noqa: SLF001 - called by pickle
 
@@ -83,6 +98,12 @@ def _rebuild(kind: type[ForebayError], facts: dict[str, Any]) -> ForebayError:
 
 class InvalidTask(ForebayError, ValueError):
     """Task {field} is {value!r}; it must be {expected}."""
+
+
+class UnusableTask(InvalidTask):
+    """Task {field} is {value!r}; it must be {expected}."""
+
+    # The handler of its type cannot run it, whatever it does: the submitter's mistake, and no fault of the worker.
 
 
 class DeadlinePassed(ForebayError, ValueError):
@@ -270,14 +291,21 @@ class WrongLoop(ForebayError, RuntimeError):
     """
 
 
+class ForkedProcess(ForebayError, RuntimeError):
+    """{what} belongs to process {parent}, and this is a child that was forked from it, without its threads: make a new
+    one here, or start the child with the method 'spawn' or 'forkserver'.
+    """
+
+    what: str
+    parent: int
+
+
 class SlotMisused(ForebayError, RuntimeError):
     """A slot {why}: enter it once, by `async with supervisor.slot(...) as slot:`, and read its worker in that block."""
 
 
 class NotGuardable(ForebayError, TypeError):
-    """{function!r} cannot be guarded: calling it returns {made}, and its work is done only later. Guard the function
-    that does the work, `async def` or plain; for a stream hold a permit: `async with upstream.call(...):`.
-    """
+    """{function!r} cannot be guarded: {why}"""
 
 
 class CallMisused(ForebayError, RuntimeError):
@@ -299,12 +327,10 @@ class StillSpilled(ForebayError):
 
 
 class NotBindable(ForebayError, TypeError):
-    """{kind} is not a client that can be bound: bind takes clients of OpenAI's and Anthropic's SDKs and of their
-    subclasses, LangChain models over these, and httpx or httpx2 clients. For anything else run the gateway
-    (`forebay gateway`), and set its address as the base URL.
-    """
+    """{kind} cannot be bound: {advice}"""
 
     kind: str
+    advice: str
 
 
 class AlreadyBound(ForebayError, ValueError):

@@ -6,14 +6,18 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextvars import copy_context
 from typing import Any, ClassVar, Self
 
 import msgspec
 
+from forebay._hooks import call_plain_hook, name_of
 from forebay._validate import check_whole
 from forebay.task import Priority, TaskResult, Verdict
 
 log = logging.getLogger("forebay")
+
+_MAX_UNDELIVERED = 1000  # events that wait for the sinks, before code that causes more of them delivers them itself
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,12 +132,12 @@ Sink = Callable[[Event], None]
 class Subscription:
     """A bounded buffer of events and an async iterator over them: the oldest are dropped, and counted in `dropped`.
 
-    It ends when its source closes, or by `close`.
+    It ends when its source closes, or by `close`. Several may read it: each event goes to one of them.
     """
 
     def __init__(self, *, bound: int, on_close: Callable[[Subscription], None]) -> None:
         self._buffer: deque[Event] = deque(maxlen=bound)
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
         self._on_close = on_close
         self._closed = False
         self.dropped = 0
@@ -158,8 +162,9 @@ class Subscription:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -168,11 +173,12 @@ class Subscription:
         while not self._buffer:
             if self._closed:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
             try:
-                await self._waiter
+                await waiter
             finally:
-                self._waiter = None
+                self._waiters.remove(waiter)
         return self._buffer.popleft()
 
     async def __aenter__(self) -> Self:
@@ -183,37 +189,77 @@ class Subscription:
 
 
 class EventBus:
-    """Delivers each event to sinks and subscriptions. Not thread-safe: it belongs to one loop.
+    """Delivers each event to subscriptions and sinks. Not thread-safe: it belongs to one loop.
+
+    A subscription has an event at once. A sink is user code, which may raise anything and may call the supervisor, so
+    it is never called in the middle of the supervisor's work: events wait for a turn of the loop of their own.
 
     Attributes:
-        active: whether there is a sink or a subscription. Callers of `emit` check it first, to make no event in vain.
+        active: whether anything receives events. Callers of `emit` check it first, to make no event in vain.
     """
 
     def __init__(self, sinks: tuple[Sink, ...] = ()) -> None:
-        self._sinks = sinks
+        self._sinks = tuple((f"event sink {name_of(sink)}", sink) for sink in sinks)
+        self._observers: tuple[Sink, ...] = ()
         self._subscriptions: list[Subscription] = []
+        self._undelivered: deque[Event] = deque()  # to the sinks
+        self._delivering = False
+        self._delivery_due = False  # the loop will call `_deliver_due`
         self._closed = False
         self.active = bool(sinks)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._context = copy_context()  # of the sinks: not that of the task whose event is delivered
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver events in `loop`, and call the sinks in the present context."""
+        self._loop = loop
+        self._context = copy_context()
 
     def emit(self, event: Event) -> None:
-        """Deliver `event`. A sink that raises is logged, and the others still get the event."""
-        for sink in self._sinks:
-            try:
-                sink(event)
-            except Exception:
-                log.exception("event sink %r failed on %s; the other sinks still get the event", sink, event.kind)
+        """Give `event` to the subscriptions now, and to the sinks soon. This calls no user code."""
+        for observer in self._observers:
+            observer(event)
         for subscription in self._subscriptions:
             subscription.put(event)
+        if self._sinks and self._loop is not None:
+            self._undelivered.append(event)
+            if not self._delivery_due:
+                self._delivery_due = True
+                self._loop.call_soon(self._deliver_due, context=self._context)
 
-    def add_sink(self, sink: Sink) -> None:
-        """Call `sink` for each event from now on, before the other sinks: these may cause the next event."""
-        self._sinks = (sink, *self._sinks)
+    def _deliver_due(self) -> None:
+        self._delivery_due = False
+        self._deliver()
+
+    def limit_backlog(self) -> None:
+        """Call the sinks now if many events wait for them.
+
+        Code that causes events without ever giving the loop a turn calls this where the supervisor is not in the middle
+        of anything.
+        """
+        if len(self._undelivered) > _MAX_UNDELIVERED and not self._delivering:
+            self._context.run(self._deliver)
+
+    def _deliver(self) -> None:
+        """Call the sinks with the events so far. Those that the sinks cause wait for the next turn of the loop."""
+        self._delivering = True
+        try:
+            for _ in range(len(self._undelivered)):
+                event = self._undelivered.popleft()
+                for name, sink in self._sinks:
+                    call_plain_hook(name, sink, event)
+        finally:
+            self._delivering = False
+
+    def add_observer(self, observer: Sink) -> None:
+        """Call `observer` with each event at once, in the middle of the supervisor's work, so it must not call back."""
+        self._observers = (*self._observers, observer)
         self.active = True
 
-    def remove_sink(self, sink: Sink) -> None:
-        """Stop calling `sink`."""
-        self._sinks = tuple(other for other in self._sinks if other != sink)
-        self.active = bool(self._sinks or self._subscriptions)
+    def remove_observer(self, observer: Sink) -> None:
+        """Stop calling `observer`."""
+        self._observers = tuple(other for other in self._observers if other != observer)
+        self._update_active()
 
     def subscribe(self, *, bound: int) -> Subscription:
         """Return a subscription to every event from now on, which keeps the newest `bound` events until they are read.
@@ -231,10 +277,15 @@ class EventBus:
 
     def _remove(self, subscription: Subscription) -> None:
         self._subscriptions.remove(subscription)
-        self.active = bool(self._sinks or self._subscriptions)
+        self._update_active()
+
+    def _update_active(self) -> None:
+        self.active = bool(self._sinks or self._observers or self._subscriptions)
 
     def close(self) -> None:
-        """End every subscription, present and future."""
+        """Deliver what is left to the sinks, and end every subscription, present and future."""
+        if not self._delivering:
+            self._context.run(self._deliver)
         self._closed = True
         for subscription in list(self._subscriptions):
             subscription.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol
@@ -197,9 +198,13 @@ class LoadSource(Protocol):
 
 
 class RecordState(Enum):
-    """The state of a stored task: WAITING when spilled, LEASED when running or durable, then DONE or DEAD."""
+    """The state of a stored task: WAITING when spilled, LEASED when running or durable, then DONE or DEAD.
+
+    PARKED is a task that waits behind another one of its conversation.
+    """
 
     WAITING = "waiting"
+    PARKED = "parked"
     LEASED = "leased"
     DONE = "done"
     DEAD = "dead"
@@ -215,8 +220,10 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
         deadline: epoch seconds, or None.
         key: idempotency key, or None; unique in the store while the record is kept, ended or not.
         envelope: the encoded task; empty once DONE.
-        enqueued_at: epoch seconds when it was first submitted; orders records of the same priority and deadline.
-        attempts: starts of the handler so far.
+        enqueued_at: epoch seconds when it was first submitted or, of a nested task, its outermost run was; orders
+            records of the same priority and deadline.
+        attempts: starts of the handler so far, apart from those that an orderly stop cut off.
+        thread_id: the conversation that it belongs to, or None.
     """
 
     task_id: str
@@ -227,6 +234,7 @@ class TaskRecord(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     key: str | None = None
     attempts: int = 0
+    thread_id: str | None = None
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -281,15 +289,26 @@ class PutResult(Enum):
     """The result of storing a record."""
 
     STORED = "stored"
+    PARKED = "parked"  # stored, without a lease, behind other tasks of its conversation
     FULL = "full"  # the bound is reached; nothing was written
     DUPLICATE = "duplicate"  # its task_id or its key is stored already; nothing was written
 
+    @property
+    def written(self) -> bool:
+        """True if the record is in the store."""
+        return self in (PutResult.STORED, PutResult.PARKED)
+
 
 class TaskStore(Protocol):
-    """A store of task records (the overflow), each WAITING, LEASED, DONE or DEAD.
+    """A store of task records (the overflow), each WAITING, PARKED, LEASED, DONE or DEAD.
 
-    Times are epoch seconds, given by the caller. Each task that is WAITING or LEASED counts towards the store's bound.
-    In addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
+    Times are epoch seconds, given by the caller. Each task that has not ended counts towards the store's bound. In
+    addition, as many DONE and as many DEAD records are kept, the oldest dropped first.
+
+    **Conversations.** Of the records of one `thread_id` that have not ended, one is WAITING or LEASED, and the others
+    are PARKED behind it. Once it has ended, the oldest of them becomes WAITING: by `enqueued_at`, then order of
+    insertion. So no two tasks of a conversation are leased at a time, by whatever processes. While it is WAITING, an
+    older record that is stored or comes back takes its place.
 
     **Writes.** When a call returns, its write has happened, as durably as the store promises. If it raised
     StoreUnavailable or was cancelled, the write may have happened. A read may return a write whose call has not
@@ -304,12 +323,16 @@ class TaskStore(Protocol):
 
     **Fences.** A lease is held as long as its fence is the record's, even past its time: only `reap` ends it.
 
-    Attributes:
-        durable: True if its records survive the process. A supervisor does not need to know if several processes may
-            open the store at once, so there is no attribute for that; the store's documentation says it.
+    Whether several processes may open the store at once, a supervisor does not need to know: the store's documentation
+    says it.
     """
 
-    durable: bool
+    @property
+    def durable(self) -> bool:
+        """True if its records survive the process.
+
+        It may turn False while the store is open, because somebody has removed what it writes to. Then `put` raises.
+        """
 
     async def open(self) -> None:
         """Connect and prepare. Idempotent; also after `close`. If it is cancelled, the store is not open.
@@ -331,7 +354,8 @@ class TaskStore(Protocol):
         Calls that run at once insert their records in the order of the calls.
 
         Returns:
-            STORED; DUPLICATE, also if the store is full; or FULL.
+            STORED; PARKED if other records of its conversation go before it, so that it has no lease; DUPLICATE, also
+            if the store is full; or FULL.
         """
 
     async def lease(
@@ -347,30 +371,43 @@ class TaskStore(Protocol):
         """Count a start of the handler. Return False if the lease is lost, so that the handler must not start."""
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
-        """Extend `leases` to `until`, and return those that are lost. It shortens none.
+        """Let `leases` last until `until`, and return those that are lost.
+
+        That may be earlier than before, if the wall clock was set back.
 
         It blocks, and may be called from any thread, so that a blocked event loop does not lose leases.
         """
 
     async def release(self, leases: Sequence[Lease]) -> None:
-        """Make leased records WAITING again, in their old order. Lost leases are ignored."""
+        """Make leased records WAITING again, in their old order, or PARKED. Lost leases are ignored.
+
+        A record has as many attempts as when it was leased: a holder that gives it back has not crashed.
+        """
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
-        """Mark a record DONE. With a fence: only if LEASED under it; without one: only if WAITING (a cancelled task).
+        """Mark a record DONE. With a fence: only if LEASED under it; without one, for a cancelled task: if not LEASED.
 
         Returns:
             False if it was in another state, and nothing was written.
         """
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
         """Release every lease whose `until` is before `now`; one that lasts until `now` is still held.
+
+        Args:
+            now: epoch seconds.
+            max_attempts: starts of a handler, over lost leases, after which a record is dead.
+            latest: also release leases whose `until` is after that: they are from before the wall clock was set back.
 
         Returns:
             The records with `max_attempts` starts: these became DEAD instead, with a completion of status FAILED.
         """
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE records that ended before `before`, and return how many."""
+        """Drop DONE records that ended before `before`, and return how many.
+
+        A store that runs out of room may drop others, the oldest first.
+        """
 
     async def mark_dead(self, lease: Lease, completion: Completion) -> bool:
         """Mark a record DEAD that cannot be run. Return False if the lease is lost, and nothing was written."""
@@ -384,7 +421,7 @@ class TaskStore(Protocol):
         """
 
     async def requeue(self, task_id: str) -> PutResult | None:
-        """Make a DEAD record WAITING again, in its old order and with no attempts counted.
+        """Make a DEAD record WAITING again, or PARKED, in its old order and with no attempts counted.
 
         Returns:
             STORED; FULL if the bound is reached; None if it is not DEAD.
@@ -401,3 +438,6 @@ class TaskStore(Protocol):
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         """Return how many records are WAITING, by task type and priority."""
+
+    async def conversations(self) -> Mapping[str, int]:
+        """Return how many records have not ended, by `thread_id`; those without one are left out."""

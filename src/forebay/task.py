@@ -54,8 +54,10 @@ class TaskStatus(Enum):
 _NOT_FINAL = frozenset({TaskStatus.WAITING, TaskStatus.RUNNING, TaskStatus.SPILLED})
 
 
-class Deadline(msgspec.Struct, frozen=True, order=True):
+class Deadline(msgspec.Struct, frozen=True, order=True, dict=True):
     """The time after which a result is worthless: absolute, in epoch seconds, so that it can be sent and stored.
+
+    Its remaining time is measured from when this object was made, and not by the wall clock, which may be set.
 
     Raises:
         InvalidDeadline: `at` is not a finite number.
@@ -66,6 +68,8 @@ class Deadline(msgspec.Struct, frozen=True, order=True):
     def __post_init__(self) -> None:
         if not isinstance(self.at, int | float) or not math.isfinite(self.at):
             raise InvalidDeadline(value=self.at)
+        # No field: it means nothing to another process. By `clock.now`, and the loop whose virtual time that is.
+        self.__dict__["due"] = clock.now() + (self.at - clock.wall_time()), clock.running_virtual_loop()
 
     @classmethod
     def within(cls, seconds: float) -> Deadline:
@@ -80,7 +84,18 @@ class Deadline(msgspec.Struct, frozen=True, order=True):
 
     def remaining(self) -> float:
         """Return the seconds until it passes; negative once it has passed."""
-        return self.at - clock.wall_time()
+        due, loop = self.__dict__.get("due", (0.0, self))
+        if clock.running_virtual_loop() is not loop:  # it was made in another time, or is a copy
+            return self.at - clock.wall_time()
+        return float(due - clock.now())
+
+    def by_wall_clock(self) -> float:
+        """Return the epoch seconds at which it passes by the clock as it is set now, for another process."""
+        at = clock.wall_time() + self.remaining()
+        return at if abs(at - self.at) > _CLOCK_STEP else self.at
+
+
+_CLOCK_STEP = 1.0  # seconds; clocks that drift apart by less were not set
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +184,8 @@ class Task(_Options, frozen=True):
     Attributes:
         task_type: selects the workers that may run it.
         payload: the input of the handler; an agent of a framework gets it as its own input.
-        task_id: unique; generated if not given.
+        task_id: unique; generated if not given. An overflow keeps the ids of its tasks for a day after their end, and
+            stores no other task under one of them.
         priority: a task of a better priority is served earlier and rejected later.
         timeout: seconds that one attempt may run; by default the worker's.
         deadline: the time after which its result is worthless; waiting counts.
@@ -252,8 +268,8 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
         error: if it did not succeed, what happened, as ``"ValueError: ..."``; or why its value cannot be stored.
         duration_ms: milliseconds that the last attempt ran.
         attempts: starts of the handler.
-        cause: the handler's exception, where the task ran in this process; ResultUnavailable if it succeeded and its
-            value is not available, in which case `result` is None.
+        cause: the handler's exception, where the task ran in this process, unless the ticket was looked up after the
+            end; ResultUnavailable if it succeeded and its value is not available, in which case `result` is None.
     """
 
     task_id: str

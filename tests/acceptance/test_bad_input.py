@@ -493,6 +493,8 @@ def test_a_handler_and_a_factory() -> None:
         ("max_concurrent", 0),
         ("max_concurrent", 1.5),
         ("max_concurrent", True),
+        ("max_open", 0),
+        ("max_open", 1.5),
         ("reset_timeout", 0),
         ("reset_timeout", -1),
         ("reset_timeout", "ten"),

@@ -351,7 +351,7 @@ async def test_a_worker_of_two_task_types_follows_what_each_declares() -> None:
     async with make_supervisor(Agent(), None, types=["one"], payload=Question) as supervisor:
         agent = Agent()
         supervisor.register_worker("both", handler=agent, task_types=["one", "two"])
-        supervisor.workers["worker"].max_concurrent = 0
+        supervisor.workers["worker"]._max_concurrent = 0
         await supervisor.run(Task("two", {"topic": "a"}))
         assert agent.started == [{"topic": "a"}]
 

@@ -51,7 +51,7 @@ async def test_no_run_starts_only_to_be_rejected(make: Callable[[], Upstream]) -
         await asyncio.sleep(BLOCKED - 60.0)
         assert Counter(ticket.status for ticket in tickets)[TaskStatus.SUCCEEDED] == len(started) == SERVED
         assert not any(ticket.done() and ticket.status is not TaskStatus.SUCCEEDED for ticket in tickets)
-        assert supervisor.statistics().limited_by == "upstream:key"
+        assert supervisor.statistics().limited_by == "upstream:key:model"
         await asyncio.sleep(2 * BLOCKED)
         assert {ticket.status for ticket in tickets} == {TaskStatus.SUCCEEDED}
 
@@ -105,7 +105,7 @@ async def test_only_a_deadline_or_the_caller_ends_a_wait_for_the_budget() -> Non
         leaves.cancel()
         assert (await leaves).status is TaskStatus.CANCELLED
         assert patient.status is TaskStatus.WAITING
-        assert supervisor.statistics().limited_by == "upstream:key"
+        assert supervisor.statistics().limited_by == "upstream:key:model"
         assert (await patient).success
         assert now() - start == pytest.approx(HOUR, abs=10.0)
     assert len(started) == 2
@@ -121,7 +121,7 @@ async def test_a_rejection_by_the_budget_says_when_it_resets_and_a_share_is_kept
             await supervisor.run(Task("work"))
         ticket = await supervisor.submit(Task("work"))
         assert ticket.verdict is Verdict.REJECTED
-        assert ticket.limited_by == "upstream:key"
+        assert ticket.limited_by == "upstream:key:model"
         assert ticket.retry_after == pytest.approx(until_the_hour())
         assert supervisor.system_load() == 1.0
         for _ in range(2):

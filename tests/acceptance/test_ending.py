@@ -42,6 +42,12 @@ ALL_KINDS = [
     BaseExceptionGroup("two", [SystemExit(), KeyboardInterrupt()]),
     UnprintableError(),
 ]
+KINDS_AND_PLACES = [
+    pytest.param(error, in_thread, id=f"{type(error).__name__}-{'thread' if in_thread else 'async'}")
+    for error in ALL_KINDS
+    for in_thread in (False, True)
+    if in_thread or not isinstance(error, KeyboardInterrupt)  # in the loop it is a Ctrl-C: see below
+]
 
 
 def raising(error: BaseException, *, in_thread: bool) -> Callable[[Task], Any]:
@@ -64,8 +70,7 @@ def raising(error: BaseException, *, in_thread: bool) -> Callable[[Task], Any]:
 # --- exceptions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_thread", [False, True], ids=["async", "thread"])
-@pytest.mark.parametrize("error", ALL_KINDS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(("error", "in_thread"), KINDS_AND_PLACES)
 @virtual
 async def test_whatever_a_handler_raises_ends_its_own_task_and_no_other(
     error: BaseException, *, in_thread: bool
@@ -81,8 +86,7 @@ async def test_whatever_a_handler_raises_ends_its_own_task_and_no_other(
     assert [result.result for result in (before, beside, after)] == ["good", "fine", "later"]
 
 
-@pytest.mark.parametrize("in_thread", [False, True], ids=["async", "thread"])
-@pytest.mark.parametrize("error", ALL_KINDS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(("error", "in_thread"), KINDS_AND_PLACES)
 @virtual
 async def test_what_a_handler_raised_is_named_in_its_result(error: BaseException, *, in_thread: bool) -> None:
     async with BackpressureSupervisor() as supervisor:
@@ -116,13 +120,33 @@ async def test_an_exception_that_cannot_be_shown_still_ends_its_task() -> None:
 
 
 @virtual
+async def test_an_exception_that_cannot_be_looked_at_ends_its_own_task_and_no_other() -> None:
+    class HidingError(Exception):
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise SystemExit(5)
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker(
+            "worker", handler=raising(HidingError(), in_thread=False), task_types=["work"]
+        )
+        tickets = [supervisor.submit_nowait(Task("work", payload)) for payload in ("bad", "good")]
+        bad, good = await results(tickets)
+        assert (bad.status, bad.error) == (TaskStatus.FAILED, "HidingError")
+        assert good.result == "good"
+        assert worker.current_tasks == 0
+
+
+@virtual
 async def test_an_overloaded_raised_inside_a_handler_is_passed_on_unchanged() -> None:
     async with BackpressureSupervisor() as supervisor:
         overload = Overloaded("the well is dry", limited_by="well", load=1.0, retry_after=3.0)
         supervisor.register_worker("worker", handler=Agent(error=overload), task_types=["work"])
         with pytest.raises(Overloaded) as caught:
             await supervisor.run(Task("work"))
-    assert caught.value is overload
+    error = caught.value
+    assert (error.reason, error.limited_by, error.load, error.retry_after) == ("the well is dry", "well", 1.0, 3.0)
+    assert error.__cause__ is overload
 
 
 # --- timeouts and zombies --------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import traceback
+import weakref
 from typing import Any
 
 import pytest
@@ -72,6 +75,30 @@ async def test_several_may_listen_and_one_may_leave() -> None:
         kinds, first = await asyncio.gather(events_of(ticket), leaves())
     assert len(kinds) == 4
     assert first == "started"
+
+
+@virtual
+async def test_several_may_read_one_subscription_and_none_waits_in_vain() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"])
+        async with supervisor.events() as events:
+            readers = [asyncio.ensure_future(anext(events)) for _ in range(4)]
+            await run_ready()
+            readers[0].cancel()
+            await supervisor.submit_nowait(Task("work"))
+            read = await asyncio.gather(*readers, return_exceptions=True)
+    assert isinstance(read[0], asyncio.CancelledError)
+    assert [getattr(event, "kind", None) for event in read[1:]] == ["submitted", "started", "finished"]
+
+
+@virtual
+async def test_a_closed_subscription_ends_for_each_of_its_readers() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        events = supervisor.events()
+        readers = [asyncio.ensure_future(anext(events, None)) for _ in range(3)]
+        await run_ready()
+        events.close()
+        assert await asyncio.gather(*readers) == [None, None, None]
 
 
 @virtual
@@ -280,6 +307,81 @@ async def test_the_memory_of_ended_tasks_is_bounded() -> None:
             except LookupError:
                 continue
     assert found == tickets[-3:]
+
+
+@virtual
+async def test_the_memory_of_ended_tasks_is_bounded_in_bytes() -> None:
+    async with BackpressureSupervisor(keep_results_bytes=350_000) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(0.1), task_types=["work"])
+        large, small = "x" * 50_000, "x"
+        tickets = [supervisor.submit_nowait(Task("work", payload)) for payload in [large] * 10 + [small]]
+        tickets.append(
+            supervisor.submit_nowait(Task("work", {"parts": [f"{large}{number}" for number in range(100)]}))
+        )  # its result is its payload
+        *others, huge = tickets
+        await results(others)
+        kept = [ticket for ticket in others if error_unless_found(supervisor, ticket) is None]
+        assert kept == others[-4:]  # three of 100,000 bytes each, payload and result, and the small one
+        await huge
+        assert error_unless_found(supervisor, huge) is not None
+
+
+def error_unless_found(supervisor: BackpressureSupervisor, ticket: Ticket) -> LookupError | None:
+    """Look a ticket up, and return the error of a failure to find it."""
+    try:
+        supervisor.ticket(ticket.task_id)
+    except LookupError as error:
+        return error
+    return None
+
+
+class LargeObject:
+    """An object that a handler holds in a local variable."""
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+@virtual
+async def test_an_ended_task_keeps_no_local_variable_of_its_handler(key: str | None) -> None:
+    async def agent(_: Task) -> None:
+        large = LargeObject()
+        held.append(weakref.ref(large))
+        raise ValueError("large")
+
+    held: list[weakref.ref[LargeObject]] = []
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["work"])
+        task = Task("work", key=key)
+        result = await supervisor.submit_nowait(task)
+        assert result.cause is not None  # whoever awaits the task has the exception and its traceback
+        assert result.cause.__traceback__ is not None
+        del result
+        gc.collect()
+        assert held[0]() is None
+        ended = supervisor.ticket(task.task_id)
+        assert (await ended).error == "ValueError: large"
+        assert ended.status is TaskStatus.FAILED
+        if key is not None:
+            again = supervisor.submit_nowait(Task("work", key=key))
+            assert again is ended
+            assert len(held) == 1
+
+
+@virtual
+async def test_an_error_that_is_raised_again_and_again_collects_no_traceback() -> None:
+    async def overloaded(_: Task) -> None:
+        raise Overloaded("the key is busy", retry_after=3.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=overloaded, task_types=["work"])
+        (ticket,) = flood(supervisor, "work", 1)
+        await ticket
+        lengths = []
+        for _ in range(3):
+            error = await error_of(ticket.value())
+            assert isinstance(error, Overloaded)
+            assert error.retry_after == 3.0
+            lengths.append(len(traceback.extract_tb(error.__traceback__)))
+    assert len(set(lengths)) == 1
 
 
 @virtual

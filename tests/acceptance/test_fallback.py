@@ -140,7 +140,7 @@ async def test_a_rejection_by_both_is_that_of_the_first_with_the_reason_of_the_o
     with pytest.raises(Overloaded) as rejection:
         await served_by(llm)
     error = rejection.value
-    assert error.limited_by == "upstream:llm:breaker"
+    assert error.limited_by == "upstream:llm:gpt-4o:breaker"
     assert error.reason.startswith("llm: its breaker is open; spare: a call would wait about ")
     assert error.retry_after is not None
     assert error.retry_after <= 10.0
@@ -270,8 +270,8 @@ async def test_a_full_upstream_with_a_fallback_rejects_no_task() -> None:
         await open_breaker(llm)
         assert {reading.resource: reading.load for reading in supervisor.readings()} == {
             "pool:ask": 0.0,
-            "upstream:llm": 1.0,
-            "upstream:spare": 0.0,
+            "upstream:llm:gpt-4o": 1.0,
+            "upstream:spare:gpt-4o": 0.0,
             "host": pytest.approx(0.0, abs=0.5),
         }
         tickets = flood(supervisor, "ask", 8)
@@ -279,7 +279,7 @@ async def test_a_full_upstream_with_a_fallback_rejects_no_task() -> None:
         await open_breaker(spare)
         ticket = supervisor.submit_nowait(Task("ask"))
         assert not ticket
-        assert ticket.limited_by == "upstream:llm or upstream:spare"
+        assert ticket.limited_by == "upstream:llm:gpt-4o or upstream:spare:gpt-4o"
 
 
 @virtual
@@ -401,7 +401,7 @@ def test_a_key_is_never_shown() -> None:
     "made",
     [
         lambda: Upstream("llm", provider="openai", fallback=Fallback(to=Upstream("claude", provider="anthropic"))),
-        lambda: Upstream("llm", fallback=Fallback(to="gpt-4o-mini")),
+        lambda: Upstream("llm", max_concurrent=8, fallback=Fallback(to="gpt-4o-mini")),
         lambda: Upstream("llm", models={"gpt-4o*": ()}, fallback=Fallback(to="gpt-4o-mini", models="gpt-4o")),
         lambda: Upstream("llm", fallback="gpt-4o-mini"),  # type: ignore[arg-type]
         lambda: Upstream("llm", fallback=Fallback(to=3)),  # type: ignore[arg-type]

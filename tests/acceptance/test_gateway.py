@@ -118,6 +118,14 @@ async def test_a_compressed_stream_stays_compressed_and_is_metered(harness: Gate
     assert [line for line in received.splitlines() if 'outcome="failed"' in line and not line.endswith(" 0.0")] == []
 
 
+async def test_pages_of_the_gateway_are_found_with_a_query(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        for path in ("/metrics?name[]=forebay_tokens_total", "/metrics?", "/healthz?verbose"):
+            async with harness.session.get(harness.at(gateway, path)) as response:
+                assert response.status == 200
+    assert harness.provider.requests == []
+
+
 async def test_the_metrics_have_attempts_and_quotas(harness: GatewayHarness) -> None:
     limits = {"x_ratelimit_limit_requests": "100", "x_ratelimit_remaining_requests": "40"}
     harness.provider.behaviour = responding(
@@ -133,6 +141,35 @@ async def test_the_metrics_have_attempts_and_quotas(harness: GatewayHarness) -> 
     assert float(received["forebay_quota_amount"].split()[-1]) == 100.0
     attempts = [line for line in lines if line.startswith("forebay_attempts_total") and 'outcome="succeeded"' in line]
     assert [line.split()[-1] for line in attempts] == ["1.0"]
+
+
+def metric_lines(gateway: Gateway) -> list[str]:
+    return [line for line in gateway.forwarder.metrics.render().decode().splitlines() if not line.startswith("#")]
+
+
+async def test_the_metrics_of_many_keys_are_bounded_and_its_counters_never_go_back(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = harness.provider.reply
+    async with Gateway(harness.settings(gateway={"max_metrics_accounts": 3})) as gateway:
+        sizes = []
+        for number in range(1_010):  # more than the accounts that are kept
+            await harness.post(gateway, headers={"authorization": f"Bearer {number}"})
+            if number % 100 == 50:
+                lines = metric_lines(gateway)
+                sizes.append(sum("account=" in line for line in lines))
+                (attempts,) = [line for line in lines if line.startswith("forebay_attempts_total")]
+                assert attempts == f'forebay_attempts_total{{outcome="succeeded",target="openai"}} {number + 1}.0'
+        assert len(set(sizes)) == 1
+        assert sum(line.startswith("forebay_calls_in_flight{") for line in lines) == 3
+
+
+async def test_the_account_with_calls_in_flight_is_among_those_with_gauges(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_metrics_accounts": 1})) as gateway:
+        for number in range(5):
+            await harness.post(gateway, headers={"authorization": f"Bearer {number}"})
+        harness.provider.behaviour = streaming(EVENT, None)
+        async with harness.session.post(harness.at(gateway), json={**CHAT_REQUEST, "stream": True}):
+            in_flight = [line for line in metric_lines(gateway) if line.startswith("forebay_calls_in_flight{")]
+            assert [line.split()[-1] for line in in_flight] == ["1.0"]
 
 
 async def test_a_target_can_be_called_by_its_name_on_any_path(harness: GatewayHarness) -> None:
@@ -157,7 +194,11 @@ async def test_each_key_has_its_own_account_unless_keys_share_one(harness: Gatew
             assert "sk-" not in repr(names)
 
 
-async def test_calls_are_served_by_the_priority_in_their_headers(harness: GatewayHarness) -> None:
+async def test_calls_are_served_by_the_priority_in_their_headers(
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: now)  # a call that waits four typical times moves up: here they are short
     async with Gateway(harness.settings(max_concurrent=1)) as gateway:
         gate = asyncio.Event()
 
@@ -347,7 +388,8 @@ async def test_endless_headers_are_rejected(harness: GatewayHarness) -> None:
     async with Gateway(harness.settings(gateway={"max_header_bytes": 4096})) as gateway:
         for head in (b"x: " + b"a" * 8192 + b"\r\n", b"".join(b"x%d: a\r\n" % n for n in range(300))):
             received = await raw(gateway, b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n")
-            assert received.startswith(b"HTTP/1.0 400"), received[:100]
+            assert received.startswith(b"HTTP/1.0 431"), received[:100]
+            assert b"invalid_request_error" in received
         assert (await harness.post(gateway))[0] == 200
 
 
@@ -415,7 +457,14 @@ async def test_faults_are_retried_here(harness: GatewayHarness) -> None:
         assert len(harness.provider.requests) == 2
 
 
-@pytest.mark.parametrize(("path", "event"), [("/v1/chat/completions", b"data: {"), ("/v1/messages", b"event: error")])
+@pytest.mark.parametrize(
+    ("path", "event"),
+    [
+        ("/v1/chat/completions", b"data: {"),
+        ("/v1/messages", b"event: error"),
+        ("/v1/responses", b'event: error\ndata: {"type":"error",'),
+    ],
+)
 async def test_a_stream_that_is_cut_off_ends_with_an_error_event(
     harness: GatewayHarness, path: str, event: bytes
 ) -> None:
@@ -511,6 +560,29 @@ async def test_a_queued_call_leaves_the_queue_when_its_caller_disconnects(harnes
         first.cancel()
         await until(lambda: leftovers(gateway) == NOTHING_LEFT)
         assert len(harness.provider.requests) == 1
+
+
+async def test_a_caller_that_hangs_up_while_it_waits_teaches_how_long_its_kind_waits(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, None)
+    now = 0.0
+    user_agent = {"user-agent": "impatient/1.0"}
+    async with Gateway(harness.settings(max_concurrent=1)) as gateway:
+        reader = gateway.forwarder._client_timeouts
+        account = gateway.forwarder.targets[0].upstream.core.accounts.account("gpt-4o")
+        first = asyncio.create_task(harness.post(gateway, json={**CHAT_REQUEST, "stream": True}))
+        await until(lambda: account.account.in_flight == 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clock, "now", lambda: now)
+            for number in range(3):
+                queued = asyncio.create_task(harness.post(gateway, headers=user_agent))
+                await until(lambda: len(account.account.queue) == 1)
+                now += 30.0 + 0.1 * number
+                queued.cancel()
+                await until(lambda: len(account.account.queue) == 0)
+            assert reader.read(now, user_agent).max_wait == pytest.approx(29.0)
+            assert reader.read(now, {"user-agent": "patient/1.0"}).max_wait == 299.0
+        first.cancel()
+        await until(lambda: leftovers(gateway) == NOTHING_LEFT)
 
 
 # --- draining ---

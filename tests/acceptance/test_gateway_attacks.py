@@ -101,6 +101,38 @@ async def test_an_ambiguous_request_is_rejected(harness: GatewayHarness, sent: b
         await check_works(harness, gateway)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"authorization: Bearer sk-secret\x00",
+        b"authorization : Bearer sk-secret",
+        b"authorization: Bearer\rsk-secret",
+        b"authorization: Bearer sk-secret\r\n folded sk-secret",
+        b"authorization\x01: Bearer sk-secret",
+        b"authorization: " + b"sk-secret" * 20_000,
+        b"sk-secret",
+        b"content-length: sk-secret",
+        b"host: sk-secret\r\nhost: sk-secret",
+    ],
+)
+async def test_a_400_repeats_no_bytes_of_the_request(
+    harness: GatewayHarness, caplog: pytest.LogCaptureFixture, field: bytes
+) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        for sent in (request_bytes(b"{}", field), request_bytes(b"{}", start=b"POST /sk-secret\x01 HTTP/1.1")):
+            received = await raw(gateway, sent)
+            assert received[9:12] in (b"400", b"431"), received
+            assert b"sk-secret" not in received
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+    assert "sk-secret" not in caplog.text
+
+
+async def test_a_404_repeats_no_query(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        status, _, body = await harness.post(gateway, "/nowhere/v1/models?key=sk-secret")
+        assert (status, "sk-secret" in str(body)) == (404, False)
+
+
 async def test_pipelined_calls_are_answered_in_order(harness: GatewayHarness) -> None:
     async def echo(request: web.BaseRequest) -> web.StreamResponse:
         asked = json.loads(await request.read())
@@ -123,9 +155,7 @@ async def test_the_next_response_is_found_after_any_body(harness: GatewayHarness
         received = await raw(gateway, first + last)
         assert received.endswith(b'{"status":"ok"}')
         head, _, rest = received.partition(b"\r\n\r\n")
-        assert rest.startswith(b"13\r\nHTTP/1.1 200 OK\r\n\r\n\r\n0\r\n\r\nHTTP" if method == b"POST" else b"HTTP"), (
-            head
-        )
+        assert rest.startswith(b"HTTP/1.1 200 OK\r\n\r\nHTTP" if method == b"POST" else b"HTTP"), head
 
 
 async def test_http_1_0_is_answered_without_chunks(harness: GatewayHarness) -> None:
@@ -187,6 +217,7 @@ async def test_a_foreign_web_page_is_rejected(harness: GatewayHarness) -> None:
             {"origin": "https://evil.example"},
             {"origin": "https://localhost.evil.example"},
             {"origin": "null"},
+            {"sec-fetch-site": "cross-site"},
         ):
             for path in ("/v1/chat/completions", "/metrics", "/healthz"):
                 status, _, body = await harness.post(gateway, path, headers=headers)
@@ -254,10 +285,10 @@ async def test_a_slow_body_times_out(harness: GatewayHarness) -> None:
     ("start", "piece", "status"),
     [
         (b"", b"a" * 1000, 400),  # a method
-        (b"GET /", b"a" * 1000, 400),
-        (b"GET / HTTP/1.1\r\nx: ", b"a" * 1000, 400),
+        (b"GET /", b"a" * 1000, 431),
+        (b"GET / HTTP/1.1\r\nx: ", b"a" * 1000, 431),
         (b"GET / HTTP/1.1\r\n", b"x: " + b"a" * 1000 + b"\r\n", 431),
-        (b"GET / HTTP/1.1\r\n", b"x: a\r\n", 400),
+        (b"GET / HTTP/1.1\r\n", b"x: a\r\n", 431),
         (b"", b"\r\n" * 500, 431),
     ],
 )
@@ -391,7 +422,7 @@ async def test_expect_100_continue_is_answered(harness: GatewayHarness) -> None:
     "body",
     [
         b"", b"null", b"[]", b'"{}"', b"{", b"{}{}", b"{'model': 1}", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1,}',
-        b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b'{"a": "\\ud800"}',
+        b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b'{"a": "\\ud800}', b'["\\ud800"]',
         b'{"a": "\x00"}', "{}".encode("utf-16"), b"[" * 100_000,
         b'{"a":' * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b"\x1f\x8b\x08\x00", b"model=gpt-4o",
     ],
@@ -410,6 +441,7 @@ async def test_a_body_that_is_not_a_json_object_is_a_400(harness: GatewayHarness
     "body",
     [
         b'{"model": "a", "model": "b"}', b'{"model": 7}', b'{"max_tokens": 1' + b"0" * 4_000 + b"}", b'{"n": -1}',
+        b'{"a": "\\ud800"}', b'{"messages": [{"content": "\\udfff"}], "model": "\\ud83d"}',
         b'{"messages": {"a": [[[]]]}, "stream": "yes"}', b'{"temperature": 1e308}',
         b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}",
     ],
@@ -460,10 +492,9 @@ CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
         b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
         JSON_BODY,
         OK,
-        OK + b"x: a\x00b\r\n" + LENGTH + JSON_BODY,
-        OK + b"x: " + b"a" * 100_000 + b"\r\n" + LENGTH + JSON_BODY,
+        OK + b"x: " + b"a" * 200_000 + b"\r\n" + LENGTH + JSON_BODY,
         OK + b"x: a\r\n" * 10_000 + LENGTH + JSON_BODY,
-        b"HTTP/1.1 200 O\rK\r\n" + LENGTH + JSON_BODY,
+        OK + b"x\x01: a\r\n" + LENGTH + JSON_BODY,
         b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
         OK + b"content-length: 9\r\n" + LENGTH + JSON_BODY,
         OK + b"content-length: 8\r\n" + CHUNKS + b"0\r\n\r\n",
@@ -473,11 +504,12 @@ CHUNKS = b"transfer-encoding: chunked\r\n\r\n8\r\n" + JSON_BODY + b"\r\n"
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/openai/v1/other"])
 async def test_an_invalid_response_is_a_502(harness: GatewayHarness, path: str, response: bytes) -> None:
     harness.provider.behaviour = writing_raw(response)
-    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+    broke_off = response in (b"", OK)
+    async with Gateway(harness.settings(max_attempts=1 if broke_off else 6)) as gateway:
         status, headers, body = await harness.post(gateway, path)
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
         assert headers["x-should-retry"] == "false"
-        assert len(harness.provider.requests) == 1
+        assert len(harness.provider.requests) == 1  # what is bound to be the same again is not asked for again
         await check_works(harness, gateway)
 
 
@@ -508,6 +540,10 @@ async def test_a_response_that_breaks_off_is_a_502(harness: GatewayHarness, resp
         (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
         (b"HTTP/1.1 304 Not Modified\r\netag: a\r\n\r\n", 304, b""),
         (b"HTTP/1.1 200\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (b"HTTP/1.1 200 O\rK\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (b"HTTP/1.1 200 O\x7fK\r\nx: a\x00b\x01\x1b[2Jc\rd\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (OK + b"x: " + b"a" * 100_000 + b"\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
+        (OK + b"x: a\r\n" * 500 + LENGTH + JSON_BODY, 200, JSON_BODY),
         (b"HTTP/1.0 200 OK\r\n\r\n" + JSON_BODY, 200, JSON_BODY),
         (OK + b"trailer: x-t\r\n" + CHUNKS + b"0\r\nx-t: a\r\n\r\n", 200, JSON_BODY),
         (OK + b"content-encoding: br\r\n" + LENGTH + JSON_BODY, 200, JSON_BODY),
@@ -525,7 +561,7 @@ async def test_an_odd_but_valid_response_passes(
         head, _, received = (await raw(gateway, sent)).partition(b"\r\n\r\n")
         assert int(head.split()[1]) == status
         assert received in (body, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
-        assert re.search(rb"(?i)^trailer|^x-t|early", head, re.MULTILINE) is None
+        assert re.search(rb"(?i)^trailer|^x-t|early|[^\r\n\t -~]", head, re.MULTILINE) is None
         assert (b"content-encoding: br" in head.lower()) == (b"\r\ncontent-encoding: br" in response)
         await check_works(harness, gateway)
 
@@ -545,8 +581,8 @@ async def test_redirects_are_not_followed(harness: GatewayHarness, status: int) 
         assert len(harness.provider.requests) == 1
 
 
-@pytest.mark.parametrize("head", [b"", OK, OK + b"x: ", OK + b"content-type: application/json\r\n\r\n"])
-async def test_an_endless_response_is_a_502(harness: GatewayHarness, head: bytes) -> None:
+@pytest.mark.parametrize("head", [b"", OK, OK + b"x: "])
+async def test_an_endless_head_is_a_502(harness: GatewayHarness, head: bytes) -> None:
     async def endless(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         assert request.transport is not None
@@ -561,9 +597,7 @@ async def test_an_endless_response_is_a_502(harness: GatewayHarness, head: bytes
     async with Gateway(harness.settings(max_attempts=3)) as gateway:
         status, _, body = await harness.post(gateway, headers={"x-stainless-read-timeout": "60"})
         assert (status, body["error"]["code"]) == (502, "forebay_upstream_failed")
-        if head.endswith(b"\r\n\r\n"):
-            assert "larger than 67,108,864 bytes" in body["error"]["message"]
-            assert len(harness.provider.requests) == 1  # a retry would not help
+        assert len(harness.provider.requests) == 1  # a retry would not help
         await check_works(harness, gateway)
 
 
@@ -603,7 +637,7 @@ async def test_a_silent_provider_ends_with_the_timeout_of_its_caller(
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr("forebay.gateway.caller._GRACE", 0.1)
+    monkeypatch.setattr("forebay.gateway.client_timeouts._GRACE", 0.1)
     harness.provider.behaviour = hang
     async with Gateway(harness.settings()) as gateway:
         for path, body in (("/v1/chat/completions", CHAT_REQUEST), ("/v1/messages", {**CHAT_REQUEST, "stream": True})):

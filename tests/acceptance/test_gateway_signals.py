@@ -90,7 +90,7 @@ async def wait_until_queued(harness: GatewayHarness, running: GatewayProcess) ->
             return
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_drains_calls_in_flight_and_in_the_queue(
     harness: GatewayHarness, start: Start, number: int
 ) -> None:

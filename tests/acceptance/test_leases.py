@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tests.support.task_plane import Agent, approximately, error_of, virtual
 
 from forebay import BackpressureSupervisor, Task, TaskStatus, WorkerState
-from forebay.errors import StillSpilled
+from forebay.errors import StillSpilled, StoreUnavailable
 from forebay.interfaces import Completion, DeadRecord, Lease
 from forebay.overflow import SqliteTaskStore
 
@@ -28,8 +29,8 @@ class ReapCountingStore(SqliteTaskStore):
         self.times = times
         self.looked = asyncio.Event()
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        dead = await super().reap(now=now, max_attempts=max_attempts)
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
+        dead = await super().reap(now=now, max_attempts=max_attempts, latest=latest)
         self.times -= 1
         if not self.times:
             self.looked.set()
@@ -162,9 +163,9 @@ class SlowReapStore(SqliteTaskStore):
 
     seconds = 0.0
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
         await asyncio.sleep(self.seconds)
-        return await super().reap(now=now, max_attempts=max_attempts)
+        return await super().reap(now=now, max_attempts=max_attempts, latest=latest)
 
 
 @virtual
@@ -177,3 +178,45 @@ async def test_a_supervisor_may_close_during_maintenance_of_its_store(
         await asyncio.sleep(11.0)
     await asyncio.sleep(200.0)
     assert caplog.records == []
+
+
+class InterruptedStore(SqliteTaskStore):
+    """A store that fails for everybody while `interrupted` is set, as when a process was stopped in its commit."""
+
+    interrupted = False
+
+    def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
+        self._check()
+        return super().renew(leases, until=until)
+
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
+        self._check()
+        return await super().reap(now=now, max_attempts=max_attempts, latest=latest)
+
+    def _check(self) -> None:
+        if self.interrupted:
+            raise StoreUnavailable(where="disk", why="a process was stopped", advice="Continue it.")
+
+
+@virtual
+async def test_after_an_interruption_of_the_store_no_process_takes_what_another_still_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = [Agent(200.0), Agent(200.0)]
+    supervisors = []
+    for agent in agents:
+        supervisor = BackpressureSupervisor(overflow=InterruptedStore(tmp_path / "store.db"))
+        supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
+        await supervisor.start()
+        supervisors.append(supervisor)
+        await asyncio.sleep(5.0)  # so that one looks for lapsed leases before the other has renewed its own
+    tickets = [await each.submit(Task("work", number, durable=True)) for number, each in enumerate(supervisors)]
+    for _ in range(3):
+        monkeypatch.setattr(InterruptedStore, "interrupted", True)
+        await asyncio.sleep(45.0)  # longer than a lease
+        monkeypatch.setattr(InterruptedStore, "interrupted", False)
+        await asyncio.sleep(15.0)
+    assert [agent.started for agent in agents] == [[0], [1]]
+    assert all([(await ticket).success for ticket in tickets])
+    for supervisor in supervisors:
+        await supervisor.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from tests.support.task_plane import (
 )
 from tests.support.task_stores import OVERFLOWS, StoreBackend, overflow_url
 
-from forebay import BackpressureSupervisor, Priority, Task, TaskCancelled, TaskStatus
+from forebay import BackpressureSupervisor, Priority, Task, TaskCancelled, TaskStatus, WorkerState
+from forebay.adapters import Handler
 from forebay.errors import AlreadyStarted, DrainInside, StillSpilled, SupervisorClosed
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -218,6 +220,180 @@ async def test_cancelling_a_start_leaves_nothing_open(tmp_path: Path) -> None:
             await supervisor.start()
         assert await supervisor.run(Task("work", 7)) == 7
         await supervisor.close()
+
+
+class StartingHandler:
+    """An agent that takes a second to start, or never starts, or fails to."""
+
+    def __init__(self, agent: Any, *, seconds: float = 1.0, failures: int = 0) -> None:
+        self.agent = agent
+        self.seconds = seconds
+        self.failures = failures
+        self.calls: list[str] = []
+
+    def __forebay_handler__(self) -> Handler:
+        return Handler(call=self.agent, start=self.start, stop=self.stop)
+
+    async def start(self) -> None:
+        self.calls.append("start")
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.calls.append("cancelled")
+            raise
+        if self.failures:
+            self.failures -= 1
+            raise SystemExit(1)
+        self.calls.append("started")
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+
+
+@pytest.mark.parametrize("overflow", [None, "sqlite"])
+@virtual
+async def test_closing_undoes_a_start_in_progress(overflow: str | None, tmp_path: Path) -> None:
+    first, second = StartingHandler(Agent(), seconds=0.0), StartingHandler(Agent(), seconds=1000.0)
+    url = None if overflow is None else f"sqlite:///{tmp_path}/spill.db"
+    supervisor = BackpressureSupervisor(overflow=url)
+    supervisor.register_worker("first", handler=first, task_types=["work"])
+    supervisor.register_worker("second", handler=second, task_types=["work"])
+    starting = asyncio.ensure_future(supervisor.start())
+    await asyncio.sleep(1.0)
+    await asyncio.gather(supervisor.close(), supervisor.close())
+    assert isinstance(await error_of(starting), SupervisorClosed)
+    assert now() < 2.0
+    assert (first.calls, second.calls) == (["start", "started", "stop"], ["start", "cancelled"])
+    assert isinstance(await error_of(supervisor.start()), SupervisorClosed)
+    await supervisor.close()
+
+
+@virtual
+async def test_closing_in_the_turn_in_which_a_start_ends_leaves_nothing_open() -> None:
+    for turns in range(1, 8):
+        handler = StartingHandler(Agent(), seconds=0.0)
+        supervisor = BackpressureSupervisor()
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        starting = asyncio.ensure_future(supervisor.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await supervisor.close()
+        outcome = (await asyncio.gather(starting, return_exceptions=True))[0]
+        assert outcome is None or isinstance(outcome, SupervisorClosed)
+        assert "started" not in handler.calls or handler.calls[-1] == "stop"
+        assert supervisor.loop is None
+
+
+@virtual
+async def test_a_start_cancelled_in_the_turn_in_which_it_ends_leaves_nothing_open() -> None:
+    for turns in range(1, 8):
+        handler = StartingHandler(Agent(), seconds=0.0)
+        supervisor = BackpressureSupervisor()
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        starting = asyncio.ensure_future(supervisor.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if starting.cancel():
+            assert isinstance(await error_of(starting), asyncio.CancelledError)
+            assert "started" not in handler.calls or handler.calls[-1] == "stop"
+        await supervisor.close()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+def test_with_eager_tasks_a_worker_that_a_start_registers_is_registered_once() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+        supervisor = BackpressureSupervisor()
+        second = StartingHandler(Agent(0.0), seconds=0.0)
+
+        class Registering(StartingHandler):
+            async def start(self) -> None:
+                supervisor.register_worker("second", handler=second, task_types=["more"])
+
+        supervisor.register_worker("first", handler=Registering(Agent(0.0)), task_types=["work"])
+        async with supervisor:
+            assert await supervisor.run(Task("more", 1)) == 1
+        assert second.calls == ["start", "started", "stop"]
+
+    asyncio.run(main())
+
+
+@virtual
+async def test_a_worker_registered_after_the_start_takes_no_task_before_its_handler_has_started() -> None:
+    agent = Agent(1.0)
+    handler = StartingHandler(agent, seconds=5.0)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=2)
+        tickets = flood(supervisor, "work", 2)
+        await asyncio.sleep(1.0)
+        assert (worker.state, worker.current_tasks) == (WorkerState.IDLE, 0)
+        assert [result.status for result in await results(tickets)] == [TaskStatus.SUCCEEDED] * 2
+        assert now() == approximately(6.0)
+
+
+@pytest.mark.parametrize("reset_timeout", [10.0, None])
+@virtual
+async def test_a_worker_whose_start_fails_is_failed_until_it_starts(
+    reset_timeout: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = Agent(1.0)
+    handler = StartingHandler(agent, failures=1)
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=handler, task_types=["work"], reset_timeout=reset_timeout)
+        waiting = flood(supervisor, "work", 2, thread_id="one")
+        failed = await results(waiting)  # there is no other worker to wait for
+        assert [(result.status, result.error) for result in failed] == [(TaskStatus.FAILED, "SystemExit: 1")] * 2
+        assert all(isinstance(result.cause, SystemExit) for result in failed)
+        assert now() == approximately(1.0)
+        assert worker.state is WorkerState.FAILED
+        assert not supervisor.submit_nowait(Task("work"))
+        if reset_timeout is None:
+            await asyncio.sleep(1000.0)
+            assert handler.calls == ["start"]
+            worker.revive()
+            worker.revive()
+        else:
+            await asyncio.sleep(reset_timeout)
+        assert await supervisor.run(Task("work", 7)) == 7
+        assert handler.calls == ["start", "start", "started"]
+        assert worker.state.value == "idle"
+    assert "start of worker 'worker' raised SystemExit" in caplog.text
+
+
+@virtual
+async def test_a_task_waits_for_another_worker_if_one_cannot_be_started() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("good", handler=Agent(10.0), task_types=["work"])
+        first, second = flood(supervisor, "work", 2)
+        supervisor.register_worker("bad", handler=StartingHandler(Agent(), failures=9), task_types=["work"])
+        assert [result.worker_id for result in await results([first, second])] == ["good", "good"]
+
+
+@virtual
+async def test_a_start_that_fails_for_good_leaves_no_task_waiting() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        handler = StartingHandler(Agent(), failures=1000)
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        tickets = []
+        for _ in range(200):
+            tickets += flood(supervisor, "work", 1)
+            await asyncio.sleep(1.0)
+        assert 3 <= handler.calls.count("start") <= 20
+        assert all(ticket.status is TaskStatus.FAILED for ticket in tickets[:100] if ticket)
+        await supervisor.drain()
+
+
+@virtual
+async def test_closing_cancels_the_start_of_a_worker_that_was_registered_after_the_start() -> None:
+    handler = StartingHandler(Agent(), seconds=1000.0)
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        (waiting,) = flood(supervisor, "work", 1)
+        await asyncio.sleep(1.0)
+        await supervisor.close()
+        assert now() == approximately(1.0)
+    assert waiting.status is TaskStatus.CANCELLED
+    assert handler.calls == ["start", "cancelled", "stop"]
 
 
 @virtual
@@ -469,7 +645,7 @@ async def test_draining_does_not_wait_for_a_run_that_waits_for_a_spilled_task(tm
     async with make_supervisor(handler, overflow=url, max_queue_size=0) as supervisor:
         handler.supervisor = supervisor
         parent = await supervisor.submit(Task("work", "parent", durable=durable))
-        other = await supervisor.submit(Task("work", "other"))
+        other = await supervisor.submit(Task("work", "other", priority=Priority.CRITICAL))
         await asyncio.sleep(1.5)  # the child is spilled, and the other task has the parent's slot
         await supervisor.drain()
         assert now() == pytest.approx(2.0, abs=0.1)

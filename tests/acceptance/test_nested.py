@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from forebay import (
     Verdict,
     WorkerState,
 )
+from forebay.adapters import Handler
 from forebay.errors import NotStarted
 from forebay.simulation import virtual_loop
 
@@ -117,6 +119,42 @@ async def test_a_run_gets_its_slot_back_before_queued_tasks() -> None:
     assert order == ["0 starts", "1 starts", "0 continues", "2 starts"]
 
 
+@pytest.mark.parametrize("timeouts", [(1.0,), (1.0, 1.5), (1.0, 1.5, 2.0)], ids=len)
+@virtual
+async def test_timeouts_around_an_await_put_no_more_to_work_than_there_are_slots(timeouts: tuple[float, ...]) -> None:
+    at_work = peak = 0
+
+    async def work(seconds: float) -> None:
+        nonlocal at_work, peak
+        at_work += 1
+        peak = max(peak, at_work)
+        await asyncio.sleep(seconds)
+        at_work -= 1
+
+    async def impatient(remaining: tuple[float, ...]) -> None:
+        if not remaining:
+            await supervisor.run(Task("child"))
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(remaining[0]):
+                await impatient(remaining[1:])
+
+    async def agent(task: Task) -> None:
+        if task.payload == "parent":
+            await impatient(timeouts[::-1])
+        await work(10.0)
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=agent, task_types=["work"], max_concurrent=2)
+        supervisor.register_worker("children", handler=Agent(60.0), task_types=["child"], max_concurrent=2)
+        tickets = [supervisor.submit_nowait(Task("work", "parent")) for _ in range(2)]
+        tickets += [supervisor.submit_nowait(Task("work")) for _ in range(2)]
+        assert {result.status for result in await results(tickets)} == {TaskStatus.SUCCEEDED}
+        assert now() == approximately(20.0)
+        assert peak == 2
+        assert (worker.current_tasks, worker.pending_claims) == (0, 0)
+
+
 @virtual
 async def test_awaiting_several_tasks_lends_one_slot_and_reclaims_one() -> None:
     async def parent(_: Task) -> list[Any]:
@@ -204,12 +242,10 @@ async def test_a_nested_task_goes_before_newer_work_of_its_priority() -> None:
 
 @virtual
 async def test_nested_work_that_a_full_queue_rejects_deadlocks_nothing() -> None:
-    async def parent(_: Task) -> str:
-        try:
-            await supervisor.run(Task("work", "child"))
-        except Overloaded:
-            return "rejected"
-        return "admitted"
+    async def parent(_: Task) -> int:
+        children = (supervisor.run(Task("work", "child")) for _ in range(9))
+        ended = await asyncio.gather(*children, return_exceptions=True)
+        return sum(isinstance(end, Overloaded) for end in ended)
 
     async def handler(task: Task) -> Any:
         await asyncio.sleep(1.0)
@@ -219,7 +255,7 @@ async def test_nested_work_that_a_full_queue_rejects_deadlocks_nothing() -> None
         supervisor.register_worker("worker", handler=handler, task_types=["work"])
         ticket = supervisor.submit_nowait(Task("work", "parent"))
         await fill(supervisor, "work")
-        assert (await ticket).result == "rejected"
+        assert (await ticket).result == 6  # three wait in the room that nested tasks have, from 80 % they are rejected
         assert supervisor.statistics().failed == 0
 
 
@@ -496,6 +532,48 @@ async def test_a_nested_supervisor_may_be_running_already() -> None:
     async with inner, BackpressureSupervisor() as outer:
         nest(inner, outer)
         assert await outer.run(Task("work", 1)) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@virtual
+async def test_a_supervisor_below_two_others_is_started_once_and_both_wait_for_it(*, fails: bool) -> None:
+    starts: list[float] = []
+
+    class Starting:
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=lambda _: "done", start=self.start)
+
+        async def start(self) -> None:
+            starts.append(now())
+            await asyncio.sleep(5.0)
+            if fails and len(starts) == 1:
+                raise ConnectionError
+
+    async def above_first() -> Any:
+        async with first:
+            value = await first.run(Task("work"))
+            await asyncio.sleep(60.0)
+            return value
+
+    async def above_second() -> Any:
+        await asyncio.sleep(1.0)
+        async with second:
+            return await second.run(Task("work"))
+
+    team = BackpressureSupervisor()
+    team.register_worker("worker", handler=Starting(), task_types=["work"])
+    first, second = BackpressureSupervisor(), BackpressureSupervisor()
+    for above in (first, second):
+        above.register_worker("team", handler=team, task_types=["work"])
+    outcomes: Any = await asyncio.gather(above_first(), above_second(), return_exceptions=True)
+    one, two = outcomes
+    assert two == "done"
+    if fails:
+        assert isinstance(one, ConnectionError)
+        assert starts == [approximately(0.0), approximately(5.0)]
+    else:
+        assert one == "done"
+        assert starts == [approximately(0.0)]
 
 
 @virtual

@@ -652,7 +652,7 @@ async def test_a_durable_task_that_was_interrupted_runs_again_after_a_restart(fi
     assert isinstance(await error_of(ticket), StillSpilled)
     async with make_supervisor(agent, file) as supervisor:
         result = await supervisor.ticket(ticket.task_id)
-    assert (result.result, result.attempts) == (7, 2)
+    assert (result.result, result.attempts) == (7, 1)  # the interrupted start was no crash
 
 
 @virtual
@@ -728,3 +728,62 @@ async def test_leaving_by_an_error_keeps_what_is_spilled_and_ends_every_ticket(f
     async with make_supervisor(agent, file):
         await asyncio.sleep(10.0)
     assert sorted(agent.started) == [1, 2, 3, 4, 5, 6, 7]
+
+
+# --- keys, while the store decides -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["durable", "spilled"])
+@pytest.mark.parametrize("leaving", ["first", "second", "both", "first before the second comes"])
+@virtual
+async def test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store_decides(
+    leaving: str, tmp_path: Path, *, durable: bool
+) -> None:
+    agent = Agent(1.0)
+    options: dict[str, Any] = {"key": "invoice-7", "durable": durable}
+    url = f"sqlite:///{tmp_path}/spill.db"
+    async with BackpressureSupervisor(overflow=url, max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["pay"])
+        if not durable:
+            flood(supervisor, "pay", 1)
+        first = asyncio.ensure_future(supervisor.run(Task("pay", "first", **options)))
+        await wait_until_undecided(supervisor)
+        if leaving == "first before the second comes":
+            first.cancel()
+            await run_ready()
+        second = asyncio.ensure_future(supervisor.run(Task("pay", "second", **options)))
+        await run_ready()
+        if leaving in ("first", "both"):
+            first.cancel()
+        if leaving in ("second", "both"):
+            second.cancel()
+        outcomes = await asyncio.gather(first, second, return_exceptions=True)
+        await asyncio.sleep(10.0)
+    went = [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes]
+    assert went == [leaving != "second", leaving in ("second", "both")]
+    assert all(gone or outcome == "first" for gone, outcome in zip(went, outcomes, strict=True))
+    assert [task.payload for task in agent.calls if task.payload != 0] == ([] if leaving == "both" else ["first"])
+
+
+async def wait_until_undecided(supervisor: BackpressureSupervisor) -> None:
+    """Wait until the store has been asked about a task."""
+    while not supervisor._admission_here()._undecided:  # noqa: ASYNC110 - nothing announces it
+        await asyncio.sleep(1e-5)
+
+
+@virtual
+async def test_the_first_caller_may_leave_at_any_step_without_cancelling_the_task_of_the_second(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db"
+    async with BackpressureSupervisor(overflow=url) as supervisor:
+        supervisor.register_worker("worker", handler=Agent(1.0), task_types=["pay"], max_concurrent=10)
+        for step in range(40):
+            options: dict[str, Any] = {"key": f"invoice-{step}", "durable": True}
+            first = asyncio.ensure_future(supervisor.run(Task("pay", "first", **options)))
+            await wait_until_undecided(supervisor)
+            second = asyncio.ensure_future(supervisor.run(Task("pay", "second", **options)))
+            await run_ready()
+            if step >= 20:
+                await supervisor._admission_here()._undecided[f"invoice-{step}"].wait()
+            await run_ready(step % 20)
+            first.cancel()
+            assert await second == "first"

@@ -21,6 +21,7 @@ from forebay import (
     TaskTimedOut,
     WorkerState,
 )
+from forebay.adapters import Handler
 
 
 async def hold(supervisor: BackpressureSupervisor, seconds: float, **options: Any) -> str:
@@ -167,6 +168,39 @@ async def test_a_caller_cancelled_in_the_loop_turn_that_granted_the_slot_returns
             await asyncio.wait([caller])
             assert worker.current_tasks == 0
             assert supervisor.statistics().running == 0
+
+
+@pytest.mark.parametrize("cancelled_too", [False, True])
+@virtual
+async def test_a_slot_that_is_granted_and_ended_in_one_turn_of_the_loop_says_so(*, cancelled_too: bool) -> None:
+    agent = Agent(1.0)
+
+    def end_the_slot(_: Task) -> None:  # in the turn that grants it
+        supervisor.ticket(slot.task_id).cancel("it is not needed")
+        if cancelled_too:
+            waiting.cancel()
+
+    async def enter() -> None:
+        async with slot:
+            pytest.fail("the block must not run")
+
+    class Ending:
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=agent, on_end=end_the_slot)
+
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Ending(), task_types=["work"])
+        supervisor.submit_nowait(Task("work"))
+        slot = supervisor.slot("work")
+        waiting = asyncio.ensure_future(enter())
+        error = await error_of(waiting)
+        assert worker.current_tasks == 0
+        assert supervisor.statistics().cancelled == 1
+    if cancelled_too:
+        assert isinstance(error, asyncio.CancelledError)
+    else:
+        assert isinstance(error, TaskCancelled)
+        assert "it is not needed" in str(error)
 
 
 @virtual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ from typing import Any
 import pytest
 from tests.support.task_plane import Agent, approximately, flood, now, virtual
 
-from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus, Verdict, WorkerState, context
+from forebay import (
+    BackpressureSupervisor,
+    Overloaded,
+    Priority,
+    Task,
+    TaskFailed,
+    TaskStatus,
+    Verdict,
+    WorkerState,
+    context,
+)
 from forebay.testing import EventRecord
 
 
@@ -309,6 +320,50 @@ async def test_a_finally_rejected_call_ends_its_run_as_overloaded_even_if_the_ex
                 await supervisor.run(Task("work", "fails"))
         assert worker.state is WorkerState.IDLE
         assert await supervisor.run(Task("work", "recovers")) == "another way"
+
+
+@virtual
+async def test_an_account_that_rejected_a_call_is_closed_to_the_run_until_its_retry_after() -> None:
+    key = Key()
+    left: list[tuple[float | None, int]] = []
+
+    async def handler(task: Task) -> str:
+        running = context.call_observer()
+        assert running is not None
+        running.record_rejection(key, Overloaded("the key is busy", limited_by="upstream:key", retry_after=3.0))
+        for _ in range(task.payload):
+            await asyncio.sleep(1.0)
+            error = running.rejection_by(key)
+            assert isinstance(error, Overloaded)
+            try:
+                raise error
+            except Overloaded as raised:
+                left.append((raised.retry_after, len(traceback.extract_tb(raised.__traceback__))))
+        await asyncio.sleep(1.1)
+        assert running.rejection_by(key) is None
+        raise ValueError
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"])
+        with pytest.raises(TaskFailed, match="ValueError"):
+            await supervisor.run(Task("work", 2))
+    assert left == [(approximately(2.0), 1), (approximately(1.0), 1)]
+
+
+@virtual
+async def test_an_account_that_named_no_retry_after_stays_closed_to_the_run() -> None:
+    key = Key()
+
+    async def handler(_: Task) -> bool:
+        running = context.call_observer()
+        assert running is not None
+        running.record_rejection(key, Overloaded("the key is busy"))
+        await asyncio.sleep(1000.0)
+        return running.rejection_by(key) is not None
+
+    async with BackpressureSupervisor() as supervisor:
+        supervisor.register_worker("worker", handler=handler, task_types=["work"], timeout=2000.0)
+        assert await supervisor.run(Task("work"))
 
 
 @virtual

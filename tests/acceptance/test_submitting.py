@@ -501,11 +501,12 @@ async def test_a_thread_spans_task_types() -> None:
 
 
 @virtual
-async def test_a_task_that_waits_for_its_thread_takes_room_in_the_queue() -> None:
+async def test_tasks_that_wait_for_their_thread_have_a_bound_of_their_own() -> None:
     async with BackpressureSupervisor(max_queue_size=4) as supervisor:
         supervisor.register_worker("worker", handler=Agent(), task_types=["chat"], max_concurrent=4)
         tickets = flood(supervisor, "chat", 20, thread_id="alice")
-        assert len(admitted(tickets)) == 7  # of 8 places; NORMAL is rejected from 80 %
+        assert len(admitted(tickets)) == 1 + 4  # half of twice the room of the queue
+        assert {ticket.limited_by for ticket in rejected(tickets)} == {"conversation:alice"}
 
 
 @virtual

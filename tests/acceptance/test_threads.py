@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -200,6 +201,38 @@ def test_leaving_the_portal_drains() -> None:
         for number in range(3):
             portal.submit(Task("work", number))
     assert ended == [0, 1, 2]
+
+
+def test_results_are_there_after_the_portal_has_closed() -> None:
+    go_on = threading.Event()
+
+    def waiting(task: Task) -> Any:
+        go_on.wait(PATIENCE)
+        return task.payload
+
+    supervisor = BackpressureSupervisor(max_queue_size=0)
+    supervisor.register_worker("worker", handler=waiting, task_types=["work"])
+    with supervisor.portal() as portal:
+        tickets = [portal.submit(Task("work", 1)), portal.submit(Task("work", 2))]
+        go_on.set()
+    assert tickets[0].result().result == 1
+    assert tickets[0].result(timeout=0.0).result == 1
+    assert not tickets[0].cancel()
+    with pytest.raises(Overloaded):
+        tickets[1].result()
+
+
+def test_a_call_that_the_closing_loop_drops_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay.supervisor.portal._LOOP_CHECK_INTERVAL", 0.01)
+    loop = asyncio.new_event_loop()
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("worker", handler=echo, task_types=["work"])
+    loop.run_until_complete(supervisor.start())
+    portal = supervisor.portal()
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", lambda work, _: work.close() or Future())
+    threading.Timer(0.05, loop.close).start()
+    with pytest.raises(SupervisorClosed):
+        portal.run(Task("work"))
 
 
 def test_leaving_the_portal_by_an_error_stops_the_handlers() -> None:

@@ -246,6 +246,63 @@ async def test_a_guarded_function_that_keeps_failing_raises_its_own_exception() 
     assert tries == 3
 
 
+class SdkError(Exception):
+    """An exception with an answer, as SDKs raise it."""
+
+    def __init__(self, status: int, **headers: str) -> None:
+        super().__init__("no")
+        self.status_code = status
+        self.headers = headers
+
+
+@virtual
+async def test_a_guarded_function_reports_throttling_by_its_exception() -> None:
+    search = Upstream("search", retry=Retry(max_attempts=1))
+    tries: list[float] = []
+
+    @search.guard
+    async def look_up() -> str:
+        tries.append(now())
+        if len(tries) <= 3:
+            raise RuntimeError("the tool failed") from SdkError(429, **{"retry-after": "1"})
+        return "found"
+
+    assert await look_up() == "found"  # throttled attempts use up none
+    account = search.statistics().accounts[0]
+    assert (account.throttled, account.failed, account.breaker) == (3, 0, "closed")
+    assert tries[1] - tries[0] >= 1.0
+    assert left(search) == (0, 0)
+
+
+@virtual
+async def test_a_wrong_request_of_a_guarded_function_is_neither_retried_nor_a_fault() -> None:
+    search = Upstream("search")
+    tries = 0
+
+    @search.guard
+    async def look_up() -> None:
+        nonlocal tries
+        tries += 1
+        raise SdkError(400)
+
+    for _ in range(20):
+        with pytest.raises(SdkError):
+            await look_up()
+    assert tries == 20
+    assert search.statistics().accounts[0].breaker == "closed"
+
+
+@virtual
+async def test_a_permit_taken_by_hand_reports_throttling_by_the_exception_that_leaves_its_block() -> None:
+    llm = Upstream("llm")
+    for _ in range(20):
+        with pytest.raises(SdkError):
+            async with llm.call("", input_tokens=10):
+                raise SdkError(503)
+    account = llm.statistics().accounts[0]
+    assert (account.throttled, account.failed, account.breaker) == (20, 0, "closed")
+
+
 def test_a_plain_function_is_guarded_in_plain_threads() -> None:
     search = Upstream("search", max_concurrent=2, retry=Retry(max_attempts=3, base_delay=0.001))
     at_once, peak, failures = 0, 0, {3: 2, 7: 1}

@@ -58,7 +58,8 @@ def test_a_quota_of_0_is_rejected_where_it_is_made(unit: str) -> None:
 async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    upstream = Upstream("key", provider="openai", budget=Budget(usd=1), prices={"known": Price(input=1.0, output=1.0)})
+    prices = {"known": Price(input=1.0, output=1.0)}
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=1), prices=prices, unmetered="allow")
     client = Script(httpx2).client(upstream)
     for model in ("custom-model", "custom-model", "known"):
         await client.post(URL, json={**REQUEST, "model": model})
@@ -68,6 +69,25 @@ async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
     (record,) = caplog.records
     assert "'custom-model'" in record.message
     assert "prices=" in record.message
+
+
+@virtual
+async def test_a_call_without_a_price_is_rejected_under_a_budget() -> None:
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=1))
+    script = Script(httpx2)
+    with pytest.raises(Overloaded, match="no price is known for model 'custom-model': give the upstream prices=") as it:
+        await script.client(upstream).post(URL, json={**REQUEST, "model": "custom-model"})
+    assert it.value.retry_after is None
+    assert (it.value.limited_by or "").endswith(":unpriced")
+    assert not script.requests
+    assert upstream.statistics().unpriced == 1
+
+
+@virtual
+async def test_a_guarded_function_is_rejected_under_a_budget() -> None:
+    upstream = Upstream("key", budget=Budget(usd=1), prices={"*": Price(input=1, output=1)})
+    with pytest.raises(Overloaded, match="it names no model"):
+        upstream.guard(lambda: 1)()
 
 
 def test_only_a_bounded_number_of_models_without_a_price_is_remembered(caplog: pytest.LogCaptureFixture) -> None:
@@ -92,7 +112,7 @@ def test_a_leap_in_time_serves_the_queue_and_refills_each_quota_once() -> None:
     """Check it as on a laptop that slept for an hour."""
 
     async def main() -> None:
-        upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], max_wait=600.0)
+        upstream = Upstream("key", quotas=[Quota(requests=2, per="minute")], max_wait=3600.0)
         loop: Any = asyncio.get_running_loop()
         sent: list[float] = []
 

@@ -196,7 +196,7 @@ async def test_no_call_waits_for_a_retry_beyond_its_deadline() -> None:
 
 def balances(upstream: Upstream) -> tuple[float, float]:
     """Return the retries left in the budgets for failed and for throttled calls."""
-    budgets = upstream.core.retries._budgets
+    budgets = upstream.core.accounts.account("").retries._budgets
     at = clock.now()
     return budgets.faults.balance(at), budgets.throttles.balance(at)
 
@@ -237,7 +237,7 @@ async def test_a_periodic_retry_that_gets_no_permit_is_left_to_another_call(
     end: Callable[[Upstream, Callable[[], AttemptResult]], Awaitable[None]],
 ) -> None:
     upstream = Upstream("llm", max_concurrent=1, retry=Retry(base_delay=0.001))
-    budgets = upstream.core.retries._budgets
+    budgets = upstream.core.accounts.account("").retries._budgets
     while budgets.throttles.withdraw(now()):  # the budget is empty, so the only retry is the periodic one
         pass
 
@@ -383,7 +383,7 @@ async def test_a_call_entered_twice_at_the_same_moment_is_entered_once() -> None
 
 @virtual
 async def test_a_deadline_that_passes_behind_the_head_of_the_queue_rejects_its_call_then() -> None:
-    upstream = Upstream("tool", max_concurrent=1)
+    upstream = Upstream("tool", max_concurrent=1, max_wait=600.0)
     calls = Calls(upstream, seconds=100.0)
     holder = asyncio.create_task(calls.call())
     await run_ready()

@@ -132,11 +132,33 @@ async def test_a_streamed_answer_is_metered_and_has_no_usage_that_was_not_asked_
     assert left(llm) == NOTHING
 
 
-@pytest.mark.parametrize("error", [TimeoutError, ValueError])
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])
 @virtual
 async def test_whatever_the_client_raises_is_a_fault_and_leaves_nothing_behind(error: Callable[[], Exception]) -> None:
     llm = upstream(retry=Retry(max_attempts=1))
     with pytest.raises(type(error())):
         await llm.send(request(), Client(error()))
     assert llm.statistics().accounts[0].failed == 1
+    assert left(llm) == NOTHING
+
+
+class RateLimitError(Exception):
+    """An exception with an answer, as SDKs raise it."""
+
+    def __init__(self, status: int = 429, **headers: str) -> None:
+        super().__init__("no")
+        self.status_code = status
+        self.response = HttpResponse(status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+@virtual
+async def test_an_exception_with_an_answer_counts_as_that_answer() -> None:
+    llm = upstream()
+    client = Client(RateLimitError(retry_after="2"), ANSWER)
+    assert await llm.send(request(), client) is ANSWER
+    (account,) = llm.statistics().accounts
+    assert (account.throttled, account.failed) == (1, 0)
+    with pytest.raises(RateLimitError):
+        await llm.send(request(), client := Client(RateLimitError(400)))
+    assert len(client.sent) == 1
     assert left(llm) == NOTHING

@@ -17,10 +17,12 @@ from tests.support.task_plane import (
     rejected,
     results,
     run_ready,
+    statuses,
     virtual,
 )
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskStatus, Verdict, WorkerAgent, WorkerState
+from forebay.errors import RemoteError, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered
 
 
@@ -221,6 +223,21 @@ async def test_an_overloaded_raised_inside_a_handler_does_not_count_against_its_
         agent = Agent(0.1, error=Overloaded("the well is dry"))
         worker = supervisor.register_worker("worker", handler=agent, task_types=["work"])
         await results(flood(supervisor, "work", 20))
+        assert worker.state is WorkerState.IDLE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnusableTask(field="payload", value="str", expected="a dict"),
+        RemoteError(type="UnusableTask", message="raised in another process", traceback=""),
+    ],
+)
+@virtual
+async def test_a_task_that_its_handler_cannot_run_does_not_count_against_the_worker(error: Exception) -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(error=error), task_types=["work"])
+        assert await statuses(flood(supervisor, "work", 20)) == [TaskStatus.FAILED] * 20
         assert worker.state is WorkerState.IDLE
 
 
@@ -487,6 +504,15 @@ async def test_a_worker_that_fails_and_recovers_is_reported(caplog: pytest.LogCa
     assert [event.worker_id for event in events if isinstance(event, WorkerRecovered)][:1] == ["worker"]
     assert "worker 'worker' is FAILED for" in caplog.text
     assert "worker 'worker' accepts tasks again" in caplog.text
+
+
+@virtual
+async def test_the_slots_of_a_worker_are_set_at_registration() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("worker", handler=Agent(), task_types=["work"], max_concurrent=3)
+        with pytest.raises(AttributeError, match="max_concurrent"):
+            worker.max_concurrent = 5  # type: ignore[misc]
+        assert worker.max_concurrent == 3
 
 
 @virtual

@@ -64,6 +64,8 @@ class MakeRecord:
         deadline: float | None = None,
         key: str | None = None,
         envelope: bytes = b"envelope",
+        thread: str | None = None,
+        enqueued_at: float | None = None,
     ) -> TaskRecord:
         number = next(self.count)
         return TaskRecord(
@@ -71,9 +73,10 @@ class MakeRecord:
             task_type=of,
             priority=priority,
             envelope=envelope,
-            enqueued_at=1_000.0 + number,
+            enqueued_at=1_000.0 + number if enqueued_at is None else enqueued_at,
             deadline=deadline,
             key=key,
+            thread_id=thread,
         )
 
 

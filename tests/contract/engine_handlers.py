@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forebay import Overloaded, Task, context, progress
+from forebay.adapters import Handler
 
 note: contextvars.ContextVar[str] = contextvars.ContextVar("note", default="blank")
 
@@ -22,12 +23,20 @@ class NotAnException(BaseException):
     """An error that is not an Exception."""
 
 
+class UnprintableError(Exception):
+    """An exception whose message fails."""
+
+    def __str__(self) -> str:
+        raise SystemExit(5)
+
+
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "ValueError": lambda: ValueError("no such river"),
     "SystemExit": lambda: SystemExit(4),
     "KeyboardInterrupt": KeyboardInterrupt,
     "GeneratorExit": GeneratorExit,
     "NotAnException": lambda: NotAnException("strange"),
+    "UnprintableError": UnprintableError,
     "StopIteration": lambda: StopIteration(1),
     "StopAsyncIteration": lambda: StopAsyncIteration(1),
     "TimeoutError": lambda: TimeoutError("mine"),
@@ -46,6 +55,24 @@ async def coroutine(task: Task) -> Any:
     await asyncio.sleep(0)
     what, *rest = task.payload
     return IMMEDIATE[what](*rest) if what in IMMEDIATE else await ASYNC[what](*rest)
+
+
+class HostileHooks:
+    """An agent whose hooks, and the message of whose error, raise SystemExit."""
+
+    def __init__(self, call: Callable[[Task], Any]) -> None:
+        self._call = call
+
+    def __forebay_handler__(self) -> Handler:
+        return Handler(call=self._call, blocking=self._call is plain, on_cancel=_exit, on_end=_exit)
+
+
+def _exit(_: Task) -> None:
+    raise SystemExit(6)
+
+
+hostile_plain = HostileHooks(plain)
+hostile_coroutine = HostileHooks(coroutine)
 
 
 class StatefulAgent:
@@ -157,6 +184,17 @@ def _with_a_child() -> None:
         threading.Event().wait()
 
 
+def _with_strangers(mark: str) -> None:
+    """Start a process in a session of its own, and by a process that ends at once a second one."""
+    waits = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    daemon = f"import subprocess; print(subprocess.Popen({waits!r}, stdout=2, start_new_session=True).pid)"
+    orphan = subprocess.run([sys.executable, "-c", daemon], stdout=subprocess.PIPE, check=True).stdout
+    child = subprocess.Popen(waits, start_new_session=True, env={})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    progress([child.pid, int(orphan)])
+    _read(mark)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "read": _block,
     "block": _block,
@@ -164,6 +202,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "stubborn": _stubborn,
     "hang": _hang,
     "with a child": _with_a_child,
+    "with strangers": _with_strangers,
     "loop": lambda: asyncio.run(asyncio.sleep(0, "looped")),
 }
 
@@ -202,6 +241,10 @@ async def _hangs() -> None:
     _hang()
 
 
+async def _has_strangers(mark: str) -> None:
+    _with_strangers(mark)
+
+
 async def _has_a_child() -> None:
     _with_a_child()
 
@@ -223,5 +266,6 @@ ASYNC: dict[str, Callable[..., Any]] = {
     "stubborn": _is_stubborn,
     "hang": _hangs,
     "with a child": _has_a_child,
+    "with strangers": _has_strangers,
     "loop": _loops,
 }

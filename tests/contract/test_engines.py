@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from forebay import (
     Ticket,
     WorkerAgent,
 )
+from forebay.engine.process_tree import kill_all
 from forebay.errors import NotTransferable, RemoteError
 from forebay.events import Event, TaskProgress
 from forebay.interfaces import WorkerState
@@ -191,6 +193,8 @@ async def test_a_handler_may_raise_anything(
     supervisor: BackpressureSupervisor, worker: WorkerAgent, engine_case: EngineCase
 ) -> None:
     for kind in engine_handlers.ERRORS:
+        if kind == "KeyboardInterrupt" and ISOLATES not in engine_case.can:
+            continue  # in the supervisor's own loop it is a Ctrl-C, which ends the loop
         worker.revive()
         result = await ended(supervisor, "raise", kind)
         assert result.status is TaskStatus.FAILED
@@ -198,6 +202,22 @@ async def test_a_handler_may_raise_anything(
         expected = "RuntimeError" if kind == "StopIteration" and engine_case.handler == "coroutine" else kind
         assert (result.error or "").startswith(expected)
         assert (await ended(supervisor, "echo", 1)).result == 1
+
+
+async def test_hooks_of_a_handler_may_raise_anything(
+    supervisor: BackpressureSupervisor, engine_case: EngineCase, progress: ProgressListener, tmp_path: Path
+) -> None:
+    hostile = f"tests.contract.engine_handlers:hostile_{engine_case.handler}"
+    engine_case.register(supervisor, handler=hostile)
+    for number in range(2):
+        assert (await ended(supervisor, "echo", number)).result == number
+        assert (await ended(supervisor, "raise", "UnprintableError")).status is TaskStatus.FAILED
+    if STOPS in engine_case.can:
+        ticket = await supervisor.submit(work("wait", str(tmp_path / "mark")))
+        await progress.began(ticket)
+        ticket.cancel()
+        assert (await ended(supervisor, "echo", 1)).result == 1  # in the slot of the other, once that has stopped
+    await stopped(supervisor)
 
 
 async def test_an_overload_inside_the_handler_is_raised_as_one(
@@ -289,6 +309,28 @@ async def test_a_process_that_a_stuck_handler_has_started_is_killed_with_it(
     ticket.cancel()
     await stopped(supervisor)
     await over(grandchild)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.skipif(sys.platform != "linux", reason="strangers are found by /proc")
+@pytest.mark.parametrize("end", ["timeout", "exit"])
+async def test_processes_in_sessions_of_their_own_are_killed_with_the_process_that_started_them(
+    supervisor: BackpressureSupervisor, engine_case: EngineCase, fifo: Path, progress: ProgressListener, end: str
+) -> None:
+    engine_case.needs(KILLS)
+    ticket = await supervisor.submit(work("with strangers", str(fifo)))
+    strangers = await progress.began(ticket)
+    try:
+        assert all(map(is_there, strangers))
+        if end == "timeout":
+            ticket.cancel()
+        else:
+            await release(fifo)
+            await ticket
+            await supervisor.close()
+        await asyncio.gather(*map(over, strangers))
+    finally:
+        kill_all(strangers)
 
 
 @pytest.mark.blocks

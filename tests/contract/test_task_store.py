@@ -124,6 +124,122 @@ async def test_a_record_put_leased_belongs_to_its_holder(store: TaskStore, recor
     assert await store.finish("a", DONE, fence="mine")
 
 
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+async def test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("a", "b", "c"):
+        await store.put(record(name, thread="t"))
+    for name in ("a", "b", "c"):
+        (lease,) = await take()
+        assert lease.record.task_id == name
+        assert await store.finish(name, DONE, fence=lease.fence)
+    assert await store.conversations() == {}
+
+
+async def test_what_is_parked_is_not_counted_as_waiting(store: TaskStore, record: MakeRecord) -> None:
+    puts = [await store.put(record(name, thread="t")) for name in ("a", "b", "c")]
+    assert puts == [PutResult.STORED, PutResult.PARKED, PutResult.PARKED]
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert await store.conversations() == {"t": 3}
+    assert await state(store, "b") is RecordState.PARKED
+
+
+async def test_a_parked_record_keeps_nobody_else_waiting(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    for number in range(50):
+        await store.put(record(f"hot {number}", thread="hot"))
+    await store.put(record("other", thread="other"))
+    await store.put(record("none"))
+    assert [lease.record.task_id for lease in await take(3)] == ["hot 0", "other", "none"]
+
+
+async def test_a_conversation_spans_task_types_and_priorities(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await store.put(record("a", thread="t", priority=Priority.LOW))
+    await store.put(record("b", thread="t", of="write", priority=Priority.CRITICAL))
+    assert await take(of="write") == []
+    (lease,) = await take()
+    await store.finish("a", DONE, fence=lease.fence)
+    assert await store.depths() == {("write", Priority.CRITICAL): 1}
+    assert [lease.record.task_id for lease in await take(of="write")] == ["b"]
+
+
+async def test_a_record_put_leased_has_to_wait_for_its_conversation(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    first, second = record("a", thread="t"), record("b", thread="t")
+    assert await store.put(first, fence="mine", until=100.0) is PutResult.STORED
+    assert await store.put(second, fence="yours", until=100.0) is PutResult.PARKED
+    assert not await store.begin_attempt(Lease(record=second, fence="yours", until=100.0))
+    await store.finish("a", DONE, fence="mine")
+    assert [lease.record.task_id for lease in await take()] == ["b"]
+
+
+async def test_a_record_that_comes_back_stands_before_the_rest_of_its_conversation(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("a", thread="t"))
+    leases = await take()
+    await store.put(record("b", thread="t"))
+    await store.release(leases)
+    assert await state(store, "b") is RecordState.PARKED
+    await take()
+    await store.reap(now=101.0, max_attempts=3)
+    assert [lease.record.task_id for lease in await take()] == ["a"]
+
+
+async def test_an_older_record_takes_the_place_of_one_that_waits(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await store.put(record("late", thread="t", enqueued_at=2.0, priority=Priority.LOW))
+    assert await store.put(record("early", thread="t", enqueued_at=1.0)) is PutResult.STORED
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert [lease.record.task_id for lease in await take()] == ["early"]
+
+
+async def test_a_conversation_goes_on_after_a_dead_letter_and_after_a_cancellation(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("dies", "unreadable", "cancelled", "cancelled while parked", "last"):
+        await store.put(record(name, thread="t"))
+    (lease,) = await take(until=1.0)
+    await store.begin_attempt(lease)
+    (dead,) = await store.reap(now=2.0, max_attempts=1)
+    assert dead.record.task_id == "dies"
+    (lease,) = await take()
+    assert lease.record.task_id == "unreadable"
+    await store.mark_dead(lease, DONE)
+    assert await state(store, "cancelled") is RecordState.WAITING
+    assert await store.finish("cancelled while parked", DONE, fence=None)
+    assert await store.finish("cancelled", DONE, fence=None)
+    assert [lease.record.task_id for lease in await take()] == ["last"]
+
+
+async def test_ends_of_one_conversation_at_the_same_moment_leave_the_next_one_waiting(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        await store.put(record(name, thread="t"))
+    assert await asyncio.gather(*(store.finish(name, DONE, fence=None) for name in ("a", "b", "c"))) == [True] * 3
+    assert await store.depths() == {("research", Priority.NORMAL): 1}
+    assert [lease.record.task_id for lease in await take()] == ["d"]
+
+
+async def test_a_requeued_dead_letter_joins_its_conversation_in_its_old_place(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    for name in ("dies", "runs", "waits"):
+        await store.put(record(name, thread="t"))
+    (lease,) = await take()
+    await store.mark_dead(lease, DONE)
+    (running,) = await take()
+    assert await store.requeue("dies") is PutResult.STORED
+    assert await take() == []
+    await store.finish("runs", DONE, fence=running.fence)
+    assert [lease.record.task_id for lease in await take()] == ["dies"]
+
+
 # --- leasing ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,9 +359,9 @@ async def test_an_attempt_is_counted(store: TaskStore, record: MakeRecord, take:
     (lease,) = await take()
     assert lease.record.attempts == 0
     assert await store.begin_attempt(lease)
-    await store.release([lease])
-    (again,) = await take()
-    assert again.record.attempts == 1
+    found = await store.find("a")
+    assert found is not None
+    assert found[1].attempts == 1
 
 
 async def test_two_attempts_at_once_under_one_lease_are_counted_twice(
@@ -254,8 +370,9 @@ async def test_two_attempts_at_once_under_one_lease_are_counted_twice(
     await store.put(record("a"))
     (lease,) = await take()
     assert all(await asyncio.gather(store.begin_attempt(lease), store.begin_attempt(lease)))
-    await store.release([lease])
-    assert [lease.record.attempts for lease in await take()] == [2]
+    found = await store.find("a")
+    assert found is not None
+    assert found[1].attempts == 2
 
 
 async def test_a_lost_lease_is_rejected_everywhere(store: TaskStore, record: MakeRecord, take: Take) -> None:
@@ -297,6 +414,20 @@ async def test_released_records_keep_their_order(store: TaskStore, record: MakeR
     await store.put(record("d"))
     await store.release(leases)
     assert ids(await take()) == ["c", "a", "b", "d"]
+
+
+async def test_a_released_record_has_the_attempts_that_it_was_leased_with(
+    store: TaskStore, record: MakeRecord, take: Take
+) -> None:
+    await put_all(store, [record("a"), record("b"), record("c")])
+    for lease in await take(3, until=100.0):
+        await store.begin_attempt(lease)
+    await store.reap(now=101.0, max_attempts=9)  # a crash, which counts
+    leases = await take(3, until=200.0)
+    for lease in leases[:2]:
+        await store.begin_attempt(lease)
+    await store.release(leases)
+    assert [lease.record.attempts for lease in await take(3)] == [1, 1, 1]
 
 
 async def test_renewing_or_releasing_no_lease_is_allowed(store: TaskStore) -> None:
@@ -452,12 +583,26 @@ async def test_a_renewed_lease_does_not_expire(store: TaskStore, record: MakeRec
     assert await state(store, "a") is RecordState.WAITING
 
 
-async def test_renew_shortens_no_lease(store: TaskStore, record: MakeRecord, take: Take) -> None:
-    await store.put(record("a"))
-    (lease,) = await take(until=20.0)
-    await renew(store, [lease], until=5.0)
-    await store.reap(now=10.0, max_attempts=3)
+async def test_a_renewed_lease_may_end_earlier_than_before(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    leases = await take(2, until=20.0)
+    await renew(store, leases[:1], until=5.0)
+    await store.reap(now=5.0, max_attempts=3)
     assert await state(store, "a") is RecordState.LEASED
+    await store.reap(now=10.0, max_attempts=3)
+    assert await state(store, "a") is RecordState.WAITING
+    assert await state(store, "b") is RecordState.LEASED
+
+
+async def test_a_lease_that_ends_later_than_any_can_is_reaped(store: TaskStore, record: MakeRecord, take: Take) -> None:
+    await put_all(store, [record("a"), record("b")])
+    near, far = [(await take(1, until=until))[0] for until in (20.0, 3600.0)]
+    await store.reap(now=10.0, max_attempts=3, latest=3600.0)
+    assert await state(store, far.record.task_id) is RecordState.LEASED
+    await store.reap(now=10.0, max_attempts=3, latest=100.0)
+    assert await state(store, far.record.task_id) is RecordState.WAITING
+    assert await state(store, near.record.task_id) is RecordState.LEASED
+    assert list(await renew(store, [near, far], until=30.0)) == [far]
 
 
 @pytest.mark.blocks  # as a handler may

@@ -25,6 +25,7 @@ BOUND = 10
 MAX_ATTEMPTS = 2
 TYPES = st.sampled_from(["research", "write"])
 NAMES = st.sampled_from("abcdefghijklmnopqr")
+UNFINISHED = (RecordState.WAITING, RecordState.PARKED, RecordState.LEASED)
 
 _T = TypeVar("_T")
 
@@ -40,6 +41,10 @@ class ModelRecord:
     until: float = 0.0
     status: str | None = None
     finished_at: float = 0.0
+
+    @property
+    def age(self) -> tuple[float, int]:
+        return self.record.enqueued_at, self.sequence
 
     @property
     def order(self) -> tuple[int, float, float, int]:
@@ -63,13 +68,35 @@ class ModelStore:
         if self.full:
             return PutResult.FULL
         self.count += 1
-        state = RecordState.WAITING if fence is None else RecordState.LEASED
-        self.records[record.task_id] = ModelRecord(record, self.count, state, fence, until)
-        return PutResult.STORED
+        stored = ModelRecord(record, self.count, RecordState.PARKED, None, until)
+        free = record.thread_id is None or not self.conversation(record.thread_id)
+        self.records[record.task_id] = stored
+        if fence is not None and free:
+            stored.state, stored.fence = RecordState.LEASED, fence
+        self.settle(record.thread_id)
+        expected = RecordState.WAITING if fence is None else RecordState.LEASED
+        return PutResult.STORED if stored.state is expected else PutResult.PARKED
+
+    def conversation(self, thread_id: str) -> list[ModelRecord]:
+        return [stored for stored in self.within(*UNFINISHED) if stored.record.thread_id == thread_id]
+
+    def settle(self, thread_id: str | None) -> None:
+        """Let the oldest of each conversation wait, unless one is leased, and all without a conversation."""
+        if thread_id is None:
+            for stored in self.within(RecordState.PARKED):
+                if stored.record.thread_id is None:
+                    stored.state = RecordState.WAITING
+            return
+        conversation = sorted(self.conversation(thread_id), key=lambda stored: stored.age)
+        leased = [stored for stored in conversation if stored.state is RecordState.LEASED]
+        for stored in conversation:
+            stored.state = RecordState.PARKED
+        for stored in (leased or conversation)[:1]:
+            stored.state = RecordState.LEASED if leased else RecordState.WAITING
 
     @property
     def full(self) -> bool:
-        return len(self.within(RecordState.WAITING, RecordState.LEASED)) >= BOUND
+        return len(self.within(*UNFINISHED)) >= BOUND
 
     def best(self, task_type: str, limit: int, priority: Priority | None) -> list[ModelRecord]:
         waiting = [stored for stored in self.within(RecordState.WAITING) if stored.record.task_type == task_type]
@@ -84,6 +111,7 @@ class ModelStore:
         stored.state, stored.fence, stored.status, stored.finished_at = state, None, status, now
         if state is RecordState.DONE:
             stored.record = msgspec.structs.replace(stored.record, envelope=b"")
+        self.settle(stored.record.thread_id)
         self.trim()
 
     def trim(self) -> None:
@@ -134,6 +162,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         key=st.sampled_from([None, None, "k", "l"]),
         fenced=st.sampled_from([False, False, False, True]),
         late=st.sampled_from([0.0, 0.0, 2.5]),
+        thread_id=st.sampled_from([None, None, "t", "u"]),
     )
     def put(  # noqa: PLR0913 - the fields of a record
         self,
@@ -145,6 +174,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         *,
         late: float,
         fenced: bool,
+        thread_id: str | None,
     ) -> None:
         record = TaskRecord(
             task_id=task_id,
@@ -154,6 +184,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
             enqueued_at=self.now - late,
             deadline=deadline,
             key=key,
+            thread_id=thread_id,
         )
         until = self.tick() + 3.0
         fence = f"fence {until}" if fenced else None
@@ -162,11 +193,19 @@ class TaskStoreMachine(RuleBasedStateMachine):
         if fence is not None and outcome is PutResult.STORED:
             self.leases.append(Lease(record=record, fence=fence, until=until))
 
-    @rule(task_ids=st.lists(NAMES, min_size=8, max_size=10), task_type=TYPES)
-    def put_together(self, task_ids: list[str], task_type: str) -> None:
+    @rule(task_ids=st.lists(NAMES, min_size=8, max_size=10), task_type=TYPES, share=st.sampled_from([0, 1, 2]))
+    def put_together(self, task_ids: list[str], task_type: str, share: int) -> None:
+        """Store records in one batch; of `share` 1 all are of one conversation, of 2 every other one."""
         records = [
-            TaskRecord(task_id=task_id, task_type=task_type, priority=Priority.LOW, envelope=b"", enqueued_at=self.now)
-            for task_id in task_ids
+            TaskRecord(
+                task_id=task_id,
+                task_type=task_type,
+                priority=Priority.LOW,
+                envelope=b"",
+                enqueued_at=self.now,
+                thread_id="t" if share and not number % share else None,
+            )
+            for number, task_id in enumerate(task_ids)
         ]
         outcomes = self.run(self.put_all(records))
         assert outcomes == [self.model.put(record, None, 0.0) for record in records]
@@ -203,7 +242,7 @@ class TaskStoreMachine(RuleBasedStateMachine):
         assert list(self.store.renew(chosen, until=until)) == lost
         for lease in chosen:
             if (stored := self.model.held(lease)) is not None:
-                stored.until = max(stored.until, until)
+                stored.until = until
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -212,7 +251,8 @@ class TaskStoreMachine(RuleBasedStateMachine):
         self.run(self.store.release(chosen))
         for lease in chosen:
             if (stored := self.model.held(lease)) is not None:
-                stored.state, stored.fence = RecordState.WAITING, None
+                stored.state, stored.fence, stored.record = RecordState.PARKED, None, lease.record
+                self.model.settle(stored.record.thread_id)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -229,29 +269,33 @@ class TaskStoreMachine(RuleBasedStateMachine):
     def finish_waiting(self, task_id: str) -> None:
         completion = Completion(status="cancelled", finished_at=self.tick())
         stored = self.model.records.get(task_id)
-        waiting = stored is not None and stored.state is RecordState.WAITING
+        waiting = stored is not None and stored.state in (RecordState.WAITING, RecordState.PARKED)
         assert self.run(self.store.finish(task_id, completion, fence=None)) is waiting
         if stored is not None and waiting:
             self.model.end(stored, RecordState.DONE, "cancelled", self.now)
 
-    @rule()
-    def reap(self) -> None:
+    @rule(ahead=st.sampled_from([inf, inf, 2.0]))
+    def reap(self, ahead: float) -> None:
         now = self.tick()
+        latest = now + ahead
         dead = []
         for stored in self.model.within(RecordState.LEASED):
-            if stored.until < now and stored.record.attempts < MAX_ATTEMPTS:
-                stored.state, stored.fence = RecordState.WAITING, None
-            elif stored.until < now:
+            lapsed = stored.until < now or stored.until > latest
+            if lapsed and stored.record.attempts < MAX_ATTEMPTS:
+                stored.state, stored.fence = RecordState.PARKED, None
+                self.model.settle(stored.record.thread_id)
+            elif lapsed:
                 dead.append(replace(stored))
-        found = [each.record for each in self.run(self.store.reap(now=now, max_attempts=MAX_ATTEMPTS))]
+        reaped = self.run(self.store.reap(now=now, max_attempts=MAX_ATTEMPTS, latest=latest))
+        found = [each.record for each in reaped]
         assert {record.task_id: record for record in found} == {stored.record.task_id: stored.record for stored in dead}
         # Records that become dead at once are equally old: the store may choose which of them to keep.
         for record in found:
+            stored = self.model.records[record.task_id]
+            stored.state, stored.fence, stored.status, stored.finished_at = RecordState.DEAD, None, "failed", now
+            self.model.settle(record.thread_id)
             if self.run(self.store.find(record.task_id)) is None:
                 del self.model.records[record.task_id]
-            else:
-                stored = self.model.records[record.task_id]
-                stored.state, stored.fence, stored.status, stored.finished_at = RecordState.DEAD, None, "failed", now
         self.model.trim()
 
     @precondition(lambda self: self.leases)
@@ -274,8 +318,9 @@ class TaskStoreMachine(RuleBasedStateMachine):
             assert outcome is PutResult.FULL
         else:
             assert outcome is PutResult.STORED
-            stored.state, stored.status = RecordState.WAITING, None
+            stored.state, stored.status = RecordState.PARKED, None
             stored.record = msgspec.structs.replace(stored.record, attempts=0)
+            self.model.settle(stored.record.thread_id)
 
     @rule(task_id=NAMES)
     def delete_dead(self, task_id: str) -> None:
@@ -326,6 +371,16 @@ class TaskStoreMachine(RuleBasedStateMachine):
         waiting = self.model.within(RecordState.WAITING)
         expected = Counter((stored.record.task_type, stored.record.priority) for stored in waiting)
         assert self.run(self.store.depths()) == expected
+
+    @invariant()
+    def conversations_agree(self) -> None:
+        threads = [stored.record.thread_id for stored in self.model.within(*UNFINISHED)]
+        expected = Counter(thread_id for thread_id in threads if thread_id is not None)
+        assert self.run(self.store.conversations()) == expected
+        for stored in self.model.within(*UNFINISHED):
+            found = self.run(self.store.find(stored.record.task_id))
+            assert found is not None
+            assert found[0] is stored.state
 
 
 def test_random_operations_give_the_answers_of_the_model(backend: StoreBackend) -> None:

@@ -100,6 +100,14 @@ async def test_a_model_raises_a_rejection_unchanged(name: str, provider: Provide
             pass
 
 
+@NAMES
+async def test_what_bind_tools_makes_of_a_model_is_bound_with_it(name: str, provider: ProviderProcess) -> None:
+    upstream = Upstream("key", provider=name)
+    bound = upstream.bind(model(name, provider).bind_tools([State]))
+    assert (await bound.ainvoke("Rivers?")).content
+    assert [account.succeeded for account in upstream.statistics().accounts] == [1]
+
+
 async def statistics(provider: ProviderProcess) -> dict[str, Any]:
     return await asyncio.get_running_loop().run_in_executor(None, provider.statistics)
 

@@ -26,7 +26,7 @@ from langgraph.types import Command, Interrupt, Send, interrupt
 
 from forebay import BackpressureSupervisor, Verdict, context
 from forebay.adapters import as_handler
-from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask, NotSerializable
+from forebay.errors import InvalidHandler, InvalidSetting, InvalidTask, NotSerializable, UnusableTask
 from forebay.overflow import decode_task, encode_task
 from forebay.task import Deadline, Priority, Task
 
@@ -577,3 +577,57 @@ def test_an_uncompiled_graph_is_told_to_be_compiled() -> None:
 def test_other_things_of_langgraph_are_told_what_to_pass(obj: Any) -> None:
     with pytest.raises(InvalidHandler, match="a compiled graph"):
         as_handler(obj, worker="writer")
+
+
+# --- the submitter's mistakes ----------------------------------------------------------------------------------------
+
+
+async def submit_five(handler: Any, *, config: Any = None, payload: Any = None, **options: Any) -> list[Any]:
+    """Submit five tasks of the same mistake to one worker, then a right one; return what the five gave."""
+    async with BackpressureSupervisor() as supervisor:
+        worker = supervisor.register_worker("w", handler=handler, config=config, task_types=["t"], max_concurrent=5)
+        gave: list[Any] = []
+        for _ in range(5):
+            try:
+                gave.append(await (await supervisor.submit(Task("t", payload, **options))))
+            except UnusableTask as error:
+                gave.append(error)
+        assert not worker.failed
+        right = await (await supervisor.submit(Task("t", {"topic": "rivers"}, thread_id="right")))
+        assert right.success
+        return gave
+
+
+async def test_callers_who_forget_the_thread_id_are_told_at_once_and_harm_nobody() -> None:
+    graph = graph_of(research).compile(checkpointer=InMemorySaver())
+    gave = await submit_five(graph, payload={"topic": "rivers"})
+    assert all(isinstance(error, UnusableTask) and "thread_id is None" in str(error) for error in gave)
+
+
+async def test_a_missing_thread_id_that_only_the_run_shows_is_no_fault_of_the_worker() -> None:
+    def config(task: Task) -> Mapping[str, Any]:
+        return {} if task.thread_id is None else {"configurable": {"thread_id": task.thread_id}}
+
+    graph = graph_of(research).compile(checkpointer=InMemorySaver())
+    gave = await submit_five(graph, payload={"topic": "rivers"}, config=config)
+    assert all(isinstance(result.cause, UnusableTask) for result in gave)
+
+
+@pytest.mark.parametrize("payload", ["rivers", b"rivers", 7, True, ["rivers"], (), None])
+async def test_a_payload_that_is_no_input_of_a_graph_is_refused_at_once(payload: Any) -> None:
+    gave = await submit_five(graph_of(research).compile(), payload=payload)
+    assert all(isinstance(error, UnusableTask) and "Task payload is" in str(error) for error in gave)
+    assert "rivers" not in str(gave[0])
+
+
+async def test_nothing_to_resume_is_no_fault_of_the_worker() -> None:
+    gave = await submit_five(graph_of(research).compile(checkpointer=InMemorySaver()), thread_id="new")
+    assert all(isinstance(result.cause, UnusableTask) for result in gave)
+
+
+async def test_a_slot_needs_no_input_for_the_graph() -> None:
+    async with BackpressureSupervisor() as supervisor:
+        graph = graph_of(research).compile(checkpointer=InMemorySaver())
+        supervisor.register_worker("w", handler=graph, task_types=["t"])
+        async with supervisor.slot("t") as slot:
+            assert slot.worker.current_tasks == 1

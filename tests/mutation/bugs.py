@@ -8,39 +8,73 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 from tests.mutation.injection import always, pause_before, replace, skip, swap
 
+from forebay import BackpressureSupervisor, _hooks, clock, errors
+from forebay._text import error_text
 from forebay.admission import PriorityQueue, PriorityThresholds, RetryAfterSchedule
-from forebay.breaker import Breaker
+from forebay.breaker import Breaker, FaultWindow, MinimumSampleTrigger
+from forebay.events import Event, EventBus, Subscription
+from forebay.gateway import forwarded_call
+from forebay.gateway.connection_pool import PooledConnection, PooledRequest
+from forebay.gateway.forwarded_call import ForwardedCall
+from forebay.gateway.request_body import BodyMemory
 from forebay.gateway.request_validator import RequestValidator
-from forebay.interfaces import Completion, Outcome, PutResult, TaskRecord
+from forebay.gateway.server import _Server
+from forebay.interfaces import Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, SlowdownExperiment
 from forebay.overflow import MemoryTaskStore, SqliteTaskStore
-from forebay.quota import BudgetTracker
+from forebay.quota import BilledUsage, BudgetReservation, BudgetTracker, Price
 from forebay.retry import RetryBudget, RetryState
-from forebay.supervisor.admission_controller import AdmissionController
+from forebay.storage import SqliteWriter, sqlite_file
+from forebay.storage.file_watch import FileWatch
+from forebay.supervisor.admission_controller import AdmissionController, _Undecided
+from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.dispatcher import Dispatcher
+from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
+from forebay.supervisor.queue_spill import QueueSpill
+from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import SlotLoan
+from forebay.supervisor.slot import Slot
+from forebay.supervisor.spill.leases import HeldLeases
+from forebay.supervisor.spill.lookup import StoreLookup
+from forebay.supervisor.spill.maintenance import StoreMaintenance
 from forebay.supervisor.spill.stored_tasks import StoredTasks
+from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
-from forebay.task import Priority, TaskStatus
-from forebay.upstream import call_flow
+from forebay.supervisor.worker_starts import WorkerStarts
+from forebay.task import Deadline, Priority, TaskResult, TaskStatus
+from forebay.upstream import call_flow, sdk_exceptions
 from forebay.upstream.accounts import bypass
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
+from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
+from forebay.upstream.accounts.guarded_limit import GuardedLimit
 from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.shared_account import SharedAccount
-from forebay.upstream.call_request import CallOutcome, Permit
+from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
+from forebay.upstream.accounts.waiters import Waiter
+from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
+from forebay.upstream.exchange import Exchange
+from forebay.upstream.fallbacks.fallback_chain import FallbackChain
+from forebay.upstream.providers import Usage, UsageMeter, endpoints
+from forebay.upstream.providers.content_encoding import _Inflater
+from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
 
@@ -72,7 +106,7 @@ def a_worker_takes_one_more_than_its_slots() -> None:
 
 
 def a_run_that_awaits_its_child_keeps_its_slot() -> None:
-    skip(SlotLoan.__init__, Dispatcher.return_slot)
+    skip(SlotLoan.__init__, Dispatcher.lend_slot)
 
 
 def an_account_sends_one_call_more_than_its_limit() -> None:
@@ -149,6 +183,77 @@ def tasks_of_a_conversation_never_start() -> None:
     skip(RunCompletion.handler_ended, Dispatcher.next_in_conversation)
 
 
+# --- conversations, and runs that wait: order, and bounds that starve and deadlock nobody ---
+
+
+def records_of_one_conversation_are_leased_together() -> None:
+    replace(MemoryTaskStore, MemoryTaskStore._wait, lambda self, entry: self._enqueue(entry))
+
+
+def a_new_message_overtakes_stored_ones() -> None:
+    always(Conversations, Conversations.waits_in_overflow, returns=False)
+
+
+def the_next_message_of_a_conversation_is_not_looked_for() -> None:
+    always(StoredTasks, StoredTasks.conversation_moved, returns=None)
+
+
+def a_conversation_parks_without_bound() -> None:
+    always(Pool, Pool.may_park, returns=True)
+
+
+def parked_messages_count_as_load() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        return original(self, nested=nested) + self.parked / self.queue_bound
+
+    replace(Pool, original, load)
+
+
+def new_runs_begin_however_many_wait() -> None:
+    always(WorkerAgent, WorkerAgent.bars_new_runs, returns=False)
+
+
+def a_run_that_waits_for_work_keeps_it_from_beginning() -> None:
+    always(Run, Run.begin_exemption, returns=False)
+    always(Run, Run.end_exemption, returns=None)
+
+
+def runs_of_low_priority_keep_better_ones_from_beginning() -> None:
+    original = WorkerAgent.bars_new_runs
+
+    def bars_new_runs(self: WorkerAgent, _: Priority) -> bool:
+        return original(self, Priority.LOW)
+
+    replace(WorkerAgent, original, bars_new_runs)
+
+
+def work_that_has_not_begun_takes_the_room_of_nested_tasks() -> None:
+    original = Pool.load
+
+    def load(self: Pool, *, nested: bool = False) -> float:
+        return original(self, nested=nested and not self.task_type)
+
+    replace(Pool, original, load)
+
+
+def a_nested_task_is_stored_behind_work_that_has_not_begun() -> None:
+    original = Ticket.nest
+
+    def nest(self: Ticket, *, order_time: float | None) -> None:
+        original(self, order_time=None if order_time is None else self.submitted_at)
+
+    replace(Ticket, original, nest)
+
+
+def the_submitters_mistake_counts_against_the_worker() -> None:
+    def _is_submitters_mistake(_: object) -> bool:
+        return False
+
+    completion._is_submitters_mistake.__code__ = _is_submitters_mistake.__code__
+
+
 # --- deadlines ---
 
 
@@ -215,6 +320,77 @@ def new_work_overtakes_spilled_work() -> None:
     always(Pool, Pool.spilled_ahead, returns=0)
 
 
+# --- shutdown, and stores that fail: nothing acknowledged is lost, and an orderly stop is no crash ---
+
+
+def waiting_tasks_are_moved_one_commit_each() -> None:
+    original = QueueSpill._write
+
+    async def write(self: QueueSpill, batch: dict[Ticket, bytes]) -> None:
+        for ticket, envelope in batch.items():
+            await original(self, {ticket: envelope})
+
+    replace(QueueSpill, original, write)
+
+
+def a_task_whose_write_is_not_answered_never_ends() -> None:
+    skip(Drain._run, QueueSpill.abandon)
+
+
+def closing_starts_what_waits() -> None:
+    skip(Drain._run, QueueSpill.empty_queue)
+
+
+def a_ticket_asked_for_by_id_has_no_deadline() -> None:
+    skip(StoreLookup._find, Ticket.restore)
+
+
+def deadlines_follow_the_wall_clock() -> None:
+    replace(Deadline, Deadline.remaining, lambda self: self.at - clock.wall_time())
+
+
+def leases_are_valid_by_the_wall_clock() -> None:
+    replace(HeldLeases, HeldLeases.is_valid, lambda self, task_id: clock.wall_time() < self._held[task_id].lease.until)
+
+
+def a_clock_that_was_set_is_not_noticed() -> None:
+    always(StoreMaintenance, StoreMaintenance._watch_clock, returns=None)
+
+
+def a_process_waits_long_between_its_attempts_to_write() -> None:
+    sqlite_file._POLL_INTERVAL_MS = 5_000
+
+
+def the_log_grows_until_the_disk_is_full() -> None:
+    always(SqliteWriter, SqliteWriter._look, returns=None)
+
+
+def a_renewal_that_failed_is_not_noticed() -> None:
+    replace(
+        StoreMaintenance, StoreMaintenance._renew_leases, lambda self: self._stored.leases.renew(self._stored.store)
+    )
+
+
+def nobody_looks_whether_the_file_is_still_there() -> None:
+    always(FileWatch, FileWatch._find_change, returns=None)
+
+
+def the_text_of_an_error_is_stored_as_it_came() -> None:
+    error_text.__code__ = (lambda text: text).__code__
+
+
+def an_orderly_stop_counts_as_a_crash() -> None:
+    original = SqliteTaskStore.release
+
+    async def release(self: SqliteTaskStore, leases: Sequence[Lease]) -> None:
+        counted = [msgspec.structs.replace(each.record, attempts=each.record.attempts + 1) for each in leases]
+        await original(
+            self, [msgspec.structs.replace(each, record=record) for each, record in zip(leases, counted, strict=True)]
+        )
+
+    replace(SqliteTaskStore, original, release)
+
+
 # --- spend and quotas ---
 
 
@@ -237,6 +413,74 @@ def a_call_that_failed_midway_costs_nothing() -> None:
         original(self, now, permit, outcome)
 
     replace(Account, original, settle)
+
+
+# --- money: every call is metered or rejected, and no table forgets what it protects ---
+
+
+def dollars_that_another_account_has_taken_are_reserved() -> None:
+    def try_reserve(
+        self: BudgetTracker, now: float, usd: float, priority: Priority = Priority.NORMAL
+    ) -> BudgetReservation:
+        del priority
+        return self.reserve(now, usd)
+
+    replace(BudgetTracker, BudgetTracker.try_reserve, try_reserve)
+
+
+def a_tenant_that_has_spent_is_forgotten() -> None:
+    always(SharedBudget, SharedBudget.is_fresh, returns=True)
+
+
+def a_used_quota_is_forgotten_with_its_account() -> None:
+    original = AccountRegistry._make
+
+    def _make(self: AccountRegistry, place: tuple[str, str], levels: object = None) -> Any:
+        del levels
+        return original(self, place)
+
+    replace(AccountRegistry, original, _make)
+
+
+def after_a_suspension_all_calls_go() -> None:
+    always(SpendSuspension, SpendSuspension.record_sent, returns=None)
+
+
+def a_call_that_cannot_be_metered_passes() -> None:
+    original = Exchange._price
+
+    def _price(self: Exchange, body: bytes) -> CallPrice:
+        return original(self, body)._replace(unmetered=None)
+
+    replace(Exchange, original, _price)
+
+
+def an_escaped_path_is_another_endpoint() -> None:
+    def normalize_path(path: str) -> str:
+        return path.rstrip("/")
+
+    endpoints.normalize_path.__code__ = normalize_path.__code__
+
+
+def writes_to_a_cache_cost_as_much_as_other_input() -> None:
+    def cost(self: Price, usage: BilledUsage) -> float:
+        return self.usd(usage.input_tokens, usage.output_tokens, usage.cached_input_tokens)
+
+    replace(Price, Price.cost, cost)
+
+
+def hidden_output_of_a_stream_that_is_left_is_free() -> None:
+    original = UsageMeter.unfinished_usage
+
+    def unfinished_usage(self: UsageMeter, hidden_tokens: int) -> Usage:
+        del hidden_tokens
+        return original(self, 0)
+
+    replace(UsageMeter, original, unfinished_usage)
+
+
+def the_usage_of_a_response_in_the_background_is_ignored() -> None:
+    always(Exchange, Exchange._correct_background, returns=None)
 
 
 def two_api_keys_share_an_account() -> None:
@@ -318,8 +562,247 @@ def a_retry_ignores_retry_after() -> None:
     replace(RetryState, original, next_delay)
 
 
+# --- a fault counts for whom it belongs to, and a call that waits is not forgotten ---
+
+
+def a_timeout_of_the_caller_is_a_fault() -> None:
+    always(TimeoutEvidence, TimeoutEvidence.judge, returns=TimeoutVerdict(fault=True, retry_may_help=True))
+
+
+def an_exception_never_carries_an_answer() -> None:
+    def find_error_answer(error: BaseException) -> None:
+        del error
+
+    sdk_exceptions.find_error_answer.__code__ = find_error_answer.__code__
+
+
+def a_wrong_request_that_is_to_be_retried_uses_no_attempt() -> None:
+    original = RetryState.next_delay
+
+    def next_delay(self: RetryState, *, uses_attempt: bool, **rest: Any) -> float | None:
+        del uses_attempt
+        return original(self, uses_attempt=False, **rest)
+
+    replace(RetryState, original, next_delay)
+
+
+def all_models_share_an_account() -> None:
+    always(UpstreamSettings, UpstreamSettings.model_group, returns="")
+
+
+def a_few_faults_open_a_breaker() -> None:
+    def should_open(self: MinimumSampleTrigger, window: FaultWindow) -> bool:
+        calls, faults = window.recent()
+        return calls >= self.min_calls and faults >= self.min_faults
+
+    replace(MinimumSampleTrigger, MinimumSampleTrigger.should_open, should_open)
+
+
+def a_call_that_has_failed_probes() -> None:
+    original = Account._provider_unavailable
+
+    def _provider_unavailable(self: Account, now: float, *, free: bool = False, failed: bool = False) -> Any:
+        del failed
+        return original(self, now, free=free)
+
+    replace(Account, original, _provider_unavailable)
+
+
+def calls_that_fail_again_and_again_take_all_retries() -> None:
+    original = RetryBudget.withdraw
+
+    def withdraw(self: RetryBudget, now: float, *, keep: float = 0.0) -> bool:
+        del keep
+        return original(self, now)
+
+    replace(RetryBudget, original, withdraw)
+
+
+def spent_money_stops_one_model_only() -> None:
+    always(AccountRegistry, AccountRegistry._accounts_of_key, returns=())
+
+
+def a_call_waits_however_long_it_takes() -> None:
+    original = CallQueue.enqueue
+
+    def enqueue(self: CallQueue, now: float, request: CallRequest, waiter: Waiter) -> QueuedCall:
+        self._longest_wait = math.inf
+        return original(self, now, request, waiter)
+
+    replace(CallQueue, original, enqueue)
+
+
+def a_stream_that_is_dropped_keeps_its_permit() -> None:
+    always(OpenAnswers, OpenAnswers.begin_collection, returns=False)
+
+
+def a_throttled_call_goes_to_a_busier_account() -> None:
+    def skips_retry(self: FallbackChain[Any], route: Any) -> bool:
+        return route is self.own and any(self._untried)
+
+    replace(FallbackChain, FallbackChain.skips_retry, skips_retry)
+
+
+def a_forked_child_inherits_the_calls_of_its_parent() -> None:
+    always(SharedAccount, SharedAccount.reset_after_fork, returns=None)
+
+
 # --- the gateway ---
 
 
 def a_web_page_from_elsewhere_may_call() -> None:
     always(RequestValidator, RequestValidator._find_foreign_origin, returns=None)
+
+
+def callers_of_different_keys_share_connections() -> None:
+    always(PooledRequest, PooledRequest.credentials, returns=())
+
+
+def a_connection_is_lent_with_bytes_of_an_earlier_answer() -> None:
+    def is_connected(self: PooledConnection) -> bool:
+        return self.transport is not None
+
+    replace(PooledConnection, PooledConnection.is_connected, is_connected)
+
+
+def decompression_ends_with_the_first_member() -> None:
+    original = _Inflater._begin
+
+    def _begin(self: _Inflater, chunk: bytes) -> bytes:
+        return b"" if self._members else original(self, chunk)
+
+    replace(_Inflater, original, _begin)
+
+
+def responses_take_any_memory_together() -> None:
+    always(BodyMemory, BodyMemory.check, returns=None)
+
+
+def what_is_bound_to_fail_again_is_sent_again() -> None:
+    original = ForwardedCall._failed
+
+    def _failed(self: ForwardedCall, permit: Permit, error: Exception, connection: Any) -> Any:
+        result = original(self, permit, error, connection)
+        result.retryable = True
+        return result
+
+    replace(ForwardedCall, original, _failed)
+
+
+def a_process_without_files_blames_its_provider() -> None:
+    def _is_out_of_files(_: object) -> bool:
+        return False
+
+    forwarded_call._is_out_of_files.__code__ = _is_out_of_files.__code__
+
+
+def the_last_callers_are_reset() -> None:
+    always(_Server, _Server.answer_last_requests, returns=None)
+
+
+# --- user code at hooks, and what ended tasks hold ---
+
+
+def sinks_are_called_in_the_middle_of_the_supervisors_work() -> None:
+    def emit(self: EventBus, event: Event) -> None:
+        for name, sink in self._sinks:
+            _hooks.call_plain_hook(name, sink, event)
+
+    replace(EventBus, EventBus.emit, emit)
+
+
+def a_hook_that_raises_stops_its_caller() -> None:
+    def call_hook(what: str, hook: Any, *arguments: Any) -> Any:
+        return hook(*arguments)
+
+    _hooks.call_hook.__code__ = call_hook.__code__
+
+
+def ctrl_c_is_taken_for_a_failure() -> None:
+    def raise_again_if_interrupt(error: BaseException | None) -> None:
+        """Do nothing."""
+
+    _hooks.raise_again_if_interrupt.__code__ = raise_again_if_interrupt.__code__
+
+
+def a_cancelled_await_goes_on_without_its_slot() -> None:
+    async def _wait_for_slot(run: Run, granted: asyncio.Future[None]) -> None:
+        await granted
+
+    slot_loans._wait_for_slot.__code__ = _wait_for_slot.__code__
+
+
+def a_slot_that_was_ended_at_once_raises_a_bare_cancellation() -> None:
+    always(Slot, Slot._was_stopped, returns=False)
+
+
+def only_one_reader_of_a_subscription_is_woken() -> None:
+    def _wake(self: Subscription) -> None:
+        if self._waiters and not self._waiters[-1].done():
+            self._waiters[-1].set_result(None)
+
+    replace(Subscription, Subscription._wake, _wake)
+
+
+def a_worker_takes_tasks_before_its_handler_has_started() -> None:
+    original = WorkerAgent.can_accept
+
+    def can_accept(self: WorkerAgent) -> bool:
+        ready, self.ready = self.ready, True
+        accepts = original(self)
+        self.ready = ready
+        return accepts
+
+    replace(WorkerAgent, original, can_accept)
+
+
+def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
+    always(WorkerStarts, WorkerStarts._end_waiting, returns=None)
+
+
+def closing_ignores_a_start_in_progress() -> None:
+    original = BackpressureSupervisor._close
+
+    async def _close(self: BackpressureSupervisor, dispatcher: Dispatcher) -> None:
+        self._starting = None
+        await original(self, dispatcher)
+
+    replace(BackpressureSupervisor, original, _close)
+
+
+def the_first_caller_of_a_key_takes_the_task_with_it() -> None:
+    original = _Undecided.wait
+
+    async def wait(self: _Undecided) -> None:
+        try:
+            await original(self)
+        except asyncio.CancelledError:
+            self._ticket.cancel("its submitter has gone")
+            raise
+
+    replace(_Undecided, original, wait)
+
+
+def an_ended_task_holds_what_its_handler_held() -> None:
+    def without_cause(self: Ticket, result: TaskResult) -> Ticket:
+        return self
+
+    replace(Ticket, Ticket.without_cause, without_cause)
+
+
+def ended_tasks_are_kept_whatever_their_size() -> None:
+    always(Ticket, Ticket.measure, returns=None)
+
+
+def a_stored_error_is_raised_again_itself() -> None:
+    def fresh_copy(error: Any) -> Any:
+        return error
+
+    errors.fresh_copy.__code__ = fresh_copy.__code__
+
+
+def a_limit_that_raises_costs_a_permit() -> None:
+    def observe(self: GuardedLimit, now: float, grant: Any, outcome: Outcome, **options: Any) -> None:
+        self._guarded.observe(now, grant, outcome, **options)
+
+    replace(GuardedLimit, GuardedLimit.observe, observe)

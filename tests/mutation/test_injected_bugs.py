@@ -13,25 +13,56 @@ from typing import Any
 import pytest
 from tests.acceptance import (
     test_bad_input,
+    test_budget_attacks,
     test_call_conservation,
+    test_clock_steps,
+    test_conversations,
+    test_drain,
     test_ending,
+    test_events,
     test_gateway_attacks,
+    test_gateway_connections,
+    test_gateway_end,
+    test_gateway_responses,
+    test_hooks,
     test_leases,
+    test_lifecycle,
+    test_lost_file,
     test_nested,
+    test_open_runs,
     test_overflow,
     test_routing,
     test_shared_overflow,
+    test_slot,
+    test_stored_text,
+    test_stored_tickets,
     test_submitting,
     test_upstream,
     test_upstream_retries,
+    test_workers,
 )
 from tests.contract import test_limit, test_task_store
+from tests.integration import test_dropped_streams
 from tests.mutation import bugs
+from tests.simulation import test_blame
 from tests.unit.admission import test_thresholds
 from tests.unit.breaker import test_breaker
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_sqlite_store
-from tests.unit.upstream.accounts import test_bypass, test_decisions
+from tests.unit.storage import test_sqlite_writer
+from tests.unit.supervisor.spill import test_held_leases
+from tests.unit.upstream import test_core
+from tests.unit.upstream.accounts import (
+    test_account_retries,
+    test_bypass,
+    test_decisions,
+    test_guarded_limit,
+    test_spend,
+    test_tables,
+)
+from tests.unit.upstream.fallbacks import test_fallback_chain
+from tests.unit.upstream.httpx_binding import test_calls
+from tests.unit.upstream.providers import test_endpoints
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -70,6 +101,37 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
     bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
+    bugs.records_of_one_conversation_are_leased_together: (
+        test_task_store.test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
+    ),
+    bugs.a_new_message_overtakes_stored_ones: (
+        test_conversations.test_a_new_message_does_not_overtake_spilled_ones_of_its_conversation
+    ),
+    bugs.the_next_message_of_a_conversation_is_not_looked_for: (
+        test_conversations.test_messages_keep_their_order_beyond_the_bound_of_their_conversation
+    ),
+    bugs.a_conversation_parks_without_bound: (
+        test_conversations.test_a_conversation_is_rejected_beyond_its_bound_and_named_and_told_when_to_come_back
+    ),
+    bugs.parked_messages_count_as_load: (test_conversations.test_others_wait_as_if_a_busy_conversation_had_one_message),
+    bugs.new_runs_begin_however_many_wait: (
+        test_open_runs.test_no_new_run_begins_while_too_many_wait_for_their_sub_tasks
+    ),
+    bugs.a_run_that_waits_for_work_keeps_it_from_beginning: (
+        test_open_runs.test_runs_that_wait_for_work_that_has_not_begun_do_not_keep_it_from_beginning
+    ),
+    bugs.runs_of_low_priority_keep_better_ones_from_beginning: (
+        test_open_runs.test_runs_that_wait_keep_no_better_work_from_beginning
+    ),
+    bugs.work_that_has_not_begun_takes_the_room_of_nested_tasks: (
+        test_open_runs.test_a_queue_full_of_new_work_rejects_no_sub_task
+    ),
+    bugs.a_nested_task_is_stored_behind_work_that_has_not_begun: (
+        test_open_runs.test_a_thousand_sub_tasks_of_one_run_have_a_bound_and_come_back_before_new_work
+    ),
+    bugs.the_submitters_mistake_counts_against_the_worker: (
+        test_workers.test_a_task_that_its_handler_cannot_run_does_not_count_against_the_worker
+    ),
     bugs.a_child_does_not_inherit_its_parents_deadline: (
         test_nested.test_a_child_inherits_the_earlier_of_its_parents_deadline_and_its_own
     ),
@@ -84,8 +146,62 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_start_is_not_recorded: test_leases.test_a_start_is_on_record_before_its_handler_runs,
     bugs.new_work_overtakes_spilled_work: test_overflow.test_no_new_task_overtakes_spilled_ones,
+    bugs.waiting_tasks_are_moved_one_commit_each: (
+        test_drain.test_draining_moves_the_whole_queue_to_the_overflow_within_its_limit
+    ),
+    bugs.a_task_whose_write_is_not_answered_never_ends: (
+        test_drain.test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most
+    ),
+    bugs.closing_starts_what_waits: test_drain.test_closing_moves_the_queue_out_and_starts_nothing_more,
+    bugs.a_ticket_asked_for_by_id_has_no_deadline: (
+        test_stored_tickets.test_a_ticket_that_was_asked_for_too_late_expires_at_once
+    ),
+    bugs.deadlines_follow_the_wall_clock: (
+        test_clock_steps.test_a_task_that_runs_past_its_deadline_expires_then_and_its_worker_is_not_blamed
+    ),
+    bugs.leases_are_valid_by_the_wall_clock: (
+        test_held_leases.test_a_lease_lasts_as_long_whatever_the_wall_clock_is_set_to
+    ),
+    bugs.a_clock_that_was_set_is_not_noticed: test_clock_steps.test_what_runs_is_not_given_to_another_process,
+    bugs.a_process_waits_long_between_its_attempts_to_write: (
+        test_sqlite_writer.test_a_writer_asks_for_its_turn_every_few_milliseconds
+    ),
+    bugs.the_log_grows_until_the_disk_is_full: (
+        test_sqlite_writer.test_the_log_is_shortened_before_it_fills_a_small_disk
+    ),
+    bugs.a_renewal_that_failed_is_not_noticed: (
+        test_leases.test_after_an_interruption_of_the_store_no_process_takes_what_another_still_runs
+    ),
+    bugs.nobody_looks_whether_the_file_is_still_there: (
+        test_lost_file.test_no_task_is_acknowledged_into_a_file_that_is_lost
+    ),
+    bugs.the_text_of_an_error_is_stored_as_it_came: (
+        test_stored_text.test_an_error_of_any_text_is_stored_and_its_task_not_run_again
+    ),
+    bugs.an_orderly_stop_counts_as_a_crash: test_drain.test_orderly_stops_are_no_crashes,
     bugs.what_others_have_reserved_is_spent_again: test_decisions.test_reserved_dollars_are_not_available_to_others,
     bugs.a_call_that_failed_midway_costs_nothing: test_decisions.test_a_failed_call_costs_the_reserved_amount,
+    bugs.dollars_that_another_account_has_taken_are_reserved: (
+        test_spend.test_two_accounts_that_both_see_the_last_dollar_spend_it_once
+    ),
+    bugs.a_tenant_that_has_spent_is_forgotten: (test_tables.test_tenants_that_have_spent_nothing_are_forgotten_first),
+    bugs.a_used_quota_is_forgotten_with_its_account: (
+        test_tables.test_a_spent_quota_stays_spent_after_a_thousand_other_models_and_keys
+    ),
+    bugs.after_a_suspension_all_calls_go: test_spend.test_after_a_suspension_one_call_goes_until_it_has_succeeded,
+    bugs.a_call_that_cannot_be_metered_passes: (
+        test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget
+    ),
+    bugs.an_escaped_path_is_another_endpoint: (
+        test_endpoints.test_a_path_is_compared_as_the_most_lenient_server_reads_it
+    ),
+    bugs.writes_to_a_cache_cost_as_much_as_other_input: test_budget_attacks.test_the_writes_to_a_cache_are_paid,
+    bugs.hidden_output_of_a_stream_that_is_left_is_free: (
+        test_budget_attacks.test_hidden_output_of_a_stream_that_is_left_is_paid
+    ),
+    bugs.the_usage_of_a_response_in_the_background_is_ignored: (
+        test_budget_attacks.test_a_response_in_the_background_counts_as_reserved_until_its_usage_arrives
+    ),
     bugs.two_api_keys_share_an_account: test_decisions.test_each_key_has_an_account_of_its_own_and_one_key_has_one,
     bugs.a_throttled_call_counts_as_a_fault: (
         test_decisions.test_throttled_calls_and_retried_attempts_never_open_the_breaker
@@ -99,7 +215,82 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.nobody_asks_the_retry_budget: test_upstream_retries.test_no_retry_storm_while_a_provider_fails,
     bugs.a_retry_ignores_retry_after: test_upstream_retries.test_a_retry_waits_at_least_as_long_as_retry_after,
+    bugs.a_timeout_of_the_caller_is_a_fault: (test_blame.test_hasty_callers_do_not_shut_the_account_for_the_others),
+    bugs.an_exception_never_carries_an_answer: (
+        test_upstream.test_a_guarded_function_reports_throttling_by_its_exception
+    ),
+    bugs.a_wrong_request_that_is_to_be_retried_uses_no_attempt: (
+        test_calls.test_a_provider_that_asks_for_retries_of_a_wrong_request_gets_no_more_than_max_attempts
+    ),
+    bugs.all_models_share_an_account: (test_blame.test_a_model_that_is_down_does_not_shut_the_account_for_the_others),
+    bugs.a_few_faults_open_a_breaker: (
+        test_blame.test_poisoned_requests_neither_open_the_breaker_nor_use_up_the_retries_of_the_others
+    ),
+    bugs.a_call_that_has_failed_probes: test_decisions.test_a_call_that_has_failed_does_not_probe,
+    bugs.calls_that_fail_again_and_again_take_all_retries: (
+        test_account_retries.test_calls_that_fail_again_and_again_leave_retries_for_the_first_failures_of_others
+    ),
+    bugs.spent_money_stops_one_model_only: (test_decisions.test_spent_money_stops_all_models_of_the_key_and_no_other),
+    bugs.a_call_waits_however_long_it_takes: (
+        test_decisions.test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait
+    ),
+    bugs.a_stream_that_is_dropped_keeps_its_permit: (
+        test_dropped_streams.test_a_stream_of_openai_that_is_left_by_break_returns_its_permit
+    ),
+    bugs.a_throttled_call_goes_to_a_busier_account: (
+        test_fallback_chain.test_a_throttled_call_skips_its_retry_if_the_next_account_is_less_loaded
+    ),
+    bugs.a_forked_child_inherits_the_calls_of_its_parent: (
+        test_core.test_after_a_fork_the_calls_of_the_parent_hold_nothing_and_are_not_taken_back
+    ),
     bugs.a_web_page_from_elsewhere_may_call: test_gateway_attacks.test_a_foreign_web_page_is_rejected,
+    bugs.callers_of_different_keys_share_connections: test_gateway_connections.test_keys_share_no_connection,
+    bugs.a_connection_is_lent_with_bytes_of_an_earlier_answer: (
+        test_gateway_connections.test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent
+    ),
+    bugs.decompression_ends_with_the_first_member: (
+        test_gateway_responses.test_streams_compressed_in_any_way_are_metered_and_no_faults
+    ),
+    bugs.responses_take_any_memory_together: (
+        test_gateway_responses.test_responses_are_bounded_together_and_pass_without_being_held
+    ),
+    bugs.what_is_bound_to_fail_again_is_sent_again: test_gateway_attacks.test_an_invalid_response_is_a_502,
+    bugs.a_process_without_files_blames_its_provider: (
+        test_gateway_responses.test_a_process_without_files_is_no_fault_of_the_provider
+    ),
+    bugs.the_last_callers_are_reset: (test_gateway_end.test_a_caller_that_is_about_to_send_its_first_request_is_told),
+    bugs.sinks_are_called_in_the_middle_of_the_supervisors_work: (
+        test_hooks.test_a_sink_that_submits_never_exceeds_the_limit_of_a_worker
+    ),
+    bugs.a_hook_that_raises_stops_its_caller: test_hooks.test_no_hook_costs_a_slot_a_ticket_or_the_limit,
+    bugs.ctrl_c_is_taken_for_a_failure: test_hooks.test_ctrl_c_leaves_the_loop_once_everything_is_in_order,
+    bugs.a_cancelled_await_goes_on_without_its_slot: (
+        test_nested.test_timeouts_around_an_await_put_no_more_to_work_than_there_are_slots
+    ),
+    bugs.a_slot_that_was_ended_at_once_raises_a_bare_cancellation: (
+        test_slot.test_a_slot_that_is_granted_and_ended_in_one_turn_of_the_loop_says_so
+    ),
+    bugs.only_one_reader_of_a_subscription_is_woken: (
+        test_events.test_several_may_read_one_subscription_and_none_waits_in_vain
+    ),
+    bugs.a_worker_takes_tasks_before_its_handler_has_started: (
+        test_lifecycle.test_a_worker_registered_after_the_start_takes_no_task_before_its_handler_has_started
+    ),
+    bugs.a_worker_that_cannot_be_started_leaves_its_tasks_waiting: (
+        test_lifecycle.test_a_worker_whose_start_fails_is_failed_until_it_starts
+    ),
+    bugs.closing_ignores_a_start_in_progress: test_lifecycle.test_closing_undoes_a_start_in_progress,
+    bugs.the_first_caller_of_a_key_takes_the_task_with_it: (
+        test_overflow.test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store_decides
+    ),
+    bugs.an_ended_task_holds_what_its_handler_held: (
+        test_events.test_an_ended_task_keeps_no_local_variable_of_its_handler
+    ),
+    bugs.ended_tasks_are_kept_whatever_their_size: test_events.test_the_memory_of_ended_tasks_is_bounded_in_bytes,
+    bugs.a_stored_error_is_raised_again_itself: (
+        test_events.test_an_error_that_is_raised_again_and_again_collects_no_traceback
+    ),
+    bugs.a_limit_that_raises_costs_a_permit: test_guarded_limit.test_a_limit_that_raises_costs_no_permit,
 }
 
 

@@ -78,7 +78,7 @@ class AgentFleet:
     def _unlimited_upstream(self) -> Upstream:
         retry = Retry(max_attempts=1000, max_delay=1.0, max_total_delay=1e6)
         upstream = Upstream("key", provider="openai", retry=retry, max_concurrent=100_000, max_start_wait=1e9)
-        budgets = upstream.core.retries._budgets  # not a public setting: this is the negative control
+        budgets = upstream.core.accounts.account(MODEL).retries._budgets  # the negative control: no public setting
         budgets.faults = budgets.throttles = RetryBudget(share=1000.0, extra=1_000_000)
         return upstream
 

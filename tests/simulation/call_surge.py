@@ -27,7 +27,7 @@ from forebay import BackpressureSupervisor, Budget, Deadline, ForebayError, Prio
 from forebay.errors import DeadlinePassed
 from forebay.interfaces import Charge, Outcome
 from forebay.limit import Grant, Limit
-from forebay.quota import Price
+from forebay.quota import BilledUsage, Price
 from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
 from forebay.simulation.provider.provider_config import (
@@ -220,8 +220,8 @@ class CallSurge:
         try:
             result = await send_call(self.provider, self.account, permit, tokens)
             if result.outcome.kind is Outcome.SUCCESS:
-                used = Charge(input_tokens=tokens[0], output_tokens=tokens[1])
-                cost, end = self.upstream.core.cost(MODEL, used), "answered"
+                used = BilledUsage(input_tokens=tokens[0], output_tokens=tokens[1])
+                cost, end = self.upstream.core.cost(MODEL, used) or 0.0, "answered"
                 result.outcome = msgspec.structs.replace(result.outcome, usd=cost)
             elif result.outcome.usd == 0.0:
                 cost, end = 0.0, "refused by the provider"

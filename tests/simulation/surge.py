@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import tempfile
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript, WorkerPlan
+from tests.simulation.surge_script import LEASE, TYPES, ProcessLifetime, SurgeScript, WorkerPlan, clock_steps
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
@@ -51,7 +52,8 @@ class SurgeProcess:
     async def is_busy(self) -> bool:
         """Return True if tasks are stored, queued or running."""
         statistics = self.supervisor.statistics()
-        return bool(statistics.running or statistics.waiting or (self.store and await self.store.depths()))
+        stored = self.store is not None and (await self.store.depths() or await self.store.conversations())
+        return bool(statistics.running or statistics.waiting or stored)
 
     async def crash(self) -> None:
         """Crash: from now on nothing reaches the store or the callers."""
@@ -69,6 +71,7 @@ class Surge:
     """One surge on supervisors that share a store."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
         self.script = SurgeScript.draw(self.rng)
         self.acknowledged = AcknowledgedWrites()
@@ -199,6 +202,12 @@ class Surge:
                     await process.crash()
             await supervisor.close()
 
+    async def step_clock(self, at: float, seconds: float) -> None:
+        """Set the wall clock, as an operator or a time server does."""
+        await asyncio.sleep(at)
+        self.happened["clock step"] += 1
+        virtual_loop().step_wall_time(seconds)
+
     async def stall(self, at: float, seconds: float) -> None:
         """Block the loop, as bad code does."""
         await asyncio.sleep(at)
@@ -232,6 +241,7 @@ class Surge:
 
     async def submit(self, process: SurgeProcess, task: Task, seconds: float | None) -> float | None:
         """Submit once; return the seconds after which to retry, or None if the task is done."""
+        due = math.inf if task.deadline is None else virtual_loop().time() + task.deadline.remaining()
         if self.rng.random() < 0.1 and not task.durable:
             ticket = process.supervisor.submit_nowait(task)
         else:
@@ -248,7 +258,15 @@ class Surge:
             self.happened["still spilled"] += 1
         except (TaskFailed, TaskTimedOut, ForebayError):
             pass
+        if ticket.task is task and self.script.overflow != "sqlite":  # another process goes by the wall clock
+            self.check_expiry(ticket, due)
         return None
+
+    def check_expiry(self, ticket: Ticket, due: float) -> None:
+        """Check that a task whose deadline is said to have passed had its time, whatever the wall clock was set to."""
+        error = "" if ticket.result is None else ticket.result.error or ""
+        if ("deadline passed" in error or "after its deadline" in error) and virtual_loop().time() < due - 0.1:
+            raise InvariantViolation(f"{ticket} expired {due - virtual_loop().time():.1f} s too early: {error}")
 
     async def slot_or_events_caller(self, at: float) -> None:
         """Use a slot, or follow the events of a task."""
@@ -283,6 +301,8 @@ class Surge:
             callers += [group.create_task(self.slot_or_events_caller(rng.uniform(0, script.spread))) for _ in range(5)]
             for at, seconds in script.stalls:
                 group.create_task(self.stall(at, seconds))
+            for at, seconds in clock_steps(self.seed, script.spread):
+                group.create_task(self.step_clock(at, seconds))
             await asyncio.wait(callers)
             self.over.set()
             await asyncio.wait(processes)

@@ -109,6 +109,18 @@ class SurgeScript:
         )
 
 
+def clock_steps(seed: int, spread: float) -> list[tuple[float, float]]:
+    """Return when the wall clock is set in the surge of a seed, and by how many seconds; never for half of the seeds.
+
+    Drawn apart from the script, so that the surges of the other seeds stay as they are.
+    """
+    rng = random.Random(f"{seed} clock")
+    if rng.random() < 0.5:
+        return []
+    sizes = [-3600.0, -60.0, -3.0, 3.0, 60.0, 3600.0]
+    return [(rng.uniform(0, 30 + spread), rng.choice(sizes)) for _ in range(rng.randint(1, 3))]
+
+
 def _workers(rng: random.Random) -> list[WorkerPlan]:
     block, fail = rng.choice((0, 0.1)), rng.choice((0, 0.3))
 

@@ -65,7 +65,8 @@ def priority_inversions(record: EventRecord, *, stored: bool) -> Iterator[Priori
                 better = [task_id for task_id, other in queue.waiting.items() if other < priority]
                 passed_over = queue.passed_over[priority] + sum(task_id in not_compared for task_id in better)
                 waited = [task_id for task_id in better if task_id in record.tasks and task_id not in not_compared]
-                if waited and passed_over < PASSED_OVER_LIMIT:
+                may_overtake = event.task_id in record.nested  # its worker may begin no new run, of any priority
+                if waited and passed_over < PASSED_OVER_LIMIT and not may_overtake:
                     yield PriorityInversion(event.at, event.task_id, min(waited, key=queue.waiting.__getitem__))
                 queue.passed_over[priority] = 0
             queue.removed(priority)  # a task that ended in the queue may have done so when it was taken to start

@@ -67,7 +67,7 @@ def _statuses() -> Iterable[str]:
         body = [kind for kind in ErrorKind if kind in rule.by_body and kind is not rule.kind]
         others = "any other kind" if rule.by_body == frozenset(ErrorKind) else ", ".join(map(_name, body))
         yield f"| {statuses} | {kind} | {others} |"
-    yield f"| none: a connection error or a timeout, or a stream that is cut off | {_name(NO_RESPONSE)} | |"
+    yield f"| none: a connection error, a stream that is cut off, or an unusual silence | {_name(NO_RESPONSE)} | |"
 
 
 def _codes() -> Iterable[str]:

@@ -213,7 +213,7 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
     ]
     yield from (f"{ticket!r} has not been resolved" for ticket in unresolved)
     if not zombies:
-        yield from (f"{len(tasks)} tasks hold thread {name!r}" for name, tasks in dispatcher.conversations.items())
+        yield from (f"{len(held.tickets)} tasks hold thread {name!r}" for name, held in dispatcher.conversations)
     if background := dispatcher.core.background_tasks:
         yield f"{len(background)} background tasks are running: {sorted(map(repr, background))}"
     if supervisor.loop is None and dispatcher.core.timers.armed:

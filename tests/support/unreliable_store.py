@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
@@ -23,6 +24,7 @@ class AcknowledgedWrites:
     stored: set[str] = field(default_factory=set)
     ended: Counter[str] = field(default_factory=Counter)  # completions that were accepted
     uncertain: set[str] = field(default_factory=set)  # ids of writes that were not acknowledged, but may have happened
+    given_back: Counter[str] = field(default_factory=Counter)  # starts under leases that their holder returned
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class UnreliableStore:
         self._acknowledged = acknowledged
         self._rng = rng
         self._disconnected = False
+        self._begun: set[str] = set()  # fences under which a handler was started
         self.durable = inner.durable
 
     def disconnect(self) -> None:
@@ -109,7 +112,7 @@ class UnreliableStore:
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
         put = await self._call(self._inner.put(record, fence=fence, until=until), record.task_id)
-        if put is PutResult.STORED:
+        if put.written:
             self._acknowledged.stored.add(record.task_id)
         return put
 
@@ -126,6 +129,7 @@ class UnreliableStore:
             raise
         if not counted:  # the lease had expired: the store did not count this attempt
             self._acknowledged.uncertain.add(lease.record.task_id)
+        self._begun.add(lease.fence)
         return counted
 
     def renew(self, leases: Sequence[Lease], *, until: float) -> Sequence[Lease]:
@@ -135,6 +139,7 @@ class UnreliableStore:
         return self._inner.renew(leases, until=until)
 
     async def release(self, leases: Sequence[Lease]) -> None:
+        self._acknowledged.given_back.update(lease.record.task_id for lease in leases if lease.fence in self._begun)
         await self._call(self._inner.release(leases))
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
@@ -149,8 +154,8 @@ class UnreliableStore:
             self._acknowledged.ended[task_id] += 1
         return finished
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
-        dead = await self._call(self._inner.reap(now=now, max_attempts=max_attempts))
+    async def reap(self, *, now: float, max_attempts: int, latest: float = math.inf) -> Sequence[DeadRecord]:
+        dead = await self._call(self._inner.reap(now=now, max_attempts=max_attempts, latest=latest))
         self._acknowledged.ended.update(record.record.task_id for record in dead)
         return dead
 
@@ -179,3 +184,6 @@ class UnreliableStore:
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         return await self._call(self._inner.depths())
+
+    async def conversations(self) -> Mapping[str, int]:
+        return await self._call(self._inner.conversations())

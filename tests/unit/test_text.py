@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from forebay._text import format_bytes, format_duration
+from forebay._text import error_text, format_bytes, format_duration
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,13 @@ def test_a_duration_is_shown_in_the_unit_that_reads_best(seconds: float, text: s
 )
 def test_a_number_of_bytes_is_shown_in_the_unit_that_reads_best(size: float, text: str) -> None:
     assert format_bytes(size) == text
+
+
+def test_the_text_of_an_error_is_bounded_and_valid_unicode() -> None:
+    for text in ("short", "\udc80" * 9_000, "x" * 1_000_000):
+        shown = error_text(text)
+        assert shown.encode()
+        assert len(shown) <= 10_000
+        assert error_text(shown) == shown
+    assert error_text("short") == "short"
+    assert error_text("half \udc80") == "half \\udc80"

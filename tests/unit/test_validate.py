@@ -73,7 +73,7 @@ def test_a_share_is_required() -> None:
 def test_a_name_is_required() -> None:
     _validate.check_name("Thing", "size", "x")
     for value in ("", None, 3):
-        assert "a non-empty string." in rejection(_validate.check_name, value)
+        assert "a non-empty string of valid Unicode." in rejection(_validate.check_name, value)
 
 
 def test_an_instance_is_required() -> None:

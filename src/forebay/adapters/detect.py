@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from forebay._hooks import is_async, unwrapped_is
 from forebay.adapters.handler import Config, Handler
 from forebay.errors import InvalidHandler, InvalidSetting
 
@@ -49,7 +49,7 @@ def as_handler(obj: Any, *, worker: str = "handler", config: Config | None = Non
         return _handler_from_hook(obj, worker)
     if callable(obj):
         _check_takes_task(obj, worker)
-        return Handler(call=obj, blocking=not _is_async(obj))
+        return Handler(call=obj, blocking=not is_async(obj))
     raise InvalidHandler(worker=worker, type=_type_name(obj), frameworks=", ".join(FRAMEWORKS))
 
 
@@ -77,7 +77,7 @@ def _handler_from_hook(obj: Any, worker: str) -> Handler:
 
 
 def _check_config(config: Config | None, worker: str) -> None:
-    if config is None or isinstance(config, Mapping) or (callable(config) and not _is_async(config)):
+    if config is None or isinstance(config, Mapping) or (callable(config) and not is_async(config)):
         return
     expected = "a mapping, or a plain callable of the Task that returns one"
     raise InvalidSetting(owner=f"worker {worker!r}", name="config", value=_type_name(config), expected=expected)
@@ -94,7 +94,7 @@ def _mistake(obj: Any) -> str | None:
         return "it is a call that has already begun: pass the function itself, without parentheses"
     if inspect.isawaitable(obj):
         return "it is the result of a call: pass the function that was called"
-    if _unwrapped_is(obj, inspect.isasyncgenfunction) or _unwrapped_is(obj, inspect.isgeneratorfunction):
+    if unwrapped_is(obj, inspect.isasyncgenfunction) or unwrapped_is(obj, inspect.isgeneratorfunction):
         return (
             "it is a generator, and none of its values is the result: pass each value on with progress(), and return"
             " the result"
@@ -113,17 +113,6 @@ def _check_takes_task(obj: Any, worker: str) -> None:
     except TypeError as error:
         hint = f"it is called with one argument, the Task, and takes {signature} ({error})"
         raise InvalidHandler(worker=worker, type=_type_name(obj), hint=hint) from None
-
-
-def _is_async(obj: Any) -> bool:
-    return _unwrapped_is(obj, inspect.iscoroutinefunction)
-
-
-def _unwrapped_is(obj: Any, check: Callable[[Any], bool]) -> bool:
-    """Return whether `check` holds for `obj`, for the function that it is a partial of, or for its ``__call__``."""
-    while isinstance(obj, functools.partial):
-        obj = obj.func
-    return check(obj) or check(getattr(type(obj), "__call__", None))  # noqa: B004 - of the class, as Python does
 
 
 def _type_name(obj: Any) -> str:

@@ -50,7 +50,9 @@ def handler_from_factory(
         return None if handler is None or handler.on_cancel is None else handler.on_cancel(task)
 
     def on_end(task: Task) -> None:
-        live.pop(task.task_id, None)
+        handler = live.pop(task.task_id, None)
+        if handler is not None and handler.on_end is not None:
+            handler.on_end(task)
 
     return Handler(
         call=call,

@@ -18,11 +18,14 @@ Config: TypeAlias = Mapping[str, Any] | Callable[[Task], Mapping[str, Any]]
 class Handler:
     """The callables and properties by which a worker runs tasks.
 
+    What they raise costs no slot and no ticket, and they may call the supervisor. Only `call` decides about its task.
+
     Attributes:
         call: takes the task and returns its value or an awaitable of it; the engine awaits an awaitable.
         blocking: True if `call` needs a thread, because it does not yield to the event loop.
         on_cancel: stops a run that cancellation alone does not stop; called once, in the loop, just before the run is
             cancelled. None: nothing more can be done, and a thread runs on to its end.
+        check: called with each task that is submitted, and raises UnusableTask for one that `call` can only fail on.
         on_end: called in the loop once a run has really ended.
         nested_supervisor: the supervisor behind this handler, if there is one.
         load: for a handler with admission of its own, such as a nested supervisor: its load for a task type, where 1.0
@@ -35,6 +38,7 @@ class Handler:
     call: Callable[[Task], Any]
     blocking: bool = False
     on_cancel: Callable[[Task], object] | None = None
+    check: Callable[[Task], None] | None = None
     on_end: Callable[[Task], None] | None = None
     nested_supervisor: object | None = None
     load: Callable[[str], float] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from forebay._hooks import is_async
 from forebay.adapters.detect import as_handler
 from forebay.adapters.factory import handler_from_factory
 from forebay.adapters.handler import Config, Handler
@@ -50,7 +51,15 @@ class HandlerSpec:
             handler = handler_from_factory(self._resolve(self.factory), worker=self.worker, config=self.config)
         else:
             handler = as_handler(self._resolve(self.handler), worker=self.worker, config=self.config)
+        self._check_plain("on_end", handler.on_end)
+        self._check_plain("load", handler.load)
         return handler if self.on_cancel is None else replace(handler, on_cancel=self.on_cancel)
+
+    def _check_plain(self, name: str, hook: object) -> None:
+        """Check that a hook whose value is not awaited is a plain function."""
+        if hook is not None and is_async(hook):
+            hint = f"{name} of its Handler is an async function, which nothing awaits: make it a plain one"
+            raise InvalidHandler(worker=self.worker, type="Handler", hint=hint)
 
     def _resolve(self, given: Any) -> Any:
         """Return the object that an import path names; anything else as it is."""

@@ -18,7 +18,7 @@ QueueEntry = list[Any]
 _SEQUENCE, _ITEM, _PRIORITY = 1, 2, 3
 _MIN_SWEEP = 64  # removed entries below which a sweep does not pay
 
-RANK_LAST = (True, math.inf)  # the rank of items that go by their sequence number alone, behind all others
+RANK_LAST = (2, math.inf)  # the rank of items that go by their sequence number alone, behind all others
 
 
 class PriorityQueue(Generic[T]):

@@ -34,7 +34,8 @@ class BreakerRules:
     seconds. The jitter keeps the breakers of one dependency from probing it together.
 
     Attributes:
-        triggers: the breaker opens as soon as one of these says so.
+        triggers: the breaker opens as soon as one of these says so. By default it opens once chance does not explain
+            that half of the calls or more fail: it would refuse more good calls than it spares bad ones otherwise.
         reset_timeout: seconds that the first opening lasts at most; None keeps it open until `Breaker.reset`.
         max_reset_timeout: seconds that any opening lasts at most. A recovery is noticed with up to this delay.
         probes: calls let through at a time while half-open.
@@ -46,7 +47,7 @@ class BreakerRules:
         InvalidSetting: a setting is invalid; the message names it.
     """
 
-    triggers: tuple[Trigger, ...] = (MinimumSampleTrigger(), FaultCountTrigger(faults=50, calls=1000))
+    triggers: tuple[Trigger, ...] = (MinimumSampleTrigger(share=0.5), FaultCountTrigger(faults=20, calls=25))
     reset_timeout: float | None = 10.0
     max_reset_timeout: float = 60.0
     probes: int = 1

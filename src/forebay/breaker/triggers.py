@@ -36,7 +36,7 @@ class MinimumSampleTrigger:
 
     The window is a minute because agents make few and slow calls: with four calls a minute, a window of ten seconds
     would never hold five. It also opens less often without cause: with 3 % faults and two calls a second 0.5 times an
-    hour instead of 4. A busy upstream loses nothing, because the trigger over the last 1,000 calls opens sooner there.
+    hour instead of 4. A busy dependency loses nothing where another trigger looks at the last calls, however recent.
 
     Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
 
@@ -73,7 +73,7 @@ class MinimumSampleTrigger:
 class FaultCountTrigger:
     """A trigger that opens when at least `faults` of the last `calls` calls were faults, however long ago.
 
-    50 of 1,000 is the trigger for many calls: it finds a share of 6 % within about 800 calls. `n` of `n` is `n` in a
+    20 of 25 finds an outage within 20 calls, and 50 of 1,000 a share of 6 % within about 800. `n` of `n` is `n` in a
     row.
 
     Attributes:

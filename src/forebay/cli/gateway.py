@@ -134,7 +134,7 @@ def _summary(settings: GatewaySettings, proxies: Mapping[str, str | None]) -> li
 
 
 def _target_summary(target: TargetSettings, proxy: str | None) -> list[str]:
-    keys = "one account for all API keys" if target.share_keys else "an account for each API key"
+    keys = "one account for all API keys" if target.share_keys else "accounts of its own for each API key"
     amounts = {
         "calls in flight": target.max_concurrent,
         "USD per day": target.budget_usd,

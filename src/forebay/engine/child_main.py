@@ -8,6 +8,7 @@ the supervisor is noticed while the handler works.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import contextvars
 import inspect
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from forebay import context
+from forebay._hooks import await_hook, call_hook, call_plain_hook, is_awaitable
 from forebay.adapters import Handler
 from forebay.adapters.handler_spec import HandlerSpec
 from forebay.adapters.import_paths import import_object
 from forebay.engine import messages
+from forebay.engine.process_tree import descendants, kill_all
 from forebay.errors import InvalidSetting, NotSerializable, Overloaded, PayloadTooLarge
 from forebay.events import log
 from forebay.overflow import decode_result, decode_task, encode_result
@@ -41,9 +44,16 @@ def main(fd: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)  # what is buffered when the process is killed is lost
+    atexit.register(_kill_descendants, os.getpid())  # the first to be registered is the last to run
     channel = socket.socket(fileno=fd)
     channel.set_inheritable(False)
     ChildRuntime(channel).serve()
+
+
+def _kill_descendants(pid: int) -> None:
+    """Kill what this process has started and not ended, unless this is a fork of it."""
+    if os.getpid() == pid:
+        kill_all(descendants(pid))
 
 
 @dataclass(slots=True)
@@ -103,7 +113,7 @@ class ChildRuntime:
                 self._serve_one(run)
         finally:
             if self._handler.stop is not None:
-                self._runner.run(_awaited(self._handler.stop()))
+                self._runner.run(await_hook("stop", self._handler.stop()))
             self._runner.close()
 
     def _receive_load(self, decoder: messages.FrameDecoder) -> messages.LoadHandler | None:
@@ -168,24 +178,21 @@ class ChildRuntime:
     def _cancel_coroutine(self, running: asyncio.Task[Any]) -> None:
         """Cancel a coroutine. Called in the loop."""
         stopping = self._call_on_cancel()
-        if inspect.isawaitable(stopping):
-            asyncio.ensure_future(stopping)  # noqa: RUF006 - the loop runs at least until the run has ended
+        if is_awaitable(stopping):
+            asyncio.ensure_future(await_hook("on_cancel", stopping))  # noqa: RUF006 - the loop outlives the run
         running.cancel()
 
     def _cancel_blocking(self) -> None:
         """Cancel a plain callable: a signal interrupts most calls that the main thread may block in, and raises."""
         stopping = self._call_on_cancel()
-        if inspect.isawaitable(stopping):
-            asyncio.run(_awaited(stopping))
+        if is_awaitable(stopping):
+            asyncio.run(await_hook("on_cancel", stopping))
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _call_on_cancel(self) -> object:
-        try:
-            if self._handler.on_cancel is not None and self._task is not None:
-                return self._handler.on_cancel(self._task)
-        except Exception:  # noqa: BLE001 - it is the user's, and the run must be cancelled anyway
-            log.exception("on_cancel failed")
-        return None
+        if self._handler.on_cancel is None or self._task is None:
+            return None
+        return call_hook("on_cancel", self._handler.on_cancel, self._task)
 
     def _on_term(self, *_: object) -> None:
         """Raise in a plain callable that is to be cancelled; ignore any other SIGTERM, such as a service manager's."""
@@ -207,7 +214,7 @@ class ChildRuntime:
         with self._state:
             self._busy, self._task, self._cancel_requested = False, None, False
         if self._handler.on_end is not None:
-            self._handler.on_end(task)
+            call_plain_hook("on_end", self._handler.on_end, task)
         failure = None if cause is None else failure_of(cause)
         encoded = None
         if failure is None:
@@ -216,6 +223,8 @@ class ChildRuntime:
             except (NotSerializable, PayloadTooLarge) as error:
                 why = messages.why_not_transferable(error)
                 failure = messages.RemoteFailure(messages.NOT_TRANSFERABLE, why, "")
+            except BaseException as error:  # noqa: BLE001 - a value of the user's, which may do anything
+                failure = failure_of(error)
         self._send(messages.RunFinished(run.number, encoded, failure))
 
     def _run(self, own: contextvars.Context, task: Task) -> tuple[Any, BaseException | None]:
@@ -299,7 +308,7 @@ def failure_of(exc: BaseException) -> messages.RemoteFailure:
     """Return an exception in the form in which it is sent."""
     try:
         message = str(exc)
-    except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
+    except BaseException:  # noqa: BLE001 - a broken __str__ must not lose the task
         message = "(its message cannot be shown)"
     try:
         trace = "".join(traceback.format_exception(exc))

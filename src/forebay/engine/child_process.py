@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from forebay.engine import messages
 from forebay.engine.orphan_reaper import orphan_reaper
+from forebay.engine.process_tree import MARK, descendants, kill_all, kill_marked
 from forebay.errors import NotTransferable, Overloaded, RemoteError, WorkerDied
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew, decode_result
 
@@ -29,10 +30,17 @@ _MAX_LAG = 1.0  # seconds between the two signs of a process's end: its exit, an
 
 
 class SpawnedProcess(NamedTuple):
-    """A process that has just been started, and this side of its channel."""
+    """A process that has just been started.
+
+    Attributes:
+        process: itself.
+        channel: this side of the channel to it.
+        mark: the value of `MARK` in its environment, and in that of all that it starts.
+    """
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
+    mark: str
 
 
 def spawn() -> SpawnedProcess:
@@ -43,6 +51,7 @@ def spawn() -> SpawnedProcess:
     """
     channel, other = socket.socketpair()
     process = None
+    mark = os.urandom(16).hex()
     try:
         with other:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and code
@@ -50,15 +59,16 @@ def spawn() -> SpawnedProcess:
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env={**os.environ, MARK: mark},
             )
-        orphan_reaper.watch(process.pid)
+        orphan_reaper.watch(process.pid, mark)
     except BaseException:
         channel.close()
         if process is not None:
             process.kill()
             process.wait()
         raise
-    return SpawnedProcess(process, channel)
+    return SpawnedProcess(process, channel, mark)
 
 
 class _RunEnd(NamedTuple):
@@ -102,6 +112,7 @@ class ChildProcess(asyncio.Protocol):
         self._load = load
         self._loop = loop
         self._process = spawned.process
+        self._mark = spawned.mark
         self._decoder = messages.FrameDecoder(load.bound)
         self._transport: asyncio.Transport | None = None
         self._lock = threading.Lock()  # no kill after its pid is free for another process
@@ -189,8 +200,10 @@ class ChildProcess(asyncio.Protocol):
         self._retiring = True
         with self._lock:
             if not self._reaped:
+                started = descendants(self.pid)  # now: later they have another parent
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.pid, signal.SIGKILL)
+                kill_all(started)
 
     def kill_after(self, seconds: float) -> None:
         """Kill it in `seconds`, unless it has ended or its run has by then."""
@@ -219,6 +232,7 @@ class ChildProcess(asyncio.Protocol):
         else:
             self._process.wait()
         self.kill()
+        kill_marked([self._mark])
         with self._lock:
             code = self._process.wait()
             self._reaped = True
@@ -252,8 +266,7 @@ class ChildProcess(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Tell it which handler to load, now that its channel is open."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a socket's
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # a socket's; uvloop's is no subclass
         self._send(self._load)
 
     def data_received(self, data: bytes) -> None:

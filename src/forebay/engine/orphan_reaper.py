@@ -18,7 +18,7 @@ _PROGRAM = Path(__file__).with_name("reaper_main.py")
 
 
 class OrphanReaper:
-    """The process groups to kill when this process ends. The reaper's process runs while there are any.
+    """The processes to kill when this process ends, with all that they started. The reaper runs while there are any.
 
     Its methods block, so they are called in threads.
     """
@@ -28,7 +28,7 @@ class OrphanReaper:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._groups: set[int] = set()
+        self._marks: dict[int, str] = {}  # by process group
         self._process: subprocess.Popen[bytes] | None = None
 
     def after_fork(self) -> None:
@@ -39,31 +39,31 @@ class OrphanReaper:
             with contextlib.suppress(OSError):
                 process.stdin.close()
 
-    def watch(self, pid: int) -> None:
-        """Kill the process group `pid` when this process ends.
+    def watch(self, pid: int, mark: str) -> None:
+        """Kill the process group `pid` when this process ends, and the processes that have `mark`.
 
         Raises:
             OSError: the system has no more processes or descriptors; `pid` is not watched.
         """
         with self._lock:
-            if self._process is None or not _write(self._process, f"+{pid}\n"):
-                self._start_reaper(self._groups | {pid})
-            self._groups.add(pid)
+            if self._process is None or not _write(self._process, f"+{pid} {mark}\n"):
+                self._start_reaper({**self._marks, pid: mark})
+            self._marks[pid] = mark
 
     def forget(self, pid: int) -> None:
         """Stop watching the process group `pid`, because it has ended."""
         with self._lock:
-            self._groups.discard(pid)
+            self._marks.pop(pid, None)
             if self._process is None:
                 return
-            if not self._groups:
+            if not self._marks:
                 process, self._process = self._process, None
                 _stop(process)
             elif not _write(self._process, f"-{pid}\n"):  # the reaper was killed
                 with contextlib.suppress(OSError):  # then the next `watch` tries again
-                    self._start_reaper(self._groups)
+                    self._start_reaper(self._marks)
 
-    def _start_reaper(self, groups: set[int]) -> None:
+    def _start_reaper(self, marks: dict[int, str]) -> None:
         if self._process is not None:
             process, self._process = self._process, None
             _stop(process)
@@ -75,7 +75,7 @@ class OrphanReaper:
             start_new_session=True,
             bufsize=0,
         )
-        _write(self._process, "".join(f"+{pid}\n" for pid in groups))
+        _write(self._process, "".join(f"+{pid} {mark}\n" for pid, mark in marks.items()))
 
 
 def _write(process: subprocess.Popen[bytes], lines: str) -> bool:

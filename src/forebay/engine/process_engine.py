@@ -157,7 +157,7 @@ class _ProcessPool:
             why = messages.why_not_transferable(error)
             raise NotTransferable(what="payload", task_id=task.task_id, why=why) from None
         attempt = 1 if running is None else running.attempt
-        return messages.RunTask(0, encoded, None if deadline is None else deadline.at, attempt)
+        return messages.RunTask(0, encoded, None if deadline is None else deadline.by_wall_clock(), attempt)
 
     async def stop(self) -> None:
         """End every process: the idle ones by closing their channels, the others by killing them."""

@@ -1,4 +1,4 @@
-"""The caller of a request: priority, deadline, tenant, task and timeouts, read from its headers."""
+"""The caller of a request: priority, deadline, tenant and task, read from its headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hmac
 import math
 import re
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from forebay.errors import ForebayError
 from forebay.gateway.settings import Trust
@@ -16,13 +16,6 @@ from forebay.upstream.call_request import Caller
 TOKEN_HEADER: Final = "x-forebay-token"  # noqa: S105 - its name
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,256}")
-_DEFAULT_WAIT: Final = 60.0  # seconds that a caller is assumed to wait if its headers do not say
-_DEFAULT_READ_TIMEOUT: Final = 600.0  # seconds without a byte from the provider, as in the SDKs
-_GRACE: Final = 5.0  # seconds that the gateway reads longer than its caller, whose own timeout should come first
-_TIMEOUT_HEADERS: Final = ("x-stainless-read-timeout", "x-stainless-timeout")  # seconds, of SDKs made by Stainless
-_MAX_TIMEOUT: Final = 86_400.0  # seconds
-_MARGIN: Final = 1.0  # seconds before its timeout at which a queued call is rejected, so that the response arrives
-_MAX_MARGIN_SHARE: Final = 0.1  # of the timeout
 
 
 class InvalidHeader(ForebayError, ValueError):
@@ -83,28 +76,6 @@ class CallerReader:
             if header in headers:
                 return _name(header, headers[header]) or "default"
         return "default"
-
-
-class ClientTimeouts(NamedTuple):
-    """The timeouts of a caller.
-
-    Attributes:
-        max_wait: seconds that its call may be queued; a response by then still reaches it.
-        read_timeout: seconds without a byte from the provider.
-    """
-
-    max_wait: float
-    read_timeout: float
-
-
-def read_client_timeouts(headers: Mapping[str, str]) -> ClientTimeouts:
-    """Return the timeouts of a caller, from the headers of its SDK or else by default."""
-    for header in _TIMEOUT_HEADERS:
-        seconds = _number(headers.get(header))
-        if seconds is not None and seconds > 0:
-            seconds = min(seconds, _MAX_TIMEOUT)
-            return ClientTimeouts(seconds - min(_MARGIN, _MAX_MARGIN_SHARE * seconds), seconds + _GRACE)
-    return ClientTimeouts(_DEFAULT_WAIT, _DEFAULT_READ_TIMEOUT)
 
 
 def _priority(text: str | None) -> Priority:

@@ -10,9 +10,13 @@ import msgspec
 from forebay.errors import Overloaded
 
 ApiProtocol = Literal["openai", "anthropic"]
+StreamProtocol = Literal["openai", "openai-responses", "anthropic"]
 
 JSON: Final = "application/json"
+_MAX_BUDGET_WAIT: Final = 6.0  # seconds in which dollars that calls under way have reserved may be returned
 _MAX_SDK_WAIT: Final = 60.0  # seconds: an SDK ignores a longer retry-after and retries at once
+_SERVER_ERRORS: Final = 500
+_UNMETERED: Final = {"unreadable": 415, "unpriced": 400}  # status of a call that cannot be counted, by its reason
 _PAYMENT, _TIMEOUT, _TOO_LARGE, _TOO_MANY, _BAD_GATEWAY = 402, 408, 413, 429, 502
 
 # The error type of a status. Sources: the error pages of OpenAI ("Error codes") and Anthropic ("Errors").
@@ -23,6 +27,7 @@ _OPENAI_TYPES: Final = {
     404: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "rate_limit_error",
 }
 _ANTHROPIC_TYPES: Final = {
@@ -32,6 +37,7 @@ _ANTHROPIC_TYPES: Final = {
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     504: "timeout_error",
     529: "overloaded_error",
@@ -82,7 +88,9 @@ def error_response(
     return GatewayResponse(status, (("content-type", JSON), no_retry, *headers), body)
 
 
-def capacity_response(protocol: ApiProtocol, code: str, message: str, *, seconds: float) -> GatewayResponse:
+def capacity_response(
+    protocol: ApiProtocol, code: str, message: str, *, seconds: float, limited_by: str | None = None
+) -> GatewayResponse:
     """Return an error for a call that the gateway has no capacity for now, with a Retry-After.
 
     Args:
@@ -90,10 +98,13 @@ def capacity_response(protocol: ApiProtocol, code: str, message: str, *, seconds
         code: for programs.
         message: for a person.
         seconds: until the caller should retry.
+        limited_by: what the gateway lacks, for the header ``x-forebay-limited-by``.
     """
     status = _unavailable(protocol)
-    headers = (("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds))
-    return GatewayResponse(status, headers, _body(protocol, status, code, message))
+    headers = [("content-type", JSON), ("x-should-retry", "true"), *_retry_after(seconds)]
+    if limited_by is not None:
+        headers.append(("x-forebay-limited-by", limited_by))
+    return GatewayResponse(status, tuple(headers), _body(protocol, status, code, message))
 
 
 def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResponse:
@@ -104,6 +115,8 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     ============================================  ===========================================
     ``budget``                                    402
     ``deadline``, which has passed                408
+    ``unreadable``: its body cannot be read       415
+    ``unpriced``: a budget cannot count it        400
     a quota that the call can never fit           413
     ``breaker``, ``outage``                       503; for Anthropic 529
     a quota, ``concurrency``, the queue, other    429
@@ -112,7 +125,9 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     With a Retry-After (``retry-after-ms``), a different one for each caller, where a later retry may succeed.
     """
     limit = (error.limited_by or "").rpartition(":")[2]
-    if limit == "budget":
+    if limit in _UNMETERED:
+        status = _UNMETERED[limit]
+    elif limit == "budget":
         status = _PAYMENT
     elif limit == "deadline" and error.retry_after is None:
         status = _TIMEOUT  # it has passed
@@ -123,7 +138,8 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     else:
         status = _TOO_MANY
     after = error.retry_after
-    retry = status not in (_PAYMENT, _TOO_LARGE) and after is not None and after <= _MAX_SDK_WAIT
+    longest = _MAX_BUDGET_WAIT if status == _PAYMENT else _MAX_SDK_WAIT
+    retry = status != _TOO_LARGE and after is not None and after <= longest
     headers = [("content-type", JSON), ("x-should-retry", "true" if retry else "false")]
     if error.limited_by:
         headers.append(("x-forebay-limited-by", error.limited_by))
@@ -132,10 +148,17 @@ def overloaded_response(protocol: ApiProtocol, error: Overloaded) -> GatewayResp
     return GatewayResponse(status, tuple(headers), _body(protocol, status, "forebay_overloaded", str(error)))
 
 
-def stream_error_event(protocol: ApiProtocol, message: str) -> bytes:
+def stream_error_event(protocol: StreamProtocol, message: str) -> bytes:
     """Return the event that reports an error within a stream that has started."""
-    body = _body(protocol, _BAD_GATEWAY, "forebay_upstream_failed", message)
-    return b"event: error\ndata: " + body + b"\n\n" if protocol == "anthropic" else b"data: " + body + b"\n\n"
+    code = "forebay_upstream_failed"
+    if protocol == "anthropic":
+        return b"event: error\ndata: " + _body("anthropic", _BAD_GATEWAY, code, message) + b"\n\n"
+    body = _body("openai", _BAD_GATEWAY, code, message)
+    if protocol == "openai":
+        return b"data: " + body + b"\n\n"
+    # Some SDKs read the fields of the event, others those of its error. Source: OpenAI's reference of streaming events.
+    event = {"type": "error", "code": code, "message": message, "param": None, "sequence_number": 0}
+    return b"event: error\ndata: " + msgspec.json.encode({**event, **msgspec.json.decode(body)}) + b"\n\n"
 
 
 def _unavailable(protocol: ApiProtocol) -> int:
@@ -149,7 +172,7 @@ def _retry_after(seconds: float) -> tuple[tuple[str, str], ...]:
 
 def _body(protocol: ApiProtocol, status: int, code: str, message: str) -> bytes:
     if protocol == "anthropic":
-        kind = _ANTHROPIC_TYPES.get(status, "api_error")
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < _SERVER_ERRORS else "api_error")
         return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message, "code": code}})
-    kind = _OPENAI_TYPES.get(status, "server_error")
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < _SERVER_ERRORS else "server_error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container
+import errno
+import functools
+import re
+from collections import deque
+from collections.abc import Container, Iterable
 from typing import Final, TypeAlias
 
 import aiohttp
 import msgspec
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
 from yarl import URL
 
-from forebay.gateway.error_responses import GatewayResponse
+from forebay.gateway.error_responses import GatewayResponse, StreamProtocol
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
+from forebay.gateway.request_body import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit
 from forebay.upstream.core import UpstreamCore
-from forebay.upstream.exchange import Exchange
+from forebay.upstream.exchange import REDIRECTS, Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
-from forebay.upstream.metered_stream import MeteredStream
-from forebay.upstream.providers import Headers, Usage
-from forebay.upstream.providers.content_encoding import Decompressor
+from forebay.upstream.metered_stream import MeteredStream, StreamEnd
+from forebay.upstream.providers import BodyMeter, Endpoint, Headers, Usage, UsageMeter
+from forebay.upstream.providers.content_encoding import decompress_end
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 TRANSPORT_ERRORS: Final = (aiohttp.ClientError, OSError, asyncio.TimeoutError)  # on the way to a provider
 _CONNECT_TIMEOUT: Final = 10.0  # seconds
-_MAX_RESPONSE: Final = 64 << 20  # bytes of a response that is not streamed
+_MAX_ERROR: Final = 1 << 20  # bytes of an error that are kept
+_MAX_METERED: Final = 1 << 20  # bytes at the end of a compressed response that are read
+_DECOMPRESSED_AT_ONCE: Final = 1 << 13  # bytes; a thread decompresses longer responses
 _SWITCHING_PROTOCOLS: Final = 101
+_CONTROLS: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_GZIP_ACCEPTED: Final = re.compile(r"(?i)(?:^|[,\s])gzip\s*(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))")
+_OUT_OF_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 # Headers that hold for one connection only. Source: RFC 9110, 7.6.1.
 _HOP_BY_HOP: Final = frozenset(
@@ -43,41 +55,66 @@ _NOT_RETURNED: Final = _HOP_BY_HOP | {"content-length", "x-should-retry"}
 
 
 class StreamingResponse:
-    """A response whose body is still arriving.
+    """A response that is passed on as it arrives.
 
     Args:
         response: of the provider.
         headers: that the caller gets.
         reader: meters the body.
+        begin: what has arrived of it already.
 
     Attributes:
+        begin: what is left of that.
+        compressed: whether its body is, as it arrives.
+        length: of the body, if that is known and it passes as it came.
         at_event_boundary: whether the bytes passed on end between two events, so that an error event may follow.
     """
 
-    __slots__ = ("_events", "at_event_boundary", "headers", "reader", "response")
+    __slots__ = ("_events", "at_event_boundary", "begin", "compressed", "headers", "length", "reader", "response")
 
-    def __init__(self, response: aiohttp.ClientResponse, headers: CIMultiDict[str], reader: MeteredStream) -> None:
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        headers: CIMultiDict[str],
+        reader: MeteredStream,
+        begin: Iterable[bytes] = (),
+    ) -> None:
         self.response = response
         self.headers = headers
         self.reader = reader
+        self.begin = deque(begin)
+        self.compressed = "content-encoding" in headers
+        if reader.decoded:
+            headers.popall("content-encoding", None)
         content_type = headers.get("content-type", "").lower()
         self._events = content_type.startswith("text/event-stream") and "content-encoding" not in headers
         self.at_event_boundary = self._events
+        self.length = None if self._events or response.method == "HEAD" else response.content_length
 
     def feed(self, chunk: bytes | None) -> bytes:
-        """Read the next bytes, or None at the end; return those to pass on now."""
+        """Read the next bytes, or None at the end; return those to pass on now.
+
+        Raises:
+            CorruptResponse: it cannot be decompressed.
+        """
         passed = self.reader.end() if chunk is None else self.reader.feed(chunk)
         if passed:
             self.at_event_boundary = self._events and passed.endswith((b"\n\n", b"\r\n\r\n"))
+        if self.reader.corrupt:
+            raise CorruptResponse("its response cannot be decompressed")
         return passed
 
 
-class ResponseTooLarge(aiohttp.ClientError):
-    """The provider's response is too large to be held in memory."""
+class CorruptResponse(aiohttp.ClientError):
+    """The provider's response cannot be decompressed."""
 
 
 class UnexpectedUpgrade(aiohttp.ClientError):
     """The provider switched to another protocol, unasked."""
+
+
+class OutOfFiles(aiohttp.ClientError):
+    """This process may not open another file, so no connection either. That says nothing about the provider."""
 
 
 class IncomingRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,10 +146,11 @@ class ForwardedCall(Exchange):
         path: of that URL, with the query.
         request: as it was received.
         client: sends it.
+        held: the memory that its response takes until it is passed on.
         metrics: count its tokens.
     """
 
-    __slots__ = ("_body", "_client", "_headers", "_metrics", "_request", "_timeout", "_url")
+    __slots__ = ("_body", "_client", "_headers", "_held", "_metrics", "_request", "_timeout", "_url")
 
     def __init__(  # noqa: PLR0913 - all that it needs to be sent
         self,
@@ -122,6 +160,7 @@ class ForwardedCall(Exchange):
         request: IncomingRequest,
         *,
         client: HttpClient,
+        held: BodyReservation,
         metrics: GatewayMetrics,
     ) -> None:
         super().__init__(
@@ -135,6 +174,7 @@ class ForwardedCall(Exchange):
         self._request = request
         self._url = URL(url, encoded=True)
         self._client = client
+        self._held = held
         self._metrics = metrics
         self._body = request.body if self.changed_body is None else self.changed_body
         self._headers = _request_headers(request, metered=self.changed_body is not None)
@@ -158,7 +198,16 @@ class ForwardedCall(Exchange):
             body=rerouted.body,
             caller=msgspec.structs.replace(request.caller, deadline=self.call_request.deadline, api_key=None),
         )
-        return ForwardedCall(route.core, url, rerouted.path, moved, client=self._client, metrics=self._metrics)
+        return ForwardedCall(
+            route.core, url, rerouted.path, moved, client=self._client, held=self._held, metrics=self._metrics
+        )
+
+    @property
+    def wire_protocol(self) -> StreamProtocol:
+        """Return the protocol of its events."""
+        if self.core.profile.provider == "anthropic":
+            return "anthropic"
+        return "openai-responses" if self.parsed.endpoint is Endpoint.RESPONSES else "openai"
 
     def _url_of(self, rerouted: ReroutedRequest) -> str:
         if rerouted.origin is not None:
@@ -168,31 +217,95 @@ class ForwardedCall(Exchange):
 
     async def attempt(self, permit: Permit) -> AttemptResult:
         """Send the call once, and return the result of this attempt."""
+        try:
+            result = await self._attempt(permit)
+        except BaseException:
+            self._metrics.count_attempt(self.core.name, Outcome.IGNORED)
+            raise
+        if not result.streaming:  # else it is counted at the end of the stream
+            self._metrics.count_attempt(self.core.name, result.outcome.kind)
+        return result
+
+    def _settle_stream(self, permit: Permit, meter: UsageMeter | BodyMeter | None, end: StreamEnd) -> None:
+        self._metrics.count_attempt(self.core.name, end.kind)
+        super()._settle_stream(permit, meter, end)
+
+    async def _attempt(self, permit: Permit) -> AttemptResult:
         response: aiohttp.ClientResponse | None = None
+        connection: ResponseHandler | None = None
         try:
             response = await self._client.send(
                 self._request.method, self._url, self._headers, self._body, self._timeout
             )
+            connection = response.connection.protocol if response.connection is not None else None
             headers = Headers.from_wire(response.raw_headers)
             returned = _response_headers(response)
             if self.is_streamed(response.status, headers.get("content-type", "")):
-                result = self.stream_result()
-                stream = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
-                result.value = StreamingResponse(response, returned, stream)
-                return result
-            body = await _read(response)
+                return self._stream(permit, response, headers, returned)
+            pieces, whole = await self._read(response)
+            if not whole and response.status < REDIRECTS:
+                return self._stream(permit, response, headers, returned, pieces)
+            body = b"".join(pieces)
+            content = await _decompress(headers, body)
         except BaseException as error:
+            result = self._failed(permit, error, connection) if isinstance(error, TRANSPORT_ERRORS) else None
             if response is not None:
                 response.close()
-            if isinstance(error, TRANSPORT_ERRORS):
-                sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-                result = self.connection_failed(permit, error, sent=sent, local=isinstance(error, aiohttp.InvalidURL))
-                result.retryable = result.retryable and not isinstance(error, ResponseTooLarge)
+            if result is not None:
                 return result
             raise
-        response.release()
-        result = self.judge_answer(permit, response.status, headers, _decompress(headers, body))
+        if whole:
+            response.release()
+        else:
+            response.close()
+        result = self.judge_answer(permit, response.status, headers, content)
         result.value = GatewayResponse(response.status, tuple(returned.items()), body)
+        return result
+
+    def _stream(
+        self,
+        permit: Permit,
+        response: aiohttp.ClientResponse,
+        headers: Headers,
+        returned: CIMultiDict[str],
+        begin: Iterable[bytes] = (),
+    ) -> AttemptResult:
+        result = self.stream_result()
+        reader = self.metered_stream(permit, headers, encoding=headers.get("content-encoding", ""))
+        result.value = StreamingResponse(response, returned, reader, begin)
+        return result
+
+    async def _read(self, response: aiohttp.ClientResponse) -> tuple[list[bytes], bool]:
+        """Return the body as it was sent, as far as it may be held, and whether that is all of it."""
+        held = self._held
+        held.release()  # of an attempt before
+        pieces: list[bytes] = []
+        is_error = response.status >= REDIRECTS
+        size = 0
+        try:
+            if not is_error:
+                held.expect(response.content_length or 0)
+            async for piece in response.content.iter_any():
+                pieces.append(piece)
+                size += len(piece)
+                if is_error and size > _MAX_ERROR:
+                    return pieces, False
+                held.grow(len(piece))
+        except (BodyTooLarge, BodyMemoryFull):
+            return pieces, False
+        return pieces, True
+
+    def _failed(self, permit: Permit, error: Exception, connection: ResponseHandler | None) -> AttemptResult:
+        """Return the result of an attempt whose connection failed, before the response or within it."""
+        if _is_out_of_files(error):
+            return self.connection_failed(permit, OutOfFiles(str(error)), local=True)
+        sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        result = self.connection_failed(permit, error, sent=sent, local=isinstance(error, aiohttp.InvalidURL))
+        malformed = connection is not None and isinstance(connection.exception(), HttpProcessingError)
+        if malformed or isinstance(error, aiohttp.ClientResponseError | UnexpectedUpgrade):
+            result.retryable = False  # the provider would answer the same again, and charge for it
+            if _exceeds_our_bounds(error):
+                result.outcome = msgspec.structs.replace(result.outcome, kind=Outcome.IGNORED)
         return result
 
     def call_outcome(
@@ -218,7 +331,7 @@ def _request_headers(request: IncomingRequest, *, metered: bool) -> CIMultiDict[
     headers = _end_to_end(request.raw_headers, _NOT_SENT)
     for name in [name for name in headers if name.startswith("x-forebay-")]:
         headers.popall(name, None)
-    gzip = not metered and "gzip" in request.headers.get("accept-encoding", "")
+    gzip = not metered and _GZIP_ACCEPTED.search(request.headers.get("accept-encoding", "")) is not None
     headers.add("accept-encoding", "gzip" if gzip else "identity")  # encodings that can be metered
     return headers
 
@@ -236,6 +349,11 @@ def _response_headers(response: aiohttp.ClientResponse) -> CIMultiDict[str]:
     return headers
 
 
+def printable(text: str) -> str:
+    """Return a header's value with a space for each control character, with which it could not be sent."""
+    return text if text.isprintable() else _CONTROLS.sub(" ", text)
+
+
 def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict[str]:
     """Return headers without those in `dropped`, and those that a Connection header names: they are hop-by-hop too."""
     headers: CIMultiDict[str] = CIMultiDict()
@@ -245,38 +363,36 @@ def _end_to_end(raw_headers: RawHeaders, dropped: Container[str]) -> CIMultiDict
         if lower == "connection":
             connection.append(value)
         if lower not in dropped:
-            headers.add(lower, value.decode("utf-8", "surrogateescape"))
+            headers.add(lower, printable(value.decode("utf-8", "surrogateescape")))
     for named in b",".join(connection).decode("latin-1").split(",") if connection else ():
         headers.popall(named.strip(), None)
     return headers
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Return the whole body, as it was sent.
-
-    Raises:
-        ResponseTooLarge: it is too large to be held.
-    """
-    pieces: list[bytes] = []
-    size = 0
-    async for piece in response.content.iter_any():
-        size += len(piece)
-        if size > _MAX_RESPONSE:
-            raise ResponseTooLarge(f"its response is larger than {_MAX_RESPONSE:,} bytes")
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _decompress(headers: Headers, body: bytes) -> bytes:
-    """Return a body without its Content-Encoding; empty if that is unknown, or the body grows too large."""
+async def _decompress(headers: Headers, body: bytes) -> bytes:
+    """Return a body without its Content-Encoding, of a long one only the end; nothing if it cannot be decompressed."""
     encoding = headers.get("content-encoding")
     if not encoding:
         return body
-    pieces: list[bytes] = []
-    size = 0
-    for piece in Decompressor(encoding).feed(body):
-        size += len(piece)
-        if size > _MAX_RESPONSE:
-            return b""
-        pieces.append(piece)
-    return b"".join(pieces)
+    if len(body) <= _DECOMPRESSED_AT_ONCE:
+        return decompress_end(encoding, body, least=_MAX_METERED)
+    decompress = functools.partial(decompress_end, encoding, body, least=_MAX_METERED)
+    return await asyncio.get_running_loop().run_in_executor(None, decompress)  # zlib does not hold the GIL
+
+
+def _is_out_of_files(error: BaseException | None) -> bool:
+    """Return whether the cause of an error is that this process, or the machine, has too many files open."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OUT_OF_FILES:
+            return True
+        error = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error.__cause__
+    return False
+
+
+def _exceeds_our_bounds(error: BaseException | None) -> bool:
+    """Return whether the head of a response has more than this gateway reads, which is no fault of the provider."""
+    while error is not None:
+        if isinstance(error, LineTooLong) or "Too many headers" in str(error):
+            return True
+        error = error.__cause__
+    return False

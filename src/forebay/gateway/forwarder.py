@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
@@ -15,7 +16,8 @@ from multidict import CIMultiDict
 from forebay import clock
 from forebay.errors import Overloaded
 from forebay.events import log
-from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, read_client_timeouts
+from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader
+from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -26,7 +28,14 @@ from forebay.gateway.error_responses import (
     overloaded_response,
     stream_error_event,
 )
-from forebay.gateway.forwarded_call import TRANSPORT_ERRORS, ForwardedCall, IncomingRequest, StreamingResponse
+from forebay.gateway.forwarded_call import (
+    TRANSPORT_ERRORS,
+    ForwardedCall,
+    IncomingRequest,
+    OutOfFiles,
+    StreamingResponse,
+    printable,
+)
 from forebay.gateway.http_client import HttpClient
 from forebay.gateway.metrics import GatewayMetrics
 from forebay.gateway.request_body import BodyMemory, BodyMemoryFull, BodyReservation, read_body
@@ -34,6 +43,7 @@ from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
 from forebay.upstream.providers import Endpoint, Headers
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _JSON_ENDPOINTS: Final = frozenset(
     {
@@ -47,9 +57,26 @@ _JSON_ENDPOINTS: Final = frozenset(
 )
 _MAX_SHOWN: Final = 300  # characters of an error in a message
 _MAX_PATH_SHOWN: Final = 200
+_MAX_HELD_RESPONSE: Final = 16 << 20  # bytes; a longer response is passed on as it arrives
+_MAX_COMPRESSED_PART: Final = 1 << 13  # bytes of a compressed stream that are read in one turn of the event loop
+_FILES_RETRY_AFTER: Final = 2.0  # seconds, on average, until other calls may have ended
+_FILES_LOG_INTERVAL: Final = 10.0  # seconds
 _BODY_RETRY_AFTER: Final = 4.0  # seconds, on average, until there may be memory for a body
 _CLIENT_CLOSED: Final = 499  # nginx's status for a caller that disconnected
+_BUG, _BAD_GATEWAY, _UNAVAILABLE = 500, 502, 503
 _object: Final = msgspec.json.Decoder(dict[str, Any])
+
+
+class _CutOff(ConnectionResetError):
+    """A response broke off where nothing can say so but the end of its connection.
+
+    Args:
+        status: that it counts as.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__()
+        self.status = status
 
 
 class Forwarder:
@@ -64,6 +91,7 @@ class Forwarder:
         targets: the providers.
         metrics: of the gateway.
         body_memory: the memory that request bodies take.
+        response_memory: the memory that responses take.
         draining: new calls are rejected.
 
     Raises:
@@ -77,10 +105,12 @@ class Forwarder:
     ) -> None:
         self._settings = settings
         self.targets = make_targets(settings, environment)
-        self.metrics = GatewayMetrics(self.targets)
+        self.metrics = GatewayMetrics(self.targets, max_accounts=settings.max_metrics_accounts)
         self.body_memory = BodyMemory(settings.max_body_bytes, settings.max_held_bytes)
+        self.response_memory = BodyMemory(_MAX_HELD_RESPONSE, settings.max_held_response_bytes)
         self._client = HttpClient(session, [target.base_url for target in self.targets], environment)
         self._callers = CallerReader(settings.trust, settings.token(environment), settings.context.tenant_headers)
+        self._client_timeouts = ClientTimeoutReader(settings.client_timeout)
         self._validator = RequestValidator(
             max_header_bytes=settings.max_header_bytes,
             local_only=settings.address.loopback and not settings.has_token,
@@ -91,6 +121,7 @@ class Forwarder:
         self._idle.set()
         self._abortable: set[asyncio.Timeout] = set()
         self._aborted = False
+        self._files_logged_at = -math.inf
 
     def drain(self) -> None:
         """Reject new calls from now on."""
@@ -124,7 +155,7 @@ class Forwarder:
         headers = Headers.from_wire(request.raw_headers)
         try:
             self._validate(request, headers)
-            if (own := self._own_response(request.raw_path, headers)) is not None:
+            if (own := self._own_response(request.raw_path.partition("?")[0], headers)) is not None:
                 return self._close_if_needed(request, own)
             destination = self._find_destination(request.raw_path, headers)
         except EarlyResponse as early:
@@ -134,12 +165,19 @@ class Forwarder:
         self._in_progress += 1
         self._idle.clear()
         try:
-            with BodyReservation(self.body_memory) as reservation:
-                response = await self._forward(request, headers, destination, reservation)
-            status = response.status
+            with BodyReservation(self.body_memory) as body, BodyReservation(self.response_memory) as held:
+                response, status = await self._forward(request, headers, destination, body, held)
         except EarlyResponse as early:
             response = self._close_if_needed(request, _to_aiohttp(early.response, close=early.close))
             status = response.status
+        except _CutOff as cut:
+            status = cut.status
+            raise
+        except (asyncio.CancelledError, ConnectionError):  # the caller has gone
+            raise
+        except BaseException:
+            status = _BUG
+            raise
         finally:
             self.metrics.count_response(destination.target.name, status, clock.now() - started)
             self._in_progress -= 1
@@ -188,44 +226,67 @@ class Forwarder:
         if destination is None:
             names = ", ".join(f"/{target.name}/v1/..." for target in self.targets)
             paths = f"/v1/... (by the protocol of the call), {names}, /healthz, /metrics"
-            message = f"the path {path[:_MAX_PATH_SHOWN]!r} leads nowhere; the paths of this gateway are {paths}"
+            shown = path.partition("?")[0][:_MAX_PATH_SHOWN]  # a query may contain an API key
+            message = f"the path {shown!r} leads nowhere; the paths of this gateway are {paths}"
             raise EarlyResponse(error_response(protocol, 404, "forebay_no_such_path", message))
         return destination
 
     async def _forward(
-        self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
-    ) -> web.StreamResponse:
-        protocol = destination.target.protocol
+        self,
+        request: web.BaseRequest,
+        headers: Headers,
+        destination: Destination,
+        body: BodyReservation,
+        held: BodyReservation,
+    ) -> tuple[web.StreamResponse, int]:
+        """Return the response, which has been written, and the status that it counts as."""
         try:
             async with self._abortable_block():
-                response = await self._call(request, headers, destination, reservation)
+                call = await self._read_call(request, headers, destination, body, held)
+                started = clock.now()
+                try:
+                    answer = await self._call(call, destination.target)
+                except asyncio.CancelledError:
+                    if not self.draining:
+                        now = clock.now()
+                        self._client_timeouts.record_hang_up(now, headers, now - started)
+                    raise
+                now = clock.now()
+                self._client_timeouts.record_answer(now, headers, now - started)
         except TimeoutError:
-            raise _draining_response(protocol) from None
-        if isinstance(response, GatewayResponse):
-            return self._close_if_needed(request, _to_aiohttp(response))
-        return await self._stream(request, response, protocol)
+            raise _draining_response(destination.target.protocol) from None
+        if isinstance(answer, StreamingResponse):
+            return await self._stream(request, answer, call, held)
+        response = self._close_if_needed(request, _to_aiohttp(answer))
+        await response.prepare(request)
+        await response.write_eof()  # until its caller has taken it, it is held
+        return response, response.status
 
-    async def _call(
-        self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
-    ) -> Any:
-        """Return the provider's response: a `GatewayResponse` or a `StreamingResponse`.
+    async def _call(self, call: ForwardedCall, target: Target) -> GatewayResponse | StreamingResponse:
+        """Return the provider's response.
 
         Raises:
             EarlyResponse: the upstream rejected the call, or its last attempt failed.
         """
-        target = destination.target
-        call = await self._read_call(request, headers, destination, reservation)
         try:
-            return await target.upstream.runner.run(call, ForwardedCall.attempt)
+            answer: GatewayResponse | StreamingResponse = await target.upstream.runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
+        except OutOfFiles:
+            raise self._out_of_files(target) from None
         except TRANSPORT_ERRORS as error:
             message = f"the provider {target.name!r} could not be reached, or broke off: {_describe(error)}"
             raise EarlyResponse(error_response(target.protocol, 502, "forebay_upstream_failed", message)) from None
+        return answer
 
     async def _read_call(
-        self, request: web.BaseRequest, headers: Headers, destination: Destination, reservation: BodyReservation
+        self,
+        request: web.BaseRequest,
+        headers: Headers,
+        destination: Destination,
+        reservation: BodyReservation,
+        held: BodyReservation,
     ) -> ForwardedCall:
         """Read a request, and return the call to make.
 
@@ -243,45 +304,78 @@ class Forwarder:
             body = await read_body(request, reservation, self._settings, target.protocol)
         except BodyMemoryFull:
             raise self._body_memory_full(target) from None
-        timeouts = read_client_timeouts(headers)
+        now = clock.now()
+        timeouts = self._client_timeouts.read(now, headers)
         incoming = IncomingRequest(
             method=request.method,
             raw_headers=request.raw_headers,
             headers=headers,
             body=body,
-            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, clock.now() + timeouts.max_wait)),
+            caller=msgspec.structs.replace(caller, deadline=min(caller.deadline, now + timeouts.max_wait)),
             read_timeout=timeouts.read_timeout,
         )
         call = ForwardedCall(
-            target.upstream.core, destination.url, destination.path, incoming, client=self._client, metrics=self.metrics
+            target.upstream.core,
+            destination.url,
+            destination.path,
+            incoming,
+            client=self._client,
+            held=held,
+            metrics=self.metrics,
         )
         _check_call(call, body, target.protocol)
         return call
 
     async def _stream(
-        self, request: web.BaseRequest, streaming: StreamingResponse, protocol: ApiProtocol
-    ) -> web.StreamResponse:
-        """Pass a streaming response on as it arrives."""
+        self, request: web.BaseRequest, streaming: StreamingResponse, call: ForwardedCall, held: BodyReservation
+    ) -> tuple[web.StreamResponse, int]:
+        """Pass a response on as it arrives; return it, and the status that it counts as.
+
+        Raises:
+            ConnectionError: the caller has gone, or its connection is to be cut, since the response broke off.
+        """
         upstream = streaming.response
-        response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=streaming.headers)
         try:
+            response = web.StreamResponse(
+                status=upstream.status, reason=printable(upstream.reason or ""), headers=streaming.headers
+            )
+            if streaming.length is not None:
+                response.content_length = streaming.length
+            status = response.status
             try:
                 async with self._abortable_block():
                     await response.prepare(request)
-                    problem = await _copy(streaming, response)
+                    problem = await _copy(streaming, held, response)
+                if problem:
+                    status = _BAD_GATEWAY
             except TimeoutError:
-                problem = "this gateway was shut down"
+                problem, status = "this gateway was shut down", _UNAVAILABLE
             if not problem:
                 upstream.release()
             elif streaming.at_event_boundary and not (self._aborted and request.protocol.writing_paused):
-                await response.write(stream_error_event(protocol, problem))
+                await response.write(stream_error_event(call.wire_protocol, problem))
             else:
-                raise ConnectionResetError  # an error event would be read as the rest of an unfinished event
+                raise _CutOff(status)  # an error event would be read as the rest of an unfinished event
             await response.write_eof()
         finally:
-            streaming.reader.abandon()
-            upstream.close()
-        return response
+            try:
+                streaming.reader.abandon()
+            finally:
+                upstream.close()
+        return response, status
+
+    def _out_of_files(self, target: Target) -> EarlyResponse:
+        """Return the response to a call for which no connection can be opened. Callers retry spread out."""
+        self.metrics.count_rejection(target.name, "files")
+        if clock.now() >= self._files_logged_at + _FILES_LOG_INTERVAL:
+            self._files_logged_at = clock.now()
+            log.warning("no connection to %s could be opened: this process has too many open files", target.name)
+        message = "this gateway has as many open files as it may have: raise its limit, or lower max_connections"
+        seconds = _FILES_RETRY_AFTER * (0.5 + clock.draw())
+        response = capacity_response(
+            target.protocol, "forebay_files", message, seconds=seconds, limited_by="host:files"
+        )
+        return EarlyResponse(response)
 
     def _body_memory_full(self, target: Target) -> EarlyResponse:
         """Return the response to a call without memory for its body, which is not read. Callers retry spread out."""
@@ -292,19 +386,41 @@ class Forwarder:
         return EarlyResponse(capacity_response(target.protocol, "forebay_bodies", message, seconds=seconds), close=True)
 
 
-async def _copy(streaming: StreamingResponse, response: web.StreamResponse) -> str:
+async def _copy(streaming: StreamingResponse, held: BodyReservation, response: web.StreamResponse) -> str:
     """Pass a response on to its end; return why it broke off, or an empty string."""
+    while streaming.begin:
+        await response.write(streaming.feed(streaming.begin.popleft()))
+    held.release()
     chunks = streaming.response.content.iter_any()
     chunk: bytes | None = b""
     while chunk is not None:
         try:
             chunk = await anext(chunks, None)
+            if chunk is not None and streaming.compressed:
+                chunk = await _copy_compressed(chunk, streaming, response)
+            passed = streaming.feed(chunk)
         except TRANSPORT_ERRORS as error:
-            streaming.reader.fail()
+            streaming.reader.fail(error)
             return f"the provider broke off: {_describe(error)}"
-        if passed := streaming.feed(chunk):
+        if passed:
             await response.write(passed)
     return ""
+
+
+async def _copy_compressed(chunk: bytes, streaming: StreamingResponse, response: web.StreamResponse) -> bytes:
+    """Pass a chunk on in parts, with a turn of the event loop between them, and return the last of them.
+
+    Each may become a hundred times as long.
+
+    Raises:
+        CorruptResponse: it cannot be decompressed.
+    """
+    while len(chunk) > _MAX_COMPRESSED_PART:
+        part, chunk = chunk[:_MAX_COMPRESSED_PART], chunk[_MAX_COMPRESSED_PART:]
+        if passed := streaming.feed(part):
+            await response.write(passed)
+        await asyncio.sleep(0)
+    return chunk
 
 
 def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None:
@@ -319,7 +435,7 @@ def _check_call(call: ForwardedCall, body: bytes, protocol: ApiProtocol) -> None
         raise EarlyResponse(error_response(protocol, 400, "forebay_websocket", message), close=True)
     if parsed.endpoint in _JSON_ENDPOINTS and not parsed.signed and not parsed.input_tokens:
         try:  # no input was found: is the body valid at all?
-            _object.decode(body)
+            _object.decode(replace_lone_surrogates(body))
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = f"the body is not a JSON object: {error}"
             raise EarlyResponse(error_response(protocol, 400, "forebay_bad_json", message)) from None

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from forebay.gateway.targets import Target
+from forebay.interfaces import Outcome
 from forebay.upstream.providers import Usage
+from forebay.upstream.upstream_statistics import AccountStatistics
 
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_OUTCOMES: Final = ("succeeded", "throttled", "failed")
+_OUTCOMES: Final = {
+    Outcome.SUCCESS: "succeeded",
+    Outcome.OVERLOAD: "throttled",
+    Outcome.FAULT: "failed",
+    Outcome.IGNORED: "ignored",
+}
 _MAX_MODELS: Final = 200  # label values; later models count as "other", since callers choose the names
 
 
@@ -22,9 +30,10 @@ class GatewayMetrics:
 
     Args:
         targets: of the gateway.
+        max_accounts: accounts of a target that have gauges of their own: the busiest ones.
     """
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], *, max_accounts: int) -> None:
         self._registry = CollectorRegistry()
         self._models: set[str] = set()
         self._counters: dict[tuple[object, ...], Counter] = {}
@@ -47,7 +56,10 @@ class GatewayMetrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._registry.register(_AccountCollector(targets))
+        self._attempts = Counter(
+            "forebay_attempts", "Attempts of calls, by outcome.", ["target", "outcome"], registry=self._registry
+        )
+        self._registry.register(_AccountCollector(targets, max_accounts))
 
     def count_tokens(self, target: str, model: str, usage: Usage) -> None:
         """Count the tokens of a call."""
@@ -56,6 +68,10 @@ class GatewayMetrics:
             self._models.add(model)
         self._counter(self._tokens, target, model, "input").inc(usage.input_tokens)
         self._counter(self._tokens, target, model, "output").inc(usage.output_tokens)
+
+    def count_attempt(self, target: str, outcome: Outcome) -> None:
+        """Count an attempt of a call that has ended."""
+        self._counter(self._attempts, target, _OUTCOMES[outcome]).inc()
 
     def count_response(self, target: str, status: int, seconds: float) -> None:
         """Count a response that has ended, `seconds` after its request."""
@@ -80,10 +96,19 @@ class GatewayMetrics:
 
 
 class _AccountCollector(Collector):
-    """A collector that reads the accounts of all targets at each scrape."""
+    """A collector that reads the accounts of all targets at each scrape.
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    Accounts come and go with the callers' API keys and models, so they have gauges only, and not all of them: what is
+    counted is counted by target.
+
+    Args:
+        targets: of the gateway.
+        max_accounts: accounts of a target that have gauges of their own.
+    """
+
+    def __init__(self, targets: Sequence[Target], max_accounts: int) -> None:
         self._targets = targets
+        self._max_accounts = max_accounts
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector`."""
@@ -98,23 +123,25 @@ class _AccountCollector(Collector):
         }
         breakers = GaugeMetricFamily("forebay_breaker_open", "1 while a circuit breaker is not closed.", labels=labels)
         spent = GaugeMetricFamily("forebay_spent_usd", "US dollars spent in this period.", labels=["target"])
-        attempts = CounterMetricFamily(
-            "forebay_attempts", "Attempts of calls, by outcome.", labels=[*labels, "outcome"]
-        )
+        accounts = GaugeMetricFamily("forebay_accounts", "Accounts in memory, by API key and model.", labels=["target"])
         remaining = GaugeMetricFamily("forebay_quota_remaining", "What remains of a quota.", labels=[*labels, "quota"])
         amount = GaugeMetricFamily("forebay_quota_amount", "The amount of a quota.", labels=[*labels, "quota"])
         for target in self._targets:
             statistics = target.upstream.statistics()
             if statistics.spent_usd is not None:
                 spent.add_metric([target.name], statistics.spent_usd)
-            for account in statistics.accounts:
+            accounts.add_metric([target.name], len(statistics.accounts))
+            for account in heapq.nlargest(self._max_accounts, statistics.accounts, key=_activity):
                 values = [target.name, account.name]
                 for name, gauge in gauges.items():
                     gauge.add_metric(values, getattr(account, name))
                 breakers.add_metric(values, account.breaker != "closed")
-                for outcome in _OUTCOMES:
-                    attempts.add_metric([*values, outcome], getattr(account, outcome))
                 for quota in account.quotas:
                     remaining.add_metric([*values, quota.name], quota.remaining)
                     amount.add_metric([*values, quota.name], quota.amount)
-        return [*gauges.values(), breakers, spent, attempts, remaining, amount]
+        return [*gauges.values(), breakers, spent, accounts, remaining, amount]
+
+
+def _activity(account: AccountStatistics) -> tuple[int, bool, float, int]:
+    """Return the order in which accounts matter to whoever watches: calls now, an open breaker, load, calls so far."""
+    return account.in_flight + account.queued, account.breaker != "closed", account.load, account.sent

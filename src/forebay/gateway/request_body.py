@@ -79,6 +79,10 @@ class BodyReservation:
     def __exit__(
         self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Release what is counted so far."""
         self._memory.release(self._size)
         self._size = 0
 

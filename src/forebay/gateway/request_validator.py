@@ -76,6 +76,11 @@ class RequestValidator:
             shown = origin[:_MAX_SHOWN]
             message = f"without a token this gateway serves no web page of {shown!r}: {advice}"
             return RequestError(403, "forebay_origin", message)
+        # Browsers send no Origin with the GET of an image or a link.
+        foreign = headers.get("sec-fetch-site") == "cross-site" and origin is None
+        if foreign and not _is_local(headers.get("referer", "")):
+            message = f"without a token this gateway serves no web page of another site: {advice}"
+            return RequestError(403, "forebay_origin", message)
         return None
 
 

@@ -6,45 +6,87 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
 import aiohttp
+import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage, BadHttpMethod, InvalidHeader, InvalidURLError, LineTooLong
 from prometheus_client import disable_created_metrics
 
+from forebay import clock
 from forebay._text import format_duration
 from forebay.errors import ForebayError
 from forebay.events import log
+from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
 from forebay.gateway.error_responses import error_response
+from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder
 from forebay.gateway.settings import GatewaySettings
 
 _TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    b"retry-after-ms: 1000\r\ncontent-length: %d\r\n\r\n%b"
+    b"retry-after-ms: %d\r\ncontent-length: %d\r\n\r\n%b"
 )
 _HEAD_TOO_LONG: Final = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\n\r\n%b"
 )
+_HEADERS_TOO_LARGE: Final = 431
+_INVALID: Final[dict[type[BaseException], str]] = {
+    InvalidHeader: "this is not HTTP/1.1: a header is invalid",
+    InvalidURLError: "this is not HTTP/1.1: the path is invalid",
+    BadHttpMethod: "this is not HTTP/1.1: the method is invalid",
+}
 _MAX_FIELDS: Final = 200  # header fields of a request
+_MAX_RESPONSE_FIELD: Final = 128 << 10  # bytes of a header field of a provider's response
+_MAX_RESPONSE_FIELDS: Final = 1000
+_REJECTED_SHARE: Final = 8  # connections for each one beyond the limit whose request is read
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
-_KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
-_FILES_PER_CALL: Final = 2  # the sockets to its caller and to its provider
-_OTHER_FILES: Final = 100
+_LEAST_CONNECTIONS: Final = 5_000  # a default that is lowered to fewer is worth a warning
+_LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way when the gateway stops
+_ACCEPTING: Final = 3  # turns in which asyncio's event loop makes a transport for a connection that it has accepted
 _ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of aborted calls
 
 
 class _TooManyConnections(asyncio.Protocol):
-    """A connection beyond the limit: it answers 503 and closes."""
+    """A connection beyond the limit: it answers 503 and closes.
+
+    The request is read, and thrown away, until its caller closes too: a connection that is closed with bytes unread is
+    reset, and the answer may be lost.
+
+    Args:
+        rejected: all such connections.
+        most: so many of them at a time; those beyond close at once.
+    """
+
+    def __init__(self, rejected: set[_TooManyConnections], most: int) -> None:
+        self._rejected = rejected
+        self._most = most
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        wire = cast("asyncio.Transport", transport)
         body = error_response("openai", 503, "forebay_connections", "this gateway has too many open connections").body
-        cast("asyncio.Transport", transport).write(_TOO_MANY_CONNECTIONS % (len(body), body))
-        transport.close()
+        retry_after = 1000 * (0.5 + clock.draw())  # callers retry spread out
+        wire.write(_TOO_MANY_CONNECTIONS % (retry_after, len(body), body))
+        if len(self._rejected) >= self._most:
+            wire.close()
+            return
+        wire.write_eof()
+        self._rejected.add(self)
+        self._timer = asyncio.get_running_loop().call_later(_LINGER, wire.abort)
+
+    def connection_lost(self, _: BaseException | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._rejected.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Connection(web.RequestHandler):
@@ -135,6 +177,11 @@ class _Connection(web.RequestHandler):
         super().resume_writing()
         self._stop_send_timer()
 
+    @property
+    def is_idle(self) -> bool:
+        """Return whether it waits for another request, after a response. Before the first one it does not count."""
+        return self._last_body is not None and self._waiter is not None
+
     def abort(self) -> None:
         """Disconnect, whatever is unsent."""
         self._wire.abort()
@@ -166,11 +213,24 @@ class _Connection(web.RequestHandler):
             raise ConnectionError from exc
         if status >= 500:  # noqa: PLR2004
             log.error("a request failed by a bug of the gateway", exc_info=exc)
-            message = "this gateway failed: see its log"
-        error = error_response("openai", status, "forebay_bad_request", (message or "this is not HTTP/1.1")[:300])
-        response = web.Response(status=status, headers=dict(error.headers), body=error.body)
+            error = error_response("openai", status, "forebay_bug", "this gateway failed: see its log")
+        elif isinstance(exc, LineTooLong) or "Too many headers" in (message or ""):
+            text = f"this request has a longer line than {self.max_field_size:,} bytes, or over {_MAX_FIELDS} headers"
+            error = error_response("openai", _HEADERS_TOO_LARGE, "forebay_long_head", text)
+        else:
+            error = error_response("openai", status, "forebay_bad_request", _describe_invalid(exc))
+        response = web.Response(status=error.status, headers=dict(error.headers), body=error.body)
         response.force_close()
         return response
+
+
+def _describe_invalid(error: BaseException | None) -> str:
+    """Return why a request is not valid HTTP, without any of its bytes: they may contain an API key."""
+    for kind, text in _INVALID.items():
+        if isinstance(error, kind):
+            return text
+    reason = error.message if isinstance(error, BadHttpMessage) else ""
+    return f"this is not HTTP/1.1: {reason.partition(':')[0]}" if ":\n" in reason else "this is not HTTP/1.1"
 
 
 class _Server(web.Server):
@@ -180,15 +240,37 @@ class _Server(web.Server):
         super().__init__(self._handle, handler_cancellation=True)
         self._forwarder = forwarder
         self._settings = settings
+        self._rejected: set[_TooManyConnections] = set()
+        self._answered: asyncio.Event | None = None  # once no new connections are accepted
 
     def __call__(self) -> Any:
         if len(self.connections) >= self._settings.max_connections:
-            return _TooManyConnections()
+            return _TooManyConnections(self._rejected, 1 + self._settings.max_connections // _REJECTED_SHARE)
         return _Connection(self, self._settings, loop=asyncio.get_running_loop())
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         cast("_Connection", request.protocol).limit_read_ahead()  # this request is no longer ahead
         return self._forwarder.handle(request)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        """See `aiohttp.web.Server`."""
+        super().connection_lost(handler, exc)
+        if self._answered is not None and self._all_answered():
+            self._answered.set()
+
+    def _all_answered(self) -> bool:
+        return all(cast("_Connection", connection).is_idle for connection in self.connections)
+
+    async def answer_last_requests(self) -> None:
+        """Wait until requests that are on their way have been answered, for a moment.
+
+        Closing their connections at once would look like a crash to callers, who are told to call again instead.
+        """
+        self._answered = asyncio.Event()
+        if not self._all_answered():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_REQUEST_GRACE):
+                    await self._answered.wait()
 
     async def end(self) -> None:
         """Close all connections; those that are still open after a grace period are aborted."""
@@ -199,17 +281,13 @@ class _Server(web.Server):
             cast("_Connection", connection).abort()
 
 
-def _tcp_connector() -> aiohttp.BaseConnector:
-    return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE)
-
-
 class Gateway:
     """A gateway that listens while its block runs; leaving the block drains it.
 
     Args:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
-        connector: makes the aiohttp connector to its providers, by default over TCP.
+        connector: makes the aiohttp connector to its providers; None for a `ConnectionPool`, over TCP.
 
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
@@ -223,17 +301,23 @@ class Gateway:
         settings: GatewaySettings,
         environment: Mapping[str, str] = os.environ,
         *,
-        connector: Callable[[], aiohttp.BaseConnector] = _tcp_connector,
+        connector: Callable[[], aiohttp.BaseConnector] | None = None,
     ) -> None:
         self.settings = settings
         self._environment = environment
-        self._make_connector = connector
+        self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=self._make_connector(), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
+            connector=self._make_connector(),
+            request_class=PooledRequest,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            max_line_size=_MAX_RESPONSE_FIELD,
+            max_field_size=_MAX_RESPONSE_FIELD,
+            max_headers=_MAX_RESPONSE_FIELDS,
         )
         address = self.settings.address
         try:
@@ -247,6 +331,9 @@ class Gateway:
                 raise CannotListen(listen=self.settings.listen, problem=_reason(error)) from None
             raise
         return self
+
+    def _new_pool(self) -> aiohttp.BaseConnector:
+        return ConnectionPool(self.settings.max_connections)
 
     @property
     def port(self) -> int:
@@ -270,9 +357,30 @@ class Gateway:
                 async with asyncio.timeout(_ABORT_GRACE):
                     await self.forwarder.wait_idle()
         finally:
-            self._server.close()
+            await self._stop_listening()
+            await self._web.answer_last_requests()
             await self._web.end()
             await self._session.close()
+
+    async def _stop_listening(self) -> None:
+        """Stop listening, and take over what has connected by then: the system would reset it."""
+        assert self._server is not None  # noqa: S101 - entered
+        if sys.platform == "win32":  # it has no `remove_reader`
+            self._server.close()
+            return
+        loop = asyncio.get_running_loop()
+        connected: list[socket.socket] = []
+        for listening in self._server.sockets:
+            loop.remove_reader(listening.fileno())  # asyncio's loop accepts no more; uvloop has no reader
+        for _ in range(_ACCEPTING):
+            await asyncio.sleep(0)
+        for listening in self._server.sockets:
+            with socket.socket(fileno=os.dup(listening.fileno())) as again:
+                connected.extend(_accept_all(again))
+        self._server.close()
+        for each in connected:
+            with contextlib.suppress(OSError):  # it has gone
+                await loop.connect_accepted_socket(self._web, each)
 
     def drain(self) -> None:
         """Reject new calls with 503 from now on; calls in progress continue."""
@@ -282,6 +390,18 @@ class Gateway:
         """Drain, and end the calls in progress at once with an error."""
         self.drain()
         self.forwarder.abort()
+
+
+def _accept_all(listening: socket.socket) -> Iterator[socket.socket]:
+    """Yield the connections that have been made and not accepted."""
+    listening.setblocking(False)
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except OSError:  # there is none
+            return
+        connection.setblocking(False)
+        yield connection
 
 
 class CannotListen(ForebayError, OSError):
@@ -297,7 +417,8 @@ def _reason(error: OSError) -> str:
 def run_forever(settings: GatewaySettings, ready: Callable[[Gateway], object]) -> int:
     """See `forebay.gateway.serve`."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    _raise_file_limit(_FILES_PER_CALL * settings.max_connections + _OTHER_FILES)
+    fitting = fit_connections(settings.max_connections, least=_LEAST_CONNECTIONS)
+    settings = msgspec.structs.replace(settings, max_connections=fitting)
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         runner.run(_run(settings, ready))
     return 0
@@ -313,33 +434,19 @@ async def _run(settings: GatewaySettings, ready: Callable[[Gateway], object]) ->
 
     async with Gateway(settings) as gateway:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _stop_signals():
             loop.add_signal_handler(number, on_signal)
         ready(gateway)
         await stop.wait()
         log.info("draining: calls in progress have %s to end", format_duration(settings.drain_timeout))
 
 
-def _raise_file_limit(wanted: int) -> None:
-    """Raise this process's limit of open files to `wanted`, as far as the system allows."""
-    if sys.platform == "win32":
-        return
-    import resource  # noqa: PLC0415 - not on Windows
-
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if now == resource.RLIM_INFINITY or now >= wanted:
-        return
-    allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
-        now = allowed
-    if now < wanted:
-        log.warning(
-            "this process may open %d files, too few for max_connections: raise the limit (ulimit -n %d), or lower"
-            " max_connections",
-            now,
-            wanted,
-        )
+def _stop_signals() -> list[signal.Signals]:
+    """Return the signals that stop the gateway. A closed terminal (SIGHUP) does, unless nohup has it ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -146,6 +146,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         tenant_budget_usd: US dollars that each tenant may spend in a day.
         task_budget_usd: US dollars that each task may spend in all.
         prices: US dollars per million tokens, by pattern of model, of models that the price list lacks.
+        unmetered: what happens to calls that a budget or a rate limit cannot count, because their body cannot be read
+            or their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
         share_keys: whether callers with different API keys share the accounts; else each key has its own.
         max_wait: seconds that a call may be expected to wait, if its caller waits that long; else it is rejected.
         max_attempts: of each call, the first included.
@@ -166,6 +168,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
     tenant_budget_usd: float | None = None
     task_budget_usd: float | None = None
     prices: dict[str, Price] = field(default_factory=dict)
+    unmetered: Literal["reject", "allow"] = "reject"
     share_keys: bool = False
     max_wait: float = 600.0
     max_attempts: int = 6
@@ -192,6 +195,8 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
         self._check_whole("max_attempts")
         self._check_positive("budget_usd", "tenant_budget_usd", "task_budget_usd", unit="US dollars", optional=True)
         self._check_positive("max_wait", unit="seconds")
+        if self.unmetered not in ("reject", "allow"):
+            self._reject("unmetered", "'reject' or 'allow'")
         for tenant, weight in self.weights.items():
             if not is_positive(weight):
                 self._reject(f"weights.{tenant}", "a positive number", value=weight)
@@ -227,6 +232,7 @@ class TargetSettings(QuotaSettings, frozen=True, kw_only=True):
             max_wait=self.max_wait,
             weights=self.weights,
             prices=self.prices,
+            unmetered=self.unmetered,
             fallback=fallbacks,
         )
 
@@ -269,12 +275,16 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         context: whose headers are trusted for a call's priority, deadline, tenant and task.
         max_body_bytes: of a request's body.
         max_held_bytes: of the bodies of all requests together, each held until its call has ended.
+        max_held_response_bytes: of the responses of all calls together, as far as they are not streams. A response for
+            which no memory is left is passed on as it arrives.
         max_header_bytes: of a request's headers together, and of pipelined requests that are read ahead.
         max_connections: open at a time.
         idle_timeout: seconds for the head of a request to arrive, since the connection was opened or the last response.
         body_timeout: seconds for the body of a request to arrive.
         send_timeout: seconds after which a caller that takes nothing of its response is disconnected.
         drain_timeout: seconds for calls in progress to end when the gateway stops.
+        client_timeout: seconds that a caller is assumed to wait for its answer if nothing tells how long.
+        max_metrics_accounts: accounts of each target with gauges of their own in ``/metrics``, the busiest ones.
 
     Raises:
         InvalidSetting: a setting is invalid.
@@ -287,12 +297,15 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
     context: ContextSettings = ContextSettings()
     max_body_bytes: int = 32 * 1024 * 1024
     max_held_bytes: int = 512 * 1024 * 1024
+    max_held_response_bytes: int = 256 * 1024 * 1024
     max_header_bytes: int = 64 * 1024
     max_connections: int = 10_000
     idle_timeout: float = 75.0
     body_timeout: float = 60.0
     send_timeout: float = 60.0
     drain_timeout: float = 30.0
+    client_timeout: float = 300.0
+    max_metrics_accounts: int = 100
 
     def __post_init__(self) -> None:
         self._check_targets()
@@ -300,10 +313,13 @@ class GatewaySettings(_Settings, frozen=True, kw_only=True):
         address = parse_address(self.listen)
         if address is None:
             self._reject("listen", "HOST:PORT, such as 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787")
-        self._check_whole("max_body_bytes", "max_held_bytes", "max_header_bytes", "max_connections")
+        self._check_whole("max_body_bytes", "max_held_bytes", "max_held_response_bytes")
+        self._check_whole("max_header_bytes", "max_connections", "max_metrics_accounts")
         if self.max_held_bytes < self.max_body_bytes:
             self._reject("max_held_bytes", f"at least max_body_bytes ({self.max_body_bytes:,}), to hold one such body")
-        self._check_positive("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", unit="seconds")
+        self._check_positive(
+            *("idle_timeout", "body_timeout", "send_timeout", "drain_timeout", "client_timeout"), unit="seconds"
+        )
         self._check_token(address)
 
     def _check_targets(self) -> None:

@@ -11,8 +11,9 @@ from forebay.gateway.error_responses import ApiProtocol
 from forebay.gateway.settings import FallbackSettings, GatewaySettings, TargetSettings
 from forebay.upstream import Fallback
 
-_ANTHROPIC_PATHS: Final = ("/v1/messages", "/v1/complete")
-_ANTHROPIC_HEADERS: Final = frozenset({"anthropic-version", "x-api-key"})
+_RESOURCE: Final = re.compile(r"/v1/([^/]+)")
+_ANTHROPIC_RESOURCES: Final = frozenset({"messages", "complete"})
+_SHARED_RESOURCES: Final = frozenset({"models", "files"})  # of both protocols; all others are OpenAI's
 # Letters, digits and -._~ written as %XX without need: a provider may decode such a path into one that is metered, or
 # that is not below the target's URL. Source: RFC 3986, 2.3 and 6.2.2.2.
 _NEEDLESSLY_ESCAPED: Final = re.compile(r"%(2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")
@@ -92,10 +93,28 @@ class Destination(NamedTuple):
 
 
 def detect_protocol(path: str, headers: Mapping[str, str]) -> ApiProtocol:
-    """Return the protocol of a request: by its path or, where both have it (``/v1/models``), by its headers."""
-    if any(part in path for part in _ANTHROPIC_PATHS):
+    """Return the protocol of a request: by its path or, where both have it (``/v1/models``), by its headers.
+
+    There, ``anthropic-version`` means Anthropic's, which all its SDKs send, and so does ``x-api-key`` alone. Elsewhere
+    headers mean nothing: many servers of OpenAI's protocol take their key in ``x-api-key``.
+    """
+    resource = _resource(path)
+    if resource in _ANTHROPIC_RESOURCES:
         return "anthropic"
-    return "anthropic" if not _ANTHROPIC_HEADERS.isdisjoint(headers) else "openai"
+    if resource not in _SHARED_RESOURCES:
+        return "openai"
+    return "anthropic" if "anthropic-version" in headers or _has_key_alone(headers) else "openai"
+
+
+def _resource(path: str) -> str:
+    """Return the first segment after ``/v1/``; empty if there is none."""
+    found = _RESOURCE.search(path.partition("?")[0])
+    return "" if found is None else found[1]
+
+
+def _has_key_alone(headers: Mapping[str, str]) -> bool:
+    """Return whether ``x-api-key`` is all that tells the protocol."""
+    return "x-api-key" in headers and not {"authorization", "anthropic-version"}.intersection(headers)
 
 
 def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str, str]) -> Destination | None:
@@ -118,8 +137,11 @@ def find_destination(targets: Sequence[Target], path: str, headers: Mapping[str,
             return Destination(target, "/" + rest)
     if first != "v1" or not rest:
         return None
-    protocol = detect_protocol(path, headers)
-    return next((Destination(target, path) for target in targets if target.protocol == protocol), None)
+    protocols = [detect_protocol(path, headers)]
+    if protocols == ["anthropic"] and _has_key_alone(headers) and _resource(path) in _SHARED_RESOURCES:
+        protocols.append("openai")  # where there is no target of Anthropic's protocol
+    matching = (target for protocol in protocols for target in targets if target.protocol == protocol)
+    return next((Destination(target, path) for target in matching), None)
 
 
 def _is_unambiguous(path: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from forebay._text import is_unicode
 from forebay.errors import ForebayError, NotSerializable, PayloadTooLarge
 from forebay.interfaces import path_segment
 from forebay.task import Deadline, Estimate, Priority, Task
@@ -106,7 +107,7 @@ def encode_task(task: Task, payload: Any, *, bound: int) -> bytes:
         task_id=_exact_str(task.task_id),
         priority=task.priority,
         timeout=None if task.timeout is None else float(task.timeout),
-        deadline=None if task.deadline is None else float(task.deadline.at),
+        deadline=None if task.deadline is None else float(task.deadline.by_wall_clock()),
         spill=bool(task.spill),
         durable=bool(task.durable),
         key=None if task.key is None else _exact_str(task.key),
@@ -266,7 +267,7 @@ class _PlainDataCheck:
     def _check_scalar(self, value: Any, kind: type) -> tuple[str, str] | None:
         if kind is str:
             self._count_bytes(len(value))
-            return None if value.isascii() or _is_unicode(value) else ("", "str that is not valid Unicode")
+            return None if value.isascii() or is_unicode(value) else ("", "str that is not valid Unicode")
         if kind is int:
             return None if _MIN_INT <= value <= _MAX_INT else ("", "int beyond 64 bits")
         if kind is bytes:
@@ -280,14 +281,6 @@ class _PlainDataCheck:
             raise _BoundExceeded
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _exact_str(name: str) -> str:
     return str.__str__(name)  # of a subclass, such as an enum of strings, the text alone
 
@@ -296,6 +289,6 @@ def _unencodable_field(task: Task) -> NotSerializable:
     """Return the error that names the field of the task, other than its payload, that cannot be encoded."""
     for field in _NAMES:
         name = getattr(task, field)
-        if name is not None and not _is_unicode(name):
+        if name is not None and not is_unicode(name):
             return NotSerializable(task_id=task.task_id, path=field, type="str that is not valid Unicode")
     return NotSerializable(task_id=task.task_id, path="estimate", type="int beyond 64 bits")

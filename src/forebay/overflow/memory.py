@@ -90,6 +90,9 @@ class MemoryTaskStore:
         self._keys: dict[str, str] = {}
         self._queues: defaultdict[tuple[str, Priority], _Heap] = defaultdict(_Heap)
         self._leased = _Heap()
+        self._parked: dict[str, _Heap] = {}  # by thread id
+        self._heads: dict[str, _Entry] = {}  # by thread id: the entry that is WAITING or LEASED
+        self._unfinished: Counter[str] = Counter()  # entries by thread id
         self._ended = {RecordState.DONE: _Heap(), RecordState.DEAD: _Heap()}
         self._sizes = Counter[RecordState]()  # of the ended records
         self._depths: Counter[tuple[str, Priority]] = Counter()
@@ -113,11 +116,15 @@ class MemoryTaskStore:
         entry = self._entries[record.task_id] = _Entry(record, self._next_number())
         if record.key is not None:
             self._keys[record.key] = record.task_id
+        if record.thread_id is not None:
+            self._unfinished[record.thread_id] += 1
         if fence is None:
-            self._enqueue(entry)
-        else:
+            self._wait(entry)
+        elif record.thread_id is None or record.thread_id not in self._heads:
             self._lease(entry, fence, until)
-        return PutResult.STORED
+        else:
+            self._park(entry, record.thread_id)
+        return PutResult.PARKED if entry.state is RecordState.PARKED else PutResult.STORED
 
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
@@ -155,7 +162,10 @@ class MemoryTaskStore:
             if entry is None:
                 lost.append(lease)
             else:
-                entry.until = max(entry.until, until)  # its item in the heap comes up too early; reap pushes it again
+                if until < entry.until:
+                    self._leased.mark_stale()
+                    self._lease(entry, lease.fence, until)
+                entry.until = until  # later: its item in the heap comes up too early, and reap pushes it again
         return lost
 
     async def release(self, leases: Sequence[Lease]) -> None:
@@ -164,27 +174,32 @@ class MemoryTaskStore:
         for lease in leases:
             entry = self._leased_entry(lease)
             if entry is not None:
+                entry.record = lease.record
                 self._leased.mark_stale()
-                self._enqueue(entry)
+                self._wait(entry)
 
     async def finish(self, task_id: str, completion: Completion, *, fence: str | None) -> bool:
         """Mark a record DONE."""
         self._check_open()
         entry = self._entries.get(task_id)
-        if entry is None or entry.fence != fence or entry.state not in (RecordState.WAITING, RecordState.LEASED):
+        if entry is None or entry.fence != fence or entry.state in self._ended:
             return False
         heap = self._leased
-        if entry.state is RecordState.WAITING:
-            heap = self._queues[entry.record.task_type, entry.record.priority]
-            self._count_left(entry)
+        if entry.state is not RecordState.LEASED:
+            heap = self._leave(entry)
         self._end(entry, RecordState.DONE, completion)
         heap.mark_stale()
         return True
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD."""
         self._check_open()
         dead = []
+        if latest < inf:
+            for _, entry in list(self._leased.live()):
+                if entry.until > latest:
+                    self._leased.mark_stale()
+                    self._lease(entry, str(entry.fence), -inf)
         while (first := self._leased.peek()) is not None and first[0] < now:
             entry = first[1]
             self._leased.pop()
@@ -193,7 +208,7 @@ class MemoryTaskStore:
                 continue
             completion = completion_after_expiry(entry.record, now=now, max_attempts=max_attempts)
             if completion is None:
-                self._enqueue(entry)
+                self._wait(entry)
             else:
                 self._end(entry, RecordState.DEAD, completion)
                 dead.append(DeadRecord(record=entry.record, completion=completion))
@@ -240,7 +255,9 @@ class MemoryTaskStore:
         self._sizes[RecordState.DEAD] -= 1
         entry.record = msgspec.structs.replace(entry.record, attempts=0)
         entry.completion = None
-        self._enqueue(entry)
+        if entry.record.thread_id is not None:
+            self._unfinished[entry.record.thread_id] += 1
+        self._wait(entry)
         self._ended[RecordState.DEAD].mark_stale()
         return PutResult.STORED
 
@@ -271,6 +288,11 @@ class MemoryTaskStore:
         self._check_open()
         return dict(self._depths)
 
+    async def conversations(self) -> Mapping[str, int]:
+        """Return how many records have not ended, by thread id."""
+        self._check_open()
+        return dict(self._unfinished)
+
     def _check_open(self) -> None:
         if not self._is_open:
             raise StoreUnavailable(where="memory://", why="it is not open", advice="Use it between open() and close().")
@@ -282,6 +304,48 @@ class MemoryTaskStore:
     def _leased_entry(self, lease: Lease) -> _Entry | None:
         entry = self._entries.get(lease.record.task_id)
         return entry if entry is not None and entry.fence == lease.fence else None
+
+    def _wait(self, entry: _Entry) -> None:
+        """Make an entry WAITING, unless others of its conversation go before it."""
+        thread_id = entry.record.thread_id
+        if thread_id is None:
+            self._enqueue(entry)
+            return
+        if self._heads.get(thread_id) is entry:
+            del self._heads[thread_id]
+        self._park(entry, thread_id)
+        self._settle(thread_id)
+
+    def _park(self, entry: _Entry, thread_id: str) -> None:
+        entry.state, entry.fence, entry.version = RecordState.PARKED, None, self._next_number()
+        self._parked.setdefault(thread_id, _Heap()).push(_age(entry), entry)
+
+    def _settle(self, thread_id: str) -> None:
+        """Make the oldest entry of a conversation WAITING, unless one is LEASED."""
+        head, parked = self._heads.get(thread_id), self._parked.get(thread_id)
+        oldest = None if parked is None else parked.peek()
+        if parked is None or oldest is None:
+            self._parked.pop(thread_id, None)
+            return
+        if head is not None:
+            if head.state is RecordState.LEASED or _age(head) < oldest[0]:
+                return
+            queue = self._leave(head)
+            self._park(head, thread_id)
+            queue.mark_stale()
+        parked.pop()
+        self._heads[thread_id] = oldest[1]
+        self._enqueue(oldest[1])
+        if parked.peek() is None:
+            del self._parked[thread_id]
+
+    def _leave(self, entry: _Entry) -> _Heap:
+        """Return the heap of an entry that is not LEASED and leaves it: the caller marks it stale there."""
+        record = entry.record
+        if entry.state is RecordState.PARKED and record.thread_id is not None:
+            return self._parked[record.thread_id]
+        self._count_left(entry)
+        return self._queues[record.task_type, record.priority]
 
     def _enqueue(self, entry: _Entry) -> None:
         record = entry.record
@@ -301,10 +365,19 @@ class MemoryTaskStore:
         entry.state, entry.fence, entry.until = RecordState.LEASED, fence, until
         entry.version = self._next_number()
         self._leased.push(until, entry)
+        if entry.record.thread_id is not None:
+            self._heads[entry.record.thread_id] = entry
 
     def _end(self, entry: _Entry, state: RecordState, completion: Completion) -> None:
         entry.state, entry.fence, entry.completion = state, None, completion
         entry.version = self._next_number()
+        if (thread_id := entry.record.thread_id) is not None:
+            self._unfinished[thread_id] -= 1
+            if not self._unfinished[thread_id]:
+                del self._unfinished[thread_id]
+            if self._heads.get(thread_id) is entry:
+                del self._heads[thread_id]
+            self._settle(thread_id)
         if state is RecordState.DONE:
             entry.record = msgspec.structs.replace(entry.record, envelope=b"")
         order = entry.sequence if state is RecordState.DONE else entry.record.task_id
@@ -325,3 +398,8 @@ class MemoryTaskStore:
         del self._entries[entry.record.task_id]
         if entry.record.key is not None:
             del self._keys[entry.record.key]
+
+
+def _age(entry: _Entry) -> tuple[float, int]:
+    """Return the key that orders the entries of one conversation."""
+    return entry.record.enqueued_at, entry.sequence

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf, isinf
@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from forebay.clock import new_id
+from forebay._text import is_unicode
+from forebay.clock import new_id, wall_time
 from forebay.errors import StoreUnavailable
 from forebay.interfaces import Completion, DeadRecord, Lease, PutResult, RecordState, TaskRecord
 from forebay.overflow.lease_expiry import completion_after_expiry
@@ -28,7 +29,10 @@ from forebay.task import Priority
 
 _BATCH = 500  # rows that reap and prune take at once, so that no other operation waits long behind them
 
-_ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts"
+_MIN_RETENTION = 600.0  # seconds for which results are kept though the disk is nearly full
+
+_ROW = "task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id"
+_COLUMNS = 9  # of _ROW
 
 # Not INSERT OR IGNORE: that would also apply to the statements of the triggers.
 _PUT = BatchStatement(
@@ -36,8 +40,27 @@ _PUT = BatchStatement(
     INSERT INTO task ({_ROW}, state, fence, until)
     SELECT * FROM (VALUES {{rows}}) AS given WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
     """,
-    11,
+    12,
 )
+_STATE_PARKED = -1
+_STATE = "SELECT state FROM task WHERE task_id = ?"
+# A conversation in which no record is leased has its oldest waiting: see `_settle`.
+_DEMOTE = """
+UPDATE task SET state = -1 WHERE thread_id = ? AND state IN (0, 1) AND state = 0 AND EXISTS (
+    SELECT 1 FROM task AS other
+    WHERE other.thread_id = task.thread_id AND other.state = -1
+        AND (other.enqueued_at, other.sequence) < (task.enqueued_at, task.sequence)
+)
+"""
+_NO_HEAD = "NOT EXISTS (SELECT 1 FROM task AS head WHERE head.thread_id = ? AND head.state IN (0, 1))"
+_PROMOTE = f"""
+UPDATE task SET state = 0 WHERE sequence = (
+    SELECT sequence FROM task WHERE thread_id = ? AND state = -1 ORDER BY enqueued_at, sequence LIMIT 1
+) AND {_NO_HEAD}
+"""
+_LEASE_PARKED = f"UPDATE task SET state = 1, fence = ?, until = ? WHERE task_id = ? AND {_NO_HEAD}"
+_HEADS = "SELECT thread_id FROM task WHERE thread_id IS NOT NULL AND state IN (0, 1)"
+_PARKED = "SELECT thread_id, count(*) FROM task WHERE state = -1 GROUP BY thread_id"
 _TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
 _HELD = "SELECT tasks FROM size WHERE kind = 0"
 _STORED = "UPDATE size SET tasks = tasks + ? WHERE kind = 0"
@@ -52,9 +75,9 @@ RETURNING {_ROW}, fence, sequence
 """
 _BY_HOLDER = "FROM (VALUES {rows}) AS given WHERE task_id = column1 AND fence = column2 AND state = 1"
 _BEGIN_ATTEMPT = BatchStatement(f"UPDATE task SET attempts = attempts + 1 {_BY_HOLDER}", 2)
-_RENEW = BatchStatement(f"UPDATE task SET until = max(until, column3) {_BY_HOLDER}", 3)
-_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL {_BY_HOLDER}", 2)
-# A waiting row has no fence, so IS finds it for a caller without one.
+_RENEW = BatchStatement(f"UPDATE task SET until = column3 {_BY_HOLDER}", 3)
+_RELEASE = BatchStatement(f"UPDATE task SET state = 0, fence = NULL, until = NULL, attempts = column3 {_BY_HOLDER}", 3)
+# A row that is not leased has no fence, so IS finds it for a caller without one.
 _FINISH = BatchStatement(
     """
     UPDATE task SET state = 2, fence = NULL, until = NULL, finished_at = column3, completion = column4, envelope = x''
@@ -64,6 +87,7 @@ _FINISH = BatchStatement(
 )
 _MARK_DEAD = "UPDATE task SET state = 3, fence = NULL, until = NULL, finished_at = ?, completion = ? WHERE sequence = ?"
 _EXPIRED = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until < ? ORDER BY until LIMIT ?"
+_TOO_LATE = f"SELECT {_ROW}, sequence FROM task WHERE state = 1 AND until > ? ORDER BY until LIMIT ?"
 _REQUEUE_EXPIRED = "UPDATE task SET state = 0, fence = NULL, until = NULL WHERE sequence = ?"
 _OLDEST_DONE = "SELECT sequence FROM task WHERE state = 2 ORDER BY finished_at, sequence"
 _OLDEST_DEAD = "SELECT sequence FROM task WHERE state = 3 ORDER BY finished_at, task_id"
@@ -88,7 +112,8 @@ WHERE state = 3 AND (finished_at, task_id) > (?, ?) ORDER BY finished_at, task_i
 """
 _IS_DEAD = "SELECT 1 FROM task WHERE task_id = ? AND state = 3"
 _REQUEUE = """
-UPDATE task SET state = 0, attempts = 0, finished_at = NULL, completion = NULL WHERE task_id = ? AND state = 3
+UPDATE task SET state = iif(thread_id IS NULL, 0, -1), attempts = 0, finished_at = NULL, completion = NULL
+WHERE task_id = ? AND state = 3 RETURNING thread_id
 """
 _DELETE_DEAD = "DELETE FROM task WHERE task_id = ? AND state = 3"
 _FIND = f"SELECT {_ROW}, state, completion FROM task WHERE task_id = ?"
@@ -112,13 +137,21 @@ class SqliteTaskStore:
         synchronous: what an acknowledged write survives, see `Synchronous`.
     """
 
-    durable = True
-
     def __init__(self, path: Path, *, bound: int = DEFAULT_BOUND, synchronous: Synchronous = Synchronous.FULL) -> None:
         self._bound = bound
         self._writer = SqliteWriter(path, SCHEMA, synchronous=synchronous)
-        self._put = partial(_put, bound)
+        self._put = partial(_put, bound, self._writer.check_growth)
+        self._requeue = partial(_requeue, bound, self._writer.check_growth)
         self._finish = partial(_finish, bound)
+
+    @property
+    def durable(self) -> bool:
+        """False once the file was removed, replaced or emptied while it was open: its records end with this process."""
+        try:
+            self._writer.check_file()
+        except StoreUnavailable:
+            return False
+        return True
 
     async def open(self) -> None:
         """Open the file."""
@@ -129,8 +162,10 @@ class SqliteTaskStore:
         await self._writer.close()
 
     async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
-        """Store `record`."""
-        return await self._writer.run_batched(self._put, (record, fence, until))
+        """Store `record`, where another process finds it."""
+        put = await self._writer.run_batched(self._put, (record, fence, until))
+        self._writer.check_file()
+        return put
 
     async def lease(
         self, task_type: str, limit: int, *, until: float, priority: Priority | None = None
@@ -169,20 +204,20 @@ class SqliteTaskStore:
         item = (task_id, fence, completion.finished_at, _encode(completion))
         return await self._writer.run_batched(self._finish, item)
 
-    async def reap(self, *, now: float, max_attempts: int) -> Sequence[DeadRecord]:
+    async def reap(self, *, now: float, max_attempts: int, latest: float = inf) -> Sequence[DeadRecord]:
         """Release expired leases, and return the records that became DEAD."""
         dead: list[DeadRecord] = []
         while True:
-            count, more = await self._writer.run(partial(_reap, now, max_attempts, self._bound))
+            count, more = await self._writer.run(partial(_reap, now, latest, max_attempts, self._bound))
             dead += more
             if count < _BATCH:
                 return dead
 
     async def prune(self, *, before: float) -> int:
-        """Drop DONE records that ended before `before`."""
+        """Drop DONE records that ended before `before`; on a disk that is nearly full, those of ten minutes ago too."""
         total = 0
         while True:
-            count = await self._writer.run(partial(_prune, before))
+            count = await self._writer.run(partial(_prune, before, self._writer.nearly_full))
             total += count
             if count < _BATCH:
                 return total
@@ -197,29 +232,40 @@ class SqliteTaskStore:
 
     async def requeue(self, task_id: str) -> PutResult | None:
         """Make a DEAD record WAITING again."""
-        return await self._writer.run(partial(_requeue, self._bound, task_id))
+        return await self._writer.run(partial(self._requeue, task_id)) if is_unicode(task_id) else None
 
     async def delete_dead(self, task_id: str) -> bool:
         """Delete a DEAD record."""
-        return await self._writer.run(partial(_delete_dead, task_id))
+        return is_unicode(task_id) and await self._writer.run(partial(_delete_dead, task_id))
 
     async def find(self, task_id: str) -> tuple[RecordState, TaskRecord, Completion | None] | None:
         """Return a record by its task id."""
-        return await self._writer.run(partial(_find, task_id), writes=False)
+        # What is not valid Unicode was never stored, and SQLite cannot be asked for it.
+        return await self._writer.run(partial(_find, task_id), writes=False) if is_unicode(task_id) else None
 
     async def find_key(self, key: str) -> str | None:
         """Return the task id stored under a key."""
-        return await self._writer.run(partial(_find_key, key), writes=False)
+        return await self._writer.run(partial(_find_key, key), writes=False) if is_unicode(key) else None
 
     async def depths(self) -> Mapping[tuple[str, Priority], int]:
         """Return how many records are WAITING."""
         return await self._writer.run(_depths, writes=False)
 
+    async def conversations(self) -> Mapping[str, int]:
+        """Return how many records have not ended, by thread id."""
+        return await self._writer.run(_conversations, writes=False)
+
 
 _DUPLICATE_OR_STORED = (PutResult.DUPLICATE, PutResult.STORED)
 
 
-def _put(bound: int, connection: sqlite3.Connection, items: Sequence[_PutItem]) -> Sequence[PutResult]:
+def _put(
+    bound: int,
+    check_growth: Callable[[sqlite3.Connection], None],
+    connection: sqlite3.Connection,
+    items: Sequence[_PutItem],
+) -> Sequence[PutResult]:
+    check_growth(connection)
     (held,) = connection.execute(_HELD).fetchone()
     capacity = bound - held
     rows = [
@@ -232,9 +278,10 @@ def _put(bound: int, connection: sqlite3.Connection, items: Sequence[_PutItem]) 
             inf if record.deadline is None else record.deadline,
             record.key,
             record.attempts,
-            0 if fence is None else 1,
-            fence,
-            None if fence is None else until,
+            record.thread_id,
+            _STATE_PARKED if record.thread_id is not None else 0 if fence is None else 1,
+            None if record.thread_id is not None else fence,
+            None if fence is None or record.thread_id is not None else until,
         )
         for record, fence, until in items
     ]
@@ -243,10 +290,36 @@ def _put(bound: int, connection: sqlite3.Connection, items: Sequence[_PutItem]) 
     else:
         results = _put_one_by_one(capacity, connection, rows)
     inserted = [values for values, result in zip(rows, results, strict=True) if result is PutResult.STORED]
-    waiting = Counter([values[1:3] for values in inserted if not values[8]])  # by task type and priority
+    waiting = Counter([values[1:3] for values in inserted if not values[_COLUMNS]])  # by task type and priority
     connection.executemany(_ENTERED, [(*queue, count) for queue, count in waiting.items()])
     connection.execute(_STORED, (len(inserted),))
+    talking = [index for index, item in enumerate(items) if item[0].thread_id is not None]
+    return _enter_conversations(connection, items, results, talking) if talking else results
+
+
+def _enter_conversations(
+    connection: sqlite3.Connection, items: Sequence[_PutItem], results: list[PutResult], talking: Sequence[int]
+) -> list[PutResult]:
+    """Give the records at the indexes `talking`, which were put parked, their place in their conversation."""
+    stored = [index for index in talking if results[index] is PutResult.STORED]
+    for index in stored:
+        record, fence, until = items[index]
+        if fence is None:
+            _settle(connection, record.thread_id)
+        else:
+            connection.execute(_LEASE_PARKED, (fence, until, record.task_id, record.thread_id))
+    for index in stored:
+        (state,) = connection.execute(_STATE, (items[index][0].task_id,)).fetchone()
+        if state != (0 if items[index][1] is None else 1):
+            results[index] = PutResult.PARKED
     return results
+
+
+def _settle(connection: sqlite3.Connection, thread_id: str | None) -> None:
+    """Make the oldest record of a conversation waiting, unless one is leased."""
+    if thread_id is not None:
+        connection.execute(_DEMOTE, (thread_id,))
+        connection.execute(_PROMOTE, (thread_id, thread_id))
 
 
 def _put_one_by_one(capacity: int, connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[PutResult]:
@@ -282,7 +355,9 @@ def _renew(leases: Sequence[Lease], until: float, connection: sqlite3.Connection
 
 
 def _release(leases: Sequence[Lease], connection: sqlite3.Connection) -> None:
-    _RELEASE.run(connection, [(lease.record.task_id, lease.fence) for lease in leases])
+    _RELEASE.run(connection, [(lease.record.task_id, lease.fence, lease.record.attempts) for lease in leases])
+    for lease in leases:
+        _settle(connection, lease.record.thread_id)
 
 
 def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishItem]) -> Sequence[bool]:
@@ -292,16 +367,18 @@ def _finish(bound: int, connection: sqlite3.Connection, items: Sequence[_FinishI
 
 
 def _reap(
-    now: float, max_attempts: int, bound: int, connection: sqlite3.Connection
+    now: float, latest: float, max_attempts: int, bound: int, connection: sqlite3.Connection
 ) -> tuple[int, Sequence[DeadRecord]]:
     """Release a batch of expired leases; return how many there were, and the records that became DEAD."""
     rows = connection.execute(_EXPIRED, (now, _BATCH)).fetchall()
+    rows += connection.execute(_TOO_LATE, (latest, _BATCH - len(rows))).fetchall()
     dead = []
     for row in rows:
         record, sequence = _record(row), row[-1]
         completion = completion_after_expiry(record, now=now, max_attempts=max_attempts)
         if completion is None:
             connection.execute(_REQUEUE_EXPIRED, (sequence,))
+            _settle(connection, record.thread_id)
         else:
             connection.execute(_MARK_DEAD, (completion.finished_at, _encode(completion), sequence))
             dead.append(DeadRecord(record=record, completion=completion))
@@ -310,7 +387,9 @@ def _reap(
     return len(rows), dead
 
 
-def _prune(before: float, connection: sqlite3.Connection) -> int:
+def _prune(before: float, nearly_full: Callable[[sqlite3.Connection], bool], connection: sqlite3.Connection) -> int:
+    if nearly_full(connection):  # otherwise nothing could be stored until the results have had their time
+        before = max(before, wall_time() - _MIN_RETENTION)
     connection.execute(_DELETE_EMPTY_DEPTHS)
     return connection.execute(_PRUNE, (before, _BATCH)).rowcount
 
@@ -327,13 +406,17 @@ def _list_dead(limit: int, after: tuple[float, str] | None, connection: sqlite3.
     return [DeadRecord(record=_record(row), completion=_decode_completion(row[-1])) for row in rows]
 
 
-def _requeue(bound: int, task_id: str, connection: sqlite3.Connection) -> PutResult | None:
+def _requeue(
+    bound: int, check_growth: Callable[[sqlite3.Connection], None], task_id: str, connection: sqlite3.Connection
+) -> PutResult | None:
+    check_growth(connection)
     if connection.execute(_IS_DEAD, (task_id,)).fetchone() is None:
         return None
     (held,) = connection.execute(_HELD).fetchone()
     if held >= bound:
         return PutResult.FULL
-    connection.execute(_REQUEUE, (task_id,))
+    for (thread_id,) in connection.execute(_REQUEUE, (task_id,)).fetchall():
+        _settle(connection, thread_id)
     return PutResult.STORED
 
 
@@ -359,8 +442,14 @@ def _depths(connection: sqlite3.Connection) -> Mapping[tuple[str, Priority], int
     return {(task_type, Priority(priority)): waiting for task_type, priority, waiting in rows}
 
 
+def _conversations(connection: sqlite3.Connection) -> Mapping[str, int]:
+    found = Counter(dict(connection.execute(_PARKED).fetchall()))
+    found.update(thread_id for (thread_id,) in connection.execute(_HEADS).fetchall())
+    return found
+
+
 def _record(row: Sequence[Any]) -> TaskRecord:
-    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts = row[:8]
+    task_id, task_type, priority, envelope, enqueued_at, due, key, attempts, thread_id = row[:_COLUMNS]
     return TaskRecord(
         task_id=task_id,
         task_type=task_type,
@@ -370,4 +459,5 @@ def _record(row: Sequence[Any]) -> TaskRecord:
         deadline=None if isinf(due) else due,
         key=key,
         attempts=attempts,
+        thread_id=thread_id,
     )

@@ -1,8 +1,8 @@
 """The tables, indexes and triggers of a task store in a SQLite file.
 
 Frequent queries are answered from the end of an index: the best waiting record of a type, the lease that expires first,
-the oldest ended record. `put` counts the records that it inserts, being the only statement that does; after that,
-triggers keep the counts right, whichever statement moves or deletes a record.
+the oldest ended record, the oldest of a conversation. `put` counts the records that it inserts, being the only
+statement that does; after that, triggers keep the counts right, whichever statement moves or deletes a record.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ from __future__ import annotations
 from forebay.interfaces import RecordState
 from forebay.storage.sqlite_file import Schema
 
-# By stored number. The first two count towards the bound, the last two have ended.
-STATES = (RecordState.WAITING, RecordState.LEASED, RecordState.DONE, RecordState.DEAD)
+# By stored number. Those below 2 count towards the bound, the others have ended.
+STATES = {
+    -1: RecordState.PARKED,
+    0: RecordState.WAITING,
+    1: RecordState.LEASED,
+    2: RecordState.DONE,
+    3: RecordState.DEAD,
+}
 
 _TASK = """
 CREATE TABLE task (
@@ -70,7 +76,26 @@ _TRIGGERS = tuple(
     )
 )
 
+# Records that were stored without their thread id belong to no conversation here; a process that leases them reads it
+# from the envelope.
+_CONVERSATIONS = (
+    "ALTER TABLE task ADD COLUMN thread_id TEXT",
+    # Of each conversation one record is waiting or leased; the others are parked, which is state -1.
+    "CREATE UNIQUE INDEX task_head ON task (thread_id) WHERE thread_id IS NOT NULL AND state IN (0, 1)",
+    "CREATE INDEX task_parked ON task (thread_id, enqueued_at, sequence) WHERE state = -1",
+    """
+    CREATE TRIGGER task_makes_way AFTER UPDATE OF state ON task
+    WHEN old.thread_id IS NOT NULL AND old.state IN (0, 1) AND new.state > 1
+    BEGIN
+        UPDATE task SET state = 0 WHERE sequence = (
+            SELECT sequence FROM task WHERE thread_id = old.thread_id AND state = -1
+            ORDER BY enqueued_at, sequence LIMIT 1
+        );
+    END
+    """,
+)
+
 SCHEMA = Schema(
     application_id=0x464F5242,  # "FORB"
-    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS),),
+    migrations=((_TASK, *_INDEXES, *_COUNTS, *_TRIGGERS), _CONVERSATIONS),
 )

@@ -73,6 +73,10 @@ class Bucket:
             self.window_number += 1
             self.usable_from = self.window_end - self.period + self.window_delay
 
+    def is_full(self, now: float) -> bool:
+        """Return whether nothing is missing, so that a new bucket would be the same. It changes nothing."""
+        return self.window_end is None and self.level + (now - self.updated_at) * self.rate >= self.capacity
+
     @property
     def margin(self) -> float:
         """The part of the level that is never taken."""

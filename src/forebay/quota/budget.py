@@ -61,14 +61,15 @@ class _BudgetPeriod:
 
 
 class BudgetReservation:
-    """A reservation of dollars for one call. It is settled or released exactly once."""
+    """A reservation of dollars for one call. It is settled or released exactly once; a cost may be revised later."""
 
-    __slots__ = ("open", "period", "usd")
+    __slots__ = ("cost", "open", "period", "usd")
 
     def __init__(self, usd: float, period: _BudgetPeriod) -> None:
         self.usd = usd
         self.period = period
         self.open = True
+        self.cost = 0.0  # what it was settled for
 
 
 class BudgetTracker:
@@ -82,6 +83,8 @@ class BudgetTracker:
         budget: the amount and its period.
     """
 
+    __slots__ = ("_period", "_previous", "budget")
+
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self._period = _BudgetPeriod(-math.inf)
@@ -94,8 +97,21 @@ class BudgetTracker:
         left = self.budget.usd * share - period.spent - period.reserved
         return left > 0 and check_dollars(usd) <= left + self.budget.usd * 1e-12
 
+    def can_afford_unreserved(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> bool:
+        """Return whether `usd` could be reserved if nothing were reserved now."""
+        share = 1.0 if priority <= Priority.HIGH else 1.0 - self.budget.reserved_share
+        return check_dollars(usd) <= self.budget.usd * share - self._present(now).spent
+
+    def try_reserve(self, now: float, usd: float, priority: Priority = Priority.NORMAL) -> BudgetReservation | None:
+        """Reserve the most that a call can cost, or return None if the budget cannot afford it: check and take in one.
+
+        Raises:
+            InvalidAmount: not a number of dollars of at least 0.
+        """
+        return self.reserve(now, usd) if self.can_afford(now, usd, priority) else None
+
     def reserve(self, now: float, usd: float) -> BudgetReservation:
-        """Reserve the most that a call can cost; the caller has checked `can_afford`.
+        """Reserve dollars unconditionally, for a caller who has checked `can_afford` in the same step.
 
         Raises:
             InvalidAmount: not a number of dollars of at least 0.
@@ -114,6 +130,19 @@ class BudgetTracker:
         """
         cost = check_dollars(usd)
         self._close(now, reservation).spent += cost
+        reservation.cost = cost
+
+    def revise(self, now: float, reservation: BudgetReservation, usd: float) -> None:
+        """Correct the cost of a call that was settled before its usage was known. It counts in the period of the call.
+
+        Raises:
+            InvalidAmount: not a number of dollars of at least 0; the cost stays.
+        """
+        cost = check_dollars(usd)
+        self._present(now)
+        period = _current(reservation.period)
+        period.spent = max(0.0, period.spent + cost - reservation.cost)
+        reservation.cost = cost
 
     def release(self, now: float, reservation: BudgetReservation) -> None:
         """Return the dollars of a call that was never sent.
@@ -122,6 +151,12 @@ class BudgetTracker:
             ReservationClosed: it was settled or released before.
         """
         self._close(now, reservation)
+
+    def drop_reservations(self) -> None:
+        """Return all dollars that are reserved. None of the open reservations may be settled after that."""
+        for period in (self._period, self._previous):
+            if period is not None:
+                period.open, period.reserved = 0, 0.0
 
     def spent(self, now: float) -> float:
         """Return the US dollars spent in the present period."""
@@ -149,9 +184,7 @@ class BudgetTracker:
             raise ReservationClosed
         self._present(now)
         reservation.open = False
-        period = reservation.period
-        while period.merged_into is not None:
-            period = period.merged_into
+        period = _current(reservation.period)
         period.open -= 1
         period.reserved = period.reserved - reservation.usd if period.open else 0.0  # drop rounding errors
         return period
@@ -177,6 +210,13 @@ class BudgetTracker:
         period.open += later.open
         later.merged_into = period
         self._period, self._previous = period, None
+
+
+def _current(period: _BudgetPeriod) -> _BudgetPeriod:
+    """Return the period that has taken over `period`, or itself."""
+    while period.merged_into is not None:
+        period = period.merged_into
+    return period
 
 
 def _period_start(per: str | None, now: float) -> float:

@@ -95,12 +95,13 @@ class RateLimiter:
 
     Args:
         quotas: the given ones; several for one unit all hold.
+        buckets: their levels, as `new_buckets` made them; None for full ones.
 
     Raises:
         InvalidSetting: not a Quota.
     """
 
-    def __init__(self, quotas: Iterable[Quota] = ()) -> None:
+    def __init__(self, quotas: Iterable[Quota] = (), *, buckets: Sequence[Bucket] | None = None) -> None:
         quotas = tuple(quotas)
         for quota in quotas:
             if not isinstance(quota, Quota):
@@ -108,10 +109,8 @@ class RateLimiter:
                     "RateLimiter", "quotas", quota, "made of Quota objects, such as Quota(requests=500, per='minute')"
                 )
         self._given = tuple(
-            _GivenQuota(
-                quota.unit, _name(quota.unit, quota.seconds), Bucket(float(quota.amount), quota.seconds, -math.inf)
-            )
-            for quota in quotas
+            _GivenQuota(quota.unit, _name(quota.unit, quota.seconds), bucket)
+            for quota, bucket in zip(quotas, new_buckets(quotas) if buckets is None else buckets, strict=True)
         )
         self._observed: dict[str, ObservedLimit] = {}  # by unit
         self._open: dict[int, QuotaReservation] = {}  # by number, in the order in which they were sent
@@ -290,6 +289,10 @@ class RateLimiter:
         if headers:  # an answer without headers says nothing, and must not prolong the moment
             self._quiet_until = now + self._quiet_seconds()
 
+    def is_full(self, now: float) -> bool:
+        """Return whether no quota is used, and no Retry-After runs."""
+        return self._hold_until <= now and all(bucket.is_full(now) for _, bucket, _ in self._buckets())
+
     def levels(self, now: float) -> list[QuotaLevel]:
         """Return what is left of each quota."""
         self._advance(now)
@@ -374,6 +377,11 @@ class RateLimiter:
                 bucket.level = likely
             else:
                 observed.lower(bucket.level - likely)
+
+
+def new_buckets(quotas: Iterable[Quota]) -> tuple[Bucket, ...]:
+    """Return full levels of quotas, to be kept by somebody who outlives the `RateLimiter`."""
+    return tuple(Bucket(float(quota.amount), quota.seconds, -math.inf) for quota in quotas)
 
 
 def _name(unit: str, seconds: float) -> str:

@@ -56,10 +56,15 @@ class RetryBudget:
         slot[1] += 1
         self._first += 1
 
-    def withdraw(self, now: float) -> bool:
-        """Take one retry; return False if none is left."""
+    def withdraw(self, now: float, *, keep: float = 0.0) -> bool:
+        """Take one retry, and return True; return False if less than one would be left besides what is kept.
+
+        Args:
+            now: the time.
+            keep: share of all retries of the window that must be left after this one.
+        """
         slot = self._slot_at(now)
-        if self._balance() < 1:
+        if self._balance() < 1 + keep * (self._extra + self._share * self._first):
             return False
         slot[2] += 1
         self._retries += 1

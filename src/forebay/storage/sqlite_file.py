@@ -16,6 +16,7 @@ from forebay.storage.url import Synchronous
 _MIN_SQLITE = (3, 35, 0)  # UPDATE ... RETURNING
 _MAX_WAL_BYTES = 64 << 20  # of the write-ahead log, kept on disk after a checkpoint
 _CACHE_KIB = 32 << 10  # of pages, kept in memory
+_POLL_INTERVAL_MS = 2  # between two attempts to begin a transaction while another process is writing
 _RETRY_INTERVAL = 0.01  # seconds between attempts at what SQLite itself does not wait for
 
 # Filesystems where a write-ahead log gets damaged: its index is shared memory, which two machines do not share.
@@ -28,7 +29,7 @@ _MOUNTS = Path("/proc/mounts")
 _ADVICE = {
     sqlite3.SQLITE_BUSY: (
         "another process has been writing to it for too long",
-        "Find the process that holds it (fuser FILE), or give each process a file of its own.",
+        "Find the process that holds it (fuser FILE), continue it if it was stopped; or give each a file of its own.",
     ),
     sqlite3.SQLITE_CANTOPEN: (
         "it cannot be opened",
@@ -73,6 +74,8 @@ class Schema:
 def open_file(path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float) -> sqlite3.Connection:
     """Return a connection to the file at `path`, created if missing, with its schema up to date. Blocks.
 
+    The connection itself waits for other processes for milliseconds only: its user tries again.
+
     Raises:
         StoreUnavailable: the file cannot be opened; the message says why and what to do.
     """
@@ -106,7 +109,7 @@ def _prepare(
     connection: sqlite3.Connection, path: Path, schema: Schema, synchronous: Synchronous, busy_timeout: float
 ) -> None:
     with _transaction(connection, "BEGIN"):  # before changing anything in a file that may belong to another program
-        _check_ours(connection, path, schema)
+        version = _check_ours(connection, path, schema)
     mode = _enable_wal(connection, busy_timeout)
     if mode != "wal":
         why = f"it cannot keep a write-ahead log there, only a journal of kind {mode!r}"
@@ -114,8 +117,12 @@ def _prepare(
     connection.execute(f"PRAGMA synchronous = {synchronous.value}")
     connection.execute(f"PRAGMA journal_size_limit = {_MAX_WAL_BYTES}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-    with _transaction(connection, "BEGIN IMMEDIATE"):
-        _migrate(connection, path, schema)
+    if version < schema.version:  # otherwise it need not wait for those who are writing
+        with _transaction(connection, "BEGIN IMMEDIATE"):
+            _migrate(connection, path, schema)
+    # For what follows. SQLite itself would wait for up to 100 ms between two attempts at a transaction, in which others
+    # begin and end theirs: on a slow disk a process might not get its turn for seconds.
+    connection.execute(f"PRAGMA busy_timeout = {_POLL_INTERVAL_MS}")
 
 
 def _enable_wal(connection: sqlite3.Connection, busy_timeout: float) -> str:
@@ -128,7 +135,7 @@ def _enable_wal(connection: sqlite3.Connection, busy_timeout: float) -> str:
         try:
             return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
         except sqlite3.OperationalError as error:
-            if _code(error) != sqlite3.SQLITE_BUSY:
+            if not is_busy(error):
                 raise
         threading.Event().wait(_RETRY_INTERVAL)
     return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
@@ -182,6 +189,17 @@ def diagnose(error: BaseException, path: Path) -> BaseException:
     unavailable = StoreUnavailable(where=str(path), why=why, advice=advice)
     unavailable.__cause__ = error
     return unavailable
+
+
+def has_free_pages(connection: sqlite3.Connection, size: int) -> bool:
+    """Return whether `size` bytes fit into pages of the file that are free, so that it need not grow."""
+    (free,), (page,) = (connection.execute(f"PRAGMA {name}").fetchone() for name in ("freelist_count", "page_size"))
+    return bool(free * page >= size)
+
+
+def is_busy(error: sqlite3.DatabaseError) -> bool:
+    """Return whether another process had the file locked."""
+    return _code(error) == sqlite3.SQLITE_BUSY
 
 
 def _code(error: sqlite3.DatabaseError) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections import deque
@@ -13,10 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+from forebay.clock import monotonic
 from forebay.errors import StoreUnavailable
-from forebay.storage.sqlite_file import Schema, diagnose, open_file
+from forebay.storage.file_watch import FileWatch
+from forebay.storage.sqlite_file import Schema, diagnose, has_free_pages, is_busy, open_file
 from forebay.storage.url import Synchronous
 
+_RESERVED = 512 << 10  # bytes of the disk that are kept for operations that add nothing, such as the end of a task
 _MAX_GROUP = 1_000  # operations in one transaction: more would delay the last of them, and other processes
 
 _I = TypeVar("_I")
@@ -58,9 +62,12 @@ class SqliteWriter:
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._connection: sqlite3.Connection | None = None
+        self._watch: FileWatch | None = None  # while the file is open
+        self._process: int | None = None  # that opened it
         self._connection_lock = threading.Lock()  # held by the thread that uses the connection
         self._pending: deque[_Pending] = deque()
         self._flushing = False
+        self._opening: asyncio.Future[None] | None = None  # done once the last call of open() has ended
         self._closed: asyncio.Future[None] | None = None  # set by close(), done once the file is closed
 
     async def open(self) -> None:
@@ -69,15 +76,23 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file cannot be opened; the message says why and what to do.
         """
-        if self._closed is not None and not self._closed.done():
-            await asyncio.shield(self._closed)
+        while others := [each for each in (self._closed, self._opening) if each is not None and not each.done()]:
+            await asyncio.wait(others)
         if self._connection is not None:
             return
         self._loop = asyncio.get_running_loop()
-        executor = self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
-        opening = self._run_in_thread(open_file, self._path, self._schema, self._synchronous, self._busy_timeout)
+        self._process = os.getpid()
+        ended = self._opening = self._loop.create_future()
         try:
-            self._connection = await asyncio.shield(opening)
+            await self._open()
+        finally:
+            ended.set_result(None)
+
+    async def _open(self) -> None:
+        executor = self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"forebay-{self._path.name}")
+        opening = self._run_in_thread(self._open_file)
+        try:
+            self._connection, self._watch = await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(partial(self._close_late_connection, executor))
             raise
@@ -86,11 +101,50 @@ class SqliteWriter:
             raise
         self._closed = None
 
-    def _close_late_connection(self, executor: ThreadPoolExecutor, opening: asyncio.Future[sqlite3.Connection]) -> None:
+    def _open_file(self) -> tuple[sqlite3.Connection, FileWatch]:
+        connection = open_file(self._path, self._schema, self._synchronous, self._busy_timeout)
+        return connection, FileWatch(self._path)
+
+    def check_file(self) -> None:
+        """Check that the file was where it was opened after the last transaction.
+
+        What is written to it otherwise is lost with this process.
+
+        Raises:
+            StoreUnavailable: it was removed, replaced or emptied.
+        """
+        if self._watch is not None and (change := self._watch.change) is not None:
+            advice = "Put it back, or restart the processes that use it: they make a new one."
+            raise StoreUnavailable(where=str(self._path), why=change, advice=advice)
+
+    def nearly_full(self, connection: sqlite3.Connection) -> bool:
+        """Return whether little room is left, on the disk and in the file. For operations, within their transaction."""
+        watch = self._watch
+        return watch is not None and watch.free_bytes < _RESERVED and not has_free_pages(connection, _RESERVED)
+
+    def check_growth(self, connection: sqlite3.Connection) -> None:
+        """Check that the file is in its place and may grow. For operations that add to it, within their transaction.
+
+        Raises:
+            StoreUnavailable: as `check_file`; or the disk is nearly full, and the rest is kept for the operations that
+                make room again.
+        """
+        watch = self._watch
+        if watch is None:
+            return
+        watch.look()
+        self.check_file()
+        if self.nearly_full(connection):
+            why, advice = "the disk is nearly full", "Free some space, or move the file to a larger disk."
+            raise StoreUnavailable(where=str(self._path), why=why, advice=advice)
+
+    def _close_late_connection(
+        self, executor: ThreadPoolExecutor, opening: asyncio.Future[tuple[sqlite3.Connection, FileWatch]]
+    ) -> None:
         """Close a file that was opened after `open` had been cancelled; by now another `open` may have succeeded."""
         if not opening.cancelled() and opening.exception() is None:
             with suppress(RuntimeError):  # the interpreter is shutting down and starts no more threads
-                self._loop.run_in_executor(executor, opening.result().close)
+                self._loop.run_in_executor(executor, opening.result()[0].close)
         executor.shutdown(wait=False)  # jobs that were already submitted still run
 
     async def close(self) -> None:
@@ -124,11 +178,12 @@ class SqliteWriter:
         Raises:
             StoreUnavailable: the file is not open, or it failed and nothing was written.
         """
+        self._check_process()
         with self._connection_lock:
             if (connection := self._connection) is None or self._closed is not None:
                 raise self._not_open()
             try:
-                (value,) = _run_transaction(connection, [(_run_each, op, True)])
+                (value,) = self._run_transaction(connection, [(_run_each, op, True)])
             except BaseException as error:
                 raise diagnose(error, self._path) from error
         if isinstance(value, _OperationError):
@@ -140,7 +195,18 @@ class SqliteWriter:
         advice = "Use it between open() and close()."
         return StoreUnavailable(where=str(self._path), why="it is not open", advice=advice)
 
+    def _check_process(self) -> None:
+        """Check that this is the process that has opened the file: a forked child has neither its thread nor its loop.
+
+        Raises:
+            StoreUnavailable: it is not.
+        """
+        if self._process not in (None, os.getpid()):
+            why = f"it was opened in process {self._process}, and this is a child that was forked from it"
+            raise StoreUnavailable(where=str(self._path), why=why, advice="Open a store of its own here.")
+
     def _submit(self, op: _Operation, item: Any, *, writes: bool) -> asyncio.Future[Any]:
+        self._check_process()
         if self._connection is None or self._closed is not None:
             raise self._not_open()
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -169,7 +235,31 @@ class SqliteWriter:
 
     def _commit(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
         with self._connection_lock:
-            return _run_transaction(connection, works)
+            return self._run_transaction(connection, works)
+
+    def _run_transaction(self, connection: sqlite3.Connection, works: Sequence[_Work]) -> Sequence[Any]:
+        give_up = monotonic() + self._busy_timeout
+        try:
+            while True:
+                try:
+                    return _run_transaction(connection, works)
+                except sqlite3.OperationalError as error:
+                    if not is_busy(error) or monotonic() >= give_up:
+                        raise
+        finally:
+            self._look(connection)
+
+    def _look(self, connection: sqlite3.Connection) -> None:
+        """Look at the file and its disk, and shorten a log that takes up much of the disk while there is room for that.
+
+        SQLite writes the log into the database once it has 4 MB. On a small disk, or a full one, that is too late:
+        without room the log cannot be written there, and nothing can be written to the log.
+        """
+        if (watch := self._watch) is not None:
+            watch.look()
+            if watch.log_bytes and watch.free_bytes < 2 * watch.log_bytes + _RESERVED:
+                with suppress(sqlite3.Error):  # another process reads or writes: again after the next transaction
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _close_connection(self, connection: sqlite3.Connection) -> None:
         with self._connection_lock:
@@ -196,7 +286,7 @@ class SqliteWriter:
         self._loop.call_soon(self._flush)  # after the callers just woken, so that their next operations join the group
 
     def _on_closed(self, closing: asyncio.Future[None]) -> None:
-        self._connection = None
+        self._connection = self._watch = None
         self._flushing = False
         self._executor.shutdown(wait=False)
         if self._closed is None or self._closed.done():

@@ -21,6 +21,7 @@ from forebay.errors import (
     StoreUnavailable,
     SupervisorClosed,
     UnknownTaskType,
+    fresh_copy,
 )
 from forebay.events import TaskSubmitted, log
 from forebay.interfaces import PutResult
@@ -28,11 +29,10 @@ from forebay.supervisor.runs.run import Run
 from forebay.supervisor.runs.slot_loans import active_runs
 from forebay.supervisor.slot import Slot
 from forebay.supervisor.ticket import Refusal, Ticket, TicketOwner
-from forebay.task import Priority, Task
+from forebay.task import Deadline, Priority, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Container
-
+    from forebay.supervisor.conversations import Conversation, Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.load import SystemLoad
     from forebay.supervisor.pool import Pool
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.worker import WorkerAgent
 
+_ABANDONED = "its submitter has gone"
 _WATERFALL_PRIORITY = Priority.HIGH  # tasks of this priority or a better one go to an idle worker first
 
 
@@ -61,8 +62,8 @@ class AdmissionDispatcher(TicketOwner, Protocol):
         """The gate that lets runs start."""
 
     @property
-    def conversations(self) -> Container[str]:
-        """The ids of the conversations with a task inside."""
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
 
     @property
     def spill(self) -> Spill | None:
@@ -105,8 +106,8 @@ class AdmissionController:
         self.thresholds = PriorityThresholds(threshold)
         self.submitted = self.spilled = self.rejected = 0
         self._state = _OPEN
-        self._keys: dict[str, Ticket] = {}
-        self._store_answers: dict[str, asyncio.Future[Ticket]] = {}  # by key, while the store has not answered
+        self._keys = core.registry.by_key
+        self._undecided: dict[str, _Undecided] = {}  # by key
         self.try_admit: TryAdmit = self._try_admit  # forebay.testing replaces it
 
     @property
@@ -143,6 +144,7 @@ class AdmissionController:
             advice = "use `await submit(...)`"
             raise OverflowRequired(task_id=task.task_id, why="submit_nowait cannot wait for its record", advice=advice)
         if task.key is not None and (known := self._keys.get(task.key)) is not None:
+            known.share()
             return known
         spill = self._dispatcher.spill
         if spill is not None and task.spill:
@@ -177,6 +179,7 @@ class AdmissionController:
                 raise OverflowRequired(task_id=task.task_id, why=why, advice=advice)
         if task.key is not None:
             if (known := await self._find_by_key(task.key)) is not None:
+                known.share()
                 return known
             self._check(task)  # again, because anything may have happened during the await
         if spill is None or not (task.spill or task.durable):
@@ -224,8 +227,8 @@ class AdmissionController:
 
     async def _find_by_key(self, key: str) -> Ticket | None:
         """Return the ticket that was submitted under `key` before, if any."""
-        while (answer := self._store_answers.get(key)) is not None:
-            await asyncio.wait([answer])  # then look again: it may have been rejected
+        while (undecided := self._undecided.get(key)) is not None:
+            await undecided.wait()  # then look again: it may have been rejected
         if key not in self._keys and self._dispatcher.spill is not None:
             found = await self._dispatcher.spill.lookup.by_key(key)
             if key in self._keys:
@@ -233,14 +236,6 @@ class AdmissionController:
             if found is not None:
                 self._keys[key] = found
         return self._keys.get(key)
-
-    def _remember_key(self, key: str, ticket: Ticket) -> None:
-        live, ended = self._registry.live, self._registry.ended
-        if len(self._keys) > 2 * (len(live) + self._registry.keep) + 16:
-            self._keys = {
-                key: known for key, known in self._keys.items() if known.task_id in live or known.task_id in ended
-            }
-        self._keys[key] = ticket
 
     def _forget_key(self, ticket: Ticket) -> None:
         if ticket.task.key is not None and self._keys.get(ticket.task.key) is ticket:
@@ -251,24 +246,31 @@ class AdmissionController:
     def _new_ticket(self, task: Task, parent: RunningTask | None) -> Ticket:
         deadline = task.deadline
         if parent is not None and parent.deadline is not None:
-            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline)
+            deadline = parent.deadline if deadline is None else min(parent.deadline, deadline, key=Deadline.remaining)
+        active = None if parent is None else [*active_runs(parent, self._dispatcher)]
         submitted_at = None
         if self._dispatcher.spill is not None:
             submitted_at = self._dispatcher.spill.submission_time()
         elif deadline is not None:
             submitted_at = clock.wall_time()
         ticket = Ticket(self._dispatcher, task, deadline, parent, submitted_at)
+        if active:
+            ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
-            self._remember_key(task.key, ticket)
+            self._keys[task.key] = ticket
         return ticket
 
     def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
         """Start or queue a task, or return why it is not admitted. Both are done when this returns."""
         priority = ticket.task.priority
         remaining = math.inf if ticket.deadline is None else ticket.deadline.remaining()
-        path_load, resource = self._load.on_path(pool, priority)
-        if may_spill and pool.spilled_ahead(priority):
-            worth = self._worth_storing(pool, priority, remaining)
+        path_load, resource = self._load.on_path(pool, priority, nested=ticket.nested)
+        if ticket.task.thread_id is not None and ticket.lease is None:  # one with a lease is the first of those stored
+            worth = may_spill and self._worth_storing(ticket, pool, remaining)
+            if (refusal := self._conversation_refusal(ticket, pool, path_load, may_spill=worth)) is not None:
+                return refusal
+        if may_spill and not ticket.nested and pool.spilled_ahead(priority):
+            worth = self._worth_storing(ticket, pool, remaining)
             cause = self._load.limiting_resource(resource)
             return Refusal("earlier tasks of its type wait in the overflow", cause, path_load, may_spill=worth)
         load = path_load
@@ -278,14 +280,12 @@ class AdmissionController:
         if self.thresholds.rejects(priority, load):
             cause = self._load.limiting_resource(resource)
             reason = self._refusal_reason(pool, resource, cause, load, priority)
-            worth = may_spill and self._worth_storing(pool, priority, remaining)
+            worth = may_spill and self._worth_storing(ticket, pool, remaining)
             return Refusal(reason, cause, load, may_spill=worth)
-        if remaining < math.inf:
-            wait = 0.0 if worker is not None else pool.expected_wait(priority) or 0.0
-            if remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining):
-                return Refusal(
-                    f"its deadline in {format_duration(remaining)} cannot be met", resource, load, may_spill=False
-                )
+        if remaining < math.inf and self._misses_deadline(ticket, pool, worker, remaining):
+            return Refusal(
+                f"its deadline in {format_duration(remaining)} cannot be met", resource, load, may_spill=False
+            )
         ticket.admit(path_load)
         self.submitted += 1
         if self._bus.active:
@@ -295,12 +295,45 @@ class AdmissionController:
 
     def _free_worker(self, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         """Return the worker that would run a task at once, or None if it would wait."""
-        if ticket.task.thread_id is not None and ticket.task.thread_id in self._dispatcher.conversations:
+        if self._dispatcher.conversations.get(ticket.task.thread_id) is not None:
             return None
         priority = ticket.task.priority
         waterfall = priority <= _WATERFALL_PRIORITY
         ahead = pool.queue.ahead(priority) if waterfall else pool.queue.length
-        return None if ahead else self._dispatcher.start_gate.pick(pool, priority, idle_first=waterfall)
+        if ahead:
+            return None
+        return self._dispatcher.start_gate.pick(pool, priority, nested=ticket.nested, idle_first=waterfall)
+
+    def _misses_deadline(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None, remaining: float) -> bool:
+        """Return whether a task that would start on `worker`, or wait, is expected to end after its deadline."""
+        wait = 0.0 if worker is not None else pool.expected_wait(ticket.task.priority, nested=ticket.nested) or 0.0
+        conversation = self._dispatcher.conversations.get(ticket.task.thread_id)
+        if conversation is not None:
+            wait = max(wait, len(conversation.tickets) * (pool.service_times.median() or 0.0))
+        return remaining <= 0 or pool.cannot_meet_deadline(self.loop.time(), wait, remaining)
+
+    def _conversation_refusal(self, ticket: Ticket, pool: Pool, load: float, *, may_spill: bool) -> Refusal | None:
+        """Return why a task may not come inside because of its conversation, or None if it may."""
+        thread_id, conversations = ticket.task.thread_id or "", self._dispatcher.conversations
+        conversation = conversations.get(thread_id)
+        if not ticket.nested and conversations.waits_in_overflow(thread_id):
+            reason = "earlier tasks of its conversation wait in the overflow"
+        elif conversation is not None and not pool.may_park(conversation.parked):
+            reason = f"{conversation.parked} tasks of its conversation wait already"
+        else:
+            return None
+        retry_after = None if may_spill else self._conversation_retry_after(pool, conversation)
+        return Refusal(reason, f"conversation:{thread_id}", load, may_spill=may_spill, retry_after=retry_after)
+
+    def _conversation_retry_after(self, pool: Pool, conversation: Conversation | None) -> float:
+        """Return the seconds after which a conversation takes another task; infinity if unknown.
+
+        It takes one in each service time.
+        """
+        seconds = pool.service_times.median()
+        if conversation is None or not seconds:
+            return math.inf
+        return conversation.retry_schedule.reserve(self.loop.time(), 1 / seconds, self._draw()) or math.inf
 
     def _refusal_reason(self, pool: Pool, resource: str, cause: str, load: float, priority: Priority) -> str:
         if not pool.slots:
@@ -310,11 +343,11 @@ class AdmissionController:
             full += f" because of {cause}"
         return f"{full}, and {priority.name} is rejected from {self.thresholds.threshold_for(priority):.0%}"
 
-    def _worth_storing(self, pool: Pool, priority: Priority, remaining: float) -> bool:
+    def _worth_storing(self, ticket: Ticket, pool: Pool, remaining: float) -> bool:
         """Return whether a task with `remaining` seconds could meet its deadline if it waits in the overflow."""
         if remaining == math.inf:
             return True
-        wait = pool.expected_wait(priority, spilled=True)
+        wait = pool.expected_wait(ticket.task.priority, nested=ticket.nested, spilled=True)
         return wait is None or wait < min(remaining, pool.service_times.max_wait(remaining))
 
     # --- the verdict ---
@@ -344,6 +377,7 @@ class AdmissionController:
         self.submitted += 1
         if self._bus.active:
             self._emit_submitted(ticket)
+            self._bus.limit_backlog()  # a caller that goes on when it is rejected may never give the loop a turn
 
     def _emit_submitted(self, ticket: Ticket) -> None:
         task = ticket.task
@@ -363,28 +397,28 @@ class AdmissionController:
     # --- the overflow ---
 
     async def _await_store(self, ticket: Ticket, deciding: Coroutine[Any, Any, Ticket]) -> Ticket:
-        """Wait for the store even if the caller is cancelled; then cancel the task once the store has answered."""
+        """Wait for the store even if the caller is cancelled; then cancel the task, unless others wait for its key."""
         ticket.begin_store_call()
         self._registry.add(ticket)  # before any await, so that no other task takes its id
 
         def answered(answer: asyncio.Future[Ticket]) -> None:
             ticket.end_store_call()
-            self._store_answers.pop(ticket.task.key or "", None)
+            self._undecided.pop(ticket.task.key or "", None)
             self._resolve_key_waiters(ticket, answer)
             if answer.cancelled() or answer.exception() is not None or answer.result() is not ticket or not ticket:
                 self._registry.discard(ticket)
             elif ticket.cancel_reason is not None:
                 ticket.cancel(ticket.cancel_reason)
+            elif not undecided.callers:
+                ticket.cancel(_ABANDONED)
 
         answer = self._core.run_to_completion(deciding)
+        undecided = _Undecided(ticket, answer)
         if ticket.task.key:
-            self._store_answers[ticket.task.key] = answer
+            self._undecided[ticket.task.key] = undecided
         answer.add_done_callback(answered)
-        try:
-            return await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            ticket.cancel("its submitter has gone")
-            raise
+        await undecided.wait()
+        return answer.result()
 
     def _resolve_key_waiters(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
         """If the task was not stored, answer the callers that got its ticket by its key meanwhile."""
@@ -393,8 +427,8 @@ class AdmissionController:
         error = answer.exception()
         if error is not None:
             self._forget_key(ticket)
-            if isinstance(error, ForebayError) and not ticket.done():
-                ticket.resolve(error)
+            if not ticket.done():
+                ticket.resolve(fresh_copy(error) if isinstance(error, ForebayError) else _store_failed(error))
         elif not ticket:
             ticket.wake_waiters()
         elif (other := answer.result()) is not ticket and not ticket.done():
@@ -402,20 +436,43 @@ class AdmissionController:
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         ticket.explain(refusal)
+        # Behind tasks of its conversation that only this process knows, it is held here, or another would run it now.
+        held = self._dispatcher.conversations.get(ticket.task.thread_id) is not None
         try:
-            put = await spill.spill(ticket, envelope, pool)
+            put = await (spill.record(ticket, envelope, pool) if held else spill.spill(ticket, envelope, pool))
         except StoreUnavailable as exc:
             log.error("task %r could not be spilled: %s", ticket.task_id, exc)
             refusal = Refusal("the overflow cannot store it", "overflow", 1.0, may_spill=False)
             return self._reject(ticket, pool, refusal)
-        if put is PutResult.STORED:
-            self.spilled += 1
-            self._submitted(ticket)
-            return ticket
-        return await self._not_stored(ticket, put, pool, spill)
+        if not put.written:
+            return await self._not_stored(ticket, put, pool, spill)
+        if held and put is PutResult.STORED:
+            if self._state is not _State.CLOSED and not spill.stored.stays_stored:
+                return self._admit_held(ticket, pool, refusal.load)
+            await spill.spill_recorded(ticket, pool)
+        self._count_spilled(ticket)
+        return ticket
+
+    def _admit_held(self, ticket: Ticket, pool: Pool, load: float) -> Ticket:
+        """Admit a task that has its record and its lease, behind its conversation."""
+        ticket.forget_refusal()
+        ticket.admit(load)
+        self._submitted(ticket)
+        self._dispatcher.start_or_queue(ticket, pool, self._free_worker(ticket, pool))
+        return ticket
+
+    def _count_spilled(self, ticket: Ticket) -> None:
+        self.spilled += 1
+        self._submitted(ticket)
 
     async def _admit_durable(self, ticket: Ticket, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
-        put = await spill.record(ticket, envelope)
+        put = await spill.record(ticket, envelope, pool)
+        if put is PutResult.PARKED:
+            reason = "earlier tasks of its conversation are in the overflow"
+            limited_by = f"conversation:{ticket.task.thread_id}"
+            ticket.explain(Refusal(reason, limited_by, self._load.on_path(pool)[0], may_spill=True))
+            self._count_spilled(ticket)
+            return ticket
         if put is not PutResult.STORED:
             return await self._not_stored(ticket, put, pool, spill)
         if self._state is _State.CLOSED:
@@ -429,8 +486,7 @@ class AdmissionController:
             return self._reject(ticket, pool, refusal)
         ticket.explain(refusal)
         await spill.spill_recorded(ticket, pool)
-        self.spilled += 1
-        self._submitted(ticket)
+        self._count_spilled(ticket)
         return ticket
 
     async def _not_stored(self, ticket: Ticket, put: PutResult, pool: Pool, spill: Spill) -> Ticket:
@@ -439,9 +495,40 @@ class AdmissionController:
             return self._reject(ticket, pool, refusal)
         self._forget_key(ticket)
         if ticket.task.key is not None and (known := await spill.lookup.by_key(ticket.task.key)) is not None:
-            self._remember_key(ticket.task.key, known)
+            self._keys[ticket.task.key] = known
             return known
         raise DuplicateTask(task_id=ticket.task_id)
+
+
+def _store_failed(error: BaseException) -> StoreUnavailable:
+    """Return the error for those who wait for a task that its submitter could not store."""
+    why = f"it raised {type(error).__name__}"
+    return StoreUnavailable(where="the overflow", why=why, advice="The submitter has the error.")
+
+
+class _Undecided:
+    """A ticket on which the store has not answered, and its callers: the submitter, and those who came by its key.
+
+    The task is cancelled if all of them leave.
+    """
+
+    __slots__ = ("_answer", "_ticket", "callers")
+
+    def __init__(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
+        self._ticket = ticket
+        self._answer = answer
+        self.callers = 0
+
+    async def wait(self) -> None:
+        """Wait for the answer as one more caller."""
+        self.callers += 1
+        try:
+            await asyncio.wait((self._answer,))
+        except asyncio.CancelledError:
+            self.callers -= 1
+            if not self.callers and self._answer.done():  # otherwise the answer may find another caller
+                self._ticket.cancel(_ABANDONED)
+            raise
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:

@@ -32,6 +32,7 @@ class _TaskTypeCodecs:
     worker: str  # the first one
     payload: _TypeDeclaration
     result: _TypeDeclaration
+    checks: tuple[Callable[[Task], None], ...]  # of the handlers, one of which will get the task
 
 
 class TaskCodecs:
@@ -52,6 +53,7 @@ class TaskCodecs:
             worker=worker.name,
             payload=_declaration(worker, "payload", payload),
             result=_declaration(worker, "result", result),
+            checks=() if worker.handler.check is None else (worker.handler.check,),
         )
         entries = {task_type: self._merge(task_type, own) for task_type in worker.task_types}
         self._entries.update(entries)
@@ -68,6 +70,7 @@ class TaskCodecs:
             worker=first.worker,
             payload=_merge_declarations("payload", first.payload, own.payload, own.worker, where),
             result=_merge_declarations("result", first.result, own.result, own.worker, where),
+            checks=(*first.checks, *own.checks),
         )
 
     def fit_payload(self, task: Task) -> Task:
@@ -75,12 +78,17 @@ class TaskCodecs:
 
         Raises:
             InvalidPayload: the payload is not of that type.
+            UnusableTask: a handler of its type cannot run it.
         """
         # Admission checks that it is a Task, and raises the right error.
         entry = self._entries.get(task.task_type) if isinstance(task, Task) else None
-        if entry is None or entry.payload.codec is None:
+        if entry is None:
             return task
-        return _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))
+        if entry.payload.codec is not None:
+            task = _with_payload(task, _convert(entry.payload.codec.coerce, task, entry.payload))
+        for check in entry.checks:
+            check(task)
+        return task
 
     def dump_payload(self, task: Task) -> Any:
         """Return the payload of a task as plain data; it has the declared type, by `fit_payload`."""
@@ -170,7 +178,9 @@ def _convert(function: Callable[[Any], Any], task: Task, side: _TypeDeclaration)
         return function(task.payload)
     except TypeMismatch as mismatch:
         path, why = mismatch.path, mismatch.reason
-    except Exception as error:  # noqa: BLE001 - a codec may be the user's own
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a codec may be the user's own
         path, why = "", f"its codec raised {type(error).__name__}"
     kind = "payload of its framework" if side.declared is None else type_name(side.declared)
     raise InvalidPayload(task_id=task.task_id, task_type=task.task_type, type=kind, path="payload" + path, why=why)

@@ -38,13 +38,15 @@ class Core:
         codecs: TaskCodecs,
         max_queue_size: int | None,
         keep_results: int,
+        keep_results_bytes: int,
     ) -> None:
         self.loop = loop
         self.threads = threads
         self.bus = bus
+        bus.start(loop)
         self.codecs = codecs
         self.timers = Timers(loop)
-        self.registry = TicketRegistry(loop, bus, keep=keep_results)
+        self.registry = TicketRegistry(loop, bus, keep=keep_results, keep_bytes=keep_results_bytes)
         self.pools = Pools(max_queue_size)
         self._background_tasks: set[asyncio.Future[Any]] = set()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,8 +10,9 @@ from forebay.admission import RANK_LAST
 from forebay.context import RunningTask
 from forebay.errors import UnknownTask
 from forebay.events import TaskStarted
+from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.load import SystemLoad
-from forebay.supervisor.pool import Pool, next_pool
+from forebay.supervisor.pool import NESTED, NESTED_ELSEWHERE, NOT_NESTED, Pool, first_for, next_pool
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import ActiveRuns, Run, SlotClaims
 from forebay.supervisor.runs.runner import RunnerPool
@@ -22,9 +21,11 @@ from forebay.supervisor.spill.spill import Spill
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Reclaim, Ticket, unsuccessful_result
 from forebay.supervisor.worker import WorkerAgent
+from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Priority, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource, TaskStore
     from forebay.supervisor.core import Core
     from forebay.supervisor.settings import SupervisorSettings
@@ -44,8 +45,7 @@ class Dispatcher:
         self.runs = ActiveRuns()
         self.slot_claims = SlotClaims()
         self.started = 0
-        # By thread id: the task of the conversation that is queued or runs, and those that wait behind it.
-        self.conversations: dict[str, deque[Ticket]] = {}
+        self.conversations = Conversations()
         self.load = SystemLoad(core.pools.by_type, self.workers)
         self.start_gate = StartGate(core, dispatch=self.dispatch, runs=self.runs)
         self.completion = RunCompletion(
@@ -53,6 +53,7 @@ class Dispatcher:
         )
         self.runner_pool = RunnerPool(core.loop, self.completion.handler_ended)
         self.spill = None if store is None else Spill(core, self, store, runs=self.runs, settings=settings)
+        self.starts = WorkerStarts(core, self)
         self._registry = core.registry
         self._timers = core.timers
         self._bus = core.bus
@@ -73,6 +74,10 @@ class Dispatcher:
                 self.spill.refiller.add_pool(pool)
         self.update_slots(worker)
 
+    def start_worker(self, worker: WorkerAgent) -> None:
+        """Start the handler of a worker, unless it has started or is being started."""
+        self.starts.begin(worker)
+
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
         before = worker.count_slots()
@@ -87,6 +92,20 @@ class Dispatcher:
         worker.take_slot(probe=run.is_probe)
         for pool in self._pools_of[worker]:
             pool.slot_taken(worker)
+            pool.resume()
+
+    def lend_slot(self, run: Run) -> None:
+        """Lend the slot of a run that awaits a task, and start what comes next."""
+        run.give_slot()
+        for pool in self._pools_of[run.worker]:
+            pool.suspend()
+        self.return_slot(run)
+
+    def suspended_run_ended(self, run: Run) -> None:
+        """Forget a run that has ended without having its slot back; a new one may begin in its place."""
+        for pool in self._pools_of[run.worker]:
+            pool.resume()
+        self.dispatch(run.worker)
 
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot that a run held, and start what comes next. `now` saves asking the clock again."""
@@ -96,26 +115,20 @@ class Dispatcher:
             pool.slot_returned(worker)
         self.dispatch(worker, now)
 
-    def lend_slots(self, running: RunningTask | None) -> Reclaim | None:
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
         """Lend the slot of `running`, which is about to await a task here, and of the runs above it where needed."""
-        return SlotLoan(self, running).reclaim if isinstance(running, Run) else None
+        return SlotLoan(self, running, awaited).reclaim if isinstance(running, Run) else None
 
     # --- into the queue, and out of it ---
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
         """Park an admitted task behind its conversation, start it on `worker`, or queue it."""
         self._registry.add(ticket)
-        thread_id = ticket.task.thread_id
-        if thread_id is not None:
-            conversation = self.conversations.get(thread_id)
-            if conversation is not None:
-                ticket.wait()
-                conversation.append(ticket)
-                pool.park()
-                self._arm_expiry(ticket)
-                return
-            self.conversations[thread_id] = deque((ticket,))
-        if worker is not None:
+        if ticket.task.thread_id is not None and not self.conversations.enter(ticket):
+            ticket.wait()
+            pool.park()
+            self._arm_expiry(ticket)
+        elif worker is not None:
             self.start(ticket, worker)
         else:
             self._enqueue(ticket, pool)
@@ -123,13 +136,19 @@ class Dispatcher:
     def _enqueue(self, ticket: Ticket, pool: Pool) -> None:
         rank = RANK_LAST
         if ticket.deadline is not None or ticket.parent is not None:
-            rank = (ticket.parent is None, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
+            whose = NESTED if ticket.nested else NOT_NESTED if ticket.parent is None else NESTED_ELSEWHERE
+            rank = (whose, RANK_LAST[1] if ticket.deadline is None else ticket.deadline.at)
         self._sequence_number += 1
-        ticket.enqueue(pool.queue.push(ticket, ticket.task.priority, rank, self._sequence_number))
+        ticket.enqueue(pool.enqueue(ticket, rank, self._sequence_number))
         if ticket.deadline is not None:
             self._arm_expiry(ticket)
         if pool.source_paths:
             self.start_gate.queue_grew(pool)
+        if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
+            for worker in pool.workers:
+                if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
+                    self.dispatch(worker)
+                    break
 
     def _arm_expiry(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and ticket.expiry_timer is None:
@@ -141,36 +160,28 @@ class Dispatcher:
 
     def is_waiting(self, ticket: Ticket) -> bool:
         """Return whether a task waits in the queue, or behind another one of its conversation."""
-        return ticket.queue_entry is not None or ticket in self.conversations.get(ticket.task.thread_id or "", ())
+        return ticket.queue_entry is not None or self.conversations.is_parked(ticket)
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue or of its conversation."""
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
-        thread_id = ticket.task.thread_id
-        conversation = self.conversations.get(thread_id) if thread_id is not None else None
-        if conversation is not None and conversation[0] is not ticket and ticket in conversation:
-            conversation.remove(ticket)
+        if self.conversations.is_parked(ticket):
+            self.conversations.remove_parked(ticket)
             pool.unpark()
             return
         if (entry := ticket.leave_queue()) is not None:
-            pool.queue.remove(entry)
+            pool.remove(ticket, entry)
         self.next_in_conversation(ticket)
 
     def next_in_conversation(self, ticket: Ticket) -> None:
         """Start or queue the next task of the conversation, because `ticket` has really ended."""
-        thread_id = ticket.task.thread_id
-        conversation = None if thread_id is None else self.conversations.get(thread_id)
-        if thread_id is None or conversation is None or conversation[0] is not ticket:
+        following = self.conversations.end_first(ticket)
+        if following is None:
             return
-        conversation.popleft()
-        if not conversation:
-            del self.conversations[thread_id]
-            return
-        following = conversation[0]
         pool = self._pools[following.task.task_type]
         pool.unpark()
-        worker = self.pick_worker(pool, following.task.priority)
+        worker = self.pick_worker(pool, following)
         if worker is None:
             self._enqueue(following, pool)
         elif self._may_still_start(following, pool):
@@ -178,9 +189,11 @@ class Dispatcher:
 
     # --- from the queue to a worker ---
 
-    def pick_worker(self, pool: Pool, priority: Priority) -> WorkerAgent | None:
+    def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
-        return None if pool.queue else self.start_gate.pick(pool, priority)
+        if pool.queue:
+            return None
+        return self.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
 
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Fill the free slots of `worker`: first with runs that lent theirs, then from the heads of its queues."""
@@ -188,16 +201,18 @@ class Dispatcher:
             self.slot_claims.grant(worker)
         pools = self._pools_of[worker]
         while worker.can_accept():
-            pool = pools[0] if len(pools) == 1 else next_pool(pools)
-            if pool is not None and not pool.queue.length:
-                pool = None
-            if worker.sources and not self.start_gate.may_start_head(worker, pool):
+            entry: QueueEntry | None = None
+            if worker.suspended and worker.bars_new_runs(Priority.LOW):
+                pool, entry = first_for(worker, pools)
+            else:
+                pool = next_pool(pools)
+            if worker.sources and not self.start_gate.may_start_next(worker, pool, entry):
                 pool = None
             if pool is None:
                 for pool in pools:
                     pool.selector.update(worker)
                 break
-            ticket = pool.queue.pop()
+            ticket = pool.pop() if entry is None else pool.serve(entry)
             if (ticket.deadline is None and ticket.lease is None) or self._may_still_start(ticket, pool):
                 self.start(ticket, worker, now)
         if self.spill is not None:
@@ -246,9 +261,7 @@ class Dispatcher:
         if self._bus.active or ticket.listeners is not None:
             started = TaskStarted(at=now, task_id=ticket.task_id, worker_id=worker.name, attempt=ticket.attempts)
             self._registry.emit(ticket, started)
-        if run.abandoned_at is not None:  # cancelled by a sink, when it received the event
-            self.completion.handler_ended(run, None, asyncio.CancelledError())
-        elif ticket.slot is not None:
+        if ticket.slot is not None:
             ticket.slot.grant(run)
         elif ticket.lease is not None and self.spill is not None:
             self.spill.stored.record_start(run)

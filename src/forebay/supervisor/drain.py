@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from forebay.events import log
+from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
-    from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.spill.spill import Spill
-    from forebay.supervisor.start_gate import StartGate
     from forebay.supervisor.ticket import Ticket
-    from forebay.supervisor.worker import WorkerAgent
+
+_CLOSE_TIME = 5.0  # seconds, at least, that moving the queue to the overflow has when a supervisor closes
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +29,8 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         finished: how many ended by themselves: succeeded, failed, timed out or expired.
         spilled: how many are left in the overflow, to be run later.
-        cancelled: how many were cancelled when the time was up, and stopped.
+        cancelled: how many were cancelled when the time was up, and stopped: those that ran, and those that waited and
+            were not in the overflow yet.
         orphans: ids of those whose handler did not stop and may still be running.
     """
 
@@ -37,7 +40,7 @@ class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
     orphans: tuple[str, ...]
 
 
-class DrainDispatcher(Protocol):
+class DrainDispatcher(QueueSpillDispatcher, Protocol):
     """The dispatcher, as far as draining needs it."""
 
     @property
@@ -45,18 +48,8 @@ class DrainDispatcher(Protocol):
         """Its runs in progress."""
 
     @property
-    def start_gate(self) -> StartGate:
-        """The gate that lets runs start."""
-
-    @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
-
-    def dequeue(self, ticket: Ticket) -> None:
-        """Take a waiting ticket out of the queue."""
-
-    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
-        """Start a task on `worker`, or queue it."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
@@ -80,98 +73,111 @@ class Drain:
         self._registry = core.registry
         self._grace = grace
         self._progress = asyncio.Event()
+        self._queue_spill: QueueSpill | None = None
+        self._unfinished: Ticket | None = None  # one of the tickets that have not ended
 
-    async def run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
-        """Let what is inside finish for at most `timeout` seconds, and cancel the rest."""
+    async def run(self, timeout: float | None, *, closing: bool = False) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
+        """Let what is inside finish for at most `timeout` seconds, and cancel the rest.
+
+        Waiting tasks that may wait in the overflow move there, within the same time. With `closing`, nothing else
+        starts, and they have a few seconds for it.
+        """
         self._registry.add_listener(self._progress.set)
         try:
-            return await self._run(timeout)
+            return await self._run(timeout, closing=closing)
         finally:
+            if self._queue_spill is not None:
+                self._queue_spill.stop()
             self._registry.remove_listener(self._progress.set)
 
-    async def _run(self, timeout: float | None) -> DrainReport:  # noqa: ASYNC109 - as above
+    async def _run(self, timeout: float | None, *, closing: bool) -> DrainReport:  # noqa: ASYNC109 - as above
         spill = self._dispatcher.spill
-        spilled = 0
-        if spill is not None and spill.stored.durable:
-            spill.stored.stop_refilling()
-            spilled = await self._spill_waiting(spill)
+        survives = spill is not None and spill.stored.survives()
         inside = self._unfinished_tickets()
+        moving = self._queue_spill = self._move_queue(spill) if spill is not None and survives else None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._wait_until_empty()
-        left = self._unfinished_tickets()
-        spilled += self._cancel(left)
-        await self._wait_for_handlers()
+        if moving is not None and closing:
+            moving.empty_queue()
+        elif moving is not None:
+            moving.stop()
+        cut = self._unfinished_tickets()
+        self._cancel(cut)
+        started = self._core.loop.time()
+        await self._wait(lambda: self._dispatcher.runs or self._core.background_tasks, self._grace)
+        if moving is not None:
+            left = started + _CLOSE_TIME - self._core.loop.time()
+            await self._wait(lambda: closing and moving.pending, left)
+            moving.abandon()
+            cut += moving.cut
+            if moving.cut:
+                log.error("%d waiting tasks were cancelled: the overflow did not store them in time", len(moving.cut))
         if late := self._unfinished_tickets():  # their store calls were pending when the rest was cancelled
-            spilled += self._cancel(late)
-            await self._wait_for_handlers()
+            self._cancel(late)
+            await self._wait(lambda: self._dispatcher.runs or self._core.background_tasks, self._grace)
+        return self._report(inside, [*cut, *late])
+
+    def _report(self, inside: list[Ticket], cut: list[Ticket]) -> DrainReport:
         orphans = tuple(run.task.task_id for run in self._dispatcher.runs.all())
-        cancelled = sum(1 for ticket in left if ticket.status is TaskStatus.CANCELLED and ticket.task_id not in orphans)
-        return DrainReport(finished=len(inside) - len(left), spilled=spilled, cancelled=cancelled, orphans=orphans)
+        spilled = {ticket.task_id for ticket in (*inside, *cut) if ticket.status is TaskStatus.SPILLED}
+        not_finished = spilled | {ticket.task_id for ticket in cut}
+        stopped = {ticket.task_id for ticket in cut if ticket.status is TaskStatus.CANCELLED}
+        return DrainReport(
+            finished=sum(ticket.task_id not in not_finished for ticket in inside),
+            spilled=len(spilled),
+            cancelled=len(stopped.difference(orphans)),
+            orphans=orphans,
+        )
 
-    async def _spill_waiting(self, spill: Spill) -> int:
-        """Spill the waiting tasks that may wait in the overflow; return how many are there now."""
-        out = 0
-        for ticket in [ticket for ticket in self._registry.live.values() if _is_waiting(ticket)]:
-            if not _is_waiting(ticket):
-                continue  # it has ended, or is about to, while others were spilled
-            if ticket.slot or not (ticket.task.spill or ticket.stored):
-                continue
-            if isinstance(ticket.parent, Run) and not ticket.parent.ended:
-                continue  # its parent may await it
-            self._dispatcher.dequeue(ticket)  # before the await, or a worker might start it meanwhile
-            ticket.move_to_store()
-            if ticket.stored:
-                spill.stored.release(ticket)
-            else:
-                ticket.begin_store_call()
-                await asyncio.shield(self._core.run_to_completion(self._spill_one(ticket, spill)))
-            out += ticket.stored
-        return out
-
-    async def _spill_one(self, ticket: Ticket, spill: Spill) -> None:
-        await spill.spill_waiting(ticket)
-        ticket.end_store_call()
-        if ticket.done():
-            return
-        if ticket.cancel_reason is not None:
-            spill.stored.cancel(ticket, ticket.cancel_reason)
-        elif ticket.stored:
-            spill.stored.release(ticket)
-        else:
-            pool = self._core.pools.by_type[ticket.task.task_type]
-            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority)
-            self._dispatcher.start_or_queue(ticket, pool, worker)
+    def _move_queue(self, spill: Spill) -> QueueSpill:
+        """Begin to move the waiting tasks to the overflow, which survives the process."""
+        spill.stored.stop_refilling()
+        moving = QueueSpill(self._core, self._dispatcher, spill)
+        moving.start([ticket for ticket in self._registry.live.values() if _may_move(ticket)])
+        return moving
 
     def cancel_all(self) -> None:
         """Cancel everything inside, at once."""
+        if self._queue_spill is not None:
+            self._queue_spill.abandon()
         self._cancel(self._unfinished_tickets())
 
-    def _cancel(self, tickets: list[Ticket]) -> int:
-        """Cancel `tickets`, or requeue them if they are stored; return how many were requeued."""
-        requeued = 0
+    def _cancel(self, tickets: list[Ticket]) -> None:
+        """Cancel `tickets`, or requeue them if they are stored."""
         for ticket in tickets:
             if ticket.done():
                 continue
             if self._dispatcher.can_requeue(ticket):
                 self._dispatcher.requeue(ticket)
-                requeued += 1
             else:
                 ticket.cancel("the supervisor stopped before it was done")
-        return requeued
 
-    async def _wait_for_handlers(self) -> None:
-        """Wait for handlers to stop and for the store to answer, for at most the grace."""
+    async def _wait(self, condition: Callable[[], object], seconds: float) -> None:
+        """Wait while `condition` holds, for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._grace):
-                while self._dispatcher.runs.all() or self._core.background_tasks:
+            async with asyncio.timeout(seconds):
+                while condition():
                     await self._wait_for_progress()
 
     async def _wait_until_empty(self) -> None:
-        while (inside := self._unfinished_tickets()) and (
-            self._dispatcher.runs.all() or any(self._may_run(ticket) for ticket in inside)
-        ):
+        while self._is_moving() or (self._has_unfinished() and (self._dispatcher.runs or self._has_startable())):
             await self._wait_for_progress()
+
+    def _is_moving(self) -> bool:
+        return self._queue_spill is not None and self._queue_spill.pending
+
+    def _has_unfinished(self) -> bool:
+        """Return whether a ticket has not ended; remember one, since looking for it can take long."""
+        if self._unfinished is None or not self._is_unfinished(self._unfinished):
+            # The newest first: a dict whose oldest entries were deleted is slow to find its first one.
+            tickets = reversed(self._registry.live.values())
+            self._unfinished = next(filter(self._is_unfinished, tickets), None)
+        return self._unfinished is not None
+
+    def _has_startable(self) -> bool:
+        """Return whether a worker could still take one of the tasks."""
+        return any(map(self._may_run, filter(self._is_unfinished, self._registry.live.values())))
 
     async def _wait_for_progress(self) -> None:
         self._progress.clear()
@@ -188,12 +194,16 @@ class Drain:
 
     def _unfinished_tickets(self) -> list[Ticket]:
         """Return the tickets that have not ended and that this supervisor has to end."""
-        spill = self._dispatcher.spill
-        tickets = self._registry.live.values()
-        if spill is None or not spill.stored.durable:
-            return list(tickets)
-        return [ticket for ticket in tickets if ticket.status is not TaskStatus.SPILLED]
+        return list(filter(self._is_unfinished, self._registry.live.values()))
+
+    def _is_unfinished(self, ticket: Ticket) -> bool:
+        if ticket.status is TaskStatus.SPILLED:
+            return self._dispatcher.spill is not None and not self._dispatcher.spill.stored.durable
+        return not ticket.done()
 
 
-def _is_waiting(ticket: Ticket) -> bool:
-    return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls
+def _may_move(ticket: Ticket) -> bool:
+    """Return whether a task may wait in the overflow, and nobody inside awaits it."""
+    if ticket.slot is not None or not (ticket.task.spill or ticket.stored):
+        return False
+    return not isinstance(ticket.parent, Run) or ticket.parent.ended

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from forebay.events import log
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.nested_supervisor import start_handlers, stop_handlers
 
 if TYPE_CHECKING:
     from forebay.supervisor.dispatcher import Dispatcher
+    from forebay.supervisor.spill.spill import Spill
     from forebay.supervisor.worker import WorkerAgent
+
+_MAX_CLOSE_TIME = 10.0  # seconds that the overflow has to take the leases back and to close
 
 
 async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -> None:
     """Open the overflow, start the handlers, and add the workers. If that fails, nothing stays open."""
     try:
+        await asyncio.sleep(0)  # an eager task factory starts this before the supervisor knows that it is starting
         if dispatcher.spill is not None:
             await dispatcher.spill.open()
         await start_handlers(workers)
@@ -29,10 +35,9 @@ async def start_up(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent]) -
 
 
 def add_running_worker(dispatcher: Dispatcher, worker: WorkerAgent) -> None:
-    """Add a worker to a supervisor that runs; its handler is started in the background if it needs that."""
-    if worker.handler.start is not None:
-        dispatcher.core.run_in_background(worker.handler.start())
+    """Add a worker to a supervisor that runs. If its handler has to be started first, tasks wait for that."""
     dispatcher.add_worker(worker)
+    dispatcher.starts.begin(worker)
 
 
 async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], *, grace: float) -> None:
@@ -42,10 +47,11 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
     try:
         if spill is not None:
             spill.stored.stop_refilling()
-        await drain.run(0.0)
+        dispatcher.starts.close()
+        await drain.run(0.0, closing=True)
         await stop_handlers(workers.values())
         if spill is not None:
-            await spill.close()
+            await _close_spill(spill)
     finally:
         drain.cancel_all()
         if spill is not None:
@@ -54,3 +60,11 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
         dispatcher.runner_pool.close()
         dispatcher.core.timers.close()
         dispatcher.core.registry.notify_progress()
+
+
+async def _close_spill(spill: Spill) -> None:
+    try:
+        async with asyncio.timeout(_MAX_CLOSE_TIME):
+            await spill.close()
+    except TimeoutError:
+        log.error("the overflow did not close within %.0f s; tasks leased here run elsewhere later", _MAX_CLOSE_TIME)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from forebay._hooks import call_hook
+from forebay._validate import is_number
 from forebay.interfaces import LoadSource, Reading
+from forebay.supervisor.pool import POOL_PREFIX
 from forebay.task import Priority
 
 if TYPE_CHECKING:
@@ -31,8 +34,8 @@ class SystemLoad:
         """Record the lag of the event loop over the lag that is allowed. Callable from any thread."""
         self.host = load
 
-    def on_path(self, pool: Pool, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
-        """Return the load on a task's path, and the resource that limits it.
+    def on_path(self, pool: Pool, priority: Priority = Priority.NORMAL, *, nested: bool = False) -> tuple[float, str]:
+        """Return the load on the path of a task, `nested` or not, and the resource that limits it.
 
         The load of a path is its highest reading. Each worker has a path: its pool, the host, the sources that its
         calls use and, if it is a supervisor, its own load. The worker with the lowest load counts.
@@ -41,7 +44,7 @@ class SystemLoad:
             load, resource = self.beyond_pool(pool, priority)
         else:
             load, resource = self.host, "host"
-        own = pool.load()
+        own = pool.load(nested=nested)
         return (own, pool.resource) if own >= load else (load, resource)
 
     def beyond_pool(self, pool: Pool, priority: Priority = Priority.NORMAL) -> tuple[float, str]:
@@ -72,7 +75,7 @@ class SystemLoad:
         Its queue fills up because of the source, and more workers would not help. For any other resource, the cause is
         the resource itself.
         """
-        pool = next((pool for pool in self._pools.values() if pool.resource == resource), None)
+        pool = self._pools.get(resource.removeprefix(POOL_PREFIX)) if resource.startswith(POOL_PREFIX) else None
         if pool is None or not pool.source_paths or not pool.slots:
             return resource
         blocked = [_first_blocked(path) for path in pool.source_paths]
@@ -121,4 +124,7 @@ def _first_blocked(path: tuple[LoadSource, ...]) -> str | None:
 def _nested_load(worker: WorkerAgent, task_type: str) -> float:
     """Return the load of the nested supervisor that a worker stands for; 0.0 if it stands for none."""
     load = worker.handler.load
-    return 0.0 if load is None else load(task_type)
+    if load is None:
+        return 0.0
+    reading = call_hook(f"load of worker {worker.name!r}", load, task_type)
+    return reading if is_number(reading) else 1.0  # one that cannot be read counts as full

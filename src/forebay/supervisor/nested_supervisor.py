@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from forebay._hooks import await_hook, call_hook, is_awaitable
 from forebay.adapters import Handler
-from forebay.events import log
 from forebay.task import Task
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ class NestedSupervisor(Protocol):
     async def start(self) -> None:
         """Start it."""
 
+    async def wait_until_started(self) -> None:
+        """Wait for a start in progress."""
+
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
 
@@ -38,17 +40,13 @@ class NestedSupervisor(Protocol):
 
 def as_handler(nested: NestedSupervisor) -> Handler:
     """Return the handler by which a supervisor starts `nested`, reads its load, runs tasks on it, and closes it."""
-    starting: asyncio.Task[None] | None = None
 
     async def start() -> None:
-        nonlocal starting
+        await nested.wait_until_started()  # it may be a worker of another supervisor too
         if not nested.started:
-            starting = asyncio.ensure_future(nested.start())
-            await starting
+            await nested.start()
 
     async def call(task: Task) -> Any:
-        if starting is not None and not starting.done():  # it was registered with a supervisor that runs already
-            await asyncio.shield(starting)
         # A durable task is recorded where it was submitted.
         return await nested.run(msgspec.structs.replace(task, durable=False) if task.durable else task)
 
@@ -76,6 +74,7 @@ async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
             for worker in more:
                 if worker.handler.start is not None:
                     await worker.handler.start()
+                worker.end_start(ready=True)
                 started.append(worker)
     except BaseException:
         await stop_handlers(started)
@@ -86,7 +85,7 @@ async def stop_handlers(workers: Iterable[WorkerAgent]) -> None:
     """Stop the handlers that need it, in reverse order. If one fails, the others are still stopped."""
     for worker in reversed(list(workers)):
         if worker.handler.stop is not None:
-            try:
-                await worker.handler.stop()
-            except Exception:  # noqa: BLE001 - logged; the others must still be stopped
-                log.exception("the handler of worker %r could not be stopped", worker.name)
+            what = f"stop of worker {worker.name!r}"
+            stopping = call_hook(what, worker.handler.stop)
+            if is_awaitable(stopping):
+                await await_hook(what, stopping)

@@ -6,18 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from forebay.admission import EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
+from forebay.admission import RANK_LAST, EstimateBypass, PriorityQueue, RetryAfterSchedule, ServiceTimes
 from forebay.overflow import RefillPolicy
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_selection import WorkerSelector
 from forebay.task import Priority
 
 if TYPE_CHECKING:
+    from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource
     from forebay.supervisor.ticket import Ticket
 
 DEFAULT_QUEUE_SIZE = 100
+POOL_PREFIX = "pool:"  # of the name of a pool as a resource; its task type follows
+# The first part of a task's rank in its priority: nested in a run that has not ended, of this supervisor or another.
+NESTED, NESTED_ELSEWHERE, NOT_NESTED = 0, 1, RANK_LAST[0]
 _CALLS_GAIN = 0.1  # weight of the newest run in the average number of its calls
+_MIN_PARKED = 10  # tasks that may wait behind their conversation however many wait behind others
 _MAX_PASSED_OVER = 20  # dequeues of a shared worker after which a pool that was passed over is served
 
 
@@ -25,22 +30,27 @@ class Pool:
     """The workers, the queue and the measured times of one task type. Pure: it reads no clock and awaits nothing."""
 
     __slots__ = (
-        "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested_supervisors", "parked",
-        "queue", "refill_policy", "reserved", "resource", "retry_schedule", "running", "selector", "service_times",
-        "slots", "source_paths", "spilled", "spilling", "task_type", "times_passed_over", "workers",
+        "_paths", "blocked_workers", "calls_per_run", "estimate_bypass", "max_queue_size", "nested", "nested_spilled",
+        "nested_supervisors", "parked", "queue", "refill_policy", "reserved", "resource", "retry_schedule", "running",
+        "selector", "service_times", "slots", "source_paths", "spilled", "spilling", "suspended", "task_type",
+        "times_passed_over", "workers",
     )  # fmt: skip
 
     def __init__(self, task_type: str, max_queue_size: int | None) -> None:
         self.task_type = task_type
-        self.resource = f"pool:{task_type}"
+        self.resource = POOL_PREFIX + task_type
         self.max_queue_size = max_queue_size
         self.workers: list[WorkerAgent] = []
         self.nested_supervisors: list[WorkerAgent] = []  # workers whose handler is a supervisor with a load of its own
-        # How many workers use the same load sources; empty if none uses any.
+        # How many workers use the same load sources: all of them, and the same, but empty if none uses any.
+        self._paths: dict[tuple[LoadSource, ...], int] = {}
         self.source_paths: dict[tuple[LoadSource, ...], int] = {}
         self.calls_per_run: dict[LoadSource, float] = {}
         self.queue: PriorityQueue[Ticket] = PriorityQueue()
-        self.parked = 0  # tasks behind another one of their conversation: they count as waiting, but have no entry yet
+        self.nested = 0  # nested tasks in the queue, where they have room of their own
+        self.nested_spilled: set[str] = set()  # ids of nested tasks that wait in the overflow
+        self.suspended = 0  # runs on its workers that have lent their slot
+        self.parked = 0  # tasks behind another one of their conversation: they take no room in the queue
         self.times_passed_over = 0  # by a shared worker that served another pool while a task waited here
         self.reserved = 0  # room kept for records that are being leased from the overflow
         self.running = 0  # slots taken on workers that are not FAILED
@@ -68,31 +78,57 @@ class Pool:
         return self.slots - max(0, idle)
 
     @property
+    def queued(self) -> int:
+        """Tasks in the queue, or being leased from the overflow."""
+        return self.queue.length + self.reserved
+
+    @property
     def waiting(self) -> int:
         """Tasks in the queue, parked behind their conversation, or being leased from the overflow."""
-        return len(self.queue) + self.parked + self.reserved
+        return self.queued + self.parked
+
+    def may_park(self, parked: int) -> bool:
+        """Return whether one more task may wait behind its conversation, behind which `parked` tasks wait already.
+
+        The tasks that are parked share twice the room of the queue, and a conversation may have as much of it as it
+        leaves free: one at most half, two a third each. Whatever the others have, it may have ten tasks (fewer in a
+        queue with less room), since no more conversations are inside than tasks run and are queued.
+
+        Source: A. Choudhury and E. Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998.
+        """
+        bound = self.queue_bound
+        return parked < max(min(_MIN_PARKED, bound), 2 * bound - self.parked)
 
     @property
     def has_waiting(self) -> bool:
         """True if a task waits, in the queue or in the overflow."""
         return self.queue.length > 0 or any(self.spilled.values())
 
-    def load(self) -> float:
-        """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot."""
+    def load(self, *, nested: bool = False) -> float:
+        """Return the tasks inside over the tasks that fit, room in the queue included; 1.0 without a slot.
+
+        A suspended run is inside, in a place of its own. For a `nested` task only nested ones count as waiting: what
+        has begun is not to be rejected because of work that has not.
+        """
         if not self.slots:
             return 1.0
-        waiting = self.queue.length + self.parked + self.reserved
         bound, slots = self.max_queue_size, self.usable_slots if self.blocked_workers else self.slots
-        return (self.running + waiting) / (slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound))
+        room = slots + (max(DEFAULT_QUEUE_SIZE, slots) if bound is None else bound)
+        if nested:
+            return (self.running + self.nested) / room
+        inside = self.running + self.suspended + self.queue.length + self.reserved
+        return inside / (room + self.suspended)
 
     # --- estimates ---
 
-    def expected_wait(self, priority: Priority, *, spilled: bool = False) -> float | None:
+    def expected_wait(self, priority: Priority, *, nested: bool = False, spilled: bool = False) -> float | None:
         """Return the seconds until a new task of `priority` would start, or None if unknown.
 
-        With `spilled`, it would wait behind what is in the overflow.
+        With `spilled`, it would wait behind what is in the overflow, unless it is `nested`.
         """
-        ahead = self.queue.ahead(priority) + self.parked + (self.spilled_ahead(priority) if spilled else 0)
+        ahead = self.queue.ahead(priority) + (self.spilled_ahead(priority) if spilled else 0)
+        if nested:
+            ahead = self.nested
         if not ahead and self.running < self.slots:
             return 0.0
         rate = self.service_times.drain_rate(self.usable_slots)
@@ -148,7 +184,8 @@ class Pool:
     def add_worker(self, worker: WorkerAgent) -> None:
         """Add a worker. Its slots are added by `count_slots`."""
         self.workers.append(worker)
-        self.update_source_paths()
+        self._add_path(self._paths, worker)
+        self.source_paths = self._paths if any(self._paths) else {}
         if worker.handler.load is not None:
             self.nested_supervisors.append(worker)
 
@@ -156,9 +193,14 @@ class Pool:
         """Group the workers by the load sources that they use."""
         paths: dict[tuple[LoadSource, ...], int] = {}
         for worker in self.workers:
-            path = tuple(worker.sources)
-            paths[path] = paths.get(path, 0) + 1
+            self._add_path(paths, worker)
+        self._paths = paths
         self.source_paths = paths if any(paths) else {}
+
+    @staticmethod
+    def _add_path(paths: dict[tuple[LoadSource, ...], int], worker: WorkerAgent) -> None:
+        path = tuple(worker.sources)
+        paths[path] = paths.get(path, 0) + 1
 
     def count_slots(self, worker: WorkerAgent, before: int) -> None:
         """Count the slots of `worker` after a change; `before` is the number that was counted for it until now."""
@@ -193,7 +235,52 @@ class Pool:
         """Record whether a shared worker served this pool or another one, while a task waited here."""
         self.times_passed_over = 0 if served else self.times_passed_over + 1
 
+    # --- the queue ---
+
+    def enqueue(self, ticket: Ticket, rank: tuple[int, float], sequence: int) -> QueueEntry:
+        """Add a ticket to the queue; return its entry. The first part of the rank of a nested one is NESTED."""
+        if rank[0] == NESTED:
+            self.nested += 1
+        return self.queue.push(ticket, ticket.task.priority, rank, sequence)
+
+    def pop(self) -> Ticket:
+        """Return the head of the queue, and remove it."""
+        ticket = self.queue.pop()
+        if ticket.nested:
+            self.nested -= 1
+        return ticket
+
+    def remove(self, ticket: Ticket, entry: QueueEntry) -> None:
+        """Remove a ticket from the queue before it is served."""
+        self.queue.remove(entry)
+        if ticket.nested:
+            self.nested -= 1
+
+    def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
+        """Return the first entry that `worker` may begin although it has many open runs, or None."""
+        for priority in Priority:
+            entry = self.queue.first_of(priority)
+            if entry is not None and (entry[0][0] == NESTED or not worker.bars_new_runs(priority)):
+                return entry
+        return None
+
+    def serve(self, entry: QueueEntry) -> Ticket:
+        """Return the ticket of an entry that `first_for` returned, and remove it as served."""
+        ticket: Ticket = entry[2]
+        self.queue.serve(entry)
+        if ticket.nested:
+            self.nested -= 1
+        return ticket
+
     # --- tasks that wait outside the queue ---
+
+    def suspend(self) -> None:
+        """Count a run of one of its workers that has lent its slot."""
+        self.suspended += 1
+
+    def resume(self) -> None:
+        """Stop counting a run that had lent its slot."""
+        self.suspended -= 1
 
     def park(self) -> None:
         """Count a task that waits behind another one of its conversation."""
@@ -231,6 +318,14 @@ class Pool:
         """Count one record less that waits in the overflow, but not less than none: the count may be out of date."""
         self.spilled[priority] = max(0, self.spilled[priority] - 1)
 
+    def add_nested_spilled(self, task_id: str) -> None:
+        """Remember that a nested task waits in the overflow, from where it goes before queued tasks that are not."""
+        self.nested_spilled.add(task_id)
+
+    def remove_nested_spilled(self, task_id: str) -> None:
+        """Forget a nested task that has left the overflow."""
+        self.nested_spilled.discard(task_id)
+
     def set_spilled(self, priority: Priority, count: int) -> None:
         """Replace the count of records that wait in the overflow by that of the store."""
         self.spilled[priority] = count
@@ -264,6 +359,8 @@ def next_pool(pools: Sequence[Pool]) -> Pool | None:
 
     The order is by priority, rank and sequence number; a pool that was passed over too often goes first.
     """
+    if len(pools) == 1:
+        return pools[0] if pools[0].queue.length else None
     waiting = [pool for pool in pools if pool.queue]
     if not waiting:
         return None
@@ -271,6 +368,12 @@ def next_pool(pools: Sequence[Pool]) -> Pool | None:
     for pool in waiting:
         pool.pass_over(served=pool is chosen)
     return chosen
+
+
+def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
+    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one."""
+    found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
+    return min(found, key=lambda pair: (pair[1][3], pair[1][0], pair[1][1]), default=(None, None))
 
 
 def _urgency(pool: Pool) -> tuple[int, Any, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from forebay._text import format_duration
-from forebay.errors import NotStarted, SupervisorClosed, WouldDeadlock
+from forebay.errors import ForkedProcess, NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
 
 T = TypeVar("T")
+
+_LOOP_CHECK_INTERVAL = 1.0  # seconds
 
 
 class PortalSupervisor(Protocol):
@@ -28,6 +31,10 @@ class PortalSupervisor(Protocol):
     @property
     def started(self) -> bool:
         """True once it has been started."""
+
+    @property
+    def forked_from(self) -> int | None:
+        """The process in which it was started, if this is another one."""
 
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
@@ -72,10 +79,14 @@ class PortalTicket:
     def result(self, timeout: float | None = None) -> TaskResult:
         """Wait for the task to end, for at most `timeout` seconds; after that the task goes on.
 
+        The result of a task that has ended is there after the portal has closed, too.
+
         Raises:
             Overloaded: it was rejected.
             TimeoutError: it has not ended in time.
         """
+        if self._ticket.done():
+            return self._ticket.outcome()
 
         async def ended() -> TaskResult:
             async with asyncio.timeout(timeout):
@@ -90,6 +101,8 @@ class PortalTicket:
 
     def cancel(self) -> bool:
         """Cancel the task; return False if it had ended already."""
+        if self._ticket.done():
+            return False
 
         async def cancel() -> bool:
             return self._ticket.cancel()
@@ -129,6 +142,9 @@ class Portal:
         return PortalTicket(self, self._call(self._supervisor.submit(task), "submit"))
 
     def _call(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        if (parent := self._supervisor.forked_from) is not None:
+            work.close()
+            raise ForkedProcess(what="The supervisor", parent=parent)
         loop = self._supervisor.loop
         if loop is None or loop.is_closed():
             work.close()
@@ -139,6 +155,7 @@ class Portal:
         # The caller's context is copied, so that a nested task knows its parent.
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
+            _wait_until_done(future, loop)
             return future.result()
         except BaseException:
             future.cancel()  # the caller has gone (Ctrl-C); no effect if the work has ended
@@ -181,3 +198,14 @@ class Portal:
             self._failure = exc
         finally:
             ready.set()
+
+
+def _wait_until_done(future: Future[Any], loop: asyncio.AbstractEventLoop) -> None:
+    """Wait for work that was passed to `loop`.
+
+    Raises:
+        SupervisorClosed: the loop was closed in the moment of the call, and has dropped the work.
+    """
+    while not wait((future,), timeout=_LOOP_CHECK_INTERVAL).done:
+        if loop.is_closed():
+            raise SupervisorClosed(state="closed")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from forebay._text import is_unicode
 from forebay._validate import check_name, check_positive, check_whole, is_positive, reject
 from forebay.adapters import Config
 from forebay.adapters.handler_spec import HandlerSpec
@@ -27,6 +28,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     factory: Callable[[], Any] | str | None,
     task_types: Sequence[str],
     max_concurrent: int,
+    max_open: int | None,
     timeout: float,
     config: Config | None,
     engine: str | Engine | None,
@@ -43,6 +45,8 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
     """
     kinds = _check(name, task_types, max_concurrent, timeout)
     owner = f"worker {name!r}"
+    none = "for twice max_concurrent"
+    check_whole(owner, "max_open", max_open, minimum=max_concurrent, none=none)
     if on_cancel is not None and not callable(on_cancel):
         reject(owner, "on_cancel", on_cancel, "a callable that takes the Task")
     check_positive(owner, "reset_timeout", reset_timeout, unit="seconds", none="to stay FAILED until revive()")
@@ -59,6 +63,7 @@ def make_worker(  # noqa: PLR0913 - what register_worker takes
         built,
         task_types=kinds,
         max_concurrent=max_concurrent,
+        max_open=max_open,
         timeout=float(timeout),
         breaker=Breaker(rules, draw=draw),
         probes=rules.probes,
@@ -128,8 +133,8 @@ def _check(name: object, task_types: object, max_concurrent: object, timeout: ob
     check_name("register_worker", "name", name)
     if isinstance(task_types, str) or not isinstance(task_types, Sequence | set | frozenset):
         reject(owner, "task_types", task_types, 'a list, such as ["research"]')
-    if not task_types or not all(isinstance(kind, str) and kind for kind in task_types):
-        reject(owner, "task_types", task_types, "a list of non-empty strings")
+    if not task_types or not all(isinstance(kind, str) and kind and is_unicode(kind) for kind in task_types):
+        reject(owner, "task_types", task_types, "a list of non-empty strings of valid Unicode")
     check_whole(owner, "max_concurrent", max_concurrent)
     if not is_positive(timeout):
         raise InvalidTimeout(value=timeout)

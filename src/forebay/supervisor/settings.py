@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from forebay._validate import check_positive, check_whole, reject
+from forebay._hooks import is_async
+from forebay._validate import check_positive, check_whole, is_positive, reject
 from forebay.admission import PriorityThresholds
 from forebay.events import Sink
 
 _OWNER: Final = "BackpressureSupervisor"
+MAX_LEASE: Final = 600.0  # seconds; so a lease that ends later was given before the wall clock was set back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +29,23 @@ class SupervisorSettings:
     max_payload_bytes: int
     max_attempts: int
     keep_results: int
+    keep_results_bytes: int
     zombie_grace: float
     lag_bound: float | None
 
     def __post_init__(self) -> None:
         PriorityThresholds(self.backpressure_threshold)
-        for name in ("lease", "zombie_grace"):
-            check_positive(_OWNER, name, getattr(self, name), unit="seconds")
+        check_positive(_OWNER, "zombie_grace", self.zombie_grace, unit="seconds")
+        if not is_positive(self.lease) or self.lease > MAX_LEASE:
+            reject(_OWNER, "lease", self.lease, f"a positive number of seconds, at most {MAX_LEASE:.0f}")
         check_positive(_OWNER, "lag_bound", self.lag_bound, unit="seconds", none="to leave it unmeasured")
         check_whole(_OWNER, "max_queue_size", self.max_queue_size, minimum=0, none="for the default")
-        for name, minimum in (("max_payload_bytes", 1), ("max_attempts", 1), ("keep_results", 0)):
+        for name, minimum in (
+            ("max_payload_bytes", 1),
+            ("max_attempts", 1),
+            ("keep_results", 0),
+            ("keep_results_bytes", 0),
+        ):
             check_whole(_OWNER, name, getattr(self, name), minimum=minimum)
 
 
@@ -44,10 +53,13 @@ def event_sinks(on_event: Sink | Sequence[Sink]) -> tuple[Sink, ...]:
     """Return the sinks that were given, one or several.
 
     Raises:
-        InvalidSetting: `on_event` is neither a callable nor a sequence of them.
+        InvalidSetting: `on_event` is neither a plain callable nor a sequence of them.
     """
     sinks = (on_event,) if callable(on_event) else tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)
     if not all(map(callable, sinks)):
         expected = "a callable that takes an Event, or a list of such callables"
         reject(_OWNER, "on_event", on_event, expected)
+    if any(map(is_async, sinks)):
+        expected = "a plain function: a sink is called, not awaited. `async for event in supervisor.events()` may await"
+        reject(_OWNER, "on_event", "an async function", expected)
     return sinks

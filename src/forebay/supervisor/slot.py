@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from forebay import context
-from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut
+from forebay.errors import ForebayError, SlotMisused, TaskCancelled, TaskTimedOut, fresh_copy
 from forebay.supervisor.ticket import Reclaim, Ticket, TicketOwner, TicketRun, as_error
 from forebay.task import TaskResult
 
@@ -63,7 +63,7 @@ class Slot:
         if not ticket:
             raise ticket.refusal()
         # Lent for as long as the body runs, because the body may need the slot of the outer run.
-        self._reclaim = self._dispatcher.lend_slots(ticket.parent)
+        self._reclaim = self._dispatcher.lend_slots(ticket.parent, ticket)
         try:
             run = await self._granted
         except asyncio.CancelledError:
@@ -72,6 +72,8 @@ class Slot:
             else:
                 ticket.cancel("its caller has gone")
             await self._return_loan()
+            if self._was_stopped():
+                raise self._stop_error() from None
             raise
         except ForebayError:
             await self._return_loan()
@@ -89,22 +91,36 @@ class Slot:
         assert self._timeout is not None  # noqa: S101 - entered
         # Set, not reset with a token, because an async generator may be closed from another context.
         context.set_running_task(self._outer_run)
-        facts = {"task_id": self.task_id, "worker_id": run.worker.name}
         try:
             await self._timeout.__aexit__(kind, cause, trace)
         except TimeoutError:
             run.time_out()
-            result = self._ticket.result
-            raise (TaskTimedOut(error="its time was up", **facts) if result is None else as_error(result)) from None
+            result, worker_id = self._ticket.result, run.worker.name
+            if result is None:
+                raise TaskTimedOut(task_id=self.task_id, worker_id=worker_id, error="its time was up") from None
+            raise as_error(result) from None
         finally:
             # If the body is in a generator that its reader closes, the caller has gone: not the worker's fault.
             gone = isinstance(cause, GeneratorExit)
             run.handler_ended(None, asyncio.CancelledError() if gone else cause)
             await self._return_loan()
-        if self._stopped and isinstance(cause, asyncio.CancelledError) and self._owner is not None:
-            if self._owner.uncancel() > self._cancelling:
-                return  # someone else has cancelled it too
-            raise TaskCancelled(error="its slot was ended from outside", **facts) from None
+        if isinstance(cause, asyncio.CancelledError) and self._was_stopped():
+            raise self._stop_error() from None
+
+    def _was_stopped(self) -> bool:
+        """Take back the cancellation by `stop`; return whether there was one, and nobody else cancelled the owner."""
+        if not self._stopped or self._owner is None:
+            return False
+        self._stopped = False
+        return self._owner.uncancel() <= self._cancelling
+
+    def _stop_error(self) -> ForebayError:
+        """Return the error that leaves the block because the task was ended from outside."""
+        result = self._ticket.result
+        if result is not None:
+            return as_error(result)
+        worker_id = self._entered().worker.name
+        return TaskCancelled(task_id=self.task_id, worker_id=worker_id, error="its slot was ended from outside")
 
     def _entered(self) -> TicketRun:
         if self._run is None:
@@ -127,7 +143,7 @@ class Slot:
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
         """Record that its ticket has ended; if it has no slot yet, entering raises."""
         if not self._granted.done():
-            self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else outcome)
+            self._granted.set_exception(as_error(outcome) if isinstance(outcome, TaskResult) else fresh_copy(outcome))
 
     def stop(self) -> None:
         """Cancel the body."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from forebay.task import Priority
 
 if TYPE_CHECKING:
+    from forebay.admission import QueueEntry
     from forebay.interfaces import LoadSource
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
@@ -74,20 +75,22 @@ class StartGate:
         worker.remove_declared(declared)
         self._loop.call_soon(self._dispatch, worker)  # not now: a handler is in the middle of a step
 
-    def may_start_head(self, worker: WorkerAgent, pool: Pool | None) -> bool:
-        """Return whether the head of `pool`, if any, may start on `worker` now.
+    def may_start_next(self, worker: WorkerAgent, pool: Pool | None, entry: QueueEntry | None = None) -> bool:
+        """Return whether `entry`, or without one the head of `pool`, may start on `worker` now, if there is any.
 
         If not, the dispatcher is called again when it may.
         """
-        head = None if pool is None else pool.queue.head()
+        head = entry or (None if pool is None else pool.queue.head())
         if head is None or pool is None:
             self._unblock(worker)
             return True
         return self.may_start(worker, head[3], waiting=len(pool.queue))
 
-    def pick(self, pool: Pool, priority: Priority, *, idle_first: bool = False) -> WorkerAgent | None:
+    def pick(
+        self, pool: Pool, priority: Priority, *, nested: bool = False, idle_first: bool = False
+    ) -> WorkerAgent | None:
         """Return the worker on which a run of `priority` may start now, if there is one."""
-        worker = pool.selector.pick(idle_first=idle_first)
+        worker = pool.selector.pick(priority, nested=nested, idle_first=idle_first)
         if worker is None or not worker.sources or self.may_start(worker, priority, waiting=1):
             return worker
         return None

@@ -24,6 +24,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     state: WorkerState
     current_tasks: int
     max_concurrent: int
+    suspended: int = 0
     load_factor: float
     zombies: int
     avg_duration_ms: float
@@ -41,7 +42,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         zombies: handlers that outlived their timeout or cancellation and the grace after it, since the start.
         stalls: how often code blocked the event loop beyond its bound.
         running: slots taken now.
-        waiting: tasks in the queues now.
+        suspended: runs that have lent their slot now, because they wait for tasks.
+        waiting: tasks in the queues now, and those parked behind their conversation inside.
         outside: tasks in the overflow now, as far as this process knows.
         load: `system_load()`.
         limited_by: the resource with the highest load or, if that is a pool whose runs wait for an upstream, the
@@ -64,6 +66,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     zombies: int = 0
     stalls: int = 0
     running: int = 0
+    suspended: int = 0
     waiting: int = 0
     outside: int = 0
     load: float = 0.0
@@ -107,6 +110,7 @@ def worker_statistics(workers: Mapping[str, WorkerAgent]) -> dict[str, Any]:
     """Return the fields of `Statistics` that are computed from the workers alone."""
     return {
         "running": sum(worker.current_tasks for worker in workers.values()),
+        "suspended": sum(worker.suspended for worker in workers.values()),
         "utilization": utilization(workers),
         "workers": tuple(_worker_statistics(worker) for worker in workers.values()),
     }
@@ -125,6 +129,7 @@ def _worker_statistics(worker: WorkerAgent) -> WorkerStatistics:
         state=worker.state,
         current_tasks=worker.current_tasks,
         max_concurrent=worker.max_concurrent,
+        suspended=worker.suspended,
         load_factor=worker.load_factor,
         zombies=worker.zombies,
         avg_duration_ms=worker.avg_duration_ms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -16,6 +17,7 @@ from forebay.errors import (
     AlreadyStarted,
     DrainInside,
     DuplicateWorker,
+    ForkedProcess,
     InvalidHandler,
     NotStarted,
     SupervisorClosed,
@@ -60,14 +62,15 @@ class BackpressureSupervisor:
             more.
         overflow: where tasks that are not admitted wait: ``sqlite:///spill.db``, ``memory://`` or a TaskStore. None:
             they are rejected.
-        lease: seconds that a lease on a stored task lasts unless renewed.
+        lease: seconds that a lease on a stored task lasts unless renewed; at most 600.
         max_payload_bytes: the bound of an encoded payload or result, in bytes.
         max_attempts: starts of a stored task's handler that may lose their lease before it becomes a dead letter.
-        keep_results: how many ended tickets `ticket` still finds.
+        keep_results: how many ended tickets `ticket` still finds, without the exceptions that were their causes.
+        keep_results_bytes: estimated bytes of payloads and results that these tickets may take together.
         zombie_grace: seconds that a handler has to stop before it is called a zombie.
         lag_bound: event-loop lag in seconds at which the host's load is 1.0; longer is reported as a stall. None: not
             measured.
-        on_event: one sink or several, called with each event, in the loop.
+        on_event: one sink or several: plain functions, called with each event soon after it, in the loop.
 
     Raises:
         InvalidThreshold, InvalidSetting, InvalidOverflowUrl: a setting is invalid.
@@ -83,6 +86,7 @@ class BackpressureSupervisor:
         max_payload_bytes: int = 1_000_000,
         max_attempts: int = 3,
         keep_results: int = 1000,
+        keep_results_bytes: int = 50_000_000,
         zombie_grace: float = 5.0,
         lag_bound: float | None = 1.0,
         on_event: Sink | Sequence[Sink] = (),
@@ -94,6 +98,7 @@ class BackpressureSupervisor:
             max_payload_bytes=max_payload_bytes,
             max_attempts=max_attempts,
             keep_results=keep_results,
+            keep_results_bytes=keep_results_bytes,
             zombie_grace=zombie_grace,
             lag_bound=lag_bound,
         )
@@ -106,7 +111,8 @@ class BackpressureSupervisor:
         self._admission: AdmissionController | None = None
         self._threads = DaemonThreadExecutor()
         self._loop_monitor: LoopMonitor | None = None
-        self._starting = False
+        self._process: int | None = None  # in which it was started
+        self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._drained = False
 
@@ -121,6 +127,7 @@ class BackpressureSupervisor:
         factory: Callable[[], Any] | str | None = None,
         task_types: Sequence[str],
         max_concurrent: int = 1,
+        max_open: int | None = None,
         timeout: float = 300.0,
         payload: Any = None,
         result: Any = None,
@@ -139,6 +146,8 @@ class BackpressureSupervisor:
             factory: instead of a handler: makes a fresh agent for each task.
             task_types: the task types that it accepts.
             max_concurrent: how many tasks it runs at a time.
+            max_open: how many tasks may have begun before it begins another one, those that wait for nested tasks of
+                theirs included; by default twice `max_concurrent`. Nested tasks begin in any case.
             timeout: seconds that an attempt may run, unless the task has a timeout of its own.
             payload: the type of its payloads, checked at `submit`. All workers of a task type must declare the same.
             result: the type of its results. A task whose handler returns anything else ends FAILED.
@@ -163,6 +172,7 @@ class BackpressureSupervisor:
             factory=factory,
             task_types=task_types,
             max_concurrent=max_concurrent,
+            max_open=max_open,
             timeout=timeout,
             config=config,
             engine=engine,
@@ -176,7 +186,7 @@ class BackpressureSupervisor:
             raise DuplicateWorker(name=name)
         self._codecs.declare(worker, payload=payload, result=result)
         self._workers[name] = worker
-        if self._dispatcher is not None and not self._starting:
+        if self._dispatcher is not None and not self._is_starting:  # otherwise it is left to `start_up`
             add_running_worker(self._dispatcher, worker)
         return worker
 
@@ -325,10 +335,14 @@ class BackpressureSupervisor:
         Raises:
             AlreadyStarted: it has been started before.
             StoreUnavailable: the overflow cannot be opened.
+            SupervisorClosed: it was closed meanwhile.
         """
         if self._dispatcher is not None:
             raise AlreadyStarted
+        if self._closing is not None:
+            raise SupervisorClosed(state="closed")
         loop = asyncio.get_running_loop()
+        self._process = os.getpid()
         self._draw = clock.draw_function(loop)
         settings = self._settings
         core = Core(
@@ -338,30 +352,43 @@ class BackpressureSupervisor:
             codecs=self._codecs,
             max_queue_size=settings.max_queue_size,
             keep_results=settings.keep_results,
+            keep_results_bytes=settings.keep_results_bytes,
         )
         dispatcher = self._dispatcher = Dispatcher(core, settings, store=self._store)
         self._admission = AdmissionController(
             core, dispatcher, threshold=settings.backpressure_threshold, draw=self._draw
         )
-        self._starting = True  # a worker that is registered meanwhile is left to `start_up`
+        self._starting = asyncio.ensure_future(start_up(dispatcher, self._workers))
         try:
-            await start_up(dispatcher, self._workers)
+            await self._starting
         except BaseException:
-            self._dispatcher = self._admission = None
+            if self._is_starting or self._starting.cancelled() or self._starting.exception() is not None:
+                self._dispatcher = self._admission = None
+            elif self._closing is None:  # cancelled in the turn of the loop in which it had started
+                await self.close()
+                raise
+            if self._closing is not None:
+                raise SupervisorClosed(state="closed") from None
             raise
-        finally:
-            self._starting = False
+        if self._closing is not None:
+            raise SupervisorClosed(state="closed")
         if settings.lag_bound is not None and not clock.is_virtual(loop):
             self._loop_monitor = LoopMonitor(
                 loop, bound=settings.lag_bound, runs=dispatcher.runs, load=dispatcher.load, bus=self._bus
             )
             self._loop_monitor.start()
 
+    async def wait_until_started(self) -> None:
+        """Wait for a start that somebody else has begun; return at once if there is none."""
+        if self._starting is not None:
+            await asyncio.wait((self._starting,))
+
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
 
-        If the overflow survives the process, waiting tasks go out to it, and so do stored tasks that still run when the
-        time is up. Tasks inside may still submit tasks. Draining twice is the same as draining once.
+        If the overflow survives the process, waiting tasks go out to it within that time, and so do stored tasks that
+        still run when it is up. Handlers that are cancelled, and the last write, have `zombie_grace` seconds more.
+        Tasks inside may still submit tasks. Draining twice is the same as draining once.
 
         Raises:
             InvalidSetting: `timeout` is neither None nor a number of seconds.
@@ -372,13 +399,12 @@ class BackpressureSupervisor:
         for run in active_runs(context.running_task(), dispatcher):
             raise DrainInside(task_id=run.task.task_id)
         self._admission_here().stop_admitting()
-        try:
-            return await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
-        finally:
-            self._drained = True
+        report = await Drain(dispatcher.core, dispatcher, grace=self._settings.zombie_grace).run(timeout)
+        self._drained = True
+        return report
 
     async def close(self) -> None:
-        """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent.
+        """Stop now: cancel what runs, end every ticket, close the overflow. Idempotent. A start in progress is undone.
 
         If this is cancelled, closing goes on in the background.
         """
@@ -390,6 +416,10 @@ class BackpressureSupervisor:
 
     async def _close(self, dispatcher: Dispatcher) -> None:
         try:
+            if self._starting is not None and not self._starting.done():
+                self._starting.cancel()
+                await asyncio.wait((self._starting,))
+                return
             self._admission_here().close()
             grace = 0.0 if self._drained else self._settings.zombie_grace  # draining has waited for it already
             await shut_down(dispatcher, self._workers, grace=grace)
@@ -421,6 +451,11 @@ class BackpressureSupervisor:
         """True once it has been started; it may have closed since."""
         return self._dispatcher is not None
 
+    @property
+    def forked_from(self) -> int | None:
+        """The process in which it was started, if this is another one: a child that was forked from it."""
+        return self._process if self._process not in (None, os.getpid()) else None
+
     def load_of(self, task_type: str) -> float:
         """Return the load on the path of a task of `task_type`; 1.0 if no worker here accepts it."""
         if not any(task_type in worker.task_types for worker in self._workers.values()):
@@ -431,6 +466,10 @@ class BackpressureSupervisor:
 
     # --- inside ---
 
+    @property
+    def _is_starting(self) -> bool:
+        return self._starting is not None and not self._starting.done()
+
     def _running(self) -> Dispatcher:
         if self._dispatcher is None:
             raise NotStarted
@@ -440,6 +479,8 @@ class BackpressureSupervisor:
         if (admission := self._admission) is None:
             raise NotStarted
         if asyncio._get_running_loop() is not admission.loop:  # noqa: SLF001 - documented; None in a thread
+            if (parent := self.forked_from) is not None:
+                raise ForkedProcess(what="The supervisor", parent=parent)
             raise WrongLoop(what="The supervisor")
         return admission
 

@@ -20,6 +20,7 @@ from forebay.errors import (
     TaskFailed,
     TaskTimedOut,
     WrongLoop,
+    fresh_copy,
 )
 from forebay.events import Event, EventBus, Subscription, TaskFinished, TaskStarted
 from forebay.task import Deadline, Priority, Task, TaskResult, TaskStatus, Verdict
@@ -95,7 +96,7 @@ class TicketOwner(Protocol):
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """End a ticket that has not ended."""
 
-    def lend_slots(self, running: RunningTask | None) -> Reclaim | None:
+    def lend_slots(self, running: RunningTask | None, awaited: Ticket) -> Reclaim | None:
         """Lend the slot of `running` while it awaits a task; return how to get it back."""
 
     def hold_strongly(self, task_id: str) -> Ticket | None:
@@ -137,10 +138,14 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
     run: TicketRun | None = None  # while its handler runs
     lease: Lease | None = None  # this process's right to its stored record
     stored: bool = False  # the task store has a record of it, so its end must be written there first
+    nested: bool = False  # a run of its supervisor had not ended when it, or a task below it, submitted this
+    order_time: float | None = None  # epoch seconds; its place in the task store, if not the time of its submission
     attempts: int = 0
     cancel_reason: str | None = None  # why it was cancelled while the store had not answered
     pending_store_calls: int = 0  # calls of the store that decide what becomes of the task
     listeners: EventBus | None = None  # None if nobody listens to its events
+    shared: bool = False  # another caller has submitted the same work, by its key
+    size: int = 0  # estimated bytes of its payload and its result, once it has ended
     _outcome: TaskResult | ForebayError | None = None
     _waiters: list[asyncio.Future[None]] | None = None
 
@@ -201,22 +206,28 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         if self._outcome is None and self.verdict is not Verdict.REJECTED:
             if asyncio.get_running_loop() is not self._dispatcher.loop:
                 raise WrongLoop(what=f"The ticket of task {self.task_id!r}")
-            reclaim = self._dispatcher.lend_slots(context.running_task())
+            reclaim = self._dispatcher.lend_slots(context.running_task(), self)
             try:
                 if self._outcome is None:  # the lent slot may have gone to this task, or its deadline may have passed
                     await self._wait_until_resolved()
             except asyncio.CancelledError:
-                if cancel_task and not self.has_waiters:  # before reclaiming the slot: this task may hold it
+                if (
+                    cancel_task and not self.shared and not self.has_waiters
+                ):  # before reclaiming the slot: this task may hold it
                     self.cancel("its caller has gone")
                 raise
             finally:
                 if reclaim is not None:
                     await reclaim()
+        return self.outcome()
+
+    def outcome(self) -> TaskResult:
+        """Return the result of a ticket that is done, or raise what awaiting it raises."""
         if self.verdict is Verdict.REJECTED:
             raise self.refusal()
         if isinstance(self._outcome, ForebayError):
-            raise self._outcome
-        assert self._outcome is not None  # noqa: S101 - resolved
+            raise fresh_copy(self._outcome)
+        assert self._outcome is not None  # noqa: S101 - it is done
         return self._outcome
 
     async def _wait_until_resolved(self) -> None:
@@ -241,7 +252,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Wait for the task and return its handler's value.
 
         Args:
-            cancel_task: cancelling this await cancels the task too, unless others wait for it.
+            cancel_task: cancelling this await cancels the task too, unless others wait for it or have submitted it too.
 
         Raises:
             Overloaded: it was rejected, or a call of its handler was.
@@ -252,7 +263,7 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         result = await self._wait(cancel_task=cancel_task)
         if result.status is TaskStatus.SUCCEEDED:
             if isinstance(result.cause, ResultUnavailable):
-                raise result.cause
+                raise fresh_copy(result.cause)
             return result.result
         raise as_error(result) from result.cause
 
@@ -275,13 +286,13 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
                 while (event := await self._next_event(subscription)) is not None:
                     yield event
         elif isinstance(self._outcome, ForebayError):
-            raise self._outcome
+            raise fresh_copy(self._outcome)
         else:
             yield TaskFinished(at=self._dispatcher.loop.time(), task_id=self.task_id, result=self._outcome)
 
     async def _next_event(self, events: Subscription) -> Event | None:
         """Wait for the next event. A run that waits for it lends its slot, because the task may need it to start."""
-        reclaim = self._dispatcher.lend_slots(context.running_task()) if events.empty else None
+        reclaim = self._dispatcher.lend_slots(context.running_task(), self) if events.empty else None
         try:
             return await anext(events, None)
         finally:
@@ -320,6 +331,10 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         """Record why the task was not admitted."""
         self.reason, self.limited_by, self.load = refusal.reason, refusal.limited_by, refusal.load
 
+    def forget_refusal(self) -> None:
+        """Forget why the task was not admitted, because it was after all."""
+        self.reason = self.limited_by = None
+
     def reject(self, refusal: Refusal, retry_after: float | None) -> None:
         """Make it REJECTED; `retry_after` is in seconds, or None if unknown."""
         self.verdict = Verdict.REJECTED
@@ -327,7 +342,21 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
         self.explain(refusal)
         self.retry_after = retry_after
 
+    def share(self) -> None:
+        """Record that another caller has submitted the same work."""
+        self.shared = True
+
     # --- the queue ---
+
+    @property
+    def place_in_store(self) -> float | None:
+        """The time that orders it in the task store, in epoch seconds; None without a store."""
+        return self.submitted_at if self.order_time is None else self.order_time
+
+    def nest(self, *, order_time: float | None) -> None:
+        """Make it a nested task, stored in the place of its outermost run."""
+        self.nested = True
+        self.order_time = order_time
 
     def wait(self) -> None:
         """Make it WAITING without an entry in the queue: behind another task of its conversation."""
@@ -440,12 +469,40 @@ class Ticket(msgspec.Struct, eq=False, weakref=True):  # a Struct, because it is
 
     # --- the end ---
 
+    def without_cause(self, result: TaskResult) -> Ticket:
+        """Return an ended ticket with `result`, but without the exception that is its cause.
+
+        The frames of its traceback hold every local variable of the handler.
+        """
+        cause = result.cause if isinstance(result.cause, Overloaded | ResultUnavailable) else None
+        result = msgspec.structs.replace(result, cause=None if cause is None else fresh_copy(cause))
+        return Ticket(
+            self._dispatcher,
+            self.task,
+            self.deadline,
+            None,
+            self.submitted_at,
+            self.verdict,
+            result.status,
+            reason=self.reason,
+            limited_by=self.limited_by,
+            load=self.load,
+            stored=self.stored,
+            attempts=self.attempts,
+            shared=self.shared,
+            _outcome=result,
+        )
+
+    def measure(self, size: int) -> None:
+        """Keep the estimated bytes of its payload and its result."""
+        self.size = size
+
     async def follow(self, other: Ticket) -> None:
         """End as `other` does: it is the same work, stored under the same key."""
         try:
             self.resolve(await other)
         except ForebayError as error:
-            self.resolve(error)
+            self.resolve(fresh_copy(error))
 
     def resolve(self, outcome: TaskResult | ForebayError) -> None:
         """End it with its result, or with the error that awaiting it raises. Every ticket ends exactly once."""
@@ -490,7 +547,7 @@ def as_error(result: TaskResult) -> ForebayError:
         case TaskStatus.CANCELLED:
             return TaskCancelled(**facts)
     if isinstance(result.cause, Overloaded):
-        return result.cause
+        return fresh_copy(result.cause)
     return TaskFailed(**facts)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from forebay.events import Event, EventBus, TaskFinished
+from forebay.supervisor.payload_size import SCALARS, estimated_bytes
 from forebay.task import TaskResult, TaskStatus
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class TicketRegistry:
 
     Attributes:
         live: tickets that have not ended, apart from the weakly held ones.
-        ended: the latest tickets that have ended; `keep` of them.
+        ended: the latest tickets that have ended: at most `keep`, of `keep_bytes` together.
+        by_key: the tickets that others may get by their idempotency key, as long as anything holds them.
         weak: tickets of spilled tasks that nobody here awaits. The store can restore them, so a million spilled tasks
             take no memory; a caller that still has such a ticket gets its result.
         listeners: called whenever a task or background work has ended.
@@ -30,13 +32,16 @@ class TicketRegistry:
         ends: how many tasks have ended in each other status.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, bus: EventBus, *, keep: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, bus: EventBus, *, keep: int, keep_bytes: int) -> None:
         self._loop = loop
         self._bus = bus
-        self.keep = keep
+        self._keep = keep
+        self._keep_bytes = keep_bytes
+        self._ended_bytes = 0
         self.live: dict[str, Ticket] = {}
         self.ended: OrderedDict[str, Ticket] = OrderedDict()
         self.weak: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
+        self.by_key: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
         self.listeners: list[Callable[[], None]] = []
         self.succeeded = 0
         self.ends = dict.fromkeys(TaskStatus, 0)
@@ -54,7 +59,8 @@ class TicketRegistry:
 
     def forget_end(self, task_id: str) -> None:
         """Forget the end of a task, because it may run again."""
-        self.ended.pop(task_id, None)
+        if (ended := self.ended.pop(task_id, None)) is not None:
+            self._ended_bytes -= ended.size
 
     def get(self, task_id: str) -> Ticket | None:
         """Return the ticket of a task that has not ended or ended lately, unless it is held weakly."""
@@ -84,14 +90,30 @@ class TicketRegistry:
             self.ends[result.status] += 1
         task_id = ticket.task.task_id
         self.live.pop(task_id, None)
-        self.ended[task_id] = ticket
-        if len(self.ended) > self.keep:
-            self.ended.popitem(last=False)
-        ticket.resolve(result)
-        if self._bus.active:
+        self._keep_ended(ticket, result)
+        if self._bus.active:  # first, so that sinks are called before those who await the task wake up
             self._bus.emit(TaskFinished(at=self._loop.time(), task_id=task_id, result=result))
+        ticket.resolve(result)
         if self.listeners:
             self.notify_progress()
+
+    def _keep_ended(self, ticket: Ticket, result: TaskResult) -> None:
+        """Keep a ticket that ends with `result`, and drop the oldest ones that are too many or too large."""
+        task, ended = ticket.task, self.ended
+        task_id = task.task_id
+        if result.cause is not None:
+            original, ticket = ticket, ticket.without_cause(result)
+            if task.key is not None and self.by_key.get(task.key) is original:
+                self.by_key[task.key] = ticket
+        # Most payloads and results are small: this is on the hot path.
+        if type(task.payload) not in SCALARS or type(result.result) not in SCALARS or result.error is not None:
+            ticket.measure(estimated_bytes(task.payload) + estimated_bytes(result.result) + len(result.error or ""))
+            self._ended_bytes += ticket.size
+        if task_id in ended:  # an id that is used again
+            self.forget_end(task_id)
+        ended[task_id] = ticket
+        while ended and (len(ended) > self._keep or self._ended_bytes > self._keep_bytes):
+            self._ended_bytes -= ended.popitem(last=False)[1].size
 
     def emit(self, ticket: Ticket, event: Event) -> None:
         """Send an event to the listeners of the ticket and of the supervisor."""

@@ -10,6 +10,7 @@ from typing import Any
 from forebay.adapters import Handler
 from forebay.breaker import Breaker, BreakerState
 from forebay.interfaces import LoadSource, WorkerState
+from forebay.task import Priority
 from forebay.upstream.declared_upstream import DeclaredUpstream
 
 _DURATION_GAIN = 0.2  # weight of the newest success in the average duration
@@ -31,6 +32,7 @@ class WorkerAgent:
         *,
         task_types: Sequence[str],
         max_concurrent: int,
+        max_open: int | None = None,
         timeout: float,
         breaker: Breaker,
         probes: int,
@@ -40,10 +42,13 @@ class WorkerAgent:
         self.name = name
         self.handler = handler
         self.task_types = tuple(task_types)
-        self.max_concurrent = max_concurrent
+        self._max_concurrent = max_concurrent
+        self.max_open = 2 * max_concurrent if max_open is None else max_open
         self.timeout = timeout
         self.breaker = breaker
         self.current_tasks = 0  # slots taken, zombies included
+        self.suspended = 0  # runs that have lent their slot and wait for tasks
+        self.suspended_open = [0] * len(Priority)  # those of them that count towards `max_open`, by priority
         self.zombies = 0
         self.stuck = False  # FAILED because zombies hold every slot
         self.failed = False  # the breaker is open; a copy, because every decision reads it
@@ -55,33 +60,40 @@ class WorkerAgent:
         self.sources: dict[LoadSource, None] = dict.fromkeys(declared)  # what the calls of its runs use
         self.declared = list(declared)  # those sources that no call has used yet
         self.penalty = 1.0
+        self.ready = handler.start is None  # its handler has started, or need not be started
+        self.starting = False  # its handler is being started
         self._probes_in_flight = 0  # probes that hold their slot
         self._durations: dict[str, float] = {}  # average seconds of a success, by task type
         self._on_revive = on_revive
 
     def __repr__(self) -> str:
-        return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self.max_concurrent})"
+        return f"WorkerAgent({self.name!r}, {self.state.name}, {self.current_tasks}/{self._max_concurrent})"
+
+    @property
+    def max_concurrent(self) -> int:
+        """The number of tasks that it runs at a time; to change it, register another worker."""
+        return self._max_concurrent
 
     @property
     def state(self) -> WorkerState:
         """IDLE, BUSY, OVERLOADED or FAILED."""
         if self.failed:
             return WorkerState.FAILED
-        if self.current_tasks >= self.max_concurrent:
+        if self.current_tasks >= self._max_concurrent:
             return WorkerState.OVERLOADED
         return WorkerState.BUSY if self.current_tasks else WorkerState.IDLE
 
     @property
     def load_factor(self) -> float:
         """``current_tasks / max_concurrent``."""
-        return self.current_tasks / self.max_concurrent
+        return self.current_tasks / self._max_concurrent
 
     @property
     def slots(self) -> int:
         """The number of tasks that may run now: none while FAILED, the breaker's probes while it is half-open."""
         if self.failed:
             return 0
-        return self.probes if self.probing else self.max_concurrent
+        return self.probes if self.probing else self._max_concurrent
 
     @property
     def avg_duration_ms(self) -> float:
@@ -91,14 +103,32 @@ class WorkerAgent:
 
     def can_accept(self) -> bool:
         """Return whether a task could start on this worker now."""
-        if self.failed or self.pending_claims or self.current_tasks >= self.max_concurrent:
+        if self.failed or self.pending_claims or not self.ready or self.current_tasks >= self._max_concurrent:
             return False
         # A probe that lent its slot may await a task that needs to run here, so only probes with a slot count.
         return not self.probing or self._probes_in_flight < self.probes
 
+    def bars_new_runs(self, priority: Priority) -> bool:
+        """Return whether it begins no run of `priority` but nested ones, because too many have begun and not ended.
+
+        Suspended runs of lower priorities do not count: they must not keep better work waiting.
+        """
+        return self.current_tasks + sum(self.suspended_open[: priority + 1]) >= self.max_open
+
     def revive(self) -> None:
         """Close the circuit breaker now, whatever opened it."""
         self._on_revive(self)
+
+    # --- the start of its handler ---
+
+    def begin_start(self) -> None:
+        """Record that its handler is being started: it takes no task yet."""
+        self.starting = True
+
+    def end_start(self, *, ready: bool) -> None:
+        """Record that its handler has started, or that its start has failed."""
+        self.starting = False
+        self.ready = ready
 
     # --- slots ---
 
@@ -125,7 +155,23 @@ class WorkerAgent:
 
     def has_free_slot(self) -> bool:
         """Return whether a slot is free for a run that has started already: the breaker does not stop it."""
-        return self.current_tasks < self.max_concurrent
+        return self.current_tasks < self._max_concurrent
+
+    def suspend(self, priority: Priority, *, exempt: bool) -> None:
+        """Count a run that has lent its slot; it is `exempt` from `max_open` if a new run must begin first."""
+        self.suspended += 1
+        if not exempt:
+            self.suspended_open[priority] += 1
+
+    def resume(self, priority: Priority, *, exempt: bool) -> None:
+        """Stop counting a run that had lent its slot."""
+        self.suspended -= 1
+        if not exempt:
+            self.suspended_open[priority] -= 1
+
+    def change_exempt(self, priority: Priority, by: int) -> None:
+        """Count `by` more of the suspended runs of a priority as exempt."""
+        self.suspended_open[priority] -= by
 
     def add_claim(self) -> None:
         """Count a run that waits to have its slot back."""
@@ -148,7 +194,7 @@ class WorkerAgent:
             typical: the duration to assume, in seconds, while this worker has not finished a task of the type.
         """
         duration = self._durations.get(task_type, typical)
-        return (self.current_tasks + 1) * duration / self.max_concurrent * self.penalty
+        return (self.current_tasks + 1) * duration / self._max_concurrent * self.penalty
 
     def has_duration(self, task_type: str) -> bool:
         """Return whether the worker has finished a task of that type."""

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable
 
 from forebay.supervisor.worker import WorkerAgent
+from forebay.task import Priority
 
 _Heap = list[tuple[float, int, WorkerAgent]]  # score, stamp, worker
 
@@ -47,14 +48,30 @@ class WorkerSelector:
         """Remove `worker` from the idle ones, because it took a task."""
         self._idle.pop(worker, None)
 
-    def pick(self, *, idle_first: bool = False) -> WorkerAgent | None:
-        """Return the best worker that can accept a task, or None. With `idle_first`, prefer an IDLE one."""
+    def pick(
+        self, priority: Priority = Priority.CRITICAL, *, nested: bool = False, idle_first: bool = False
+    ) -> WorkerAgent | None:
+        """Return the best worker that can accept a task, or None.
+
+        Args:
+            priority: of the task.
+            nested: the task is a nested one, which a worker accepts however many of its runs wait for such.
+            idle_first: prefer an IDLE worker.
+        """
         best = self._best()
+        if best is not None and best.suspended and not nested and best.bars_new_runs(priority):
+            best = self._best_for_new_run(priority)
         if idle_first and best is not None and best.current_tasks:
             for worker in self._idle:
-                if worker.can_accept():
+                if worker.can_accept() and (nested or not worker.bars_new_runs(priority)):
                     return worker
         return best
+
+    def _best_for_new_run(self, priority: Priority) -> WorkerAgent | None:
+        """Return the best worker that may begin a new run: a search of all, since the best one may not."""
+        able = [worker for worker in self._current if worker.can_accept() and not worker.bars_new_runs(priority)]
+        typical = self._typical()
+        return min(able, key=lambda worker: worker.score(self._task_type, typical), default=None)
 
     def _best(self) -> WorkerAgent | None:
         timed, fresh = self._top(0), self._top(1)

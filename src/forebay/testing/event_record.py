@@ -29,6 +29,7 @@ class EventRecord:
         supervisor: the supervisor.
         events: all events, in order.
         tasks: the submitted and refilled tasks, by id.
+        nested: the ids of those that runs of this supervisor submitted.
         excesses: moments at which a worker held more tasks than its limit.
         baseline: the supervisor's statistics at the start of the record.
     """
@@ -37,15 +38,16 @@ class EventRecord:
         self.supervisor = supervisor
         self.events: list[Event] = []
         self.tasks: dict[str, Task] = {}
+        self.nested: set[str] = set()
         self.excesses: list[LimitExcess] = []
         self.baseline = supervisor.statistics()
         self._unseen_ids: list[str] = []  # ids in events, of tasks that are not in `tasks` yet
         # The public subscription is bounded and asynchronous; a record must not miss an event.
-        supervisor._bus.add_sink(self._on_event)  # noqa: SLF001 - see above
+        supervisor._bus.add_observer(self._on_event)  # noqa: SLF001 - see above
 
     def stop(self) -> None:
         """Stop recording."""
-        self.supervisor._bus.remove_sink(self._on_event)  # noqa: SLF001 - see __init__
+        self.supervisor._bus.remove_observer(self._on_event)  # noqa: SLF001 - see __init__
 
     def __enter__(self) -> Self:
         return self
@@ -103,4 +105,6 @@ class EventRecord:
             ticket = dispatcher.core.registry.get(task_id)
             if ticket is not None:
                 self.tasks[task_id] = ticket.task
+                if ticket.nested:
+                    self.nested.add(task_id)
         self._unseen_ids.clear()

@@ -26,7 +26,7 @@ class PassthroughSupervisor(BackpressureSupervisor):
     def __init__(self, *, lag_bound: float | None = None, **settings: Any) -> None:
         super().__init__(lag_bound=lag_bound, **settings)
         self.record = EventRecord(self)
-        self._bus.add_sink(self._revive_failed_worker)
+        self._bus.add_observer(self._revive_failed_worker)
 
     async def start(self) -> None:
         """Start on the running event loop, without priority thresholds."""

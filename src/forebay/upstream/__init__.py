@@ -22,12 +22,12 @@ The steps after an attempt, for example one that the provider answered with 429 
 
 1. ``Exchange.judge_answer`` (`exchange.py`): reads status, Retry-After and rate limit headers of a complete answer.
 2. ``classify`` (`providers/classify.py`): finds the kind of an error, by its body, its headers and its status.
-3. ``judge_error`` (`exchange.py`): makes of the kind a result for the flow and an outcome for the account.
+3. ``judge_error_answer`` (`exchange.py`): makes of the kind a result for the flow and an outcome for the account.
 4. ``_Retrying.next_permit`` (`call_flow.py`): decides whether the call is retried, and releases the permit.
 5. ``Account.settle`` (`accounts/account.py`): reports the outcome to limit, outage detector, budgets and breaker.
 6. ``RateLimiter.record_throttled`` (`quota/rate_limiter.py`): holds all calls of the account, for a rate limit only.
 7. ``Sleep`` (`call_flow.py`): waits outside of the call queue, for Retry-After or a backoff.
-8. ``UpstreamRetries.request_retry`` (`upstream_retries.py`): asks the retry budget for throttled calls.
+8. ``AccountRetries.request_retry`` (`accounts/account_retries.py`): asks the retry budget for throttled calls.
 9. ``SharedAccount.acquire`` (`accounts/shared_account.py`): asks for a permit again, at the head of its priority.
 
 Where step 4 gives up, or step 9 rejects the retry, the next account of the ``FallbackChain`` is tried, if there is one.

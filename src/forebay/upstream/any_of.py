@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from forebay._fork import reset_in_child
 from forebay.task import Priority
 from forebay.upstream.accounts.shared_account import SharedAccount
 
@@ -29,6 +30,13 @@ class AnyOf:
         self._held: dict[object, tuple[int, Priority]] = {}
         self._relief: dict[object, Callable[[], None]] = {}
         self._registered: list[SharedAccount] = []  # the accounts that count the expected and held-back runs
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The runs are the parent's."""
+        self._lock = threading.RLock()
+        self._expected = 0
+        self._held, self._relief, self._registered = {}, {}, []
 
     @property
     def accounts(self) -> Sequence[SharedAccount]:

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from forebay import clock
-from forebay.errors import CallMisused, InvalidAmount, Overloaded
+from forebay.errors import CallMisused
 from forebay.interfaces import Charge, Outcome
-from forebay.quota import check_dollars
+from forebay.quota import BilledUsage, check_dollars
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
+from forebay.upstream.exchange import judge_exception
 from forebay.upstream.fallbacks.fallback import FallbackTarget
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
@@ -22,8 +25,9 @@ _PERMITTED = CallOutcome(kind=Outcome.SUCCESS)  # for the flow; the block settle
 class UpstreamCall:
     """One call through an upstream, as an async or a plain context manager.
 
-    Leaving the block is a success, leaving it by an exception a fault, unless `overloaded` or `ignored` was called. A
-    cancellation is no evidence about the upstream.
+    Leaving the block is a success. Leaving it by an exception that reports an answer counts as that answer (429 as
+    throttled, 400 as the caller's mistake), by a timeout as `SharedAccount.judge_timeout` says, and by any other as a
+    fault, unless `overloaded` or `ignored` was called. A cancellation is no evidence about the upstream.
 
     Attributes:
         upstream: the upstream to send the call to; inside the block it may be that of a fallback.
@@ -87,7 +91,8 @@ class UpstreamCall:
         """
         cost = None if usd is None else check_dollars(usd)
         self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        self._usd = self._route.core.cost(self.model, self._used) if cost is None else cost
+        usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
+        self._usd = self._route.core.cost(self.model, usage) if cost is None else cost
 
     def overloaded(self) -> None:
         """Report that the provider throttled the call for congestion: fewer calls are sent for a while."""
@@ -114,14 +119,13 @@ class UpstreamCall:
     def _leave(self, cause: BaseException | None) -> None:
         permit = self._permit
         assert permit is not None  # noqa: S101 - entered
-        kind = self._kind
-        if kind is None:
-            if cause is None:
-                kind = Outcome.SUCCESS
-            else:
-                fault = isinstance(cause, Exception) and not isinstance(cause, (Overloaded, InvalidAmount))
-                kind = Outcome.FAULT if fault else Outcome.IGNORED
-        latency = clock.now() - permit.granted_at
-        tokens = self._used.output_tokens if self._used is not None else 0
-        outcome = CallOutcome(kind=kind, used=self._used, usd=self._usd, latency=latency, output_tokens=tokens)
-        self._route.account.settle(permit, outcome)
+        account = self._route.account
+        if self._kind is None and isinstance(cause, Exception):
+            outcome = judge_exception(account, permit, cause).outcome
+        else:
+            kind = self._kind or (Outcome.SUCCESS if cause is None else Outcome.IGNORED)
+            outcome = CallOutcome(kind=kind, latency=clock.now() - permit.granted_at)
+        if self._used is not None:  # the block knows better than an exception
+            tokens = self._used.output_tokens
+            outcome = msgspec.structs.replace(outcome, used=self._used, usd=self._usd, output_tokens=tokens)
+        account.settle(permit, outcome)

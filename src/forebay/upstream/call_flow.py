@@ -205,7 +205,7 @@ def _attempts(route: CallRoute, chain: FallbackChain[Any] | None, *, retried: bo
 
     Every permit is released, except that of an answer that is still streaming: its reader releases it.
     """
-    account, request, retries = route.account, route.call_request, route.core.retries
+    account, request, retries = route.account, route.call_request, route.account.retries
     if retried:
         retries.record_first_attempt()
     permit: Permit | None = yield Acquire(account, request, chain is None)
@@ -249,7 +249,7 @@ class _Retrying:
 
     def __init__(self, route: CallRoute, chain: FallbackChain[Any] | None) -> None:
         self._route = route
-        self._retries = route.core.retries
+        self._retries = route.account.retries
         self._chain = chain
         self._acquire = Acquire(route.account, route.call_request, chain is None)
         self._state = RetryState(self._retries.retry)
@@ -275,6 +275,7 @@ class _Retrying:
         if throttled and self._chain is not None and self._chain.skips_retry(self._route):
             return None
         request.retries += 1
+        request.failed = request.failed or not throttled
         self.withdrawn_at = None
         if throttled:
             return (yield from self._wait_for_permission(delay, failed_at))

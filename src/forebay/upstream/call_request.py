@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -12,6 +12,37 @@ from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.limit import Grant
 from forebay.quota import QuotaReservation
 from forebay.task import Priority
+
+UNREADABLE: Final = "unreadable"
+UNPRICED: Final = "unpriced"
+UNMETERED: Final = (UNREADABLE, UNPRICED)
+"""The values of ``limited_by`` of calls that a budget or a quota cannot count."""
+
+
+class Unmetered(NamedTuple):
+    """The reason why a call cannot be metered, for which it is rejected.
+
+    Attributes:
+        reason: for a person, with what to do.
+        limited_by: ``"unreadable"`` or ``"unpriced"``.
+    """
+
+    reason: str
+    limited_by: str
+
+
+class CallPrice(NamedTuple):
+    """The price of a call before it is sent.
+
+    Attributes:
+        usd: dollars that it is expected to cost at most.
+        usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
+        unmetered: why it cannot be metered, or None.
+    """
+
+    usd: float = 0.0
+    usd_per_second: float = 0.0
+    unmetered: Unmetered | None = None
 
 
 class CallRequest(msgspec.Struct, kw_only=True, eq=False):
@@ -26,7 +57,10 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
         task_id: the task that makes it, or None: then it is unattributed.
         model: the model that it is for.
         free: it costs no money in any case, so no budget is checked.
+        usd_per_second: dollars of the output of one second, if the call does not bound it; else 0.
+        unmetered: why it cannot be metered, and is rejected; or None.
         retries: how often it has been retried; a retried call goes to the head of its priority.
+        failed: an attempt of it has failed, so that it is no probe of a breaker.
         asked_at: when it first asked for a permit; set by the account.
     """
 
@@ -39,7 +73,14 @@ class CallRequest(msgspec.Struct, kw_only=True, eq=False):
     model: str = ""
     free: bool = False
     retries: int = 0
+    failed: bool = False
     asked_at: float = math.inf
+    usd_per_second: float = 0.0
+    unmetered: Unmetered | None = None
+
+    def unreported_cost(self, seconds: float) -> float:
+        """Return the dollars to count for a call that was sent, took `seconds`, and whose usage never arrived."""
+        return max(self.usd, self.usd_per_second * seconds)
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +101,16 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
 
 
+class SpendReservation(Protocol):
+    """The dollars of one budget that are held for one call. They are settled exactly once."""
+
+    def settle(self, usd: float) -> None:
+        """Replace them by the dollars that the call has cost."""
+
+    def revise(self, usd: float) -> None:
+        """Correct the cost, after `settle`, by usage that became known later."""
+
+
 class CallBudget(Protocol):
     """A budget that calls spend from. It knows the time."""
 
@@ -68,10 +119,10 @@ class CallBudget(Protocol):
     def can_afford(self, usd: float, priority: Priority) -> bool:
         """Return whether `usd` dollars may be reserved."""
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        """Reserve `usd` dollars; return a function that replaces them by the dollars that the call has cost."""
+    def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
+        """Reserve `usd` dollars, or return None if they may not be: check and take are one step."""
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
         """Return the rejection of a call for which `usd` dollars cannot be reserved now."""
 
 
@@ -84,7 +135,8 @@ class Permit(msgspec.Struct, eq=False):
         grant: the slot, as the limit marked it.
         breaker_epoch: the epoch of the account's breaker.
         reservation: the requests and tokens that it holds of the quotas.
-        spend: for each budget, a function that replaces the dollars held by those that the call has cost.
+        spend: the dollars that are held for it, of each budget.
+        account: the account that granted it.
         accepted: the limit knows that the call was not throttled.
         closed: everything has been returned.
     """
@@ -94,7 +146,8 @@ class Permit(msgspec.Struct, eq=False):
     grant: Grant
     breaker_epoch: int
     reservation: QuotaReservation
-    spend: Sequence[Callable[[float], None]] = ()
+    spend: Sequence[SpendReservation] = ()
+    account: object = None
     accepted: bool = False
     closed: bool = False
 
@@ -107,6 +160,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
         used: requests and tokens that it used; None for as many as were reserved.
         released: it took nothing of them: it was not sent, or it was throttled for another reason than a rate.
         rate_limited: it was throttled because a quota is used up (429). It took nothing of them either.
+        spend_cap: it was refused because the account's money at the provider is spent. It counts as throttled.
         retry_after: seconds that the provider asked to wait, or None.
         rate_limit_headers: the answer's rate-limit headers, unless the account has got them already.
         usd: dollars that it cost; None for as much as was reserved.
@@ -120,6 +174,7 @@ class CallOutcome(msgspec.Struct, frozen=True, kw_only=True):
     used: Charge | None = None
     released: bool = False
     rate_limited: bool = False
+    spend_cap: bool = False
     retry_after: float | None = None
     rate_limit_headers: tuple[RateLimitHeaders, ...] = ()
     usd: float | None = None

@@ -6,15 +6,17 @@ import math
 import threading
 
 from forebay import clock, context
+from forebay._fork import reset_in_child
 from forebay.events import log
 from forebay.interfaces import Charge
-from forebay.quota import Prices
+from forebay.quota import BilledUsage, Prices
+from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.spend import UpstreamBudgets
-from forebay.upstream.call_request import Caller, CallRequest
+from forebay.upstream.background_responses import BackgroundResponses, StoredTokens
+from forebay.upstream.call_request import UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
-from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 _WARNED = 1_000  # unpriced models that are warned about: the callers of a gateway can name any model
@@ -29,11 +31,15 @@ class UpstreamCore:
         settings: limits of its accounts.
         budgets: dollars that its calls may spend.
         prices: of its models.
-        retries: of its calls.
+        retry: of its calls.
 
     Attributes:
         profile: how the provider's API works.
         accounts: the accounts, by API key and model group.
+        background: responses whose usage comes later.
+        stored_tokens: how long stored responses are.
+        unpriced_calls: number of calls whose price was not known.
+        is_metered: a budget or a quota was given, so that calls must be readable.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of an upstream
@@ -44,7 +50,7 @@ class UpstreamCore:
         settings: UpstreamSettings,
         budgets: UpstreamBudgets,
         prices: Prices,
-        retries: UpstreamRetries,
+        retry: Retry,
     ) -> None:
         self.name = name
         self.provider = provider
@@ -52,12 +58,27 @@ class UpstreamCore:
         self.settings = settings
         self.budgets = budgets
         self.prices = prices
-        self.retries = retries
-        self.accounts = AccountRegistry(settings, budgets, draw=clock.draw)
+        self.retry = retry
+        self.accounts = AccountRegistry(settings, budgets, retry, draw=clock.draw)
+        self.background = BackgroundResponses()
+        self.stored_tokens = StoredTokens()
         self.unpriced_calls = 0
-        self._unpriced_models: set[str] = set()
+        self.is_metered = budgets.has_budgets or settings.has_quotas
+        self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
         self._lock = threading.Lock()
+        reset_in_child(self)
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The child has no calls under way, and what the parent has spent and learned counts on.
+
+        Each process has the limits for itself from then on: nothing is shared between them.
+        """
+        self._lock = threading.Lock()
+        self.budgets.reset_after_fork()
+        self.accounts.reset_after_fork()
+        self.background.reset_after_fork()
+        self.stored_tokens.reset_after_fork()
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
@@ -68,6 +89,7 @@ class UpstreamCore:
         charge: Charge,
         *,
         free: bool = False,
+        price: CallPrice | None = None,
         priority: Priority | None = None,
         deadline: Deadline | None = None,
         tenant: str | None = None,
@@ -78,6 +100,7 @@ class UpstreamCore:
             model: the model of the call.
             charge: the requests and tokens that the call is expected to use.
             free: the call costs no money.
+            price: of the call; None to find it by the model and the charge.
             priority: None for the task's, or NORMAL.
             deadline: None for the task's, or none.
             tenant: None for the task's, or ``"default"``.
@@ -91,13 +114,20 @@ class UpstreamCore:
             tenant=tenant if tenant is not None else ("default" if task is None else task.tenant),
             task_id=None if task is None else task.task_id,
         )
-        return self.request_for(caller, model, charge, free=free)
+        return self.request_for(caller, model, charge, free=free, price=price)
 
-    def request_for(self, caller: Caller, model: str, charge: Charge, *, free: bool = False) -> CallRequest:
+    def request_for(
+        self, caller: Caller, model: str, charge: Charge, *, free: bool = False, price: CallPrice | None = None
+    ) -> CallRequest:
         """Return the request of a call that is made for a caller."""
+        if price is None:
+            usage = BilledUsage(input_tokens=charge.input_tokens, output_tokens=charge.output_tokens)
+            price = CallPrice() if free else self.price(model, usage)
         return CallRequest(
             charge=charge,
-            usd=self._expected_cost(model, charge) if self.budgets.has_budgets and not free else 0.0,
+            usd=price.usd,
+            usd_per_second=price.usd_per_second,
+            unmetered=price.unmetered,
             priority=caller.priority,
             deadline=caller.deadline,
             tenant=caller.tenant,
@@ -106,36 +136,69 @@ class UpstreamCore:
             free=free,
         )
 
-    def cost(self, model: str, charge: Charge, *, cached_tokens: int = 0) -> float:
-        """Return the dollars that a call costs; 0.0 if the model's price is not known, or there are no budgets.
+    def cost(self, model: str, usage: BilledUsage, *, answered_by: str = "") -> float | None:
+        """Return the dollars that a call costs: None if no price is known for some of it; 0.0 if there are no budgets.
 
         Args:
             model: the model of the call.
-            charge: the tokens that it used.
-            cached_tokens: how many of its input tokens came from the provider's cache.
+            usage: of the call.
+            answered_by: the model that has answered, by the answer; if it is dearer, that counts.
         """
-        return self._price(model, charge, cached_tokens) or 0.0
-
-    def _expected_cost(self, model: str, charge: Charge) -> float:
-        """Return the dollars that a call may cost. Calls without a known price are counted, and logged once a model."""
-        usd = self._price(model, charge)
-        if usd is None and model:
-            with self._lock:
-                self.unpriced_calls += 1
-                new = model not in self._unpriced_models and len(self._unpriced_models) < _WARNED
-                if new:
-                    self._unpriced_models.add(model)
-            if new:
-                message = (
-                    "no price is known for model %r: its calls count as free; give %r prices=, or its target prices"
-                )
-                log.warning(message, model, self)
-        return usd or 0.0
-
-    def _price(self, model: str, charge: Charge, cached_tokens: int = 0) -> float | None:
         if not self.budgets.has_budgets:
             return 0.0
-        return self.prices.usd(self.provider, model, charge.input_tokens, charge.output_tokens, cached_tokens)
+        usd = self.prices.cost(self.provider, model, usage)
+        if usd is not None and answered_by and answered_by != model:
+            usd = max(usd, self.prices.cost(self.provider, answered_by, usage) or 0.0)
+        return usd
+
+    def price(
+        self, model: str, usage: BilledUsage, *, per_second: BilledUsage | None = None, by_hand: bool = False
+    ) -> CallPrice:
+        """Return the price of a call before it is sent.
+
+        Args:
+            model: the model of the call.
+            usage: that it is expected to have at most.
+            per_second: the usage of one second, if nothing bounds its output.
+            by_hand: its block may report its dollars, so that it passes without a price.
+        """
+        if not self.budgets.has_budgets:
+            return CallPrice()
+        usd = self.prices.cost(self.provider, model, usage) if model or by_hand else None
+        if usd is None:
+            named = f"no price is known for model {model!r}: give the upstream prices=, or its target prices"
+            reason = named if model else "it names no model, so that no price is known"
+            return self.unpriced_call(reason, model, allow=by_hand)
+        return CallPrice(usd, (self.prices.cost(self.provider, model, per_second) or 0.0) if per_second else 0.0)
+
+    def count_unpriced(self) -> None:
+        """Count a call that had a price, and has used something that has none."""
+        with self._lock:
+            self.unpriced_calls += 1
+
+    def unpriced_call(self, reason: str, model: str, *, allow: bool = False) -> CallPrice:
+        """Return the price of a call whose price is not known: it is rejected, or counts as free and is logged."""
+        with self._lock:
+            self.unpriced_calls += 1
+            new = (model or reason) not in self._unpriced and len(self._unpriced) < _WARNED
+            if new:
+                self._unpriced.add(model or reason)
+        if self.settings.unmetered == "reject" and not allow:
+            advice = "(unmetered='allow' lets such calls pass, and counts them as free)"
+            return CallPrice(
+                unmetered=Unmetered(f"it cannot be counted in a budget, because {reason} {advice}", UNPRICED)
+            )
+        if new:
+            log.warning("calls of %r cannot be counted in its budget, because %s", self, reason)
+        return CallPrice()
+
+    def unreadable_call(self, reason: str) -> CallPrice | None:
+        """Return the price of a call that cannot be read: it is rejected, or None if such calls pass."""
+        if self.settings.unmetered == "allow":
+            return None
+        advice = "(unmetered='allow' lets such calls pass, and counts them as one request)"
+        reason = f"it cannot be counted in a budget or a quota, because {reason} {advice}"
+        return CallPrice(unmetered=Unmetered(reason, UNREADABLE))
 
     def warn_unmetered(self) -> None:
         """Log, once, that calls over a WebSocket are neither paced nor counted."""

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, Final, ParamSpec, TypeVar
 
 from forebay import clock
-from forebay.errors import NotGuardable, Overloaded
+from forebay.errors import NotGuardable
 from forebay.interfaces import Charge, Outcome
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
+from forebay.upstream.exchange import judge_exception
 from forebay.upstream.fallbacks.fallback import FallbackTarget
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
@@ -20,12 +21,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PARAMETER: Final = "upstream"  # receives the upstream to call
+_LATER: Final = (
+    "calling it returns {made}, and its work is done only later. Guard the function that does the work, `async def` or"
+    " plain; for a stream hold a permit: `async with upstream.call(...):`."
+)
+_TOOL: Final = (
+    "it is a LangChain tool that is not made from a function. Guard what its _run and _arun call: `@upstream.guard`"
+    " above that function."
+)
+_TOOL_FUNCTIONS: Final = ("func", "coroutine")  # of LangChain's tools that are made from functions
 
 
 def guarded(upstream: FallbackTarget, runner: CallRunner, function: Callable[P, T]) -> Callable[P, T]:
     """Return `function` with each call sent through `upstream`. See `Upstream.guard`."""
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise NotGuardable(function=_name(function), made="a generator")
+        raise NotGuardable(function=_name(function), why=_LATER.format(made="a generator"))
+    if _is_tool(function):
+        tool: Callable[P, T] = _guarded_tool(upstream, runner, function)
+        return tool
     guard = _Guard(upstream, runner, function)
     wrapper = guard.async_wrapper() if _is_async(function) else guard.blocking_wrapper()
     return functools.wraps(function)(wrapper)
@@ -49,7 +62,7 @@ class _Guard:
                 try:
                     return _succeeded(await self._function(*args, **self._arguments(kwargs, route)), permit)
                 except Exception as exc:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                    return _failed(exc, permit)
+                    return judge_exception(route.account, permit, exc)
 
             return await self._runner.run(self._route(), send)
 
@@ -63,11 +76,11 @@ class _Guard:
                 try:
                     value = self._function(*args, **self._arguments(kwargs, route))
                 except Exception as exc:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                    return _failed(exc, permit)
+                    return judge_exception(route.account, permit, exc)
                 if inspect.isawaitable(value):
                     if inspect.iscoroutine(value):
                         value.close()  # it is never awaited
-                    raise NotGuardable(function=_name(self._function), made="an awaitable")
+                    raise NotGuardable(function=_name(self._function), why=_LATER.format(made="an awaitable"))
                 return _succeeded(value, permit)
 
             return self._runner.run_blocking(self._route(), send)
@@ -80,6 +93,26 @@ class _Guard:
 
     def _arguments(self, kwargs: dict[str, Any], route: PlainRoute) -> dict[str, Any]:
         return {**kwargs, _PARAMETER: route.upstream} if self._passes_upstream else kwargs
+
+
+def _is_tool(function: Any) -> bool:
+    """Return whether this is a tool of LangChain."""
+    return any(
+        base.__module__ == "langchain_core.tools.base" and base.__name__ == "BaseTool"
+        for base in type(function).__mro__
+    )
+
+
+def _guarded_tool(upstream: FallbackTarget, runner: CallRunner, tool: Any) -> Any:
+    """Return a copy of a LangChain tool whose functions are guarded, so that it stays a tool.
+
+    Raises:
+        NotGuardable: it is not made from functions.
+    """
+    functions = {name: function for name in _TOOL_FUNCTIONS if callable(function := getattr(tool, name, None))}
+    if not functions:
+        raise NotGuardable(function=_name(tool), why=_TOOL)
+    return tool.model_copy(update={name: guarded(upstream, runner, each) for name, each in functions.items()})
 
 
 def _request_at(core: UpstreamCore, model: str) -> CallRequest:
@@ -107,11 +140,3 @@ def _takes_upstream(function: Callable[..., Any]) -> bool:
 def _succeeded(value: Any, permit: Permit) -> AttemptResult:
     latency = clock.now() - permit.granted_at
     return AttemptResult(value=value, outcome=CallOutcome(kind=Outcome.SUCCESS, latency=latency))
-
-
-def _failed(exc: Exception, permit: Permit) -> AttemptResult:
-    latency = clock.now() - permit.granted_at
-    if isinstance(exc, Overloaded):  # by another upstream or a supervisor, which has made its retries already
-        return AttemptResult(error=exc, outcome=CallOutcome(kind=Outcome.IGNORED, latency=latency))
-    outcome = CallOutcome(kind=Outcome.FAULT, latency=latency)
-    return AttemptResult(error=exc, retryable=True, can_fall_back=True, outcome=outcome)

@@ -12,6 +12,7 @@ from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 from forebay.upstream.providers import Headers
+from forebay.upstream.sdk_exceptions import find_error_answer
 
 
 class HttpRequest(msgspec.Struct, frozen=True):
@@ -87,6 +88,15 @@ class HttpCall(Exchange):
             return result
         result = self.judge_answer(permit, response.status, headers, response.body)
         result.value = response
+        return result
+
+    def failed(self, permit: Permit, error: Exception) -> AttemptResult:
+        """Return the result of an attempt whose transport raised; the exception may report an answer."""
+        answer = find_error_answer(error)
+        if answer is None:
+            return self.connection_failed(permit, error)
+        result = self.judge_answer(permit, *answer)
+        result.error = error
         return result
 
 

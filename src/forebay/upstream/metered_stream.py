@@ -2,71 +2,140 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
+from typing import Final, NamedTuple
 
-from forebay import context
+from forebay import clock, context
 from forebay.interfaces import Outcome
-from forebay.upstream.providers import Usage, UsageFilter, UsageMeter
+from forebay.upstream.providers import BodyMeter, UsageFilter, UsageMeter
+from forebay.upstream.providers.content_encoding import Decompressor
+
+_LINE_COST: Final = 64  # bytes: reading a line takes as long as decompressing them
+
+
+class StreamEnd(NamedTuple):
+    """The end of a streaming answer.
+
+    Attributes:
+        kind: the evidence about the provider.
+        ended: the provider has closed it; else it broke off, or its reader has left.
+        readable: the meter could read all of it.
+        output_at: the time when its output began; None if none came.
+    """
+
+    kind: Outcome
+    ended: bool
+    readable: bool
+    output_at: float | None
 
 
 class MeteredStream:
     """One streaming answer: it takes the provider's bytes, and returns those that the caller gets.
 
     Args:
-        settle: releases the permit; takes the outcome of the answer and its usage.
+        settle: releases the permit; takes the end of the answer.
+        judge: returns what an exception that ends the answer says about the provider.
         meter: reads the usage; None if there is none to read.
         usage_filter: removes usage that the caller did not ask for; None if there is none to remove.
         detects_truncation: whether a truncated answer can be told from a complete one.
+        encoding: the Content-Encoding of the bytes that it takes.
 
     Attributes:
+        decoded: it returns bytes without that Content-Encoding, since there is usage to remove.
         settled: the permit is released.
+        on_abandoned: called with the seconds for which it was not read, if its reader goes before its end; or None.
+        unread_since: when its reader got the latest part; infinity while it waits for the next one.
     """
 
-    __slots__ = ("_detects_truncation", "_lock", "_meter", "_run", "_settle", "_usage_filter", "settled")
+    __slots__ = (
+        *("_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_run", "_settle"),
+        *("__weakref__", "_usage_filter", "decoded", "on_abandoned", "settled", "unread_since"),
+    )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a stream
         self,
-        settle: Callable[[Outcome, Usage | None], None],
-        meter: UsageMeter | None,
+        settle: Callable[[StreamEnd], None],
+        judge: Callable[[Exception], Outcome],
+        meter: UsageMeter | BodyMeter | None,
         usage_filter: UsageFilter | None,
         *,
         detects_truncation: bool,
+        encoding: str = "",
     ) -> None:
         self._settle = settle
+        self._judge = judge
         self._meter = meter
-        self._usage_filter = usage_filter
+        self._decompressor = Decompressor(encoding, line_cost=_LINE_COST if isinstance(meter, UsageMeter) else 0)
+        self._usage_filter = usage_filter if self._decompressor.readable else None
+        self.decoded = self._usage_filter is not None and self._decompressor.compressed
         self._detects_truncation = detects_truncation
         self._lock = threading.Lock()
+        self._output_at: float | None = None
         self._run = context.call_observer()
         self.settled = False
+        self.on_abandoned: Callable[[float], None] | None = None
+        self.unread_since = clock.now()
+
+    def passed_on(self) -> None:
+        """Note that the reader gets a part now."""
+        self.unread_since = clock.now()
+
+    def awaited(self) -> None:
+        """Note that the reader waits for the next part."""
+        self.unread_since = math.inf
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""
-        if self._meter is not None:
-            self._meter.feed(chunk)
-        return chunk if self._usage_filter is None else self._usage_filter.feed(chunk)
+        meter, usage_filter = self._meter, self._usage_filter
+        if meter is None and usage_filter is None:
+            return chunk
+        passed: list[bytes] = []
+        for content in self._decompressor.feed(chunk):
+            if meter is not None:
+                meter.feed(content)
+            if usage_filter is not None:
+                passed.append(usage_filter.feed(content))
+        if self._output_at is None and meter is not None and meter.has_output:
+            self._output_at = clock.now()
+        return chunk if usage_filter is None else b"".join(passed)
+
+    @property
+    def corrupt(self) -> bool:
+        """Return whether bytes to pass on are lost, because they cannot be decompressed."""
+        return self.decoded and not self._decompressor.readable
+
+    @property
+    def _readable(self) -> bool:
+        return self._meter is not None and self._meter.readable and self._decompressor.readable
 
     def end(self) -> bytes:
-        """Note that the provider has closed the answer, and return the bytes that were held back."""
+        """Note that the provider has closed the answer, and return the bytes that were held back.
+
+        An answer that cannot be read is no fault: nothing shows that it is truncated.
+        """
         rest = b"" if self._usage_filter is None else self._usage_filter.end()
         meter = self._meter
         if meter is not None:
             meter.end()
-        complete = meter is None or meter.complete or not self._detects_truncation
-        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT)
+        complete = meter is None or meter.complete or not (self._detects_truncation and self._readable)
+        self._settle_once(Outcome.SUCCESS if complete else Outcome.FAULT, ended=True)
         return rest
 
-    def fail(self) -> None:
-        """Note that the connection failed."""
-        self._settle_once(Outcome.FAULT)
+    def fail(self, error: Exception) -> None:
+        """Note that the connection failed, or that the caller stopped waiting: by which exception."""
+        if not self.settled:
+            self._settle_once(self._judge(error))
 
     def abandon(self) -> None:
         """Note that the reader has gone. After the end of the answer this changes nothing."""
+        if self.on_abandoned is not None and not self.settled:
+            self.on_abandoned(clock.now() - self.unread_since)
         complete = self._meter is not None and self._meter.complete
         self._settle_once(Outcome.SUCCESS if complete else Outcome.IGNORED)
 
-    def _settle_once(self, kind: Outcome) -> None:
+    def _settle_once(self, kind: Outcome, *, ended: bool = False) -> None:
         with self._lock:
             if self.settled:
                 return
@@ -76,5 +145,5 @@ class MeteredStream:
             kind = meter.error_kind.rule.outcome
         if kind is Outcome.FAULT and self._run is not None:
             self._run.record_upstream_fault()
-        self._settle(kind, None if meter is None else meter.usage)
+        self._settle(StreamEnd(kind, ended, self._readable, self._output_at))
         self._run = None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
-from forebay import clock
 from forebay._renamed import renamed_arguments
 from forebay._validate import check_instance, check_name
 from forebay.breaker import BreakerRules
 from forebay.interfaces import Charge, Reading
 from forebay.limit import Limit
-from forebay.quota import Budget, Price, Prices, Quota
+from forebay.quota import BilledUsage, Budget, Price, Prices, Quota
 from forebay.retry import Retry
 from forebay.task import Deadline, Priority
 from forebay.upstream.accounts.spend import UpstreamBudgets
@@ -25,7 +24,6 @@ from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
 from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
-from forebay.upstream.upstream_retries import UpstreamRetries
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot
 from forebay.upstream.weak_lru import WeakLRU
@@ -49,8 +47,9 @@ class Upstream:
         name: its name in readings and messages.
         provider: the provider whose API it is: ``"openai"``, ``"anthropic"``, ``"generic"``...
         models: quotas by pattern of model name, such as ``{"gpt-4o*": [Quota(requests=500, per="minute")]}``. Each
-            pattern has an account of its own; so has each model that matches none.
-        quotas: of a dependency without models, or of models that match no pattern.
+            pattern has an account of its own; so has each model that matches none, and each model if there are no
+            patterns. Then `quotas`, `max_concurrent` and a `limit` object hold for all models together, as one account.
+        quotas: of a dependency without models, of all models together, or of each model that matches no pattern.
         budget: dollars that all calls together may spend.
         tenant_budget: dollars that each tenant may spend.
         task_budget: dollars that each task may spend.
@@ -61,11 +60,13 @@ class Upstream:
         retry: the retries of failed calls.
         breaker: the rules by which a failing provider is sent no calls for a while.
         fallback: another model or upstream for calls that this one cannot serve; several are tried in order.
-        max_wait: seconds of expected wait above which a call is rejected.
+        max_wait: seconds of expected wait above which a call is rejected; none waits for more than 1.5 times as long.
         max_start_wait: seconds of expected wait for the next call up to which another run may start; None for a quarter
             of a typical call.
         weights: tenants' shares of turns; 1.0 for a tenant that is not named.
         prices: by model, of those that the price list lacks or has wrong.
+        unmetered: what happens to calls that a budget or a quota cannot count, because their body cannot be read or
+            their price is not known: ``"reject"``, or ``"allow"``, and they count as one request that is free.
 
     Attributes:
         core: its accounts, money and retries, for those who extend Forebay.
@@ -95,6 +96,7 @@ class Upstream:
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
         prices: Mapping[str, Price] | None = None,
+        unmetered: Literal["reject", "allow"] = "reject",
     ) -> None:
         check_name("Upstream", "name", name)
         owner = f"Upstream {name!r}"
@@ -111,6 +113,7 @@ class Upstream:
             max_wait=max_wait,
             max_start_wait=max_start_wait,
             weights=weights,
+            unmetered=unmetered,
         )
         self.name = name
         self.provider = provider
@@ -120,7 +123,7 @@ class Upstream:
             settings=settings,
             budgets=UpstreamBudgets(name, budget, tenant_budget, task_budget),
             prices=Prices(prices),
-            retries=UpstreamRetries(retry or Retry(), draw=clock.draw),
+            retry=retry or Retry(),
         )
         self.fallbacks = check_fallbacks(self.core, fallback)
         self.runner = CallRunner(self.core, FallbackResolver(self))
@@ -134,12 +137,13 @@ class Upstream:
     def bind(self, client: ClientT) -> ClientT:
         """Return a copy of an SDK client, a LangChain model or an httpx client, whose calls go through this upstream.
 
-        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these, of httpx
-        and of httpx2, asynchronous or not. The copy keeps all settings of the client, and shares its connections:
-        closing one closes both. Only the upstream retries. A client that is bound already is returned as it is.
+        It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these and what
+        ``bind_tools`` and ``with_structured_output`` make of them, of httpx and of httpx2, asynchronous or not. The
+        copy keeps all settings of the client, and shares its connections: closing one closes both. Only the upstream
+        retries. A client that is bound already is returned as it is.
 
         Raises:
-            NotBindable: it is another kind of client: use the gateway, `send`, or `call`.
+            NotBindable: it is another kind of client, or a LangChain model ``with_retry``: the message says what to do.
             AlreadyBound: it is bound to another upstream.
             InvalidSetting: a fallback to another upstream has neither an address nor a key.
         """
@@ -149,16 +153,21 @@ class Upstream:
     def guard(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return a function with each call sent through this upstream; it may be async or not.
 
+        A LangChain tool that is made from a function stays a tool.
+
         A call is retried when the function raises, as `retry` says, so calling it twice must be harmless. The upstream
         raises ``Overloaded`` where it rejects a call. An ``Overloaded`` of the function itself is passed on, and does
-        not count as a fault. Every other exception does: the function cannot report that the provider throttled it, so
-        the limit does not learn from a 429. For that use `bind`, `send`, or `call` with ``call.overloaded()``.
+        not count as a fault. An exception that reports an answer, as those of SDKs and HTTP libraries do
+        (``status_code``, ``response``, also of the exception that it was raised from), counts as that answer: a 429 or
+        503 as throttled, a 400 as the caller's mistake, which is not retried. A timeout counts as a fault only if the
+        silence is unusual. Every other exception is a fault.
 
         To follow a `fallback` to another upstream the function must take a keyword-only parameter ``upstream``: it is
         called with the upstream to use.
 
         Raises:
-            NotGuardable: it is a generator function; or, when called, a plain function returns an awaitable.
+            NotGuardable: it is a generator function, or a tool that is not made from a function; or, when called, a
+                plain function returns an awaitable.
         """
         return guarded(self, self.runner, function)
 
@@ -192,7 +201,9 @@ class Upstream:
         charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
 
         def request_at(core: UpstreamCore, model: str) -> CallRequest:
-            return core.request(model, charge, priority=priority, deadline=deadline, tenant=tenant)
+            usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
+            price = core.price(model, usage, by_hand=True)
+            return core.request(model, charge, price=price, priority=priority, deadline=deadline, tenant=tenant)
 
         return UpstreamCall(self, self.runner, model, request_at)
 
@@ -204,7 +215,8 @@ class Upstream:
         Args:
             request: the request. Its needs are estimated from its body, as for a bound client.
             transport: sends it once, and returns the answer, whatever its status. It is called again for a retry, and
-                with another URL, key and model for a fallback. An exception that it raises is a fault of the provider.
+                with another URL, key and model for a fallback. An exception that it raises is a fault of the provider,
+                unless it reports an answer, or is a timeout: see `guard`.
 
         Returns:
             The answer to the last attempt.
@@ -220,7 +232,7 @@ class Upstream:
             try:
                 return call.answered(permit, await transport(call.request))
             except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                return call.connection_failed(permit, error)
+                return call.failed(permit, error)
 
         response: HttpResponse = await self.runner.run(HttpCall(self.core, request), attempt)
         return response
@@ -233,7 +245,7 @@ class Upstream:
             try:
                 return call.answered(permit, transport(call.request))
             except Exception as error:  # noqa: BLE001 - raised by the flow if it is the last attempt
-                return call.connection_failed(permit, error)
+                return call.failed(permit, error)
 
         response: HttpResponse = self.runner.run_blocking(HttpCall(self.core, request), attempt)
         return response

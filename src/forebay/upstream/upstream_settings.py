@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -14,6 +15,8 @@ from forebay.quota import Quota
 _QUOTAS: Final = "a list of Quota, such as [Quota(requests=500, per='minute')]"
 _MODELS: Final = "quotas by pattern of model, such as {'gpt-4o*': [Quota(requests=500, per='minute')]}"
 _LIMIT: Final = "a limit, such as VegasLimit(), or a callable that makes one for each account, such as VegasLimit"
+
+_DATE: Final = re.compile(r"(?<=.)[-@:](?:\d{4}-?\d{2}-?\d{2}|latest)$")
 
 
 class UpstreamSettings:
@@ -35,6 +38,7 @@ class UpstreamSettings:
         max_wait: float = 60.0,
         max_start_wait: float | None = None,
         weights: Mapping[str, float] | None = None,
+        unmetered: str = "reject",
     ) -> None:
         owner = f"Upstream {name!r}"
         _check_models(owner, models or {})
@@ -47,26 +51,32 @@ class UpstreamSettings:
             owner, "max_start_wait", max_start_wait, unit="seconds", none="for a quarter of a typical call"
         )
         _check_weights(owner, weights or {})
+        if unmetered not in ("reject", "allow"):
+            reject(owner, "unmetered", unmetered, "'reject' or 'allow'")
+        self.unmetered = unmetered
         self.name = name
         self.models = {pattern: tuple(group) for pattern, group in (models or {}).items()}
         self.quotas = tuple(quotas)
+        self.has_quotas = bool(self.quotas) or any(self.models.values())
         self.max_concurrent = max_concurrent
         self.breaker = breaker or UPSTREAM_RULES
         self.max_wait = max_wait
         self.max_start_wait = max_start_wait
         self.weights = dict(weights or {})
         self._limit = limit
+        given = bool(self.quotas) or max_concurrent is not None or isinstance(limit, Limit)
+        self._one_group = given and not self.models
 
     def model_group(self, model: str) -> str:
-        """Return the model group of `model`: the longest pattern that matches it, or the model itself.
+        """Return the model group of `model`: the longest pattern that matches it, or the model itself without its date.
 
-        A model that matches no pattern has an account of its own, whose limits are learned from headers. Without
-        patterns all models share one account.
+        Providers count ``gpt-4o`` and ``gpt-4o-2024-08-06`` together. If limits are given and no patterns, the limits
+        hold for all models together, which share one account.
         """
-        if not self.models:
+        if self._one_group:
             return ""
         matching = [pattern for pattern in self.models if fnmatchcase(model, pattern)]
-        return max(matching, key=len) if matching else model
+        return max(matching, key=len) if matching else _DATE.sub("", model)
 
     @property
     def single_limit(self) -> Limit | None:

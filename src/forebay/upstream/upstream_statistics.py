@@ -28,8 +28,8 @@ class AccountStatistics(msgspec.Struct, frozen=True, kw_only=True):
         sent: attempts that were sent since the account was opened. Those under way, those cut off by their caller and
             invalid requests are in none of the next three.
         succeeded: attempts that were answered.
-        throttled: attempts that the provider throttled (429, 503, 529): for a rate, for congestion, for lack of
-            capacity. Not those for lack of money (``insufficient_quota``).
+        throttled: attempts that the provider throttled (402, 429, 503, 529): for a rate, for congestion, for lack of
+            capacity or of money (``insufficient_quota``).
         failed: attempts that failed in another way, without a mistake of the caller.
         unattributed: attempts outside of any task.
         rejected: calls that were not sent, and retries that were not.
@@ -64,7 +64,7 @@ class UpstreamStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: the upstream's.
         spent_usd: dollars spent in this period of its budget; None without a budget.
-        unpriced: calls of models without a known price, which count as free; 0 without a budget.
+        unpriced: calls whose price was not known, which were rejected or counted as free; 0 without a budget.
         accounts: each of its accounts.
     """
 

@@ -18,7 +18,7 @@ RANKS = [(False, 1.0), (True, 1.0), (True, 2.0), RANK_LAST, RANK_LAST, RANK_LAST
 @dataclass(frozen=True)
 class Item:
     priority: Priority
-    rank: tuple[bool, float]
+    rank: tuple[int, float]
     sequence: int
 
 
@@ -49,13 +49,13 @@ class QueueMachine(RuleBasedStateMachine):
         )
 
     @rule(priority=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
-    def push(self, priority: Priority, rank: tuple[bool, float]) -> None:
+    def push(self, priority: Priority, rank: tuple[int, float]) -> None:
         self.sequence += 1
         item = Item(priority, rank, self.sequence)
         self.waiting[item] = self.queue.push(item, priority, rank, self.sequence)
 
     @rule(count=st.integers(1, 80), priority=st.sampled_from(Priority), rank=st.sampled_from(RANKS))
-    def push_many(self, count: int, priority: Priority, rank: tuple[bool, float]) -> None:
+    def push_many(self, count: int, priority: Priority, rank: tuple[int, float]) -> None:
         for _ in range(count):
             self.push(priority, rank)
 
@@ -158,7 +158,7 @@ def test_each_priority_is_served_within_the_starvation_bound(priorities: list[Pr
 
 
 @pytest.mark.parametrize("rank", [(True, 1.0), RANK_LAST])
-def test_removed_entries_are_not_kept(rank: tuple[bool, float]) -> None:
+def test_removed_entries_are_not_kept(rank: tuple[int, float]) -> None:
     queue: PriorityQueue[int] = PriorityQueue()
     for sequence in range(10_000):
         queue.remove(queue.push(sequence, Priority.NORMAL, rank, sequence))

@@ -96,10 +96,10 @@ def test_check_prints_the_configuration_and_starts_nothing(
     assert done.stdout.splitlines() == [
         "listening on 127.0.0.1:8787; callers need the token in $MINE, which is not set",
         "may set priority, deadline, tenant and task: anyone",
-        "openai: https://api.openai.com; rules of openai; an account for each API key",
+        "openai: https://api.openai.com; rules of openai; accounts of its own for each API key",
         "    1,000 USD per day",
         "    200,000 input tokens per minute of gpt*",
-        "mine: http://h.example; rules of openai-compatible; an account for each API key",
+        "mine: http://h.example; rules of openai-compatible; accounts of its own for each API key",
         "    all limits are learned from headers and 429s",
     ]
     token = tmp_path / "token"

@@ -21,7 +21,7 @@ from tests.contract import engine_handlers
 from tests.contract.engine_handlers import plain
 from tests.contract.test_engines import TIMEOUT, children, descriptors, over
 
-from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, progress
+from forebay import BackpressureSupervisor, Task, TaskResult, TaskStatus, WorkerAgent, WorkerState, progress
 from forebay.engine import ProcessEngine, ThreadEngine
 from forebay.engine.orphan_reaper import orphan_reaper
 from forebay.errors import InvalidHandler, InvalidSetting, NotImportable, ProcessNotStarted, RemoteError, WorkerDied
@@ -347,12 +347,14 @@ async def test_a_handler_that_takes_too_long_to_load_is_abandoned() -> None:
     assert children() == []
 
 
-async def test_a_process_that_does_not_start_fails_the_task_and_no_other(supervisor: BackpressureSupervisor) -> None:
-    register(supervisor, "no.such.module:handler")
-    for _ in range(3):
-        result = await ended(supervisor, "echo", 1)
+async def test_a_process_that_does_not_start_fails_the_tasks_that_wait_for_it(
+    supervisor: BackpressureSupervisor,
+) -> None:
+    worker = register(supervisor, "no.such.module:handler")
+    for result in await asyncio.gather(*(ended(supervisor, "echo", 1) for _ in range(3))):
         assert isinstance(result.cause, ProcessNotStarted)
         assert "No module named 'no'" in str(result.cause)
+    assert worker.state is WorkerState.FAILED
 
 
 @pytest.mark.parametrize("fails", [1, 2], ids=["the process", "the orphan reaper"])

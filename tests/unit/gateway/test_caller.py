@@ -7,7 +7,7 @@ import math
 import pytest
 
 from forebay import Priority
-from forebay.gateway.caller import CallerReader, InvalidHeader, read_client_timeouts
+from forebay.gateway.caller import CallerReader, InvalidHeader
 from forebay.gateway.settings import Trust
 from forebay.upstream.call_request import Caller
 
@@ -71,19 +71,3 @@ def test_an_invalid_header_is_named(header: str, value: str) -> None:
 def test_the_account_is_that_of_the_key_or_shared() -> None:
     assert read({}).api_key is None
     assert read({}, shared=True).api_key == ""
-
-
-@pytest.mark.parametrize(
-    ("headers", "max_wait", "read_timeout"),
-    [
-        ({}, 60.0, 600.0),
-        ({"x-stainless-read-timeout": "600"}, 599.0, 605.0),
-        ({"x-stainless-read-timeout": "2.5"}, 2.25, 7.5),
-        ({"x-stainless-timeout": "30"}, 29.0, 35.0),
-        ({"x-stainless-read-timeout": "never"}, 60.0, 600.0),
-        ({"x-stainless-read-timeout": "-1"}, 60.0, 600.0),
-        ({"x-stainless-read-timeout": "1e12"}, 86_399.0, 86_405.0),
-    ],
-)
-def test_timeouts_are_those_that_the_sdk_sends(headers: dict[str, str], max_wait: float, read_timeout: float) -> None:
-    assert read_client_timeouts(headers) == (max_wait, read_timeout)

@@ -10,11 +10,13 @@ import anthropic
 import httpx2
 import openai
 import pytest
+from openai.types.responses import ResponseErrorEvent
 
 from forebay import Overloaded
 from forebay.gateway.error_responses import (
     ApiProtocol,
     GatewayResponse,
+    StreamProtocol,
     capacity_response,
     error_response,
     overloaded_response,
@@ -41,7 +43,10 @@ def raised(protocol: ApiProtocol, response: GatewayResponse) -> Any:
         ("upstream:x:requests per minute", 1.0, 2.5, 429, True),
         ("upstream:x:concurrency", 1.0, None, 429, False),
         ("upstream:x:queue", 1.0, 3600.0, 429, False),
-        ("upstream:x:budget", 1.0, 5.0, 402, False),
+        ("upstream:x:budget", 1.0, 50.0, 402, False),
+        ("upstream:x:budget", 0.9, 5.0, 402, True),  # calls under way may return what they reserved
+        ("upstream:x:unreadable", math.inf, None, 415, False),
+        ("upstream:x:unpriced", math.inf, None, 400, False),
         ("upstream:x:tokens per minute", math.inf, None, 413, False),
     ],
 )
@@ -94,3 +99,42 @@ def test_an_error_in_a_stream_is_an_event() -> None:
     assert event.endswith(b"\n\n")
     assert json.loads(event[6:])["error"]["message"] == "cut"
     assert stream_error_event("anthropic", "cut").startswith(b'event: error\ndata: {"type":"error"')
+
+
+def stream_end(protocol: StreamProtocol) -> Any:
+    """Return the exception that an SDK raises for a stream that ends with an error event."""
+    content = stream_error_event(protocol, "cut")
+    reply = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=content)
+    http = httpx2.Client(transport=httpx2.MockTransport(lambda _: reply))
+    kind: Any = anthropic.Anthropic if protocol == "anthropic" else openai.OpenAI
+    with kind(api_key="k", http_client=http, max_retries=0) as client, pytest.raises(Exception) as caught:  # noqa: PT011, PT012
+        if protocol == "openai-responses":
+            list(client.responses.create(model="m", input="x", stream=True))
+        elif protocol == "openai":
+            list(client.chat.completions.create(model="m", messages=[], stream=True))
+        else:
+            list(client.messages.create(model="m", max_tokens=1, messages=[], stream=True))
+    return caught.value
+
+
+@pytest.mark.parametrize("protocol", ["openai", "openai-responses", "anthropic"])
+def test_an_sdk_raises_the_error_of_a_stream(protocol: StreamProtocol) -> None:
+    error = stream_end(protocol)
+    assert isinstance(error, openai.APIError | anthropic.APIError)
+    assert "cut" in str(error)
+
+
+def test_the_error_event_of_responses_is_one_of_their_events() -> None:
+    name, _, data = stream_error_event("openai-responses", "cut").partition(b"\n")
+    event = json.loads(data.removeprefix(b"data: "))
+    assert name == b"event: error"
+    assert ResponseErrorEvent.model_validate(event).message == "cut"  # what node's SDK reads by its type
+    assert event["type"] == "error"
+
+
+def test_a_mistake_of_a_caller_is_never_called_an_error_of_the_server() -> None:
+    for status in (400, 403, 405, 415, 417, 431):
+        assert json.loads(error_response("openai", status, "c", "m").body)["error"]["type"] == "invalid_request_error"
+        assert (
+            json.loads(error_response("anthropic", status, "c", "m").body)["error"]["type"] == "invalid_request_error"
+        )

@@ -57,3 +57,24 @@ def test_names_that_another_machine_could_have_are_rejected(host: str) -> None:
 
 def test_a_page_without_an_origin_is_rejected() -> None:
     assert error_status(("origin", "null")) == 403
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"sec-fetch-site": "cross-site"}, 403),  # an image, a script or a link of a foreign page
+        ({"sec-fetch-site": "cross-site", "referer": "https://evil.example/"}, 403),
+        ({"sec-fetch-site": "cross-site", "referer": "https://localhost.evil.example/"}, 403),
+        ({"sec-fetch-site": "cross-site", "referer": "http://127.0.0.1:3000/"}, None),
+        ({"sec-fetch-site": "cross-site", "origin": "http://localhost:3000"}, None),
+        ({"sec-fetch-site": "same-site"}, None),
+        ({"sec-fetch-site": "same-origin"}, None),
+        ({"sec-fetch-site": "none"}, None),  # the address bar
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_what_a_browser_requests_for_another_site_is_rejected(
+    fields: dict[str, str], status: int | None, method: str
+) -> None:
+    assert error_status(("host", "localhost:8787"), *fields.items(), method=method) == status
+    assert error_status(("host", "localhost:8787"), *fields.items(), method=method, local_only=False) is None

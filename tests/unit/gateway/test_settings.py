@@ -77,7 +77,7 @@ def test_a_target_makes_an_upstream_with_its_settings() -> None:
         "o3": (),
     }
     assert (settings.max_concurrent, settings.max_wait, settings.weights) == (7, 20, {"acme": 3.0})
-    assert (upstream.core.retries.retry.max_attempts, upstream.core.retries.retry.max_total_delay) == (2, 20)
+    assert (upstream.core.retry.max_attempts, upstream.core.retry.max_total_delay) == (2, 20)
     assert upstream.core.prices.usd("openai", "mine", 1_000_000, 0) == 1.0
 
 
@@ -215,6 +215,7 @@ def test_an_invalid_address_is_rejected(listen: Any) -> None:
         ({"max_held_bytes": 0}, "max_held_bytes"),
         ({"max_body_bytes": 1000, "max_held_bytes": 999}, "max_held_bytes"),
         ({"max_header_bytes": "64k"}, "max_header_bytes"),
+        ({"max_held_response_bytes": 0}, "max_held_response_bytes"),
         ({"max_connections": 0}, "max_connections"),
         ({"body_timeout": 0}, "body_timeout"),
         ({"drain_timeout": -1}, "drain_timeout"),

@@ -23,6 +23,12 @@ TARGETS = [
         ("/v1/models", {"authorization": "Bearer k"}, "https://api.openai.test/v1/models"),
         ("/v1/models", {"x-api-key": "k"}, "https://api.anthropic.test/v1/models"),
         ("/v1/models/a%2Fb", {}, "https://api.openai.test/v1/models/a%2Fb"),
+        ("/v1/files", {"x-api-key": "k"}, "https://api.anthropic.test/v1/files"),
+        ("/v1/chat/completions", {"x-api-key": "k"}, "https://api.openai.test/v1/chat/completions"),
+        ("/v1/embeddings", {"anthropic-version": "1"}, "https://api.openai.test/v1/embeddings"),
+        ("/v1/messages/batches", {"authorization": "k"}, "https://api.anthropic.test/v1/messages/batches"),
+        ("/v1/models?a=/v1/messages", {}, "https://api.openai.test/v1/models?a=/v1/messages"),
+        ("/v1/models", {"authorization": "Bearer k", "x-api-key": "k"}, "https://api.openai.test/v1/models"),
         ("/local/v1/chat/completions", {}, "http://localhost:8000/llm/v1/chat/completions"),
         ("/local/api/tags", {}, "http://localhost:8000/llm/api/tags"),
         ("/anthropic/v1/models", {}, "https://api.anthropic.test/v1/models"),
@@ -43,6 +49,16 @@ def test_an_unknown_or_ambiguous_path_leads_nowhere(path: str) -> None:
 
 def test_a_protocol_without_a_target_leads_nowhere() -> None:
     assert find_destination(TARGETS[:1], "/v1/messages", {}) is None
+    assert find_destination(TARGETS[:1], "/v1/messages", {"x-api-key": "k"}) is None
+    assert find_destination(TARGETS[:1], "/v1/models", {"x-api-key": "k", "anthropic-version": "1"}) is None
+    assert find_destination(TARGETS[1:2], "/v1/chat/completions", {"x-api-key": "k"}) is None
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/v1/responses", "/v1/audio/speech"])
+def test_a_key_in_x_api_key_reaches_the_only_target(path: str) -> None:
+    destination = find_destination(TARGETS[:1], path, {"x-api-key": "k"})
+    assert destination is not None
+    assert destination.target is TARGETS[0]
 
 
 def test_the_protocol_is_detected_by_path_and_headers() -> None:

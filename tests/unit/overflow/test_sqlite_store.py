@@ -6,17 +6,18 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from forebay import clock
-from forebay.interfaces import PutResult, TaskRecord
+from forebay.interfaces import Completion, PutResult, TaskRecord
 from forebay.overflow import SqliteTaskStore
 from forebay.overflow import sqlite as statements
 from forebay.overflow.sqlite_schema import SCHEMA
 from forebay.simulation import simulate
 from forebay.storage.batch_statement import BatchStatement
-from forebay.storage.sqlite_file import open_file
+from forebay.storage.sqlite_file import Schema, open_file
 from forebay.storage.url import Synchronous
 from forebay.task import Priority
 
@@ -43,6 +44,7 @@ def sql() -> dict[str, str]:
 SCANS = {
     "_DEPTHS": "as many rows as types and priorities",
     "_DELETE_EMPTY_DEPTHS": "as many rows as types and priorities",
+    "_PARKED": "an index alone, once in a third of a lease",
     "_OLDEST_DONE": "a part of _TRIM_DONE, and not run by itself",
     "_OLDEST_DEAD": "a part of _TRIM_DEAD, and not run by itself",
     "_TRIM_DONE": "in order, and only as far as it deletes",
@@ -60,6 +62,33 @@ def test_no_statement_scans_the_table(connection: sqlite3.Connection, name: str)
     assert bool(scans) is (name in SCANS), steps
 
 
+@pytest.mark.blocks  # it opens the file itself
+async def test_a_file_of_the_first_schema_is_migrated_with_its_records(tmp_path: Path) -> None:
+    old = open_file(tmp_path / "store.db", Schema(SCHEMA.application_id, SCHEMA.migrations[:1]), Synchronous.OFF, 1.0)
+    old.execute(
+        "INSERT INTO task (task_id, task_type, state, priority, due, attempts, enqueued_at, envelope)"
+        " VALUES ('old', 't', 0, 2, 1e999, 0, 5.0, x'')"
+    )
+    old.execute("INSERT INTO depth VALUES ('t', 2, 1)")
+    old.execute("UPDATE size SET tasks = 1 WHERE kind = 0")
+    old.close()
+    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    await store.open()
+    for number in range(2):
+        record = TaskRecord(
+            task_id=f"{number}",
+            task_type="t",
+            priority=Priority.NORMAL,
+            envelope=b"",
+            enqueued_at=9.0,
+            thread_id="conversation",
+        )
+        await store.put(record)
+    assert [lease.record.task_id for lease in await store.lease("t", 9, until=1.0)] == ["old", "0"]
+    assert await store.depths() == {}
+    await store.close()
+
+
 @pytest.mark.blocks  # a virtual loop runs inline what would run in a thread
 def test_it_works_in_virtual_time(tmp_path: Path) -> None:
     async def main() -> list[str]:
@@ -74,6 +103,24 @@ def test_it_works_in_virtual_time(tmp_path: Path) -> None:
         return [lease.record.task_id for lease in leases]
 
     assert simulate(main, seed=1) == ["a", "b"]
+
+
+async def test_on_a_disk_that_is_nearly_full_results_are_kept_for_ten_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteTaskStore(tmp_path / "store.db", synchronous=Synchronous.OFF)
+    await store.open()
+    now = clock.wall_time()
+    for task_id, age in (("old", 700.0), ("new", 500.0)):
+        record = TaskRecord(task_id=task_id, task_type="t", priority=Priority.LOW, envelope=b"", enqueued_at=now)
+        await store.put(record)
+        await store.finish(task_id, Completion(status="succeeded", finished_at=now - age), fence=None)
+    assert await store.prune(before=now - 86_400.0) == 0
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=1))
+    await store.find("new")  # a transaction, after which the disk is looked at
+    assert await store.prune(before=now - 86_400.0) == 1
+    assert await store.find("new") is not None
+    await store.close()
 
 
 async def test_an_acknowledged_write_is_committed(tmp_path: Path) -> None:

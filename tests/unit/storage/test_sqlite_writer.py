@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -361,4 +363,77 @@ async def test_open_works_after_a_failed_open(tmp_path: Path) -> None:
     (tmp_path / "missing").mkdir()
     await writer.open()
     assert await writer.run(partial(add, 1)) == 1
+    await writer.close()
+
+
+async def test_many_opens_at_once_are_one(tmp_path: Path) -> None:
+    before = {thread.ident for thread in threading.enumerate()}
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF)
+    await asyncio.gather(*(writer.open() for _ in range(8)))
+    await writer.run(partial(add, 1))
+    assert sum(thread.ident not in before and "numbers.db" in thread.name for thread in threading.enumerate()) == 1
+    await writer.close()
+    await asyncio.gather(writer.open(), writer.open())
+    assert await writer.run(numbers, writes=False) == [1]
+    await writer.close()
+
+
+# --- other processes, and small disks --------------------------------------------------------------------------------
+
+
+async def test_a_writer_asks_for_its_turn_every_few_milliseconds(tmp_path: Path) -> None:
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF, busy_timeout=0.3)
+    await writer.open()
+    attempts: list[str] = []
+    await writer.run(lambda connection: connection.set_trace_callback(attempts.append))
+    attempts.clear()
+    other = sqlite3.connect(tmp_path / "numbers.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="another process"):
+        await writer.run(partial(add, 1))
+    other.close()
+    assert attempts.count("BEGIN IMMEDIATE") >= 10
+    await writer.run(partial(add, 1))
+    await writer.close()
+
+
+class SmallDisk:
+    """A disk with room for `size` bytes of the files of a database, which says so to everybody who asks."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self.directory = directory
+        self.size = size
+
+    def free(self) -> int:
+        return max(0, self.size - sum(path.stat().st_size for path in self.directory.iterdir()))
+
+    def statvfs(self, _: object) -> Any:
+        return SimpleNamespace(f_bavail=self.free(), f_frsize=1)
+
+
+async def test_the_log_is_shortened_before_it_fills_a_small_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SmallDisk(tmp_path, 2 << 20)
+    monkeypatch.setattr("os.statvfs", disk.statvfs)
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF)
+    await writer.open()
+    for number in range(400):
+        await writer.run(partial(add, number))
+        assert disk.free() > 512 << 10
+    await writer.close()
+
+
+async def test_what_makes_a_file_grow_is_refused_while_the_disk_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SqliteWriter(tmp_path / "numbers.db", SCHEMA, synchronous=Synchronous.OFF)
+    await writer.open()
+    disk = SmallDisk(tmp_path, 0)
+    monkeypatch.setattr("os.statvfs", disk.statvfs)
+    with pytest.raises(StoreUnavailable, match="nearly full"):
+        await writer.run(writer.check_growth)
+    assert await writer.run(partial(add, 1)) == 1
+    disk.size = 1 << 30
+    await writer.run(writer.check_growth)
     await writer.close()

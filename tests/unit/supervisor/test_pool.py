@@ -72,17 +72,32 @@ def test_a_failed_worker_takes_its_slots_and_its_runs_out_of_the_count() -> None
     assert (pool.slots, pool.running) == (2, 0)
 
 
-def test_the_load_counts_running_queued_parked_and_reserved() -> None:
+def test_the_load_counts_running_queued_and_reserved_but_not_parked() -> None:
     (pool,) = counted(Pools(max_queue_size=6), agent := worker(slots=2))
     agent.take_slot(probe=False)
     pool.slot_taken(agent)
     pool.park()
     pool.reserve(2)
     assert pool.waiting == 3
-    assert pool.load() == (1 + 3) / (2 + 6)
+    assert pool.load() == (1 + 2) / (2 + 6)
     pool.unpark()
     pool.unreserve(2)
     assert pool.load() == 1 / 8
+
+
+def test_conversations_share_the_room_for_parked_tasks() -> None:
+    (pool,) = counted(Pools(max_queue_size=60), worker(slots=2))
+    parked = [0, 0]
+    for _ in range(100):
+        for conversation in (0, 1):
+            if pool.may_park(parked[conversation]):
+                pool.park()
+                parked[conversation] += 1
+    assert parked == [40, 40]  # a third of twice the queue's room each
+    assert pool.may_park(0)  # and a third conversation finds room
+    for _ in range(60):
+        pool.park()
+    assert [pool.may_park(own) for own in (9, 10)] == [True, False]  # ten in any case
 
 
 def test_slots_that_the_start_gate_blocks_are_not_usable() -> None:

@@ -27,8 +27,9 @@ class Owner:
     def cancel(self, ticket: Ticket, reason: str) -> None:
         self.cancelled.append(f"{ticket.task_id}: {reason}")
 
-    def lend_slots(self, running: Any) -> None:
+    def lend_slots(self, running: Any, awaited: Ticket) -> None:
         assert running is None
+        assert isinstance(awaited, Ticket)
 
     def hold_strongly(self, task_id: str) -> None:
         self.held.append(task_id)

@@ -15,7 +15,7 @@ from forebay.supervisor.ticket_registry import TicketRegistry
 
 
 def new_registry(keep: int = 2) -> TicketRegistry:
-    return TicketRegistry(asyncio.get_running_loop(), EventBus(), keep=keep)
+    return TicketRegistry(asyncio.get_running_loop(), EventBus(), keep=keep, keep_bytes=1_000_000)
 
 
 @virtual
@@ -78,7 +78,9 @@ async def test_only_the_ticket_itself_is_discarded() -> None:
 async def test_settling_reports_the_end_and_wakes_the_listeners() -> None:
     events: list[Event] = []
     progress: list[None] = []
-    registry = TicketRegistry(asyncio.get_running_loop(), EventBus((events.append,)), keep=1)
+    bus = EventBus()
+    bus.add_observer(events.append)
+    registry = TicketRegistry(asyncio.get_running_loop(), bus, keep=1, keep_bytes=1_000_000)
 
     def listener() -> None:
         progress.append(None)

@@ -124,7 +124,7 @@ def test_a_cancelled_attempt_releases_its_permit() -> None:
 @pytest.mark.parametrize("result", [FAULT, THROTTLED])
 def test_a_retry_that_is_cancelled_while_it_waits_goes_back_to_the_budget(result: AttemptResult) -> None:
     flow = FlowHarness()
-    budgets = flow.upstream.core.retries._budgets
+    budgets = flow.account.retries._budgets
     flow.start()
     before = budgets.faults._retries, budgets.throttles._retries
     assert flow.send(result) == "Sleep"

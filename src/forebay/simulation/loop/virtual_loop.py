@@ -131,6 +131,11 @@ class VirtualLoop(NoIOLoop):
         """Return the virtual wall time, in epoch seconds."""
         return self._epoch + self._now
 
+    def step_wall_time(self, seconds: float) -> None:
+        """Move the wall clock by `seconds`, as an operator or a time server does; the loop's own time goes on."""
+        _check("step_wall_time", seconds, math.isfinite(seconds), "a finite number of seconds")
+        self._epoch += seconds
+
     def stall(self, seconds: float) -> None:
         """Advance the clock by `seconds` without running callbacks, as code that blocks the loop does."""
         _check("stall", seconds, 0 <= seconds < math.inf, "a number of seconds, at least 0")

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from forebay._text import format_duration
-from forebay.errors import Overloaded, RemoteError, StillSpilled
+from forebay._hooks import call_plain_hook, raise_again_if_interrupt
+from forebay._text import error_text, format_duration
+from forebay.errors import Overloaded, RemoteError, StillSpilled, UnusableTask
 from forebay.events import WorkerFailed, WorkerRecovered, ZombieEnded, ZombieFound, log
 from forebay.interfaces import Outcome
-from forebay.supervisor.runs.run import ActiveRuns, Run
+from forebay.supervisor.runs.run import ActiveRuns, Run, was_interrupted
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
 from forebay.task import TaskResult, TaskStatus
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _SUCCESS, _SUCCEEDED, _EXPIRED, _TIMED_OUT = (
     Outcome.SUCCESS, TaskStatus.SUCCEEDED, TaskStatus.EXPIRED, TaskStatus.TIMED_OUT,
 )  # fmt: skip
-_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and the wall clock may differ when a timer fires
+_CLOCK_TOLERANCE = 1e-3  # seconds by which the loop's clock and that of deadlines may differ
 _PENALTY_LIFETIME = 10.0  # seconds after which a failure no longer counts against a worker's score
 
 
@@ -46,11 +47,17 @@ class CompletionDispatcher(Protocol):
     def return_slot(self, run: Run, now: float | None = None) -> None:
         """Return the slot of a run, and start what comes next."""
 
+    def suspended_run_ended(self, run: Run) -> None:
+        """Forget a run that has ended without having its slot back."""
+
     def dispatch(self, worker: WorkerAgent, now: float | None = None) -> None:
         """Start as many waiting tasks on `worker` as it has slots for."""
 
     def update_slots(self, worker: WorkerAgent) -> None:
         """Count the slots that `worker` has now, and dispatch to it."""
+
+    def start_worker(self, worker: WorkerAgent) -> None:
+        """Start the handler of a worker."""
 
 
 class RunCompletion:
@@ -97,11 +104,11 @@ class RunCompletion:
 
     def time_out(self, run: Run) -> None:
         """End a run at its timeout, or at its deadline if that came first."""
-        if run.deadline is not None and run.deadline.remaining() <= _CLOCK_TOLERANCE:
-            self._pools[run.task.task_type].service_times.record_timeout(self._loop.time() - run.started_at)
+        now, timeout = self._loop.time(), run.task.timeout or run.worker.timeout
+        if run.deadline is not None and now + run.deadline.remaining() <= run.started_at + timeout + _CLOCK_TOLERANCE:
+            self._pools[run.task.task_type].service_times.record_timeout(now - run.started_at)
             self.end_early(run, _EXPIRED, "its deadline passed while it ran")
         else:
-            timeout = run.task.timeout or run.worker.timeout
             self.end_early(run, _TIMED_OUT, f"it ran longer than its timeout of {format_duration(timeout)}")
 
     def arm_timeout(self, run: Run) -> None:
@@ -175,6 +182,7 @@ class RunCompletion:
     def handler_ended(self, run: Run, value: Any, cause: BaseException | None) -> None:
         """Process the end of a handler: record its result and its duration, and give its slot to what comes next."""
         worker, ticket, task = run.worker, run.ticket, run.task
+        cause, error = (None, "") if cause is None else _read_cause(cause)  # first, because it is user code
         now = self._loop.time()
         seconds = now - run.started_at
         holds_slot = run.end()
@@ -183,8 +191,6 @@ class RunCompletion:
             self._timers.cancel(run.clear_timer())
         if run.expected_sources:
             self._on_run_end(run)
-        if worker.handler.on_end is not None:
-            worker.handler.on_end(task)
         success = cause is None and run.abandoned_at is None
         pool = self._pools[task.task_type]
         pool.service_times.record(seconds, success=success)
@@ -193,15 +199,19 @@ class RunCompletion:
         if success:
             self._succeeded(run, value, now, seconds, pool)
         elif run.abandoned_at is None:
-            self._failed(run, cause, 1000 * seconds)
+            self._failed(run, cause, error, 1000 * seconds)
         else:
             self._abandoned_run_stopped(run, now - run.abandoned_at)
         if task.thread_id is not None and ticket.run is None:
             self._dispatcher.next_in_conversation(ticket)
         if holds_slot:
             self._dispatcher.return_slot(run, now)
+        else:
+            self._dispatcher.suspended_run_ended(run)
         if self._registry.listeners:
             self._registry.notify_progress()
+        if worker.handler.on_end is not None:  # last, because it is user code and may do anything
+            call_plain_hook(f"on_end of worker {worker.name!r}", worker.handler.on_end, task)
 
     def _succeeded(self, run: Run, value: Any, now: float, seconds: float, pool: Pool) -> None:
         worker, ticket, task = run.worker, run.ticket, run.task
@@ -235,25 +245,28 @@ class RunCompletion:
             task_id = run.task.task_id
             self._registry.emit(run.ticket, ZombieEnded(at=now, task_id=task_id, worker_id=worker.name, after=after))
 
-    def _failed(self, run: Run, cause: BaseException | None, duration_ms: float) -> None:
+    def _failed(self, run: Run, cause: BaseException | None, error: str, duration_ms: float) -> None:
         ticket, worker = run.ticket, run.worker
         status, outcome = TaskStatus.FAILED, Outcome.FAULT
         if run.rejections and not isinstance(cause, Overloaded):
-            cause = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
-        if isinstance(cause, StillSpilled) and self._dispatcher.can_requeue(ticket):
+            cause, _ = next(reversed(run.rejections.values()))  # its framework may have wrapped it in another exception
+            error = describe_error(cause)
+        interrupted = was_interrupted(run, cause)
+        if (interrupted or isinstance(cause, StillSpilled)) and self._dispatcher.can_requeue(ticket):
             self._record_outcome(run, Outcome.IGNORED)
-            self._dispatcher.requeue(ticket)  # the task that it awaited is left to the next process, and so is this one
+            # The task that it awaited is left to the next process, or this process ends; so it is left too.
+            self._dispatcher.requeue(ticket)
             return
-        if isinstance(cause, asyncio.CancelledError):
+        if interrupted:
+            status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
+            error = "its program was interrupted (KeyboardInterrupt)"
+        elif isinstance(cause, asyncio.CancelledError):
             status, outcome = TaskStatus.CANCELLED, Outcome.IGNORED
             error = "its handler was cancelled, and not by its supervisor"
         elif isinstance(cause, Overloaded | StillSpilled):
             outcome = Outcome.IGNORED  # its call or nested task was rejected or left: no fault of this worker
-            error = describe_error(cause)
-        else:
-            error = describe_error(cause)
-            if run.upstream_failed:
-                outcome = Outcome.IGNORED
+        elif run.upstream_failed or _is_submitters_mistake(cause):
+            outcome = Outcome.IGNORED
         self._record_outcome(run, outcome)
         result = unsuccessful_result(ticket, status, error, worker_id=worker.name, duration_ms=duration_ms, cause=cause)
         self._dispatcher.finish(ticket, result)
@@ -276,6 +289,11 @@ class RunCompletion:
             for pool in self._pools_of[worker]:
                 pool.selector.update(worker)
 
+    def fail_start(self, worker: WorkerAgent) -> None:
+        """Make a worker FAILED whose handler could not be started."""
+        worker.breaker.trip(self._loop.time())
+        self.update_breaker(worker, "its handler could not be started")
+
     def revive(self, worker: WorkerAgent) -> None:
         """Close a worker's breaker."""
         worker.close_breaker()
@@ -295,6 +313,8 @@ class RunCompletion:
         elif failed and not worker.failed:
             log.info("worker %r accepts tasks again", worker.name)
             self._bus.emit(WorkerRecovered(at=now, worker_id=worker.name))
+        if not (worker.ready or worker.failed):
+            self._dispatcher.start_worker(worker)  # the start is its probe
         self._dispatcher.update_slots(worker)
         self._registry.notify_progress()
 
@@ -308,12 +328,30 @@ class RunCompletion:
             self._breaker_timers[worker] = self._timers.at(due, self.update_breaker, worker, "a probe is overdue")
 
 
-def describe_error(cause: BaseException | None) -> str:
-    """Return an exception as ``"ValueError: ..."``, even if its ``str`` fails."""
-    try:
-        text = str(cause)
-    except Exception:  # noqa: BLE001 - a broken __str__ must not lose the task
-        text = "(its message cannot be shown)"
+def _is_submitters_mistake(cause: BaseException | None) -> bool:
+    """Return whether a handler failed because of its task, which no handler of its type could have run."""
     if isinstance(cause, RemoteError):
+        return cause.type == UnusableTask.__name__
+    return isinstance(cause, UnusableTask)
+
+
+def describe_error(cause: BaseException | None) -> str:
+    """Return an exception as ``"ValueError: ..."``, as it can be stored, even if its ``str`` fails."""
+    try:
+        text = error_text(str(cause))
+    except BaseException as error:  # noqa: BLE001 - a broken __str__ must not lose the task
+        raise_again_if_interrupt(error)
+        text = "(its message cannot be shown)"
+    if issubclass(type(cause), RemoteError):
         return text  # it begins with the type already
-    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+    return error_text(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)
+
+
+def _read_cause(cause: BaseException) -> tuple[BaseException, str]:
+    """Return the exception of a handler and its description; one that cannot be looked at is replaced."""
+    error = describe_error(cause)
+    try:
+        isinstance(cause, Overloaded)  # reads its __class__, which may be a property
+    except BaseException:  # noqa: BLE001 - user code
+        cause = RuntimeError(error)
+    return cause, error

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple
 
 import msgspec
 
-from forebay.events import TaskProgress, log
+from forebay import clock
+from forebay._hooks import await_hook, call_hook, is_awaitable, is_interrupt
+from forebay.errors import Overloaded, fresh_copy
+from forebay.events import TaskProgress
 from forebay.task import Deadline, Task, TaskStatus
 
 if TYPE_CHECKING:
-    from forebay.errors import Overloaded
     from forebay.interfaces import LoadSource
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.timers import Timer
@@ -77,8 +79,11 @@ class RunOwner(Protocol):
     def take_slot(self, run: Run) -> None:
         """Take a slot of the run's worker."""
 
-    def return_slot(self, run: Run) -> None:
-        """Return the slot of a run, and start what comes next."""
+    def lend_slot(self, run: Run) -> None:
+        """Lend the slot of a run, and start what comes next."""
+
+    def dispatch(self, worker: WorkerAgent) -> None:
+        """Start as many waiting tasks on `worker` as it has slots for."""
 
     def source_used(self, run: Run, source: LoadSource) -> None:
         """Record that the run is the first of its worker to call `source`."""
@@ -99,13 +104,15 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
     runner: HandlerRunner | None = None
     timer: Timer | None = None
     awaited_tasks: int = 0  # tasks, of any supervisor, that it awaits
+    exemptions: int = 0  # awaits, here or below, for which new runs may have to begin
     slot_loans: int = 0  # tasks that it, or a run below it, awaits and that may need its slot
     abandoned_at: float | None = None  # loop time at which its ticket ended before its handler did
     zombie: bool = False  # abandoned, and still running after the grace
     ended: bool = False
     calls: dict[LoadSource, int] | None = None  # how often it has called each source
     expected_sources: dict[LoadSource, None] | None = None  # sources that it has not called yet and is expected to
-    rejections: dict[object, Overloaded] | None = None  # final rejections of its calls, by what rejected them
+    # Final rejections of its calls, and when they came, by what rejected them.
+    rejections: dict[object, tuple[Overloaded, float]] | None = None
     upstream_failed: bool = False  # one of its calls failed because of the upstream
     in_thread: bool = False  # its handler runs in a thread, which its runner only waits for
 
@@ -129,7 +136,23 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def record_rejection(self, by: object, error: Overloaded) -> None:
         """Record that a call was rejected for good."""
-        self.rejections = {**(self.rejections or {}), by: error}
+        self.rejections = {**(self.rejections or {}), by: (fresh_copy(error), clock.now())}
+
+    def rejection_by(self, by: object) -> Overloaded | None:
+        """Return the error with which a call fails at once, because `by` rejected an earlier one of the run for good.
+
+        None if it rejected none, or once its retry_after has passed: then the run has handled the rejection.
+        """
+        if not self.rejections or by not in self.rejections:
+            return None
+        error, rejected_at = self.rejections[by]
+        if error.retry_after is None:
+            return fresh_copy(error)
+        left = rejected_at + error.retry_after - clock.now()
+        if left > 0:
+            return Overloaded(error.reason, limited_by=error.limited_by, load=error.load, retry_after=left)
+        self.rejections = {other: rejection for other, rejection in self.rejections.items() if other is not by}
+        return None
 
     def record_upstream_fault(self) -> None:
         """Record that a call failed because of its upstream."""
@@ -151,6 +174,7 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             at = self.dispatcher.core.loop.time()
             event = TaskProgress(at=at, task_id=self.task.task_id, value=value)
             self.dispatcher.core.registry.emit(self.ticket, event)
+            self.dispatcher.core.bus.limit_backlog()  # a handler may report much without ever giving the loop a turn
 
     # --- expected calls ---
 
@@ -190,13 +214,34 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """True if it lent its slot, and would now go on without one."""
         return not (self.holds_slot or self.lends_slot or self.ended)
 
+    @property
+    def is_suspended(self) -> bool:
+        """True if it has lent its slot and has not ended."""
+        return not (self.holds_slot or self.ended)
+
     def take_slot(self) -> None:
         """Record that it has a slot of its worker again."""
+        self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
         self.holds_slot = True
 
     def give_slot(self) -> None:
         """Record that it has lent its slot."""
+        self.worker.suspend(self.task.priority, exempt=self.exemptions > 0)
         self.holds_slot = False
+
+    def begin_exemption(self) -> bool:
+        """Count an await, here or below, that may need new runs to begin; return True if it counts as open no more."""
+        self.exemptions += 1
+        first = self.exemptions == 1 and self.is_suspended
+        if first:
+            self.worker.change_exempt(self.task.priority, 1)
+        return first
+
+    def end_exemption(self) -> None:
+        """Stop counting an await that might have needed new runs."""
+        self.exemptions -= 1
+        if not self.exemptions and self.is_suspended:
+            self.worker.change_exempt(self.task.priority, -1)
 
     def begin_await(self) -> None:
         """Count a task that it awaits."""
@@ -251,12 +296,10 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
             return
         on_cancel = self.worker.handler.on_cancel
         if on_cancel is not None:
-            try:
-                asked = on_cancel(self.task)
-                if inspect.isawaitable(asked):
-                    self.dispatcher.core.run_in_background(asked)
-            except Exception:  # noqa: BLE001 - user code; the run must be stopped whatever it raises
-                log.exception("on_cancel of worker %r failed for task %r", self.worker.name, self.task.task_id)
+            what = f"on_cancel of worker {self.worker.name!r}"
+            asked = call_hook(what, on_cancel, self.task)
+            if is_awaitable(asked):
+                self.dispatcher.core.run_in_background(await_hook(what, asked))
         if self.runner is not None and not self.in_thread:
             self.runner.stop(self)
 
@@ -316,9 +359,17 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
 
     def end(self) -> bool:
         """Record that its handler has really ended; return whether it held a slot, which the caller now returns."""
+        if self.is_suspended:
+            self.worker.resume(self.task.priority, exempt=self.exemptions > 0)
         self.ended = True
         held, self.holds_slot = self.holds_slot, False
         return held
+
+
+def was_interrupted(run: Run, cause: BaseException | None) -> bool:
+    """Return whether a Ctrl-C ended the handler of `run`, which cannot be if it ran in a thread."""
+    in_loop = run.ticket.slot is not None or not run.worker.handler.blocking
+    return in_loop and cause is not None and is_interrupt(cause)
 
 
 def _call_handler(call: Any, task: Task) -> tuple[Any, BaseException | None]:
@@ -354,6 +405,9 @@ class ActiveRuns:
     def on(self, worker: WorkerAgent) -> list[Run]:
         """Return the runs on a worker, in the order in which their handlers started."""
         return list(self._by_worker.get(worker, ()))
+
+    def __bool__(self) -> bool:
+        return any(self._by_worker.values())
 
     def all(self) -> list[Run]:
         """Return every run."""

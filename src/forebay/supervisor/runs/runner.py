@@ -18,8 +18,9 @@ from contextvars import Context, copy_context
 from typing import Any
 
 from forebay import context
+from forebay._hooks import raise_again_if_interrupt
 from forebay.events import log
-from forebay.supervisor.runs.run import Run, StopIterationCarrier
+from forebay.supervisor.runs.run import Run, StopIterationCarrier, was_interrupted
 
 _MAX_BURST = 16  # handlers that end without ever waiting, before the loop gets a turn
 
@@ -124,8 +125,10 @@ class Runner:
                 pool.reusable = self
             try:
                 on_end(run, value, cause)
-            except Exception:  # noqa: BLE001 - the runner goes on with other handlers
+            except BaseException:  # noqa: BLE001 - the runner goes on with other handlers
                 log.exception("the end of task %r could not be processed", run.task.task_id)
+            if cause is not None and was_interrupted(run, cause):
+                raise_again_if_interrupt(cause)
             pool.reusable = run = value = cause = None
             if not reusable:
                 return

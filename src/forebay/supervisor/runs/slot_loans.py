@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from forebay.context import RunningTask
 from forebay.supervisor.runs.run import Run, RunOwner
+
+if TYPE_CHECKING:
+    from forebay.supervisor.ticket import Ticket
 
 
 def run_and_ancestors(running: RunningTask | None) -> Iterator[Run]:
@@ -28,33 +33,49 @@ class SlotLoan:
     itself. Then work that goes down a tree of supervisors and up again cannot deadlock, and a run that submits a task
     and works on keeps its slot, whatever that task waits for. A run that awaits several tasks at once (a gather) lends
     its slot as long as it awaits any of them.
+
+    A worker that has as many open runs as it may have, suspended ones included, begins no new one. That delays no run
+    that waits for its own nested task, queued or running, since nested tasks start all the same. A run that waits for
+    any other task (another submitter's, a stored one, one behind its conversation) may need a new run to begin, and so
+    may those above it: they do not count while it waits.
     """
 
-    __slots__ = ("_awaiting_run", "_runs")
+    __slots__ = ("_awaiting_run", "_chain", "_exempt", "_runs")
 
-    def __init__(self, dispatcher: RunOwner, awaiting: Run) -> None:
+    def __init__(self, dispatcher: RunOwner, awaiting: Run, awaited: Ticket) -> None:
         self._awaiting_run = awaiting
-        chain = tuple(run_and_ancestors(awaiting))
+        self._chain = chain = tuple(run_and_ancestors(awaiting))
+        inside = awaited.queue_entry is not None or awaited.run is not None
+        self._exempt = not (inside and awaited.nested and awaited.parent is awaiting)
         needed = max((count for count, run in enumerate(chain, start=1) if run.dispatcher is dispatcher), default=0)
         self._runs = chain[:needed]
         awaiting.begin_await()
         for run in self._runs:
             run.begin_loan()
+        if self._exempt:
+            for run in chain:
+                if run.begin_exemption():
+                    run.dispatcher.dispatch(run.worker)
         for run in {awaiting: None, **dict.fromkeys(self._runs)}:
             if run.lends_slot and run.holds_slot:
-                run.give_slot()
-                run.dispatcher.return_slot(run)
+                run.dispatcher.lend_slot(run)
 
     async def reclaim(self) -> None:
         """Wait, ahead of the queue of its worker, until the run that awaited has a slot again.
 
         The runs above it claim their slots too, but this does not wait for them: a task that holds one of these slots
-        may need the slot of this run. A run that is being cancelled does not wait: it ends without a slot.
+        may need the slot of this run.
+
+        A cancellation of the await is raised once the run has a slot: code that catches it, such as
+        ``asyncio.timeout``, goes on to work. A run that its supervisor stops does not wait: it ends without a slot.
         """
         awaiting = self._awaiting_run
         awaiting.end_await()
         for run in self._runs:
             run.end_loan()
+        if self._exempt:
+            for run in self._chain:
+                run.end_exemption()
         for run in self._runs:
             if run is not awaiting and run.lacks_slot:
                 run.dispatcher.slot_claims.claim(run)
@@ -63,6 +84,20 @@ class SlotLoan:
             granted = claims.claim(awaiting)
             if granted is not None:
                 try:
-                    await granted
+                    await _wait_for_slot(awaiting, granted)
                 finally:
                     claims.withdraw(awaiting, granted)
+
+
+async def _wait_for_slot(run: Run, granted: asyncio.Future[None]) -> None:
+    """Wait until `granted` is done, even if the caller is cancelled, unless the run is to stop."""
+    cancellation: asyncio.CancelledError | None = None
+    while not granted.done():
+        try:
+            await asyncio.wait((granted,))
+        except asyncio.CancelledError as error:
+            if run.abandoned_at is not None or run.ended:
+                raise
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation

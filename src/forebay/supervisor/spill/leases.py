@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from forebay import clock
 from forebay.events import log
@@ -13,13 +14,16 @@ from forebay.interfaces import Lease, TaskStore
 
 
 class _HeldLease:
-    """A lease and its end, in one object because the heartbeat's thread writes the end and the loop reads it."""
+    """A lease and its end, in one object because the heartbeat's thread writes the end and the loop reads it.
+
+    The end is by `clock.now`: the wall clock, by which the store has it, may be set.
+    """
 
     __slots__ = ("lease", "until")
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: Lease, until: float) -> None:
         self.lease = lease
-        self.until = lease.until
+        self.until = until
 
     def extend(self, until: float) -> None:
         """Make it last until `until`."""
@@ -31,35 +35,52 @@ class _HeldLease:
 
 
 class HeldLeases:
-    """Leases by task id. Only `renew` may be called outside the loop's thread."""
+    """Leases by task id. Only `renew` may be called outside the loop's thread.
 
-    def __init__(self) -> None:
+    Args:
+        duration: seconds that a lease lasts unless renewed.
+    """
+
+    def __init__(self, duration: float) -> None:
+        self._duration = duration
         self._held: dict[str, _HeldLease] = {}
 
     def hold(self, lease: Lease) -> None:
         """Keep a lease and renew it from now on."""
-        self._held[lease.record.task_id] = _HeldLease(lease)
+        seconds = min(self._duration, lease.until - clock.wall_time())
+        self._held[lease.record.task_id] = _HeldLease(lease, clock.now() + seconds)
 
     def drop(self, task_id: str) -> str | None:
         """Forget a lease; return its fence, if there was one."""
         held = self._held.pop(task_id, None)
         return None if held is None else held.lease.fence
 
-    def is_valid(self, task_id: str, now: float) -> bool:
-        """Return whether the lease on a task has neither lapsed at `now`, in epoch seconds, nor been lost."""
+    def is_valid(self, task_id: str) -> bool:
+        """Return whether the lease on a task has neither lapsed nor been lost."""
         held = self._held.get(task_id)
-        return held is not None and now < held.until
+        return held is not None and clock.now() < held.until
+
+    def take(self, task_ids: Iterable[str]) -> Sequence[Lease]:
+        """Return the leases on tasks, and forget them."""
+        held = [self._held.pop(task_id, None) for task_id in task_ids]
+        return [each.lease for each in held if each is not None]
+
+    def conversations(self) -> Mapping[str, int]:
+        """Return how many leases are held on tasks of each conversation."""
+        threads = (held.lease.record.thread_id for held in self._held.values())
+        return Counter(thread_id for thread_id in threads if thread_id is not None)
 
     def take_all(self) -> Sequence[Lease]:
         """Return every lease, and forget them."""
-        leases = [held.lease for held in self._held.values()]
-        self._held.clear()
-        return leases
+        return self.take(list(self._held))
 
-    def renew(self, store: TaskStore, *, until: float) -> None:
-        """Extend every lease to `until`, in epoch seconds. It blocks, and may be called from any thread."""
-        held = list(self._held.values())
-        lost = {lease.fence for lease in store.renew([each.lease for each in held], until=until)}
+    def renew(self, store: TaskStore) -> None:
+        """Extend every lease to its whole duration from now. It blocks, and may be called from any thread."""
+        held, until = list(self._held.values()), clock.now() + self._duration
+        lost = {
+            lease.fence
+            for lease in store.renew([each.lease for each in held], until=clock.wall_time() + self._duration)
+        }
         for each in held:
             if each.lease.fence not in lost:
                 each.extend(until)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from forebay.errors import ForebayError, StoreUnavailable, UnknownTask
 from forebay.interfaces import RecordState
 from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket
-from forebay.task import Task
+from forebay.task import Deadline, Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
@@ -46,8 +46,10 @@ class StoreLookup:
         missing: ForebayError = UnknownTask(task_id=task_id)
         try:
             found = await self._stored.store.find(task_id)
-        except StoreUnavailable as exc:
-            found, missing = None, exc
+        except Exception as exc:  # noqa: BLE001 - whatever a store raises, the ticket must end
+            why, advice = f"it raised {type(exc).__name__}", "Look into the log of the store."
+            failed = StoreUnavailable(where="the overflow", why=why, advice=advice)
+            found, missing = None, exc if isinstance(exc, StoreUnavailable) else failed
         ticket.end_store_call()
         if ticket.done():
             return
@@ -56,6 +58,8 @@ class StoreLookup:
             ticket.resolve(missing)
             return
         state, record, completion = found
+        if ticket.lease is None:  # otherwise it has come back meanwhile, and has its task
+            ticket.restore(ticket.task, None if record.deadline is None else Deadline(record.deadline))
         if completion is not None:
             self._stored.apply_stored_completion(ticket, state, record, completion)
         elif self._stored.stays_stored:
@@ -63,6 +67,6 @@ class StoreLookup:
         elif state is RecordState.LEASED and ticket.lease is None:
             self._stored.leave_to_other_process(ticket)
         else:
-            self._stored.hold_weakly(ticket)
+            self._stored.wait_in_store(ticket)
         if ticket.cancel_reason is not None:
             ticket.cancel(ticket.cancel_reason)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+import math
 from typing import TYPE_CHECKING
 
 from forebay import clock
 from forebay.errors import StoreUnavailable
+from forebay.events import log
+from forebay.supervisor.settings import MAX_LEASE
 from forebay.supervisor.spill.leases import Heartbeat
-from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.core import Core
     from forebay.supervisor.spill.refill import Refiller
     from forebay.supervisor.spill.stored_tasks import StoredTasks
 
+_LONGEST_AHEAD = 1.1 * MAX_LEASE  # seconds from now to the end of a lease; a longer one was given by another clock
+_RENEWED_WITHIN = MAX_LEASE / 2  # seconds in which every holder that lives has renewed its leases
 _RESULT_RETENTION = 86_400.0  # seconds for which the store keeps results
-_MAX_LOOKUPS = 1000  # tickets at a time
+_MAX_LOOKUPS = 1000  # tickets in each third of a lease
 
 
 class StoreMaintenance:
@@ -46,6 +50,11 @@ class StoreMaintenance:
         self._max_attempts = max_attempts
         self._running = False
         self._stopped = False
+        self._renewal_failed = False
+        self._to_look_up: list[str] = []  # ids
+        self._clock_offset: float | None = None  # seconds from `clock.now` to the wall clock, when leases were reaped
+        self._reaps_from = 0.0  # by `clock.now`: before that, live leases may look expired
+        self._judges_from = 0.0  # by `clock.now`: before that, live leases may look longer than any can be
         self._heartbeat = Heartbeat(
             core.loop, interval=lease / 3, beat=self._renew_leases, after_beat=self._on_heartbeat
         )
@@ -60,7 +69,11 @@ class StoreMaintenance:
         self._heartbeat.stop()
 
     def _renew_leases(self) -> None:
-        self._stored.leases.renew(self._stored.store, until=clock.wall_time() + self._lease)
+        try:
+            self._stored.leases.renew(self._stored.store)
+        except StoreUnavailable:
+            self._renewal_failed = True  # written by the heartbeat's thread, read by the loop
+            raise
 
     def _on_heartbeat(self) -> None:
         if not self._running:  # otherwise the last one takes longer than a third of a lease: leave it to the next beat
@@ -69,10 +82,12 @@ class StoreMaintenance:
 
     async def _maintain(self) -> None:
         pools = self._core.pools.by_type
+        self._stored.check_store()
         try:
+            await self._refiller.recount_conversations()
             await self.reap()
             await self._refiller.recount(list(pools.values()))
-            await self._check_tasks_elsewhere()
+            await self._look_up_tickets()
             await self._stored.store.prune(before=clock.wall_time() - _RESULT_RETENTION)
         except StoreUnavailable:
             if not self._stopped:  # otherwise the store was closed meanwhile
@@ -84,17 +99,30 @@ class StoreMaintenance:
 
     async def reap(self) -> None:
         """Take back records whose holder has let its lease lapse, and report those that are dead."""
-        for dead in await self._stored.store.reap(now=clock.wall_time(), max_attempts=self._max_attempts):
+        now, wall = clock.now(), clock.wall_time()
+        self._watch_clock(now, wall)
+        if self._renewal_failed:  # others could not renew theirs either
+            self._renewal_failed = False
+            self._reaps_from = max(self._reaps_from, now + self._lease / 2)
+        if now < self._reaps_from:
+            return
+        latest = wall + _LONGEST_AHEAD if now >= self._judges_from else math.inf
+        for dead in await self._stored.store.reap(now=wall, max_attempts=self._max_attempts, latest=latest):
             self._stored.report_dead(dead.record, dead.completion)
 
-    async def _check_tasks_elsewhere(self) -> None:
-        """Look up tasks that other processes may have run: those whose lease was lost here, and those observed here."""
-        elsewhere = self._stored.leased_elsewhere
-        spilled = (ticket for ticket in self._core.registry.live.values() if ticket.status is TaskStatus.SPILLED)
-        observed = (ticket for ticket in spilled if ticket.is_observed)
-        for ticket in [*elsewhere.values(), *itertools.islice(observed, _MAX_LOOKUPS)]:
-            found = await self._stored.store.find(ticket.task_id)
-            if found is None or found[2] is not None:
-                self._stored.forget_elsewhere(ticket.task_id)
-            if found is not None and found[2] is not None and not ticket.done():
-                self._stored.apply_stored_completion(ticket, found[0], found[1], found[2])
+    def _watch_clock(self, now: float, wall: float) -> None:
+        """Notice that the wall clock was set: until every holder has renewed its leases, their ends say little."""
+        before, self._clock_offset = self._clock_offset, wall - now
+        if before is None:  # it may have been set shortly before the start
+            self._judges_from = now + _RENEWED_WITHIN
+        elif abs(step := wall - now - before) > self._lease / 10:
+            log.warning("the wall clock was set %s by %.1f s", "forward" if step > 0 else "back", abs(step))
+            self._reaps_from, self._judges_from = now + self._lease, now + _RENEWED_WITHIN
+
+    async def _look_up_tickets(self) -> None:
+        """Ask the store for tickets whose tasks wait there: another process may have ended one, or left it again."""
+        if not self._to_look_up:  # every ticket once, before any is looked up again
+            self._to_look_up = self._stored.stored_ids()
+        batch, self._to_look_up = self._to_look_up[:_MAX_LOOKUPS], self._to_look_up[_MAX_LOOKUPS:]
+        for task_id, found in zip(batch, await asyncio.gather(*map(self._stored.store.find, batch)), strict=True):
+            self._stored.found(task_id, found)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from forebay import clock
+from forebay._hooks import raise_again_if_interrupt
+from forebay._text import error_text
 from forebay.errors import NotSerializable, PayloadTooLarge, ResultUnavailable
 from forebay.events import log
 from forebay.interfaces import Codec, Completion, TaskRecord, TypeMismatch
@@ -26,9 +28,10 @@ def record_of_ticket(ticket: Ticket, envelope: bytes) -> TaskRecord:
         task_type=task.task_type,
         priority=task.priority,
         envelope=envelope,
-        enqueued_at=clock.wall_time() if ticket.submitted_at is None else ticket.submitted_at,
-        deadline=None if ticket.deadline is None else ticket.deadline.at,
+        enqueued_at=clock.wall_time() if ticket.place_in_store is None else ticket.place_in_store,
+        deadline=None if ticket.deadline is None else ticket.deadline.by_wall_clock(),
         key=task.key,
+        thread_id=task.thread_id,
     )
 
 
@@ -47,12 +50,13 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
 
     A value that cannot be stored within `bound` bytes is left out of the completion, and the error of both says so.
     """
-    encoded, error = None, result.error
+    encoded, error = None, None if result.error is None else error_text(str(result.error))
     if result.success:
         try:
             plain = result.result if codec is None else codec.dump(result.result)
             encoded = encode_result(plain, task_id=result.task_id, bound=bound)
-        except Exception as exc:  # noqa: BLE001 - whatever a codec raises, the task succeeded
+        except BaseException as exc:  # noqa: BLE001 - whatever a codec raises, the task succeeded
+            raise_again_if_interrupt(exc)
             error = f"only the process that ran it has its value, which cannot be stored: {_why_unstorable(exc)}"
             log.warning("task %r succeeded, but %s", result.task_id, error)
             result = msgspec.structs.replace(result, error=error)
@@ -67,7 +71,7 @@ def completion_of_result(result: TaskResult, codec: Codec | None, *, bound: int)
     )
 
 
-def _why_unstorable(error: Exception) -> str:
+def _why_unstorable(error: BaseException) -> str:
     match error:
         case EnvelopeDamaged() | EnvelopeTooNew():
             return str(error)
@@ -87,7 +91,8 @@ def result_of_record(record: TaskRecord, stored: Completion, codecs: TaskCodecs)
     if status is TaskStatus.SUCCEEDED:
         try:
             value = _stored_value(record, stored, codecs)
-        except Exception as exc:  # noqa: BLE001 - whatever a codec raises, the ticket must end
+        except BaseException as exc:  # noqa: BLE001 - whatever a codec raises, the ticket must end
+            raise_again_if_interrupt(exc)
             error = stored.error or f"it cannot be read: {_why_unstorable(exc)}"
             cause = ResultUnavailable(task_id=record.task_id, error=error)
     return TaskResult(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
-from forebay.errors import InvalidPayload
+from forebay.errors import InvalidPayload, StoreUnavailable
 from forebay.events import TaskRefilled, log
 from forebay.interfaces import Completion, Lease
 from forebay.overflow import EnvelopeDamaged, EnvelopeTooNew
@@ -18,6 +18,7 @@ from forebay.supervisor.ticket import Ticket, TicketOwner, spilled_ticket, unsuc
 from forebay.task import Deadline, Priority, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.worker import WorkerAgent
@@ -28,13 +29,17 @@ _ROUND_TRIP_GAIN = 0.2  # weight of the newest lease in the average round trip
 class RefillDispatcher(TicketOwner, Protocol):
     """The dispatcher, as far as refilling needs it."""
 
+    @property
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
+
     def is_waiting(self, ticket: Ticket) -> bool:
         """Return whether a task waits in the queue, or behind another one of its conversation."""
 
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
         """Return why it is too late for a task to start, or None if it is not."""
 
-    def pick_worker(self, pool: Pool, priority: Priority) -> WorkerAgent | None:
+    def pick_worker(self, pool: Pool, ticket: Ticket) -> WorkerAgent | None:
         """Return the worker on which a task may start now, unless other tasks wait for it."""
 
     def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
@@ -65,6 +70,7 @@ class Refiller:
         self.unreadable: dict[str, Lease] = {}
         self.unserved_depths: dict[tuple[str, Priority], int] = {}
         self._round_trip = 0.0  # average seconds that leasing takes
+        self._recount_after: set[Pool] = set()  # pools whose records must be counted when their refill is over
 
     # --- how much waits in the store ---
 
@@ -79,7 +85,11 @@ class Refiller:
         A pool that is being refilled is left out, because the store may or may not have counted its new leases. The
         exception is `refilling`, whose own refill calls this.
         """
-        depths = dict(await self._stored.store.depths())
+        self._set_depths(await self._stored.store.depths(), pools, refilling)
+
+    def _set_depths(
+        self, depths: Mapping[tuple[str, Priority], int], pools: Iterable[Pool], refilling: Pool | None = None
+    ) -> None:
         for pool in pools:
             if pool in self.refilling and pool is not refilling:
                 continue
@@ -88,10 +98,33 @@ class Refiller:
         served = self._core.pools.by_type
         self.unserved_depths = {key: depth for key, depth in depths.items() if key[0] not in served}
 
+    async def recount_conversations(self) -> None:
+        """Replace the counts of conversations by those of the store."""
+        unfinished = await self._stored.store.conversations()
+        self._dispatcher.conversations.recount(unfinished, self._stored.leases.conversations())
+
+    async def conversation_moved(self, task_type: str) -> None:
+        """Count and refill again, because a record of `task_type` has ended, and the next of its conversation waits.
+
+        That one may be of any type, but its pool has records that wait.
+        """
+        try:
+            depths = await self._stored.store.depths()
+        except StoreUnavailable:
+            return  # the heartbeat counts again
+        by_type = self._core.pools.by_type
+        types = dict.fromkeys([task_type, *(waiting for waiting, _ in depths)])
+        pools = [by_type[name] for name in types if name in by_type]
+        self._recount_after.update(pool for pool in pools if pool in self.refilling)
+        self._set_depths(depths, pools)
+        for pool in pools:
+            self.refill(pool)
+
     async def refresh(self) -> None:
         """Count what waits in the store now, and refill."""
         pools = list(self._core.pools.by_type.values())
         await self.recount(pools)
+        await self.recount_conversations()
         for pool in pools:
             self.refill(pool)
 
@@ -99,7 +132,8 @@ class Refiller:
     def spilled_tasks(self) -> int:
         """The number of records that wait, as far as is known."""
         pools = self._core.pools.by_type.values()
-        return sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
+        waiting = sum(self.unserved_depths.values()) + sum(sum(pool.spilled.values()) for pool in pools)
+        return waiting + self._dispatcher.conversations.parked_in_overflow
 
     # --- back into the queue ---
 
@@ -127,17 +161,29 @@ class Refiller:
             return None
         rate = pool.service_times.drain_rate(pool.usable_slots) or 0.0
         free = pool.usable_slots - pool.running
+        slots = max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound)
+        queued, capacity = pool.queue.lengths, pool.queue_bound + free - pool.queued
+        if pool.nested_spilled:  # they are to be served before what is queued and has not begun, as in the store
+            slots, capacity = max(slots, pool.usable_slots), capacity + pool.queue_bound
+            queued = (pool.nested, 0, 0, 0)
         return pool.refill_policy.next_batch(
-            slots=max(0, free) + min(math.ceil(2 * self._round_trip * rate), pool.queue_bound),
-            capacity=pool.queue_bound + free - pool.waiting,
-            queued=pool.queue.lengths,
+            slots=slots,
+            capacity=capacity,
+            queued=queued,
             stored=pool.spilled,
         )
 
     async def _refill(self, pool: Pool) -> None:
         loop, store = self._core.loop, self._stored.store
         try:
-            while not self._stored.refill_stopped and (demand := self._demand(pool)) is not None:
+            while not self._stored.refill_stopped:
+                demand = self._demand(pool)
+                if demand is None and pool in self._recount_after:
+                    self._recount_after.discard(pool)
+                    await self.recount([pool], refilling=pool)
+                    demand = self._demand(pool)
+                if demand is None:
+                    break
                 priority, room = demand
                 pool.reserve(room)
                 asked = loop.time()
@@ -163,6 +209,8 @@ class Refiller:
         ticket = registry.live.get(record.task_id) or registry.hold_strongly(record.task_id)
         if ticket is None or ticket.stored:  # otherwise it is still counted as on its way to the store
             pool.remove_spilled(record.priority)
+            self._dispatcher.conversations.remove_stored(record.thread_id)
+        pool.remove_nested_spilled(record.task_id)
         ended = registry.ended.get(record.task_id) if ticket is None else None
         if ended is not None and ended.result is not None:
             stored.complete_again(ended, ended.result, lease)
@@ -196,7 +244,7 @@ class Refiller:
         elif (error := dispatcher.expiry_reason(ticket, pool)) is not None:
             stored.complete(ticket, unsuccessful_result(ticket, TaskStatus.EXPIRED, error))
         else:
-            dispatcher.start_or_queue(ticket, pool, dispatcher.pick_worker(pool, ticket.task.priority))
+            dispatcher.start_or_queue(ticket, pool, dispatcher.pick_worker(pool, ticket))
 
     async def _read_ticket(self, lease: Lease, ticket: Ticket | None) -> Ticket | None:
         """Return the ticket of a record that another process stored, or None if this one cannot read it."""
@@ -217,6 +265,8 @@ class Refiller:
             )
             if await self._stored.store.mark_dead(lease, completion):
                 self._stored.report_dead(record, completion)
+                if record.thread_id is not None:
+                    self._core.run_in_background(self.conversation_moved(record.task_type))
             return None
         if ticket is None:
             ticket = spilled_ticket(self._dispatcher, task, submitted_at=record.enqueued_at)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
 from forebay.errors import NotSerializable, PayloadTooLarge, StoreUnavailable
 from forebay.events import log
-from forebay.interfaces import Completion, Lease, PutResult, TaskStore
+from forebay.interfaces import Completion, Lease, PutResult, TaskRecord, TaskStore
 from forebay.overflow import encode_task
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.lookup import StoreLookup
@@ -19,6 +21,7 @@ from forebay.task import Task, TaskStatus
 
 if TYPE_CHECKING:
     from forebay.supervisor.codecs import TaskCodecs
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.pool import Pool
     from forebay.supervisor.runs.run import ActiveRuns
@@ -53,12 +56,16 @@ class Spill:
         settings: SupervisorSettings,
     ) -> None:
         self.codecs: TaskCodecs = core.codecs
-        self.stored = StoredTasks(core, dispatcher, store, runs=runs, max_payload_bytes=settings.max_payload_bytes)
         # Seconds that a lease lasts unless renewed. Without end in a store that no other process can see.
         self._lease = settings.lease if store.durable else math.inf
+        self.stored = StoredTasks(
+            core, dispatcher, store, runs=runs, lease=self._lease, max_payload_bytes=settings.max_payload_bytes
+        )
         self._max_payload_bytes = settings.max_payload_bytes
         self._store = store
+        self._conversations: Conversations = dispatcher.conversations
         self.refiller = Refiller(core, dispatcher, self.stored, lease=self._lease)
+        self.stored.on_conversation_moved(self.refiller.conversation_moved)
         self.lookup = StoreLookup(core, dispatcher, self.stored)
         self._maintenance = StoreMaintenance(
             core, self.stored, self.refiller, lease=settings.lease, max_attempts=settings.max_attempts
@@ -74,6 +81,7 @@ class Spill:
         await self._store.open()
         await self._maintenance.reap()
         await self.refiller.recount([])
+        await self.refiller.recount_conversations()
         if self.stored.durable:
             self._maintenance.start()
 
@@ -91,34 +99,59 @@ class Spill:
         return encode_task(task, self.codecs.dump_payload(task), bound=self._max_payload_bytes)
 
     async def spill(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
-        """Store a task that was not admitted; on STORED the ticket is SPILLED."""
-        priority = ticket.task.priority
-        pool.begin_spill(priority)  # counted before the await, or new work would overtake it
-        put = PutResult.STORED
+        """Store a task that was not admitted; once it is written, the ticket is SPILLED."""
+        priority, thread_id = ticket.task.priority, ticket.task.thread_id
+        # Counted before the await, or new work would overtake it; unless it will be parked, where it delays nobody.
+        counts = thread_id is None or not self._conversations.waits_in_overflow(thread_id)
+        if counts:
+            pool.begin_spill(priority)
         try:
-            put = await self._store.put(records.record_of_ticket(ticket, envelope))
+            put = await self._put(ticket, records.record_of_ticket(ticket, envelope))
+        finally:
+            if counts:
+                pool.end_spill(priority)
+        if put is PutResult.STORED and ticket.status is TaskStatus.SPILLED and not self.stored.stays_stored:
+            pool.add_spilled(priority)
+        if put.written and ticket.status is TaskStatus.SPILLED:
+            if ticket.nested:
+                pool.add_nested_spilled(ticket.task_id)
+            self._wait_in_store(ticket, pool)
+        return put
+
+    async def _put(self, ticket: Ticket, record: TaskRecord, lease: Lease | None = None) -> PutResult:
+        """Store a record, under `lease` if it is given; without a lease of its own, the ticket is SPILLED then."""
+        thread_id = ticket.task.thread_id
+        self._conversations.begin_spill(thread_id)
+        put = None
+        try:
+            if lease is None:
+                put = await self._store.put(record)
+            else:
+                put = await self._store.put(record, fence=lease.fence, until=lease.until)
         except StoreUnavailable:
             if not ticket.stored:
                 raise
         finally:
-            pool.end_spill(priority)
+            waits = put is not None and put.written and not ticket.stored
+            leased = lease is not None and put is PutResult.STORED
+            self._conversations.end_spill(thread_id, stored=waits and not leased)
         if ticket.stored:  # it was refilled before the answer arrived, so the record is there whatever the answer
             ticket.confirm_spilled()
-            put = PutResult.STORED
-        elif put is PutResult.STORED:
+            return PutResult.PARKED
+        assert put is not None  # noqa: S101 - otherwise the store has raised
+        if waits and not leased:
             ticket.spill()
-            if not self.stored.stays_stored:
-                pool.add_spilled(priority)
-            self._wait_in_store(ticket, pool)
         return put
 
-    async def record(self, ticket: Ticket, envelope: bytes) -> PutResult:
-        """Store a durable task, already leased, before admission decides on it."""
+    async def record(self, ticket: Ticket, envelope: bytes, pool: Pool) -> PutResult:
+        """Store a task that is to be inside, already leased; on PARKED the ticket is SPILLED instead."""
         record = records.record_of_ticket(ticket, envelope)
         lease = Lease(record=record, fence=clock.new_id(), until=clock.wall_time() + self._lease)
-        put = await self._store.put(record, fence=lease.fence, until=lease.until)
+        put = await self._put(ticket, record, lease)
         if put is PutResult.STORED:
             self.stored.hold_lease(ticket, lease)
+        elif put is PutResult.PARKED and ticket.status is TaskStatus.SPILLED:
+            self._wait_in_store(ticket, pool)
         return put
 
     async def remove_record(self, ticket: Ticket) -> None:
@@ -128,6 +161,7 @@ class Spill:
         ticket.forget_record()
         await self._store.finish(ticket.task_id, completion, fence=self.stored.drop_lease(ticket))
         await self._store.prune(before=1.0)
+        self.stored.conversation_moved(ticket.task)
 
     async def spill_recorded(self, ticket: Ticket, pool: Pool) -> None:
         """Give the lease of a recorded task back, so that it waits in the store."""
@@ -136,7 +170,9 @@ class Spill:
         assert lease is not None  # noqa: S101 - it was recorded under it
         self.stored.drop_lease(ticket)
         pool.add_spilled(ticket.task.priority)
+        self._conversations.add_stored(ticket.task.thread_id)
         await self._store.release([lease])
+        self.stored.conversation_moved(ticket.task)
         self._wait_in_store(ticket, pool)
 
     def _wait_in_store(self, ticket: Ticket, pool: Pool) -> None:
@@ -147,18 +183,37 @@ class Spill:
             self.stored.wait_in_store(ticket)
             self.refiller.refill(pool)
 
-    async def spill_waiting(self, ticket: Ticket) -> None:
-        """Store a task that has just left the queue.
-
-        A task that cannot be stored is not changed: the caller queues it again.
-        """
+    def encode_waiting(self, task: Task) -> bytes | None:
+        """Return an admitted task as it is stored; None if it cannot be stored, since its payload has changed."""
         try:
-            put = await self._store.put(records.record_of_ticket(ticket, self.encode(ticket.task)))
-        except (StoreUnavailable, NotSerializable, PayloadTooLarge) as exc:  # a payload may change after its check
-            log.error("task %r could not be spilled when the supervisor drained: %s", ticket.task_id, exc)
-            return
-        if put is PutResult.STORED:
-            ticket.mark_stored()
+            return self.encode(task)
+        except (NotSerializable, PayloadTooLarge) as exc:
+            log.error("task %r could not be spilled when the supervisor drained: %s", task.task_id, exc)
+            return None
+
+    async def spill_waiting(self, envelopes: Mapping[Ticket, bytes]) -> StoreUnavailable | None:
+        """Store tasks that have just left the queue, at once, so that they share a commit.
+
+        A task that is not stored is not changed.
+
+        Returns:
+            Why the store failed, if it did for any of them.
+        """
+        puts = (self._store.put(records.record_of_ticket(ticket, envelope)) for ticket, envelope in envelopes.items())
+        failure = None
+        for ticket, put in zip(envelopes, await asyncio.gather(*puts, return_exceptions=True), strict=True):
+            if isinstance(put, PutResult) and put.written:
+                ticket.mark_stored()
+            elif isinstance(put, StoreUnavailable):
+                failure = put
+            else:
+                why = "it is full" if put is PutResult.FULL else "it has that id or key already"
+                log.error(
+                    "task %r could not be moved to the overflow: %s",
+                    ticket.task_id,
+                    put if isinstance(put, BaseException) else why,
+                )
+        return failure
 
     # --- the end ---
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
-from forebay import clock
-from forebay.errors import StillSpilled, StoreUnavailable
+from forebay.errors import StillSpilled, UnknownTask
 from forebay.events import TaskDeadLettered, log
 from forebay.interfaces import Completion, Lease, RecordState, TaskRecord, TaskStore
 from forebay.supervisor.spill import records
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.ticket import Ticket, unsuccessful_result
-from forebay.task import TaskResult, TaskStatus
+from forebay.task import Task, TaskResult, TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns, Run
 
 
 class StoredTaskDispatcher(Protocol):
     """The dispatcher, as far as stored tasks need it."""
+
+    @property
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
 
     def dequeue(self, ticket: Ticket) -> None:
         """Take a waiting ticket out of the queue."""
@@ -31,6 +36,15 @@ class StoredTaskDispatcher(Protocol):
 
     def start_handler(self, run: Run) -> None:
         """Start the handler of a run."""
+
+
+def _is_stored_only(ticket: Ticket) -> bool:
+    """Return whether a task waits in the store or is with another process, and no answer of the store is awaited."""
+    return (
+        ticket.status is TaskStatus.SPILLED
+        and ticket.lease is None
+        and not (ticket.pending_store_calls or ticket.done())
+    )
 
 
 class StoredTasks:
@@ -44,13 +58,14 @@ class StoredTasks:
         refill_stopped: whether this process takes no more tasks from the store.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the objects that it shares, and two bounds
         self,
         core: Core,
         dispatcher: StoredTaskDispatcher,
         store: TaskStore,
         *,
         runs: ActiveRuns,
+        lease: float,
         max_payload_bytes: int,
     ) -> None:
         self._core = core
@@ -60,14 +75,44 @@ class StoredTasks:
         self._max_payload_bytes = max_payload_bytes
         self.store = store
         self.durable = store.durable
-        self.leases = HeldLeases()
+        self._survives = store.durable
+        self.leases = HeldLeases(lease)
         self.leased_elsewhere: dict[str, Ticket] = {}
         self.refill_stopped = False
+        self._conversation_moved: Callable[[str], Awaitable[None]] | None = None
+
+    def on_conversation_moved(self, callback: Callable[[str], Awaitable[None]]) -> None:
+        """Call `callback` when a task of a conversation has ended in the store; with the task type."""
+        self._conversation_moved = callback
+
+    def conversation_moved(self, task: Task) -> None:
+        """Look for the next task of the conversation of `task`, whose record has ended or come back."""
+        if task.thread_id is not None and self._conversation_moved is not None:
+            self._core.run_in_background(self._conversation_moved(task.task_type))
 
     @property
     def stays_stored(self) -> bool:
         """True if stored tasks are left to the next process: they survive this one, which takes no more of them."""
         return self.durable and self.refill_stopped
+
+    def check_store(self) -> bool:
+        """Return whether the store survives this process; log it once if it no longer does."""
+        survives = self.store.durable
+        if self._survives and not survives:
+            log.error(
+                "the overflow was removed or replaced while it was open: tasks that wait there run here and are lost"
+                " with this process, and new ones are rejected. Put it back, or restart the processes that use it"
+            )
+        self._survives = survives
+        return survives
+
+    def survives(self) -> bool:
+        """Return whether tasks may be left to the next process; if the store was lost, none may from now on."""
+        if self.durable and not self.check_store():
+            self.durable = False
+            for ticket in self._registry.all_unfinished():
+                self._registry.hold_strongly(ticket.task_id)
+        return self.durable
 
     # --- tickets of tasks that wait in the store ---
 
@@ -105,7 +150,7 @@ class StoredTasks:
 
     def lease_is_valid(self, ticket: Ticket) -> bool:
         """Return whether this process may start a task: it needs no lease, or its lease has not lapsed."""
-        return ticket.lease is None or self.leases.is_valid(ticket.task_id, clock.wall_time())
+        return ticket.lease is None or self.leases.is_valid(ticket.task_id)
 
     def lease_lapsed(self, ticket: Ticket) -> None:
         """Leave a task to another process, because its lease lapsed before its turn came."""
@@ -122,6 +167,31 @@ class StoredTasks:
     def forget_elsewhere(self, task_id: str) -> None:
         """Stop looking up a task that another process was to end."""
         self.leased_elsewhere.pop(task_id, None)
+
+    def stored_ids(self) -> list[str]:
+        """Return the ids of the tasks whose tickets are held here, by anybody, while they wait in the store."""
+        spilled = [ticket.task_id for ticket in self._registry.live.values() if _is_stored_only(ticket)]
+        return [*spilled, *self._registry.weak.keys()]
+
+    def found(self, task_id: str, found: tuple[RecordState, TaskRecord, Completion | None] | None) -> None:
+        """Follow what the store says of a task whose ticket is held here."""
+        ticket = self._registry.live.get(task_id) or self._registry.weak.get(task_id)
+        if ticket is None or not _is_stored_only(ticket):
+            return  # it has come back, or ended, meanwhile
+        if found is None:  # it has ended, and its result is not kept any more
+            self.forget_elsewhere(task_id)
+            self._core.timers.cancel(ticket.clear_expiry())
+            self._registry.discard(ticket)
+            ticket.resolve(UnknownTask(task_id=task_id))
+            self._registry.notify_progress()
+        elif found[2] is not None:
+            self.forget_elsewhere(task_id)
+            self._core.timers.cancel(ticket.clear_expiry())
+            self._registry.hold_strongly(task_id)
+            self.apply_stored_completion(ticket, found[0], found[1], found[2])
+        elif found[0] is not RecordState.LEASED and task_id in self.leased_elsewhere:  # that process has left it again
+            self.forget_elsewhere(task_id)
+            self.wait_in_store(ticket)
 
     def adopt(self, ticket: Ticket, lease: Lease) -> None:
         """Take a new lease on a task that still waits or runs here, though the lease on it was lost."""
@@ -144,7 +214,7 @@ class StoredTasks:
         ticket = run.ticket
         try:
             held = await self.store.begin_attempt(lease)
-        except StoreUnavailable as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
             log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
         if run.abandoned_at is None and held:
@@ -182,12 +252,18 @@ class StoredTasks:
             log.exception("the end of task %r could not be stored: it may be run again", ticket.task_id)
             stored = True
         ticket.end_store_call()
+        task = ticket.task
+        self._left_overflow(ticket)
+        if fence is None and stored:  # without a lease, the record was waiting in the store
+            self._dispatcher.conversations.remove_stored(task.thread_id)
+        self.conversation_moved(task)
         if ticket.done():
             return
         if stored:
-            pool = self._core.pools.by_type.get(ticket.task.task_type)
-            if fence is None and pool is not None:  # without a lease, the record was waiting in the store
-                pool.remove_spilled(ticket.task.priority)
+            self.forget_elsewhere(ticket.task_id)
+            pool = self._core.pools.by_type.get(task.task_type)
+            if fence is None and pool is not None and task.thread_id is None:  # else it is counted again, see above
+                pool.remove_spilled(task.priority)
             self._registry.settle(ticket, result)
         elif ticket.pending_store_calls or ticket.lease is not None:
             pass  # it was refilled meanwhile, and that run ends it
@@ -196,10 +272,16 @@ class StoredTasks:
         else:
             self.leave_to_other_process(ticket)
 
+    def _left_overflow(self, ticket: Ticket) -> None:
+        pool = self._core.pools.by_type.get(ticket.task.task_type)
+        if ticket.nested and pool is not None:
+            pool.remove_nested_spilled(ticket.task_id)
+
     def apply_stored_completion(
         self, ticket: Ticket, state: RecordState, record: TaskRecord, completion: Completion
     ) -> None:
         """End a ticket with the result in the store."""
+        self._left_overflow(ticket)
         self._registry.settle(ticket, records.result_of_record(record, completion, self._core.codecs))
         if state is RecordState.DEAD:
             self._registry.forget_end(ticket.task_id)  # it may be requeued, and end in another way
@@ -251,10 +333,16 @@ class StoredTasks:
         ticket.resolve(StillSpilled(task_id=ticket.task_id))
         self._registry.notify_progress()
 
+    async def return_leases(self, task_ids: Iterable[str]) -> None:
+        """Return the leases on released tasks that were not started here, so that another process need not wait."""
+        leases = self.leases.take(task_ids)
+        if leases:
+            await self.store.release(leases)
+
     def stop_refilling(self) -> None:
         """Take no more tasks from the store, and release those that wait there if it survives this process."""
         self.refill_stopped = True
-        if self.durable:
+        if self.survives():
             for ticket in self._registry.all_unfinished():
                 if ticket.stored and ticket.status is TaskStatus.SPILLED and not ticket.pending_store_calls:
                     self.release(ticket)

@@ -20,7 +20,10 @@ from forebay.upstream.accounts.bypass import find_bypass
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
 from forebay.upstream.accounts.latency import CallDurations, LatencyModel
+from forebay.upstream.accounts.open_answers import OpenAnswers
 from forebay.upstream.accounts.outage_detector import OutageDetector
+from forebay.upstream.accounts.spend_suspension import SpendSuspension
+from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence
 from forebay.upstream.call_request import (
     Admitted,
     CallBudget,
@@ -29,12 +32,14 @@ from forebay.upstream.call_request import (
     Permit,
     Queued,
     Rejected,
+    SpendReservation,
     scale_charge,
 )
 
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
 _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
+_LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -91,14 +96,16 @@ class Account:
         self.peak_in_flight = 0
         self.expected_calls = 0  # runs that have started, or are held back, and have not made their first call
         self.durations = CallDurations()
+        self.timeouts = TimeoutEvidence()
         self.counts = CallCounts()
-        self.queue = CallQueue(self.order)
+        self.queue = CallQueue(self.order, longest_wait=_LONGEST_WAIT * max_wait)
+        self.open_answers = OpenAnswers()
         self._budgets = budgets
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait
         self._draw = draw
         self._retry_after = RetryAfterSchedule()
-        self._suspended_until = -math.inf
+        self._suspension = SpendSuspension()
         self._outage = OutageDetector(limit, max_wait)
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
@@ -116,10 +123,7 @@ class Account:
         if rejection is not None:
             return rejection
         if at_once:
-            if (rejection := self._too_late(now, request)) is not None:
-                return rejection
-            self.order.record_served(self.order.rank(request))
-            return Admitted(self._take(now, request))
+            return self._too_late(now, request) or self._admit(now, request)
         seconds, limited_by = self.expected_wait(now, request)
         if len(self.queue) >= _QUEUE_BOUND:
             reason = f"{_QUEUE_BOUND} calls wait already"
@@ -134,6 +138,13 @@ class Account:
         retry_after = self._schedule_retry(now, request, seconds)
         return Rejected(reason, limited_by, seconds / self._max_wait, retry_after)
 
+    def _admit(self, now: float, request: CallRequest) -> Admitted | Rejected:
+        taken = self._take(now, request)
+        if isinstance(taken, Rejected):
+            return taken
+        self.order.record_served(self.order.rank(request))
+        return Admitted(taken)
+
     def count_rejected(self) -> None:
         """Count a call that was rejected, at once or after it was queued."""
         self.counts.rejected += 1
@@ -144,25 +155,34 @@ class Account:
 
     def _rejection(self, now: float, request: CallRequest, *, fits: bool = False) -> Rejected | None:
         """Return a rejection if waiting would not help the call; `fits`: no quota is too small for it."""
+        if request.unmetered is not None:
+            return Rejected(request.unmetered.reason, request.unmetered.limited_by, math.inf, None)
         if request.deadline <= now:
             reason = "its deadline passed before it was sent: give a later one"
             return Rejected(reason, "deadline", math.inf, None)
         for budget in self._budgets(request):
             if not budget.can_afford(request.usd, request.priority):
-                return budget.rejection(request.usd)
+                return budget.rejection(request.usd, request.priority)
         if not fits and (quota := self.quotas.quota_too_small_for(now, request.charge)) is not None:
             reason = f"it is larger than {quota} will ever be: ask for less (max_tokens counts), or raise that quota"
             return Rejected(reason, quota, math.inf, None)
-        return self._provider_unavailable(now, free=request.free)
+        return self._provider_unavailable(now, free=request.free, failed=request.failed)
 
-    def _provider_unavailable(self, now: float, *, free: bool = False) -> Rejected | None:
-        """Return a rejection if no calls are sent to the provider now; `free`: the call costs nothing there."""
-        if now < self._suspended_until and not free:
+    def _provider_unavailable(self, now: float, *, free: bool = False, failed: bool = False) -> Rejected | None:
+        """Return a rejection if a call is not sent to the provider now.
+
+        Args:
+            now: the time.
+            free: it costs nothing there.
+            failed: it has failed there already; then it does not probe, since it may be the call that is at fault.
+        """
+        probe = max(_PROBE_DURATION, self.durations.typical)
+        if not free and (left := self._suspension.time_left(now, probe_duration=probe)) is not None:
             reason = "its provider says that the account's money is spent"
-            return Rejected(reason, "budget", 1.0, self._suspended_until - now)
-        if not self.breaker.ready(now):
-            probe = max(_PROBE_DURATION, self.durations.typical)
-            return Rejected("its breaker is open", "breaker", 1.0, self.breaker.retry_after(now, probe_duration=probe))
+            return Rejected(reason, "budget", 1.0, left)
+        if not self.breaker.ready(now) or (failed and self.breaker.state(now) is not BreakerState.CLOSED):
+            retry_after = self.breaker.retry_after(now, probe_duration=probe)
+            return Rejected("its breaker is open", "breaker", 1.0, probe if retry_after == 0.0 else retry_after)
         if (seconds := self._outage.duration(now)) is not None:
             reason = f"its provider has throttled every call for {format_duration(seconds)}"
             return Rejected(reason, "outage", 1.0, self._outage.retry_after(now, self._draw()))
@@ -180,18 +200,36 @@ class Account:
     def _has_slot(self, now: float) -> bool:
         return self.in_flight < self.limit.limit(now)
 
-    def _take(self, now: float, request: CallRequest) -> Permit:
-        """Take a slot, quotas and dollars for a call."""
+    def _take(self, now: float, request: CallRequest) -> Permit | Rejected:
+        """Take dollars, a slot and quotas for a call; a rejection if another account took the dollars meanwhile."""
+        spend = self._reserve_dollars(request)
+        if isinstance(spend, Rejected):
+            return spend
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
         self.counts.sent += 1
         self.counts.unattributed += request.task_id is None
         reservation = self.quotas.reserve(now, request.charge)
-        spend = [budget.reserve(request.usd) for budget in self._budgets(request)]
         grant = self.limit.grant(now, self.in_flight)
-        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend)
+        permit = Permit(request, now, grant, self.breaker.allow(now), reservation, spend, self)
         self._unconfirmed.append(permit)
+        self._suspension.record_sent(permit)
         return permit
+
+    def _reserve_dollars(self, request: CallRequest) -> Sequence[SpendReservation] | Rejected:
+        """Reserve the dollars of a call from all its budgets, or from none.
+
+        Budgets are shared with other accounts, which have locks of their own: only `try_reserve` can tell.
+        """
+        reserved: list[SpendReservation] = []
+        for budget in self._budgets(request):
+            reservation = budget.try_reserve(request.usd, request.priority)
+            if reservation is None:
+                for other in reserved:
+                    other.settle(0.0)
+                return budget.rejection(request.usd, request.priority)
+            reserved.append(reservation)
+        return reserved
 
     # --- the queue moves ---
 
@@ -207,9 +245,7 @@ class Account:
         """Answer queued calls; return when to look again, or None if only the end of a call can move the queue."""
         confirmed_at = self._confirm_accepted(now)
         while (overdue := self.queue.pop_overdue(now)) is not None:
-            seconds = self.expected_wait(now, overdue.request)[0]
-            retry_after = self._schedule_retry(now, overdue.request, seconds)
-            self._resolve(overdue, Rejected("its deadline passed while it waited", "queue", 1.0, retry_after))
+            self._resolve(overdue, self._overdue(now, overdue))
         if not self.queue:
             return None
         self.queue.promote(now, self.durations.typical_or_guess)
@@ -220,7 +256,8 @@ class Account:
                 self._resolve(call, rejection)
                 continue
             if not self._has_slot(now):
-                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at)
+                look = self.open_answers.next_look(now)
+                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look)
             seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
                 bypass = self._bypass_head(now)
@@ -229,6 +266,18 @@ class Account:
                 continue
             self._send(now, self.queue.serve_head(now, entry))
         return None
+
+    def _overdue(self, now: float, call: QueuedCall) -> Rejected:
+        """Return the rejection of a call that has waited for too long."""
+        seconds, limited_by = self.expected_wait(now, call.request)
+        retry_after = self._schedule_retry(now, call.request, seconds)
+        if call.request.deadline <= now:
+            return Rejected("its deadline passed while it waited", "queue", 1.0, retry_after)
+        waited, allowed = format_duration(now - call.enqueued_at), format_duration(self._max_wait)
+        reason = f"it has waited for {waited}, and max_wait allows {allowed}"
+        if unread := self.open_answers.unread(now):
+            reason += f": nobody reads {unread} streaming answers that hold slots; close a stream that you leave early"
+        return Rejected(reason, limited_by if seconds else "queue", 1.0, retry_after)
 
     def _bypass_head(self, now: float) -> float:
         """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.
@@ -248,9 +297,11 @@ class Account:
         if (rejection := self._too_late(now, call.request)) is not None:
             self._resolve(call, rejection)
             return
-        permit = self._take(now, call.request)
-        if not self._resolve(call, Admitted(permit)):
-            self.release_unsent(now, permit)
+        taken = self._take(now, call.request)
+        if isinstance(taken, Rejected):
+            self._resolve(call, taken)
+        elif not self._resolve(call, Admitted(taken)):
+            self.release_unsent(now, taken)
 
     def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
         self.queue.withdraw(call)
@@ -270,6 +321,8 @@ class Account:
         if not permit.closed:
             self._accept(now, permit)
         self._outage.record_accepted()
+        self.timeouts.record_answer()
+        self._suspension.record_accepted(permit)
         self.quotas.update_from_headers(now, headers, permit.reservation)
 
     def _accept(self, now: float, permit: Permit) -> None:
@@ -304,17 +357,21 @@ class Account:
             counts.succeeded += 1
             self._outage.record_accepted()
             self._accept(now, permit)
+            self.timeouts.record_success(now - permit.granted_at)
         elif kind is Outcome.OVERLOAD:
             counts.throttled += 1
+            self.timeouts.record_answer()
             self._outage.record_throttled(now)
         elif kind is Outcome.FAULT:
             counts.failed += 1
+        counts.throttled += outcome.spend_cap
         self.in_flight -= 1
         self.limit.observe(now, permit.grant, kind, slowdown=slowdown)
         if outcome.rate_limit_headers and not outcome.rate_limited:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
             counts.throttled += 1
+            self.timeouts.record_answer()
             self.quotas.record_throttled(now, permit.reservation, outcome.retry_after, outcome.rate_limit_headers)
         elif outcome.released:
             self.quotas.release(now, permit.reservation)
@@ -323,14 +380,20 @@ class Account:
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
             self.quotas.settle(now, permit.reservation, used)
-        for settle_budget in permit.spend:
-            settle_budget(request.usd if outcome.usd is None else outcome.usd)
+        usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
+        for dollars in permit.spend:
+            dollars.settle(usd)
+        self._suspension.record_end(permit, kind)
         held = now - permit.granted_at if outcome.latency is None else outcome.latency
         late = kind is Outcome.IGNORED and now > request.deadline - _DEADLINE_SLACK
         self.durations.observe(held, outcome, slowdown=slowdown, slots=self.limit.limit(now), late=late)
-        judged = kind if outcome.final else Outcome.IGNORED
-        if self.breaker.record(now, judged, permit.breaker_epoch) is not None:
+        if self.breaker.record(now, self._judged(now, outcome), permit.breaker_epoch) is not None:
             self.reject_queued(now)
+
+    def _judged(self, now: float, outcome: CallOutcome) -> Outcome:
+        """Return the evidence of an attempt for the breaker: only the last of a call counts, but each probe does."""
+        counts = outcome.final or self.breaker.state(now) is not BreakerState.CLOSED
+        return outcome.kind if counts else Outcome.IGNORED
 
     def release_unsent(self, now: float, permit: Permit) -> None:
         """Close the permit of a call that was not sent: everything is returned."""
@@ -339,8 +402,21 @@ class Account:
         self.settle(now, permit, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0))
 
     def suspend(self, now: float, seconds: float) -> None:
-        """Send no calls for `seconds`: by the provider's answer, the account's money there is spent."""
-        self._suspended_until = now + seconds
+        """Send no calls for `seconds`, and then one: by the provider's answer, the account's money there is spent."""
+        self._suspension.begin(now, seconds)
+
+    def is_expendable(self, now: float) -> bool:
+        """Return whether a new account could replace it: it never succeeded, or has no calls, and no quota is used.
+
+        One that is suspended, or whose breaker is open, cannot be replaced. What was learned of limits and durations
+        would be learned again.
+        """
+        if self._suspension.time_left(now, probe_duration=0.0) is not None:
+            return False
+        if self.breaker.state(now) is not BreakerState.CLOSED:
+            return False
+        idle = not (self.in_flight or self.queue or self.expected_calls)
+        return not self.counts.succeeded or (idle and self.quotas.is_full(now))
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
         """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.
@@ -383,7 +459,7 @@ class Account:
         """Return a rejection if no call of that cost and priority is sent now, however long it waits; else None."""
         budget = self._upstream_budget
         if budget is not None and not budget.can_afford(usd, priority):
-            return budget.rejection(usd)
+            return budget.rejection(usd, priority)
         return self._provider_unavailable(now)
 
     def load_for(self, now: float, request: CallRequest) -> float:

@@ -42,13 +42,15 @@ class CallQueue(PriorityQueue[QueuedCall]):
 
     Args:
         order: of the account.
+        longest_wait: seconds after which a call has waited for too long.
     """
 
-    __slots__ = ("_deadlines", "_order", "_sequence", "_typical_wait")
+    __slots__ = ("_deadlines", "_longest_wait", "_order", "_sequence", "_typical_wait")
 
-    def __init__(self, order: FairOrder) -> None:
+    def __init__(self, order: FairOrder, *, longest_wait: float = math.inf) -> None:
         super().__init__()
         self._order = order
+        self._longest_wait = longest_wait
         self._deadlines: list[tuple[float, int, QueuedCall]] = []  # a heap, with calls that have left the queue
         self._sequence = 0
         self._typical_wait = 0.0  # seconds, as a moving mean
@@ -57,11 +59,12 @@ class CallQueue(PriorityQueue[QueuedCall]):
         """Add a call, and return its entry."""
         call = QueuedCall(request, waiter, rank=self._order.rank(request), now=now)
         self._insert(call)
-        if request.deadline < math.inf:
+        leave_at = min(request.deadline, now + self._longest_wait)
+        if leave_at < math.inf:
             if len(self._deadlines) > 2 * self.length + _MIN_SWEEP:
                 self._deadlines = [item for item in self._deadlines if item[2].is_queued]
                 heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.deadline, self._sequence, call))
+            heapq.heappush(self._deadlines, (leave_at, self._sequence, call))
         return call
 
     def _insert(self, call: QueuedCall) -> None:
@@ -100,14 +103,14 @@ class CallQueue(PriorityQueue[QueuedCall]):
                 self._insert(call)
 
     def next_deadline(self) -> float | None:
-        """Return the earliest deadline of the calls in the queue; None if none has a deadline."""
+        """Return the earliest time at which a call in the queue must be sent or leave; None if there is none."""
         heap = self._deadlines
         while heap and not heap[0][2].is_queued:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
     def pop_overdue(self, now: float) -> QueuedCall | None:
-        """Return a call whose deadline has passed by `now`, once; None if there is none.
+        """Return a call whose deadline or longest wait has passed by `now`, once; None if there is none.
 
         The call is still in the queue: the caller withdraws it.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +15,13 @@ from forebay.interfaces import Charge, RateLimitHeaders
 from forebay.quota import QuotaLevel
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.call_queue import QueuedCall
+from forebay.upstream.accounts.open_answers import OpenAnswer
+from forebay.upstream.accounts.timeout_evidence import TimeoutVerdict
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.accounts.waiters import AsyncWaiter, ThreadWaiter, Waiter
-from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Rejected
+from forebay.upstream.call_request import UNMETERED, Admitted, CallOutcome, CallRequest, Permit, Rejected
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 
@@ -29,8 +33,10 @@ class SharedAccount:
     """One account with its lock, its waiting callers, and the runs that watch its load. It is a `LoadSource`.
 
     Args:
-        account: makes the decisions.
+        open_account: returns a new account, which makes the decisions: one now, and one in each forked child.
         upstream: name of the account's upstream, for messages.
+        retries: of its calls.
+        same_key: returns all accounts of its API key, itself included.
         max_start_wait: seconds that the next call may be expected to wait for a run to start; None for a quarter of a
             typical call.
 
@@ -39,9 +45,20 @@ class SharedAccount:
         served_by_fallback: calls of this account that another account has served.
     """
 
-    def __init__(self, account: Account, *, upstream: str, max_start_wait: float | None) -> None:
-        self.name = account.name
-        self.account = account
+    def __init__(
+        self,
+        open_account: Callable[[], Account],
+        *,
+        upstream: str,
+        retries: AccountRetries,
+        same_key: Callable[[], Iterable[SharedAccount]],
+        max_start_wait: float | None,
+    ) -> None:
+        self.account = open_account()
+        self.name = self.account.name
+        self._open_account = open_account
+        self.retries = retries
+        self._same_key = same_key
         self.token_estimates = TokenEstimates()
         self.served_by_fallback = 0
         self._upstream = upstream
@@ -51,6 +68,18 @@ class SharedAccount:
         self._held_back: dict[object, int] = {}
         self._critical: set[object] = set()  # holders whose next run is CRITICAL: it may start where others may not
         self._on_relief: dict[object, Callable[[], None]] = {}
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`. The calls, and the runs that wait for its relief, are the parent's.
+
+        Permits that the parent's calls hold are not taken back here: see `settle`.
+        """
+        self._lock = threading.RLock()
+        self.account = self._open_account()
+        self.retries.reset_after_fork()
+        self._held_back.clear()
+        self._critical.clear()
+        self._on_relief.clear()
 
     # --- permits ---
 
@@ -95,11 +124,11 @@ class SharedAccount:
         """Take a permit, or put the call into the queue."""
         if sole_account and (run := context.call_observer()) is not None:
             run.record_call(self)
-            if run.rejections and (error := run.rejections.get(self)) is not None:
+            if (error := run.rejection_by(self)) is not None:
                 raise error
         now = clock.now()
         with self._lock:  # check and take are one step: no await in here
-            if not request.free:
+            if not request.free and request.unmetered is None:
                 self._learn_typical(request)
             decision = self.account.try_acquire(now, request)
             if isinstance(decision, Admitted):
@@ -126,7 +155,8 @@ class SharedAccount:
             load=rejected.load,
             retry_after=rejected.retry_after,
         )
-        if sole_account and (run := context.call_observer()) is not None:
+        unmetered = rejected.limited_by in UNMETERED  # it would be so at any time: the run's other calls are not
+        if sole_account and not unmetered and (run := context.call_observer()) is not None:
             run.record_rejection(self, error)
         return error
 
@@ -142,6 +172,10 @@ class SharedAccount:
     def _look(self) -> None:
         """Answer the queued calls that can be answered now."""
         now = clock.now()
+        with self._lock:
+            collect = self.account.queue.length > 0 and self.account.open_answers.begin_collection(now)
+        if collect:
+            gc.collect()
         with self._lock:
             relieved = self._serve_queue(now)
         for callback in relieved:
@@ -162,15 +196,23 @@ class SharedAccount:
         """Note that the answer of a call has begun. `headers`: its rate-limit headers."""
         now = clock.now()
         with self._lock:
+            if permit.account is not self.account:
+                return
             self.account.answer_began(now, permit, headers)
             relieved = self._serve_queue(now)
         for callback in relieved:
             callback()
 
     def settle(self, permit: Permit, outcome: CallOutcome) -> None:
-        """Close a permit: return its slot, and the reserved amounts that were not used."""
+        """Close a permit: return its slot, and the reserved amounts that were not used.
+
+        A permit that was granted in another process, before a fork, is only closed: nothing is held for it here.
+        """
         now = clock.now()
         with self._lock:
+            if permit.account is not self.account:
+                permit.closed = True
+                return
             self.account.settle(now, permit, outcome)
             if outcome.estimated_input_tokens is not None and outcome.used is not None:
                 self.token_estimates.observe(outcome.estimated_input_tokens, outcome.used)
@@ -178,12 +220,33 @@ class SharedAccount:
         for callback in relieved:
             callback()
 
+    def add_open_answer(self, answer: OpenAnswer) -> Callable[[float], None]:
+        """Note that a streaming answer has begun whose reader may drop it; return what to call if it leaves early."""
+        with self._lock:
+            self.account.open_answers.add(answer)
+            return self.account.open_answers.record_abandoned
+
+    def judge_timeout(self, permit: Permit) -> TimeoutVerdict:
+        """Return whether an attempt that its caller cut off now speaks against the provider. See `TimeoutEvidence`."""
+        now = clock.now()
+        with self._lock:
+            return self.account.timeouts.judge(now - permit.granted_at)
+
     def suspend(self, seconds: float) -> None:
-        """Send no calls for `seconds`, and reject those that wait: the account's money at the provider is spent."""
+        """Send no calls of its API key for `seconds`, and reject those that wait: its money at the provider is gone."""
+        for account in {self, *self._same_key()}:
+            account._suspend(seconds)  # noqa: SLF001 - one of its kind
+
+    def _suspend(self, seconds: float) -> None:
         now = clock.now()
         with self._lock:
             self.account.suspend(now, seconds)
             self.account.reject_queued(now)
+
+    def is_expendable(self) -> bool:
+        """Return whether a new account could replace it. See `Account.is_expendable`."""
+        with self._lock:
+            return not self._on_relief and self.account.is_expendable(clock.now())
 
     def count_served_by_fallback(self) -> None:
         """Count a call of this account that another account has served."""

@@ -7,6 +7,7 @@ from typing import Final
 from forebay.interfaces import Charge
 
 _GAIN: Final = 0.05  # weight of the newest call
+_FADING: Final = 0.99
 _MIN_CALLS: Final = 5  # before the mean of their output tokens is used
 _MIN_RATIO: Final = 0.1
 _MAX_RATIO: Final = 10.0
@@ -17,12 +18,14 @@ class TokenEstimates:
 
     Attributes:
         input_ratio: charged input tokens over estimated ones, as a moving mean.
+        largest_output: output tokens of the largest call lately. It falls by a hundredth with each smaller one.
     """
 
-    __slots__ = ("_calls", "_mean", "_ratios", "input_ratio")
+    __slots__ = ("_calls", "_mean", "_ratios", "input_ratio", "largest_output")
 
     def __init__(self) -> None:
         self.input_ratio = 1.0
+        self.largest_output = 0.0
         self._ratios = 0
         self._mean = 0.0
         self._calls = 0
@@ -37,6 +40,8 @@ class TokenEstimates:
         if estimated > 0 and used.input_tokens > 0:
             self._ratios += 1
             newest = min(_MAX_RATIO, max(_MIN_RATIO, used.input_tokens / estimated))
-            self.input_ratio += (newest - self.input_ratio) * max(_GAIN, 1.0 / self._ratios)
+            mean = self.input_ratio + (newest - self.input_ratio) * max(_GAIN, 1.0 / self._ratios)
+            self.input_ratio = max(_MIN_RATIO, mean)  # not a rounding error below
         self._calls += 1
+        self.largest_output = max(_FADING * self.largest_output, used.output_tokens)
         self._mean += (used.output_tokens - self._mean) * max(_GAIN, 1.0 / self._calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Generic, Protocol, Self, TypeVar
+from typing import Final, Generic, Protocol, Self, TypeAlias, TypeVar
 
 from forebay import clock, context
 from forebay.errors import Overloaded
@@ -97,6 +97,15 @@ class PlainRoute:
         return PlainRoute(route.upstream, route.account(self.api_key), request, self._request_at)
 
 
+_Other: TypeAlias = tuple[FallbackRoute, SharedAccount]
+
+
+def _is_less_loaded(other: _Other, load: float) -> bool:
+    """Return whether calls of an account with this load go to another first: over its threshold, and less loaded."""
+    route, account = other
+    return route.load_threshold < 1.0 and route.load_threshold <= load and account.load_for() < load
+
+
 class FallbackChain(Generic[RouteT]):
     """The routes of one call, in the order in which they are tried.
 
@@ -120,16 +129,12 @@ class FallbackChain(Generic[RouteT]):
         self._thresholds = [route.load_threshold for route, _ in others]
         if self._run is not None:
             self._run.record_call(any_of)
-            if self._run.rejections and (error := self._run.rejections.get(any_of)) is not None:
+            if (error := self._run.rejection_by(any_of)) is not None:
                 raise error
         load = self._own_load()
-        ahead = [
-            route
-            for route, account in others
-            if route.load_threshold < 1.0 and route.load_threshold <= load and account.load_for() < load
-        ]
-        behind = [route for route, _ in others if route not in ahead]
-        self._untried: deque[FallbackRoute | None] = deque([*ahead, None, *behind])  # None: own
+        ahead = [other for other in others if _is_less_loaded(other, load)]
+        behind = [other for other in others if other not in ahead]
+        self._untried: deque[_Other | None] = deque([*ahead, None, *behind])  # None: own
         self._own_result: Overloaded | AttemptResult | None = None
         self._other_failures: list[str] = []
         self._retry_after: list[float] = []
@@ -144,17 +149,17 @@ class FallbackChain(Generic[RouteT]):
             if self._own_result is not None and self.own.call_request.deadline <= clock.now():
                 return None
             other = self._untried.popleft()
-            route = self.own if other is None else self.own.reroute(other)
+            route = self.own if other is None else self.own.reroute(other[0])
             if route is not None:
                 return route
         return None
 
     def skips_retry(self, route: RouteT) -> bool:
         """Return whether a throttled call goes to the next account at once, instead of waiting for a retry here."""
-        if route is not self.own or not any(self._untried):
+        if route is not self.own or not self._untried:
             return False
         load = self._own_load()
-        return any(threshold < 1.0 and threshold <= load for threshold in self._thresholds)
+        return any(other is not None and _is_less_loaded(other, load) for other in self._untried)
 
     def record_rejection(self, route: RouteT, error: Overloaded) -> None:
         """Note that the account of `route` has rejected the call."""

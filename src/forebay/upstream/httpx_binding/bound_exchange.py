@@ -129,6 +129,11 @@ class BoundExchange(Exchange):
         result.value = response
         return result
 
+    def can_decode(self, encoding: str) -> bool:
+        """Return whether the HTTP library reads this Content-Encoding; it passes others on as they are, unread."""
+        known = self._binding.http._decoders.SUPPORTED_DECODERS  # noqa: SLF001 - it depends on what is installed
+        return all(name.strip().lower() in known for name in encoding.split(","))
+
     def opened(self, response: Any, stream: Any, *, decoded: bool) -> AttemptResult:
         """Return the result of an attempt whose answer has begun."""
         dropped = {b"x-should-retry"}

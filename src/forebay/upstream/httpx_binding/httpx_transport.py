@@ -29,12 +29,15 @@ class AsyncBody:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         stream = self._stream
         chunks = aiter(self._chunks)
+        stream.awaited()
         try:
             async for chunk in chunks:
                 if passed := stream.feed(chunk):
+                    stream.passed_on()
                     yield passed
-        except Exception:
-            stream.fail()
+                    stream.awaited()
+        except Exception as error:
+            stream.fail(error)
             raise
         finally:
             if isinstance(chunks, AsyncGenerator):
@@ -88,9 +91,10 @@ class AsyncTransport:
             response = await self.inner.handle_async_request(exchange.request)
             headers = Headers.relevant(response.headers.raw)
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
-                decoded = "content-encoding" in headers
-                body = self.body(response, exchange.metered_stream(permit, headers), decoded=decoded)
-                return exchange.opened(response, body, decoded=decoded)
+                encoding = headers.get("content-encoding", "")
+                decoded = bool(encoding) and exchange.can_decode(encoding)
+                stream = exchange.open_stream(permit, headers, encoding="" if decoded else encoding)
+                return exchange.opened(response, self.body(response, stream, decoded=decoded), decoded=decoded)
             raw = b"".join([chunk async for chunk in response.stream])
         except BaseException as error:
             if response is not None:
@@ -123,12 +127,15 @@ class BlockingBody:
 
     def __iter__(self) -> Iterator[bytes]:
         stream = self._stream
+        stream.awaited()
         try:
             for chunk in self._chunks:
                 if passed := stream.feed(chunk):
+                    stream.passed_on()
                     yield passed
-        except Exception:
-            stream.fail()
+                    stream.awaited()
+        except Exception as error:
+            stream.fail(error)
             raise
         if rest := stream.end():
             yield rest
@@ -175,9 +182,10 @@ class BlockingTransport:
             response = self.inner.handle_request(exchange.request)
             headers = Headers.relevant(response.headers.raw)
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
-                decoded = "content-encoding" in headers
-                body = self.body(response, exchange.metered_stream(permit, headers), decoded=decoded)
-                return exchange.opened(response, body, decoded=decoded)
+                encoding = headers.get("content-encoding", "")
+                decoded = bool(encoding) and exchange.can_decode(encoding)
+                stream = exchange.open_stream(permit, headers, encoding="" if decoded else encoding)
+                return exchange.opened(response, self.body(response, stream, decoded=decoded), decoded=decoded)
             raw = b"".join(response.stream)
         except BaseException as error:
             if response is not None:

@@ -1,16 +1,20 @@
 """LLM providers: requests, token counting, rate-limit headers, errors and usage. Unreadable input raises nothing."""
 
 from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error
+from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.http_headers import Headers
 from forebay.upstream.providers.include_usage import UsageFilter
+from forebay.upstream.providers.metering import find_unpriced, find_unreadable
 from forebay.upstream.providers.profiles import ProviderProfile, TokenCounting, profile_for
 from forebay.upstream.providers.rate_limit_headers import read_rate_limits, read_retry_after, read_should_retry
-from forebay.upstream.providers.request import Endpoint, ProviderRequest
+from forebay.upstream.providers.request import ProviderRequest
 from forebay.upstream.providers.rewrite import depends_on_stored_state, path_with_model, with_model
 from forebay.upstream.providers.usage import Usage
-from forebay.upstream.providers.usage_meter import UsageMeter, read_response
+from forebay.upstream.providers.usage_meter import BodyMeter, UsageMeter, read_response
 
 __all__ = [
+    "Billing",
+    "BodyMeter",
     "Endpoint",
     "ErrorKind",
     "Headers",
@@ -23,6 +27,8 @@ __all__ = [
     "classify",
     "classify_stream_error",
     "depends_on_stored_state",
+    "find_unpriced",
+    "find_unreadable",
     "path_with_model",
     "profile_for",
     "read_rate_limits",

@@ -62,7 +62,6 @@ class ErrorRule:
         outcome: for the account's limit and circuit breaker: SUCCESS; OVERLOAD counts for the limit and the outage
             detector; FAULT counts for the circuit breaker, if the attempt is the last of its call; IGNORED for neither.
         retryable: whether another attempt may succeed, unless the provider says otherwise (``x-should-retry``).
-        uses_attempt: whether a retry uses one of `Retry.max_attempts`; that of a throttled call does not.
         throttled: whether the provider rejected the call before doing any work, so that nothing was used.
         can_fall_back: whether another account of the fallback chain may serve the call.
         counted_by: the part of the account that reacts, and how.
@@ -72,11 +71,15 @@ class ErrorRule:
     meaning: str
     outcome: Outcome
     retryable: bool
-    uses_attempt: bool
     throttled: bool
     can_fall_back: bool
     counted_by: str
     caller_gets: str
+
+    @property
+    def uses_attempt(self) -> bool:
+        """Return whether a retry uses one of `Retry.max_attempts`; only that of a throttled call does not."""
+        return not self.throttled
 
 
 _PROVIDERS_RESPONSE: Final = "the provider's response"
@@ -92,7 +95,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="no error",
             outcome=Outcome.SUCCESS,
             retryable=False,
-            uses_attempt=False,
             throttled=False,
             can_fall_back=False,
             counted_by="quota: settled by the usage; limit: may grow",
@@ -102,7 +104,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="a quota (requests or tokens per period) is used up",
             outcome=Outcome.IGNORED,  # not congestion: the quota paces the calls, and fewer in flight would not help
             retryable=True,
-            uses_attempt=False,
             throttled=True,
             can_fall_back=True,
             counted_by="quota: sends nothing until Retry-After has passed (at most its period), or it has refilled",
@@ -112,7 +113,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="too many calls in flight; also a 429 that gives no reason",
             outcome=Outcome.OVERLOAD,
             retryable=True,
-            uses_attempt=False,
             throttled=True,
             can_fall_back=True,
             counted_by=_CONGESTION_COUNTED,
@@ -122,7 +122,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="usage grows too fast",
             outcome=Outcome.OVERLOAD,
             retryable=True,
-            uses_attempt=False,
             throttled=True,
             can_fall_back=True,
             counted_by=_CONGESTION_COUNTED,
@@ -132,7 +131,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="the provider has no capacity, for any customer",
             outcome=Outcome.OVERLOAD,
             retryable=True,
-            uses_attempt=False,
             throttled=True,
             can_fall_back=True,
             counted_by=_CONGESTION_COUNTED,
@@ -142,17 +140,18 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="the account's money at the provider is used up",
             outcome=Outcome.IGNORED,
             retryable=False,  # every retry would be rejected, whatever x-should-retry says
-            uses_attempt=False,
             throttled=True,
             can_fall_back=True,
-            counted_by="account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h",
+            counted_by=(
+                "account: sends nothing but free calls for 60 s, or for Retry-After up to 1 h, "
+                "and then one call at a time until one succeeds"
+            ),
             caller_gets=f"{_PROVIDERS_RESPONSE}; the calls after it `Overloaded`, limited by `budget`",
         ),
         ErrorKind.FAULT: ErrorRule(
             meaning="the provider, or the way to it, is broken",
             outcome=Outcome.FAULT,
             retryable=True,
-            uses_attempt=True,
             throttled=False,
             can_fall_back=True,
             counted_by="circuit breaker: counts the last attempt; retry budget for failures: counts each retry",
@@ -162,7 +161,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="says nothing about the provider, and another attempt may succeed",
             outcome=Outcome.IGNORED,
             retryable=True,
-            uses_attempt=True,
             throttled=False,
             can_fall_back=False,
             counted_by="retry budget for failures: counts each retry",
@@ -172,7 +170,6 @@ ERROR_RULES: Final[Mapping[ErrorKind, ErrorRule]] = MappingProxyType(
             meaning="the request is wrong, and would be wrong again",
             outcome=Outcome.IGNORED,
             retryable=False,
-            uses_attempt=False,
             throttled=False,
             can_fall_back=False,
             counted_by="nothing",
@@ -217,7 +214,7 @@ STATUS_RULES: Final[Mapping[int, StatusRule]] = MappingProxyType(
 OTHER_4XX: Final = StatusRule(ErrorKind.CLIENT_ERROR)
 OTHER_5XX: Final = StatusRule(ErrorKind.FAULT, frozenset({ErrorKind.SPEND_CAP, ErrorKind.OVERLOADED}))
 NO_RESPONSE: Final = ErrorKind.FAULT
-"""The kind of an attempt without a response: a connection error or a timeout, or a stream that was cut off."""
+"""The kind of an attempt without a response: a connection error, a stream that was cut off, or an unusual silence."""
 
 ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
     {

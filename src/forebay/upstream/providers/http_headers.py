@@ -17,6 +17,7 @@ SIGNATURE_HEADERS: Final = frozenset(
 RELEVANT: Final = SIGNATURE_HEADERS | {
     *("authorization", "x-api-key", "api-key"),
     *("content-type", "content-encoding", "upgrade", "sec-websocket-key"),
+    *("x-http-method-override", "x-http-method", "x-method-override"),
     *("user-agent", "x-stainless-lang"),
     *("retry-after", "retry-after-ms", "x-should-retry", "date"),
 }

@@ -9,11 +9,17 @@ from typing import Final
 
 from forebay.errors import InvalidSetting
 from forebay.interfaces import Charge
+from forebay.quota import BilledUsage
+from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.include_usage import with_include_usage
-from forebay.upstream.providers.request import Endpoint, ProviderRequest, read_request
+from forebay.upstream.providers.metering import expected_searches, find_unseen_input
+from forebay.upstream.providers.request import ProviderRequest, read_request
 from forebay.upstream.providers.usage import Usage
 
 _TYPICAL_OUTPUT: Final = 500  # tokens, where neither the request nor earlier calls give a number
+_UNBOUNDED_OUTPUT: Final = 16_384  # tokens, in dollars: as much as many models can make
+_STORED_INPUT: Final = 50_000  # tokens of a file, conversation or response whose length is not known
+_IMAGE_OUTPUT: Final = 10_000  # tokens of an image; those of high quality take up to 6,240
 _AZURE_USAGE_SINCE: Final = "2024-09-01"  # api-version; older ones reject unknown fields
 
 
@@ -81,6 +87,44 @@ class ProviderProfile:
         received = output_tokens if output_tokens is not None else _TYPICAL_OUTPUT if bound is None else bound
         received = (received if bound is None else min(received, bound)) * request.choices
         return Charge(input_tokens=sent, output_tokens=received, tokens=self._combined(request, sent, received))
+
+    def estimate_usage(
+        self,
+        request: ProviderRequest,
+        *,
+        largest_output: float = 0.0,
+        input_ratio: float = 1.0,
+        continued_tokens: int | None = None,
+    ) -> BilledUsage:
+        """Return the usage whose price to reserve before a call is sent: the most that it may use, if it says so.
+
+        Args:
+            request: the call.
+            largest_output: tokens of the largest output lately, for a request that has no bound.
+            input_ratio: as for `estimate_charge`; only one that raises the estimate counts.
+            continued_tokens: of the stored response that it continues; None if that is not known.
+        """
+        if request.billing is Billing.CHARACTERS:
+            return BilledUsage(characters=request.characters)
+        unseen = find_unseen_input(request)
+        sent = -int(-request.input_tokens * max(1.0, input_ratio) // 1) + _STORED_INPUT * unseen.stored
+        if request.previous_response_id is not None:
+            sent += _STORED_INPUT if continued_tokens is None else continued_tokens
+        if request.endpoint is Endpoint.IMAGES:
+            images = _IMAGE_OUTPUT * request.choices
+            return BilledUsage(input_tokens=sent, output_tokens=images, output_image_tokens=images, tier=request.tier)
+        if not request.generates_tokens:
+            return BilledUsage(input_tokens=sent, tier=request.tier)
+        bound = request.max_output_tokens
+        received = (max(_UNBOUNDED_OUTPUT, int(largest_output)) if bound is None else bound) * request.choices
+        return BilledUsage(
+            input_tokens=sent,
+            output_tokens=received,
+            input_audio_tokens=sent if unseen.audio else 0,
+            output_audio_tokens=received if unseen.audio else 0,
+            web_searches=expected_searches(request),
+            tier=request.tier,
+        )
 
     def _combined(self, request: ProviderRequest, sent: int, received: int) -> int:
         """Return the charge on a quota of input and output tokens together."""

@@ -1,55 +1,43 @@
-"""A reader of provider requests: endpoint, model, estimated tokens. No input makes it raise."""
+"""A reader of provider requests: endpoint, model, estimated tokens, how its price is found. No input makes it raise."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
+from forebay.upstream.providers.endpoints import Billing, Endpoint, EndpointRule, find_rule
 from forebay.upstream.providers.estimate import estimate_tokens
 from forebay.upstream.providers.http_headers import SIGNATURE_HEADERS, normalize_headers
+from forebay.upstream.providers.json_text import replace_lone_surrogates
 
 _MAX_TOKENS: Final = 10**9  # a larger bound is ignored
 _MAX_CHOICES: Final = 128  # as at OpenAI
 _MAX_MODEL: Final = 256  # characters
+_MAX_SHOWN: Final = 50  # characters of a header in a message
+_DEARER: Final = ("priority", "fast")  # service tiers; the others cost no more than the usual one
+_MINI_IMAGE: Final = 25_501  # tokens of an image on gpt-4o-mini: 2,833 and 5,667 a tile (OpenAI, "Images and vision")
+_SEARCH_MODEL: Final = re.compile(r"-search-")  # each call of such a model searches the web
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 
-class Endpoint(Enum):
-    """An endpoint of a provider's API."""
-
-    __hash__ = object.__hash__  # Enum hashes its name in Python, and each call looks endpoints up
-
-    CHAT = "chat"  # OpenAI's chat completions
-    COMPLETIONS = "completions"
-    RESPONSES = "responses"
-    EMBEDDINGS = "embeddings"
-    MESSAGES = "messages"  # Anthropic's
-    COUNT_TOKENS = "count_tokens"
-    MODELS = "models"
-    OTHER = "other"  # counted as one request; nothing more is known
-
-
-_ENDINGS: Final = {
-    "/chat/completions": Endpoint.CHAT,
-    "/completions": Endpoint.COMPLETIONS,
-    "/responses": Endpoint.RESPONSES,
-    "/embeddings": Endpoint.EMBEDDINGS,
-    "/messages": Endpoint.MESSAGES,
-    "/messages/count_tokens": Endpoint.COUNT_TOKENS,
-}
 _MODELS: Final = re.compile(r"/models(?:/[^/]+)?$")
 _READ_OR_DELETE: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
-_NOT_GENERATION: Final = re.compile(r"/(?:threads|conversations|batches|fine_tuning|evals)/")  # with the same endings
-_DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/")  # Azure names the model in the path
+_DEPLOYMENT: Final = re.compile(r"/deployments/([^/]+)/", re.IGNORECASE)  # Azure names the model in the path
+_RESPONSE: Final = re.compile(r"/responses/([^/]+)(?:/cancel)?$")
+_OVERRIDES: Final = frozenset({"x-http-method-override", "x-http-method", "x-method-override"})  # of a lenient server
+_UNCHANGED: Final = frozenset({"", "identity"})  # codings of a body that leave it as it is
+_CHARSETS: Final = ("charset=utf-8", "charset=utf8", "charset=us-ascii", 'charset="utf-8"')
 
 _SIGNATURES: Final = ("AWS4-", "Signature ")  # prefixes of an Authorization header that is a signature
-_UNUSUAL: Final = SIGNATURE_HEADERS | {"upgrade", "sec-websocket-key", "content-encoding"}
+_UNUSUAL: Final = SIGNATURE_HEADERS | _OVERRIDES | {"upgrade", "sec-websocket-key", "content-encoding"}
+
+
+_NOTHING: Final = msgspec.Raw()
 
 
 class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +55,21 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
         signed: whether it is signed or compressed, so that it must not be changed.
         read_or_delete: whether its method is GET, HEAD, OPTIONS or DELETE.
         api_version: Azure's date (``2024-10-21``), or None.
+        billing: how its price is found.
+        billing_reason: why that way.
+        unreadable: why its body cannot be read, though its endpoint needs a JSON object; empty if it can be.
+        tier: the service tier or speed that it asks for: ``"priority"``, ``"fast"``, ``"flex"``...; empty for the usual
+            one.
+        background: whether its answer comes later, by another request.
+        response_id: of the response that it fetches or cancels, or None.
+        characters: of the text that it asks to be spoken.
+        searches: searches of the web that it makes without a tool.
+        asks_for_audio: whether it asks for sound.
+        previous_response_id: of the stored response that it continues, or None.
+        conversation: whether it continues a conversation that the provider stores.
+        stored_prompt: whether it names a prompt that the provider stores.
+        content: its messages or other input, as JSON, or empty.
+        tools: as JSON, or empty.
     """
 
     endpoint: Endpoint
@@ -80,11 +83,25 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
     signed: bool = False
     read_or_delete: bool = False
     api_version: str | None = None
+    billing: Billing = Billing.UNPRICED
+    billing_reason: str = ""
+    unreadable: str = ""
+    tier: str = ""
+    background: bool = False
+    response_id: str | None = None
+    characters: int = 0
+    searches: int = 0
+    asks_for_audio: bool = False
+    previous_response_id: str | None = None
+    conversation: bool = False
+    stored_prompt: bool = False
+    content: msgspec.Raw = _NOTHING
+    tools: msgspec.Raw = _NOTHING
 
     @property
     def free(self) -> bool:
         """Return whether it costs no money: it lists models, fetches, deletes, or counts tokens."""
-        return (self.read_or_delete and not self.websocket) or self.endpoint is Endpoint.COUNT_TOKENS
+        return self.billing is Billing.FREE
 
     @property
     def generates_tokens(self) -> bool:
@@ -93,7 +110,8 @@ class ProviderRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _GENERATING: Final = frozenset({Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.MESSAGES})
-_NOTHING: Final = msgspec.Raw()
+_GENERATED: Final = (Billing.USAGE, Billing.CHARACTERS)
+_NEEDS_JSON: Final = _GENERATING | {Endpoint.EMBEDDINGS, Endpoint.IMAGES, Endpoint.SPEECH}
 
 
 class _RequestBody(msgspec.Struct):
@@ -107,6 +125,13 @@ class _RequestBody(msgspec.Struct):
     max_output_tokens: Any = None
     n: Any = None
     best_of: Any = None
+    service_tier: Any = None
+    speed: Any = None
+    background: Any = None
+    modalities: Any = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    web_search_options: msgspec.Raw = _NOTHING
     messages: msgspec.Raw = _NOTHING  # the input starts here
     system: msgspec.Raw = _NOTHING
     prompt: msgspec.Raw = _NOTHING
@@ -145,32 +170,73 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     values = normalize_headers(headers)
     line = _read_request_line(method, path)
     websocket, signed = line.websocket, line.signed
+    reads, route, billing, reason = line.read_or_delete, line.endpoint, line.billing, line.billing_reason
+    if reads and body and line.rule.billing in _GENERATED:  # a lenient server may take it for a POST
+        reads, route, billing, reason = False, line.rule.endpoint, line.rule.billing, line.rule.reason
     if not _UNUSUAL.isdisjoint(values):  # one check for headers that nearly no request has
         websocket, signed = websocket or _opens_websocket(values), signed or _is_signed(values)
+        if not _OVERRIDES.isdisjoint(values):
+            billing, reason = Billing.UNPRICED, "a header says that its method is another one"
     elif values.get("authorization", "").startswith(_SIGNATURES):
         signed = True
-    route = line.endpoint
-    read = _read_body(values, body) if route not in (Endpoint.MODELS, Endpoint.OTHER) else None
-    if read is None:
+    read, unreadable = (None, "") if reads else _read_body(values, body)
+    if websocket:
+        billing, reason = Billing.UNPRICED, "the content of a WebSocket cannot be metered"
+    if read is None or (route is Endpoint.OTHER and billing is Billing.FREE):
         return ProviderRequest(
-            endpoint=route, model=line.model, websocket=websocket, signed=signed, read_or_delete=line.read_or_delete
+            endpoint=route,
+            model=line.model,
+            websocket=websocket,
+            signed=signed,
+            read_or_delete=reads,
+            billing=billing,
+            billing_reason=reason,
+            unreadable=unreadable if route in _NEEDS_JSON or "Content-Encoding" in unreadable else "",
+            response_id=line.response_id,
+        )
+    if route is Endpoint.OTHER:
+        return ProviderRequest(
+            endpoint=route,
+            model=line.model or _name(read.model),
+            websocket=websocket,
+            signed=signed,
+            billing=billing,
+            billing_reason=reason,
         )
     pieces = map(bytes, filter(None, msgspec.structs.astuple(read)[_FIRST_INPUT:]))
     choices = 1
     if read.n is not None or read.best_of is not None:
         choices = min(_MAX_CHOICES, max(1, _bound(read.n) or 1, _bound(read.best_of) or 1))
-    options = read.stream_options
+    # The deployment in Azure's path is what answers, whatever the body says.
+    options, model = read.stream_options, line.model or _name(read.model)
+    previous = read.previous_response_id
     return ProviderRequest(
         endpoint=route,
-        model=_name(read.model) or line.model,
+        model=model,
         stream=read.stream is True,
-        input_tokens=estimate_tokens(pieces, bytes_per_token=bytes_per_token, image_tokens=image_tokens),
-        max_output_tokens=_first_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
+        input_tokens=estimate_tokens(
+            pieces,
+            bytes_per_token=bytes_per_token,
+            image_tokens=_MINI_IMAGE if model is not None and "gpt-4o-mini" in model else image_tokens,
+        ),
+        max_output_tokens=_largest_bound(read.max_completion_tokens, read.max_tokens, read.max_output_tokens),
         choices=choices,
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         websocket=websocket,
         signed=signed,
         api_version=line.api_version,
+        billing=billing,
+        billing_reason=reason,
+        tier="fast" if read.speed == "fast" else read.service_tier if read.service_tier in _DEARER else "",
+        background=read.background is True,
+        characters=_spoken(read.input) if route is Endpoint.SPEECH else 0,
+        searches=int(bool(read.web_search_options) or (model is not None and _SEARCH_MODEL.search(model) is not None)),
+        asks_for_audio=isinstance(read.modalities, list) and "audio" in read.modalities,
+        previous_response_id=previous if isinstance(previous, str) else None,
+        conversation=read.conversation is not None,
+        stored_prompt=route is Endpoint.RESPONSES and bytes(read.prompt).startswith(b"{"),
+        content=read.messages or read.input,
+        tools=read.tools,
     )
 
 
@@ -184,6 +250,10 @@ class _RequestLine(NamedTuple):
         signed: whether the signature is in the query.
         read_or_delete: see `ProviderRequest`.
         api_version: Azure's date, or None.
+        billing: see `ProviderRequest`.
+        billing_reason: see `ProviderRequest`.
+        response_id: see `ProviderRequest`.
+        rule: of its path, for any method.
     """
 
     endpoint: Endpoint
@@ -192,6 +262,10 @@ class _RequestLine(NamedTuple):
     signed: bool
     read_or_delete: bool
     api_version: str | None
+    billing: Billing
+    billing_reason: str
+    response_id: str | None
+    rule: EndpointRule
 
 
 @lru_cache(maxsize=256)  # calls go to a few paths, and parsing one takes several microseconds
@@ -199,13 +273,24 @@ def _read_request_line(method: str, path: str) -> _RequestLine:
     resource, query = _split(path)
     deployment = _DEPLOYMENT.search(resource)
     versions = query.get("api-version")
+    reads = method.upper() in _READ_OR_DELETE
+    rule = find_rule(resource)
+    endpoint, billing, reason = rule.endpoint, rule.billing, rule.reason
+    if reads:
+        models = method.upper() == "GET" and _MODELS.search(resource)
+        endpoint, billing, reason = Endpoint.MODELS if models else Endpoint.OTHER, Billing.FREE, "it reads or deletes"
+    response = _RESPONSE.search(resource)
     return _RequestLine(
-        endpoint=_find_endpoint(method, resource),
+        endpoint=endpoint,
         model=unquote(deployment[1]) if deployment else None,
         websocket=path.startswith(("ws://", "wss://")) or resource.endswith("/realtime"),
         signed="X-Amz-Signature" in query,
-        read_or_delete=method.upper() in _READ_OR_DELETE,
+        read_or_delete=reads,
         api_version=versions[0] if versions else None,
+        billing=billing,
+        billing_reason=reason,
+        response_id=unquote(response[1]) if response and endpoint is Endpoint.OTHER else None,
+        rule=rule,
     )
 
 
@@ -217,14 +302,6 @@ def _split(path: str) -> tuple[str, dict[str, list[str]]]:
         return "", {}
 
 
-def _find_endpoint(method: str, path: str) -> Endpoint:
-    if _NOT_GENERATION.search(path):
-        return Endpoint.OTHER
-    if method.upper() == "POST":
-        return next((endpoint for ending, endpoint in _ENDINGS.items() if path.endswith(ending)), Endpoint.OTHER)
-    return Endpoint.MODELS if method.upper() == "GET" and _MODELS.search(path) else Endpoint.OTHER
-
-
 def _opens_websocket(headers: Mapping[str, str]) -> bool:
     return "websocket" in headers.get("upgrade", "").lower() or "sec-websocket-key" in headers
 
@@ -232,28 +309,43 @@ def _opens_websocket(headers: Mapping[str, str]) -> bool:
 def _is_signed(headers: Mapping[str, str]) -> bool:
     if headers.get("authorization", "").startswith(_SIGNATURES):
         return True
-    return "content-encoding" in headers or not SIGNATURE_HEADERS.isdisjoint(headers)
+    return _coding(headers) not in _UNCHANGED or not SIGNATURE_HEADERS.isdisjoint(headers)
 
 
-def _read_body(headers: Mapping[str, str], body: bytes) -> _RequestBody | None:
-    """Return the body if it is a JSON object; None for a form with files, or anything else."""
-    if "content-encoding" in headers or headers.get("content-type", "").startswith("multipart/"):
-        return None
+def _coding(headers: Mapping[str, str]) -> str:
+    return headers.get("content-encoding", "").lower()
+
+
+def _read_body(headers: Mapping[str, str], body: bytes) -> tuple[_RequestBody | None, str]:
+    """Return the body if it is a JSON object, whatever its type says; else None, and why it cannot be read."""
+    if "content-encoding" in headers and (coding := _coding(headers)) not in _UNCHANGED:
+        return None, f"its body has the Content-Encoding {coding[:_MAX_SHOWN]!r}: send it as it is"
+    content_type = headers.get("content-type", "").lower()
+    if "charset" in content_type and not any(charset in content_type for charset in _CHARSETS):
+        return None, "its body is not in UTF-8: encode it so"
+    for text in (body, replace_lone_surrogates(body)):
+        try:
+            return _decoder.decode(text), ""
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            continue
+    return None, "its body is not a JSON object in UTF-8: send it as one"
+
+
+def _spoken(text: msgspec.Raw) -> int:
+    """Return the characters of a JSON string."""
     try:
-        return _decoder.decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
+        return len(msgspec.json.decode(text, type=str))
+    except (msgspec.MsgspecError, ValueError):
+        return 0
 
 
 def _name(model: object) -> str | None:
     return model[:_MAX_MODEL] if isinstance(model, str) and model else None
 
 
-def _first_bound(*values: object) -> int | None:
-    for value in values:
-        if value is not None and (bound := _bound(value)) is not None:
-            return bound
-    return None
+def _largest_bound(*values: object) -> int | None:
+    """Return the largest of several bounds: servers do not agree on which of them counts."""
+    return max((bound for value in values if (bound := _bound(value)) is not None), default=None)
 
 
 def _bound(value: object) -> int | None:

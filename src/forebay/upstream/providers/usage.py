@@ -1,4 +1,4 @@
-"""The usage of a call: its tokens, as the provider counted them."""
+"""The usage of a call: its tokens, and whatever else is billed, as the provider counted them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,31 @@ from typing import Any, Final
 
 import msgspec
 
+from forebay.quota import BilledUsage
+
 _MAX_TOKENS: Final = 10**8  # of one call: ten times the largest context window of any model
+_MAX_SEARCHES: Final = 10_000  # of one call
+_US_FACTOR: Final = 1.1  # Anthropic's, for calls that are computed in the US only: "Pricing", data residency
 _NUMBER: Final = (int, float)  # `int | float` would be built at each check
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of one call.
+    """The tokens of one call, and whatever else is billed.
 
     Attributes:
         input_tokens: sent, with those that came from a cache.
         output_tokens: received, with hidden reasoning.
         cache_read_tokens: the part of the input that was read from a cache.
         cache_write_tokens: the part of the input that was written to a cache.
+        cache_write_1h_tokens: the part of that which is kept for an hour.
+        input_audio_tokens: the part of the input that is sound.
+        output_audio_tokens: the part of the output that is sound.
+        input_image_tokens: the part of the input that is an image.
+        output_image_tokens: the part of the output that is an image.
+        web_searches: by the provider's own tool.
+        file_searches: by the provider's own tool.
+        tier: the service tier or the speed that was used; empty if the provider reports none.
+        factor: by which the tokens are dearer, for the place where they were computed.
         estimated: whether some of it is an estimate, since the provider did not report it.
     """
 
@@ -25,7 +38,39 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    input_audio_tokens: int = 0
+    output_audio_tokens: int = 0
+    input_image_tokens: int = 0
+    output_image_tokens: int = 0
+    web_searches: int = 0
+    file_searches: int = 0
+    tier: str = ""
+    factor: float = 1.0
     estimated: bool = False
+
+    def billed(self, *, tier: str = "", web_searches: int = 0) -> BilledUsage:
+        """Return the units that the provider bills.
+
+        Args:
+            tier: what the request asked for; counts if the answer does not report it.
+            web_searches: those that every such call makes, and that no answer reports.
+        """
+        return BilledUsage(
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            cached_input_tokens=self.cache_read_tokens,
+            cache_write_tokens=self.cache_write_tokens,
+            cache_write_1h_tokens=self.cache_write_1h_tokens,
+            input_audio_tokens=self.input_audio_tokens,
+            output_audio_tokens=self.output_audio_tokens,
+            input_image_tokens=self.input_image_tokens,
+            output_image_tokens=self.output_image_tokens,
+            web_searches=max(web_searches, self.web_searches),
+            file_searches=self.file_searches,
+            tier=self.tier or tier,
+            factor=self.factor,
+        )
 
 
 def _is_impossible(value: object) -> bool:
@@ -64,6 +109,7 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
     output_tokens = read_token_count(output)
     if known is not None:
         output_tokens = max(output_tokens, known.output_tokens)
+    kept = {} if known is None else msgspec.structs.asdict(known)
     if not isinstance(prompt, _NUMBER):
         cached, written = (known.cache_read_tokens, known.cache_write_tokens) if known else (0, 0)
         input_tokens = known.input_tokens if known else 0
@@ -74,13 +120,49 @@ def read_usage(value: Any, known: Usage | None = None) -> Usage | None:
         cached, written = known.cache_read_tokens, known.cache_write_tokens
         input_tokens = max(read_token_count(prompt), known.input_tokens)  # a later event leaves the cache out
     else:
-        details = value.get("prompt_tokens_details", value.get("input_tokens_details"))
-        hit = details.get("cached_tokens") if isinstance(details, dict) else value.get("prompt_cache_hit_tokens")
         input_tokens = read_token_count(prompt)
-        cached, written = min(read_token_count(hit), input_tokens), 0
-    return Usage(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        cache_read_tokens=cached,
-        cache_write_tokens=written,
-    )
+        details = value.get("prompt_tokens_details", value.get("input_tokens_details"))
+        if not isinstance(details, dict):
+            details = {"cached_tokens": value.get("prompt_cache_hit_tokens")}
+        cached = min(read_token_count(details.get("cached_tokens")), input_tokens)
+        written = min(read_token_count(details.get("cache_write_tokens")), input_tokens - cached)
+        kept |= _read_media(details, "input", input_tokens)
+    outputs = value.get("completion_tokens_details", value.get("output_tokens_details"))
+    if isinstance(outputs, dict):
+        kept |= _read_media(outputs, "output", output_tokens)
+    kept |= {
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "cache_read_tokens": cached,
+        "cache_write_tokens": written,
+    }
+    return _with_extras(Usage(**kept), value)
+
+
+def _read_media(details: dict[str, Any], direction: str, tokens: int) -> dict[str, int]:
+    """Return the tokens of sound and of images in OpenAI's details, which are parts of all `tokens`."""
+    audio = min(read_token_count(details.get("audio_tokens")), tokens)
+    image = min(read_token_count(details.get("image_tokens")), tokens - audio)
+    return {f"{direction}_audio_tokens": audio, f"{direction}_image_tokens": image} if audio or image else {}
+
+
+def _with_extras(usage: Usage, value: dict[str, Any]) -> Usage:
+    """Return a usage with the rest of what Anthropic reports in the same object."""
+    extras: dict[str, Any] = {}
+    creation = value.get("cache_creation")
+    if isinstance(creation, dict) and (long := read_token_count(creation.get("ephemeral_1h_input_tokens"))):
+        extras["cache_write_1h_tokens"] = min(long, usage.cache_write_tokens)
+    tools = value.get("server_tool_use")
+    if isinstance(tools, dict) and (searches := read_token_count(tools.get("web_search_requests"))):
+        extras["web_searches"] = min(_MAX_SEARCHES, searches)
+    if value.get("speed") == "fast":
+        extras["tier"] = "fast"
+    if value.get("inference_geo") == "us":
+        extras["factor"] = _US_FACTOR
+    iterations = value.get("iterations")
+    if isinstance(iterations, list):  # a compaction is not part of the totals
+        compactions = [each for each in iterations if isinstance(each, dict) and each.get("type") == "compaction"]
+        for each in filter(None, map(read_usage, compactions)):
+            extras["input_tokens"] = extras.get("input_tokens", usage.input_tokens) + each.input_tokens
+            extras["output_tokens"] = extras.get("output_tokens", usage.output_tokens) + each.output_tokens
+    return msgspec.structs.replace(usage, **extras) if extras else usage

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from forebay.upstream.providers.classify import ErrorKind, classify_stream_error
-from forebay.upstream.providers.content_encoding import Decompressor
+from forebay.upstream.providers.content_encoding import BodyEnd
 from forebay.upstream.providers.event_stream import EventStreamParser
 from forebay.upstream.providers.usage import Usage, read_usage
 
@@ -18,18 +18,32 @@ _MAX_BODY: Final = 1 << 20  # bytes of a body that are decoded
 _TAIL: Final = 1 << 14  # bytes that are searched in a longer body: its usage stands at the end
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _MAX_CHOICES: Final = 128
+_MAX_NAME: Final = 256  # characters of an id, or of a service tier
 _CONTENT: Final = ("content", "reasoning_content", "reasoning", "refusal")  # text in a chat delta, of any provider
-_ENDS: Final = frozenset({"response.completed", "response.incomplete", "response.failed", "message_stop"})
+_ENDS: Final = frozenset(
+    {
+        *("response.completed", "response.incomplete", "response.failed", "message_stop"),
+        *("image_generation.completed", "image_edit.completed"),
+    }
+)
+_WEB_SEARCH: Final = "web_search_call"  # an item in the output of OpenAI's responses
+_FILE_SEARCH: Final = "file_search_call"
+_ITEM: Final = re.compile(rb'"type"\s*:\s*"(web|file)_search_call"')
+_NO_OUTPUT: Final = msgspec.Raw()
 
 
-class _UsageAndError(msgspec.Struct):
+class _ResponseBody(msgspec.Struct):
     """The fields read from a whole response; the rest of its JSON is skipped without making objects."""
 
     usage: Any = None
     error: Any = None
+    id: Any = None
+    model: Any = None
+    service_tier: Any = None
+    output: msgspec.Raw = _NO_OUTPUT
 
 
-_decoder: Final = msgspec.json.Decoder(_UsageAndError)
+_decoder: Final = msgspec.json.Decoder(_ResponseBody)
 
 
 class WholeResponse(NamedTuple):
@@ -38,10 +52,14 @@ class WholeResponse(NamedTuple):
     Attributes:
         usage: None if the response does not report it.
         error_kind: of an error reported within the response, or None.
+        response_id: by which it can be fetched later, or None.
+        model: that has answered, or None.
     """
 
     usage: Usage | None
     error_kind: ErrorKind | None = None
+    response_id: str | None = None
+    model: str | None = None
 
 
 _NOTHING: Final = WholeResponse(None)
@@ -56,7 +74,28 @@ def read_response(body: bytes) -> WholeResponse:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return _read_tail(body)
     error = classify_stream_error(response.error) if isinstance(response.error, dict) else None
-    return WholeResponse(read_usage(response.usage), error)
+    usage = read_usage(response.usage)
+    if usage is not None:
+        found = _ITEM.findall(bytes(response.output)) if response.output else []
+        tier = _read_name(response.service_tier)
+        usage = _complete(usage, tier, web_searches=found.count(b"web"), file_searches=found.count(b"file"))
+    return WholeResponse(usage, error, _read_name(response.id), _read_name(response.model))
+
+
+def _read_name(value: object) -> str | None:
+    return value if isinstance(value, str) and 0 < len(value) <= _MAX_NAME else None
+
+
+def _complete(usage: Usage, tier: str | None, *, web_searches: int, file_searches: int) -> Usage:
+    """Return a usage with what the response reports elsewhere."""
+    if tier is None and not web_searches and not file_searches:
+        return usage
+    return msgspec.structs.replace(
+        usage,
+        tier=usage.tier if tier is None else tier,
+        web_searches=max(usage.web_searches, web_searches),
+        file_searches=file_searches,
+    )
 
 
 def _read_tail(body: bytes) -> WholeResponse:
@@ -71,6 +110,41 @@ def _read_tail(body: bytes) -> WholeResponse:
     return WholeResponse(read_usage(usage))
 
 
+class BodyMeter:
+    """A meter of one JSON response that is passed on as it arrives, since it is too large to be held in memory.
+
+    Attributes:
+        complete: whether the response has ended.
+        error_kind: of an error reported within the response, or None.
+        usage: None if the response does not report it at its end, or has not ended.
+        response_id: by which it can be fetched later, or None.
+        model: that has answered, or None.
+        has_output: False; of JSON, the begin says nothing.
+        readable: True; of JSON, HTTP tells whether it was cut off.
+    """
+
+    __slots__ = ("_end", "complete", "error_kind", "model", "response_id", "usage")
+    has_output = False
+    readable = True
+
+    def __init__(self) -> None:
+        self._end = BodyEnd(4 * _TAIL)
+        self.complete = False
+        self.error_kind: ErrorKind | None = None
+        self.usage: Usage | None = None
+        self.response_id: str | None = None
+        self.model: str | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
+        self._end.feed(chunk)
+
+    def end(self) -> None:
+        """Note that the response has ended. Feeding more is not allowed."""
+        self.usage, self.error_kind, self.response_id, self.model = read_response(self._end.read())
+        self.complete = True
+
+
 class UsageMeter:
     """A meter of one stream of events (``text/event-stream``): it is fed the bytes, and knows the usage.
 
@@ -82,39 +156,49 @@ class UsageMeter:
 
     Args:
         input_tokens: estimated, for a provider that does not report them.
-        encoding: its Content-Encoding; gzip and deflate are decompressed, and no other is read.
 
     Attributes:
         complete: whether the response ended properly; a stream that was cut off did not.
         error_kind: of an error reported within the response, or None.
+        response_id: by which it can be fetched later, or None.
+        model: that answers, or None.
     """
 
     __slots__ = (
-        *("_characters", "_decompressor", "_events", "_input_tokens", "_open_choices", "_pieces", "_reported"),
-        *("complete", "error_kind"),
+        *("_characters", "_events", "_input_tokens", "_open_choices", "_pieces", "_recognized", "_reported"),
+        *("_searches", "_tier", "_unknown", "complete", "error_kind", "model", "response_id"),
     )
 
-    def __init__(self, *, input_tokens: int = 0, encoding: str = "") -> None:
+    def __init__(self, *, input_tokens: int = 0) -> None:
         self.complete = False
         self.error_kind: ErrorKind | None = None
         self._events = EventStreamParser()
-        self._decompressor = Decompressor(encoding)
         self._input_tokens = input_tokens
         self._reported: Usage | None = None
         self._open_choices: set[int] = set()  # started and not finished
         self._pieces = 0
         self._characters = 0
+        self._recognized = False  # an event of a known form
+        self._unknown = False  # an event of another form
+        self._tier: str | None = None
+        self._searches = {_WEB_SEARCH: 0, _FILE_SEARCH: 0}
+        self.response_id: str | None = None
+        self.model: str | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """Read the next bytes of the response, a piece of any size."""
-        for content in self._decompressor.feed(chunk):
-            for event in self._events.feed(content):
-                self._event(event)
+        """Read the next bytes of the response, a piece of any size, without its Content-Encoding."""
+        for event in self._events.feed(chunk):
+            self._event(event)
 
     def end(self) -> None:
         """Note that the response has ended, properly or not. Feeding more is not allowed."""
         for event in self._events.end():
             self._event(event)
+
+    @property
+    def readable(self) -> bool:
+        """Return whether its events are of a known form, or it has none: of others no end can be recognized."""
+        return self._recognized or not self._unknown
 
     @property
     def output_tokens(self) -> int:
@@ -125,25 +209,46 @@ class UsageMeter:
         return max(reported, self._pieces, self._characters // _CHARACTERS_PER_TOKEN)
 
     @property
+    def has_output(self) -> bool:
+        """Return whether any output has arrived."""
+        return self._pieces > 0
+
+    @property
     def usage(self) -> Usage | None:
         """Return the usage, reported or else estimated; None if nothing is known."""
         if self._reported is not None and self.complete:
-            return self._reported
+            return self._with_extras(self._reported)
         if self._reported is None and not self._pieces:
             return None
+        return self.unfinished_usage(0)
+
+    def unfinished_usage(self, hidden_tokens: int) -> Usage:
+        """Return the usage of a response that broke off, or that its reader has left.
+
+        Args:
+            hidden_tokens: output that may have been made before any arrived.
+        """
         known = self._reported or Usage(input_tokens=self._input_tokens, output_tokens=0)
-        return msgspec.structs.replace(known, output_tokens=self.output_tokens, estimated=True)
+        estimated = msgspec.structs.replace(known, output_tokens=self.output_tokens + hidden_tokens, estimated=True)
+        return self._with_extras(estimated)
+
+    def _with_extras(self, usage: Usage) -> Usage:
+        web, file = self._searches.values()
+        return _complete(usage, self._tier, web_searches=web, file_searches=file)
 
     def _event(self, data: bytes) -> None:
         if data == b"[DONE]":
-            self.complete = True
+            self.complete = self._recognized = True
             return
         try:
             event = msgspec.json.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError):
+            self._unknown = True
             return
         if not isinstance(event, dict):
+            self._unknown = True
             return
+        self._recognized = True
         kind = event.get("type")
         if isinstance(kind, str):
             self._typed(kind, event)
@@ -160,12 +265,22 @@ class UsageMeter:
             self._output(*(delta.get(field) for field in ("text", "thinking", "partial_json")))
         elif kind.endswith(".delta") and not kind.endswith("audio.delta"):  # tokens of audio cannot be estimated
             self._output(delta)
+        elif kind == "response.output_item.done" and isinstance(item := event.get("item"), dict):
+            self._count_search(item.get("type"))
         body = event.get("message", event.get("response", event))
         if isinstance(body, dict):
             self._reported = read_usage(body.get("usage"), self._reported) or self._reported
+            self._tier = _read_name(body.get("service_tier")) or self._tier
+            self.model = self.model or _read_name(body.get("model"))
+            if self.response_id is None and kind.startswith("response."):
+                self.response_id = _read_name(body.get("id"))
             if kind == "response.failed":
                 self.error_kind = classify_stream_error(body.get("error"))
         self.complete = self.complete or kind in _ENDS
+
+    def _count_search(self, kind: object) -> None:
+        if kind in self._searches:
+            self._searches[str(kind)] += 1
 
     def _chunk(self, event: dict[str, Any]) -> None:
         """Read a chunk of OpenAI's chat completions or completions, where errors come without a type."""
@@ -173,6 +288,8 @@ class UsageMeter:
             self.error_kind = classify_stream_error(event["error"])
             return
         self._reported = read_usage(event.get("usage"), self._reported) or self._reported
+        self._tier = _read_name(event.get("service_tier")) or self._tier
+        self.model = self.model or _read_name(event.get("model"))
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict):

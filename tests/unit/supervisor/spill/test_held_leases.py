@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
+from tests.support.task_plane import virtual
 
+from forebay import clock
 from forebay.interfaces import Lease, TaskRecord, TaskStore
+from forebay.simulation import virtual_loop
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.task import Priority
 
@@ -28,51 +32,70 @@ def store(*lost: str) -> Any:
     return cast("TaskStore", RenewingStore(lost))
 
 
-def lease(task_id: str, until: float = 10.0) -> Lease:
+def lease(task_id: str, seconds: float = 10.0) -> Lease:
     record = TaskRecord(
         task_id=task_id, task_type="work", priority=Priority.NORMAL, envelope=b"", enqueued_at=0.0, attempts=0
     )
-    return Lease(record=record, fence=f"fence of {task_id}", until=until)
+    return Lease(record=record, fence=f"fence of {task_id}", until=clock.wall_time() + seconds)
 
 
-def test_a_lease_is_valid_until_its_end() -> None:
-    held = HeldLeases()
-    held.hold(lease("a", until=10.0))
-    assert held.is_valid("a", 9.9)
-    assert not held.is_valid("a", 10.0)
-    assert not held.is_valid("b", 0.0)
+@virtual
+async def test_a_lease_is_valid_until_its_end() -> None:
+    held = HeldLeases(30.0)
+    held.hold(lease("a", 10.0))
+    await asyncio.sleep(9.9)
+    assert held.is_valid("a")
+    await asyncio.sleep(0.2)
+    assert not held.is_valid("a")
+    assert not held.is_valid("b")
 
 
-def test_renewing_extends_every_lease() -> None:
-    held = HeldLeases()
+@pytest.mark.parametrize("step", [-3600.0, -5.0, 5.0, 3600.0])
+@virtual
+async def test_a_lease_lasts_as_long_whatever_the_wall_clock_is_set_to(step: float) -> None:
+    held = HeldLeases(30.0)
+    held.hold(lease("a", 30.0))
+    virtual_loop().step_wall_time(step)
+    await asyncio.sleep(29.9)
+    assert held.is_valid("a")
+    await asyncio.sleep(0.2)
+    assert not held.is_valid("a")
+
+
+@virtual
+async def test_renewing_extends_every_lease() -> None:
+    held = HeldLeases(30.0)
     for task_id in "ab":
         held.hold(lease(task_id))
+    await asyncio.sleep(9.0)
     renewing = store()
-    held.renew(renewing, until=20.0)
+    held.renew(renewing)
     assert renewing.renewed == ["a", "b"]
-    assert held.is_valid("a", 19.0)
-    assert held.is_valid("b", 19.0)
+    await asyncio.sleep(29.0)
+    assert held.is_valid("a")
+    assert held.is_valid("b")
 
 
-def test_a_lost_lease_is_not_valid_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    held = HeldLeases()
+@virtual
+async def test_a_lost_lease_is_not_valid_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    held = HeldLeases(30.0)
     for task_id in "ab":
         held.hold(lease(task_id))
-    held.renew(store("a"), until=20.0)
-    assert not held.is_valid("a", 0.0)
-    assert held.is_valid("b", 19.0)
+    held.renew(store("a"))
+    assert not held.is_valid("a")
+    assert held.is_valid("b")
     assert "the lease on task 'a' was lost" in caplog.text
 
 
 def test_dropping_a_lease_returns_its_fence_once() -> None:
-    held = HeldLeases()
+    held = HeldLeases(30.0)
     held.hold(lease("a"))
     assert held.drop("a") == "fence of a"
     assert held.drop("a") is None
 
 
 def test_taking_all_leaves_none() -> None:
-    held = HeldLeases()
+    held = HeldLeases(30.0)
     for task_id in "ab":
         held.hold(lease(task_id))
     assert [each.record.task_id for each in held.take_all()] == ["a", "b"]

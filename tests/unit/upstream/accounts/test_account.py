@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -40,6 +39,23 @@ class DecisionWaiter:
         return not self.gone
 
 
+class EndlessReservation:
+    """Dollars held of an `EndlessBudget`."""
+
+    def __init__(self, budget: EndlessBudget, usd: float) -> None:
+        self.budget = budget
+        self.held = [usd]
+
+    def settle(self, usd: float) -> None:
+        assert self.held, "settled twice"
+        self.budget.held -= self.held.pop()
+        self.budget.spent += usd
+
+    def revise(self, usd: float) -> None:
+        assert not self.held, "not settled yet"
+        self.budget.spent += usd
+
+
 class EndlessBudget:
     """An unlimited budget that counts what is reserved and spent."""
 
@@ -52,18 +68,14 @@ class EndlessBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return usd >= 0 and priority in Priority
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
+    def try_reserve(self, usd: float, priority: Priority) -> EndlessReservation | None:
+        if not self.can_afford(usd, priority):
+            return None
         self.held += usd
-        held = [usd]
+        return EndlessReservation(self, usd)
 
-        def settle(cost: float) -> None:
-            assert held, "settled twice"
-            self.held -= held.pop()
-            self.spent += cost
-
-        return settle
-
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
+        del priority
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
 
 

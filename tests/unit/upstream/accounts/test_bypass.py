@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -164,6 +164,16 @@ def account_of(slots: int, rules: list[Rule], usd: float = math.inf) -> BypassCo
     )
 
 
+class NothingHeld:
+    """Dollars held of a `ConstantBudget`."""
+
+    def settle(self, usd: float) -> None:
+        del usd
+
+    def revise(self, usd: float) -> None:
+        del usd
+
+
 class ConstantBudget:
     """A budget whose spend stays 0."""
 
@@ -175,11 +185,12 @@ class ConstantBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return usd <= self.usd / (1 + priority)
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        del usd
-        return lambda _: None
+    def try_reserve(self, usd: float, priority: Priority) -> NothingHeld:
+        del usd, priority
+        return NothingHeld()
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
+        del priority
         return Rejected(f"{usd} is too much", "budget", 0.0, None)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from forebay import Overloaded
 from forebay.breaker import Breaker, BreakerRules, BreakerState
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
-from forebay.limit import FixedLimit
-from forebay.quota import Budget, BudgetTracker, Quota, RateLimiter
+from forebay.limit import FixedLimit, VegasLimit
+from forebay.quota import Budget, BudgetReservation, BudgetTracker, Quota, RateLimiter
+from forebay.retry import Retry
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
+from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -43,6 +45,20 @@ class RecordingWaiter:
         return not self.gone
 
 
+class NoonReservation:
+    """Dollars held of a `NoonBudget`."""
+
+    def __init__(self, tracker: BudgetTracker, reservation: BudgetReservation) -> None:
+        self.tracker = tracker
+        self.reservation = reservation
+
+    def settle(self, usd: float) -> None:
+        self.tracker.settle(43_200.0, self.reservation, usd)
+
+    def revise(self, usd: float) -> None:
+        self.tracker.revise(43_200.0, self.reservation, usd)
+
+
 class NoonBudget:
     """A budget whose clock stands at noon of the first day."""
 
@@ -54,10 +70,12 @@ class NoonBudget:
     def can_afford(self, usd: float, priority: Priority) -> bool:
         return self.tracker.can_afford(43_200.0, usd, priority)
 
-    def reserve(self, usd: float) -> Callable[[float], None]:
-        return functools.partial(self.tracker.settle, 43_200.0, self.tracker.reserve(43_200.0, usd))
+    def try_reserve(self, usd: float, priority: Priority) -> NoonReservation | None:
+        reservation = self.tracker.try_reserve(43_200.0, usd, priority)
+        return None if reservation is None else NoonReservation(self.tracker, reservation)
 
-    def rejection(self, usd: float) -> Rejected:
+    def rejection(self, usd: float, priority: Priority) -> Rejected:
+        del priority
         return Rejected(f"{usd} is too much", "budget", 1.0, None)
 
 
@@ -157,7 +175,22 @@ def test_a_deadline_that_passes_in_the_queue_rejects_its_call_at_any_position() 
     assert isinstance(behind.decision, Rejected)
     assert "deadline" in behind.decision.reason
     assert head.decision is None
-    assert head.wake_time is None, "the head wakes again and again for a deadline that has passed"
+    assert head.wake_time == 90.0, "the head wakes again and again for a deadline that has passed"
+
+
+def test_no_call_waits_for_more_than_one_and_a_half_times_the_longest_expected_wait() -> None:
+    harness = AccountHarness(max_wait=10.0)
+    harness.admit(0.0)
+    _, head = harness.enqueue(0.0)
+    _, behind = harness.enqueue(1.0, priority=Priority.LOW, deadline=500.0)
+    assert head.wake_time == 15.0
+    harness.account.serve_queue(15.0)
+    assert isinstance(head.decision, Rejected)
+    assert "waited for 15 s" in head.decision.reason
+    assert behind.decision is None
+    harness.account.serve_queue(16.0)
+    assert isinstance(behind.decision, Rejected)
+    assert harness.account.queue.length == 0
 
 
 def test_a_queued_call_that_became_larger_than_its_bucket_takes_no_retry_slot() -> None:
@@ -460,13 +493,83 @@ def test_the_load_counts_expected_calls() -> None:
     assert harness.account.load(0.0, CallRequest(), NORMAL)[0] == pytest.approx(5 * 6.0 / 60.0)
 
 
+# --- the breaker ---
+
+
+def test_a_call_that_has_failed_does_not_probe() -> None:
+    harness = AccountHarness(10)
+    harness.open_breaker(0.0)
+    rejected = harness.reject(20.0, failed=True)
+    assert (rejected.limited_by, rejected.retry_after) == ("breaker", 1.0)
+    probe = harness.admit(20.0)
+    harness.settle(20.0, probe)
+    harness.complete_call(20.0)
+    harness.admit(20.0, failed=True)
+
+
+def test_a_probe_counts_by_its_first_attempt() -> None:
+    harness = AccountHarness(10)
+    harness.open_breaker(0.0)
+    harness.settle(20.0, harness.admit(20.0), CallOutcome(kind=Outcome.FAULT, final=False))
+    assert harness.account.breaker.state(20.0) is BreakerState.OPEN
+
+
 # --- accounts ---
 
 
+def make_registry(**settings: Any) -> AccountRegistry:
+    budgets = UpstreamBudgets("llm", None, None, None)
+    return AccountRegistry(UpstreamSettings("llm", **settings), budgets, Retry(), draw=lambda: 0.0)
+
+
 def test_each_key_has_an_account_of_its_own_and_one_key_has_one() -> None:
-    registry = AccountRegistry(UpstreamSettings("llm"), UpstreamBudgets("llm", None, None, None), draw=lambda: 0.0)
+    registry = make_registry()
     assert registry.account("gpt", "sk-one") is registry.account("gpt", "sk-one")
     assert len({registry.account("gpt", key) for key in ("", "sk-one", "sk-two")}) == 3
+
+
+def test_each_model_has_an_account_of_its_own_and_a_dated_name_that_of_its_model() -> None:
+    registry = make_registry()
+    assert registry.account("gpt-4o") is not registry.account("gpt-4o-mini")
+    assert registry.account("") is not registry.account("gpt-4o")
+    for dated in ("gpt-4o-2024-08-06", "gpt-4o-latest", "gpt-4o-20240806"):
+        assert registry.account(dated) is registry.account("gpt-4o")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_concurrent": 3}, {"quotas": [Quota(requests=5, per="day")]}, {"limit": VegasLimit()}]
+)
+def test_limits_that_are_given_hold_for_all_models_together(settings: dict[str, Any]) -> None:
+    registry = make_registry(**settings)
+    assert registry.account("gpt-4o") is registry.account("gpt-4o-mini") is registry.account("")
+
+
+def take_one(account: SharedAccount) -> Permit:
+    return account.acquire_blocking(CallRequest(charge=Charge()))
+
+
+NOT_FOUND = CallOutcome(kind=Outcome.IGNORED, used=Charge(), usd=0.0)
+
+
+def test_a_used_quota_is_not_forgotten_for_models_that_do_not_exist() -> None:
+    registry = make_registry(models={"gpt-4o": [Quota(requests=5, per="day")]})
+    for _ in range(5):
+        account = registry.account("gpt-4o")
+        account.settle(take_one(account), CallOutcome(kind=Outcome.SUCCESS))
+    del account
+    for number in range(3000):
+        other = registry.account(f"gpt-{number}")
+        other.settle(take_one(other), NOT_FOUND)
+    assert len(list(registry)) <= 1001
+    with pytest.raises(Overloaded):
+        registry.account("gpt-4o").acquire_blocking(CallRequest(charge=Charge()))
+
+
+def test_spent_money_stops_all_models_of_the_key_and_no_other() -> None:
+    registry = make_registry()
+    accounts = [registry.account(*place) for place in (("a", "key"), ("b", "key"), ("a", "other"))]
+    accounts[0].suspend(60.0)
+    assert [account.blocks(NORMAL) for account in accounts] == [True, True, False]
 
 
 # --- deadlines ---

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import operator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 import anthropic
 import httpx
@@ -14,10 +15,16 @@ import openai
 import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import PromptTemplate
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool, tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from langgraph.graph import START, StateGraph
+from pydantic import BaseModel
 from tests.unit.upstream.httpx_binding.wire import REQUEST, URL, Script
 
-from forebay.errors import AlreadyBound, NotBindable
+from forebay.errors import AlreadyBound, NotBindable, NotGuardable
 from forebay.upstream import Upstream
 
 LIBRARIES = pytest.mark.parametrize("http", [httpx, httpx2], ids=lambda http: http.__name__)
@@ -184,3 +191,99 @@ def test_the_error_for_an_unsupported_object_names_the_gateway(thing: Any) -> No
     with pytest.raises(NotBindable, match="forebay gateway") as raised:
         Upstream("key").bind(thing)
     assert isinstance(raised.value, TypeError)
+
+
+class Answer(BaseModel):
+    """An answer as an object."""
+
+    river: str
+
+
+def bound_models(part: Any) -> Iterator[bool]:
+    """Yield for each model of a LangChain chain whether it is bound."""
+    if isinstance(part, ChatOpenAI):
+        yield is_bound(part.root_client._client)
+    elif isinstance(part, dict | list | tuple):
+        for each in part.values() if isinstance(part, dict) else part:
+            yield from bound_models(each)
+    elif isinstance(part, Runnable):
+        yield from bound_models(vars(part))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda model: model.bind_tools([Answer]),
+        lambda model: model.with_structured_output(Answer),
+        lambda model: model.with_structured_output(Answer, include_raw=True),
+        lambda model: model.with_config(tags=["x"]),
+        lambda model: model.with_fallbacks([model]),
+        lambda model: PromptTemplate.from_template("{what}") | model | StrOutputParser(),
+        lambda model: {"a": model, "b": model} | StrOutputParser(),
+    ],
+    ids=["bind_tools", "structured", "structured, raw", "config", "fallbacks", "chain", "parallel"],
+)
+def test_the_models_in_a_chain_of_langchain_are_bound(made: Callable[[Any], Any]) -> None:
+    upstream = Upstream("key")
+    chain = made(ChatOpenAI(api_key="k", model="gpt-4o"))  # type: ignore[arg-type]
+    bound = upstream.bind(chain)
+    assert type(bound) is type(chain)
+    assert list(bound_models(bound))
+    assert all(bound_models(bound))
+    assert not any(bound_models(chain))
+    assert upstream.bind(bound) is bound
+    assert list(bound_models(made(upstream.bind(ChatOpenAI(api_key="k", model="gpt-4o")))))  # type: ignore[arg-type]
+
+
+def test_a_model_that_langchain_retries_is_refused_with_what_to_write() -> None:
+    chat = ChatOpenAI(api_key="k")  # type: ignore[arg-type]
+    for made in (chat.with_retry(), PromptTemplate.from_template("{what}") | chat.with_retry()):
+        with pytest.raises(NotBindable, match=r"Leave out \.with_retry\(\)"):
+            Upstream("key").bind(made)
+
+
+class State(TypedDict):
+    """The state of a graph."""
+
+    answer: str
+
+
+def test_a_graph_is_refused_with_what_to_write() -> None:
+    graph = StateGraph(State).add_node("n", lambda state: state).add_edge(START, "n").compile()
+    with pytest.raises(NotBindable, match="bind the model that the graph is made of"):
+        Upstream("key").bind(graph)
+
+
+def test_a_client_of_google_is_refused_with_what_to_write() -> None:
+    client = type("Client", (), {"__module__": "google.genai.client"})()
+    with pytest.raises(NotBindable, match=r"httpx_async_client.*upstream\.bind"):
+        Upstream("key").bind(client)
+
+
+def test_a_guarded_tool_of_langchain_stays_a_tool() -> None:
+    upstream = Upstream("search")
+
+    @tool
+    def look_up(what: str) -> str:
+        """Look something up."""
+        return f"all about {what}"
+
+    guarded: Any = upstream.guard(look_up)  # type: ignore[arg-type]
+    assert isinstance(guarded, BaseTool)
+    assert (guarded.name, guarded.description, guarded.args) == (look_up.name, look_up.description, look_up.args)
+    assert guarded.invoke({"what": "rivers"}) == "all about rivers"
+    assert upstream.statistics().accounts[0].succeeded == 1
+    assert look_up.invoke({"what": "rivers"}) == "all about rivers"
+    assert upstream.statistics().accounts[0].succeeded == 1
+
+
+def test_a_tool_of_langchain_that_is_no_function_is_refused_with_what_to_write() -> None:
+    class LookUp(BaseTool):
+        name: str = "look_up"
+        description: str = "Look something up."
+
+        def _run(self, what: str) -> str:
+            return what
+
+    with pytest.raises(NotGuardable, match="Guard what its _run and _arun call"):
+        Upstream("search").guard(LookUp())  # type: ignore[arg-type]

@@ -223,6 +223,66 @@ async def test_a_call_whose_response_body_breaks_off_is_retried() -> None:
 
 @LIBRARIES
 @virtual
+async def test_a_stream_in_an_encoding_that_cannot_be_read_passes_as_it_came_and_is_no_fault(http: ModuleType) -> None:
+    up = upstream()
+    stream = Reply.stream(b"\x1b\x02", b"\x03packed")
+    stream.headers |= {"content-encoding": "x-packed"}
+    client = Script(http, stream).client(up)
+    async with client.stream("POST", URL, json={**REQUEST, "stream": True}) as response:
+        assert b"".join([piece async for piece in response.aiter_raw()]) == b"\x1b\x02\x03packed"
+        assert response.headers["content-encoding"] == "x-packed"
+    assert only_account(up).account.counts.failed == 0
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
+async def test_a_timeout_of_the_caller_is_retried_once_and_is_no_fault(http: ModuleType) -> None:
+    up = upstream()
+    script = Script(http, http.ReadTimeout("slow"))
+    with pytest.raises(http.ReadTimeout):
+        await ask(script.client(up))
+    assert len(script.requests) == 2
+    assert only_account(up).account.counts.failed == 0
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
+async def test_a_connection_that_cannot_be_made_in_time_is_a_fault(http: ModuleType) -> None:
+    up = upstream(retry=Retry(max_attempts=3))
+    script = Script(http, http.ConnectTimeout("slow"))
+    with pytest.raises(http.ConnectTimeout):
+        await ask(script.client(up))
+    assert len(script.requests) == 3
+    assert only_account(up).account.counts.failed == 3
+
+
+@LIBRARIES
+@virtual
+async def test_a_stream_whose_caller_stops_waiting_is_no_fault(http: ModuleType) -> None:
+    up = upstream()
+    script = Script(http, Reply.stream(*words("The "), http.ReadTimeout("slow")))
+    with pytest.raises(http.ReadTimeout):
+        await pieces(script.client(up))
+    assert only_account(up).account.counts.failed == 0
+    assert left(up) == NOTHING
+
+
+@LIBRARIES
+@virtual
+async def test_a_provider_that_asks_for_retries_of_a_wrong_request_gets_no_more_than_max_attempts(
+    http: ModuleType,
+) -> None:
+    up = upstream(retry=Retry(max_attempts=3))
+    script = Script(http, Reply.error(400, "boom", x_should_retry="true"))
+    assert (await ask(script.client(up))).status_code == 400
+    assert len(script.requests) == 3
+    assert only_account(up).account.counts.throttled == 0
+
+
+@LIBRARIES
+@virtual
 async def test_after_the_last_retry_the_caller_gets_the_error_of_the_provider(http: ModuleType) -> None:
     up = upstream(retry=Retry(max_attempts=3))
     script = Script(http, Reply.error(500, "boom"))
@@ -231,8 +291,8 @@ async def test_after_the_last_retry_the_caller_gets_the_error_of_the_provider(ht
     assert response.json()["error"]["message"] == "boom"
     assert response.headers["x-should-retry"] == "false"
     assert len(script.requests) == 3
-    script = Script(http, http.ReadTimeout("slow"))
-    with pytest.raises(http.ReadTimeout):
+    script = Script(http, http.ReadError("cut"))
+    with pytest.raises(http.ReadError):
         await ask(script.client(up))
     assert len(script.requests) == 3
     assert left(up) == NOTHING

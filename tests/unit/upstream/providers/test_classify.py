@@ -140,7 +140,7 @@ def test_the_wording_outweighs_a_header() -> None:
 @pytest.mark.parametrize(
     ("kind", "outcome", "follows"),
     [
-        (ErrorKind.SUCCESS, Outcome.SUCCESS, ""),
+        (ErrorKind.SUCCESS, Outcome.SUCCESS, "uses_attempt"),
         (ErrorKind.RATE_LIMIT, Outcome.IGNORED, "retryable throttled can_fall_back"),
         (ErrorKind.CONCURRENCY_LIMIT, Outcome.OVERLOAD, "retryable throttled can_fall_back"),
         (ErrorKind.ACCELERATION_LIMIT, Outcome.OVERLOAD, "retryable throttled can_fall_back"),
@@ -148,7 +148,7 @@ def test_the_wording_outweighs_a_header() -> None:
         (ErrorKind.SPEND_CAP, Outcome.IGNORED, "throttled can_fall_back"),
         (ErrorKind.FAULT, Outcome.FAULT, "retryable uses_attempt can_fall_back"),
         (ErrorKind.TRANSIENT, Outcome.IGNORED, "retryable uses_attempt"),
-        (ErrorKind.CLIENT_ERROR, Outcome.IGNORED, ""),
+        (ErrorKind.CLIENT_ERROR, Outcome.IGNORED, "uses_attempt"),
     ],
 )
 def test_what_follows_from_each_kind(kind: ErrorKind, outcome: Outcome, follows: str) -> None:

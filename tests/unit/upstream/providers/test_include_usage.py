@@ -15,6 +15,7 @@ from forebay.upstream.providers import UsageFilter, profile_for
 
 SAY = [{"role": "user", "content": "Tell me of rivers."}]
 CHAT = "/v1/chat/completions"
+NULL = b', "usage": null'  # in all chunks but that with the usage
 
 
 def filtered(data: bytes, cuts: list[int] | None = None) -> bytes:
@@ -89,7 +90,7 @@ def test_a_request_that_may_ask_is_changed(provider: str, path: str) -> None:
 def test_the_usage_chunk_is_removed_and_every_other_byte_passes() -> None:
     usage = streams.sse(streams.USAGE_CHUNK)
     assert usage in streams.CHAT_WITH_USAGE
-    assert filtered(streams.CHAT_WITH_USAGE) == streams.CHAT_WITH_USAGE.replace(usage, b"")
+    assert filtered(streams.CHAT_WITH_USAGE) == streams.CHAT_WITH_USAGE.replace(usage, b"").replace(NULL, b"")
 
 
 @pytest.mark.parametrize("name", sorted(set(streams.ALL) - {"chat with usage"}))
@@ -103,7 +104,7 @@ def test_a_stream_without_a_usage_chunk_passes_unchanged(name: str) -> None:
         streams.sse(
             streams.chunk({}, "stop", usage=streams.CHAT_USAGE)
         ),  # llama.cpp before 2025: usage in a chunk with a choice
-        streams.sse({"choices": [], "prompt_filter_results": [{}], "usage": None}),  # Azure's first
+        streams.sse({"choices": [], "prompt_filter_results": [{}]}),  # Azure's first
         streams.sse({"choices": []}),
         b'data: {"choices": [], "usage": {}\n\n',
         b": a comment\n\n",
@@ -124,7 +125,10 @@ def test_an_event_that_only_resembles_the_usage_chunk_passes(event: bytes) -> No
 def test_the_filter_does_not_depend_on_the_pieces(name: str, cuts: list[int], end: bytes) -> None:
     data = streams.ALL[name].replace(b"\n", end)
     usage = streams.sse(streams.USAGE_CHUNK).replace(b"\n", end)
-    assert filtered(data, [min(cut, len(data)) for cut in cuts]) == data.replace(usage, b"")
+    passed = data.replace(usage, b"")
+    if name == "chat with usage":
+        passed = passed.replace(NULL, b"")
+    assert filtered(data, [min(cut, len(data)) for cut in cuts]) == passed
 
 
 @given(chunks=st.lists(st.binary(max_size=40) | st.sampled_from([b"data: {", b"\n", b"\r", b'"usage"']), max_size=30))
@@ -132,6 +136,41 @@ def test_other_bytes_pass_unchanged(chunks: list[bytes]) -> None:
     usage_filter = UsageFilter()
     out = b"".join(map(usage_filter.feed, chunks)) + usage_filter.end()
     assert out == b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "passed"),
+    [
+        (b'{"choices":[{"index":0}],"usage":null}', b'{"choices":[{"index":0}]}'),
+        (b'{"choices": [{"index": 0}], "usage": null}', b'{"choices": [{"index": 0}]}'),
+        (b'{"usage":null,"choices":[]}', b'{"choices":[]}'),
+        (b'{"id":1, "usage" : null , "choices":[]}', b'{"id":1 , "choices":[]}'),
+        (b'{"usage":null}', b'{"usage":null}'),
+        (
+            b'{"choices":[{"delta":{"content":"\\ud83d"}}],"usage":null}',
+            b'{"choices":[{"delta":{"content":"\\ud83d"}}]}',
+        ),
+        (b'{"choices":[{"usage":null}],"usage":null}', b'{"choices":[{"usage":null}]}'),
+        (b'{"choices":[{"a":1,"usage":null}],"usage":null}', b'{"choices":[{"a":1,"usage":null}],"usage":null}'),
+        (b'{"choices":[{"usage":null}]}', b'{"choices":[{"usage":null}]}'),
+        (b'{"a":", \\"usage\\": null","usage":null}', b'{"a":", \\"usage\\": null"}'),
+        (b'{"choices":[1],"usage":{"prompt_tokens":1}}', b'{"choices":[1],"usage":{"prompt_tokens":1}}'),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 9, 1000])
+def test_added_nulls_are_removed_and_every_other_byte_stays(chunk: bytes, passed: bytes, size: int) -> None:
+    data = b"data: %b\n\n" % chunk
+    assert filtered(data * 2, list(range(size, 2 * len(data), size))) == b"data: %b\n\n" % passed * 2
+
+
+@pytest.mark.parametrize("begin", ["", " \n"])
+def test_a_body_with_half_a_surrogate_pair_is_changed_too(begin: str) -> None:
+    body = begin + json.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": "\ud83d"}]})
+    profile = profile_for("openai")
+    more = profile.with_include_usage(profile.read_request("POST", CHAT, {}, body.encode()), body.encode())
+    assert more is not None
+    assert json.loads(more) == json.loads(body) | {"stream_options": {"include_usage": True}}
+    assert more.endswith(body.partition("{")[2].encode())
 
 
 def test_the_line_end_of_a_removed_chunk_is_removed_too() -> None:

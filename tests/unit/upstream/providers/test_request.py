@@ -51,7 +51,7 @@ def ask(path: str, body: Any, *, provider: str = "openai", **headers: str) -> Pr
     ],
 )
 def test_the_endpoint_is_read_from_method_and_path(method: str, path: str, endpoint: Endpoint) -> None:
-    assert OPENAI.read_request(method, path, {}, b"{}").endpoint is endpoint
+    assert OPENAI.read_request(method, path, {}, b"{}" if method == "POST" else b"").endpoint is endpoint
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_the_endpoint_is_read_from_method_and_path(method: str, path: str, endpo
         ("DELETE", "/v1/files/file_1", True),
         ("POST", "/v1/messages/count_tokens", True),
         ("POST", "/v1/chat/completions", False),
-        ("POST", "/v1/responses/resp_1/cancel", False),
+        ("POST", "/v1/responses/resp_1/cancel", True),
         ("POST", "/v1/images/generations", False),
         ("GET", "/v1/realtime?model=gpt-realtime", False),
         ("GET", "wss://api.openai.com/v1/responses", False),
     ],
 )
 def test_reading_and_deleting_costs_nothing(method: str, path: str, *, free: bool) -> None:
-    assert OPENAI.read_request(method, path, {}, b"{}").free is free
+    assert OPENAI.read_request(method, path, {}, b"{}" if method == "POST" else b"").free is free
 
 
 def test_a_websocket_is_not_free_though_it_starts_with_a_get() -> None:
@@ -172,16 +172,44 @@ def test_azure_has_the_model_in_the_path() -> None:
     request = ask(path, {"messages": SAY})
     assert request.model == "my gpt"
     assert request.api_version == "2024-10-21"
-    assert ask(path, {"messages": SAY, "model": "gpt-4o"}).model == "gpt-4o"
+    assert ask(path, {"messages": SAY, "model": "cheap"}).model == "my gpt", "the deployment answers"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "reason"),
+    [
+        (b"--x\r\n", {"content-type": "multipart/form-data; boundary=x"}, "not a JSON object"),
+        (b'{"model":"m"}', {"content-encoding": "gzip"}, "the Content-Encoding 'gzip'"),
+        (b'{"model":"m"}', {"content-encoding": "identity, br"}, "the Content-Encoding"),
+        (b'{"model":"m"}', {"content-type": "application/json; charset=utf-7"}, "not in UTF-8"),
+        (b"\xef\xbb\xbf" + b'{"model":"m"}', {}, "not a JSON object in UTF-8"),
+        ('{"model":"m"}'.encode("utf-16"), {}, "not a JSON object in UTF-8"),
+        (b"model=m", {"content-type": "application/x-www-form-urlencoded"}, "not a JSON object"),
+        (b'["m"]', {}, "not a JSON object"),
+        (b"", {}, "not a JSON object"),
+    ],
+)
+def test_a_body_that_cannot_be_read_counts_as_one_request(body: bytes, headers: dict[str, str], reason: str) -> None:
+    request = ask("/v1/chat/completions", body, **headers)
+    assert (request.model, request.input_tokens) == (None, 0)
+    assert reason in request.unreadable
 
 
 @pytest.mark.parametrize(
     "headers",
-    [{"content-type": "multipart/form-data; boundary=x"}, {"content-encoding": "gzip"}],
+    [
+        {"content-type": "multipart/x"},
+        {"content-type": ""},
+        {"content-type": "application/json; charset=UTF-8"},
+        {"content-encoding": "identity"},
+        {"content-encoding": "Identity"},
+        {"content-encoding": ""},
+    ],
 )
-def test_a_form_or_a_compressed_body_counts_as_one_request(headers: dict[str, str]) -> None:
+def test_a_json_object_is_read_whatever_its_type_says(headers: dict[str, str]) -> None:
     request = ask("/v1/chat/completions", {"model": "m", "messages": SAY}, **headers)
-    assert (request.model, request.input_tokens) == (None, 0)
+    assert (request.model, request.unreadable, request.signed) == ("m", "", False)
+    assert request.input_tokens
 
 
 # --- what cannot be metered, what may not be touched ----------------------------------------------------------------

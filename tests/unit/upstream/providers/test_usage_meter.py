@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +13,6 @@ from tests.unit.upstream.providers import streams
 from tests.unit.upstream.providers.streams import INPUT
 
 from forebay.upstream.providers import ErrorKind, Usage, UsageMeter, read_response
-from forebay.upstream.providers.content_encoding import Decompressor
 
 
 def metered(data: bytes, *, cuts: list[int] | None = None) -> UsageMeter:
@@ -201,47 +197,6 @@ def test_an_unreadable_body_has_no_usage(body: bytes) -> None:
 def test_the_usage_of_an_enormous_body_is_found_at_its_end() -> None:
     embedding = b'{"object":"list","data":[' + b"0.123456789," * 1_000_000 + b'0],"usage":{"prompt_tokens":812}}'
     assert read_response(embedding).usage == Usage(input_tokens=812, output_tokens=0)
-
-
-# --- compressed -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("encoding", "pack"),
-    [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress), ("identity", bytes), ("", bytes)],
-)
-@pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_a_compressed_response_is_decompressed(encoding: str, pack: Callable[[bytes], bytes], size: int) -> None:
-    packed = pack(streams.CHAT_WITH_USAGE)
-    meter = UsageMeter(encoding=encoding)
-    for begin in range(0, len(packed), size):
-        meter.feed(packed[begin : begin + size])
-    meter.end()
-    assert reading(meter) == reading(metered(streams.CHAT_WITH_USAGE))
-
-
-@pytest.mark.parametrize(("encoding", "data"), [("br", streams.CHAT), ("gzip", b"no gzip"), ("gzip, br", b"x")])
-def test_a_response_that_cannot_be_decompressed_has_no_usage(encoding: str, data: bytes) -> None:
-    meter = UsageMeter(encoding=encoding)
-    meter.feed(data)
-    meter.feed(data)
-    meter.end()
-    assert meter.usage is None
-    assert not meter.complete
-
-
-def test_a_decompression_bomb_takes_bounded_memory() -> None:
-    packer = zlib.compressobj()
-    packed = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
-    assert len(packed) < 200_000
-    pieces = [len(piece) for piece in Decompressor("deflate").feed(packed)]
-    assert max(pieces) <= 1 << 16
-    assert sum(pieces) == 100 << 20
-    meter = UsageMeter(encoding="deflate")
-    meter.feed(packed)
-    assert len(meter._events._line) <= 1 << 21
-    meter.end()
-    assert meter.usage is None
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

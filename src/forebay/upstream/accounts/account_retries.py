@@ -1,18 +1,23 @@
-"""The retries of one upstream: the policy for each call, and the budgets for all calls together."""
+"""The retries of one account: the policy for each call, and the budgets for all calls together."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from forebay import clock
 from forebay.retry import Retry, RetryBudgets, RetryPermission, RetryState
 from forebay.upstream.call_request import AttemptResult
 
+_KEPT: Final = 0.5  # share of the budget of faults that is kept for first retries
 
-class UpstreamRetries:
-    """The retry policy of an upstream and its retry budgets, safe to use from any thread.
+
+class AccountRetries:
+    """The retry policy of an account and its retry budgets, safe to use from any thread.
+
+    Each account has budgets of its own, so that a model that is down takes no retries from the others.
 
     Args:
         retry: the policy for each call.
@@ -26,6 +31,10 @@ class UpstreamRetries:
         self.draw = draw
         self._budgets = RetryBudgets()
         self._lock = threading.Lock()  # calls come from many threads
+
+    def reset_after_fork(self) -> None:
+        """See `ForkAware`."""
+        self._lock = threading.Lock()
 
     def record_first_attempt(self) -> None:
         """Count the first attempt of a call: retries are a share of these."""
@@ -45,7 +54,9 @@ class UpstreamRetries:
     def next_delay(self, state: RetryState, result: AttemptResult, *, now: float, deadline: float) -> float | None:
         """Return the seconds to wait before the next attempt; None to give up.
 
-        A call that failed takes its retry from the budget of faults here. A throttled call asks `request_retry` later.
+        A call that failed takes its retry from the budget of faults here: its first one from all of it, and any other
+        from one half. So calls that fail however often they are sent leave retries for those that one retry helps. A
+        throttled call asks `request_retry` later.
         """
         time_left = deadline - now if deadline < math.inf else math.inf
         delay = state.next_delay(
@@ -54,7 +65,7 @@ class UpstreamRetries:
         if delay is None or not result.uses_attempt:
             return delay
         with self._lock:
-            return delay if self._budgets.faults.withdraw(now) else None
+            return delay if self._budgets.faults.withdraw(now, keep=_KEPT if state.failed > 1 else 0.0) else None
 
     def request_retry(self, now: float, throttled_at: float) -> RetryPermission:
         """Return whether a call that was throttled at `throttled_at` may be retried now, and at what price."""

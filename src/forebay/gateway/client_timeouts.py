@@ -1,0 +1,150 @@
+"""How long callers wait for an answer: from their headers, their user agent, and from those that hung up."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Mapping
+from typing import Final, NamedTuple
+
+# Seconds without a byte, of SDKs made by Stainless. Python's send the first one, others only the second.
+_TIMEOUT_HEADERS: Final = ("x-stainless-read-timeout", "x-stainless-timeout")
+_MAX_TIMEOUT: Final = 86_400.0  # seconds
+_DEFAULT_READ_TIMEOUT: Final = 600.0  # seconds without a byte from the provider, as in the SDKs
+_GRACE: Final = 5.0  # seconds that the gateway reads longer than its caller, whose own timeout should come first
+_MARGIN: Final = 1.0  # seconds before its timeout at which a queued call is rejected, so that the response arrives
+_MAX_MARGIN_SHARE: Final = 0.1  # of the timeout
+
+# Seconds that clients wait at their defaults, by the start of the user agent, in lower case. The SDKs for JavaScript
+# announce 600 s or nothing, but Node's fetch (undici) gives up after 300 s without a header (`headersTimeout`): seen
+# with openai 7.59, @anthropic-ai/sdk 1.14, ai 7.0 and fetch of Node 20. aiohttp's default for a whole call is 300 s.
+_BY_USER_AGENT: Final = (
+    ("openai/js", 300.0),
+    ("anthropic/js", 300.0),
+    ("ai/", 300.0),
+    ("ai-sdk", 300.0),
+    ("node", 300.0),
+    ("undici", 300.0),
+)
+_IN_USER_AGENT: Final = (("aiohttp/", 300.0),)  # "Python/3.13 aiohttp/3.13.0"
+
+_MAX_CLIENTS: Final = 1_000  # kinds of clients that are remembered; forgetting one costs a few callers their answers
+_MAX_WAITS: Final = 64  # latest waits of one kind of client
+_MIN_WAIT: Final = 2.0  # seconds: shorter waits say nothing, people cancel
+_SAME: Final = (1.05, 0.5)  # factor and seconds within which two hang-ups are the same timeout
+_MIN_HANG_UPS: Final = 3  # that make a timeout
+_REMEMBERED: Final = 600.0  # seconds since a wait; older ones no longer count
+
+
+class ClientTimeouts(NamedTuple):
+    """The timeouts of a caller.
+
+    Attributes:
+        max_wait: seconds that its call may be queued; a response by then still reaches it.
+        read_timeout: seconds without a byte from the provider.
+    """
+
+    max_wait: float
+    read_timeout: float
+
+
+class ClientTimeoutReader:
+    """A reader of callers' timeouts that learns from callers who hang up while they wait.
+
+    A timeout shows in hang-ups: of one kind of client they come after equally many seconds, and hardly any wait is
+    longer. A person or an agent that cancels does so at any time. Pure: the caller passes the time.
+
+    Args:
+        default: seconds that a caller waits if its headers, its user agent and earlier hang-ups do not say.
+    """
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+        self._clients: OrderedDict[Hashable, _Waits] = OrderedDict()
+
+    def read(self, now: float, headers: Mapping[str, str]) -> ClientTimeouts:
+        """Return the timeouts of the caller with these headers (by lower-case name)."""
+        seconds = _from_headers(headers)
+        read_timeout = _DEFAULT_READ_TIMEOUT if seconds is None else seconds + _GRACE
+        known = [each for each in (seconds, _from_user_agent(headers.get("user-agent", ""))) if each is not None]
+        seconds = min(known, default=self._default)
+        waits = self._clients.get(client_kind(headers)) if self._clients else None
+        learned = None if waits is None else waits.timeout(now)
+        if learned is not None:
+            seconds = min(seconds, learned)
+        return ClientTimeouts(seconds - min(_MARGIN, _MAX_MARGIN_SHARE * seconds), read_timeout)
+
+    def record_hang_up(self, now: float, headers: Mapping[str, str], waited: float) -> None:
+        """Note that a caller left after `waited` seconds without an answer."""
+        if waited < _MIN_WAIT:
+            return
+        kind = client_kind(headers)
+        waits = self._clients.setdefault(kind, _Waits())
+        self._clients.move_to_end(kind)
+        waits.add(now, waited, hung_up=True)
+        while len(self._clients) > _MAX_CLIENTS:
+            self._clients.popitem(last=False)
+
+    def record_answer(self, now: float, headers: Mapping[str, str], waited: float) -> None:
+        """Note that a caller was still there when its answer began, after `waited` seconds."""
+        if waited < _MIN_WAIT or not self._clients:
+            return
+        waits = self._clients.get(client_kind(headers))
+        if waits is not None:
+            waits.add(now, waited, hung_up=False)
+
+
+class _Waits:
+    """The latest waits of one kind of client, and the timeout that they show."""
+
+    __slots__ = ("_timeout", "_waits")
+
+    def __init__(self) -> None:
+        self._waits: deque[tuple[float, float, bool]] = deque(maxlen=_MAX_WAITS)  # when, seconds, hung up
+        self._timeout: float | None = None
+
+    def add(self, now: float, waited: float, *, hung_up: bool) -> None:
+        self._waits.append((now, waited, hung_up))
+        self._timeout = self._find_timeout(now)
+
+    def timeout(self, now: float) -> float | None:
+        if self._timeout is not None and now - self._waits[-1][0] > _REMEMBERED:
+            self._timeout = None
+        return self._timeout
+
+    def _find_timeout(self, now: float) -> float | None:
+        """Return the shortest wait at which several hung up, more than waited longer; None if there is none."""
+        recent = [(waited, hung_up) for when, waited, hung_up in self._waits if now - when <= _REMEMBERED]
+        factor, seconds = _SAME
+        for candidate in sorted(waited for waited, hung_up in recent if hung_up):
+            end = factor * candidate + seconds
+            equal = sum(hung_up and candidate <= waited <= end for waited, hung_up in recent)
+            longer = sum(waited > end for waited, _ in recent)
+            if equal >= _MIN_HANG_UPS and equal > longer:
+                return candidate
+        return None
+
+
+def client_kind(headers: Mapping[str, str]) -> Hashable:
+    """Return what tells one kind of client from another: its user agent and its API key, the latter only as a hash."""
+    credentials = (headers.get(name) for name in ("authorization", "x-api-key", "api-key"))
+    return hash((headers.get("user-agent", ""), *credentials))
+
+
+def _from_headers(headers: Mapping[str, str]) -> float | None:
+    for header in _TIMEOUT_HEADERS:
+        try:
+            seconds = float(headers.get(header, "nan"))
+        except ValueError:
+            continue
+        if math.isfinite(seconds) and seconds > 0:
+            return min(seconds, _MAX_TIMEOUT)
+    return None
+
+
+def _from_user_agent(user_agent: str) -> float | None:
+    user_agent = user_agent.lower()
+    for start, seconds in _BY_USER_AGENT:
+        if user_agent.startswith(start):
+            return seconds
+    return next((seconds for part, seconds in _IN_USER_AGENT if part in user_agent), None)

@@ -1,0 +1,190 @@
+"""The pool of connections to providers: none is lent that may carry the rest of another call.
+
+HTTP/1.1 pairs answers with requests by their order alone: if a provider, or a proxy before it, sends one answer too
+many, each later call of that connection gets the answer of another. Four rules keep that from callers:
+
+- Each credential has connections of its own: whatever goes wrong, no caller gets the answer to another's key.
+- An idle connection that receives something is closed, also if it has not been read yet when the connection is lent.
+- A connection rests before it is lent again, so that such bytes have time to arrive.
+- A provider that has sent such bytes gets a new connection for each call, for a while.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+from asyncio import BaseTransport
+from typing import Any, Final
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
+
+from forebay import clock
+from forebay.events import log
+
+_KEEPALIVE: Final = 30.0  # seconds for idle connections to providers, which close them later
+_REST: Final = 0.01  # seconds between two calls on one connection
+_DISTRUST: Final = 600.0  # seconds without reuse for a provider that sent bytes unasked
+_BARE: Final = re.compile(rb"\0|\r(?!\n|\Z)")
+_CREDENTIALS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie")
+_IDLE_TIMEOUT_ANSWER: Final = (b"HTTP/1.1 408", b"HTTP/1.0 408")  # with which load balancers close idle connections
+
+
+class PooledRequest(aiohttp.ClientRequest):
+    """A request that shares connections with requests of the same credentials only."""
+
+    @property
+    def connection_key(self) -> ConnectionKey:
+        """Return the key of its connections."""
+        key = super().connection_key
+        return key._replace(proxy_headers_hash=hash((key.proxy_headers_hash, self.credentials())))
+
+    def credentials(self) -> tuple[str | None, ...]:
+        """Return all that tells for whom the provider answers."""
+        headers = self.headers
+        return tuple([headers.get(name) for name in _CREDENTIALS])
+
+
+class PooledConnection(ResponseHandler):
+    """One connection to a provider, which notices what arrives while it is idle.
+
+    Args:
+        pool: of the connection.
+
+    Attributes:
+        idle_key: the key in the pool while it is idle; None while a call uses it.
+        idle_since: when its last call ended.
+    """
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        super().__init__(pool._loop)  # noqa: SLF001 - aiohttp has no other way to a connector's loop
+        self._pool = pool
+        self.idle_key: ConnectionKey | None = None
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self._pool.record_opened()
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._pool.record_closed()
+        super().connection_lost(exc)
+
+    def rest(self, key: ConnectionKey) -> None:
+        """Begin to be idle, after a call."""
+        self.idle_key = key
+        self.idle_since = clock.now()
+
+    def has_rested(self) -> bool:
+        """Return whether the last call ended long enough ago."""
+        return clock.now() - self.idle_since >= _REST
+
+    def set_response_params(self, **parameters: Any) -> None:
+        """See `ResponseHandler`; a call begins."""
+        self.idle_key = None
+        super().set_response_params(**parameters)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`; closes the connection if no call is under way."""
+        if self.idle_key is None:
+            awaits_head = self._payload is None or self._payload.is_eof()
+            super().data_received(_clean_head(data) if awaits_head else data)
+        elif data.strip(b"\r\n"):  # an empty line is allowed before an answer
+            if not data.startswith(_IDLE_TIMEOUT_ANSWER):
+                self._pool.distrust(self.idle_key)
+            self.close()
+
+    def is_connected(self) -> bool:
+        """Return whether it is open and, while it is idle, fit for another call."""
+        if not super().is_connected() or self.transport is None:
+            return False
+        if self.idle_key is None:
+            return True
+        return not self.should_close and not _has_unread_bytes(self.transport)
+
+
+class ConnectionPool(aiohttp.TCPConnector):
+    """The connections to all providers.
+
+    Args:
+        max_connections: open at a time, the idle ones included. Calls that need more are not held up: idle connections
+            are closed to make room.
+    """
+
+    def __init__(self, max_connections: int) -> None:
+        super().__init__(limit=0, keepalive_timeout=_KEEPALIVE)
+        self._factory = lambda: PooledConnection(self)  # type: ignore[assignment] # aiohttp's type is a partial
+        self._max_connections = max_connections
+        self._open = 0
+        self._distrusted: dict[tuple[str, int | None], float] = {}  # until when, by address: as few as targets
+
+    def record_opened(self) -> None:
+        """Count a connection that was opened."""
+        self._open += 1
+
+    def record_closed(self) -> None:
+        """Count a connection that was closed."""
+        self._open -= 1
+
+    def distrust(self, key: ConnectionKey) -> None:
+        """Use each connection to this provider for one call only, for a while: it sent bytes that no call asked for."""
+        if not self._is_distrusted(key):
+            log.warning(
+                "%s:%s sent bytes that no call asked for: for ten minutes each call gets a new connection there",
+                key.host,
+                key.port,
+            )
+        self._distrusted[key.host, key.port] = clock.now() + _DISTRUST
+
+    def _is_distrusted(self, key: ConnectionKey) -> bool:
+        return bool(self._distrusted) and self._distrusted.get((key.host, key.port), 0.0) > clock.now()
+
+    async def _get(self, key: ConnectionKey, traces: list[Any]) -> Any:
+        """Return an idle connection that has rested, or None for a new one."""
+        idle: Any = self._conns.get(key)
+        if idle and not self._is_distrusted(key) and idle[0][0].has_rested():  # the first is the oldest
+            lent = await super()._get(key, traces)
+            if lent is not None:
+                return lent
+        while self._open >= self._max_connections and self._conns:
+            self._close_idle()
+        return None
+
+    def _close_idle(self) -> None:
+        """Close one idle connection to any provider."""
+        key = next(iter(self._conns))
+        connections = self._conns[key]
+        connection, _ = connections.popleft()
+        if not connections:
+            del self._conns[key]
+        connection.close()
+
+    def _release(self, key: ConnectionKey, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        """Keep a connection after a call, or close it."""
+        super()._release(key, protocol, should_close=should_close or self._is_distrusted(key))
+        if isinstance(protocol, PooledConnection):
+            protocol.rest(key)
+
+
+def _clean_head(data: bytes) -> bytes:
+    """Return data with a space for each NUL and bare CR in the head of a response. Source: RFC 9110, 5.5.
+
+    Such a head would be invalid, and a response lost that has been paid for.
+    """
+    head, end, body = data.partition(b"\r\n\r\n")
+    if b"\0" not in head and head.count(b"\r") == head.count(b"\r\n"):
+        return data
+    return _BARE.sub(b" ", head) + end + body
+
+
+def _has_unread_bytes(transport: BaseTransport) -> bool:
+    """Return whether something has arrived that the event loop has not read yet, the end of the connection included."""
+    socket = transport.get_extra_info("socket")
+    if socket is None or not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    return bool(poll.poll(0))

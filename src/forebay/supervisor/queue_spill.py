@@ -1,0 +1,191 @@
+"""Queue spill: when a supervisor drains, the tasks that wait in its queue move to the overflow, in group commits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from forebay.events import log
+from forebay.supervisor.ticket import Ticket, unsuccessful_result
+from forebay.task import TaskStatus
+
+if TYPE_CHECKING:
+    from forebay.supervisor.core import Core
+    from forebay.supervisor.pool import Pool
+    from forebay.supervisor.spill.spill import Spill
+    from forebay.supervisor.start_gate import StartGate
+    from forebay.supervisor.worker import WorkerAgent
+
+_MAX_BATCH = 1000  # tasks in one group commit
+_MAX_BATCH_BYTES = 16 << 20  # of envelopes in one group commit; a batch exceeds it by one envelope at most
+_RETRY_INTERVAL = 1.0  # seconds until a store that failed is tried again
+
+
+class QueueSpillDispatcher(Protocol):
+    """The dispatcher, as far as moving its queue needs it."""
+
+    @property
+    def start_gate(self) -> StartGate:
+        """The gate that lets runs start."""
+
+    def dequeue(self, ticket: Ticket) -> None:
+        """Take a waiting ticket out of the queue."""
+
+    def start_or_queue(self, ticket: Ticket, pool: Pool, worker: WorkerAgent | None) -> None:
+        """Start a task on `worker`, or queue it."""
+
+
+class QueueSpill:
+    """The move of waiting tasks to the overflow while a supervisor drains.
+
+    A task stays in the queue, and may start, until its batch is written. What the store refuses goes back to the queue.
+    The ticket of a task raises StillSpilled once its record is committed, and not before, so that a kill loses nothing
+    that its submitter was told is safe.
+
+    Args:
+        core: the objects that the parts of the supervisor share.
+        dispatcher: the dispatcher.
+        spill: the overflow, which survives the process.
+
+    Attributes:
+        cut: the tickets that `stop` and `abandon` ended CANCELLED.
+    """
+
+    def __init__(self, core: Core, dispatcher: QueueSpillDispatcher, spill: Spill) -> None:
+        self._core = core
+        self._dispatcher = dispatcher
+        self._spill = spill
+        self._queued: deque[Ticket] = deque()  # in the queue, unless they have started or ended
+        self._held: dict[str, Ticket] = {}  # out of the queue, and not in the overflow yet
+        self._to_write: deque[Ticket] = deque()  # those of them that no write is under way for
+        self._keeps_out = False  # since `empty_queue`: nothing goes back to the queue
+        self._failed = False  # the last write
+        self._stopped = asyncio.Event()
+        self.cut: list[Ticket] = []
+
+    @property
+    def pending(self) -> bool:
+        """True while tasks are on their way. After a failed write, those in the queue are like any others there."""
+        return bool(self._held) or (bool(self._queued) and not self._failed)
+
+    def start(self, tickets: Iterable[Ticket]) -> None:
+        """Move those of `tickets` that wait, in the background; those that are stored already need no write."""
+        leased = []
+        for ticket in tickets:
+            if not _is_waiting(ticket):
+                continue  # it has started or ended, when another one left the queue
+            if ticket.stored:
+                self._dispatcher.dequeue(ticket)
+                self._spill.stored.release(ticket)
+                leased.append(ticket.task_id)
+            else:
+                self._queued.append(ticket)
+        if leased:
+            self._core.run_in_background(self._spill.stored.return_leases(leased))
+        if self._queued:
+            self._core.run_in_background(self._move())
+
+    def empty_queue(self) -> None:
+        """Take the tasks out of the queue now, so that none starts any more, and go on writing them."""
+        self._keeps_out = True
+        while self._queued:
+            self._take(self._queued.popleft())
+
+    def stop(self) -> None:
+        """Begin no other write, and leave the tasks that are in the queue there."""
+        self._stopped.set()
+        self._queued.clear()
+        while self._to_write:
+            self._release_hold(ticket := self._to_write.popleft())
+            self._cancel(ticket)
+
+    def abandon(self) -> None:
+        """End the tickets of the tasks whose write has not been answered: it may still happen."""
+        self.stop()
+        for ticket in list(self._held.values()):
+            self._release_hold(ticket)
+            self._cancel(ticket)
+
+    async def _move(self) -> None:
+        while (self._queued or self._to_write) and not self._stopped.is_set():
+            batch = self._next_batch()
+            if batch:
+                await self._write(batch)
+            if self._failed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_RETRY_INTERVAL):
+                        await self._stopped.wait()
+
+    def _next_batch(self) -> dict[Ticket, bytes]:
+        """Take the next tasks out of the queue, and return them with their envelopes."""
+        batch: dict[Ticket, bytes] = {}
+        size = 0
+        while (self._to_write or self._queued) and len(batch) < _MAX_BATCH and size < _MAX_BATCH_BYTES:
+            if not self._to_write:
+                self._take(self._queued.popleft())
+                continue
+            ticket = self._to_write.popleft()
+            envelope = None if ticket.cancel_reason is not None else self._spill.encode_waiting(ticket.task)
+            if envelope is None:
+                self._finish(ticket, failed=False)
+            else:
+                batch[ticket] = envelope
+                size += len(envelope)
+        return batch
+
+    def _take(self, ticket: Ticket) -> None:
+        if _is_waiting(ticket):
+            self._dispatcher.dequeue(ticket)
+            self._hold(ticket)
+
+    async def _write(self, batch: dict[Ticket, bytes]) -> None:
+        failure = await self._spill.spill_waiting(batch)
+        self._failed = failure is not None
+        if failure is not None:
+            log.error("%d waiting tasks could not be moved to the overflow: %s", len(batch), failure)
+        for ticket in batch:
+            if self._held.get(ticket.task_id) is ticket:  # otherwise `abandon` has ended it
+                self._finish(ticket, failed=self._failed)
+
+    def _finish(self, ticket: Ticket, *, failed: bool) -> None:
+        """Release a task that is stored now; leave any other in the queue, to be written again if the store failed."""
+        self._release_hold(ticket)
+        if ticket.done():
+            return
+        if ticket.cancel_reason is not None:
+            self._spill.stored.cancel(ticket, ticket.cancel_reason)
+        elif ticket.stored:
+            self._spill.stored.release(ticket)
+        elif self._stopped.is_set() or (self._keeps_out and not failed):
+            self._cancel(ticket)
+        elif self._keeps_out:
+            self._hold(ticket)
+        else:
+            pool = self._core.pools.by_type[ticket.task.task_type]
+            worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
+            self._dispatcher.start_or_queue(ticket, pool, worker)
+            if failed:
+                self._queued.append(ticket)
+
+    def _hold(self, ticket: Ticket) -> None:
+        ticket.move_to_store()
+        ticket.begin_store_call()
+        self._held[ticket.task_id] = ticket
+        self._to_write.append(ticket)
+
+    def _release_hold(self, ticket: Ticket) -> None:
+        del self._held[ticket.task_id]
+        ticket.end_store_call()
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if not ticket.done():
+            error = "the supervisor stopped before the overflow had stored it"
+            self._core.registry.settle(ticket, unsuccessful_result(ticket, TaskStatus.CANCELLED, error))
+            self.cut.append(ticket)
+
+
+def _is_waiting(ticket: Ticket) -> bool:
+    return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls

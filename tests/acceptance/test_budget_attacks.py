@@ -1,0 +1,506 @@
+"""A budget of one dollar, and callers who try to spend two."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from typing import Any
+
+import httpx2
+import pytest
+from aiohttp import web
+from tests.support.gateway_harness import CHAT_REQUEST, GatewayHarness
+from tests.support.task_plane import virtual
+from tests.unit.upstream.httpx_binding.wire import DONE, NOTHING, STOP, Reply, Script, chunk, left, words
+from yarl import URL
+
+from forebay import clock
+from forebay.errors import Overloaded
+from forebay.gateway.server import Gateway
+from forebay.quota import Budget, Price, Quota
+from forebay.upstream import Fallback, Upstream
+
+DOLLAR = Budget(usd=1.0)
+HALF = {"gpt-4o": Price(input=0.0, output=10_000.0)}  # the fifty tokens that CHAT_REQUEST asks for cost half a dollar
+BODY = json.dumps(CHAT_REQUEST).encode()
+JSON_TYPE = {"content-type": "application/json"}
+PATH = "/openai/v1/chat/completions"
+
+
+class Bill:
+    """What the provider bills: half a dollar for each call that it serves, however that is spelt."""
+
+    def __init__(self, harness: GatewayHarness) -> None:
+        self.calls = 0
+        harness.provider.behaviour = self.serve
+
+    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        self.calls += 1
+        usage = {"prompt_tokens": 0, "completion_tokens": 50, "total_tokens": 50}
+        return web.json_response({"id": "c", "choices": [], "usage": usage})
+
+
+async def send(harness: GatewayHarness, gateway: Gateway, method: str, path: str, **how: Any) -> int:
+    url = URL(harness.at(gateway, path), encoded=True)
+    async with harness.session.request(method, url, **how) as response:
+        await response.read()
+        return response.status
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body"),
+    [
+        ("POST", PATH, {"content-encoding": "identity"}, BODY),
+        ("POST", PATH, {"content-encoding": "gzip"}, gzip.compress(BODY, mtime=0)),
+        ("POST", PATH, {"content-encoding": "gzip"}, BODY),
+        ("POST", PATH, {"content-encoding": "nonsense"}, BODY),
+        ("POST", "/openai/v1/chat%2Fcompletions", {}, BODY),
+        ("POST", "/openai/v1/chat%252Fcompletions", {}, BODY),
+        ("POST", "/openai/v1/Chat/Completions", {}, BODY),
+        ("POST", "/openai/V1/CHAT/COMPLETIONS", {}, BODY),
+        ("POST", PATH + "/", {}, BODY),
+        ("POST", PATH + ";x=1", {}, BODY),
+        ("POST", PATH + "/x", {}, BODY),
+        ("POST", PATH + "?model=gpt-4o-mini", {}, BODY),
+        ("POST", PATH, {"content-type": "multipart/x; boundary=y"}, BODY),
+        ("POST", PATH, {"content-type": "text/plain"}, BODY),
+        ("POST", PATH, {"content-type": "application/json; charset=utf-16"}, CHAT_REQUEST),
+        ("PUT", PATH, {}, BODY),
+        ("PATCH", PATH, {}, BODY),
+        ("GET", PATH, {"x-http-method-override": "POST"}, BODY),
+        ("POST", PATH, {}, b"\xef\xbb\xbf" + BODY),
+        ("POST", PATH, {}, json.dumps(CHAT_REQUEST).encode("utf-16")),
+        ("POST", PATH, {}, BODY.replace(b'"model": "gpt-4o"', b'"model": "cheap", "model": "gpt-4o"')),
+        ("POST", PATH, {}, BODY.replace(b'"model": "gpt-4o"', b'"model": "cheap", "mod\\u0065l": "gpt-4o"')),
+        ("POST", "/openai/v1/responses", {}, b'{"model":"gpt-4o","input":"x","background":true}'),
+        ("POST", "/openai/v1/images/variations", {}, BODY),
+        ("POST", "/openai/v1/audio/transcriptions", {}, BODY),
+        ("POST", "/openai/v1/batches", {}, b'{"input_file_id":"f","endpoint":"/v1/chat/completions"}'),
+        ("POST", "/openai/v1/fine_tuning/jobs", {}, BODY),
+        ("POST", "/openai/v1/videos", {}, BODY),
+        ("POST", "/openai/v1/realtime/client_secrets", {}, BODY),
+        ("POST", "/openai/v1/unheard-of", {}, BODY),
+        ("POST", PATH, {}, BODY.replace(b"gpt-4o", b"gpt-4o-unheard-of")),
+        ("POST", PATH, {}, b'{"messages":[{"role":"user","content":"x"}]}'),
+        ("POST", "/anthropic/v1/messages/batches", {}, BODY),
+        ("POST", "/anthropic/v1/complete", {}, BODY),
+        ("POST", "/anthropic/v1/messages", {}, BODY.replace(b"50", b'50,"tools":[{"type":"code_execution_20250825"}]')),
+    ],
+)
+async def test_no_spelling_of_a_call_spends_more_than_the_budget(
+    harness: GatewayHarness, method: str, path: str, headers: dict[str, str], body: Any
+) -> None:
+    bill = Bill(harness)
+    data = json.dumps(body).encode("utf-16") if isinstance(body, dict) else body
+    async with Gateway(harness.settings(budget_usd=1.0, prices=HALF)) as gateway:
+        statuses = [
+            await send(harness, gateway, method, path, headers={**JSON_TYPE, **headers}, data=data) for _ in "six!!!"
+        ]
+    assert bill.calls * 0.5 <= 1.0, statuses
+    assert set(statuses) <= {200, 400, 402, 404, 415}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "status", "says"),
+    [
+        (
+            PATH,
+            {"content-encoding": "gzip"},
+            gzip.compress(BODY, mtime=0),
+            415,
+            "Content-Encoding 'gzip': send it as it is",
+        ),
+        (PATH, {}, BODY.replace(b'"model"', b'"model": "x", "model"'), 415, "a key twice"),
+        ("/openai/v1/batches", {}, b"{}", 400, "its cost arises later, in a job"),
+        (PATH, {}, BODY.replace(b"gpt-4o", b"mine"), 400, "no price is known for model 'mine'"),
+        ("/anthropic/v1/messages/batches", {}, b"{}", 400, "its cost arises later, in a job"),
+    ],
+)
+async def test_a_call_that_cannot_be_counted_is_told_why_and_which_setting_allows_it(  # noqa: PLR0913
+    harness: GatewayHarness, *, path: str, headers: dict[str, str], body: bytes, status: int, says: str
+) -> None:
+    async with Gateway(harness.settings(budget_usd=1.0)) as gateway:
+        answer = await harness.post(gateway, path, headers={**JSON_TYPE, **headers}, data=body)
+        assert answer[0] == status
+        assert answer[2]["error"]["type"] == "invalid_request_error"
+        assert says in answer[2]["error"]["message"]
+        assert "unmetered='allow'" in answer[2]["error"]["message"]
+        assert answer[1]["x-should-retry"] == "false"
+        assert not harness.provider.requests
+        statistics = gateway.forwarder.targets[0].upstream.statistics()
+        assert statistics.spent_usd == 0.0
+
+
+async def test_calls_that_cannot_be_counted_pass_where_that_is_allowed(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(budget_usd=1.0, rpm=100, unmetered="allow")) as gateway:
+        bill = Bill(harness)
+        packed = {**JSON_TYPE, "content-encoding": "gzip"}
+        assert (await harness.post(gateway, PATH, headers=packed, data=gzip.compress(BODY, mtime=0)))[0] == 200
+        assert (await harness.post(gateway, "/openai/v1/batches", data=b"{}"))[0] == 200
+        assert bill.calls == 2
+        assert gateway.forwarder.targets[0].upstream.statistics().unpriced == 2
+
+
+async def test_a_quota_rejects_what_cannot_be_read_too(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(tpm=1_000)) as gateway:
+        packed = {**JSON_TYPE, "content-encoding": "gzip"}
+        assert (await harness.post(gateway, PATH, headers=packed, data=gzip.compress(BODY, mtime=0)))[0] == 415
+        assert (await harness.post(gateway, "/openai/v1/batches", data=b"{}"))[0] == 200  # it counts as one request
+
+
+# --- through a bound client ---
+
+
+def json_reply(*, pause: float = 0.0, **fields: Any) -> Reply:
+    return Reply(body=[json.dumps(fields).encode()], headers={"content-type": "application/json"}, pause=pause)
+
+
+def upstream_of(provider: str = "openai", **how: Any) -> Upstream:
+    return Upstream(provider, provider=provider, budget=DOLLAR, **how)
+
+
+def spent(upstream: Upstream) -> float:
+    usd = upstream.statistics().spent_usd
+    assert usd is not None
+    return usd
+
+
+OPENAI = "https://provider.test/v1"
+
+
+async def post(script: Script, upstream: Upstream, path: str, **body: Any) -> Any:
+    return await script.client(upstream).post(OPENAI + path, json=body)
+
+
+@virtual
+async def test_the_writes_to_a_cache_are_paid() -> None:
+    usage = {
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "cache_creation_input_tokens": 20_000,
+        "cache_creation": {"ephemeral_5m_input_tokens": 10_000, "ephemeral_1h_input_tokens": 10_000},
+        "server_tool_use": {"web_search_requests": 3},
+    }
+    upstream = upstream_of("anthropic")
+    await post(
+        Script(httpx2, json_reply(type="message", usage=usage)),
+        upstream,
+        "/messages",
+        model="claude-sonnet-4-5",
+        max_tokens=1,
+        messages=[],
+    )
+    assert spent(upstream) == pytest.approx(0.0375 + 0.06 + 0.03)
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("asked", "told", "factor"),
+    [(None, "priority", 2.0), ("priority", "default", 1.0), ("flex", "flex", 0.5), ("priority", None, 2.0)],
+)
+async def test_the_tier_of_the_answer_is_paid(asked: str | None, told: str | None, factor: float) -> None:
+    usage = {"prompt_tokens": 100_000, "completion_tokens": 0}
+    upstream = upstream_of()
+    reply = json_reply(usage=usage, service_tier=told)
+    await post(
+        Script(httpx2, reply),
+        upstream,
+        "/chat/completions",
+        model="gpt-5",
+        messages=[],
+        service_tier=asked,
+        max_tokens=1,
+    )
+    assert spent(upstream) == pytest.approx(factor * 0.125)
+
+
+@virtual
+async def test_images_are_paid_and_reserved() -> None:
+    usage = {
+        "input_tokens": 50,
+        "output_tokens": 6_000,
+        "total_tokens": 6_050,
+        "input_tokens_details": {"text_tokens": 50, "image_tokens": 0},
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": 6_000},
+    }
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(created=1, data=[], usage=usage))
+    with pytest.raises(Overloaded, match="may cost 4"):
+        await post(script, upstream, "/images/generations", model="gpt-image-1", prompt="a dam", n=10)
+    await post(script, upstream, "/images/generations", model="gpt-image-1", prompt="a dam")
+    assert spent(upstream) == pytest.approx(0.24025)
+    with pytest.raises(Overloaded, match="no price is known for model 'dall-e-3'"):
+        await post(script, upstream, "/images/generations", model="dall-e-3", prompt="a dam")
+
+
+@virtual
+async def test_speech_is_paid_by_the_character() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply(body=[b"sound"], headers={"content-type": "audio/mpeg"}))
+    await post(script, upstream, "/audio/speech", model="tts-1", input="x" * 10_000, voice="alloy")
+    assert spent(upstream) == pytest.approx(0.15)
+    with pytest.raises(Overloaded, match="no price is known for model 'gpt-4o-mini-tts'"):
+        await post(script, upstream, "/audio/speech", model="gpt-4o-mini-tts", input="x", voice="alloy")
+
+
+@virtual
+async def test_sound_is_rejected_where_the_list_has_no_price_for_it() -> None:
+    upstream = upstream_of()
+    spoken = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}]
+    for body in ({"messages": spoken}, {"messages": [], "modalities": ["text", "audio"]}):
+        with pytest.raises(Overloaded, match="no price is known"):
+            await post(Script(httpx2), upstream, "/chat/completions", model="gpt-4o-audio-preview", **body)
+
+
+@virtual
+async def test_a_response_in_the_background_counts_as_reserved_until_its_usage_arrives() -> None:
+    upstream = upstream_of()
+    asked = {"model": "gpt-5", "input": "think", "background": True, "max_output_tokens": 50_000}
+    script = Script(httpx2, json_reply(id="resp_1", status="queued", usage=None))
+    await post(script, upstream, "/responses", **asked)
+    assert spent(upstream) == pytest.approx(0.5, abs=1e-4)
+    await script.client(upstream).get(OPENAI + "/responses/resp_1")
+    assert spent(upstream) == pytest.approx(0.5, abs=1e-4), "it has not ended"
+    script.replies = [json_reply(id="resp_1", status="completed", usage={"input_tokens": 0, "output_tokens": 8_000})]
+    for _ in range(2):
+        await script.client(upstream).get(OPENAI + "/responses/resp_1")
+        assert spent(upstream) == pytest.approx(0.08)
+    await script.client(upstream).get(OPENAI + "/responses/resp_2")
+    assert spent(upstream) == pytest.approx(0.08), "it was not created here"
+    assert left(upstream) == NOTHING
+
+
+@virtual
+async def test_a_stream_in_the_background_goes_on_when_its_reader_leaves() -> None:
+    upstream = upstream_of()
+    created = b'data: {"type":"response.created","response":{"id":"resp_1","usage":null}}\n\n'
+    script = Script(httpx2, Reply.stream(created, *words("x"), pause=1.0))
+    asked = {"model": "gpt-5", "input": "think", "background": True, "stream": True, "max_output_tokens": 50_000}
+    async with script.client(upstream).stream("POST", OPENAI + "/responses", json=asked) as response:
+        await anext(response.aiter_raw())
+    assert spent(upstream) == pytest.approx(0.5, abs=1e-4)
+    script.replies = [json_reply(id="resp_1", usage={"input_tokens": 0, "output_tokens": 8_000})]
+    await script.client(upstream).get(OPENAI + "/responses/resp_1")
+    assert spent(upstream) == pytest.approx(0.08)
+
+
+# --- calls that are left ---
+
+
+async def leave(upstream: Upstream, *pieces: bytes, after: float, **asked: Any) -> None:
+    """Read a stream for some seconds, and leave it."""
+    script = Script(httpx2, Reply.stream(*pieces, pause=1.0))
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "x" * 40_000}], "stream": True, **asked}
+    async with script.client(upstream).stream("POST", OPENAI + "/chat/completions", json=body) as response:
+        try:
+            async with asyncio.timeout(after):
+                async for _ in response.aiter_raw():
+                    pass
+        except TimeoutError:
+            pass
+
+
+INPUT = 0.025  # dollars: 10,000 tokens
+
+
+@virtual
+async def test_a_stream_that_is_left_before_its_first_text_pays_for_its_time_and_not_its_whole_reservation() -> None:
+    upstream = upstream_of()
+    await leave(upstream, *words("late"), after=0.5, max_tokens=50_000)
+    assert spent(upstream) == pytest.approx(INPUT + 100 * 10e-6, rel=0.02)
+
+
+@virtual
+async def test_hidden_output_of_a_stream_that_is_left_is_paid() -> None:
+    upstream = upstream_of()
+    thinking = [chunk(choices=[{"index": 0, "delta": {"content": ""}, "finish_reason": None}])] * 60
+    await leave(upstream, *thinking, *words("ok"), STOP, after=61.5, max_tokens=50_000)
+    assert spent(upstream) >= INPUT + 60 * 200 * 10e-6
+
+
+@virtual
+async def test_hidden_output_is_bounded_by_the_call() -> None:
+    upstream = upstream_of()
+    await leave(upstream, *[chunk(choices=[])] * 600, after=500.0, max_tokens=1_000)
+    assert spent(upstream) == pytest.approx(INPUT + 1_000 * 10e-6, rel=0.02)
+
+
+@virtual
+async def test_a_stream_that_is_left_after_the_clock_went_back_returns_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply.stream(*words("one", "two"), pause=1.0))
+    body = {"model": "gpt-4o", "messages": [], "stream": True, "max_tokens": 100}
+    async with script.client(upstream).stream("POST", OPENAI + "/chat/completions", json=body) as response:
+        monkeypatch.setattr(clock, "now", lambda: -1_000.0)
+        await anext(response.aiter_raw())
+    assert left(upstream) == NOTHING
+    assert spent(upstream) == pytest.approx(10e-6, rel=0.5)
+
+
+@virtual
+async def test_a_whole_stream_without_usage_pays_for_what_arrived() -> None:
+    upstream = Upstream("own", provider="vllm", budget=DOLLAR, prices={"gpt-4o": Price(input=2.5, output=10.0)})
+    await leave(upstream, *words("one", "two"), STOP, DONE, after=100.0, max_tokens=1_000)
+    assert spent(upstream) == pytest.approx(INPUT, rel=0.02)
+
+
+@virtual
+async def test_a_call_without_a_bound_that_is_cancelled_pays_for_its_time() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply(pause=300.0))
+    calling = asyncio.create_task(post(script, upstream, "/chat/completions", model="gpt-4o", messages=[]))
+    await asyncio.sleep(100.0)
+    calling.cancel()
+    await asyncio.gather(calling, return_exceptions=True)
+    assert spent(upstream) == pytest.approx(100 * 200 * 10e-6, rel=0.02)
+
+
+@virtual
+async def test_small_calls_do_not_lower_what_a_large_one_reserves() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(usage={"prompt_tokens": 1, "completion_tokens": 1}))
+    for _ in range(20):
+        await post(script, upstream, "/chat/completions", model="gpt-4o", messages=[], max_tokens=40_000)
+    script.replies = [
+        Reply(pause=60.0, body=[json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 40_000}}).encode()])
+    ]
+    calls = [
+        post(script, upstream, "/chat/completions", model="gpt-4o", messages=[], max_tokens=40_000) for _ in range(50)
+    ]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(not isinstance(answer, Exception) for answer in answers) == 2
+    assert spent(upstream) <= 1.0
+
+
+@virtual
+async def test_after_large_answers_calls_without_a_bound_reserve_as_much() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(pause=60.0, usage={"prompt_tokens": 1, "completion_tokens": 30_000}))
+    await post(script, upstream, "/chat/completions", model="gpt-4o", messages=[])
+    calls = [post(script, upstream, "/chat/completions", model="gpt-4o", messages=[]) for _ in range(50)]
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert spent(upstream) <= 1.0
+
+
+@virtual
+async def test_a_body_that_is_read_while_it_is_sent_cannot_be_counted() -> None:
+    async def pieces() -> Any:
+        yield json.dumps(CHAT_REQUEST).encode()
+
+    for how in ({"budget": DOLLAR}, {"quotas": [Quota(tokens=100_000, per="minute")]}):
+        script = Script(httpx2)
+        upstream = Upstream("openai", provider="openai", **how)
+        with pytest.raises(Overloaded, match="not a JSON object"):
+            await script.client(upstream).post(OPENAI + "/chat/completions", content=pieces())
+        assert not script.requests
+
+
+# --- what a request sends unseen ---
+
+
+@virtual
+async def test_calls_that_continue_a_stored_response_reserve_its_length() -> None:
+    upstream = upstream_of()
+    usage = {"input_tokens": 150_000, "output_tokens": 10_000}
+    script = Script(httpx2, json_reply(pause=60.0, id="resp_1", usage=usage))
+    await post(script, upstream, "/responses", model="gpt-4o", input="x", max_output_tokens=1)
+    left_over = 1.0 - spent(upstream)
+    asked = {"model": "gpt-4o", "input": "x", "max_output_tokens": 1, "previous_response_id": "resp_1"}
+    answers = await asyncio.gather(
+        *[post(script, upstream, "/responses", **asked) for _ in range(50)], return_exceptions=True
+    )
+    assert sum(not isinstance(answer, Exception) for answer in answers) == left_over // 0.4
+
+
+@virtual
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": "x", "previous_response_id": "elsewhere"},
+        {"input": "x", "conversation": "conv_1"},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "https://x"}]}]},
+    ],
+)
+async def test_what_is_stored_elsewhere_is_reserved(body: dict[str, Any]) -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply(pause=60.0))
+    calls = [post(script, upstream, "/responses", model="gpt-4o", max_output_tokens=1, **body) for _ in range(50)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(not isinstance(answer, Exception) for answer in answers) == 7  # 50,000 tokens cost 0.125 dollars
+
+
+@virtual
+async def test_a_stream_that_is_left_pays_for_what_was_sent_unseen() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(id="resp_1", usage={"input_tokens": 10_000, "output_tokens": 10_000}))
+    await post(script, upstream, "/responses", model="gpt-4o", input="x", max_output_tokens=1)
+    before = spent(upstream)
+    script.replies = [Reply.stream(chunk(type="response.created"), *words("x"), pause=1.0)]
+    asked = {"model": "gpt-4o", "input": "x", "stream": True, "max_output_tokens": 1, "previous_response_id": "resp_1"}
+    async with script.client(upstream).stream("POST", OPENAI + "/responses", json=asked) as response:
+        await anext(response.aiter_raw())
+    assert spent(upstream) - before == pytest.approx(0.05, rel=0.01)
+
+
+@virtual
+async def test_an_image_that_is_left_is_paid() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply.stream(chunk(type="image_generation.partial_image"), *words("x"), pause=1.0))
+    asked = {"model": "gpt-image-1", "prompt": "a dam", "stream": True}
+    async with script.client(upstream).stream("POST", OPENAI + "/images/generations", json=asked) as response:
+        await anext(response.aiter_raw())
+    assert spent(upstream) == pytest.approx(0.4, rel=0.01)
+
+
+@virtual
+async def test_a_dearer_model_that_answers_is_paid() -> None:
+    upstream = upstream_of()
+    usage = {"prompt_tokens": 100_000, "completion_tokens": 0}
+    for answered_by in ("gpt-4o", "gpt-4o-mini", "unheard-of", None):
+        script = Script(httpx2, json_reply(usage=usage, model=answered_by))
+        await post(script, upstream, "/chat/completions", model="gpt-4o-mini", messages=[], max_tokens=1)
+    assert spent(upstream) == pytest.approx(0.25 + 3 * 0.015)
+
+
+@virtual
+async def test_the_deployment_in_the_path_is_paid_whatever_the_body_says() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(usage={"prompt_tokens": 100_000, "completion_tokens": 0}))
+    path = "/openai/deployments/gpt-4o/chat/completions"
+    await post(script, upstream, path, model="gpt-4o-mini", messages=[], max_tokens=1)
+    assert spent(upstream) == pytest.approx(0.25)
+
+
+@virtual
+async def test_the_largest_of_several_bounds_is_reserved() -> None:
+    upstream = upstream_of()
+    bounds = {"max_completion_tokens": 1, "max_tokens": 200_000}
+    with pytest.raises(Overloaded, match="may cost 2"):
+        await post(Script(httpx2), upstream, "/chat/completions", model="gpt-4o", messages=[], **bounds)
+
+
+@virtual
+async def test_a_burst_of_calls_without_a_bound_reserves_what_they_can_make() -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, json_reply(usage={"prompt_tokens": 1, "completion_tokens": 1}))
+    for _ in range(20):
+        await post(script, upstream, "/chat/completions", model="gpt-4o", messages=[])
+    script.replies = [json_reply(pause=60.0, usage={"prompt_tokens": 1, "completion_tokens": 16_384})]
+    calls = [post(script, upstream, "/chat/completions", model="gpt-4o", messages=[]) for _ in range(50)]
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert spent(upstream) <= 1.0
+
+
+@virtual
+async def test_a_call_that_falls_back_is_counted_where_it_is_served() -> None:
+    free = Upstream("local", provider="vllm")
+    paid = upstream_of(fallback=Fallback(free, base_url="https://local.test/v1", api_key="k"))
+    script = Script(httpx2)
+    answer = await post(script, paid, "/chat/completions", model="mine", messages=[], max_tokens=1)
+    assert answer.status_code == 200
+    assert [request.url.host for request in script.requests] == ["local.test"]

@@ -1,0 +1,291 @@
+"""Draining with an overflow: everything within the limit, in group commits, and counted for what it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.task_plane import Agent, approximately, error_of, flood, now, virtual
+
+from forebay import BackpressureSupervisor, Task, TaskStatus, Ticket
+from forebay.errors import StillSpilled, StoreUnavailable
+from forebay.interfaces import Lease, PutResult, RecordState, TaskRecord
+from forebay.overflow import MemoryTaskStore
+from forebay.supervisor.drain import Drain
+
+pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+
+FSYNC = 0.03  # seconds
+
+
+class SlowStore(MemoryTaskStore):
+    """A store that survives the process, as far as a supervisor can tell; writes that are made at once take one fsync.
+
+    Args:
+        seconds: what a write takes.
+        fails_until: loop time until which writes fail.
+    """
+
+    durable = True
+
+    def __init__(self, seconds: float = FSYNC, *, fails_until: float = 0.0, bound: int = 100_000) -> None:
+        super().__init__(bound=bound)
+        self.seconds = seconds
+        self.fails_until = fails_until
+
+    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+        await asyncio.sleep(self.seconds)
+        if now() < self.fails_until:
+            raise StoreUnavailable(where="disk", why="it is full", advice="None.")
+        return await super().put(record, fence=fence, until=until)
+
+
+def make_supervisor(handler: Any, store: Any, *, slots: int = 1, **options: Any) -> BackpressureSupervisor:
+    options = {"max_queue_size": 100_000, "backpressure_threshold": 1.0, **options}
+    supervisor = BackpressureSupervisor(overflow=store, **options)
+    supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=slots)
+    return supervisor
+
+
+async def ends(tickets: list[Ticket]) -> Counter[str]:
+    """Return how many tickets ended in each way. None of them may be open."""
+    assert all(ticket.done() for ticket in tickets)
+    return Counter("still spilled" if ticket.result is None else ticket.result.status.value for ticket in tickets)
+
+
+async def waiting_in(store: MemoryTaskStore) -> int:
+    await store.open()
+    return sum((await store.depths()).values())
+
+
+# --- within the limit ------------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_draining_moves_the_whole_queue_to_the_overflow_within_its_limit() -> None:
+    store = SlowStore()
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        tickets = flood(supervisor, "work", 4_001)
+        await asyncio.sleep(0.01)
+        origin = now()
+        report = await supervisor.drain(timeout=1.0)
+        assert now() - origin == approximately(1.0)  # for the one that runs
+        assert (report.spilled, report.cancelled, report.finished) == (4_000, 1, 0)
+    assert await ends(tickets) == {"still spilled": 4_000, "cancelled": 1}
+    assert await waiting_in(store) == 4_000
+
+
+@virtual
+async def test_the_time_that_moving_takes_counts_towards_the_limit() -> None:
+    store = SlowStore(0.4)  # for a thousand tasks
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        tickets = flood(supervisor, "work", 6_001)
+        await asyncio.sleep(0.01)
+        origin = now()
+        report = await supervisor.drain(timeout=1.0)
+        assert now() - origin == pytest.approx(1.2, abs=0.01)  # the write that has begun is waited for
+        assert (report.spilled, report.cancelled) == (3_000, 3_001)
+    assert await ends(tickets) == {"still spilled": 3_000, "cancelled": 3_001}
+    assert await waiting_in(store) == 3_000
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+@virtual
+async def test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most(limit: float) -> None:
+    supervisor = make_supervisor(Agent(60.0), SlowStore(3600.0), zombie_grace=2.0)
+    await supervisor.start()
+    tickets = flood(supervisor, "work", 11)
+    await asyncio.sleep(0.01)
+    origin = now()
+    report = await supervisor.drain(timeout=limit)
+    assert now() - origin == approximately(limit + 2.0)
+    assert (report.spilled, report.cancelled) == (0, 11)
+    assert await ends(tickets) == {"cancelled": 11}
+    assert "before the overflow had stored it" in str((await tickets[-1]).error)
+    await supervisor.close()
+
+
+@virtual
+async def test_a_store_that_fails_for_a_while_is_tried_again_within_the_limit() -> None:
+    store = SlowStore(fails_until=2.5)
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        tickets = flood(supervisor, "work", 2_001)
+        report = await supervisor.drain(timeout=10.0)
+        assert (report.spilled, report.cancelled) == (2_000, 1)
+    assert await ends(tickets) == {"still spilled": 2_000, "cancelled": 1}
+
+
+@virtual
+async def test_a_store_that_keeps_failing_lets_the_tasks_finish_here() -> None:
+    agent = Agent(1.0)
+    async with make_supervisor(agent, SlowStore(fails_until=3600.0), slots=10) as supervisor:
+        tickets = flood(supervisor, "work", 50)
+        report = await supervisor.drain()
+        assert (report.finished, report.spilled, report.cancelled) == (50, 0, 0)
+    assert await ends(tickets) == {"succeeded": 50}
+
+
+@virtual
+async def test_a_store_that_keeps_failing_does_not_keep_a_drain_from_ending() -> None:
+    agent = Agent(0.1, error=ValueError())
+    supervisor = make_supervisor(agent, SlowStore(fails_until=3600.0))
+    supervisor.register_worker("dead", handler=agent, task_types=["other"], reset_timeout=None)
+    async with supervisor:
+        tickets = flood(supervisor, "other", 8)
+        await asyncio.sleep(1.0)  # five have failed: the worker stays FAILED until it is revived
+        report = await supervisor.drain()
+        assert report.cancelled == 3
+    assert await ends(tickets) == {"failed": 5, "cancelled": 3}
+
+
+@virtual
+async def test_what_a_full_overflow_does_not_take_finishes_here() -> None:
+    store = SlowStore(bound=5)
+    async with make_supervisor(Agent(1.0), store) as supervisor:
+        tickets = flood(supervisor, "work", 9)
+        report = await supervisor.drain()
+        assert (report.finished, report.spilled) == (4, 5)
+    assert await ends(tickets) == {"succeeded": 4, "still spilled": 5}
+
+
+@virtual
+async def test_closing_moves_the_queue_out_and_starts_nothing_more() -> None:
+    store, agent = SlowStore(1.0), Agent(60.0)
+    supervisor = make_supervisor(agent, store, slots=3, zombie_grace=0.1)
+    await supervisor.start()
+    tickets = flood(supervisor, "work", 2_003)
+    await asyncio.sleep(0.01)
+    origin = now()
+    await supervisor.close()
+    assert now() - origin == pytest.approx(2.0, abs=0.2)
+    assert len(agent.started) == 3
+    assert await ends(tickets) == {"still spilled": 2_000, "cancelled": 3}
+    assert await waiting_in(store) == 2_000
+
+
+@virtual
+async def test_closing_ends_though_the_overflow_does_not_answer() -> None:
+    supervisor = make_supervisor(Agent(60.0), SlowStore(3600.0))
+    await supervisor.start()
+    tickets = flood(supervisor, "work", 20)
+    await asyncio.sleep(0.01)
+    origin = now()
+    await supervisor.close()
+    assert now() - origin < 11.0
+    assert await ends(tickets) == {"cancelled": 20}
+
+
+class SilentStore(SlowStore):
+    """A store that does not answer when leases are returned."""
+
+    async def release(self, leases: Sequence[Lease]) -> None:  # noqa: ARG002 - the parameter of a TaskStore
+        await asyncio.sleep(3600.0)
+
+
+@virtual
+async def test_closing_ends_though_the_overflow_does_not_take_the_leases_back() -> None:
+    supervisor = make_supervisor(Agent(60.0), SilentStore())
+    await supervisor.start()
+    ticket = await supervisor.submit(Task("work", durable=True))
+    origin = now()
+    await supervisor.close()
+    assert now() - origin < 16.0
+    assert isinstance(await error_of(ticket), StillSpilled)
+
+
+@virtual
+async def test_a_task_cancelled_by_its_submitter_while_it_moves_is_not_in_the_overflow() -> None:
+    store = SlowStore(0.5)
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        tickets = flood(supervisor, "work", 5)
+        await asyncio.sleep(0.01)
+        draining = asyncio.ensure_future(supervisor.drain(timeout=2.0))
+        await asyncio.sleep(0.1)
+        assert tickets[2].cancel()
+        assert (await draining).spilled == 3
+        assert (await tickets[2]).status is TaskStatus.CANCELLED
+        assert (await tickets[2]).error == "cancelled by its submitter"
+    assert await waiting_in(store) == 3
+
+
+@virtual
+async def test_the_work_of_a_drain_grows_with_the_tasks_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = 0
+    original = Drain._is_unfinished
+
+    def counting(self: Drain, ticket: Ticket) -> bool:
+        nonlocal checks
+        checks += 1
+        return original(self, ticket)
+
+    monkeypatch.setattr(Drain, "_is_unfinished", counting)
+    async with make_supervisor(Agent(0.1), "memory://", slots=4) as supervisor:
+        flood(supervisor, "work", 2_000)
+        assert (await supervisor.drain()).finished == 2_000
+    assert checks < 10 * 2_000
+
+
+# --- leases and attempts ---------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_orderly_stops_are_no_crashes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    for _ in range(5):
+        supervisor = make_supervisor(Agent(60.0), url, max_attempts=2)
+        async with supervisor:
+            ticket = await supervisor.submit(Task("work", durable=True, key="the work"))
+            await asyncio.sleep(1.0)
+            assert (await supervisor.drain(timeout=1.0)).spilled == 1
+        assert isinstance(await error_of(ticket), StillSpilled)
+    async with make_supervisor(Agent(1.0), url, max_attempts=2) as supervisor:
+        assert [letter async for letter in supervisor.dead_letters] == []
+        result = await (await supervisor.submit(Task("work", durable=True, key="the work")))
+        assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 1)
+
+
+@virtual
+async def test_leaving_by_an_error_is_no_crash_either(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/spill.db?synchronous=off"
+    for _ in range(5):
+        with contextlib.suppress(KeyError):
+            async with make_supervisor(Agent(60.0), url, max_attempts=2) as supervisor:
+                await supervisor.submit(Task("work", durable=True, key="the work"))
+                await asyncio.sleep(1.0)
+                raise KeyError
+    async with make_supervisor(Agent(1.0), url, max_attempts=2) as supervisor:
+        result = await (await supervisor.submit(Task("work", durable=True, key="the work")))
+        assert (result.status, result.attempts) == (TaskStatus.SUCCEEDED, 1)
+
+
+@virtual
+async def test_a_stored_task_that_waits_here_is_free_for_other_processes_once_draining_starts() -> None:
+    store = SlowStore()
+    async with make_supervisor(Agent(60.0), store) as supervisor:
+        running, waiting = [await supervisor.submit(Task("work", durable=True)) for _ in range(2)]
+        draining = asyncio.ensure_future(supervisor.drain())
+        await asyncio.sleep(1.0)
+        found = await store.find(waiting.task_id)
+        assert found is not None
+        assert found[0] is RecordState.WAITING
+        assert (await draining).spilled == 1
+        assert running.status is TaskStatus.SUCCEEDED
+
+
+@virtual
+async def test_a_drain_that_was_cancelled_leaves_closing_its_time() -> None:
+    store = SlowStore(1.0)
+    supervisor = make_supervisor(Agent(60.0), store)
+    await supervisor.start()
+    tickets = flood(supervisor, "work", 3_001)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await supervisor.drain()
+    await supervisor.close()
+    assert await ends(tickets) == {"still spilled": 3_000, "cancelled": 1}
+    assert await waiting_in(store) == 3_000

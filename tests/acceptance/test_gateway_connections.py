@@ -1,0 +1,162 @@
+"""The gateway's connections to its providers: no caller ever gets the answer to another's call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from tests.support.gateway_harness import CHAT_RESPONSE, GatewayHarness, connect, request_bytes, until
+
+from forebay.gateway import connection_pool
+from forebay.gateway.connection_pool import ConnectionPool
+from forebay.gateway.server import Gateway
+
+ANSWER = json.dumps(CHAT_RESPONSE).encode()
+EXTRA = b'{"another": "answer"}'
+HEAD = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+
+
+class ConnectionRecord:
+    """The connections on which a provider was called, and a way to send more on the last of them."""
+
+    def __init__(self, harness: GatewayHarness) -> None:
+        self._provider = harness.provider
+        self.used: list[int] = []  # ports of the gateway, one for each call
+        self.transports: list[asyncio.Transport] = []
+        harness.provider.behaviour = self.answer
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        transport: Any = request.transport
+        self.used.append(transport.get_extra_info("peername")[1])
+        self.transports.append(transport)
+        return await self._provider.reply(request)
+
+    def send_unasked(self, status: bytes = b"200 OK") -> None:
+        self.transports[-1].write(HEAD % (status, len(EXTRA), EXTRA))
+
+    @property
+    def open_ports(self) -> set[int]:
+        pairs = zip(self.used, self.transports, strict=True)
+        return {port for port, transport in pairs if not transport.is_closing()}
+
+
+@pytest.fixture
+def record(harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> ConnectionRecord:
+    monkeypatch.setattr(connection_pool, "_REST", 0.0)
+    return ConnectionRecord(harness)
+
+
+def key(number: int, name: str = "authorization") -> dict[str, Any]:
+    return {"headers": {name: f"sk-{number}"}}
+
+
+async def test_a_connection_serves_one_call_after_another(harness: GatewayHarness, record: ConnectionRecord) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        for _ in range(3):
+            assert (await harness.post(gateway, **key(1)))[0] == 200
+    assert len(set(record.used)) == 1
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key", "api-key"])
+async def test_keys_share_no_connection(harness: GatewayHarness, record: ConnectionRecord, header: str) -> None:
+    async with Gateway(harness.settings(share_keys=True)) as gateway:
+        for number in (1, 2, 1):
+            assert (await harness.post(gateway, "/openai/v1/chat/completions", **key(number, header)))[0] == 200
+    assert record.used[0] == record.used[2] != record.used[1]
+
+
+async def test_an_answer_that_nobody_asked_for_reaches_no_call(
+    harness: GatewayHarness, record: ConnectionRecord
+) -> None:
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        await harness.post(gateway)
+        record.send_unasked()  # not read yet when the next call comes
+        assert (await harness.post(gateway))[2] == CHAT_RESPONSE
+    assert len(set(record.used)) == 2
+
+
+async def test_bytes_that_have_not_been_read_yet_keep_a_connection_from_being_lent(
+    harness: GatewayHarness, record: ConnectionRecord
+) -> None:
+    pool = ConnectionPool(10)
+    async with Gateway(harness.settings(), connector=lambda: pool) as gateway:
+        await harness.post(gateway)
+        [[(connection, _)]] = pool._conns.values()
+        assert connection.is_connected()
+        record.send_unasked()
+        assert not connection.is_connected()  # although the event loop has not read them
+
+
+async def test_what_arrives_on_an_idle_connection_closes_it(harness: GatewayHarness, record: ConnectionRecord) -> None:
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        await harness.post(gateway)
+        record.send_unasked()
+        await until(record.transports[0].is_closing)
+
+
+async def test_a_provider_that_sent_bytes_unasked_gets_a_connection_for_each_call(
+    harness: GatewayHarness, record: ConnectionRecord, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        await harness.post(gateway)
+        record.send_unasked()
+        await until(record.transports[0].is_closing)
+        for _ in range(3):
+            assert (await harness.post(gateway))[0] == 200
+    assert len(set(record.used)) == 4
+    assert "sent bytes that no call asked for" in caplog.text
+
+
+@pytest.mark.parametrize("status", [b"408 Request Timeout", b""])
+async def test_what_ends_an_idle_connection_is_no_reason_for_distrust(
+    harness: GatewayHarness, record: ConnectionRecord, status: bytes
+) -> None:
+    async with Gateway(harness.settings(max_attempts=1)) as gateway:
+        await harness.post(gateway)
+        if status:
+            record.send_unasked(status)
+        record.transports[0].close()
+        for _ in range(2):
+            assert (await harness.post(gateway))[0] == 200
+    assert len(set(record.used)) == 2
+
+
+async def test_a_connection_rests_between_two_calls(
+    harness: GatewayHarness, record: ConnectionRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_pool, "_REST", 3600.0)
+    async with Gateway(harness.settings()) as gateway:
+        for _ in range(3):
+            assert (await harness.post(gateway))[0] == 200
+    assert len(set(record.used)) == 3
+
+
+async def test_a_caller_beyond_max_connections_gets_its_503_whatever_it_sends(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings(gateway={"max_connections": 1})) as gateway:
+        _, first = await connect(gateway)
+        await until(lambda: len(gateway._web.connections) == 1)
+        for _ in range(20):
+            reader, writer = await connect(gateway)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 503 ")
+            writer.write(request_bytes(b" " * (256 << 10)))
+            await writer.drain()  # which is read: otherwise the connection is reset, and the answer may be lost
+            assert b"forebay_connections" in await reader.read()
+            writer.close()
+        first.close()
+        await until(lambda: not gateway._web.connections)
+        assert (await harness.post(gateway))[0] == 200
+
+
+async def test_idle_connections_make_room_for_new_ones(harness: GatewayHarness, record: ConnectionRecord) -> None:
+    async with Gateway(harness.settings(gateway={"max_connections": 5})) as gateway:
+        most_open = 0
+        for number in range(12):
+            assert (await harness.post(gateway, **key(number)))[0] == 200
+            settled: Callable[[], bool] = lambda: len(record.open_ports) <= 5  # noqa: E731
+            await until(settled)
+            most_open = max(most_open, len(record.open_ports))
+    assert most_open == 5

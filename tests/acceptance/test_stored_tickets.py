@@ -1,0 +1,128 @@
+"""Tickets asked for by id or key, in processes that may not serve the task: they end when the store says so."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.support.task_plane import Agent, error_of, now, virtual
+
+from forebay import BackpressureSupervisor, Deadline, Task, TaskStatus, clock
+from forebay.errors import UnknownTask
+from forebay.interfaces import Completion
+from forebay.overflow import SqliteTaskStore
+
+pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+def make_supervisor(path: Path, agent: Agent, *, task_type: str = "work", slots: int = 1) -> BackpressureSupervisor:
+    supervisor = BackpressureSupervisor(overflow=f"sqlite:///{path}?synchronous=off", max_queue_size=0)
+    supervisor.register_worker("worker", handler=agent, task_types=[task_type], max_concurrent=slots)
+    return supervisor
+
+
+async def leave_waiting(path: Path, *tasks: Task) -> None:
+    """Leave tasks in the overflow, as a process that has ended did."""
+    supervisor = make_supervisor(path, Agent(60.0))
+    await supervisor.start()
+    await supervisor.submit(Task("work", "runs", spill=False))
+    for task in tasks:
+        await supervisor.submit(task)
+    await supervisor.close()
+
+
+@pytest.mark.parametrize("by", ["id", "key"])
+@virtual
+async def test_a_ticket_honours_the_deadline_of_a_task_that_nobody_serves(by: str, path: Path) -> None:
+    await leave_waiting(path, Task("work", task_id="a", key="k", deadline=Deadline.within(600.0)))
+    origin = now()
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        if by == "id":
+            ticket = supervisor.ticket("a")
+        else:
+            ticket = await supervisor.submit(Task("other", key="k"))
+        result = await ticket
+        assert result.status is TaskStatus.EXPIRED
+        assert now() - origin == pytest.approx(600.0, abs=2.0)
+        assert ticket.deadline is not None
+    async with make_supervisor(path, agent := Agent()) as supervisor:
+        assert (await supervisor.ticket("a")).status is TaskStatus.EXPIRED
+        assert agent.started == []
+
+
+@virtual
+async def test_a_ticket_that_was_asked_for_too_late_expires_at_once(path: Path) -> None:
+    await leave_waiting(path, Task("work", task_id="a", deadline=Deadline.within(600.0)))
+    await asyncio.sleep(700.0)
+    origin = now()
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        assert (await supervisor.ticket("a")).status is TaskStatus.EXPIRED
+        assert now() - origin < 1.0
+
+
+@virtual
+async def test_a_ticket_that_is_only_polled_ends_too(path: Path) -> None:
+    await leave_waiting(path, Task("work", "a", task_id="a"))
+    async with make_supervisor(path, Agent(), task_type="other") as asking:
+        ticket = asking.ticket("a")
+        await asyncio.sleep(1.0)
+        assert not ticket.done()
+        async with make_supervisor(path, Agent()):
+            await asyncio.sleep(30.0)
+        assert ticket.done()
+        assert ticket.result is not None
+        assert ticket.result.result == "a"
+
+
+@virtual
+async def test_the_deadline_of_a_task_whose_process_died_is_honoured_where_nobody_serves_it(path: Path) -> None:
+    await leave_waiting(path, Task("work", task_id="a", deadline=Deadline.within(600.0)))
+    store = SqliteTaskStore(path)
+    await store.open()
+    (lease,) = await store.lease("work", 1, until=clock.wall_time() + 30.0)
+    await store.begin_attempt(lease)
+    await store.close()
+    origin = now()
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        assert (await supervisor.ticket("a")).status is TaskStatus.EXPIRED
+        assert now() - origin == pytest.approx(600.0, abs=15.0)
+
+
+@virtual
+async def test_a_ticket_ends_though_the_result_is_not_kept_any_more(path: Path) -> None:
+    await leave_waiting(path, Task("work", task_id="a"))
+    store = SqliteTaskStore(path)
+    await store.open()
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        waiting = asyncio.ensure_future(error_of(supervisor.ticket("a")))
+        await asyncio.sleep(1.0)
+        await store.finish("a", Completion(status="succeeded", finished_at=1.0), fence=None)
+        await store.prune(before=2.0)
+        async with asyncio.timeout(30.0):
+            assert isinstance(await waiting, UnknownTask)
+    await store.close()
+
+
+@virtual
+async def test_of_thousands_of_tickets_each_ends(path: Path) -> None:
+    await leave_waiting(path, *[Task("work", task_id=f"{number}") for number in range(1_500)])
+    store = SqliteTaskStore(path)
+    await store.open()
+    async with make_supervisor(path, Agent(), task_type="other") as supervisor:
+        tickets = [supervisor.ticket(f"{number}") for number in range(1_500)]
+        waiting = [asyncio.ensure_future(ticket.value()) for ticket in tickets]
+        await asyncio.sleep(1.0)
+        await store.finish("1499", Completion(status="failed", finished_at=clock.wall_time()), fence=None)
+        await store.finish("0", Completion(status="failed", finished_at=clock.wall_time()), fence=None)
+        await asyncio.sleep(25.0)
+        assert [number for number, ticket in enumerate(tickets) if ticket.done()] == [0, 1499]
+        for each in waiting:
+            each.cancel()
+        await asyncio.wait(waiting)
+    await store.close()

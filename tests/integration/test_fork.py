@@ -1,0 +1,192 @@
+"""Children made by fork: they have none of their parent's calls, threads and locks, and say so instead of hanging."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
+
+PREAMBLE = """
+import asyncio, os, sys, threading, traceback, warnings
+from forebay import BackpressureSupervisor, Budget, Overloaded, Quota, Task, Upstream
+from forebay.quota import Price
+warnings.simplefilter("ignore", DeprecationWarning)
+
+def in_child(check):
+    \"\"\"Run a check in a forked child, and wait for it.\"\"\"
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            check()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, status
+"""
+
+
+def run(script: str, *arguments: Path) -> None:
+    """Run a script in a process of its own: forking pytest would fork its threads' locks, too."""
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_child_has_none_of_the_calls_of_its_parent() -> None:
+    run("""
+    llm = Upstream("llm", max_concurrent=2, budget=Budget(usd=10), prices={"m": Price(input=1e6, output=0)})
+    calls = [llm.call("m", input_tokens=4), llm.call("m", input_tokens=4)]
+    for call in calls:
+        call.__enter__()
+    waiting = threading.Thread(target=lambda: llm.call("m").__enter__(), daemon=True)
+    waiting.start()
+    while not llm.statistics().accounts[0].queued:
+        pass
+
+    def check():
+        account = llm.statistics().accounts[0]
+        assert (account.in_flight, account.queued) == (0, 0), account
+        with llm.call("m", input_tokens=9), llm.call("m", input_tokens=1):  # no dollars are held
+            assert llm.statistics().accounts[0].in_flight == 2
+        calls[0].__exit__(None, None, None)  # its permit is the parent's
+        assert llm.statistics().accounts[0].in_flight == 0
+        assert llm.statistics().spent_usd == 10, llm.statistics()
+
+    in_child(check)
+    assert llm.statistics().accounts[0].in_flight == 2
+    """)
+
+
+def test_locks_that_other_threads_hold_do_not_stop_a_child() -> None:
+    run("""
+    llm = Upstream("llm", tenant_budget=Budget(usd=10), task_budget=Budget(usd=1), unmetered="allow")
+    guarded = llm.guard(lambda: "answer")
+    declared = llm.declared("m")
+    with llm.call("m"):
+        pass
+    core, account = llm.core, llm.core.accounts.account("m")
+    locks = [core._lock, core.accounts._accounts._lock, core.budgets._tenants._lock, account._lock, declared._lock,
+             account.retries._lock, core.background._lock, llm._declared._lock]
+    held = threading.Event()
+
+    def hold():
+        for lock in locks:
+            lock.acquire()
+        held.set()
+        threading.Event().wait()
+
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait()
+
+    def check():
+        assert guarded() == "answer"
+        with llm.call("m"):
+            llm.statistics()
+        llm.declared("m").load()
+
+    in_child(check)
+    """)
+
+
+def test_what_was_spent_is_not_given_back_to_a_child() -> None:
+    run("""
+    llm = Upstream("llm", budget=Budget(usd=10), quotas=[Quota(requests=1, per="day")],
+                   prices={"m": Price(input=1e6, output=0)})
+    with llm.call("m", input_tokens=4) as call:
+        call.settle(input_tokens=4, output_tokens=0)
+
+    def check():
+        assert llm.statistics().spent_usd == 4
+        try:
+            with llm.call("m"):
+                raise SystemExit("it was let through")
+        except Overloaded as error:
+            assert error.limited_by.endswith("requests per day"), error
+
+    in_child(check)
+    """)
+
+
+def test_a_call_of_a_child_inside_a_task_is_not_reported_to_the_parents_supervisor() -> None:
+    run("""
+    llm = Upstream("llm")
+
+    def handler(task):
+        def check():
+            from forebay import context
+            assert context.running_task().task.tenant == "acme"
+            assert context.call_observer() is None
+            with llm.call("m"):
+                pass
+        in_child(check)
+        return "done"
+
+    async def main():
+        async with BackpressureSupervisor() as supervisor:
+            supervisor.register_worker("w", handler=handler, task_types=["t"])
+            assert await supervisor.run(Task("t", tenant="acme")) == "done"
+
+    asyncio.run(main())
+    """)
+
+
+def test_a_supervisor_of_the_parent_refuses_a_child_with_words() -> None:
+    run("""
+    from forebay.errors import ForkedProcess
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("w", handler=lambda task: "done", task_types=["t"])
+
+    def check():
+        for use in (lambda: portal.run(Task("t")), lambda: portal.submit(Task("t")), lambda: asyncio.run(submit())):
+            try:
+                use()
+            except ForkedProcess as error:
+                assert str(os.getppid()) in str(error) and "spawn" in str(error), error
+            else:
+                raise SystemExit("no error")
+
+    async def submit():
+        await supervisor.submit(Task("t"))
+
+    with supervisor.portal() as portal:
+        assert portal.run(Task("t")) == "done"
+        in_child(check)
+        assert portal.run(Task("t")) == "done"
+    """)
+
+
+def test_a_store_of_the_parent_refuses_a_child_with_words(tmp_path: Path) -> None:
+    run(
+        """
+    from forebay.errors import StoreUnavailable
+    from forebay.overflow import open_task_store
+
+    async def main():
+        store = open_task_store("sqlite:///" + sys.argv[1])
+        await store.open()
+
+        def check():
+            try:
+                store._writer.run_now(lambda connection: None)
+            except StoreUnavailable as error:
+                assert "forked" in str(error), error
+            else:
+                raise SystemExit("no error")
+
+        in_child(check)
+        await store.close()
+
+    asyncio.run(main())
+    """,
+        tmp_path / "tasks.db",
+    )

@@ -1,0 +1,137 @@
+"""Budgets that accounts share, and the suspension of an account whose money at the provider is spent."""
+
+from __future__ import annotations
+
+import pytest
+
+from forebay.breaker import UPSTREAM_RULES, Breaker
+from forebay.interfaces import Outcome
+from forebay.limit import FixedLimit
+from forebay.quota import Budget, RateLimiter
+from forebay.task import Priority
+from forebay.upstream.accounts.account import Account
+from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.call_request import Admitted, CallBudget, CallOutcome, CallRequest, Permit, Rejected
+
+SUCCESS = CallOutcome(kind=Outcome.SUCCESS)
+SPEND_CAP = CallOutcome(kind=Outcome.IGNORED, spend_cap=True, usd=0.0)
+FAULT = CallOutcome(kind=Outcome.FAULT)
+
+
+def account_of(*budgets: CallBudget) -> Account:
+    return Account(
+        "upstream:test",
+        limit=FixedLimit(10),
+        quotas=RateLimiter(),
+        breaker=Breaker(UPSTREAM_RULES, draw=lambda: 0.0),
+        budgets=lambda _: budgets,
+        max_wait=60.0,
+        draw=lambda: 0.0,
+    )
+
+
+class LastMomentBudget(SharedBudget):
+    """A shared budget of which another account takes a dollar between the check and the reservation of this one."""
+
+    def can_afford(self, usd: float, priority: Priority) -> bool:
+        affordable = super().can_afford(usd, priority)
+        self.try_reserve(1.0, priority)
+        return affordable
+
+
+def test_two_accounts_that_both_see_the_last_dollar_spend_it_once() -> None:
+    other, last = SharedBudget("the budget of a", Budget(usd=5)), LastMomentBudget("the budget of b", Budget(usd=1))
+    account = account_of(other, last)
+    answer = account.try_acquire(0.0, CallRequest(usd=1.0))
+    assert isinstance(answer, Rejected)
+    assert answer.limited_by == "budget"
+    assert last.reserved() == (1, 1.0), "the other account's"
+    assert other.reserved() == (0, 0.0), "it took from neither"
+    assert (account.in_flight, account.counts.sent) == (0, 0)
+
+
+def test_dollars_that_calls_under_way_hold_may_be_returned_soon() -> None:
+    budget = SharedBudget("the budget of a", Budget(usd=10, per="day", reserved_share=0.1))
+    held = budget.try_reserve(6.0, Priority.NORMAL)
+    assert held is not None
+    soon = budget.rejection(5.0, Priority.NORMAL).retry_after
+    assert soon is not None
+    assert soon <= 6.0
+    for too_much in (9.5, 10.5):  # nothing that is returned makes room for that
+        later = budget.rejection(too_much, Priority.NORMAL).retry_after
+        assert later is None or later != pytest.approx(4.0, abs=2.0)
+    held.settle(6.0)
+    later = budget.rejection(5.0, Priority.NORMAL).retry_after
+    assert later == pytest.approx(budget.resets_in(), abs=1.0)
+
+
+class Suspended:
+    """An account that its provider has refused for money, with short names for the operations of a test."""
+
+    def __init__(self) -> None:
+        self.account = account_of()
+        permit = self.admit(0.0)
+        self.account.suspend(0.0, 60.0)
+        self.account.settle(0.0, permit, SPEND_CAP)
+
+    def admit(self, now: float, *, free: bool = False) -> Permit:
+        answer = self.account.try_acquire(now, CallRequest(free=free))
+        assert isinstance(answer, Admitted), answer
+        return answer.permit
+
+    def reject(self, now: float) -> Rejected:
+        answer = self.account.try_acquire(now, CallRequest())
+        assert isinstance(answer, Rejected), answer
+        return answer
+
+
+@pytest.fixture
+def suspended() -> Suspended:
+    return Suspended()
+
+
+def test_a_refusal_for_money_counts_as_throttled(suspended: Suspended) -> None:
+    assert suspended.account.counts.throttled == 1
+
+
+def test_after_a_suspension_one_call_goes_until_it_has_succeeded(suspended: Suspended) -> None:
+    assert suspended.reject(59.0).retry_after == 1.0
+    probe = suspended.admit(60.0)
+    assert suspended.reject(60.0).retry_after == 1.0
+    suspended.account.settle(61.0, probe, SUCCESS)
+    for _ in range(10):
+        suspended.admit(61.0)
+
+
+def test_a_probe_whose_answer_has_begun_ends_the_suspension(suspended: Suspended) -> None:
+    suspended.account.answer_began(61.0, suspended.admit(60.0))
+    suspended.admit(61.0)
+
+
+def test_a_probe_that_is_refused_suspends_again(suspended: Suspended) -> None:
+    probe = suspended.admit(60.0)
+    suspended.account.suspend(61.0, 60.0)
+    suspended.account.settle(61.0, probe, SPEND_CAP)
+    assert suspended.reject(61.0).retry_after == 60.0
+
+
+@pytest.mark.parametrize("end", [FAULT, CallOutcome(kind=Outcome.IGNORED, released=True, usd=0.0)])
+def test_a_probe_that_shows_nothing_makes_room_for_another(suspended: Suspended, end: CallOutcome) -> None:
+    suspended.account.settle(61.0, suspended.admit(60.0), end)
+    suspended.admit(61.0)
+    suspended.reject(61.0)
+
+
+def test_a_free_call_passes_a_suspension_and_does_not_end_it(suspended: Suspended) -> None:
+    suspended.account.settle(60.0, suspended.admit(60.0, free=True), SUCCESS)
+    suspended.admit(60.0)
+    suspended.reject(60.0)
+
+
+def test_a_call_that_was_sent_before_the_suspension_does_not_end_it() -> None:
+    account = account_of()
+    early = account.try_acquire(0.0, CallRequest())
+    assert isinstance(early, Admitted)
+    account.suspend(0.0, 60.0)
+    account.settle(1.0, early.permit, SUCCESS)
+    assert isinstance(account.try_acquire(1.0, CallRequest()), Rejected)
