@@ -111,6 +111,20 @@ async def test_a_store_that_does_not_answer_delays_a_drain_by_its_grace_at_most(
 
 
 @virtual
+async def test_a_durable_submission_that_is_not_answered_delays_a_drain_by_no_second_grace() -> None:
+    supervisor = make_supervisor(Agent(60.0), SlowStore(3600.0), zombie_grace=2.0)
+    await supervisor.start()
+    submission = asyncio.ensure_future(supervisor.submit(Task("work", durable=True)))
+    await asyncio.sleep(0.01)
+    origin = now()
+    await supervisor.drain(timeout=1.0)
+    assert now() - origin <= 3.1
+    await supervisor.close()
+    with contextlib.suppress(StoreUnavailable, asyncio.CancelledError):
+        await submission
+
+
+@virtual
 async def test_a_store_that_fails_for_a_while_is_tried_again_within_the_limit() -> None:
     store = SlowStore(fails_until=2.5)
     async with make_supervisor(Agent(60.0), store) as supervisor:
