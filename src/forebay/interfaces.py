@@ -354,8 +354,8 @@ class TaskStore(Protocol):
         Calls that run at once insert their records in the order of the calls.
 
         Returns:
-            STORED; PARKED if other records of its conversation go before it, so that it has no lease; DUPLICATE, also
-            if the store is full; or FULL.
+            STORED; PARKED if other records of its conversation are older or LEASED, so that it has no lease;
+            DUPLICATE, also if the store is full; or FULL.
         """
 
     async def lease(

@@ -185,7 +185,7 @@ class Task(_Options, frozen=True):
         task_type: selects the workers that may run it.
         payload: the input of the handler; an agent of a framework gets it as its own input.
         task_id: unique; generated if not given. An overflow keeps the ids of its tasks for a day after their end, and
-            does not store another task under one of them.
+            stores no other task under one of them.
         priority: a task of a better priority is served earlier and rejected later.
         timeout: seconds that one attempt may run; by default the worker's.
         deadline: the time after which its result is worthless; waiting counts.

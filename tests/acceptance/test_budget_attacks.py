@@ -15,6 +15,7 @@ from tests.support.task_plane import virtual
 from tests.unit.upstream.httpx_binding.wire import DONE, NOTHING, STOP, Reply, Script, chunk, left, words
 from yarl import URL
 
+from forebay import clock
 from forebay.errors import Overloaded
 from forebay.gateway.server import Gateway
 from forebay.quota import Budget, Price, Quota
@@ -324,6 +325,20 @@ async def test_hidden_output_is_bounded_by_the_call() -> None:
     upstream = upstream_of()
     await leave(upstream, *[chunk(choices=[])] * 600, after=500.0, max_tokens=1_000)
     assert spent(upstream) == pytest.approx(INPUT + 1_000 * 10e-6, rel=0.02)
+
+
+@virtual
+async def test_a_stream_that_is_left_after_the_clock_went_back_returns_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upstream = upstream_of()
+    script = Script(httpx2, Reply.stream(*words("one", "two"), pause=1.0))
+    body = {"model": "gpt-4o", "messages": [], "stream": True, "max_tokens": 100}
+    async with script.client(upstream).stream("POST", OPENAI + "/chat/completions", json=body) as response:
+        monkeypatch.setattr(clock, "now", lambda: -1_000.0)
+        await anext(response.aiter_raw())
+    assert left(upstream) == NOTHING
+    assert spent(upstream) == pytest.approx(10e-6, rel=0.5)
 
 
 @virtual

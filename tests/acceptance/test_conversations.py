@@ -264,6 +264,20 @@ async def test_processes_that_share_an_overflow_run_a_conversation_one_at_a_time
 
 
 @virtual
+async def test_a_message_behind_one_that_runs_while_its_process_drains_does_not_start_in_another(file: str) -> None:
+    agent = Agent(10.0)
+    async with make_supervisor(agent, file, lease=3.0):
+        async with make_supervisor(agent, file, lease=3.0) as draining:
+            await submit_all(draining, talk(0, 1, 2))
+            await asyncio.sleep(1.0)
+            await draining.drain()
+            assert 10.0 < now() < 11.0
+        await asyncio.sleep(25.0)
+    assert agent.started == [0, 1, 2]
+    assert agent.peak == 1
+
+
+@virtual
 async def test_durable_messages_submitted_to_two_processes_run_one_at_a_time(file: str) -> None:
     agent = Agent()
     async with make_supervisor(agent, file, lease=3.0) as here, make_supervisor(agent, file, lease=3.0) as there:

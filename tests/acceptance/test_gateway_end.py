@@ -10,12 +10,20 @@ from collections import Counter
 
 import aiohttp
 import pytest
+from aiohttp import web
 from tests.support.gateway_harness import (
     CHAT_REQUEST,
+    CHAT_RESPONSE,
+    DONE,
+    EVENT,
+    NOTHING_LEFT,
+    STOP,
     GatewayHarness,
     connect,
+    leftovers,
     read_to_end,
     request_bytes,
+    streaming,
     until,
 )
 
@@ -98,3 +106,77 @@ async def test_a_connection_that_sends_nothing_delays_the_end_for_a_moment_only(
         await until(lambda: len(gateway._web.connections) == 1)
     assert await read_to_end(reader) == b""
     writer.close()
+
+
+# --- callers who close their sending side ---
+
+
+async def test_a_caller_that_has_closed_its_sending_side_gets_its_answer(
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay.gateway.server._PROBE", 0.0)
+    gate = asyncio.Event()
+
+    async def slow(request: web.BaseRequest) -> web.StreamResponse:
+        await gate.wait()
+        return await harness.provider.reply(request)
+
+    harness.provider.behaviour = slow
+    async with Gateway(harness.settings()) as gateway:
+        reader, writer = await connect(gateway, CALL)
+        writer.write_eof()
+        for _ in range(3):
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        gate.set()
+        received = await read_to_end(reader)  # which ends at once
+        assert received.rpartition(b"100 Continue\r\n\r\n")[2].startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.endswith(json.dumps(CHAT_RESPONSE).encode())
+        writer.close()
+        assert leftovers(gateway) == NOTHING_LEFT
+
+
+async def test_pipelined_calls_of_such_a_caller_are_all_answered(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        reader, writer = await connect(gateway, CALL * 3)
+        writer.write_eof()
+        received = await read_to_end(reader)
+        assert received.count(b"HTTP/1.1 200 OK\r\n") == 3
+        writer.close()
+
+
+async def test_such_a_caller_gets_its_stream(harness: GatewayHarness) -> None:
+    harness.provider.behaviour = streaming(EVENT, STOP, DONE)
+    async with Gateway(harness.settings()) as gateway:
+        reader, writer = await connect(
+            gateway, request_bytes(json.dumps({**CHAT_REQUEST, "stream": True}).encode(), b"connection: close")
+        )
+        writer.write_eof()
+        received = await read_to_end(reader)
+        assert DONE in received
+        writer.close()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_caller_that_has_left_ends_its_call(
+    harness: GatewayHarness,
+    streams: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    harness.provider.behaviour = streaming(*([EVENT] if streams else []), None)
+    async with Gateway(harness.settings()) as gateway:
+        reader, writer = await connect(gateway, CALL)
+        await until(lambda: len(harness.provider.requests) == 1)
+        if streams:
+            await reader.readuntil(b"200 OK")
+        writer.close()
+        await harness.provider.disconnected.wait()
+        await until(lambda: leftovers(gateway) == NOTHING_LEFT)
+
+
+async def test_a_caller_that_closes_within_its_request_has_left(harness: GatewayHarness) -> None:
+    async with Gateway(harness.settings()) as gateway:
+        for sent in (CALL[:-5], CALL[:40], b""):
+            reader, writer = await connect(gateway, sent)
+            writer.write_eof()
+            assert await read_to_end(reader) == b""
+            writer.close()
+        assert harness.provider.requests == []

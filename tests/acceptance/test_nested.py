@@ -20,6 +20,7 @@ from forebay import (
     Verdict,
     WorkerState,
 )
+from forebay.adapters import Handler
 from forebay.errors import NotStarted
 from forebay.simulation import virtual_loop
 
@@ -531,6 +532,48 @@ async def test_a_nested_supervisor_may_be_running_already() -> None:
     async with inner, BackpressureSupervisor() as outer:
         nest(inner, outer)
         assert await outer.run(Task("work", 1)) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@virtual
+async def test_a_supervisor_below_two_others_is_started_once_and_both_wait_for_it(*, fails: bool) -> None:
+    starts: list[float] = []
+
+    class Starting:
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=lambda _: "done", start=self.start)
+
+        async def start(self) -> None:
+            starts.append(now())
+            await asyncio.sleep(5.0)
+            if fails and len(starts) == 1:
+                raise ConnectionError
+
+    async def above_first() -> Any:
+        async with first:
+            value = await first.run(Task("work"))
+            await asyncio.sleep(60.0)
+            return value
+
+    async def above_second() -> Any:
+        await asyncio.sleep(1.0)
+        async with second:
+            return await second.run(Task("work"))
+
+    team = BackpressureSupervisor()
+    team.register_worker("worker", handler=Starting(), task_types=["work"])
+    first, second = BackpressureSupervisor(), BackpressureSupervisor()
+    for above in (first, second):
+        above.register_worker("team", handler=team, task_types=["work"])
+    outcomes: Any = await asyncio.gather(above_first(), above_second(), return_exceptions=True)
+    one, two = outcomes
+    assert two == "done"
+    if fails:
+        assert isinstance(one, ConnectionError)
+        assert starts == [approximately(0.0), approximately(5.0)]
+    else:
+        assert one == "done"
+        assert starts == [approximately(0.0)]
 
 
 @virtual

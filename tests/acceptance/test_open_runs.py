@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.support.supervisor_checks import check_supervisor
 from tests.support.task_plane import Agent, flood, now, rejected, results, run_ready, statuses, submit_all, virtual
 from tests.support.task_stores import STORES, StoreBackend
 
-from forebay import BackpressureSupervisor, Overloaded, Priority, Task, TaskStatus
+from forebay import BackpressureSupervisor, Deadline, Overloaded, Priority, Task, TaskStatus
 from forebay.testing import EventRecord
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
@@ -276,6 +277,46 @@ async def test_a_suspended_run_that_times_out_makes_room_for_the_next() -> None:
         assert started == [0, 1]
         await results(tickets)
     assert started == [0, 1, 2, 3, 4]
+
+
+@virtual
+async def test_suspended_runs_that_ignore_their_cancellation_do_not_keep_others_from_beginning() -> None:
+    async def parent(task: Task) -> None:
+        started.append(task.payload)
+        while not stop.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await supervisor.run(Task("child"))
+
+    started: list[int] = []
+    stop = asyncio.Event()
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker(
+        "parents", handler=parent, task_types=["parent"], max_concurrent=5, max_open=5, timeout=5.0
+    )
+    supervisor.register_worker("children", handler=Agent(100.0), task_types=["child"], max_concurrent=90)
+    async with supervisor:
+        tickets = flood(supervisor, "parent", 7)
+        await results(tickets[:5])
+        await run_ready()
+        assert started == list(range(7))
+        await results(tickets)
+        stop.set()
+
+
+@virtual
+async def test_nested_tasks_that_expire_when_their_turn_comes_leave_nothing_behind() -> None:
+    async def parent(_: Task) -> None:
+        nested = (supervisor.submit(Task("work", deadline=Deadline.within(9.5))) for _ in range(5))
+        await asyncio.gather(*[await ticket for ticket in nested])
+
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("parents", handler=parent, task_types=["parent"])
+    supervisor.register_worker("workers", handler=Agent(4.0), task_types=["work"])
+    async with supervisor:
+        record = EventRecord(supervisor)
+        await results(flood(supervisor, "work", 8))  # the service time is known
+        await results(flood(supervisor, "parent", 3))
+    check_supervisor(record, nested=True)
 
 
 # --- what a bound must not do: deadlock ------------------------------------------------------------------------------

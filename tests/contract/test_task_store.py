@@ -176,6 +176,16 @@ async def test_a_record_put_leased_has_to_wait_for_its_conversation(
     assert [lease.record.task_id for lease in await take()] == ["b"]
 
 
+async def test_a_record_put_leased_goes_before_younger_ones_that_wait(store: TaskStore, record: MakeRecord) -> None:
+    await store.put(record("late", thread="t", enqueued_at=2.0))
+    early = record("early", thread="t", enqueued_at=1.0)
+    assert await store.put(early, fence="mine", until=100.0) is PutResult.STORED
+    assert await store.depths() == {}
+    assert await state(store, "late") is RecordState.PARKED
+    assert await store.finish("early", DONE, fence="mine")
+    assert await state(store, "late") is RecordState.WAITING
+
+
 async def test_a_record_that_comes_back_stands_before_the_rest_of_its_conversation(
     store: TaskStore, record: MakeRecord, take: Take
 ) -> None:

@@ -69,11 +69,10 @@ class ModelStore:
             return PutResult.FULL
         self.count += 1
         stored = ModelRecord(record, self.count, RecordState.PARKED, None, until)
-        free = record.thread_id is None or not self.conversation(record.thread_id)
         self.records[record.task_id] = stored
-        if fence is not None and free:
-            stored.state, stored.fence = RecordState.LEASED, fence
         self.settle(record.thread_id)
+        if fence is not None and stored.state is RecordState.WAITING:
+            stored.state, stored.fence = RecordState.LEASED, fence
         expected = RecordState.WAITING if fence is None else RecordState.LEASED
         return PutResult.STORED if stored.state is expected else PutResult.PARKED
 

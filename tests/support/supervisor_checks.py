@@ -193,6 +193,8 @@ def _held_by_workers(supervisor: BackpressureSupervisor, *, zombies: bool) -> It
             yield f"worker {worker.name!r} still runs {held}"
         if worker.pending_claims:
             yield f"on worker {worker.name!r} {worker.pending_claims} runs wait for the slot that they lent"
+        if not zombies and (worker.suspended or any(worker.suspended_open)):
+            yield f"worker {worker.name!r} counts {worker.suspended} runs without a slot, {worker.suspended_open} open"
         if worker.current_tasks != len(runs):
             yield f"worker {worker.name!r} holds {worker.current_tasks} slots for {len(runs)} runs"
 
@@ -203,6 +205,11 @@ def _held_by_dispatcher(supervisor: BackpressureSupervisor, *, zombies: bool) ->
         return
     for pool in dispatcher.core.pools.by_type.values():
         queued = [ticket.task_id for ticket in pool.queue]
+        if pool.nested or pool.nested_spilled or (pool.suspended and not zombies):
+            yield (
+                f"the pool of {pool.task_type!r} counts {pool.nested} nested tasks, {pool.suspended} suspended runs,"
+                f" {len(pool.nested_spilled)} nested tasks in the overflow"
+            )
         if queued or pool.parked or pool.reserved or any(pool.spilling.values()):
             yield (
                 f"the queue of {pool.task_type!r} holds {queued}, {pool.parked} tasks behind their thread,"

@@ -149,8 +149,9 @@ class ConnectionPool(aiohttp.TCPConnector):
             lent = await super()._get(key, traces)
             if lent is not None:
                 return lent
-        while self._open >= self._max_connections and self._conns:
-            self._close_idle()
+        for _ in range(1 + self._open - self._max_connections):  # what is closed counts as open for a moment
+            if self._conns:
+                self._close_idle()
         return None
 
     def _close_idle(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final, Self, cast
 
 import aiohttp
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import BadHttpMessage, BadHttpMethod, InvalidHeader, InvalidURLError, LineTooLong
 from prometheus_client import disable_created_metrics
 
@@ -48,6 +48,8 @@ _MAX_RESPONSE_FIELDS: Final = 1000
 _REJECTED_SHARE: Final = 8  # connections for each one beyond the limit whose request is read
 _LINGER: Final = 1.0  # seconds that the rest of a rejected body is read, since the response could get lost otherwise
 _LEAST_CONNECTIONS: Final = 5_000  # a default that is lowered to fewer is worth a warning
+_FIRST_PROBE: Final = 0.05  # seconds until a caller who has closed its sending side is probed again
+_PROBE: Final = 1.0  # seconds between the probes after that
 _LAST_REQUEST_GRACE: Final = 0.5  # seconds for requests that are on their way when the gateway stops
 _ACCEPTING: Final = 3  # turns in which asyncio's event loop makes a transport for a connection that it has accepted
 _ABORT_GRACE: Final = 1.0  # seconds for error responses to reach the callers of aborted calls
@@ -112,6 +114,8 @@ class _Connection(web.RequestHandler):
         self._last_body: aiohttp.StreamReader | None = None  # of the request that came last
         self._reading_paused = False  # too much was pipelined ahead of the current response
         self._send_timer: asyncio.TimerHandle | None = None
+        self._half_closed = False  # the caller will send no more
+        self._probe_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -122,7 +126,35 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """See `asyncio.Protocol`."""
         self._stop_send_timer()
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override] # as asyncio has it
+        """See `asyncio.Protocol`; returns whether the connection stays open, since its caller may wait for an answer.
+
+        Most callers who close their sending side have left, but some read on. What they get shows which: who has left
+        resets the connection, which the next write notices. So they get ``100 Continue``, which clients skip.
+        """
+        request = self._current_request
+        body_is_whole = self._last_body is not None and self._last_body.is_eof()
+        if request is None or not body_is_whole or request.version < HttpVersion11 or _has_begun(request):
+            return False
+        self._half_closed = True
+        self.close_after_last()
+        self._probe(_FIRST_PROBE)
+        return True
+
+    def close_after_last(self) -> None:
+        """Close the connection after the current response, if its caller will send no more and has sent no more."""
+        if self._half_closed and not self._messages:
+            self.close()
+
+    def _probe(self, interval: float) -> None:
+        request = self._current_request
+        if request is not None and not _has_begun(request) and not self._wire.is_closing():
+            self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._probe_timer = self._loop.call_later(interval, self._probe, _PROBE)
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`; bounds the head of a request, and requests pipelined ahead of a response."""
@@ -224,6 +256,11 @@ class _Connection(web.RequestHandler):
         return response
 
 
+def _has_begun(request: web.BaseRequest) -> bool:
+    """Return whether the response to a request has begun."""
+    return request.writer.output_size > 0
+
+
 def _describe_invalid(error: BaseException | None) -> str:
     """Return why a request is not valid HTTP, without any of its bytes: they may contain an API key."""
     for kind, text in _INVALID.items():
@@ -249,7 +286,9 @@ class _Server(web.Server):
         return _Connection(self, self._settings, loop=asyncio.get_running_loop())
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        cast("_Connection", request.protocol).limit_read_ahead()  # this request is no longer ahead
+        connection = cast("_Connection", request.protocol)
+        connection.limit_read_ahead()  # this request is no longer ahead
+        connection.close_after_last()
         return self._forwarder.handle(request)
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
@@ -370,11 +409,12 @@ class Gateway:
             return
         loop = asyncio.get_running_loop()
         connected: list[socket.socket] = []
-        for listening in self._server.sockets:
+        sockets = [each for each in self._server.sockets if hasattr(each, "fileno")]  # none in virtual time
+        for listening in sockets:
             loop.remove_reader(listening.fileno())  # asyncio's loop accepts no more; uvloop has no reader
         for _ in range(_ACCEPTING):
             await asyncio.sleep(0)
-        for listening in self._server.sockets:
+        for listening in sockets:
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 connected.extend(_accept_all(again))
         self._server.close()

@@ -118,12 +118,13 @@ class MemoryTaskStore:
             self._keys[record.key] = record.task_id
         if record.thread_id is not None:
             self._unfinished[record.thread_id] += 1
-        if fence is None:
+        if fence is None or record.thread_id is not None:
             self._wait(entry)
-        elif record.thread_id is None or record.thread_id not in self._heads:
+        if fence is not None and entry.state is not RecordState.PARKED:
+            queue = None if record.thread_id is None else self._leave(entry)
             self._lease(entry, fence, until)
-        else:
-            self._park(entry, record.thread_id)
+            if queue is not None:
+                queue.mark_stale()
         return PutResult.PARKED if entry.state is RecordState.PARKED else PutResult.STORED
 
     async def lease(

@@ -58,7 +58,7 @@ UPDATE task SET state = 0 WHERE sequence = (
     SELECT sequence FROM task WHERE thread_id = ? AND state = -1 ORDER BY enqueued_at, sequence LIMIT 1
 ) AND {_NO_HEAD}
 """
-_LEASE_PARKED = f"UPDATE task SET state = 1, fence = ?, until = ? WHERE task_id = ? AND {_NO_HEAD}"
+_LEASE_ONE = "UPDATE task SET state = 1, fence = ?, until = ? WHERE task_id = ? AND state = 0"
 _HEADS = "SELECT thread_id FROM task WHERE thread_id IS NOT NULL AND state IN (0, 1)"
 _PARKED = "SELECT thread_id, count(*) FROM task WHERE state = -1 GROUP BY thread_id"
 _TAKEN = "SELECT EXISTS (SELECT 1 FROM task WHERE task_id = ?) OR EXISTS (SELECT 1 FROM task WHERE key = ?)"
@@ -304,10 +304,9 @@ def _enter_conversations(
     stored = [index for index in talking if results[index] is PutResult.STORED]
     for index in stored:
         record, fence, until = items[index]
-        if fence is None:
-            _settle(connection, record.thread_id)
-        else:
-            connection.execute(_LEASE_PARKED, (fence, until, record.task_id, record.thread_id))
+        _settle(connection, record.thread_id)
+        if fence is not None:
+            connection.execute(_LEASE_ONE, (fence, until, record.task_id))
     for index in stored:
         (state,) = connection.execute(_STATE, (items[index][0].task_id,)).fetchone()
         if state != (0 if items[index][1] is None else 1):

@@ -254,7 +254,7 @@ def _listed_model(provider: str, model: str) -> _ListedModel | None:
         return None
     try:
         return _ListedModel(genai_prices, provider, model)
-    except LookupError:
+    except (LookupError, ValueError):  # names come from the wire
         return None
 
 

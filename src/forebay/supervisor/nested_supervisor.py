@@ -28,6 +28,9 @@ class NestedSupervisor(Protocol):
     async def start(self) -> None:
         """Start it."""
 
+    async def wait_until_started(self) -> None:
+        """Wait for a start in progress."""
+
     async def run(self, task: Task) -> Any:
         """Run a task and return its value."""
 
@@ -39,6 +42,7 @@ def as_handler(nested: NestedSupervisor) -> Handler:
     """Return the handler by which a supervisor starts `nested`, reads its load, runs tasks on it, and closes it."""
 
     async def start() -> None:
+        await nested.wait_until_started()  # it may be a worker of another supervisor too
         if not nested.started:
             await nested.start()
 

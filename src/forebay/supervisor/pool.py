@@ -251,9 +251,10 @@ class Pool:
         return ticket
 
     def remove(self, ticket: Ticket, entry: QueueEntry) -> None:
-        """Remove a ticket from the queue before it is served."""
+        """Remove a ticket from the queue; do nothing if it was served already."""
+        before = self.queue.length
         self.queue.remove(entry)
-        if ticket.nested:
+        if ticket.nested and self.queue.length < before:
             self.nested -= 1
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:

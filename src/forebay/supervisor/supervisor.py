@@ -378,6 +378,11 @@ class BackpressureSupervisor:
             )
             self._loop_monitor.start()
 
+    async def wait_until_started(self) -> None:
+        """Wait for a start that somebody else has begun; return at once if there is none."""
+        if self._starting is not None:
+            await asyncio.wait((self._starting,))
+
     async def drain(self, timeout: float | None = None) -> DrainReport:  # noqa: ASYNC109 - it cuts off, not raises
         """Stop admitting, let what is inside finish for at most `timeout` seconds, and cancel the rest.
 

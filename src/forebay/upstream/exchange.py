@@ -202,12 +202,6 @@ class Exchange:
             encoding=encoding,
         )
 
-    def open_stream(self, permit: Permit, headers: Headers, *, encoding: str = "") -> MeteredStream:
-        """Return the same for a stream that a user reads, who may drop it unread."""
-        stream = self.metered_stream(permit, headers, encoding=encoding)
-        stream.on_abandoned = self.account.add_open_answer(stream)
-        return stream
-
     def _judge_break(self, permit: Permit, error: Exception) -> Outcome:
         """Return what an exception that ends a streaming answer says about the provider."""
         return judge_failure(self.account, permit, error).outcome.kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -45,13 +44,11 @@ class MeteredStream:
     Attributes:
         decoded: it returns bytes without that Content-Encoding, since there is usage to remove.
         settled: the permit is released.
-        on_abandoned: called with the seconds for which it was not read, if its reader goes before its end; or None.
-        unread_since: when its reader got the latest part; infinity while it waits for the next one.
     """
 
     __slots__ = (
         *("_decompressor", "_detects_truncation", "_judge", "_lock", "_meter", "_output_at", "_run", "_settle"),
-        *("__weakref__", "_usage_filter", "decoded", "on_abandoned", "settled", "unread_since"),
+        *("_usage_filter", "decoded", "settled"),
     )
 
     def __init__(  # noqa: PLR0913 - the parts of a stream
@@ -75,16 +72,6 @@ class MeteredStream:
         self._output_at: float | None = None
         self._run = context.call_observer()
         self.settled = False
-        self.on_abandoned: Callable[[float], None] | None = None
-        self.unread_since = clock.now()
-
-    def passed_on(self) -> None:
-        """Note that the reader gets a part now."""
-        self.unread_since = clock.now()
-
-    def awaited(self) -> None:
-        """Note that the reader waits for the next part."""
-        self.unread_since = math.inf
 
     def feed(self, chunk: bytes) -> bytes:
         """Take the next bytes, and return what may be passed on now."""
@@ -130,8 +117,6 @@ class MeteredStream:
 
     def abandon(self) -> None:
         """Note that the reader has gone. After the end of the answer this changes nothing."""
-        if self.on_abandoned is not None and not self.settled:
-            self.on_abandoned(clock.now() - self.unread_since)
         complete = self._meter is not None and self._meter.complete
         self._settle_once(Outcome.SUCCESS if complete else Outcome.IGNORED)
 

@@ -140,7 +140,8 @@ class Upstream:
         It takes any client of OpenAI's and Anthropic's SDKs and their kin, of LangChain's models over these and what
         ``bind_tools`` and ``with_structured_output`` make of them, of httpx and of httpx2, asynchronous or not. The
         copy keeps all settings of the client, and shares its connections: closing one closes both. Only the upstream
-        retries. A client that is bound already is returned as it is.
+        retries. A client that is bound already is returned as it is. A stream that is not read for half a minute is
+        closed if calls wait for its slot.
 
         Raises:
             NotBindable: it is another kind of client, or a LangChain model ``with_retry``: the message says what to do.

@@ -6,8 +6,10 @@ import sys
 from typing import Any
 
 import genai_prices
+import hypothesis.strategies as st
 import pytest
 from genai_prices import data
+from hypothesis import given
 
 from forebay.errors import InvalidPrice
 from forebay.quota import BilledUsage, Price, Prices, prices
@@ -209,3 +211,10 @@ def test_what_the_list_cannot_price_has_no_price(model: str, usage: dict[str, in
 
 def test_sound_has_no_price_of_your_own() -> None:
     assert Prices({"m": Price(input=1, output=1)}).cost("", "m", BilledUsage(input_audio_tokens=1)) is None
+
+
+@given(provider=st.sampled_from(["openai", "anthropic", "azure", "", "x"]), model=st.text(), tier=st.text(max_size=9))
+def test_no_name_from_the_wire_raises(provider: str, model: str, tier: str) -> None:
+    usage = BilledUsage(input_tokens=1, cached_input_tokens=9, cache_write_1h_tokens=3, tier=tier)
+    assert (cost(provider, model) or 0.0) >= 0.0
+    assert (Prices().cost(provider, model, usage) or 0.0) >= 0.0

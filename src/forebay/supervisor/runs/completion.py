@@ -140,26 +140,33 @@ class RunCompletion:
         if run.abandoned_at is not None or run.ended:
             return
         duration_ms = 1000 * (self._loop.time() - run.started_at)
-        self._detach(run, Outcome.FAULT if status is _TIMED_OUT else Outcome.IGNORED)
+        makes_room = self._detach(run, Outcome.FAULT if status is _TIMED_OUT else Outcome.IGNORED)
         result = unsuccessful_result(run.ticket, status, error, worker_id=run.worker.name, duration_ms=duration_ms)
         self._dispatcher.finish(run.ticket, result)
         run.stop()
-        if run.worker.probing:
-            self._dispatcher.dispatch(run.worker)  # the probe is free again, whether or not its handler stops
+        if run.worker.probing or makes_room:  # the probe is free again, whether or not its handler stops
+            self._dispatcher.dispatch(run.worker)
 
     def abandon(self, run: Run) -> None:
         """Ask the handler to stop without ending the ticket: the task is to run again, in another process."""
         if run.abandoned_at is None and not run.ended:
-            self._detach(run, Outcome.IGNORED)
+            makes_room = self._detach(run, Outcome.IGNORED)
             run.stop()
+            if makes_room:
+                self._dispatcher.dispatch(run.worker)
 
-    def _detach(self, run: Run, outcome: Outcome) -> None:
-        """Abandon the run: whatever its handler still does no longer changes the ticket."""
+    def _detach(self, run: Run, outcome: Outcome) -> bool:
+        """Abandon the run: whatever its handler still does no longer changes the ticket.
+
+        Returns:
+            True if its worker may now begin another run.
+        """
         now = self._loop.time()
-        run.mark_abandoned(now)
+        makes_room = run.mark_abandoned(now)
         self._timers.cancel(run.clear_timer())
         run.set_timer(self._timers.at(now + self._grace, self._mark_zombie, run))
         self._record_outcome(run, outcome)
+        return makes_room
 
     def _mark_zombie(self, run: Run) -> None:
         worker = run.worker

@@ -346,12 +346,17 @@ class Run(msgspec.Struct, eq=False):  # a Struct, because it is made in C
         """Finish the run: its handler returned `value`, or raised `cause`."""
         self.dispatcher.completion.handler_ended(self, value, cause)
 
-    def mark_abandoned(self, now: float) -> None:
-        """Record that its ticket no longer depends on its handler, which has been asked to stop."""
+    def mark_abandoned(self, now: float) -> bool:
+        """Record that its ticket no longer depends on its handler, which has been asked to stop.
+
+        Returns:
+            True if its worker may now begin another run: one that is abandoned without a slot is not open.
+        """
         if self.holds_slot and self.is_probe:
             self.worker.abandon_probe()
         self.abandoned_at = now
         self.worker.add_zombie()
+        return self.begin_exemption()
 
     def mark_zombie(self) -> None:
         """Record that its handler has not stopped within the grace."""

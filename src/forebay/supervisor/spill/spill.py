@@ -199,7 +199,7 @@ class Spill:
         Returns:
             Why the store failed, if it did for any of them.
         """
-        puts = (self._store.put(records.record_of_ticket(ticket, envelope)) for ticket, envelope in envelopes.items())
+        puts = (self._put_waiting(ticket, envelope) for ticket, envelope in envelopes.items())
         failure = None
         for ticket, put in zip(envelopes, await asyncio.gather(*puts, return_exceptions=True), strict=True):
             if isinstance(put, PutResult) and put.written:
@@ -214,6 +214,17 @@ class Spill:
                     put if isinstance(put, BaseException) else why,
                 )
         return failure
+
+    async def _put_waiting(self, ticket: Ticket, envelope: bytes) -> PutResult:
+        """Store a task; behind one of its conversation that still runs here, leased until this supervisor closes."""
+        record = records.record_of_ticket(ticket, envelope)
+        if self._conversations.get(ticket.task.thread_id) is None:
+            return await self._store.put(record)
+        lease = Lease(record=record, fence=clock.new_id(), until=clock.wall_time() + self._lease)
+        put = await self._store.put(record, fence=lease.fence, until=lease.until)
+        if put is PutResult.STORED:
+            self.stored.leases.hold(lease)
+        return put
 
     # --- the end ---
 

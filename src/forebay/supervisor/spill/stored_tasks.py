@@ -273,6 +273,7 @@ class StoredTasks:
             self.leave_to_other_process(ticket)
 
     def _left_overflow(self, ticket: Ticket) -> None:
+        """Count a nested task no more as one that waits in the overflow and comes back here."""
         pool = self._core.pools.by_type.get(ticket.task.task_type)
         if ticket.nested and pool is not None:
             pool.remove_nested_spilled(ticket.task_id)
@@ -328,6 +329,7 @@ class StoredTasks:
     def release(self, ticket: Ticket) -> None:
         """End the ticket of a task that is left to the next process, so that nobody waits for it here."""
         self._core.timers.cancel(ticket.clear_expiry())
+        self._left_overflow(ticket)
         ticket.move_to_store()
         self._registry.discard(ticket)
         ticket.resolve(StillSpilled(task_id=ticket.task_id))

@@ -40,6 +40,7 @@ _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected 
 _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
 _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, against all expectation, is rejected
+_UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -99,7 +100,7 @@ class Account:
         self.timeouts = TimeoutEvidence()
         self.counts = CallCounts()
         self.queue = CallQueue(self.order, longest_wait=_LONGEST_WAIT * max_wait)
-        self.open_answers = OpenAnswers()
+        self.open_answers = OpenAnswers(patience=_UNREAD_SHARE * max_wait)
         self._budgets = budgets
         self._upstream_budget = upstream_budget
         self._max_wait = max_wait

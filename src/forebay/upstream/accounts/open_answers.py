@@ -7,6 +7,7 @@ from typing import Final, Protocol
 from weakref import WeakSet
 
 _UNREAD: Final = 1.0  # seconds after which an answer that nobody reads may have been dropped
+_PATIENCE: Final = 30.0  # seconds after which an answer that nobody reads is taken back
 _PAUSE: Final = 1.0  # seconds between two looks, while calls wait
 _MAX_PAUSE: Final = 60.0  # seconds between two collections, if they release nothing
 
@@ -16,11 +17,16 @@ class OpenAnswer(Protocol):
 
     Attributes:
         unread_since: when its reader got the latest part; infinity while it waits for the next one.
-        settled: the permit is released.
     """
 
     unread_since: float
-    settled: bool
+
+    @property
+    def settled(self) -> bool:
+        """Whether the permit is released."""
+
+    def take_back(self) -> None:
+        """Close the answer, and release its permit. Callable from any thread."""
 
 
 class OpenAnswers:
@@ -31,11 +37,17 @@ class OpenAnswers:
     and an answer has not been read for a second, that collection is made. If it releases nothing, the next one comes
     after twice the time: slow readers have answers unread for a second, too. Its methods are called under the account's
     lock, the collection is not: the finalizers of others run in it.
+
+    An answer that is kept and not read is taken back after half a minute: it is closed, and reading on raises an error.
+
+    Args:
+        patience: seconds for which an answer may be unread at most, while calls wait for its slot.
     """
 
-    __slots__ = ("_answers", "_dropped", "_next_collection", "_pause")
+    __slots__ = ("_answers", "_dropped", "_next_collection", "_patience", "_pause")
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience: float = _PATIENCE) -> None:
+        self._patience = min(patience, _PATIENCE)
         self._answers: WeakSet[OpenAnswer] = WeakSet()
         self._pause = _PAUSE
         self._next_collection = -math.inf
@@ -57,11 +69,17 @@ class OpenAnswers:
         """Return when to look for dropped answers again, while calls wait for a slot; None if there are none."""
         if all(answer.settled for answer in self._answers):
             return None
-        return max(now + _PAUSE, self._next_collection)
+        return now + _PAUSE
 
     def unread(self, now: float) -> int:
         """Return how many answers have not been read for a second."""
         return sum(now - answer.unread_since >= _UNREAD for answer in self._answers if not answer.settled)
+
+    def overdue(self, now: float) -> list[OpenAnswer]:
+        """Return the answers to take back, because nobody has read them for too long."""
+        return [
+            answer for answer in self._answers if not answer.settled and now - answer.unread_since >= self._patience
+        ]
 
     def begin_collection(self, now: float) -> bool:
         """Return whether to collect garbage now, because answers may have been dropped."""

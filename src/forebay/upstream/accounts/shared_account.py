@@ -174,8 +174,11 @@ class SharedAccount:
         now = clock.now()
         with self._lock:
             collect = self.account.queue.length > 0 and self.account.open_answers.begin_collection(now)
+            overdue = self.account.open_answers.overdue(now) if self.account.queue.length else ()
         if collect:
             gc.collect()
+        for answer in overdue:
+            answer.take_back()
         with self._lock:
             relieved = self._serve_queue(now)
         for callback in relieved:

@@ -129,6 +129,12 @@ class BoundExchange(Exchange):
         result.value = response
         return result
 
+    @property
+    def read_error(self) -> type[Exception]:
+        """The HTTP library's error for an answer that breaks off."""
+        error: type[Exception] = self._binding.http.ReadError
+        return error
+
     def can_decode(self, encoding: str) -> bool:
         """Return whether the HTTP library reads this Content-Encoding; it passes others on as they are, unread."""
         known = self._binding.http._decoders.SUPPORTED_DECODERS  # noqa: SLF001 - it depends on what is installed

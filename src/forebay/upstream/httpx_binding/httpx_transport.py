@@ -5,11 +5,13 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+from forebay import clock
 from forebay.errors import Overloaded
 from forebay.upstream.call_request import AttemptResult, Permit
 from forebay.upstream.httpx_binding.bound_exchange import BoundExchange, ClientBinding
@@ -17,25 +19,76 @@ from forebay.upstream.metered_stream import MeteredStream
 from forebay.upstream.providers import Headers
 
 
-class AsyncBody:
-    """The body of a streaming answer, on an event loop."""
+class OpenBody:
+    """The body of a streaming answer, whose reader may drop it or stop reading. It is an `OpenAnswer`.
 
-    def __init__(self, response: Any, stream: MeteredStream, *, decoded: bool) -> None:
+    Args:
+        exchange: that it answers.
+        response: of the client's own transport.
+        stream: meters it, and holds the permit.
+    """
+
+    def __init__(self, exchange: BoundExchange, response: Any, stream: MeteredStream) -> None:
         self._response = response
         self._stream = stream
+        self._read_error = exchange.read_error
+        self._taken_back = False
+        self.unread_since = clock.now()
+        self._record_abandoned = exchange.account.add_open_answer(self)
+
+    @property
+    def settled(self) -> bool:
+        """See `OpenAnswer`."""
+        return self._stream.settled
+
+    def take_back(self) -> None:
+        """See `OpenAnswer`."""
+        raise NotImplementedError
+
+    def _pass_on(self) -> None:
+        """Note that the reader gets a part now."""
+        self.unread_since = clock.now()
+
+    def _read_on(self) -> None:
+        """Note that the reader waits for the next part.
+
+        Raises:
+            ReadError: of the HTTP library: the answer was taken back.
+        """
+        if self._taken_back:
+            message = (
+                "this stream was closed because nobody read it while calls waited for its slot: read it to its end"
+                " without long pauses, or close it"
+            )
+            raise self._read_error(message)
+        self.unread_since = math.inf
+
+    def _abandon(self) -> None:
+        """Release the permit of an answer that has not ended."""
+        if not self._stream.settled:
+            self._record_abandoned(clock.now() - self.unread_since)
+            self._stream.abandon()
+
+
+class AsyncBody(OpenBody):
+    """The body of a streaming answer, on an event loop."""
+
+    def __init__(self, exchange: BoundExchange, response: Any, stream: MeteredStream, *, decoded: bool) -> None:
         self._loop = asyncio.get_running_loop()
         self._chunks = response.aiter_bytes() if decoded else response.stream
+        self._closing: asyncio.Task[None] | None = None
+        super().__init__(exchange, response, stream)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         stream = self._stream
         chunks = aiter(self._chunks)
-        stream.awaited()
         try:
+            self._read_on()
             async for chunk in chunks:
                 if passed := stream.feed(chunk):
-                    stream.passed_on()
+                    self._pass_on()
                     yield passed
-                    stream.awaited()
+                    self._read_on()
         except Exception as error:
             stream.fail(error)
             raise
@@ -50,11 +103,25 @@ class AsyncBody:
         try:
             await self._response.aclose()
         finally:
-            self._stream.abandon()
+            self._abandon()
+
+    def take_back(self) -> None:
+        """See `OpenAnswer`."""
+        try:
+            self._loop.call_soon_threadsafe(self._close_unread)
+        except RuntimeError:  # the loop is closed, and the connection with it
+            self._abandon()
+
+    def _close_unread(self) -> None:
+        """Close the answer, unless its reader has come back in time."""
+        if self.unread_since < math.inf and not self._taken_back:
+            self._taken_back = True
+            self._closing = self._loop.create_task(self.aclose())
 
     def __del__(self) -> None:
         if self._stream.settled:
             return
+        self._record_abandoned(clock.now() - self.unread_since)
         try:  # not here: garbage collection may run while any lock is held
             self._loop.call_soon_threadsafe(self._stream.abandon)
         except RuntimeError:  # the loop is closed
@@ -93,8 +160,9 @@ class AsyncTransport:
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
                 encoding = headers.get("content-encoding", "")
                 decoded = bool(encoding) and exchange.can_decode(encoding)
-                stream = exchange.open_stream(permit, headers, encoding="" if decoded else encoding)
-                return exchange.opened(response, self.body(response, stream, decoded=decoded), decoded=decoded)
+                stream = exchange.metered_stream(permit, headers, encoding="" if decoded else encoding)
+                body = self.body(exchange, response, stream, decoded=decoded)
+                return exchange.opened(response, body, decoded=decoded)
             raw = b"".join([chunk async for chunk in response.stream])
         except BaseException as error:
             if response is not None:
@@ -117,23 +185,24 @@ class AsyncTransport:
         await self.inner.__aexit__(*raised)
 
 
-class BlockingBody:
+class BlockingBody(OpenBody):
     """The body of a streaming answer, in a plain thread."""
 
-    def __init__(self, response: Any, stream: MeteredStream, *, decoded: bool) -> None:
-        self._response = response
-        self._stream = stream
+    def __init__(self, exchange: BoundExchange, response: Any, stream: MeteredStream, *, decoded: bool) -> None:
         self._chunks = response.iter_bytes() if decoded else response.stream
+        super().__init__(exchange, response, stream)
 
     def __iter__(self) -> Iterator[bytes]:
         stream = self._stream
-        stream.awaited()
         try:
+            self._read_on()
             for chunk in self._chunks:
                 if passed := stream.feed(chunk):
-                    stream.passed_on()
+                    self._pass_on()
                     yield passed
-                    stream.awaited()
+                    self._read_on()
+            if self._taken_back:
+                self._read_on()  # it was closed just as its reader came back
         except Exception as error:
             stream.fail(error)
             raise
@@ -145,10 +214,17 @@ class BlockingBody:
         try:
             self._response.close()
         finally:
-            self._stream.abandon()
+            self._abandon()
+
+    def take_back(self) -> None:
+        """See `OpenAnswer`. Its reader does not read now, so that another thread may close it."""
+        if self.unread_since < math.inf:
+            self._taken_back = True
+            self.close()
 
     def __del__(self) -> None:
         if not self._stream.settled:
+            self._record_abandoned(clock.now() - self.unread_since)
             _abandon_in_thread(self._stream)
 
 
@@ -184,8 +260,9 @@ class BlockingTransport:
             if exchange.is_streamed(response.status_code, headers.get("content-type", "")):
                 encoding = headers.get("content-encoding", "")
                 decoded = bool(encoding) and exchange.can_decode(encoding)
-                stream = exchange.open_stream(permit, headers, encoding="" if decoded else encoding)
-                return exchange.opened(response, self.body(response, stream, decoded=decoded), decoded=decoded)
+                stream = exchange.metered_stream(permit, headers, encoding="" if decoded else encoding)
+                body = self.body(exchange, response, stream, decoded=decoded)
+                return exchange.opened(response, body, decoded=decoded)
             raw = b"".join(response.stream)
         except BaseException as error:
             if response is not None:

@@ -14,6 +14,9 @@ class Answer:
         self.unread_since = unread_since
         self.settled = False
 
+    def take_back(self) -> None:
+        self.settled = True
+
 
 def test_without_answers_there_is_nothing_to_look_for() -> None:
     answers = OpenAnswers()
@@ -39,6 +42,22 @@ def test_garbage_is_collected_once_an_answer_has_not_been_read_for_a_second() ->
     assert not answers.begin_collection(5.5)
     assert answers.begin_collection(6.0)
     assert answers.unread(6.0) == 1
+
+
+def test_an_answer_that_is_not_read_for_half_a_minute_is_overdue() -> None:
+    answers, unread, read = OpenAnswers(), Answer(5.0), Answer(math.inf)
+    answers.add(unread)
+    answers.add(read)
+    assert answers.overdue(34.9) == []
+    assert answers.overdue(35.0) == [unread]
+    unread.take_back()
+    assert answers.overdue(35.0) == []
+
+
+def test_where_calls_may_not_wait_for_long_it_is_overdue_sooner() -> None:
+    answers, unread = OpenAnswers(patience=2.0), Answer(5.0)
+    answers.add(unread)
+    assert answers.overdue(7.0) == [unread]
 
 
 def test_collections_that_release_nothing_become_rare() -> None:
