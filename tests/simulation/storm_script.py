@@ -51,7 +51,7 @@ class StormScript:
 
     overflow: str | None  # None, a memory:// URL or "sqlite"
     faults: StoreFaults
-    lifetimes: tuple[tuple[StormLifetime, ...], ...]
+    lifetimes: tuple[tuple[StormLifetime, ...], ...]  # of each process that shares the store
     workers: tuple[StormWorker, ...]
     max_queue_size: int | None
     keep_results: int
@@ -62,12 +62,26 @@ class StormScript:
     nests: float  # probabilities
     impatient: float
     durable: float
-    keyed: float
+    keyed: float  # of the tasks without a conversation: several callers submit them
+    lookups: float  # probability that a task is asked for by its id in another process
     deadlines: float
+    fails: float
     wild: bool
     sinks: bool
     file_lost: float | None
     clock_steps: tuple[tuple[float, float], ...]
+
+    @property
+    def calm(self) -> bool:
+        """True if nothing happens to the store: what callers are told is what it has."""
+        faults = self.faults
+        return not (faults.hangs or faults.loses_reply or faults.outages) and self.file_lost is None
+
+    @property
+    def orderly(self) -> bool:
+        """True if no process crashes, no handler outlives its process, and no lease is lost."""
+        ends = {lifetime.end for lifetimes in self.lifetimes for lifetime in lifetimes}
+        return self.calm and not self.wild and "crash" not in ends and not self.clock_steps
 
     @classmethod
     def draw(cls, rng: random.Random) -> StormScript:
@@ -75,13 +89,13 @@ class StormScript:
         choice = rng.choice
         overflow = choice((None, "memory://", "memory://?bound=50", "sqlite", "sqlite", "sqlite"))
         wild, spread, stored = choice((False, False, True)), choice((0.0, 3.0, 20.0)), overflow == "sqlite"
-        calm = rng.random() < 0.5
+        calm, fails = rng.random() < 0.5, choice((0.0, 0.03))
         lifetimes = tuple(_lifetimes(rng, stored, spread) for _ in range(choice((1, 1, 1, 2)) if stored else 1))
         return cls(
             overflow=overflow,
             faults=StoreFaults() if calm or not stored else _store_faults(rng),
             lifetimes=lifetimes,
-            workers=_workers(rng, wild=wild),
+            workers=_workers(rng, wild=wild, fails=fails),
             max_queue_size=choice((None, None, 0, 1, 5, 20)),
             keep_results=choice((0, 5, 1000)),
             spread=spread,
@@ -92,7 +106,9 @@ class StormScript:
             impatient=choice((0.0, 0.2)),
             durable=choice((0.0, 0.3, 1.0)) if stored else 0.0,
             keyed=choice((0.0, 0.3)),
+            lookups=choice((0.0, 0.5)) if stored else 0.0,
             deadlines=choice((0.0, 0.2)),
+            fails=fails,
             wild=wild,
             sinks=wild and choice((False, True)),
             file_lost=rng.uniform(0.0, spread + 5.0) if stored and rng.random() < 0.1 else None,
@@ -100,7 +116,7 @@ class StormScript:
         )
 
 
-def _workers(rng: random.Random, *, wild: bool) -> tuple[StormWorker, ...]:
+def _workers(rng: random.Random, *, wild: bool, fails: float) -> tuple[StormWorker, ...]:
     workers = []
     for number in range(rng.randint(1, 3)):
         slots = rng.randint(1, 4)
@@ -112,7 +128,7 @@ def _workers(rng: random.Random, *, wild: bool) -> tuple[StormWorker, ...]:
                 TYPES if number == 0 else tuple(rng.sample(TYPES, rng.randint(1, 3))),
                 slots,
                 rng.choice((None, None, slots, 3 * slots)),
-                rng.choice((10.0, 1000.0, 1000.0)),
+                rng.choice((10.0, 1000.0, 1000.0)) if fails else 1000.0,
                 late,
                 None if late is None or rng.random() < 0.3 else rng.uniform(0.0, 3.0),
                 fails_to_start=rng.random() < 0.3,

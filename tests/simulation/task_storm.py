@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import tempfile
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from tests.simulation.storm_script import GRACE, LEASE, TYPES, StormLifetime, StormScript, StormWorker
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation, fail_if_any
@@ -25,14 +27,17 @@ from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, Unre
 
 from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket
 from forebay.adapters import Handler
-from forebay.errors import StoreUnavailable, SupervisorClosed
-from forebay.events import Event
-from forebay.interfaces import TaskStore
+from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled
+from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskStarted, WorkerFailed
+from forebay.interfaces import PutResult, TaskRecord, TaskStore
 from forebay.overflow import open_task_store
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord
 
 PATIENCE: Final = 3_000.0  # seconds in which everything must have ended: many times the work of a storm
+HURRY: Final = 2.0  # seconds: four of the slowest writes
+MAX_DELAY: Final = 2 * LEASE + GRACE + 10.0  # seconds until a process sees what another one did, or failed to do
+TAKE_OVER: Final = 600.0  # seconds in which a process with a working store has done what others have left
 MAX_ACTIONS: Final = 200  # of all hooks of one storm
 
 
@@ -56,6 +61,20 @@ class HookedAgent:
         return self._handler
 
 
+class StormStore(UnreliableStore):
+    """The store of one process, which reports what it acknowledges into a file that was removed before."""
+
+    lost = False
+    acknowledged_into_lost_file: list[str]
+
+    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+        lost = self.lost
+        put = await super().put(record, fence=fence, until=until)
+        if lost and put.written:
+            self.acknowledged_into_lost_file.append(record.task_id)
+        return put
+
+
 @dataclass(eq=False)
 class StormProcess:
     """A supervisor, its store, its callers, and what its handlers see.
@@ -69,14 +88,20 @@ class StormProcess:
     number: int
     supervisor: BackpressureSupervisor
     record: EventRecord
-    store: UnreliableStore | None
+    store: StormStore | None
     dead: bool = False
     stopping: bool = False
     is_last: bool = False
+    limit: float | None = None  # of its drain
     at_work: Counter[str] = field(default_factory=Counter)
     talking: Counter[str] = field(default_factory=Counter)
     tickets: list[Ticket] = field(default_factory=list)
     callers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def hurried(self) -> bool:
+        """True if the store had not the time for a few writes while it drained."""
+        return self.limit is not None and self.limit < HURRY
 
 
 class ProcessSink:
@@ -104,8 +129,10 @@ class TaskStorm:
         self.happened: Counter[str] = Counter()
         self.violations: list[str] = []
         self.acknowledged = AcknowledgedWrites()
+        self.acknowledged_into_lost_file: list[str] = []
         self.processes: list[StormProcess] = []  # all that were started
         self.open: list[StormProcess] = []  # those that accept tasks
+        self.due: dict[str, float] = {}  # loop time of the deadlines, by task id
         self.order: dict[str, list[int]] = defaultdict(list)  # by conversation, the first starts of its messages
         self._path = path
         self._actions = 0  # of hooks
@@ -164,7 +191,7 @@ class TaskStorm:
         process.talking[thread] += 1
         if process.talking[thread] > 1 and not process.dead:
             self._wrong(f"{process.talking[thread]} tasks of conversation {thread!r} run at a time")
-        number = None if task.payload is None else task.payload["number"]
+        number = task.payload["number"]
         if number is not None and not process.dead and number not in self.order[thread]:
             self.order[thread].append(number)
         try:
@@ -196,7 +223,11 @@ class TaskStorm:
                 if self.script.wild and rng.random() < 0.05:
                     self._hook(process)
             if depth:
-                await self._nest(process, [self._draw_task(depth - 1, lowest) for _ in range(rng.choice((1, 1, 2, 4)))])
+                children = [self._draw_task(depth - 1, lowest) for _ in range(rng.choice((1, 1, 2, 4)))]
+                for child in children:  # they inherit the deadline
+                    dues = (self.due.get(each.task_id, math.inf) for each in (task, child))
+                    self.due[child.task_id] = min(dues)
+                await self._nest(process, children)
         with self._working(process, worker):
             await asyncio.sleep(task.payload["work"])
 
@@ -226,19 +257,22 @@ class TaskStorm:
         if number is None and lowest < script.conversations and rng.random() < 0.2:
             chosen = rng.randrange(lowest, script.conversations)
             options["thread_id"], lowest = f"c{chosen}", chosen + 1
-        moods = {"fail": 0.03, "strange": 0.02 if script.wild else 0.0, "swallow": 0.02 if script.wild else 0.0}
+        moods = {"fail": script.fails, "strange": 0.02 if script.wild else 0.0, "swallow": 0.02 if script.wild else 0.0}
         mood = next((mood for mood, chance in moods.items() if rng.random() < chance), "well")
         work = rng.choice((0.0, 0.05, 0.3))
         deadline = Deadline.within(rng.uniform(0.1, 30.0)) if rng.random() < script.deadlines else None
-        return Task(
-            options.pop("kind", None) or rng.choice(TYPES),
+        task = Task(
+            rng.choice(TYPES),
             {"number": number, "depth": depth, "lowest": lowest, "work": work, "mood": mood},
             priority=rng.choice(tuple(Priority)),
-            timeout=rng.choice((None, None, None, 3.0)),
+            timeout=rng.choice((None, None, None, 3.0)) if script.fails else None,
             deadline=deadline,
             spill=rng.random() < 0.8 or options.get("durable", False),
             **options,
         )
+        if deadline is not None:
+            self.due[task.task_id] = virtual_loop().time() + deadline.remaining()
+        return task
 
     def _register(self, process: StormProcess, plan: StormWorker) -> None:
         ready = plan.start_time is None
@@ -291,7 +325,9 @@ class TaskStorm:
         if self.script.overflow != "sqlite":
             return self.script.overflow
         store = open_task_store(f"sqlite:///{self._path}?synchronous=off")
-        return UnreliableStore(store, faults, self.acknowledged, random.Random(self.rng.random()))
+        unreliable = StormStore(store, faults, self.acknowledged, random.Random(self.rng.random()))
+        unreliable.acknowledged_into_lost_file = self.acknowledged_into_lost_file
+        return unreliable
 
     async def _start(self, faults: StoreFaults, *, lease: float = LEASE) -> StormProcess:
         """Start a new process, as soon as its store is available."""
@@ -306,7 +342,7 @@ class TaskStorm:
                 keep_results=self.script.keep_results,
                 on_event=[sink] if self.script.sinks else [],
             )
-            store = overflow if isinstance(overflow, UnreliableStore) else None
+            store = overflow if isinstance(overflow, StormStore) else None
             process = StormProcess(len(self.processes), supervisor, EventRecord(supervisor), store)
             sink.process = process
             for plan in self.script.workers:
@@ -346,15 +382,16 @@ class TaskStorm:
     async def _end(self, process: StormProcess, lifetime: StormLifetime) -> None:
         """End a process in the given way, and check how long that takes."""
         self.happened[lifetime.end] += 1
-        supervisor, process.stopping = process.supervisor, True
+        supervisor, process.stopping, process.limit = process.supervisor, True, lifetime.limit
         with contextlib.suppress(StoreUnavailable):
             match lifetime.end:
                 case "drain":
                     await supervisor.drain()
                 case "drain within":
                     before = virtual_loop().time()
-                    await supervisor.drain(lifetime.limit)
+                    report = await supervisor.drain(lifetime.limit)
                     took = virtual_loop().time() - before
+                    self.happened["moved by a drain"] += report.spilled
                     if took > (lifetime.limit or 0.0) + GRACE + 0.1:
                         self._wrong(f"a drain of at most {lifetime.limit} s and a grace of {GRACE} s took {took:.3f} s")
                 case "fail":
@@ -384,6 +421,9 @@ class TaskStorm:
         self.happened["file lost"] += 1
         for path in self._path.parent.glob(f"{self._path.name}*"):
             path.unlink()
+        for process in self.processes:
+            if process.store is not None:
+                process.store.lost = True
         self.acknowledged.uncertain |= self.acknowledged.stored
         self.acknowledged.stored.clear()
 
@@ -438,9 +478,14 @@ class TaskStorm:
         rng = self.rng
         await asyncio.sleep(at)
         task = self._draw_task(self._depth(), 0, durable=rng.random() < self.script.durable)
+        if rng.random() < self.script.keyed:
+            await self._call_together(task)
+            return
         ticket = await self._submit(task)
         if ticket is None:
             return
+        if rng.random() < self.script.lookups and self.open:
+            await self._look_up(self.rng.choice(self.open), task)
         impatient = rng.random() < self.script.impatient
         with contextlib.suppress(ForebayError, TimeoutError):
             async with asyncio.timeout(rng.uniform(0.0, 5.0) if impatient else PATIENCE):
@@ -449,14 +494,53 @@ class TaskStorm:
             self._wrong(f"{ticket!r} has not ended in {PATIENCE:.0f} s")
         ticket.cancel()
 
+    async def _call_together(self, task: Task) -> None:
+        """Submit one task by several callers at a time, by its key: the impatient ones must not end it for the last."""
+        if not self.open:
+            return
+        process, key = self.rng.choice(self.open), f"key of {task.task_id}"
+        tasks = [msgspec.structs.replace(task, task_id=f"{task.task_id}-{number}", key=key) for number in range(3)]
+        self.due.update({each.task_id: self.due.get(task.task_id, math.inf) for each in tasks})
+        impatient = [asyncio.ensure_future(self._leave_early(process, each)) for each in tasks[:2]]
+        await asyncio.sleep(0)
+        with contextlib.suppress(ForebayError):
+            try:
+                self.happened["keyed"] += 1
+                await process.supervisor.run(tasks[2])
+            except TaskCancelled as error:
+                if not process.stopping and not self.script.wild:
+                    self._wrong(f"a caller of {key!r} who waits got {error}, when another one had left")
+        await asyncio.gather(*impatient)
+
+    async def _leave_early(self, process: StormProcess, task: Task) -> None:
+        with contextlib.suppress(ForebayError, TimeoutError):
+            async with asyncio.timeout(self.rng.choice((0.0, 0.002, 0.1, 1.0))):
+                await process.supervisor.run(task)
+
+    async def _look_up(self, process: StormProcess, task: Task) -> None:
+        """Ask a process for a task that another one may have, and check that the answer comes in time."""
+        if process.supervisor.loop is None:
+            return
+        due = math.inf if task.deadline is None else task.deadline.remaining()
+        try:
+            found = process.supervisor.ticket(task.task_id)
+            self.happened["looked up"] += 1
+            async with asyncio.timeout(max(due, 0.0) + MAX_DELAY):
+                await found
+        except TimeoutError:
+            if due < math.inf and self.script.calm and not process.dead:
+                self._wrong(f"{task.task_id!r} has not ended {MAX_DELAY:.0f} s after its deadline for who looked it up")
+        except ForebayError:
+            pass
+
     async def _use_slot(self, at: float) -> None:
         await asyncio.sleep(at)
         if not self.open:
             return
-        process = self.rng.choice(self.open)
+        process, task = self.rng.choice(self.open), self._draw_task(0, 0)
         with contextlib.suppress(ForebayError, TimeoutError):
-            async with asyncio.timeout(20.0), process.supervisor.slot(self.rng.choice(TYPES)) as slot:
-                with self._working(process, slot.worker.name):
+            async with asyncio.timeout(20.0), process.supervisor.slot(task.task_type, thread_id=task.thread_id) as slot:
+                with self._talking(process, task), self._working(process, slot.worker.name):
                     await asyncio.sleep(self.rng.uniform(0.0, 3.0))
 
     # --- the whole storm ---
@@ -495,7 +579,7 @@ class TaskStorm:
             if plan.late is not None:
                 self._register(successor, plan)
         successor.is_last = True
-        store, due = successor.store, virtual_loop().time() + PATIENCE
+        store, due = successor.store, virtual_loop().time() + TAKE_OVER
         assert store is not None
         await asyncio.sleep(2 * LEASE)
         while await store.depths() or await store.conversations() or successor.supervisor.statistics().running:
@@ -506,9 +590,11 @@ class TaskStorm:
 
     def _check(self) -> None:
         fail_if_any("what handlers and callers see is as promised", self.violations)
+        fail_if_any("nothing is acknowledged into a file that was removed", self.acknowledged_into_lost_file)
         alive = [process for process in self.processes if not process.dead]
         for process in alive:
             run_checks.check_closed_supervisor(process.record)
+            fail_if_any("what the supervisor did is as promised", [*self._wrong_events(process)])
         if self.script.overflow == "sqlite":
             tickets = [ticket for process in alive for ticket in process.tickets]
             run_checks.check_shared_store(self.acknowledged, [process.record for process in self.processes], tickets)
@@ -517,11 +603,28 @@ class TaskStorm:
                 run_checks.check_in_memory_run(process.record, process.tickets)
         self._check_order()
 
+    def _wrong_events(self, process: StormProcess) -> Iterator[str]:
+        """Yield what events say that must not be, in a storm in which it has no excuse."""
+        script = self.script
+        for event in process.record.events:
+            if isinstance(event, TaskStarted) and event.attempt > 1 and script.orderly:
+                yield f"{event.task_id} started for the {event.attempt}th time, though no process crashed"
+            elif isinstance(event, TaskDeadLettered) and script.orderly:
+                yield f"{event.task_id} is a dead letter, though no process crashed: {event.error}"
+            elif isinstance(event, WorkerFailed) and not (script.wild or script.fails or "start" in event.reason):
+                yield f"at {event.at:.3f} s worker {event.worker_id!r} was blamed: {event.reason}"
+            elif isinstance(event, TaskFinished):
+                error = event.result.error or ""
+                if "before the overflow had stored it" in error and script.orderly and not process.hurried:
+                    yield f"{event.task_id} was lost by a drain with {process.limit} s: {error}"
+                expired = "deadline passed" in error or "after its deadline" in error
+                if expired and script.overflow != "sqlite" and event.at < self.due.get(event.task_id, 0.0) - 0.1:
+                    yield f"{event.task_id} expired {self.due[event.task_id] - event.at:.1f} s too early: {error}"
+
     def _check_order(self) -> None:
         """Check that the messages of each conversation began in the order of their submission."""
-        script = self.script
-        if script.faults.hangs or script.faults.loses_reply or script.faults.outages or script.file_lost is not None:
-            return  # what a caller was told is not what the store has
+        if not self.script.calm:
+            return
         violations = [
             f"conversation {thread!r} began in the order {numbers}"
             for thread, numbers in self.order.items()
