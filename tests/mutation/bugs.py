@@ -206,13 +206,15 @@ def the_next_message_of_a_conversation_is_not_looked_for() -> None:
 
 def the_next_message_starts_while_those_before_it_move() -> None:
     def _take(self: QueueSpill, ticket: Ticket) -> None:
+        if not is_waiting(ticket):
+            return
         self._dispatcher.dequeue(ticket)
         if ticket.stored:
             self._spill.stored.release(ticket)
         else:
             self._hold(ticket)
 
-    replace(QueueSpill, QueueSpill._take, lambda self, ticket: is_waiting(ticket) and _take(self, ticket))
+    replace(QueueSpill, QueueSpill._take, _take)
 
 
 def what_may_not_move_overtakes_what_moves() -> None:
