@@ -50,8 +50,8 @@ def test_the_storms_cover_all_faults() -> None:
     [bugs.the_next_message_starts_while_those_before_it_move, bugs.a_cancelled_await_goes_on_without_its_slot],
     ids=lambda bug: bug.__name__,
 )
-def test_the_explorer_finds_a_planted_bug(bug: Callable[[], None]) -> None:
-    command = [sys.executable, "-m", "tests.simulation.explore", "--plant", bug.__name__, "--storms", "0:200"]
+def test_the_explorer_finds_an_injected_bug(bug: Callable[[], None]) -> None:
+    command = [sys.executable, "-m", "tests.simulation.explore", "--inject", bug.__name__, "--storms", "0:200"]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert outcome.returncode == 1, outcome.stdout
-    assert f"--plant {bug.__name__}" in outcome.stdout, outcome.stdout
+    assert f"--inject {bug.__name__}" in outcome.stdout, outcome.stdout
