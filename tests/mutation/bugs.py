@@ -858,6 +858,17 @@ def the_first_caller_of_a_key_takes_the_task_with_it() -> None:
     replace(_Undecided, original, wait)
 
 
+def a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key() -> None:
+    original = AdmissionController._new_ticket
+
+    def _new_ticket(self: AdmissionController, task: Any, parent: Any) -> Ticket:
+        ticket = original(self, task, parent)
+        ticket.shared = False
+        return ticket
+
+    replace(AdmissionController, original, _new_ticket)
+
+
 def an_ended_task_holds_what_its_handler_held() -> None:
     def without_cause(self: Ticket, result: TaskResult) -> Ticket:
         return self

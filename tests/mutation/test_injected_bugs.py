@@ -313,6 +313,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_first_caller_of_a_key_takes_the_task_with_it: (
         test_overflow.test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store_decides
     ),
+    bugs.a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key: (
+        test_overflow.test_a_keyed_task_goes_on_for_those_who_still_wait_for_the_lookup_of_its_key
+    ),
     bugs.an_ended_task_holds_what_its_handler_held: (
         test_events.test_an_ended_task_keeps_no_local_variable_of_its_handler
     ),

@@ -52,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, help=f"batches of {BATCH} scripts, by default 0:40")
     parser.add_argument("--failures", type=int, default=10, help="stop after that many failures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one per core")
-    parser.add_argument("--inject", metavar="NAME", help="inject a bug of tests/mutation/bugs.py; stop once it is found")
+    parser.add_argument(
+        "--inject", metavar="NAME", help="inject a bug of tests/mutation/bugs.py; stop once it is found"
+    )
     options = parser.parse_args()
     named = (options.seeds, options.storms, options.batches) != (None, None, None)  # then the others are left out
     defaults = (range(0), INJECTED_SEEDS, range(0)) if options.inject else (range(2000), range(500), range(40))

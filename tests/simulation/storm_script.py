@@ -59,6 +59,7 @@ class StormScript:
     conversations: int
     messages: int  # of the busiest conversation
     tasks: int  # without a conversation
+    work: float  # seconds at most, before a nested task and after it
     nests: float  # probabilities
     impatient: float
     durable: float
@@ -76,6 +77,11 @@ class StormScript:
         """True if nothing happens to the store: what callers are told is what it has."""
         faults = self.faults
         return not (faults.hangs or faults.loses_reply or faults.outages) and self.file_lost is None
+
+    @property
+    def blameless(self) -> bool:
+        """True if no handler fails, hangs or waits for a store that hangs."""
+        return not (self.wild or self.fails or self.faults.hangs)
 
     @property
     def orderly(self) -> bool:
@@ -97,11 +103,12 @@ class StormScript:
             lifetimes=lifetimes,
             workers=_workers(rng, wild=wild, fails=fails),
             max_queue_size=choice((None, None, 0, 1, 5, 20)),
-            keep_results=choice((0, 5, 1000)),
+            keep_results=1000 if stored else choice((0, 5, 1000)),  # a dropped one that is asked for would end again
             spread=spread,
             conversations=rng.randint(0, 5),
             messages=choice((5, 15, 40)),
-            tasks=choice((5, 20, 60)),
+            tasks=choice((5, 20, 60, 120)),
+            work=choice((0.3, 0.3, 2.0)),
             nests=choice((0.0, 0.3, 0.9)),
             impatient=choice((0.0, 0.2)),
             durable=choice((0.0, 0.3, 1.0)) if stored else 0.0,
@@ -118,14 +125,15 @@ class StormScript:
 
 def _workers(rng: random.Random, *, wild: bool, fails: float) -> tuple[StormWorker, ...]:
     workers = []
-    for number in range(rng.randint(1, 3)):
+    split = rng.random() < 0.5  # each type has a worker of its own
+    for number in range(len(TYPES) if split else rng.randint(1, 3)):
         slots = rng.randint(1, 4)
-        late = None if number == 0 or rng.random() < 0.7 else rng.uniform(0.0, 5.0)
+        late = None if split or number == 0 or rng.random() < 0.7 else rng.uniform(0.0, 5.0)
         hooks = ("on_end", "on_cancel", "async on_cancel", "stop")
         workers.append(
             StormWorker(
                 f"w{number}",
-                TYPES if number == 0 else tuple(rng.sample(TYPES, rng.randint(1, 3))),
+                (TYPES[number],) if split else TYPES if number == 0 else tuple(rng.sample(TYPES, rng.randint(1, 3))),
                 slots,
                 rng.choice((None, None, slots, 3 * slots)),
                 rng.choice((10.0, 1000.0, 1000.0)) if fails else 1000.0,
@@ -143,7 +151,7 @@ def _lifetimes(rng: random.Random, stored: bool, spread: float) -> tuple[StormLi
     lifetimes = []
     at = rng.choice((0.0, 0.0, 1.0))
     for _ in range(rng.choice((0, 1, 1, 3)) if stored else rng.choice((0, 0, 1))):
-        ends = at + rng.uniform(0.1, 5.0 + spread)
+        ends = at + rng.uniform(0.1, rng.choice((1.0, 5.0 + spread)))
         end = rng.choice(_ENDS if stored else _ENDS[:5])
         lifetimes.append(StormLifetime(at, ends, end, rng.choice((0.0, 0.005, 0.1, 1.0, 5.0))))
         at = ends + rng.uniform(0.0, 2 * LEASE)
@@ -155,7 +163,7 @@ def _store_faults(rng: random.Random) -> StoreFaults:
     at = rng.uniform(0.0, 20.0)
     return StoreFaults(
         slow=rng.choice((0.005, 0.05, 0.5)),
-        hangs=rng.choice((0.0, 0.0, 0.02)),
+        hangs=rng.choice((0.0, 0.0, 0.02, 0.2)),
         hang=2 * LEASE,
         loses_reply=rng.choice((0.0, 0.0, 0.02)),
         outages=((at, at + rng.uniform(0.5, 2 * LEASE)),) if rng.random() < 0.3 else (),
