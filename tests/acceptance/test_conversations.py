@@ -212,6 +212,44 @@ async def test_messages_keep_their_order_over_a_restart(file: str) -> None:
     assert agent.started == list(range(15))
 
 
+@pytest.mark.parametrize("first", [{}, {"durable": True}])
+@virtual
+async def test_no_message_starts_while_those_before_it_move_to_the_overflow(file: str, first: dict[str, bool]) -> None:
+    agent = Agent()
+    supervisor = make_supervisor(agent, file, slots=1)
+    supervisor.register_worker("other", handler=agent, task_types=["other"])
+    async with supervisor:
+        busy = await supervisor.submit(Task("work", "busy"))
+        messages = [Task(("work", "other")[number > 0], number, thread_id="alice") for number in range(1, 5)]
+        tickets = await submit_all(supervisor, [*talk(0, **first), *messages])
+        report = await supervisor.drain(timeout=3.0)
+        assert (report.finished, report.spilled) == (1, 5)
+        assert busy.status is TaskStatus.SUCCEEDED
+        assert {ticket.status for ticket in tickets} == {TaskStatus.SPILLED}
+    assert agent.started == ["busy"]
+
+
+@virtual
+async def test_what_may_not_spill_ends_when_messages_before_it_move_to_the_overflow(file: str) -> None:
+    agent = Agent()
+    async with make_supervisor(agent, file) as supervisor:
+        tickets = await submit_all(supervisor, [*talk(0, 1), *talk(2, spill=False)])
+        others = await submit_all(supervisor, [*talk(0, 1, thread="bob", spill=False), *talk(2, thread="bob")])
+        await supervisor.drain()
+        assert [ticket.status for ticket in tickets] == [
+            TaskStatus.SUCCEEDED,
+            TaskStatus.SPILLED,
+            TaskStatus.CANCELLED,
+        ]
+        assert "earlier tasks of its conversation" in str((await tickets[2]).error)
+        assert [ticket.status for ticket in others] == [
+            TaskStatus.SUCCEEDED,
+            TaskStatus.SUCCEEDED,
+            TaskStatus.SPILLED,
+        ]
+    assert sorted(agent.started) == [0, 0, 1]
+
+
 @virtual
 async def test_processes_that_share_an_overflow_run_a_conversation_one_at_a_time_in_order(file: str) -> None:
     agent = Agent()

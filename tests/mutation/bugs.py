@@ -38,12 +38,13 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
+from forebay.supervisor import drain
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
-from forebay.supervisor.queue_spill import QueueSpill
+from forebay.supervisor.queue_spill import QueueSpill, is_waiting
 from forebay.supervisor.runs import completion, slot_loans
 from forebay.supervisor.runs.completion import RunCompletion
 from forebay.supervisor.runs.run import Run
@@ -201,6 +202,25 @@ def a_new_message_overtakes_stored_ones() -> None:
 
 def the_next_message_of_a_conversation_is_not_looked_for() -> None:
     always(StoredTasks, StoredTasks.conversation_moved, returns=None)
+
+
+def the_next_message_starts_while_those_before_it_move() -> None:
+    def _take(self: QueueSpill, ticket: Ticket) -> None:
+        self._dispatcher.dequeue(ticket)
+        if ticket.stored:
+            self._spill.stored.release(ticket)
+        else:
+            self._hold(ticket)
+
+    replace(QueueSpill, QueueSpill._take, lambda self, ticket: is_waiting(ticket) and _take(self, ticket))
+
+
+def what_may_not_move_overtakes_what_moves() -> None:
+    def _behind_moved(tickets: list[Ticket]) -> list[Ticket]:
+        del tickets
+        return []
+
+    drain._behind_moved.__code__ = _behind_moved.__code__
 
 
 def a_conversation_parks_without_bound() -> None:

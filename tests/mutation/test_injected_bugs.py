@@ -117,6 +117,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_next_message_of_a_conversation_is_not_looked_for: (
         test_conversations.test_messages_keep_their_order_beyond_the_bound_of_their_conversation
     ),
+    bugs.the_next_message_starts_while_those_before_it_move: (
+        test_conversations.test_no_message_starts_while_those_before_it_move_to_the_overflow
+    ),
+    bugs.what_may_not_move_overtakes_what_moves: (
+        test_conversations.test_what_may_not_spill_ends_when_messages_before_it_move_to_the_overflow
+    ),
     bugs.a_conversation_parks_without_bound: (
         test_conversations.test_a_conversation_is_rejected_beyond_its_bound_and_named_and_told_when_to_come_back
     ),

@@ -1,4 +1,7 @@
-"""Surges and supervisor scripts for ranges of seeds, on all cores: ``make sim ARGS="--seeds 0:5000"``."""
+"""Surges, storms and supervisor scripts for ranges of seeds, on all cores: ``make sim ARGS="--seeds 0:5000"``.
+
+``--plant NAME`` injects a bug of ``tests/mutation/bugs.py`` first, and stops at the first seed that finds it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import TypeAlias
 
 from hypothesis import HealthCheck, given, seed, settings
-from tests.simulation import call_surge, supervisor_scripts, surge
+from tests.mutation import bugs
+from tests.simulation import (
+    call_surge,
+    conversation_mix,
+    fair_share,
+    hook_storm,
+    supervisor_scripts,
+    surge,
+    task_storm,
+)
 
 TIMEOUT = 300  # real seconds for one seed or batch
+PLANTED_SEEDS = range(200)
 BATCH = 100  # scripts
 
 Outcome: TypeAlias = tuple[str, Counter[str]]  # the violation and how to repeat it, or ""; counts of outcomes
@@ -33,16 +46,22 @@ def numbers(text: str) -> range:
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
-    parser.add_argument(
-        "--seeds", type=numbers, default=range(2000), help="seeds of surges: FIRST:END, by default 0:2000"
-    )
-    parser.add_argument(
-        "--batches", type=numbers, default=range(40), help=f"batches of {BATCH} scripts, by default 0:40"
-    )
+    parser = argparse.ArgumentParser(prog="make sim", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=numbers, help="seeds of surges: FIRST:END, by default 0:2000")
+    parser.add_argument("--storms", type=numbers, help="seeds of storms, by default 0:500")
+    parser.add_argument("--batches", type=numbers, help=f"batches of {BATCH} scripts, by default 0:40")
     parser.add_argument("--failures", type=int, default=10, help="stop after that many failures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one per core")
-    return parser.parse_args()
+    parser.add_argument("--plant", metavar="NAME", help="inject a bug of tests/mutation/bugs.py; stop once it is found")
+    options = parser.parse_args()
+    named = (options.seeds, options.storms, options.batches) != (None, None, None)  # then the others are left out
+    defaults = (range(0), PLANTED_SEEDS, range(0)) if options.plant else (range(2000), range(500), range(40))
+    for name, default in zip(("seeds", "storms", "batches"), defaults, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, range(0) if named else default)
+    if options.plant:
+        options.failures = 1
+    return options
 
 
 def one_surge(number: int) -> Counter[str]:
@@ -53,6 +72,18 @@ def one_surge(number: int) -> Counter[str]:
 def one_call_surge(number: int) -> Counter[str]:
     """Run the surge of a seed on a supervisor and an upstream, and its plateau."""
     return Counter({f"calls {what}": count for what, count in call_surge.run_with_plateau(number).happened.items()})
+
+
+def one_storm(number: int) -> Counter[str]:
+    """Run all storms of a seed on the task plane."""
+    happened = Counter(storms=1)
+    for storm in (task_storm, conversation_mix, hook_storm, fair_share):
+        try:
+            happened += storm.run(number).happened
+        except BaseException as failure:
+            failure.add_note(f"in {storm.__name__}")
+            raise
+    return happened
 
 
 def one_batch(number: int) -> Counter[str]:
@@ -78,8 +109,8 @@ def too_long(*_: object) -> None:
 def run_job(job: Job) -> Outcome:
     """Run a job in a process of the pool."""
     work, number, command = job
-    for name in ("asyncio", "forebay"):
-        logging.getLogger(name).setLevel(logging.CRITICAL if name == "asyncio" else logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("forebay").setLevel(logging.CRITICAL if work is one_storm else logging.ERROR)
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(TIMEOUT)
     try:
@@ -103,6 +134,12 @@ def outcomes(pool: ProcessPoolExecutor, jobs: Iterator[Job], ahead: int) -> Iter
         yield from (future.result() for future in done)
 
 
+def plant(name: str | None) -> None:
+    """Inject a bug into this process."""
+    if name:
+        getattr(bugs, name)()
+
+
 def main() -> int:
     """Run all jobs, print the command that repeats each failure, and print a summary."""
     options = arguments()
@@ -118,18 +155,23 @@ def main() -> int:
         (one_call_surge, number, f".venv/bin/python -m tests.simulation.call_surge {number}")
         for number in options.seeds
     )
-    with ProcessPoolExecutor(options.jobs) as pool:
-        for failure, what in outcomes(pool, itertools.chain(scripts, surges, calls), 4 * options.jobs):
+    planted = f" --plant {options.plant}" if options.plant else ""
+    storms: Iterator[Job] = (
+        (one_storm, number, f'make sim ARGS="--storms {number}{planted}"') for number in options.storms
+    )
+    jobs = itertools.chain(scripts, storms, surges, calls)
+    with ProcessPoolExecutor(options.jobs, initializer=plant, initargs=(options.plant,)) as pool:
+        for failure, what in outcomes(pool, jobs, (1 if options.plant else 4) * options.jobs):
             happened += what
-            happened["surges"] += not failure and "scripts" not in what
+            happened["surges"] += not failure and not {"scripts", "storms"} & set(what)
             if failure:
                 failed += 1
                 print(failure, flush=True)
                 if failed >= options.failures:
                     break
         pool.shutdown(cancel_futures=True)
-    passed = f"{happened.pop('surges', 0)} surges and {happened.pop('scripts', 0)} scripts"
-    print(f"{passed} passed and {failed} failed, in {time.monotonic() - start:.0f} s. In the surges:")
+    passed = ", ".join(f"{happened.pop(kind, 0)} {kind}" for kind in ("surges", "storms", "scripts"))
+    print(f"{passed} passed and {failed} failed, in {time.monotonic() - start:.0f} s. In them:")
     print("  " + ", ".join(f"{count} {name}" for name, count in sorted(happened.items())))
     return 1 if failed else 0
 

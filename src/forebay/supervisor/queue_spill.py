@@ -59,6 +59,7 @@ class QueueSpill:
         self._dispatcher = dispatcher
         self._spill = spill
         self._queued: deque[Ticket] = deque()  # in the queue, unless they have started or ended
+        self._conversations: dict[str, list[Ticket]] = {}  # of the tasks in `_queued`, by their ids
         self._held: dict[str, Ticket] = {}  # out of the queue, and not in the overflow yet
         self._to_write: deque[Ticket] = deque()  # those of them that no write is under way for
         self._keeps_out = False  # since `empty_queue`: nothing goes back to the queue
@@ -73,18 +74,14 @@ class QueueSpill:
 
     def start(self, tickets: Iterable[Ticket]) -> None:
         """Move those of `tickets` that wait, in the background; those that are stored already need no write."""
-        leased = []
         for ticket in tickets:
-            if not _is_waiting(ticket):
-                continue  # it has started or ended, when another one left the queue
-            if ticket.stored:
-                self._dispatcher.dequeue(ticket)
-                self._spill.stored.release(ticket)
-                leased.append(ticket.task_id)
-            else:
-                self._queued.append(ticket)
-        if leased:
-            self._core.run_in_background(self._spill.stored.return_leases(leased))
+            if is_waiting(ticket):
+                self._queue(ticket)
+        stored = [ticket for ticket in self._queued if ticket.stored]
+        for ticket in stored:
+            self._take(ticket)
+        if stored:
+            self._core.run_in_background(self._spill.stored.return_leases([ticket.task_id for ticket in stored]))
         if self._queued:
             self._core.run_in_background(self._move())
 
@@ -136,10 +133,22 @@ class QueueSpill:
                 size += len(envelope)
         return batch
 
+    def _queue(self, ticket: Ticket) -> None:
+        self._queued.append(ticket)
+        if ticket.task.thread_id is not None:
+            self._conversations.setdefault(ticket.task.thread_id, []).append(ticket)
+
     def _take(self, ticket: Ticket) -> None:
-        if _is_waiting(ticket):
-            self._dispatcher.dequeue(ticket)
-            self._hold(ticket)
+        """Take a task out of the queue, and all of its conversation: the next one would start, and overtake it."""
+        tickets = self._conversations.pop(ticket.task.thread_id or "", [ticket])
+        waiting = list(filter(is_waiting, tickets))
+        for each in (*waiting[1:], *waiting[:1]):  # the first one last: until then the others only wait behind it
+            self._dispatcher.dequeue(each)
+        for each in waiting:
+            if each.stored:
+                self._spill.stored.release(each)
+            else:
+                self._hold(each)
 
     async def _write(self, batch: dict[Ticket, bytes]) -> None:
         failure = await self._spill.spill_waiting(batch)
@@ -168,7 +177,7 @@ class QueueSpill:
             worker = self._dispatcher.start_gate.pick(pool, ticket.task.priority, nested=ticket.nested)
             self._dispatcher.start_or_queue(ticket, pool, worker)
             if failed:
-                self._queued.append(ticket)
+                self._queue(ticket)
 
     def _hold(self, ticket: Ticket) -> None:
         ticket.move_to_store()
@@ -187,5 +196,6 @@ class QueueSpill:
             self.cut.append(ticket)
 
 
-def _is_waiting(ticket: Ticket) -> bool:
+def is_waiting(ticket: Ticket) -> bool:
+    """Return whether a task waits inside, and no answer of the store decides about it."""
     return ticket.status is TaskStatus.WAITING and not ticket.pending_store_calls

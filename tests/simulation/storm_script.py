@@ -1,0 +1,169 @@
+"""The random script of a task storm: processes, workers, conversations and faults, all drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Final
+
+from tests.support.unreliable_store import StoreFaults
+
+TYPES: Final = ("plan", "act", "write")
+LEASE: Final = 10.0  # seconds
+GRACE: Final = 2.0  # seconds that a cancelled handler has to stop
+_ENDS: Final = ("drain", "drain within", "drain within", "close", "fail", "crash", "crash")
+
+
+@dataclass(frozen=True)
+class StormLifetime:
+    """The start and the end of one process, in seconds of the loop."""
+
+    starts: float
+    ends: float
+    end: str
+    limit: float | None  # of the drain
+
+
+@dataclass(frozen=True)
+class StormWorker:
+    """A worker of each process: when it is registered, how long its handler takes to start, and its hooks."""
+
+    name: str
+    kinds: tuple[str, ...]
+    slots: int
+    max_open: int | None
+    timeout: float
+    late: float | None  # seconds after the start of its process at which it is registered
+    start_time: float | None  # seconds; None: its handler need not be started
+    fails_to_start: bool
+    hooks: frozenset[str]
+
+
+@dataclass(frozen=True)
+class StormScript:
+    """The values that a seed draws.
+
+    Attributes:
+        wild: hooks and handlers raise anything and call the supervisor, and handlers ignore their cancellation.
+        file_lost: the second at which the file of the store is removed, if it is.
+        clock_steps: when the wall clock is set, and by how much.
+    """
+
+    overflow: str | None  # None, a memory:// URL or "sqlite"
+    faults: StoreFaults
+    lifetimes: tuple[tuple[StormLifetime, ...], ...]  # of each process that shares the store
+    workers: tuple[StormWorker, ...]
+    max_queue_size: int | None
+    keep_results: int
+    spread: float  # seconds over which the messages and tasks come
+    conversations: int
+    messages: int  # of the busiest conversation
+    tasks: int  # without a conversation
+    nests: float  # probabilities
+    impatient: float
+    durable: float
+    keyed: float  # of the tasks without a conversation: several callers submit them
+    lookups: float  # probability that a task is asked for by its id in another process
+    deadlines: float
+    fails: float
+    wild: bool
+    sinks: bool
+    file_lost: float | None
+    clock_steps: tuple[tuple[float, float], ...]
+
+    @property
+    def calm(self) -> bool:
+        """True if nothing happens to the store: what callers are told is what it has."""
+        faults = self.faults
+        return not (faults.hangs or faults.loses_reply or faults.outages) and self.file_lost is None
+
+    @property
+    def orderly(self) -> bool:
+        """True if no process crashes, no handler outlives its process, and no lease is lost."""
+        ends = {lifetime.end for lifetimes in self.lifetimes for lifetime in lifetimes}
+        return self.calm and not self.wild and "crash" not in ends and not self.clock_steps
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> StormScript:
+        """Draw a storm."""
+        choice = rng.choice
+        overflow = choice((None, "memory://", "memory://?bound=50", "sqlite", "sqlite", "sqlite"))
+        wild, spread, stored = choice((False, False, True)), choice((0.0, 3.0, 20.0)), overflow == "sqlite"
+        calm, fails = rng.random() < 0.5, choice((0.0, 0.03))
+        lifetimes = tuple(_lifetimes(rng, stored, spread) for _ in range(choice((1, 1, 1, 2)) if stored else 1))
+        return cls(
+            overflow=overflow,
+            faults=StoreFaults() if calm or not stored else _store_faults(rng),
+            lifetimes=lifetimes,
+            workers=_workers(rng, wild=wild, fails=fails),
+            max_queue_size=choice((None, None, 0, 1, 5, 20)),
+            keep_results=choice((0, 5, 1000)),
+            spread=spread,
+            conversations=rng.randint(0, 5),
+            messages=choice((5, 15, 40)),
+            tasks=choice((5, 20, 60)),
+            nests=choice((0.0, 0.3, 0.9)),
+            impatient=choice((0.0, 0.2)),
+            durable=choice((0.0, 0.3, 1.0)) if stored else 0.0,
+            keyed=choice((0.0, 0.3)),
+            lookups=choice((0.0, 0.5)) if stored else 0.0,
+            deadlines=choice((0.0, 0.2)),
+            fails=fails,
+            wild=wild,
+            sinks=wild and choice((False, True)),
+            file_lost=rng.uniform(0.0, spread + 5.0) if stored and rng.random() < 0.1 else None,
+            clock_steps=_clock_steps(rng, spread),
+        )
+
+
+def _workers(rng: random.Random, *, wild: bool, fails: float) -> tuple[StormWorker, ...]:
+    workers = []
+    for number in range(rng.randint(1, 3)):
+        slots = rng.randint(1, 4)
+        late = None if number == 0 or rng.random() < 0.7 else rng.uniform(0.0, 5.0)
+        hooks = ("on_end", "on_cancel", "async on_cancel", "stop")
+        workers.append(
+            StormWorker(
+                f"w{number}",
+                TYPES if number == 0 else tuple(rng.sample(TYPES, rng.randint(1, 3))),
+                slots,
+                rng.choice((None, None, slots, 3 * slots)),
+                rng.choice((10.0, 1000.0, 1000.0)) if fails else 1000.0,
+                late,
+                None if late is None or rng.random() < 0.3 else rng.uniform(0.0, 3.0),
+                fails_to_start=rng.random() < 0.3,
+                hooks=frozenset(hook for hook in hooks if wild and rng.random() < 0.5),
+            )
+        )
+    return tuple(workers)
+
+
+def _lifetimes(rng: random.Random, stored: bool, spread: float) -> tuple[StormLifetime, ...]:  # noqa: FBT001
+    """Draw the lifetimes of one process. All but the last end under load; the last ends when no caller is left."""
+    lifetimes = []
+    at = rng.choice((0.0, 0.0, 1.0))
+    for _ in range(rng.choice((0, 1, 1, 3)) if stored else rng.choice((0, 0, 1))):
+        ends = at + rng.uniform(0.1, 5.0 + spread)
+        end = rng.choice(_ENDS if stored else _ENDS[:5])
+        lifetimes.append(StormLifetime(at, ends, end, rng.choice((0.0, 0.005, 0.1, 1.0, 5.0))))
+        at = ends + rng.uniform(0.0, 2 * LEASE)
+    lifetimes.append(StormLifetime(at, float("inf"), "drain", None))
+    return tuple(lifetimes)
+
+
+def _store_faults(rng: random.Random) -> StoreFaults:
+    at = rng.uniform(0.0, 20.0)
+    return StoreFaults(
+        slow=rng.choice((0.005, 0.05, 0.5)),
+        hangs=rng.choice((0.0, 0.0, 0.02)),
+        hang=2 * LEASE,
+        loses_reply=rng.choice((0.0, 0.0, 0.02)),
+        outages=((at, at + rng.uniform(0.5, 2 * LEASE)),) if rng.random() < 0.3 else (),
+    )
+
+
+def _clock_steps(rng: random.Random, spread: float) -> tuple[tuple[float, float], ...]:
+    if rng.random() < 0.7:
+        return ()
+    sizes = (-3600.0, -60.0, -3.0, 3.0, 60.0, 3600.0)
+    return tuple((rng.uniform(0.0, 10.0 + spread), rng.choice(sizes)) for _ in range(rng.randint(1, 3)))

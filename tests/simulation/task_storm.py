@@ -1,0 +1,660 @@
+"""A storm on the task plane, drawn from a seed: conversations and nested tasks under cancellations, kills and stops.
+
+Processes share a store that is slow, fails or vanishes; they drain and close within limits, or crash, and others take
+over. Conversations are busy, handlers run nested tasks several levels deep and leave them by timeouts, the wall clock
+is set, workers start late or not at all, and hooks raise anything and call the supervisor. Handlers and callers watch
+what they see themselves; the other checks use the record of events and the writes that the store acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from tests.simulation.storm_script import GRACE, LEASE, TYPES, StormLifetime, StormScript, StormWorker
+from tests.support import run_checks
+from tests.support.supervisor_checks import InvariantViolation, fail_if_any
+from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
+
+from forebay import BackpressureSupervisor, Deadline, ForebayError, Priority, Task, Ticket
+from forebay.adapters import Handler
+from forebay.errors import StoreUnavailable, SupervisorClosed, TaskCancelled
+from forebay.events import Event, TaskDeadLettered, TaskFinished, TaskStarted, WorkerFailed
+from forebay.interfaces import PutResult, TaskRecord, TaskStore
+from forebay.overflow import open_task_store
+from forebay.simulation import simulate, virtual_loop
+from forebay.testing import EventRecord
+
+PATIENCE: Final = 3_000.0  # seconds in which everything must have ended: many times the work of a storm
+HURRY: Final = 2.0  # seconds: four of the slowest writes
+MAX_DELAY: Final = 2 * LEASE + GRACE + 10.0  # seconds until a process sees what another one did, or failed to do
+TAKE_OVER: Final = 600.0  # seconds in which a process with a working store has done what others have left
+MAX_ACTIONS: Final = 200  # of all hooks of one storm
+
+
+class StrangeError(BaseException):
+    """Derived from nothing that code usually catches."""
+
+
+ERRORS: Final[tuple[type[BaseException], ...]] = (
+    ValueError, SystemExit, GeneratorExit, asyncio.CancelledError, RecursionError, StopIteration, MemoryError,
+    StrangeError,
+)  # fmt: skip
+
+
+class HookedAgent:
+    """An agent with the hooks of a Handler."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def __forebay_handler__(self) -> Handler:
+        return self._handler
+
+
+class StormStore(UnreliableStore):
+    """The store of one process, which reports what it acknowledges into a file that was removed before."""
+
+    lost = False
+    acknowledged_into_lost_file: list[str]
+
+    async def put(self, record: TaskRecord, *, fence: str | None = None, until: float = 0.0) -> PutResult:
+        lost = self.lost
+        put = await super().put(record, fence=fence, until=until)
+        if lost and put.written:
+            self.acknowledged_into_lost_file.append(record.task_id)
+        return put
+
+
+@dataclass(eq=False)
+class StormProcess:
+    """A supervisor, its store, its callers, and what its handlers see.
+
+    Attributes:
+        at_work: by worker, how many handlers work now: those that await a nested task do not.
+        talking: by conversation, how many of its handlers have begun and not ended.
+        stopping: True from the beginning of its end.
+    """
+
+    number: int
+    supervisor: BackpressureSupervisor
+    record: EventRecord
+    store: StormStore | None
+    dead: bool = False
+    stopping: bool = False
+    is_last: bool = False
+    limit: float | None = None  # of its drain
+    at_work: Counter[str] = field(default_factory=Counter)
+    talking: Counter[str] = field(default_factory=Counter)
+    tickets: list[Ticket] = field(default_factory=list)
+    callers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def hurried(self) -> bool:
+        """True if the store had not the time for a few writes while it drained."""
+        return self.limit is not None and self.limit < HURRY
+
+
+class ProcessSink:
+    """An event sink that is a hook of its process."""
+
+    def __init__(self, hook: Callable[[StormProcess], object]) -> None:
+        self._hook = hook
+        self.process: StormProcess
+
+    def __call__(self, _: Event) -> None:
+        self._hook(self.process)
+
+
+class TaskStorm:
+    """One storm.
+
+    Attributes:
+        happened: how often each thing happened.
+        violations: what handlers and callers saw that must not be.
+    """
+
+    def __init__(self, seed: int, path: Path) -> None:
+        self.rng = random.Random(f"storm {seed}")
+        self.script = StormScript.draw(self.rng)
+        self.happened: Counter[str] = Counter()
+        self.violations: list[str] = []
+        self.acknowledged = AcknowledgedWrites()
+        self.acknowledged_into_lost_file: list[str] = []
+        self.processes: list[StormProcess] = []  # all that were started
+        self.open: list[StormProcess] = []  # those that accept tasks
+        self.due: dict[str, float] = {}  # loop time of the deadlines, by task id
+        self.order: dict[str, list[int]] = defaultdict(list)  # by conversation, the first starts of its messages
+        self._path = path
+        self._actions = 0  # of hooks
+        self._slots = {worker.name: worker.slots for worker in self.script.workers}
+        self._over: asyncio.Event
+
+    def _wrong(self, what: str) -> None:
+        self.violations.append(f"at {virtual_loop().time():.3f} s {what}")
+
+    # --- hooks ---
+
+    def _hook(self, process: StormProcess) -> Any:
+        if self._actions >= MAX_ACTIONS:
+            return
+        self._actions += 1
+        actions = ("raise", "submit", "cancel", "revive", "nothing", "drain", "close")
+        ends = 0.0 if process.is_last else 0.3
+        action = self.rng.choices(actions, (25, 25, 15, 3, 31, ends, ends))[0]
+        self.happened[f"hook: {action}"] += 1
+        supervisor = process.supervisor
+        match action:
+            case "raise":
+                raise self.rng.choice(ERRORS)
+            case "submit":
+                with contextlib.suppress(ForebayError):
+                    self._keep(process, supervisor.submit_nowait(self._draw_task(0, self.script.conversations)))
+            case "cancel" if process.tickets:
+                self.rng.choice(process.tickets).cancel()
+            case "revive":
+                self.rng.choice(list(supervisor.workers.values())).revive()
+            case "drain":
+                process.stopping = True
+                _forget(asyncio.ensure_future(supervisor.drain(self.rng.choice((0.0, 1.0, None)))))
+            case "close":
+                process.stopping = True
+                _forget(asyncio.ensure_future(supervisor.close()))
+
+    # --- handlers ---
+
+    @contextlib.contextmanager
+    def _working(self, process: StormProcess, worker: str) -> Iterator[None]:
+        process.at_work[worker] += 1
+        if process.at_work[worker] > self._slots[worker] and not process.dead:
+            self._wrong(f"{process.at_work[worker]} tasks are at work on {worker!r} of {self._slots[worker]} slots")
+        try:
+            yield
+        finally:
+            process.at_work[worker] -= 1
+
+    @contextlib.contextmanager
+    def _talking(self, process: StormProcess, task: Task) -> Iterator[None]:
+        thread = task.thread_id
+        if thread is None:
+            yield
+            return
+        process.talking[thread] += 1
+        if process.talking[thread] > 1 and not process.dead:
+            self._wrong(f"{process.talking[thread]} tasks of conversation {thread!r} run at a time")
+        number = task.payload["number"]
+        if number is not None and not process.dead and number not in self.order[thread]:
+            self.order[thread].append(number)
+        try:
+            yield
+        finally:
+            process.talking[thread] -= 1
+
+    async def _handle(self, process: StormProcess, worker: str, task: Task) -> Any:
+        with self._talking(process, task):
+            mood = task.payload["mood"]
+            try:
+                await self._work(process, worker, task)
+            except asyncio.CancelledError:
+                if mood != "swallow":
+                    raise
+                await asyncio.sleep(self.rng.uniform(0.0, 5.0))
+            if mood == "fail":
+                message = "the agent failed \ud83d"  # half of a surrogate pair
+                raise ValueError(message)
+            if mood == "strange":
+                raise self.rng.choice(ERRORS)
+            return task.task_id
+
+    async def _work(self, process: StormProcess, worker: str, task: Task) -> None:
+        rng, depth, lowest = self.rng, task.payload["depth"], task.payload["lowest"]
+        for _ in range(rng.randint(1, 2)):
+            with self._working(process, worker):
+                await asyncio.sleep(task.payload["work"])
+                if self.script.wild and rng.random() < 0.05:
+                    self._hook(process)
+            if depth:
+                children = [self._draw_task(depth - 1, lowest) for _ in range(rng.choice((1, 1, 2, 4)))]
+                for child in children:  # they inherit the deadline
+                    dues = (self.due.get(each.task_id, math.inf) for each in (task, child))
+                    self.due[child.task_id] = min(dues)
+                await self._nest(process, children)
+        with self._working(process, worker):
+            await asyncio.sleep(task.payload["work"])
+
+    async def _nest(self, process: StormProcess, children: list[Task]) -> None:
+        """Run nested tasks: some parents are impatient, cancel, or look at several at once."""
+        rng, supervisor = self.rng, process.supervisor
+        impatient = rng.random() < self.script.impatient
+        with contextlib.suppress(ForebayError, TimeoutError):
+            if len(children) > 1:
+                async with asyncio.timeout(rng.uniform(0.0, 2.0) if impatient else None):
+                    await asyncio.gather(*map(supervisor.run, children), return_exceptions=True)
+            elif impatient:
+                async with asyncio.timeout(rng.uniform(0.0, 1.0)), asyncio.timeout(rng.uniform(0.0, 1.0)):
+                    await supervisor.run(children[0])
+            elif rng.random() < 0.2:
+                ticket = self._keep(process, await supervisor.submit(children[0]))
+                if rng.random() < 0.5:
+                    await asyncio.sleep(0)
+                    ticket.cancel()
+                await ticket
+            else:
+                await supervisor.run(children[0])
+
+    def _draw_task(self, depth: int, lowest: int, *, number: int | None = None, **options: Any) -> Task:
+        """Return a task. The conversation of a nested one has at least the number `lowest`: none waits for itself."""
+        rng, script = self.rng, self.script
+        if number is None and lowest < script.conversations and rng.random() < 0.2:
+            chosen = rng.randrange(lowest, script.conversations)
+            options["thread_id"], lowest = f"c{chosen}", chosen + 1
+        moods = {"fail": script.fails, "strange": 0.02 if script.wild else 0.0, "swallow": 0.02 if script.wild else 0.0}
+        mood = next((mood for mood, chance in moods.items() if rng.random() < chance), "well")
+        work = rng.choice((0.0, 0.05, 0.3))
+        deadline = Deadline.within(rng.uniform(0.1, 30.0)) if rng.random() < script.deadlines else None
+        task = Task(
+            rng.choice(TYPES),
+            {"number": number, "depth": depth, "lowest": lowest, "work": work, "mood": mood},
+            priority=rng.choice(tuple(Priority)),
+            timeout=rng.choice((None, None, None, 3.0)) if script.fails else None,
+            deadline=deadline,
+            spill=rng.random() < 0.8 or options.get("durable", False),
+            **options,
+        )
+        if deadline is not None:
+            self.due[task.task_id] = virtual_loop().time() + deadline.remaining()
+        return task
+
+    def _register(self, process: StormProcess, plan: StormWorker) -> None:
+        ready = plan.start_time is None
+
+        async def start() -> None:
+            nonlocal ready
+            await asyncio.sleep(plan.start_time or 0.0)
+            if plan.fails_to_start and self.rng.random() < 0.5:
+                message = "the handler cannot start yet"
+                raise ConnectionError(message)
+            ready = True
+
+        async def call(task: Task) -> Any:
+            if not ready and not process.dead:
+                self._wrong(f"worker {plan.name!r} was given {task.task_id!r} before its handler had started")
+            return await self._handle(process, plan.name, task)
+
+        def hook(*_: object) -> Any:
+            return self._hook(process)
+
+        async def async_hook(*_: object) -> None:
+            await asyncio.sleep(0.1)
+            self._hook(process)
+
+        process.supervisor.register_worker(
+            plan.name,
+            handler=HookedAgent(
+                Handler(
+                    call=call,
+                    start=None if plan.start_time is None else start,
+                    on_end=hook if "on_end" in plan.hooks else None,
+                    on_cancel=async_hook
+                    if "async on_cancel" in plan.hooks
+                    else hook
+                    if "on_cancel" in plan.hooks
+                    else None,
+                    stop=async_hook if "stop" in plan.hooks else None,
+                )
+            ),
+            task_types=plan.kinds,
+            max_concurrent=plan.slots,
+            max_open=plan.max_open,
+            timeout=plan.timeout,
+            reset_timeout=1.0,
+        )
+
+    # --- processes ---
+
+    def _overflow(self, faults: StoreFaults) -> TaskStore | str | None:
+        if self.script.overflow != "sqlite":
+            return self.script.overflow
+        store = open_task_store(f"sqlite:///{self._path}?synchronous=off")
+        unreliable = StormStore(store, faults, self.acknowledged, random.Random(self.rng.random()))
+        unreliable.acknowledged_into_lost_file = self.acknowledged_into_lost_file
+        return unreliable
+
+    async def _start(self, faults: StoreFaults, *, lease: float = LEASE) -> StormProcess:
+        """Start a new process, as soon as its store is available."""
+        while True:
+            overflow = self._overflow(faults)
+            sink = ProcessSink(self._hook)
+            supervisor = BackpressureSupervisor(
+                max_queue_size=self.script.max_queue_size,
+                overflow=overflow,
+                lease=lease,
+                zombie_grace=GRACE,
+                keep_results=self.script.keep_results,
+                on_event=[sink] if self.script.sinks else [],
+            )
+            store = overflow if isinstance(overflow, StormStore) else None
+            process = StormProcess(len(self.processes), supervisor, EventRecord(supervisor), store)
+            sink.process = process
+            for plan in self.script.workers:
+                if plan.late is None:
+                    self._register(process, plan)
+            try:
+                await supervisor.start()
+            except StoreUnavailable:
+                await asyncio.sleep(1.0)
+                continue
+            self.processes.append(process)
+            return process
+
+    async def _register_late(self, process: StormProcess, plan: StormWorker) -> None:
+        await asyncio.sleep(plan.late or 0.0)
+        with contextlib.suppress(SupervisorClosed):
+            self._register(process, plan)
+
+    async def _run_lifetimes(self, lifetimes: tuple[StormLifetime, ...]) -> None:
+        """Run one process after the other."""
+        for lifetime in lifetimes:
+            await asyncio.sleep(lifetime.starts - virtual_loop().time())
+            process = await self._start(self.script.faults)
+            late = [
+                asyncio.ensure_future(self._register_late(process, plan))
+                for plan in self.script.workers
+                if plan.late is not None
+            ]
+            self.open.append(process)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(lifetime.ends):
+                    await self._over.wait()
+            self.open.remove(process)
+            await asyncio.gather(*late)
+            await self._end(process, lifetime)
+
+    async def _end(self, process: StormProcess, lifetime: StormLifetime) -> None:
+        """End a process in the given way, and check how long that takes."""
+        self.happened[lifetime.end] += 1
+        supervisor, process.stopping, process.limit = process.supervisor, True, lifetime.limit
+        with contextlib.suppress(StoreUnavailable):
+            match lifetime.end:
+                case "drain":
+                    await supervisor.drain()
+                case "drain within":
+                    before = virtual_loop().time()
+                    report = await supervisor.drain(lifetime.limit)
+                    took = virtual_loop().time() - before
+                    self.happened["moved by a drain"] += report.spilled
+                    if took > (lifetime.limit or 0.0) + GRACE + 0.1:
+                        self._wrong(f"a drain of at most {lifetime.limit} s and a grace of {GRACE} s took {took:.3f} s")
+                case "fail":
+                    await supervisor.__aexit__(ValueError, ValueError(), None)
+                case "crash":
+                    await self._crash(process)
+            await supervisor.close()
+
+    async def _crash(self, process: StormProcess) -> None:
+        """Crash: from now on nothing reaches the store or the callers."""
+        process.dead = True
+        process.record.stop()
+        if process.store is not None:
+            process.store.disconnect()
+        for caller in process.callers:
+            caller.cancel()
+        with contextlib.suppress(StoreUnavailable):
+            await process.supervisor.close()
+
+    async def _step_clock(self, at: float, seconds: float) -> None:
+        await asyncio.sleep(at)
+        self.happened["clock step"] += 1
+        virtual_loop().step_wall_time(seconds)
+
+    async def _lose_file(self, at: float) -> None:
+        await asyncio.sleep(at)
+        self.happened["file lost"] += 1
+        for path in self._path.parent.glob(f"{self._path.name}*"):
+            path.unlink()
+        for process in self.processes:
+            if process.store is not None:
+                process.store.lost = True
+        self.acknowledged.uncertain |= self.acknowledged.stored
+        self.acknowledged.stored.clear()
+
+    # --- callers ---
+
+    def _keep(self, process: StormProcess, ticket: Ticket) -> Ticket:
+        self.happened[ticket.verdict.value if ticket.verdict is not None else "looked up"] += 1
+        if ticket:
+            process.tickets.append(ticket)
+        return ticket
+
+    async def _converse(self, conversation: int, messages: int, *, durable: bool) -> None:
+        """Submit the messages of a conversation one after the other, without waiting for their ends."""
+        rng, spread = self.rng, self.script.spread
+        for number in range(messages):
+            await asyncio.sleep(rng.uniform(0.0, 2 * spread / messages))
+            thread = f"c{conversation}"
+            stored = durable or rng.random() < self.script.durable
+            task = self._draw_task(self._depth(), conversation + 1, number=number, thread_id=thread, durable=stored)
+            ticket = await self._submit(task)
+            if ticket is None or not ticket:
+                self.happened["message not taken"] += 1
+            elif rng.random() < 0.1:
+                ticket.cancel()
+
+    def _depth(self) -> int:
+        return self.rng.randint(1, 3) if self.rng.random() < self.script.nests else 0
+
+    async def _submit(self, task: Task) -> Ticket | None:
+        """Submit to an open process; return None if that could not be done."""
+        if not self.open:
+            return None
+        process = self.rng.choice(self.open)
+        me = asyncio.current_task()
+        assert me is not None
+        process.callers.add(me)
+        try:
+            if not task.durable and self.rng.random() < 0.1:
+                return self._keep(process, process.supervisor.submit_nowait(task))
+            return self._keep(process, await process.supervisor.submit(task))
+        except (StoreUnavailable, ForebayError):
+            return None
+        except asyncio.CancelledError:
+            if not process.dead:
+                raise
+            return None
+        finally:
+            process.callers.discard(me)
+
+    async def _call(self, at: float) -> None:
+        """Submit one task without a conversation, wait for it for a while, and perhaps leave or cancel it."""
+        rng = self.rng
+        await asyncio.sleep(at)
+        task = self._draw_task(self._depth(), 0, durable=rng.random() < self.script.durable)
+        if rng.random() < self.script.keyed:
+            await self._call_together(task)
+            return
+        ticket = await self._submit(task)
+        if ticket is None:
+            return
+        if rng.random() < self.script.lookups and self.open:
+            await self._look_up(self.rng.choice(self.open), task)
+        impatient = rng.random() < self.script.impatient
+        with contextlib.suppress(ForebayError, TimeoutError):
+            async with asyncio.timeout(rng.uniform(0.0, 5.0) if impatient else PATIENCE):
+                await ticket
+        if not ticket.done() and not impatient:
+            self._wrong(f"{ticket!r} has not ended in {PATIENCE:.0f} s")
+        ticket.cancel()
+
+    async def _call_together(self, task: Task) -> None:
+        """Submit one task by several callers at a time, by its key: the impatient ones must not end it for the last."""
+        if not self.open:
+            return
+        process, key = self.rng.choice(self.open), f"key of {task.task_id}"
+        tasks = [msgspec.structs.replace(task, task_id=f"{task.task_id}-{number}", key=key) for number in range(3)]
+        self.due.update({each.task_id: self.due.get(task.task_id, math.inf) for each in tasks})
+        impatient = [asyncio.ensure_future(self._leave_early(process, each)) for each in tasks[:2]]
+        await asyncio.sleep(0)
+        with contextlib.suppress(ForebayError):
+            try:
+                self.happened["keyed"] += 1
+                await process.supervisor.run(tasks[2])
+            except TaskCancelled as error:
+                if not process.stopping and not self.script.wild:
+                    self._wrong(f"a caller of {key!r} who waits got {error}, when another one had left")
+        await asyncio.gather(*impatient)
+
+    async def _leave_early(self, process: StormProcess, task: Task) -> None:
+        with contextlib.suppress(ForebayError, TimeoutError):
+            async with asyncio.timeout(self.rng.choice((0.0, 0.002, 0.1, 1.0))):
+                await process.supervisor.run(task)
+
+    async def _look_up(self, process: StormProcess, task: Task) -> None:
+        """Ask a process for a task that another one may have, and check that the answer comes in time."""
+        if process.supervisor.loop is None:
+            return
+        due = math.inf if task.deadline is None else task.deadline.remaining()
+        try:
+            found = process.supervisor.ticket(task.task_id)
+            self.happened["looked up"] += 1
+            async with asyncio.timeout(max(due, 0.0) + MAX_DELAY):
+                await found
+        except TimeoutError:
+            if due < math.inf and self.script.calm and not process.dead:
+                self._wrong(f"{task.task_id!r} has not ended {MAX_DELAY:.0f} s after its deadline for who looked it up")
+        except ForebayError:
+            pass
+
+    async def _use_slot(self, at: float) -> None:
+        await asyncio.sleep(at)
+        if not self.open:
+            return
+        process, task = self.rng.choice(self.open), self._draw_task(0, 0)
+        with contextlib.suppress(ForebayError, TimeoutError):
+            async with asyncio.timeout(20.0), process.supervisor.slot(task.task_type, thread_id=task.thread_id) as slot:
+                with self._talking(process, task), self._working(process, slot.worker.name):
+                    await asyncio.sleep(self.rng.uniform(0.0, 3.0))
+
+    # --- the whole storm ---
+
+    async def run(self) -> None:
+        """Run the storm until the last supervisor is closed, and check what was promised."""
+        script, rng = self.script, self.rng
+        self._over = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            processes = [group.create_task(self._run_lifetimes(lifetimes)) for lifetimes in script.lifetimes]
+            shared = len(script.lifetimes) > 1  # processes exclude each other by what is stored
+            callers = [
+                group.create_task(self._converse(number, script.messages >> number, durable=shared))
+                for number in range(script.conversations)
+            ]
+            callers += [group.create_task(self._call(rng.uniform(0.0, script.spread))) for _ in range(script.tasks)]
+            callers += [group.create_task(self._use_slot(rng.uniform(0.0, script.spread))) for _ in range(3)]
+            for at, seconds in script.clock_steps:
+                group.create_task(self._step_clock(at, seconds))
+            if script.file_lost is not None:
+                group.create_task(self._lose_file(script.file_lost))
+            await asyncio.wait(callers)
+            self._over.set()
+            await asyncio.wait(processes)
+        if script.overflow == "sqlite":
+            await self._finish_leftovers()
+        await asyncio.sleep(100.0)  # until handlers that ignored their cancellation have ended
+        self._check()
+        if (left := virtual_loop().pending()) != [asyncio.current_task()]:
+            raise InvariantViolation(f"asyncio tasks are left: {left}")
+
+    async def _finish_leftovers(self) -> None:
+        """Start a last process, with a working store, that finishes all tasks that the others left."""
+        successor = await self._start(StoreFaults(), lease=3.0)
+        for plan in self.script.workers:
+            if plan.late is not None:
+                self._register(successor, plan)
+        successor.is_last = True
+        store, due = successor.store, virtual_loop().time() + TAKE_OVER
+        assert store is not None
+        await asyncio.sleep(2 * LEASE)
+        while await store.depths() or await store.conversations() or successor.supervisor.statistics().running:
+            if virtual_loop().time() > due:
+                raise InvariantViolation(f"records are left that no process takes: {await store.depths()}")
+            await asyncio.sleep(5.0)
+        await self._end(successor, StormLifetime(0.0, 0.0, "drain", None))
+
+    def _check(self) -> None:
+        fail_if_any("what handlers and callers see is as promised", self.violations)
+        fail_if_any("nothing is acknowledged into a file that was removed", self.acknowledged_into_lost_file)
+        alive = [process for process in self.processes if not process.dead]
+        for process in alive:
+            run_checks.check_closed_supervisor(process.record)
+            fail_if_any("what the supervisor did is as promised", [*self._wrong_events(process)])
+        if self.script.overflow == "sqlite":
+            tickets = [ticket for process in alive for ticket in process.tickets]
+            run_checks.check_shared_store(self.acknowledged, [process.record for process in self.processes], tickets)
+        else:
+            for process in alive:
+                run_checks.check_in_memory_run(process.record, process.tickets)
+        self._check_order()
+
+    def _wrong_events(self, process: StormProcess) -> Iterator[str]:
+        """Yield what events say that must not be, in a storm in which it has no excuse."""
+        script = self.script
+        for event in process.record.events:
+            if isinstance(event, TaskStarted) and event.attempt > 1 and script.orderly:
+                yield f"{event.task_id} started for the {event.attempt}th time, though no process crashed"
+            elif isinstance(event, TaskDeadLettered) and script.orderly:
+                yield f"{event.task_id} is a dead letter, though no process crashed: {event.error}"
+            elif isinstance(event, WorkerFailed) and not (script.wild or script.fails or "start" in event.reason):
+                yield f"at {event.at:.3f} s worker {event.worker_id!r} was blamed: {event.reason}"
+            elif isinstance(event, TaskFinished):
+                error = event.result.error or ""
+                if "before the overflow had stored it" in error and script.orderly and not process.hurried:
+                    yield f"{event.task_id} was lost by a drain with {process.limit} s: {error}"
+                expired = "deadline passed" in error or "after its deadline" in error
+                if expired and script.overflow != "sqlite" and event.at < self.due.get(event.task_id, 0.0) - 0.1:
+                    yield f"{event.task_id} expired {self.due[event.task_id] - event.at:.1f} s too early: {error}"
+
+    def _check_order(self) -> None:
+        """Check that the messages of each conversation began in the order of their submission."""
+        if not self.script.calm:
+            return
+        violations = [
+            f"conversation {thread!r} began in the order {numbers}"
+            for thread, numbers in self.order.items()
+            if numbers != sorted(numbers)
+        ]
+        fail_if_any("the messages of a conversation begin in the order of their submission", violations)
+
+
+def _forget(work: asyncio.Future[Any]) -> None:
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def run(seed: int) -> TaskStorm:
+    """Run the storm of one seed; raise if an invariant is violated, or at a deadlock or an unhandled error."""
+    storms: list[TaskStorm] = []
+    with tempfile.TemporaryDirectory() as directory:
+
+        async def main() -> None:
+            storms.append(TaskStorm(seed, Path(directory, "spill.db")))
+            await storms[0].run()
+
+        simulate(main, seed=seed, max_time=1e6)
+    return storms[0]
+
+
+if __name__ == "__main__":
+    import logging
+    import sys
+
+    logging.disable()
+    for argument in sys.argv[1:]:
+        outcome = run(int(argument))
+        print(argument, outcome.script, outcome.happened, sep="\n")
