@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from forebay.events import log
-from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_waiting
+from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from forebay.supervisor.ticket import Ticket
 
 _CLOSE_TIME = 5.0  # seconds, at least, that moving the queue to the overflow has when a supervisor closes
-_LATE_TIME = 0.05  # seconds, at least, that handlers have which are cancelled when the grace of the others is over
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,10 +138,7 @@ class Drain:
         """Begin to move the waiting tasks to the overflow, which survives the process."""
         spill.stored.stop_refilling()
         moving = QueueSpill(self._core, self._dispatcher, spill)
-        inside = [ticket for ticket in self._registry.live.values() if not _is_awaited_inside(ticket)]
-        for ticket in _behind_moved(inside):
-            ticket.cancel("earlier tasks of its conversation are left to the next process, and it may not be stored")
-        moving.start([ticket for ticket in inside if _may_move(ticket)])
+        moving.start([ticket for ticket in self._registry.live.values() if _may_move(ticket)])
         return moving
 
     def cancel_all(self) -> None:
@@ -214,24 +210,8 @@ class Drain:
         return not ticket.done()
 
 
-def _is_awaited_inside(ticket: Ticket) -> bool:
-    """Return whether a run that has not ended has submitted a task, and so may await it."""
-    return isinstance(ticket.parent, Run) and not ticket.parent.ended
-
-
 def _may_move(ticket: Ticket) -> bool:
-    """Return whether a task may wait in the overflow."""
-    return ticket.slot is None and (ticket.task.spill or ticket.stored)
-
-
-def _behind_moved(tickets: list[Ticket]) -> list[Ticket]:
-    """Return those that may not move, behind others of their conversation that do: they would overtake them."""
-    behind, moved = [], set()
-    for ticket in tickets:
-        if ticket.task.thread_id is None or not is_waiting(ticket):
-            continue
-        if _may_move(ticket):
-            moved.add(ticket.task.thread_id)
-        elif ticket.task.thread_id in moved:
-            behind.append(ticket)
-    return behind
+    """Return whether a task may wait in the overflow, and nobody inside awaits it."""
+    if ticket.slot is not None or not (ticket.task.spill or ticket.stored):
+        return False
+    return not isinstance(ticket.parent, Run) or ticket.parent.ended
