@@ -1,0 +1,184 @@
+"""Callers, models and requests that fail, beside healthy ones, drawn from a seed: they must not harm the healthy ones.
+
+Each storm runs twice: with the bad callers, and without them. The key has room for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections import Counter
+from typing import Any, Final
+
+import httpx
+from tests.support.simulated_transport import POISON, SimulatedTransport, chat
+from tests.support.supervisor_checks import InvariantViolation
+from tests.support.upstream_checks import check_upstream
+
+from forebay import Overloaded, Upstream, clock
+from forebay.retry import Retry
+from forebay.simulation import simulate
+from forebay.simulation.provider.provider_config import BusyReason, Faults, ProviderConfig
+from forebay.simulation.provider.simulated_provider import SimulatedProvider
+
+MODEL, OTHER_MODEL = "gpt-4o-mini", "gpt-4o"
+MINUTES: Final = 3
+MAX_WAIT: Final = 20.0  # seconds, of the upstream
+LONGEST_WAIT: Final = 1.5 * MAX_WAIT + 1.0  # seconds without being sent, rejected or sent again
+HEALTHY: Final = 12  # callers
+KINDS: Final = ("hasty", "dead", "silent", "poisoned", "leaving", "keeping", "cancelled", "hasty")
+LEAST: Final = {"leaving": 0.6, "keeping": 0.25}  # of the calls without them; these hold slots that others need
+USUAL: Final = 0.9
+MOST_SENT: Final = {"hasty": 1.35, "silent": 1.6, "dead": 1.6, "poisoned": 1.6}  # attempts for each call
+
+
+class BlameStorm:
+    """Healthy callers, with or without bad ones.
+
+    Attributes:
+        happened: how often each thing happened.
+        served: calls of healthy callers that were answered.
+    """
+
+    def __init__(self, seed: int, *, bad: bool = True) -> None:
+        self.seed = seed
+        rng = random.Random(f"blame {seed}")
+        self.kind = KINDS[seed % len(KINDS)]
+        self.share = rng.choice((0.05, 0.1, 0.2, 0.4))
+        self.bad = max(1, round(HEALTHY * self.share / (1 - self.share))) if bad else 0
+        self.same_model = rng.random() < 0.5  # of bad callers, where it is not the model that is bad
+        self.slots = HEALTHY if self.kind in ("leaving", "keeping") else 100
+        self.error = rng.choice((0.0, 0.02))
+        self.output_tokens = rng.choice((40, 100, 150))
+        self.happened: Counter[str] = Counter()
+        self.served = 0
+        self.calls = 0  # of bad callers
+        self.longest_wait = 0.0
+        self.kept: list[Any] = []
+        self.transport: SimulatedTransport
+
+    async def main(self) -> None:
+        """Let everybody call until the minutes are over, and check the upstream at rest."""
+        config = ProviderConfig(
+            slots=self.slots,
+            ttft=0.5,
+            tpot=0.03,
+            noise=0.2,
+            overcommit=1.0,
+            busy_reason=BusyReason.CONCURRENCY,
+            faults=Faults(error=self.error),
+        )
+        dead, silent = ((OTHER_MODEL,) if self.kind == kind else () for kind in ("dead", "silent"))
+        self.transport = SimulatedTransport(SimulatedProvider(config, seed=self.seed), dead=dead, silent=silent)
+        upstream = Upstream(
+            "llm",
+            provider="openai",
+            max_wait=MAX_WAIT,
+            retry=Retry(max_attempts=4, base_delay=0.2),
+            max_concurrent=self.slots if self.kind in ("leaving", "keeping") else None,
+        )
+        async with upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client:
+            async with asyncio.TaskGroup() as group:
+                for number in range(HEALTHY):
+                    group.create_task(self._healthy(client, number))
+                for number in range(self.bad):
+                    group.create_task(self._bad(client, number))
+            for response in self.kept:
+                await response.aclose()
+            gc.collect()  # streams that were dropped
+            await asyncio.sleep(60.0)
+        check_upstream(upstream)
+
+    async def _healthy(self, client: httpx.AsyncClient, number: int) -> None:
+        rng = random.Random(f"{self.seed}/healthy/{number}")
+        await asyncio.sleep(rng.uniform(0, 5))
+        while (start := clock.now()) < 60.0 * MINUTES:
+            request = chat(MODEL, "healthy Rivers?", output_tokens=self.output_tokens, max_tokens=200)
+            try:
+                response = await client.send(request)
+                name = "served" if response.status_code == 200 else f"status {response.status_code}"  # noqa: PLR2004
+                self.served += name == "served"
+            except Overloaded:
+                name = "rejected"
+                self.longest_wait = max(self.longest_wait, clock.now() - start)
+            except httpx.HTTPError as error:
+                name = type(error).__name__
+            self.happened[f"healthy {name}"] += 1
+            await asyncio.sleep(rng.uniform(0.2, 1.0))
+
+    async def _bad(self, client: httpx.AsyncClient, number: int) -> None:
+        rng = random.Random(f"{self.seed}/bad/{number}")
+        await asyncio.sleep(rng.uniform(0, 5))
+        while clock.now() < 60.0 * MINUTES:
+            self.calls += 1
+            try:
+                name = await self._bad_call(client, rng)
+            except Overloaded:
+                name = "rejected"
+            except (httpx.HTTPError, TimeoutError) as error:
+                name = type(error).__name__
+            self.happened[f"{self.kind} {name}"] += 1
+            await asyncio.sleep(rng.uniform(0.2, 1.0))
+
+    async def _bad_call(self, client: httpx.AsyncClient, rng: random.Random) -> str:
+        model = OTHER_MODEL if self.kind in ("dead", "silent") or not self.same_model else MODEL
+        text = f"{POISON} Rivers?" if self.kind == "poisoned" else "bad Rivers?"
+        request = chat(
+            model, text, output_tokens=self.output_tokens, max_tokens=200, stream=self.kind in ("leaving", "keeping")
+        )
+        if self.kind in ("hasty", "silent"):
+            seconds = 0.4 * (0.5 + 0.03 * self.output_tokens) if self.kind == "hasty" else rng.uniform(2, 10)
+            request.extensions["timeout"] = httpx.Timeout(seconds).as_dict()
+        if self.kind == "cancelled":
+            async with asyncio.timeout(rng.uniform(0, 3)):
+                await client.send(request)
+            return "served"
+        if self.kind in ("leaving", "keeping"):
+            response = await client.send(request, stream=True)
+            chunks = response.aiter_raw()
+            async for _ in chunks:
+                break
+            if self.kind == "keeping":
+                self.kept.append(response)
+            cycle: list[Any] = [response, chunks]
+            cycle.append(cycle)  # as the streams of SDKs refer to themselves
+            return "left"
+        return f"status {(await client.send(request)).status_code}"
+
+    def check(self, alone: BlameStorm) -> None:
+        """Check that the healthy callers are served nearly as if they were alone."""
+        least = LEAST.get(self.kind, USUAL)
+        if self.served < least * alone.served:
+            raise InvariantViolation(
+                f"beside {self.bad} callers that are {self.kind} {self.served} calls are served, {alone.served} without"
+            )
+        if self.longest_wait > LONGEST_WAIT:
+            raise InvariantViolation(f"a call waited {self.longest_wait:.0f} s beside callers that are {self.kind}")
+        sent = len(self.transport.sent) - self.happened.total()
+        most = (MOST_SENT.get(self.kind, 1.2) - 1.0) * self.calls + 0.1 * self.happened.total() + 5
+        if sent > most:
+            raise InvariantViolation(f"beside callers that are {self.kind} {sent} more attempts are made than calls")
+        if self.kind in ("leaving", "keeping") and self.transport.peak > self.slots:
+            raise InvariantViolation(f"{self.transport.peak} calls were in flight of {self.slots}")
+
+
+def run(seed: int) -> BlameStorm:
+    """Run the storm of a seed; raise if an invariant is violated."""
+    storm, alone = BlameStorm(seed), BlameStorm(seed, bad=False)
+    gc.freeze()  # the collections that look for dropped streams need not visit all modules
+    try:
+        simulate(storm.main, seed=seed, max_time=36_000.0)
+        simulate(alone.main, seed=seed, max_time=36_000.0)
+    finally:
+        gc.unfreeze()
+    storm.check(alone)
+    return storm
+
+
+if __name__ == "__main__":
+    import sys
+
+    for argument in sys.argv[1:]:
+        outcome = run(int(argument))
+        print(argument, outcome.kind, outcome.happened, sep="\n")
