@@ -166,6 +166,13 @@ def test_headers_of_a_past_window_do_not_change_the_next() -> None:
     assert limiter.wait(62.0, Charge(requests=60)).seconds == 0
 
 
+def test_a_window_that_begins_with_its_first_call_stays_a_window() -> None:
+    limiter = limiter_with_window()
+    for start in (62.0, 124.0, 186.0):  # each two seconds later than the one before would have begun
+        call(limiter, start, requests_headers(remaining=59, reset=60.0))
+    assert limiter.wait(187.0, Charge(requests=60)).seconds == pytest.approx(246.0 - 187.0, abs=0.5)
+
+
 def test_a_bucket_stays_a_bucket() -> None:
     limiter = RateLimiter()
     for now in range(0, 300, 5):
