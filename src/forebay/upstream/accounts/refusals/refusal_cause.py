@@ -28,9 +28,9 @@ class RefusalCause:
     """A score of the evidence for a rate, and against a limit on the calls in flight.
 
     A limit on the calls in flight refuses only calls beyond it. So it is not the cause of a refusal if a call with as
-    many calls in flight was accepted a few seconds before or after. A refusal of which that is true counts for a rate, if
-    it is not one of many in a row, as after a fall of the limit, and each other one against it. What the provider says
-    about the cause decides only until such evidence outweighs it.
+    many calls in flight was accepted a few seconds before or after. A refusal of which that is true counts for a rate,
+    if it is not one of many in a row, as after a fall of the limit, and each other one against it. What the provider
+    says about the cause decides only until such evidence outweighs it.
     """
 
     __slots__ = (
