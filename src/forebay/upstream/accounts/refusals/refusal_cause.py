@@ -8,9 +8,10 @@ from typing import Final, NamedTuple
 
 _RECENT: Final = 10.0  # seconds in which a call that was accepted contradicts a refusal; before it, up to twice as long
 _NAMED: Final = 5.0  # weight of words or headers that name a rate, in refusals
+_SAYS_CONCURRENCY: Final = 3.0  # weight of words that name the calls in flight: each fall of such a limit looks alike
 _ENOUGH: Final = 4.0  # score from which a rate is the likely cause ...
 _ENOUGH_MEASURED: Final = 0.0  # ... where a rate has been measured, which explains the refusal
-_MAX_SCORE: Final = 6.0
+_MAX_SCORE: Final = 9.0
 _MIN_SCORE: Final = -3.0
 _DECAY: Final = 0.1  # of the score for each accepted call: stray refusals, a few in a hundred, do not add up
 _ROW: Final = 3  # refusals in a row that count for a rate: a limit that falls refuses many, all below what was accepted
@@ -51,14 +52,16 @@ class RefusalCause:
         """The most calls in flight with which a call was accepted recently."""
         return max(self._peak, self._earlier_peak)
 
-    def is_rate(self, *, measured: bool, named: bool = False) -> bool:
+    def is_rate(self, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
         """Return whether a rate is the likely cause of refusals now.
 
         Args:
             measured: a rate has been measured.
             named: they name a rate, or a time after which to come back.
+            says_concurrency: they name the calls in flight.
         """
-        return self._score + _NAMED * named >= (_ENOUGH_MEASURED if measured else _ENOUGH)
+        said = _NAMED * named - _SAYS_CONCURRENCY * says_concurrency
+        return self._score + said >= (_ENOUGH_MEASURED if measured else _ENOUGH)
 
     def record_accepted(self, now: float, sent_at: float, in_flight: int, *, decays: bool) -> None:
         """Note that a call was accepted.
