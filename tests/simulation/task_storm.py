@@ -38,7 +38,7 @@ from forebay.testing import EventRecord
 PATIENCE: Final = 3_000.0  # seconds in which everything must have ended: many times the work of a storm
 HURRY: Final = 2.0  # seconds: four of the slowest writes
 MAX_DELAY: Final = 2 * LEASE + GRACE + 10.0  # seconds until a process sees what another one did, or failed to do
-TAKE_OVER: Final = 600.0  # seconds in which a process with a working store has done what others have left
+TAKE_OVER: Final = 400.0  # seconds in which a process knows that a lease is another clock's, and takes the task over
 MAX_ACTIONS: Final = 200  # of all hooks of one storm
 
 
@@ -606,9 +606,12 @@ class TaskStorm:
         store, due = successor.store, virtual_loop().time() + TAKE_OVER
         assert store is not None
         await asyncio.sleep(2 * LEASE)
+        ended_before = self.acknowledged.ended.total()
         while await store.depths() or self._unfinished() or successor.supervisor.statistics().running:
+            if (ended := self.acknowledged.ended.total()) > ended_before:
+                ended_before, due = ended, virtual_loop().time() + TAKE_OVER
             if virtual_loop().time() > due:
-                message = f"what others have left has not ended in {TAKE_OVER:.0f} s: {self._unfinished()[:10]}"
+                message = f"for {TAKE_OVER:.0f} s nothing ended of what others have left: {self._unfinished()[:10]}"
                 raise InvariantViolation(message)
             await asyncio.sleep(5.0)
         await self._end(successor, StormLifetime(0.0, 0.0, "drain", None))
