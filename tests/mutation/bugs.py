@@ -687,11 +687,16 @@ def the_last_callers_are_reset() -> None:
 
 
 def sinks_are_called_in_the_middle_of_the_supervisors_work() -> None:
+    original = EventBus.emit
+
     def emit(self: EventBus, event: Event) -> None:
-        for name, sink in self._sinks:
+        sinks, self._sinks = self._sinks, ()
+        original(self, event)
+        self._sinks = sinks
+        for name, sink in sinks:
             _hooks.call_plain_hook(name, sink, event)
 
-    replace(EventBus, EventBus.emit, emit)
+    replace(EventBus, original, emit)
 
 
 def a_hook_that_raises_stops_its_caller() -> None:

@@ -95,7 +95,7 @@ class StormProcess:
     is_last: bool = False
     limit: float | None = None  # of its drain
     started_at: float = 0.0
-    closed_at: float = math.inf  # without a drain
+    closing_from: float = math.inf  # the number of its events before it was closed without a drain
     at_work: Counter[str] = field(default_factory=Counter)
     talking: Counter[str] = field(default_factory=Counter)
     tickets: list[Ticket] = field(default_factory=list)
@@ -416,9 +416,9 @@ class TaskStorm:
                     if took > (lifetime.limit or 0.0) + GRACE + 0.1:
                         self._wrong(f"a drain of at most {lifetime.limit} s and a grace of {GRACE} s took {took:.3f} s")
                 case "close":
-                    process.closed_at = virtual_loop().time()
+                    process.closing_from = len(process.record.events)
                 case "fail":
-                    process.closed_at = virtual_loop().time()
+                    process.closing_from = len(process.record.events)
                     await supervisor.__aexit__(ValueError, ValueError(), None)
                 case "crash":
                     await self._crash(process)
@@ -640,9 +640,9 @@ class TaskStorm:
         """Yield what events say that must not be, in a storm in which it has no excuse."""
         script = self.script
         orderly = script.orderly and not self._started_after_step()
-        for event in process.record.events:
-            if isinstance(event, TaskStarted) and event.at > process.closed_at and not script.wild:
-                yield f"{event.task_id} started {event.at - process.closed_at:.3f} s after closing had begun"
+        for number, event in enumerate(process.record.events):
+            if isinstance(event, TaskStarted) and number >= process.closing_from and not script.wild:
+                yield f"{event.task_id} started at {event.at:.3f} s, after closing had begun"
             elif isinstance(event, TaskStarted) and event.attempt > 1 and orderly:
                 yield f"{event.task_id} started for the {event.attempt}th time, though no process crashed"
             elif isinstance(event, TaskDeadLettered) and orderly:
