@@ -162,7 +162,9 @@ class TableStorm:
         self.seed = seed
         rng = random.Random(f"tables {seed}")
         self.kind = ("tenant", "model", "key")[seed % 3]
-        self.others = {"tenant": rng.randint(10_100, 11_000), "model": rng.randint(1_100, 4_000), "key": 1_100}[self.kind]
+        self.others = {"tenant": rng.randint(10_100, 11_000), "model": rng.randint(1_100, 4_000), "key": 1_100}[
+            self.kind
+        ]
         self.happened: Counter[str] = Counter()
 
     async def main(self) -> None:
