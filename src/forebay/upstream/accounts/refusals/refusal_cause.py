@@ -12,6 +12,8 @@ _ENOUGH: Final = 4.0  # score from which a rate is the likely cause ...
 _ENOUGH_MEASURED: Final = 0.0  # ... where a rate has been measured, which explains the refusal
 _MAX_SCORE: Final = 6.0
 _MIN_SCORE: Final = -3.0
+_DISPROVED: Final = -50.0  # score after a learned rate was disproved; each further time it is twice as low ...
+_MIN_DISPROVED: Final = -200.0  # ... down to this
 _DECAY: Final = 0.1  # of the score for each accepted call: stray refusals, a few in a hundred, do not add up
 _MAX_REFUSALS: Final = 64  # that are remembered
 
@@ -31,12 +33,13 @@ class RefusalCause:
     outweighs it.
     """
 
-    __slots__ = ("_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_score", "_window_start")
+    __slots__ = ("_disproved", "_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_score", "_window_start")
 
     def __init__(self) -> None:
         self._peak = self._earlier_peak = 0  # most calls in flight with an accepted one
         self._window_start = -math.inf
         self._score = 0.0
+        self._disproved = 0.0  # the score that was set when a learned rate was disproved latest; 0 for never
         self._judged_at = -math.inf  # when the latest refusal arrived that was counted against a rate
         self._refusals: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)
         self._open: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)  # those that nothing contradicts yet
@@ -96,6 +99,11 @@ class RefusalCause:
             self._open.append(refusal)
             self._count(-1.0)
 
+    def disprove_rate(self) -> None:
+        """Note that refusals went on at any rate: much more evidence is needed to take a rate for their cause again."""
+        self._disproved = max(_MIN_DISPROVED, 2 * self._disproved) if self._disproved else _DISPROVED
+        self._score = self._disproved
+
     def _contradict(self, sent_at: float, in_flight: int) -> None:
         """Count the refusals that a call accepted with `in_flight` calls in flight contradicts, as one."""
         while self._open and self._open[0].at < sent_at - _RECENT:
@@ -107,7 +115,7 @@ class RefusalCause:
             self._open.remove(refusal)
 
     def _count(self, evidence: float) -> None:
-        self._score = max(_MIN_SCORE, min(_MAX_SCORE, self._score + evidence))
+        self._score = max(min(_MIN_SCORE, self._score), min(_MAX_SCORE, self._score + evidence))
 
     def _move_window(self, now: float) -> None:
         if now >= self._window_start + _RECENT:

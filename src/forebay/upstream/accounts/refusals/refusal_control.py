@@ -72,6 +72,9 @@ class RefusalControl:
         lasted = block.ended - block.began
         if self._quota_explains or self._cause.is_rate(measured=self.rate.measured):
             self.rate.learn(now, block, guess=not self._quota_explains)
+            if self.rate.is_disproved():
+                self.rate.forget()
+                self._cause.disprove_rate()
         else:
             self.rate.forget()
             if lasted >= _MIN_PENALTY:
