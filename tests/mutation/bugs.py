@@ -700,6 +700,10 @@ def no_rate_is_learned() -> None:
     always(LearnedRate, LearnedRate.learn, returns=None)
 
 
+def a_learned_rate_is_believed_however_far_it_falls() -> None:
+    always(LearnedRate, LearnedRate.is_disproved, returns=False)
+
+
 def a_penalty_is_tried_again_at_once() -> None:
     original = RefusalControl.limit
 

@@ -111,11 +111,12 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
                     dialect=Dialect.OPENAI,
                 )
                 response = await self._answer(call, body, sent)
-            streaming = call.stream and response.status_code == 200
-            return response
         except TimeoutError:
             message = "the provider did not answer in time"
             raise httpx.ReadTimeout(message, request=request) from None
+        else:
+            streaming = call.stream and response.status_code == 200
+            return response
         finally:
             if not streaming:
                 self.in_flight -= 1

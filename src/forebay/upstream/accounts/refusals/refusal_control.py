@@ -74,6 +74,9 @@ class RefusalControl:
         rate = self._cause.is_rate(measured=self.rate.measured, says_concurrency=self._says_concurrency)
         if self._quota_explains or rate:
             self.rate.learn(now, block, guess=not self._quota_explains)
+            if self.rate.is_disproved():
+                self.rate.forget()
+                self._cause.disprove_rate()
         else:
             self.rate.forget()
             if lasted >= _MIN_PENALTY:
