@@ -35,7 +35,7 @@ mutation: install ## mutate what decides: ARGS="breaker retry --most 0"; then in
 	@$(RUN) tests.mutation $(ARGS)
 	@$(RUN) pytest --quiet --numprocesses $(JOBS) tests/mutation
 
-sim: install ## run thousands of random surges with faults, one for each seed: ARGS="--seeds 0:5000 --failures 1"
+sim: install ## run thousands of random surges and storms with faults, one for each seed: ARGS="--seeds 0:5000 --failures 1"
 	@$(RUN) tests.simulation.explore $(ARGS)
 
 check: install ## check lint, format, types, and the layers of imports

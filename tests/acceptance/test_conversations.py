@@ -214,7 +214,7 @@ async def test_messages_keep_their_order_over_a_restart(file: str) -> None:
 
 @pytest.mark.parametrize("first", [{}, {"durable": True}])
 @virtual
-async def test_no_message_starts_while_those_before_it_move_to_the_overflow(file: str, first: dict[str, bool]) -> None:
+async def test_no_message_starts_while_those_before_it_move_to_the_overflow(file: str, first: dict[str, Any]) -> None:
     agent = Agent()
     supervisor = make_supervisor(agent, file, slots=1)
     supervisor.register_worker("other", handler=agent, task_types=["other"])

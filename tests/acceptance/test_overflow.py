@@ -34,6 +34,7 @@ from forebay import (
     Verdict,
 )
 from forebay.errors import DuplicateTask, StillSpilled
+from forebay.overflow import MemoryTaskStore
 
 pytestmark = pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
 
@@ -763,6 +764,32 @@ async def test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store
     assert went == [leaving != "second", leaving in ("second", "both")]
     assert all(gone or outcome == "first" for gone, outcome in zip(went, outcomes, strict=True))
     assert [task.payload for task in agent.calls if task.payload != 0] == ([] if leaving == "both" else ["first"])
+
+
+class SlowLookups(MemoryTaskStore):
+    """A store that answers each lookup of a key later than the one before."""
+
+    seconds = 0.1
+
+    async def find_key(self, key: str) -> str | None:
+        self.seconds *= 3
+        await asyncio.sleep(self.seconds)
+        return await super().find_key(key)
+
+
+@pytest.mark.parametrize("first_leaves", [0.4, 0.8])
+@virtual
+async def test_a_keyed_task_goes_on_for_those_who_still_wait_for_the_lookup_of_its_key(first_leaves: float) -> None:
+    agent = Agent(5.0)
+    async with BackpressureSupervisor(overflow=SlowLookups()) as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["pay"])
+        first, second = (
+            asyncio.ensure_future(supervisor.run(Task("pay", name, key="k"))) for name in ("first", "second")
+        )
+        await asyncio.sleep(first_leaves)  # the second lookup takes 0.9 seconds
+        first.cancel()
+        assert await second == "first"
+    assert [task.payload for task in agent.calls] == ["first"]
 
 
 async def wait_until_undecided(supervisor: BackpressureSupervisor) -> None:

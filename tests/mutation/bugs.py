@@ -205,14 +205,14 @@ def the_next_message_of_a_conversation_is_not_looked_for() -> None:
 
 
 def the_next_message_starts_while_those_before_it_move() -> None:
-    def _take(self: QueueSpill, ticket: Ticket) -> None:
-        self._dispatcher.dequeue(ticket)
-        if ticket.stored:
-            self._spill.stored.release(ticket)
-        else:
-            self._hold(ticket)
+    original = QueueSpill._take
 
-    replace(QueueSpill, QueueSpill._take, lambda self, ticket: is_waiting(ticket) and _take(self, ticket))
+    def _take(self: QueueSpill, ticket: Ticket) -> None:
+        if is_waiting(ticket):
+            self._conversations.clear()
+            original(self, ticket)
+
+    replace(QueueSpill, original, _take)
 
 
 def what_may_not_move_overtakes_what_moves() -> None:
@@ -781,11 +781,16 @@ def the_last_callers_are_reset() -> None:
 
 
 def sinks_are_called_in_the_middle_of_the_supervisors_work() -> None:
+    original = EventBus.emit
+
     def emit(self: EventBus, event: Event) -> None:
-        for name, sink in self._sinks:
+        sinks, self._sinks = self._sinks, ()
+        original(self, event)
+        self._sinks = sinks
+        for name, sink in sinks:
             _hooks.call_plain_hook(name, sink, event)
 
-    replace(EventBus, EventBus.emit, emit)
+    replace(EventBus, original, emit)
 
 
 def a_hook_that_raises_stops_its_caller() -> None:
@@ -837,6 +842,10 @@ def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
     always(WorkerStarts, WorkerStarts._end_waiting, returns=None)
 
 
+def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
+    replace(Dispatcher, Dispatcher.return_to_store, Dispatcher.requeue)
+
+
 def closing_ignores_a_start_in_progress() -> None:
     original = BackpressureSupervisor._close
 
@@ -858,6 +867,17 @@ def the_first_caller_of_a_key_takes_the_task_with_it() -> None:
             raise
 
     replace(_Undecided, original, wait)
+
+
+def a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key() -> None:
+    original = AdmissionController._new_ticket
+
+    def _new_ticket(self: AdmissionController, task: Any, parent: Any) -> Ticket:
+        ticket = original(self, task, parent)
+        ticket.shared = False
+        return ticket
+
+    replace(AdmissionController, original, _new_ticket)
 
 
 def an_ended_task_holds_what_its_handler_held() -> None:

@@ -312,9 +312,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_worker_that_cannot_be_started_leaves_its_tasks_waiting: (
         test_lifecycle.test_a_worker_whose_start_fails_is_failed_until_it_starts
     ),
+    bugs.a_stored_task_is_held_though_its_worker_cannot_be_started: (
+        test_lifecycle.test_a_stored_task_that_waits_for_a_start_that_fails_runs_after_the_next_one
+    ),
     bugs.closing_ignores_a_start_in_progress: test_lifecycle.test_closing_undoes_a_start_in_progress,
     bugs.the_first_caller_of_a_key_takes_the_task_with_it: (
         test_overflow.test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store_decides
+    ),
+    bugs.a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key: (
+        test_overflow.test_a_keyed_task_goes_on_for_those_who_still_wait_for_the_lookup_of_its_key
     ),
     bugs.an_ended_task_holds_what_its_handler_held: (
         test_events.test_an_ended_task_keeps_no_local_variable_of_its_handler

@@ -1,6 +1,6 @@
 """Surges, storms and supervisor scripts for ranges of seeds, on all cores: ``make sim ARGS="--seeds 0:5000"``.
 
-``--plant NAME`` injects a bug of ``tests/mutation/bugs.py`` first, and stops at the first seed that finds it.
+``--inject NAME`` injects a bug of ``tests/mutation/bugs.py`` first, and stops at the first seed that finds it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.simulation import (
 )
 
 TIMEOUT = 300  # real seconds for one seed or batch
-PLANTED_SEEDS = range(200)
+INJECTED_SEEDS = range(200)
 BATCH = 100  # scripts
 TASK_STORMS = (task_storm, conversation_mix, hook_storm, fair_share)
 CALL_STORMS = (control_storm, blame_storm, money_storm)
@@ -57,14 +57,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, help=f"batches of {BATCH} scripts, by default 0:40")
     parser.add_argument("--failures", type=int, default=10, help="stop after that many failures")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; by default one per core")
-    parser.add_argument("--plant", metavar="NAME", help="inject a bug of tests/mutation/bugs.py; stop once it is found")
+    parser.add_argument(
+        "--inject", metavar="NAME", help="inject a bug of tests/mutation/bugs.py; stop once it is found"
+    )
     options = parser.parse_args()
     named = (options.seeds, options.storms, options.batches) != (None, None, None)  # then the others are left out
-    defaults = (range(0), PLANTED_SEEDS, range(0)) if options.plant else (range(2000), range(500), range(40))
+    defaults = (range(0), INJECTED_SEEDS, range(0)) if options.inject else (range(2000), range(500), range(40))
     for name, default in zip(("seeds", "storms", "batches"), defaults, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, range(0) if named else default)
-    if options.plant:
+    if options.inject:
         options.failures = 1
     return options
 
@@ -150,7 +152,7 @@ def outcomes(pool: ProcessPoolExecutor, jobs: Iterator[Job], ahead: int) -> Iter
         yield from (future.result() for future in done)
 
 
-def plant(name: str | None) -> None:
+def inject(name: str | None) -> None:
     """Inject a bug into this process."""
     if name:
         getattr(bugs, name)()
@@ -171,15 +173,15 @@ def main() -> int:
         (one_call_surge, number, f".venv/bin/python -m tests.simulation.call_surge {number}")
         for number in options.seeds
     )
-    planted = f" --plant {options.plant}" if options.plant else ""
+    injected = f" --inject {options.inject}" if options.inject else ""
     storms: Iterator[Job] = (
-        (storm, number, f'make sim ARGS="--storms {number}{planted}"')
+        (storm, number, f'make sim ARGS="--storms {number}{injected}"')
         for number in options.storms
         for storm in (one_storm, one_call_storm)
     )
     jobs = itertools.chain(scripts, storms, surges, calls)
-    with ProcessPoolExecutor(options.jobs, initializer=plant, initargs=(options.plant,)) as pool:
-        for failure, what in outcomes(pool, jobs, (1 if options.plant else 4) * options.jobs):
+    with ProcessPoolExecutor(options.jobs, initializer=inject, initargs=(options.inject,)) as pool:
+        for failure, what in outcomes(pool, jobs, (1 if options.inject else 4) * options.jobs):
             happened += what
             happened["surges"] += not failure and not {"scripts", "storms"} & set(what)
             if failure:

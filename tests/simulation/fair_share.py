@@ -82,10 +82,8 @@ class FairShare:
 
     def check_users(self) -> None:
         """Check that users wait no longer beside conversations with many messages."""
-        alone, beside = (
-            self._simulate(lambda supervisor, messages=messages: self._longest_wait(supervisor, messages))
-            for messages in (1, self.messages)
-        )
+        alone = self._simulate(lambda supervisor: self._longest_wait(supervisor, 1))
+        beside = self._simulate(lambda supervisor: self._longest_wait(supervisor, self.messages))
         # The busy conversations take a slot each all the time, and a nested task of theirs goes first.
         share = self.slots / (self.slots - self.conversations) if self.slots > self.conversations else 2.0
         if beside > share * alone + 3 * SERVICE:

@@ -9,6 +9,7 @@ from typing import Final
 from tests.support.unreliable_store import StoreFaults
 
 TYPES: Final = ("plan", "act", "write")
+LATE_TYPE: Final = "late"  # only served by workers that are registered late
 LEASE: Final = 10.0  # seconds
 GRACE: Final = 2.0  # seconds that a cancelled handler has to stop
 _ENDS: Final = ("drain", "drain within", "drain within", "close", "fail", "crash", "crash")
@@ -35,7 +36,7 @@ class StormWorker:
     timeout: float
     late: float | None  # seconds after the start of its process at which it is registered
     start_time: float | None  # seconds; None: its handler need not be started
-    fails_to_start: bool
+    start_fails: float  # probability
     hooks: frozenset[str]
 
 
@@ -59,6 +60,7 @@ class StormScript:
     conversations: int
     messages: int  # of the busiest conversation
     tasks: int  # without a conversation
+    work: float  # seconds at most, before a nested task and after it
     nests: float  # probabilities
     impatient: float
     durable: float
@@ -78,10 +80,15 @@ class StormScript:
         return not (faults.hangs or faults.loses_reply or faults.outages) and self.file_lost is None
 
     @property
+    def blameless(self) -> bool:
+        """True if no handler fails, hangs or waits for a store that hangs."""
+        return not (self.wild or self.fails or self.faults.hangs)
+
+    @property
     def orderly(self) -> bool:
-        """True if no process crashes, no handler outlives its process, and no lease is lost."""
+        """True if no process crashes, no handler outlives its process, and the store does what it is told."""
         ends = {lifetime.end for lifetimes in self.lifetimes for lifetime in lifetimes}
-        return self.calm and not self.wild and "crash" not in ends and not self.clock_steps
+        return self.calm and not self.wild and "crash" not in ends
 
     @classmethod
     def draw(cls, rng: random.Random) -> StormScript:
@@ -97,11 +104,12 @@ class StormScript:
             lifetimes=lifetimes,
             workers=_workers(rng, wild=wild, fails=fails),
             max_queue_size=choice((None, None, 0, 1, 5, 20)),
-            keep_results=choice((0, 5, 1000)),
+            keep_results=1000 if stored else choice((0, 5, 1000)),  # a dropped one that is asked for would end again
             spread=spread,
             conversations=rng.randint(0, 5),
             messages=choice((5, 15, 40)),
-            tasks=choice((5, 20, 60)),
+            tasks=choice((5, 20, 60, 120)),
+            work=choice((0.3, 0.3, 2.0)),
             nests=choice((0.0, 0.3, 0.9)),
             impatient=choice((0.0, 0.2)),
             durable=choice((0.0, 0.3, 1.0)) if stored else 0.0,
@@ -118,20 +126,24 @@ class StormScript:
 
 def _workers(rng: random.Random, *, wild: bool, fails: float) -> tuple[StormWorker, ...]:
     workers = []
-    for number in range(rng.randint(1, 3)):
+    split = rng.random() < 0.5  # each type has a worker of its own
+    for number in range(len(TYPES) if split else rng.randint(1, 3)):
         slots = rng.randint(1, 4)
-        late = None if number == 0 or rng.random() < 0.7 else rng.uniform(0.0, 5.0)
+        late = None if split or number == 0 or rng.random() < 0.7 else rng.uniform(0.0, 5.0)
+        kinds = (TYPES[number],) if split else TYPES if number == 0 else tuple(rng.sample(TYPES, rng.randint(1, 3)))
+        if late is not None:
+            kinds += (LATE_TYPE,)
         hooks = ("on_end", "on_cancel", "async on_cancel", "stop")
         workers.append(
             StormWorker(
                 f"w{number}",
-                TYPES if number == 0 else tuple(rng.sample(TYPES, rng.randint(1, 3))),
+                kinds,
                 slots,
                 rng.choice((None, None, slots, 3 * slots)),
                 rng.choice((10.0, 1000.0, 1000.0)) if fails else 1000.0,
                 late,
                 None if late is None or rng.random() < 0.3 else rng.uniform(0.0, 3.0),
-                fails_to_start=rng.random() < 0.3,
+                start_fails=rng.choice((0.0, 0.5, 1.0)),
                 hooks=frozenset(hook for hook in hooks if wild and rng.random() < 0.5),
             )
         )
@@ -143,7 +155,7 @@ def _lifetimes(rng: random.Random, stored: bool, spread: float) -> tuple[StormLi
     lifetimes = []
     at = rng.choice((0.0, 0.0, 1.0))
     for _ in range(rng.choice((0, 1, 1, 3)) if stored else rng.choice((0, 0, 1))):
-        ends = at + rng.uniform(0.1, 5.0 + spread)
+        ends = at + rng.uniform(0.1, rng.choice((1.0, 5.0 + spread)))
         end = rng.choice(_ENDS if stored else _ENDS[:5])
         lifetimes.append(StormLifetime(at, ends, end, rng.choice((0.0, 0.005, 0.1, 1.0, 5.0))))
         at = ends + rng.uniform(0.0, 2 * LEASE)
@@ -155,7 +167,7 @@ def _store_faults(rng: random.Random) -> StoreFaults:
     at = rng.uniform(0.0, 20.0)
     return StoreFaults(
         slow=rng.choice((0.005, 0.05, 0.5)),
-        hangs=rng.choice((0.0, 0.0, 0.02)),
+        hangs=rng.choice((0.0, 0.0, 0.02, 0.2)),
         hang=2 * LEASE,
         loses_reply=rng.choice((0.0, 0.0, 0.02)),
         outages=((at, at + rng.uniform(0.5, 2 * LEASE)),) if rng.random() < 0.3 else (),

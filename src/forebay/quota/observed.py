@@ -236,7 +236,11 @@ class ObservedLimit:
         return holds <= self.bucket.amount + rounding and _gap(one.holds, other.holds) <= rounding
 
     def _tell_bucket_from_window(self, last: _ResetObservation, seen: _ResetObservation) -> None:
-        """Tell a bucket, which holds the same when full, from a window, which is full at the same moment."""
+        """Tell a bucket, which holds the same when full, from a window, which is full at the same moment.
+
+        A window may move, where each begins with its first call. Seen at its begin alone it holds the same each time,
+        but more than any bucket: what is left, and a whole amount besides.
+        """
         bucket = self.bucket
         tolerance = _TOLERANCE * bucket.period
         moved = _gap(last.full_at, seen.full_at, bucket.period) > tolerance
@@ -245,7 +249,7 @@ class ObservedLimit:
             if bucket.window_end is None:
                 bucket.window_end = seen.full_at[1]
                 bucket.capacity = bucket.amount
-        elif moved and not changed:
+        elif moved and not changed and seen.holds[0] <= bucket.amount + bucket.rate + _ROUNDING:
             bucket.window_end = None
             bucket.capacity = min(bucket.amount, max(1.0, seen.holds[1]))
             bucket.level = min(bucket.level, bucket.capacity)

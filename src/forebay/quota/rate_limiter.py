@@ -183,8 +183,15 @@ class RateLimiter:
         self._open[reservation.number] = reservation
         return reservation
 
-    def settle(self, now: float, reservation: QuotaReservation, used: Charge) -> None:
+    def settle(self, now: float, reservation: QuotaReservation, used: Charge, *, failed: bool = False) -> None:
         """Replace a reservation by what the call used: an excess is refunded, a shortfall becomes a debt.
+
+        Args:
+            now: when it ended.
+            reservation: of the call.
+            used: by the call.
+            failed: the provider failed. Some count such a request, others do not. A learned quota takes it as not
+                counted, since the next header corrects that; a given one as counted.
 
         Raises:
             ReservationClosed: it was settled, released or recorded as throttled before.
@@ -194,7 +201,7 @@ class RateLimiter:
         for unit, _, bucket in self._given:
             _adjust(bucket, now, getattr(reservation.charge, unit) - getattr(used, unit))
         for unit, observed in self._observed.items():
-            excess = getattr(reservation.charge, unit) - getattr(used, unit)
+            excess = getattr(reservation.charge, unit) - (0 if failed and unit == "requests" else getattr(used, unit))
             snapshot = reservation.snapshots.get(unit)
             if snapshot is None or (excess > 0 and snapshot.window_number != observed.bucket.window_number):
                 continue  # that window is over, and with it what was reserved in it

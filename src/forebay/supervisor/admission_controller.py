@@ -108,6 +108,7 @@ class AdmissionController:
         self._state = _OPEN
         self._keys = core.registry.by_key
         self._undecided: dict[str, _Undecided] = {}  # by key
+        self._key_lookups: dict[str, int] = {}  # callers that wait until the store has looked for their key
         self.try_admit: TryAdmit = self._try_admit  # forebay.testing replaces it
 
     @property
@@ -230,7 +231,13 @@ class AdmissionController:
         while (undecided := self._undecided.get(key)) is not None:
             await undecided.wait()  # then look again: it may have been rejected
         if key not in self._keys and self._dispatcher.spill is not None:
-            found = await self._dispatcher.spill.lookup.by_key(key)
+            self._key_lookups[key] = self._key_lookups.get(key, 0) + 1
+            try:
+                found = await self._dispatcher.spill.lookup.by_key(key)
+            finally:
+                self._key_lookups[key] -= 1
+                if not self._key_lookups[key]:
+                    del self._key_lookups[key]
             if key in self._keys:
                 return await self._find_by_key(key)  # submitted meanwhile
             if found is not None:
@@ -258,6 +265,8 @@ class AdmissionController:
             ticket.nest(order_time=active[-1].ticket.place_in_store)
         if task.key is not None:
             self._keys[task.key] = ticket
+            if task.key in self._key_lookups:
+                ticket.share()
         return ticket
 
     def _try_admit(self, ticket: Ticket, pool: Pool, *, may_spill: bool) -> Refusal | None:
@@ -409,7 +418,9 @@ class AdmissionController:
                 self._registry.discard(ticket)
             elif ticket.cancel_reason is not None:
                 ticket.cancel(ticket.cancel_reason)
-            elif not undecided.callers:
+            elif undecided.callers > 1:
+                ticket.share()
+            elif not undecided.callers and ticket.task.key not in self._key_lookups:
                 ticket.cancel(_ABANDONED)
 
         answer = self._core.run_to_completion(deciding)
@@ -526,7 +537,9 @@ class _Undecided:
             await asyncio.wait((self._answer,))
         except asyncio.CancelledError:
             self.callers -= 1
-            if not self.callers and self._answer.done():  # otherwise the answer may find another caller
+            if (
+                not self.callers and not self._ticket.shared and self._answer.done()
+            ):  # otherwise the answer may find another caller
                 self._ticket.cancel(_ABANDONED)
             raise
 

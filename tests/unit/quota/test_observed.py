@@ -55,6 +55,21 @@ def test_calls_sent_after_the_answered_one_are_still_taken_off() -> None:
     assert learned_level(limiter, 0.0) == 50
 
 
+def test_a_request_that_the_provider_failed_is_not_taken_as_counted_until_a_header_says_so() -> None:
+    limiter = limiter_with_window(remaining=50)
+    for _ in range(3):
+        limiter.settle(20.0, limiter.reserve(20.0, ONE), ONE, failed=True)
+    assert learned_level(limiter, 20.0) == 50
+    call(limiter, 21.0, requests_headers(remaining=46, reset=39.0))
+    assert learned_level(limiter, 21.0) == 46
+
+
+def test_a_request_that_the_provider_failed_uses_a_given_quota() -> None:
+    limiter = RateLimiter([Quota(requests=60, per="minute")])
+    limiter.settle(0.0, limiter.reserve(0.0, ONE), ONE, failed=True)
+    assert limiter.levels(0.0)[0].remaining == 59
+
+
 def test_headers_that_our_own_calls_explain_correct_nothing() -> None:
     limiter = RateLimiter()
     call(limiter, 0.0, requests_headers(remaining=59))
@@ -149,6 +164,13 @@ def test_headers_of_a_past_window_do_not_change_the_next() -> None:
     assert learned_level(limiter, 60.5) == 60
     assert learned_level(limiter, 62.0) == 60
     assert limiter.wait(62.0, Charge(requests=60)).seconds == 0
+
+
+def test_a_window_that_begins_with_its_first_call_stays_a_window() -> None:
+    limiter = limiter_with_window()
+    for start in (62.0, 124.0, 186.0):  # each two seconds later than the one before would have begun
+        call(limiter, start, requests_headers(remaining=59, reset=60.0))
+    assert limiter.wait(187.0, Charge(requests=60)).seconds == pytest.approx(246.0 - 187.0, abs=0.5)
 
 
 def test_a_bucket_stays_a_bucket() -> None:

@@ -18,6 +18,7 @@ _NEARLY_FULL: Final = 0.9  # share of the limit, less one call, from which its u
 _FIRST_CALLS: Final = 16  # successes in a row without a slowdown after which none is expected any more
 _OFTEN: Final = 0.05  # background of refusals from which a refused probe says little
 _LEAP: Final = 4  # times as far as calls were accepted, the limit may rise on its way back to the best one
+_FAR_BELOW: Final = 0.8  # share of the best limit below which a probe is made more often
 _FALL: Final = 0.9  # what each further refusal of a fall leaves of the limit
 _CALL_WEIGHT: Final = 0.05  # of one call in the typical duration of a call
 _DELAY_DECAY: Final = 0.95  # of the longest time that a refusal took, at each further refusal
@@ -157,7 +158,8 @@ class AdaptiveLimit(Limit):
         lowered = level - 1.0
         if probe.active:
             if self._late or (level <= history.ceiling + 1 and detector.background < _OFTEN):
-                probe.record_failure(lowered / self._typical_seconds if self._typical_seconds else math.inf)
+                low = level < _FAR_BELOW * history.best
+                probe.record_failure(lowered / self._typical_seconds if self._typical_seconds else math.inf, low=low)
             if self._late or level >= _NEARLY_FULL * history.best:
                 history.best = min(history.best, lowered)
         else:

@@ -43,10 +43,10 @@ class LimitProbe:
         if self.active:
             self._step = min(2 * self._step, max(1.0, level / 2))
 
-    def record_failure(self, calls_per_second: float) -> None:
-        """Double the wait: the probe gained nothing."""
+    def record_failure(self, calls_per_second: float, *, low: bool) -> None:
+        """Double the wait: the probe gained nothing. `low` is far below the best limit, where the wait stays short."""
         longest = max(_MAX_WAIT, min(_MAX_WAIT_FEW, _CALLS_PER_PROBE / calls_per_second))
-        self._wait = min(longest, 2 * self._wait)
+        self._wait = min(_MAX_WAIT / 2 if low else longest, 2 * self._wait)
 
     def record_slowdown(self) -> None:
         """Wait long: our load slows the calls, so a higher limit gains nothing until the provider serves more."""

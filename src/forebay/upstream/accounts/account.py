@@ -44,6 +44,7 @@ _LONGEST_WAIT: Final = 1.5  # times max_wait: a call that waits for longer, agai
 _UNREAD_SHARE: Final = 0.5  # of max_wait: how long nobody may read an answer whose slot others wait for
 _PAUSED: Final = "retry-after"  # what a call waits for while nothing is sent because calls were refused
 _LEARNED_RATE: Final = "learned rate"  # ... while a rate that was learned from refusals spaces the calls
+_UNCERTAIN: Final = ("concurrency", "nothing", _PAUSED, _LEARNED_RATE)  # what is waited for for an unknown time
 _PROBE_DURATION: Final = 1.0  # seconds that the probes of a breaker are expected to take, at least
 
 
@@ -141,7 +142,7 @@ class Account:
         wait = f"would wait about {format_duration(seconds)} for {limited_by}"
         if seconds > self._max_wait:
             reason = f"a call {wait}, longer than max_wait allows: {format_duration(self._max_wait)}"
-        elif seconds > self.durations.acceptable_wait(now, request):
+        elif seconds > self._acceptable_wait(now, request, limited_by):
             reason = f"it {wait}, too much of the {format_duration(request.deadline - now)} to its deadline"
         else:
             return Queued(seconds, limited_by)
@@ -370,6 +371,7 @@ class Account:
         assert not permit.closed, "a permit is closed exactly once"  # noqa: S101
         permit.closed = True
         request, kind, counts, slowdown = permit.request, outcome.kind, self.counts, None
+        cause = kind  # for the limit
         if kind is Outcome.SUCCESS and outcome.latency is not None:
             slowdown = self.observe_latency(now, permit, outcome.output_tokens, outcome.latency)
         if kind is Outcome.SUCCESS:
@@ -381,12 +383,12 @@ class Account:
             counts.throttled += 1
             self.timeouts.record_answer()
             self._outage.record_throttled(now)
-            kind = self._blame(now, permit, outcome)
+            cause = self._blame(now, permit, outcome)
         elif kind is Outcome.FAULT:
             counts.failed += 1
         counts.throttled += outcome.spend_cap
         self.in_flight -= 1
-        self.limit.observe(now, permit.grant, kind, slowdown=slowdown)
+        self.limit.observe(now, permit.grant, cause, slowdown=slowdown)
         if outcome.rate_limit_headers and not outcome.rate_limited:
             self.quotas.update_from_headers(now, outcome.rate_limit_headers, permit.reservation)
         if outcome.rate_limited:
@@ -399,7 +401,7 @@ class Account:
             used = request.charge if outcome.used is None else outcome.used
             counts.input_tokens += used.input_tokens
             counts.output_tokens += used.output_tokens
-            self.quotas.settle(now, permit.reservation, used)
+            self.quotas.settle(now, permit.reservation, used, failed=outcome.kind is Outcome.FAULT)
         usd = request.unreported_cost(now - permit.granted_at) if outcome.usd is None else outcome.usd
         for dollars in permit.spend:
             dollars.settle(usd)
@@ -424,6 +426,7 @@ class Account:
             permit.granted_at,
             permit.grant.in_flight,
             named=outcome.rate_limited,
+            says_concurrency=outcome.says_concurrency,
             retry_after=outcome.retry_after,
             quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
         )
@@ -451,7 +454,8 @@ class Account:
         if self.breaker.state(now) is not BreakerState.CLOSED:
             return False
         idle = not (self.in_flight or self.queue or self.expected_calls)
-        return not self.counts.succeeded or (idle and self.quotas.is_full(now))
+        forgettable = idle and self.quotas.is_full(now) and not self._refusals.paused(now)
+        return not self.counts.succeeded or forgettable
 
     def observe_latency(self, now: float, permit: Permit, output_tokens: int, latency: float) -> float | None:
         """Learn from the latency of a success, in seconds, and return its slowdown, if it is known.
@@ -504,8 +508,12 @@ class Account:
         rejection = self._rejection(now, request)
         if rejection is not None:
             return max(1.0, rejection.load)
-        seconds, _ = self.expected_wait(now, request)
-        return math.inf if seconds > self.durations.acceptable_wait(now, request) else seconds / self._max_wait
+        seconds, limited_by = self.expected_wait(now, request)
+        return math.inf if seconds > self._acceptable_wait(now, request, limited_by) else seconds / self._max_wait
+
+    def _acceptable_wait(self, since: float, request: CallRequest, limited_by: str) -> float:
+        """Return the seconds that a call may be expected to wait: longer for a quota, whose wait is known well."""
+        return self.durations.acceptable_wait(since, request, certain=limited_by not in _UNCERTAIN)
 
     def load(self, now: float, request: CallRequest, priority: Priority) -> tuple[float, str]:
         """Return the expected wait of the next such call over `max_wait`, and what limits it; 1.0 while blocked."""

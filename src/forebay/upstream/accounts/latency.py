@@ -20,6 +20,7 @@ _GAIN: Final = 0.05  # weight of the newest call in a mean
 _GUESS: Final = 1.0  # seconds that a call is taken to last before the first has ended
 _SAMPLES: Final = 60  # calls
 _WAIT_SHARE: Final = 0.5  # of the time to a call's deadline: how long it may be expected to wait at most
+_CERTAIN_WAIT_SHARE: Final = 0.8  # ... where the wait is known well
 _LATE_SHARE: Final = 0.25  # of that time: with less left, a call is sent only if it is expected to end in time
 
 
@@ -133,13 +134,15 @@ class CallDurations:
         elif late:
             self._times.record_timeout(held)
 
-    def acceptable_wait(self, since: float, request: CallRequest) -> float:
-        """Return the seconds that a call may be expected to wait from `since` on.
+    def acceptable_wait(self, since: float, request: CallRequest, *, certain: bool = False) -> float:
+        """Return the seconds that a call may be expected to wait from `since` on; infinity without a deadline.
 
-        That is half of the time to its deadline, if most calls fit into the rest; infinity without a deadline.
+        That is half of the time to its deadline, if most calls fit into the rest; more if the wait is `certain`, since
+        half of a long time is many times what a call takes.
         """
         time = request.deadline - since
-        return math.inf if time == math.inf else min(_WAIT_SHARE * time, self._times.max_wait(time))
+        share = _CERTAIN_WAIT_SHARE if certain else _WAIT_SHARE
+        return math.inf if time == math.inf else min(share * time, self._times.max_wait(time))
 
     def is_too_late(self, now: float, request: CallRequest, *, contested: bool) -> bool:
         """Return whether a call that could be sent now is not expected to end before its deadline.

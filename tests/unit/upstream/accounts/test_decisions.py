@@ -224,6 +224,13 @@ def test_a_call_that_would_wait_for_more_than_half_of_its_time_is_rejected_at_on
     harness.enqueue(0.0, deadline=17.0)
 
 
+def test_a_call_may_wait_for_a_quota_for_most_of_its_time_since_that_wait_is_known_well() -> None:
+    harness = AccountHarness(10, Quota(requests=1, per="minute"))
+    harness.admit(0.0)
+    assert "too much of the 74 s to its deadline" in harness.reject(0.0, deadline=74.0).reason
+    harness.enqueue(0.0, deadline=76.0)
+
+
 def test_a_call_with_too_near_a_deadline_may_retry_when_half_of_its_time_is_enough() -> None:
     harness = AccountHarness()
     harness.complete_call(0.0, seconds=8.0)

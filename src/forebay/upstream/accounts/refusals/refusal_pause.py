@@ -137,6 +137,8 @@ class RefusalPause:
         if begins:
             self._blocked_since = now
         elif sent_at <= self._round_at:
+            if rate and not self._silence:  # the first of this round did not show it yet
+                self._begin_silence(now, max(_FIRST_SILENCE, first_silence))
             return False
         elif now < self._allowed_at:
             self._refused_early = True

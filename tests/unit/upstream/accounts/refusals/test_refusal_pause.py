@@ -90,6 +90,15 @@ def test_calls_refused_together_begin_one_silence() -> None:
     assert pause.wait(TRIP) == pytest.approx(0.25)
 
 
+def test_a_rate_that_only_the_last_of_several_refusals_shows_begins_a_silence() -> None:
+    pause = RefusalPause()
+    for _ in range(5):
+        pause.record_sent(0.0)
+    for number in range(5):
+        pause.record_refused(TRIP, 0.0, retry_after=0.0, rate=number == 4)
+    assert pause.wait(TRIP) == pytest.approx(0.25)
+
+
 def test_without_a_rate_only_the_third_refusal_in_a_row_begins_a_silence() -> None:
     pause = RefusalPause()
     refuse(pause, 0.0, rate=False)

@@ -1,0 +1,57 @@
+"""Storms on the task plane: no cancellation, kill or stop breaks what is promised of conversations and nested tasks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.mutation import bugs
+from tests.simulation import fair_share, task_storm
+
+pytestmark = pytest.mark.blocks  # in virtual time SQLite runs in the loop's own thread
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 30 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(200)]
+)
+def test_no_cancellation_kill_or_stop_of_a_storm_breaks_a_promise(seed: int) -> None:
+    try:
+        task_storm.run(seed)
+    except BaseException as failure:
+        failure.add_note(f"Repeat it with: .venv/bin/python -m tests.simulation.task_storm {seed}")
+        raise
+
+
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 15 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(60)]
+)
+def test_busy_conversations_and_nested_tasks_starve_nobody(seed: int) -> None:
+    fair_share.run(seed)
+
+
+def test_the_storms_cover_all_faults() -> None:
+    """Otherwise they would prove nothing."""
+    happened = sum((task_storm.run(seed).happened for seed in range(30)), Counter[str]())
+    assert {
+        "admitted", "spilled", "rejected", "crash", "drain within", "close", "fail", "clock step", "file lost",
+        "looked up", "keyed", "moved by a drain", "hook: raise", "hook: submit", "hook: cancel", "hook: drain",
+    } <= set(happened)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bug",
+    [bugs.an_orderly_stop_counts_as_a_crash, bugs.a_cancelled_await_goes_on_without_its_slot],
+    ids=lambda bug: bug.__name__,
+)
+def test_the_explorer_finds_an_injected_bug(bug: Callable[[], None]) -> None:
+    command = [sys.executable, "-m", "tests.simulation.explore", "--inject", bug.__name__, "--storms", "0:200"]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 1, outcome.stdout
+    assert f"--inject {bug.__name__}" in outcome.stdout, outcome.stdout
