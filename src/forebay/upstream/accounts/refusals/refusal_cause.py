@@ -37,7 +37,8 @@ class RefusalCause:
     """
 
     __slots__ = (
-        "_disproved", "_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_row", "_row_start", "_score", "_window_start",
+        "_disproved", "_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_row", "_row_start", "_score",
+        "_window_start",
     )  # fmt: skip
 
     def __init__(self) -> None:
