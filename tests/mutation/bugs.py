@@ -192,6 +192,30 @@ def tasks_of_a_conversation_never_start() -> None:
 # --- conversations, and runs that wait: order, and bounds that starve and deadlock nobody ---
 
 
+def each_message_that_comes_too_late_ends_in_a_call_of_its_own() -> None:
+    original = Dispatcher._may_still_start
+
+    def _may_still_start(self: Dispatcher, ticket: Ticket, pool: Pool) -> bool:
+        may_start = original(self, ticket, pool)
+        if not may_start:
+            self.next_in_conversation(ticket)
+        return may_start
+
+    replace(Dispatcher, original, _may_still_start)
+
+
+def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
+    original = Dispatcher._enqueue
+
+    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+        original(self, ticket, pool)
+        if ticket.nested:
+            for worker in pool.workers:
+                self.dispatch(worker)
+
+    replace(Dispatcher, original, _enqueue)
+
+
 def records_of_one_conversation_are_leased_together() -> None:
     replace(MemoryTaskStore, MemoryTaskStore._wait, lambda self, entry: self._enqueue(entry))
 

@@ -108,6 +108,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
     bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
+    bugs.each_message_that_comes_too_late_ends_in_a_call_of_its_own: (
+        test_conversations.test_hundreds_of_messages_that_come_too_late_at_one_turn_all_end_and_the_conversation_goes_on
+    ),
+    bugs.a_nested_task_that_is_queued_starts_the_next_one_at_once: (
+        test_conversations.test_hundreds_of_nested_messages_that_come_too_late_all_end
+    ),
     bugs.records_of_one_conversation_are_leased_together: (
         test_task_store.test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
     ),
