@@ -38,7 +38,7 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import drain
+from forebay.supervisor import drain, pool
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.dispatcher import Dispatcher
@@ -214,6 +214,14 @@ def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
                 self.dispatch(worker)
 
     replace(Dispatcher, original, _enqueue)
+
+
+def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
+    replace(PriorityQueue, PriorityQueue.serving_order, lambda _: list(Priority))
+
+
+def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
+    skip(pool.first_for, Pool.pass_over)
 
 
 def records_of_one_conversation_are_leased_together() -> None:
