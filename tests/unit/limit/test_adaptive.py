@@ -320,3 +320,17 @@ def test_every_state_is_reached() -> None:
         server.second()
         seen.add(adaptive(server).state(server.now))
     assert seen == set(AdaptiveLimitState)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_of_grants_and_ends_breaks_a_small_limit(seed: int) -> None:
+    rng, limit, now = new_random(seed), AdaptiveLimit(initial_limit=2), 0.0
+    in_flight: list[Grant] = []
+    for _ in range(400):
+        now += rng.choice([0.1, 0.5, 1.0, 3.0])
+        if rng.random() < 0.5 and len(in_flight) < limit.limit(now):
+            in_flight.append(limit.grant(now, len(in_flight) + 1))
+        elif in_flight:
+            grant = in_flight.pop(rng.randrange(len(in_flight)))
+            limit.observe(now, grant, rng.choice([Outcome.SUCCESS, Outcome.OVERLOAD]))
+    assert limit.limit(now + 10.0) >= 1

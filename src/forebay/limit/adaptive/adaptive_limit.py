@@ -159,7 +159,8 @@ class AdaptiveLimit(Limit):
         if probe.active:
             if self._late or (level <= history.ceiling + 1 and detector.background < _OFTEN):
                 low = level < _FAR_BELOW * history.best
-                probe.record_failure(lowered / self._typical_seconds if self._typical_seconds else math.inf, low=low)
+                served = max(1.0, lowered)  # a lone call is sent again in any case
+                probe.record_failure(served / self._typical_seconds if self._typical_seconds else math.inf, low=low)
             if self._late or level >= _NEARLY_FULL * history.best:
                 history.best = min(history.best, lowered)
         else:
