@@ -277,6 +277,9 @@ class Account:
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look)
             if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
                 return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
+            if self._refusals.blocked and call.request.retries and (other := self._untried(now)) is not None:
+                self._send(now, other)  # the head may be refused for what it asks: a trial call needs another one
+                continue
             seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
                 bypass = self._bypass_head(now)
@@ -297,6 +300,11 @@ class Account:
         if unread := self.open_answers.unread(now):
             reason += f": nobody reads {unread} streaming answers that hold slots; close a stream that you leave early"
         return Rejected(reason, limited_by if seconds else "queue", 1.0, retry_after)
+
+    def _untried(self, now: float) -> QueuedCall | None:
+        """Return the first queued call that has not been tried yet and need not wait for a quota, or None."""
+        fresh = (call for call in self.queue.in_order() if not call.request.retries)
+        return next((call for call in fresh if self.quotas.wait(now, call.request.charge)[0] <= 0.0), None)
 
     def _bypass_head(self, now: float) -> float:
         """Send a call behind the head, which waits for a quota, if that delays nobody ahead of it.

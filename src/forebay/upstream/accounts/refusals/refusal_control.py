@@ -47,6 +47,11 @@ class RefusalControl:
         """Return the seconds that a call has to expect to wait, after `ahead` others."""
         return max(self._pause.expected_wait(now), self.rate.wait(now, ahead))
 
+    @property
+    def blocked(self) -> bool:
+        """True from a refusal until a call is accepted that was sent after it: a call sent now is a trial call."""
+        return self._pause.blocked
+
     def paused(self, now: float) -> bool:
         """Return whether calls are refused, and not even a trial call may be sent now."""
         return self._pause.wait(now) > 0.0
