@@ -19,9 +19,10 @@ from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRe
 from forebay.upstream import Upstream
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
-from forebay.upstream.exchange import judge_error
+from forebay.upstream.exchange import judge_error_answer
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
-from forebay.upstream.providers import classify, read_rate_limits, read_rate_scope, read_retry_after
+from forebay.upstream.providers import Headers, classify, read_rate_limits
+from forebay.upstream.sdk_exceptions import ErrorAnswer
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
@@ -36,11 +37,8 @@ async def send_call(
         answer = await provider.call(model=MODEL, input_tokens=input_tokens, output_tokens=output_tokens)
     except ProviderRefusal as refusal:
         kind = classify(refusal.status, refusal.headers, refusal.body)
-        rate_limits = read_rate_limits(refusal.headers, wall=clock.wall_time())
-        retry_after = read_retry_after(refusal.headers, refusal.body, wall=clock.wall_time())
-        result = judge_error(
-            permit, kind, retry_after=retry_after, rate_limits=rate_limits, rate_scope=read_rate_scope(refusal.body)
-        )
+        answer_to = ErrorAnswer(refusal.status, Headers(refusal.headers), refusal.body)
+        result = judge_error_answer(account, permit, kind, answer_to)
         result.error = ConnectionError(str(refusal))
         return result
     except AnswerCut as error:

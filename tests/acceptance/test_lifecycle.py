@@ -383,6 +383,19 @@ async def test_a_start_that_fails_for_good_leaves_no_task_waiting() -> None:
         await supervisor.drain()
 
 
+@pytest.mark.blocks  # in virtual time SQLite's thread is the loop's own
+@virtual
+async def test_a_stored_task_that_waits_for_a_start_that_fails_runs_after_the_next_one(tmp_path: Path) -> None:
+    agent = Agent(1.0)
+    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        supervisor.register_worker("worker", handler=StartingHandler(agent, failures=1), task_types=["work"])
+        ticket = await supervisor.submit(Task("work", "durable", durable=True))
+        with pytest.raises(StillSpilled):
+            await ticket
+        await asyncio.sleep(30.0)
+        assert agent.started == ["durable"]
+
+
 @virtual
 async def test_closing_cancels_the_start_of_a_worker_that_was_registered_after_the_start() -> None:
     handler = StartingHandler(Agent(), seconds=1000.0)

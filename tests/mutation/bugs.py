@@ -246,16 +246,14 @@ def the_next_message_of_a_conversation_is_not_looked_for() -> None:
 
 
 def the_next_message_starts_while_those_before_it_move() -> None:
-    def _take(self: QueueSpill, ticket: Ticket) -> None:
-        if not is_waiting(ticket):
-            return
-        self._dispatcher.dequeue(ticket)
-        if ticket.stored:
-            self._spill.stored.release(ticket)
-        else:
-            self._hold(ticket)
+    original = QueueSpill._take
 
-    replace(QueueSpill, QueueSpill._take, _take)
+    def _take(self: QueueSpill, ticket: Ticket) -> None:
+        if is_waiting(ticket):
+            self._conversations.clear()
+            original(self, ticket)
+
+    replace(QueueSpill, original, _take)
 
 
 def what_may_not_move_overtakes_what_moves() -> None:
@@ -743,6 +741,10 @@ def no_rate_is_learned() -> None:
     always(LearnedRate, LearnedRate.learn, returns=None)
 
 
+def a_learned_rate_is_believed_however_far_it_falls() -> None:
+    always(LearnedRate, LearnedRate.is_disproved, returns=False)
+
+
 def a_penalty_is_tried_again_at_once() -> None:
     original = RefusalControl.limit
 
@@ -820,11 +822,16 @@ def the_last_callers_are_reset() -> None:
 
 
 def sinks_are_called_in_the_middle_of_the_supervisors_work() -> None:
+    original = EventBus.emit
+
     def emit(self: EventBus, event: Event) -> None:
-        for name, sink in self._sinks:
+        sinks, self._sinks = self._sinks, ()
+        original(self, event)
+        self._sinks = sinks
+        for name, sink in sinks:
             _hooks.call_plain_hook(name, sink, event)
 
-    replace(EventBus, EventBus.emit, emit)
+    replace(EventBus, original, emit)
 
 
 def a_hook_that_raises_stops_its_caller() -> None:
@@ -874,6 +881,10 @@ def a_worker_takes_tasks_before_its_handler_has_started() -> None:
 
 def a_worker_that_cannot_be_started_leaves_its_tasks_waiting() -> None:
     always(WorkerStarts, WorkerStarts._end_waiting, returns=None)
+
+
+def a_stored_task_is_held_though_its_worker_cannot_be_started() -> None:
+    replace(Dispatcher, Dispatcher.return_to_store, Dispatcher.requeue)
 
 
 def closing_ignores_a_start_in_progress() -> None:

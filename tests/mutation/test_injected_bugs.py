@@ -280,6 +280,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_refusal_pause.test_a_retry_after_that_is_not_checked_yet_does_not_delay_the_first_trial_call
     ),
     bugs.no_rate_is_learned: test_learned_rate.test_the_calls_accepted_between_two_refusals_are_the_rate,
+    bugs.a_learned_rate_is_believed_however_far_it_falls: (
+        test_learned_rate.test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause
+    ),
     bugs.a_penalty_is_tried_again_at_once: (
         test_refusal_control.test_after_a_penalty_for_calls_in_flight_their_number_stays_below_for_a_time
     ),
@@ -324,6 +327,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_worker_that_cannot_be_started_leaves_its_tasks_waiting: (
         test_lifecycle.test_a_worker_whose_start_fails_is_failed_until_it_starts
+    ),
+    bugs.a_stored_task_is_held_though_its_worker_cannot_be_started: (
+        test_lifecycle.test_a_stored_task_that_waits_for_a_start_that_fails_runs_after_the_next_one
     ),
     bugs.closing_ignores_a_start_in_progress: test_lifecycle.test_closing_undoes_a_start_in_progress,
     bugs.the_first_caller_of_a_key_takes_the_task_with_it: (

@@ -97,7 +97,7 @@ class BlameStorm:
             request = chat(MODEL, "healthy Rivers?", output_tokens=self.output_tokens, max_tokens=200)
             try:
                 response = await client.send(request)
-                name = "served" if response.status_code == 200 else f"status {response.status_code}"  # noqa: PLR2004
+                name = "served" if response.status_code == 200 else f"status {response.status_code}"
                 self.served += name == "served"
             except Overloaded:
                 name = "rejected"

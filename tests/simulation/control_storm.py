@@ -7,6 +7,7 @@ it refuses in any minute, how long none is sent, and how soon service is back af
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -109,7 +110,13 @@ def _dips(rng: random.Random) -> Case:
     times = range(every, 60 * MINUTES, every)
     steps = tuple(CapacityStep(at=at + after, slots=n) for at in times for after, n in ((0, 1), (low, slots)))
     case = _slots(
-        rng, slots=slots, capacity_steps=steps, stalls=False, goodput=0.6, refused=0.45, busy_reason=BusyReason.OVERLOADED
+        rng,
+        slots=slots,
+        capacity_steps=steps,
+        stalls=False,
+        goodput=0.45,
+        refused=0.65,
+        busy_reason=rng.choice(list(BusyReason)),
     )
     return replace(case, capacity=case.capacity * (1 - low / every))
 
@@ -125,7 +132,9 @@ def _tier_falls(rng: random.Random) -> Case:
 
 def _tokens(rng: random.Random) -> Case:
     tokens = rng.randint(600, 1200)
-    return replace(_slots(rng, slots=60, tokens_in_flight=tokens, goodput=0.6, refused=0.6), capacity=tokens / 75 / CALL)
+    return replace(
+        _slots(rng, slots=60, tokens_in_flight=tokens, goodput=0.4, refused=0.6), capacity=tokens / 75 / CALL
+    )
 
 
 CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
@@ -135,11 +144,13 @@ CASES: Final[dict[str, Callable[[random.Random], Case]]] = {
     "slots, penalty": lambda rng: _slots(rng, penalty=_penalty(rng), goodput=0.6, refused=0.2),
     "slots, outage": _outage,
     "slots, dips": _dips,
-    "slots, late refusals": lambda rng: _slots(rng, refusal_delay=rng.uniform(5, 30), goodput=0.7, refused=0.3),
+    "slots, late refusals": lambda rng: _slots(
+        rng, refusal_delay=rng.uniform(5, 30), busy_reason=BusyReason.OVERLOADED, goodput=0.6, refused=0.3
+    ),
     "few slots": lambda rng: _slots(rng, slots=rng.choice((1, 2, 3)), goodput=0.75, refused=0.3),
     "few slots, shared": lambda rng: _slots(rng, slots=rng.choice((2, 3)), overcommit=None, goodput=0.6),
-    "small replicas": lambda rng: _slots(rng, slots=12, replicas=rng.choice((4, 12)), goodput=0.4, refused=0.6),
-    "noise": lambda rng: _slots(rng, noise=rng.choice((0.6, 0.8)), goodput=0.75),
+    "small replicas": lambda rng: _slots(rng, slots=12, replicas=rng.choice((4, 12)), goodput=0.25, refused=0.75),
+    "noise": lambda rng: _slots(rng, noise=rng.choice((0.6, 0.8)), goodput=0.6),
     "tokens in flight": _tokens,
     "rate, vague": _rate,
     "rate, wrong Retry-After": lambda rng: _rate(rng, _wrong_retry_after(rng)),
@@ -179,7 +190,10 @@ class ControlStorm:
         """Let everybody call until the minutes are over, and check the upstream at rest."""
         self.transport = SimulatedTransport(SimulatedProvider(self.case.config, seed=self.seed))
         upstream = Upstream("llm", provider="openai")
-        async with asyncio.TaskGroup() as group, upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client:
+        async with (
+            asyncio.TaskGroup() as group,
+            upstream.bind(httpx.AsyncClient(transport=self.transport, timeout=300.0)) as client,
+        ):
             for number in range(self.callers):
                 group.create_task(self._caller(client, number))
             await asyncio.sleep(60.0 * MINUTES + 200.0)
@@ -200,7 +214,7 @@ class ControlStorm:
                 self.happened["failed"] += 1
                 await asyncio.sleep(rng.uniform(0.5, 1.5))
                 continue
-            if response.status_code == 200:  # noqa: PLR2004 - served
+            if response.status_code == 200:
                 self.happened["served"] += 1
                 self.served.append(clock.now())
             else:
@@ -219,7 +233,7 @@ class ControlStorm:
     def longest_gap(self) -> float:
         """Return the longest time in which no call was sent."""
         times = [0.0, *(call.at for call in self.transport.sent if call.at < 60.0 * MINUTES), 60.0 * MINUTES]
-        return max(after - before for before, after in zip(times, times[1:], strict=False))
+        return max(after - before for before, after in itertools.pairwise(times))
 
     def check(self) -> None:
         """Check that the capacity is used, that nobody hammers, and that service comes back."""

@@ -14,17 +14,20 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hypothesis import HealthCheck, given, seed, settings
 from tests.mutation import bugs
 from tests.simulation import (
+    blame_storm,
     call_surge,
+    control_storm,
     conversation_mix,
     fair_share,
     hook_storm,
+    money_storm,
     supervisor_scripts,
     surge,
     task_storm,
@@ -33,6 +36,8 @@ from tests.simulation import (
 TIMEOUT = 300  # real seconds for one seed or batch
 INJECTED_SEEDS = range(200)
 BATCH = 100  # scripts
+TASK_STORMS = (task_storm, conversation_mix, hook_storm, fair_share)
+CALL_STORMS = (control_storm, blame_storm, money_storm)
 
 Outcome: TypeAlias = tuple[str, Counter[str]]  # the violation and how to repeat it, or ""; counts of outcomes
 Job: TypeAlias = tuple[Callable[[int], Counter[str]], int, str]  # function, its number, the command that repeats it
@@ -78,8 +83,19 @@ def one_call_surge(number: int) -> Counter[str]:
 
 def one_storm(number: int) -> Counter[str]:
     """Run all storms of a seed on the task plane."""
+    return run_storms(number, TASK_STORMS)
+
+
+def one_call_storm(number: int) -> Counter[str]:
+    """Run all storms of a seed on the call plane."""
+    happened = run_storms(number, CALL_STORMS)
+    return Counter({"storms": 1, "calls in storms": happened.total()})
+
+
+def run_storms(number: int, storms: Iterable[Any]) -> Counter[str]:
+    """Run storms of a seed."""
     happened = Counter(storms=1)
-    for storm in (task_storm, conversation_mix, hook_storm, fair_share):
+    for storm in storms:
         try:
             happened += storm.run(number).happened
         except BaseException as failure:
@@ -112,7 +128,7 @@ def run_job(job: Job) -> Outcome:
     """Run a job in a process of the pool."""
     work, number, command = job
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("forebay").setLevel(logging.CRITICAL if work is one_storm else logging.ERROR)
+    logging.getLogger("forebay").setLevel(logging.CRITICAL if work in (one_storm, one_call_storm) else logging.ERROR)
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(TIMEOUT)
     try:
@@ -159,7 +175,9 @@ def main() -> int:
     )
     injected = f" --inject {options.inject}" if options.inject else ""
     storms: Iterator[Job] = (
-        (one_storm, number, f'make sim ARGS="--storms {number}{injected}"') for number in options.storms
+        (storm, number, f'make sim ARGS="--storms {number}{injected}"')
+        for number in options.storms
+        for storm in (one_storm, one_call_storm)
     )
     jobs = itertools.chain(scripts, storms, surges, calls)
     with ProcessPoolExecutor(options.jobs, initializer=inject, initargs=(options.inject,)) as pool:

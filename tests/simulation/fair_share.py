@@ -12,7 +12,6 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,9 +82,8 @@ class FairShare:
 
     def check_users(self) -> None:
         """Check that users wait no longer beside conversations with many messages."""
-        alone, beside = (
-            self._simulate(partial(self._longest_wait, messages=messages)) for messages in (1, self.messages)
-        )
+        alone = self._simulate(lambda supervisor: self._longest_wait(supervisor, 1))
+        beside = self._simulate(lambda supervisor: self._longest_wait(supervisor, self.messages))
         # The busy conversations take a slot each all the time, and a nested task of theirs goes first.
         share = self.slots / (self.slots - self.conversations) if self.slots > self.conversations else 2.0
         if beside > share * alone + 3 * SERVICE:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import random
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from tests.simulation.storm_script import GRACE, LEASE, TYPES, StormLifetime, StormScript, StormWorker
+from tests.simulation.storm_script import GRACE, LATE_TYPE, LEASE, TYPES, StormLifetime, StormScript, StormWorker
 from tests.support import run_checks
 from tests.support.supervisor_checks import InvariantViolation, fail_if_any
 from tests.support.unreliable_store import AcknowledgedWrites, StoreFaults, UnreliableStore
@@ -37,7 +38,7 @@ from forebay.testing import EventRecord
 PATIENCE: Final = 3_000.0  # seconds in which everything must have ended: many times the work of a storm
 HURRY: Final = 2.0  # seconds: four of the slowest writes
 MAX_DELAY: Final = 2 * LEASE + GRACE + 10.0  # seconds until a process sees what another one did, or failed to do
-TAKE_OVER: Final = 600.0  # seconds in which a process with a working store has done what others have left
+TAKE_OVER: Final = 400.0  # seconds in which a process knows that a lease is another clock's, and takes the task over
 MAX_ACTIONS: Final = 200  # of all hooks of one storm
 
 
@@ -93,6 +94,8 @@ class StormProcess:
     stopping: bool = False
     is_last: bool = False
     limit: float | None = None  # of its drain
+    started_at: float = 0.0
+    closing_from: float = math.inf  # the number of its events before it was closed without a drain
     at_work: Counter[str] = field(default_factory=Counter)
     talking: Counter[str] = field(default_factory=Counter)
     tickets: list[Ticket] = field(default_factory=list)
@@ -132,6 +135,7 @@ class TaskStorm:
         self.acknowledged_into_lost_file: list[str] = []
         self.processes: list[StormProcess] = []  # all that were started
         self.open: list[StormProcess] = []  # those that accept tasks
+        self.running: dict[str, list[StormProcess]] = defaultdict(list)  # by task id
         self.due: dict[str, float] = {}  # loop time of the deadlines, by task id
         self.order: dict[str, list[int]] = defaultdict(list)  # by conversation, the first starts of its messages
         self._path = path
@@ -199,8 +203,23 @@ class TaskStorm:
         finally:
             process.talking[thread] -= 1
 
+    @contextlib.contextmanager
+    def _running(self, process: StormProcess, task: Task) -> Iterator[None]:
+        """Check that no other living process runs the task, unless the store makes it look abandoned."""
+        others = self.running[task.task_id]
+        alive = [other for other in others if not other.dead and other is not process]
+        faults = self.script.faults
+        excused = faults.hangs or faults.loses_reply or self.script.file_lost is not None or self._started_after_step()
+        if alive and not excused and not self.script.wild:
+            self._wrong(f"{task.task_id!r} runs in two living processes")
+        others.append(process)
+        try:
+            yield
+        finally:
+            others.remove(process)
+
     async def _handle(self, process: StormProcess, worker: str, task: Task) -> Any:
-        with self._talking(process, task):
+        with self._talking(process, task), self._running(process, task):
             mood = task.payload["mood"]
             try:
                 await self._work(process, worker, task)
@@ -262,7 +281,7 @@ class TaskStorm:
         work = rng.choice((0.0, script.work / 5, script.work))
         deadline = Deadline.within(rng.uniform(0.1, 30.0)) if rng.random() < script.deadlines else None
         task = Task(
-            rng.choice(TYPES),
+            LATE_TYPE if number is None and not depth and rng.random() < 0.1 else rng.choice(TYPES),
             {"number": number, "depth": depth, "lowest": lowest, "work": work, "mood": mood},
             priority=rng.choice(tuple(Priority)),
             timeout=rng.choice((None, None, None, 3.0)) if script.fails else None,
@@ -280,7 +299,7 @@ class TaskStorm:
         async def start() -> None:
             nonlocal ready
             await asyncio.sleep(plan.start_time or 0.0)
-            if plan.fails_to_start and self.rng.random() < 0.5:
+            if self.rng.random() < plan.start_fails:
                 message = "the handler cannot start yet"
                 raise ConnectionError(message)
             ready = True
@@ -353,6 +372,7 @@ class TaskStorm:
             except StoreUnavailable:
                 await asyncio.sleep(1.0)
                 continue
+            process.started_at = virtual_loop().time()
             self.processes.append(process)
             return process
 
@@ -395,7 +415,10 @@ class TaskStorm:
                     self.happened["moved by a drain"] += report.spilled
                     if took > (lifetime.limit or 0.0) + GRACE + 0.1:
                         self._wrong(f"a drain of at most {lifetime.limit} s and a grace of {GRACE} s took {took:.3f} s")
+                case "close":
+                    process.closing_from = len(process.record.events)
                 case "fail":
+                    process.closing_from = len(process.record.events)
                     await supervisor.__aexit__(ValueError, ValueError(), None)
                 case "crash":
                     await self._crash(process)
@@ -578,16 +601,25 @@ class TaskStorm:
         successor = await self._start(StoreFaults(), lease=3.0)
         for plan in self.script.workers:
             if plan.late is not None:
-                self._register(successor, plan)
+                self._register(successor, dataclasses.replace(plan, start_fails=0.0))
         successor.is_last = True
         store, due = successor.store, virtual_loop().time() + TAKE_OVER
         assert store is not None
         await asyncio.sleep(2 * LEASE)
-        while await store.depths() or await store.conversations() or successor.supervisor.statistics().running:
+        ended_before = self.acknowledged.ended.total()
+        while await store.depths() or self._unfinished() or successor.supervisor.statistics().running:
+            if (ended := self.acknowledged.ended.total()) > ended_before:
+                ended_before, due = ended, virtual_loop().time() + TAKE_OVER
             if virtual_loop().time() > due:
-                raise InvariantViolation(f"records are left that no process takes: {await store.depths()}")
+                message = f"for {TAKE_OVER:.0f} s nothing ended of what others have left: {self._unfinished()[:10]}"
+                raise InvariantViolation(message)
             await asyncio.sleep(5.0)
         await self._end(successor, StormLifetime(0.0, 0.0, "drain", None))
+
+    def _unfinished(self) -> list[str]:
+        """Return the ids of the tasks that a store acknowledged and that have not ended."""
+        writes = self.acknowledged
+        return [task_id for task_id in writes.stored - writes.uncertain if not writes.ended[task_id]]
 
     def _check(self) -> None:
         fail_if_any("what handlers and callers see is as promised", self.violations)
@@ -607,10 +639,13 @@ class TaskStorm:
     def _wrong_events(self, process: StormProcess) -> Iterator[str]:
         """Yield what events say that must not be, in a storm in which it has no excuse."""
         script = self.script
-        for event in process.record.events:
-            if isinstance(event, TaskStarted) and event.attempt > 1 and script.orderly:
+        orderly = script.orderly and not self._started_after_step()
+        for number, event in enumerate(process.record.events):
+            if isinstance(event, TaskStarted) and number >= process.closing_from and not script.wild:
+                yield f"{event.task_id} started at {event.at:.3f} s, after closing had begun"
+            elif isinstance(event, TaskStarted) and event.attempt > 1 and orderly:
                 yield f"{event.task_id} started for the {event.attempt}th time, though no process crashed"
-            elif isinstance(event, TaskDeadLettered) and script.orderly:
+            elif isinstance(event, TaskDeadLettered) and orderly:
                 yield f"{event.task_id} is a dead letter, though no process crashed: {event.error}"
             elif isinstance(event, WorkerFailed) and script.blameless and "start" not in event.reason:
                 yield f"at {event.at:.3f} s worker {event.worker_id!r} was blamed: {event.reason}"
@@ -621,6 +656,11 @@ class TaskStorm:
                 expired = "deadline passed" in error or "after its deadline" in error
                 if expired and script.overflow != "sqlite" and event.at < self.due.get(event.task_id, 0.0) - 0.1:
                     yield f"{event.task_id} expired {self.due[event.task_id] - event.at:.1f} s too early: {error}"
+
+    def _started_after_step(self) -> bool:
+        """Return whether a process started so shortly after a step of the clock that it could not know of it."""
+        starts = [process.started_at for process in self.processes]
+        return any(at <= start <= at + 2 * LEASE for at, _ in self.script.clock_steps for start in starts)
 
     def _check_order(self) -> None:
         """Check that the messages of each conversation began in the order of their submission."""

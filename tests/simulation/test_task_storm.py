@@ -47,7 +47,7 @@ def test_the_storms_cover_all_faults() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bug",
-    [bugs.the_next_message_starts_while_those_before_it_move, bugs.a_cancelled_await_goes_on_without_its_slot],
+    [bugs.an_orderly_stop_counts_as_a_crash, bugs.a_cancelled_await_goes_on_without_its_slot],
     ids=lambda bug: bug.__name__,
 )
 def test_the_explorer_finds_an_injected_bug(bug: Callable[[], None]) -> None:

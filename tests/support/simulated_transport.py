@@ -111,11 +111,12 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
                     dialect=Dialect.OPENAI,
                 )
                 response = await self._answer(call, body, sent)
-            streaming = call.stream and response.status_code == 200  # noqa: PLR2004 - accepted
-            return response
         except TimeoutError:
             message = "the provider did not answer in time"
             raise httpx.ReadTimeout(message, request=request) from None
+        else:
+            streaming = call.stream and response.status_code == 200
+            return response
         finally:
             if not streaming:
                 self.in_flight -= 1
@@ -127,9 +128,7 @@ class SimulatedTransport(httpx.AsyncBaseTransport):
             sent.status = outcome.status
             sent.out_of_funds = outcome.reason is RefusalReason.SPEND_CAP
             return httpx.Response(outcome.status, headers=outcome.headers, content=outcome.body)
-        writer = OpenAIWriter(
-            outcome.call_id, body.model, int(clock.wall_time()), include_usage=body.include_usage
-        )
+        writer = OpenAIWriter(outcome.call_id, body.model, int(clock.wall_time()), include_usage=body.include_usage)
         sent.status = 200
         if call.stream:
             headers = outcome.headers | {"content-type": "text/event-stream"}

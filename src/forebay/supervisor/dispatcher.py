@@ -339,6 +339,12 @@ class Dispatcher:
         assert self.spill is not None  # noqa: S101 - see can_requeue
         self.spill.stored.requeue(ticket)
 
+    def return_to_store(self, ticket: Ticket) -> None:
+        """Leave a stored task that waits to any process, this one included, as soon as its lease is returned."""
+        assert self.spill is not None  # noqa: S101 - see can_requeue
+        self.spill.stored.requeue(ticket)
+        self.core.run_in_background(self.spill.stored.return_leases([ticket.task_id]))
+
     # --- tickets ---
 
     def ticket(self, task_id: str) -> Ticket:

@@ -29,8 +29,8 @@ class StartDispatcher(Protocol):
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
 
-    def requeue(self, ticket: Ticket) -> None:
-        """Leave a stored task to the next process."""
+    def return_to_store(self, ticket: Ticket) -> None:
+        """Leave a stored task to any process, this one included."""
 
     def finish(self, ticket: Ticket, result: TaskResult) -> None:
         """Give a ticket its result."""
@@ -90,7 +90,7 @@ class WorkerStarts:
             while not pool.slots and (entry := pool.queue.head()) is not None:
                 ticket = entry[2]
                 if self._dispatcher.can_requeue(ticket):
-                    self._dispatcher.requeue(ticket)
+                    self._dispatcher.return_to_store(ticket)
                     continue
                 self._dispatcher.dequeue(ticket)
                 ticket.forget_parent()

@@ -426,6 +426,7 @@ class Account:
             permit.granted_at,
             permit.grant.in_flight,
             named=outcome.rate_limited,
+            says_concurrency=outcome.says_concurrency,
             retry_after=outcome.retry_after,
             quota_explains=outcome.rate_limited and self.quotas.wait(now, permit.request.charge).seconds > 0.0,
         )

@@ -1,6 +1,6 @@
 """LLM providers: requests, token counting, rate-limit headers, errors and usage. Unreadable input raises nothing."""
 
-from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error
+from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error, names_concurrency
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.http_headers import Headers
 from forebay.upstream.providers.include_usage import UsageFilter
@@ -34,6 +34,7 @@ __all__ = [
     "depends_on_stored_state",
     "find_unpriced",
     "find_unreadable",
+    "names_concurrency",
     "path_with_model",
     "profile_for",
     "read_rate_limits",

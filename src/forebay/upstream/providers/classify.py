@@ -291,6 +291,11 @@ def classify(status: int | None, headers: Mapping[str, str], body: bytes = b"") 
     return rule.kind
 
 
+def names_concurrency(body: bytes) -> bool:
+    """Return whether the body of an error says that too many calls are in flight."""
+    return _kind_in_body(body) is ErrorKind.CONCURRENCY_LIMIT
+
+
 def classify_stream_error(error: Any) -> ErrorKind:
     """Return the kind of an error that is reported in the middle of a stream, under the status 200.
 

@@ -38,6 +38,8 @@ _SHORT_BLOCK: Final = 1.0  # seconds
 _PENALTY_COST: Final = 30.0  # times as long as a refused step has blocked the account, until the next one
 _LATE: Final = 0.05  # seconds by which a call may be late without delaying the next one
 _USED: Final = 0.8  # of the rate that must be used for it to rise
+_FALLS: Final = 3  # in a row, without a rise, that show that no rate is the cause ...
+_FELL: Final = 0.6  # ... once less than this share of the rate is left
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
@@ -63,6 +65,8 @@ class LearnedRate:
         "_blocks",
         "_count",
         "_earlier_mark",
+        "_falls",
+        "_fell_from",
         "_held",
         "_learned",
         "_learned_count",
@@ -86,6 +90,8 @@ class LearnedRate:
         self._held = math.inf  # the highest rate that was not refused for a whole step, since the latest block
         self._learned = math.inf  # the rate after the latest block, before it rose
         self._before = math.inf  # the rate before the first block
+        self._falls = 0  # of a measured rate, since it last rose
+        self._fell_from = math.inf  # the rate before these
         self._count = 0  # calls sent and not refused
         self._mark = self._earlier_mark = _BlockEnd(-math.inf, 0)
         self._blocks: deque[_BlockEnd] = deque(maxlen=_MAX_BLOCKS)
@@ -109,8 +115,17 @@ class LearnedRate:
         """True if the rate has risen since it was learned."""
         return self.measured and self.rate > self._learned
 
+    def is_disproved(self) -> bool:
+        """Return whether refusals go on however far the rate falls.
+
+        Calls that are sent no faster than was measured are hardly ever refused for their rate. Where they are, again
+        and again, the cause is another one: small servers behind a load balancer, or a capacity that comes and goes.
+        """
+        return self._falls >= _FALLS and self.rate < _FELL * self._fell_from
+
     def forget(self) -> None:
         """Space calls no more: no rate is the cause of the refusals."""
+        self._falls = 0
         self.rate = self._held = self._learned = math.inf
         self.measured = False
         self._next_at = -math.inf
@@ -166,6 +181,8 @@ class LearnedRate:
             measured *= _MARGIN
             if self.measured:
                 measured = min(self.rate, max(measured, self._learned / 2))
+                self._fell_from = self.rate if not self._falls else self._fell_from
+                self._falls += 1
             self.rate = self._held = measured
             self.measured = True
         elif self.known:
@@ -197,7 +214,7 @@ class LearnedRate:
 
     def _is_short(self, block: Block) -> bool:
         """Return whether a block was about as short as it takes a bucket to gain the next call."""
-        return block.ended - block.began <= max(_SHORT_BLOCK, 3.0 / self.rate)
+        return _seconds(block) <= max(_SHORT_BLOCK, 3.0 / self.rate)
 
     def _is_tolerated(self, block: Block) -> bool:
         """Return whether refusals are so rare that the measured rate need not fall."""
@@ -239,9 +256,7 @@ class LearnedRate:
             self._begin_step(now, _FIRST_WAIT)
             return
         self._wait = min(_MAX_WAIT, 2 * self._wait)
-        wait = max(
-            self._wait, _CALLS_PER_REFUSAL * block.refusals / self.rate, _PENALTY_COST * (block.ended - block.began)
-        )
+        wait = max(self._wait, _CALLS_PER_REFUSAL * block.refusals / self.rate, _PENALTY_COST * _seconds(block))
         self._begin_step(now, min(_LONGEST_WAIT, wait))
 
     def _begin_step(self, now: float, seconds: float) -> None:
@@ -254,7 +269,7 @@ class LearnedRate:
             self.forget()
             return
         if used:
-            self._held = self.rate
+            self._held, self._falls = self.rate, 0
             self.rate *= 1.0 + self._step
             if self.measured:
                 self._step = min(_MAX_STEP, 2 * self._step)
@@ -262,3 +277,8 @@ class LearnedRate:
                 self._wait = _FIRST_WAIT
         seconds = _STEP_SECONDS if self.rate < _FAST_FROM * self._learned else _FAST_STEP_SECONDS
         self._begin_step(now, max(seconds, _MIN_COUNT / self.rate) if self.measured else 1.0)
+
+
+def _seconds(block: Block) -> float:
+    """Return how long a block is known to have lasted: 0 if its first trial call was accepted."""
+    return block.ended - block.began if block.refused > block.began else 0.0

@@ -8,10 +8,13 @@ from typing import Final, NamedTuple
 
 _RECENT: Final = 10.0  # seconds in which a call that was accepted contradicts a refusal; before it, up to twice as long
 _NAMED: Final = 5.0  # weight of words or headers that name a rate, in refusals
+_SAYS_CONCURRENCY: Final = 3.0  # weight of words that name the calls in flight: each fall of such a limit looks alike
 _ENOUGH: Final = 4.0  # score from which a rate is the likely cause ...
 _ENOUGH_MEASURED: Final = 0.0  # ... where a rate has been measured, which explains the refusal
-_MAX_SCORE: Final = 6.0
+_MAX_SCORE: Final = 9.0
 _MIN_SCORE: Final = -3.0
+_DISPROVED: Final = -50.0  # score after a learned rate was disproved; each further time it is twice as low ...
+_MIN_DISPROVED: Final = -200.0  # ... down to this
 _DECAY: Final = 0.1  # of the score for each accepted call: stray refusals, a few in a hundred, do not add up
 _ROW: Final = 3  # refusals in a row that count for a rate: a limit that falls refuses many, all below what was accepted
 _DRAINED: Final = 0.5  # of the calls in flight that were accepted: refused with fewer, the others in a row count, too
@@ -28,13 +31,14 @@ class RefusalCause:
     """A score of the evidence for a rate, and against a limit on the calls in flight.
 
     A limit on the calls in flight refuses only calls beyond it. So it is not the cause of a refusal if a call with as
-    many calls in flight was accepted a few seconds before or after. A refusal of which that is true counts for a rate, if
-    it is not one of many in a row, as after a fall of the limit, and each other one against it. What the provider says
-    about the cause decides only until such evidence outweighs it.
+    many calls in flight was accepted a few seconds before or after. A refusal of which that is true counts for a rate,
+    if it is not one of many in a row, as after a fall of the limit, and each other one against it. What the provider
+    says about the cause decides only until such evidence outweighs it.
     """
 
     __slots__ = (
-        "_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_row", "_row_start", "_score", "_window_start",
+        "_disproved", "_earlier_peak", "_judged_at", "_open", "_peak", "_refusals", "_row", "_row_start", "_score",
+        "_window_start",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -42,6 +46,7 @@ class RefusalCause:
         self._window_start = -math.inf
         self._score = 0.0
         self._row, self._row_start = 0, -math.inf  # refusals in a row that counted, and the arrival of the first
+        self._disproved = 0.0  # the score that was set when a learned rate was disproved latest; 0 for never
         self._judged_at = -math.inf  # when the latest refusal arrived that was counted against a rate
         self._refusals: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)
         self._open: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)  # those that nothing contradicts yet
@@ -51,14 +56,16 @@ class RefusalCause:
         """The most calls in flight with which a call was accepted recently."""
         return max(self._peak, self._earlier_peak)
 
-    def is_rate(self, *, measured: bool, named: bool = False) -> bool:
+    def is_rate(self, *, measured: bool, named: bool = False, says_concurrency: bool = False) -> bool:
         """Return whether a rate is the likely cause of refusals now.
 
         Args:
             measured: a rate has been measured.
             named: they name a rate, or a time after which to come back.
+            says_concurrency: they name the calls in flight.
         """
-        return self._score + _NAMED * named >= (_ENOUGH_MEASURED if measured else _ENOUGH)
+        said = _NAMED * named - _SAYS_CONCURRENCY * says_concurrency
+        return self._score + said >= (_ENOUGH_MEASURED if measured else _ENOUGH)
 
     def record_accepted(self, now: float, sent_at: float, in_flight: int, *, decays: bool) -> None:
         """Note that a call was accepted.
@@ -105,6 +112,11 @@ class RefusalCause:
             self._open.append(refusal)
             self._count(-1.0)
 
+    def disprove_rate(self) -> None:
+        """Note that refusals went on at any rate: much more evidence is needed to take a rate for their cause again."""
+        self._disproved = max(_MIN_DISPROVED, 2 * self._disproved) if self._disproved else _DISPROVED
+        self._score = self._disproved
+
     def _contradict(self, sent_at: float, in_flight: int) -> None:
         """Count the refusals that a call accepted with `in_flight` calls in flight contradicts, as one."""
         while self._open and self._open[0].at < sent_at - _RECENT:
@@ -116,7 +128,7 @@ class RefusalCause:
             self._open.remove(refusal)
 
     def _count(self, evidence: float) -> None:
-        self._score = max(_MIN_SCORE, min(_MAX_SCORE, self._score + evidence))
+        self._score = max(min(_MIN_SCORE, self._score), min(_MAX_SCORE, self._score + evidence))
 
     def _move_window(self, now: float) -> None:
         if now >= self._window_start + _RECENT:

@@ -27,6 +27,7 @@ class RefusalControl:
         self._cause = RefusalCause()
         self._pause = RefusalPause()
         self._quota_explains = False  # a known quota is used up in the present block
+        self._says_concurrency = False  # the latest refusal said that too many calls are in flight
         self._began_above = False  # the block began with more calls in flight than were accepted before ...
         self._refused_below = False  # ... and then refused a call with no more than that
         self._blocked_in_flight = 0  # calls in flight when the first refused call of the block was sent
@@ -70,8 +71,12 @@ class RefusalControl:
         if block is None:
             return
         lasted = block.ended - block.began
-        if self._quota_explains or self._cause.is_rate(measured=self.rate.measured):
+        rate = self._cause.is_rate(measured=self.rate.measured, says_concurrency=self._says_concurrency)
+        if self._quota_explains or rate:
             self.rate.learn(now, block, guess=not self._quota_explains)
+            if self.rate.is_disproved():
+                self.rate.forget()
+                self._cause.disprove_rate()
         else:
             self.rate.forget()
             if lasted >= _MIN_PENALTY:
@@ -89,6 +94,7 @@ class RefusalControl:
         in_flight: int,
         *,
         named: bool = False,
+        says_concurrency: bool = False,
         retry_after: float | None = None,
         quota_explains: bool = False,
     ) -> bool:
@@ -99,13 +105,17 @@ class RefusalControl:
             sent_at: when the call was sent.
             in_flight: calls in flight at that time, itself included.
             named: the refusal names a rate, or a time after which to come back.
+            says_concurrency: the refusal says that too many calls are in flight.
             retry_after: seconds that the provider asked for, or None.
             quota_explains: a quota that is known is used up.
         """
         above = in_flight > self._cause.peak
         penalty = self._pause.blocked and self._began_above
         self._cause.record_refused(now, sent_at, in_flight, rising=self.rate.rising, penalty=penalty)
-        rate = quota_explains or self._cause.is_rate(named=named, measured=self.rate.measured)
+        rate = quota_explains or self._cause.is_rate(
+            named=named, says_concurrency=says_concurrency, measured=self.rate.measured
+        )
+        self._says_concurrency = says_concurrency
         self.rate.record_refused()
         silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
         after = 0.0 if retry_after is None or not retry_after > 0 else retry_after

@@ -20,12 +20,13 @@ def send(rate: LearnedRate, since: float, until: float, *, per_second: float) ->
 
 
 def block(rate: LearnedRate, began: float, ended: float, *, guess: bool = True, refusals: int = 1) -> None:
-    """Refuse calls from `began` on, and accept one at `ended`."""
+    """Refuse calls from `began` on, several until halfway to `ended`, and accept one then."""
     for _ in range(refusals):
         rate.record_sent(began, blocked=True)
         rate.record_refused()
     rate.record_sent(ended, blocked=True)
-    rate.learn(ended, Block(began=began, refused=began, ended=ended, refusals=refusals), guess=guess)
+    refused = began if refusals == 1 else (began + ended) / 2
+    rate.learn(ended, Block(began=began, refused=refused, ended=ended, refusals=refusals), guess=guess)
 
 
 def measured(per_second: float = 4.0) -> LearnedRate:
@@ -166,3 +167,32 @@ def test_a_rate_without_refusals_is_forgotten_after_ten_minutes() -> None:
     rate = measured(4.0)
     send(rate, 20.25, 700.0, per_second=1.0)
     assert not rate.known
+
+
+def test_refusals_that_go_on_however_slowly_calls_are_sent_show_that_no_rate_is_the_cause() -> None:
+    rate, now = measured(4.0), 20.25
+    for _ in range(8):  # a capacity that comes and goes: now and then a call is refused, at any rate
+        send(rate, now, now + 15.0, per_second=1000.0)
+        block(rate, now + 15.0, now + 20.0, refusals=3)
+        now += 20.0
+        if rate.is_disproved():
+            break
+    assert rate.is_disproved()
+
+
+def test_a_rate_that_rises_and_is_refused_again_and_again_is_not_disproved() -> None:
+    rate, now = measured(4.0), 20.25
+    for _ in range(8):
+        send(rate, now, now + 90.0, per_second=1000.0)
+        block(rate, now + 90.0, now + 91.0)
+        now += 91.0
+        assert not rate.is_disproved()
+
+
+def test_a_block_whose_first_trial_call_was_accepted_was_no_long_one() -> None:
+    rate = measured(0.5)
+    send(rate, 20.25, 300.0, per_second=1000.0)
+    block(rate, 300.0, 306.0)
+    learned = rate.rate
+    send(rate, 306.0, 480.0, per_second=1000.0)
+    assert rate.rate > learned, "six seconds of silence were ours"

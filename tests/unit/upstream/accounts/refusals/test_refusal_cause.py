@@ -21,10 +21,42 @@ def is_rate(cause: RefusalCause, *, named: bool = False, measured: bool = False)
 def test_refusals_with_no_more_calls_in_flight_than_were_accepted_speak_for_a_rate() -> None:
     cause = RefusalCause()
     accept(cause, 0.0, 20)
-    for second in range(1, 5):
+    for second in range(1, 6):
         assert not is_rate(cause)
         refuse(cause, second, 20)
+        accept(cause, second + 0.5, 5)
     assert is_rate(cause)
+
+
+def test_a_limit_that_falls_by_half_is_not_taken_for_a_rate() -> None:
+    cause = RefusalCause()
+    accept(cause, 0.0, 20)
+    for in_flight in range(20, 10, -1):  # calls end, and each new one is refused
+        refuse(cause, 1.0 + 0.1 * (20 - in_flight), in_flight)
+    assert not is_rate(cause)
+    accept(cause, 3.0, 10)
+    assert not is_rate(cause)
+
+
+def test_refusals_go_on_counting_in_a_row_once_few_calls_are_in_flight() -> None:
+    cause = RefusalCause()
+    accept(cause, 0.0, 20)
+    for in_flight in (20, 18, 15, 12):
+        refuse(cause, 1.0, in_flight)
+    assert not is_rate(cause)
+    refuse(cause, 2.0, 9)
+    assert is_rate(cause)
+
+
+def test_words_that_name_the_calls_in_flight_ask_for_more_evidence_of_a_rate() -> None:
+    cause = RefusalCause()
+    accept(cause, 0.0, 20)
+    for second in range(1, 7):
+        assert not cause.is_rate(measured=False, says_concurrency=True)
+        refuse(cause, second, 5)
+    assert is_rate(cause)
+    refuse(cause, 7.0, 5)
+    assert cause.is_rate(measured=False, says_concurrency=True)
 
 
 def test_refusals_with_more_calls_in_flight_than_were_accepted_speak_against_a_rate() -> None:
