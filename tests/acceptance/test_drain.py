@@ -167,6 +167,29 @@ async def test_a_store_that_keeps_failing_does_not_keep_a_drain_from_ending() ->
     assert await ends(tickets) == {"failed": 5, "cancelled": 3}
 
 
+@pytest.mark.parametrize("options", [{}, {"overflow": "memory://", "max_queue_size": 0}], ids=["queued", "stored"])
+@virtual
+async def test_a_message_behind_one_that_no_worker_can_take_does_not_keep_a_drain_from_ending(
+    options: dict[str, Any],
+) -> None:
+    async def broken(_: Task) -> None:
+        await asyncio.sleep(0.1)
+        raise ValueError
+
+    supervisor = BackpressureSupervisor(**options)
+    supervisor.register_worker("broken", handler=broken, task_types=["broken"], reset_timeout=None)
+    supervisor.register_worker("healthy", handler=Agent(), task_types=["work"])
+    async with supervisor:
+        for _ in range(5):  # then the worker stays FAILED until it is revived
+            await supervisor.submit(Task("broken"))
+        messages = [await supervisor.submit(Task(task_type, thread_id="c")) for task_type in ("broken", "work")]
+        await asyncio.sleep(2.0)
+        assert not any(ticket.done() for ticket in messages)
+        async with asyncio.timeout(10.0):
+            await supervisor.drain()
+        assert [ticket.status for ticket in messages] == [TaskStatus.CANCELLED] * 2
+
+
 @virtual
 async def test_what_a_full_overflow_does_not_take_finishes_here() -> None:
     store = SlowStore(bound=5)

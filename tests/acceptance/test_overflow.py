@@ -766,6 +766,49 @@ async def test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store
     assert [task.payload for task in agent.calls if task.payload != 0] == ([] if leaving == "both" else ["first"])
 
 
+@pytest.mark.parametrize("awaits", [True, False], ids=["awaits", "holds"])
+@virtual
+async def test_a_keyed_task_goes_on_for_a_caller_that_got_it_without_waiting(tmp_path: Path, *, awaits: bool) -> None:
+    agent = Agent(1.0)
+    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["pay"])
+        first = asyncio.ensure_future(supervisor.submit(Task("pay", "first", key="k", durable=True)))
+        await wait_until_undecided(supervisor)
+        ticket = supervisor.submit_nowait(Task("pay", "second", key="k"))
+        waiting = [asyncio.ensure_future(ticket.value())] if awaits else []
+        await run_ready()
+        first.cancel()
+        assert (await ticket).result == "first"
+        assert await asyncio.gather(*waiting) == ["first"] * awaits
+
+
+@virtual
+async def test_a_keyed_task_goes_on_for_a_caller_that_awaits_it_by_its_id(tmp_path: Path) -> None:
+    async with BackpressureSupervisor(overflow=f"sqlite:///{tmp_path}/spill.db") as supervisor:
+        supervisor.register_worker("worker", handler=Agent(1.0), task_types=["pay"])
+        first = asyncio.ensure_future(supervisor.submit(Task("pay", "first", task_id="a", durable=True)))
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(supervisor.ticket("a").value())
+        await run_ready()
+        first.cancel()
+        assert await waiting == "first"
+
+
+@virtual
+async def test_the_key_of_a_task_that_comes_back_is_known_though_nobody_held_its_ticket(overflow: str) -> None:
+    agent = Agent(1.0)
+    async with BackpressureSupervisor(overflow=overflow, max_queue_size=0) as supervisor:
+        supervisor.register_worker("worker", handler=agent, task_types=["pay"])
+        (busy,) = flood(supervisor, "pay", 1)
+        await supervisor.submit(Task("pay", "first", key="k"))  # spilled, and its ticket is dropped
+        gc.collect()
+        await busy
+        await asyncio.sleep(0.5)
+        again = supervisor.submit_nowait(Task("pay", "second", key="k"))
+        assert (await again).result == "first"
+    assert [task.payload for task in agent.calls] == [0, "first"]
+
+
 class SlowLookups(MemoryTaskStore):
     """A store that answers each lookup of a key later than the one before."""
 

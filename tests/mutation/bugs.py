@@ -53,8 +53,10 @@ from forebay.supervisor.slot import Slot
 from forebay.supervisor.spill.leases import HeldLeases
 from forebay.supervisor.spill.lookup import StoreLookup
 from forebay.supervisor.spill.maintenance import StoreMaintenance
+from forebay.supervisor.spill.refill import Refiller
 from forebay.supervisor.spill.stored_tasks import StoredTasks
 from forebay.supervisor.ticket import Ticket
+from forebay.supervisor.ticket_registry import TicketRegistry
 from forebay.supervisor.worker import WorkerAgent
 from forebay.supervisor.worker_starts import WorkerStarts
 from forebay.task import Deadline, Priority, TaskResult, TaskStatus
@@ -222,6 +224,13 @@ def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
 
 def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
     skip(pool.first_for, Pool.pass_over)
+
+
+def draining_waits_for_a_message_behind_one_that_cannot_start() -> None:
+    def _has_startable(self: Drain) -> bool:
+        return any(map(self._may_run, filter(self._is_unfinished, self._registry.live.values())))
+
+    replace(Drain, Drain._has_startable, _has_startable)
 
 
 def records_of_one_conversation_are_leased_together() -> None:
@@ -899,6 +908,14 @@ def the_first_caller_of_a_key_takes_the_task_with_it() -> None:
             raise
 
     replace(_Undecided, original, wait)
+
+
+def only_those_who_wait_for_the_store_keep_a_keyed_task() -> None:
+    replace(_Undecided, _Undecided.is_abandoned, lambda self: not self.callers)
+
+
+def the_key_of_a_task_that_comes_back_is_not_known() -> None:
+    skip(Refiller._start_or_queue, TicketRegistry.remember_key)
 
 
 def a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key() -> None:

@@ -121,6 +121,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_worker_with_many_open_runs_passes_a_pool_over_uncounted: (
         test_pool.test_a_worker_with_many_open_runs_serves_the_pool_that_it_passed_over_too_often
     ),
+    bugs.draining_waits_for_a_message_behind_one_that_cannot_start: (
+        test_drain.test_a_message_behind_one_that_no_worker_can_take_does_not_keep_a_drain_from_ending
+    ),
     bugs.records_of_one_conversation_are_leased_together: (
         test_task_store.test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
     ),
@@ -331,6 +334,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.closing_ignores_a_start_in_progress: test_lifecycle.test_closing_undoes_a_start_in_progress,
     bugs.the_first_caller_of_a_key_takes_the_task_with_it: (
         test_overflow.test_a_keyed_task_goes_on_unless_all_its_callers_leave_while_the_store_decides
+    ),
+    bugs.only_those_who_wait_for_the_store_keep_a_keyed_task: (
+        test_overflow.test_a_keyed_task_goes_on_for_a_caller_that_got_it_without_waiting
+    ),
+    bugs.the_key_of_a_task_that_comes_back_is_not_known: (
+        test_overflow.test_the_key_of_a_task_that_comes_back_is_known_though_nobody_held_its_ticket
     ),
     bugs.a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key: (
         test_overflow.test_a_keyed_task_goes_on_for_those_who_still_wait_for_the_lookup_of_its_key

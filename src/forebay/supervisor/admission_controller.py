@@ -420,7 +420,7 @@ class AdmissionController:
                 ticket.cancel(ticket.cancel_reason)
             elif undecided.callers > 1:
                 ticket.share()
-            elif not undecided.callers and ticket.task.key not in self._key_lookups:
+            elif undecided.is_abandoned():
                 ticket.cancel(_ABANDONED)
 
         answer = self._core.run_to_completion(deciding)
@@ -537,11 +537,13 @@ class _Undecided:
             await asyncio.wait((self._answer,))
         except asyncio.CancelledError:
             self.callers -= 1
-            if (
-                not self.callers and not self._ticket.shared and self._answer.done()
-            ):  # otherwise the answer may find another caller
+            if self.is_abandoned() and self._answer.done():  # otherwise the answer may find another caller
                 self._ticket.cancel(_ABANDONED)
             raise
+
+    def is_abandoned(self) -> bool:
+        """Return whether all callers have left, and nobody else got the ticket by its key or awaits it by its id."""
+        return not (self.callers or self._ticket.shared or self._ticket.is_observed)
 
 
 def _may_spill(ticket: Ticket, spill: Spill) -> bool:

@@ -15,6 +15,7 @@ from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
 if TYPE_CHECKING:
+    from forebay.supervisor.conversations import Conversations
     from forebay.supervisor.core import Core
     from forebay.supervisor.runs.run import ActiveRuns
     from forebay.supervisor.spill.spill import Spill
@@ -50,6 +51,10 @@ class DrainDispatcher(QueueSpillDispatcher, Protocol):
     @property
     def spill(self) -> Spill | None:
         """The overflow, if there is one."""
+
+    @property
+    def conversations(self) -> Conversations:
+        """The conversations of its tasks."""
 
     def can_requeue(self, ticket: Ticket) -> bool:
         """Return whether a task is stored where the next process finds it."""
@@ -187,8 +192,21 @@ class Drain:
         return self._unfinished is not None
 
     def _has_startable(self) -> bool:
-        """Return whether a worker could still take one of the tasks."""
-        return any(map(self._may_run, filter(self._is_unfinished, self._registry.live.values())))
+        """Return whether a worker could still take one of the tasks.
+
+        Of each conversation only the first task counts: the others wait for it.
+        """
+        seen: set[str] = set()
+        for ticket in filter(self._is_unfinished, self._registry.live.values()):
+            if (thread_id := ticket.task.thread_id) is None:
+                if self._may_run(ticket):
+                    return True
+            elif thread_id not in seen:
+                seen.add(thread_id)
+                conversation = self._dispatcher.conversations.get(thread_id)
+                if self._may_run(ticket if conversation is None else conversation.tickets[0]):
+                    return True
+        return False
 
     async def _wait_for_progress(self) -> None:
         self._progress.clear()

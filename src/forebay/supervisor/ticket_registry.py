@@ -50,6 +50,11 @@ class TicketRegistry:
         """Add a ticket that has not ended."""
         self.live[ticket.task.task_id] = ticket
 
+    def remember_key(self, ticket: Ticket) -> None:
+        """Let others get a stored task that comes back by its key, unless another one has the key by now."""
+        if ticket.task.key is not None:
+            self.by_key.setdefault(ticket.task.key, ticket)
+
     def discard(self, ticket: Ticket) -> None:
         """Forget a ticket, because another process or no process has its task."""
         if self.live.get(ticket.task_id) is ticket:

@@ -231,6 +231,7 @@ class Refiller:
     def _start_or_queue(self, ticket: Ticket, lease: Lease, pool: Pool) -> None:
         record, stored, core, dispatcher = lease.record, self._stored, self._core, self._dispatcher
         ticket.refill(lease)
+        self._registry.remember_key(ticket)
         core.timers.cancel(ticket.clear_expiry())
         stored.leases.hold(lease)
         if ticket.done():  # it has ended meanwhile, and its completion is on its way to the store
