@@ -342,10 +342,26 @@ async def test_a_stream_that_is_left_after_the_clock_went_back_returns_everythin
 
 
 @virtual
-async def test_a_whole_stream_without_usage_pays_for_what_arrived() -> None:
-    upstream = Upstream("own", provider="vllm", budget=DOLLAR, prices={"gpt-4o": Price(input=2.5, output=10.0)})
-    await leave(upstream, *words("one", "two"), STOP, DONE, after=100.0, max_tokens=1_000)
-    assert spent(upstream) == pytest.approx(INPUT, rel=0.02)
+@pytest.mark.parametrize("provider", ["openai", "vllm", "openai-compatible"])
+@pytest.mark.parametrize("pieces", [[STOP, DONE], [STOP], [DONE]], ids=["whole", "no end mark", "no finish reason"])
+@pytest.mark.parametrize("after", [100.0, 4.5], ids=["read", "left at its end"])
+async def test_a_whole_stream_without_usage_counts_as_reserved(
+    provider: str, pieces: list[bytes], after: float
+) -> None:
+    upstream = Upstream("own", provider=provider, budget=DOLLAR, prices={"gpt-4o": Price(input=2.5, output=10.0)})
+    await leave(upstream, *words("one", "two"), *pieces, *[b": still open\n\n"] * 5, after=after, max_tokens=10_000)
+    assert spent(upstream) == pytest.approx(INPUT + 0.1, rel=0.02)
+
+
+@virtual
+@pytest.mark.parametrize("stream", [True, 1, 1.0, "true", "True", "yes"])
+async def test_a_lenient_server_is_asked_for_the_usage_of_whatever_it_streams(stream: object) -> None:
+    upstream = upstream_of()
+    usage = chunk(choices=[], usage={"prompt_tokens": 10_000, "completion_tokens": 5_000})
+    script = Script(httpx2, Reply.stream(*words("one"), STOP, usage, DONE))
+    await post(script, upstream, "/chat/completions", model="gpt-4o", messages=[], stream=stream, max_tokens=10_000)
+    assert json.loads(script.requests[0].content)["stream_options"] == {"include_usage": True}
+    assert spent(upstream) == pytest.approx(INPUT + 0.05)
 
 
 @virtual

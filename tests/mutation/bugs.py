@@ -952,3 +952,17 @@ def a_limit_that_raises_costs_a_permit() -> None:
         self._guarded.observe(now, grant, outcome, **options)
 
     replace(GuardedLimit, GuardedLimit.observe, observe)
+
+
+# --- what calls cost, and whose they are ---
+
+
+def a_complete_stream_without_usage_costs_its_text() -> None:
+    original = Exchange._stream_usage
+
+    def _stream_usage(self: Exchange, permit: Permit, meter: Any, end: Any) -> Usage | None:
+        usage = original(self, permit, meter, end)
+        found: Usage | None = meter.usage if usage is None and meter.complete else usage
+        return found
+
+    replace(Exchange, original, _stream_usage)

@@ -352,6 +352,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_events.test_an_error_that_is_raised_again_and_again_collects_no_traceback
     ),
     bugs.a_limit_that_raises_costs_a_permit: test_guarded_limit.test_a_limit_that_raises_costs_no_permit,
+    bugs.a_complete_stream_without_usage_costs_its_text: (
+        test_budget_attacks.test_a_whole_stream_without_usage_counts_as_reserved
+    ),
 }
 
 

@@ -219,14 +219,18 @@ class Exchange:
     def _stream_usage(self, permit: Permit, meter: UsageMeter | BodyMeter, end: StreamEnd) -> Usage | None:
         """Return the usage of a streaming answer; None for as much as was reserved.
 
-        Of one that broke off, or that was left, the output that arrived is counted, and what may have been made before
-        any arrived: a model can think for long before its first word. In the background it goes on.
+        A complete answer that reports none counts as it was reserved: the text does not show hidden reasoning, which
+        may have been billed. Of one that broke off, or that was left, the output that arrived is counted, and what may
+        have been made before any arrived: a model can think for long before its first word. In the background it goes
+        on.
         """
         usage = meter.usage
         if usage is not None and not usage.estimated:
             return usage
         parsed = self.parsed
         if parsed.background or not parsed.generates_tokens or not end.readable or isinstance(meter, BodyMeter):
+            return None
+        if meter.complete and self.core.is_metered:
             return None
         if end.ended:
             return usage

@@ -37,6 +37,7 @@ _SIGNATURES: Final = ("AWS4-", "Signature ")  # prefixes of an Authorization hea
 _UNUSUAL: Final = SIGNATURE_HEADERS | _OVERRIDES | {"upgrade", "sec-websocket-key", "content-encoding"}
 
 
+_FALSE: Final = frozenset({"false", "f", "no", "n", "off", "0"})  # to a lenient server
 _NOTHING: Final = msgspec.Raw()
 
 
@@ -213,7 +214,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     return ProviderRequest(
         endpoint=route,
         model=model,
-        stream=read.stream is True,
+        stream=_asks_for_stream(read.stream),
         input_tokens=estimate_tokens(
             pieces,
             bytes_per_token=bytes_per_token,
@@ -329,6 +330,11 @@ def _read_body(headers: Mapping[str, str], body: bytes) -> tuple[_RequestBody | 
         except (msgspec.MsgspecError, ValueError, RecursionError):
             continue
     return None, "its body is not a JSON object in UTF-8: send it as one"
+
+
+def _asks_for_stream(value: object) -> bool:
+    """Return whether a lenient server may take a ``stream`` for true: 1 and ``"true"`` too."""
+    return value is True or (bool(value) and str(value).lower() not in _FALSE)
 
 
 def _spoken(text: msgspec.Raw) -> int:

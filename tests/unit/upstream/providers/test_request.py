@@ -351,7 +351,7 @@ def test_no_request_raises(method: str, path: str, headers: dict[str, str], body
         b'{"messages":' + b"[" * 100_000,
         b'{"messages":[{"type":"image","x":' + b"[" * 900 + b"]" * 900 + b"}]}",
         b'{"messages":"\xff\xfe"}',
-        b'{"stream": 1, "n": [], "max_tokens": {}, "model": 7, "messages": 3}',
+        b'{"stream": 0, "n": [], "max_tokens": {}, "model": 7, "messages": 3}',
         b'{"messages":"' + b"x" * 10_000_000 + b'"}',
     ],
     ids=["deep", "deep media", "not utf-8", "wrong types", "long"],
