@@ -181,8 +181,9 @@ class LearnedRate:
             measured *= _MARGIN
             if self.measured:
                 measured = min(self.rate, max(measured, self._learned / 2))
-                self._fell_from = self.rate if not self._falls else self._fell_from
-                self._falls += 1
+                if not self.rising:
+                    self._fell_from = self._fell_from if self._falls else self.rate
+                    self._falls += 1
             self.rate = self._held = measured
             self.measured = True
         elif self.known:
