@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from forebay.events import log
-from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher
+from forebay.supervisor.queue_spill import QueueSpill, QueueSpillDispatcher, is_waiting
 from forebay.supervisor.runs.run import Run
 from forebay.task import TaskStatus
 
@@ -138,7 +138,10 @@ class Drain:
         """Begin to move the waiting tasks to the overflow, which survives the process."""
         spill.stored.stop_refilling()
         moving = QueueSpill(self._core, self._dispatcher, spill)
-        moving.start([ticket for ticket in self._registry.live.values() if _may_move(ticket)])
+        inside = [ticket for ticket in self._registry.live.values() if not _is_awaited_inside(ticket)]
+        for ticket in _behind_moved(inside):
+            ticket.cancel("earlier tasks of its conversation are left to the next process, and it may not be stored")
+        moving.start([ticket for ticket in inside if _may_move(ticket)])
         return moving
 
     def cancel_all(self) -> None:
@@ -210,8 +213,24 @@ class Drain:
         return not ticket.done()
 
 
+def _is_awaited_inside(ticket: Ticket) -> bool:
+    """Return whether a run that has not ended has submitted a task, and so may await it."""
+    return isinstance(ticket.parent, Run) and not ticket.parent.ended
+
+
 def _may_move(ticket: Ticket) -> bool:
-    """Return whether a task may wait in the overflow, and nobody inside awaits it."""
-    if ticket.slot is not None or not (ticket.task.spill or ticket.stored):
-        return False
-    return not isinstance(ticket.parent, Run) or ticket.parent.ended
+    """Return whether a task may wait in the overflow."""
+    return ticket.slot is None and (ticket.task.spill or ticket.stored)
+
+
+def _behind_moved(tickets: list[Ticket]) -> list[Ticket]:
+    """Return those that may not move, behind others of their conversation that do: they would overtake them."""
+    behind, moved = [], set()
+    for ticket in tickets:
+        if ticket.task.thread_id is None or not is_waiting(ticket):
+            continue
+        if _may_move(ticket):
+            moved.add(ticket.task.thread_id)
+        elif ticket.task.thread_id in moved:
+            behind.append(ticket)
+    return behind

@@ -11,7 +11,7 @@ from forebay import clock
 from forebay.retry import Retry, RetryBudgets, RetryPermission, RetryState
 from forebay.upstream.call_request import AttemptResult
 
-_KEPT: Final = 0.5  # share of the budget of faults that is kept for first retries
+_KEPT: Final = 0.25  # share of the budget of faults that is kept for first retries
 
 
 class AccountRetries:
@@ -55,7 +55,7 @@ class AccountRetries:
         """Return the seconds to wait before the next attempt; None to give up.
 
         A call that failed takes its retry from the budget of faults here: its first one from all of it, and any other
-        from one half. So calls that fail however often they are sent leave retries for those that one retry helps. A
+        from three quarters. So calls that fail however often they are sent leave retries for those that one retry helps. A
         throttled call asks `request_retry` later.
         """
         time_left = deadline - now if deadline < math.inf else math.inf

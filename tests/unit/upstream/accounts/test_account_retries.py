@@ -1,4 +1,4 @@
-"""The retries of an account: first ones and later ones share a budget of which half is for first ones alone."""
+"""The retries of an account: first ones and later ones share a budget of which a quarter is for first ones alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_calls_that_fail_again_and_again_leave_retries_for_the_first_failures_of
     hopeless = RetryState(retries.retry)
     while retry(retries, hopeless):
         pass
-    assert hopeless.failed == 6  # half of the ten retries that need no first attempt
-    assert [retry(retries, RetryState(retries.retry)) for _ in range(6)] == [True] * 5 + [False]
+    assert hopeless.failed == 8  # three quarters of the ten retries that need no first attempt; the next one got none
+    assert [retry(retries, RetryState(retries.retry)) for _ in range(4)] == [True] * 3 + [False]
 
 
 def test_a_single_call_has_all_of_its_attempts() -> None:

@@ -45,8 +45,8 @@ class RefusalCause:
         self._peak = self._earlier_peak = 0  # most calls in flight with an accepted one
         self._window_start = -math.inf
         self._score = 0.0
-        self._disproved = 0.0  # the score that was set when a learned rate was disproved latest; 0 for never
         self._row, self._row_start = 0, -math.inf  # refusals in a row that counted, and the arrival of the first
+        self._disproved = 0.0  # the score that was set when a learned rate was disproved latest; 0 for never
         self._judged_at = -math.inf  # when the latest refusal arrived that was counted against a rate
         self._refusals: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)
         self._open: deque[_Refusal] = deque(maxlen=_MAX_REFUSALS)  # those that nothing contradicts yet
