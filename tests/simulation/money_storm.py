@@ -115,7 +115,7 @@ class MoneyStorm:
             try:
                 await self._call(request, way)
             except Overloaded as error:
-                self.happened[f"call rejected: {error.limited_by.partition(':')[0]}"] += 1
+                self.happened[f"call rejected: {(error.limited_by or '').partition(':')[0]}"] += 1
             except httpx.HTTPError as error:
                 self.happened[f"call {type(error).__name__}"] += 1
 

@@ -55,8 +55,8 @@ class AccountRetries:
         """Return the seconds to wait before the next attempt; None to give up.
 
         A call that failed takes its retry from the budget of faults here: its first one from all of it, and any other
-        from three quarters. So calls that fail however often they are sent leave retries for those that one retry helps. A
-        throttled call asks `request_retry` later.
+        from three quarters. So calls that fail however often they are sent leave retries for those that a retry helps.
+        A throttled call asks `request_retry` later.
         """
         time_left = deadline - now if deadline < math.inf else math.inf
         delay = state.next_delay(

@@ -181,8 +181,7 @@ class LearnedRate:
             measured *= _MARGIN
             if self.measured:
                 measured = min(self.rate, max(measured, self._learned / 2))
-                self._fell_from = self.rate if not self._falls else self._fell_from
-                self._falls += 1
+                self._count_fall()
             self.rate = self._held = measured
             self.measured = True
         elif self.known:
@@ -211,6 +210,12 @@ class LearnedRate:
         """Return the rate of the calls accepted in the seconds before a block; None if too little is known."""
         mark = self._earlier_mark
         return None if mark.at == -math.inf else (self._count - mark.accepted) / (block.began - mark.at)
+
+    def _count_fall(self) -> None:
+        """Note that a block lowers the rate, unless it had risen."""
+        if not self.rising:
+            self._fell_from = self._fell_from if self._falls else self.rate
+            self._falls += 1
 
     def _is_short(self, block: Block) -> bool:
         """Return whether a block was about as short as it takes a bucket to gain the next call."""
