@@ -318,6 +318,13 @@ class WouldDeadlock(ForebayError, RuntimeError):
     """
 
 
+class LoopStopped(ForebayError, RuntimeError):
+    """portal.{call}() waits for the supervisor's event loop, which has not run for {seconds:.0f} s: a supervisor works
+    only while its loop runs. Keep it running, for example with asyncio.run(), or enter supervisor.portal() before the
+    supervisor is started, which gives it a loop in a thread of its own.
+    """
+
+
 class StillSpilled(ForebayError):
     """Task {task_id!r} is kept in the overflow, and this supervisor drained or closed before it ran: it is not lost. It
     runs when a supervisor with the same overflow next starts; then supervisor.ticket({task_id!r}) has its result.

@@ -16,7 +16,7 @@ import pytest
 from tests.support.task_plane import error_of
 
 from forebay import BackpressureSupervisor, Overloaded, Task, TaskFailed, TaskStatus, Verdict, progress
-from forebay.errors import AlreadyStarted, SupervisorClosed, UnknownTaskType, WouldDeadlock
+from forebay.errors import AlreadyStarted, LoopStopped, SupervisorClosed, UnknownTaskType, WouldDeadlock
 from forebay.events import LoopStalled, TaskProgress
 
 PATIENCE = 20.0  # seconds; nothing here takes as long
@@ -233,6 +233,19 @@ def test_a_call_that_the_closing_loop_drops_is_not_waited_for(monkeypatch: pytes
     threading.Timer(0.05, loop.close).start()
     with pytest.raises(SupervisorClosed):
         portal.run(Task("work"))
+
+
+def test_a_loop_that_does_not_run_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay.supervisor.portal._LOOP_CHECK_INTERVAL", 0.01)
+    monkeypatch.setattr("forebay.supervisor.portal._MAX_LOOP_PAUSE", 0.05)
+    loop = asyncio.new_event_loop()
+    supervisor = BackpressureSupervisor()
+    supervisor.register_worker("worker", handler=echo, task_types=["work"])
+    loop.run_until_complete(supervisor.start())
+    with pytest.raises(LoopStopped, match=r"portal\.run\(\) waits"):
+        supervisor.portal().run(Task("work"))
+    loop.run_until_complete(supervisor.close())
+    loop.close()
 
 
 def test_leaving_the_portal_by_an_error_stops_the_handlers() -> None:

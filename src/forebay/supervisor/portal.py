@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from forebay._text import format_duration
-from forebay.errors import ForkedProcess, NotStarted, SupervisorClosed, WouldDeadlock
+from forebay.errors import ForkedProcess, LoopStopped, NotStarted, SupervisorClosed, WouldDeadlock
 from forebay.task import Task, TaskResult, TaskStatus, Verdict
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LOOP_CHECK_INTERVAL = 1.0  # seconds
+_MAX_LOOP_PAUSE = 5.0  # seconds for which the loop may stand still, as between two `run_until_complete`
 
 
 class PortalSupervisor(Protocol):
@@ -130,6 +131,7 @@ class Portal:
 
         Raises:
             WouldDeadlock: it was called on the supervisor's own loop.
+            LoopStopped: that loop does not run.
         """
         return self._call(self._supervisor.run(task), "run")
 
@@ -138,6 +140,7 @@ class Portal:
 
         Raises:
             WouldDeadlock: it was called on the supervisor's own loop.
+            LoopStopped: that loop does not run.
         """
         return PortalTicket(self, self._call(self._supervisor.submit(task), "submit"))
 
@@ -155,7 +158,7 @@ class Portal:
         # The caller's context is copied, so that a nested task knows its parent.
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
-            _wait_until_done(future, loop)
+            _wait_until_done(future, loop, name)
             return future.result()
         except BaseException:
             future.cancel()  # the caller has gone (Ctrl-C); no effect if the work has ended
@@ -200,12 +203,17 @@ class Portal:
             ready.set()
 
 
-def _wait_until_done(future: Future[Any], loop: asyncio.AbstractEventLoop) -> None:
-    """Wait for work that was passed to `loop`.
+def _wait_until_done(future: Future[Any], loop: asyncio.AbstractEventLoop, name: str) -> None:
+    """Wait for work that was passed to `loop`, by the method `name` of a portal.
 
     Raises:
         SupervisorClosed: the loop was closed in the moment of the call, and has dropped the work.
+        LoopStopped: the loop does not run.
     """
+    paused = 0.0
     while not wait((future,), timeout=_LOOP_CHECK_INTERVAL).done:
         if loop.is_closed():
             raise SupervisorClosed(state="closed")
+        paused = 0.0 if loop.is_running() else paused + _LOOP_CHECK_INTERVAL
+        if paused >= _MAX_LOOP_PAUSE:
+            raise LoopStopped(call=name, seconds=paused)
