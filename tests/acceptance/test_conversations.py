@@ -380,3 +380,60 @@ async def test_a_conversation_goes_on_after_a_message_that_cannot_be_read(file: 
         await ticket
         assert now() < 2.1
     assert agent.started == ["next", "last"]
+
+
+# --- many messages that come too late --------------------------------------------------------------------------------
+
+
+async def sleep_for(task: Task) -> None:
+    await asyncio.sleep(task.payload)
+
+
+@virtual
+async def test_hundreds_of_messages_that_come_too_late_at_one_turn_all_end_and_the_conversation_goes_on() -> None:
+    supervisor = make_supervisor(sleep_for, None, slots=20, max_queue_size=1000)
+    async with supervisor:
+        record = EventRecord(supervisor)
+        tickets = await submit_all(supervisor, talk(*[4.0] * 600, deadline=Deadline.within(6.0)))
+        await results(flood_seconds(supervisor, 3.0, 8))  # from now on a task is known to take three seconds
+        flood_seconds(supervisor, 3.0, 5, deadline=Deadline.within(0.1))  # one of them tests whether that is still so
+        await tickets[0]
+        assert [ticket.status for ticket in tickets[1:]] == [TaskStatus.EXPIRED] * 599
+        assert now() < 5.0  # so they were too late at their turn, and did not wait for their deadline
+        (last,) = await submit_all(supervisor, talk(1.0))
+        assert await statuses([last]) == [TaskStatus.SUCCEEDED]
+    check_supervisor(record, tickets=tickets)
+
+
+@virtual
+async def test_hundreds_of_nested_messages_that_come_too_late_all_end() -> None:
+    """On a worker that begins no new run, with other work in the queue, each of them is queued before it ends."""
+
+    async def handler(task: Task) -> None:
+        if task.payload == "talks":
+            tickets.extend(await submit_all(supervisor, talk(*[4.0] * 600, deadline=Deadline.within(6.0))))
+            await asyncio.gather(*tickets)
+            assert now() < 5.0  # so they were too late at their turn, and did not wait for their deadline
+        elif task.payload == "waits":
+            await asyncio.gather(*flood_seconds(supervisor, 3.0, 1))  # from now on a task is known to take that long
+            flood_seconds(supervisor, 3.0, 5, deadline=Deadline.within(0.1))  # one of them tests whether it is so
+            await asyncio.gather(*flood_seconds(supervisor, 8.0, 1))
+        else:
+            await asyncio.sleep(task.payload)
+
+    tickets: list[Any] = []
+    supervisor = BackpressureSupervisor(max_queue_size=1000)
+    supervisor.register_worker("worker", handler=handler, task_types=["work"], max_concurrent=10, max_open=10)
+    async with supervisor:
+        record = EventRecord(supervisor)
+        parents = [supervisor.submit_nowait(Task("work", payload)) for payload in ["talks", *["waits"] * 9]]
+        await run_ready()
+        others = flood_seconds(supervisor, 1.0, 5)
+        assert await statuses([*parents, *others]) == [TaskStatus.SUCCEEDED] * 15
+        assert [ticket.status for ticket in tickets] == [TaskStatus.SUCCEEDED, *[TaskStatus.EXPIRED] * 599]
+    check_supervisor(record, tickets=tickets, nested=True)
+
+
+def flood_seconds(supervisor: BackpressureSupervisor, seconds: float, count: int, **options: Any) -> list[Any]:
+    """Submit `count` tasks that take so many seconds at once."""
+    return [supervisor.submit_nowait(Task("work", seconds, **options)) for _ in range(count)]

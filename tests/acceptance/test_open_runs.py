@@ -319,6 +319,37 @@ async def test_nested_tasks_that_expire_when_their_turn_comes_leave_nothing_behi
     check_supervisor(record, nested=True)
 
 
+@pytest.mark.parametrize("child_type", ["agent", "child"])
+@virtual
+async def test_a_flood_of_better_work_does_not_starve_sub_tasks_of_a_worker_that_begins_no_new_run(
+    any_overflow: str | None, child_type: str
+) -> None:
+    async def handler(task: Task) -> None:
+        if task.payload == "parent":
+            await asyncio.sleep(1.0)
+            await supervisor.run(Task(child_type, "child", priority=Priority.LOW))
+        else:
+            await asyncio.sleep(0.1)
+            served.append(task.payload)
+
+    async def keep_flooding() -> None:
+        while True:
+            supervisor.submit_nowait(Task("agent", "flood", priority=Priority.CRITICAL, spill=False))
+            await asyncio.sleep(0.02)
+
+    served: list[str] = []
+    supervisor = BackpressureSupervisor(overflow=any_overflow)
+    supervisor.register_worker("worker", handler=handler, task_types=["agent", "child"], max_concurrent=1, max_open=1)
+    async with supervisor:
+        parent = supervisor.submit_nowait(Task("agent", "parent", priority=Priority.LOW))
+        await run_ready()
+        flooding = asyncio.create_task(keep_flooding())
+        await asyncio.wait([asyncio.ensure_future(parent.value())], timeout=10.0)
+        flooding.cancel()
+        assert parent.status is TaskStatus.SUCCEEDED
+        assert served.index("child") <= 21
+
+
 # --- what a bound must not do: deadlock ------------------------------------------------------------------------------
 
 

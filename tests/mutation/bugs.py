@@ -38,7 +38,7 @@ from forebay.quota.observed import ObservedLimit
 from forebay.retry import RetryBudget, RetryState
 from forebay.storage import SqliteWriter, sqlite_file
 from forebay.storage.file_watch import FileWatch
-from forebay.supervisor import drain
+from forebay.supervisor import drain, pool
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
 from forebay.supervisor.dispatcher import Dispatcher
@@ -194,6 +194,38 @@ def tasks_of_a_conversation_never_start() -> None:
 
 
 # --- conversations, and runs that wait: order, and bounds that starve and deadlock nobody ---
+
+
+def each_message_that_comes_too_late_ends_in_a_call_of_its_own() -> None:
+    original = Dispatcher._may_still_start
+
+    def _may_still_start(self: Dispatcher, ticket: Ticket, pool: Pool) -> bool:
+        may_start = original(self, ticket, pool)
+        if not may_start:
+            self.next_in_conversation(ticket)
+        return may_start
+
+    replace(Dispatcher, original, _may_still_start)
+
+
+def a_nested_task_that_is_queued_starts_the_next_one_at_once() -> None:
+    original = Dispatcher._enqueue
+
+    def _enqueue(self: Dispatcher, ticket: Ticket, pool: Pool) -> None:
+        original(self, ticket, pool)
+        if ticket.nested:
+            for worker in pool.workers:
+                self.dispatch(worker)
+
+    replace(Dispatcher, original, _enqueue)
+
+
+def a_worker_with_many_open_runs_serves_by_priority_alone() -> None:
+    replace(PriorityQueue, PriorityQueue.serving_order, lambda _: list(Priority))
+
+
+def a_worker_with_many_open_runs_passes_a_pool_over_uncounted() -> None:
+    skip(pool.first_for, Pool.pass_over)
 
 
 def records_of_one_conversation_are_leased_together() -> None:

@@ -51,6 +51,7 @@ from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown
 from tests.unit.overflow import test_sqlite_store
 from tests.unit.quota import test_observed, test_rate_limiter
 from tests.unit.storage import test_sqlite_writer
+from tests.unit.supervisor import test_pool
 from tests.unit.supervisor.spill import test_held_leases
 from tests.unit.upstream import test_core
 from tests.unit.upstream.accounts import (
@@ -111,6 +112,18 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_bypass.test_the_needs_of_all_calls_ahead_are_kept_for_them
     ),
     bugs.tasks_of_a_conversation_never_start: test_submitting.test_tasks_of_a_thread_run_one_at_a_time_in_order,
+    bugs.each_message_that_comes_too_late_ends_in_a_call_of_its_own: (
+        test_conversations.test_hundreds_of_messages_that_come_too_late_at_one_turn_all_end_and_the_conversation_goes_on
+    ),
+    bugs.a_nested_task_that_is_queued_starts_the_next_one_at_once: (
+        test_conversations.test_hundreds_of_nested_messages_that_come_too_late_all_end
+    ),
+    bugs.a_worker_with_many_open_runs_serves_by_priority_alone: (
+        test_open_runs.test_a_flood_of_better_work_does_not_starve_sub_tasks_of_a_worker_that_begins_no_new_run
+    ),
+    bugs.a_worker_with_many_open_runs_passes_a_pool_over_uncounted: (
+        test_pool.test_a_worker_with_many_open_runs_serves_the_pool_that_it_passed_over_too_often
+    ),
     bugs.records_of_one_conversation_are_leased_together: (
         test_task_store.test_one_record_of_a_conversation_is_leased_at_a_time_the_oldest_first
     ),

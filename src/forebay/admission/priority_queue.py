@@ -105,6 +105,10 @@ class PriorityQueue(Generic[T]):
         """Return the entry that `pop` would serve, or None."""
         return self._first(self._next_priority()) if self.length else None
 
+    def serving_order(self) -> Sequence[Priority]:
+        """Return the priorities in the order in which they are served now: those passed over too often go first."""
+        return sorted(Priority, key=lambda priority: self._passed_over[priority] < self._starvation_bound)
+
     def first_of(self, priority: Priority) -> QueueEntry | None:
         """Return the first entry of one priority, or None."""
         return self._first(priority) if self._lengths[priority] else None

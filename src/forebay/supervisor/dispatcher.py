@@ -147,7 +147,8 @@ class Dispatcher:
         if ticket.nested and pool.queue.length > pool.nested:  # of those ahead, some workers may begin none
             for worker in pool.workers:
                 if worker.suspended and worker.can_accept() and worker.bars_new_runs(Priority.LOW):
-                    self.dispatch(worker)
+                    # Not now: a dispatch may be what queues this task, and they would pile up on the stack.
+                    self.loop.call_soon(self.dispatch, worker)
                     break
 
     def _arm_expiry(self, ticket: Ticket) -> None:
@@ -163,29 +164,35 @@ class Dispatcher:
         return ticket.queue_entry is not None or self.conversations.is_parked(ticket)
 
     def dequeue(self, ticket: Ticket) -> None:
-        """Take a waiting ticket out of the queue or of its conversation."""
+        """Take a waiting ticket out of the queue or of its conversation, whose next task may then start."""
+        self._leave(ticket)
+        self.next_in_conversation(ticket)
+
+    def _leave(self, ticket: Ticket) -> None:
         pool = self._pools[ticket.task.task_type]
         self._timers.cancel(ticket.clear_expiry())
         if self.conversations.is_parked(ticket):
             self.conversations.remove_parked(ticket)
             pool.unpark()
-            return
-        if (entry := ticket.leave_queue()) is not None:
+        elif (entry := ticket.leave_queue()) is not None:
             pool.remove(ticket, entry)
-        self.next_in_conversation(ticket)
 
     def next_in_conversation(self, ticket: Ticket) -> None:
-        """Start or queue the next task of the conversation, because `ticket` has really ended."""
-        following = self.conversations.end_first(ticket)
-        if following is None:
-            return
-        pool = self._pools[following.task.task_type]
-        pool.unpark()
-        worker = self.pick_worker(pool, following)
-        if worker is None:
-            self._enqueue(following, pool)
-        elif self._may_still_start(following, pool):
-            self.start(following, worker)
+        """Start or queue the next task of the conversation, because `ticket` has really ended.
+
+        Those that come too late end here, one after the other: a call for each would exhaust the stack.
+        """
+        while (following := self.conversations.end_first(ticket)) is not None:
+            pool = self._pools[following.task.task_type]
+            pool.unpark()
+            worker = self.pick_worker(pool, following)
+            if worker is None:
+                self._enqueue(following, pool)
+                return
+            if self._may_still_start(following, pool):
+                self.start(following, worker)
+                return
+            ticket = following
 
     # --- from the queue to a worker ---
 
@@ -215,17 +222,22 @@ class Dispatcher:
             ticket = pool.pop() if entry is None else pool.serve(entry)
             if (ticket.deadline is None and ticket.lease is None) or self._may_still_start(ticket, pool):
                 self.start(ticket, worker, now)
+            else:
+                self.next_in_conversation(ticket)
         if self.spill is not None:
             for pool in pools:
                 self.spill.refiller.refill(pool)
 
     def _may_still_start(self, ticket: Ticket, pool: Pool) -> bool:
-        """Return whether a task whose turn has come may start; if not, it has ended or is left to another process."""
+        """Return whether a task whose turn has come may start; if not, it has ended or is left to another process.
+
+        It is still the first of its conversation then: the caller goes on to the next.
+        """
         if self.spill is not None and not self.spill.stored.lease_is_valid(ticket):
             self.spill.stored.lease_lapsed(ticket)
             return False
         if (reason := self.expiry_reason(ticket, pool)) is not None:
-            self._end_waiting(ticket, TaskStatus.EXPIRED, reason)
+            self._end(ticket, TaskStatus.EXPIRED, reason)
         return reason is None
 
     def expiry_reason(self, ticket: Ticket, pool: Pool) -> str | None:
@@ -302,8 +314,12 @@ class Dispatcher:
             self._end_waiting(ticket, TaskStatus.CANCELLED, reason)
 
     def _end_waiting(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
-        """End a ticket that waits inside, and free its place in the queue."""
-        self.dequeue(ticket)
+        """End a ticket that waits inside, and free its place in the queue and in its conversation."""
+        self._end(ticket, status, error)
+        self.next_in_conversation(ticket)
+
+    def _end(self, ticket: Ticket, status: TaskStatus, error: str) -> None:
+        self._leave(ticket)
         ticket.forget_parent()
         self.finish(ticket, unsuccessful_result(ticket, status, error))
 

@@ -259,7 +259,7 @@ class Pool:
 
     def first_for(self, worker: WorkerAgent) -> QueueEntry | None:
         """Return the first entry that `worker` may begin although it has many open runs, or None."""
-        for priority in Priority:
+        for priority in self.queue.serving_order():
             entry = self.queue.first_of(priority)
             if entry is not None and (entry[0][0] == NESTED or not worker.bars_new_runs(priority)):
                 return entry
@@ -365,20 +365,28 @@ def next_pool(pools: Sequence[Pool]) -> Pool | None:
     waiting = [pool for pool in pools if pool.queue]
     if not waiting:
         return None
-    chosen = min(waiting, key=_urgency)
+    chosen = min(waiting, key=lambda pool: _urgency(pool, pool.queue.head()))
     for pool in waiting:
         pool.pass_over(served=pool is chosen)
     return chosen
 
 
 def first_for(worker: WorkerAgent, pools: Sequence[Pool]) -> tuple[Pool, QueueEntry] | tuple[None, None]:
-    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one."""
+    """Return the pool and the entry of the task that a worker with many open runs may begin first, if there is one.
+
+    The order is that of `next_pool`, among the tasks that it may begin.
+    """
     found = [(pool, entry) for pool in pools if (entry := pool.first_for(worker)) is not None]
-    return min(found, key=lambda pair: (pair[1][3], pair[1][0], pair[1][1]), default=(None, None))
+    if not found:
+        return None, None
+    chosen = min(found, key=lambda pair: _urgency(*pair))
+    if len(pools) > 1:
+        for pool, _ in found:
+            pool.pass_over(served=pool is chosen[0])
+    return chosen
 
 
-def _urgency(pool: Pool) -> tuple[int, Any, int]:
-    entry = pool.queue.head()
+def _urgency(pool: Pool, entry: QueueEntry | None) -> tuple[int, Any, int]:
     assert entry is not None  # noqa: S101 - only called for queues in which a task waits
     rank, sequence, _, priority = entry
     return (-1 if pool.times_passed_over >= _MAX_PASSED_OVER else priority), rank, sequence

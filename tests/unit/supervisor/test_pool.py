@@ -9,7 +9,7 @@ import pytest
 from forebay.adapters import as_handler
 from forebay.breaker import Breaker, BreakerRules
 from forebay.interfaces import Outcome
-from forebay.supervisor.pool import DEFAULT_QUEUE_SIZE, Pool, Pools, next_pool
+from forebay.supervisor.pool import DEFAULT_QUEUE_SIZE, NESTED, Pool, Pools, first_for, next_pool
 from forebay.supervisor.worker import WorkerAgent
 from forebay.task import Priority, Task
 
@@ -136,6 +136,21 @@ def test_a_pool_that_is_passed_over_too_often_is_served() -> None:
     for sequence in range(1, 30):
         important.queue.push(ticket, Priority.HIGH, (True, 0.0), sequence)
         chosen = next_pool([important, patient])
+        assert chosen is not None
+        served.append(chosen.task_type)
+    assert served.index("patient") == 20
+
+
+def test_a_worker_with_many_open_runs_serves_the_pool_that_it_passed_over_too_often() -> None:
+    pools = Pools(max_queue_size=None)
+    agent = worker(task_types=("important", "patient"))
+    important, patient = counted(pools, agent)
+    ticket: Any = object()
+    patient.queue.push(ticket, Priority.LOW, (NESTED, 0.0), 0)
+    served = []
+    for sequence in range(1, 30):
+        important.queue.push(ticket, Priority.HIGH, (NESTED, 0.0), sequence)
+        chosen, _ = first_for(agent, [important, patient])
         assert chosen is not None
         served.append(chosen.task_type)
     assert served.index("patient") == 20

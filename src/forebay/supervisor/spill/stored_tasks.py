@@ -156,7 +156,6 @@ class StoredTasks:
         """Leave a task to another process, because its lease lapsed before its turn came."""
         ticket.leave_queue()
         self.drop_lease(ticket)
-        self._dispatcher.next_in_conversation(ticket)
         self.leave_to_other_process(ticket)
 
     def leave_to_other_process(self, ticket: Ticket) -> None:
