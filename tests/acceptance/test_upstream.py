@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from typing import Any
 
@@ -128,6 +129,43 @@ async def test_a_call_cancelled_at_any_step_leaves_nothing_behind() -> None:
         waiting.cancel()
         await asyncio.gather(holder, after)
         await asyncio.wait([waiting])
+        assert left(upstream) == (0, 0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_call_granted_to_a_task_of_a_closed_loop_comes_back(*, kept: bool) -> None:
+    upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
+    holder = upstream.call()
+    holder.__enter__()
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(CallRecorder(upstream).call())]
+    loop.run_until_complete(run_ready(5))
+    assert left(upstream) == (1, 1)
+    holder.__exit__(None, None, None)
+    assert left(upstream) == (1, 0)
+    loop.close()
+    if not kept:
+        tasks.clear()
+        gc.collect()
+    with upstream.call():
+        assert left(upstream) == (1, 0)
+    assert left(upstream) == (0, 0)
+
+
+async def test_a_coroutine_that_is_closed_while_it_waits_for_a_call_leaves_nothing_behind() -> None:
+    for granted in (True, False):
+        upstream = Upstream("tool", max_concurrent=1, max_wait=5.0)
+        holder = upstream.call()
+        await holder.__aenter__()
+        waiting = CallRecorder(upstream).call()
+        waiting.send(None)
+        if granted:
+            await holder.__aexit__(None, None, None)
+        waiting.close()
+        if not granted:
+            await holder.__aexit__(None, None, None)
+        async with upstream.call():
+            assert left(upstream) == (1, 0)
         assert left(upstream) == (0, 0)
 
 

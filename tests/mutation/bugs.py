@@ -135,6 +135,10 @@ def a_permit_granted_to_a_caller_who_has_gone_is_kept() -> None:
     always(Account, Account.release_unsent, returns=None)
 
 
+def a_permit_granted_in_a_loop_that_has_closed_is_kept() -> None:
+    always(Account, Account._release_lost, returns=None)
+
+
 def a_cancelled_probe_is_not_returned() -> None:
     original = Breaker.record
 

@@ -95,6 +95,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_permit_granted_to_a_caller_who_has_gone_is_kept: (
         test_upstream.test_a_call_cancelled_at_any_step_leaves_nothing_behind
     ),
+    bugs.a_permit_granted_in_a_loop_that_has_closed_is_kept: (
+        test_decisions.test_a_permit_that_its_caller_can_never_take_goes_to_the_next
+    ),
     bugs.a_cancelled_probe_is_not_returned: test_breaker.test_a_cancelled_probe_changes_nothing,
     bugs.a_coroutine_pauses_between_the_check_and_the_take: test_bad_input.test_two_tasks_of_one_id_at_the_same_moment,
     bugs.a_load_at_the_threshold_is_admitted: test_thresholds.test_a_priority_is_rejected_from_its_threshold_on,

@@ -37,6 +37,7 @@ from forebay.upstream.call_request import (
     scale_charge,
 )
 
+_LOST_LOOK: Final = 1.0  # seconds until permits are looked for that nobody can take, while calls wait
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is
 _ACCEPTED_AFTER: Final = 1.0  # seconds after which a call that was not throttled counts as accepted
 _DEADLINE_SLACK: Final = 0.01  # seconds: a call that is cut off so shortly before its deadline ran out of time
@@ -113,6 +114,7 @@ class Account:
         self._suspension = SpendSuspension()
         self._refusals = RefusalControl()
         self._outage = OutageDetector(limit, max_wait)
+        self._untaken: dict[QueuedCall, Permit] = {}  # granted to callers in the queue that have not woken yet
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
     # --- a call arrives ---
@@ -123,6 +125,8 @@ class Account:
         `Admitted` has taken all that the call needs. `Queued` has taken nothing: the caller may put it into `queue`.
         """
         self._confirm_accepted(now)
+        if self._untaken:
+            self._release_lost(now)
         request.asked_at = min(request.asked_at, now)
         at_once = (
             not self.queue.length
@@ -261,6 +265,8 @@ class Account:
     def _serve_queue(self, now: float) -> float | None:
         """Answer queued calls; return when to look again, or None if only the end of a call can move the queue."""
         confirmed_at = self._confirm_accepted(now)
+        if self._untaken:
+            self._release_lost(now)
         while (overdue := self.queue.pop_overdue(now)) is not None:
             self._resolve(overdue, self._overdue(now, overdue))
         if not self.queue:
@@ -274,7 +280,8 @@ class Account:
                 continue
             if not self._has_slot(now):
                 look = self.open_answers.next_look(now)
-                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look)
+                lost_at = now + _LOST_LOOK if self._untaken else None
+                return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
             if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
                 return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
             if self._refusals.blocked and call.request.retries and (other := self._untried(now)) is not None:
@@ -327,8 +334,25 @@ class Account:
         taken = self._take(now, call.request)
         if isinstance(taken, Rejected):
             self._resolve(call, taken)
-        elif not self._resolve(call, Admitted(taken)):
+        elif self._resolve(call, Admitted(taken)):
+            self._untaken[call] = taken
+        else:
             self.release_unsent(now, taken)
+
+    def take_grant(self, call: QueuedCall) -> None:
+        """Note that the caller of a queued call has its permit: from now on the caller closes it."""
+        self._untaken.pop(call, None)
+
+    def withdraw(self, now: float, call: QueuedCall) -> None:
+        """Take a call whose caller has gone out of the queue, and close the permit that it was granted."""
+        self.queue.withdraw(call)
+        if (permit := self._untaken.pop(call, None)) is not None:
+            self.release_unsent(now, permit)
+
+    def _release_lost(self, now: float) -> None:
+        """Close the permits of callers that will never wake to take them."""
+        for call in [call for call in self._untaken if call.waiter.gone]:
+            self.withdraw(now, call)
 
     def _resolve(self, call: QueuedCall, decision: Admitted | Rejected) -> bool:
         self.queue.withdraw(call)

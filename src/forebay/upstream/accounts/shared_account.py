@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import _thread
+import contextlib
 import gc
 import math
 import threading
@@ -100,10 +101,14 @@ class SharedAccount:
         call, waiter = acquired
         try:
             decision = await waiter.wait()
-        except asyncio.CancelledError:
+        except GeneratorExit:  # the coroutine is collected, while any lock may be held, or it is closed
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                _thread.start_new_thread(self._abandon, (call,))
+            raise
+        except BaseException:
             self._abandon(call)
             raise
-        return self._permit_of(decision, sole_account=sole_account)
+        return self._permit_of(call, decision, sole_account=sole_account)
 
     def acquire_blocking(self, request: CallRequest, *, sole_account: bool = True) -> Permit:
         """Wait for a permit in a plain thread. See `acquire`."""
@@ -116,7 +121,7 @@ class SharedAccount:
         except BaseException:  # a KeyboardInterrupt, for example
             self._abandon(call)
             raise
-        return self._permit_of(decision, sole_account=sole_account)
+        return self._permit_of(call, decision, sole_account=sole_account)
 
     def _try_acquire(
         self, request: CallRequest, make_waiter: Callable[[Callable[[], None]], WaiterT], *, sole_account: bool
@@ -140,9 +145,11 @@ class SharedAccount:
             self.account.serve_queue(now)
         return call, waiter
 
-    def _permit_of(self, decision: Admitted | Rejected, *, sole_account: bool) -> Permit:
+    def _permit_of(self, call: QueuedCall, decision: Admitted | Rejected, *, sole_account: bool) -> Permit:
         if isinstance(decision, Rejected):
             raise self._overloaded(decision, sole_account=sole_account)
+        with self._lock:
+            self.account.take_grant(call)
         return decision.permit
 
     def _overloaded(self, rejected: Rejected, *, sole_account: bool) -> Overloaded:
@@ -161,12 +168,9 @@ class SharedAccount:
         return error
 
     def _abandon(self, call: QueuedCall) -> None:
-        """Take a call whose caller was cancelled out of the queue, and release the permit that it may have got."""
-        now = clock.now()
+        """Take a call whose caller has gone out of the queue, and release the permit that it may have got."""
         with self._lock:
-            self.account.queue.withdraw(call)
-            if isinstance(decision := call.waiter.decision, Admitted):
-                self.account.release_unsent(now, decision.permit)
+            self.account.withdraw(clock.now(), call)
         self._look()
 
     def _look(self) -> None:

@@ -21,6 +21,10 @@ class Waiter(Protocol):
 
     decision: Admitted | Rejected | None
 
+    @property
+    def gone(self) -> bool:
+        """Return whether nobody can take the decision any more."""
+
     def resolve(self, decision: Admitted | Rejected) -> bool:
         """Wake the caller with a decision. Return False if nobody waits any more."""
 
@@ -42,6 +46,11 @@ class AsyncWaiter:
         self._when = math.inf  # when the timer fires
         self._look = look
         self.decision: Admitted | Rejected | None = None
+
+    @property
+    def gone(self) -> bool:
+        """See `Waiter`. A loop that was closed does not wake its tasks, also those that were granted a call."""
+        return self._loop.is_closed()
 
     async def wait(self) -> Admitted | Rejected:
         """Wait, and return the decision."""
@@ -99,6 +108,8 @@ class ThreadWaiter:
         self._when: float | None = None
         self._look = look
         self.decision: Admitted | Rejected | None = None
+
+    gone = False
 
     def wait(self) -> Admitted | Rejected:
         """Wait, and return the decision."""

@@ -117,6 +117,7 @@ class NumberedWaiter:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
+        self.gone = False
         self.decision: Admitted | Rejected | None = None
         self.wake_time = math.inf
 

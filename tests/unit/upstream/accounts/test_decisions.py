@@ -421,6 +421,27 @@ def test_a_caller_whose_loop_has_closed_keeps_no_permit() -> None:
     assert harness.account.quotas.levels(0.0)[0].remaining == 9.0
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_permit_that_its_caller_can_never_take_goes_to_the_next(*, arrives: bool) -> None:
+    harness = AccountHarness(1, Quota(requests=10, per="minute"), usd=9.0)
+    holder = harness.admit(0.0)
+    lost, caller = harness.enqueue(0.0, usd=1.0)
+    _, waiting = harness.enqueue(0.0, usd=1.0)
+    harness.settle(0.0, holder)
+    assert isinstance(caller.decision, Admitted)
+    assert waiting.wake_time == pytest.approx(1.0)
+    caller.gone = True  # its loop closes before it wakes
+    if arrives:
+        harness.enqueue(0.5)
+    else:
+        harness.account.serve_queue(1.0)
+    assert isinstance(waiting.decision, Admitted)
+    harness.account.withdraw(1.0, lost)  # the task of the closed loop is collected
+    assert harness.account.in_flight == 1
+    assert harness.budget is not None
+    assert harness.budget.tracker.remaining(43_200.0) == 8.0
+
+
 # --- outcomes ---
 
 
