@@ -37,9 +37,9 @@ async def test_every_ticket_ends_and_stored_tasks_come_back(overflow: str, steps
     supervisor = BackpressureSupervisor(overflow=overflow, max_queue_size=3)
     supervisor.register_worker("worker", handler=Agent(1.0), task_types=["work"], max_concurrent=2)
     async with supervisor:
-        options = {"durable": True} if overflow.startswith("sqlite") else {}
+        durable = overflow.startswith("sqlite")
         tickets = [await supervisor.submit(Task("work", number)) for number in range(12)]
-        tickets += [await supervisor.submit(Task("work", thread_id="c", **options)) for _ in range(3)]
+        tickets += [await supervisor.submit(Task("work", thread_id="c", durable=durable)) for _ in range(3)]
         await asyncio.sleep(seconds)
         await run_ready(steps)
         cancel_everything()
@@ -67,9 +67,9 @@ async def test_work_that_is_cancelled_before_its_first_step_gives_back_what_it_w
     supervisor = BackpressureSupervisor(overflow=overflow, max_queue_size=1)
     supervisor.register_worker("worker", handler=handler, task_types=["work"])
     async with supervisor:
-        options = {"durable": True} if overflow.startswith("sqlite") else {}
+        durable = overflow.startswith("sqlite")
         tickets = [await supervisor.submit(Task("work", each)) for each in range(6)]
-        tickets += [await supervisor.submit(Task("work", each, thread_id="c", **options)) for each in range(6, 9)]
+        tickets += [await supervisor.submit(Task("work", each, thread_id="c", durable=durable)) for each in (6, 7, 8)]
         async with asyncio.timeout(100.0):
             assert set(await statuses(tickets)) <= {TaskStatus.SUCCEEDED, TaskStatus.CANCELLED}
             await supervisor.drain()
