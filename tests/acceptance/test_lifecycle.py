@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -486,6 +487,40 @@ async def test_running_tasks_may_still_submit_while_draining() -> None:
     async with supervisor:
         (ticket,) = flood(supervisor, "work", 1)
     assert (await ticket).result == 7
+
+
+@pytest.mark.parametrize("ignores_cancellation", [False, True])
+@virtual
+async def test_a_stop_that_does_not_return_does_not_keep_a_supervisor_from_closing(
+    caplog: pytest.LogCaptureFixture, *, ignores_cancellation: bool
+) -> None:
+    give_up = asyncio.Event()
+    stopped: list[str] = []
+
+    class Service:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __forebay_handler__(self) -> Handler:
+            return Handler(call=Agent(), stop=self.stop)
+
+        async def stop(self) -> None:
+            while self.name == "second" and not give_up.is_set():
+                with contextlib.suppress(*[asyncio.CancelledError] * ignores_cancellation):
+                    await give_up.wait()
+            stopped.append(self.name)
+
+    supervisor = BackpressureSupervisor()
+    for name in ("first", "second"):
+        supervisor.register_worker(name, handler=Service(name), task_types=["work"])
+    await supervisor.start()
+    began = now()
+    await supervisor.close()
+    assert now() - began == approximately(10.0)
+    assert stopped == ["first"]
+    assert "stop of worker 'second' has not returned" in caplog.text
+    give_up.set()
+    await run_ready()
 
 
 @virtual

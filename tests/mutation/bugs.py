@@ -41,6 +41,7 @@ from forebay.storage.file_watch import FileWatch
 from forebay.supervisor import drain, pool
 from forebay.supervisor.admission_controller import AdmissionController, _Undecided
 from forebay.supervisor.conversations import Conversations
+from forebay.supervisor.core import Core
 from forebay.supervisor.dispatcher import Dispatcher
 from forebay.supervisor.drain import Drain
 from forebay.supervisor.pool import Pool
@@ -920,6 +921,19 @@ def only_those_who_wait_for_the_store_keep_a_keyed_task() -> None:
 
 def the_key_of_a_task_that_comes_back_is_not_known() -> None:
     skip(Refiller._start_or_queue, TicketRegistry.remember_key)
+
+
+def background_work_that_is_cancelled_gives_nothing_back() -> None:
+    original = Core.run_in_background
+
+    def run_in_background(self: Core, work: Any, **_: Any) -> None:
+        original(self, work)
+
+    replace(Core, original, run_in_background)
+
+
+def a_start_that_is_cancelled_is_not_tried_again() -> None:
+    skip(WorkerStarts._ended, WorkerStarts._failed)
 
 
 def a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key() -> None:

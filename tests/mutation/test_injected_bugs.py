@@ -15,6 +15,7 @@ from tests.acceptance import (
     test_bad_input,
     test_budget_attacks,
     test_call_conservation,
+    test_cancelled_tasks,
     test_clock_steps,
     test_conversations,
     test_drain,
@@ -343,6 +344,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.the_key_of_a_task_that_comes_back_is_not_known: (
         test_overflow.test_the_key_of_a_task_that_comes_back_is_known_though_nobody_held_its_ticket
+    ),
+    bugs.background_work_that_is_cancelled_gives_nothing_back: (
+        test_cancelled_tasks.test_work_that_is_cancelled_before_its_first_step_gives_back_what_it_was_given
+    ),
+    bugs.a_start_that_is_cancelled_is_not_tried_again: (
+        test_cancelled_tasks.test_a_start_that_is_cancelled_has_failed_and_is_tried_again
     ),
     bugs.a_keyed_task_ends_while_others_wait_for_the_lookup_of_its_key: (
         test_overflow.test_a_keyed_task_goes_on_for_those_who_still_wait_for_the_lookup_of_its_key

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from forebay import clock, context
@@ -429,13 +430,13 @@ class AdmissionController:
             self._undecided[ticket.task.key] = undecided
         answer.add_done_callback(answered)
         await undecided.wait()
+        if answer.cancelled():
+            raise _store_failed(asyncio.CancelledError())
         return answer.result()
 
     def _resolve_key_waiters(self, ticket: Ticket, answer: asyncio.Future[Ticket]) -> None:
         """If the task was not stored, answer the callers that got its ticket by its key meanwhile."""
-        if answer.cancelled():
-            return
-        error = answer.exception()
+        error = asyncio.CancelledError() if answer.cancelled() else answer.exception()
         if error is not None:
             self._forget_key(ticket)
             if not ticket.done():
@@ -443,7 +444,8 @@ class AdmissionController:
         elif not ticket:
             ticket.wake_waiters()
         elif (other := answer.result()) is not ticket and not ticket.done():
-            self._core.run_in_background(ticket.follow(other))
+            cancelled = partial(ticket.resolve, _store_failed(asyncio.CancelledError()))
+            self._core.run_in_background(ticket.follow(other), if_cancelled=cancelled)
 
     async def _spill(self, ticket: Ticket, refusal: Refusal, envelope: bytes, pool: Pool, spill: Spill) -> Ticket:
         ticket.explain(refusal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -50,9 +50,16 @@ class Core:
         self.pools = Pools(max_queue_size)
         self._background_tasks: set[asyncio.Future[Any]] = set()
 
-    def run_in_background(self, work: Awaitable[Any]) -> None:
-        """Await `work`, and log it if it fails."""
-        self.run_to_completion(work).add_done_callback(_log_failure)
+    def run_in_background(self, work: Awaitable[Any], *, if_cancelled: Callable[[], None] | None = None) -> None:
+        """Await `work`, and log it if it fails.
+
+        Call `if_cancelled` if somebody cancels it, as programs do that cancel every task of asyncio: perhaps before its
+        first step, so that no `finally` of its own can return what it was given.
+        """
+        future = self.run_to_completion(work)
+        future.add_done_callback(_log_failure)
+        if if_cancelled is not None:
+            future.add_done_callback(lambda future: if_cancelled() if future.cancelled() else None)
 
     def run_to_completion(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Await `work` to its end, even if the caller is cancelled; closing the supervisor waits for it."""

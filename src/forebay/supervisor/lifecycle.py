@@ -49,7 +49,7 @@ async def shut_down(dispatcher: Dispatcher, workers: Mapping[str, WorkerAgent], 
             spill.stored.stop_refilling()
         dispatcher.starts.close()
         await drain.run(0.0, closing=True)
-        await stop_handlers(workers.values())
+        await stop_handlers(workers.values(), grace=grace)
         if spill is not None:
             await _close_spill(spill)
     finally:

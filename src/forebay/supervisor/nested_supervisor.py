@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,10 +11,14 @@ import msgspec
 
 from forebay._hooks import await_hook, call_hook, is_awaitable
 from forebay.adapters import Handler
+from forebay.events import log
 from forebay.task import Task
 
 if TYPE_CHECKING:
     from forebay.supervisor.worker import WorkerAgent
+
+
+_MIN_STOP_TIME = 10.0  # seconds, at least, that a handler has to stop when its supervisor closes
 
 
 class NestedSupervisor(Protocol):
@@ -81,11 +87,26 @@ async def start_handlers(workers: Mapping[str, WorkerAgent]) -> None:
         raise
 
 
-async def stop_handlers(workers: Iterable[WorkerAgent]) -> None:
-    """Stop the handlers that need it, in reverse order. If one fails, the others are still stopped."""
+async def stop_handlers(workers: Iterable[WorkerAgent], *, grace: float = 0.0) -> None:
+    """Stop the handlers that need it, in reverse order. If one fails, the others are still stopped.
+
+    Each has `grace` seconds, and ten at least; a supervisor has a bound of its own, and takes as long as it needs.
+    """
     for worker in reversed(list(workers)):
         if worker.handler.stop is not None:
             what = f"stop of worker {worker.name!r}"
             stopping = call_hook(what, worker.handler.stop)
             if is_awaitable(stopping):
-                await await_hook(what, stopping)
+                limit = math.inf if worker.handler.nested_supervisor is not None else max(grace, _MIN_STOP_TIME)
+                await _await_stop(what, stopping, limit)
+
+
+async def _await_stop(what: str, awaitable: Any, limit: float) -> None:
+    """Await the end of a handler for at most `limit` seconds, even if it ignores its cancellation."""
+    stopping = asyncio.ensure_future(await_hook(what, awaitable))
+    try:
+        await asyncio.wait((stopping,), timeout=None if limit == math.inf else limit)
+    finally:
+        if not stopping.done():
+            stopping.cancel()
+            log.error("%s has not returned, and is not waited for any longer", what)

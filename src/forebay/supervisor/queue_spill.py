@@ -83,7 +83,7 @@ class QueueSpill:
         if stored:
             self._core.run_in_background(self._spill.stored.return_leases([ticket.task_id for ticket in stored]))
         if self._queued:
-            self._core.run_in_background(self._move())
+            self._core.run_in_background(self._move(), if_cancelled=self.abandon)
 
     def empty_queue(self) -> None:
         """Take the tasks out of the queue now, so that none starts any more, and go on writing them."""

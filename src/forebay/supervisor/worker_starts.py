@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from forebay._hooks import raise_if_cancelled, report_failure
@@ -57,7 +58,14 @@ class WorkerStarts:
             worker.begin_start()
             starting = self._core.run_to_completion(self._start(worker))
             self._in_progress.add(starting)
-            starting.add_done_callback(self._in_progress.discard)
+            starting.add_done_callback(partial(self._ended, worker))
+
+    def _ended(self, worker: WorkerAgent, starting: asyncio.Future[None]) -> None:
+        self._in_progress.discard(starting)
+        if starting.cancelled():  # perhaps before its first step
+            worker.end_start(ready=False)
+            if not self._closed:  # otherwise by `close`
+                self._failed(worker, asyncio.CancelledError("its start was cancelled"))
 
     def close(self) -> None:
         """Cancel the starts in progress, and begin no more."""
@@ -68,20 +76,22 @@ class WorkerStarts:
     async def _start(self, worker: WorkerAgent) -> None:
         start = worker.handler.start
         assert start is not None  # noqa: S101 - it is not ready
-        completion = self._dispatcher.completion
         try:
             await start()
         except BaseException as error:  # noqa: BLE001 - user code
-            worker.end_start(ready=False)
             raise_if_cancelled(error)
-            report_failure(f"start of worker {worker.name!r}", error)
-            completion.fail_start(worker)
-            self._end_waiting(worker, error)
+            worker.end_start(ready=False)
+            self._failed(worker, error)
         else:
             worker.end_start(ready=True)
             if worker.probing:
-                completion.revive(worker)
+                self._dispatcher.completion.revive(worker)
             self._dispatcher.update_slots(worker)
+
+    def _failed(self, worker: WorkerAgent, error: BaseException) -> None:
+        report_failure(f"start of worker {worker.name!r}", error)
+        self._dispatcher.completion.fail_start(worker)
+        self._end_waiting(worker, error)
 
     def _end_waiting(self, worker: WorkerAgent, cause: BaseException) -> None:
         """End the tasks that wait for a worker that could not be started, and for no other that works."""

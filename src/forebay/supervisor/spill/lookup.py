@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from forebay.errors import ForebayError, StoreUnavailable, UnknownTask
@@ -31,7 +32,7 @@ class StoreLookup:
         ticket.move_to_store()
         ticket.begin_store_call()
         self._registry.add(ticket)
-        self._core.run_in_background(self._find(ticket))
+        self._core.run_in_background(self._find(ticket), if_cancelled=partial(self._give_up, ticket))
         return ticket
 
     async def by_key(self, key: str) -> Ticket | None:
@@ -50,12 +51,11 @@ class StoreLookup:
             why, advice = f"it raised {type(exc).__name__}", "Look into the log of the store."
             failed = StoreUnavailable(where="the overflow", why=why, advice=advice)
             found, missing = None, exc if isinstance(exc, StoreUnavailable) else failed
+        if found is None:
+            self._not_found(ticket, missing)
+            return
         ticket.end_store_call()
         if ticket.done():
-            return
-        if found is None:
-            self._registry.discard(ticket)
-            ticket.resolve(missing)
             return
         state, record, completion = found
         if ticket.lease is None:  # otherwise it has come back meanwhile, and has its task
@@ -70,3 +70,14 @@ class StoreLookup:
             self._stored.wait_in_store(ticket)
         if ticket.cancel_reason is not None:
             ticket.cancel(ticket.cancel_reason)
+
+    def _not_found(self, ticket: Ticket, why: ForebayError) -> None:
+        ticket.end_store_call()
+        if not ticket.done():
+            self._registry.discard(ticket)
+            ticket.resolve(why)
+
+    def _give_up(self, ticket: Ticket) -> None:
+        """End a ticket whose search was cancelled."""
+        why, advice = "the search for the task was cancelled", "Ask for its ticket again."
+        self._not_found(ticket, StoreUnavailable(where="the overflow", why=why, advice=advice))

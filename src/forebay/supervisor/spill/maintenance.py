@@ -78,7 +78,10 @@ class StoreMaintenance:
     def _on_heartbeat(self) -> None:
         if not self._running:  # otherwise the last one takes longer than a third of a lease: leave it to the next beat
             self._running = True
-            self._core.run_in_background(self._maintain())
+            self._core.run_in_background(self._maintain(), if_cancelled=self._maintained)
+
+    def _maintained(self) -> None:
+        self._running = False
 
     async def _maintain(self) -> None:
         pools = self._core.pools.by_type
@@ -93,7 +96,7 @@ class StoreMaintenance:
             if not self._stopped:  # otherwise the store was closed meanwhile
                 raise
         finally:
-            self._running = False
+            self._maintained()
         for pool in pools.values():
             self._refiller.refill(pool)
 

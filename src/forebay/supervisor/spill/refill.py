@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from forebay import clock
@@ -141,7 +142,7 @@ class Refiller:
         """Lease records of `pool` if there is room for them."""
         if not self._stored.refill_stopped and pool not in self.refilling and self._demand(pool) is not None:
             self.refilling.add(pool)
-            self._core.run_in_background(self._refill(pool))
+            self._core.run_in_background(self._refill(pool), if_cancelled=partial(self.resume, (pool,)))
 
     def pause(self, pools: Iterable[Pool]) -> set[Pool]:
         """Take nothing back into `pools`; return those of them that `resume` has to resume."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -88,7 +89,8 @@ class StoredTasks:
     def conversation_moved(self, task: Task) -> None:
         """Look for the next task of the conversation of `task`, whose record has ended or come back."""
         if task.thread_id is not None and self._conversation_moved is not None:
-            self._core.run_in_background(self._conversation_moved(task.task_type))
+            again = partial(self.conversation_moved, task)
+            self._core.run_in_background(self._conversation_moved(task.task_type), if_cancelled=again)
 
     @property
     def stays_stored(self) -> bool:
@@ -207,7 +209,8 @@ class StoredTasks:
         """
         lease = run.ticket.lease
         assert lease is not None  # noqa: S101 - it is stored, and its lease is still valid
-        self._core.run_in_background(self._record_start(run, lease))
+        cancelled = partial(run.handler_ended, None, asyncio.CancelledError())
+        self._core.run_in_background(self._record_start(run, lease), if_cancelled=cancelled)
 
     async def _record_start(self, run: Run, lease: Lease) -> None:
         ticket = run.ticket
@@ -235,12 +238,16 @@ class StoredTasks:
         self._registry.hold_strongly(ticket.task_id)
         self._core.timers.cancel(ticket.clear_expiry())
         ticket.begin_store_call()
-        self._core.run_in_background(self._complete(ticket, result, self.drop_lease(ticket)))
+        self._complete_in_background(ticket, result, self.drop_lease(ticket))
 
     def complete_again(self, ended: Ticket, result: TaskResult, lease: Lease) -> None:
         """Store the end of a task under a new lease, because the store does not have it yet."""
         ended.begin_store_call()
-        self._core.run_in_background(self._complete(ended, result, lease.fence))
+        self._complete_in_background(ended, result, lease.fence)
+
+    def _complete_in_background(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
+        again = partial(self._complete_in_background, ticket, result, fence)
+        self._core.run_in_background(self._complete(ticket, result, fence), if_cancelled=again)
 
     async def _complete(self, ticket: Ticket, result: TaskResult, fence: str | None) -> None:
         codec = self._core.codecs.result_codec(ticket.task.task_type)
