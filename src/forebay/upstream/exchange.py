@@ -104,7 +104,9 @@ class Exchange:
         body = body or b""
         self.parsed = parsed = profile.read_request(method, path, headers, body)
         model = parsed.model or ""
-        self.api_key = _read_api_key(headers) if caller is None or caller.api_key is None else caller.api_key
+        self.api_key = (
+            profile.read_credential(parsed, headers) if caller is None or caller.api_key is None else caller.api_key
+        )
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
@@ -474,14 +476,6 @@ def judge_error(  # noqa: PLR0913 - what an error says
         retry_after=retry_after,
         can_fall_back=rule.can_fall_back,
     )
-
-
-def _read_api_key(headers: Headers) -> str:
-    """Return the API key of a request; empty if there is none."""
-    for name in ("authorization", "x-api-key", "api-key"):
-        if key := headers.get(name):
-            return key
-    return ""
 
 
 def _is_event_stream(content_type: str) -> bool:
