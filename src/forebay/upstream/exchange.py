@@ -10,7 +10,7 @@ import functools
 from typing import Final
 
 from forebay import clock
-from forebay.errors import InvalidAmount, Overloaded
+from forebay.errors import InvalidAmount, InvalidSetting, Overloaded
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage, RateScope
 from forebay.upstream.accounts.shared_account import SharedAccount
@@ -371,7 +371,9 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
 
     An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
     """
-    if isinstance(error, (Overloaded, InvalidAmount)):  # ours: no evidence, and the call was retried already
+    if isinstance(
+        error, (Overloaded, InvalidAmount, InvalidSetting)
+    ):  # ours: no evidence, and the call was retried already
         outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)
