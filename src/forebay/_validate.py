@@ -7,10 +7,12 @@ often what to do. A check does nothing if its argument is valid.
 from __future__ import annotations
 
 import math
-from typing import NoReturn, TypeGuard
+from typing import Final, NoReturn, TypeGuard
 
 from forebay._text import is_unicode
 from forebay.errors import InvalidSetting
+
+_MAX_TOKENS: Final = 10**9  # of one call
 
 
 def reject(owner: str, name: str, value: object, expected: str) -> NoReturn:
@@ -30,7 +32,7 @@ def reject(owner: str, name: str, value: object, expected: str) -> NoReturn:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a number: an int or a float, but not a bool and not NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # noqa: PLR0124 - not NaN
 
 
 def is_positive(value: object) -> TypeGuard[float]:
@@ -94,6 +96,21 @@ def check_whole(  # noqa: PLR0913 - each a word of the message
     if not is_whole(value, minimum) or (maximum is not None and value > maximum):
         allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         reject(owner, name, value, f"a whole number {allowed}{_or_none(none)}")
+
+
+def check_tokens(owner: str, sent: object, received: object) -> tuple[int, int]:
+    """Return the tokens of a call, input and output; a part of a token counts as a whole one.
+
+    Raises:
+        InvalidSetting: one is not a number from 0 to a billion.
+    """
+    return _whole_tokens(owner, "input_tokens", sent), _whole_tokens(owner, "output_tokens", received)
+
+
+def _whole_tokens(owner: str, name: str, value: object) -> int:
+    if not (is_number(value) and 0 <= value <= _MAX_TOKENS):
+        reject(owner, name, value, f"a number of tokens from 0 to {_MAX_TOKENS:,}")
+    return math.ceil(value)
 
 
 def check_between(owner: str, name: str, value: object, low: float, high: float) -> None:

@@ -156,7 +156,7 @@ class InvalidPrice(ForebayError, ValueError):
 
 
 class InvalidAmount(ForebayError, ValueError):
-    """An amount of {value!r} is not money: it must be a finite number of US dollars of at least 0."""
+    """An amount of {value!r} is not money: it must be a number of US dollars from 0 to 1e12."""
 
 
 class ReservationClosed(ForebayError, RuntimeError):

@@ -442,7 +442,7 @@ async def test_a_body_that_is_not_a_json_object_is_a_400(harness: GatewayHarness
     [
         b'{"model": "a", "model": "b"}', b'{"model": 7}', b'{"max_tokens": 1' + b"0" * 4_000 + b"}", b'{"n": -1}',
         b'{"a": "\\ud800"}', b'{"messages": [{"content": "\\udfff"}], "model": "\\ud83d"}',
-        b'{"messages": {"a": [[[]]]}, "stream": "yes"}', b'{"temperature": 1e308}',
+        b'{"messages": {"a": [[[]]]}, "stream": "soon"}', b'{"temperature": 1e308}',
         b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}",
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from tests.support.task_plane import approximately, now, virtual
 from tests.unit.upstream.httpx_binding.wire import NOTHING, REQUEST, URL, Reply, Script, left
 
 from forebay import Overloaded, clock
-from forebay.errors import InvalidQuota, NotGuardable
+from forebay.errors import InvalidAmount, InvalidQuota, InvalidSetting, NotGuardable
 from forebay.quota import Budget, Price, Quota
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
@@ -147,6 +147,47 @@ def test_a_jump_of_the_wall_clock_during_a_call_loses_no_dollars(by: float, monk
     assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
     with upstream.call("m", input_tokens=50):  # the rest of the budget is available
         pass
+
+
+NO_TOKENS = [-1, -100_000_000, float("nan"), float("inf"), -0.5, 10**400, 10**10, "5", None, True]
+
+
+@virtual
+@pytest.mark.parametrize("tokens", NO_TOKENS)
+@pytest.mark.parametrize("name", ["input_tokens", "output_tokens"])
+async def test_a_report_of_an_impossible_usage_is_an_error_that_holds_nothing(name: str, tokens: Any) -> None:
+    upstream = Upstream(
+        "key", budget=Budget(usd=100), prices={"m": Price(input=1e6, output=1e6)}, quotas=PER_MINUTE, max_concurrent=1
+    )
+    for _ in range(6):  # no fault of the provider either, which would open the breaker
+        with pytest.raises(InvalidSetting, match=name):
+            async with upstream.call("m", input_tokens=1, output_tokens=1) as call:
+                call.settle(**{"input_tokens": 0, "output_tokens": 0, name: tokens})
+        with pytest.raises(InvalidSetting, match=name):
+            upstream.call("m", **{name: tokens})
+    assert left(upstream) == NOTHING
+    assert upstream.core.budgets.upstream_budget is not None
+    assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
+    assert upstream.statistics().spent_usd == pytest.approx(12.0)  # as reserved
+
+
+@virtual
+@pytest.mark.parametrize("usd", [-1.0, float("nan"), float("inf"), 10**400, "1"])
+async def test_a_report_of_an_impossible_price_holds_no_dollars(usd: Any) -> None:
+    upstream = Upstream("key", budget=Budget(usd=100), prices={"m": Price(input=1e6, output=1e6)})
+    with pytest.raises(InvalidAmount):
+        async with upstream.call("m", input_tokens=1) as call:
+            call.settle(input_tokens=1, output_tokens=0, usd=usd)
+    assert upstream.core.budgets.upstream_budget is not None
+    assert upstream.core.budgets.upstream_budget.reserved() == (0, 0.0)
+
+
+@virtual
+async def test_a_part_of_a_token_counts_as_a_whole_one() -> None:
+    upstream = Upstream("key", budget=Budget(usd=100), prices={"m": Price(input=1e6, output=1e6)})
+    async with upstream.call("m", input_tokens=1) as call:
+        call.settle(input_tokens=1.5, output_tokens=0)  # type: ignore[arg-type]
+    assert upstream.statistics().spent_usd == pytest.approx(2.0)
 
 
 # --- resets and Retry-After ---

@@ -95,7 +95,7 @@ async def test_a_rejected_request_is_not_sent() -> None:
     await llm.send(request(), client)
     with pytest.raises(Overloaded) as rejection:
         await llm.send(request(), client)
-    assert rejection.value.limited_by == "upstream:key:c3e9a1c9:requests per day"
+    assert rejection.value.limited_by == "upstream:key:0f2c10bf:requests per day"
     assert len(client.sent) == 1
 
 

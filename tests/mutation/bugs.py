@@ -81,7 +81,8 @@ from forebay.upstream.accounts.waiters import Waiter
 from forebay.upstream.call_request import CallOutcome, CallPrice, CallRequest, Permit
 from forebay.upstream.exchange import Exchange
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
-from forebay.upstream.providers import Usage, UsageMeter, endpoints
+from forebay.upstream.fallbacks.reroute import ReroutedRequest
+from forebay.upstream.providers import ProviderProfile, Usage, UsageMeter, credentials, endpoints
 from forebay.upstream.providers.content_encoding import _Inflater
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -984,3 +985,23 @@ def a_complete_stream_without_usage_costs_its_text() -> None:
         return found
 
     replace(Exchange, original, _stream_usage)
+
+
+def each_spelling_of_a_key_is_an_account() -> None:
+    def normalize_credential(credential: str) -> str:
+        return credential
+
+    credentials.normalize_credential.__code__ = normalize_credential.__code__
+
+
+def junk_in_a_header_that_is_not_read_makes_an_account() -> None:
+    original = ProviderProfile.read_credential
+
+    def read_credential(self: ProviderProfile, request: Any, headers: Any) -> str:
+        return credentials.read_credential(headers)
+
+    replace(ProviderProfile, original, read_credential)
+
+
+def another_provider_gets_all_headers() -> None:
+    always(ReroutedRequest, ReroutedRequest.keeps, returns=True)

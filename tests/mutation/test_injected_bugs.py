@@ -69,9 +69,9 @@ from tests.unit.upstream.accounts.refusals import (
     test_refusal_control,
     test_refusal_pause,
 )
-from tests.unit.upstream.fallbacks import test_fallback_chain
+from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
-from tests.unit.upstream.providers import test_endpoints
+from tests.unit.upstream.providers import test_credentials, test_endpoints
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -362,6 +362,11 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_events.test_an_error_that_is_raised_again_and_again_collects_no_traceback
     ),
     bugs.a_limit_that_raises_costs_a_permit: test_guarded_limit.test_a_limit_that_raises_costs_no_permit,
+    bugs.each_spelling_of_a_key_is_an_account: test_credentials.test_every_spelling_of_a_key_is_one_account,
+    bugs.junk_in_a_header_that_is_not_read_makes_an_account: (
+        test_credentials.test_headers_that_the_provider_does_not_read_make_no_account
+    ),
+    bugs.another_provider_gets_all_headers: test_reroute.test_another_provider_gets_no_header_that_it_does_not_need,
     bugs.a_complete_stream_without_usage_costs_its_text: (
         test_budget_attacks.test_a_whole_stream_without_usage_counts_as_reserved
     ),

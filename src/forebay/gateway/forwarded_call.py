@@ -190,9 +190,7 @@ class ForwardedCall(Exchange):
             return None
         request = self._request
         url = self._url_of(rerouted)
-        kept = [
-            pair for pair in request.raw_headers if pair[0].decode("latin-1").lower() not in rerouted.dropped_headers
-        ]
+        kept = [pair for pair in request.raw_headers if rerouted.keeps(pair[0].decode("latin-1").lower())]
         added = [(name.encode(), value.encode()) for name, value in rerouted.added_headers.items()]
         moved = msgspec.structs.replace(
             request,

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from forebay.gateway.address import is_loopback
+from forebay.upstream.providers import CREDENTIAL_HEADERS
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _CONTAINER_NAMES: Final = frozenset({"host.docker.internal", "host.containers.internal"})  # of the container's host
@@ -58,6 +59,9 @@ class RequestValidator:
         if method not in _METHODS:
             message = f"the method {method} is not allowed; allowed are {', '.join(sorted(_METHODS))}"
             return RequestError(405, "forebay_method", message)
+        if len(headers) < len(raw_headers) and (name := _find_repeated_credential(raw_headers)):
+            message = f"the header {name} stands there twice, so that servers do not agree whose call it is: send one"
+            return RequestError(400, "forebay_header", message)
         coding = headers.get("transfer-encoding", "chunked")
         if coding.lower() != "chunked":
             return RequestError(501, "forebay_coding", "the only supported Transfer-Encoding is 'chunked'")
@@ -82,6 +86,12 @@ class RequestValidator:
             message = f"without a token this gateway serves no web page of another site: {advice}"
             return RequestError(403, "forebay_origin", message)
         return None
+
+
+def _find_repeated_credential(raw_headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """Return the name of a header with an API key that stands there more than once; empty if there is none."""
+    names = [name.decode("latin-1").lower() for name, _ in raw_headers]
+    return next((name for name in CREDENTIAL_HEADERS if names.count(name) > 1), "")
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ from forebay.task import Priority
 
 _HOUR: Final = 3600.0
 _DAY: Final = 86400.0
+_MAX_DOLLARS: Final = 1e12  # an int of any size passes for a number, and cannot be added to a float
 _PERIODS: Final = ("hour", "day", "month", None)
 
 
@@ -243,6 +244,6 @@ def check_dollars(usd: float) -> float:
     Raises:
         InvalidAmount: not a number of dollars of at least 0.
     """
-    if not is_number(usd) or not 0 <= usd < math.inf:
+    if not is_number(usd) or not 0 <= usd <= _MAX_DOLLARS:
         raise InvalidAmount(value=usd)
     return usd

@@ -9,6 +9,7 @@ from typing import Self
 import msgspec
 
 from forebay import clock
+from forebay._validate import check_tokens
 from forebay.errors import CallMisused
 from forebay.interfaces import Charge, Outcome
 from forebay.quota import BilledUsage, check_dollars
@@ -88,11 +89,13 @@ class UpstreamCall:
 
         Raises:
             InvalidAmount: `usd` is not an amount of money; the report before still counts.
+            InvalidSetting: a number of tokens is none; the report before still counts.
         """
-        cost = None if usd is None else check_dollars(usd)
-        self._used = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
-        usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
-        self._usd = self._route.core.cost(self.model, usage) if cost is None else cost
+        sent, received = check_tokens("settle", input_tokens, output_tokens)
+        usage = BilledUsage(input_tokens=sent, output_tokens=received)
+        cost = self._route.core.cost(self.model, usage) if usd is None else check_dollars(usd)
+        self._used = Charge(input_tokens=sent, output_tokens=received, tokens=sent + received)
+        self._usd = cost
 
     def overloaded(self) -> None:
         """Report that the provider throttled the call for congestion: fewer calls are sent for a while."""

@@ -10,7 +10,7 @@ import functools
 from typing import Final
 
 from forebay import clock
-from forebay.errors import InvalidAmount, Overloaded
+from forebay.errors import InvalidAmount, InvalidSetting, Overloaded
 from forebay.interfaces import Charge, Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage, RateScope
 from forebay.upstream.accounts.shared_account import SharedAccount
@@ -104,7 +104,9 @@ class Exchange:
         body = body or b""
         self.parsed = parsed = profile.read_request(method, path, headers, body)
         model = parsed.model or ""
-        self.api_key = _read_api_key(headers) if caller is None or caller.api_key is None else caller.api_key
+        self.api_key = (
+            profile.read_credential(parsed, headers) if caller is None or caller.api_key is None else caller.api_key
+        )
         self.account = core.accounts.account(model, self.api_key)
         if parsed.websocket:
             core.warn_unmetered()
@@ -369,7 +371,9 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
 
     An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
     """
-    if isinstance(error, (Overloaded, InvalidAmount)):  # ours: no evidence, and the call was retried already
+    if isinstance(
+        error, (Overloaded, InvalidAmount, InvalidSetting)
+    ):  # ours: no evidence, and the call was retried already
         outcome = CallOutcome(kind=Outcome.IGNORED, latency=clock.now() - permit.granted_at)
         return AttemptResult(error=error, outcome=outcome)
     answer = find_error_answer(error)
@@ -474,14 +478,6 @@ def judge_error(  # noqa: PLR0913 - what an error says
         retry_after=retry_after,
         can_fall_back=rule.can_fall_back,
     )
-
-
-def _read_api_key(headers: Headers) -> str:
-    """Return the API key of a request; empty if there is none."""
-    for name in ("authorization", "x-api-key", "api-key"):
-        if key := headers.get(name):
-            return key
-    return ""
 
 
 def _is_event_stream(content_type: str) -> bool:

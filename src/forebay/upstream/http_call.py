@@ -72,7 +72,7 @@ class HttpCall(Exchange):
         sent = self.rerouted_request(route)
         if sent is None:
             return None
-        kept = {name: value for name, value in self.request.headers.items() if name.lower() not in sent.dropped_headers}
+        kept = {name: value for name, value in self.request.headers.items() if sent.keeps(name.lower())}
         parts = urlsplit(self.request.url)
         origin = f"{parts.scheme}://{parts.netloc}" if sent.origin is None else sent.origin
         headers = {**kept, **sent.added_headers}

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
 from forebay._renamed import renamed_arguments
-from forebay._validate import check_instance, check_name
+from forebay._validate import check_instance, check_name, check_tokens
 from forebay.breaker import BreakerRules
 from forebay.interfaces import Charge, Reading
 from forebay.limit import Limit
@@ -197,12 +197,14 @@ class Upstream:
             tenant: the tenant that it is for; None for the task's.
 
         Raises:
+            InvalidSetting: a number of tokens is none.
             Overloaded: on entering, if it is rejected.
         """
-        charge = Charge(input_tokens=input_tokens, output_tokens=output_tokens, tokens=input_tokens + output_tokens)
+        sent, received = check_tokens("call", input_tokens, output_tokens)
+        charge = Charge(input_tokens=sent, output_tokens=received, tokens=sent + received)
 
         def request_at(core: UpstreamCore, model: str) -> CallRequest:
-            usage = BilledUsage(input_tokens=input_tokens, output_tokens=output_tokens)
+            usage = BilledUsage(input_tokens=sent, output_tokens=received)
             price = core.price(model, usage, by_hand=True)
             return core.request(model, charge, price=price, priority=priority, deadline=deadline, tenant=tenant)
 

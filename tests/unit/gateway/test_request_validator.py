@@ -78,3 +78,9 @@ def test_what_a_browser_requests_for_another_site_is_rejected(
 ) -> None:
     assert error_status(("host", "localhost:8787"), *fields.items(), method=method) == status
     assert error_status(("host", "localhost:8787"), *fields.items(), method=method, local_only=False) is None
+
+
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key", "Api-Key"])
+def test_a_header_with_a_key_that_stands_there_twice_is_rejected(name: str) -> None:
+    assert error_status((name, "sk-1"), (name, "sk-2"), local_only=False) == 400
+    assert error_status((name, "sk-1"), ("accept", "a"), ("accept", "b"), local_only=False) is None

@@ -20,6 +20,7 @@ from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.guarded_limit import guarded_limit
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.providers.credentials import normalize_credential
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 
@@ -76,7 +77,7 @@ class AccountRegistry:
         return iter(dict.fromkeys(self._accounts.values()))  # a shared one has several keys
 
     def account(self, model: str, key: str = "") -> SharedAccount:
-        """Return the account of `model` under an API key, of which only a fingerprint is kept.
+        """Return the account of `model` under an API key, as a header has it, of which only a fingerprint is kept.
 
         Raises:
             InvalidSetting: the upstream's `limit` is one object, and another account has it.
@@ -105,7 +106,7 @@ class AccountRegistry:
         return [account for (other, _), account in self._accounts.items() if other == mark]
 
     def _place(self, model: str, key: str) -> tuple[str, str]:
-        place = (fingerprint(key), self.settings.model_group(model))
+        place = (fingerprint(normalize_credential(key)), self.settings.model_group(model))
         if len(self._known) >= _KNOWN:
             self._known = {}
         self._known[model, key] = place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -17,14 +18,17 @@ from forebay.upstream.providers import (
     with_model,
 )
 
-_IDENTITY_HEADERS: Final = frozenset(  # they are for the provider that the caller chose, and no other
+# Another provider gets what it needs to understand the request, and nothing else: any other header, and any other
+# parameter of the query, may be a key.
+_KEPT_HEADERS: Final = frozenset(
     {
-        *("authorization", "x-api-key", "api-key", "cookie", "proxy-authorization"),
-        *("openai-organization", "openai-project"),
-        *("host", "content-length"),
+        *("accept", "accept-encoding", "accept-language", "content-type", "user-agent"),
+        *("anthropic-version", "anthropic-beta", "openai-beta", "traceparent"),
     }
 )
-_BODY_HEADERS: Final = frozenset({"content-length"})
+_KEPT_PREFIX: Final = "x-stainless-"  # of the SDKs of both providers: their language, version and retries
+_KEPT_PARAMETERS: Final = frozenset({"api-version", "beta"})
+_SECRET_PARAMETER: Final = re.compile(r"key|token|secret|sig|auth|pass|pw|cred|session|code|^x-|jwt|sas", re.IGNORECASE)
 _PATHS: Final = {
     Endpoint.CHAT: "/chat/completions",
     Endpoint.COMPLETIONS: "/completions",
@@ -42,20 +46,26 @@ class ReroutedRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         origin: such as ``"https://host:8000"``; None for the origin of the call.
         path: with the query.
-        dropped_headers: names of headers to remove, in lower case.
+        to_other: it goes to another provider, which gets only the headers that it needs.
         added_headers: headers to add.
         body: as it is sent.
     """
 
     origin: str | None
     path: str
-    dropped_headers: frozenset[str]
+    to_other: bool
     added_headers: dict[str, str]
     body: bytes
 
+    def keeps(self, header: str) -> bool:
+        """Return whether a header of the call is sent; `header`: its name in lower case."""
+        if self.to_other:
+            return header in _KEPT_HEADERS or header.startswith(_KEPT_PREFIX)
+        return header != "content-length"
+
     def headers(self, headers: Headers) -> Headers:
         """Return the headers of the rerouted request, given those of the call."""
-        kept = {name: value for name, value in headers.items() if name not in self.dropped_headers}
+        kept = {name: value for name, value in headers.items() if self.keeps(name)}
         return Headers({**kept, **self.added_headers})
 
 
@@ -94,18 +104,29 @@ def reroute_request(
             return None
         body, path = renamed, path_with_model(path, route.model)
     if not route.other_upstream:
-        return ReroutedRequest(origin=None, path=path, dropped_headers=_BODY_HEADERS, added_headers={}, body=body)
-    origin = None
+        return ReroutedRequest(origin=None, path=path, to_other=False, added_headers={}, body=body)
+    origin, path = None, _without_secrets(path, parsed.endpoint)
     if route.base_url is not None:
         azure = route.core.provider == "azure"
         origin, path = _below(route.base_url, path, parsed.endpoint, azure=azure)
     return ReroutedRequest(
         origin=origin,
         path=path,
-        dropped_headers=_IDENTITY_HEADERS,
+        to_other=True,
         added_headers=route.auth_headers(key),
         body=body,
     )
+
+
+def _without_secrets(path: str, endpoint: Endpoint) -> str:
+    """Return a path whose query has no key in it. Of an endpoint that is not known, any other parameter may matter."""
+    resource, _, query = path.partition("?")
+    pairs = parse_qsl(query, keep_blank_values=True)
+    if endpoint is Endpoint.OTHER:
+        kept = [(name, value) for name, value in pairs if not _SECRET_PARAMETER.search(name)]
+    else:
+        kept = [(name, value) for name, value in pairs if name in _KEPT_PARAMETERS]
+    return f"{resource}?{urlencode(kept)}" if kept else resource
 
 
 def _below(base_url: str, path: str, endpoint: Endpoint, *, azure: bool) -> tuple[str, str]:

@@ -84,9 +84,7 @@ class BoundExchange(Exchange):
         if sent is None:
             return None
         http, old = self._binding.http, self._original
-        headers = old.headers.copy()
-        for name in sent.dropped_headers:
-            headers.pop(name, None)
+        headers = http.Headers([pair for pair in old.headers.raw if sent.keeps(pair[0].decode("latin-1").lower())])
         headers.update(sent.added_headers)
         path = sent.path.encode("ascii")
         url = old.url.copy_with(raw_path=path) if sent.origin is None else http.URL(sent.origin + sent.path)

@@ -1,6 +1,7 @@
 """LLM providers: requests, token counting, rate-limit headers, errors and usage. Unreadable input raises nothing."""
 
 from forebay.upstream.providers.classify import ErrorKind, classify, classify_stream_error, names_concurrency
+from forebay.upstream.providers.credentials import CREDENTIAL_HEADERS, normalize_credential
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.http_headers import Headers
 from forebay.upstream.providers.include_usage import UsageFilter
@@ -18,6 +19,7 @@ from forebay.upstream.providers.usage import Usage
 from forebay.upstream.providers.usage_meter import BodyMeter, UsageMeter, read_response
 
 __all__ = [
+    "CREDENTIAL_HEADERS",
     "Billing",
     "BodyMeter",
     "Endpoint",
@@ -35,6 +37,7 @@ __all__ = [
     "find_unpriced",
     "find_unreadable",
     "names_concurrency",
+    "normalize_credential",
     "path_with_model",
     "profile_for",
     "read_rate_limits",

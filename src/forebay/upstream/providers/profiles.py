@@ -10,6 +10,7 @@ from typing import Final
 from forebay.errors import InvalidSetting
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage
+from forebay.upstream.providers.credentials import read_credential
 from forebay.upstream.providers.endpoints import Billing, Endpoint
 from forebay.upstream.providers.include_usage import with_include_usage
 from forebay.upstream.providers.metering import expected_searches, find_unseen_input
@@ -20,6 +21,9 @@ _TYPICAL_OUTPUT: Final = 500  # tokens, where neither the request nor earlier ca
 _UNBOUNDED_OUTPUT: Final = 16_384  # tokens, in dollars: as much as many models can make
 _STORED_INPUT: Final = 50_000  # tokens of a file, conversation or response whose length is not known
 _IMAGE_OUTPUT: Final = 10_000  # tokens of an image; those of high quality take up to 6,240
+_OPENAI_ENDPOINTS: Final = frozenset(
+    {Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES, Endpoint.EMBEDDINGS, Endpoint.IMAGES, Endpoint.SPEECH}
+)
 _AZURE_USAGE_SINCE: Final = "2024-09-01"  # api-version; older ones reject unknown fields
 
 
@@ -67,6 +71,14 @@ class ProviderProfile:
         return read_request(
             method, path, headers, body, bytes_per_token=self.bytes_per_token, image_tokens=self.image_tokens
         )
+
+    def read_credential(self, request: ProviderRequest, headers: Mapping[str, str]) -> str:
+        """Return the header that the provider takes the API key of a request from; empty if there is none.
+
+        Anthropic serves OpenAI's chat completions too, and reads their header there.
+        """
+        openai = self.provider == "anthropic" and request.endpoint in _OPENAI_ENDPOINTS
+        return read_credential(headers, provider="" if openai else self.provider)
 
     def estimate_charge(
         self, request: ProviderRequest, *, output_tokens: int | None = None, input_ratio: float = 1.0

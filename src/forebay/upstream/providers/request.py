@@ -37,7 +37,9 @@ _SIGNATURES: Final = ("AWS4-", "Signature ")  # prefixes of an Authorization hea
 _UNUSUAL: Final = SIGNATURE_HEADERS | _OVERRIDES | {"upgrade", "sec-websocket-key", "content-encoding"}
 
 
-_FALSE: Final = frozenset({"false", "f", "no", "n", "off", "0"})  # to a lenient server
+_TRUE: Final = frozenset(
+    {"true", "t", "yes", "y", "on", "1", "1.0"}
+)  # to a lenient server, as Pydantic's rules make it
 _NOTHING: Final = msgspec.Raw()
 
 
@@ -214,7 +216,7 @@ def read_request(  # noqa: PLR0913 - the parts of a request, and two numbers of 
     return ProviderRequest(
         endpoint=route,
         model=model,
-        stream=_asks_for_stream(read.stream),
+        stream=read.stream is not None and _asks_for_stream(read.stream),
         input_tokens=estimate_tokens(
             pieces,
             bytes_per_token=bytes_per_token,
@@ -334,7 +336,7 @@ def _read_body(headers: Mapping[str, str], body: bytes) -> tuple[_RequestBody | 
 
 def _asks_for_stream(value: object) -> bool:
     """Return whether a lenient server may take a ``stream`` for true: 1 and ``"true"`` too."""
-    return value is True or (bool(value) and str(value).lower() not in _FALSE)
+    return value is True or str(value).lower() in _TRUE
 
 
 def _spoken(text: msgspec.Raw) -> int:

@@ -65,7 +65,7 @@ def test_with_azure_the_path_names_the_model() -> None:
     ("provider", "base_url", "path", "expected"),
     [
         ("openai", "https://b.test/v1", CHAT, "https://b.test/v1/chat/completions"),
-        ("openai", "http://b.test:8000/v1/", "/v1/responses?x=1", "http://b.test:8000/v1/responses?x=1"),
+        ("openai", "http://b.test:8000/v1/", "/v1/responses?beta=1&x=1", "http://b.test:8000/v1/responses?beta=1"),
         ("openai", "https://b.test/v1?key=1", CHAT, "https://b.test/v1/chat/completions?key=1"),
         ("vllm", "http://b.test/v1", "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
          "http://b.test/v1/chat/completions"),
@@ -100,6 +100,59 @@ def test_headers_that_identify_the_caller_are_not_sent_to_another_provider() -> 
     rerouted = sent(to_other(base_url="https://b.test", api_key="sk-2")).headers(headers)
     assert rerouted == {"accept": "x", "authorization": "Bearer sk-2"}
     assert sent(to_other("azure", api_key="sk-2")).headers(headers) == {"accept": "x", "api-key": "sk-2"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "x-goog-api-key",
+            "x-amz-security-token",
+            "x-auth-token",
+            "x-litellm-key",
+            "helicone-auth",
+            "anthropic-api-key",
+        ),
+        *("cf-aig-authorization", "ocp-apim-subscription-key", "authentication", "x-forwarded-for", "x-forebay-token"),
+        *("my-own-key", "x-session-token", "proxy-authorization", "openai-project"),
+    ],
+)
+def test_another_provider_gets_no_header_that_it_does_not_need(name: str) -> None:
+    needed = {
+        "accept": "x",
+        "content-type": "application/json",
+        "user-agent": "x",
+        "anthropic-version": "1",
+        "anthropic-beta": "x",
+        "x-stainless-lang": "python",
+        "traceparent": "00",
+    }
+    headers = Headers({name: "secret", **needed})
+    assert sent(to_other(base_url="https://b.test", api_key="sk-2")).headers(headers) == {
+        **needed,
+        "authorization": "Bearer sk-2",
+    }
+    assert sent(to_mini()).headers(headers) == headers  # the same provider and key
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (CHAT + "?key=s&api_key=s&code=s&beta=true&anything=s", CHAT + "?beta=true"),
+        (CHAT + "?sig=s&api-version=1&%6bey=s", CHAT + "?api-version=1"),
+        (CHAT + "?key=s", CHAT),
+    ],
+)
+def test_another_provider_gets_no_key_of_the_query(path: str, expected: str) -> None:
+    assert sent(to_other(api_key="sk-2"), path).path == expected
+
+
+def test_the_query_of_an_unknown_endpoint_keeps_all_but_keys() -> None:
+    route = to_other("generic", "", "generic", base_url="https://mirror.test/api")
+    query = "q=x&key=s&api_key=s&access_token=s&Signature=s&X-Amz-Credential=s&page=2"
+    changed = send(route, "/search?" + query, b"", "GET")
+    assert changed is not None
+    assert changed.path == "/api/search?q=x&page=2"
 
 
 def test_the_account_belongs_to_the_other_key() -> None:
