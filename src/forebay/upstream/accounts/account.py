@@ -284,16 +284,15 @@ class Account:
                 return _earliest(self.limit.reopens_at(now), self.queue.next_deadline(), confirmed_at, look, lost_at)
             if (seconds := self._refusals.wait(now)) > 0.0:  # it holds back every call: none can overtake
                 return _earliest(now + seconds, self.queue.next_deadline(), confirmed_at)
-            if self._refusals.blocked and call.request.retries and (other := self._untried(now)) is not None:
-                self._send(now, other)  # the head may be refused for what it asks: a trial call needs another one
-                continue
             seconds, _ = self.quotas.wait(now, call.request.charge)
             if seconds > 0.0:
                 bypass = self._bypass_head(now)
                 if bypass > 0.0:
                     return _earliest(now + min(seconds, bypass), self.queue.next_deadline(), confirmed_at)
                 continue
-            self._send(now, self.queue.serve_head(now, entry))
+            # A trial call must not be one that may be refused for what it asks.
+            untried = self._untried(now) if self._refusals.blocked and call.request.retries else None
+            self._send(now, untried or self.queue.serve_head(now, entry))
         return None
 
     def _overdue(self, now: float, call: QueuedCall) -> Rejected:
