@@ -252,8 +252,8 @@ STREAM_ERROR_CODES: Final[Mapping[str, ErrorKind]] = MappingProxyType(
 """The kinds of further codes in the middle of a stream, where there is no status."""
 
 _WORDINGS: Final = (
-    # Anthropic, both 400: "Your credit balance is too low", "You have reached your specified API usage limits". Behind a
-    # colon, a quotation mark or a bracket it is more likely part of a request that the message repeats.
+    # Anthropic, both 400: "Your credit balance is too low", "You have reached your specified API usage limits". Behind
+    # a colon, a quotation mark or a bracket it is more likely part of a request that the message repeats.
     (
         r"^[^:\"'`({\[]*(?:credit balance|insufficient (?:credits|balance)|spend(?:ing)? limit|specified api usage limits)",
         "SPEND_CAP",
