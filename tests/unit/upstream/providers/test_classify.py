@@ -82,7 +82,7 @@ CASES: list[tuple[str, int, Any, ErrorKind]] = [
                               "details": {"error_code": "enforced_spend_limit_reached"}}}, ErrorKind.SPEND_CAP),
     ("anthropic billing", 402, anthropic("There's an issue with your billing", "billing_error"), ErrorKind.SPEND_CAP),
     ("402 without a body", 402, b"", ErrorKind.SPEND_CAP),
-    ("a prompt that an error repeats", 400, openai("Invalid 'user': 'what is my credit balance'", None, "invalid_value"),
+    ("a prompt that an error repeats", 400, openai("Invalid 'user': 'what is my credit balance'", None, "bad_value"),
      ErrorKind.CLIENT_ERROR),
     ("a prompt after a colon", 400, anthropic("messages.0: my spending limit is too long", "invalid_request_error"),
      ErrorKind.CLIENT_ERROR),
