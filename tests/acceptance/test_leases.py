@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.support.task_plane import Agent, approximately, error_of, virtual
+from tests.support.task_plane import Agent, approximately, error_of, now, virtual
 
-from forebay import BackpressureSupervisor, Task, TaskStatus, WorkerState
+from forebay import BackpressureSupervisor, Deadline, Task, TaskStatus, WorkerState
 from forebay.errors import StillSpilled, StoreUnavailable
 from forebay.interfaces import Completion, DeadRecord, Lease
 from forebay.overflow import SqliteTaskStore
@@ -71,6 +71,34 @@ async def test_a_handler_that_blocks_the_loop_past_its_lease_keeps_it(tmp_path: 
     thread.join()
     assert (result.result, result.attempts) == ("whole", 1)
     assert runs == ["blocks"]
+
+
+class StuckStartStore(SqliteTaskStore):
+    """A store that never records a start until told to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.goes_on = asyncio.Event()
+
+    async def begin_attempt(self, lease: Lease) -> bool:
+        await self.goes_on.wait()
+        return await super().begin_attempt(lease)
+
+
+@virtual
+async def test_a_deadline_ends_a_task_whose_start_the_store_does_not_record(tmp_path: Path) -> None:
+    agent = Agent(1.0)
+    store = StuckStartStore(tmp_path / "spill.db")
+    supervisor = BackpressureSupervisor(overflow=store)
+    supervisor.register_worker("ours", handler=agent, task_types=["work"])
+    async with supervisor:
+        ticket = await supervisor.submit(Task("work", durable=True, deadline=Deadline.within(5.0)))
+        result = await ticket
+        assert 5.0 <= now() < 5.5  # the store has recorded the end
+        assert result.status is TaskStatus.EXPIRED
+        store.goes_on.set()
+        assert await supervisor.run(Task("work", "next", durable=True, deadline=Deadline.within(5.0))) == "next"
+    assert [task.payload for task in agent.calls] == ["next"]
 
 
 class SlowStartStore(SqliteTaskStore):

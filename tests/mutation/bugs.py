@@ -933,6 +933,10 @@ def background_work_that_is_cancelled_gives_nothing_back() -> None:
     replace(Core, original, run_in_background)
 
 
+def no_deadline_ends_a_task_whose_start_is_not_recorded() -> None:
+    skip(StoredTasks.record_start, Run.set_timer)
+
+
 def a_start_that_is_cancelled_is_not_tried_again() -> None:
     skip(WorkerStarts._ended, WorkerStarts._failed)
 

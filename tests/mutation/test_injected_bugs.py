@@ -348,6 +348,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.background_work_that_is_cancelled_gives_nothing_back: (
         test_cancelled_tasks.test_work_that_is_cancelled_before_its_first_step_gives_back_what_it_was_given
     ),
+    bugs.no_deadline_ends_a_task_whose_start_is_not_recorded: (
+        test_leases.test_a_deadline_ends_a_task_whose_start_the_store_does_not_record
+    ),
     bugs.a_start_that_is_cancelled_is_not_tried_again: (
         test_cancelled_tasks.test_a_start_that_is_cancelled_has_failed_and_is_tried_again
     ),

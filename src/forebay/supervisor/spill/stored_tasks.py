@@ -209,6 +209,10 @@ class StoredTasks:
         """
         lease = run.ticket.lease
         assert lease is not None  # noqa: S101 - it is stored, and its lease is still valid
+        if run.deadline is not None:
+            due = self._core.loop.time() + run.deadline.remaining()
+            error = "its deadline passed before the overflow had recorded its start"
+            run.set_timer(self._core.timers.at(due, run.end_early, TaskStatus.EXPIRED, error))
         cancelled = partial(run.handler_ended, None, asyncio.CancelledError())
         self._core.run_in_background(self._record_start(run, lease), if_cancelled=cancelled)
 
@@ -219,6 +223,8 @@ class StoredTasks:
         except Exception as exc:  # noqa: BLE001 - whatever is wrong with the store, the run must go on
             log.error("the start of task %r could not be recorded; it runs anyway: %s", ticket.task_id, exc)
             held = True
+        if run.abandoned_at is None:
+            self._core.timers.cancel(run.clear_timer())
         if run.abandoned_at is None and held:
             run.restart_clock(self._core.loop.time())
             self._runs.move_to_end(run)
