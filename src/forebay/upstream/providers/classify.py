@@ -255,8 +255,7 @@ _WORDINGS: Final = (
     # Anthropic, both 400: "Your credit balance is too low", "You have reached your specified API usage limits". Behind
     # a colon, a quotation mark or a bracket it is more likely part of a request that the message repeats.
     (
-        r"^[^:\"'`({\[]*(?:credit balance|insufficient (?:credits|balance)|spend(?:ing)? limit"
-        r"|specified api usage limits)",
+        r"^[^:\"'`({\[]*(?:credit balance|insufficient (?:credits|balance)|spend(?:ing)? limit|api usage limits)",
         "SPEND_CAP",
     ),
     # OpenAI says "Request too large for gpt-4o" of a request that exceeds the whole quota
